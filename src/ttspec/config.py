@@ -1,0 +1,119 @@
+"""Frozen options, checked when they are made. Knows no tensors and no models."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Self
+
+from ttspec.errors import OptionError
+
+Rows = Literal["block", "accepted", "hindsight"]
+Scope = Literal["request", "session"]
+Parameters = Literal["full", "layers", "attention", "mlp"]
+
+
+def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise OptionError(f"{name} is {value!r}; allowed is {allowed}.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How the target's next token is chosen. The drafter never changes it."""
+
+    temperature: float = 0.0
+    """0 is greedy; otherwise logits are divided by it."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float = 0.0
+    """Keep tokens at least this likely relative to the most likely one."""
+    seed: int = 0
+    """One seed gives one text, for every drafter, learner, stride and batch (float32)."""
+    acceptance: Literal["invariant", "rejection"] = "invariant"
+    """Drafter-invariant Gumbel sampling, or the classic p/q rejection rule."""
+    draft: Literal["coupled", "greedy"] = "coupled"
+    """Drafts drawn from q with the target's own noise, or q's most likely token."""
+
+    def __post_init__(self) -> None:
+        t, p, m = self.temperature, self.top_p, self.min_p
+        _require(math.isfinite(t) and t >= 0, "temperature", t, "a number from 0 up")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 < p <= 1, "top_p", p, "above 0 and at most 1")
+        _require(0 <= m <= 1, "min_p", m, "from 0 to 1")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """How a drafter is run, learning or not."""
+
+    length: int | None = None
+    """Tokens drafted a round; 0 is plain decoding; None is the drafter's own length."""
+    window: int | None = None
+    """The drafter sees only this many last context tokens; None is what its checkpoint says."""
+    rebase: int | None = None
+    """Context further back than this looks to the drafter as if it were this far back."""
+
+    def __post_init__(self) -> None:
+        for name in ("window", "rebase"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "1 or more")
+        _require(self.length is None or self.length >= 0, "length", self.length, "0 or more")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnConfig:
+    """When the drafter learns, on what, and how far a step goes."""
+
+    stride: int = 4
+    """Rounds between updates."""
+    lr: float = 1e-4
+    """Adam's learning rate."""
+    beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    beta2: float = 0.99
+    """Adam's decay of the second moment."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip: float = 1.0
+    """Largest norm of a row's gradient."""
+    rows: Rows = "hindsight"
+    """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
+    some rounds later, against what was really committed (hindsight)."""
+    lessons: Literal["latest", "all"] = "all"
+    """The latest round's lesson only, or every lesson since the last update."""
+    decay: float = 0.0
+    """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
+    parameters: Parameters = "full"
+    """Which weights learn: all, only the layers, only their attention, or only their MLPs."""
+    scope: Scope = "request"
+    """What ends a lesson's life: the request, or the session."""
+
+    def __post_init__(self) -> None:
+        _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")
+        for name in ("lr", "eps", "clip"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value > 0, f"learn.{name}", value, "above 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"learn.{name}", value, "from 0 to below 1")
+        _require(self.decay >= 0, "learn.decay", self.decay, "0 (uniform) or more")
+
+    @classmethod
+    def paper(cls) -> Self:
+        """The published recipe (paper.md 1): whole block, latest round only, request-local."""
+        return cls(stride=10, rows="block", lessons="latest", decay=4.0, beta2=0.999)
+
+    def with_options(self, **options: object) -> Self:
+        """A copy with some fields replaced.
+
+        Raises:
+            OptionError: A name is not a field.
+        """
+        known = {f.name for f in fields(self)}
+        for name in options:
+            _require(name in known, "learn option", name, ", ".join(sorted(known)))
+        return replace(self, **options)  # type: ignore[arg-type]

@@ -1,0 +1,189 @@
+"""The records that stages of a round hand to each other, and what a user gets back.
+
+Symbols: `B` rows, `G` draft length, `V` vocabulary, `W` feature width, `S` slots, `H` hidden size.
+p is the target's distribution, q the drafter's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
+POSITION_BINS = (0, 256, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Proposal:
+    """Drafted tokens, with the distribution that each was drawn from."""
+
+    tokens: Tensor
+    """int64 [B, G]; what lies past a row's count is padding."""
+    count: Tensor
+    """int64 [B], 0..G: how many of a row's tokens are drafts."""
+    q: Tensor | None = None
+    """float32 [B, G, V] probabilities the tokens were drawn from; None means one-hot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verification:
+    """The target's reading of [pending, proposal] and the verdict on it."""
+
+    proposal: Proposal
+    fed: Tensor
+    """int64 [B, G+1]: pending, then the drafted tokens."""
+    start: Tensor
+    """int64 [B]: position of the pending token, which is the row's committed length before."""
+    logits: Tensor
+    """[B, G+1, V]: row j predicts the token at position start + j + 1."""
+    features: Tensor
+    """[B, G+1, W]: the target's hidden states at the taps, concatenated."""
+    accepted: Tensor
+    """int64 [B]: drafts kept, cut at an end token; 0 in rows that are not active."""
+    emitted: Tensor
+    """int64 [B]: tokens that the round commits, accepted + 1 or, cut at an end token, accepted;
+    0 in rows that are not active."""
+    next: Tensor
+    """int64 [B]: the last emitted token of each row, pending from now on."""
+    tokens: Tensor
+    """int64 [B, G+1]: the emitted tokens; what lies past a row's `emitted` is padding."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """One row's share of one round, on the host."""
+
+    position: int
+    """Generated tokens before the round (in a session, over its turns)."""
+    proposed: int
+    accepted: int
+    emitted: int
+    """Tokens kept by the round: what a stop, a limit or an end token cut off is not counted."""
+    updates: int = 0
+    """Updates of this row's drafter after this round."""
+    seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Wall-clock seconds of drafting, verifying and learning, of all rows together."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """What one request, or one turn, did. The token from the prefill is emitted by no round."""
+
+    seed: int
+    prompt_tokens: int
+    emitted_tokens: int
+    rounds: int
+    acceptance_length: float
+    """Tokens committed by rounds / rounds, tokens past a stop excluded. 1.0 means no gain."""
+    accepted_at: list[float]
+    """Share of rounds that accepted at least i + 1 drafted tokens."""
+    updates: int
+    reverts: int
+    seconds: float
+    tokens_per_second: float
+    seconds_in: dict[str, float]
+    by_position: list[dict[str, float]]
+    repeated_8grams: float
+    """Share of the generated 8-grams that had occurred before."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, under the names of the design page."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One finished answer."""
+
+    text: str
+    token_ids: list[int]
+    """Generated tokens, the end token included."""
+    finish_reason: FinishReason
+    stats: Stats
+    rounds: list[Round] = field(default_factory=list, repr=False)
+    prompt_ids: list[int] = field(default_factory=list, repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `ttspec generate --json` prints."""
+        return {
+            "text": self.text,
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "stats": self.stats.to_dict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What a stream yields after each round (and once after the prefill, with no round)."""
+
+    text: str
+    """New text that is safe to show: never half a character, never the start of a stop text."""
+    token_ids: tuple[int, ...]
+    round: Round | None
+    result: Result | None = None
+    """Set in the last chunk."""
+
+
+def acceptance_length(rounds: Sequence[Round]) -> float:
+    """Mean tokens emitted a round, as a ratio of sums; 0.0 with no round."""
+    return sum(r.emitted for r in rounds) / len(rounds) if rounds else 0.0
+
+
+def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
+    """1 - distinct n-grams / all n-grams; 0.0 for a text shorter than n."""
+    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def by_position(rounds: Sequence[Round]) -> list[dict[str, float]]:
+    """Acceptance length per bin of generated position; a round counts where it starts."""
+    bins: list[dict[str, float]] = []
+    edges = [*POSITION_BINS, 1 << 62]
+    for low, high in zip(edges, edges[1:], strict=False):
+        inside = [r for r in rounds if low <= r.position < high]
+        if inside:
+            last = max(r.position + r.emitted for r in inside)
+            bins.append(
+                {
+                    "from": low,
+                    "to": min(high, last),
+                    "rounds": len(inside),
+                    "acceptance_length": acceptance_length(inside),
+                }
+            )
+    return bins
+
+
+def summarise(
+    rounds: Sequence[Round],
+    *,
+    token_ids: Sequence[int],
+    prompt_tokens: int,
+    seed: int,
+    seconds: float,
+    reverts: int = 0,
+) -> Stats:
+    """The statistics of one answer from its rounds."""
+    longest = max((r.proposed for r in rounds), default=0)
+    stages = [sum(r.seconds[i] for r in rounds) for i in range(3)]
+    return Stats(
+        seed=seed,
+        prompt_tokens=prompt_tokens,
+        emitted_tokens=len(token_ids),
+        rounds=len(rounds),
+        acceptance_length=acceptance_length(rounds),
+        accepted_at=[
+            sum(r.accepted >= i for r in rounds) / len(rounds) for i in range(1, longest + 1)
+        ],
+        updates=sum(r.updates for r in rounds),
+        reverts=reverts,
+        seconds=seconds,
+        tokens_per_second=len(token_ids) / seconds if seconds > 0 else 0.0,
+        seconds_in=dict(zip(("draft", "verify", "learn"), stages, strict=True)),
+        by_position=by_position(rounds),
+        repeated_8grams=repeated_ngrams(token_ids),
+    )
