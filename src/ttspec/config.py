@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
 from ttspec.errors import OptionError
@@ -117,3 +117,49 @@ class LearnConfig:
         for name in options:
             _require(name in known, "learn option", name, ", ".join(sorted(known)))
         return replace(self, **options)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateConfig:
+    """Everything one generation can be told. None leaves a choice to the target's own defaults."""
+
+    max_new_tokens: int = 256
+    """Tokens generated at most (in a session: a turn)."""
+    temperature: float | None = None
+    """0 is greedy; None is the target's generation_config, or greedy."""
+    top_k: int | None = None
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the smallest set of tokens whose probability reaches this."""
+    min_p: float | None = None
+    """Keep tokens at least this likely relative to the most likely one."""
+    seed: int | None = None
+    """None draws one; it is reported in the statistics."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    ignore_eos: bool = False
+    """Go on past end tokens."""
+    system: str | None = None
+    """System message for the chat template; None leaves it to the template."""
+    raw: bool = False
+    """Feed the prompt as it is, without the chat template."""
+    acceptance: Literal["invariant", "rejection"] = "invariant"
+    """Drafter-invariant sampling, or the classic p/q rejection rule."""
+    draft: DraftConfig = field(default_factory=DraftConfig)
+    """How the drafter is run."""
+    learn: LearnConfig | None = field(default_factory=LearnConfig)
+    """How the drafter learns; None is a static drafter."""
+
+    def __post_init__(self) -> None:
+        _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(all(self.stop), "stop", self.stop, "texts of at least one character")
+        defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+        self.sampling(defaults)  # refuses what SamplingConfig refuses
+
+    def sampling(self, defaults: dict[str, float | int]) -> SamplingConfig:
+        """The sampling options, with what is None taken from `defaults`."""
+        chosen = {
+            name: value if (value := getattr(self, name)) is not None else default
+            for name, default in defaults.items()
+        }
+        return SamplingConfig(acceptance=self.acceptance, **chosen)  # type: ignore[arg-type]
