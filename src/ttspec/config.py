@@ -143,6 +143,9 @@ class GenerateConfig:
     """System message for the chat template; None leaves it to the template."""
     raw: bool = False
     """Feed the prompt as it is, without the chat template."""
+    context: int | None = None
+    """Tokens a conversation may have in all, at most the target's context; None is what one
+    request needs, and 8192 for a session."""
     acceptance: Literal["invariant", "rejection"] = "invariant"
     """Drafter-invariant sampling, or the classic p/q rejection rule."""
     draft: DraftConfig = field(default_factory=DraftConfig)
@@ -152,6 +155,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.context is None or self.context >= 2, "context", self.context, "2 or more")
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
         defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
         self.sampling(defaults)  # refuses what SamplingConfig refuses

@@ -41,15 +41,15 @@ class Verification:
     """[B, G+1, V]: row j predicts the token at position start + j + 1."""
     features: Tensor
     """[B, G+1, W]: the target's hidden states at the taps, concatenated."""
-    accepted: Tensor
-    """int64 [B]: drafts kept, cut at an end token; 0 in rows that are not active."""
-    emitted: Tensor
-    """int64 [B]: tokens that the round commits, accepted + 1 or, cut at an end token, accepted;
-    0 in rows that are not active."""
-    next: Tensor
-    """int64 [B]: the last emitted token of each row, pending from now on."""
     tokens: Tensor
     """int64 [B, G+1]: the emitted tokens; what lies past a row's `emitted` is padding."""
+    accepted: Tensor
+    """int64 [B]: drafts kept, those past an end token not counted."""
+    emitted: Tensor
+    """int64 [B]: tokens that the round commits, up to and including an end token; 0 in rows that
+    take no part."""
+    ended: Tensor
+    """bool [B]: the last emitted token is an end token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,44 @@
+# Every target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+# pip takes the CPU build where one is on offer; anything pip understands may stand here, such as
+# TORCH="torch==2.13.0 --index-url URL".
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help venv weights demo test lint format check
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(READY) ## create .venv with torch, ttspec and the development tools
+
+$(READY): pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+weights: venv ## fetch and convert the built-in target, once
+	$(BIN)/python -c 'from ttspec.models.source import resolve; resolve("smollm2-135m", notify=print)'
+
+demo: venv ## show what learning does, on the built-in pair (options: ARGS="--long")
+	$(BIN)/ttspec demo $(ARGS)
+
+test: weights ## run the tests (options: ARGS="-k words")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv ## check format, style, types and import floors
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: venv ## rewrite the code in the house format
+	$(BIN)/ruff check --fix --quiet || true
+	$(BIN)/ruff format
+
+check: lint test ## all of lint, and the tests

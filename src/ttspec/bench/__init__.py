@@ -1,0 +1,1 @@
+"""Arms that run the same requests, what they measured, and reports on it."""

@@ -1,0 +1,100 @@
+"""How a run was made: versions, machine, models and their checksums, command line."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from ttspec.decoding.engine import Engine
+
+PACKAGES = ("ttspec", "torch", "transformers")
+
+
+def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> dict[str, Any]:
+    """What somebody needs to run it again, as JSON values; what is not known is None."""
+    target, drafter = engine.target, engine.drafter
+    command = sys.argv if argv is None else argv
+    return {
+        "title": title,
+        "command": shlex.join([Path(command[0]).name, *command[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "target": {
+            "name": target.name,
+            "origin": target.origin,
+            "parameters": sum(p.numel() for p in target.model.parameters()),
+            "sha256": weights_checksum(target.path),
+        },
+        "drafter": drafter
+        and {
+            "name": drafter.name,
+            "kind": drafter.kind,
+            "length": drafter.length,
+            "parameters": drafter.parameters,
+            "sha256": weights_checksum(drafter.path),
+        },
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "device": device_name(target.device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+        "git": git_revision(),
+    }
+
+
+def weights_checksum(folder: Path | None) -> str | None:
+    """sha256 over a folder's safetensors files in the order of their names."""
+    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return f"{names[0]}, {len(names)} threads" if names else platform.processor() or "CPU"
+
+
+def git_revision() -> str | None:
+    """The revision of the checkout this package runs from, if it runs from one."""
+    root = Path(__file__).parents[3]
+    if not (root / ".git").exists():
+        return None
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,92 @@
+"""The `ttspec` command: which commands there are, and how errors become exit codes.
+
+Commands are named by import path, and a command imports torch when it runs, so that help and
+complaints about arguments come at once.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+from cyclopts import App, CycloptsError
+
+from ttspec.errors import ResourceError, TrainingError, TtspecError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+COMMANDS = {
+    "demo": "Show what learning does: one session in three arms, with a table and a page.",
+    "generate": "Answer one prompt.",
+    "chat": "Talk with the target; the drafter learns over the whole conversation.",
+    "check": "Check that a drafter, learning or not, changes no token of the target's own text.",
+    "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
+    "train": "Build a drafter for a target.",
+}
+
+
+def _version() -> str:
+    try:
+        return version("ttspec")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+app = App(
+    name="ttspec",
+    version=_version,
+    help="Speculative decoding whose drafter learns while it generates.",
+)
+for _name, _help in COMMANDS.items():
+    app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; the exit code is 0, 1, 2 or 130, as the errors below say."""
+    tokens = list(sys.argv[1:] if arguments is None else arguments)
+    _quieten_libraries()
+    try:
+        code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+        return code if isinstance(code, int) else DONE
+    except CycloptsError as error:
+        command = f"{tokens[0]} " if tokens and tokens[0] in COMMANDS else ""
+        return _complain(f"{error}\nTry: ttspec {command}--help", WRONG_INPUT)
+    except TtspecError as error:
+        failed = isinstance(error, ResourceError | TrainingError)
+        return _complain(str(error), FAILED if failed else WRONG_INPUT)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has had enough. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except OSError as error:
+        return _complain(_reason(error), FAILED)
+
+
+def _complain(message: str, code: int) -> int:
+    """Print a message in at most two lines."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown error"]
+    print("ttspec: error: " + lines[0], *lines[1:2], sep="\n", file=sys.stderr)
+    return code
+
+
+def _reason(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
+def _quieten_libraries() -> None:
+    """Keep the chatter of the libraries below off the user's screen."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")

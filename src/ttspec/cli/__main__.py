@@ -1,0 +1,7 @@
+"""`python -m ttspec.cli` is the same as `ttspec`."""
+
+import sys
+
+from ttspec.cli import main
+
+sys.exit(main())

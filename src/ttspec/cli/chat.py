@@ -1,0 +1,158 @@
+"""`ttspec chat`: a conversation in the terminal, in one session whose drafter keeps learning."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ttspec.cli.options import DraftFlags, GenerateFlags, ModelFlags, SessionLearnFlags
+from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
+from ttspec.config import GenerateConfig
+from ttspec.errors import DataError, TtspecError
+
+if TYPE_CHECKING:
+    from ttspec.decoding.engine import Engine
+    from ttspec.records import Result
+
+HELP = "Ctrl-C stops an answer, Ctrl-D or /quit leaves; /stats shows figures, /reset starts afresh."
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ChatFlags(GenerateFlags):
+    """Sampling options, with room for longer answers."""
+
+    max_new_tokens: int = 1024
+    """Tokens of one answer at most."""
+
+
+def chat(
+    *,
+    models: ModelFlags = ModelFlags(),
+    options: ChatFlags = ChatFlags(),
+    draft: DraftFlags = DraftFlags(),
+    learn: Annotated[bool, Parameter(name="--learn")] = True,
+    learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
+) -> int:
+    """Talk with the target; the drafter learns over the whole conversation.
+
+    Standard input may be a pipe: every line is then one turn.
+
+    Parameters
+    ----------
+    learn
+        Whether the drafter learns while it talks.
+    """
+    settings = options.options() | {
+        "draft": draft.config(),
+        "learn": learning.config_if(learn),
+    }
+    GenerateConfig(**settings)  # complains before anything is loaded
+    conversation = Conversation(models.load(notify=say), settings)
+    try:
+        return conversation.run(at_terminal=sys.stdin.isatty())
+    finally:
+        conversation.close()
+
+
+class Conversation:
+    """A session, the results of its turns, and the commands that begin with a slash."""
+
+    def __init__(self, engine: Engine, settings: dict[str, Any]) -> None:
+        self.engine = engine
+        self.settings = settings
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation and what the drafter learned in it."""
+        self.session = self.engine.session(**self.settings)
+        self.results: list[Result] = []
+
+    def close(self) -> None:
+        self.session.close()
+
+    def run(self, *, at_terminal: bool) -> int:
+        """Answer line after line until the input ends or the user leaves."""
+        if at_terminal:
+            import readline  # noqa: F401  arrow keys and history in input()
+
+            say(HELP)
+        while True:
+            try:
+                line = _read_line(at_terminal)
+            except KeyboardInterrupt:
+                if not at_terminal:
+                    return 130
+                say("")
+                continue
+            if line is None or line == "/quit":
+                return 0
+            if not line:
+                continue
+            try:
+                interrupted = self.turn(line)
+            except TtspecError as error:
+                if not at_terminal:
+                    raise
+                say(str(error))
+                continue
+            if interrupted and not at_terminal:
+                return 130
+
+    def turn(self, line: str) -> bool:
+        """Obey a command or answer a text; whether the answer was cut short by Ctrl-C."""
+        match line:
+            case "/stats":
+                say(self.figures())
+            case "/reset":
+                self.close()
+                self.reset()
+                say("A new conversation begins; what the drafter learned is forgotten.")
+            case _ if line.startswith("/") and line[1:].isalpha():
+                say(f"{line} is no command. {HELP}")
+            case _:
+                return self.answer(line)
+        return False
+
+    def answer(self, text: str) -> bool:
+        result = follow(self.session.stream(text), show_text)
+        print(flush=True)
+        self.results.append(result)
+        if result.finish_reason == "context":
+            say("The target's context is full; /reset starts afresh.")
+        if self.engine.drafter is not None and (warning := low_acceptance(result.stats)):
+            say(warning)
+        return result.finish_reason == "cancelled"
+
+    def figures(self) -> str:
+        """The last turn, and all turns together."""
+        from ttspec.records import acceptance_length
+
+        if not self.results:
+            return "Nothing was said yet."
+        stats = [result.stats for result in self.results]
+        tokens, seconds = sum(s.emitted_tokens for s in stats), sum(s.seconds for s in stats)
+        rounds = [r for result in self.results for r in result.rounds]
+        learning = sum(s.seconds_in["learn"] for s in stats)
+        return (
+            f"last turn: {summary(stats[-1])}\n"
+            f"session: {len(stats)} turns · {tokens} tokens · {tokens / max(seconds, 1e-9):.1f} "
+            f"tokens/s · acceptance length {acceptance_length(rounds):.2f} · "
+            f"{sum(s.updates for s in stats)} updates · "
+            f"{learning / max(seconds, 1e-9):.0%} of the time learning"
+        )
+
+
+def _read_line(at_terminal: bool) -> str | None:
+    """The next line; None at the end of the input."""
+    try:
+        line = input("> ") if at_terminal else sys.stdin.readline()
+    except EOFError:
+        say("")
+        return None
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text: {error.reason}.") from error
+    return line.strip() if at_terminal or line else None

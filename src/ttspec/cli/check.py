@@ -1,0 +1,185 @@
+"""`ttspec check`: does a pair of models write what the target writes alone, learning on and off?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from ttspec.cli.options import ExactModelFlags, LearnFlags
+from ttspec.cli.terminal import say
+from ttspec.config import DraftConfig, GenerateConfig
+from ttspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from ttspec.decoding.engine import Engine
+    from ttspec.records import Result
+
+PROMPTS = (
+    "Explain in a few sentences why the sea is salty.",
+    "Write a Python function that counts the vowels in a string.",
+    "A train leaves at 9:40 and arrives at 13:05. How long is the journey? Show each step.",
+    "Write a four-line poem about an old bicycle.",
+    "List ten animals that live in a forest, one on each line.",
+)
+NEAR_TIE = 1e-3
+COARSE_TIE = 0.5
+"""Below float32 the target itself flips between two row counts at gaps up to about this."""
+RARE = 10_000
+"""In float32, more than one near-tie in so many tokens is a failure too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagerLearnFlags(LearnFlags):
+    """Learning options for the hardest case."""
+
+    stride: int = 1
+    """Rounds between updates."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """How one arm's answer to one prompt compares with plain decoding."""
+
+    prompt: str
+    arm: str
+    tokens: int
+    verdict: Literal["identical", "near-tie", "different"]
+    position: int | None = None
+    """The first token that differs."""
+    margin: float | None = None
+    """How far the target itself preferred its token there."""
+
+
+def check(
+    *prompts: str,
+    models: ExactModelFlags = ExactModelFlags(),
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    learning: Annotated[EagerLearnFlags, Parameter(name="--learn")] = EagerLearnFlags(),
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+) -> int:
+    """Check that a drafter, learning or not, changes no token of the target's own text.
+
+    A difference where the target's best two tokens are as good as tied is rounding; it is listed.
+
+    Parameters
+    ----------
+    prompts
+        Texts to answer; left out, five of different kinds.
+    max_new_tokens
+        Tokens of each answer.
+    temperature
+        0 is greedy.
+    seed
+        Seed of all arms.
+    as_json
+        Print one JSON object.
+    """
+    learn = learning.config()
+    shared = GenerateConfig(
+        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, learn=None
+    )
+    engine = models.load(notify=say)
+    if engine.drafter is None:
+        raise OptionError("check compares a drafter with plain decoding; --drafter is none.")
+    arms = {"static": shared, "learning": replace(shared, learn=learn)}
+    findings = list(compare(engine, prompts or PROMPTS, shared, arms, quiet=as_json))
+    dtype = str(engine.target.dtype).removeprefix("torch.")
+    code = verdict(findings, dtype)
+    if as_json:
+        rows = [asdict(finding) for finding in findings]
+        print(json.dumps({"ok": code == 0, "dtype": dtype, "findings": rows}, ensure_ascii=False))
+    else:
+        print(conclusion(findings, dtype, ok=code == 0))
+    return code
+
+
+def compare(
+    engine: Engine,
+    prompts: Iterable[str],
+    plain: GenerateConfig,
+    arms: dict[str, GenerateConfig],
+    *,
+    quiet: bool,
+) -> Iterable[Finding]:
+    """Answer every prompt plainly and in every arm; say at once how each compares."""
+    plain = replace(plain, draft=DraftConfig(length=0))
+    for prompt in prompts:
+        expected = engine.generate(prompt, **_options(plain))[0]
+        for name, config in arms.items():
+            result = engine.generate(prompt, **_options(config))[0]
+            finding = judge(engine, prompt, name, expected, result, plain)
+            if not quiet:
+                print(line(finding), flush=True)
+            yield finding
+
+
+def judge(
+    engine: Engine, prompt: str, arm: str, expected: Result, found: Result, plain: GenerateConfig
+) -> Finding:
+    """Compare two answers, and where they part ask the target how sure it was."""
+    base = Finding(prompt=prompt, arm=arm, tokens=len(expected.token_ids), verdict="identical")
+    position = first_difference(expected.token_ids, found.token_ids)
+    if position is None:
+        return base
+    margin = engine.margin(expected.prompt_ids, expected.token_ids, position, plain)
+    tied = margin < tie(str(engine.target.dtype).removeprefix("torch."))
+    kind = "near-tie" if tied else "different"
+    return replace(base, verdict=kind, position=position, margin=margin)
+
+
+def first_difference(a: list[int], b: list[int]) -> int | None:
+    """The first place where two lists differ; None if they are equal."""
+    if a == b:
+        return None
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
+
+
+def tie(dtype: str) -> float:
+    """The gap under which the target's best two tokens count as tied."""
+    return NEAR_TIE if dtype == "float32" else COARSE_TIE
+
+
+def verdict(findings: list[Finding], dtype: str) -> int:
+    """0 if all is well, 1 if not."""
+    ties = sum(f.verdict == "near-tie" for f in findings)
+    allowed = max(1, sum(f.tokens for f in findings) // RARE)
+    too_many = dtype == "float32" and ties > allowed
+    return int(too_many or any(f.verdict == "different" for f in findings))
+
+
+def line(finding: Finding) -> str:
+    """One finding for people."""
+    prompt = " ".join(finding.prompt.split())
+    prompt = prompt if len(prompt) <= 48 else prompt[:47] + "…"
+    text = f"{finding.verdict:<10} {finding.arm:<9} {finding.tokens:4d} tokens  {prompt}"
+    if finding.position is not None:
+        text += f"  (token {finding.position}, margin {finding.margin:.2g})"
+    return text
+
+
+def conclusion(findings: list[Finding], dtype: str, *, ok: bool) -> str:
+    """What it all means."""
+    counts = {v: sum(f.verdict == v for f in findings) for v in ("identical", "near-tie")}
+    different = len(findings) - sum(counts.values())
+    text = (
+        f"{'ok' if ok else 'FAILED'}: {len(findings)} answers, {counts['identical']} identical, "
+        f"{counts['near-tie']} identical up to a near-tie (margin under {tie(dtype):g}), "
+        f"{different} different, in {dtype}"
+    )
+    if dtype != "float32":
+        text += (
+            f"\n{dtype} promises no identity: plain decoding itself differs between two row counts "
+            "at such margins. Use --dtype float32 for a strict answer."
+        )
+    return text
+
+
+def _options(config: GenerateConfig) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -1,0 +1,213 @@
+"""`ttspec demo`: one session, decoded plainly, with a static and with a learning drafter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from ttspec.cli.demo_turns import LONG, SHORT
+from ttspec.cli.options import ModelFlags, SessionLearnFlags
+from ttspec.cli.terminal import follow, say
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from ttspec.bench.runs import Arm
+    from ttspec.decoding.engine import Engine
+    from ttspec.records import Chunk
+
+TURN_TOKENS = 256
+
+
+def demo(
+    *,
+    models: ModelFlags = ModelFlags(),
+    long: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    tokens: int | None = None,
+    temperature: float = 0.7,
+    seed: int = 0,
+    learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
+    out: Path | None = None,
+) -> int:
+    """Show what learning does: the same session plain, with a static and with a learning drafter.
+
+    The arms take turns, so that a busy machine slows all of them alike. At the end come a table
+    and an HTML page with the plot and the text.
+
+    Parameters
+    ----------
+    long
+        A session of 6,000 generated tokens instead of 1,500.
+    tokens
+        Generated tokens of each arm, at most 256 a turn.
+    temperature
+        0 is greedy.
+    seed
+        One seed gives one text (float32).
+    out
+        Folder for the page, the plot and the rounds as JSON. [default: runs/demo-DATE-TIME]
+    """
+    goal = tokens if tokens is not None else 6000 if long else 1500
+    if goal < 1:
+        raise OptionError(f"--tokens is {goal}; allowed is 1 or more.")
+    learn = learning.config()
+    folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True, exist_ok=True)  # complains before anything is loaded
+    shared = {"temperature": temperature, "seed": seed}
+    GenerateConfig(**shared)
+    engine = models.load(notify=say)
+    if engine.drafter is None:
+        raise OptionError(
+            f"demo compares drafters, and there is none (--drafter {models.drafter}).\n"
+            "Name one with --drafter, or use the built-in target."
+        )
+
+    from rich.console import Console
+
+    from ttspec.bench.manifest import describe
+    from ttspec.bench.report import write_report
+    from ttspec.bench.runs import write_run
+
+    console = Console(highlight=False)
+    print_setting(console, engine, goal, temperature, seed)
+    turns = LONG if long or goal > TURN_TOKENS * len(SHORT) else SHORT
+    arms, interrupted = run_session(engine, turns, goal, shared, learn, console)
+    if not all(arm.turns for arm in arms):
+        return 130
+    manifest = describe(engine, title="ttspec demo: a drafter that learns while it generates")
+    manifest |= shared | {"learning": str(learn), "interrupted": interrupted or None}
+    write_run(folder, manifest, arms)
+    page = write_report(folder)
+    print_table(console, arms)
+    console.print(f"\npage  {page}\nplot  {page.parent / 'acceptance.png'}", soft_wrap=True)
+    return 130 if interrupted else 0
+
+
+def run_session(
+    engine: Engine,
+    turns: Sequence[str],
+    goal: int,
+    shared: dict[str, Any],
+    learn: LearnConfig,
+    console: Any,
+) -> tuple[list[Arm], bool]:
+    """Answer turn after turn in every arm; returns the arms and whether Ctrl-C ended it."""
+    from ttspec.bench.figures import label
+    from ttspec.bench.runs import Arm
+    from ttspec.cli.live import LiveView, PlainView
+
+    kinds: dict[str, dict[str, Any]] = {
+        "plain": {"draft": DraftConfig(length=0), "learn": None},
+        "static": {"learn": None},
+        "learn-session": {"learn": learn},
+    }
+    arms = [Arm(name=name) for name in kinds]
+    labels = [label(arm.name) for arm in arms]
+    for kind in kinds.values():  # first calls are slow and belong to no arm
+        engine.generate("Hello", **kind, max_new_tokens=24, temperature=0.0, ignore_eos=True)
+    sessions = {
+        name: engine.session(**kind, **shared, max_new_tokens=TURN_TOKENS)
+        for name, kind in kinds.items()
+    }
+    view = (
+        LiveView(console, arms, labels, goal)
+        if console.is_terminal
+        else PlainView(console, arms, labels)
+    )
+    done = 0
+    try:
+        with view:
+            for index, user in enumerate(turns):
+                if min(arm.tokens for arm in arms) >= goal:
+                    break
+                first = index % len(arms)
+                for arm in arms[first:] + arms[:first]:
+                    view.begin(index, arm, user)
+                    answer(arm, sessions[arm.name].stream(user), user, view)
+                    view.end(index, arm)
+                done += 1
+                if any(arm.turns[-1].result.finish_reason == "context" for arm in arms):
+                    break
+    except KeyboardInterrupt:
+        for arm in arms:  # only turns that every arm has finished can be compared
+            del arm.turns[done:]
+        return arms, True
+    finally:
+        for session in sessions.values():
+            session.close()
+    return arms, False
+
+
+def answer(arm: Arm, stream: Iterator[Chunk], user: str, view: Any) -> None:
+    """One arm's answer to one turn, timed without the time that showing it takes."""
+    timed = Stopwatch(stream)
+
+    def show(chunk: Chunk) -> None:
+        arm.record(chunk, timed.lap())
+        view.chunk(arm, chunk)
+
+    result = follow(timed, show)
+    if result.finish_reason == "cancelled":
+        raise KeyboardInterrupt
+    arm.finish(user, result)
+
+
+class Stopwatch:
+    """A stream that knows how long it worked since it was last asked."""
+
+    def __init__(self, stream: Iterator[Chunk]) -> None:
+        self.stream = stream
+        self.worked = 0.0
+
+    def __iter__(self) -> Stopwatch:
+        return self
+
+    def __next__(self) -> Chunk:
+        start = time.perf_counter()
+        try:
+            return next(self.stream)
+        finally:
+            self.worked += time.perf_counter() - start
+
+    def throw(self, error: BaseException) -> Chunk:
+        return self.stream.throw(error)  # type: ignore[attr-defined]
+
+    def lap(self) -> float:
+        """Seconds of work since the last lap."""
+        seconds, self.worked = self.worked, 0.0
+        return seconds
+
+
+def print_setting(console: Any, engine: Engine, goal: int, temperature: float, seed: int) -> None:
+    target, drafter = engine.target, engine.drafter
+    assert drafter is not None
+    console.print(
+        f"target {target.name}, drafter {drafter.name} (drafts {drafter.length} tokens), "
+        f"{str(target.dtype).removeprefix('torch.')} on {target.device}\n"
+        f"{goal:,} tokens in each of three arms, temperature {temperature:g}, seed {seed}"
+    )
+
+
+def print_table(console: Any, arms: Sequence[Arm]) -> None:
+    from rich.table import Table
+
+    from ttspec.bench.figures import label
+    from ttspec.bench.report import findings, table
+
+    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    grid.add_column("")
+    for arm in arms:
+        grid.add_column(label(arm.name), justify="right")
+    for title, cells in table(arms):
+        grid.add_row(title, *cells)
+    console.print()
+    console.print(grid)
+    for sentence in findings(arms):
+        console.print(sentence)
+
+

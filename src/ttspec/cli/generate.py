@@ -1,0 +1,63 @@
+"""`ttspec generate`: one answer to one prompt."""
+
+import json
+import sys
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
+from ttspec.config import GenerateConfig
+from ttspec.errors import DataError, OptionError
+
+
+def generate(
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    models: ModelFlags = ModelFlags(),
+    options: GenerateFlags = GenerateFlags(),
+    draft: DraftFlags = DraftFlags(),
+    learn: Annotated[bool, Parameter(name="--learn")] = True,
+    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+) -> int:
+    """Generate one answer and stream it to standard output.
+
+    Parameters
+    ----------
+    prompt
+        The user's text; - reads it from standard input.
+    learn
+        Whether the drafter learns while it generates.
+    as_json
+        Print one JSON object with text, token_ids, finish_reason and stats instead.
+    """
+    settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
+    GenerateConfig(**settings)  # complains before anything is loaded
+    text = read_prompt(prompt)
+    engine = models.load(notify=say)
+    result = follow(engine.stream(text, **settings), (lambda chunk: None) if as_json else show_text)
+    if as_json:
+        print(json.dumps(result.to_dict(), ensure_ascii=False))
+    else:
+        print(flush=True)
+    if sys.stderr.isatty():
+        say(summary(result.stats))
+    drafting = engine.drafter is not None and draft.length != 0
+    if drafting and (warning := low_acceptance(result.stats)):
+        say(warning)
+    return 130 if result.finish_reason == "cancelled" else 0
+
+
+def read_prompt(prompt: str) -> str:
+    """The prompt itself, or standard input for a dash."""
+    if prompt.startswith("--"):
+        raise OptionError(f"PROMPT is {prompt!r}, which looks like an option that does not exist.")
+    if prompt != "-":
+        return prompt
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise DataError(f"standard input is not UTF-8 text: {error.reason}.") from error

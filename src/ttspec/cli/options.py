@@ -1,0 +1,134 @@
+"""The flags that commands share. They come from the records in `config`; nothing is said twice.
+
+A flag that was not given is None, so that a preset, a command's own default and the target's
+`generation_config` can fill it in. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, make_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+
+import docstring_parser
+from cyclopts import Parameter
+
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, Scope
+from ttspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from ttspec.decoding.engine import Engine
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def _flags_of(record: type, *, without: tuple[str, ...] = ()) -> Any:
+    """A twin of an options record in which None means "not given"; its help is the record's."""
+    types = get_type_hints(record)
+    notes = {p.arg_name: p.description for p in docstring_parser.parse_from_object(record).params}
+    flags = []
+    for field in fields(record):
+        if field.name in without:
+            continue
+        note = " ".join((notes[field.name] or "").split())
+        if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
+            note += f" [default: {field.default}]"
+        kind = Annotated[types[field.name] | None, Parameter(help=note, negative=())]
+        flags.append((field.name, kind, None))
+    return make_dataclass(f"{record.__name__}Flags", flags, frozen=True, kw_only=True)
+
+
+def _given(flags: Any) -> dict[str, Any]:
+    values = {f.name: getattr(flags, f.name) for f in fields(flags)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+class DraftFlags(_flags_of(DraftConfig)):
+    """`--draft.length` and so on."""
+
+    def config(self) -> DraftConfig:
+        return DraftConfig(**_given(self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnFlags(_flags_of(LearnConfig)):
+    """`--learn.stride` and so on."""
+
+    preset: Literal["default", "paper"] = "default"
+    """What the other learning options start from: what measured best, or the published recipe."""
+
+    def config(self) -> LearnConfig:
+        """The learning options: the preset, changed where the user or the command says so."""
+        changes = _given(self)
+        start = LearnConfig.paper() if changes.pop("preset") == "paper" else LearnConfig()
+        return start.with_options(**changes)
+
+    def config_if(self, on: bool) -> LearnConfig | None:
+        """The same, or None for a static drafter, which cannot have learning options."""
+        if on:
+            return self.config()
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if changed:
+            raise OptionError(
+                f"--no-learn was given together with --learn.{changed[0]}.\nDrop one of the two."
+            )
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionLearnFlags(LearnFlags):
+    """The same, for commands that hold a session."""
+
+    scope: Scope = "session"
+    """What ends a lesson's life: the request (a turn), or the session."""
+
+
+@Parameter(name="*")
+class GenerateFlags(_flags_of(GenerateConfig, without=("draft", "learn"))):
+    """`--temperature` and so on, as they stand at the top level of a command."""
+
+    def options(self) -> dict[str, Any]:
+        """What was given, as fields of `GenerateConfig`."""
+        return _given(self)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Which pair of models, and where it runs."""
+
+    target: str = "smollm2-135m"
+    """Built-in name, local folder or hub id of the model that defines the output."""
+    drafter: str = "auto"
+    """Built-in name, local folder or hub id; auto is the target's own, none is plain decoding."""
+    device: Device = "auto"
+    """Where the models run; auto takes a GPU if there is one."""
+    dtype: Dtype = "auto"
+    """Number format; auto is bfloat16 where the hardware has it, else float32."""
+    threads: int | None = None
+    """CPU threads; left out, torch decides."""
+
+    def load(self, notify: Callable[[str], None] | None = None) -> Engine:
+        """Load the pair. This is where torch is imported."""
+        if self.threads is not None and self.threads < 1:
+            raise OptionError(f"--threads is {self.threads}; allowed is 1 or more.")
+        import torch
+
+        import ttspec
+
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        drafter = None if self.drafter == "none" else self.drafter
+        return ttspec.load(
+            self.target, drafter, device=self.device, dtype=self.dtype, notify=notify
+        )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ExactModelFlags(ModelFlags):
+    """The same, for commands that compare tokens."""
+
+    dtype: Dtype = "float32"
+    """Number format; only float32 promises the same tokens."""

@@ -1,0 +1,169 @@
+"""One row's conversation on the host: turns, answers, where an answer ends, and its statistics."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.round import Decoder, Outcome
+from ttspec.decoding.text import TextStream
+from ttspec.records import Chunk, FinishReason, Result, Round, summarise
+
+
+class Conversation:
+    """A row of a decoder with the turns it has had."""
+
+    def __init__(
+        self, decoder: Decoder, row: int, config: GenerateConfig, seed: int, *, stream: bool = True
+    ) -> None:
+        """Start an empty conversation; without `stream`, text comes only with the result."""
+        self.decoder, self.row, self.config, self.seed = decoder, row, config, seed
+        self.turn = 0
+        self.generated = 0
+        """Generated tokens of all turns: the position of the next one."""
+        self.finish: FinishReason | None = None
+        self.tokens: list[int] = []
+        self._stream = stream or bool(config.stop)
+        self._identity = ""
+
+    def key(self, ids: Sequence[int], occurrence: int = 0) -> int:
+        """Noise key of this turn: from the seed, the first prompt, and the turn's number.
+
+        Two equal prompts of one call differ by `occurrence`; a prompt's text does not depend on
+        what else is in the batch.
+        """
+        if not self.turn:
+            self._identity = f"{self.seed} {list(ids)} {occurrence}"
+        digest = hashlib.blake2b(f"{self._identity} {self.turn}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
+
+    def open(self, ids: list[int]) -> int:
+        """Begin an answer to `ids`; the number of tokens it may have, 0 if none."""
+        self.prompt_ids, self.tokens, self.rounds = ids, [], []
+        self.finish = None
+        self._text = TextStream(
+            self.decoder.target.tokenizer, self.config.stop, self.decoder.target.ends
+        )
+        self._shown = 0
+        self._began = time.perf_counter()
+        learner = self.decoder.learner
+        self._reverts = learner.reverts[self.row] if learner else 0
+        room = self.decoder.slots - self.decoder.lengths[self.row] - len(ids)
+        self._limit: FinishReason = "context" if room < self.config.max_new_tokens else "length"
+        budget = max(0, min(self.config.max_new_tokens, room))
+        if not budget:
+            self._close(self._limit)
+        return budget
+
+    def first(self, token: int) -> None:
+        """Take the token that the prefill drew; it belongs to no round."""
+        self._take([token], ended=token in self.decoder.ends)
+
+    def advance(self, outcome: Outcome) -> None:
+        """Take what a round committed."""
+        position = self.generated
+        kept = self._take(outcome.tokens, ended=outcome.ended)
+        self.rounds.append(
+            Round(
+                position=position,
+                proposed=outcome.proposed,
+                accepted=min(outcome.accepted, kept),
+                emitted=kept,
+                updates=int(outcome.updated),
+                seconds=outcome.seconds,
+            )
+        )
+
+    def cancel(self) -> None:
+        """End the answer as it is."""
+        self._close("cancelled")
+
+    def chunk(self) -> Chunk:
+        """What is new since the last chunk; with the result if the answer is over."""
+        new = self.tokens[self._shown :]
+        self._shown = len(self.tokens)
+        text = self._text.take(final=self.finish is not None) if self._stream else ""
+        return Chunk(
+            text=text,
+            token_ids=tuple(new),
+            round=self.rounds[-1] if self.rounds and new else None,
+            result=self._result() if self.finish else None,
+        )
+
+    def _take(self, tokens: list[int], *, ended: bool) -> int:
+        """Append tokens up to a stop; returns how many were kept."""
+        kept = len(tokens)
+        stopped = False
+        if self._stream:
+            for i, token in enumerate(tokens):
+                if self._text.push(token):
+                    kept, stopped = i + 1, True
+                    break
+        self.tokens += tokens[:kept]
+        self.generated += kept
+        if kept < len(tokens):
+            decoder, over = self.decoder, len(tokens) - kept
+            decoder.crop(self.row, decoder.lengths[self.row] - over, tokens[kept - 1])
+        if stopped:
+            self._close("stop")
+        elif ended:
+            self._close("eos")
+        elif not self.decoder.budget[self.row]:
+            self._close(self._limit)
+        return kept
+
+    def _close(self, reason: FinishReason) -> None:
+        self.finish = reason
+        self.turn += 1
+        self.decoder.rest(self.row)
+        self._seconds = time.perf_counter() - self._began
+
+    def _result(self) -> Result:
+        assert self.finish is not None
+        text = self._text.text
+        if not self._stream:
+            shown = [t for t in self.tokens if t not in self.decoder.target.ends]
+            text = self.decoder.target.tokenizer.decode(shown, skip_special_tokens=True)
+        learner = self.decoder.learner
+        stats = summarise(
+            self.rounds,
+            token_ids=self.tokens,
+            prompt_tokens=len(self.prompt_ids),
+            seed=self.seed,
+            seconds=self._seconds,
+            reverts=learner.reverts[self.row] - self._reverts if learner else 0,
+        )
+        return Result(
+            text=text,  # type: ignore[arg-type]
+            token_ids=list(self.tokens),
+            finish_reason=self.finish,
+            stats=stats,
+            rounds=list(self.rounds),
+            prompt_ids=list(self.prompt_ids),
+        )
+
+
+def begin(decoder: Decoder, turns: Sequence[tuple[Conversation, list[int], int]]) -> None:
+    """Begin answers side by side: (conversation, tokens to feed, occurrence of the prompt)."""
+    live = [(c, ids, n, budget) for c, ids, n in turns if (budget := c.open(ids))]
+    if not live:
+        return
+    first = decoder.prefill(
+        [c.row for c, *_ in live],
+        [ids for _, ids, *_ in live],
+        [c.key(ids, n) for c, ids, n, _ in live],
+        [budget for *_, budget in live],
+    )
+    for (conversation, *_), token in zip(live, first, strict=True):
+        conversation.first(token)
+
+
+def advance(decoder: Decoder, conversations: Sequence[Conversation]) -> None:
+    """One round for the answers that are not over."""
+    going = [c for c in conversations if not c.finish]
+    if going:
+        outcomes = decoder.round()
+        for conversation in going:
+            conversation.advance(outcomes[conversation.row])

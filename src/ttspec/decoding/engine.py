@@ -1,0 +1,329 @@
+"""Text in, text out: requests, turns, stops and statistics around the round."""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Conversation, advance, begin
+from ttspec.decoding.round import Decoder, position_noise
+from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
+from ttspec.errors import OptionError, ResourceError
+from ttspec.models.source import resolve
+from ttspec.models.target import Target, load_target, wrap_target
+from ttspec.records import Chunk, Result
+from ttspec.sampling import process
+
+SESSION_CONTEXT = 8192
+"""Tokens a session makes room for unless told otherwise; the target's context if that is less."""
+Prompt = str | Sequence[Message] | Sequence[int]
+Notify = Callable[[str], None]
+
+
+def load(
+    target: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    drafter: str | Drafter | None = "auto",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    notify: Notify | None = None,
+) -> Engine:
+    """Load a target and a drafter.
+
+    Args:
+        target: Built-in name, local folder, hub id, or a loaded (model, tokenizer).
+        drafter: Built-in name, local folder, hub id or a drafter; "auto" is the bundled one for
+            the target, if there is one; "none" or None is plain decoding.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        notify: Told what takes long.
+
+    Raises:
+        TargetError, CheckpointError, ResourceError, OptionError: See their messages.
+    """
+    place = _device(device)
+    if isinstance(target, str):
+        loaded = load_target(target, device=place, dtype=_dtype(dtype, place), notify=notify)
+    else:
+        loaded = wrap_target(*target)
+    if drafter == "auto":
+        drafter = DEFAULT_DRAFTERS.get(loaded.name)
+    if isinstance(drafter, str) and drafter != "none":
+        bundled = BUNDLED / drafter
+        folder = bundled if bundled.is_dir() else resolve(drafter, notify=notify).path
+        drafter = load_drafter(drafter, folder)
+    return Engine(loaded, drafter if isinstance(drafter, Drafter) else None)
+
+
+def _device(name: str) -> torch.device:
+    if name not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device is {name!r}; allowed are auto, cpu and cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("device is cuda, but torch finds no CUDA device here.\nUse cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return torch.bfloat16 if native else torch.float32
+    if name not in kinds:
+        raise OptionError(f"dtype is {name!r}; allowed are auto, {', '.join(kinds)}.")
+    return kinds[name]
+
+
+class Engine:
+    """A target with a drafter, ready to generate."""
+
+    def __init__(self, target: Target, drafter: Drafter | None) -> None:
+        """Bind the drafter to the target.
+
+        Raises:
+            CheckpointError: The drafter was made for another target.
+        """
+        self.target, self.drafter = target, drafter
+        self.tokenizer = target.tokenizer
+        if drafter is not None:
+            target.taps = drafter.taps
+            width = len(drafter.taps) * target.config.hidden_size
+            drafter.bind(target.embedding, target.head, width)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
+        """Answer one prompt or many, side by side.
+
+        Args:
+            prompts: A text, or a list of texts, message lists or token lists.
+            **options: Fields of `GenerateConfig`.
+
+        Returns:
+            One result per prompt, in order. A prompt's answer does not depend on the others.
+        """
+        many = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
+        if many and isinstance(many[0], (dict, int)):
+            many = [many]
+        results: list[Result | None] = [None] * len(many)
+        for index, chunk in self.run([[p] for p in many], stream=False, **options):
+            results[index] = chunk.result or results[index]
+        return [r for r in results if r is not None]
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[Chunk]:
+        """Answer one prompt chunk by chunk; the last chunk has the result."""
+        for _, chunk in self.run([[prompt]], **options):
+            yield chunk
+
+    def session(self, **options: Any) -> Session:
+        """A conversation whose turns share context and, with scope "session", what was learned."""
+        return Session(self, make_config(options))
+
+    def run(
+        self,
+        dialogues: Sequence[Sequence[Prompt]],
+        *,
+        rows: int | None = None,
+        stream: bool = True,
+        **options: Any,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Run many conversations side by side, each a list of user turns.
+
+        An interrupt ends what is going on as cancelled; every conversation then has its result.
+
+        Args:
+            dialogues: Turns, answered one after the other; a row that is done takes the next.
+            rows: Conversations at a time; None is all of them.
+            stream: Without it, text comes only with the result.
+            **options: Fields of `GenerateConfig`; limits hold for each turn.
+
+        Yields:
+            (index of the dialogue, chunk). A chunk with a result ends a turn.
+        """
+        config = make_config(options)
+        seed = secrets.randbits(31) if config.seed is None else config.seed
+        prompts = [prompt_ids(self.tokenizer, d[0], system=config.system, raw=config.raw)
+                   for d in dialogues]
+        if not prompts:
+            return
+        seen: Counter[tuple[int, ...]] = Counter()
+        rows = min(rows or len(prompts), len(prompts))
+        turns = max(map(len, dialogues))
+        decoder = self.decoder(config, rows, max(map(len, prompts)), sessions=turns > 1)
+        waiting = deque(range(len(prompts)))
+        going: dict[int, Conversation] = {}  # by dialogue; rows are reused
+        free = list(range(rows))
+        try:
+            while waiting or going:
+                ready = []
+                for index, talk in going.items():
+                    if talk.finish:
+                        ids = self._next(talk, dialogues[index][talk.turn])
+                        ready.append((talk, ids, 0))
+                while free and waiting:
+                    index, row = waiting.popleft(), free.pop()
+                    decoder.clear(row)
+                    going[index] = Conversation(decoder, row, config, seed, stream=stream)
+                    occurrence = seen[tuple(prompts[index])]
+                    seen[tuple(prompts[index])] += 1
+                    ready.append((going[index], prompts[index], occurrence))
+                if ready:
+                    begin(decoder, ready)
+                    moved = {id(talk) for talk, *_ in ready}
+                else:
+                    advance(decoder, list(going.values()))
+                    moved = {id(talk) for talk in going.values()}
+                for index, talk in list(going.items()):
+                    if id(talk) in moved:
+                        chunk = talk.chunk()
+                        if chunk.result and self._over(talk, dialogues[index]):
+                            free.append(talk.row)
+                            del going[index]
+                        yield index, chunk
+        except KeyboardInterrupt:
+            for index, talk in going.items():
+                talk.cancel()
+                yield index, talk.chunk()
+
+    def decoder(
+        self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
+    ) -> Decoder:
+        """Slots for `rows` conversations under `config`.
+
+        Raises:
+            OptionError: The longest prompt leaves no room for an answer.
+            ResourceError: The caches or the learner's weights do not fit into memory.
+        """
+        context = min(self.target.context, config.context or self.target.context)
+        if longest_prompt >= context:
+            raise OptionError(
+                f"The prompt has {longest_prompt} tokens; the context has room for {context}, the "
+                "answer included.\nShorten the prompt."
+            )
+        need = longest_prompt + config.max_new_tokens
+        if sessions:
+            need = max(need, config.context or SESSION_CONTEXT)
+        sampling = replace(config, seed=0).sampling(self.target.defaults)
+        try:
+            return Decoder(
+                self.target,
+                self.drafter,
+                rows=rows,
+                slots=min(need, context),
+                sampling=sampling,
+                draft=config.draft,
+                learn=config.learn,
+                ends=() if config.ignore_eos else self.target.ends,
+            )
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise ResourceError(
+                f"{rows} rows of {min(need, context)} tokens do not fit into memory.\n"
+                "Use fewer prompts at a time, a smaller context, or no learning."
+            ) from error
+
+    def margin(self, ids: Sequence[int], at: int, key: int | None = None, **options: Any) -> float:
+        """How clear-cut a token was: best minus second best score, recomputed in one row.
+
+        Args:
+            ids: Prompt and answer.
+            at: Index into `ids` of the token in question.
+            key: Its noise key; None is greedy.
+            **options: Fields of `GenerateConfig`, for the sampling.
+
+        Returns:
+            The gap in processed logits, noise included.
+        """
+        sampling = replace(make_config(options), seed=0).sampling(self.target.defaults)
+        cache = self.target.cache(1, at + 1)
+        tokens = torch.tensor([list(ids[:at])], device=self.target.device)
+        start = torch.zeros(1, dtype=torch.long, device=self.target.device)
+        row = torch.zeros_like(start)
+        logits, _ = self.target.forward(cache, tokens, start, 0, subset=row)
+        assert logits is not None
+        scores = process(logits[0, -1], sampling)
+        if key is not None and sampling.temperature > 0:
+            scores = scores + position_noise(
+                torch.tensor([key], device=start.device), start + at, 1, scores.shape[-1]
+            )[0, 0]
+        best = scores.topk(2).values
+        return float(best[0] - best[1])
+
+    def _next(self, talk: Conversation, turn: Prompt) -> list[int]:
+        pending = talk.decoder.pending[talk.row]
+        return next_turn_ids(self.tokenizer, str(turn), pending, raw=talk.config.raw)
+
+    @staticmethod
+    def _over(talk: Conversation, dialogue: Sequence[Prompt]) -> bool:
+        return talk.turn == len(dialogue) or talk.finish in ("context", "cancelled")
+
+
+class Session:
+    """One conversation, turn by turn. Its drafter keeps what it learned until it is closed."""
+
+    def __init__(self, engine: Engine, config: GenerateConfig) -> None:
+        """Made by `Engine.session`."""
+        self.engine, self.config = engine, config
+        self.seed = secrets.randbits(31) if config.seed is None else config.seed
+        self._talk: Conversation | None = None
+
+    def send(self, text: Prompt) -> Result:
+        """Answer a user turn."""
+        *_, last = self.stream(text)
+        assert last.result is not None
+        return last.result
+
+    def stream(self, text: Prompt) -> Iterator[Chunk]:
+        """Answer a user turn chunk by chunk; an interrupt or a dropped stream cancels the answer."""
+        talk, ids = self._open(text)
+        try:
+            begin(talk.decoder, [(talk, ids, 0)])
+            yield talk.chunk()
+            while not talk.finish:
+                advance(talk.decoder, [talk])
+                yield talk.chunk()
+        except KeyboardInterrupt:
+            talk.cancel()
+            yield talk.chunk()
+        finally:
+            if not talk.finish:
+                talk.cancel()
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated in all turns."""
+        return self._talk.generated if self._talk else 0
+
+    def _open(self, text: Prompt) -> tuple[Conversation, list[int]]:
+        engine, config = self.engine, self.config
+        if self._talk is None:
+            ids = prompt_ids(engine.tokenizer, text, system=config.system, raw=config.raw)
+            decoder = engine.decoder(config, 1, len(ids), sessions=True)
+            self._talk = Conversation(decoder, 0, config, self.seed)
+            return self._talk, ids
+        ids = engine._next(self._talk, text)
+        learner = self._talk.decoder.learner
+        if learner and config.learn and config.learn.scope == "request":
+            learner.reset(0)
+        return self._talk, ids
+
+
+def make_config(options: dict[str, Any]) -> GenerateConfig:
+    """A `GenerateConfig` from keyword options.
+
+    Raises:
+        OptionError: A name or a value is not allowed.
+    """
+    known = {f.name for f in fields(GenerateConfig)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise OptionError(f"{unknown[0]} is no option; options are {', '.join(sorted(known))}.")
+    return GenerateConfig(**options)

@@ -1,0 +1,268 @@
+"""One round, straight down, for rows of different lengths. Knows tokens, not text.
+
+The host's lengths are the truth: they move after a round is whole, so a round that is interrupted
+leaves the row where it was, and what it wrote past the row's length is dead.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
+from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.drafters.base import Drafter
+from ttspec.learning.learner import Learner
+from ttspec.models.target import Target
+from ttspec.records import Proposal, Verification
+from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, process, uniform
+
+PREFILL = 512
+"""Prompt tokens read at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a round did to one row, on the host."""
+
+    tokens: list[int]
+    proposed: int
+    accepted: int
+    ended: bool
+    updated: bool
+    seconds: tuple[float, float, float]
+
+
+class Decoder:
+    """`rows` slots that decode side by side, each with its own length, budget and noise."""
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        *,
+        rows: int,
+        slots: int,
+        sampling: SamplingConfig,
+        draft: DraftConfig,
+        learn: LearnConfig | None,
+        ends: Sequence[int],
+    ) -> None:
+        """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
+        self.target, self.drafter, self.sampling = target, drafter, sampling
+        self.gamma = 0 if drafter is None else drafter.length
+        if drafter is not None and draft.length is not None:
+            self.gamma = min(draft.length, self.gamma)
+        self.rows, self.slots = rows, slots
+        self.cache = target.cache(rows, slots)
+        self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
+        self.learner = None
+        if learn and drafter and self.state is not None and drafter.weights:
+            self.learner = Learner(learn, drafter, self.state, rows, self.gamma)
+        device = target.device
+        self.ends = frozenset(ends)
+        self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
+        self.lengths = [0] * rows
+        """Committed tokens of each row that are in the cache: all but the pending one."""
+        self.pending = [0] * rows
+        self.budget = [0] * rows
+        """Tokens that a row may still emit; 0 for a row that takes no part."""
+        self._vocabulary = int(target.config.vocab_size)
+        self._key = torch.zeros(rows, dtype=torch.long, device=device)
+        self._round = 0
+
+    @torch.no_grad()
+    def prefill(
+        self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
+    ) -> list[int]:
+        """Feed prompts after what the rows hold, and draw each row's first token.
+
+        Args:
+            rows: Which rows.
+            prompts: Tokens to feed; in a later turn the row's pending token comes first.
+            keys: 64-bit noise key of each row's answer.
+            budgets: Tokens that each answer may have, at least 1.
+
+        Returns:
+            The first token of each answer; it is pending now.
+        """
+        device = self.target.device
+        subset = torch.tensor(rows, device=device)
+        self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
+        at = [self.lengths[row] for row in rows]
+        for begin in range(0, max(map(len, prompts)) - 1, PREFILL):
+            parts = [prompt[:-1][begin : begin + PREFILL] for prompt in prompts]
+            live = [i for i, part in enumerate(parts) if part]
+            self._feed([rows[i] for i in live], [parts[i] for i in live], [at[i] for i in live])
+            at = [n + len(part) for n, part in zip(at, parts, strict=True)]
+        logits, start = self._feed(rows, [prompt[-1:] for prompt in prompts], at, logits=True)
+        assert logits is not None
+        noise = position_noise(self._key[subset], start + 1, 1, self._vocabulary)
+        greedy = self.sampling.temperature == 0
+        first = draw(process(logits, self.sampling), None if greedy else noise)[:, 0].tolist()
+        for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
+            self.lengths[row], self.pending[row], self.budget[row] = n + 1, token, budget - 1
+        return first
+
+    @torch.no_grad()
+    def round(self) -> dict[int, Outcome]:
+        """Propose, verify, accept, absorb, learn: one round of all rows that take part."""
+        clock = Stopwatch(self.target.device)
+        active = [row for row, budget in enumerate(self.budget) if budget > 0]
+        longest = max(self.lengths[row] for row in active)
+        facts = torch.tensor([self.pending, self.lengths, self.budget], device=self.target.device)
+        pending, start, budget = facts
+        start = start.where(budget > 0, self.slots)  # rows at rest write where nothing is read
+        invariant = self.sampling.acceptance == "invariant" and self.sampling.temperature > 0
+        noise = position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary) if invariant else None
+        count = (budget - 1).clamp(min=0, max=self.gamma)
+
+        proposal = self._propose(pending, start, count, longest, noise)
+        clock.lap()
+        fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
+        logits, features = self.target.forward(self.cache, fed, start, longest)
+        assert logits is not None
+        accepted, tokens = self._accept(logits, proposal, start, noise)
+        emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)
+        verification = Verification(
+            proposal=proposal,
+            fed=fed,
+            start=start,
+            logits=logits,
+            features=features,
+            tokens=tokens,
+            accepted=accepted.minimum(emitted).where(budget > 0, 0),
+            emitted=emitted.where(budget > 0, 0),
+            ended=ended,
+        )
+        if self.drafter and self.state:
+            self.drafter.absorb(self.state, verification)
+        told = torch.stack([verification.emitted, verification.accepted, count, ended.long()], 1)
+        told = torch.cat([told, tokens], dim=1).tolist()  # the round's one wait for the device
+        clock.lap()
+        self._round += 1
+        for row in active:
+            emitted_here = told[row][0]
+            self.lengths[row] += emitted_here
+            self.pending[row] = told[row][3 + emitted_here]
+            self.budget[row] -= emitted_here
+        updated = [False] * self.rows
+        if self.learner:
+            updated = self.learner.absorb(verification, longest)
+        clock.lap()
+        seconds = clock.seconds()
+        return {
+            row: Outcome(
+                tokens=told[row][4 : 4 + told[row][0]],
+                proposed=told[row][2],
+                accepted=told[row][1],
+                ended=bool(told[row][3]),
+                updated=updated[row],
+                seconds=seconds,
+            )
+            for row in active
+        }
+
+    def rest(self, row: int) -> None:
+        """Let a row take no part until it is prefilled again."""
+        self.budget[row] = 0
+
+    def crop(self, row: int, length: int, pending: int) -> None:
+        """Take back what a row committed past `length`; `pending` is the token that comes next."""
+        self.lengths[row], self.pending[row] = length, pending
+        if self.learner:
+            self.learner.forget(row, length)
+
+    def clear(self, row: int) -> None:
+        """Empty a row for another request; what its drafter learned goes with it."""
+        self.lengths[row] = self.budget[row] = 0
+        if self.learner:
+            self.learner.reset(row)
+
+    def _feed(
+        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """Read prompt tokens; returns the logits of one token a row, and the starts."""
+        device = self.target.device
+        width = max(map(len, parts))
+        tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
+        start, subset = torch.tensor(at, device=device), torch.tensor(rows, device=device)
+        out, features = self.target.forward(
+            self.cache, tokens, start, max(at), subset=subset, logits=logits
+        )
+        if self.drafter and self.state:
+            self.drafter.extend(self.state, tokens, features, start, subset)
+        return out, start
+
+    def _propose(
+        self, pending: Tensor, start: Tensor, count: Tensor, longest: int, noise: Tensor | None
+    ) -> Proposal:
+        if self.drafter is None or self.state is None:
+            return Proposal(tokens=pending.new_empty(self.rows, 0), count=count)
+
+        def choose(logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+            processed = process(logits, self.sampling)
+            if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
+                return draw(processed, None), None
+            width = logits.shape[1]
+            if noise is not None:
+                return draw(processed, noise[:, first : first + width]), None
+            key = fold(self._key[:, None], DRAFT, self._round)
+            key = fold(key, torch.arange(first, first + width, device=key.device))
+            fresh = gumbel(key, logits.shape[-1])
+            return draw(processed, fresh), processed.softmax(-1)
+
+        return self.drafter.propose(
+            self.state, pending, start, count, self.gamma, longest, choose
+        )
+
+    def _accept(
+        self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        processed = process(logits, self.sampling)
+        if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
+            return accept_equal(draw(processed, noise), proposal)
+        column = torch.arange(self.gamma, device=start.device)
+        u = uniform(fold(fold(self._key[:, None], ACCEPT, self._round), column))
+        fresh = exponential(fold(self._key, RESIDUAL, self._round), logits.shape[-1])
+        return accept_rejection(processed.softmax(-1), proposal, u, fresh)
+
+
+def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> Tensor:
+    """Drafter-invariant noise: Gumbels [B, count, V] for the positions first..first + count - 1."""
+    position = first[:, None] + torch.arange(count, device=first.device)
+    return gumbel(fold(key[:, None], 0, position), vocabulary)
+
+
+class Stopwatch:
+    """Splits a round into stages: host time on a CPU, device time on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        """Start the first stage."""
+        self._cuda = device.type == "cuda"
+        self._marks: list = []
+        self.lap()
+
+    def lap(self) -> None:
+        """End a stage."""
+        if self._cuda:
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+            self._marks.append(mark)
+        else:
+            self._marks.append(time.perf_counter())
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Length of each of the three stages; waits for the device."""
+        if self._cuda:
+            self._marks[-1].synchronize()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        if self._cuda:
+            a, b, c = (x.elapsed_time(y) / 1000 for x, y in pairs)
+        else:
+            a, b, c = (y - x for x, y in pairs)
+        return a, b, c

@@ -1,0 +1,134 @@
+"""From tokens to text that is safe to show, and from a conversation to tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.errors import DataError
+
+Message = dict[str, str]
+_ANSWER = "\u2402ttspec\u2403"
+"""Stands for the answer when a template is asked what follows one."""
+
+
+class TextStream:
+    """Decodes tokens one by one; holds back half characters and what may become a stop text."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: Sequence[int]
+    ) -> None:
+        """`ends` are end tokens, which have no text."""
+        self._tokenizer, self._stops, self._ends = tokenizer, tuple(stops), set(ends)
+        self._ids: list[int] = []
+        self._before = 0  # a token's text can depend on those before it: decode from here
+        self._decoded = 0  # ids whose text is in `text`
+        self._shown = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> bool:
+        """Take one token; True when a stop text is complete, which then ends `text`."""
+        if token not in self._ends:
+            self._ids.append(token)
+            self._decode(final=False)
+        found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        return self.stopped
+
+    def take(self, *, final: bool = False) -> str:
+        """New text since the last call; with `final` also what was held back."""
+        if final and not self.stopped:
+            self._decode(final=True)
+        safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
+        new, self._shown = self.text[self._shown : safe], max(self._shown, safe)
+        return new
+
+    def _decode(self, *, final: bool) -> None:
+        before = self._string(self._ids[self._before : self._decoded])
+        after = self._string(self._ids[self._before :])
+        if after.endswith("\ufffd") and not final:
+            return  # the rest of the character is still to come
+        self.text += after[len(before) :]
+        self._before, self._decoded = self._decoded, len(self._ids)
+
+    def _string(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+
+    def _held(self) -> int:
+        """Length of the longest end of `text` that begins a stop text."""
+        longest = max((len(s) for s in self._stops), default=1) - 1
+        for size in range(min(longest, len(self.text)), 0, -1):
+            if any(stop.startswith(self.text[-size:]) for stop in self._stops):
+                return size
+        return 0
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | Sequence[Message] | Sequence[int],
+    *,
+    system: str | None = None,
+    raw: bool = False,
+) -> list[int]:
+    """Tokens of a prompt: a text, a list of messages, or tokens already.
+
+    Raises:
+        DataError: The prompt has no tokens and the tokenizer has no token to begin with.
+    """
+    if not isinstance(prompt, str) and prompt and isinstance(prompt[0], int):
+        return list(prompt)  # type: ignore[arg-type]
+    if raw or tokenizer.chat_template is None:
+        if not isinstance(prompt, str):
+            raise DataError(
+                "Messages need a chat template, which this tokenizer lacks or --raw switches off.\n"
+                "Give the prompt as one text."
+            )
+        ids = list(tokenizer(prompt)["input_ids"])  # type: ignore[arg-type]
+        if not ids and tokenizer.bos_token_id is None:
+            raise DataError("The prompt has no tokens, and the tokenizer no token to begin with.")
+        return ids or [tokenizer.bos_token_id]  # type: ignore[list-item]
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system is not None:
+        messages = [{"role": "system", "content": system}, *messages]  # type: ignore[list-item]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def next_turn_ids(
+    tokenizer: PreTrainedTokenizerBase, user: str, pending: int, *, raw: bool = False
+) -> list[int]:
+    """Tokens to feed for the next turn of a session, the pending token first.
+
+    What was generated stays as it is; only what the template writes after an answer is new.
+    """
+    if raw or tokenizer.chat_template is None:
+        ids = tokenizer(user, add_special_tokens=False)["input_ids"]
+    else:
+        turn = [
+            {"role": "user", "content": "-"},
+            {"role": "assistant", "content": _ANSWER},
+            {"role": "user", "content": user},
+        ]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        after = text[text.rindex(_ANSWER) + len(_ANSWER) :]  # type: ignore[union-attr,index]
+        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+        if list(ids[:1]) == [pending]:  # type: ignore[index]
+            return list(ids)  # type: ignore[arg-type]
+    return [pending, *ids]  # type: ignore[misc]
+
+
+def written_turn_ids(tokenizer: PreTrainedTokenizerBase, pending: int | None) -> list[int]:
+    """Tokens after which the target writes a user turn itself (the start of one, if no pending)."""
+    mark = [{"role": "user", "content": _ANSWER}]
+    if pending is not None:
+        mark = [mark[0] | {"content": "-"}, {"role": "assistant", "content": _ANSWER}, *mark]
+    text: str = tokenizer.apply_chat_template(mark, tokenize=False)  # type: ignore[assignment]
+    if pending is None:
+        before = text[: text.rindex(_ANSWER)]
+        return list(tokenizer(before, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    after = text[text.index(_ANSWER) + len(_ANSWER) : text.rindex(_ANSWER)]
+    ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return ids if ids[:1] == [pending] else [pending, *ids]

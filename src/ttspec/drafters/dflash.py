@@ -1,0 +1,300 @@
+"""DFlash: a block of one known token and masks, filled in one pass over the target's features.
+
+The target's hidden states at the taps are fused once per context token and become keys and values
+of every layer (drafters.md 2a; public code: z-lab/dflash `dflash/model.py`). They are computed
+once and appended. Only the block makes queries. Embedding and head are the target's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Choose, Drafter, DraftState, Weights, linear, rms_norm, rotate
+from ttspec.errors import CheckpointError
+from ttspec.records import Proposal
+from ttspec.rowcache import reach_of
+
+
+def default_taps(layers: int, target_layers: int) -> list[int]:
+    """Published default of `target_layer_ids`, "output of layer k" (drafters.md 2a)."""
+    if layers == 1:
+        return [target_layers // 2]
+    return [round(1 + i * (target_layers - 4) / (layers - 1)) for i in range(layers)]
+
+
+class DFlash(Drafter):
+    """A DFlash drafter, from its config.json and its weights by published name."""
+
+    kind = "dflash"
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: dict[str, Tensor],
+        *,
+        name: str = "dflash",
+        path: Path | None = None,
+    ) -> None:
+        """Read the published keys; `shapes` says which weights are needed."""
+        own = config.get("dflash_config") or {}
+        rope = config.get("rope_parameters") or {}
+        self.config, self.weights, self.name, self.path = config, weights, name, path
+        self.layers = int(config["num_hidden_layers"])
+        self.hidden = int(config["hidden_size"])
+        self.heads = int(config["num_attention_heads"])
+        self.kv_heads = int(config["num_key_value_heads"])
+        self.head_dim = int(config.get("head_dim") or self.hidden // self.heads)
+        self.intermediate = int(config["intermediate_size"])
+        self.eps = float(config["rms_norm_eps"])
+        self.theta = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+        self.block = int(own.get("block_size") or config["block_size"])
+        self.mask_token = int(own["mask_token_id"])
+        self.vocabulary = int(config["vocab_size"])
+        ids = own.get("target_layer_ids") or default_taps(
+            self.layers, int(config["num_target_layers"])
+        )
+        self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
+        self.length = self.block - 1
+        kinds = config.get("layer_types") or ["full_attention"] * self.layers
+        sliding = [kind == "sliding_attention" for kind in kinds]
+        window = config.get("sliding_window")
+        self.windows = [int(window) if s and window else None for s in sliding]
+        causal = config.get("is_causal", own.get("causal"))
+        self.causal = [s if causal is None else bool(causal) for s in sliding]
+        self.embedding = self.head = torch.empty(0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every published tensor name with its shape."""
+        h, d = self.hidden, self.head_dim
+        q, kv, inner = self.heads * d, self.kv_heads * d, self.intermediate
+        layer = {
+            "input_layernorm": (h,),
+            "post_attention_layernorm": (h,),
+            "self_attn.q_norm": (d,),
+            "self_attn.k_norm": (d,),
+            "self_attn.q_proj": (q, h),
+            "self_attn.k_proj": (kv, h),
+            "self_attn.v_proj": (kv, h),
+            "self_attn.o_proj": (h, q),
+            "mlp.gate_proj": (inner, h),
+            "mlp.up_proj": (inner, h),
+            "mlp.down_proj": (h, inner),
+        }
+        shapes = {
+            f"layers.{i}.{name}.weight": shape
+            for i in range(self.layers)
+            for name, shape in layer.items()
+        }
+        shapes["fc.weight"] = (h, len(self.taps) * h)
+        return shapes | {"hidden_norm.weight": (h,), "norm.weight": (h,)}
+
+    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:
+        """Receive the target's embedding and head; refuse a target that does not fit.
+
+        Raises:
+            CheckpointError: Hidden size, vocabulary or taps are those of another target.
+        """
+        wanted = {
+            "hidden size": (self.hidden, embedding.shape[1]),
+            "vocabulary": (self.vocabulary, embedding.shape[0]),
+            "feature width": (len(self.taps) * self.hidden, taps_width),
+        }
+        for what, (ours, theirs) in wanted.items():
+            if ours != theirs:
+                raise CheckpointError(
+                    f"Drafter {self.name} was made for a {what} of {ours}; the target has {theirs}."
+                    "\nGive the drafter of this target, or train one with `ttspec train`."
+                )
+        if self.mask_token >= embedding.shape[0]:
+            raise CheckpointError(
+                f"Drafter {self.name} masks with token {self.mask_token}, but the target embeds "
+                f"only {embedding.shape[0]} tokens."
+            )
+        self.embedding, self.head = embedding, head
+        self.weights = {k: w.to(embedding) for k, w in self.weights.items()}
+
+    def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
+        """An empty context for `rows` rows, with the anchor weights."""
+        shape = (self.layers, rows, self.kv_heads, slots + 1, self.head_dim)
+        return DraftState(
+            keys=self.embedding.new_zeros(shape),
+            values=self.embedding.new_zeros(shape),
+            weights=self.weights,
+            options=options,
+        )
+
+    def context(self, weights: Weights, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys (not rotated) and values of context tokens, one [B, heads, T, D] per layer."""
+        fused = linear(features, weights["fc.weight"])
+        fused = rms_norm(fused, weights["hidden_norm.weight"], self.eps)
+        pairs = [self._keys_values(weights, i, fused) for i in range(self.layers)]
+        return [k for k, _ in pairs], [v for _, v in pairs]
+
+    @torch.no_grad()
+    def extend(
+        self,
+        state: DraftState,
+        tokens: Tensor,  # noqa: ARG002 - a DFlash context is features only
+        features: Tensor,
+        start: Tensor,
+        subset: Tensor | None = None,
+    ) -> None:
+        """Append keys and values of verified tokens; see `Drafter.extend`."""
+        weights = state.weights
+        row = torch.arange(start.shape[0], device=start.device)
+        if subset is not None:
+            row = subset
+            stacked = {k for k, w in weights.items() if w.dim() > self.weights[k].dim()}
+            weights = {k: w[subset] if k in stacked else w for k, w in weights.items()}
+        position = start[:, None] + torch.arange(features.shape[1], device=start.device)
+        slot = position.clamp(max=state.keys.shape[3] - 1)
+        keys, values = self.context(weights, features)
+        for i in range(self.layers):
+            k = keys[i] if state.options.rebase else rotate(keys[i], position, self.theta)
+            state.keys[i][row[:, None], :, slot] = k.transpose(1, 2)
+            state.values[i][row[:, None], :, slot] = values[i].transpose(1, 2)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        state: DraftState,
+        pending: Tensor,
+        start: Tensor,
+        count: Tensor,
+        length: int,
+        longest: int,
+        choose: Choose,
+    ) -> Proposal:
+        """Fill one block a row; see `Drafter.propose`."""
+        reach = reach_of(longest, state.keys.shape[3] - 1)
+        logits = self._block(state, pending[:, None], start[:, None], length, reach)
+        tokens, q = choose(logits[:, 0], 0)
+        return Proposal(tokens=tokens, count=count, q=q)
+
+    def replay(
+        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, longest: int
+    ) -> Tensor:
+        """Logits of A blocks a row; see `Drafter.replay`."""
+        reach = reach_of(longest, state.keys.shape[3] - 1)
+        if state.options.rebase:  # positions of context depend on the block
+            pairs = zip(tokens.split(1, dim=1), start.split(1, dim=1), strict=True)
+            return torch.cat([self._block(state, t, s, length, reach) for t, s in pairs], dim=1)
+        return self._block(state, tokens, start, length, reach)
+
+    def learnable(self, parameters: str) -> list[str]:
+        """`fc` and `hidden_norm` only make context, whose history is not trained through."""
+        layers = [name for name in self.weights if name.startswith("layers.")]
+        return {
+            "full": [*layers, "norm.weight"],
+            "layers": layers,
+            "attention": [n for n in layers if "self_attn" in n],
+            "mlp": [n for n in layers if ".mlp." in n],
+        }[parameters]
+
+    def _block(
+        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, reach: int
+    ) -> Tensor:
+        """Logits [B, A, length, V] of A blocks a row: tokens and start int64 [B, A]."""
+        rows, blocks = tokens.shape
+        offset = torch.arange(length + 1, device=tokens.device)
+        ids = torch.full((rows, blocks, length + 1), self.mask_token, device=tokens.device)
+        ids[..., 0] = tokens
+        position = (start[..., None] + offset).flatten(1)  # [B, A * T]
+        x = F.embedding(ids.flatten(1), self.embedding)
+        masks = self._masks(position, start, reach, length + 1, state.options)
+        for i in range(self.layers):
+            keys = state.keys[i][:, :, :reach]
+            if state.options.rebase:
+                keys = self._rotate_rebased(keys, start, state.options.rebase)
+            context = keys, state.values[i][:, :, :reach]
+            x = self.layer(state.weights, i, x, position, context, masks[i])
+        x = rms_norm(x, state.weights["norm.weight"], self.eps)
+        x = x.unflatten(1, (blocks, length + 1))[:, :, 1:]  # the known token's row predicts nothing
+        return F.linear(x, self.head)
+
+    def layer(
+        self,
+        weights: Weights,
+        i: int,
+        x: Tensor,
+        position: Tensor,
+        context: tuple[Tensor, Tensor],
+        mask: Tensor,
+    ) -> Tensor:
+        """Decoder layer i.
+
+        Args:
+            weights: By published name.
+            i: Which layer.
+            x: [B, N, H] block states.
+            position: int64 [B, N].
+            context: Rotated keys, and values, [B, kv heads, S, D].
+            mask: bool [B, N, S + N].
+
+        Returns:
+            [B, N, H].
+        """
+        at = f"layers.{i}."
+        rows, count, _ = x.shape
+        y = rms_norm(x, weights[at + "input_layernorm.weight"], self.eps)
+        q = linear(y, weights[at + "self_attn.q_proj.weight"]).unflatten(-1, (self.heads, -1))
+        q = rms_norm(q, weights[at + "self_attn.q_norm.weight"], self.eps).transpose(1, 2)
+        q = rotate(q, position, self.theta)
+        k, v = self._keys_values(weights, i, y)
+        k = torch.cat([context[0], rotate(k, position, self.theta)], dim=2)
+        v = torch.cat([context[1], v], dim=2)
+        # Query heads of one key head become query rows: no key is repeated.
+        group = self.heads // self.kv_heads
+        q = q.unflatten(1, (self.kv_heads, group)).flatten(2, 3)  # [B, kv heads, group * N, D]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, group, 1)[:, None])
+        out = out.unflatten(2, (group, count)).flatten(1, 2).transpose(1, 2)
+        x = x + linear(out.reshape(rows, count, -1), weights[at + "self_attn.o_proj.weight"])
+        y = rms_norm(x, weights[at + "post_attention_layernorm.weight"], self.eps)
+        gate = F.silu(linear(y, weights[at + "mlp.gate_proj.weight"]))
+        up = linear(y, weights[at + "mlp.up_proj.weight"])
+        return x + linear(gate * up, weights[at + "mlp.down_proj.weight"])
+
+    def _keys_values(self, weights: Weights, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (normed, not rotated) and values [B, kv heads, T, D] of x [B, T, H]."""
+        at = f"layers.{i}.self_attn."
+        k = linear(x, weights[at + "k_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        v = linear(x, weights[at + "v_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        k = rms_norm(k, weights[at + "k_norm.weight"], self.eps)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    def _masks(
+        self, position: Tensor, start: Tensor, reach: int, width: int, options: DraftConfig
+    ) -> list[Tensor]:
+        """bool [B, A * T, reach + A * T] per layer: context before the block, then the block."""
+        slot = torch.arange(reach, device=position.device)
+        begin = start.repeat_interleave(width, dim=1)[..., None]  # [B, A * T, 1]
+        seen = slot < begin
+        if options.window is not None:
+            seen = seen & (slot >= begin - options.window)
+        index = torch.arange(position.shape[1], device=position.device)
+        same = (index[:, None] // width) == (index // width)
+        made: dict[tuple[int | None, bool], Tensor] = {}
+        for key in zip(self.windows, self.causal, strict=True):
+            window, causal = key
+            if key in made:
+                continue
+            far = seen if window is None else seen & (position[..., None] - slot < window)
+            near = same & (index[:, None] >= index) if causal else same
+            made[key] = torch.cat([far, near.expand(position.shape[0], -1, -1)], dim=-1)
+        return [made[key] for key in zip(self.windows, self.causal, strict=True)]
+
+    def _rotate_rebased(self, keys: Tensor, start: Tensor, rebase: int) -> Tensor:
+        """Rotate keys so that none looks further back than `rebase` from the block's start.
+
+        A shift of all positions by one number cancels in rotary attention, so only a change of
+        distances can help; here distances past `rebase` are clamped to it.
+        """
+        slot = torch.arange(keys.shape[2], device=keys.device)
+        return rotate(keys, torch.maximum(slot, start - rebase), self.theta)

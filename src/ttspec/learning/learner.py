@@ -1,0 +1,134 @@
+"""When the drafter learns, which of its weights, and how far. Knows no drafter by name.
+
+Every row learns for itself: live weights, moments and reverts are a row's own, so that rows of a
+batch cannot touch each other. Weights change only between rounds, in `absorb`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ttspec.config import LearnConfig
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.learning.lessons import Lesson, Lessons
+from ttspec.losses import forward_kl, position_weights, weighted_mean
+from ttspec.records import Verification
+
+
+class Learner:
+    """Distils the target into the live weights of every row, one Adam step per update."""
+
+    def __init__(
+        self, config: LearnConfig, drafter: Drafter, state: DraftState, rows: int, length: int
+    ) -> None:
+        """Give every row of `state` its own copy of the weights that learn."""
+        self.config, self.drafter, self.state, self.length = config, drafter, state, length
+        self.anchor = {n: drafter.weights[n] for n in drafter.learnable(config.parameters)}
+        # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
+        self.master = {n: w.float().repeat(rows, *[1] * w.dim()) for n, w in self.anchor.items()}
+        self.live = {n: self.master[n].to(w.dtype) for n, w in self.anchor.items()}
+        state.weights = {**drafter.weights, **self.live}
+        self.updates, self.reverts = [0] * rows, [0] * rows
+        self._optimisers = [self._optimiser(row) for row in range(rows)]
+        self._lessons: Lessons | None = None
+        self._rounds = 0
+
+    def absorb(self, verification: Verification, longest: int) -> list[bool]:
+        """Keep the round's lesson and, every `stride` rounds, update.
+
+        Args:
+            verification: The round just committed.
+            longest: Its largest start, known on the host.
+
+        Returns:
+            For each row, whether it was updated.
+        """
+        rows = len(self.updates)
+        if self._lessons is None:
+            self._lessons = Lessons(self.config, rows, self.length, verification.logits)
+        self._lessons.absorb(verification)
+        self._rounds += 1
+        if self._rounds % self.config.stride:
+            return [False] * rows
+        return self.update(self._lessons.take(), longest)
+
+    def update(self, lesson: Lesson, longest: int) -> list[bool]:
+        """One step on a lesson: forward KL to the target, weighted by position.
+
+        A row whose loss or gradient is not finite takes no step and gets the anchor weights back.
+        """
+        leaves = {name: w.detach().requires_grad_() for name, w in self.live.items()}
+        live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
+        try:
+            with torch.enable_grad():
+                logits = self.drafter.replay(
+                    self.state, lesson.tokens, lesson.start, self.length, longest
+                )
+                weights = position_weights(self.length, self.config.decay, logits.device)
+                kl = weighted_mean(forward_kl(lesson.logits, logits), weights, lesson.mask)
+                loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
+                gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        finally:
+            self.state.weights = live
+        norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
+        scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
+        gradients = [g.float() * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
+        facts = torch.stack([lesson.count.float(), loss.detach(), norm], dim=1).tolist()
+        updated = [
+            self._step(row, [g[row] for g in gradients], *fact) for row, fact in enumerate(facts)
+        ]
+        for name, weight in self.live.items():
+            weight.copy_(self.master[name])
+        return updated
+
+    def revert(self, row: int) -> None:
+        """Put a row's anchor weights back; its moments and lessons go."""
+        self._restore(row)
+        self.reverts[row] += 1
+
+    def reset(self, row: int) -> None:
+        """Start a row anew, for another request."""
+        self._restore(row)
+        self.updates[row] = self.reverts[row] = 0
+
+    def forget(self, row: int, length: int) -> None:
+        """Drop the lessons about what a row's crop to `length` took back."""
+        if self._lessons is not None:
+            self._lessons.clear_above(row, length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masters, moments and live copies of all rows."""
+        return sum(w.numel() * (12 + self.live[n].element_size()) for n, w in self.master.items())
+
+    def _restore(self, row: int) -> None:
+        for name, weight in self.anchor.items():
+            self.master[name][row] = weight.float()
+            self.live[name][row] = weight
+        self._optimisers[row] = self._optimiser(row)
+        if self._lessons is not None:
+            self._lessons.clear(row)
+
+    def _step(
+        self, row: int, gradients: list[Tensor], count: float, loss: float, norm: float
+    ) -> bool:
+        if count == 0:
+            return False
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.revert(row)
+            return False
+        optimiser = self._optimisers[row]
+        for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        self.updates[row] += 1
+        return True
+
+    def _optimiser(self, row: int) -> torch.optim.Adam:
+        """Adam over views of one row's masters: a step changes that row and no other."""
+        c = self.config
+        views = [weight[row] for weight in self.master.values()]
+        return torch.optim.Adam(views, c.lr, (c.beta1, c.beta2), c.eps, fused=True)

@@ -1,0 +1,128 @@
+"""What the target has said that the drafter can learn from, per row, on the device.
+
+A lesson is a block's start, its pending token, and the target's logits for the rows after it.
+`block` and `accepted` lessons are a round's own verification. `hindsight` lessons take the rows of
+what was committed in the end, from a ring keyed by absolute position (exactness.md 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttspec.config import LearnConfig
+from ttspec.records import Verification
+
+
+@dataclass(frozen=True, slots=True)
+class Lesson:
+    """A blocks a row to replay, and what the target says about each drafted row."""
+
+    tokens: Tensor
+    """int64 [B, A] pending tokens."""
+    start: Tensor
+    """int64 [B, A] their positions."""
+    logits: Tensor
+    """[B, A, G, V] of the target."""
+    mask: Tensor
+    """bool [B, A, G]: which rows teach."""
+    count: Tensor
+    """int64 [B]: blocks of a row that hold a lesson."""
+
+
+class Lessons:
+    """Keeps verifications until the learner asks for a lesson."""
+
+    def __init__(self, config: LearnConfig, rows: int, length: int, sample: Tensor) -> None:
+        """Room for `rows` rows of blocks of `length` drafts; `sample` gives dtype, device and V."""
+        self.length = length
+        self.hindsight = config.rows == "hindsight"
+        self.until_rejection = config.rows == "accepted"
+        self.blocks = config.stride if config.lessons == "all" else 1
+        # Unread lessons, and those that wait: at one token a round a block takes `length` rounds.
+        self._kept = self.blocks + (length + 1 if self.hindsight else 0)
+        self._ring = (self.blocks + 2) * (length + 1) if self.hindsight else 0
+        device, v = sample.device, sample.shape[-1]
+        self._starts = torch.full((rows, self._kept), -1, device=device)
+        self._tokens = torch.zeros_like(self._starts)
+        self._used = torch.full((rows,), -1, device=device)
+        self._committed = torch.zeros(rows, dtype=torch.long, device=device)
+        # The ring's last slot takes what is not to be kept.
+        self._at = torch.full((rows, self._ring + 1), -1, device=device)
+        shape = (rows, self._ring + 1, v) if self.hindsight else (rows, self._kept, length, v)
+        self._logits = sample.new_zeros(shape)
+        self._masks = torch.zeros(rows, self._kept, length, dtype=torch.bool, device=device)
+
+    def absorb(self, v: Verification) -> None:
+        """Keep a round's rows; rows that take no part are left alone."""
+        took_part = v.emitted > 0
+        self._push(self._starts, v.start, took_part)
+        self._push(self._tokens, v.fed[:, 0], took_part)
+        self._committed = torch.where(took_part, v.start + v.emitted, self._committed)
+        column = torch.arange(self.length + 1, device=v.start.device)
+        if self.hindsight:
+            # Row j of the verification is p for the token at start + 1 + j, if that was committed.
+            position = v.start[:, None] + 1 + column[: v.logits.shape[1]]
+            kept = column[: v.logits.shape[1]] < v.emitted[:, None]
+            slot = torch.where(kept, position % self._ring, self._ring)
+            row = torch.arange(position.shape[0], device=position.device)[:, None]
+            self._logits[row, slot] = v.logits
+            self._at[row, slot] = torch.where(kept, position, -1)
+            return
+        width = v.proposal.tokens.shape[1]
+        mask = column[:width] < v.proposal.count[:, None]
+        if self.until_rejection:
+            mask = mask & (column[:width] <= v.accepted[:, None])
+        # Past an end token the target speaks of a text that never is.
+        mask = mask & (~v.ended[:, None] | (column[:width] < v.emitted[:, None]))
+        self._push(self._masks[..., :width], mask, took_part)
+        self._push(self._logits[..., :width, :], v.logits[:, :width], took_part)
+
+    def take(self) -> Lesson:
+        """The newest lessons not taken before, at most one a round since the last update."""
+        last = torch.full_like(self._used, self._kept - 1)
+        if self.hindsight:  # the newest block whose rows have all been committed
+            whole = (self._starts >= 0) & (self._starts + self.length <= self._committed[:, None])
+            order = torch.arange(self._kept, device=whole.device)
+            last = torch.where(whole, order, -1).amax(-1)
+        pick = last[:, None] - torch.arange(self.blocks, device=last.device)
+        exists = pick >= 0
+        pick = pick.clamp(min=0)
+        start = self._starts.gather(1, pick)
+        fresh = exists & (start > self._used[:, None])
+        self._used = torch.where(fresh, start, self._used[:, None]).amax(-1)
+        row = torch.arange(pick.shape[0], device=pick.device)[:, None]
+        if self.hindsight:
+            position = start[..., None] + 1 + torch.arange(self.length, device=pick.device)
+            slot = position.clamp(min=0) % self._ring
+            mask = self._at[row[..., None], slot] == position
+            logits = self._logits[row[..., None], slot]
+        else:
+            mask, logits = self._masks[row, pick], self._logits[row, pick]
+        mask = mask & fresh[..., None]
+        return Lesson(
+            tokens=self._tokens.gather(1, pick),
+            start=start.clamp(min=0),
+            logits=logits,
+            mask=mask,
+            count=mask.any(-1).sum(-1),
+        )
+
+    def clear(self, row: int) -> None:
+        """Forget a row: its history is gone, or its weights were put back."""
+        self._starts[row] = -1
+        self._at[row] = -1
+        self._masks[row] = False
+
+    def clear_above(self, row: int, length: int) -> None:
+        """Forget what a row's crop to `length` took back."""
+        self._at[row] = torch.where(self._at[row] > length, -1, self._at[row])
+        self._starts[row] = torch.where(self._starts[row] >= length, -1, self._starts[row])
+
+    @staticmethod
+    def _push(store: Tensor, new: Tensor, where: Tensor) -> None:
+        """Shift a row's history by one and append, where the row took part."""
+        shifted = torch.cat([store[:, 1:], new[:, None].to(store.dtype)], dim=1)
+        store.copy_(torch.where(where.view(-1, *[1] * (store.dim() - 1)), shifted, store))

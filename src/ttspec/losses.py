@@ -1,0 +1,49 @@
+"""Losses that teach a drafter. Pure; rows weigh by position, as in the paper (paper.md 2)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def position_weights(length: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
+    """w_j = exp(-(j - 1) / decay) for j = 1..length, float32; all 1 when `decay` is 0.
+
+    DFlash trains with decay 7 for blocks of 16 and 4 for blocks of 8 (drafters.md 2d).
+    """
+    j = torch.arange(length, device=device, dtype=torch.float32)
+    return torch.ones_like(j) if decay == 0 else torch.exp(-j / decay)
+
+
+def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) per row.
+
+    Args:
+        p_logits: [..., V] the target's logits, no gradient.
+        q_logits: [..., V] the drafter's.
+
+    Returns:
+        float32 [...], not negative but for rounding.
+    """
+    log_p = p_logits.float().log_softmax(-1)
+    log_q = q_logits.float().log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def cross_entropy(labels: Tensor, q_logits: Tensor) -> Tensor:
+    """-log q(label) per row: labels int64 [...], logits [..., V], result float32 [...]."""
+    flat = F.cross_entropy(q_logits.float().flatten(0, -2), labels.flatten(), reduction="none")
+    return flat.view(labels.shape)
+
+
+def weighted_mean(values: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """Mean over the last dimension; masked values count as 0 but stay in the denominator.
+
+    Args:
+        values: [..., G].
+        weights: [G].
+        mask: bool [..., G].
+
+    Returns:
+        [...]: sum of weights * values where mask holds, over the sum of all weights.
+    """
+    return (values.masked_fill(~mask, 0.0) * weights).sum(-1) / weights.sum()

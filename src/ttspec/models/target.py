@@ -1,0 +1,250 @@
+"""A Hugging Face causal LM made verifiable: many tokens a row, rows of different lengths, features.
+
+The model's own code runs. What is ours is the cache, the mask and the positions. This file does
+not know drafters, sampling or text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.errors import TargetError
+from ttspec.models.capture import Captured
+from ttspec.models.source import Source, resolve
+from ttspec.rowcache import RowCache, causal_mask, reach_of
+
+ORDINARY = {"full_attention", "sliding_attention"}
+UNSUPPORTED = (
+    "repetition_penalty encoder_repetition_penalty no_repeat_ngram_size bad_words_ids "
+    "sequence_bias typical_p epsilon_cutoff eta_cutoff top_h penalty_alpha num_beams "
+    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens "
+    "exponential_decay_length_penalty min_length min_new_tokens guidance_scale "
+    "watermarking_config stop_strings encoder_no_repeat_ngram_size"
+).split()
+"""generation_config entries that change the output and that we do not implement."""
+NEUTRAL = (None, False, 0, 0.0, 1, 1.0, [], {})
+
+
+@dataclass(slots=True)
+class Target:
+    """The model that defines the output. Make one with `load_target` or `wrap_target`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    path: Path | None
+    origin: str
+    context: int
+    """Positions the model was made for."""
+    ends: tuple[int, ...]
+    """End tokens."""
+    defaults: dict[str, float | int]
+    """Sampling defaults, from generation_config.json."""
+    windows: tuple[int | None, ...]
+    """Attention window of each layer."""
+    taps: tuple[int, ...] = ()
+    """Which hidden states are features, as indices into the `hidden_states` tuple."""
+    _captured: Captured | None = field(default=None, repr=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.model.dtype
+
+    @property
+    def config(self) -> Any:
+        """The text model's transformers config."""
+        return self.model.config.get_text_config()
+
+    @property
+    def embedding(self) -> Tensor:
+        """The raw embedding table [V, H]."""
+        return self.model.get_input_embeddings().weight  # type: ignore[return-value]
+
+    @property
+    def head(self) -> Tensor:
+        """The output head [V, H]."""
+        return self.model.get_output_embeddings().weight  # type: ignore[union-attr]
+
+    def cache(self, rows: int, slots: int) -> RowCache:
+        """An empty cache."""
+        return RowCache(rows, slots)
+
+    def forward(
+        self,
+        cache: RowCache,
+        tokens: Tensor,
+        start: Tensor,
+        longest: int,
+        *,
+        subset: Tensor | None = None,
+        logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor]:
+        """Read tokens at their rows' positions; write their keys and values.
+
+        Args:
+            cache: Where keys and values go; nothing below `start` is changed.
+            tokens: int64 [B, T].
+            start: int64 [B], position of each row's first token.
+            longest: The largest start, known on the host.
+            subset: int64 [B], the cache rows that are fed; None is all.
+            logits: False skips the head.
+
+        Returns:
+            logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
+            On a GPU both live in buffers that the next forward of the same shape overwrites.
+        """
+        reach = reach_of(longest + tokens.shape[1], cache.slots)
+        if self.device.type == "cuda" and subset is None and logits:
+            if self._captured is None or self._captured.cache is not cache:
+                self._captured = Captured(cache, self._forward)
+            return self._captured(tokens, start, reach)
+        return self._forward(cache, tokens, start, reach, subset, logits)
+
+    @torch.no_grad()
+    def _forward(
+        self,
+        cache: RowCache,
+        tokens: Tensor,
+        start: Tensor,
+        reach: int,
+        subset: Tensor | None = None,
+        logits: bool = True,
+    ) -> tuple[Tensor | None, Tensor]:
+        position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+        cache.aim(position, reach, subset)
+        masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
+        mask: Any = masks[self.windows[0]]
+        if len(masks) > 1:
+            types = zip(self.config.layer_types, self.windows, strict=True)
+            mask = {kind: masks[window] for kind, window in types}
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=bool(self.taps),
+            logits_to_keep=0 if logits else 1,
+        )
+        if self.taps:
+            features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
+        else:
+            features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
+        return (out.logits if logits else None), features
+
+    def forget_captures(self) -> None:
+        """Free the captured graphs; after a change of taps they would return old features."""
+        self._captured = None
+
+
+def load_target(
+    name: str,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    notify: Callable[[str], None] | None = None,
+) -> Target:
+    """Load a target by built-in name, local folder or hub id.
+
+    Raises:
+        TargetError: It cannot be found, read, or verified by this package.
+        ResourceError: It had to be fetched and could not be.
+    """
+    source = resolve(name, notify=notify)
+    try:
+        config = AutoConfig.from_pretrained(source.path)
+        _attention_windows(config)  # refuse before the weights are read
+        tokenizer = AutoTokenizer.from_pretrained(source.path)
+        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise TargetError(
+            f"{source.path} is not a causal language model that transformers can load: {first}\n"
+            "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
+        ) from error
+    return wrap_target(model.to(device), tokenizer, source=source)
+
+
+def wrap_target(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, source: Source | None = None
+) -> Target:
+    """A target from a model and tokenizer that are loaded already.
+
+    Raises:
+        TargetError: The model's attention, vocabulary or generation config is not supported.
+    """
+    config = model.config.get_text_config()
+    windows = _attention_windows(model.config)
+    model.eval().requires_grad_(False)
+    generation = model.generation_config
+    _refuse_unsupported(generation)
+    ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
+    ends = set(ends if isinstance(ends, Sequence) else [] if ends is None else [ends])
+    if tokenizer.eos_token_id is not None:
+        ends.add(tokenizer.eos_token_id)  # type: ignore[arg-type]
+    if len(tokenizer) > config.vocab_size:
+        raise TargetError(
+            f"The tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}.\n"
+            "Give the tokenizer that the model was trained with."
+        )
+    defaults: dict[str, float | int] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    if generation.do_sample:
+        defaults["temperature"] = 1.0
+        given = {key: getattr(generation, key, None) for key in defaults}
+        defaults |= {key: value for key, value in given.items() if value is not None}
+    return Target(
+        model=model,
+        tokenizer=tokenizer,
+        name=source.name if source else getattr(config, "_name_or_path", "") or "model",
+        path=source.path if source else None,
+        origin=source.origin if source else "given",
+        context=int(config.max_position_embeddings),
+        ends=tuple(sorted(ends)),
+        defaults=defaults,
+        windows=windows,
+    )
+
+
+def _attention_windows(config: Any) -> tuple[int | None, ...]:
+    """The window of each layer; refuses what a length per row cannot roll back."""
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)
+    types = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    odd = sorted(set(types) - ORDINARY)
+    if odd or not layers or not hasattr(text, "num_attention_heads"):
+        raise TargetError(
+            f"The target's layers are {', '.join(odd) or 'not attention layers'}; "
+            f"supported are {', '.join(sorted(ORDINARY))}.\n"
+            "State that is not keys and values cannot be rolled back yet; use another target."
+        )
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    if getattr(text, "layer_types", None) is None and window is not None:
+        types = ["sliding_attention"] * layers  # as Mistral: one window for all layers
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _refuse_unsupported(generation: Any) -> None:
+    for name in UNSUPPORTED:
+        value = getattr(generation, name, None)
+        if value not in NEUTRAL:
+            raise TargetError(
+                f"The target's generation_config.json sets {name} = {value!r}, which ttspec does "
+                f"not implement.\nRemove it there, knowing that the output changes."
+            )

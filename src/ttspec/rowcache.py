@@ -1,0 +1,92 @@
+"""A static key/value cache with a length per row. Rolling a row back is moving its length.
+
+The cache knows neither lengths nor tokens: whoever calls the model says where its tokens go. What
+lies past a row's length is dead and is overwritten by the next tokens written there.
+"""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+BUCKET = 256
+"""Attention reaches a multiple of this many slots, so that shapes repeat."""
+
+
+def reach_of(length: int, slots: int) -> int:
+    """Slots to attend to for `length` tokens: the next multiple of `BUCKET`, at most `slots`."""
+    return min(-(-length // BUCKET) * BUCKET, slots)
+
+
+class RowCache(Cache):
+    """Keys and values of every layer, `[rows, heads, slots, head size]`, allocated at first use.
+
+    The slot after the last usable one takes whatever would fall outside, so padding needs no care.
+    """
+
+    def __init__(self, rows: int, slots: int) -> None:
+        """Make room for `rows` rows of `slots` tokens."""
+        super().__init__(layers=[])
+        self.rows = rows
+        self.slots = slots
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self._row: Tensor | None = None
+        self._slot: Tensor | None = None
+        self._subset: Tensor | None = None
+        self._reach = slots
+
+    def aim(self, slot: Tensor, reach: int, subset: Tensor | None = None) -> None:
+        """Say where the next forward's tokens go.
+
+        Args:
+            slot: int64 [B, T], the slot of each token.
+            reach: Attention sees slots 0..reach - 1.
+            subset: int64 [B], which rows are fed; None is all of them.
+        """
+        self._slot = slot.clamp(max=self.slots)
+        row = torch.arange(self.rows, device=slot.device) if subset is None else subset
+        self._row, self._subset, self._reach = row[:, None], subset, reach
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, heads, T, size] at the aimed slots; return everything in reach."""
+        out = []
+        for store, new in ((self.keys, key_states), (self.values, value_states)):
+            if layer_idx not in store:
+                heads, size = new.shape[1], new.shape[3]
+                # Zeros: a masked slot must not hold a NaN, which would survive a weight of 0.
+                store[layer_idx] = new.new_zeros(self.rows, heads, self.slots + 1, size)
+            kept = store[layer_idx]
+            kept[self._row, :, self._slot] = new.transpose(1, 2)
+            seen = kept[:, :, : self._reach]
+            out.append(seen if self._subset is None else seen[self._subset])
+        return out[0], out[1]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held at present."""
+        stores = [*self.keys.values(), *self.values.values()]
+        return sum(t.numel() * t.element_size() for t in stores)
+
+
+def causal_mask(position: Tensor, reach: int, window: int | None = None) -> Tensor:
+    """Which slots each token sees.
+
+    Args:
+        position: int64 [B, T], a token's position, which is also its slot.
+        reach: Number of slots.
+        window: A token sees this many tokens, itself included; None is all before it.
+
+    Returns:
+        bool [B, 1, T, reach], True where attention is allowed.
+    """
+    slot = torch.arange(reach, device=position.device)
+    seen = slot <= position[..., None]
+    if window is not None:
+        seen &= slot > position[..., None] - window
+    return seen[:, None]

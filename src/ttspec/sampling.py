@@ -1,0 +1,123 @@
+"""From logits to tokens: filters, counter-based noise, and the draw. Pure; knows no models.
+
+All noise is a hash of what it is for, so a token's draw depends on its key and nothing else:
+not on the batch, the device's generator, or how many draws came before.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ttspec.config import SamplingConfig
+
+DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
+"""Purposes of noise under the rejection rule; drafter-invariant noise has purpose 0."""
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+_GOLDEN = _signed(0x9E3779B97F4A7C15)
+_MIX1 = _signed(0xBF58476D1CE4E5B9)
+_MIX2 = _signed(0x94D049BB133111EB)
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, which torch shifts arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The finaliser of splitmix64 (Steele, Lea and Flood 2014); int64 products wrap."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def fold(key: Tensor, *parts: Tensor | int) -> Tensor:
+    """Mix numbers into keys, one after the other.
+
+    Args:
+        key: int64 of any shape.
+        parts: Numbers or int64 tensors that broadcast with `key`; their order matters.
+
+    Returns:
+        int64 keys of the broadcast shape.
+    """
+    for part in parts:
+        key = _mix(key + _GOLDEN + _mix(torch.as_tensor(part, device=key.device) + _GOLDEN))
+    return key
+
+
+def uniform(key: Tensor) -> Tensor:
+    """One float32 in [0, 1) per key, shape as `key`."""
+    return _shift(_mix(key + _GOLDEN), 40).float() * 2.0**-24
+
+
+def exponential(key: Tensor, size: int) -> Tensor:
+    """Independent standard exponentials.
+
+    Args:
+        key: int64 of any shape.
+        size: How many per key.
+
+    Returns:
+        float32 `[*key.shape, size]`, positive and finite. 40 bits are drawn each, so that the
+        small values, which decide an argmin over a large vocabulary, are fine-grained.
+    """
+    counter = torch.arange(1, size + 1, device=key.device) * _GOLDEN
+    u = _shift(_mix(key.unsqueeze(-1) + counter), 24).float().add_(0.5).mul_(2.0**-40)
+    return u.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+
+
+def gumbel(key: Tensor, size: int) -> Tensor:
+    """Independent standard Gumbels, float32 `[*key.shape, size]`."""
+    return exponential(key, size).log_().neg_()
+
+
+def argmax(scores: Tensor) -> Tensor:
+    """The one argmax used everywhere: over the last dimension, the first index on ties."""
+    return scores.argmax(dim=-1)
+
+
+def process(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Temperature, top-k, top-p and min-p, in this order.
+
+    Args:
+        logits: `[..., V]`, any floating dtype.
+        sampling: With `temperature` 0 the logits are only made float32.
+
+    Returns:
+        float32 `[..., V]`, -inf where a filter removed a token. A softmax gives p.
+    """
+    x = logits.float()
+    if sampling.temperature == 0:
+        return x
+    x = x / sampling.temperature
+    if 0 < sampling.top_k < x.shape[-1]:
+        x = x.masked_fill(x < x.topk(sampling.top_k).values[..., -1:], -math.inf)
+    if sampling.top_p < 1:
+        ordered, index = x.sort(dim=-1, descending=True, stable=True)
+        before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
+        before[..., 0] = 0  # the most likely token always stays
+        x = torch.full_like(x, -math.inf).scatter(
+            -1, index, ordered.masked_fill(before >= sampling.top_p, -math.inf)
+        )
+    if sampling.min_p > 0:
+        x = x.masked_fill(x < x.amax(-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
+    return x
+
+
+def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
+    """Gumbel-max draw, or the most likely token without noise.
+
+    Args:
+        processed: float32 `[..., V]` from `process`.
+        noise: float32 Gumbels of the same shape; None is greedy.
+
+    Returns:
+        int64 `[...]`; with fresh noise distributed as softmax(processed).
+    """
+    return argmax(processed if noise is None else processed + noise)

@@ -1,0 +1,93 @@
+"""Toy models that behave like real ones in seconds, and the real built-in target."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ttspec.errors import ResourceError
+from ttspec.models.source import resolve
+
+torch.set_num_threads(1)  # two threads on a busy machine are slower than one
+
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SHAPE = {
+    "vocab_size": 256 + len(SPECIAL),
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # at 0.02 a random model says one token for ever
+    "tie_word_embeddings": False,
+    "pad_token_id": 256,
+    "bos_token_id": 257,
+    "eos_token_id": 258,
+    "dtype": "float32",
+}
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, then the special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIAL)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<|endoftext|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=CHATML,
+    )
+
+
+@pytest.fixture(scope="session")
+def toy_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama of 4 layers with a byte tokenizer; the same weights every time."""
+    folder = tmp_path_factory.mktemp("toy-llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as a Qwen3, which normalises queries and keys."""
+    folder = tmp_path_factory.mktemp("toy-qwen3")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        Qwen3ForCausalLM(Qwen3Config(**SHAPE)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir() -> Path:
+    """The built-in target, from the user's own cache; fetched on first use."""
+    try:
+        return resolve("smollm2-135m").path
+    except ResourceError as error:
+        if "CI" in os.environ:
+            raise
+        pytest.skip(f"the built-in target cannot be fetched: {error}")

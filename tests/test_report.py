@@ -1,0 +1,183 @@
+"""Run folders, plots and the HTML page, from invented rounds; no model runs."""
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from ttspec.bench.figures import acceptance_figure, sliding_acceptance, to_svg
+from ttspec.bench.report import findings, render_page, table, write_report
+from ttspec.bench.runs import Arm, read_run, write_run
+from ttspec.errors import DataError
+from ttspec.records import Chunk, Result, Round, summarise
+
+USER = "Is 1 < 2 && 2 > 1? <script>alert(1)</script>"
+ANSWER = "Yes: <b>1 < 2</b> & \"2 > 1\"."
+SECONDS = {"plain": (0.0, 0.02, 0.0), "static": (0.004, 0.024, 0.0)}
+
+
+def rounds_from(arm: str, start: int, tokens: int, rng: random.Random) -> list[Round]:
+    rounds, position = [], start
+    while position < start + tokens:
+        gain = {"plain": 0.0, "static": 0.5, "learn-session": 0.5 + position / 6000}[arm]
+        accepted = 0
+        while arm != "plain" and accepted < 7 and rng.random() < gain:
+            accepted += 1
+        rounds.append(
+            Round(
+                position=position,
+                proposed=0 if arm == "plain" else 7,
+                accepted=accepted,
+                emitted=accepted + 1,
+                updates=int(arm == "learn-session" and len(rounds) % 4 == 3),
+                seconds=SECONDS.get(arm, (0.004, 0.024, 0.003)),
+            )
+        )
+        position += accepted + 1
+    return rounds
+
+
+def made_up_arm(name: str, turns: int = 6, user: str = USER, answer: str = ANSWER) -> Arm:
+    arm, rng, position = Arm(name=name), random.Random(name), 0
+    for number in range(turns):
+        rounds = rounds_from(name, position + 1, 250, rng)
+        emitted = sum(r.emitted for r in rounds)
+        ids = [(number * 7919 + i * 31) % 997 for i in range(emitted + 1)]
+        arm.record(Chunk(text="", token_ids=tuple(ids[:1]), round=None), 0.05)
+        for r in rounds:
+            arm.record(Chunk(text="", token_ids=(0,) * r.emitted, round=r), sum(r.seconds))
+        stats = summarise(rounds, token_ids=ids, prompt_tokens=9, seed=0, seconds=1.0, reverts=2)
+        arm.finish(
+            user,
+            Result(
+                text=answer, token_ids=ids, finish_reason="length", stats=stats, rounds=rounds
+            ),
+        )
+        position += emitted + 1
+    return arm
+
+
+@pytest.fixture
+def arms() -> list[Arm]:
+    return [made_up_arm(name) for name in ("plain", "static", "learn-session")]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, arms: list[Arm]) -> Path:
+    manifest = {"title": "a <run>", "command": "ttspec demo --seed 0", "seed": 0}
+    write_run(tmp_path, manifest, arms)
+    return tmp_path
+
+
+def test_a_run_folder_gives_back_what_was_written(folder: Path, arms: list[Arm]) -> None:
+    manifest, found = read_run(folder)
+    assert manifest["title"] == "a <run>"
+    assert [arm.name for arm in found] == [arm.name for arm in arms]
+    for mine, theirs in zip(arms, found, strict=True):
+        assert theirs.token_ids == mine.token_ids
+        assert [r.emitted for r in theirs.rounds] == [r.emitted for r in mine.rounds]
+        assert table([theirs]) == table([mine])
+        assert theirs.turns[0].result.stats.reverts == 2
+
+
+def test_rounds_are_json_lines_with_the_names_of_the_design_page(folder: Path) -> None:
+    first = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])
+    assert {"arm", "request", "round", "position", "proposed", "accepted", "emitted"} < set(first)
+    assert set(first["milliseconds"]) == {"draft", "verify", "learn"}
+
+
+def test_an_open_turn_counts_before_it_is_finished() -> None:
+    arm = made_up_arm("static", turns=1)
+    before = arm.tokens
+    extra = Round(position=before, proposed=7, accepted=2, emitted=3, seconds=(0.1, 0.2, 0.1))
+    arm.record(Chunk(text="x", token_ids=(1, 2, 3), round=extra), 0.5)
+    assert arm.tokens == before + 3
+    assert arm.rounds[-1] is extra
+
+
+def test_the_report_is_drawn_from_the_stored_rounds_alone(folder: Path) -> None:
+    page = write_report(folder)
+    assert page == folder / "report" / "index.html"
+    assert (folder / "report" / "acceptance.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_the_page_loads_nothing_from_anywhere(folder: Path) -> None:
+    page = write_report(folder).read_text(encoding="utf-8")
+    links = re.findall(r"""(?:src|href)\s*=\s*["']?(.)""", page) + re.findall(r"url\((.)", page)
+    assert set(links) <= {"#"}
+    assert "@import" not in page
+    assert "<script" not in page
+    assert "<link" not in page
+
+
+def test_texts_from_models_and_users_are_escaped(folder: Path) -> None:
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "alert(1)&lt;/script&gt;" in page
+    assert "&lt;b&gt;1 &lt; 2&lt;/b&gt; &amp;" in page
+    assert "<title>a &lt;run&gt;</title>" in page
+
+
+def test_the_plot_follows_the_page_from_light_to_dark(arms: list[Arm]) -> None:
+    svg = to_svg(acceptance_figure(arms))
+    assert svg.startswith("<svg")
+    assert "var(--ink)" in svg
+    assert "var(--learn-session)" in svg
+    assert "learning drafter" in svg
+    assert "<metadata" not in svg
+
+
+def test_drawing_leaves_the_settings_of_matplotlib_alone(arms: list[Arm]) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    to_svg(acceptance_figure(arms))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_the_sliding_mean_is_a_ratio_of_sums() -> None:
+    rounds = [Round(position=i, proposed=1, accepted=i % 2, emitted=1 + i % 2) for i in range(64)]
+    positions, values = sliding_acceptance(rounds, span=16)
+    assert positions[0] == 4
+    assert values == pytest.approx([1.5] * len(values), abs=0.05)
+    assert sliding_acceptance([], span=16) == ([], [])
+
+
+def test_the_table_compares_the_arms_with_plain_decoding(arms: list[Arm]) -> None:
+    rows = dict(table(arms))
+    assert rows["speed against plain"][0] == "1.00x"
+    assert rows["acceptance length"][0] == "1.00"
+    assert rows["updates"][:2] == ["0", "0"]
+    assert rows["text"][0] == "–"
+    assert rows["text"][1].startswith("differs at")
+
+
+def test_a_text_that_is_the_same_is_said_to_be_so() -> None:
+    a, b = made_up_arm("plain", turns=1), made_up_arm("plain", turns=1)
+    assert a.first_difference(b) is None
+    b.turns[0].result.token_ids[5] += 1
+    assert a.first_difference(b) == 5
+
+
+def test_findings_name_both_arms_and_the_ratio(arms: list[Arm]) -> None:
+    late, early, speed = findings(arms)
+    assert late.startswith("After token 1,024")
+    assert early.startswith("In the first 512 tokens")
+    assert "static drafter's speed" in speed
+    assert findings(arms[:2]) == []
+
+
+def test_an_arm_without_rounds_still_makes_a_page() -> None:
+    arms = [Arm(name="plain"), Arm(name="something-else")]
+    page = render_page({"title": "empty"}, arms, to_svg(acceptance_figure(arms)))
+    assert "something-else" in page
+
+
+def test_a_damaged_run_folder_is_refused(folder: Path) -> None:
+    (folder / "rounds.jsonl").write_text('{"arm": "plain"}\n')
+    with pytest.raises(DataError, match="not a readable run folder"):
+        write_report(folder)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        write_report(folder / "nowhere")

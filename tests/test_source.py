@@ -1,0 +1,412 @@
+"""Where weights come from. Only `weights` tests see the network, and that once."""
+
+import errno
+import hashlib
+import json
+import shutil
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, byte_tokenizer
+from gguf import GGUFWriter
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ttspec.errors import ResourceError, TargetError
+from ttspec.models import source
+from ttspec.models.source import BuiltIn, cache_dir, resolve
+
+CONVERTED_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
+GGUF_LAYER = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def toy_llama() -> LlamaForCausalLM:
+    """Weights that bfloat16 holds exactly, so that conversion must not change one bit."""
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": 2}))
+    for weight in model.parameters():
+        weight.data = weight.data.bfloat16().float()
+    return model
+
+
+def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
+    """As llama.cpp writes a Llama: its own names, and q and k interleaved for its RoPE."""
+    config, tokenizer = model.config, byte_tokenizer()
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    tokens[255] = "Ġt"  # what the one merge makes
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 256 + [3] * (len(tokenizer) - 256))
+    writer.add_token_merges(["Ġ t"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(258)
+    writer.add_pad_token_id(256)
+    writer.add_unk_token_id(256)
+    writer.add_chat_template(tokenizer.chat_template)
+    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for key, weight in model.state_dict().items():
+        name = key.removesuffix(".weight")
+        if name not in top:
+            _, _, layer, part = name.split(".", 3)
+            top[name] = f"blk.{layer}.{GGUF_LAYER[part]}"
+        if name.endswith(("q_proj", "k_proj")):
+            halves = weight.unflatten(0, (-1, 2, config.head_dim // 2))
+            weight = halves.transpose(1, 2).flatten(0, 2)
+        writer.add_tensor(f"{top[name]}.weight", weight.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def toy_wheel(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BuiltIn]:
+    folder = tmp_path_factory.mktemp("wheels")
+    gguf, wheel = folder / "toy.gguf", folder / "toy-1-py3-none-any.whl"
+    write_gguf(gguf, toy_llama())
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.write(gguf, "toy/toy.gguf")
+    spec = BuiltIn(
+        requirement="ttspec-test-no-such-package==1",
+        wheel=wheel.name,
+        wheel_sha256=sha256(wheel),
+        gguf="toy/toy.gguf",
+        gguf_sha256=sha256(gguf),
+    )
+    return folder, spec
+
+
+@pytest.fixture
+def toy(toy_wheel: tuple[Path, BuiltIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A built-in target named toy, with an empty cache; the folder that it will be in."""
+    wheels, spec = toy_wheel
+    monkeypatch.setitem(source.BUILT_IN_TARGETS, "toy", spec)
+    monkeypatch.setenv("TTSPEC_WHEELS", str(wheels))
+    monkeypatch.setenv("TTSPEC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "targets" / "toy"
+
+
+@pytest.fixture
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No wheel at hand, and a pip that reaches no index."""
+    monkeypatch.delenv("TTSPEC_WHEELS", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+
+
+def refused(name: str, kind: type[Exception] = TargetError) -> str:
+    with pytest.raises(kind) as caught:
+        resolve(name)
+    message = str(caught.value)
+    assert message.count("\n") == 1, "an error has two lines"
+    return message
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "model"))
+
+
+# The built-in target, for real
+
+
+@pytest.mark.weights
+def test_the_built_in_target_has_the_published_weights_and_works_as_a_chat_model(
+    smollm2_dir: Path,
+) -> None:
+    assert sha256(smollm2_dir / "model.safetensors") == CONVERTED_SHA256
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_dir)
+    model = AutoModelForCausalLM.from_pretrained(smollm2_dir, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 2
+    assert (tokenizer.bos_token, tokenizer.pad_token_id) == ("<|im_start|>", 2)
+    assert tokenizer("<|im_start|><|im_end|><repo_name>").input_ids == [1, 2, 3]
+    text = "x = 3.14  # Привет, 世界 🎉\n\n\tdef f(n):  return 2024"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(
+        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=12, do_sample=False)[0]
+    answer = answer[prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer)
+    assert answer[-1] == 2
+
+
+@pytest.mark.weights
+def test_the_built_in_target_needs_no_network_the_second_time(
+    smollm2_dir: Path, cut_off: None
+) -> None:
+    found = resolve("smollm2-135m", verify=True)
+    assert (found.path, found.origin) == (smollm2_dir, "built-in")
+
+
+# Fetching, converting and caching, on a toy
+
+
+def test_conversion_keeps_every_bit_of_the_weights(toy: Path) -> None:
+    assert resolve("toy").path == toy
+    model = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
+    expected = toy_llama()
+    for name, weight in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], weight), name
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits)
+
+
+def test_conversion_writes_the_tokenizer_with_its_template_and_special_tokens(toy: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(resolve("toy").path)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        257,
+        258,
+        256,
+    )
+    chat = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer(" t<|im_end|>").input_ids == [255, 258]
+    assert tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("20")[0][0] == "2"
+
+
+def test_a_cached_target_is_used_without_wheel_or_network(
+    toy: Path, cut_off: None, monkeypatch: pytest.MonkeyPatch, toy_wheel: tuple[Path, BuiltIn]
+) -> None:
+    monkeypatch.setenv("TTSPEC_WHEELS", str(toy_wheel[0]))
+    resolve("toy")
+    monkeypatch.delenv("TTSPEC_WHEELS")
+    told: list[str] = []
+    assert resolve("toy", verify=True, notify=told.append).path == toy
+    assert told == []
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "manifest.json"])
+def test_a_truncated_cached_file_is_repaired(toy: Path, file: str) -> None:
+    resolve("toy")
+    whole = (toy / file).read_bytes()
+    (toy / file).write_bytes(whole[: len(whole) // 2])
+    told: list[str] = []
+    resolve("toy", notify=told.append)
+    assert (toy / file).read_bytes() == whole
+    assert "damaged" in told[0]
+
+
+def test_a_missing_cached_file_is_repaired(toy: Path) -> None:
+    resolve("toy")
+    (toy / "config.json").unlink()
+    assert (resolve("toy").path / "config.json").is_file()
+
+
+def test_a_changed_byte_is_found_and_repaired_on_verification(toy: Path) -> None:
+    weights = resolve("toy").path / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    resolve("toy", verify=True)
+    assert weights.read_bytes() == whole
+
+
+def test_what_a_killed_process_left_is_not_used_and_goes_away(toy: Path) -> None:
+    left = toy.parent / ".toy-killed.partial"
+    (left / "made").mkdir(parents=True)
+    (left / "made" / "config.json").write_text("{}")
+    toy.mkdir()
+    (toy / "config.json").write_text("{}")
+    assert json.loads((resolve("toy").path / "config.json").read_text())["model_type"] == "llama"
+    assert sorted(path.name for path in toy.parent.iterdir() if path.is_dir()) == ["toy"]
+
+
+def test_a_failed_build_leaves_nothing_behind(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(source, "_convert", full_disk)
+    assert "No space left on device" in refused("toy", ResourceError)
+    assert not [path for path in toy.parent.iterdir() if path.is_dir()]
+
+
+def test_four_at_once_make_it_once_and_all_get_it(toy: Path) -> None:
+    told: list[str] = []
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: resolve("toy", notify=told.append).path, range(4)))
+    assert found == [toy] * 4
+    assert told == ["Converting toy."]
+    assert resolve("toy", verify=True).path == toy
+
+
+def test_a_wheel_that_is_not_the_published_one_is_refused(
+    toy: Path, toy_wheel: tuple[Path, BuiltIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / toy_wheel[1].wheel, "w") as archive:
+        archive.writestr("toy/toy.gguf", b"something else")
+    monkeypatch.setenv("TTSPEC_WHEELS", str(tmp_path))
+    assert toy_wheel[1].wheel_sha256 in refused("toy", ResourceError)
+    assert not toy.exists()
+
+
+def test_a_wheel_folder_without_the_wheel_is_named(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TTSPEC_WHEELS", str(tmp_path))
+    assert str(tmp_path) in refused("toy", ResourceError)
+
+
+def test_without_network_the_error_says_what_to_do(toy: Path, cut_off: None) -> None:
+    message = refused("toy", ResourceError)
+    assert "pip could not fetch ttspec-test-no-such-package==1" in message
+    assert "TTSPEC_WHEELS" in message
+
+
+def test_without_pip_the_error_says_so(
+    toy: Path, cut_off: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = tmp_path / "python"
+    bare.write_text("#!/bin/sh\necho 'python: No module named pip' >&2\nexit 1\n")
+    bare.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(bare))
+    assert "No module named pip" in refused("toy", ResourceError)
+
+
+def test_too_little_disk_space_is_said_before_anything_is_fetched(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda _: usage(10**9, 10**9, 100 << 20))
+    monkeypatch.setattr(source, "_fetch", None)
+    assert "100 MiB free; toy needs 600 MiB" in refused("toy", ResourceError)
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TTSPEC_CACHE", str(tmp_path / "file"))
+    assert f"Cannot write to {tmp_path / 'file'}" in refused("toy", ResourceError)
+
+
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TTSPEC_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "ttspec"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_dir() == Path.home() / ".cache" / "ttspec"
+    monkeypatch.setenv("TTSPEC_CACHE", "~/elsewhere")
+    assert cache_dir() == Path.home() / "elsewhere"
+
+
+# Folders and hub ids
+
+
+def test_a_folder_is_taken_as_it_is(toy_target_dir: Path) -> None:
+    found = resolve(str(toy_target_dir))
+    assert (found.path, found.origin) == (toy_target_dir.resolve(), "folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "~/ttspec-nowhere", "/no/where", "a/b/c", "model.gguf", "x.bin", ""]
+)
+def test_a_path_to_nowhere_is_not_looked_up_on_the_hub(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source, "_from_hub", None)
+    message = refused(name)
+    assert "no such folder" in message
+    assert "smollm2-135m" in message
+
+
+def test_a_file_is_refused_with_the_advice_to_give_its_folder(toy_target_dir: Path) -> None:
+    assert "is a file" in refused(str(toy_target_dir / "config.json"))
+
+
+def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
+    assert "no config.json" in refused(str(tmp_path))
+
+
+def test_a_folder_without_weights_is_refused(toy_target_dir: Path, tmp_path: Path) -> None:
+    model = copy_of(toy_target_dir, tmp_path)
+    (model / "model.safetensors").unlink()
+    assert "no *.safetensors" in refused(str(model))
+
+
+def test_a_folder_with_only_a_pickle_is_refused(toy_target_dir: Path, tmp_path: Path) -> None:
+    model = copy_of(toy_target_dir, tmp_path)
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
+    message = refused(str(model))
+    assert "pytorch_model.bin" in message
+    assert "save_pretrained" in message
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_safetensors_are_refused_by_name(
+    toy_target_dir: Path, tmp_path: Path, share: float
+) -> None:
+    weights = copy_of(toy_target_dir, tmp_path) / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: int(len(whole) * share)])
+    assert f"{weights} is damaged or incomplete" in refused(str(weights.parent))
+
+
+def test_a_shard_that_the_index_names_must_be_there(toy_target_dir: Path, tmp_path: Path) -> None:
+    model = copy_of(toy_target_dir, tmp_path)
+    save_file({"x": torch.zeros(1)}, model / "model-00001-of-00002.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"y": "model-00002-of-00002.safetensors"}}))
+    assert "model-00002-of-00002.safetensors is missing" in refused(str(model))
+    index.write_text("[]")
+    assert f"{index} is damaged" in refused(str(model))
+
+
+def test_a_hub_model_is_fetched_without_pickles(
+    toy_target_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def snapshot_download(name: str, **options: list[str]) -> str:
+        asked.update(options, name=name)
+        return str(toy_target_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    found = resolve("owner/name-0.6B")
+    assert (found.origin, found.path, asked["name"]) == ("hub", toy_target_dir, "owner/name-0.6B")
+    assert "*.bin" in asked["ignore_patterns"]
+    assert "*.safetensors" in asked["allow_patterns"]
+
+
+def test_a_hub_that_cannot_be_reached_is_a_two_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("Name or service not known\nand much more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert "Name or service not known" in refused("owner/name", ResourceError)
+
+
+def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
+    assert "'no such name'" in refused("no such name")
