@@ -231,6 +231,16 @@ def test_a_changed_byte_is_found_and_repaired_on_verification(toy: Path) -> None
     assert weights.read_bytes() == whole
 
 
+def test_files_of_an_older_conversion_are_made_again(
+    toy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve("toy")
+    monkeypatch.setattr(source, "_FORMAT", source._FORMAT + 1)
+    told: list[str] = []
+    resolve("toy", notify=told.append)
+    assert "outdated" in told[0]
+
+
 def test_what_a_killed_process_left_is_not_used_and_goes_away(toy: Path) -> None:
     left = toy.parent / ".toy-killed.partial"
     (left / "made").mkdir(parents=True)

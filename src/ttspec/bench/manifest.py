@@ -26,7 +26,7 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
     command = sys.argv if argv is None else argv
     return {
         "title": title,
-        "command": shlex.join([Path(command[0]).name, *command[1:]]),
+        "command": shlex.join([Path(command[0]).name.replace("__main__.py", "ttspec"), *command[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {
             "name": target.name,

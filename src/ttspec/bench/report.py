@@ -47,7 +47,7 @@ def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
         row(f"  first {EARLY} tokens", lambda arm: _number(arm.acceptance(0, EARLY))),
         row(f"  after {LATE:,} tokens", lambda arm: _number(arm.acceptance(LATE))),
         row("updates", lambda arm: f"{arm.updates:,}"),
-        row("share of time learning", lambda arm: f"{arm.learning_share:.1%}"),
+        row("share of time learning", _learning),
         row("repeated 8-grams", lambda arm: f"{arm.repeated_8grams:.1%}"),
     ]
     if plain is not None and plain.tokens_per_second > 0:
@@ -117,6 +117,10 @@ read trends, not wiggles.</figcaption></figure>
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def _learning(arm: Arm) -> str:
+    return f"{arm.learning_share:.1%}" if arm.updates else "–"
 
 
 def _sameness(arm: Arm, plain: Arm) -> str:

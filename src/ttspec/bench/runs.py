@@ -51,6 +51,10 @@ class Arm:
         """Replace what was counted by the result."""
         turn = Turn(request=request, user=user, result=result, seconds=self.open_seconds)
         self.turns.append(turn)
+        self.drop_open()
+
+    def drop_open(self) -> None:
+        """Forget the turn that is under way."""
         self.open_rounds, self.open_tokens, self.open_seconds = [], 0, 0.0
 
     @property

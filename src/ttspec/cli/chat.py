@@ -52,10 +52,7 @@ def chat(
     }
     GenerateConfig(**settings)  # complains before anything is loaded
     conversation = Conversation(models.load(notify=say), settings)
-    try:
-        return conversation.run(at_terminal=sys.stdin.isatty())
-    finally:
-        conversation.close()
+    return conversation.run(at_terminal=sys.stdin.isatty())
 
 
 class Conversation:
@@ -64,15 +61,13 @@ class Conversation:
     def __init__(self, engine: Engine, settings: dict[str, Any]) -> None:
         self.engine = engine
         self.settings = settings
+        self.warned = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation and what the drafter learned in it."""
         self.session = self.engine.session(**self.settings)
         self.results: list[Result] = []
-
-    def close(self) -> None:
-        self.session.close()
 
     def run(self, *, at_terminal: bool) -> int:
         """Answer line after line until the input ends or the user leaves."""
@@ -94,6 +89,8 @@ class Conversation:
                 continue
             try:
                 interrupted = self.turn(line)
+            except KeyboardInterrupt:  # before the answer had begun
+                interrupted = True
             except TtspecError as error:
                 if not at_terminal:
                     raise
@@ -108,7 +105,6 @@ class Conversation:
             case "/stats":
                 say(self.figures())
             case "/reset":
-                self.close()
                 self.reset()
                 say("A new conversation begins; what the drafter learned is forgotten.")
             case _ if line.startswith("/") and line[1:].isalpha():
@@ -123,7 +119,9 @@ class Conversation:
         self.results.append(result)
         if result.finish_reason == "context":
             say("The target's context is full; /reset starts afresh.")
-        if self.engine.drafter is not None and (warning := low_acceptance(result.stats)):
+        drafting = self.engine.drafter is not None and self.settings["draft"].length != 0
+        if drafting and not self.warned and (warning := low_acceptance(result.stats)):
+            self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"
 

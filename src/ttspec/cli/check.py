@@ -127,10 +127,19 @@ def judge(
     position = first_difference(expected.token_ids, found.token_ids)
     if position is None:
         return base
-    margin = engine.margin(expected.prompt_ids, expected.token_ids, position, plain)
+    margin = margin_at(engine, expected, position, plain)
     tied = margin < tie(str(engine.target.dtype).removeprefix("torch."))
     kind = "near-tie" if tied else "different"
     return replace(base, verdict=kind, position=position, margin=margin)
+
+
+def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateConfig) -> float:
+    """How far the target itself prefers its token to the next best, recomputed in one row."""
+    from ttspec.decoding.conversation import Conversation
+
+    key = Conversation(None, 0, plain, expected.stats.seed).key(expected.prompt_ids)  # type: ignore[arg-type]
+    ids = [*expected.prompt_ids, *expected.token_ids]
+    return engine.margin(ids, len(expected.prompt_ids) + position, key, **_options(plain))
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

@@ -136,10 +136,8 @@ def run_session(
     except KeyboardInterrupt:
         for arm in arms:  # only turns that every arm has finished can be compared
             del arm.turns[done:]
+            arm.drop_open()
         return arms, True
-    finally:
-        for session in sessions.values():
-            session.close()
     return arms, False
 
 

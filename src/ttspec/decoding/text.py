@@ -94,7 +94,7 @@ def prompt_ids(
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]  # type: ignore[list-item]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+    return _ids(tokenizer, text)  # type: ignore[arg-type]
 
 
 def next_turn_ids(
@@ -105,30 +105,43 @@ def next_turn_ids(
     What was generated stays as it is; only what the template writes after an answer is new.
     """
     if raw or tokenizer.chat_template is None:
-        ids = tokenizer(user, add_special_tokens=False)["input_ids"]
-    else:
-        turn = [
-            {"role": "user", "content": "-"},
-            {"role": "assistant", "content": _ANSWER},
-            {"role": "user", "content": user},
-        ]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        after = text[text.rindex(_ANSWER) + len(_ANSWER) :]  # type: ignore[union-attr,index]
-        ids = tokenizer(after, add_special_tokens=False)["input_ids"]
-        if list(ids[:1]) == [pending]:  # type: ignore[index]
-            return list(ids)  # type: ignore[arg-type]
-    return [pending, *ids]  # type: ignore[misc]
+        return [pending, *_ids(tokenizer, user)]
+    turn = [
+        {"role": "user", "content": "-"},
+        {"role": "assistant", "content": _ANSWER},
+        {"role": "user", "content": user},
+    ]
+    text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
+        turn, tokenize=False, add_generation_prompt=True
+    )
+    return _after(pending, _ids(tokenizer, text[text.rindex(_ANSWER) + len(_ANSWER) :]))
 
 
 def written_turn_ids(tokenizer: PreTrainedTokenizerBase, pending: int | None) -> list[int]:
-    """Tokens after which the target writes a user turn itself (the start of one, if no pending)."""
+    """Tokens after which the target writes a user turn itself; no `pending` begins a dialogue."""
     mark = [{"role": "user", "content": _ANSWER}]
-    if pending is not None:
-        mark = [mark[0] | {"content": "-"}, {"role": "assistant", "content": _ANSWER}, *mark]
-    text: str = tokenizer.apply_chat_template(mark, tokenize=False)  # type: ignore[assignment]
     if pending is None:
-        before = text[: text.rindex(_ANSWER)]
-        return list(tokenizer(before, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
-    after = text[text.index(_ANSWER) + len(_ANSWER) : text.rindex(_ANSWER)]
-    ids = list(tokenizer(after, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+        text: str = tokenizer.apply_chat_template(mark, tokenize=False)  # type: ignore[assignment]
+        return _ids(tokenizer, text[: text.rindex(_ANSWER)])
+    talk = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _ANSWER}, *mark]
+    text = tokenizer.apply_chat_template(talk, tokenize=False)  # type: ignore[assignment]
+    between = text[text.index(_ANSWER) + len(_ANSWER) : text.rindex(_ANSWER)]
+    return _after(pending, _ids(tokenizer, between))
+
+
+def answer_ids(tokenizer: PreTrainedTokenizerBase, pending: int) -> list[int]:
+    """Tokens to feed after a user turn that the target wrote, for it to answer."""
+    mark = [{"role": "user", "content": _ANSWER}]
+    text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
+        mark, tokenize=False, add_generation_prompt=True
+    )
+    return _after(pending, _ids(tokenizer, text[text.rindex(_ANSWER) + len(_ANSWER) :]))
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[arg-type]
+
+
+def _after(pending: int, ids: list[int]) -> list[int]:
+    """Tokens to feed: the pending one, which a template may write itself, and the rest."""
     return ids if ids[:1] == [pending] else [pending, *ids]

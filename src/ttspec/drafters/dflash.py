@@ -188,6 +188,24 @@ class DFlash(Drafter):
             return torch.cat([self._block(state, t, s, length, reach) for t, s in pairs], dim=1)
         return self._block(state, tokens, start, length, reach)
 
+    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+        """Logits of blocks over whole sequences, with gradients to all of `weights`.
+
+        Args:
+            features: [N, L, W] of the sequences.
+            tokens: int64 [N, A], the known token of each block.
+            start: int64 [N, A], its position; the block sees only what is before.
+            length: Drafted rows per block.
+
+        Returns:
+            [N, A, length, V].
+        """
+        position = torch.arange(features.shape[1], device=features.device)[None]
+        keys, values = self.context(self.weights, features)
+        keys = [rotate(k, position, self.theta) for k in keys]
+        state = DraftState(keys, values, self.weights, DraftConfig())  # type: ignore[arg-type]
+        return self._block(state, tokens, start, length, features.shape[1])
+
     def learnable(self, parameters: str) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
         layers = [name for name in self.weights if name.startswith("layers.")]

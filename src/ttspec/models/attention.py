@@ -1,0 +1,62 @@
+"""Attention for targets: query heads that share a key head become query rows of it.
+
+transformers' own SDPA path repeats keys and values for every query head whenever there is a mask,
+and ours always has one. Folding reads each key once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "ttspec"
+
+
+def folded_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention with a boolean mask, no key repeated.
+
+    Args:
+        module: The attention module, as transformers' attention registry passes it.
+        query: [B, heads, T, D].
+        key: [B, kv heads, S, D].
+        value: [B, kv heads, S, D].
+        attention_mask: bool [B, 1, T, S]; anything else goes to transformers' own function.
+        dropout: Not used in inference.
+        scaling: Factor of the scores.
+        **kwargs: Passed on with whatever is not handled here.
+
+    Returns:
+        [B, T, heads, D] and None.
+    """
+    heads, width = query.shape[1], query.shape[2]
+    group = heads // key.shape[1]
+    ordinary = attention_mask is not None and attention_mask.dtype == torch.bool
+    if group == 1 or not ordinary or dropout or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    folded = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # [B, kv heads, g * T, D]
+    mask = attention_mask.repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
+    return out.unflatten(2, (group, width)).flatten(1, 2).transpose(1, 2), None
+
+
+def use_folded_attention(model: nn.Module) -> None:
+    """Switch a model that uses SDPA to `folded_attention`; others stay as they are."""
+    if getattr(model.config, "_attn_implementation", None) == "sdpa":
+        AttentionInterface.register(NAME, folded_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)  # type: ignore[operator]

@@ -1,0 +1,186 @@
+"""Training text: dialogues answered by the target itself, with plain batched decoding.
+
+A drafter learns what its target says, so data sets' own answers are of no use. A user turn of None
+is written by the target too. Results are appended line by line: an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ttspec.config import DraftConfig, GenerateConfig
+from ttspec.decoding.conversation import Conversation, advance, begin
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.text import answer_ids, next_turn_ids, prompt_ids, written_turn_ids
+from ttspec.errors import DataError
+from ttspec.records import Result, repeated_ngrams
+
+LONGEST_WRITTEN_TURN = 200
+MOST_REPETITION = 0.3
+"""Answers that repeat more of their 8-grams than this are loops, and teach loops."""
+
+Turns = Sequence[str | None]
+
+
+def read_dialogues(path: Path) -> list[Turns]:
+    """Prompts from JSON lines: {"prompt"}, {"turns"} (null: written by the target) or {"messages"}.
+
+    Raises:
+        DataError: The file cannot be read or a line is not of this form.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.\\nGive a file of JSON lines.") from error
+    dialogues: list[Turns] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            turns = record.get("turns") or [record.get("prompt")]
+            if messages := record.get("messages"):
+                turns = [m["content"] for m in messages if m["role"] == "user"]
+            if not all(t is None or isinstance(t, str) for t in turns) or "prompt" in record and (
+                not isinstance(record["prompt"], str)
+            ):
+                raise TypeError("a turn is neither text nor null")
+            if not {"prompt", "turns", "messages"} & record.keys():
+                raise KeyError("prompt")
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DataError(
+                f"{path}, line {number} is no prompt: {error!r}.\\n"
+                'Each line is {"prompt": TEXT}, {"turns": [TEXT or null, ...]} or {"messages": [...]}.'
+            ) from error
+        dialogues.append(turns)
+    if not dialogues:
+        raise DataError(f"{path} has no prompts.\\nEach line is a JSON object.")
+    return dialogues
+
+
+def write_answers(
+    engine: Engine,
+    dialogues: Sequence[Turns],
+    out: Path,
+    *,
+    rows: int,
+    max_answer: int,
+    max_length: int,
+    temperature: float,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Answer dialogues and append them to `out` as JSON lines; those in it already are skipped.
+
+    Args:
+        engine: Its target decodes; no drafter is used.
+        dialogues: User turns.
+        out: JSON lines {"n": dialogue, "ids": tokens, "spans": answers}.
+        rows: Dialogues side by side.
+        max_answer: Tokens of an answer at most.
+        max_length: Tokens of a dialogue at most; a longer one ends with its last whole answer.
+        temperature: Of answers and written turns.
+        seed: Of all noise.
+        progress: Called with (dialogues done, tokens written).
+    """
+    done = {json.loads(line)["n"] for line in out.read_text().splitlines()} if out.exists() else set()
+    todo = [n for n in range(len(dialogues)) if n not in done][::-1]
+    if not todo:
+        return
+    config = GenerateConfig(
+        max_new_tokens=max_answer,
+        temperature=temperature,
+        context=max_length,
+        seed=seed,
+        draft=DraftConfig(length=0),
+        learn=None,
+    )
+    decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
+    free = list(range(decoder.rows))
+    going: list[tuple[int, Conversation, Script]] = []
+    tokens = 0
+    with out.open("a", encoding="utf-8") as file:
+        while todo or going:
+            ready: list[tuple[Conversation, list[int], int]] = []
+            for n, talk, script in [entry for entry in going if entry[1].finish]:
+                result = talk.chunk().result
+                assert result is not None
+                tokens += len(result.token_ids)
+                ids = script.next(result)
+                if ids and decoder.lengths[talk.row] + len(ids) < decoder.slots:
+                    ready.append((talk, ids, n))
+                    continue
+                line = {"n": n, "ids": script.ids[: script.end], "spans": script.spans}
+                file.write(json.dumps(line) + "\n")
+                going.remove((n, talk, script))
+                free.append(talk.row)
+                done.add(n)
+            while free and todo:
+                n, row = todo.pop(), free.pop()
+                decoder.clear(row)
+                script = Script(engine, dialogues[n])
+                going.append((n, Conversation(decoder, row, config, seed, stream=False), script))
+                ids = script.next(None)
+                if ids and len(ids) < decoder.slots:
+                    ready.append((going[-1][1], ids, n))
+                else:  # a prompt as long as a whole dialogue may be: no example
+                    going.pop()
+                    free.append(row)
+            if ready:
+                begin(decoder, ready)
+            else:
+                advance(decoder, [talk for _, talk, _ in going])
+            if progress:
+                progress(len(done), tokens)
+
+
+class Script:
+    """A dialogue as it grows: which tokens come next, and where the answers are."""
+
+    def __init__(self, engine: Engine, turns: Turns) -> None:
+        """`turns` are the user's; None is written by the target."""
+        self.tokenizer, self.turns = engine.tokenizer, turns
+        self.ids: list[int] = []
+        self.spans: list[tuple[int, int]] = []
+        """Where the answers are: [start, end), end tokens included."""
+        self._turn = 0
+        self._writing = False
+
+    @property
+    def end(self) -> int:
+        """Where the last answer ends."""
+        return self.spans[-1][1] if self.spans else 0
+
+    def next(self, result: Result | None) -> list[int] | None:
+        """Tokens to feed after the last result; None when the dialogue is over."""
+        if result is not None:
+            tokens, whole = result.token_ids, result.finish_reason == "eos"
+            if self._writing:
+                if not whole or not 1 < len(tokens) <= LONGEST_WRITTEN_TURN:
+                    return None
+                self.ids += tokens
+                self._writing = False
+                return self._fed(answer_ids(self.tokenizer, tokens[-1]))
+            if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
+                return None
+            self.spans.append((len(self.ids), len(self.ids) + len(tokens)))
+            self.ids += tokens
+            if not whole:
+                return None
+        if self._turn == len(self.turns):
+            return None
+        turn = self.turns[self._turn]
+        self._turn += 1
+        pending = self.ids[-1] if self.ids else None
+        if turn is None:
+            self._writing = True
+            return self._fed(written_turn_ids(self.tokenizer, pending))
+        if pending is None:
+            return self._fed(prompt_ids(self.tokenizer, turn))
+        return self._fed(next_turn_ids(self.tokenizer, turn, pending))
+
+    def _fed(self, ids: list[int]) -> list[int]:
+        self.ids += ids[1:] if self.ids else ids  # the pending token is there already
+        return ids
