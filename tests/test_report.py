@@ -14,7 +14,7 @@ from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
 
 USER = "Is 1 < 2 && 2 > 1? <script>alert(1)</script>"
-ANSWER = "Yes: <b>1 < 2</b> & \"2 > 1\"."
+ANSWER = 'Yes: <b>1 < 2</b> & "2 > 1".'
 SECONDS = {"plain": (0.0, 0.02, 0.0), "static": (0.004, 0.024, 0.0)}
 
 
@@ -51,9 +51,7 @@ def made_up_arm(name: str, turns: int = 6, user: str = USER, answer: str = ANSWE
         stats = summarise(rounds, token_ids=ids, prompt_tokens=9, seed=0, seconds=1.0, reverts=2)
         arm.finish(
             user,
-            Result(
-                text=answer, token_ids=ids, finish_reason="length", stats=stats, rounds=rounds
-            ),
+            Result(text=answer, token_ids=ids, finish_reason="length", stats=stats, rounds=rounds),
         )
         position += emitted + 1
     return arm

@@ -8,16 +8,19 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ttspec.bench.runs import Arm
-from ttspec.errors import ResourceError
 from ttspec.records import Round
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LABELS = {"plain": "plain decoding", "static": "static drafter", "learn-session": "learning drafter"}
+LABELS = {
+    "plain": "plain decoding",
+    "static": "static drafter",
+    "learn-session": "learning drafter",
+}
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {"plain": "#767676", "static": "#d55e00", "learn-session": "#0072b2"}
 SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -65,23 +68,21 @@ def natural_span(arms: Sequence[Arm]) -> int:
 
 def acceptance_figure(arms: Sequence[Arm], span: int | None = None) -> Figure:
     """Acceptance length against the generated position, one labelled line an arm."""
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ResourceError("Plots need matplotlib.\nRun: pip install matplotlib") from error
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
     span = span or natural_span(arms)
     palette = colours([arm.name for arm in arms])
     with rc_context(_STYLE):
         figure = Figure(figsize=(8.6, 4.2), layout="constrained")
         axes = figure.subplots()
-        ends = []
+        ends, top = [], 2.0
         for arm in arms:
             x, y = sliding_acceptance(arm.rounds, span)
             if x:
                 axes.plot(x, y, color=palette[arm.name], linewidth=2, solid_capstyle="round")
                 ends.append((y[-1], arm.name))
-        top = max((max(line.get_ydata()) for line in axes.lines), default=2.0)
+                top = max(top, *y)
         right = max((r.position for arm in arms for r in arm.rounds), default=1)
         axes.set(xlim=(0, max(right, 1)), ylim=(0.8, top + 0.25))
         axes.set_xlabel("generated tokens")
@@ -137,7 +138,7 @@ def _apart(ends: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, s
     return placed
 
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10.5,
     "text.color": INK,

@@ -23,10 +23,11 @@ PACKAGES = ("ttspec", "torch", "transformers")
 def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> dict[str, Any]:
     """What somebody needs to run it again, as JSON values; what is not known is None."""
     target, drafter = engine.target, engine.drafter
-    command = sys.argv if argv is None else argv
+    program, *rest = sys.argv if argv is None else argv
+    program = Path(program).name.replace("__main__.py", "ttspec")
     return {
         "title": title,
-        "command": shlex.join([Path(command[0]).name.replace("__main__.py", "ttspec"), *command[1:]]),
+        "command": shlex.join([program, *rest]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "target": {
             "name": target.name,

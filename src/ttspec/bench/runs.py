@@ -59,6 +59,7 @@ class Arm:
 
     @property
     def rounds(self) -> list[Round]:
+        """All rounds in order, those of the open turn last."""
         return [r for turn in self.turns for r in turn.result.rounds] + self.open_rounds
 
     @property
@@ -68,14 +69,17 @@ class Arm:
 
     @property
     def tokens(self) -> int:
+        """Generated tokens, those of the open turn included."""
         return sum(len(turn.result.token_ids) for turn in self.turns) + self.open_tokens
 
     @property
     def seconds(self) -> float:
+        """Wall clock inside the engine."""
         return sum(turn.seconds for turn in self.turns) + self.open_seconds
 
     @property
     def tokens_per_second(self) -> float:
+        """Generated tokens over wall clock, prefills and updates included."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
@@ -86,10 +90,12 @@ class Arm:
 
     @property
     def updates(self) -> int:
+        """Updates of the drafter."""
         return sum(r.updates for r in self.rounds)
 
     @property
     def repeated_8grams(self) -> float:
+        """Share of the generated 8-grams that had occurred before, over all finished turns."""
         return repeated_ngrams(self.token_ids)
 
     def acceptance(self, low: int = 0, high: int = 1 << 62) -> float | None:

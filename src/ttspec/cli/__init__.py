@@ -37,6 +37,7 @@ app = App(
     name="ttspec",
     version=_version,
     help="Speculative decoding whose drafter learns while it generates.",
+    suppress_keyboard_interrupt=False,
 )
 for _name, _help in COMMANDS.items():
     app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help)
@@ -81,8 +82,6 @@ def _reason(error: OSError) -> str:
 def _quieten_libraries() -> None:
     """Keep the chatter of the libraries below off the user's screen."""
     for name, value in {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
         "HF_HUB_VERBOSITY": "error",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "false",

@@ -114,6 +114,7 @@ class Conversation:
         return False
 
     def answer(self, text: str) -> bool:
+        """Stream the answer to a text; whether Ctrl-C cut it short."""
         result = follow(self.session.stream(text), show_text)
         print(flush=True)
         self.results.append(result)

@@ -129,7 +129,7 @@ def run_session(
                 for arm in arms[first:] + arms[:first]:
                     view.begin(index, arm, user)
                     answer(arm, sessions[arm.name].stream(user), user, view)
-                    view.end(index, arm)
+                    view.end()
                 done += 1
                 if any(arm.turns[-1].result.finish_reason == "context" for arm in arms):
                     break
@@ -147,7 +147,7 @@ def answer(arm: Arm, stream: Iterator[Chunk], user: str, view: Any) -> None:
 
     def show(chunk: Chunk) -> None:
         arm.record(chunk, timed.lap())
-        view.chunk(arm, chunk)
+        view.chunk(chunk)
 
     result = follow(timed, show)
     if result.finish_reason == "cancelled":
@@ -173,6 +173,7 @@ class Stopwatch:
             self.worked += time.perf_counter() - start
 
     def throw(self, error: BaseException) -> Chunk:
+        """Hand an exception to the stream."""
         return self.stream.throw(error)  # type: ignore[attr-defined]
 
     def lap(self) -> float:
@@ -182,6 +183,7 @@ class Stopwatch:
 
 
 def print_setting(console: Any, engine: Engine, goal: int, temperature: float, seed: int) -> None:
+    """Say what runs, before it does."""
     target, drafter = engine.target, engine.drafter
     assert drafter is not None
     console.print(
@@ -192,6 +194,7 @@ def print_setting(console: Any, engine: Engine, goal: int, temperature: float, s
 
 
 def print_table(console: Any, arms: Sequence[Arm]) -> None:
+    """The three arms side by side, and what follows from it."""
     from rich.table import Table
 
     from ttspec.bench.figures import label
@@ -207,5 +210,3 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     console.print(grid)
     for sentence in findings(arms):
         console.print(sentence)
-
-

@@ -25,7 +25,6 @@ STRETCH = 1000
 def doctor(
     target: str = "smollm2-135m",
     drafter: str = "auto",
-    /,
     *,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -89,7 +88,8 @@ def lines(findings: dict[str, Any]) -> list[str]:
         f"  path       {findings['path']}",
         f"  size       {target['parameters'] / 1e6:,.1f} M parameters, {target['layers']} layers, "
         f"{target['vocabulary']:,} tokens in the vocabulary",
-        f"  runs       {target['dtype']} on {target['device']}, context {target['context']:,} tokens",
+        f"  runs       {target['dtype']} on {target['device']}, "
+        f"context {target['context']:,} tokens",
         f"  ends       {ends or 'no end token'}",
         f"  memory     {_mib(memory['target_weights'])} weights, "
         f"{_mib(memory['target_cache_per_1000_tokens'])} cache per 1,000 tokens and row",

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
-from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
+from ttspec.cli.terminal import follow, low_acceptance, say, show_nothing, show_text, summary
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError
 
@@ -38,7 +38,7 @@ def generate(
     GenerateConfig(**settings)  # complains before anything is loaded
     text = read_prompt(prompt)
     engine = models.load(notify=say)
-    result = follow(engine.stream(text, **settings), (lambda chunk: None) if as_json else show_text)
+    result = follow(engine.stream(text, **settings), show_nothing if as_json else show_text)
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:

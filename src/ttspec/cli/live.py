@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -27,6 +28,9 @@ class PlainView:
     def __init__(self, console: Console, arms: Sequence[Arm], labels: Sequence[str]) -> None:
         self.console = console
         self.labels = dict(zip((arm.name for arm in arms), labels, strict=True))
+        self.current = arms[0]
+        self.turn = 0
+        self.user = ""
 
     def __enter__(self) -> PlainView:
         return self
@@ -36,13 +40,15 @@ class PlainView:
 
     def begin(self, turn: int, arm: Arm, user: str) -> None:
         """An arm starts to answer a turn."""
+        self.turn, self.current, self.user = turn, arm, user
 
-    def chunk(self, arm: Arm, chunk: Chunk) -> None:
+    def chunk(self, chunk: Chunk) -> None:
         """A chunk has arrived and was counted."""
 
-    def end(self, turn: int, arm: Arm) -> None:
-        """An arm has answered a turn."""
-        line = f"turn {turn + 1:2d}  {self.labels[arm.name]:<16}  {arm.tokens:5d} tokens"
+    def end(self) -> None:
+        """The current arm has answered the turn."""
+        arm = self.current
+        line = f"turn {self.turn + 1:2d}  {self.labels[arm.name]:<16}  {arm.tokens:5d} tokens"
         self.console.print(f"{line}  {_speed(arm)} tokens/s  {_so_far(arm)} tokens a forward")
 
 
@@ -55,10 +61,7 @@ class LiveView(PlainView):
         super().__init__(console, arms, labels)
         self.arms = arms
         self.goal = goal
-        self.heading = ""
-        self.user = ""
         self.text = ""
-        self.current: Arm | None = None
         self.drawn = 0.0
         # Drawn from this thread between two rounds, so that it never competes with one for a core.
         self.live = Live(console=console, auto_refresh=False, transient=True)
@@ -71,16 +74,19 @@ class LiveView(PlainView):
         self.live.__exit__(None, None, None)
 
     def begin(self, turn: int, arm: Arm, user: str) -> None:
-        self.heading = f"turn {turn + 1}: {self.labels[arm.name]}"
-        self.user, self.text, self.current = user, "", arm
+        """An arm starts to answer a turn."""
+        super().begin(turn, arm, user)
+        self.text = ""
         self._draw()
 
-    def chunk(self, arm: Arm, chunk: Chunk) -> None:
+    def chunk(self, chunk: Chunk) -> None:
+        """A chunk has arrived and was counted."""
         self.text += chunk.text
         if time.perf_counter() - self.drawn > REFRESH_SECONDS:
             self._draw()
 
-    def end(self, turn: int, arm: Arm) -> None:
+    def end(self) -> None:
+        """The current arm has answered the turn."""
         self._draw()
 
     def _draw(self) -> None:
@@ -94,7 +100,8 @@ class LiveView(PlainView):
         question = Text(self.user, style="bold", no_wrap=True, overflow="ellipsis")
         lines = Text(self.text).wrap(console, width)[-height:]
         lines.extend([Text()] * (height - len(lines)))
-        return Panel(Group(question, *lines), title=self.heading, title_align="left")
+        title = f"turn {self.turn + 1}: {self.labels[self.current.name]}"
+        return Panel(Group(question, *lines), title=title, title_align="left")
 
     def _figures(self) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -123,9 +130,7 @@ def sparkline(values: Sequence[float], width: int = 20, top: float = 4.0) -> str
     if len(values) < width:
         return ""
     edges = [len(values) * i // width for i in range(width + 1)]
-    means = [
-        sum(values[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)
-    ]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     levels = [min(max((mean - 1) / (top - 1), 0.0), 1.0) for mean in means]
     return "".join(BARS[round(level * (len(BARS) - 1))] for level in levels)
 

@@ -48,6 +48,7 @@ class DraftFlags(_flags_of(DraftConfig)):
     """`--draft.length` and so on."""
 
     def config(self) -> DraftConfig:
+        """What was given, as a `DraftConfig`."""
         return DraftConfig(**_given(self))
 
 
@@ -114,9 +115,12 @@ class ModelFlags:
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads is {self.threads}; allowed is 1 or more.")
         import torch
+        from transformers.utils import logging
 
         import ttspec
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         drafter = None if self.drafter == "none" else self.drafter

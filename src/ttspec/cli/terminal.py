@@ -24,6 +24,10 @@ def show_text(chunk: Chunk) -> None:
         print(chunk.text, end="", flush=True)
 
 
+def show_nothing(_: Chunk) -> None:
+    """For answers that are printed when they are whole."""
+
+
 def follow(stream: Iterator[Chunk], show: Callable[[Chunk], None]) -> Result:
     """Show every chunk and return the result.
 

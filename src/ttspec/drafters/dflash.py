@@ -235,7 +235,8 @@ class DFlash(Drafter):
             x = self.layer(state.weights, i, x, position, context, masks[i])
         x = rms_norm(x, state.weights["norm.weight"], self.eps)
         x = x.unflatten(1, (blocks, length + 1))[:, :, 1:]  # the known token's row predicts nothing
-        return F.linear(x, self.head)
+        flat = F.linear(x.reshape(-1, self.hidden), self.head)  # one product, not one per block
+        return flat.view(rows, blocks, length, -1)
 
     def layer(
         self,

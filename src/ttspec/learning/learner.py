@@ -75,7 +75,10 @@ class Learner:
             self.state.weights = live
         norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
         scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        gradients = [g.float() * scale.view(-1, *[1] * (g.dim() - 1)) for g in gradients]
+        # Contiguous, as the masters are: the fused step on a GPU wants equal strides.
+        gradients = [
+            (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous() for g in gradients
+        ]
         facts = torch.stack([lesson.count.float(), loss.detach(), norm], dim=1).tolist()
         updated = [
             self._step(row, [g[row] for g in gradients], *fact) for row, fact in enumerate(facts)

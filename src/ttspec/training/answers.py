@@ -21,6 +21,9 @@ LONGEST_WRITTEN_TURN = 200
 MOST_REPETITION = 0.3
 """Answers that repeat more of their 8-grams than this are loops, and teach loops."""
 
+PREFILL_SHARE = 16
+"""New turns are read together, when more than 1 / this of the rows wait for one."""
+
 Turns = Sequence[str | None]
 
 
@@ -31,9 +34,9 @@ def read_dialogues(path: Path) -> list[Turns]:
         DataError: The file cannot be read or a line is not of this form.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.\\nGive a file of JSON lines.") from error
+        raise DataError(f"{path} cannot be read: {error}.\nGive a file of JSON lines.") from error
     dialogues: list[Turns] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -51,12 +54,12 @@ def read_dialogues(path: Path) -> list[Turns]:
                 raise KeyError("prompt")
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
-                f"{path}, line {number} is no prompt: {error!r}.\\n"
+                f"{path}, line {number} is no prompt: {error!r}.\n"
                 'Each line is {"prompt": TEXT}, {"turns": [TEXT or null, ...]} or {"messages": [...]}.'
             ) from error
         dialogues.append(turns)
     if not dialogues:
-        raise DataError(f"{path} has no prompts.\\nEach line is a JSON object.")
+        raise DataError(f"{path} has no prompts.\nEach line is a JSON object.")
     return dialogues
 
 
@@ -99,12 +102,15 @@ def write_answers(
     )
     decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
     free = list(range(decoder.rows))
-    going: list[tuple[int, Conversation, Script]] = []
+    going: dict[int, tuple[Conversation, Script]] = {}
+    ready: list[tuple[Conversation, list[int], int]] = []
     tokens = 0
     with out.open("a", encoding="utf-8") as file:
         while todo or going:
-            ready: list[tuple[Conversation, list[int], int]] = []
-            for n, talk, script in [entry for entry in going if entry[1].finish]:
+            waiting = {talk.row for talk, _, _ in ready}
+            for n, (talk, script) in list(going.items()):
+                if not talk.finish or talk.row in waiting:
+                    continue
                 result = talk.chunk().result
                 assert result is not None
                 tokens += len(result.token_ids)
@@ -114,24 +120,27 @@ def write_answers(
                     continue
                 line = {"n": n, "ids": script.ids[: script.end], "spans": script.spans}
                 file.write(json.dumps(line) + "\n")
-                going.remove((n, talk, script))
                 free.append(talk.row)
                 done.add(n)
+                del going[n]
             while free and todo:
                 n, row = todo.pop(), free.pop()
                 decoder.clear(row)
                 script = Script(engine, dialogues[n])
-                going.append((n, Conversation(decoder, row, config, seed, stream=False), script))
                 ids = script.next(None)
                 if ids and len(ids) < decoder.slots:
-                    ready.append((going[-1][1], ids, n))
+                    talk = Conversation(decoder, row, config, seed, stream=False)
+                    going[n] = talk, script
+                    ready.append((talk, ids, n))
                 else:  # a prompt as long as a whole dialogue may be: no example
-                    going.pop()
                     free.append(row)
-            if ready:
+            # A prefill holds up all rows, so rows that are ready wait for company.
+            if len(ready) > decoder.rows // PREFILL_SHARE or len(ready) == len(going):
                 begin(decoder, ready)
+                ready = []
             else:
-                advance(decoder, [talk for _, talk, _ in going])
+                waiting = {talk.row for talk, _, _ in ready}
+                advance(decoder, [t for t, _ in going.values() if t.row not in waiting])
             if progress:
                 progress(len(done), tokens)
 

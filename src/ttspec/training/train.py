@@ -162,7 +162,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
         if step % 10 == 0 or step == total:
             if not math.isfinite(float(norm)):
                 raise TrainingError(
-                    f"The gradient is not finite at step {step}; lr is {config.lr}.\\n"
+                    f"The gradient is not finite at step {step}; lr is {config.lr}.\n"
                     "Lower it and start in a new folder."
                 )
             last = float(loss.detach()), tuple(round(a, 4) for a in accuracy.tolist())
@@ -185,7 +185,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
         "seconds": spent + time.monotonic() - began,
         **history[-1],
     }
-    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\\n", encoding="utf-8")
+    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -297,6 +297,8 @@ def _batch(
         "labels": ids[row, at_label],
         "mask": taught[row, at_label].long().cumprod(-1).bool(),
     }
+    if device.type == "cuda":  # from pinned memory the copy does not hold up the host
+        made = {name: tensor.pin_memory() for name, tensor in made.items()}
     return {name: tensor.to(device, non_blocking=True) for name, tensor in made.items()}
 
 
@@ -320,7 +322,7 @@ def _examples(answers: list[Path], max_length: int) -> list[tuple[list[int], lis
     ]
     examples = [(ids, spans) for ids, spans in examples if any(e - b > 1 for b, e in spans)]
     if not examples:
-        raise TrainingError("No answer has two tokens or more.\\nGive other prompts.")
+        raise TrainingError("No answer has two tokens or more.\nGive other prompts.")
     return examples
 
 
@@ -335,18 +337,18 @@ def _claim(config: TrainConfig) -> None:
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if not config.resume:
-            raise OptionError(f"{config.out} holds a run already.\\nAdd --resume, or give a new folder.")
+            raise OptionError(f"{config.out} holds a run already.\nAdd --resume, or give a new folder.")
         changed = sorted(k for k in ours if ours[k] != theirs.get(k))
         if changed:
             raise OptionError(
                 f"{config.out} was begun with {changed[0]} = {theirs.get(changed[0])!r}, not "
-                f"{ours[changed[0]]!r}.\\nGive the same options, or a new folder."
+                f"{ours[changed[0]]!r}.\nGive the same options, or a new folder."
             )
         return
     if config.out.exists() and any(config.out.iterdir()):
-        raise OptionError(f"{config.out} is not empty.\\nGive a new folder.")
+        raise OptionError(f"{config.out} is not empty.\nGive a new folder.")
     config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=2) + "\\n", encoding="utf-8")
+    path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_state(

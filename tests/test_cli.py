@@ -1,0 +1,519 @@
+"""The commands as a user meets them: what they print, where, and how they exit."""
+
+import errno
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ttspec.cli import COMMANDS, main
+from ttspec.cli.check import Finding, first_difference, tie, verdict
+from ttspec.cli.live import sparkline
+from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
+from ttspec.cli.terminal import follow, low_acceptance
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.drafters.checkpoint import save_drafter
+from ttspec.drafters.dflash import DFlash
+from ttspec.errors import OptionError
+from ttspec.records import Chunk, Result, Round, summarise
+
+DRAFTER = {
+    "architectures": ["DFlashDraftModel"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": 260,
+    "num_target_layers": 4,
+    "dflash_config": {"block_size": 6, "mask_token_id": 259, "target_layer_ids": [1, 2]},
+}
+
+
+def make_drafter(folder: Path, **changes: object) -> Path:
+    """A random drafter for the toy target, or, with changes, for another one."""
+    config = DRAFTER | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shapes = DFlash(config, {}).shapes()
+        weights = {
+            n: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.1 for n, s in shapes.items()
+        }
+    save_drafter(folder, config, weights)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair(toy_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that name the toy target and a random drafter for it."""
+    drafter = make_drafter(tmp_path_factory.mktemp("toy-drafter") / "dflash")
+    return ["--target", str(toy_target_dir), "--drafter", str(drafter), "--dtype", "float32"]
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on standard error, where standard output has none."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.splitlines()
+
+
+# Help, versions and wrong arguments
+
+
+def test_help_of_every_command_imports_no_heavy_library() -> None:
+    script = """
+import sys
+from ttspec.cli import COMMANDS, main
+for command in [[], *([name] for name in COMMANDS if name != "train")]:
+    assert main([*command, "--help"]) == 0
+assert main(["--version"]) == 0
+heavy = {"torch", "transformers", "matplotlib", "numpy"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for option in ("--learn.stride", "--draft.window", "--max-new-tokens", "--no-learn", "--json"):
+        assert option in done.stdout
+
+
+def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["nonsense"],
+        ["generate"],
+        ["generate", "hi", "there"],
+        ["generate", "hi", "--dtype", "float63"],
+        ["generate", "hi", "--max-new-tokens", "many"],
+        ["generate", "hi", "--learn.strid", "2"],
+        ["generate", "hi", "--learn.rows", "all"],
+        ["generate", "--nonsense"],
+        ["generate", "hi", "--temperature", "-1"],
+        ["generate", "hi", "--top-p", "1.5"],
+        ["generate", "hi", "--max-new-tokens", "0"],
+        ["generate", "hi", "--seed", "-1"],
+        ["generate", "hi", "--stop", ""],
+        ["generate", "hi", "--draft.length", "-1"],
+        ["generate", "hi", "--learn.lr", "0"],
+        ["generate", "hi", "--no-learn", "--learn.lr", "1e-4"],
+        ["generate", "hi", "--threads", "0"],
+        ["chat", "--temperature", "nan"],
+        ["check", "--max-new-tokens", "0"],
+        ["demo", "--tokens", "0"],
+        ["demo", "--seed", "-1"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_arguments_exit_with_2_in_two_lines(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    lines = complaint(capsys)
+    assert 1 <= len(lines) <= 2
+    assert lines[0].startswith("ttspec: error: ")
+
+
+def test_a_typing_mistake_is_answered_with_the_right_name(capsys) -> None:
+    assert main(["generate", "hi", "--learn.strid", "2"]) == 2
+    first, second = complaint(capsys)
+    assert "--learn.stride" in first
+    assert second == "Try: ttspec generate --help"
+
+
+# Wrong inputs
+
+
+def run_with(target: object, drafter: object) -> int:
+    return main(["generate", "hi", "--target", str(target), "--drafter", str(drafter)])
+
+
+def test_a_missing_target_or_drafter_is_a_wrong_input(toy_target_dir, tmp_path, capsys) -> None:
+    assert run_with(tmp_path / "nowhere", "none") == 2
+    assert len(complaint(capsys)) <= 2
+    assert run_with(toy_target_dir, tmp_path / "nowhere") == 2
+    assert len(complaint(capsys)) <= 2
+
+
+def test_a_pickle_is_refused(toy_target_dir, tmp_path, capsys) -> None:
+    folder = make_drafter(tmp_path / "d")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    assert run_with(toy_target_dir, folder) == 2
+    lines = complaint(capsys)
+    assert "pytorch_model.bin" in lines[0]
+    assert len(lines) == 2
+
+
+def test_a_truncated_checkpoint_is_refused(toy_target_dir, tmp_path, capsys) -> None:
+    folder = make_drafter(tmp_path / "d")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert run_with(toy_target_dir, folder) == 2
+    assert len(complaint(capsys)) == 2
+
+
+def test_weights_of_a_wrong_shape_are_refused(toy_target_dir, tmp_path, capsys) -> None:
+    folder = make_drafter(tmp_path / "d")
+    weights = {n: torch.zeros(3) for n in DFlash(DRAFTER, {}).shapes()}
+    save_file(weights, folder / "model.safetensors")
+    assert run_with(toy_target_dir, folder) == 2
+    assert len(complaint(capsys)) == 2
+
+
+def test_a_drafter_of_another_target_is_refused(toy_target_dir, tmp_path, capsys) -> None:
+    folder = make_drafter(tmp_path / "d", vocab_size=300)
+    assert run_with(toy_target_dir, folder) == 2
+    lines = complaint(capsys)
+    assert "vocabulary" in lines[0]
+    assert len(lines) == 2
+
+
+def test_standard_input_that_is_no_text_is_refused(pair, capsys, monkeypatch) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff\xfe\xff"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert main(["generate", "-", *pair]) == 2
+    assert "UTF-8" in complaint(capsys)[0]
+
+
+def test_a_full_disk_is_a_failed_job(pair, capsys, monkeypatch, tmp_path) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "rounds.jsonl")
+
+    monkeypatch.setattr("ttspec.bench.runs.write_run", full)
+    assert main(["demo", *pair, "--tokens", "8", "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == "ttspec: error: rounds.jsonl: No space left on device\n"
+
+
+# generate
+
+
+def test_generate_prints_the_answer_and_nothing_else(pair, capsys) -> None:
+    assert main(["generate", "hello", *pair, "--max-new-tokens", "12"]) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert err == ""
+
+
+def test_json_is_one_object_with_the_names_of_the_design_page(pair, capsys) -> None:
+    options = ["--max-new-tokens", "24", "--seed", "3", "--temperature", "0.7", "--ignore-eos"]
+    assert main(["generate", "hello", *pair, *options, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    answer = json.loads(out)
+    assert set(answer) == {"text", "token_ids", "finish_reason", "stats"}
+    assert answer["finish_reason"] == "length"
+    assert len(answer["token_ids"]) == 24
+    stats = answer["stats"]
+    assert set(stats) == {
+        "seed", "prompt_tokens", "emitted_tokens", "rounds", "acceptance_length", "accepted_at",
+        "updates", "reverts", "seconds", "tokens_per_second", "seconds_in", "by_position",
+        "repeated_8grams",
+    }  # fmt: skip
+    assert stats["seed"] == 3
+    assert set(stats["seconds_in"]) == {"draft", "verify", "learn"}
+    assert set(stats["by_position"][0]) == {"from", "to", "rounds", "acceptance_length"}
+    assert stats["updates"] > 0
+
+
+def test_the_streamed_text_is_the_text_of_the_json(pair, capsys) -> None:
+    options = ["generate", "hello", *pair, "--max-new-tokens", "40", "--ignore-eos"]
+    assert main(options) == 0
+    streamed = capsys.readouterr().out
+    assert main([*options, "--json", "--no-learn"]) == 0
+    assert json.loads(capsys.readouterr().out)["text"] + "\n" == streamed
+
+
+def test_a_dash_reads_standard_input(pair, capsys, monkeypatch) -> None:
+    options = [*pair, "--max-new-tokens", "8", "--json"]
+    assert main(["generate", "two\nlines", *options]) == 0
+    given = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("two\nlines\n"))
+    assert main(["generate", "-", *options]) == 0
+    piped = json.loads(capsys.readouterr().out)
+    assert piped["token_ids"] == given["token_ids"]
+    assert piped["stats"]["prompt_tokens"] == given["stats"]["prompt_tokens"]
+
+
+def test_flags_reach_the_generation(pair, capsys) -> None:
+    base = ["generate", "hello", *pair, "--max-new-tokens", "30", "--ignore-eos", "--json"]
+    answers = {}
+    for flags in (
+        (),
+        ("--no-learn",),
+        ("--learn.stride", "2"),
+        ("--draft.length", "0"),
+        ("--raw",),
+    ):
+        assert main([*base, *flags]) == 0
+        answers[flags] = json.loads(capsys.readouterr().out)
+    stats = {flags: answer["stats"] for flags, answer in answers.items()}
+    assert stats["--no-learn",]["updates"] == 0
+    assert stats["--learn.stride", "2"]["updates"] > stats[()]["updates"] > 0
+    assert stats["--draft.length", "0"]["acceptance_length"] == 1
+    assert stats["--raw",]["prompt_tokens"] < stats[()]["prompt_tokens"]
+    first = answers["--no-learn",]["text"][:4]
+    assert main([*base, "--stop", "never seen", "--stop", first]) == 0
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "stop"
+
+
+def test_a_drafter_that_hardly_helps_is_reported_with_the_way_to_look_closer(pair, capsys) -> None:
+    options = ["--max-new-tokens", "90", "--ignore-eos"]
+    assert main(["generate", "hello", *pair, *options]) == 0
+    assert "ttspec doctor" in capsys.readouterr().err
+    assert main(["generate", "hello", *pair, *options, "--draft.length", "0"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_that_leaves_early_is_no_error(pair) -> None:
+    command = [sys.executable, "-m", "ttspec.cli", "generate", "hi", *pair, "--ignore-eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+# Interruptions
+
+
+def stream_of(chunks: int, seen: list[BaseException]) -> Iterator[Chunk]:
+    """A stream that ends as cancelled when it is interrupted, as the engine's do."""
+    try:
+        for _ in range(chunks):
+            yield Chunk(text="x", token_ids=(1,), round=None)
+    except KeyboardInterrupt as interrupt:
+        seen.append(interrupt)
+        stats = summarise([], token_ids=[1], prompt_tokens=1, seed=0, seconds=1.0)
+        result = Result(text="x", token_ids=[1], finish_reason="cancelled", stats=stats)
+        yield Chunk(text="", token_ids=(), round=None, result=result)
+
+
+def test_an_interrupt_while_text_is_shown_cancels_the_stream() -> None:
+    seen: list[BaseException] = []
+    shown: list[Chunk] = []
+
+    def show(chunk: Chunk) -> None:
+        shown.append(chunk)
+        if len(shown) == 3:
+            raise KeyboardInterrupt
+
+    assert follow(stream_of(9, seen), show).finish_reason == "cancelled"
+    assert len(seen) == 1
+    assert len(shown) == 4
+
+
+def test_an_interrupted_command_exits_with_130(pair, capsys, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.decoding.engine.Engine.stream", lambda *_, **__: interrupted())
+    assert main(["generate", "hello", *pair]) == 130
+    assert main(["generate", "hello", *pair, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["finish_reason"] == "cancelled"
+    monkeypatch.setattr("ttspec.cli.options.ModelFlags.load", interrupted_load)
+    assert main(["generate", "hello", *pair]) == 130
+
+
+def interrupted() -> Iterator[Chunk]:
+    stream = stream_of(9, [])
+    yield next(stream)
+    yield stream.throw(KeyboardInterrupt())  # type: ignore[attr-defined]
+
+
+def interrupted_load(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
+
+
+# chat
+
+
+def talk(pair: list[str], lines: str, monkeypatch: pytest.MonkeyPatch, *flags: str) -> int:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    return main(["chat", *pair, "--max-new-tokens", "10", "--ignore-eos", *flags])
+
+
+def test_chat_answers_every_line_of_a_pipe(pair, capsys, monkeypatch) -> None:
+    assert talk(pair, "hello\n\nagain\n/stats\n/quit\nnever\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "session: 2 turns · 20 tokens" in err
+    assert out.endswith("\n")
+
+
+def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> None:
+    assert talk(pair, "hello\n", monkeypatch, "--seed", "1") == 0
+    once = capsys.readouterr().out
+    assert talk(pair, "hello\n/reset\nhello\n/stats\n", monkeypatch, "--seed", "1") == 0
+    out, err = capsys.readouterr()
+    assert out == once * 2
+    assert "session: 1 turns" in err
+
+
+def test_unknown_commands_of_chat_are_not_sent_to_the_target(pair, capsys, monkeypatch) -> None:
+    assert talk(pair, "/stats\n/exit\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Nothing was said yet." in err
+    assert "/exit is no command" in err
+
+
+# demo, doctor, check
+
+
+def test_demo_runs_three_arms_on_the_same_session(pair, capsys, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert main(["demo", *pair, "--tokens", "60", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for text in ("plain decoding", "static drafter", "learning drafter", "speed against plain"):
+        assert text in printed
+    assert printed.count("as plain") == 2
+    assert (out / "report" / "index.html").is_file()
+    assert (out / "report" / "acceptance.png").is_file()
+    turns = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
+    texts = {
+        arm: [t["text"] for t in turns if t["arm"] == arm] for arm in {t["arm"] for t in turns}
+    }
+    assert set(texts) == {"plain", "static", "learn-session"}
+    assert texts["plain"] == texts["static"] == texts["learn-session"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["seed"] == 0
+    assert len(manifest["drafter"]["sha256"]) == 64
+
+
+def test_demo_without_a_drafter_says_what_it_needs(toy_target_dir, capsys, tmp_path) -> None:
+    options = ["--target", str(toy_target_dir), "--drafter", "none", "--out", str(tmp_path)]
+    assert main(["demo", *options]) == 2
+    assert len(complaint(capsys)) == 2
+
+
+def test_doctor_says_where_the_weights_are_and_what_they_need(pair, capsys) -> None:
+    _, target, _, drafter, *_ = pair
+    assert main(["doctor", target, drafter, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["path"] == target
+    assert told["fits"] is True
+    assert told["target"]["vocabulary"] == 260
+    cache = 2 * 4 * 2 * 16 * 1000 * 4  # keys and values, layers, heads, head size, tokens, bytes
+    dtype_size = {"float32": 4, "bfloat16": 2}[told["target"]["dtype"]]
+    assert told["memory"]["target_cache_per_1000_tokens"] == cache * dtype_size // 4
+    drafter_model = DFlash(DRAFTER, {})
+    shapes = drafter_model.shapes()
+    drafter_model.weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+    learnable = sum(drafter_model.weights[n].numel() for n in drafter_model.learnable("full"))
+    assert told["memory"]["learning_per_row"] == learnable * (12 + 2 * dtype_size)
+    assert main(["doctor", target, drafter]) == 0
+    assert "fits" in capsys.readouterr().out
+
+
+def test_doctor_fails_with_the_reason_when_a_drafter_does_not_fit(
+    toy_target_dir, tmp_path, capsys
+) -> None:
+    folder = make_drafter(tmp_path / "d", vocab_size=300)
+    assert main(["doctor", str(toy_target_dir), str(folder), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is False
+    assert "vocabulary" in told["reason"]
+    assert main(["doctor", str(toy_target_dir), "none", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"] is None
+
+
+@pytest.mark.parametrize("temperature", ["0", "0.7"])
+def test_check_finds_no_difference_in_float32(pair, capsys, temperature) -> None:
+    options = ["--max-new-tokens", "40", "--temperature", temperature]
+    assert main(["check", "hello", "a b c", *pair, *options]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    assert all(line.startswith("identical") for line in lines[:4])
+    assert "4 identical" in lines[4]
+
+
+def test_check_asks_the_target_where_answers_part(pair, capsys, monkeypatch) -> None:
+    from ttspec.decoding.engine import Engine
+
+    honest = Engine.generate
+
+    def lying(self: Engine, *prompts: object, **options: object) -> list[Result]:
+        results = honest(self, *prompts, **options)  # type: ignore[arg-type]
+        if options["learn"] is not None:
+            results[0].token_ids[5] ^= 1
+        return results
+
+    monkeypatch.setattr(Engine, "generate", lying)
+    options = ["--max-new-tokens", "20", "--temperature", "0.7"]
+    assert main(["check", "hello", *pair, *options, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    static, learning = told["findings"]
+    assert not told["ok"]
+    assert static["verdict"] == "identical"
+    assert (learning["verdict"], learning["position"]) == ("different", 5)
+    assert learning["margin"] > tie("float32")
+
+
+def test_near_ties_are_forgiven_but_not_many_of_them() -> None:
+    def findings(ties: int, tokens: int, kind: str = "near-tie") -> list[Finding]:
+        return [
+            Finding(prompt="p", arm="static", tokens=tokens, verdict=kind)
+            for _ in range(ties)  # type: ignore[arg-type]
+        ]
+
+    assert verdict(findings(1, 100), "float32") == 0
+    assert verdict(findings(2, 100), "float32") == 1
+    assert verdict(findings(2, 10_000), "float32") == 0
+    assert verdict(findings(9, 100), "bfloat16") == 0
+    assert verdict(findings(1, 100, "different"), "bfloat16") == 1
+    assert tie("bfloat16") == 0.5
+
+
+def test_the_first_difference_counts_a_missing_end() -> None:
+    assert first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert first_difference([1, 2, 3], [1, 5, 3]) == 1
+    assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+# Flags and small things
+
+
+def test_learning_flags_change_the_preset_only_where_they_are_given() -> None:
+    assert LearnFlags().config() == LearnConfig()
+    assert LearnFlags(preset="paper").config() == LearnConfig.paper()
+    changed = LearnFlags(preset="paper", stride=3).config()
+    assert changed == LearnConfig.paper().with_options(stride=3)
+    assert SessionLearnFlags().config().scope == "session"
+    assert SessionLearnFlags(scope="request").config().scope == "request"
+    assert DraftFlags(window=64).config() == DraftConfig(window=64)
+
+
+def test_no_learning_and_learning_options_contradict_each_other() -> None:
+    assert SessionLearnFlags().config_if(False) is None
+    with pytest.raises(OptionError, match=r"learn\.stride"):
+        LearnFlags(stride=2).config_if(False)
+
+
+def test_low_acceptance_needs_enough_rounds_to_be_said() -> None:
+    def stats(rounds: int, emitted: int) -> SimpleNamespace:
+        every = [Round(position=i, proposed=5, accepted=0, emitted=emitted) for i in range(rounds)]
+        return summarise(every, token_ids=[], prompt_tokens=1, seed=0, seconds=1.0)  # type: ignore[return-value]
+
+    assert low_acceptance(stats(63, 1)) is None  # type: ignore[arg-type]
+    assert "ttspec doctor" in str(low_acceptance(stats(64, 1)))  # type: ignore[arg-type]
+    assert low_acceptance(stats(64, 2)) is None  # type: ignore[arg-type]
+
+
+def test_a_sparkline_goes_from_one_to_four() -> None:
+    assert sparkline([1] * 5, width=10) == ""
+    assert sparkline([1, 4], width=2) == "▁█"
+    assert len(sparkline(list(range(100)), width=20)) == 20
