@@ -83,8 +83,11 @@ class LearnConfig:
     rows: Rows = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
-    lessons: Literal["latest", "all"] = "all"
-    """The latest round's lesson only, or every lesson since the last update."""
+    blocks: int = 4
+    """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
+    more sees each several times."""
+    temperature: float = 1.0
+    """Divides both sides' logits in the loss."""
     decay: float = 0.0
     """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
     parameters: Parameters = "full"
@@ -94,7 +97,8 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")
-        for name in ("lr", "eps", "clip"):
+        _require(self.blocks >= 1, "learn.blocks", self.blocks, "1 or more")
+        for name in ("lr", "eps", "clip", "temperature"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value > 0, f"learn.{name}", value, "above 0")
         for name in ("beta1", "beta2"):
@@ -105,7 +109,7 @@ class LearnConfig:
     @classmethod
     def paper(cls) -> Self:
         """The published recipe (paper.md 1): whole block, latest round only, request-local."""
-        return cls(stride=10, rows="block", lessons="latest", decay=4.0, beta2=0.999)
+        return cls(stride=10, rows="block", blocks=1, decay=4.0, beta2=0.999)
 
     def with_options(self, **options: object) -> Self:
         """A copy with some fields replaced.

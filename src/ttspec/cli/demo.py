@@ -111,7 +111,7 @@ def run_session(
     for kind in kinds.values():  # first calls are slow and belong to no arm
         engine.generate("Hello", **kind, max_new_tokens=24, temperature=0.0, ignore_eos=True)
     sessions = {
-        name: engine.session(**kind, **shared, max_new_tokens=TURN_TOKENS)
+        name: engine.session(**kind, **shared, max_new_tokens=min(TURN_TOKENS, goal))
         for name, kind in kinds.items()
     }
     view = (

@@ -20,24 +20,21 @@ class Conversation:
     ) -> None:
         """Start an empty conversation; without `stream`, text comes only with the result."""
         self.decoder, self.row, self.config, self.seed = decoder, row, config, seed
+        self.quota: int | None = None
+        """Tokens that all turns together may have; None is no limit."""
         self.turn = 0
         self.generated = 0
         """Generated tokens of all turns: the position of the next one."""
         self.finish: FinishReason | None = None
         self.tokens: list[int] = []
         self._stream = stream or bool(config.stop)
-        self._identity = ""
+        self._first: tuple[tuple[int, ...], int] = (), 0
 
     def key(self, ids: Sequence[int], occurrence: int = 0) -> int:
-        """Noise key of this turn: from the seed, the first prompt, and the turn's number.
-
-        Two equal prompts of one call differ by `occurrence`; a prompt's text does not depend on
-        what else is in the batch.
-        """
+        """Noise key of this turn; see `noise_key`."""
         if not self.turn:
-            self._identity = f"{self.seed} {list(ids)} {occurrence}"
-        digest = hashlib.blake2b(f"{self._identity} {self.turn}".encode(), digest_size=8).digest()
-        return int.from_bytes(digest, "little", signed=True)
+            self._first = tuple(ids), occurrence
+        return noise_key(self.seed, *self._first, turn=self.turn)
 
     def open(self, ids: list[int]) -> int:
         """Begin an answer to `ids`; the number of tokens it may have, 0 if none."""
@@ -52,7 +49,10 @@ class Conversation:
         self._reverts = learner.reverts[self.row] if learner else 0
         room = self.decoder.slots - self.decoder.lengths[self.row] - len(ids)
         self._limit: FinishReason = "context" if room < self.config.max_new_tokens else "length"
-        budget = max(0, min(self.config.max_new_tokens, room))
+        most = self.config.max_new_tokens
+        if self.quota is not None:
+            most = min(most, self.quota - self.generated)
+        budget = max(0, min(most, room))
         if not budget:
             self._close(self._limit)
         return budget
@@ -143,6 +143,19 @@ class Conversation:
             rounds=list(self.rounds),
             prompt_ids=list(self.prompt_ids),
         )
+
+
+def noise_key(
+    seed: int, first_prompt: Sequence[int], occurrence: int = 0, *, turn: int = 0
+) -> int:
+    """Noise key of an answer, 64 bits: from the seed, the conversation's first prompt, the turn.
+
+    It does not depend on what else is in the batch. Equal prompts of one call differ by
+    `occurrence`, or they would get equal answers.
+    """
+    text = f"{seed} {list(first_prompt)} {occurrence} {turn}"
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 def begin(decoder: Decoder, turns: Sequence[tuple[Conversation, list[int], int]]) -> None:

@@ -24,6 +24,8 @@ from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
 from ttspec.sampling import process
 
+PREFILL_SHARE = 16
+"""In a batch, turns begin together, when more than 1 / this of the rows wait for one."""
 SESSION_CONTEXT = 8192
 """Tokens a session makes room for unless told otherwise; the target's context if that is less."""
 Prompt = str | Sequence[Message] | Sequence[int]
@@ -134,6 +136,7 @@ class Engine:
         *,
         rows: int | None = None,
         stream: bool = True,
+        quota: int | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, Chunk]]:
         """Run many conversations side by side, each a list of user turns.
@@ -144,6 +147,7 @@ class Engine:
             dialogues: Turns, answered one after the other; a row that is done takes the next.
             rows: Conversations at a time; None is all of them.
             stream: Without it, text comes only with the result.
+            quota: Tokens that a dialogue may have over all turns; None is no limit.
             **options: Fields of `GenerateConfig`; limits hold for each turn.
 
         Yields:
@@ -162,33 +166,35 @@ class Engine:
         waiting = deque(range(len(prompts)))
         going: dict[int, Conversation] = {}  # by dialogue; rows are reused
         free = list(range(rows))
+        ready: dict[int, tuple[Conversation, list[int], int]] = {}
         try:
             while waiting or going:
-                ready = []
                 for index, talk in going.items():
-                    if talk.finish:
+                    if talk.finish and index not in ready:
                         ids = self._next(talk, dialogues[index][talk.turn])
-                        ready.append((talk, ids, 0))
+                        ready[index] = talk, ids, 0
                 while free and waiting:
                     index, row = waiting.popleft(), free.pop()
                     decoder.clear(row)
                     going[index] = Conversation(decoder, row, config, seed, stream=stream)
+                    going[index].quota = quota
                     occurrence = seen[tuple(prompts[index])]
                     seen[tuple(prompts[index])] += 1
-                    ready.append((going[index], prompts[index], occurrence))
-                if ready:
-                    begin(decoder, ready)
-                    moved = {id(talk) for talk, *_ in ready}
+                    ready[index] = going[index], prompts[index], occurrence
+                # A prefill holds up all rows, so in a large batch rows wait for company.
+                if len(ready) > rows // PREFILL_SHARE or len(ready) == len(going):
+                    begin(decoder, list(ready.values()))
+                    moved = [(index, talk) for index, (talk, _, _) in ready.items()]
+                    ready = {}
                 else:
-                    advance(decoder, list(going.values()))
-                    moved = {id(talk) for talk in going.values()}
-                for index, talk in list(going.items()):
-                    if id(talk) in moved:
-                        chunk = talk.chunk()
-                        if chunk.result and self._over(talk, dialogues[index]):
-                            free.append(talk.row)
-                            del going[index]
-                        yield index, chunk
+                    moved = [(i, talk) for i, talk in going.items() if i not in ready]
+                    advance(decoder, [talk for _, talk in moved])
+                for index, talk in moved:
+                    chunk = talk.chunk()
+                    if chunk.result and self._over(talk, dialogues[index]):
+                        free.append(talk.row)
+                        del going[index]
+                    yield index, chunk
         except KeyboardInterrupt:
             for index, talk in going.items():
                 talk.cancel()
@@ -263,7 +269,8 @@ class Engine:
 
     @staticmethod
     def _over(talk: Conversation, dialogue: Sequence[Prompt]) -> bool:
-        return talk.turn == len(dialogue) or talk.finish in ("context", "cancelled")
+        spent = talk.quota is not None and talk.generated >= talk.quota
+        return spent or talk.turn == len(dialogue) or talk.finish in ("context", "cancelled")
 
 
 class Session:
@@ -301,6 +308,10 @@ class Session:
     def generated(self) -> int:
         """Tokens generated in all turns."""
         return self._talk.generated if self._talk else 0
+
+    def close(self) -> None:
+        """Free the session's caches and what its drafter learned."""
+        self._talk = None
 
     def _open(self, text: Prompt) -> tuple[Conversation, list[int]]:
         engine, config = self.engine, self.config

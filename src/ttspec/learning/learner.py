@@ -68,7 +68,9 @@ class Learner:
                     self.state, lesson.tokens, lesson.start, self.length, longest
                 )
                 weights = position_weights(self.length, self.config.decay, logits.device)
-                kl = weighted_mean(forward_kl(lesson.logits, logits), weights, lesson.mask)
+                heat = self.config.temperature
+                kl = forward_kl(lesson.logits / heat, logits / heat)
+                kl = weighted_mean(kl, weights, lesson.mask)
                 loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
                 gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
         finally:

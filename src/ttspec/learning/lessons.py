@@ -40,8 +40,8 @@ class Lessons:
         self.length = length
         self.hindsight = config.rows == "hindsight"
         self.until_rejection = config.rows == "accepted"
-        self.blocks = config.stride if config.lessons == "all" else 1
-        # Unread lessons, and those that wait: at one token a round a block takes `length` rounds.
+        self.blocks = config.blocks
+        # Blocks to replay, and those that wait: at one token a round one waits `length` rounds.
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)
         self._ring = (self.blocks + 2) * (length + 1) if self.hindsight else 0
         device, v = sample.device, sample.shape[-1]
@@ -81,18 +81,18 @@ class Lessons:
         self._push(self._logits[..., :width, :], v.logits[:, :width], took_part)
 
     def take(self) -> Lesson:
-        """The newest lessons not taken before, at most one a round since the last update."""
+        """The newest lessons of every row; none for a row that has no new one."""
         last = torch.full_like(self._used, self._kept - 1)
         if self.hindsight:  # the newest block whose rows have all been committed
             whole = (self._starts >= 0) & (self._starts + self.length <= self._committed[:, None])
             order = torch.arange(self._kept, device=whole.device)
             last = torch.where(whole, order, -1).amax(-1)
         pick = last[:, None] - torch.arange(self.blocks, device=last.device)
-        exists = pick >= 0
+        start = self._starts.gather(1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
         pick = pick.clamp(min=0)
-        start = self._starts.gather(1, pick)
-        fresh = exists & (start > self._used[:, None])
-        self._used = torch.where(fresh, start, self._used[:, None]).amax(-1)
+        new = start[:, 0] > self._used
+        self._used = torch.where(new, start[:, 0], self._used)
+        fresh = (start >= 0) & new[:, None]
         row = torch.arange(pick.shape[0], device=pick.device)[:, None]
         if self.hindsight:
             position = start[..., None] + 1 + torch.arange(self.length, device=pick.device)

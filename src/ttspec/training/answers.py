@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
-from ttspec.decoding.engine import Engine
+from ttspec.decoding.engine import PREFILL_SHARE, Engine
 from ttspec.decoding.text import answer_ids, next_turn_ids, prompt_ids, written_turn_ids
 from ttspec.errors import DataError
 from ttspec.records import Result, repeated_ngrams
@@ -20,9 +20,6 @@ from ttspec.records import Result, repeated_ngrams
 LONGEST_WRITTEN_TURN = 200
 MOST_REPETITION = 0.3
 """Answers that repeat more of their 8-grams than this are loops, and teach loops."""
-
-PREFILL_SHARE = 16
-"""New turns are read together, when more than 1 / this of the rows wait for one."""
 
 Turns = Sequence[str | None]
 
@@ -134,7 +131,6 @@ def write_answers(
                     ready.append((talk, ids, n))
                 else:  # a prompt as long as a whole dialogue may be: no example
                     free.append(row)
-            # A prefill holds up all rows, so rows that are ready wait for company.
             if len(ready) > decoder.rows // PREFILL_SHARE or len(ready) == len(going):
                 begin(decoder, ready)
                 ready = []

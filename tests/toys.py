@@ -1,0 +1,91 @@
+"""Random drafters for the toy targets, and short ways to what many tests need."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttspec import load
+from ttspec.decoding.engine import Engine
+from ttspec.drafters.dflash import DFlash
+from ttspec.records import Proposal, Verification
+
+VOCABULARY = 260
+MASK = 259
+CONFIG: dict[str, Any] = {
+    "architectures": ["DFlashDraftModel"],
+    "model_type": "qwen3",
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "block_size": 5,
+    "vocab_size": VOCABULARY,
+    "num_target_layers": 4,
+    "dflash_config": {"mask_token_id": MASK, "target_layer_ids": [0, 2]},
+}
+
+
+def toy_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> DFlash:
+    """A random DFlash drafter for the toy targets."""
+    drafter = DFlash({**CONFIG, **config}, {})
+    generator = torch.Generator().manual_seed(seed)
+    drafter.weights = {
+        name: (torch.ones(shape) if len(shape) == 1 else 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        for name, shape in drafter.shapes().items()
+    }
+    return drafter
+
+
+def bound_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> DFlash:
+    """A toy drafter with a random embedding and head, and no target."""
+    drafter = toy_drafter(seed, dtype, **config)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    table = torch.randn(2, VOCABULARY, 64, generator=generator).to(dtype)
+    drafter.bind(table[0], 0.3 * table[1], len(drafter.taps) * 64)
+    return drafter
+
+
+def toy_engine(folder: Path, drafter: DFlash | None = None, dtype: str = "float32") -> Engine:
+    """A toy target with a drafter of its own."""
+    return load(str(folder), drafter if drafter is not None else toy_drafter(), device="cpu", dtype=dtype)
+
+
+def random_features(rows: int, tokens: int, width: int = 128, seed: int = 0) -> Tensor:
+    """What a target's taps could give."""
+    return torch.randn(rows, tokens, width, generator=torch.Generator().manual_seed(seed))
+
+
+def verification(
+    start: Sequence[int],
+    fed: Tensor,
+    logits: Tensor,
+    features: Tensor,
+    tokens: Tensor,
+    accepted: Sequence[int],
+    *,
+    count: Sequence[int] | None = None,
+    emitted: Sequence[int] | None = None,
+    ended: Sequence[bool] | None = None,
+) -> Verification:
+    """A round's record; by default all rows have full proposals and emit accepted + 1."""
+    rows, width = fed.shape
+    return Verification(
+        proposal=Proposal(
+            tokens=fed[:, 1:], count=torch.tensor(count if count is not None else [width - 1] * rows)
+        ),
+        fed=fed,
+        start=torch.tensor(start),
+        logits=logits,
+        features=features,
+        tokens=tokens,
+        accepted=torch.tensor(accepted),
+        emitted=torch.tensor(emitted if emitted is not None else [a + 1 for a in accepted]),
+        ended=torch.tensor(ended if ended is not None else [False] * rows),
+    )
