@@ -89,3 +89,23 @@ def verification(
         emitted=torch.tensor(emitted if emitted is not None else [a + 1 for a in accepted]),
         ended=torch.tensor(ended if ended is not None else [False] * rows),
     )
+
+
+def chi_square(counts: Tensor, share: Tensor) -> float:
+    """p-value of observed counts under the law `share`; cells expected under 5 times are pooled."""
+    counts, share = counts.double().flatten(), share.double().flatten()
+    expected = share / share.sum() * counts.sum()
+    assert not counts[expected == 0].any(), "something impossible happened"
+    big = expected >= 5
+    counts = torch.cat([counts[big], counts[~big].sum()[None]])
+    expected = torch.cat([expected[big], expected[~big].sum()[None]])
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = ((counts - expected) ** 2 / expected).sum()
+    freedom = torch.tensor((len(counts) - 1) / 2, dtype=torch.double)
+    return float(torch.special.gammaincc(freedom, statistic / 2)) if len(counts) > 1 else 1.0
+
+
+def total_variation(counts: Tensor, share: Tensor) -> float:
+    """Half the L1 distance of observed shares from a law."""
+    counts, share = counts.double().flatten(), share.double().flatten()
+    return float((counts / counts.sum() - share / share.sum()).abs().sum() / 2)

@@ -1,0 +1,479 @@
+"""Learning must not bend the output's law: the four holes of exactness.md, and whole texts.
+
+The holes are looked for in bulk: many short texts over a small vocabulary, with a drafter that
+learns grossly from every verdict, rejected drafts included. Drafting and accepting are the
+decoder's own code; tables stand in for the two models. Each test also runs the wrong way that
+exactness.md names, and demands that the same measure finds it.
+"""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from toys import chi_square, total_variation, toy_drafter, toy_engine
+from torch import Tensor
+
+from ttspec.acceptance import accept_rejection
+from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.conversation import noise_key
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.round import Decoder, position_noise
+from ttspec.records import Proposal
+from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, uniform
+
+TEXTS = 250_000
+V, LONG, G = 3, 3, 2
+LESSON = 2.5
+"""How far a lesson pushes a draft logit: far more than any real one."""
+
+
+class Loop:
+    """`TEXTS` texts at once: p is a table by position and last token, q by position and text.
+
+    `_propose` and `_accept` are the decoder's own.
+    """
+
+    def __init__(self, keys: Tensor, *, acceptance: str = "rejection", coupled: bool = True) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.logp = (1.2 * torch.randn(LONG, V, V, generator=generator)).log_softmax(-1)
+        first = 0.8 * torch.randn(LONG, V, generator=generator)
+        self.q = first.expand(len(keys), LONG, V).clone()
+        # What the decoder's methods look at.
+        self._key, self._round, self.gamma, self.rows = keys, 0, G, len(keys)
+        self._vocabulary = V
+        self.sampling = SamplingConfig(
+            temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
+        )
+        self.drafter, self.state = self, self
+
+    def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:
+        at = (start[:, None] + torch.arange(G)).clamp(max=LONG - 1)
+        tokens, q = choose(self.q[torch.arange(self.rows)[:, None], at], 0)
+        return Proposal(tokens=tokens, count=count, q=q)
+
+    def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
+        return Decoder._propose(self, start, start, count, 0, noise)  # type: ignore[arg-type]
+
+    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
+        return Decoder._accept(self, logits, proposal, start, noise)  # type: ignore[arg-type]
+
+    def length(self, proposal: Proposal) -> Tensor:
+        """How many drafts are verified: the decoder's answer, a matter of the budget alone."""
+        return proposal.count
+
+    def learn(self, start: Tensor, proposal: Proposal, live: Tensor) -> None:
+        """Push q at each drafted position towards the token that was drafted there."""
+        at = (start[:, None] + torch.arange(G)).clamp(max=LONG - 1)
+        drafted = live[:, None] & (torch.arange(G) < proposal.count[:, None])
+        push = self.lesson(proposal) * drafted[..., None]
+        self.q.scatter_add_(1, at[..., None].expand(-1, -1, V), push)
+
+    def lesson(self, proposal: Proposal) -> Tensor:
+        return LESSON * torch.nn.functional.one_hot(proposal.tokens, V)
+
+    def write(self) -> Tensor:
+        """All texts, int64 [TEXTS, LONG]."""
+        row = torch.arange(self.rows)[:, None]
+        text = torch.zeros(self.rows, LONG + G + 2, dtype=torch.long)  # text[:, 0] comes before
+        start = torch.zeros(self.rows, dtype=torch.long)
+        while (start < LONG).any():
+            live = start < LONG
+            budget = LONG - start
+            count = (budget - 1).clamp(min=0, max=G)
+            noise = None
+            if self.sampling.acceptance == "invariant":
+                noise = position_noise(self._key, start + 1, G + 1, V)
+            proposal = self.draft(start, count, noise)
+            proposal = Proposal(
+                tokens=proposal.tokens, q=proposal.q, count=self.length(proposal).clamp(max=count)
+            )
+            fed = torch.cat([text.gather(1, start[:, None]), proposal.tokens], dim=1)
+            at = (start[:, None] + torch.arange(G + 1)).clamp(max=LONG - 1)
+            accepted, tokens = self.accept(self.logp[at, fed], proposal, start, noise)
+            emitted = torch.where(live, accepted + 1, 0)
+            column = torch.arange(G + 1)
+            slot = torch.where(column < emitted[:, None], start[:, None] + 1 + column, LONG + G + 1)
+            text[row, slot] = tokens
+            self.learn(start, proposal, live)
+            start = start + emitted
+            self._round += 1
+        return text[:, 1 : LONG + 1]
+
+
+def law(loop: Loop) -> Tensor:
+    """Exact probability of every text, in the order of `census`."""
+    share = []
+    for text in itertools.product(range(V), repeat=LONG):
+        before = (0, *text)
+        share.append(sum(loop.logp[i, before[i], text[i]] for i in range(LONG)))
+    return torch.stack(share).double().exp()
+
+
+def census(texts: Tensor) -> Tensor:
+    """How often every text occurred."""
+    index = (texts * V ** torch.arange(LONG - 1, -1, -1)).sum(-1)
+    return torch.bincount(index, minlength=V**LONG)
+
+
+def fresh_keys(seed: int = 0) -> Tensor:
+    return fold(torch.tensor(seed), torch.arange(TEXTS))
+
+
+def assert_exact(texts: Tensor, loop: Loop) -> None:
+    assert chi_square(census(texts), law(loop)) > 1e-3
+    assert total_variation(census(texts), law(loop)) < 0.01
+
+
+def assert_found(texts: Tensor, loop: Loop) -> None:
+    assert chi_square(census(texts), law(loop)) < 1e-12
+    assert total_variation(census(texts), law(loop)) > 0.012
+
+
+def test_rejection_sampling_keeps_the_law_while_the_drafter_learns_from_rejected_drafts():
+    loop = Loop(fresh_keys())
+    assert_exact(loop.write(), loop)
+
+
+@pytest.mark.parametrize("coupled", [True, False])
+def test_invariant_sampling_keeps_the_law_while_the_drafter_learns(coupled: bool):
+    loop = Loop(fresh_keys(), acceptance="invariant", coupled=coupled)
+    assert_exact(loop.write(), loop)
+
+
+def test_invariant_texts_do_not_depend_on_what_was_learned():
+    class Static(Loop):
+        def learn(self, *_) -> None:
+            pass
+
+    keys = fresh_keys()
+    learned = Loop(keys, acceptance="invariant").write()
+    assert torch.equal(learned, Static(keys, acceptance="invariant").write())
+
+
+# Hole A: draft length.
+
+
+def surest(proposal: Proposal) -> Tensor:
+    """q of the drafted tokens, [TEXTS, G]."""
+    return proposal.q.gather(-1, proposal.tokens[..., None])[..., 0]
+
+
+class StopAfterDoubt(Loop):
+    """Exact: a token that the drafter doubts is still verified; those after it are not."""
+
+    def length(self, proposal: Proposal) -> Tensor:
+        return (surest(proposal) >= 0.4).long().cumprod(-1).sum(-1) + 1
+
+
+class LengthFromQ(Loop):
+    """Exact: a length from the distributions, whatever was drawn."""
+
+    def length(self, proposal: Proposal) -> Tensor:
+        return (proposal.q.amax(-1) >= 0.55).long().cumprod(-1).sum(-1)
+
+
+class DropDoubt(Loop):
+    """Wrong: the doubted token itself is dropped."""
+
+    def length(self, proposal: Proposal) -> Tensor:
+        return (surest(proposal) >= 0.4).long().cumprod(-1).sum(-1)
+
+
+class MostLikelyLength(Loop):
+    """Wrong: a length that depends on the product of q over the drawn tokens."""
+
+    def length(self, proposal: Proposal) -> Tensor:
+        return (surest(proposal).cumprod(-1) >= 0.2).sum(-1)
+
+
+class BetterOfTwo(Loop):
+    """Wrong: of two sampled proposals the better looking one."""
+
+    def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
+        one = super().draft(start, count, noise)
+        other_key = fold(fold(self._key[:, None], 77, self._round), torch.arange(G))
+        two = draw(one.q.log(), gumbel(other_key, V))
+        look = [one.q.gather(-1, t[..., None]).prod(1) for t in (one.tokens, two)]
+        return Proposal(
+            tokens=torch.where(look[1] > look[0], two, one.tokens), q=one.q, count=one.count
+        )
+
+
+@pytest.mark.parametrize("way", [StopAfterDoubt, LengthFromQ])
+def test_hole_a_a_draft_length_may_depend_on_distributions_and_verified_tokens(way: type[Loop]):
+    loop = way(fresh_keys(1))
+    assert_exact(loop.write(), loop)
+
+
+@pytest.mark.parametrize("way", [DropDoubt, MostLikelyLength, BetterOfTwo])
+def test_hole_a_a_draft_length_that_looks_at_dropped_tokens_is_found(way: type[Loop]):
+    loop = way(fresh_keys(1))
+    assert_found(loop.write(), loop)
+
+
+def test_hole_a_with_one_hot_drafts_any_length_is_exact():
+    class Any(DropDoubt):
+        def length(self, proposal: Proposal) -> Tensor:
+            return (proposal.tokens != 0).long().cumprod(-1).sum(-1)
+
+    loop = Any(fresh_keys(2), coupled=False)
+    assert loop.draft(torch.zeros(TEXTS, dtype=torch.long), torch.full((TEXTS,), G), None).q is None
+    assert_exact(loop.write(), loop)
+
+
+# Hole B: noise keyed by position.
+
+
+class DraftNoiseByPosition(Loop):
+    """Wrong: a position drafted again gets the noise that drafted it before."""
+
+    def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
+        def choose(logits: Tensor, _: int) -> tuple[Tensor, Tensor]:
+            key = fold(self._key[:, None], DRAFT, start[:, None] + torch.arange(G))
+            return draw(logits, gumbel(key, V)), logits.softmax(-1)
+
+        return self.propose(self, start, start, count, G, 0, choose)
+
+
+class VerdictLearner(Loop):
+    """Learns from the verdict on every row, those after the first rejection included."""
+
+    def u_keys(self, start: Tensor) -> Tensor:
+        return fold(fold(self._key[:, None], ACCEPT, self._round), torch.arange(G))
+
+    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
+        fresh = exponential(fold(self._key, RESIDUAL, self._round), V)
+        p, u = logits.softmax(-1), uniform(self.u_keys(start))
+        drafts = proposal.tokens[..., None]
+        self.kept = u * proposal.q.gather(-1, drafts)[..., 0] < p[:, :G].gather(-1, drafts)[..., 0]
+        return accept_rejection(p, proposal, u, fresh)
+
+    def lesson(self, proposal: Proposal) -> Tensor:
+        return super().lesson(proposal) * (2.0 * self.kept[..., None] - 1)
+
+
+class UniformsByPosition(VerdictLearner):
+    """Wrong: accept uniforms belong to a position."""
+
+    def u_keys(self, start: Tensor) -> Tensor:
+        return fold(self._key[:, None], ACCEPT, start[:, None] + torch.arange(G))
+
+
+class UniformsFromDraftNoise(VerdictLearner):
+    """Wrong: the number that drew a token also judges it."""
+
+    def u_keys(self, start: Tensor) -> Tensor:
+        return fold(fold(self._key[:, None], DRAFT, self._round), torch.arange(G))
+
+
+def test_hole_b_fresh_noise_is_exact_even_when_every_verdict_is_a_lesson():
+    loop = VerdictLearner(fresh_keys(3))
+    assert_exact(loop.write(), loop)
+
+
+@pytest.mark.parametrize("way", [DraftNoiseByPosition, UniformsByPosition, UniformsFromDraftNoise])
+def test_hole_b_noise_used_twice_is_found(way: type[Loop]):
+    loop = way(fresh_keys(3))
+    assert_found(loop.write(), loop)
+
+
+def test_hole_b_without_learning_position_keys_are_harmless_so_a_static_test_misses_them():
+    class Static(DraftNoiseByPosition):
+        def learn(self, *_) -> None:
+            pass
+
+    loop = Static(fresh_keys(3))
+    assert_exact(loop.write(), loop)
+
+
+# Hole C: a second turn, a drafter that learned in the first.
+
+
+def second_turn(key_of_turn: Callable[[int, int], int], *, restart: bool) -> tuple[Tensor, Loop]:
+    def keys(turn: int) -> Tensor:
+        return torch.tensor([key_of_turn(text, turn) for text in range(TEXTS)])
+
+    loop = Loop(keys(0))
+    loop.write()
+    if restart:
+        loop._round = 0
+    loop._key = keys(1)
+    return loop.write(), loop
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_hole_c_a_second_turn_is_exact_with_the_keys_of_turns(restart: bool):
+    texts, loop = second_turn(lambda n, turn: noise_key(n, [1, 2], turn=turn), restart=restart)
+    assert_exact(texts, loop)
+
+
+def test_hole_c_a_second_turn_seeded_as_the_first_is_found():
+    texts, loop = second_turn(lambda n, _: noise_key(n, [1, 2]), restart=True)
+    assert_found(texts, loop)
+
+
+# Hole D: second chances.
+
+
+class Retry(Loop):
+    """Wrong: a round whose first draft was rejected is done again, with fresh noise."""
+
+    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
+        first, tokens = super().accept(logits, proposal, start, noise)
+        self._round += 1_000_000
+        second, again = super().accept(logits, proposal, start, noise)
+        self._round -= 1_000_000
+        bad = (first == 0) & (proposal.count > 0)
+        return torch.where(bad, second, first), torch.where(bad[:, None], again, tokens)
+
+
+class BetterWeights(Loop):
+    """Wrong: drafts of live and of anchor weights are both verified, the luckier ones count."""
+
+    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
+        first, tokens = super().accept(logits, proposal, start, noise)
+        live, self.q = self.q, Loop(self._key).q
+        self._round += 1_000_000
+        anchor = self.draft(start, proposal.count, noise)
+        second, again = super().accept(logits, anchor, start, noise)
+        self._round -= 1_000_000
+        self.q = live
+        # Only the first position is comparable: p past it hangs on the draft that was fed.
+        lucky = (second > 0) & (first == 0) & (proposal.count > 0)
+        return torch.where(lucky, 0, first), torch.where(
+            lucky[:, None], torch.cat([again[:, :1], tokens[:, 1:]], dim=1), tokens
+        )
+
+
+@pytest.mark.parametrize("way", [Retry, BetterWeights])
+def test_hole_d_a_second_chance_after_the_verdict_is_found(way: type[Loop]):
+    loop = way(fresh_keys(4))
+    assert_found(loop.write(), loop)
+
+
+# Whole texts on a toy model, in float32.
+
+PROMPTS = ["hello there", "count to ten, please", "a", "the quick brown fox jumps over the dog"]
+HARD = {"stride": 1, "lr": 3e-3}
+"""Enough for weights to move visibly within a text."""
+ARMS: dict[str, dict] = {
+    "static": {"learn": None},
+    "block": {"learn": LearnConfig(rows="block", **HARD)},
+    "accepted": {"learn": LearnConfig(rows="accepted", blocks=1, **HARD)},
+    "hindsight": {"learn": LearnConfig(rows="hindsight", **HARD)},
+    "stride 3, session": {"learn": LearnConfig(stride=3, lr=1e-2, scope="session")},
+    "window": {"learn": LearnConfig(**HARD), "draft": DraftConfig(window=7)},
+    "rebase": {"learn": LearnConfig(**HARD), "draft": DraftConfig(rebase=9, length=3)},
+}
+SAMPLINGS = [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 0.8, "top_p": 0.9}]
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir) -> Engine:
+    return toy_engine(toy_target_dir)
+
+
+@pytest.fixture(scope="module")
+def plain(engine: Engine) -> Callable[..., list]:
+    """Plain decoding, each set of options once."""
+    known: dict[str, list] = {}
+
+    def run(prompts: list[str], **options) -> list:
+        key = repr((prompts, sorted(options.items())))
+        if key not in known:
+            options |= {"learn": None, "draft": DraftConfig(length=0)}
+            known[key] = engine.generate(prompts, **options)
+        return known[key]
+
+    return run
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("arm", ARMS)
+def test_static_and_learning_drafters_write_what_plain_decoding_writes(engine, plain, arm, sampling):
+    options = {"max_new_tokens": 48, "seed": 5, "ignore_eos": True, **sampling}
+    wanted = plain(PROMPTS, **options)
+    results = engine.generate(PROMPTS, **options, **ARMS[arm])
+    assert [r.token_ids for r in results] == [r.token_ids for r in wanted]
+    if arm != "static":
+        assert all(r.stats.updates > 5 for r in results)
+        assert not any(r.stats.reverts for r in results)
+
+
+def test_the_learning_arms_really_change_what_is_drafted(engine):
+    options = {"max_new_tokens": 48, "seed": 5, "ignore_eos": True, "temperature": 0.8}
+    rounds = {
+        arm: [
+            [r.accepted for r in result.rounds]
+            for result in engine.generate(PROMPTS, **options, **ARMS[arm])
+        ]
+        for arm in ("static", "block", "hindsight")
+    }
+    assert rounds["static"] != rounds["block"]
+    assert rounds["static"] != rounds["hindsight"]
+    assert sum(map(len, rounds["hindsight"])) < sum(map(len, rounds["static"]))  # it learns
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("arm", ["static", "hindsight"])
+def test_a_row_of_a_batch_writes_what_it_writes_alone(engine, arm, temperature):
+    options = {"max_new_tokens": 40, "seed": 9, "temperature": temperature, **ARMS[arm]}
+    together = engine.generate(PROMPTS, **options)
+    alone = [engine.generate(prompt, **options)[0] for prompt in PROMPTS]
+    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
+    assert [r.text for r in together] == [r.text for r in alone]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_two_turns_of_a_session_are_the_same_for_every_drafter(engine, temperature):
+    def talk(**options) -> list[list[int]]:
+        session = engine.session(
+            max_new_tokens=40, seed=4, temperature=temperature, context=400, **options
+        )
+        return [session.send(text).token_ids for text in ("hello there", "and then?", "why")]
+
+    wanted = talk(learn=None, draft=DraftConfig(length=0))
+    for arm in ARMS.values():
+        assert talk(**arm) == wanted
+
+
+def test_equal_turns_of_a_session_get_different_noise(engine):
+    session = engine.session(max_new_tokens=30, seed=4, temperature=1.0, ignore_eos=True)
+    first, second = session.send("again"), session.send("again")
+    assert first.token_ids != second.token_ids
+    talk = session._talk
+    assert talk is not None
+    assert len({noise_key(talk.seed, *talk._first, turn=turn) for turn in range(3)}) == 3
+
+
+def test_equal_prompts_of_one_call_get_different_answers(engine):
+    results = engine.generate(["same"] * 3, max_new_tokens=20, seed=1, temperature=1.0)
+    assert len({tuple(r.token_ids) for r in results}) == 3
+
+
+def test_equal_prompts_get_equal_answers_where_greedy(engine):
+    results = engine.generate(["same"] * 3, max_new_tokens=20, seed=1, temperature=0.0)
+    assert len({tuple(r.token_ids) for r in results}) == 1
+
+
+def test_the_same_call_twice_gives_the_same_answer_and_another_seed_another(engine):
+    options = {"max_new_tokens": 20, "temperature": 1.0}
+    first, again = (engine.generate("twice", seed=1, **options)[0] for _ in range(2))
+    other = engine.generate("twice", seed=2, **options)[0]
+    assert first.token_ids == again.token_ids
+    assert first.token_ids != other.token_ids
+
+
+def test_rejection_sampling_is_reproducible_while_learning(engine):
+    options = {"max_new_tokens": 30, "temperature": 0.9, "acceptance": "rejection", "seed": 3}
+    runs = [engine.generate(PROMPTS[:2], **options, **ARMS["block"]) for _ in range(2)]
+    assert [r.token_ids for r in runs[0]] == [r.token_ids for r in runs[1]]
+
+
+def test_a_qwen_target_writes_the_same_with_and_without_a_learning_drafter(toy_qwen_dir):
+    engine = toy_engine(toy_qwen_dir, toy_drafter(3))
+    options = {"max_new_tokens": 40, "seed": 2, "temperature": 0.7, "ignore_eos": True}
+    wanted = engine.generate(PROMPTS, **options, learn=None, draft=DraftConfig(length=0))
+    learned = engine.generate(PROMPTS, **options, **ARMS["hindsight"])
+    assert [r.token_ids for r in learned] == [r.token_ids for r in wanted]
