@@ -139,9 +139,7 @@ def ratio(a: list[dict], b: list[dict], keep: object, most: float) -> tuple[floa
     draws = []
     for _ in range(RESAMPLES):
         pick = rng.choices(index, k=len(a))
-        draws.append(
-            tau([a[i] for i in pick], keep, most) / tau([b[i] for i in pick], keep, most)
-        )
+        draws.append(tau([a[i] for i in pick], keep, most) / tau([b[i] for i in pick], keep, most))
     draws.sort()
     low, high = draws[int(0.025 * RESAMPLES)], draws[int(0.975 * RESAMPLES)]
     return tau(a, keep, most) / tau(b, keep, most), low, high
@@ -154,8 +152,7 @@ def report(a: argparse.Namespace) -> None:
     first = next(iter(arms.values()))
     same = {
         arm: sum(
-            x["ids"] == y["ids"]
-            for x, y in zip(made["sessions"], first["sessions"], strict=True)
+            x["ids"] == y["ids"] for x, y in zip(made["sessions"], first["sessions"], strict=True)
         )
         for arm, made in arms.items()
     }
@@ -182,7 +179,11 @@ def report(a: argparse.Namespace) -> None:
                     lines.append(f"| {arm} / {other} | " + " | ".join(cells) + " |")
             lines.append("")
     last = max(w for table in tables["static"] for w in table)
-    lines += ["### by window", "", "| window | windows kept | repeated 8-grams | " + " | ".join(arms)]
+    lines += [
+        "### by window",
+        "",
+        "| window | windows kept | repeated 8-grams | " + " | ".join(arms),
+    ]
     lines[-1] += " |"
     lines.append("|---|---|---|" + "---|" * len(arms))
     for w in range(last + 1):
@@ -218,7 +219,9 @@ def plot(path: Path, arms: dict, tables: dict, kinds: list[str]) -> None:
             span = range(max(w for t in own for w in t) + 1)
             x = [(w + 0.5) * WINDOW for w in span]
             keeps = [lambda v, w=w: v == w for w in span]
-            axis.plot(x, [tau(own, k, 1.0) for k in keeps], color=colour, label=arm, marker="o", ms=3)
+            axis.plot(
+                x, [tau(own, k, 1.0) for k in keeps], color=colour, label=arm, marker="o", ms=3
+            )
             draws = [
                 sorted(tau(rng.choices(own, k=len(own)), k, 1.0) for _ in range(300)) for k in keeps
             ]
@@ -226,8 +229,15 @@ def plot(path: Path, arms: dict, tables: dict, kinds: list[str]) -> None:
                 x, [d[7] for d in draws], [d[292] for d in draws], color=colour, alpha=0.15, lw=0
             )
         axis.axvline(768, color="#999999", lw=0.8, ls=":")
-        axis.annotate("drafter's training length", (768, 0.02), xycoords=("data", "axes fraction"),
-                      fontsize=7, color="#666666", xytext=(3, 0), textcoords="offset points")
+        axis.annotate(
+            "drafter's training length",
+            (768, 0.02),
+            xycoords=("data", "axes fraction"),
+            fontsize=7,
+            color="#666666",
+            xytext=(3, 0),
+            textcoords="offset points",
+        )
         axis.set_title(f"{kind} turns ({len(chosen)} sessions)", fontsize=10)
         axis.set_xlabel("generated tokens")
         axis.grid(alpha=0.3)

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from ttspec import load
+from ttspec.config import DraftConfig
 from ttspec.decoding.engine import Engine
+from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.dflash import DFlash
 from ttspec.records import Proposal, Verification
 
@@ -37,7 +39,9 @@ def toy_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any
     drafter = DFlash({**CONFIG, **config}, {})
     generator = torch.Generator().manual_seed(seed)
     drafter.weights = {
-        name: (torch.ones(shape) if len(shape) == 1 else 0.1 * torch.randn(shape, generator=generator)).to(dtype)
+        name: (
+            torch.ones(shape) if len(shape) == 1 else 0.2 * torch.randn(shape, generator=generator)
+        ).to(dtype)
         for name, shape in drafter.shapes().items()
     }
     return drafter
@@ -54,7 +58,9 @@ def bound_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: A
 
 def toy_engine(folder: Path, drafter: DFlash | None = None, dtype: str = "float32") -> Engine:
     """A toy target with a drafter of its own."""
-    return load(str(folder), drafter if drafter is not None else toy_drafter(), device="cpu", dtype=dtype)
+    return load(
+        str(folder), drafter if drafter is not None else toy_drafter(), device="cpu", dtype=dtype
+    )
 
 
 def random_features(rows: int, tokens: int, width: int = 128, seed: int = 0) -> Tensor:
@@ -78,7 +84,8 @@ def verification(
     rows, width = fed.shape
     return Verification(
         proposal=Proposal(
-            tokens=fed[:, 1:], count=torch.tensor(count if count is not None else [width - 1] * rows)
+            tokens=fed[:, 1:],
+            count=torch.tensor(count if count is not None else [width - 1] * rows),
         ),
         fed=fed,
         start=torch.tensor(start),
@@ -109,3 +116,37 @@ def total_variation(counts: Tensor, share: Tensor) -> float:
     """Half the L1 distance of observed shares from a law."""
     counts, share = counts.double().flatten(), share.double().flatten()
     return float((counts / counts.sum() - share / share.sum()).abs().sum() / 2)
+
+
+class Parrot(Drafter):
+    """Drafts a text that is known, with a mistake at every `wrong`th position; cannot learn."""
+
+    kind, name, path = "parrot", "parrot", None
+    taps = ()
+
+    def __init__(self, script: Sequence[int], length: int = 5, wrong: int = 0) -> None:
+        self.script, self.length, self.wrong = list(script), length, wrong
+        self.config, self.weights = {}, {}
+
+    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:
+        assert taps_width == 0
+
+    def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
+        return DraftState(torch.empty(0), torch.empty(0), {}, options)
+
+    def extend(self, state, tokens, features, start, subset=None) -> None:
+        pass
+
+    def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:
+        script = torch.tensor(self.script + [0] * (length + 2))
+        at = (start[:, None] + 1 + torch.arange(length)).clamp(max=len(script) - 1)
+        tokens = script[at]
+        if self.wrong:
+            tokens = torch.where(at % self.wrong == 0, (tokens + 1) % 256, tokens)
+        return Proposal(tokens=tokens, count=count)
+
+    def replay(self, state, tokens, start, length, longest) -> Tensor:
+        raise NotImplementedError
+
+    def learnable(self, parameters: str) -> list[str]:
+        return []

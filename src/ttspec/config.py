@@ -68,12 +68,12 @@ class DraftConfig:
 class LearnConfig:
     """When the drafter learns, on what, and how far a step goes."""
 
-    stride: int = 4
+    stride: int = 8
     """Rounds between updates."""
     lr: float = 1e-4
     """Adam's learning rate."""
-    beta1: float = 0.9
-    """Adam's decay of the first moment."""
+    beta1: float = 0.0
+    """Adam's decay of the first moment; replayed blocks smooth the gradient already."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
     eps: float = 1e-8
@@ -83,7 +83,7 @@ class LearnConfig:
     rows: Rows = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
-    blocks: int = 4
+    blocks: int = 16
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
     more sees each several times."""
     temperature: float = 1.0
@@ -108,8 +108,11 @@ class LearnConfig:
 
     @classmethod
     def paper(cls) -> Self:
-        """The published recipe (paper.md 1): whole block, latest round only, request-local."""
-        return cls(stride=10, rows="block", blocks=1, decay=4.0, beta2=0.999)
+        """The published recipe, as far as it is known: whole block, latest round, one Adam step.
+
+        Stride, rate and weights are not published; these are the values others started from.
+        """
+        return cls(stride=10, rows="block", blocks=1, decay=4.0, beta1=0.9, beta2=0.999)
 
     def with_options(self, **options: object) -> Self:
         """A copy with some fields replaced.

@@ -24,9 +24,12 @@ def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     Returns:
         float32 [...], not negative but for rounding.
     """
-    log_p = p_logits.float().log_softmax(-1)
-    log_q = q_logits.float().log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    with torch.no_grad():
+        log_p = p_logits.float().log_softmax(-1)
+        p = log_p.exp()
+        negative_entropy = torch.linalg.vecdot(p, log_p)
+    # Two dot products instead of an elementwise form: fewer passes over a whole vocabulary.
+    return negative_entropy - torch.linalg.vecdot(p, q_logits.float().log_softmax(-1))
 
 
 def cross_entropy(labels: Tensor, q_logits: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from torch import Tensor
@@ -143,7 +144,7 @@ def by_position(rounds: Sequence[Round]) -> list[dict[str, float]]:
     """Acceptance length per bin of generated position; a round counts where it starts."""
     bins: list[dict[str, float]] = []
     edges = [*POSITION_BINS, 1 << 62]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in pairwise(edges):
         inside = [r for r in rounds if low <= r.position < high]
         if inside:
             last = max(r.position + r.emitted for r in inside)

@@ -1,0 +1,1 @@
+"""The round, and everything around it up to text."""

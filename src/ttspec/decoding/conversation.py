@@ -145,9 +145,7 @@ class Conversation:
         )
 
 
-def noise_key(
-    seed: int, first_prompt: Sequence[int], occurrence: int = 0, *, turn: int = 0
-) -> int:
+def noise_key(seed: int, first_prompt: Sequence[int], occurrence: int = 0, *, turn: int = 0) -> int:
     """Noise key of an answer, 64 bits: from the seed, the conversation's first prompt, the turn.
 
     It does not depend on what else is in the batch. Equal prompts of one call differ by

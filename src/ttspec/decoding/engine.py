@@ -6,7 +6,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -113,9 +113,8 @@ class Engine:
         Returns:
             One result per prompt, in order. A prompt's answer does not depend on the others.
         """
-        many = [prompts] if isinstance(prompts, str) else list(prompts)  # type: ignore[list-item]
-        if many and isinstance(many[0], (dict, int)):
-            many = [many]
+        single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict | int))
+        many = cast(list[Prompt], [prompts] if single else list(prompts))
         results: list[Result | None] = [None] * len(many)
         for index, chunk in self.run([[p] for p in many], stream=False, **options):
             results[index] = chunk.result or results[index]
@@ -155,8 +154,10 @@ class Engine:
         """
         config = make_config(options)
         seed = secrets.randbits(31) if config.seed is None else config.seed
-        prompts = [prompt_ids(self.tokenizer, d[0], system=config.system, raw=config.raw)
-                   for d in dialogues]
+        prompts = [
+            prompt_ids(self.tokenizer, d[0], system=config.system, raw=config.raw)
+            for d in dialogues
+        ]
         if not prompts:
             return
         seen: Counter[tuple[int, ...]] = Counter()
@@ -257,9 +258,12 @@ class Engine:
         assert logits is not None
         scores = process(logits[0, -1], sampling)
         if key is not None and sampling.temperature > 0:
-            scores = scores + position_noise(
-                torch.tensor([key], device=start.device), start + at, 1, scores.shape[-1]
-            )[0, 0]
+            scores = (
+                scores
+                + position_noise(
+                    torch.tensor([key], device=start.device), start + at, 1, scores.shape[-1]
+                )[0, 0]
+            )
         best = scores.topk(2).values
         return float(best[0] - best[1])
 
@@ -289,7 +293,7 @@ class Session:
         return last.result
 
     def stream(self, text: Prompt) -> Iterator[Chunk]:
-        """Answer a user turn chunk by chunk; an interrupt or a dropped stream cancels the answer."""
+        """Answer a user turn chunk by chunk; an interrupt or a dropped stream cancels it."""
         talk, ids = self._open(text)
         try:
             begin(talk.decoder, [(talk, ids, 0)])

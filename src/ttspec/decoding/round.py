@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,7 +20,17 @@ from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
-from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, process, uniform
+from ttspec.sampling import (
+    ACCEPT,
+    DRAFT,
+    RESIDUAL,
+    draw,
+    exponential,
+    fold,
+    gumbel,
+    process,
+    uniform,
+)
 
 PREFILL = 512
 """Prompt tokens read at once."""
@@ -118,7 +129,11 @@ class Decoder:
         pending, start, budget = facts
         start = start.where(budget > 0, self.slots)  # rows at rest write where nothing is read
         invariant = self.sampling.acceptance == "invariant" and self.sampling.temperature > 0
-        noise = position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary) if invariant else None
+        noise = (
+            position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary)
+            if invariant
+            else None
+        )
         count = (budget - 1).clamp(min=0, max=self.gamma)
 
         proposal = self._propose(pending, start, count, longest, noise)
@@ -216,9 +231,7 @@ class Decoder:
             fresh = gumbel(key, logits.shape[-1])
             return draw(processed, fresh), processed.softmax(-1)
 
-        return self.drafter.propose(
-            self.state, pending, start, count, self.gamma, longest, choose
-        )
+        return self.drafter.propose(self.state, pending, start, count, self.gamma, longest, choose)
 
     def _accept(
         self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
@@ -260,7 +273,7 @@ class Stopwatch:
         """Length of each of the three stages; waits for the device."""
         if self._cuda:
             self._marks[-1].synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
+        pairs = pairwise(self._marks)
         if self._cuda:
             a, b, c = (x.elapsed_time(y) / 1000 for x, y in pairs)
         else:

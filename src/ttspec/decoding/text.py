@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -90,11 +91,12 @@ def prompt_ids(
         if not ids and tokenizer.bos_token_id is None:
             raise DataError("The prompt has no tokens, and the tokenizer no token to begin with.")
         return ids or [tokenizer.bos_token_id]  # type: ignore[list-item]
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = cast(list[Message], list(given))
     if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]  # type: ignore[list-item]
+        messages = [{"role": "system", "content": system}, *messages]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, text)  # type: ignore[arg-type]
+    return _ids(tokenizer, cast(str, text))
 
 
 def next_turn_ids(

@@ -134,7 +134,7 @@ class Drafter(ABC):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [B, ..., in] times one weight [out, in], or one per row [B, out, in]."""
+    """X [B, ..., in] times one weight [out, in], or one per row [B, out, in]."""
     if weight.dim() == 2:
         return F.linear(x, weight)
     if weight.shape[0] == 1:

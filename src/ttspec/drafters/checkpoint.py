@@ -43,7 +43,7 @@ def load_drafter(name: str, folder: Path) -> Drafter:
     try:
         drafter = KINDS[kind](config, {}, name=name, path=folder)
         shapes = drafter.shapes()  # type: ignore[attr-defined]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(
             f"{folder / 'config.json'} is not a complete {kind} config: {error!r}.\n"
             "Compare it with a published one."
@@ -75,7 +75,7 @@ def save_drafter(
 def kind_of(config: Mapping[str, Any]) -> str | None:
     """Which kind of drafter a config.json describes; None for none that we know."""
     names = config.get("architectures") or []
-    if "dflash_config" in config or any("DFlash" in name for name in names):
+    if "dflash_config" in config or "DFlash" in str(names):
         return "dflash"
     return None
 
@@ -107,7 +107,7 @@ def _read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - not a dict
-                    name = key.removeprefix("model.")
+                    name: str = key.removeprefix("model.")
                     weights[ALIASES.get(name, name)] = opened.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(

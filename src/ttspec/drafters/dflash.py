@@ -63,6 +63,8 @@ class DFlash(Drafter):
         self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
         self.length = self.block - 1
         kinds = config.get("layer_types") or ["full_attention"] * self.layers
+        if len(kinds) != self.layers or self.block < 2:
+            raise ValueError(f"layer_types {kinds} and block_size {self.block} cannot be")
         sliding = [kind == "sliding_attention" for kind in kinds]
         window = config.get("sliding_window")
         self.windows = [int(window) if s and window else None for s in sliding]
@@ -291,7 +293,7 @@ class DFlash(Drafter):
     def _masks(
         self, position: Tensor, start: Tensor, reach: int, width: int, options: DraftConfig
     ) -> list[Tensor]:
-        """bool [B, A * T, reach + A * T] per layer: context before the block, then the block."""
+        """Bool [B, A * T, reach + A * T] per layer: context before the block, then the block."""
         slot = torch.arange(reach, device=position.device)
         begin = start.repeat_interleave(width, dim=1)[..., None]  # [B, A * T, 1]
         seen = slot < begin

@@ -1,0 +1,1 @@
+"""How a drafter learns from what the target verifies."""

@@ -112,7 +112,7 @@ class Lessons:
 
     def clear(self, row: int) -> None:
         """Forget a row: its history is gone, or its weights were put back."""
-        self._starts[row] = -1
+        self._starts[row] = self._used[row] = -1
         self._at[row] = -1
         self._masks[row] = False
 

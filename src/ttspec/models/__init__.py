@@ -1,0 +1,1 @@
+"""Targets: where weights come from, and how they are read."""

@@ -43,8 +43,13 @@ def folded_attention(
     """
     heads, width = query.shape[1], query.shape[2]
     group = heads // key.shape[1]
-    ordinary = attention_mask is not None and attention_mask.dtype == torch.bool
-    if group == 1 or not ordinary or dropout or kwargs.get("position_bias") is not None:
+    if (
+        group == 1
+        or attention_mask is None
+        or attention_mask.dtype != torch.bool
+        or dropout
+        or kwargs.get("position_bias") is not None
+    ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )

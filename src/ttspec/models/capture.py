@@ -26,7 +26,7 @@ class Captured:
 
     def __call__(self, tokens: Tensor, start: Tensor, reach: int) -> tuple[Tensor, Tensor]:
         """As the forward; the results are overwritten by the next call of the same shape."""
-        key = (*tokens.shape, reach)
+        key = (tokens.shape[0], tokens.shape[1], reach)
         if key not in self._graphs:
             self._graphs[key] = self._capture(tokens.clone(), start.clone(), reach)
         graph, own_tokens, own_start, logits, features = self._graphs[key]

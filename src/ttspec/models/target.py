@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,12 +25,29 @@ from ttspec.rowcache import RowCache, causal_mask, reach_of
 
 ORDINARY = {"full_attention", "sliding_attention"}
 UNSUPPORTED = (
-    "repetition_penalty encoder_repetition_penalty no_repeat_ngram_size bad_words_ids "
-    "sequence_bias typical_p epsilon_cutoff eta_cutoff top_h penalty_alpha num_beams "
-    "forced_bos_token_id forced_eos_token_id suppress_tokens begin_suppress_tokens "
-    "exponential_decay_length_penalty min_length min_new_tokens guidance_scale "
-    "watermarking_config stop_strings encoder_no_repeat_ngram_size"
-).split()
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "top_h",
+    "penalty_alpha",
+    "num_beams",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "min_new_tokens",
+    "guidance_scale",
+    "watermarking_config",
+    "stop_strings",
+    "encoder_no_repeat_ngram_size",
+)
 """generation_config entries that change the output and that we do not implement."""
 NEUTRAL = (None, False, 0, 0.0, 1, 1.0, [], {})
 
@@ -133,14 +150,14 @@ class Target:
         if len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
             mask = {kind: masks[window] for kind, window in types}
-        out = self.model(
+        reader = self.model if logits else self.model.base_model
+        out = reader(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position,
             past_key_values=cache,
             use_cache=True,
             output_hidden_states=bool(self.taps),
-            logits_to_keep=0 if logits else 1,
         )
         if self.taps:
             features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
@@ -158,9 +175,7 @@ class Target:
         Returns:
             features [N, L, W], and what the head reads [N, L, H].
         """
-        out = self.model(
-            input_ids=tokens, use_cache=False, output_hidden_states=True, logits_to_keep=1
-        )
+        out = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
         states = out.hidden_states  # the last one is after the final norm
         return torch.cat([states[i] for i in self.taps], dim=-1), states[-1]
 
@@ -195,7 +210,8 @@ def load_target(
             "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
         ) from error
     use_folded_attention(model)
-    return wrap_target(model.to(device), tokenizer, source=source)
+    model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
+    return wrap_target(model, tokenizer, source=source)
 
 
 def wrap_target(

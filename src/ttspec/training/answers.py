@@ -39,25 +39,29 @@ def read_dialogues(path: Path) -> list[Turns]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-            turns = record.get("turns") or [record.get("prompt")]
-            if messages := record.get("messages"):
-                turns = [m["content"] for m in messages if m["role"] == "user"]
-            if not all(t is None or isinstance(t, str) for t in turns) or "prompt" in record and (
-                not isinstance(record["prompt"], str)
-            ):
-                raise TypeError("a turn is neither text nor null")
-            if not {"prompt", "turns", "messages"} & record.keys():
-                raise KeyError("prompt")
+            turns = _turns(json.loads(line))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DataError(
                 f"{path}, line {number} is no prompt: {error!r}.\n"
-                'Each line is {"prompt": TEXT}, {"turns": [TEXT or null, ...]} or {"messages": [...]}.'
+                'A line is {"prompt": TEXT}, {"turns": [TEXT or null, ...]} or {"messages": [...]}.'
             ) from error
         dialogues.append(turns)
     if not dialogues:
         raise DataError(f"{path} has no prompts.\nEach line is a JSON object.")
     return dialogues
+
+
+def _turns(record: dict) -> Turns:
+    """User turns of one line; raises what the caller makes a message of."""
+    if "messages" in record:
+        turns = [m["content"] for m in record["messages"] if m["role"] == "user"]
+    else:
+        turns = record["turns"] if "turns" in record else [record["prompt"]]
+        if record.get("prompt", "") is None:
+            raise TypeError("the prompt is null")
+    if not turns or not all(t is None or isinstance(t, str) for t in turns):
+        raise TypeError("a turn is neither text nor null")
+    return turns
 
 
 def write_answers(
@@ -85,7 +89,11 @@ def write_answers(
         seed: Of all noise.
         progress: Called with (dialogues done, tokens written).
     """
-    done = {json.loads(line)["n"] for line in out.read_text().splitlines()} if out.exists() else set()
+    written = out.read_text(encoding="utf-8") if out.exists() else ""
+    whole = written[: written.rfind("\n") + 1]
+    if whole != written:  # an interrupted run left half a line
+        out.write_text(whole, encoding="utf-8")
+    done = {json.loads(line)["n"] for line in whole.split("\n") if line}
     todo = [n for n in range(len(dialogues)) if n not in done][::-1]
     if not todo:
         return

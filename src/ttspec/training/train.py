@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -26,6 +27,7 @@ from ttspec.errors import OptionError, TrainingError
 from ttspec.losses import cross_entropy, forward_kl, position_weights
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
+from ttspec.training.batches import Batch, make_batch, read_examples
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
@@ -67,7 +69,7 @@ class TrainConfig:
     """Largest gradient norm."""
     decay: float = 4.0
     """Row j weighs exp(-(j - 1) / decay)."""
-    loss: Literal["ce", "kl"] = "ce"
+    loss: Literal["ce", "kl"] = "kl"
     """Cross entropy to the tokens, as published, or KL to the target's distribution."""
     temperature: float = 0.8
     """Of the answers."""
@@ -131,60 +133,65 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
 
 def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report) -> Path:
     """Train on answers that exist; see `train`."""
-    examples = _examples(answers, config.max_length)
+    examples = read_examples(answers, config.max_length)
     drafter = new_drafter(target, config)
     target.taps = drafter.taps
     drafter.bind(target.embedding, target.head, len(drafter.taps) * drafter.hidden)
     masters = {n: w.float().requires_grad_() for n, w in drafter.weights.items()}
     optimiser = torch.optim.AdamW(masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0)
     step, spent = _load_state(config, masters, optimiser)
-    per_epoch = math.ceil(len(examples) / config.batch)
-    total = per_epoch * config.epochs
-    began = saved = time.monotonic()
-    history: list[dict[str, Any]] = []
-    last = (math.nan, ())
-    while step < total:
-        elapsed = spent + time.monotonic() - began
-        limit = config.minutes * 60 if config.minutes else math.inf
-        done = max(step / total, elapsed / limit)
-        if done >= 1:
-            break
+    total = math.ceil(len(examples) / config.batch) * config.epochs
+    limit = config.minutes * 60 if config.minutes else math.inf
+    began = saved = time.monotonic() - spent
+    loss, accuracy = math.nan, ()
+    while (done := max(step / total, (time.monotonic() - began) / limit)) < 1:
         for group in optimiser.param_groups:
-            group["lr"] = config.lr * min(1.0, done / 0.04 + 1e-3, _cosine(done))
-        batch = _batch(examples, config, step, per_epoch, target.device)
+            warm_up = done / 0.04 + 1e-3
+            group["lr"] = config.lr * min(1.0, warm_up, 0.5 * (1 + math.cos(math.pi * done)))
+        batch = make_batch(
+            examples,
+            step,
+            size=config.batch,
+            blocks=config.anchors,
+            block=config.block,
+            seed=config.seed,
+            device=target.device,
+        )
+        # Gradients reach the float32 masters through the cast.
         drafter.weights = {n: w.to(target.dtype) for n, w in masters.items()}
-        loss, accuracy = _loss(target, drafter, batch, config)
+        value, right = _loss(target, drafter, batch, config)
         optimiser.zero_grad()
-        loss.backward()
+        value.backward()
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
         optimiser.step()
         step += 1
+        now = time.monotonic()
         if step % 10 == 0 or step == total:
             if not math.isfinite(float(norm)):
                 raise TrainingError(
                     f"The gradient is not finite at step {step}; lr is {config.lr}.\n"
                     "Lower it and start in a new folder."
                 )
-            last = float(loss.detach()), tuple(round(a, 4) for a in accuracy.tolist())
-            elapsed = spent + time.monotonic() - began
-            left = min(limit - elapsed, elapsed * (total - step) / step)
-            report(Progress("training", done, left, last[0], last[1], tokens=step))
-        if time.monotonic() - saved > SAVE_EVERY:
-            _save_state(config, masters, optimiser, step, spent + time.monotonic() - began)
-            saved = time.monotonic()
-    _save_state(config, masters, optimiser, step, spent + time.monotonic() - began)
-    history.append({"steps": step, "loss": last[0], "accuracy": last[1]})
-    folder = config.out / "drafter"
-    weights = {n: w.detach().to(torch.bfloat16) for n, w in masters.items()}
-    save_drafter(folder, drafter.config, weights)
+            loss, accuracy = float(value.detach()), tuple(round(a, 4) for a in right.tolist())
+            left = min(limit - (now - began), (now - began) * (total - step) / step)
+            report(Progress("training", done, left, loss, accuracy, step))
+        if now - saved > SAVE_EVERY:
+            _save_state(config, masters, optimiser, step, now - began)
+            saved = now
+    seconds = time.monotonic() - began
+    _save_state(config, masters, optimiser, step, seconds)
     facts = {
         "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
         "target": target.name,
         "dialogues": len(examples),
         "tokens": sum(len(ids) for ids, _ in examples),
-        "seconds": spent + time.monotonic() - began,
-        **history[-1],
+        "seconds": seconds,
+        "steps": step,
+        "loss": loss,
+        "accuracy": accuracy,
     }
+    folder = config.out / "drafter"
+    save_drafter(folder, drafter.config, {n: w.to(torch.bfloat16) for n, w in masters.items()})
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
 
@@ -194,7 +201,9 @@ def new_drafter(target: Target, config: TrainConfig) -> DFlash:
     c = target.config
     layers = int(c.num_hidden_layers)
     if config.layers < 1 or config.block < 2 or layers < 5:
-        raise OptionError("A drafter needs 1 layer, a block of 2, and a target of 5 layers or more.")
+        raise OptionError(
+            "A drafter needs 1 layer, a block of 2, and a target of 5 layers or more."
+        )
     heads = int(c.num_attention_heads)
     settings = {
         "architectures": ["DFlashDraftModel"],
@@ -224,7 +233,9 @@ def new_drafter(target: Target, config: TrainConfig) -> DFlash:
     drafter = DFlash(settings, {})
     generator = torch.Generator().manual_seed(config.seed)
     drafter.weights = {
-        name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
+        name: torch.ones(shape)
+        if len(shape) == 1
+        else 0.02 * torch.randn(shape, generator=generator)
         for name, shape in drafter.shapes().items()
     }
     return drafter
@@ -242,88 +253,23 @@ def _mask_token(target: Target) -> int:
 
 
 def _loss(
-    target: Target, drafter: DFlash, batch: dict[str, Tensor], config: TrainConfig
+    target: Target, drafter: DFlash, batch: Batch, config: TrainConfig
 ) -> tuple[Tensor, Tensor]:
     """Loss of one batch, and the accuracy per drafted position."""
-    features, states = target.read(batch["ids"])
-    logits = drafter.teach(features, batch["tokens"], batch["start"], config.block - 1)
-    weights = position_weights(config.block - 1, config.decay, logits.device)
-    mask, labels = batch["mask"], batch["labels"]
+    length = config.block - 1
+    features, states = target.read(batch.ids)
+    logits = drafter.teach(features, batch.tokens, batch.start, length)
     if config.loss == "kl":
         row = torch.arange(len(states), device=states.device)[:, None, None]
-        offset = torch.arange(config.block - 1, device=states.device)
-        at = (batch["start"][..., None] + offset).clamp(max=states.shape[1] - 1)
+        at = batch.start[..., None] + torch.arange(length, device=states.device)
+        at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
         values = forward_kl(F.linear(states[row, at], target.head), logits)
     else:
-        values = cross_entropy(labels, logits)
-    weight = weights * mask
-    right = ((logits.argmax(-1) == labels) & mask).sum((0, 1)) / mask.sum((0, 1)).clamp(min=1)
-    return (values * weight).sum() / weight.sum().clamp(min=1e-6), right
-
-
-def _batch(
-    examples: list[tuple[list[int], list[tuple[int, int]]]],
-    config: TrainConfig,
-    step: int,
-    per_epoch: int,
-    device: torch.device,
-) -> dict[str, Tensor]:
-    """Step `step`'s dialogues and anchors, a function of the seed alone."""
-    epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(len(examples), generator=_generator(config.seed, epoch)).tolist()
-    # Dialogues of like length together, in groups, so that little is padding.
-    group = config.batch * 16
-    at = place * config.batch
-    near = sorted(order[at - at % group :][:group], key=lambda i: len(examples[i][0]))
-    chosen = near[at % group :][: config.batch] or near[-config.batch :]
-    generator = _generator(config.seed, epoch, place)
-    length = -(-max(len(examples[i][0]) for i in chosen) // 64) * 64
-    ids = torch.zeros(len(chosen), length + config.block, dtype=torch.long)
-    taught = torch.zeros_like(ids, dtype=torch.bool)
-    for row, i in enumerate(chosen):
-        tokens, spans = examples[i]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        for begin, end in spans:
-            taught[row, begin:end] = True
-    possible = (taught[:, :-1] & taught[:, 1:]).float()
-    start = torch.multinomial(possible, config.anchors, replacement=True, generator=generator)
-    offset = torch.arange(1, config.block)
-    at_label = start[..., None] + offset
-    row = torch.arange(len(chosen))[:, None, None]
-    made = {
-        "ids": ids[:, :length],
-        "start": start,
-        "tokens": ids.gather(1, start),
-        "labels": ids[row, at_label],
-        "mask": taught[row, at_label].long().cumprod(-1).bool(),
-    }
-    if device.type == "cuda":  # from pinned memory the copy does not hold up the host
-        made = {name: tensor.pin_memory() for name, tensor in made.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in made.items()}
-
-
-def _generator(*seeds: int) -> torch.Generator:
-    return torch.Generator().manual_seed(hash(seeds) & 0x7FFFFFFF)
-
-
-def _cosine(done: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _examples(answers: list[Path], max_length: int) -> list[tuple[list[int], list[tuple[int, int]]]]:
-    def lines() -> Iterator[str]:
-        for path in answers:
-            yield from path.read_text(encoding="utf-8").splitlines()
-
-    records = (json.loads(line) for line in lines())
-    examples = [
-        (r["ids"][:max_length], [(b, min(e, max_length)) for b, e in r["spans"] if b < max_length - 1])
-        for r in sorted(records, key=lambda r: r["n"])
-    ]
-    examples = [(ids, spans) for ids, spans in examples if any(e - b > 1 for b, e in spans)]
-    if not examples:
-        raise TrainingError("No answer has two tokens or more.\nGive other prompts.")
-    return examples
+        values = cross_entropy(batch.labels, logits)
+    weight = position_weights(length, config.decay, logits.device) * batch.mask
+    right = (logits.argmax(-1) == batch.labels) & batch.mask
+    accuracy = right.sum((0, 1)) / batch.mask.sum((0, 1)).clamp(min=1)
+    return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
 
 
 def _claim(config: TrainConfig) -> None:
@@ -337,7 +283,9 @@ def _claim(config: TrainConfig) -> None:
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if not config.resume:
-            raise OptionError(f"{config.out} holds a run already.\nAdd --resume, or give a new folder.")
+            raise OptionError(
+                f"{config.out} holds a run already.\nAdd --resume, or give a new folder."
+            )
         changed = sorted(k for k in ours if ours[k] != theirs.get(k))
         if changed:
             raise OptionError(
@@ -374,11 +322,9 @@ def _load_state(
     path = config.out / "state.safetensors"
     if not path.exists():
         return 0, 0.0
-    from safetensors import safe_open
-
-    tensors = load_file(path)
     with safe_open(path, framework="pt") as file:
         facts = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with torch.no_grad():
         for name, weight in masters.items():
             weight.copy_(tensors[f"weight.{name}"])
