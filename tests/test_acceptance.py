@@ -4,10 +4,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import chi_square, total_variation
+from toys import chi_square, total_variation, toy_engine
 from torch import Tensor
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
+from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.records import Proposal
 from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, uniform
 
@@ -107,14 +108,6 @@ def test_no_drafts_at_all_is_plain_sampling():
 
 
 # Laws in bulk. p hangs on the position and the token before, q on the position.
-
-
-def law(p: Tensor, length: int) -> Tensor:
-    """Probability of every text of `length` tokens under p [G + 1, V, V]; the first follows 0."""
-    share = p[0, 0]
-    for i in range(1, length):
-        share = share.unsqueeze(-1) * p[i].reshape(*[1] * (i - 1), V, V)
-    return share
 
 
 def rounds(p: Tensor, q: Tensor, *, kept_q: Tensor | None, greedy: bool = False, count=None, seed=0):
@@ -287,10 +280,6 @@ def test_without_end_tokens_nothing_ends():
 
 
 def test_rows_at_rest_emit_nothing(toy_target_dir):
-    from toys import toy_engine
-
-    from ttspec.config import GenerateConfig, LearnConfig
-
     engine = toy_engine(toy_target_dir)
     config = GenerateConfig(max_new_tokens=9, learn=LearnConfig(stride=1), ignore_eos=True)
     decoder = engine.decoder(config, 3, 4, sessions=False)

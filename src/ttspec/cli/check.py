@@ -135,9 +135,9 @@ def judge(
 
 def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateConfig) -> float:
     """How far the target itself prefers its token to the next best, recomputed in one row."""
-    from ttspec.decoding.conversation import Conversation
+    from ttspec.decoding.conversation import noise_key
 
-    key = Conversation(None, 0, plain, expected.stats.seed).key(expected.prompt_ids)  # type: ignore[arg-type]
+    key = noise_key(expected.stats.seed, expected.prompt_ids)
     ids = [*expected.prompt_ids, *expected.token_ids]
     return engine.margin(ids, len(expected.prompt_ids) + position, key, **_options(plain))
 

@@ -153,8 +153,7 @@ def _target_cache(target: Target) -> int:
 
 
 def _drafter_cache(drafter: Drafter) -> int:
-    state = drafter.start(1, STRETCH - 1, DraftConfig())
-    return state.keys.nbytes + state.values.nbytes
+    return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
 
 
 def _learning(drafter: Drafter) -> int:

@@ -18,6 +18,7 @@ from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
+from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError, ResourceError
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
@@ -44,8 +45,9 @@ def load(
 
     Args:
         target: Built-in name, local folder, hub id, or a loaded (model, tokenizer).
-        drafter: Built-in name, local folder, hub id or a drafter; "auto" is the bundled one for
-            the target, if there is one; "none" or None is plain decoding.
+        drafter: Built-in name, local folder, hub id or a drafter; "ngram" copies from the text;
+            "auto" is the bundled one for the target, if there is one; "none" or None is plain
+            decoding.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
         notify: Told what takes long.
@@ -60,6 +62,8 @@ def load(
         loaded = wrap_target(*target)
     if drafter == "auto":
         drafter = DEFAULT_DRAFTERS.get(loaded.name)
+    if drafter == "ngram":
+        drafter = Ngram()
     if isinstance(drafter, str) and drafter != "none":
         bundled = BUNDLED / drafter
         folder = bundled if bundled.is_dir() else resolve(drafter, notify=notify).path

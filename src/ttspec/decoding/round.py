@@ -156,7 +156,8 @@ class Decoder:
         )
         if self.drafter and self.state:
             self.drafter.absorb(self.state, verification)
-        told = torch.stack([verification.emitted, verification.accepted, count, ended.long()], 1)
+        proposed = proposal.count
+        told = torch.stack([verification.emitted, verification.accepted, proposed, ended.long()], 1)
         told = torch.cat([told, tokens], dim=1).tolist()  # the round's one wait for the device
         clock.lap()
         self._round += 1

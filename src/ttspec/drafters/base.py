@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,17 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 
 @dataclass(slots=True)
 class DraftState:
-    """What belongs to the rows: their context as the drafter sees it, and their weights."""
+    """What belongs to the rows; a drafter adds the context as it sees it."""
 
-    keys: Tensor
-    """[layers, B, heads, slots + 1, head size]; the last slot takes what falls outside."""
-    values: Tensor
     weights: Weights
     """The live weights, shared by all rows or one per row."""
     options: DraftConfig
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the context."""
+        held = [getattr(self, f.name) for f in fields(self)]
+        return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 
 class Drafter(ABC):

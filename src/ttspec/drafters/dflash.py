@@ -7,7 +7,8 @@ once and appended. Only the block makes queries. Embedding and head are the targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,17 @@ def default_taps(layers: int, target_layers: int) -> list[int]:
     if layers == 1:
         return [target_layers // 2]
     return [round(1 + i * (target_layers - 4) / (layers - 1)) for i in range(layers)]
+
+
+@dataclass(slots=True)
+class DFlashState(DraftState):
+    """Context keys and values of every layer."""
+
+    keys: Tensor | Sequence[Tensor]
+    """[layers, B, kv heads, slots + 1, head size]; the last slot takes what falls outside. Rotated,
+    unless positions are re-based."""
+    values: Tensor | Sequence[Tensor]
+    slots: int
 
 
 class DFlash(Drafter):
@@ -122,14 +134,15 @@ class DFlash(Drafter):
         self.embedding, self.head = embedding, head
         self.weights = {k: w.to(embedding) for k, w in self.weights.items()}
 
-    def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
+    def start(self, rows: int, slots: int, options: DraftConfig) -> DFlashState:
         """An empty context for `rows` rows, with the anchor weights."""
         shape = (self.layers, rows, self.kv_heads, slots + 1, self.head_dim)
-        return DraftState(
-            keys=self.embedding.new_zeros(shape),
-            values=self.embedding.new_zeros(shape),
+        return DFlashState(
             weights=self.weights,
             options=options,
+            keys=self.embedding.new_zeros(shape),
+            values=self.embedding.new_zeros(shape),
+            slots=slots,
         )
 
     def context(self, weights: Weights, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -149,6 +162,7 @@ class DFlash(Drafter):
         subset: Tensor | None = None,
     ) -> None:
         """Append keys and values of verified tokens; see `Drafter.extend`."""
+        assert isinstance(state, DFlashState)
         weights = state.weights
         row = torch.arange(start.shape[0], device=start.device)
         if subset is not None:
@@ -156,7 +170,7 @@ class DFlash(Drafter):
             stacked = {k for k, w in weights.items() if w.dim() > self.weights[k].dim()}
             weights = {k: w[subset] if k in stacked else w for k, w in weights.items()}
         position = start[:, None] + torch.arange(features.shape[1], device=start.device)
-        slot = position.clamp(max=state.keys.shape[3] - 1)
+        slot = position.clamp(max=state.slots)
         keys, values = self.context(weights, features)
         for i in range(self.layers):
             k = keys[i] if state.options.rebase else rotate(keys[i], position, self.theta)
@@ -175,7 +189,8 @@ class DFlash(Drafter):
         choose: Choose,
     ) -> Proposal:
         """Fill one block a row; see `Drafter.propose`."""
-        reach = reach_of(longest, state.keys.shape[3] - 1)
+        assert isinstance(state, DFlashState)
+        reach = reach_of(longest, state.slots)
         logits = self._block(state, pending[:, None], start[:, None], length, reach)
         tokens, q = choose(logits[:, 0], 0)
         return Proposal(tokens=tokens, count=count, q=q)
@@ -184,7 +199,8 @@ class DFlash(Drafter):
         self, state: DraftState, tokens: Tensor, start: Tensor, length: int, longest: int
     ) -> Tensor:
         """Logits of A blocks a row; see `Drafter.replay`."""
-        reach = reach_of(longest, state.keys.shape[3] - 1)
+        assert isinstance(state, DFlashState)
+        reach = reach_of(longest, state.slots)
         if state.options.rebase:  # positions of context depend on the block
             pairs = zip(tokens.split(1, dim=1), start.split(1, dim=1), strict=True)
             return torch.cat([self._block(state, t, s, length, reach) for t, s in pairs], dim=1)
@@ -205,8 +221,9 @@ class DFlash(Drafter):
         position = torch.arange(features.shape[1], device=features.device)[None]
         keys, values = self.context(self.weights, features)
         keys = [rotate(k, position, self.theta) for k in keys]
-        state = DraftState(keys, values, self.weights, DraftConfig())  # type: ignore[arg-type]
-        return self._block(state, tokens, start, length, features.shape[1])
+        slots = features.shape[1]
+        state = DFlashState(self.weights, DraftConfig(), keys, values, slots)
+        return self._block(state, tokens, start, length, slots)
 
     def learnable(self, parameters: str) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
@@ -219,7 +236,7 @@ class DFlash(Drafter):
         }[parameters]
 
     def _block(
-        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, reach: int
+        self, state: DFlashState, tokens: Tensor, start: Tensor, length: int, reach: int
     ) -> Tensor:
         """Logits [B, A, length, V] of A blocks a row: tokens and start int64 [B, A]."""
         rows, blocks = tokens.shape

@@ -1,0 +1,339 @@
+"""A tiny training run, end to end: answers, loss, resume, refusals, and what is a label."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, byte_tokenizer
+from safetensors.torch import load_file
+from toys import toy_engine
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ttspec import load
+from ttspec.decoding.engine import Engine
+from ttspec.drafters.checkpoint import load_drafter
+from ttspec.errors import DataError, OptionError, TrainingError
+from ttspec.training import train as training
+from ttspec.training.answers import read_dialogues, write_answers
+from ttspec.training.batches import make_batch, read_examples
+from ttspec.training.train import Progress, TrainConfig, new_drafter, train
+
+PROMPTS = [
+    {"prompt": "hello there"},
+    {"turns": ["count to ten", "and on"]},
+    {"turns": ["first", None]},
+    {"turns": [None, "then"]},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no"}]},
+    *({"prompt": f"number {n}"} for n in range(7)),
+]
+TINY = {
+    "max_length": 120,
+    "max_answer": 30,
+    "epochs": 30,
+    "layers": 2,
+    "block": 4,
+    "batch": 6,
+    "anchors": 16,
+    "rows": 5,
+    "lr": 3e-3,
+    "temperature": 0.5,
+}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    """A target of six layers without attention: the next token hangs on the last one alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 6}))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+        model.lm_head.weight[258] *= 2  # answers end now and then
+    return load((model, byte_tokenizer()), None)
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, PROMPTS)) + "\n\n")
+    return path
+
+
+def config(prompts: Path, out: Path, **changes) -> TrainConfig:
+    return TrainConfig(prompts=prompts, out=out, **{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(engine, prompts, tmp_path_factory) -> tuple[Path, list[Progress]]:
+    out = tmp_path_factory.mktemp("run") / "out"
+    seen: list[Progress] = []
+    train(engine, config(prompts, out), seen.append)
+    return out, seen
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "drafter" / "model.safetensors")
+
+
+def records(out: Path) -> list[dict]:
+    lines = (out / "answers.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda r: r["n"])
+
+
+def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
+    steps = [p for p in run[1] if p.stage == "training"]
+    assert steps[-1].loss < 0.75 * steps[0].loss
+    assert steps[-1].accuracy[0] > steps[0].accuracy[0]
+    assert all(len(p.accuracy) == 3 for p in steps)
+    answers = [p.done for p in run[1] if p.stage == "answers"]
+    assert answers == sorted(answers)
+    assert answers[-1] == 1.0
+    assert [p.done for p in steps] == sorted(p.done for p in steps)
+
+
+def test_the_drafter_loads_and_drafts_better_than_an_untrained_one(run, engine, prompts):
+    out, _ = run
+    fresh = new_drafter(engine.target, config(prompts, out))
+    trained = load_drafter("trained", out / "drafter")
+    assert dict(trained.config) == dict(fresh.config)
+    assert {w.dtype for w in trained.weights.values()} == {torch.bfloat16}
+    lengths = []
+    for drafter in (fresh, trained):
+        given = load((engine.target.model, engine.tokenizer), drafter)
+        results = given.generate(
+            ["another prompt", "one more"],
+            max_new_tokens=60,
+            temperature=0.5,
+            seed=1,
+            learn=None,
+            ignore_eos=True,
+        )
+        lengths.append(sum(r.stats.acceptance_length for r in results) / 2)
+    assert lengths[1] > 1.3 * lengths[0]
+
+
+def test_a_card_of_facts_lies_beside_the_drafter(run):
+    facts = json.loads((run[0] / "drafter" / "training.json").read_text())
+    assert facts["dialogues"] == len(records(run[0]))
+    assert facts["steps"] == 30 * -(-facts["dialogues"] // 6)
+    assert facts["config"]["seed"] == 0
+
+
+# Answers.
+
+
+def test_answers_are_what_the_target_says_and_turns_of_null_are_its_own(run, engine):
+    found = {r["n"]: r for r in records(run[0])}
+    assert set(found) == set(range(len(PROMPTS)))
+    written = 0
+    for n, record in found.items():
+        ids, spans = record["ids"], record["spans"]
+        text = engine.tokenizer.decode(ids)
+        for begin, end in spans:
+            said = engine.tokenizer.decode(ids[:begin])
+            assert said.endswith("<|im_start|>assistant\n"), n
+            assert 0 < end - begin <= TINY["max_answer"]
+            assert end == len(ids) or ids[end - 1] in engine.target.ends
+        assert spans == sorted(spans)
+        assert not spans or spans[-1][1] == len(ids)
+        first = PROMPTS[n].get("prompt") or (PROMPTS[n].get("turns") or ["hi"])[0]
+        if first and spans:
+            assert f"<|im_start|>user\n{first}<|im_end|>" in text
+        if first is None and spans:
+            written += 1
+            assert text.startswith("<|im_start|>user\n")
+            assert text.index("<|im_end|>") > len("<|im_start|>user\n")
+    assert written, "no turn was written by the target: the test would prove too little"
+
+
+def test_an_answer_does_not_depend_on_the_batch(run, engine, tmp_path):
+    """Rows only share the work; each dialogue has noise of its own."""
+    out = tmp_path / "answers.jsonl"
+    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
+    dialogues = [["hello there"], ["count to ten", "and on"]]
+    write_answers(engine, dialogues, out, rows=1, seed=0, **options)
+    alone = {r["n"]: r for r in map(json.loads, out.read_text().splitlines())}
+    batch = {r["n"]: r for r in records(run[0])}
+    assert alone == {n: batch[n] for n in alone}
+
+
+def test_answers_in_the_file_are_not_written_again(run, engine, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
+    out.write_text((run[0] / "answers.jsonl").read_text())
+    before = out.read_bytes()
+    write_answers(engine, read_dialogues_of(run), out, rows=4, seed=0, **options)
+    assert out.read_bytes() == before
+
+
+def read_dialogues_of(run) -> list:
+    path = run[0].parent / "again.jsonl"
+    path.write_text("\n".join(map(json.dumps, PROMPTS)))
+    return read_dialogues(path)
+
+
+# Resume.
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["answers", "training"])
+def test_a_run_that_was_interrupted_ends_with_the_same_drafter(
+    run, engine, prompts, tmp_path, monkeypatch, stage
+):
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    out = tmp_path / "out"
+
+    def stop(progress: Progress) -> None:
+        if progress.stage == stage and progress.done > 0.4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(engine, config(prompts, out), stop)
+    assert not (out / "drafter").exists()
+    train(engine, config(prompts, out, resume=True))
+    assert records(out) == records(run[0])
+    wanted, found = weights(run[0]), weights(out)
+    assert all(torch.equal(found[n], w) for n, w in wanted.items())
+
+
+@pytest.mark.xfail(reason="reported: json.loads of the half line is a traceback")
+def test_a_half_written_answer_is_written_again(run, engine, tmp_path):
+    out = tmp_path / "answers.jsonl"
+    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
+    lines = (run[0] / "answers.jsonl").read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:-1]) + lines[-1][:20])
+    write_answers(engine, read_dialogues_of(run), out, rows=4, seed=0, **options)
+    assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
+
+
+@pytest.mark.xfail(reason="reported: save_drafter refuses the folder that the run itself wrote")
+def test_a_finished_run_can_be_resumed_to_nothing(run, engine, prompts):
+    before = weights(run[0])
+    train(engine, config(prompts, run[0], resume=True))
+    assert all(torch.equal(weights(run[0])[n], w) for n, w in before.items())
+
+
+# Refusals.
+
+
+def test_a_used_folder_needs_resume(run, engine, prompts, tmp_path):
+    with pytest.raises(OptionError, match="resume"):
+        train(engine, config(prompts, run[0]))
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(OptionError, match="not empty"):
+        train(engine, config(prompts, tmp_path))
+
+
+@pytest.mark.parametrize("change", [{"layers": 3}, {"lr": 1e-3}, {"seed": 4}, {"max_length": 90}], ids=str)
+def test_a_run_is_not_resumed_under_other_options(run, engine, prompts, change):
+    with pytest.raises(OptionError) as caught:
+        train(engine, config(prompts, run[0], resume=True, **change))
+    assert next(iter(change)) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "not json",
+        "[1]",
+        '"text"',
+        "{}",
+        '{"prompt": null}',
+        '{"prompt": 5}',
+        '{"turns": []}',
+        '{"turns": ["a", 3]}',
+        '{"turns": "abc"}',
+        '{"turns": {"a": 1}}',
+        '{"messages": []}',
+        '{"messages": [{"role": "assistant", "content": "x"}]}',
+        '{"messages": [{"role": "user"}]}',
+        '{"messages": "hello"}',
+    ],
+)
+def test_a_line_that_is_no_prompt_is_refused_by_its_number(tmp_path, line):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "good"}\n' + line + "\n")
+    with pytest.raises(DataError) as caught:
+        read_dialogues(path)
+    assert f"{path}, line 2" in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize("content", [None, b"", b"\n\n", b"\xff\xfe{"], ids=str)
+def test_a_file_without_prompts_is_refused(tmp_path, content):
+    path = tmp_path / "bad.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_dialogues(path)
+    assert str(path) in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.xfail(reason="reported: the folder is claimed before the prompts are read")
+def test_a_folder_is_free_after_bad_prompts(engine, prompts, tmp_path):
+    with pytest.raises(DataError):
+        train(engine, config(tmp_path / "missing.jsonl", tmp_path / "out"))
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"layers": 0}, {"block": 1}, {"lr": 0.0}, {"batch": 0}], ids=str)
+def test_options_that_cannot_be_are_refused(engine, prompts, tmp_path, change):
+    with pytest.raises(OptionError):
+        train(engine, config(prompts, tmp_path / "out", **change))
+
+
+def test_a_target_of_few_layers_is_refused(toy_target_dir, prompts, tmp_path):
+    target = toy_engine(toy_target_dir).target
+    with pytest.raises(OptionError, match="5 layers"):
+        new_drafter(target, config(prompts, tmp_path))
+
+
+def test_answers_of_one_token_teach_nothing(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    path.write_text(json.dumps({"n": 0, "ids": [1, 2, 3], "spans": [[2, 3]]}))
+    with pytest.raises(TrainingError):
+        read_examples([path], 100)
+
+
+# Batches.
+
+
+def test_blocks_begin_at_answer_tokens_that_another_follows_and_labels_are_of_the_answer(run):
+    examples = read_examples([run[0] / "answers.jsonl"], 100)
+    by_ids = {tuple(ids): spans for ids, spans in examples}
+    seen = set()
+    for step in range(6):
+        batch = make_batch(
+            examples, step, size=4, blocks=32, block=5, seed=1, device=torch.device("cpu")
+        )
+        for row, ids in enumerate(batch.ids.tolist()):
+            (spans,) = [s for given, s in by_ids.items() if ids[: len(given)] == list(given)]
+            seen.add(str(ids))
+            for a, start in enumerate(batch.start[row].tolist()):
+                (span,) = [(b, e) for b, e in spans if b <= start < e]
+                assert start + 1 < span[1]
+                assert batch.tokens[row, a] == ids[start]
+                for j in range(4):
+                    at = start + 1 + j
+                    assert bool(batch.mask[row, a, j]) == (at < span[1])
+                    if at < span[1]:
+                        assert batch.labels[row, a, j] == ids[at]
+    assert len(seen) == len(examples)  # an epoch sees every dialogue
+
+
+def test_the_batch_of_a_step_is_always_the_same(run):
+    examples = read_examples([run[0] / "answers.jsonl"], 100)
+    options = {"size": 4, "blocks": 8, "block": 5, "device": torch.device("cpu")}
+    one, again, other = (
+        make_batch(examples, step, seed=1, **options) for step in (3, 3, 4)
+    )
+    assert torch.equal(one.start, again.start)
+    assert torch.equal(one.ids, again.ids)
+    assert one.start.shape != other.start.shape or not torch.equal(one.start, other.start)
