@@ -10,7 +10,6 @@ train.jsonl     {"turns": [text or null, ...]}   null: the target writes this us
 held_out.jsonl  {"prompt", "kind"}               20 prompts for the acceptance of a static drafter
 sessions.jsonl  {"kind", "turns"}                20 sessions on one topic, 20 of unrelated turns
 """
-# ruff: noqa: T201
 
 import argparse
 import gzip

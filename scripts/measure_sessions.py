@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -84,6 +85,7 @@ def run(a: argparse.Namespace) -> None:
             "drafter_sha256": digest.hexdigest(),
             "suite_sha256": hashlib.sha256(a.suite.read_bytes()).hexdigest(),
             "argv": sys.argv[1:],
+            "commit": commit(),
         }
         with gzip.open(path, "wt") as file:
             file.write(json.dumps(facts) + "\n")
@@ -96,6 +98,14 @@ def run(a: argparse.Namespace) -> None:
             f"shortest {min(len(row['ids']) for row in rows)} tokens",
             flush=True,
         )
+
+
+def commit() -> str | None:
+    """Git revision of the working tree, where there is one."""
+    asked = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip() or None
 
 
 def read(folder: Path) -> dict[str, dict]:
@@ -157,7 +167,17 @@ def report(a: argparse.Namespace) -> None:
         for arm, made in arms.items()
     }
     kinds = [s["kind"] for s in first["sessions"]]
-    lines = [f"Sessions with the same text as {next(iter(arms))}'s: {same} of {len(kinds)}.", ""]
+    full = sum(
+        len(s["ids"]) == max(len(x["ids"]) for x in first["sessions"]) for s in first["sessions"]
+    )
+    lines = [
+        f"{len(kinds)} sessions, {full} of full length, the others ran out of turns; "
+        f"{sum(len(s['ids']) for s in first['sessions']):,} generated tokens. Sessions with the "
+        f"same text as {next(iter(arms))}'s: "
+        + ", ".join(f"{arm} {n}" for arm, n in same.items())
+        + ".",
+        "",
+    ]
     parts = {"first 512": lambda w: w == 0, "past 1,024": lambda w: w >= 2}
     statics = [arm for arm in arms if arm.startswith("static")]
     for label, most in (("all windows", 1.0), (f"windows with at most {LOOPED} repeated", LOOPED)):
@@ -207,11 +227,16 @@ def plot(path: Path, arms: dict, tables: dict, kinds: list[str]) -> None:
     from matplotlib.figure import Figure
 
     colours = ["#666666", "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00"]
-    figure = Figure(figsize=(9.6, 4.0), dpi=150, layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
+    figure = Figure(figsize=(12.6, 4.0), dpi=150, layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
     rng = random.Random(0)
-    for axis, kind in zip(axes, ("topic", "mixed"), strict=True):
-        chosen = [i for i, k in enumerate(kinds) if k == kind]
+    panels = (
+        ("topic", 1.0, "turns on one topic"),
+        ("mixed", 1.0, "unrelated turns"),
+        ("all", LOOPED, f"both, windows with at most {LOOPED} repeated 8-grams"),
+    )
+    for axis, (kind, most, title) in zip(axes, panels, strict=True):
+        chosen = [i for i, k in enumerate(kinds) if kind in ("all", k)]
         for arm, colour in zip(ARMS, colours, strict=True):
             if arm not in arms or arm == "plain":
                 continue
@@ -219,11 +244,11 @@ def plot(path: Path, arms: dict, tables: dict, kinds: list[str]) -> None:
             span = range(max(w for t in own for w in t) + 1)
             x = [(w + 0.5) * WINDOW for w in span]
             keeps = [lambda v, w=w: v == w for w in span]
-            axis.plot(
-                x, [tau(own, k, 1.0) for k in keeps], color=colour, label=arm, marker="o", ms=3
-            )
+            y = [tau(own, k, most) for k in keeps]
+            axis.plot(x, y, color=colour, label=arm, marker="o", ms=3)
             draws = [
-                sorted(tau(rng.choices(own, k=len(own)), k, 1.0) for _ in range(300)) for k in keeps
+                sorted(tau(rng.choices(own, k=len(own)), k, most) for _ in range(300))
+                for k in keeps
             ]
             axis.fill_between(
                 x, [d[7] for d in draws], [d[292] for d in draws], color=colour, alpha=0.15, lw=0
@@ -238,7 +263,7 @@ def plot(path: Path, arms: dict, tables: dict, kinds: list[str]) -> None:
             xytext=(3, 0),
             textcoords="offset points",
         )
-        axis.set_title(f"{kind} turns ({len(chosen)} sessions)", fontsize=10)
+        axis.set_title(f"{title} ({len(chosen)} sessions)", fontsize=9)
         axis.set_xlabel("generated tokens")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

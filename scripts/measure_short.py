@@ -56,7 +56,7 @@ def main() -> None:
         seconds = time.perf_counter() - began
         texts = texts or [r.token_ids for r in results]
         kept = [
-            x for r in results for x in r.rounds if x.position + x.emitted < natural(r.token_ids)
+            x for r in results for x in r.rounds if x.position + x.emitted <= natural(r.token_ids)
         ]
         every = [x for r in results for x in r.rounds]
         print(

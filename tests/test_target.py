@@ -272,7 +272,7 @@ def test_hybrid_layers_are_refused_by_name():
 
 def test_a_state_space_model_is_refused():
     config = MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)
-    with pytest.raises(TargetError, match="not attention layers") as caught:
+    with pytest.raises(TargetError, match="cannot be rolled back") as caught:
         _attention_windows(config)
     assert len(str(caught.value).splitlines()) <= 2
 

@@ -34,9 +34,9 @@ TINY = {
     "layers": 2,
     "block": 4,
     "batch": 6,
-    "anchors": 16,
+    "anchors": 32,
     "rows": 5,
-    "lr": 3e-3,
+    "lr": 1e-2,
     "temperature": 0.5,
 }
 
@@ -99,19 +99,20 @@ def test_the_drafter_loads_and_drafts_better_than_an_untrained_one(run, engine, 
     trained = load_drafter("trained", out / "drafter")
     assert dict(trained.config) == dict(fresh.config)
     assert {w.dtype for w in trained.weights.values()} == {torch.bfloat16}
-    lengths = []
+    kept = []  # drafts a round
     for drafter in (fresh, trained):
         given = load((engine.target.model, engine.tokenizer), drafter)
         results = given.generate(
-            ["another prompt", "one more"],
+            [f"another prompt {n}" for n in range(8)],
             max_new_tokens=60,
             temperature=0.5,
             seed=1,
             learn=None,
             ignore_eos=True,
         )
-        lengths.append(sum(r.stats.acceptance_length for r in results) / 2)
-    assert lengths[1] > 1.3 * lengths[0]
+        drafted = sum(r.accepted for result in results for r in result.rounds)
+        kept.append(drafted / sum(len(result.rounds) for result in results))
+    assert kept[1] > 2 * kept[0], kept
 
 
 def test_a_card_of_facts_lies_beside_the_drafter(run):
@@ -201,7 +202,6 @@ def test_a_run_that_was_interrupted_ends_with_the_same_drafter(
     assert all(torch.equal(found[n], w) for n, w in wanted.items())
 
 
-@pytest.mark.xfail(reason="reported: json.loads of the half line is a traceback")
 def test_a_half_written_answer_is_written_again(run, engine, tmp_path):
     out = tmp_path / "answers.jsonl"
     options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
