@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import chi_square, total_variation, toy_engine
 from torch import Tensor
+from toys import chi_square, total_variation, toy_engine
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import GenerateConfig, LearnConfig
@@ -38,7 +38,9 @@ def test_drafts_that_the_target_never_says_are_never_kept():
     drafts = torch.tensor([[1, 2, 3]] * 50)
     p = one_hot(torch.zeros(50, G + 1, dtype=torch.long))
     for q in (None, one_hot(drafts)):
-        accepted, tokens = accept_rejection(p, Proposal(tokens=drafts, count=torch.full((50,), G), q=q), *noise(50))
+        accepted, tokens = accept_rejection(
+            p, Proposal(tokens=drafts, count=torch.full((50,), G), q=q), *noise(50)
+        )
         assert accepted.tolist() == [0] * 50
         assert tokens[:, 0].tolist() == [0] * 50
 
@@ -47,7 +49,9 @@ def test_drafts_that_the_target_always_says_are_always_kept_with_a_bonus():
     drafts = torch.tensor([[1, 2, 3]] * 50)
     p = one_hot(torch.tensor([[1, 2, 3, 2]] * 50))
     for q in (None, one_hot(drafts), laws(0, 50, G)):
-        accepted, tokens = accept_rejection(p, Proposal(tokens=drafts, count=torch.full((50,), G), q=q), *noise(50))
+        accepted, tokens = accept_rejection(
+            p, Proposal(tokens=drafts, count=torch.full((50,), G), q=q), *noise(50)
+        )
         assert accepted.tolist() == [G] * 50
         assert tokens.tolist() == [[1, 2, 3, 2]] * 50
 
@@ -110,7 +114,9 @@ def test_no_drafts_at_all_is_plain_sampling():
 # Laws in bulk. p hangs on the position and the token before, q on the position.
 
 
-def rounds(p: Tensor, q: Tensor, *, kept_q: Tensor | None, greedy: bool = False, count=None, seed=0):
+def rounds(
+    p: Tensor, q: Tensor, *, kept_q: Tensor | None, greedy: bool = False, count=None, seed=0
+):
     """MANY rounds; returns accepted and tokens."""
     key = fold(torch.tensor(seed), torch.arange(MANY))
     drafts = q.argmax(-1).expand(MANY, G)
@@ -314,7 +320,9 @@ def test_kept_drafts_are_a_prefix_of_the_proposal_and_no_longer_than_its_count(c
     rows = len(drafts)
     p, q = laws(seed, rows, G + 1), laws(seed + 1, rows, G)
     proposal = Proposal(tokens=drafts, count=count, q=q if stored else None)
-    chosen = draw(p.log(), gumbel(fold(torch.tensor(seed), torch.arange(rows * 4).view(rows, 4)), V))
+    chosen = draw(
+        p.log(), gumbel(fold(torch.tensor(seed), torch.arange(rows * 4).view(rows, 4)), V)
+    )
     for accepted, tokens in (
         accept_rejection(p, proposal, *noise(rows, seed=seed)),
         accept_equal(chosen, proposal),

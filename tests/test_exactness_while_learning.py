@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from toys import chi_square, total_variation, toy_drafter, toy_engine
 from torch import Tensor
+from toys import chi_square, total_variation, toy_drafter, toy_engine
 
 from ttspec.acceptance import accept_rejection
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig

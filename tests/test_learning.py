@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,7 +94,11 @@ def test_only_the_chosen_parameters_move(parameters: str):
     config = LearnConfig(stride=1, blocks=1, rows="block", parameters=parameters)
     learner, drafter, state = pupil(1, config)
     step(learner, drafter, state, fake_round(0, 1))
-    moved = {n for n, w in state.weights.items() if not torch.equal(w.view(-1), drafter.weights[n].view(-1))}
+    moved = {
+        n
+        for n, w in state.weights.items()
+        if not torch.equal(w.view(-1), drafter.weights[n].view(-1))
+    }
     assert moved == set(drafter.learnable(parameters))
 
 
@@ -118,7 +123,7 @@ def test_a_first_step_goes_down_the_weighted_kl():
     v = fake_round(0, 1)
     drafter.absorb(state, v)
     leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.anchor}
-    before = DraftState(state.keys, state.values, {**drafter.weights, **leaves}, state.options)
+    before = replace(state, weights={**drafter.weights, **leaves})
     q = drafter.replay(before, v.fed[:, :1], v.start[:, None], G, 8)[0, 0].log_softmax(-1)
     p = v.logits[0, :G].log_softmax(-1)
     weights = torch.exp(-torch.arange(G) / 2.0)
@@ -199,7 +204,9 @@ def test_after_a_revert_a_row_learns_as_from_the_start():
     other.values.copy_(state.values)
     fresh.absorb(v, int(v.start.max()))
     for name in learner.anchor:
-        torch.testing.assert_close(learner.master[name][0], fresh.master[name][0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            learner.master[name][0], fresh.master[name][0], atol=1e-5, rtol=0
+        )
 
 
 def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
@@ -222,7 +229,11 @@ def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
     small, wide = runs
     moves = []
     for learner in runs:
-        moves.append(torch.cat([(learner.master[n][0] - w.float()).flatten() for n, w in learner.anchor.items()]))
+        moves.append(
+            torch.cat(
+                [(learner.master[n][0] - w.float()).flatten() for n, w in learner.anchor.items()]
+            )
+        )
     cosine = torch.cosine_similarity(*moves, dim=0)
     assert cosine > 0.99
     assert 0.97 < moves[0].norm() / moves[1].norm() < 1.03
@@ -252,7 +263,9 @@ def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
     one, drafter, state = pupil(1, config)
     for n in range(12):
         v = fake_round(n, 3)
-        alone = verification([8 + n], v.fed[1:2], v.logits[1:2], v.features[1:2], v.tokens[1:2], [0])
+        alone = verification(
+            [8 + n], v.fed[1:2], v.logits[1:2], v.features[1:2], v.tokens[1:2], [0]
+        )
         step(one, drafter, state, alone)
     assert one.updates == [many.updates[1]]
     assert one.updates[0] > 2
@@ -334,7 +347,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
 
     def gradient(mask: list[bool]) -> Tensor:
         drafter = bound_drafter()
-        learner, drafter, state = pupil(1, LearnConfig(stride=1, clip=1e9), drafter)
+        learner, _, _ = pupil(1, LearnConfig(stride=1, clip=1e9), drafter)
         v = fake_round(0, 1)
         v.logits[:] = v.logits[:, :1]
         lesson = Lesson(
@@ -350,6 +363,17 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
     torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
+
+
+def listen(learner: Learner, taught: list[Lesson]) -> None:
+    """Note the lessons that a learner is given."""
+    update = learner.update
+
+    def noted(lesson: Lesson, longest: int) -> list[bool]:
+        taught.append(lesson)
+        return update(lesson, longest)
+
+    learner.update = noted
 
 
 @pytest.fixture(scope="module")
@@ -372,13 +396,10 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
     ends: set[int] = set()
     for turn in range(3):
         stream = session.stream(f"hello {turn}")
-        chunk = next(stream)
+        next(stream)
         if not turn:
-            learner = session._talk.decoder.learner
-            update = learner.update
-            learner.update = lambda lesson, longest: (taught.append(lesson), update(lesson, longest))[1]
-        for chunk in stream:
-            pass
+            listen(session._talk.decoder.learner, taught)
+        *_, chunk = stream
         result = chunk.result
         text += (result.prompt_ids[1:] if turn else result.prompt_ids) + result.token_ids
         drawn |= set(range(len(text) - len(result.token_ids) + 1, len(text)))
@@ -399,7 +420,9 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
                 if lesson.mask[0, block, j]:
                     assert int(lesson.tokens[0, block]) == text[start]
                     wanted = full[0, start + j]
-                    torch.testing.assert_close(lesson.logits[0, block, j], wanted, atol=2e-3, rtol=0)
+                    torch.testing.assert_close(
+                        lesson.logits[0, block, j], wanted, atol=2e-3, rtol=0
+                    )
                     labels.add(start + j + 1)
     assert labels <= drawn  # never a user's token, nor the template's
     if stride == 1:
@@ -482,7 +505,9 @@ def test_dialogues_in_a_batch_learn_as_sessions_do(engine, scope: str):
 
 
 def test_statistics_count_updates_and_reverts_of_a_turn(engine):
-    session = engine.session(learn=LearnConfig(**LEARN, scope="session", rows="block"), context=300, **OPTIONS)
+    session = engine.session(
+        learn=LearnConfig(**LEARN, scope="session", rows="block"), context=300, **OPTIONS
+    )
     first = session.send("hello")
     assert first.stats.updates == sum(r.updates for r in first.rounds) == first.stats.rounds
     assert first.stats.reverts == 0

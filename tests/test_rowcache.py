@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import toy_engine
 from torch import Tensor
+from toys import toy_engine
 
 from ttspec.models.target import Target
 from ttspec.rowcache import BUCKET, RowCache, causal_mask, reach_of

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from toys import chi_square
 from torch import Tensor
+from toys import chi_square
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -61,7 +61,9 @@ def test_temperature_0_changes_nothing_but_the_dtype():
 
 
 FINITE = st.floats(-30, 30, width=32)
-LOGITS = hnp.arrays("float32", hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=12), elements=FINITE)
+LOGITS = hnp.arrays(
+    "float32", hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=12), elements=FINITE
+)
 SAMPLING = st.builds(
     SamplingConfig,
     temperature=st.floats(0.05, 5),

@@ -1,6 +1,7 @@
 """The built-in pair, real weights: every arm writes what the target writes, and drafting pays."""
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -11,12 +12,18 @@ from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
 from ttspec.records import Result
 
-pytestmark = pytest.mark.weights
+pytestmark = [pytest.mark.weights, pytest.mark.filterwarnings("default:near-tie")]
 
 PROMPTS = [
     "Write a Python function that returns the n-th Fibonacci number.",
     "What is the capital of France, and what is it known for?",
 ]
+
+
+class NearTie(UserWarning):
+    """A stop of a comparison that is allowed; more than 1 in 10,000 tokens would be a failure."""
+
+
 NEAR_TIE = 1e-3
 """A float32 top-2 gap under this may flip (exactness.md 3)."""
 TOKENS = 48
@@ -54,11 +61,13 @@ def assert_same(engine: Engine, wanted: Result, found: list[int], temperature: f
     key = noise_key(11, wanted.prompt_ids) if temperature else None
     gap = engine.margin(ids, len(wanted.prompt_ids) + differs, key, temperature=temperature)
     assert gap < NEAR_TIE, f"token {differs} differs at a gap of {gap}"
-    print(f"near-tie at token {differs}: gap {gap}")
+    warnings.warn(f"near-tie at token {differs}: gap {gap}", NearTie, stacklevel=2)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("learn", [None, LearnConfig(stride=1, blocks=2)], ids=["static", "learning"])
+@pytest.mark.parametrize(
+    "learn", [None, LearnConfig(stride=1, blocks=2)], ids=["static", "learning"]
+)
 def test_the_bundled_drafter_writes_what_plain_decoding_writes(engine, plain, learn, temperature):
     assert engine.drafter is not None
     results = engine.generate(

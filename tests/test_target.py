@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
-from toys import toy_engine
 from torch import Tensor
+from toys import toy_engine
 from transformers import (
     GenerationConfig,
     LlamaConfig,
@@ -112,7 +112,9 @@ def test_features_are_the_hidden_states_of_the_taps(folder: str, request):
     target = toy_engine(request.getfixturevalue(folder)).target
     ids = torch.tensor([text(1, 15)])
     with torch.no_grad():
-        states = target.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states
+        states = target.model(
+            input_ids=ids, use_cache=False, output_hidden_states=True
+        ).hidden_states
     for taps in ((1, 3), (0,), (4, 2, 1)):
         target.taps = taps
         wanted = torch.cat([states[i] for i in taps], dim=-1)
@@ -239,7 +241,12 @@ def test_what_is_not_implemented_is_refused_by_name(entry: dict):
 
 @pytest.mark.parametrize(
     "entry",
-    [{"repetition_penalty": 1.0}, {"num_beams": 1}, {"no_repeat_ngram_size": 0}, {"typical_p": 1.0}],
+    [
+        {"repetition_penalty": 1.0},
+        {"num_beams": 1},
+        {"no_repeat_ngram_size": 0},
+        {"typical_p": 1.0},
+    ],
     ids=str,
 )
 def test_entries_that_change_nothing_are_no_obstacle(entry: dict):

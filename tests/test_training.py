@@ -229,7 +229,9 @@ def test_a_used_folder_needs_resume(run, engine, prompts, tmp_path):
         train(engine, config(prompts, tmp_path))
 
 
-@pytest.mark.parametrize("change", [{"layers": 3}, {"lr": 1e-3}, {"seed": 4}, {"max_length": 90}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"layers": 3}, {"lr": 1e-3}, {"seed": 4}, {"max_length": 90}], ids=str
+)
 def test_a_run_is_not_resumed_under_other_options(run, engine, prompts, change):
     with pytest.raises(OptionError) as caught:
         train(engine, config(prompts, run[0], resume=True, **change))
@@ -283,7 +285,9 @@ def test_a_folder_is_free_after_bad_prompts(engine, prompts, tmp_path):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
-@pytest.mark.parametrize("change", [{"layers": 0}, {"block": 1}, {"lr": 0.0}, {"batch": 0}], ids=str)
+@pytest.mark.parametrize(
+    "change", [{"layers": 0}, {"block": 1}, {"lr": 0.0}, {"batch": 0}], ids=str
+)
 def test_options_that_cannot_be_are_refused(engine, prompts, tmp_path, change):
     with pytest.raises(OptionError):
         train(engine, config(prompts, tmp_path / "out", **change))
@@ -331,9 +335,7 @@ def test_blocks_begin_at_answer_tokens_that_another_follows_and_labels_are_of_th
 def test_the_batch_of_a_step_is_always_the_same(run):
     examples = read_examples([run[0] / "answers.jsonl"], 100)
     options = {"size": 4, "blocks": 8, "block": 5, "device": torch.device("cpu")}
-    one, again, other = (
-        make_batch(examples, step, seed=1, **options) for step in (3, 3, 4)
-    )
+    one, again, other = (make_batch(examples, step, seed=1, **options) for step in (3, 3, 4))
     assert torch.equal(one.start, again.start)
     assert torch.equal(one.ids, again.ids)
     assert one.start.shape != other.start.shape or not torch.equal(one.start, other.start)

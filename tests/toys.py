@@ -132,7 +132,7 @@ class Parrot(Drafter):
         assert taps_width == 0
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
-        return DraftState(torch.empty(0), torch.empty(0), {}, options)
+        return DraftState({}, options)
 
     def extend(self, state, tokens, features, start, subset=None) -> None:
         pass

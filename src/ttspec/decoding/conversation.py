@@ -44,6 +44,7 @@ class Conversation:
             self.decoder.target.tokenizer, self.config.stop, self.decoder.target.ends
         )
         self._shown = 0
+        self._start = self.decoder.lengths[self.row], self.decoder.pending[self.row]
         self._began = time.perf_counter()
         learner = self.decoder.learner
         self._reverts = learner.reverts[self.row] if learner else 0
@@ -77,7 +78,12 @@ class Conversation:
         )
 
     def cancel(self) -> None:
-        """End the answer as it is."""
+        """End the answer as it is; what the decoder knows beyond it is taken back."""
+        length, pending = self._start
+        if self.tokens:
+            length += len(self.prompt_ids) + len(self.tokens) - 1
+            pending = self.tokens[-1]
+        self.decoder.crop(self.row, length, pending)
         self._close("cancelled")
 
     def chunk(self) -> Chunk:

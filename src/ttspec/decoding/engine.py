@@ -323,10 +323,11 @@ class Session:
 
     def _open(self, text: Prompt) -> tuple[Conversation, list[int]]:
         engine, config = self.engine, self.config
-        if self._talk is None:
+        if self._talk is None or not self._talk.decoder.lengths[0]:  # nothing said so far
             ids = prompt_ids(engine.tokenizer, text, system=config.system, raw=config.raw)
-            decoder = engine.decoder(config, 1, len(ids), sessions=True)
-            self._talk = Conversation(decoder, 0, config, self.seed)
+            if self._talk is None:
+                decoder = engine.decoder(config, 1, len(ids), sessions=True)
+                self._talk = Conversation(decoder, 0, config, self.seed)
             return self._talk, ids
         ids = engine._next(self._talk, text)
         learner = self._talk.decoder.learner

@@ -46,6 +46,8 @@ class Outcome:
     ended: bool
     updated: bool
     seconds: tuple[float, float, float]
+    """Of drafting, verifying and learning; on a GPU of the round before, since reading this one's
+    would wait for it."""
 
 
 class Decoder:
@@ -85,6 +87,7 @@ class Decoder:
         self._vocabulary = int(target.config.vocab_size)
         self._key = torch.zeros(rows, dtype=torch.long, device=device)
         self._round = 0
+        self._clock: Stopwatch | None = None
 
     @torch.no_grad()
     def prefill(
@@ -170,7 +173,7 @@ class Decoder:
         if self.learner:
             updated = self.learner.absorb(verification, longest)
         clock.lap()
-        seconds = clock.seconds()
+        seconds, self._clock = self._stage_seconds(clock), clock
         return {
             row: Outcome(
                 tokens=told[row][4 : 4 + told[row][0]],
@@ -182,6 +185,11 @@ class Decoder:
             )
             for row in active
         }
+
+    def _stage_seconds(self, clock: Stopwatch) -> tuple[float, float, float]:
+        if not clock.cuda:
+            return clock.seconds()
+        return self._clock.seconds() if self._clock else (0.0, 0.0, 0.0)
 
     def rest(self, row: int) -> None:
         """Let a row take no part until it is prefilled again."""
@@ -257,13 +265,13 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         """Start the first stage."""
-        self._cuda = device.type == "cuda"
+        self.cuda = device.type == "cuda"
         self._marks: list = []
         self.lap()
 
     def lap(self) -> None:
         """End a stage."""
-        if self._cuda:
+        if self.cuda:
             mark = torch.cuda.Event(enable_timing=True)
             mark.record()
             self._marks.append(mark)
@@ -271,11 +279,9 @@ class Stopwatch:
             self._marks.append(time.perf_counter())
 
     def seconds(self) -> tuple[float, float, float]:
-        """Length of each of the three stages; waits for the device."""
-        if self._cuda:
-            self._marks[-1].synchronize()
+        """Length of each of the three stages, which must be over on the device."""
         pairs = pairwise(self._marks)
-        if self._cuda:
+        if self.cuda:
             a, b, c = (x.elapsed_time(y) / 1000 for x, y in pairs)
         else:
             a, b, c = (y - x for x, y in pairs)

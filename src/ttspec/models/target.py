@@ -179,10 +179,6 @@ class Target:
         states = out.hidden_states  # the last one is after the final norm
         return torch.cat([states[i] for i in self.taps], dim=-1), states[-1]
 
-    def forget_captures(self) -> None:
-        """Free the captured graphs; after a change of taps they would return old features."""
-        self._captured = None
-
 
 def load_target(
     name: str,

@@ -59,7 +59,11 @@ def _turns(record: dict) -> Turns:
         turns = record["turns"] if "turns" in record else [record["prompt"]]
         if record.get("prompt", "") is None:
             raise TypeError("the prompt is null")
-    if not isinstance(turns, list) or not turns or not all(t is None or isinstance(t, str) for t in turns):
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or not all(t is None or isinstance(t, str) for t in turns)
+    ):
         raise TypeError("a turn is neither text nor null")
     return turns
 
