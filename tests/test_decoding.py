@@ -333,7 +333,6 @@ def test_an_interrupt_in_the_middle_of_a_round_leaves_the_text_so_far(
     assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
 
 
-@pytest.mark.xfail(reason="reported: the decoder has committed a round that the text lacks")
 def test_an_interrupt_while_learning_leaves_text_and_context_the_same(typist, interrupt):
     """The round is decided when the learner begins: what is not in the text is not committed."""
     session = typist.session(max_new_tokens=30, context=200, **LEARN)
@@ -348,9 +347,6 @@ def test_an_interrupt_while_learning_leaves_text_and_context_the_same(typist, in
     assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
 
 
-@pytest.mark.xfail(
-    reason="reported: the next turn feeds token 0 as pending, without the template's beginning"
-)
 def test_an_interrupt_in_the_first_prefill_leaves_an_empty_session(typist, interrupt):
     session = typist.session(max_new_tokens=10, context=200)
     interrupt(Target, "forward", 1)

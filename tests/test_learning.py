@@ -388,7 +388,7 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
         seed=3,  # the first answer of this one ends by itself
         temperature=0.9,
         context=400,
-        learn=LearnConfig(stride=stride, blocks=4, rows="hindsight", scope="session"),
+        learn=LearnConfig(stride=stride, blocks=8, rows="hindsight", scope="session"),
     )
     taught: list[Lesson] = []
     text: list[int] = []
@@ -413,8 +413,8 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
     full, _ = target.forward(cache, torch.tensor([text]), zero, 0)
     labels: set[int] = set()
     for lesson in taught:
-        assert lesson.mask.shape == (1, 4, G)
-        for block in range(4):
+        assert lesson.mask.shape == (1, 8, G)
+        for block in range(8):
             start = int(lesson.start[0, block])
             for j in range(G):
                 if lesson.mask[0, block, j]:
