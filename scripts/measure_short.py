@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--arms", default="plain,ngram,static,learn")
     a = parser.parse_args()
     import torch
 
@@ -47,7 +48,8 @@ def main() -> None:
         "learn": ("auto", {"learn": LearnConfig()}),
     }
     texts = None
-    for arm, (drafter, options) in arms.items():
+    for arm in a.arms.split(","):
+        drafter, options = arms[arm]
         engine = ttspec.load("smollm2-135m", drafter, device=a.device, dtype=a.dtype)
         began = time.perf_counter()
         results = engine.generate(

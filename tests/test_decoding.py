@@ -501,9 +501,31 @@ def test_a_quota_holds_over_all_turns(typist, quota: int):
     assert held[-1].finish_reason == "length"
 
 
-@pytest.mark.xfail(reason="reported: the reason is context although the quota ended it")
 def test_a_quota_short_of_the_context_is_no_end_of_the_context(typist):
     (_, last), *_ = reversed(
         list(typist.run([["hello", "more"]], max_new_tokens=500, context=300, quota=5))
     )
     assert last.result.finish_reason == "length"
+
+
+def test_an_interrupt_gives_every_prompt_a_result(toy_target_dir, monkeypatch):
+    engine = toy_engine(toy_target_dir)
+    forward, calls = Target.forward, 0
+
+    def interrupted(self, *args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 12:
+            raise KeyboardInterrupt
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(Target, "forward", interrupted)
+    prompts = [[f"prompt {n}"] for n in range(7)]
+    results = {}
+    for index, chunk in engine.run(prompts, rows=3, max_new_tokens=40, ignore_eos=True):
+        if chunk.result:
+            assert index not in results
+            results[index] = chunk.result
+    assert sorted(results) == list(range(7))
+    assert {r.finish_reason for r in results.values()} == {"cancelled"}
+    assert [len(results[n].token_ids) > 0 for n in (0, 6)] == [True, False]

@@ -481,15 +481,7 @@ def test_a_row_used_again_learns_as_a_fresh_one(engine):
     assert shapes(alone) == shapes([results[0], results[1]])
 
 
-@pytest.mark.parametrize(
-    "scope",
-    [
-        pytest.param(
-            "request", marks=pytest.mark.xfail(reason="reported: Engine.run never resets a turn")
-        ),
-        "session",
-    ],
-)
+@pytest.mark.parametrize("scope", ["request", "session"])
 def test_dialogues_in_a_batch_learn_as_sessions_do(engine, scope: str):
     learn = LearnConfig(**LEARN, scope=scope)
     turns = ["hello there", "and then?"]

@@ -152,7 +152,6 @@ def test_a_loaded_target_uses_folded_attention(toy_target_dir):
     assert toy_engine(toy_target_dir).target.model.config._attn_implementation == NAME
 
 
-@pytest.mark.xfail(reason="reported: eager attention adds our boolean mask to its scores")
 def test_a_model_with_eager_attention_says_the_same_or_is_refused(toy_target_dir):
     model = LlamaForCausalLM.from_pretrained(toy_target_dir, attn_implementation="eager")
     ids = text(1, 20)

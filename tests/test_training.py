@@ -211,7 +211,6 @@ def test_a_half_written_answer_is_written_again(run, engine, tmp_path):
     assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
 
 
-@pytest.mark.xfail(reason="reported: save_drafter refuses the folder that the run itself wrote")
 def test_a_finished_run_can_be_resumed_to_nothing(run, engine, prompts):
     before = weights(run[0])
     train(engine, config(prompts, run[0], resume=True))
@@ -278,7 +277,6 @@ def test_a_file_without_prompts_is_refused(tmp_path, content):
     assert len(str(caught.value).splitlines()) <= 2
 
 
-@pytest.mark.xfail(reason="reported: the folder is claimed before the prompts are read")
 def test_a_folder_is_free_after_bad_prompts(engine, prompts, tmp_path):
     with pytest.raises(DataError):
         train(engine, config(tmp_path / "missing.jsonl", tmp_path / "out"))

@@ -12,6 +12,9 @@ Rows = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session"]
 Parameters = Literal["full", "layers", "attention", "mlp"]
 
+COLDEST = 1e-30
+"""Below this, dividing logits by the temperature would overflow; 0 says greedy."""
+
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
@@ -39,7 +42,9 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         t, p, m = self.temperature, self.top_p, self.min_p
-        _require(math.isfinite(t) and t >= 0, "temperature", t, "a number from 0 up")
+        _require(
+            t == 0 or COLDEST <= t < math.inf, "temperature", t, f"0 (greedy) or from {COLDEST} up"
+        )
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
         _require(0 < p <= 1, "top_p", p, "above 0 and at most 1")
         _require(0 <= m <= 1, "min_p", m, "from 0 to 1")

@@ -27,6 +27,7 @@ def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     with torch.no_grad():
         log_p = p_logits.float().log_softmax(-1)
         p = log_p.exp()
+        log_p.clamp_(min=-1e4)  # 0 times -inf, where a head masks tokens, would be NaN
         negative_entropy = torch.linalg.vecdot(p, log_p)
     # Two dot products instead of an elementwise form: fewer passes over a whole vocabulary.
     return negative_entropy - torch.linalg.vecdot(p, q_logits.float().log_softmax(-1))

@@ -26,6 +26,8 @@ class Conversation:
         self.generated = 0
         """Generated tokens of all turns: the position of the next one."""
         self.finish: FinishReason | None = None
+        self.opened = False
+        """A first answer was begun."""
         self.tokens: list[int] = []
         self._stream = stream or bool(config.stop)
         self._first: tuple[tuple[int, ...], int] = (), 0
@@ -39,7 +41,7 @@ class Conversation:
     def open(self, ids: list[int]) -> int:
         """Begin an answer to `ids`; the number of tokens it may have, 0 if none."""
         self.prompt_ids, self.tokens, self.rounds = ids, [], []
-        self.finish = None
+        self.finish, self.opened = None, True
         self._text = TextStream(
             self.decoder.target.tokenizer, self.config.stop, self.decoder.target.ends
         )
@@ -47,12 +49,14 @@ class Conversation:
         self._start = self.decoder.lengths[self.row], self.decoder.pending[self.row]
         self._began = time.perf_counter()
         learner = self.decoder.learner
+        if learner and self.turn and learner.config.scope == "request":
+            learner.reset(self.row)
         self._reverts = learner.reverts[self.row] if learner else 0
         room = self.decoder.slots - self.decoder.lengths[self.row] - len(ids)
-        self._limit: FinishReason = "context" if room < self.config.max_new_tokens else "length"
         most = self.config.max_new_tokens
         if self.quota is not None:
             most = min(most, self.quota - self.generated)
+        self._limit: FinishReason = "context" if room < most else "length"
         budget = max(0, min(most, room))
         if not budget:
             self._close(self._limit)

@@ -19,7 +19,7 @@ from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
 from ttspec.drafters.ngram import Ngram
-from ttspec.errors import OptionError, ResourceError
+from ttspec.errors import CheckpointError, OptionError, ResourceError
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
@@ -103,6 +103,12 @@ class Engine:
         self.target, self.drafter = target, drafter
         self.tokenizer = target.tokenizer
         if drafter is not None:
+            layers = int(target.config.num_hidden_layers)
+            if max(drafter.taps, default=0) > layers:
+                raise CheckpointError(
+                    f"Drafter {drafter.name} reads the output of layer {max(drafter.taps) - 1}; "
+                    f"the target has {layers} layers, from 0.\nGive the drafter of this target."
+                )
             target.taps = drafter.taps
             width = len(drafter.taps) * target.config.hidden_size
             drafter.bind(target.embedding, target.head, width)
@@ -201,7 +207,13 @@ class Engine:
                         del going[index]
                     yield index, chunk
         except KeyboardInterrupt:
+            for index in waiting:
+                going[index] = Conversation(decoder, 0, config, seed, stream=stream)
             for index, talk in going.items():
+                if talk.finish:
+                    continue  # between two turns: its last result is out
+                if not talk.opened:
+                    talk.open(prompts[index])
                 talk.cancel()
                 yield index, talk.chunk()
 
@@ -329,11 +341,7 @@ class Session:
                 decoder = engine.decoder(config, 1, len(ids), sessions=True)
                 self._talk = Conversation(decoder, 0, config, self.seed)
             return self._talk, ids
-        ids = engine._next(self._talk, text)
-        learner = self._talk.decoder.learner
-        if learner and config.learn and config.learn.scope == "request":
-            learner.reset(0)
-        return self._talk, ids
+        return self._talk, engine._next(self._talk, text)
 
 
 def make_config(options: dict[str, Any]) -> GenerateConfig:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import TargetError
+from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.capture import Captured
 from ttspec.models.source import Source, resolve
@@ -146,6 +147,9 @@ class Target:
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset)
         masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
+        if self.model.config._attn_implementation == "eager":  # adds its mask to the scores
+            low = torch.finfo(self.dtype).min
+            masks = {w: torch.where(m, 0.0, low).to(self.dtype) for w, m in masks.items()}
         mask: Any = masks[self.windows[0]]
         if len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
@@ -220,6 +224,12 @@ def wrap_target(
     """
     config = model.config.get_text_config()
     windows = _attention_windows(model.config)
+    kind = model.config._attn_implementation
+    if kind not in ("sdpa", "eager", FOLDED):
+        raise TargetError(
+            f"The target's attention is {kind}; rows of different lengths need sdpa or eager.\n"
+            'Load the model with attn_implementation="sdpa".'
+        )
     model.eval().requires_grad_(False)
     generation = model.generation_config
     _refuse_unsupported(generation)

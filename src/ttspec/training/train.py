@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -107,8 +108,8 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         DataError: The prompts are unusable.
         TrainingError: No answer can be learned from, or the loss is not finite.
     """
-    _claim(config)
     dialogues = read_dialogues(config.prompts)
+    _claim(config)
     answers = config.out / "answers.jsonl"
     begun = time.monotonic()
 
@@ -191,6 +192,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
         "accuracy": accuracy,
     }
     folder = config.out / "drafter"
+    shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
     save_drafter(folder, drafter.config, {n: w.to(torch.bfloat16) for n, w in masters.items()})
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
