@@ -7,6 +7,9 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+TOOLS := .venv/.tools
+# Byte-compiling all of torch and transformers takes longer than installing them.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .PHONY: help venv weights demo test lint format check
@@ -14,21 +17,25 @@ READY := .venv/.ready
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-venv: $(READY) ## create .venv with torch, ttspec and the development tools
+venv: $(TOOLS) ## create .venv with torch, ttspec and the development tools
 
 $(READY): pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) $(TORCH)
+	$(PIP) --editable .
 	touch $@
 
-weights: venv ## fetch and convert the built-in target, once
+$(TOOLS): $(READY)
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+weights: $(READY) ## fetch and convert the built-in target, once
 	$(BIN)/python -c 'from ttspec.models.source import resolve; resolve("smollm2-135m", notify=print)'
 
-demo: venv ## show what learning does, on the built-in pair (options: ARGS="--long")
+demo: $(READY) ## show what learning does, on the built-in pair (options: ARGS="--long")
 	$(BIN)/ttspec demo $(ARGS)
 
-test: weights ## run the tests (options: ARGS="-k words")
+test: venv weights ## run the tests (options: ARGS="-k words")
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: venv ## check format, style, types and import floors

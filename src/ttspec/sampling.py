@@ -67,9 +67,15 @@ def exponential(key: Tensor, size: int) -> Tensor:
         float32 `[*key.shape, size]`, positive and finite. 40 bits are drawn each, so that the
         small values, which decide an argmin over a large vocabulary, are fine-grained.
     """
-    counter = torch.arange(1, size + 1, device=key.device) * _GOLDEN
-    u = _shift(_mix(key.unsqueeze(-1) + counter), 24).float().add_(0.5).mul_(2.0**-40)
-    return u.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+    bits = key.unsqueeze(-1) + torch.arange(1, size + 1, device=key.device) * _GOLDEN
+    scratch = torch.empty_like(bits)
+    for shift, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):  # `_mix`, without new memory
+        torch.bitwise_right_shift(bits, shift, out=scratch)
+        bits.bitwise_xor_(scratch.bitwise_and_((1 << (64 - shift)) - 1))
+        if factor != 1:
+            bits.mul_(factor)
+    u = bits.bitwise_right_shift_(24).bitwise_and_((1 << 40) - 1).float()
+    return u.add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
 def gumbel(key: Tensor, size: int) -> Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from ttspec.records import Chunk
 
 TURN_TOKENS = 256
+SESSION_TOKENS = 1250
+"""The session ends with the first turn that reaches this: at about 1,500 tokens or a little less."""
 
 
 def demo(
@@ -42,7 +44,7 @@ def demo(
     Parameters
     ----------
     long
-        A session of 6,000 generated tokens instead of 1,500.
+        A session of 6,000 generated tokens instead of 1,250.
     tokens
         Generated tokens of each arm, at most 256 a turn.
     temperature
@@ -52,7 +54,7 @@ def demo(
     out
         Folder for the page, the plot and the rounds as JSON. [default: runs/demo-DATE-TIME]
     """
-    goal = tokens if tokens is not None else 6000 if long else 1500
+    goal = tokens if tokens is not None else 6000 if long else SESSION_TOKENS
     if goal < 1:
         raise OptionError(f"--tokens is {goal}; allowed is 1 or more.")
     learn = learning.config()

@@ -54,7 +54,10 @@ def folded_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
     folded = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # [B, kv heads, g * T, D]
-    mask = attention_mask.repeat(1, 1, group, 1)
+    if width == 1:
+        mask = attention_mask.expand(-1, -1, group, -1)
+    else:
+        mask = attention_mask.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
     return out.unflatten(2, (group, width)).flatten(1, 2).transpose(1, 2), None
 
