@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TURN_TOKENS = 256
 SESSION_TOKENS = 1250
-"""The session ends with the first turn that reaches this: at about 1,500 tokens or a little less."""
+"""A session ends with the first turn that reaches this, at up to 255 tokens more."""
 
 
 def demo(
