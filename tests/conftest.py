@@ -1,11 +1,13 @@
 """Toy models that behave like real ones in seconds, and the real built-in target."""
 
 import os
+import string
 from pathlib import Path
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from toys import make_drafter, toy_drafter, toy_engine
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -14,6 +16,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ttspec import load
+from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
 from ttspec.models.source import resolve
 
@@ -91,3 +95,29 @@ def smollm2_dir() -> Path:
         if "CI" in os.environ:
             raise
         pytest.skip(f"the built-in target cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir) -> Engine:
+    return toy_engine(toy_target_dir)
+
+
+@pytest.fixture(scope="module")
+def typist(toy_target_dir) -> Engine:
+    """A target that writes printable ASCII: other tokens have a logit of 0."""
+    engine = load(str(toy_target_dir), toy_drafter(), device="cpu", dtype="float32")
+    symbols = string.ascii_letters + string.digits + ".,;!?"
+    kept = torch.tensor(engine.tokenizer.convert_tokens_to_ids(list(symbols)))
+    with torch.no_grad():
+        head = engine.target.model.lm_head.weight
+        rows = head[kept].clone()
+        head.zero_()
+        head[kept] = rows
+    return engine
+
+
+@pytest.fixture(scope="session")
+def pair(toy_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Flags that name the toy target and a random drafter for it."""
+    drafter = make_drafter(tmp_path_factory.mktemp("toy-drafter") / "dflash")
+    return ["--target", str(toy_target_dir), "--drafter", str(drafter), "--dtype", "float32"]

@@ -1,88 +1,18 @@
-"""Where answers end, what is shown of them, what is counted, and what an interrupt leaves."""
+"""Where answers end, what is shown of them, and what is counted."""
 
-import string
 from itertools import pairwise
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import Parrot, toy_drafter, toy_engine
+from toys import LEARN, PLAIN, finish, parrot, plain
 from transformers import AutoTokenizer
 
-from ttspec import DraftConfig, LearnConfig, load
-from ttspec.decoding.engine import Engine
 from ttspec.decoding.text import TextStream, prompt_ids
 from ttspec.errors import DataError, OptionError
-from ttspec.learning.learner import Learner
-from ttspec.models.target import Target
-from ttspec.records import Result
 
-PLAIN = {"learn": None, "draft": DraftConfig(length=0)}
-LEARN = {"learn": LearnConfig(stride=1, lr=3e-3, scope="session")}
 ENDING = {"seed": 3, "temperature": 0.8, "max_new_tokens": 80}
 """Under these options the toy target ends its answer to "hello there" by itself."""
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir) -> Engine:
-    return toy_engine(toy_target_dir)
-
-
-@pytest.fixture(scope="module")
-def typist(toy_target_dir) -> Engine:
-    """A target that writes printable ASCII: other tokens have a logit of 0."""
-    engine = load(str(toy_target_dir), toy_drafter(), device="cpu", dtype="float32")
-    symbols = string.ascii_letters + string.digits + ".,;!?"
-    kept = torch.tensor(engine.tokenizer.convert_tokens_to_ids(list(symbols)))
-    with torch.no_grad():
-        head = engine.target.model.lm_head.weight
-        rows = head[kept].clone()
-        head.zero_()
-        head[kept] = rows
-    return engine
-
-
-def plain(engine: Engine, prompt, **options) -> Result:
-    return engine.generate(prompt, **{**options, **PLAIN})[0]
-
-
-def parrot(engine: Engine, result: Result, *, length: int = 5, wrong: int = 0) -> Engine:
-    """The same target with a drafter that knows the answer."""
-    drafter = Parrot(result.prompt_ids + result.token_ids, length, wrong)
-    return Engine(_twin(engine.target), drafter)
-
-
-def _twin(target: Target) -> Target:
-    """A target of the same model with taps of its own."""
-    kept = (
-        "model",
-        "tokenizer",
-        "name",
-        "path",
-        "origin",
-        "context",
-        "ends",
-        "defaults",
-        "windows",
-    )
-    return Target(**{name: getattr(target, name) for name in kept})
-
-
-def finish(chunks) -> tuple[str, list[int], Result]:
-    chunks = list(chunks)
-    assert chunks[-1].result is not None
-    assert not any(chunk.result for chunk in chunks[:-1])
-    tokens = [token for chunk in chunks for token in chunk.token_ids]
-    return "".join(chunk.text for chunk in chunks), tokens, chunks[-1].result
-
-
-def assert_goes_on(engine: Engine, before: list[int], result: Result) -> None:
-    """A greedy turn is what plain decoding says after the tokens so far."""
-    ids = [*before[:-1], *result.prompt_ids]
-    assert result.prompt_ids[0] == before[-1]
-    fresh = plain(engine, [ids], max_new_tokens=len(result.token_ids), temperature=0.0)
-    assert fresh.token_ids == result.token_ids
 
 
 # Ends.
@@ -291,140 +221,6 @@ def test_chunks_of_any_bytes_join_to_the_text_and_the_tokens(engine, seed: int):
     assert text == engine.tokenizer.decode(shown, skip_special_tokens=True)
 
 
-# Interrupts.
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Make the n-th call from now of a function raise KeyboardInterrupt, once."""
-
-    def arm(owner: type, name: str, calls: int) -> None:
-        original, left = getattr(owner, name), [calls]
-
-        def wrapped(*args, **kwargs):
-            left[0] -= 1
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            return original(*args, **kwargs)
-
-        monkeypatch.setattr(owner, name, wrapped)
-
-    return arm
-
-
-@pytest.mark.parametrize(
-    "options", [PLAIN, {"learn": None}, LEARN], ids=["plain", "static", "learn"]
-)
-@pytest.mark.parametrize("calls", [2, 5])
-def test_an_interrupt_in_the_middle_of_a_round_leaves_the_text_so_far(
-    typist, interrupt, calls, options
-):
-    whole = plain(typist, "hello", max_new_tokens=30)
-    session = typist.session(max_new_tokens=30, context=200, **options)
-    stream = session.stream("hello")
-    first = next(stream)
-    interrupt(Target, "forward", calls)
-    text, tokens, result = finish(stream)
-    assert result.finish_reason == "cancelled"
-    assert result.token_ids == [*first.token_ids, *tokens]
-    assert result.token_ids == whole.token_ids[: len(result.token_ids)]
-    assert first.text + text == result.text == whole.text[: len(result.text)]
-    assert len(result.rounds) == calls - 1
-    assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
-
-
-def test_an_interrupt_while_learning_leaves_text_and_context_the_same(typist, interrupt):
-    """The round is decided when the learner begins: what is not in the text is not committed."""
-    session = typist.session(max_new_tokens=30, context=200, **LEARN)
-    stream = session.stream("hello")
-    next(stream)
-    interrupt(Learner, "absorb", 3)
-    _, _, result = finish(stream)
-    assert result.finish_reason == "cancelled"
-    decoder = session._talk.decoder
-    assert decoder.lengths[0] == len(result.prompt_ids) + len(result.token_ids) - 1
-    assert decoder.pending[0] == result.token_ids[-1]
-    assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
-
-
-def test_an_interrupt_in_the_first_prefill_leaves_an_empty_session(typist, interrupt):
-    session = typist.session(max_new_tokens=10, context=200)
-    interrupt(Target, "forward", 1)
-    result = session.send("hello")
-    assert result.finish_reason == "cancelled"
-    assert result.token_ids == []
-    again = session.send("hello")
-    assert again.token_ids == plain(typist, "hello", max_new_tokens=10).token_ids
-
-
-def test_an_interrupt_in_a_later_prefill_drops_that_turn_only(typist, interrupt):
-    session = typist.session(max_new_tokens=10, context=300)
-    first = session.send("hello")
-    interrupt(Target, "forward", 1)
-    assert session.send("lost").finish_reason == "cancelled"
-    assert_goes_on(typist, first.prompt_ids + first.token_ids, session.send("found"))
-
-
-def test_an_interrupt_of_a_batch_gives_every_prompt_its_part(typist, interrupt):
-    prompts = ["hello", "good day", "hi"]
-    whole = [plain(typist, p, max_new_tokens=30) for p in prompts]
-    interrupt(Target, "forward", 12)
-    results = typist.generate(prompts, max_new_tokens=30)
-    assert [r.finish_reason for r in results] == ["cancelled"] * 3
-    for result, full in zip(results, whole, strict=True):
-        assert 0 < len(result.token_ids) < 30
-        assert full.token_ids[: len(result.token_ids)] == result.token_ids
-        assert result.text == full.text[: len(result.text)]
-
-
-def test_an_interrupt_keeps_answers_that_were_finished(typist, interrupt):
-    """Two dialogues on one row: the first is whole, the second is cut."""
-    whole = plain(typist, "hello", max_new_tokens=8)
-    got: dict[int, list[Result]] = {0: [], 1: []}
-    run = typist.run([["hello"], ["good day"]], rows=1, max_new_tokens=8, **PLAIN)
-    for index, chunk in run:
-        if chunk.result:
-            got[index].append(chunk.result)
-            interrupt(Target, "forward", 4)
-    assert [r.finish_reason for r in got[0]] == ["length"]
-    assert got[0][0].token_ids == whole.token_ids
-    assert [r.finish_reason for r in got[1]] == ["cancelled"]
-
-
-@pytest.mark.parametrize("chunks", [1, 3])
-@pytest.mark.parametrize("options", [PLAIN, LEARN], ids=["plain", "learn"])
-def test_after_an_abandoned_stream_the_next_turn_goes_on(typist, chunks: int, options):
-    session = typist.session(max_new_tokens=30, context=200, **options)
-    stream = session.stream("hello")
-    shown = [token for _ in range(chunks) for token in next(stream).token_ids]
-    stream.close()
-    talk = session._talk
-    assert talk.finish == "cancelled"
-    before = talk.prompt_ids + shown
-    assert session.generated == len(shown)
-    assert_goes_on(typist, before, session.send("and now?"))
-
-
-def test_a_stream_that_was_never_read_is_no_turn(typist):
-    session = typist.session(max_new_tokens=10, context=200)
-    session.stream("nothing")
-    assert session.send("hello").token_ids == plain(typist, "hello", max_new_tokens=10).token_ids
-
-
-def test_after_a_stop_the_next_turn_goes_on_from_what_was_kept(typist):
-    full = plain(typist, "hello", max_new_tokens=30)
-    stop = full.text[8:10]
-    for maker in (typist, parrot(typist, full)):
-        session = maker.session(max_new_tokens=30, context=200, stop=(stop,), learn=None)
-        first = session.send("hello")
-        assert first.finish_reason == "stop"
-        decoder = session._talk.decoder
-        assert decoder.lengths[0] == len(first.prompt_ids) + len(first.token_ids) - 1
-        second = session.send("and now?")
-        if second.finish_reason != "stop":
-            assert_goes_on(typist, first.prompt_ids + first.token_ids, second)
-
-
 # Counts.
 
 
@@ -506,26 +302,3 @@ def test_a_quota_short_of_the_context_is_no_end_of_the_context(typist):
         list(typist.run([["hello", "more"]], max_new_tokens=500, context=300, quota=5))
     )
     assert last.result.finish_reason == "length"
-
-
-def test_an_interrupt_gives_every_prompt_a_result(toy_target_dir, monkeypatch):
-    engine = toy_engine(toy_target_dir)
-    forward, calls = Target.forward, 0
-
-    def interrupted(self, *args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == 12:
-            raise KeyboardInterrupt
-        return forward(self, *args, **kwargs)
-
-    monkeypatch.setattr(Target, "forward", interrupted)
-    prompts = [[f"prompt {n}"] for n in range(7)]
-    results = {}
-    for index, chunk in engine.run(prompts, rows=3, max_new_tokens=40, ignore_eos=True):
-        if chunk.result:
-            assert index not in results
-            results[index] = chunk.result
-    assert sorted(results) == list(range(7))
-    assert {r.finish_reason for r in results.values()} == {"cancelled"}
-    assert [len(results[n].token_ids) > 0 for n in (0, 6)] == [True, False]

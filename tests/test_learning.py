@@ -1,66 +1,20 @@
-"""The learner: what moves, what does not, and what the lessons say."""
+"""The learner: what moves, what does not, and what a next turn starts from."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from toys import VOCABULARY, bound_drafter, random_features, toy_engine, verification
+from toys import G, bound_drafter, fake_round, pupil, toy_engine, verification
 
-from ttspec.config import DraftConfig, LearnConfig
+from ttspec.config import LearnConfig
 from ttspec.drafters.base import DraftState
 from ttspec.drafters.dflash import DFlash
 from ttspec.learning.learner import Learner
-from ttspec.learning.lessons import Lesson, Lessons
-from ttspec.losses import forward_kl, position_weights, weighted_mean
+from ttspec.learning.lessons import Lessons
+from ttspec.losses import forward_kl
 from ttspec.records import Verification
-
-G = 4
-NOW = LearnConfig(stride=1, blocks=1, rows="block", lr=1e-3)
-"""An update after every round, on that round."""
-
-
-def pupil(
-    rows: int, config: LearnConfig = NOW, drafter: DFlash | None = None
-) -> tuple[Learner, DFlash, DraftState]:
-    drafter = drafter or bound_drafter()
-    state = drafter.start(rows, 128, DraftConfig())
-    features = random_features(rows, 8).to(drafter.embedding.dtype)
-    features[:] = features[:1]  # a row's context does not depend on its index
-    start = torch.zeros(rows, dtype=torch.long)
-    drafter.extend(state, torch.zeros(rows, 8, dtype=torch.long), features, start)
-    return Learner(config, drafter, state, rows, G), drafter, state
-
-
-def fake_round(
-    number: int,
-    rows: int,
-    *,
-    emitted: Sequence[int] | None = None,
-    same: bool = False,
-    dtype: torch.dtype = torch.float32,
-    **facts,
-) -> Verification:
-    """Round `number` at position 8 + number, with target logits of its own for every row."""
-    generator = torch.Generator().manual_seed(number)
-    drawn = 1 if same else rows
-    logits = 3 * torch.randn(drawn, G + 1, VOCABULARY, generator=generator).to(dtype)
-    features = torch.randn(drawn, G + 1, 128, generator=generator).to(dtype)
-    fed = torch.randint(0, 256, (drawn, G + 1), generator=generator)
-    expand = (x.expand(rows, *x.shape[1:]).clone() for x in (logits, features, fed))
-    logits, features, fed = expand
-    return verification(
-        [8 + number] * rows,
-        fed,
-        logits,
-        features,
-        fed,
-        [0] * rows,
-        emitted=emitted or [1] * rows,
-        **facts,
-    )
 
 
 def step(learner: Learner, drafter: DFlash, state: DraftState, v: Verification) -> list[bool]:
@@ -271,178 +225,6 @@ def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
     assert one.updates[0] > 2
     for name in one.anchor:
         torch.testing.assert_close(one.master[name][0], many.master[name][1], atol=1e-5, rtol=0)
-
-
-# Lessons.
-
-
-def test_block_lessons_are_all_rows_of_the_round():
-    lessons = Lessons(NOW, 2, G, torch.zeros(1, VOCABULARY))
-    v = fake_round(0, 2, count=[4, 2])
-    lessons.absorb(v)
-    lesson = lessons.take()
-    assert lesson.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
-    assert torch.equal(lesson.logits[:, 0], v.logits[:, :G])
-    assert torch.equal(lesson.tokens[:, 0], v.fed[:, 0])
-    assert lesson.start.tolist() == [[8], [8]]
-    assert lesson.count.tolist() == [1, 1]
-
-
-@pytest.mark.parametrize("accepted", range(5))
-def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
-    config = LearnConfig(stride=1, blocks=1, rows="accepted")
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
-    v = fake_round(0, 1)
-    fed = v.fed
-    lessons.absorb(verification([8], fed, v.logits, v.features, fed, [accepted]))
-    wanted = [j <= accepted for j in range(G)]
-    assert lessons.take().mask[0, 0].tolist() == wanted
-
-
-@pytest.mark.parametrize("rows", ["block", "accepted"])
-def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(rows: str):
-    config = LearnConfig(stride=1, blocks=1, rows=rows)
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
-    v = fake_round(0, 1)
-    lessons.absorb(
-        verification([8], v.fed, v.logits, v.features, v.fed, [2], emitted=[2], ended=[True])
-    )
-    assert lessons.take().mask[0, 0].tolist() == [True, True, False, False]
-
-
-def test_a_lesson_is_taken_once():
-    lessons = Lessons(NOW, 2, G, torch.zeros(1, VOCABULARY))
-    lessons.absorb(fake_round(0, 2))
-    assert lessons.take().count.tolist() == [1, 1]
-    lessons.absorb(fake_round(1, 2, emitted=[1, 0]))
-    assert lessons.take().count.tolist() == [1, 0]
-    assert lessons.take().count.tolist() == [0, 0]
-
-
-def test_a_hindsight_block_waits_until_all_of_it_is_committed():
-    config = LearnConfig(stride=1, blocks=1, rows="hindsight")
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
-    rounds = [fake_round(n, 1) for n in range(6)]
-    ready = []
-    for v in rounds:
-        lessons.absorb(v)
-        ready.append(lessons.take())
-    assert [int(lesson.count) for lesson in ready] == [0, 0, 0, 1, 1, 1]
-    for n, lesson in enumerate(ready[3:]):
-        assert lesson.start.tolist() == [[8 + n]]
-        for j in range(G):  # row j is what the target said when that position was committed
-            assert torch.equal(lesson.logits[0, 0, j], rounds[n + j].logits[0, 0])
-
-
-def test_a_masked_row_stays_in_the_denominator():
-    values, weights = torch.ones(1, G), position_weights(G, 2.0)
-    mask = torch.tensor([[True, True, False, False]])
-    values[0, 3] = math.nan  # what is masked is not looked at
-    wanted = weights[:2].sum() / weights.sum()
-    torch.testing.assert_close(weighted_mean(values, weights, mask), wanted[None])
-
-
-def test_a_partial_block_pulls_with_the_rows_it_has():
-    """Half a block gives half the gradient, not the mean of half a block."""
-
-    def gradient(mask: list[bool]) -> Tensor:
-        drafter = bound_drafter()
-        learner, _, _ = pupil(1, LearnConfig(stride=1, clip=1e9), drafter)
-        v = fake_round(0, 1)
-        v.logits[:] = v.logits[:, :1]
-        lesson = Lesson(
-            tokens=v.fed[:, :1],
-            start=v.start[:, None],
-            logits=v.logits[:, None, :G],
-            mask=torch.tensor([[mask]]),
-            count=torch.tensor([1]),
-        )
-        learner.update(lesson, 8)
-        optimiser = learner._optimisers[0]
-        return torch.cat([p.grad.flatten() for p in optimiser.param_groups[0]["params"]])
-
-    first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
-    torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
-
-
-def listen(learner: Learner, taught: list[Lesson]) -> None:
-    """Note the lessons that a learner is given."""
-    update = learner.update
-
-    def noted(lesson: Lesson, longest: int) -> list[bool]:
-        taught.append(lesson)
-        return update(lesson, longest)
-
-    learner.update = noted
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir):
-    return toy_engine(toy_target_dir)
-
-
-@pytest.mark.parametrize("stride", [1, 3])
-def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine, stride: int):
-    session = engine.session(
-        max_new_tokens=60,
-        seed=3,  # the first answer of this one ends by itself
-        temperature=0.9,
-        context=400,
-        learn=LearnConfig(stride=stride, blocks=8, rows="hindsight", scope="session"),
-    )
-    taught: list[Lesson] = []
-    text: list[int] = []
-    drawn: set[int] = set()  # positions of tokens that a round committed
-    ends: set[int] = set()
-    for turn in range(3):
-        stream = session.stream(f"hello {turn}")
-        next(stream)
-        if not turn:
-            listen(session._talk.decoder.learner, taught)
-        *_, chunk = stream
-        result = chunk.result
-        text += (result.prompt_ids[1:] if turn else result.prompt_ids) + result.token_ids
-        drawn |= set(range(len(text) - len(result.token_ids) + 1, len(text)))
-        if result.finish_reason == "eos":
-            ends.add(len(text) - 1)
-    assert ends & drawn, "no answer ended: the test would prove too little"
-
-    target = engine.target
-    cache = target.cache(1, len(text))
-    zero = torch.zeros(1, dtype=torch.long)
-    full, _ = target.forward(cache, torch.tensor([text]), zero, 0)
-    labels: set[int] = set()
-    for lesson in taught:
-        assert lesson.mask.shape == (1, 8, G)
-        for block in range(8):
-            start = int(lesson.start[0, block])
-            for j in range(G):
-                if lesson.mask[0, block, j]:
-                    assert int(lesson.tokens[0, block]) == text[start]
-                    wanted = full[0, start + j]
-                    torch.testing.assert_close(
-                        lesson.logits[0, block, j], wanted, atol=2e-3, rtol=0
-                    )
-                    labels.add(start + j + 1)
-    assert labels <= drawn  # never a user's token, nor the template's
-    if stride == 1:
-        last = max(drawn)
-        assert ends - {last} <= labels  # the row that predicts an end token stays
-        assert {n for n in drawn if n < last - 2 * G} - labels == set()
-
-
-def test_what_a_stop_text_cut_off_is_no_label(engine):
-    answer = engine.generate("hello", max_new_tokens=40, seed=3, ignore_eos=True, learn=None)[0]
-    middle = answer.text[12:14]
-    learn = LearnConfig(stride=1, rows="hindsight", scope="session")
-    session = engine.session(
-        max_new_tokens=40, seed=3, ignore_eos=True, stop=(middle,), learn=learn, context=300
-    )
-    assert session.send("hello").finish_reason == "stop"
-    decoder = session._talk.decoder
-    lessons = decoder.learner._lessons
-    assert int(lessons._at.max()) <= decoder.lengths[0]
-    assert int(lessons._starts.max()) < decoder.lengths[0]
 
 
 # Scopes, and rows that are used again.

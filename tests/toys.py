@@ -4,15 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from ttspec import load
-from ttspec.config import DraftConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
-from ttspec.records import Proposal, Verification
+from ttspec.learning.learner import Learner
+from ttspec.models.target import Target
+from ttspec.records import Proposal, Result, Verification
 
 VOCABULARY = 260
 MASK = 259
@@ -150,3 +154,185 @@ class Parrot(Drafter):
 
     def learnable(self, parameters: str) -> list[str]:
         return []
+
+
+# What drafters are asked for.
+
+SLOTS = 64
+SLIDING = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+
+
+def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor | None]:
+    return logits.argmax(-1), None
+
+
+class Watch:
+    """A `choose` that remembers the logits."""
+
+    def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        self.logits = logits
+        return greedy(logits, first)
+
+
+def context(
+    drafter: DFlash, lengths: list[int], options: DraftConfig | None = None, seed: int = 0
+) -> DraftState:
+    """A state whose rows have read `lengths` tokens each."""
+    state = drafter.start(len(lengths), SLOTS, options or DraftConfig())
+    features = random_features(len(lengths), max(lengths), seed=seed)
+    start = torch.zeros(len(lengths), dtype=torch.long)
+    drafter.extend(state, torch.zeros(features.shape[:2], dtype=torch.long), features, start)
+    return state
+
+
+def logits_of(drafter: DFlash, state: DraftState, pending: list[int], start: list[int]) -> Tensor:
+    """Draft logits [B, G, V] that `propose` chooses from."""
+    watch = Watch()
+    drafter.propose(
+        state,
+        torch.tensor(pending),
+        torch.tensor(start),
+        torch.full((len(start),), drafter.length),
+        drafter.length,
+        max(start),
+        watch,
+    )
+    return watch.logits
+
+
+# What learners are given.
+
+G = 4
+NOW = LearnConfig(stride=1, blocks=1, rows="block", lr=1e-3)
+"""An update after every round, on that round."""
+
+
+def pupil(
+    rows: int, config: LearnConfig = NOW, drafter: DFlash | None = None
+) -> tuple[Learner, DFlash, DraftState]:
+    drafter = drafter or bound_drafter()
+    state = drafter.start(rows, 128, DraftConfig())
+    features = random_features(rows, 8).to(drafter.embedding.dtype)
+    features[:] = features[:1]  # a row's context does not depend on its index
+    start = torch.zeros(rows, dtype=torch.long)
+    drafter.extend(state, torch.zeros(rows, 8, dtype=torch.long), features, start)
+    return Learner(config, drafter, state, rows, G), drafter, state
+
+
+def fake_round(
+    number: int,
+    rows: int,
+    *,
+    emitted: Sequence[int] | None = None,
+    same: bool = False,
+    dtype: torch.dtype = torch.float32,
+    **facts,
+) -> Verification:
+    """Round `number` at position 8 + number, with target logits of its own for every row."""
+    generator = torch.Generator().manual_seed(number)
+    drawn = 1 if same else rows
+    logits = 3 * torch.randn(drawn, G + 1, VOCABULARY, generator=generator).to(dtype)
+    features = torch.randn(drawn, G + 1, 128, generator=generator).to(dtype)
+    fed = torch.randint(0, 256, (drawn, G + 1), generator=generator)
+    expand = (x.expand(rows, *x.shape[1:]).clone() for x in (logits, features, fed))
+    logits, features, fed = expand
+    return verification(
+        [8 + number] * rows,
+        fed,
+        logits,
+        features,
+        fed,
+        [0] * rows,
+        emitted=emitted or [1] * rows,
+        **facts,
+    )
+
+
+# What decoding is asked for.
+
+PLAIN = {"learn": None, "draft": DraftConfig(length=0)}
+LEARN = {"learn": LearnConfig(stride=1, lr=3e-3, scope="session")}
+
+
+def plain(engine: Engine, prompt, **options) -> Result:
+    return engine.generate(prompt, **{**options, **PLAIN})[0]
+
+
+def parrot(engine: Engine, result: Result, *, length: int = 5, wrong: int = 0) -> Engine:
+    """The same target with a drafter that knows the answer."""
+    drafter = Parrot(result.prompt_ids + result.token_ids, length, wrong)
+    return Engine(_twin(engine.target), drafter)
+
+
+def _twin(target: Target) -> Target:
+    """A target of the same model with taps of its own."""
+    kept = (
+        "model",
+        "tokenizer",
+        "name",
+        "path",
+        "origin",
+        "context",
+        "ends",
+        "defaults",
+        "windows",
+    )
+    return Target(**{name: getattr(target, name) for name in kept})
+
+
+def finish(chunks) -> tuple[str, list[int], Result]:
+    chunks = list(chunks)
+    assert chunks[-1].result is not None
+    assert not any(chunk.result for chunk in chunks[:-1])
+    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    return "".join(chunk.text for chunk in chunks), tokens, chunks[-1].result
+
+
+def assert_goes_on(engine: Engine, before: list[int], result: Result) -> None:
+    """A greedy turn is what plain decoding says after the tokens so far."""
+    ids = [*before[:-1], *result.prompt_ids]
+    assert result.prompt_ids[0] == before[-1]
+    fresh = plain(engine, [ids], max_new_tokens=len(result.token_ids), temperature=0.0)
+    assert fresh.token_ids == result.token_ids
+
+
+# What commands are given.
+
+DRAFTER = {
+    "architectures": ["DFlashDraftModel"],
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": 260,
+    "num_target_layers": 4,
+    "dflash_config": {"block_size": 6, "mask_token_id": 259, "target_layer_ids": [1, 2]},
+}
+
+
+def make_drafter(folder: Path, **changes: object) -> Path:
+    """A random drafter for the toy target, or, with changes, for another one."""
+    config = DRAFTER | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shapes = DFlash(config, {}).shapes()
+        weights = {
+            n: torch.ones(s) if len(s) == 1 else torch.randn(s) * 0.1 for n, s in shapes.items()
+        }
+    save_drafter(folder, config, weights)
+    return folder
+
+
+def complaint(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """The lines on standard error, where standard output has none."""
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err.splitlines()

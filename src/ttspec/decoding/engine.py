@@ -6,6 +6,7 @@ import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,7 +20,7 @@ from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
 from ttspec.drafters.ngram import Ngram
-from ttspec.errors import CheckpointError, OptionError, ResourceError
+from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
@@ -65,10 +66,21 @@ def load(
     if drafter == "ngram":
         drafter = Ngram()
     if isinstance(drafter, str) and drafter != "none":
-        bundled = BUNDLED / drafter
-        folder = bundled if bundled.is_dir() else resolve(drafter, notify=notify).path
-        drafter = load_drafter(drafter, folder)
+        drafter = load_drafter(drafter, _drafter_folder(drafter, notify))
     return Engine(loaded, drafter if isinstance(drafter, Drafter) else None)
+
+
+def _drafter_folder(name: str, notify: Notify | None) -> Path:
+    if name and (BUNDLED / name).is_dir():
+        return BUNDLED / name
+    try:
+        return resolve(name, notify=notify).path
+    except TargetError as error:
+        built_in = ", ".join(["ngram", "none", *DEFAULT_DRAFTERS.values()])
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{first}\nGive a drafter's folder, a hub id, or a built-in one: {built_in}."
+        ) from error
 
 
 def _device(name: str) -> torch.device:
