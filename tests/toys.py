@@ -1,5 +1,6 @@
 """Random drafters for the toy targets, and short ways to what many tests need."""
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
+from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
+from ttspec.models.source import resolve
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Result, Verification
 
@@ -336,3 +339,15 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> list[str]:
     assert out == ""
     assert "Traceback" not in err
     return err.splitlines()
+
+
+def refused(name: str, kind: type[Exception] = TargetError) -> str:
+    with pytest.raises(kind) as caught:
+        resolve(name)
+    message = str(caught.value)
+    assert message.count("\n") == 1, "an error has two lines"
+    return message
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    return Path(shutil.copytree(folder, to / "model"))
