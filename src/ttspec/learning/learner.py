@@ -104,11 +104,6 @@ class Learner:
         if self._lessons is not None:
             self._lessons.clear_above(row, length)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of masters, moments and live copies of all rows."""
-        return sum(w.numel() * (12 + self.live[n].element_size()) for n, w in self.master.items())
-
     def _restore(self, row: int) -> None:
         for name, weight in self.anchor.items():
             self.master[name][row] = weight.float()
