@@ -13,6 +13,7 @@ from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.checkpoint import make_drafter as make_drafter_of
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import TargetError
@@ -41,6 +42,91 @@ CONFIG: dict[str, Any] = {
 }
 
 
+SLIDING = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+BODY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+}
+EAGLE3 = {
+    **BODY,
+    "architectures": ["LlamaForCausalLMEagle3"],
+    "num_hidden_layers": 1,
+    "draft_vocab_size": 120,
+    "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+    "ttspec": {"length": 4},
+}
+MODEL = {**BODY, "model_type": "llama", "num_hidden_layers": 2, "ttspec": {"length": 4}}
+PARD = {**MODEL, "architectures": ["LlamaForCausalLM"], "pard_token": MASK, "spd_type": "pard"}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "dflash": ("dflash", CONFIG),
+    "dflash-sliding": ("dflash", {**CONFIG, **SLIDING}),
+    "eagle3": ("eagle3", EAGLE3),
+    "eagle3-normed-residual": ("eagle3", {**EAGLE3, "norm_before_residual": True}),
+    "eagle3.1": ("eagle3", {**EAGLE3, "fc_norm": True, "norm_output": True}),
+    "eagle3-norm-before-fc": ("eagle3", {**EAGLE3, "norm_before_fc": True}),
+    "eagle3-qk-norm": (
+        "eagle3",
+        {**EAGLE3, "architectures": ["Eagle3Qwen3ForCausalLM"], "draft_vocab_size": VOCABULARY},
+    ),
+    "pard": ("pard", PARD),
+    "pard-qwen3": ("pard", {**PARD, "model_type": "qwen3", "tie_word_embeddings": True}),
+    "pard2": (
+        "pard",
+        {
+            **PARD,
+            "spd_type": "pard2",
+            "pard2": True,
+            "pard2_target_dim": 192,
+            "pard2_target_layers": [-1, -2, 1],
+        },
+    ),
+    "causal": ("causal", MODEL),
+    "causal-qwen2": ("causal", {**MODEL, "model_type": "qwen2"}),
+}
+"""Drafters for the toy targets, by the name that tests show: kind and config.json."""
+
+
+def random_weights(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, Tensor]:
+    """Weights large enough to matter; norms around 1, and a vocabulary map."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name == "d2t":
+            ids = torch.randperm(VOCABULARY, generator=generator)[: shape[0]].sort().values
+            return ids - torch.arange(shape[0])
+        values = torch.randn(shape, generator=generator)
+        return 1 + 0.1 * values if len(shape) == 1 else 0.2 * values
+
+    return {name: draw(name, shape) for name, shape in shapes.items()}
+
+
+def make_kind(which: str, seed: int = 0, **config: Any) -> Drafter:
+    """A random drafter of `CONFIGS`."""
+    kind, base = CONFIGS[which]
+    drafter = make_drafter_of(kind, {**base, **config})
+    drafter.weights = random_weights(drafter.shapes(), seed)
+    return drafter
+
+
+def bound_kind(which: str, seed: int = 0, **config: Any) -> Drafter:
+    """The same with a random embedding and head, and no target."""
+    drafter = make_kind(which, seed, **config)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    table = torch.randn(2, VOCABULARY, 64, generator=generator)
+    drafter.bind(table[0], 0.3 * table[1], 4)
+    return drafter
+
+
 def toy_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: Any) -> DFlash:
     """A random DFlash drafter for the toy targets."""
     drafter = DFlash({**CONFIG, **config}, {})
@@ -59,7 +145,7 @@ def bound_drafter(seed: int = 0, dtype: torch.dtype = torch.float32, **config: A
     drafter = toy_drafter(seed, dtype, **config)
     generator = torch.Generator().manual_seed(seed + 1000)
     table = torch.randn(2, VOCABULARY, 64, generator=generator).to(dtype)
-    drafter.bind(table[0], 0.3 * table[1], len(drafter.taps) * 64)
+    drafter.bind(table[0], 0.3 * table[1], 4)
     return drafter
 
 
@@ -133,10 +219,10 @@ class Parrot(Drafter):
 
     def __init__(self, script: Sequence[int], length: int = 5, wrong: int = 0) -> None:
         self.script, self.length, self.wrong = list(script), length, wrong
-        self.config, self.weights = {}, {}
+        self.config, self.weights, self.facts = {}, {}, {}
 
-    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:
-        assert taps_width == 0
+    def bind(self, embedding, head, layers, tokenizer=None) -> None:
+        pass
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
         return DraftState({}, options)
@@ -152,7 +238,7 @@ class Parrot(Drafter):
             tokens = torch.where(at % self.wrong == 0, (tokens + 1) % 256, tokens)
         return Proposal(tokens=tokens, count=count)
 
-    def replay(self, state, tokens, start, length, longest) -> Tensor:
+    def _replay(self, state, lesson, length, longest, unroll) -> Tensor:
         raise NotImplementedError
 
     def learnable(self, parameters: str) -> list[str]:
@@ -162,10 +248,6 @@ class Parrot(Drafter):
 # What drafters are asked for.
 
 SLOTS = 64
-SLIDING = {
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": 8,
-}
 
 
 def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,8 @@ from ttspec.errors import OptionError
 Rows = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session"]
 Parameters = Literal["full", "layers", "attention", "mlp"]
+Chain = Literal["unrolled", "detached"]
+Vocabulary = Literal["mass", "renormalise"]
 
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
@@ -61,12 +63,16 @@ class DraftConfig:
     """The drafter sees only this many last context tokens; None is what its checkpoint says."""
     rebase: int | None = None
     """Context further back than this looks to the drafter as if it were this far back."""
+    rope_base: float | None = None
+    """The drafter's rotary base; None is what its checkpoint says."""
 
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "1 or more")
         _require(self.length is None or self.length >= 0, "length", self.length, "0 or more")
+        base = self.rope_base
+        _require(base is None or 1 < base < math.inf, "rope_base", base, "above 1, as 10000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +103,12 @@ class LearnConfig:
     """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
     parameters: Parameters = "full"
     """Which weights learn: all, only the layers, only their attention, or only their MLPs."""
+    chain: Chain = "unrolled"
+    """Where a drafter feeds itself: gradients through its whole chain, or each step alone, which
+    is cheaper (detached)."""
+    vocabulary: Vocabulary = "mass"
+    """Where a drafter knows only some tokens: a row weighs by the target's probability of those
+    (mass), or all rows alike (renormalise)."""
     scope: Scope = "request"
     """What ends a lesson's life: the request, or the session."""
 

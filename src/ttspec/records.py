@@ -27,6 +27,9 @@ class Proposal:
     """int64 [B], 0..G: how many of a row's tokens are drafts."""
     q: Tensor | None = None
     """float32 [B, G, V] probabilities the tokens were drawn from; None means one-hot."""
+    before: Tensor | None = None
+    """[B, W]: the target's features of the token before the pending one, if the drafter sets out
+    from them; a lesson about this proposal needs them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,37 @@ class Verification:
     take no part."""
     ended: Tensor
     """bool [B]: the last emitted token is an end token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A blocks a row to draft again, and what the target says about each drafted token."""
+
+    tokens: Tensor
+    """int64 [B, A, G+1]: the pending token, then those that followed it: the drafts that the
+    target read, or what was committed."""
+    start: Tensor
+    """int64 [B, A]: position of the pending token."""
+    before: Tensor | None
+    """[B, A, W], as in `Proposal`."""
+    logits: Tensor
+    """[B, A, G, V] of the target."""
+    mask: Tensor
+    """bool [B, A, G]: which drafted tokens teach."""
+    count: Tensor
+    """int64 [B]: blocks of a row that hold a lesson."""
+
+    def block(self, i: int) -> Lesson:
+        """Block i of every row."""
+        one = slice(i, i + 1)
+        return Lesson(
+            tokens=self.tokens[:, one],
+            start=self.start[:, one],
+            before=None if self.before is None else self.before[:, one],
+            logits=self.logits[:, one],
+            mask=self.mask[:, one],
+            count=self.count,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

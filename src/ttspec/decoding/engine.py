@@ -116,14 +116,8 @@ class Engine:
         self.tokenizer = target.tokenizer
         if drafter is not None:
             layers = int(target.config.num_hidden_layers)
-            if max(drafter.taps, default=0) > layers:
-                raise CheckpointError(
-                    f"Drafter {drafter.name} reads the output of layer {max(drafter.taps) - 1}; "
-                    f"the target has {layers} layers, from 0.\nGive the drafter of this target."
-                )
+            drafter.bind(target.embedding, target.head, layers, target.tokenizer)
             target.taps = drafter.taps
-            width = len(drafter.taps) * target.config.hidden_size
-            drafter.bind(target.embedding, target.head, width)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
         """Answer one prompt or many, side by side.

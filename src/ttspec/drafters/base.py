@@ -7,6 +7,7 @@ drafter never holds the target; it is bound once to the target's embedding and h
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -15,14 +16,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.records import Proposal, Verification
+from ttspec.drafters.layers import Weights
+from ttspec.errors import CheckpointError
+from ttspec.records import Lesson, Proposal, Verification
 
-Weights = Mapping[str, Tensor]
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V], index of the first drafted token) -> tokens int64 [B, g], q or None."""
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(slots=True)
@@ -48,16 +51,35 @@ class Drafter(ABC):
     path: Path | None
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
-    taps: tuple[int, ...]
-    """Hidden states to read, as indices into the target's `hidden_states` tuple."""
+    taps: tuple[int, ...] = ()
+    """Hidden states to read, as indices into the target's `hidden_states` tuple. Final once
+    bound: a default may depend on the target's number of layers."""
     length: int
     """Tokens drafted a round unless told otherwise."""
     weights: dict[str, Tensor]
     """The anchor weights: what the checkpoint holds, under its names."""
+    facts: dict[str, str]
+    """How what a checkpoint leaves open was read, for `doctor`."""
+    draft_ids: Tensor | None = None
+    """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
+    embedding: Tensor
+    """[V, H] of the target, once bound."""
 
     @abstractmethod
-    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:
-        """Receive the target's embedding and head [V, H]; refuse a target that does not fit."""
+    def bind(
+        self,
+        embedding: Tensor,
+        head: Tensor,
+        layers: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Receive the target's embedding and head [V, H] and its number of layers.
+
+        The weights move to the embedding's device and dtype. `tokenizer` is the target's.
+
+        Raises:
+            CheckpointError: The drafter was made for another target.
+        """
 
     @abstractmethod
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
@@ -106,21 +128,31 @@ class Drafter(ABC):
         """
 
     @abstractmethod
+    def _replay(
+        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
+    ) -> Tensor: ...
+
     def replay(
-        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, longest: int
+        self, state: DraftState, lesson: Lesson, length: int, longest: int, *, unroll: bool = True
     ) -> Tensor:
         """Draft logits as `propose` would compute them now, with gradients to `state.weights`.
 
         Args:
             state: Context at and past a block's start is not looked at.
-            tokens: int64 [B, A], the pending token of each of A blocks a row.
-            start: int64 [B, A], its position.
+            lesson: A blocks a row; of its target logits nothing is read.
             length: Drafted rows per block.
             longest: The largest start, known on the host.
+            unroll: Let gradients pass from a drafted row to those before it in its block, where a
+                drafter feeds itself; False stops them there.
 
         Returns:
-            [B, A, length, V]: row j predicts the token at start + j + 1.
+            [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
+        if not state.options.rebase:
+            return self._replay(state, lesson, length, longest, unroll)
+        # Where a context token seems to be depends on the block: one block at a time.
+        parts = (lesson.block(i) for i in range(lesson.start.shape[1]))
+        return torch.cat([self._replay(state, p, length, longest, unroll) for p in parts], dim=1)
 
     @abstractmethod
     def learnable(self, parameters: str) -> list[str]:
@@ -133,38 +165,87 @@ class Drafter(ABC):
     @property
     def parameters(self) -> int:
         """Number of own parameters."""
-        return sum(w.numel() for w in self.weights.values())
+        return sum(w.numel() for w in self.weights.values() if w.is_floating_point())
+
+    def widen(self, logits: Tensor) -> Tensor:
+        """Draft logits [..., V_draft] over the target's vocabulary, -inf where none is drafted."""
+        if self.draft_ids is None:
+            return logits
+        wide = logits.new_full((*logits.shape[:-1], self.embedding.shape[0]), -math.inf)
+        return wide.index_copy_(-1, self.draft_ids, logits)
+
+    def _require(self, what: str, ours: int, theirs: int) -> None:
+        """Refuse a target that does not fit."""
+        if ours != theirs:
+            raise CheckpointError(
+                f"Drafter {self.name} was made for a {what} of {ours}; the target has {theirs}."
+                "\nGive the drafter of this target, or train one with `ttspec train`."
+            )
+
+    def _bind_taps(self, layers: int) -> None:
+        """Count taps from the end where they are negative; refuse a layer that is not there."""
+        self.taps = tuple(t if t >= 0 else layers + 1 + t for t in self.taps)
+        if any(not 0 <= t <= layers for t in self.taps):
+            raise CheckpointError(
+                f"Drafter {self.name} reads the target's hidden states {list(self.taps)}; the "
+                f"target has {layers} layers, from 0.\nGive the drafter of this target."
+            )
+
+    def _live(self, state: DraftState, subset: Tensor | None) -> Weights:
+        """The weights of some rows; those of all rows when `subset` is None."""
+        if subset is None:
+            return state.weights
+        own = self.weights
+        return {k: w[subset] if w.dim() > own[k].dim() else w for k, w in state.weights.items()}
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """X [B, ..., in] times one weight [out, in], or one per row [B, out, in]."""
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    if weight.shape[0] == 1:
-        return F.linear(x, weight[0])
-    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+FEATURES_KEPT = 1024
+"""Features of so many last tokens are at hand: more than any prefill reads at once."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if weight.dim() == 2:
-        weight = weight.view(weight.shape[0], *[1] * (x.dim() - 2), -1)
-    return weight * wide.to(x.dtype)
+@dataclass(slots=True)
+class FeatureState(DraftState):
+    """Remembers the features of a row's last tokens, for drafters that set out from one."""
+
+    slots: int
+    features: Tensor
+    """[B, FEATURES_KEPT + 1, W], a ring by position; the last place takes what falls outside."""
+    held: Tensor
+    """int64 [B, FEATURES_KEPT + 1]: the position that each place holds; -1 for none."""
+
+    def remember(self, features: Tensor, position: Tensor, row: Tensor) -> None:
+        """Keep features [B, T, W] of the tokens at position int64 [B, T] of rows int64 [B]."""
+        place = torch.where(position < self.slots, position % FEATURES_KEPT, FEATURES_KEPT)
+        self.features[row[:, None], place] = features
+        self.held[row[:, None], place] = position
+
+    def recall(self, position: Tensor, row: Tensor) -> Tensor:
+        """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
+        place = position % FEATURES_KEPT
+        there = self.held[row[:, None], place] == position
+        return self.features[row[:, None], place].where(there[..., None], 0.0)
 
 
-def rotate(x: Tensor, position: Tensor, theta: float) -> Tensor:
-    """Rotary embedding, half-rotation form.
+def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Tensor]:
+    """The empty fields of a `FeatureState`."""
+    held = torch.full((rows, FEATURES_KEPT + 1), -1, dtype=torch.long, device=like.device)
+    return {"features": like.new_zeros(rows, FEATURES_KEPT + 1, width), "held": held}
+
+
+def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Weights on the target's device, floating ones in its dtype."""
+    return {k: w.to(like if w.is_floating_point() else like.device) for k, w in weights.items()}
+
+
+
+
+def ids_of(d2t: Tensor | None, vocabulary: int) -> Tensor | None:
+    """The target's token for each draft token; None when they are the same.
 
     Args:
-        x: [B, heads, T, D].
-        position: int64 [B, T]. Angles are computed, not looked up: no table can be too short.
-        theta: Base.
+        d2t: int64 [V_draft], published offsets: target token = draft token + offset.
+        vocabulary: The target's.
     """
-    half = x.shape[-1] // 2
-    steps = torch.arange(half, device=x.device, dtype=torch.float32) / half
-    angle = position[:, None, :, None].float() * theta**-steps  # [B, 1, T, D/2]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    a, b = x[..., :half], x[..., half:]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    if d2t is None or len(d2t) == vocabulary:
+        return None
+    return d2t + torch.arange(len(d2t), device=d2t.device)

@@ -1,9 +1,15 @@
-"""Drafters on disk: which class a folder holds, reading it strictly, writing it as published."""
+"""Drafters on disk: which kind a folder holds, reading it strictly, writing it.
+
+The kind is recognised from the files alone, names are brought to one form, and every tensor is
+accounted for. Pickles are never read.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +17,63 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ttspec.drafters.base import Drafter
+from ttspec.drafters.base import Drafter, ids_of
+from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
-from ttspec.errors import CheckpointError
+from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.pard import Pard
+from ttspec.errors import CheckpointError, TtspecError
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
-ALIASES = {"encoder.fc.weight": "fc.weight", "encoder.output_norm_enc.weight": "hidden_norm.weight"}
-KINDS: dict[str, Callable[..., Drafter]] = {"dflash": DFlash}
+KINDS: dict[str, Callable[..., Drafter]] = {
+    "dflash": DFlash,
+    "eagle3": Eagle3,
+    "pard": Pard,
+    "causal": Causal,
+}
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+UNREADABLE = {
+    "DFlash2": "DFlash2 (convolutions and a candidate selector)",
+    "DSpark": "DSpark (a Markov head)",
+    "Domino": "Domino",
+    "peagle": "P-EAGLE",
+    "mtp": "a native MTP head",
+}
+"""Relatives that would load in part and draft badly, by a piece of their architecture's name."""
+REFUSED_KEYS = ("attention_sink_bias", "attention_value_scale", "add_swa_attention_sink_bias")
+"""Config entries that change a drafter's arithmetic and that we do not implement."""
+
+_ALIASES = {
+    "dflash": [
+        (r"^model\.", ""),
+        (r"^encoder\.fc\.", "fc."),
+        (r"^encoder\.output_norm_enc\.", "hidden_norm."),
+    ],
+    "eagle3": [
+        (r"^model\.", ""),
+        (r"^layers\.0\.", "midlayer."),
+        (r"^aux_norm_low\.", "fc_norm.0."),
+        (r"^aux_norm_mid\.", "fc_norm.1."),
+        (r"^aux_norm_high\.", "fc_norm.2."),
+    ],
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor in a file, not read yet."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        """How an error names it."""
+        return f"{self.file}: {self.key}"
 
 
 def load_drafter(name: str, folder: Path) -> Drafter:
@@ -33,22 +86,53 @@ def load_drafter(name: str, folder: Path) -> Drafter:
     Raises:
         CheckpointError: The files are missing, damaged, of no known kind, or do not fit.
     """
-    config = _read_config(folder)
-    kind = kind_of(config)
+    config = read_config(folder)
+    stored = _read_headers(folder)
+    kind = kind_of(config, stored)
     if kind is None:
         raise CheckpointError(
             f"{folder / 'config.json'} describes {config.get('architectures')}, which is no drafter"
-            f" that ttspec knows.\nKnown kinds: {', '.join(KINDS)}."
+            f" that ttspec knows.\nKnown kinds: {', '.join(KINDS)}, in original or speculators form."
         )
+    found = {canonical(kind, key): tensor for key, tensor in stored.items()}
+    drafter = make_drafter(kind, config, found, name=name, path=folder)
+    drafter.weights = _read_weights(folder, drafter, found)
+    if "d2t" in drafter.weights:
+        _check_map(drafter, found)
+    return drafter
+
+
+def make_drafter(
+    kind: str,
+    config: Mapping[str, Any],
+    names: Collection[str] = (),
+    *,
+    name: str = "",
+    path: Path | None = None,
+) -> Drafter:
+    """A drafter of a kind without its weights; `names` are the tensors there are.
+
+    Raises:
+        CheckpointError: The config is not complete.
+    """
+    where = path / "config.json" if path else "The config"
+    for key in REFUSED_KEYS:
+        if config.get(key) or (config.get("dflash_config") or {}).get(key):
+            raise CheckpointError(
+                f"{where} sets {key}, which ttspec does not implement.\n"
+                "Give a drafter without it: this one would draft badly, not fail."
+            )
     try:
-        drafter = KINDS[kind](config, {}, name=name, path=folder)
-        shapes = drafter.shapes()  # type: ignore[attr-defined]
+        drafter = KINDS[kind](config, {}, name=name or kind, path=path, names=names)
+        drafter.shapes()  # type: ignore[attr-defined]
+    except TtspecError as error:
+        raise CheckpointError(f"{where}: {error}") from error
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        reason = str(error).partition("\n")[0]
+        reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else reason
         raise CheckpointError(
-            f"{folder / 'config.json'} is not a complete {kind} config: {error!r}.\n"
-            "Compare it with a published one."
+            f"{where} is not a complete {kind} config: {reason}.\nCompare it with a published one."
         ) from error
-    drafter.weights = _read_weights(folder, shapes)
     return drafter
 
 
@@ -66,21 +150,53 @@ def save_drafter(
         raise CheckpointError(
             f"{folder} holds {taken[0]} already; nothing was overwritten.\nGive an empty folder."
         )
-    tensors = {k: w.detach().to("cpu").contiguous() for k, w in weights.items()}
+    tensors = {k: w.detach().to("cpu", copy=True).contiguous() for k, w in weights.items()}
     save_torch_state_dict(tensors, folder, max_shard_size=shard, metadata={"format": "pt"})
     text = json.dumps(dict(config), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
-def kind_of(config: Mapping[str, Any]) -> str | None:
-    """Which kind of drafter a config.json describes; None for none that we know."""
-    names = config.get("architectures") or []
-    if "dflash_config" in config or "DFlash" in str(names):
+def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | None:
+    """Which kind of drafter a config.json and the tensors beside it are; None for none we know.
+
+    Raises:
+        CheckpointError: It is a relative of a known kind that would load in part only.
+    """
+    architecture = f"{config.get('architectures')} {config.get('speculators_model_type')}"
+    for piece, what in UNREADABLE.items():
+        if piece in architecture or "mask_hidden" in names:
+            what = "P-EAGLE" if "mask_hidden" in names else what
+            raise CheckpointError(
+                f"{config.get('architectures')} is {what}, which ttspec does not read.\n"
+                f"Known kinds: {', '.join(KINDS)}."
+            )
+    if config.get("speculators_model_type") in KINDS:
+        return config["speculators_model_type"]
+    if "pard_token" in config or str(config.get("spd_type", "")).startswith("pard"):
+        return "pard"
+    if "dflash_config" in config or "DFlash" in architecture:
         return "dflash"
-    return None
+    # The official EAGLE-3 config calls itself a Llama; only its draft vocabulary gives it away.
+    plain = {canonical("eagle3", n) for n in names}
+    if "Eagle3" in architecture or "draft_vocab_size" in config or "fc.weight" in plain:
+        return "eagle3"
+    model = CONFIG_MAPPING[kind] if (kind := config.get("model_type")) in CONFIG_MAPPING else None
+    return "causal" if model in MODEL_FOR_CAUSAL_LM_MAPPING else None
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def canonical(kind: str, name: str) -> str:
+    """A tensor's one name, whatever the file calls it."""
+    for pattern, plain in _ALIASES.get(kind, ()):
+        name = re.sub(pattern, plain, name)
+    return name
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json.
+
+    Raises:
+        CheckpointError: There is none, or it is no JSON object.
+    """
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(f"{folder} has no config.json.\nGive a drafter's folder or hub id.")
@@ -93,41 +209,121 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+def missing_and_left_over(
+    drafter: Drafter, found: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Tensors that a drafter lacks, that it has no use for, and whose shape is wrong.
+
+    Args:
+        drafter: Not loaded yet.
+        found: Shapes by canonical name.
+    """
+    needed: dict[str, tuple[int, ...]] = drafter.shapes()  # type: ignore[attr-defined]
+    known = dict(needed)
+    for group in drafter.optional():  # type: ignore[attr-defined]
+        known |= group
+    wrong = [n for n in sorted(found.keys() & known.keys()) if tuple(found[n]) != known[n]]
+    return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
+
+
+def _read_headers(folder: Path) -> dict[str, Stored]:
+    """What the folder's safetensors hold, by published name."""
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = [p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth")]
-        raise CheckpointError(
-            f"{folder} has no safetensors"
-            + (f"; {pickles[0]} is a pickle, which can run code and is not read" if pickles else "")
-            + ".\nConvert it in a sandbox: safetensors.torch.save_file(torch.load(FILE), OUT)."
-        )
-    weights: dict[str, Tensor] = {}
+        raise CheckpointError(f"{folder} has no safetensors{_conversion(folder)}")
+    stored: dict[str, Stored] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - not a dict
-                    name: str = key.removeprefix("model.")
-                    weights[ALIASES.get(name, name)] = opened.get_tensor(key)
+                    shape = tuple(opened.get_slice(key).get_shape())
+                    stored[key] = Stored(file, key, shape)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(
                 f"{file} is damaged or truncated: {error}.\nFetch or write it again."
             ) from error
-    missing, extra = sorted(shapes.keys() - weights), sorted(weights.keys() - shapes.keys())
-    if missing or extra:
-        what = f"lacks {missing[0]}" if missing else f"has {extra[0]}, which config.json rules out"
+    return stored
+
+
+def _read_weights(
+    folder: Path, drafter: Drafter, found: Mapping[str, Stored]
+) -> dict[str, Tensor]:
+    """Every tensor, by canonical name."""
+    missing, extra, wrong = missing_and_left_over(
+        drafter, {name: tensor.shape for name, tensor in found.items()}
+    )
+    together = "config.json and weights must belong together."
+    if missing:
+        hint = _conversion(folder) if _pickles(folder) else f".\n{together}"
         raise CheckpointError(
-            f"{folder} {what} ({len(missing)} tensors missing, {len(extra)} left over).\n"
-            "config.json and weights must belong together."
+            f"{folder} lacks {missing[0]} ({len(missing)} tensors missing, {len(extra)} left over)"
+            f"{hint}"
         )
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
+    if extra:
+        raise CheckpointError(
+            f"{found[extra[0]]} has no place in a {drafter.kind} drafter of this config.json "
+            f"({len(extra)} tensors left over).\n{together}"
+        )
+    if wrong:
+        known: dict[str, tuple[int, ...]] = drafter.shapes()  # type: ignore[attr-defined]
+        for group in drafter.optional():  # type: ignore[attr-defined]
+            known |= group
+        first = found[wrong[0]]
+        raise CheckpointError(
+            f"{first} is {list(first.shape)}; config.json says {list(known[wrong[0]])}.\n{together}"
+        )
+    weights: dict[str, Tensor] = {}
+    for name, tensor in found.items():
+        with safe_open(tensor.file, framework="pt") as opened:
+            read = opened.get_tensor(tensor.key)
+        integer = name in ("d2t", "t2d")
+        if read.is_floating_point() == integer or read.element_size() < (1 if integer else 2):
             raise CheckpointError(
-                f"{folder}: {name} is {list(weights[name].shape)}, config.json says {list(shape)}."
-                "\nconfig.json and weights must belong together."
+                f"{tensor} holds {str(read.dtype).removeprefix('torch.')}, which a drafter cannot "
+                "use there.\nGive weights in float32, bfloat16 or float16."
             )
-        if not torch.isfinite(weights[name]).all():
-            raise CheckpointError(
-                f"{folder}: {name} holds values that are not finite.\nFetch or train it again."
-            )
+        if not integer:
+            # Whatever is not written stays NaN, and is found below.
+            filled = torch.full_like(read, torch.nan)
+            read = filled.copy_(read)
+            if not torch.isfinite(read).all():
+                raise CheckpointError(
+                    f"{tensor} holds values that are not finite.\nFetch or train it again."
+                )
+        weights[name] = read
     return weights
+
+
+def _check_map(drafter: Drafter, found: Mapping[str, Stored]) -> None:
+    """Refuse a vocabulary map that leads outside the target's vocabulary, or twice to one token."""
+    d2t, vocabulary = drafter.weights["d2t"], drafter.vocabulary  # type: ignore[attr-defined]
+    ids = ids_of(d2t, vocabulary)
+    if ids is None:
+        return
+    t2d = drafter.weights.get("t2d")
+    if int(ids.min()) < 0 or int(ids.max()) >= vocabulary or len(ids.unique()) < len(ids):
+        raise CheckpointError(
+            f"{found['d2t']} leads outside the target's {vocabulary} tokens, or twice to one token."
+            "\nIt holds offsets: target token = draft token + d2t."
+        )
+    if t2d is not None and not (t2d[ids].bool().all() and int(t2d.sum()) == len(ids)):
+        raise CheckpointError(
+            f"{found['t2d']} and d2t speak of different tokens.\nFetch or write them again."
+        )
+
+
+def _pickles(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+
+
+def _conversion(folder: Path) -> str:
+    """How to get rid of a pickle."""
+    pickles = _pickles(folder)
+    if not pickles:
+        return ".\nGive a folder with config.json and *.safetensors."
+    name = pickles[0]
+    return (
+        f"; {name} is a pickle, which can run code and is not read.\nIf you trust it: python -c "
+        f"\"import torch, safetensors.torch as s; s.save_file(torch.load('{name}', "
+        f"weights_only=True), '{Path(name).with_suffix('.safetensors')}')\""
+    )

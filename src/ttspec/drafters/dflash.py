@@ -7,7 +7,7 @@ once and appended. Only the block makes queries. Embedding and head are the targ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState, Weights, linear, rms_norm, rotate
+from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, ids_of, placed
+from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, rebased, rms_norm
 from ttspec.errors import CheckpointError
-from ttspec.records import Proposal
+from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of
 
 
@@ -35,10 +37,11 @@ class DFlashState(DraftState):
     """Context keys and values of every layer."""
 
     keys: Tensor | Sequence[Tensor]
-    """[layers, B, kv heads, slots + 1, head size]; the last slot takes what falls outside. Rotated,
-    unless positions are re-based."""
+    """[layers, B, kv heads, slots + 1, head size], rotated; the last slot takes what falls
+    outside."""
     values: Tensor | Sequence[Tensor]
     slots: int
+    rope: Rope
 
 
 class DFlash(Drafter):
@@ -53,35 +56,51 @@ class DFlash(Drafter):
         *,
         name: str = "dflash",
         path: Path | None = None,
+        names: Collection[str] = (),  # noqa: ARG002 - the config says it all
     ) -> None:
-        """Read the published keys; `shapes` says which weights are needed."""
+        """Read the published keys, z-lab's or speculators'; see `shapes` and `optional`."""
         own = config.get("dflash_config") or {}
-        rope = config.get("rope_parameters") or {}
+        body = config.get("transformer_layer_config") or config
         self.config, self.weights, self.name, self.path = config, weights, name, path
-        self.layers = int(config["num_hidden_layers"])
-        self.hidden = int(config["hidden_size"])
-        self.heads = int(config["num_attention_heads"])
-        self.kv_heads = int(config["num_key_value_heads"])
-        self.head_dim = int(config.get("head_dim") or self.hidden // self.heads)
-        self.intermediate = int(config["intermediate_size"])
-        self.eps = float(config["rms_norm_eps"])
-        self.theta = float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+        self.layers = int(body["num_hidden_layers"])
+        self.hidden = int(body["hidden_size"])
+        self.heads = int(body["num_attention_heads"])
+        self.kv_heads = int(body["num_key_value_heads"])
+        self.head_dim = int(body.get("head_dim") or self.hidden // self.heads)
+        self.intermediate = int(body["intermediate_size"])
+        self.eps = float(body["rms_norm_eps"])
+        self._body = body
+        self.rope = Rope.of(body, self.head_dim)
         self.block = int(own.get("block_size") or config["block_size"])
-        self.mask_token = int(own["mask_token_id"])
-        self.vocabulary = int(config["vocab_size"])
-        ids = own.get("target_layer_ids") or default_taps(
-            self.layers, int(config["num_target_layers"])
-        )
-        self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
+        mask = own.get("mask_token_id")
+        self.mask_token = int(config["mask_token_id"] if mask is None else mask)
+        self.vocabulary = int(body["vocab_size"])
+        self.draft_vocabulary = int(config.get("draft_vocab_size") or self.vocabulary)
+        boundary = config.get("aux_hidden_state_layer_ids")  # speculators: layer entered
+        if boundary is not None:
+            self.taps = tuple(int(k) for k in boundary)
+            convention = "aux_hidden_state_layer_ids enter a layer"
+        else:
+            ids = own.get("target_layer_ids") or default_taps(
+                self.layers, int(config["num_target_layers"])
+            )
+            self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
+            convention = "target_layer_ids leave a layer: + 1"
         self.length = self.block - 1
-        kinds = config.get("layer_types") or ["full_attention"] * self.layers
+        kinds = body.get("layer_types") or ["full_attention"] * self.layers
         if len(kinds) != self.layers or self.block < 2:
             raise ValueError(f"layer_types {kinds} and block_size {self.block} cannot be")
         sliding = [kind == "sliding_attention" for kind in kinds]
-        window = config.get("sliding_window")
+        window = body.get("sliding_window")
         self.windows = [int(window) if s and window else None for s in sliding]
         causal = config.get("is_causal", own.get("causal"))
+        if causal is None and config.get("sliding_window_non_causal"):
+            causal = False
         self.causal = [s if causal is None else bool(causal) for s in sliding]
+        self.facts = {
+            "taps": f"hidden states {list(self.taps)} ({convention})",
+            "rope base": f"{self.rope.base:g}",
+        }
         self.embedding = self.head = torch.empty(0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -107,42 +126,60 @@ class DFlash(Drafter):
             for name, shape in layer.items()
         }
         shapes["fc.weight"] = (h, len(self.taps) * h)
-        return shapes | {"hidden_norm.weight": (h,), "norm.weight": (h,)}
+        shapes |= {"hidden_norm.weight": (h,), "norm.weight": (h,)}
+        if self.draft_vocabulary < self.vocabulary:
+            shapes |= {"lm_head.weight": (self.draft_vocabulary, h)}
+            shapes |= {"d2t": (self.draft_vocabulary,)}
+        return shapes
 
-    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:
+    def optional(self) -> list[Shapes]:
+        """What a file may hold besides: tables that speculators copies from the target."""
+        h, v = self.hidden, self.vocabulary
+        whole: list[Shapes] = [{"embed_tokens.weight": (v, h)}, {"t2d": (v,)}]
+        if self.draft_vocabulary == v:
+            whole += [{"lm_head.weight": (v, h)}, {"d2t": (v,)}]
+        return whole
+
+    def bind(
+        self,
+        embedding: Tensor,
+        head: Tensor,
+        layers: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002 - it has no text
+    ) -> None:
         """Receive the target's embedding and head; refuse a target that does not fit.
 
         Raises:
             CheckpointError: Hidden size, vocabulary or taps are those of another target.
         """
-        wanted = {
-            "hidden size": (self.hidden, embedding.shape[1]),
-            "vocabulary": (self.vocabulary, embedding.shape[0]),
-            "feature width": (len(self.taps) * self.hidden, taps_width),
-        }
-        for what, (ours, theirs) in wanted.items():
-            if ours != theirs:
-                raise CheckpointError(
-                    f"Drafter {self.name} was made for a {what} of {ours}; the target has {theirs}."
-                    "\nGive the drafter of this target, or train one with `ttspec train`."
-                )
+        self._require("hidden size", self.hidden, embedding.shape[1])
+        self._require("vocabulary", self.vocabulary, embedding.shape[0])
+        self._bind_taps(layers)
         if self.mask_token >= embedding.shape[0]:
             raise CheckpointError(
                 f"Drafter {self.name} masks with token {self.mask_token}, but the target embeds "
                 f"only {embedding.shape[0]} tokens."
             )
-        self.embedding, self.head = embedding, head
-        self.weights = {k: w.to(embedding) for k, w in self.weights.items()}
+        self.weights = placed(self.weights, embedding)
+        self.embedding = self.weights.get("embed_tokens.weight", embedding)
+        self.head = self.weights.get("lm_head.weight", head)
+        self.draft_ids = ids_of(self.weights.get("d2t"), self.vocabulary)
+        self.rope = self.rope.to(embedding.device)
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> DFlashState:
         """An empty context for `rows` rows, with the anchor weights."""
         shape = (self.layers, rows, self.kv_heads, slots + 1, self.head_dim)
+        if options.rope_base:
+            rope = Rope.of(self._body, self.head_dim, options.rope_base)
+        else:
+            rope = self.rope
         return DFlashState(
             weights=self.weights,
             options=options,
             keys=self.embedding.new_zeros(shape),
             values=self.embedding.new_zeros(shape),
             slots=slots,
+            rope=rope.to(self.embedding.device),
         )
 
     def context(self, weights: Weights, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -163,17 +200,13 @@ class DFlash(Drafter):
     ) -> None:
         """Append keys and values of verified tokens; see `Drafter.extend`."""
         assert isinstance(state, DFlashState)
-        weights = state.weights
-        row = torch.arange(start.shape[0], device=start.device)
-        if subset is not None:
-            row = subset
-            stacked = {k for k, w in weights.items() if w.dim() > self.weights[k].dim()}
-            weights = {k: w[subset] if k in stacked else w for k, w in weights.items()}
+        weights = self._live(state, subset)
+        row = torch.arange(len(start), device=start.device) if subset is None else subset
         position = start[:, None] + torch.arange(features.shape[1], device=start.device)
         slot = position.clamp(max=state.slots)
         keys, values = self.context(weights, features)
         for i in range(self.layers):
-            k = keys[i] if state.options.rebase else rotate(keys[i], position, self.theta)
+            k = state.rope(keys[i], position)
             state.keys[i][row[:, None], :, slot] = k.transpose(1, 2)
             state.values[i][row[:, None], :, slot] = values[i].transpose(1, 2)
 
@@ -192,19 +225,20 @@ class DFlash(Drafter):
         assert isinstance(state, DFlashState)
         reach = reach_of(longest, state.slots)
         logits = self._block(state, pending[:, None], start[:, None], length, reach)
-        tokens, q = choose(logits[:, 0], 0)
+        tokens, q = choose(self.widen(logits[:, 0]), 0)
         return Proposal(tokens=tokens, count=count, q=q)
 
-    def replay(
-        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, longest: int
+    def _replay(
+        self,
+        state: DraftState,
+        lesson: Lesson,
+        length: int,
+        longest: int,
+        unroll: bool,  # noqa: ARG002 - a block does not feed itself
     ) -> Tensor:
-        """Logits of A blocks a row; see `Drafter.replay`."""
         assert isinstance(state, DFlashState)
         reach = reach_of(longest, state.slots)
-        if state.options.rebase:  # positions of context depend on the block
-            pairs = zip(tokens.split(1, dim=1), start.split(1, dim=1), strict=True)
-            return torch.cat([self._block(state, t, s, length, reach) for t, s in pairs], dim=1)
-        return self._block(state, tokens, start, length, reach)
+        return self._block(state, lesson.tokens[..., 0], lesson.start, length, reach)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Logits of blocks over whole sequences, with gradients to all of `weights`.
@@ -220,9 +254,9 @@ class DFlash(Drafter):
         """
         position = torch.arange(features.shape[1], device=features.device)[None]
         keys, values = self.context(self.weights, features)
-        keys = [rotate(k, position, self.theta) for k in keys]
+        keys = [self.rope(k, position) for k in keys]
         slots = features.shape[1]
-        state = DFlashState(self.weights, DraftConfig(), keys, values, slots)
+        state = DFlashState(self.weights, DraftConfig(), keys, values, slots, self.rope)
         return self._block(state, tokens, start, length, slots)
 
     def learnable(self, parameters: str) -> list[str]:
@@ -249,9 +283,9 @@ class DFlash(Drafter):
         for i in range(self.layers):
             keys = state.keys[i][:, :, :reach]
             if state.options.rebase:
-                keys = self._rotate_rebased(keys, start, state.options.rebase)
+                keys = rebased(keys, start, state.options.rebase, state.rope)
             context = keys, state.values[i][:, :, :reach]
-            x = self.layer(state.weights, i, x, position, context, masks[i])
+            x = self.layer(state, i, x, position, context, masks[i])
         x = rms_norm(x, state.weights["norm.weight"], self.eps)
         x = x.unflatten(1, (blocks, length + 1))[:, :, 1:]  # the known token's row predicts nothing
         flat = F.linear(x.reshape(-1, self.hidden), self.head)  # one product, not one per block
@@ -259,7 +293,7 @@ class DFlash(Drafter):
 
     def layer(
         self,
-        weights: Weights,
+        state: DFlashState,
         i: int,
         x: Tensor,
         position: Tensor,
@@ -269,7 +303,7 @@ class DFlash(Drafter):
         """Decoder layer i.
 
         Args:
-            weights: By published name.
+            state: Its weights and its rotary base.
             i: Which layer.
             x: [B, N, H] block states.
             position: int64 [B, N].
@@ -279,25 +313,17 @@ class DFlash(Drafter):
         Returns:
             [B, N, H].
         """
-        at = f"layers.{i}."
-        rows, count, _ = x.shape
+        at, weights = f"layers.{i}.", state.weights
         y = rms_norm(x, weights[at + "input_layernorm.weight"], self.eps)
         q = linear(y, weights[at + "self_attn.q_proj.weight"]).unflatten(-1, (self.heads, -1))
         q = rms_norm(q, weights[at + "self_attn.q_norm.weight"], self.eps).transpose(1, 2)
-        q = rotate(q, position, self.theta)
         k, v = self._keys_values(weights, i, y)
-        k = torch.cat([context[0], rotate(k, position, self.theta)], dim=2)
+        k = torch.cat([context[0], state.rope(k, position)], dim=2)
         v = torch.cat([context[1], v], dim=2)
-        # Query heads of one key head become query rows: no key is repeated.
-        group = self.heads // self.kv_heads
-        q = q.unflatten(1, (self.kv_heads, group)).flatten(2, 3)  # [B, kv heads, group * N, D]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(1, group, 1)[:, None])
-        out = out.unflatten(2, (group, count)).flatten(1, 2).transpose(1, 2)
-        x = x + linear(out.reshape(rows, count, -1), weights[at + "self_attn.o_proj.weight"])
+        out = attend(state.rope(q, position), k, v, mask)
+        x = x + linear(out, weights[at + "self_attn.o_proj.weight"])
         y = rms_norm(x, weights[at + "post_attention_layernorm.weight"], self.eps)
-        gate = F.silu(linear(y, weights[at + "mlp.gate_proj.weight"]))
-        up = linear(y, weights[at + "mlp.up_proj.weight"])
-        return x + linear(gate * up, weights[at + "mlp.down_proj.weight"])
+        return x + gated_mlp(weights, at + "mlp.", y)
 
     def _keys_values(self, weights: Weights, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (normed, not rotated) and values [B, kv heads, T, D] of x [B, T, H]."""
@@ -327,12 +353,3 @@ class DFlash(Drafter):
             near = same & (index[:, None] >= index) if causal else same
             made[key] = torch.cat([far, near.expand(position.shape[0], -1, -1)], dim=-1)
         return [made[key] for key in zip(self.windows, self.causal, strict=True)]
-
-    def _rotate_rebased(self, keys: Tensor, start: Tensor, rebase: int) -> Tensor:
-        """Rotate keys so that none looks further back than `rebase` from the block's start.
-
-        A shift of all positions by one number cancels in rotary attention, so only a change of
-        distances can help; here distances past `rebase` are clamped to it.
-        """
-        slot = torch.arange(keys.shape[2], device=keys.device)
-        return rotate(keys, torch.maximum(slot, start - rebase), self.theta)

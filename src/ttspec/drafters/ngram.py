@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Choose, Drafter, DraftState
-from ttspec.records import Proposal
+from ttspec.records import Lesson, Proposal
 
 LONGEST = 3
 """Tokens that the end of the text must share with an earlier place, tried down to 1."""
@@ -34,10 +35,16 @@ class Ngram(Drafter):
     def __init__(self, length: int = 7) -> None:
         """`length` is the number of tokens copied."""
         self.name, self.path, self.config = "ngram", None, {}
-        self.taps, self.length, self.weights = (), length, {}
+        self.taps, self.length, self.weights, self.facts = (), length, {}, {}
         self._device = torch.device("cpu")
 
-    def bind(self, embedding: Tensor, head: Tensor, taps_width: int) -> None:  # noqa: ARG002
+    def bind(
+        self,
+        embedding: Tensor,
+        head: Tensor,  # noqa: ARG002
+        layers: int,  # noqa: ARG002
+        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002
+    ) -> None:
         """Any target fits."""
         self._device = embedding.device
 
@@ -92,11 +99,10 @@ class Ngram(Drafter):
         known = torch.where(found >= 0, end - found, 0)
         return Proposal(tokens=tokens, count=count.minimum(known))
 
-    def replay(
-        self, state: DraftState, tokens: Tensor, start: Tensor, length: int, longest: int
+    def _replay(
+        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
     ) -> Tensor:
-        """Nothing to learn."""
-        raise NotImplementedError
+        raise NotImplementedError  # nothing to learn
 
     def learnable(self, parameters: str) -> list[str]:  # noqa: ARG002
         """None."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
-from ttspec.learning.lessons import Lesson, Lessons
+from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl, position_weights, weighted_mean
-from ttspec.records import Verification
+from ttspec.records import Lesson, Verification
 
 
 class Learner:
@@ -64,12 +64,13 @@ class Learner:
         live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
         try:
             with torch.enable_grad():
+                unroll = self.config.chain == "unrolled"
                 logits = self.drafter.replay(
-                    self.state, lesson.tokens, lesson.start, self.length, longest
+                    self.state, lesson, self.length, longest, unroll=unroll
                 )
                 weights = position_weights(self.length, self.config.decay, logits.device)
                 heat = self.config.temperature
-                kl = forward_kl(lesson.logits / heat, logits / heat)
+                kl = self._divergence(lesson.logits / heat, logits / heat)
                 kl = weighted_mean(kl, weights, lesson.mask)
                 loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
                 gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
@@ -88,6 +89,18 @@ class Learner:
         for name, weight in self.live.items():
             weight.copy_(self.master[name])
         return updated
+
+    def _divergence(self, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        """KL(p || q) per drafted token, over the tokens that can be drafted."""
+        ids = self.drafter.draft_ids
+        if ids is None:
+            return forward_kl(p_logits, q_logits)
+        covered = p_logits[..., ids]
+        kl = forward_kl(covered, q_logits)  # renormalises p
+        if self.config.vocabulary == "mass":
+            share = covered.float().logsumexp(-1) - p_logits.float().logsumexp(-1)
+            kl = kl * share.exp()
+        return kl
 
     def revert(self, row: int) -> None:
         """Put a row's anchor weights back; its moments and lessons go."""

@@ -1,35 +1,17 @@
 """What the target has said that the drafter can learn from, per row, on the device.
 
-A lesson is a block's start, its pending token, and the target's logits for the rows after it.
+A lesson is a block's start, its tokens, and the target's logits for the rows after the first.
 `block` and `accepted` lessons are a round's own verification. `hindsight` lessons take the rows of
 what was committed in the end, from a ring keyed by absolute position (exactness.md 4).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from ttspec.config import LearnConfig
-from ttspec.records import Verification
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """A blocks a row to replay, and what the target says about each drafted row."""
-
-    tokens: Tensor
-    """int64 [B, A] pending tokens."""
-    start: Tensor
-    """int64 [B, A] their positions."""
-    logits: Tensor
-    """[B, A, G, V] of the target."""
-    mask: Tensor
-    """bool [B, A, G]: which rows teach."""
-    count: Tensor
-    """int64 [B]: blocks of a row that hold a lesson."""
+from ttspec.records import Lesson, Verification
 
 
 class Lessons:
@@ -46,11 +28,13 @@ class Lessons:
         self._ring = (self.blocks + 2) * (length + 1) if self.hindsight else 0
         device, v = sample.device, sample.shape[-1]
         self._starts = torch.full((rows, self._kept), -1, device=device)
-        self._tokens = torch.zeros_like(self._starts)
+        self._tokens = self._starts.new_zeros(rows, self._kept, length + 1)
+        self._before: Tensor | None = None
         self._used = torch.full((rows,), -1, device=device)
         self._committed = torch.zeros(rows, dtype=torch.long, device=device)
         # The ring's last slot takes what is not to be kept.
         self._at = torch.full((rows, self._ring + 1), -1, device=device)
+        self._ids = torch.zeros_like(self._at)
         shape = (rows, self._ring + 1, v) if self.hindsight else (rows, self._kept, length, v)
         self._logits = sample.new_zeros(shape)
         self._masks = torch.zeros(rows, self._kept, length, dtype=torch.bool, device=device)
@@ -59,7 +43,12 @@ class Lessons:
         """Keep a round's rows; rows that take no part are left alone."""
         took_part = v.emitted > 0
         self._push(self._starts, v.start, took_part)
-        self._push(self._tokens, v.fed[:, 0], took_part)
+        self._push(self._tokens[..., : v.fed.shape[1]], v.fed, took_part)
+        if v.proposal.before is not None:
+            if self._before is None:
+                shape = (*self._starts.shape, v.proposal.before.shape[-1])
+                self._before = v.proposal.before.new_zeros(shape)
+            self._push(self._before, v.proposal.before, took_part)
         self._committed = torch.where(took_part, v.start + v.emitted, self._committed)
         column = torch.arange(self.length + 1, device=v.start.device)
         if self.hindsight:
@@ -69,6 +58,7 @@ class Lessons:
             slot = torch.where(kept, position % self._ring, self._ring)
             row = torch.arange(position.shape[0], device=position.device)[:, None]
             self._logits[row, slot] = v.logits
+            self._ids[row, slot] = v.tokens
             self._at[row, slot] = torch.where(kept, position, -1)
             return
         width = v.proposal.tokens.shape[1]
@@ -94,17 +84,20 @@ class Lessons:
         self._used = torch.where(new, start[:, 0], self._used)
         fresh = (start >= 0) & new[:, None]
         row = torch.arange(pick.shape[0], device=pick.device)[:, None]
+        tokens = self._tokens[row, pick]
         if self.hindsight:
             position = start[..., None] + 1 + torch.arange(self.length, device=pick.device)
             slot = position.clamp(min=0) % self._ring
             mask = self._at[row[..., None], slot] == position
             logits = self._logits[row[..., None], slot]
+            tokens = torch.cat([tokens[..., :1], self._ids[row[..., None], slot]], dim=-1)
         else:
             mask, logits = self._masks[row, pick], self._logits[row, pick]
         mask = mask & fresh[..., None]
         return Lesson(
-            tokens=self._tokens.gather(1, pick),
+            tokens=tokens,
             start=start.clamp(min=0),
+            before=None if self._before is None else self._before[row, pick],
             logits=logits,
             mask=mask,
             count=mask.any(-1).sum(-1),

@@ -6,9 +6,11 @@ not know drafters, sampling or text.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -159,9 +161,9 @@ class Target:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             output_hidden_states=bool(self.taps),
+            **{cache_keyword(reader): cache},
         )
         if self.taps:
             features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
@@ -181,7 +183,8 @@ class Target:
         """
         out = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
         states = out.hidden_states  # the last one is after the final norm
-        return torch.cat([states[i] for i in self.taps], dim=-1), states[-1]
+        none = states[-1][..., :0]
+        return torch.cat([none, *(states[i] for i in self.taps)], dim=-1), states[-1]
 
 
 def load_target(
@@ -200,7 +203,7 @@ def load_target(
     source = resolve(name, notify=notify)
     try:
         config = AutoConfig.from_pretrained(source.path)
-        _attention_windows(config)  # refuse before the weights are read
+        attention_windows(config)  # refuse before the weights are read
         tokenizer = AutoTokenizer.from_pretrained(source.path)
         model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
@@ -223,7 +226,7 @@ def wrap_target(
         TargetError: The model's attention, vocabulary or generation config is not supported.
     """
     config = model.config.get_text_config()
-    windows = _attention_windows(model.config)
+    windows = attention_windows(model.config)
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager", FOLDED):
         raise TargetError(
@@ -260,7 +263,17 @@ def wrap_target(
     )
 
 
-def _attention_windows(config: Any) -> tuple[int | None, ...]:
+def cache_keyword(model: torch.nn.Module) -> str:
+    """What a model's forward calls its cache: transformers 5.24 renamed it."""
+    return _cache_keyword(type(model))
+
+
+@functools.cache
+def _cache_keyword(kind: type[torch.nn.Module]) -> str:
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
+
+
+def attention_windows(config: Any) -> tuple[int | None, ...]:
     """The window of each layer; refuses what a length per row cannot roll back."""
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", 0)

@@ -7,21 +7,32 @@ never stopped.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ttspec.errors import TrainingError
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """N dialogues with A blocks each."""
+    """N dialogues."""
 
     ids: Tensor
     """int64 [N, L], padded on the right."""
+    taught: Tensor
+    """bool [N, L]: which tokens are the target's answers."""
+    generator: torch.Generator
+    """For what else is drawn at random; on the CPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """A blocks of each dialogue."""
+
     start: Tensor
     """int64 [N, A]: position of each block's known token."""
     tokens: Tensor
@@ -30,6 +41,22 @@ class Batch:
     """int64 [N, A, G]: the tokens after it."""
     mask: Tensor
     """bool [N, A, G]: which of them belong to the same answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedRows:
+    """A dialogue's tokens, and behind them masks that stand for tokens after an anchor."""
+
+    ids: Tensor
+    """int64 [N, R]: the dialogue's token at each row's position."""
+    position: Tensor
+    """int64 [N, R]."""
+    depth: Tensor
+    """int64 [N, R]: 0 for a token, d for the d-th mask after an anchor."""
+    seen: Tensor
+    """bool [N, R, R]: what each row attends to."""
+    taught: Tensor
+    """bool [N, R]: rows whose next token is learned."""
 
 
 Example = tuple[list[int], list[tuple[int, int]]]
@@ -55,27 +82,9 @@ def read_examples(answers: list[Path], max_length: int) -> list[Example]:
 
 
 def make_batch(
-    examples: list[Example],
-    step: int,
-    *,
-    size: int,
-    blocks: int,
-    block: int,
-    seed: int,
-    device: torch.device,
+    examples: list[Example], step: int, *, size: int, seed: int, device: torch.device
 ) -> Batch:
-    """The batch of a step.
-
-    Args:
-        examples: All of them.
-        step: Counted over all epochs.
-        size: Dialogues.
-        blocks: Blocks a dialogue, their known tokens uniform among those whose next token is in
-            the same answer (drafters.md 2d).
-        block: Tokens in a block.
-        seed: Of order and blocks.
-        device: Where to put it.
-    """
+    """The batch of a step, counted over all epochs: `size` dialogues in an order of `seed`."""
     per_epoch = -(-len(examples) // size)
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(len(examples), generator=_generator(seed, epoch)).tolist()
@@ -84,31 +93,93 @@ def make_batch(
     at = place * size
     near = sorted(order[at - at % group :][:group], key=lambda i: len(examples[i][0]))
     chosen = near[at % group :][:size] or near[-size:]
-    generator = _generator(seed, epoch, place)
     length = -(-max(len(examples[i][0]) for i in chosen) // 64) * 64
-    ids = torch.zeros(len(chosen), length + block, dtype=torch.long)
+    ids = torch.zeros(len(chosen), length, dtype=torch.long)
     taught = torch.zeros_like(ids, dtype=torch.bool)
     for row, i in enumerate(chosen):
         tokens, spans = examples[i]
         ids[row, : len(tokens)] = torch.tensor(tokens)
         for begin, end in spans:
             taught[row, begin:end] = True
-    possible = (taught[:, :-1] & taught[:, 1:]).float()
-    start = torch.multinomial(possible, blocks, replacement=True, generator=generator)
-    offset = torch.arange(1, block)
-    at_label = start[..., None] + offset
-    row = torch.arange(len(chosen))[:, None, None]
-    batch = Batch(
-        ids=ids[:, :length],
+    return Batch(_moved(ids, device), _moved(taught, device), _generator(seed, epoch, place))
+
+
+def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
+    """Blocks of 1 + `length` tokens at random places.
+
+    Their known tokens are uniform among those whose next token is in the same answer (drafters.md
+    2d).
+    """
+    ids, taught = F.pad(batch.ids, (0, length + 1)), F.pad(batch.taught, (0, length + 1))
+    possible = (taught[:, :-1] & taught[:, 1:]).float().cpu()
+    start = torch.multinomial(possible, blocks, replacement=True, generator=batch.generator)
+    start = _moved(start, ids.device)
+    at = start[..., None] + torch.arange(1, length + 1, device=ids.device)
+    row = torch.arange(len(ids), device=ids.device)[:, None, None]
+    return Anchors(
         start=start,
         tokens=ids.gather(1, start),
-        labels=ids[row, at_label],
-        mask=taught[row, at_label].long().cumprod(-1).bool(),
+        labels=ids[row, at],
+        mask=taught[row, at].long().cumprod(-1).bool(),
     )
-    made = {f.name: getattr(batch, f.name) for f in fields(Batch)}
-    if device.type == "cuda":  # from pinned memory the copy does not hold up the host
-        made = {name: tensor.pin_memory() for name, tensor in made.items()}
-    return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in made.items()})
+
+
+def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRows:
+    """All tokens, and masks by conditional drop (drafters.md 3d).
+
+    Mask d after an anchor is kept for a share max(keep^d, least) of the anchors, and only where
+    mask d - 1 is, so that every chain is whole. It sees the tokens up to its anchor and the masks
+    between. An anchor is a token of an answer whose next token is in the same answer.
+
+    Args:
+        batch: Dialogues.
+        depth: Rows that predict after an anchor, its own included; 1 is no masks.
+        keep: Share kept from one depth to the next.
+        least: The smallest share.
+    """
+    device = batch.ids.device
+    taught = F.pad(batch.taught, (0, depth + 1)).cpu()
+    n, count = batch.ids.shape
+    parts = []
+    for row in range(n):
+        possible = (taught[row, :-1] & taught[row, 1:]).nonzero()[:, 0]
+        mixed = possible[torch.randperm(len(possible), generator=batch.generator)]
+        chain = []
+        for d in range(1, depth):
+            anchor = mixed[: int(len(mixed) * max(keep**d, least))]
+            whole = taught[row, anchor + d] & taught[row, anchor + d + 1]
+            chain.append((anchor[whole], d))
+        anchor = torch.cat([a for a, _ in chain]) if chain else possible[:0]
+        deep = [torch.full_like(a, d) for a, d in chain]
+        parts.append((anchor, torch.cat(deep) if deep else anchor))
+    width = -(-max(len(a) for a, _ in parts) // 64) * 64
+    # What pads the masks has an anchor of its own, before everything: it sees itself alone.
+    anchor = torch.arange(-1, -1 - width, -1).repeat(n, 1)
+    deep = torch.ones_like(anchor)
+    for row, (a, d) in enumerate(parts):
+        anchor[row, : len(a)], deep[row, : len(a)] = a, d
+    index = torch.arange(count).expand(n, -1)
+    anchor = _moved(torch.cat([index, anchor], dim=1), device)
+    deep = _moved(torch.cat([torch.zeros_like(index), deep], dim=1), device)
+    position = (anchor + deep).clamp(min=0)
+    real = deep == 0
+    seen = real[:, None] & (position[:, None] <= anchor[..., None])
+    own = (anchor[:, None] == anchor[..., None]) & (deep[:, None] <= deep[..., None])
+    first = batch.taught & F.pad(batch.taught, (0, 1))[:, 1:]
+    learned = torch.cat([first, anchor[:, count:] >= 0], dim=1)
+    return MaskedRows(
+        ids=batch.ids.gather(1, position.clamp(max=count - 1)),
+        position=position,
+        depth=deep,
+        seen=seen | (own & ~real[:, None]),
+        taught=learned,
+    )
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On the device; from pinned memory a copy does not hold up the host."""
+    pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def _generator(*seeds: int) -> torch.Generator:

@@ -1,4 +1,4 @@
-"""Train a DFlash drafter for a target: anchors, blocks and weights as published (drafters.md 2d).
+"""Train a drafter for a target on what the target itself says.
 
 Everything is resumable: the answers line by line, the weights by a saved state. This file knows
 tensors and files; the command draws the progress.
@@ -19,65 +19,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttspec.decoding.engine import Engine
-from ttspec.drafters.checkpoint import save_drafter
-from ttspec.drafters.dflash import DFlash, default_taps
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.checkpoint import BUNDLED, load_drafter, save_drafter
 from ttspec.errors import OptionError, TrainingError
-from ttspec.losses import cross_entropy, forward_kl, position_weights
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
-from ttspec.training.batches import Batch, make_batch, read_examples
+from ttspec.training.batches import make_batch, read_examples
+from ttspec.training.config import TrainConfig
+from ttspec.training.recipes import RECIPES
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
-    """How a drafter is trained."""
-
-    prompts: Path
-    """JSON lines: {"prompt"}, {"turns"} or {"messages"}."""
-    out: Path
-    """Folder for the answers, the state and the drafter."""
-    kind: Literal["dflash"] = "dflash"
-    """Drafter to train."""
-    max_length: int = 768
-    """Tokens of a training dialogue at most."""
-    max_answer: int = 512
-    """Tokens of an answer at most."""
-    minutes: float | None = None
-    """Stop training after this long; None trains all epochs."""
-    epochs: int = 6
-    """Passes over the answers at most."""
-    layers: int = 3
-    """Draft layers."""
-    block: int = 8
-    """Tokens in a block, the known one included."""
-    taps: int | None = None
-    """How many hidden states of the target are read; None is one per layer."""
-    batch: int = 32
-    """Dialogues a step."""
-    anchors: int = 64
-    """Blocks a dialogue and step."""
-    rows: int = 32
-    """Dialogues answered side by side."""
-    lr: float = 6e-4
-    """Peak learning rate of AdamW, after a warm-up of 4 %, on a cosine to 0."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    decay: float = 4.0
-    """Row j weighs exp(-(j - 1) / decay)."""
-    loss: Literal["ce", "kl"] = "kl"
-    """Cross entropy to the tokens, as published, or KL to the target's distribution."""
-    temperature: float = 0.8
-    """Of the answers."""
-    seed: int = 0
-    """Of answers, initial weights, order and anchors."""
-    resume: bool = False
-    """Go on where a run with this folder stopped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,10 +89,14 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
 def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report) -> Path:
     """Train on answers that exist; see `train`."""
     examples = read_examples(answers, config.max_length)
-    drafter = new_drafter(target, config)
+    recipe = RECIPES[config.kind](target, config)
+    drafter = recipe.new(examples) if config.init is None else _go_on(config)
+    drafter.bind(
+        target.embedding, target.head, int(target.config.num_hidden_layers), target.tokenizer
+    )
     target.taps = drafter.taps
-    drafter.bind(target.embedding, target.head, len(drafter.taps) * drafter.hidden)
-    masters = {n: w.float().requires_grad_() for n, w in drafter.weights.items()}
+    lent = dict(drafter.weights)
+    masters = {n: lent[n].float().requires_grad_() for n in recipe.trained(drafter)}
     optimiser = torch.optim.AdamW(masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0)
     step, spent = _load_state(config, masters, optimiser)
     total = math.ceil(len(examples) / config.batch) * config.epochs
@@ -150,17 +108,11 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
             warm_up = done / 0.04 + 1e-3
             group["lr"] = config.lr * min(1.0, warm_up, 0.5 * (1 + math.cos(math.pi * done)))
         batch = make_batch(
-            examples,
-            step,
-            size=config.batch,
-            blocks=config.anchors,
-            block=config.block,
-            seed=config.seed,
-            device=target.device,
+            examples, step, size=config.batch, seed=config.seed, device=target.device
         )
         # Gradients reach the float32 masters through the cast.
-        drafter.weights = {n: w.to(target.dtype) for n, w in masters.items()}
-        value, right = _loss(target, drafter, batch, config)
+        drafter.weights = lent | {n: w.to(target.dtype) for n, w in masters.items()}
+        value, right = recipe.loss(drafter, batch)
         optimiser.zero_grad()
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
@@ -193,85 +145,24 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
     }
     folder = config.out / "drafter"
     shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
-    save_drafter(folder, drafter.config, {n: w.to(torch.bfloat16) for n, w in masters.items()})
+    made = {n: w for n, w in lent.items() if n in ("d2t", "t2d")}
+    made |= {n: w.to(torch.bfloat16) for n, w in masters.items()}
+    save_drafter(folder, drafter.config, made)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def new_drafter(target: Target, config: TrainConfig) -> DFlash:
-    """A DFlash drafter of the target's width, with random weights."""
-    c = target.config
-    layers = int(c.num_hidden_layers)
-    if config.layers < 1 or config.block < 2 or layers < 5:
+def _go_on(config: TrainConfig) -> Drafter:
+    """The drafter that training begins with."""
+    name = str(config.init)
+    folder = BUNDLED / name if (BUNDLED / name).is_dir() else Path(name)
+    drafter = load_drafter(name, folder)
+    if drafter.kind != config.kind:
         raise OptionError(
-            "A drafter needs 1 layer, a block of 2, and a target of 5 layers or more."
+            f"init is {name}, which is of kind {drafter.kind}; kind is {config.kind}.\n"
+            "Give both the same kind."
         )
-    heads = int(c.num_attention_heads)
-    settings = {
-        "architectures": ["DFlashDraftModel"],
-        "model_type": "qwen3",
-        "hidden_size": int(c.hidden_size),
-        "intermediate_size": int(c.intermediate_size),
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": int(c.num_key_value_heads),
-        "head_dim": int(getattr(c, "head_dim", None) or c.hidden_size // heads),
-        "rms_norm_eps": float(c.rms_norm_eps),
-        "rope_theta": float((c.rope_parameters or {}).get("rope_theta", 10000.0)),
-        "max_position_embeddings": int(c.max_position_embeddings),
-        "vocab_size": int(c.vocab_size),
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "block_size": config.block,
-        "num_target_layers": layers,
-        "layer_types": ["full_attention"] * config.layers,
-        "torch_dtype": "bfloat16",
-        "dflash_config": {
-            "mask_token_id": _mask_token(target),
-            "target_layer_ids": default_taps(config.taps or config.layers, layers),
-        },
-    }
-    drafter = DFlash(settings, {})
-    generator = torch.Generator().manual_seed(config.seed)
-    drafter.weights = {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else 0.02 * torch.randn(shape, generator=generator)
-        for name, shape in drafter.shapes().items()
-    }
     return drafter
-
-
-def _mask_token(target: Target) -> int:
-    """A token that never occurs in text: padding rows first, then unused special tokens."""
-    size = int(target.config.vocab_size)
-    if len(target.tokenizer) < size:
-        return size - 1
-    special = set(target.tokenizer.all_special_ids) | set(target.ends)
-    added = sorted(target.tokenizer.added_tokens_decoder)
-    free = [token for token in added if token not in special]
-    return free[-1] if free else max(special)
-
-
-def _loss(
-    target: Target, drafter: DFlash, batch: Batch, config: TrainConfig
-) -> tuple[Tensor, Tensor]:
-    """Loss of one batch, and the accuracy per drafted position."""
-    length = config.block - 1
-    features, states = target.read(batch.ids)
-    logits = drafter.teach(features, batch.tokens, batch.start, length)
-    if config.loss == "kl":
-        row = torch.arange(len(states), device=states.device)[:, None, None]
-        at = batch.start[..., None] + torch.arange(length, device=states.device)
-        at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
-        values = forward_kl(F.linear(states[row, at], target.head), logits)
-    else:
-        values = cross_entropy(batch.labels, logits)
-    weight = position_weights(length, config.decay, logits.device) * batch.mask
-    right = (logits.argmax(-1) == batch.labels) & batch.mask
-    accuracy = right.sum((0, 1)) / batch.mask.sum((0, 1)).clamp(min=1)
-    return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
 
 
 def _claim(config: TrainConfig) -> None:

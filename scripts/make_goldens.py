@@ -1,0 +1,284 @@
+r"""Write the golden tensors of `tests/goldens`: toy drafters run by their authors' own packages.
+
+Two environments, since the packages pin different versions of transformers. EAGLE-3:
+
+    python3.11 -m venv /tmp/golden-eagle3
+    /tmp/golden-eagle3/bin/pip install torch==2.13.0  # the CPU build
+    /tmp/golden-eagle3/bin/pip install transformers==5.19.0 safetensors==0.8.0 numpy==2.4.6 \
+        datasets==5.1.0 openai==3.57.0 loguru==0.7.3 pydantic==2.14.4 pydantic-settings==2.16.3 \
+        huggingface-hub==2.4.0 aiohttp psutil protobuf httpx
+    /tmp/golden-eagle3/bin/pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py eagle3
+
+DFlash:
+
+    python3.11 -m venv /tmp/golden-dflash
+    /tmp/golden-dflash/bin/pip install torch==2.13.0
+    /tmp/golden-dflash/bin/pip install transformers==5.15.0 safetensors==0.8.0 numpy==2.4.6
+    /tmp/golden-dflash/bin/pip install --no-deps dflash==0.1.0
+    /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash
+
+`--no-deps` leaves out what model code never imports (torchvision and torchaudio, data sets for
+benchmarks). Nothing in the packages is patched. Run twice, the files have the same bytes; another
+kind of processor may change the last bits of `logits`.
+
+EAGLE-3, eagle3-*: the checkpoint is what `save_pretrained` of speculators wrote. It is read back
+before use: by hand, since `from_pretrained` wants the target's weights too. `forward` of
+`Eagle3DraftModel` does all steps itself (by flex attention, its default) and returns only tokens,
+so a hook on its `lm_head` keeps the logits. It pads shifted tokens with zeros: K more rows follow
+the T that are kept, then padding up to the block of flex attention (document -1, as in training).
+No kept row sees these rows. Their features are zeros.
+
+    features [T, 3H]    target taps of tokens 0 to T-1
+    tokens [T+K+1]      row i of step j reads token i+1+j
+    logits [K, T, D]    of the draft vocabulary; RoPE position i+j, teacher forced
+
+DFlash, dflash-*: the configs follow the two published styles (before and since transformers 5).
+`dflash_generate` runs as it is, against a target that says what a script says: features by
+position, and greedy tokens that accept so many drafts. A hook on the target's head keeps the
+logits. Rejected tokens get features that must not be seen again.
+
+    embedding, head [V, H]      of the target
+    features [T, W]             target taps, by position
+    tokens [T+1]                prompt, then what three rounds committed, then the pending token
+    start, pending, accepted    [3] position and id of each round's pending token, drafts accepted
+    logits [3, block-1, V]      of draft rows 1 to block-1
+"""
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+VOCABULARY, DRAFT_VOCABULARY, MASK, BLOCK = 260, 100, 259, 5
+TOKENS, STEPS = 24, 4  # of EAGLE-3
+FLEX_BLOCK = 128  # flex attention reads whole blocks of rows
+PROMPT, ACCEPTED = 12, (2, 0, 4)  # of DFlash
+
+LAYER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # heads together are wider than the hidden state
+    "rms_norm_eps": 0.01,  # large, so that a drafter that reads it wrongly shows
+    "vocab_size": VOCABULARY,
+}
+LLAMA = {"model_type": "llama", "rope_theta": 500000.0}
+QWEN3 = {"model_type": "qwen3", "rope_theta": 1000000.0}
+EAGLE3 = {  # variant: transformer layer, options
+    "plain": (LLAMA, {}),
+    "norm-before-residual": (LLAMA, {"norm_before_residual": True, "aux": [2, 4, 5]}),
+    "3.1": (LLAMA, {"fc_norm": True, "norm_output": True, "aux": [2, 4, 5]}),
+    "norm-before-fc": (LLAMA, {"norm_before_fc": True, "aux": [2, 4, 5]}),
+    "qwen3": (QWEN3, {"norm_before_residual": True, "aux": [2, 4, 5]}),
+}
+DFLASH = {
+    "full": {
+        "block_size": BLOCK,
+        "dflash_config": {"mask_token_id": MASK, "target_layer_ids": [0, 1, 2]},
+        "layer_types": ["full_attention", "full_attention"],
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "sliding": {
+        "dflash_config": {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": [0, 2]},
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"rope_theta": 10000000, "rope_type": "default"},
+        "sliding_window": 8,
+        "use_sliding_window": True,
+    },
+}
+
+
+def random_weights(shapes: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    """Matrices of standard deviation 0.2, norms around 1."""
+    weights = {k: torch.randn(v.shape, generator=generator) for k, v in sorted(shapes.items())}
+    return {k: 1 + 0.3 * w if w.dim() == 1 else 0.2 * w for k, w in weights.items()}
+
+
+def kept_outputs(module: nn.Module) -> list[Tensor]:
+    """A list that grows by the module's output, without the row, at each call."""
+    outputs: list[Tensor] = []
+    module.register_forward_hook(lambda *call: outputs.append(call[-1][0].clone()))
+    return outputs
+
+
+@torch.no_grad()
+def make_eagle3(
+    folder: Path, layer: dict, options: dict, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The checkpoint of one variant; what is expected of it."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+    from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
+
+    options = dict(options)
+    config = Eagle3SpeculatorConfig(
+        transformer_layer_config={**LAYER, **layer, "num_hidden_layers": 1},
+        draft_vocab_size=DRAFT_VOCABULARY,
+        eagle_aux_hidden_state_layer_ids=options.pop("aux", None),
+        speculators_config=SpeculatorsConfig(
+            algorithm="eagle3",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=STEPS)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="toy/target", architectures=[]),
+        ),
+        **options,
+    )
+    model = Eagle3DraftModel(config)
+    parameters = {k: p.data for k, p in model.named_parameters()}
+    model.load_state_dict(random_weights(parameters, generator), strict=False)
+    counts = torch.randperm(VOCABULARY, generator=generator).tolist()
+    d2t, t2d = build_vocab_mappings_from_distribution(
+        dict(enumerate(counts)), DRAFT_VOCABULARY, VOCABULARY
+    )
+    model.load_vocab_mappings(t2d, d2t)
+    model.save_pretrained(folder)
+    (folder / "config.py").unlink()  # the package's source
+
+    model = Eagle3DraftModel(Eagle3SpeculatorConfig.from_pretrained(folder)).eval()
+    report = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    assert not report.unexpected_keys, report
+    assert all(name.startswith("verifier_") for name in report.missing_keys), report
+    logits = kept_outputs(model.lm_head)
+    features = torch.randn(TOKENS, 3 * LAYER["hidden_size"], generator=generator)
+    tokens = torch.randint(VOCABULARY, (TOKENS + STEPS + 1,), generator=generator)
+    rows = torch.arange(FLEX_BLOCK)
+    model(
+        hidden_states=nn.functional.pad(features, (0, 0, 0, FLEX_BLOCK - TOKENS))[None],
+        input_ids=nn.functional.pad(tokens[1:], (0, FLEX_BLOCK - TOKENS - STEPS))[None],
+        document_ids=torch.where(rows < TOKENS + STEPS, 0, -1)[None],
+        position_ids=rows[None],
+        ttt_steps=STEPS,
+    )
+    return {
+        "features": features,
+        "tokens": tokens,
+        "logits": torch.stack(logits)[:, :TOKENS].contiguous(),
+    }
+
+
+class ScriptedTarget(nn.Module):
+    """A target whose features and greedy tokens are decided beforehand."""
+
+    def __init__(
+        self, layer_ids: list[int], features: Tensor, embedding: Tensor, head: Tensor
+    ) -> None:
+        from transformers import Qwen3Config
+
+        super().__init__()
+        self.config = Qwen3Config(num_hidden_layers=1)  # for its cache
+        self.device = features.device
+        self.layer_ids, self.features = layer_ids, features
+        self.embedding = nn.Embedding.from_pretrained(embedding)
+        self.lm_head = nn.Linear(*reversed(head.shape), bias=False)
+        self.lm_head.weight.data = head
+        self.script = iter((PROMPT - 1, *ACCEPTED))
+        self.start, self.pending = [], []
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table that draft blocks are embedded with."""
+        return self.embedding
+
+    def forward(
+        self, ids: Tensor, position_ids: Tensor, past_key_values, logits_to_keep: int = 0, **_
+    ) -> SimpleNamespace:
+        """Agree with as many tokens as the script says, then say something else."""
+        self.start.append(position_ids[0, 0].item())
+        self.pending.append(ids[0, 0].item())
+        accepted = next(self.script)
+        says = ids[0].roll(-1)
+        says[accepted] = (says[accepted] + 7) % MASK
+        features = self.features[position_ids[0]]
+        features[accepted + 1 :] += 9
+        parts = features[None].chunk(len(self.layer_ids), -1)
+        states = {layer + 1: part for layer, part in zip(self.layer_ids, parts, strict=True)}
+        row = torch.zeros(1, 1, len(says), 1)
+        past_key_values.update(row, row, 0)  # only its length is looked at
+        logits = nn.functional.one_hot(says, VOCABULARY).float()[None]
+        return SimpleNamespace(logits=logits[:, -logits_to_keep:], hidden_states=states)
+
+
+def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """The checkpoint of one variant; what is expected of it."""
+    from dflash.model import DFlashDraftModel, dflash_generate
+    from transformers import AutoConfig
+
+    config = {
+        "architectures": ["DFlashDraftModel"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "dtype": "float32",
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "max_window_layers": 2,
+        "model_type": "qwen3",
+        "num_hidden_layers": 2,
+        "num_target_layers": 4,
+        "tie_word_embeddings": False,
+        **LAYER,
+        **options,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    shapes = DFlashDraftModel(AutoConfig.from_pretrained(folder)).state_dict()
+    weights = random_weights(shapes, generator)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+    model, report = DFlashDraftModel.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    produced = sum(ACCEPTED) + len(ACCEPTED)
+    width = len(model.target_layer_ids) * LAYER["hidden_size"]
+    features = torch.randn(PROMPT + produced, width, generator=generator)
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    head = 0.3 * head
+    prompt = torch.randint(VOCABULARY - 1, (1, PROMPT), generator=generator)
+    target = ScriptedTarget(model.target_layer_ids, features, embedding, head)
+    logits = kept_outputs(target.lm_head)
+    tokens = dflash_generate(model.eval(), target, prompt, produced + 1, stop_token_ids=None)[0]
+    assert len(tokens) == len(features) + 1
+    return {
+        "embedding": embedding.contiguous(),
+        "head": head,
+        "features": features,
+        "tokens": tokens.clone(),
+        "start": torch.tensor(target.start[1:]),
+        "pending": torch.tensor(target.pending[1:]),
+        "accepted": torch.tensor(ACCEPTED),
+        "logits": torch.stack(logits),
+    }
+
+
+def main() -> None:
+    """Write the goldens of one family."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=["eagle3", "dflash"], help="whose environment this is")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    recipes = EAGLE3 if args.family == "eagle3" else DFLASH
+    for seed, (variant, recipe) in enumerate(recipes.items()):
+        folder = args.out / f"{args.family}-{variant}"
+        generator = torch.Generator().manual_seed(seed)
+        if args.family == "eagle3":
+            expected = make_eagle3(folder, *recipe, generator)
+        else:
+            expected = make_dflash(folder, recipe, generator)
+        save_file(expected, folder / "expected.safetensors")
+        print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
+
+
+if __name__ == "__main__":
+    main()

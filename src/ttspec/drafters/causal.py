@@ -1,0 +1,526 @@
+"""A plain draft model: any transformers causal LM that speaks the target's vocabulary, or part of it.
+
+The model's own code runs, with the weights it is given: one set for all rows, or one per row.
+Keys and values of the context are read from our cache and joined to those of the new tokens. The
+last few committed tokens are fed again in every round, so nothing has to remember which of them
+were drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import (
+    Choose,
+    Drafter,
+    DraftState,
+    FeatureState,
+    Shapes,
+    feature_ring,
+    placed,
+)
+from ttspec.drafters.layers import Rope, Weights, rebased
+from ttspec.errors import CheckpointError, OptionError
+from ttspec.models.attention import use_folded_attention
+from ttspec.models.target import attention_windows, cache_keyword
+from ttspec.records import Lesson, Proposal, Verification
+from ttspec.rowcache import reach_of
+
+
+@dataclass(slots=True)
+class CausalState(FeatureState):
+    """The rows' tokens, in the drafter's own vocabulary, and their keys and values."""
+
+    tokens: Tensor
+    """int64 [B, slots + 1]; the last slot takes what falls outside."""
+    keys: Tensor
+    """[layers, B, kv heads, slots + 1, head size], rotated."""
+    values: Tensor
+    rope: Rope | None
+    """Rotation, where it was overridden or is needed to re-base positions."""
+
+    def write(self, tokens: Tensor, position: Tensor, row: Tensor) -> None:
+        """Put tokens [B, T] at their positions."""
+        self.tokens[row[:, None], position.clamp(max=self.slots)] = tokens
+
+    def store(self, keys: Tensor, values: Tensor, position: Tensor, row: Tensor) -> None:
+        """Put keys and values [layers, B, kv heads, T, D] at their positions, if they are slots."""
+        slot = position.where((position >= 0) & (position < self.slots), self.slots)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[:, row[:, None], :, slot] = new.permute(1, 3, 0, 2, 4)
+
+
+class Causal(Drafter):
+    """A draft model from its config.json and its weights by transformers' names."""
+
+    kind = "causal"
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: dict[str, Tensor],
+        *,
+        name: str = "causal",
+        path: Path | None = None,
+        names: Collection[str] = (),
+    ) -> None:
+        """Read a transformers config; `names` are the tensors that the files hold."""
+        self.config, self.weights, self.name, self.path = config, weights, name, path
+        self._names = names
+        own = {k: v for k, v in config.items() if k not in ("ttspec", "auto_map")}
+        self.model_config = CONFIG_MAPPING[own["model_type"]].from_dict(own)
+        text = self.model_config.get_text_config()
+        self.layers = int(text.num_hidden_layers)
+        self.kv_heads = int(getattr(text, "num_key_value_heads", 0) or text.num_attention_heads)
+        self.head_dim = int(
+            getattr(text, "head_dim", 0) or text.hidden_size // text.num_attention_heads
+        )
+        self.windows = attention_windows(self.model_config)
+        self.rebuilt = set((config.get("ttspec") or {}).get("rebuilt") or [])
+        self.length = int((config.get("ttspec") or {}).get("length") or self.default_length)
+        self.facts = {"rope base": f"{Rope.of(config, self.head_dim).base:g}"}
+        self._rows: Tensor | None = None
+        """int64 [V_draft]: the draft model's rows that are drafted from; None is all."""
+        self._ids: Tensor | None = None
+        """int64 [V]: the draft model's token for each of the target's; None is the same."""
+        self.embedding = torch.empty(0)
+
+    default_length = 5
+    """Drafts a round where the config says nothing."""
+
+    @cached_property
+    def model(self) -> PreTrainedModel:
+        """The transformers model; its own parameters are never used."""
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(self.model_config)
+        use_folded_attention(model)
+        return model.eval().requires_grad_(False)
+
+    def shapes(self) -> Shapes:
+        """Every tensor that must be there, with its shape."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.model_config)
+        return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in self.rebuilt}
+
+    def optional(self) -> list[Shapes]:
+        """A tied head may be in the files all the same."""
+        text = self.model_config.get_text_config()
+        return [{"lm_head.weight": (text.vocab_size, text.hidden_size)}]
+
+    def bind(
+        self,
+        embedding: Tensor,
+        head: Tensor,
+        layers: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Receive the target's embedding, head and tokenizer; map vocabularies.
+
+        Raises:
+            CheckpointError: The vocabularies have too little in common.
+        """
+        self._bind_taps(layers)
+        self.embedding = embedding
+        tables = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+        for name in self.rebuilt:  # bit copies of the target's
+            width = self.model_config.get_text_config().hidden_size
+            self._require("hidden size", width, embedding.shape[1])
+            self.weights[name] = tables[name]
+        if self.model_config.tie_word_embeddings:
+            self.weights.pop("lm_head.weight", None)
+        self.weights = placed(self.weights, embedding)
+        self.model.to(embedding.device)
+        self._map_vocabulary(tokenizer)
+
+    def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
+        """An empty context for `rows` rows, with the anchor weights."""
+        shape = (self.layers, rows, self.kv_heads, slots + 1, self.head_dim)
+        device = self.embedding.device
+        rope = None
+        if options.rope_base or options.rebase:
+            rope = Rope.of(self.config, self.head_dim, options.rope_base).to(device)
+            if not self._rope_buffers(rope):
+                raise OptionError(
+                    f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and "
+                    "rebase are not possible.\nUse draft.window instead."
+                )
+        return CausalState(
+            weights=self.weights,
+            options=options,
+            slots=slots,
+            tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=device),
+            keys=self.embedding.new_zeros(shape),
+            values=self.embedding.new_zeros(shape),
+            rope=rope,
+            **feature_ring(rows, len(self.taps) * self.embedding.shape[1], self.embedding),
+        )
+
+    @torch.no_grad()
+    def extend(
+        self,
+        state: DraftState,
+        tokens: Tensor,
+        features: Tensor,
+        start: Tensor,
+        subset: Tensor | None = None,
+    ) -> None:
+        """Read tokens, and those before that may not have been read; see `Drafter.extend`."""
+        assert isinstance(state, CausalState)
+        row = torch.arange(len(start), device=start.device) if subset is None else subset
+        self._note(state, tokens, features, start, row)
+        count = self.length + tokens.shape[1]
+        position = start[:, None] + torch.arange(-self.length, count - self.length).to(start.device)
+        ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
+        reach = reach_of(min(int(start.max()), state.slots), state.slots)
+        weights = self._live(state, subset)
+        before = self._before(state, position, row)
+        _, keys, values = self._read(
+            state, weights, ids, position, reach, row=row, keep=1, before=before
+        )
+        state.store(keys, values, position, row)
+
+    def absorb(self, state: DraftState, verification: Verification) -> None:
+        """Note what was verified; it is read when the next tokens are drafted."""
+        assert isinstance(state, CausalState)
+        v = verification
+        row = torch.arange(len(v.start), device=v.start.device)
+        self._note(state, v.fed, v.features, v.start, row)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        state: DraftState,
+        pending: Tensor,
+        start: Tensor,
+        count: Tensor,
+        length: int,
+        longest: int,
+        choose: Choose,
+    ) -> Proposal:
+        """Draft token by token; see `Drafter.propose`."""
+        assert isinstance(state, CausalState)
+        ids, position = self._last(state, pending, start, length)
+        tokens: list[Tensor] = []
+        qs: list[Tensor] = []
+        for step in range(length):
+            reach = reach_of(longest + step, state.slots)
+            logits, *made = self._read(state, state.weights, ids, position, reach, keep=1)
+            self._store(state, made, position, start)
+            token, q = choose(self.widen(logits), step)
+            tokens.append(token)
+            if q is not None:
+                qs.append(q)
+            ids, position = self._own(token), start[:, None] + step + 1
+        return Proposal(
+            tokens=torch.cat(tokens, dim=1), count=count, q=torch.cat(qs, dim=1) if qs else None
+        )
+
+    def _replay(
+        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool  # noqa: ARG002
+    ) -> Tensor:
+        assert isinstance(state, CausalState)
+        ids = self._block_ids(lesson.tokens[..., :length])
+        rows, blocks, _ = ids.shape
+        offset = torch.arange(length, device=ids.device)
+        position = (lesson.start[..., None] + offset).flatten(1)
+        begin = lesson.start.repeat_interleave(length, dim=1)
+        index = torch.arange(blocks * length, device=ids.device)
+        same = (index[:, None] // length == index // length).expand(rows, -1, -1)
+        before = None
+        if lesson.before is not None:
+            before = lesson.before.repeat_interleave(length, dim=1)
+        logits, *_ = self._read(
+            state,
+            state.weights,
+            ids.flatten(1),
+            position,
+            reach_of(longest, state.slots),
+            begin=begin,
+            same=same,
+            before=before,
+        )
+        return logits.unflatten(1, (blocks, length))
+
+    def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """Read whole sequences, with gradients to all of `weights`.
+
+        Args:
+            ids: int64 [N, R].
+            position: int64 [N, R].
+            seen: bool [N, R, R], what each row attends to.
+
+        Returns:
+            [N, R, H], what the head reads.
+        """
+        out = functional_call(
+            self.model,
+            self.weights,
+            (),
+            {
+                "input_ids": ids,
+                "position_ids": position,
+                "attention_mask": seen[:, None],
+                "use_cache": False,
+                "output_hidden_states": True,
+                "logits_to_keep": 1,
+            },
+        )
+        return out.hidden_states[-1]  # after the final norm
+
+    def learnable(self, parameters: str) -> list[str]:
+        """All but the tables."""
+        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        frozen = {id(m.weight) for m in tables if m is not None}
+        names = [n for n, p in self.model.named_parameters() if id(p) not in frozen]
+        layers = [n for n in names if ".layers." in n]
+        return {
+            "full": names,
+            "layers": layers,
+            "attention": [n for n in layers if "attn" in n],
+            "mlp": [n for n in layers if "mlp" in n],
+        }[parameters]
+
+    def _block_ids(self, tokens: Tensor) -> Tensor:
+        """What is fed to draft a block of target tokens [..., length] again."""
+        return self._own(tokens)
+
+    def _before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:  # noqa: ARG002
+        """Features [B, N, W] to read along with tokens at `position`; see `Pard`."""
+        return None
+
+    def _note(
+        self, state: CausalState, tokens: Tensor, features: Tensor, start: Tensor, row: Tensor
+    ) -> None:
+        position = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
+        state.write(self._own(tokens), position, row)
+        state.remember(features, position, row)
+
+    def _last(
+        self, state: CausalState, pending: Tensor, start: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """The pending token and the `length` before it, of which some may be unread."""
+        position = start[:, None] + torch.arange(-length, 1, device=start.device)
+        row = torch.arange(len(start), device=start.device)[:, None]
+        ids = state.tokens[row, position.clamp(0, state.slots)]
+        ids[:, -1] = self._own(pending)
+        return ids, position
+
+    def _store(
+        self, state: CausalState, made: list[Tensor], position: Tensor, start: Tensor
+    ) -> None:
+        """Keep keys and values of rows that take part: a row at rest begins past the last slot."""
+        row = torch.arange(len(start), device=start.device)
+        at = position.where(start[:, None] < state.slots, state.slots)
+        state.store(made[0], made[1], at, row)
+
+    def _read(
+        self,
+        state: CausalState,
+        weights: Weights,
+        ids: Tensor,
+        position: Tensor,
+        reach: int,
+        *,
+        row: Tensor | None = None,
+        begin: Tensor | None = None,
+        same: Tensor | None = None,
+        keep: int = 0,
+        before: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Run the model over N new tokens a row, which see the context and each other.
+
+        Args:
+            state: The context.
+            weights: One set, or some of them one per row.
+            ids: int64 [B, N].
+            position: int64 [B, N]; below 0 is padding.
+            reach: Slots of the context to read.
+            row: int64 [B], the rows meant; None is all.
+            begin: int64 [B, N]: context slots below it are seen; None is the first position.
+            same: bool [B, N, N], which new tokens may see each other; None is all.
+            keep: Logits of so many last tokens; 0 is all.
+            before: [B, N, W] features to read along; see `Pard`.
+
+        Returns:
+            logits [B, keep, V_draft], keys and values [layers, B, kv heads, N, D].
+        """
+        keys, values = state.keys[:, :, :, :reach], state.values[:, :, :, :reach]
+        if row is not None and len(row) < keys.shape[1]:
+            keys, values = keys[:, row], values[:, row]
+        if begin is None:
+            begin = position[:, :1].expand_as(position)
+        if state.options.rebase:
+            assert state.rope is not None
+            turned = rebased(keys.flatten(0, 1), begin[:, :1].repeat(self.layers, 1), state.options.rebase, state.rope)
+            keys = turned.unflatten(0, keys.shape[:2])
+        slot = torch.arange(reach, device=ids.device)
+        far = (slot < begin[..., None]).expand(-1, -1, reach)
+        own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+        near = (position[:, None] <= position[..., None]) & (position[:, None] >= 0)
+        near = (near if same is None else near & same) | own  # a row that sees nothing is NaN
+        distance = torch.cat([position[..., None] - slot, position[..., None] - position[:, None]], -1)
+        seen = torch.cat([far, near], dim=-1)
+        if state.options.window is not None:
+            seen = seen & (distance <= state.options.window)
+        masks = {
+            w: (seen if w is None else seen & (distance < w))[:, None] for w in set(self.windows)
+        }
+        buffers = self._rope_buffers(state.rope) if state.options.rope_base else {}
+        inputs = self._inputs(weights, ids, before)
+        return self._run({**weights, **buffers}, inputs, position, masks, keys, values, keep)
+
+    def _inputs(self, weights: Weights, ids: Tensor, before: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
+        """What the model's forward is given for tokens [B, N]."""
+        return {"input_ids": ids}
+
+    def _run(
+        self,
+        weights: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: dict[int | None, Tensor],
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One call of the model, or one per row side by side where rows have their own weights."""
+        model, word = self.model, cache_keyword(self.model)
+        named = {n: w for n, w in weights.items() if n in self._own_names}
+        stacked = {n: w.dim() > self._own_names[n] for n, w in named.items()}
+
+        def call(
+            named: dict[str, Tensor],
+            inputs: dict[str, Tensor],
+            position: Tensor,
+            masks: dict[int | None, Tensor],
+            keys: Tensor,
+            values: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            cache = Beside(keys, values)
+            mask: Any = masks[self.windows[0]]
+            if len(masks) > 1:
+                types = self.model_config.get_text_config().layer_types
+                mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
+            out = functional_call(
+                model,
+                named,
+                (),
+                {
+                    **inputs,
+                    "position_ids": position.clamp(min=0),
+                    "attention_mask": mask,
+                    word: cache,
+                    "use_cache": True,
+                    "logits_to_keep": keep,
+                },
+            )
+            return out.logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
+
+        if not any(stacked.values()):
+            logits, k, v = call(named, inputs, position, masks, keys, values)
+        elif len(position) == 1:
+            named = {n: w[0] if stacked[n] else w for n, w in named.items()}
+            logits, k, v = call(named, inputs, position, masks, keys, values)
+        else:
+            # A row is a batch of one. The fused kernels have no rule for rows' own batches.
+            with sdpa_kernel(SDPBackend.MATH):
+                rows = ({n: x[:, None] for n, x in inputs.items()}, position[:, None])
+                rows += ({w: m[:, None] for w, m in masks.items()}, keys[:, :, None])
+                dims = ({n: 0 if s else None for n, s in stacked.items()}, 0, 0, 0, 1, 1)
+                logits, k, v = vmap(call, dims, (0, 1, 1))(named, *rows, values[:, :, None])
+            logits, k, v = logits[:, 0], k[:, :, 0], v[:, :, 0]
+        return (logits if self._rows is None else logits[..., self._rows]), k, v
+
+    @cached_property
+    def _own_names(self) -> dict[str, int]:
+        """Parameters and buffers of the model, with their number of dimensions."""
+        named = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return {n: p.dim() for n, p in named}
+
+    def _rope_buffers(self, rope: Rope | None) -> dict[str, Tensor]:
+        """The model's rotary frequencies, to be replaced."""
+        if rope is None:
+            return {}
+        found = {n: b for n, b in self.model.named_buffers() if n.endswith("rotary_emb.inv_freq")}
+        fits = [n for n, b in found.items() if b.shape == rope.frequencies.shape]
+        return {n: rope.frequencies for n in fits} if len(fits) == len(found) else {}
+
+    def _own(self, tokens: Tensor) -> Tensor:
+        """The target's tokens in the drafter's own vocabulary."""
+        return tokens if self._ids is None else self._ids[tokens]
+
+    def _map_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Find which tokens both models know."""
+        theirs = self.embedding.shape[0]
+        ours = int(self.model_config.get_text_config().vocab_size)
+        own = self._tokenizer()
+        if own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab():
+            both = min(ours, theirs)  # tables of one tokenizer may be padded differently
+            if own is None and ours != theirs:
+                self._require("vocabulary", ours, theirs)
+            pairs = torch.arange(both).expand(2, -1)
+        else:
+            vocabulary = own.get_vocab()
+            common = [(i, vocabulary[t]) for t, i in tokenizer.get_vocab().items() if t in vocabulary]
+            pairs = torch.tensor(sorted(common), dtype=torch.long).view(-1, 2).T
+            share = pairs.shape[1] / len(tokenizer)
+            self.facts["vocabulary"] = f"{share:.0%} of the target's tokens are its own too"
+            if share < 0.5:
+                raise CheckpointError(
+                    f"Drafter {self.name} knows only {share:.0%} of the target's tokens.\n"
+                    "Give a draft model with the target's tokenizer."
+                )
+            unknown = own.unk_token_id if own.unk_token_id is not None else own.eos_token_id or 0
+            self._ids = torch.full((theirs,), int(unknown), device=self.embedding.device)  # type: ignore[arg-type]
+            self._ids[pairs[0]] = pairs[1].to(self._ids)
+        pairs = pairs.to(self.embedding.device)
+        whole = torch.arange(theirs, device=pairs.device)
+        self.draft_ids = None if torch.equal(pairs[0], whole) else pairs[0]
+        rows = torch.arange(ours, device=pairs.device)
+        self._rows = None if torch.equal(pairs[1], rows) else pairs[1]
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The draft model's own tokenizer, if its folder has one."""
+        if self.path is None or not any(self.path.glob("tokenizer*")):
+            return None
+        return AutoTokenizer.from_pretrained(self.path)
+
+
+class Beside(Cache):
+    """Old keys and values as they are, and new ones beside them; nothing is written."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Context [layers, B, kv heads, S, D]."""
+        super().__init__(layers=[])
+        self._keys, self._values = keys, values
+        self.new_keys: list[Tensor] = []
+        self.new_values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the new [B, kv heads, N, D]; return the context and them."""
+        self.new_keys.append(key_states)
+        self.new_values.append(value_states)
+        return (
+            torch.cat([self._keys[layer_idx], key_states], dim=2),
+            torch.cat([self._values[layer_idx], value_states], dim=2),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0

@@ -1,0 +1,133 @@
+"""The arithmetic that drafters share: products with one weight or one per row, norms, rotation.
+
+Pure functions on tensors; no drafter is known by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+Weights = Mapping[str, Tensor]
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """X [B, ..., in] times one weight [out, in], or one per row [B, out, in]."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    if weight.shape[0] == 1:
+        return F.linear(x, weight[0])
+    return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight.dim() == 2:
+        weight = weight.view(weight.shape[0], *[1] * (x.dim() - 2), -1)
+    return weight * wide.to(x.dtype)
+
+
+def gated_mlp(weights: Weights, at: str, x: Tensor) -> Tensor:
+    """SwiGLU under the published names `{at}gate_proj.weight` and so on."""
+    gate = F.silu(linear(x, weights[at + "gate_proj.weight"]))
+    return linear(
+        gate * linear(x, weights[at + "up_proj.weight"]), weights[at + "down_proj.weight"]
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention in which query heads of one key head become query rows: no key is repeated.
+
+    Args:
+        query: [B, heads, N, D].
+        key: [B, kv heads, S, D].
+        value: [B, kv heads, S, D].
+        mask: bool, [B, N, S] or [N, S].
+
+    Returns:
+        [B, N, heads * D].
+    """
+    count, group = query.shape[2], query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # [B, kv heads, group * N, D]
+    mask = mask.repeat(*[1] * (mask.dim() - 2), group, 1)
+    if mask.dim() == 3:
+        mask = mask[:, None]
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    out = out.unflatten(2, (group, count)).flatten(1, 2)  # [B, heads, N, D]
+    return out.transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary embedding in the half-rotation form. Angles are computed: no table is too short."""
+
+    frequencies: Tensor
+    """float32 [R / 2], of the R leading dimensions of a head that rotate."""
+    base: float
+    factor: float = 1.0
+    """Scales rotated keys and queries; only YaRN's is not 1."""
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any], head_dim: int, base: float | None = None) -> Rope:
+        """What a config.json asks for, old keys or new; `base` overrides its rope_theta.
+
+        Without a rope_theta the base is 10000, as published EAGLE-3 heads were trained
+        (drafters.md 6.2). Scaled kinds (llama3, linear, yarn, dynamic) are transformers' own.
+        """
+        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+        theta = float(base or config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        if kind == "default":
+            part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+            size = int(head_dim * part)
+            steps = torch.arange(0, size, 2, dtype=torch.float32) / size
+            return cls(theta**-steps, theta)
+        own = LlamaRotaryEmbedding(
+            LlamaConfig(
+                hidden_size=head_dim,
+                num_attention_heads=1,
+                head_dim=head_dim,
+                max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
+                rope_parameters={**rope, "rope_type": kind, "rope_theta": theta},
+            )
+        )
+        return cls(own.inv_freq.float(), theta, float(own.attention_scaling))
+
+    def to(self, device: torch.device) -> Rope:
+        """The same on another device."""
+        return Rope(self.frequencies.to(device), self.base, self.factor)
+
+    def __call__(self, x: Tensor, position: Tensor) -> Tensor:
+        """Rotate x [B, heads, T, D] by position int64 [B, T]."""
+        half = self.frequencies.shape[0]
+        angle = position[:, None, :, None].float() * self.frequencies  # [B, 1, T, R/2]
+        cos, sin = self.factor * angle.cos(), self.factor * angle.sin()
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        a, b = x[..., :half], x[..., half : 2 * half]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], dim=-1)
+
+
+def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
+    """Turn rotated keys so that none looks further back than `rebase` from a block's start.
+
+    A shift of all positions by one number cancels in rotary attention, so only a change of
+    distances can help; here distances past `rebase` are clamped to it. Rotations add up.
+
+    Args:
+        keys: [B, kv heads, S, D], rotated by their slots.
+        begin: int64 [B, 1], where each row's block starts.
+        rebase: The largest distance.
+        rope: How they were rotated.
+    """
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    turn = Rope(rope.frequencies, rope.base)
+    return turn(keys, (begin - rebase - slot).clamp(min=0))
