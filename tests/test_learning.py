@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import G, bound_drafter, fake_round, pupil, toy_engine, verification
+from toys import G, bound_drafter, fake_round, lesson, pupil, toy_engine, verification
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import DraftState
@@ -78,7 +78,7 @@ def test_a_first_step_goes_down_the_weighted_kl():
     drafter.absorb(state, v)
     leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.anchor}
     before = replace(state, weights={**drafter.weights, **leaves})
-    q = drafter.replay(before, v.fed[:, :1], v.start[:, None], G, 8)[0, 0].log_softmax(-1)
+    q = drafter.replay(before, lesson(v.fed[:, None], v.start[:, None]), G, 8)[0, 0].log_softmax(-1)
     p = v.logits[0, :G].log_softmax(-1)
     weights = torch.exp(-torch.arange(G) / 2.0)
     loss = ((p.exp() * (p - q)).sum(-1) * weights).sum() / weights.sum()
@@ -97,13 +97,13 @@ def test_a_first_step_goes_down_the_weighted_kl():
 def test_repeating_a_lesson_lowers_its_loss(rows: str):
     config = LearnConfig(stride=1, blocks=1, rows=rows, lr=1e-3)
     learner, drafter, state = pupil(1, config)
-    lesson = None
+    taught = None
 
     def loss() -> float:
-        assert lesson is not None
-        q = drafter.replay(state, lesson.tokens, lesson.start, G, 24)
-        kl = forward_kl(lesson.logits, q)
-        return float((kl * lesson.mask).sum() / lesson.mask.sum())
+        assert taught is not None
+        q = drafter.replay(state, taught, G, 24)
+        kl = forward_kl(taught.logits, q)
+        return float((kl * taught.mask).sum() / taught.mask.sum())
 
     for n in range(6):
         v = fake_round(n, 1)
@@ -112,10 +112,10 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
     lessons = Lessons(config, 1, G, v.logits)
     for n in range(6):
         lessons.absorb(fake_round(n, 1))
-    lesson = lessons.take()
+    taught = lessons.take()
     before = loss()
     for _ in range(25):
-        learner.update(lesson, 24)
+        learner.update(taught, 24)
     assert loss() < 0.6 * before
 
 

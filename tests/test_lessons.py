@@ -9,8 +9,9 @@ from toys import NOW, VOCABULARY, G, bound_drafter, fake_round, pupil, verificat
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
-from ttspec.learning.lessons import Lesson, Lessons
+from ttspec.learning.lessons import Lessons
 from ttspec.losses import position_weights, weighted_mean
+from ttspec.records import Lesson
 
 
 def test_block_lessons_are_all_rows_of_the_round():
@@ -20,7 +21,8 @@ def test_block_lessons_are_all_rows_of_the_round():
     lesson = lessons.take()
     assert lesson.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
     assert torch.equal(lesson.logits[:, 0], v.logits[:, :G])
-    assert torch.equal(lesson.tokens[:, 0], v.fed[:, 0])
+    assert torch.equal(lesson.tokens[:, 0], v.fed)
+    assert lesson.before is None
     assert lesson.start.tolist() == [[8], [8]]
     assert lesson.count.tolist() == [1, 1]
 
@@ -88,8 +90,9 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
         v = fake_round(0, 1)
         v.logits[:] = v.logits[:, :1]
         lesson = Lesson(
-            tokens=v.fed[:, :1],
+            tokens=v.fed[:, None],
             start=v.start[:, None],
+            before=None,
             logits=v.logits[:, None, :G],
             mask=torch.tensor([[mask]]),
             count=torch.tensor([1]),
@@ -150,7 +153,8 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
             start = int(lesson.start[0, block])
             for j in range(G):
                 if lesson.mask[0, block, j]:
-                    assert int(lesson.tokens[0, block]) == text[start]
+                    assert int(lesson.tokens[0, block, 0]) == text[start]
+                    assert int(lesson.tokens[0, block, j + 1]) == text[start + j + 1]
                     wanted = full[0, start + j]
                     torch.testing.assert_close(
                         lesson.logits[0, block, j], wanted, atol=2e-3, rtol=0

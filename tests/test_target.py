@@ -24,7 +24,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ttspec import DraftConfig, load
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME, folded_attention
-from ttspec.models.target import Target, _attention_windows, load_target, wrap_target
+from ttspec.models.target import Target, attention_windows, load_target, wrap_target
 
 PLAIN = {"learn": None, "draft": DraftConfig(length=0)}
 WINDOWED = {
@@ -279,7 +279,7 @@ def test_hybrid_layers_are_refused_by_name():
 def test_a_state_space_model_is_refused():
     config = MambaConfig(vocab_size=260, hidden_size=32, num_hidden_layers=2)
     with pytest.raises(TargetError, match="cannot be rolled back") as caught:
-        _attention_windows(config)
+        attention_windows(config)
     assert len(str(caught.value).splitlines()) <= 2
 
 

@@ -16,8 +16,10 @@ from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import DataError, OptionError, TrainingError
 from ttspec.training import train as training
 from ttspec.training.answers import read_dialogues, write_answers
-from ttspec.training.batches import make_batch, read_examples
-from ttspec.training.train import Progress, TrainConfig, new_drafter, train
+from ttspec.training.batches import anchors, make_batch, read_examples
+from ttspec.training.config import TrainConfig
+from ttspec.training.recipes import RECIPES
+from ttspec.training.train import Progress, train
 
 PROMPTS = [
     {"prompt": "hello there"},
@@ -95,7 +97,7 @@ def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
 
 def test_the_drafter_loads_and_drafts_better_than_an_untrained_one(run, engine, prompts):
     out, _ = run
-    fresh = new_drafter(engine.target, config(prompts, out))
+    fresh = RECIPES["dflash"](engine.target, config(prompts, out)).new([])
     trained = load_drafter("trained", out / "drafter")
     assert dict(trained.config) == dict(fresh.config)
     assert {w.dtype for w in trained.weights.values()} == {torch.bfloat16}
@@ -294,7 +296,7 @@ def test_options_that_cannot_be_are_refused(engine, prompts, tmp_path, change):
 def test_a_target_of_few_layers_is_refused(toy_target_dir, prompts, tmp_path):
     target = toy_engine(toy_target_dir).target
     with pytest.raises(OptionError, match="5 layers"):
-        new_drafter(target, config(prompts, tmp_path))
+        RECIPES["dflash"](target, config(prompts, tmp_path))
 
 
 def test_answers_of_one_token_teach_nothing(tmp_path):
@@ -312,28 +314,29 @@ def test_blocks_begin_at_answer_tokens_that_another_follows_and_labels_are_of_th
     by_ids = {tuple(ids): spans for ids, spans in examples}
     seen = set()
     for step in range(6):
-        batch = make_batch(
-            examples, step, size=4, blocks=32, block=5, seed=1, device=torch.device("cpu")
-        )
+        batch = make_batch(examples, step, size=4, seed=1, device=torch.device("cpu"))
+        blocks = anchors(batch, 32, 4)
         for row, ids in enumerate(batch.ids.tolist()):
             (spans,) = [s for given, s in by_ids.items() if ids[: len(given)] == list(given)]
             seen.add(str(ids))
-            for a, start in enumerate(batch.start[row].tolist()):
+            for a, start in enumerate(blocks.start[row].tolist()):
                 (span,) = [(b, e) for b, e in spans if b <= start < e]
                 assert start + 1 < span[1]
-                assert batch.tokens[row, a] == ids[start]
+                assert blocks.tokens[row, a] == ids[start]
                 for j in range(4):
                     at = start + 1 + j
-                    assert bool(batch.mask[row, a, j]) == (at < span[1])
+                    assert bool(blocks.mask[row, a, j]) == (at < span[1])
                     if at < span[1]:
-                        assert batch.labels[row, a, j] == ids[at]
+                        assert blocks.labels[row, a, j] == ids[at]
     assert len(seen) == len(examples)  # an epoch sees every dialogue
 
 
 def test_the_batch_of_a_step_is_always_the_same(run):
     examples = read_examples([run[0] / "answers.jsonl"], 100)
-    options = {"size": 4, "blocks": 8, "block": 5, "device": torch.device("cpu")}
-    one, again, other = (make_batch(examples, step, seed=1, **options) for step in (3, 3, 4))
+    options = {"size": 4, "seed": 1, "device": torch.device("cpu")}
+    batches = [make_batch(examples, step, **options) for step in (3, 3, 4)]
+    one, again, other = (anchors(batch, 8, 4) for batch in batches)
     assert torch.equal(one.start, again.start)
-    assert torch.equal(one.ids, again.ids)
+    assert torch.equal(batches[0].ids, batches[1].ids)
+    assert torch.equal(batches[0].taught, batches[1].taught)
     assert one.start.shape != other.start.shape or not torch.equal(one.start, other.start)

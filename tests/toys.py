@@ -20,7 +20,7 @@ from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
 from ttspec.models.source import resolve
 from ttspec.models.target import Target
-from ttspec.records import Proposal, Result, Verification
+from ttspec.records import Lesson, Proposal, Result, Verification
 
 VOCABULARY = 260
 MASK = 259
@@ -191,6 +191,28 @@ def verification(
     )
 
 
+def lesson(tokens: Any, start: Any, before: Tensor | None = None) -> Lesson:
+    """Blocks to draft again; all their rows teach nothing in particular.
+
+    Args:
+        tokens: int64 [B, A, length + 1], or [B, A] where only the pending token matters.
+        start: int64 [B, A].
+        before: [B, A, W] features of the token before.
+    """
+    tokens, start = torch.as_tensor(tokens), torch.as_tensor(start)
+    if tokens.dim() == 2:
+        tokens = torch.cat([tokens[..., None], tokens.new_zeros(*tokens.shape, G)], dim=-1)
+    length = tokens.shape[2] - 1
+    return Lesson(
+        tokens=tokens,
+        start=start,
+        before=before,
+        logits=torch.zeros(*start.shape, length, VOCABULARY),
+        mask=torch.ones(*start.shape, length, dtype=torch.bool),
+        count=torch.full((len(start),), start.shape[1]),
+    )
+
+
 def chi_square(counts: Tensor, share: Tensor) -> float:
     """p-value of observed counts under the law `share`; cells expected under 5 times are pooled."""
     counts, share = counts.double().flatten(), share.double().flatten()
@@ -255,11 +277,16 @@ def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor | None]:
 
 
 class Watch:
-    """A `choose` that remembers the logits."""
+    """A `choose` that remembers the logits of a whole proposal, and draws the script if any."""
+
+    def __init__(self, script: Tensor | None = None) -> None:
+        self.script = script
 
     def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-        self.logits = logits
-        return greedy(logits, first)
+        self.logits = torch.cat([self.logits, logits], dim=1) if first else logits
+        if self.script is None:
+            return greedy(logits, first)
+        return self.script[:, first : first + logits.shape[1]], None
 
 
 def context(
@@ -349,10 +376,10 @@ def plain(engine: Engine, prompt, **options) -> Result:
 def parrot(engine: Engine, result: Result, *, length: int = 5, wrong: int = 0) -> Engine:
     """The same target with a drafter that knows the answer."""
     drafter = Parrot(result.prompt_ids + result.token_ids, length, wrong)
-    return Engine(_twin(engine.target), drafter)
+    return Engine(twin(engine.target), drafter)
 
 
-def _twin(target: Target) -> Target:
+def twin(target: Target) -> Target:
     """A target of the same model with taps of its own."""
     kept = (
         "model",

@@ -23,6 +23,7 @@ COMMANDS = {
     "check": "Check that a drafter, learning or not, changes no token of the target's own text.",
     "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
     "train": "Build a drafter for a target.",
+    "export": "Write a drafter for vLLM and other tools.",
 }
 
 

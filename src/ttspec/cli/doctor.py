@@ -1,36 +1,40 @@
-"""`ttspec doctor`: what a target and a drafter are, where they came from and what they cost."""
+"""`ttspec doctor`: what a target and a drafter are, what they cost and what may go wrong."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import math
+import textwrap
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ttspec.cli.options import Device, Dtype, ModelFlags
 from ttspec.cli.terminal import say
-from ttspec.config import DraftConfig
-from ttspec.errors import CheckpointError
+from ttspec.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
+    from ttspec.diagnosis.probe import Measured
     from ttspec.drafters.base import Drafter
     from ttspec.models.target import Target
 
-STRETCH = 1000
-"""Tokens for which a cache's memory is told."""
+WIDTH = 100
 
 
 def doctor(
     target: str = "smollm2-135m",
     drafter: str = "auto",
     *,
+    probe: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    rows: int = 1,
+    context: int | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
 ) -> int:
-    """Say what is loaded, from where, what it needs, and whether the drafter fits the target.
+    """Say what is loaded, from where, what it needs, and what would silently cost acceptance.
 
     Parameters
     ----------
@@ -38,6 +42,12 @@ def doctor(
         Built-in name, local folder or hub id.
     drafter
         The same; auto is the target's own, none leaves it out.
+    probe
+        Also measure: is the drafter accepted more often with other taps or another rotary base?
+    rows
+        Rows that the memory of a whole run is told for.
+    context
+        Tokens of each of them; left out, what a session makes room for.
     device
         Where to load them.
     dtype
@@ -45,6 +55,9 @@ def doctor(
     as_json
         Print one JSON object; its path is the folder with the target's weights.
     """
+    for name, value in (("rows", rows), ("context", context)):
+        if value is not None and value < 1:
+            raise OptionError(f"--{name} is {value}; allowed is 1 or more.")
     models = ModelFlags(target=target, drafter=drafter, device=device, dtype=dtype)
     reason = None
     try:
@@ -52,47 +65,55 @@ def doctor(
     except CheckpointError as error:
         reason = str(error)
         engine = replace(models, drafter="none").load(notify=say)
-    findings = examine(engine) | {"fits": None, "reason": reason}
+    told = examine(engine, rows, context) | {"fits": None, "reason": reason}
     if reason is not None or engine.drafter is not None:
-        findings["fits"] = reason is None
+        told["fits"] = reason is None
+    if reason is not None:
+        text = " ".join(reason.splitlines())
+        told["findings"].insert(0, {"name": "fit", "level": "problem", "text": text})
+    elif probe:
+        told |= _probe(engine, told["findings"])
     if as_json:
-        print(json.dumps(findings, ensure_ascii=False))
+        print(json.dumps(told, ensure_ascii=False))
     else:
-        print("\n".join(lines(findings)))
-    return 1 if reason is not None else 0
+        print("\n".join(lines(told)))
+    return int(any(f["level"] == "problem" for f in told["findings"]))
 
 
-def examine(engine: Engine) -> dict[str, Any]:
+def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[str, Any]:
     """Everything there is to tell, as JSON values; memory is in bytes."""
+    from ttspec.decoding.engine import SESSION_CONTEXT
+    from ttspec.diagnosis import findings
+    from ttspec.diagnosis.memory import judge, memory
+
     target, drafter = engine.target, engine.drafter
+    parts = memory(engine, rows, min(context or SESSION_CONTEXT, target.context))
+    found = [*findings.examine(engine), judge(parts, target.device)]
     return {
         "path": str(target.path) if target.path else None,
         "target": _target(target),
         "drafter": _drafter(drafter) if drafter is not None else None,
-        "memory": {
-            "target_weights": sum(p.nbytes for p in target.model.parameters()),
-            "target_cache_per_1000_tokens": _target_cache(target),
-            "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
-            "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
-            "learning_per_row": _learning(drafter) if drafter else 0,
-        },
+        "memory": parts,
+        "findings": [asdict(finding) for finding in found],
     }
 
 
-def lines(findings: dict[str, Any]) -> list[str]:
+def lines(told: dict[str, Any]) -> list[str]:
     """The same for people."""
-    target, drafter, memory = findings["target"], findings["drafter"], findings["memory"]
+    from ttspec.diagnosis.memory import mib
+
+    target, drafter, memory = told["target"], told["drafter"], told["memory"]
     ends = ", ".join(f"{i} {text!r}" for i, text in target["end_tokens"].items())
     out = [
         f"target       {target['name']} ({target['origin']}): {target['architecture']}",
-        f"  path       {findings['path']}",
+        f"  path       {told['path']}",
         f"  size       {target['parameters'] / 1e6:,.1f} M parameters, {target['layers']} layers, "
         f"{target['vocabulary']:,} tokens in the vocabulary",
         f"  runs       {target['dtype']} on {target['device']}, "
         f"context {target['context']:,} tokens",
         f"  ends       {ends or 'no end token'}",
-        f"  memory     {_mib(memory['target_weights'])} weights, "
-        f"{_mib(memory['target_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
+        f"  memory     {mib(memory['target_weights'])} weights, "
+        f"{mib(memory['target_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
     ]
     if drafter is not None:
         out += [
@@ -100,16 +121,69 @@ def lines(findings: dict[str, Any]) -> list[str]:
             f"  path       {drafter['path']}",
             f"  size       {drafter['parameters'] / 1e6:,.1f} M parameters, drafts "
             f"{drafter['length']} tokens a round, reads hidden states {drafter['taps']}",
-            f"  memory     {_mib(memory['drafter_weights'])} weights, "
-            f"{_mib(memory['drafter_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
-            f"  learning   {_mib(memory['learning_per_row'])} for each row that learns",
+            f"  memory     {mib(memory['drafter_weights'])} weights, "
+            f"{mib(memory['drafter_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
+            f"  learning   {mib(memory['learning_per_row'])} for each row that learns",
         ]
-    elif findings["reason"] is not None:
-        first, *rest = findings["reason"].splitlines()
+    elif told["reason"] is not None:
+        first, *rest = told["reason"].splitlines()
         out += [f"drafter      does not fit: {first}", *(f"             {line}" for line in rest)]
     else:
         out.append("drafter      none: plain decoding")
+    out.append("findings")
+    for f in told["findings"]:
+        head = f"  {f['name']:<13} {f['level']:<8} "
+        out += textwrap.wrap(
+            f["text"],
+            WIDTH,
+            initial_indent=head,
+            subsequent_indent=" " * len(head),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    for row in told.get("probe", ()):
+        if not row["setting"]:
+            out.append(
+                "probe                         accepted   95 % interval   positions    nats   "
+                "change of nats"
+            )
+        interval = f"{row['low']:.1%} – {row['high']:.1%}"
+        change = "" if row["change"] is None else f"{row['change']:+.3f} ± {row['margin']:.3f}"
+        out.append(
+            f"  {row['name']:<27} {row['acceptance']:>8.1%}   {interval:<15} "
+            f"{row['positions']:>9}   {row['nats']:>5.3f}   {change}".rstrip()
+        )
     return out
+
+
+def _probe(engine: Engine, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """Measure; append what was found."""
+    from ttspec.diagnosis.probe import probe
+
+    say("measuring on text that the target writes ...")
+    measured, finding = probe(engine)
+    findings.append(asdict(finding))
+    return {"probe": [_row(m, measured[0]) for m in measured]}
+
+
+def _row(measured: Measured, present: Measured) -> dict[str, Any]:
+    low, high = measured.interval
+    change, margin = measured.change(present)
+    if measured is present or not math.isfinite(margin):
+        change = margin = None
+    return {
+        "name": measured.reading.name,
+        "taps": list(measured.reading.taps),
+        "rope_base": measured.reading.rope_base,
+        "setting": measured.reading.setting,
+        "acceptance": measured.acceptance,
+        "low": low,
+        "high": high,
+        "positions": len(measured.hits),
+        "nats": measured.surprise,
+        "change": change,
+        "margin": margin,
+    }
 
 
 def _target(target: Target) -> dict[str, Any]:
@@ -139,28 +213,3 @@ def _drafter(drafter: Drafter) -> dict[str, Any]:
         "block": drafter.length + 1,
         "taps": list(drafter.taps),
     }
-
-
-def _target_cache(target: Target) -> int:
-    """Bytes of the cache for 1,000 tokens of one row, by making one and reading a token."""
-    import torch
-
-    cache = target.cache(1, STRETCH - 1)
-    zero = torch.zeros(1, 1, dtype=torch.long, device=target.device)
-    subset = torch.zeros(1, dtype=torch.long, device=target.device)
-    target.forward(cache, zero, zero[0], 0, subset=subset, logits=False)
-    return cache.nbytes
-
-
-def _drafter_cache(drafter: Drafter) -> int:
-    return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
-
-
-def _learning(drafter: Drafter) -> int:
-    """Bytes a row: float32 master and two moments, the live copy and its gradient."""
-    weights = [drafter.weights[name] for name in drafter.learnable("full")]
-    return sum(w.numel() * (12 + 2 * w.element_size()) for w in weights)
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

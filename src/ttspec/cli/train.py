@@ -11,14 +11,19 @@ def train(
     prompts: Path,
     out: Path,
     target: str = "smollm2-135m",
-    kind: Literal["dflash"] = "dflash",
+    kind: Literal["dflash", "eagle3", "pard", "causal"] = "dflash",
+    init: str | None = None,
     max_length: int = 768,
     max_answer: int = 512,
     minutes: float | None = None,
     epochs: int = 6,
-    layers: int = 3,
+    layers: int | None = None,
     block: int = 8,
     taps: int | None = None,
+    draft_vocabulary: int = 32000,
+    head: Literal["frozen", "trained"] = "frozen",
+    keep: float = 0.7,
+    keep_least: float = 0.2,
     batch: int = 32,
     anchors: int = 64,
     rows: int = 32,
@@ -42,7 +47,9 @@ def train(
     target
         Built-in name, local folder or hub id.
     kind
-        Drafter to train.
+        Drafter to train; causal is a plain draft model, the target with fewer layers.
+    init
+        Go on training this drafter of the kind: a built-in name or a folder.
     max_length
         Tokens of a training dialogue at most.
     max_answer
@@ -52,15 +59,23 @@ def train(
     epochs
         Passes over the answers at most.
     layers
-        Draft layers.
+        Draft layers; default is 3 for dflash, 6 of the target's for pard and causal, 1 for eagle3.
     block
-        Tokens in a block, the known one included.
+        Tokens drafted in training, and the known one.
     taps
-        Hidden states of the target that the drafter reads; default is one per layer.
+        dflash: hidden states of the target that the drafter reads; default is one per layer.
+    draft_vocabulary
+        eagle3: how many tokens it can draft, the most frequent of the answers.
+    head
+        eagle3: its output head stays rows of the target's, or is trained from them.
+    keep
+        pard: share of the masks of one depth that are kept at the next.
+    keep_least
+        pard: the smallest share.
     batch
         Dialogues a step.
     anchors
-        Blocks a dialogue and step.
+        dflash, eagle3: blocks a dialogue and step.
     rows
         Dialogues answered side by side.
     lr
@@ -93,6 +108,7 @@ def train(
         prompts=prompts,
         out=out,
         kind=kind,
+        init=init,
         max_length=max_length,
         max_answer=max_answer,
         minutes=minutes,
@@ -100,6 +116,10 @@ def train(
         layers=layers,
         block=block,
         taps=taps,
+        draft_vocabulary=draft_vocabulary,
+        head=head,
+        keep=keep,
+        keep_least=keep_least,
         batch=batch,
         anchors=anchors,
         rows=rows,

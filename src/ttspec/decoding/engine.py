@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -334,6 +335,28 @@ class Session:
     def generated(self) -> int:
         """Tokens generated in all turns."""
         return self._talk.generated if self._talk else 0
+
+    def learned(self) -> Drafter:
+        """A new drafter with the weights as they are now, to be used or exported like any other.
+
+        Raises:
+            OptionError: There is no drafter, or nothing was drafted yet.
+        """
+        drafter = self.engine.drafter
+        if drafter is None:
+            raise OptionError("The session has no drafter.\nLoad the engine with one.")
+        state = self._talk.decoder.state if self._talk else None
+        if state is None:
+            raise OptionError(
+                "The session has drafted nothing: it has not begun, or is closed, or "
+                "draft.length is 0.\nAsk for what was learned after a turn."
+            )
+        new = copy.copy(drafter)
+        new.weights = {
+            name: (w[0] if w.dim() > drafter.weights[name].dim() else w).detach().clone()
+            for name, w in state.weights.items()
+        }
+        return new
 
     def close(self) -> None:
         """Free the session's caches and what its drafter learned."""

@@ -237,8 +237,6 @@ def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     return {k: w.to(like if w.is_floating_point() else like.device) for k, w in weights.items()}
 
 
-
-
 def ids_of(d2t: Tensor | None, vocabulary: int) -> Tensor | None:
     """The target's token for each draft token; None when they are the same.
 

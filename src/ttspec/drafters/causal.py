@@ -1,4 +1,4 @@
-"""A plain draft model: any transformers causal LM that speaks the target's vocabulary, or part of it.
+"""A plain draft model: any transformers causal LM with the target's vocabulary, or part of it.
 
 The model's own code runs, with the weights it is given: one set for all rows, or one per row.
 Keys and values of the context are read from our cache and joined to those of the new tokens. The
@@ -107,6 +107,7 @@ class Causal(Drafter):
         """The transformers model; its own parameters are never used."""
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(self.model_config)
+        model.tie_weights()  # no_init_weights leaves it out
         use_folded_attention(model)
         return model.eval().requires_grad_(False)
 
@@ -143,7 +144,7 @@ class Causal(Drafter):
         if self.model_config.tie_word_embeddings:
             self.weights.pop("lm_head.weight", None)
         self.weights = placed(self.weights, embedding)
-        self.model.to(embedding.device)
+        torch.nn.Module.to(self.model, embedding.device)
         self._map_vocabulary(tokenizer)
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
@@ -189,7 +190,7 @@ class Causal(Drafter):
         weights = self._live(state, subset)
         before = self._before(state, position, row)
         _, keys, values = self._read(
-            state, weights, ids, position, reach, row=row, keep=1, before=before
+            state, weights, ids, position, reach, row=subset, keep=1, before=before
         )
         state.store(keys, values, position, row)
 
@@ -218,7 +219,9 @@ class Causal(Drafter):
         qs: list[Tensor] = []
         for step in range(length):
             reach = reach_of(longest + step, state.slots)
-            logits, *made = self._read(state, state.weights, ids, position, reach, keep=1)
+            logits, *made = self._read(
+                state, state.weights, ids, position, reach, origin=start, keep=1
+            )
             self._store(state, made, position, start)
             token, q = choose(self.widen(logits), step)
             tokens.append(token)
@@ -230,7 +233,12 @@ class Causal(Drafter):
         )
 
     def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool  # noqa: ARG002
+        self,
+        state: DraftState,
+        lesson: Lesson,
+        length: int,
+        longest: int,
+        unroll: bool,  # noqa: ARG002
     ) -> Tensor:
         assert isinstance(state, CausalState)
         ids = self._block_ids(lesson.tokens[..., :length])
@@ -249,6 +257,7 @@ class Causal(Drafter):
             ids.flatten(1),
             position,
             reach_of(longest, state.slots),
+            origin=lesson.start[:, 0],
             begin=begin,
             same=same,
             before=before,
@@ -336,6 +345,7 @@ class Causal(Drafter):
         reach: int,
         *,
         row: Tensor | None = None,
+        origin: Tensor | None = None,
         begin: Tensor | None = None,
         same: Tensor | None = None,
         keep: int = 0,
@@ -350,6 +360,7 @@ class Causal(Drafter):
             position: int64 [B, N]; below 0 is padding.
             reach: Slots of the context to read.
             row: int64 [B], the rows meant; None is all.
+            origin: int64 [B], from where re-based distances count; None is the first position.
             begin: int64 [B, N]: context slots below it are seen; None is the first position.
             same: bool [B, N, N], which new tokens may see each other; None is all.
             keep: Logits of so many last tokens; 0 is all.
@@ -359,20 +370,27 @@ class Causal(Drafter):
             logits [B, keep, V_draft], keys and values [layers, B, kv heads, N, D].
         """
         keys, values = state.keys[:, :, :, :reach], state.values[:, :, :, :reach]
-        if row is not None and len(row) < keys.shape[1]:
+        if row is not None:  # some rows, or all of them in another order
             keys, values = keys[:, row], values[:, row]
         if begin is None:
             begin = position[:, :1].expand_as(position)
         if state.options.rebase:
             assert state.rope is not None
-            turned = rebased(keys.flatten(0, 1), begin[:, :1].repeat(self.layers, 1), state.options.rebase, state.rope)
+            turned = rebased(
+                keys.flatten(0, 1),
+                (begin[:, 0] if origin is None else origin)[:, None].repeat(self.layers, 1),
+                max(state.options.rebase, self.length),  # what is fed again stays where it is
+                state.rope,
+            )
             keys = turned.unflatten(0, keys.shape[:2])
         slot = torch.arange(reach, device=ids.device)
         far = (slot < begin[..., None]).expand(-1, -1, reach)
         own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
         near = (position[:, None] <= position[..., None]) & (position[:, None] >= 0)
         near = (near if same is None else near & same) | own  # a row that sees nothing is NaN
-        distance = torch.cat([position[..., None] - slot, position[..., None] - position[:, None]], -1)
+        distance = torch.cat(
+            [position[..., None] - slot, position[..., None] - position[:, None]], -1
+        )
         seen = torch.cat([far, near], dim=-1)
         if state.options.window is not None:
             seen = seen & (distance <= state.options.window)
@@ -457,7 +475,7 @@ class Causal(Drafter):
             return {}
         found = {n: b for n, b in self.model.named_buffers() if n.endswith("rotary_emb.inv_freq")}
         fits = [n for n, b in found.items() if b.shape == rope.frequencies.shape]
-        return {n: rope.frequencies for n in fits} if len(fits) == len(found) else {}
+        return dict.fromkeys(fits, rope.frequencies) if len(fits) == len(found) else {}
 
     def _own(self, tokens: Tensor) -> Tensor:
         """The target's tokens in the drafter's own vocabulary."""
@@ -472,10 +490,15 @@ class Causal(Drafter):
             both = min(ours, theirs)  # tables of one tokenizer may be padded differently
             if own is None and ours != theirs:
                 self._require("vocabulary", ours, theirs)
+            if theirs > ours:  # the target's padding rows can be sampled all the same
+                every = torch.arange(theirs, device=self.embedding.device)
+                self._ids = every.where(every < ours, 0)
             pairs = torch.arange(both).expand(2, -1)
         else:
             vocabulary = own.get_vocab()
-            common = [(i, vocabulary[t]) for t, i in tokenizer.get_vocab().items() if t in vocabulary]
+            common = [
+                (i, vocabulary[t]) for t, i in tokenizer.get_vocab().items() if t in vocabulary
+            ]
             pairs = torch.tensor(sorted(common), dtype=torch.long).view(-1, 2).T
             share = pairs.shape[1] / len(tokenizer)
             self.facts["vocabulary"] = f"{share:.0%} of the target's tokens are its own too"

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
@@ -44,7 +45,12 @@ UNREADABLE = {
     "mtp": "a native MTP head",
 }
 """Relatives that would load in part and draft badly, by a piece of their architecture's name."""
-REFUSED_KEYS = ("attention_sink_bias", "attention_value_scale", "add_swa_attention_sink_bias")
+REFUSED_KEYS = (
+    "attention_sink_bias",
+    "attention_value_scale",
+    "add_swa_attention_sink_bias",
+    "sample_from_anchor",
+)
 """Config entries that change a drafter's arithmetic and that we do not implement."""
 
 _ALIASES = {
@@ -88,13 +94,23 @@ def load_drafter(name: str, folder: Path) -> Drafter:
     """
     config = read_config(folder)
     stored = _read_headers(folder)
-    kind = kind_of(config, stored)
+    try:
+        kind = kind_of(config, stored)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     if kind is None:
         raise CheckpointError(
             f"{folder / 'config.json'} describes {config.get('architectures')}, which is no drafter"
-            f" that ttspec knows.\nKnown kinds: {', '.join(KINDS)}, in original or speculators form."
+            " that ttspec knows.\n"
+            f"Known kinds: {', '.join(KINDS)}, in original or speculators form."
         )
-    found = {canonical(kind, key): tensor for key, tensor in stored.items()}
+    found: dict[str, Stored] = {}
+    for key, tensor in stored.items():
+        first = found.setdefault(canonical(kind, key), tensor)
+        if first is not tensor:
+            raise CheckpointError(
+                f"{tensor} is another name of {first.key}.\nKeep one of the two tensors."
+            )
     drafter = make_drafter(kind, config, found, name=name, path=folder)
     drafter.weights = _read_weights(folder, drafter, found)
     if "d2t" in drafter.weights:
@@ -116,8 +132,10 @@ def make_drafter(
         CheckpointError: The config is not complete.
     """
     where = path / "config.json" if path else "The config"
+    own = config.get("dflash_config")
+    own = own if isinstance(own, Mapping) else {}
     for key in REFUSED_KEYS:
-        if config.get(key) or (config.get("dflash_config") or {}).get(key):
+        if config.get(key) or own.get(key):
             raise CheckpointError(
                 f"{where} sets {key}, which ttspec does not implement.\n"
                 "Give a drafter without it: this one would draft badly, not fail."
@@ -127,8 +145,16 @@ def make_drafter(
         drafter.shapes()  # type: ignore[attr-defined]
     except TtspecError as error:
         raise CheckpointError(f"{where}: {error}") from error
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        reason = str(error).partition("\n")[0]
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        ArithmeticError,
+        RuntimeError,  # torch, of a size below 0
+        StrictDataclassError,
+    ) as error:
+        reason = " ".join(str(error).split())
         reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else reason
         raise CheckpointError(
             f"{where} is not a complete {kind} config: {reason}.\nCompare it with a published one."
@@ -163,9 +189,10 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | Non
         CheckpointError: It is a relative of a known kind that would load in part only.
     """
     architecture = f"{config.get('architectures')} {config.get('speculators_model_type')}"
+    p_eagle = any(canonical("eagle3", n) == "mask_hidden" for n in names)
     for piece, what in UNREADABLE.items():
-        if piece in architecture or "mask_hidden" in names:
-            what = "P-EAGLE" if "mask_hidden" in names else what
+        if p_eagle or piece.lower() in architecture.lower():
+            what = "P-EAGLE" if p_eagle else what
             raise CheckpointError(
                 f"{config.get('architectures')} is {what}, which ttspec does not read.\n"
                 f"Known kinds: {', '.join(KINDS)}."
@@ -180,8 +207,9 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | Non
     plain = {canonical("eagle3", n) for n in names}
     if "Eagle3" in architecture or "draft_vocab_size" in config or "fc.weight" in plain:
         return "eagle3"
-    model = CONFIG_MAPPING[kind] if (kind := config.get("model_type")) in CONFIG_MAPPING else None
-    return "causal" if model in MODEL_FOR_CAUSAL_LM_MAPPING else None
+    kind = str(config.get("model_type"))
+    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
+    return "causal" if known else None
 
 
 def canonical(kind: str, name: str) -> str:
@@ -245,9 +273,7 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def _read_weights(
-    folder: Path, drafter: Drafter, found: Mapping[str, Stored]
-) -> dict[str, Tensor]:
+def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -> dict[str, Tensor]:
     """Every tensor, by canonical name."""
     missing, extra, wrong = missing_and_left_over(
         drafter, {name: tensor.shape for name, tensor in found.items()}
@@ -305,6 +331,11 @@ def _check_map(drafter: Drafter, found: Mapping[str, Stored]) -> None:
         raise CheckpointError(
             f"{found['d2t']} leads outside the target's {vocabulary} tokens, or twice to one token."
             "\nIt holds offsets: target token = draft token + d2t."
+        )
+    if not bool((ids[1:] > ids[:-1]).all()):
+        raise CheckpointError(
+            f"{found['d2t']} is not in the order of the target's tokens.\n"
+            "Sort the draft vocabulary, and the rows of lm_head.weight with it."
         )
     if t2d is not None and not (t2d[ids].bool().all() and int(t2d.sum()) == len(ids)):
         raise CheckpointError(

@@ -90,6 +90,8 @@ class DFlash(Drafter):
         kinds = body.get("layer_types") or ["full_attention"] * self.layers
         if len(kinds) != self.layers or self.block < 2:
             raise ValueError(f"layer_types {kinds} and block_size {self.block} cannot be")
+        if odd := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types names {', '.join(sorted(odd))}")
         sliding = [kind == "sliding_attention" for kind in kinds]
         window = body.get("sliding_window")
         self.windows = [int(window) if s and window else None for s in sliding]
@@ -155,10 +157,10 @@ class DFlash(Drafter):
         self._require("hidden size", self.hidden, embedding.shape[1])
         self._require("vocabulary", self.vocabulary, embedding.shape[0])
         self._bind_taps(layers)
-        if self.mask_token >= embedding.shape[0]:
+        if not 0 <= self.mask_token < embedding.shape[0]:
             raise CheckpointError(
                 f"Drafter {self.name} masks with token {self.mask_token}, but the target embeds "
-                f"only {embedding.shape[0]} tokens."
+                f"only {embedding.shape[0]} tokens.\nGive the drafter of this target."
             )
         self.weights = placed(self.weights, embedding)
         self.embedding = self.weights.get("embed_tokens.weight", embedding)

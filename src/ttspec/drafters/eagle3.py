@@ -417,8 +417,9 @@ class Eagle3(Drafter):
         if self.qk_norm:
             q = rms_norm(q, weights[QKV + "q_norm.weight"], self.eps)
         q, k = rope(q.transpose(1, 2), position), rope(k, position)
-        seen = (torch.cat([c, *own, new], dim=2) for c, own, new in zip(context, chain, (k, v), strict=True))
-        out = linear(attend(q, *seen, mask), weights[QKV + "o_proj.weight"])
+        keys = torch.cat([context[0], *chain[0], k], dim=2)
+        values = torch.cat([context[1], *chain[1], v], dim=2)
+        out = linear(attend(q, keys, values, mask), weights[QKV + "o_proj.weight"])
         if self.residual_is_normed:
             h = rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps)
         y = h + out
@@ -465,7 +466,6 @@ class Eagle3(Drafter):
         return flat.view(*hidden.shape[:-1], -1)
 
 
-
 def default_taps(layers: int) -> tuple[int, int, int]:
     """Hidden states that a head without layer ids reads (drafters.md 0.1)."""
     return 2, layers // 2, layers - 3
@@ -485,6 +485,8 @@ def _taps(config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     ids = [int(k) for k in top or nested or ()]
     if not ids:
         return (), f"no {key}: 2, L / 2 and L - 3 of a target of L layers"
+    if len(ids) != 3:
+        raise ValueError(f"{key} {ids} are not 3")
     if ids[0] == 2 or (top and ids[0] != 1):
         return tuple(ids), f"{key} {ids} enter a layer: as they are"
     return tuple(k + 1 for k in ids), f"{key} {ids} leave a layer: + 1"

@@ -104,7 +104,7 @@ class Pard(Causal):
         before = self._before(state, position.minimum(start[:, None]), row)
         reach = reach_of(longest, state.slots)
         logits, *made = self._read(
-            state, state.weights, ids, position, reach, keep=length, before=before
+            state, state.weights, ids, position, reach, origin=start, keep=length, before=before
         )
         made = [x[..., :known, :] for x in made]  # mask rows are no context
         self._store(state, made, position[:, :known], start)

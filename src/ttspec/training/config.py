@@ -44,7 +44,7 @@ class TrainConfig:
     batch: int = 32
     """Dialogues a step."""
     anchors: int = 64
-    """DFlash: blocks a dialogue and step."""
+    """DFlash, EAGLE-3: blocks a dialogue and step."""
     rows: int = 32
     """Dialogues answered side by side."""
     lr: float = 6e-4

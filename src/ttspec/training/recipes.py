@@ -87,9 +87,9 @@ class Recipe(ABC, Generic[D]):
         """Loss per row.
 
         Args:
-            q: Draft logits [M, V_draft].
-            states: What the target's head reads, [M, H], at the token before.
-            labels: int64 [M], the tokens of the text.
+            q: Draft logits [..., V_draft].
+            states: What the target's head reads, [..., H], at the token before.
+            labels: int64 [...], the tokens of the text.
             ids: The target's token for each draft token; None is the same.
         """
         if self.config.loss == "ce" and ids is None:
@@ -98,11 +98,11 @@ class Recipe(ABC, Generic[D]):
         if ids is None:
             return forward_kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.
-        covered = p[:, ids]
+        covered = p[..., ids]
         share = (covered.float().logsumexp(-1) - p.float().logsumexp(-1)).exp()
         if self.config.loss == "kl":
             return forward_kl(covered, q) * share
-        place = torch.searchsorted(ids, labels).clamp(max=len(ids) - 1)
+        place = torch.searchsorted(ids, labels.contiguous()).clamp(max=len(ids) - 1)
         return cross_entropy(place, q) * (ids[place] == labels)
 
 
@@ -164,10 +164,8 @@ class Eagle3Recipe(Recipe[Eagle3]):
             "model_type": "llama",
             "num_hidden_layers": 1,
             "draft_vocab_size": size,
-            "eagle_config": {
-                "use_aux_hidden_state": True,
-                "eagle_aux_hidden_state_layer_ids": [k - 1 for k in taps],
-            },
+            # At the top level vLLM reads them as we do; nested in eagle_config, a layer early.
+            "eagle_aux_hidden_state_layer_ids": list(taps),
             "norm_before_residual": True,
         }
         if c.head == "frozen":
@@ -193,26 +191,23 @@ class Eagle3Recipe(Recipe[Eagle3]):
         return [*names, "lm_head.weight"] if "lm_head.weight" in drafter.weights else names
 
     def loss(self, drafter: Eagle3, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over steps, step j weighed 0.8^j."""
+        """Sum over steps, step j weighed 0.8^j, at random anchors of every dialogue."""
         steps = self.config.block - 1
+        blocks = anchors(batch, self.config.anchors, steps)
         features, states = self.target.read(batch.ids)
         outs = drafter.teach(features, batch.ids, steps)
-        taught = F.pad(batch.taught, (0, steps + 2))
-        count = batch.ids.shape[1]
-        mask = taught[:, 1 : count + 1]  # the pending token is in an answer
+        row = torch.arange(len(states), device=states.device)[:, None]
         total, right = states.new_zeros((), dtype=torch.float32), []
         for j, out in enumerate(outs):
-            mask = mask & taught[:, 2 + j : count + 2 + j]  # and so is all that is drafted
-            row, at = mask.nonzero(as_tuple=True)
-            labels = batch.ids[row, at + 2 + j]
-            logits = drafter.logits(out[row, at])
-            values = self.judge(logits, states[row, at + 1 + j], labels, drafter.draft_ids)
-            if j == 0:
-                rows = max(len(row), 1)
-            total = total + 0.8**j * values.sum() / rows
+            labels, learned = blocks.labels[..., j], blocks.mask[..., j]
+            at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
+            # The row before the anchor reads the anchor's token and predicts the one after.
+            logits = drafter.logits(out[row, blocks.start - 1])
+            values = self.judge(logits, states[row, at], labels, drafter.draft_ids)
+            total = total + 0.8**j * (values * learned).sum() / learned.numel()
             best = logits.argmax(-1)
             best = best if drafter.draft_ids is None else drafter.draft_ids[best]
-            right.append((best == labels).float().mean())
+            right.append(((best == labels) & learned).sum() / learned.sum().clamp(min=1))
         return total, torch.stack(right)
 
 

@@ -63,6 +63,7 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         TrainingError: No answer can be learned from, or the loss is not finite.
     """
     dialogues = read_dialogues(config.prompts)
+    RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
     _claim(config)
     answers = config.out / "answers.jsonl"
     begun = time.monotonic()
@@ -167,8 +168,10 @@ def _go_on(config: TrainConfig) -> Drafter:
 
 def _claim(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
-    for name in ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr", "clip"):
-        if getattr(config, name) <= 0:
+    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr", "clip")
+    for name in (*names, "layers", "taps"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
             raise OptionError(f"{name} is {getattr(config, name)}; allowed is above 0.")
     loose = {"out", "resume", "minutes", "epochs", "rows", "prompts"}
     ours = {k: v for k, v in asdict(config).items() if k not in loose}

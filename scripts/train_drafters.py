@@ -1,0 +1,107 @@
+"""Train drafters for the built-in target on several GPUs: what `ttspec train` does, in pieces.
+
+`answers` writes a part of the training answers, one process a part; `fit` trains one drafter on all
+of them. Prompts come from `scripts/make_prompts.py`. The bundled drafters' cards give the options.
+
+    python scripts/train_drafters.py answers RUN/answers.0.jsonl --part 0 --parts 4
+    python scripts/train_drafters.py fit RUN/eagle3 --answers RUN --kind eagle3 --minutes 5
+"""
+
+from pathlib import Path
+
+import cyclopts
+
+app = cyclopts.App(help=__doc__)
+
+
+@app.command
+def answers(
+    out: Path,
+    *,
+    part: int,
+    parts: int,
+    prompts: Path = Path(".data/train.jsonl"),
+    target: str = "smollm2-135m",
+    rows: int = 1024,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Answer every `parts`-th dialogue, from `part` on; noise is of `seed` + `part`."""
+    import ttspec
+    from ttspec.training.answers import read_dialogues, write_answers
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    engine = ttspec.load(target, None, device=device)
+    write_answers(
+        engine,
+        read_dialogues(prompts)[part::parts],
+        out,
+        rows=rows,
+        max_answer=512,
+        max_length=768,
+        temperature=0.8,
+        seed=seed + part,
+    )
+
+
+@app.command
+def fit(
+    out: Path,
+    *,
+    answers: Path,
+    kind: str,
+    minutes: float | None = None,
+    epochs: int = 1000,
+    init: str | None = None,
+    layers: int | None = None,
+    block: int = 8,
+    taps: int | None = None,
+    draft_vocabulary: int = 32000,
+    batch: int = 64,
+    anchors: int = 64,
+    lr: float = 1e-3,
+    loss: str = "kl",
+    seed: int = 0,
+    prompts: Path = Path(".data/train.jsonl"),
+    target: str = "smollm2-135m",
+    device: str = "auto",
+) -> None:
+    """Train on `answers`/answers.*.jsonl; a line of figures now and then."""
+    import ttspec
+    from ttspec.training.config import TrainConfig
+    from ttspec.training.train import Progress
+    from ttspec.training.train import fit as run
+
+    config = TrainConfig(
+        prompts=prompts,
+        out=out,
+        kind=kind,  # type: ignore[arg-type]
+        init=init,
+        minutes=minutes,
+        epochs=epochs,
+        layers=layers,
+        block=block,
+        taps=taps,
+        draft_vocabulary=draft_vocabulary,
+        batch=batch,
+        anchors=anchors,
+        lr=lr,
+        loss=loss,  # type: ignore[arg-type]
+        seed=seed,
+    )
+
+    def report(where: Progress) -> None:
+        if where.tokens % 100 == 0:
+            right = " ".join(f"{a:.3f}" for a in where.accuracy)
+            print(
+                f"{kind} step {where.tokens} {where.done:.0%}: {where.loss:.3f} | {right}",
+                flush=True,
+            )
+
+    out.mkdir(parents=True, exist_ok=True)
+    engine = ttspec.load(target, None, device=device)
+    print(run(engine.target, config, sorted(answers.glob("answers.*.jsonl")), report))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,1 @@
+"""What would silently kill acceptance: read from the files, and measured."""

@@ -1,0 +1,70 @@
+"""What a pair needs in memory. Caches are measured by making one, not by a formula."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from ttspec.config import DraftConfig
+from ttspec.decoding.engine import Engine
+from ttspec.diagnosis.findings import Finding
+from ttspec.drafters.base import Drafter
+from ttspec.models.target import Target
+
+STRETCH = 1000
+"""Tokens for which a cache's memory is told."""
+
+
+def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
+    """Bytes of the parts, and in all for `rows` learning rows of `context` tokens."""
+    target, drafter = engine.target, engine.drafter
+    parts = {
+        "target_weights": sum(p.nbytes for p in target.model.parameters()),
+        "target_cache_per_1000_tokens": _target_cache(target),
+        "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
+        "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
+        "learning_per_row": _learning(drafter) if drafter else 0,
+    }
+    caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
+    row = caches * context // STRETCH + parts["learning_per_row"]
+    total = parts["target_weights"] + parts["drafter_weights"] + rows * row
+    return parts | {"rows": rows, "context": context, "total": total}
+
+
+def judge(parts: dict[str, int], device: torch.device) -> Finding:
+    """Does it fit into what the device has?"""
+    if device.type == "cuda":
+        has = torch.cuda.get_device_properties(device).total_memory
+    else:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    rows = f"{parts['rows']} row{'s' if parts['rows'] > 1 else ''}"
+    text = f"{mib(parts['total'])} for {rows} of {parts['context']:,} tokens, learning included"
+    if parts["total"] < has:
+        return Finding(name="memory", level="ok", text=f"{text}; {device.type} has {mib(has)}")
+    text += f", but {device.type} has {mib(has)}: fewer rows, a smaller --context or --no-learn"
+    return Finding(name="memory", level="warning", text=text)
+
+
+def mib(size: int) -> str:
+    """For people."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _target_cache(target: Target) -> int:
+    """Bytes of the cache for 1,000 tokens of one row, by making one and reading a token."""
+    cache = target.cache(1, STRETCH - 1)
+    zero = torch.zeros(1, 1, dtype=torch.long, device=target.device)
+    subset = torch.zeros(1, dtype=torch.long, device=target.device)
+    target.forward(cache, zero, zero[0], 0, subset=subset, logits=False)
+    return cache.nbytes
+
+
+def _drafter_cache(drafter: Drafter) -> int:
+    return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
+
+
+def _learning(drafter: Drafter) -> int:
+    """Bytes a row: float32 master and two moments, the live copy and its gradient."""
+    weights = [drafter.weights[name] for name in drafter.learnable("full")]
+    return sum(w.numel() * (12 + 2 * w.element_size()) for w in weights)

@@ -1,0 +1,130 @@
+"""Drafters against logits that their authors' own packages computed (scripts/make_goldens.py)."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from toys import SLOTS, verification
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.checkpoint import load_drafter
+from ttspec.drafters.eagle3 import Eagle3
+
+GOLDENS = Path(__file__).parent / "goldens"
+EAGLE3 = sorted(p.name for p in GOLDENS.glob("eagle3-*"))
+DFLASH = sorted(p.name for p in GOLDENS.glob("dflash-*"))
+LAYERS = {"eagle3": 8, "dflash": 4}
+"""Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
+PROMPT, ACCEPTED = 9, (2, 0, 4)
+"""Of EAGLE-3; a DFlash golden brings its own."""
+
+
+def golden(name: str, to: Path) -> tuple[Drafter, dict[str, Tensor]]:
+    """A bound drafter and what is expected of it."""
+    expected = load_file(GOLDENS / name / "expected.safetensors")
+    for file in ("config.json", "model.safetensors"):  # a drafter's folder holds nothing else
+        shutil.copy(GOLDENS / name / file, to)
+    drafter = load_drafter(name, to)
+    random = torch.randn(2, 260, 32, generator=torch.Generator().manual_seed(0))
+    embedding, head = expected.get("embedding", random[0]), expected.get("head", random[1])
+    drafter.bind(embedding, head, LAYERS[drafter.kind])
+    return drafter, expected
+
+
+def read_prompt(drafter: Drafter, expected: dict[str, Tensor], length: int) -> DraftState:
+    """A state whose one row has read the first `length` tokens."""
+    state = drafter.start(1, SLOTS, DraftConfig())
+    tokens, features = expected["tokens"][None, :length], expected["features"][None, :length]
+    drafter.extend(state, tokens, features, torch.zeros(1, dtype=torch.long))
+    return state
+
+
+def propose(drafter: Drafter, state: DraftState, tokens: Tensor, start: int) -> Tensor:
+    """Logits [G, V] that are chosen from when each choice is what `tokens` say."""
+    seen: list[Tensor] = []
+
+    def choose(logits: Tensor, first: int) -> tuple[Tensor, None]:
+        seen.append(logits[0])
+        at = start + 1 + first
+        return tokens[None, at : at + logits.shape[1]], None
+
+    count = torch.tensor([drafter.length])
+    begin = torch.tensor([start])
+    drafter.propose(state, tokens[[start]], begin, count, drafter.length, start, choose)
+    return torch.cat(seen)
+
+
+def absorb(
+    drafter: Drafter, state: DraftState, expected: dict[str, Tensor], start: int, accepted: int
+) -> None:
+    """A round's tokens; what was rejected comes with features that must not be seen again."""
+    at = torch.arange(start, start + drafter.length + 1)
+    kept = at <= start + accepted
+    at = at.clamp(max=len(expected["features"]) - 1)
+    features = expected["features"][at] + 9 * ~kept[:, None]
+    fed = torch.where(kept, expected["tokens"][at], (expected["tokens"][at] + 7) % 259)
+    nothing = torch.zeros(1, len(at), 260)
+    drafter.absorb(
+        state, verification([start], fed[None], nothing, features[None], fed[None], [accepted])
+    )
+
+
+@pytest.mark.parametrize("name", EAGLE3)
+def test_eagle3_taught_over_a_sequence_says_what_speculators_says(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert isinstance(drafter, Eagle3)
+    assert drafter.taps == (2, 4, 5)
+    steps, count, _ = expected["logits"].shape
+    features = torch.nn.functional.pad(expected["features"], (0, 0, 0, steps))[None]
+    with torch.no_grad():
+        outs = drafter.teach(features, expected["tokens"][None, : count + steps], steps)
+        logits = torch.stack([drafter.logits(out)[0, :count] for out in outs])
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", EAGLE3)
+def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert drafter.draft_ids is not None
+    assert drafter.length == len(expected["logits"])
+    state, start = read_prompt(drafter, expected, PROMPT), PROMPT
+    for accepted in ACCEPTED:
+        wide = propose(drafter, state, expected["tokens"], start)
+        logits = wide[:, drafter.draft_ids]
+        wanted = expected["logits"][:, start - 1]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+        assert (wide == -math.inf).sum() == wide.numel() - logits.numel()
+        absorb(drafter, state, expected, start, accepted)
+        start += accepted + 1
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH])
+def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
+    drafter, expected = golden(name, tmp_path)
+    whole = propose(drafter, read_prompt(drafter, expected, PROMPT), expected["tokens"], PROMPT)
+    state = drafter.start(1, SLOTS, DraftConfig())
+    for first in range(0, PROMPT, size):
+        part = slice(first, min(first + size, PROMPT))
+        tokens, features = expected["tokens"][None, part], expected["features"][None, part]
+        drafter.extend(state, tokens, features, torch.tensor([first]))
+    parts = propose(drafter, state, expected["tokens"], PROMPT)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", DFLASH)
+def test_dflash_drafting_in_rounds_says_what_its_authors_package_says(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    state = read_prompt(drafter, expected, int(expected["start"][0]))
+    rounds = zip(*(expected[k].tolist() for k in ("start", "pending", "accepted")), strict=True)
+    for number, (start, pending, accepted) in enumerate(rounds):
+        assert pending == expected["tokens"][start]
+        logits = propose(drafter, state, expected["tokens"], start)
+        torch.testing.assert_close(logits, expected["logits"][number], atol=1e-4, rtol=0)
+        absorb(drafter, state, expected, start, accepted)
+    assert expected["accepted"].tolist() == list(ACCEPTED)
