@@ -50,7 +50,7 @@ def run(a: argparse.Namespace) -> None:
     engine = ttspec.load(a.target, a.drafter, dtype=a.dtype, device=a.device)
     drafter = engine.drafter
     digest = hashlib.sha256()
-    for path in sorted(drafter.path.glob("*.safetensors")):
+    for path in sorted(drafter.path.glob("*.safetensors")) if drafter.path else ():
         digest.update(path.read_bytes())
     a.out.mkdir(parents=True, exist_ok=True)
     for arm in a.arms.split(","):
@@ -75,6 +75,7 @@ def run(a: argparse.Namespace) -> None:
                 ]
         facts = {
             "arm": arm,
+            "drafter": drafter.name,
             "options": str(chosen),
             "seconds": round(time.perf_counter() - began, 1),
             "seed": a.seed,

@@ -178,6 +178,8 @@ def save_drafter(
         )
     tensors = {k: w.detach().to("cpu", copy=True).contiguous() for k, w in weights.items()}
     save_torch_state_dict(tensors, folder, max_shard_size=shard, metadata={"format": "pt"})
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # written for its owner alone
     text = json.dumps(dict(config), indent=2, sort_keys=True)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 

@@ -167,9 +167,10 @@ class Eagle3Recipe(Recipe[Eagle3]):
             # At the top level vLLM reads them as we do; nested in eagle_config, a layer early.
             "eagle_aux_hidden_state_layer_ids": list(taps),
             "norm_before_residual": True,
+            "ttspec": {"length": c.block - 1},
         }
         if c.head == "frozen":
-            config["ttspec"] = {"rebuilt": ["lm_head.weight"]}
+            config["ttspec"]["rebuilt"] = ["lm_head.weight"]
         drafter = make_drafter("eagle3", config)
         assert isinstance(drafter, Eagle3)
         drafter.weights = self.random({n: s for n, s in drafter.shapes().items() if n != "d2t"})
@@ -226,6 +227,7 @@ class PardRecipe(Recipe[Causal]):
             )
         kept = [round(i * (self.layers - 1) / max(layers - 1, 1)) for i in range(layers)]
         config = self.target.config.to_dict()
+        config.pop("_name_or_path", None)  # a path of this machine
         config["num_hidden_layers"] = layers
         if config.get("layer_types"):
             config["layer_types"] = [config["layer_types"][k] for k in kept]

@@ -97,7 +97,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
     )
     target.taps = drafter.taps
     lent = dict(drafter.weights)
-    masters = {n: lent[n].float().requires_grad_() for n in recipe.trained(drafter)}
+    masters = {n: lent[n].float().clone().requires_grad_() for n in recipe.trained(drafter)}
     optimiser = torch.optim.AdamW(masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0)
     step, spent = _load_state(config, masters, optimiser)
     total = math.ceil(len(examples) / config.batch) * config.epochs
