@@ -1,4 +1,4 @@
-"""Acceptance and speed on short answers: static drafter, n-gram copying, plain, learning.
+"""Acceptance on short answers: n-gram copying, a plain draft model and the bundled drafters.
 
 The 20 held-out prompts of `scripts/make_prompts.py`, greedy, first 256 tokens. An answer is cut
 where its last 64 tokens repeat (share of repeated 8-grams over 0.3): loops flatter every drafter.
@@ -6,6 +6,7 @@ where its last 64 tokens repeat (share of repeated 8-grams over 0.3): loops flat
 
 import argparse
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -22,6 +23,20 @@ def natural(tokens: list[int]) -> int:
     return len(tokens)
 
 
+def draft_model() -> str:
+    """The bundled PARD drafter as a plain draft model, in a folder."""
+    from ttspec.drafters.checkpoint import BUNDLED, read_config
+
+    source, folder = BUNDLED / "smollm2-135m-pard", Path("runs/draft-model")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in source.glob("*.safetensors"):
+        shutil.copy(file, folder)
+    config = read_config(source)
+    config = {k: v for k, v in config.items() if k not in ("pard_token", "spd_type")}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
 def main() -> None:
     """Run the arms one after the other on the same prompts."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -31,25 +46,26 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--arms", default="plain,ngram,static,learn")
+    parser.add_argument("--arms", default="plain,ngram,draft-model,dflash,eagle3,pard")
     a = parser.parse_args()
     import torch
 
     import ttspec
     from ttspec import DraftConfig, LearnConfig
+    from ttspec.drafters.checkpoint import BUNDLED
 
     if a.threads:
         torch.set_num_threads(a.threads)
     prompts = [json.loads(line)["prompt"] for line in a.suite.read_text().split("\n") if line]
-    arms = {
-        "plain": ("auto", {"learn": None, "draft": DraftConfig(length=0)}),
-        "ngram": ("ngram", {"learn": None}),
-        "static": ("auto", {"learn": None}),
-        "learn": ("auto", {"learn": LearnConfig()}),
-    }
     texts = None
     for arm in a.arms.split(","):
-        drafter, options = arms[arm]
+        name, _, learn = arm.partition("+")
+        drafter = {"plain": "none", "draft-model": draft_model()}.get(name, name)
+        if (BUNDLED / f"smollm2-135m-{name}").is_dir():
+            drafter = f"smollm2-135m-{name}"
+        options = {"learn": LearnConfig() if learn else None}
+        if name == "plain":
+            options["draft"] = DraftConfig(length=0)
         engine = ttspec.load("smollm2-135m", drafter, device=a.device, dtype=a.dtype)
         began = time.perf_counter()
         results = engine.generate(
@@ -62,7 +78,7 @@ def main() -> None:
         ]
         every = [x for r in results for x in r.rounds]
         print(
-            f"{arm:7s} tau {sum(x.emitted for x in kept) / len(kept):.3f} cut at loops,",
+            f"{arm:12s} tau {sum(x.emitted for x in kept) / len(kept):.3f} cut at loops,",
             f"{sum(x.emitted for x in every) / len(every):.3f} in all;",
             f"{sum(r.token_ids == t for r, t in zip(results, texts, strict=True))}/{len(texts)}",
             f"texts as plain's; {seconds:.0f} s in one batch",

@@ -313,7 +313,7 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
                 left = copy.deepcopy(state)
                 start = taught.start[:, i].tolist()
                 drafted(drafter, left, taught.tokens[:, i, 0].tolist(), start)
-                parts.append(drafter.replay(left, taught.block(i), drafter.length, 30))
+                parts.append(drafter.replay(left, taught.part(i), drafter.length, 30))
             found = torch.cat(parts, dim=1)
         rows = VOCABULARY if drafter.draft_ids is None else len(drafter.draft_ids)
         assert found.shape == (2, 3, drafter.length, rows)

@@ -74,15 +74,15 @@ class Lesson:
     count: Tensor
     """int64 [B]: blocks of a row that hold a lesson."""
 
-    def block(self, i: int) -> Lesson:
-        """Block i of every row."""
-        one = slice(i, i + 1)
+    def part(self, begin: int, blocks: int = 1) -> Lesson:
+        """Some blocks of every row, from block `begin` on."""
+        some = slice(begin, begin + blocks)
         return Lesson(
-            tokens=self.tokens[:, one],
-            start=self.start[:, one],
-            before=None if self.before is None else self.before[:, one],
-            logits=self.logits[:, one],
-            mask=self.mask[:, one],
+            tokens=self.tokens[:, some],
+            start=self.start[:, some],
+            before=None if self.before is None else self.before[:, some],
+            logits=self.logits[:, some],
+            mask=self.mask[:, some],
             count=self.count,
         )
 

@@ -120,7 +120,8 @@ def lines(told: dict[str, Any]) -> list[str]:
             f"drafter      {drafter['name']} ({drafter['kind']}): fits",
             f"  path       {drafter['path']}",
             f"  size       {drafter['parameters'] / 1e6:,.1f} M parameters, drafts "
-            f"{drafter['length']} tokens a round, reads hidden states {drafter['taps']}",
+            f"{drafter['length']} tokens a round, reads "
+            + (f"hidden states {drafter['taps']}" if drafter["taps"] else "the text"),
             f"  memory     {mib(memory['drafter_weights'])} weights, "
             f"{mib(memory['drafter_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
             f"  learning   {mib(memory['learning_per_row'])} for each row that learns",

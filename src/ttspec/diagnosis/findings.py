@@ -236,7 +236,11 @@ def _rope_base(target: Target, drafter: Drafter) -> Finding | None:
     if drafter.kind == "eagle3" and own == DEFAULT_BASE:
         level = "note" if far or not given else "ok"
         text += "; as the published training code"
-    elif drafter.kind == "eagle3" and "transformer_layer_config" not in drafter.config:
+    elif (
+        drafter.kind == "eagle3"
+        and "transformer_layer_config" not in drafter.config
+        and "rebuilt" not in (drafter.config.get("ttspec") or {})  # trained here, as it says
+    ):
         # drafters.md 6.2: AngelSlim's code still does, SpecForge's did until late 2025
         angel = "Eagle3LlamaForCausalLM" in str(drafter.config.get("architectures"))
         level = "warning" if angel or far else "note"

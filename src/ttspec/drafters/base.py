@@ -56,6 +56,8 @@ class Drafter(ABC):
     bound: a default may depend on the target's number of layers."""
     length: int
     """Tokens drafted a round unless told otherwise."""
+    learning_rate: float = 1e-4
+    """Of online learning unless told otherwise: what measured best (docs/experiments.md)."""
     weights: dict[str, Tensor]
     """The anchor weights: what the checkpoint holds, under its names."""
     facts: dict[str, str]
@@ -151,7 +153,7 @@ class Drafter(ABC):
         if not state.options.rebase:
             return self._replay(state, lesson, length, longest, unroll)
         # Where a context token seems to be depends on the block: one block at a time.
-        parts = (lesson.block(i) for i in range(lesson.start.shape[1]))
+        parts = (lesson.part(i) for i in range(lesson.start.shape[1]))
         return torch.cat([self._replay(state, p, length, longest, unroll) for p in parts], dim=1)
 
     @abstractmethod

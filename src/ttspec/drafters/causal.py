@@ -68,6 +68,7 @@ class Causal(Drafter):
     """A draft model from its config.json and its weights by transformers' names."""
 
     kind = "causal"
+    learning_rate = 3e-5
 
     def __init__(
         self,

@@ -53,6 +53,7 @@ class Eagle3(Drafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
+    learning_rate = 3e-5
 
     def __init__(
         self,

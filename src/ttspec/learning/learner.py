@@ -17,6 +17,9 @@ from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl, position_weights, weighted_mean
 from ttspec.records import Lesson, Verification
 
+AT_ONCE = 2048
+"""Drafted tokens, over all rows, that are replayed together: more only take more memory."""
+
 
 class Learner:
     """Distils the target into the live weights of every row, one Adam step per update."""
@@ -62,18 +65,14 @@ class Learner:
         """
         leaves = {name: w.detach().requires_grad_() for name, w in self.live.items()}
         live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
+        rows, blocks = lesson.start.shape
+        some = max(1, AT_ONCE // (rows * self.length))
         try:
-            with torch.enable_grad():
-                unroll = self.config.chain == "unrolled"
-                logits = self.drafter.replay(
-                    self.state, lesson, self.length, longest, unroll=unroll
-                )
-                weights = position_weights(self.length, self.config.decay, logits.device)
-                heat = self.config.temperature
-                kl = self._divergence(lesson.logits / heat, logits / heat)
-                kl = weighted_mean(kl, weights, lesson.mask)
-                loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
-                gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+            loss, gradients = self._gradients(leaves, lesson.part(0, some), longest)
+            for i in range(some, blocks, some):
+                more, others = self._gradients(leaves, lesson.part(i, some), longest)
+                loss = loss + more
+                gradients = [a + b for a, b in zip(gradients, others, strict=True)]
         finally:
             self.state.weights = live
         norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
@@ -82,13 +81,27 @@ class Learner:
         gradients = [
             (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous() for g in gradients
         ]
-        facts = torch.stack([lesson.count.float(), loss.detach(), norm], dim=1).tolist()
+        facts = torch.stack([lesson.count.float(), loss, norm], dim=1).tolist()
         updated = [
             self._step(row, [g[row] for g in gradients], *fact) for row, fact in enumerate(facts)
         ]
         for name, weight in self.live.items():
             weight.copy_(self.master[name])
         return updated
+
+    def _gradients(
+        self, leaves: dict[str, Tensor], lesson: Lesson, longest: int
+    ) -> tuple[Tensor, list[Tensor]]:
+        """What these blocks add to each row's loss [B], and its gradients."""
+        with torch.enable_grad():
+            unroll = self.config.chain == "unrolled"
+            logits = self.drafter.replay(self.state, lesson, self.length, longest, unroll=unroll)
+            weights = position_weights(self.length, self.config.decay, logits.device)
+            heat = self.config.temperature
+            kl = self._divergence(lesson.logits / heat, logits / heat)
+            kl = weighted_mean(kl, weights, lesson.mask)
+            loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
+            return loss.detach(), list(torch.autograd.grad(loss.sum(), list(leaves.values())))
 
     def _divergence(self, p_logits: Tensor, q_logits: Tensor) -> Tensor:
         """KL(p || q) per drafted token, over the tokens that can be drafted."""
@@ -144,4 +157,5 @@ class Learner:
         """Adam over views of one row's masters: a step changes that row and no other."""
         c = self.config
         views = [weight[row] for weight in self.master.values()]
-        return torch.optim.Adam(views, c.lr, (c.beta1, c.beta2), c.eps, fused=True)
+        lr = self.drafter.learning_rate if c.lr is None else c.lr
+        return torch.optim.Adam(views, lr, (c.beta1, c.beta2), c.eps, fused=True)
