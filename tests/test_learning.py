@@ -6,15 +6,28 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import G, bound_drafter, fake_round, lesson, pupil, toy_engine, verification
+from toys import (
+    VOCABULARY,
+    G,
+    bound_drafter,
+    bound_kind,
+    fake_round,
+    lesson,
+    pupil,
+    random_features,
+    toy_engine,
+    verification,
+)
 
-from ttspec.config import LearnConfig
-from ttspec.drafters.base import DraftState
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.dflash import DFlash
+from ttspec.errors import OptionError
+from ttspec.learning import learner as learning
 from ttspec.learning.learner import Learner
 from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl
-from ttspec.records import Verification
+from ttspec.records import Lesson, Verification
 
 
 def step(learner: Learner, drafter: DFlash, state: DraftState, v: Verification) -> list[bool]:
@@ -225,6 +238,82 @@ def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
     assert one.updates[0] > 2
     for name in one.anchor:
         torch.testing.assert_close(one.master[name][0], many.master[name][1], atol=1e-5, rtol=0)
+
+
+# Any kind of drafter.
+
+KINDS = ["dflash", "eagle3", "pard"]
+STARTS = [[9, 20, 26, 29, 30], [12, 13, 15, 21, 30]]
+
+
+def taught(which: str, config: LearnConfig) -> tuple[Learner, Drafter, Lesson]:
+    """A learner of two rows that have read 31 tokens, and a lesson of five blocks a row."""
+    drafter = bound_kind(which)
+    width = 64 * len(drafter.taps)
+    generator = torch.Generator().manual_seed(0)
+    state = drafter.start(2, 64, DraftConfig())
+    ids = torch.randint(0, 256, (2, 31), generator=generator)
+    drafter.extend(state, ids, random_features(2, 31, width), torch.tensor([0, 0]))
+    learner = Learner(config, drafter, state, 2, G)
+    tokens = torch.randint(0, 256, (2, 5, G + 1), generator=generator)
+    before = random_features(2, 5, width, seed=1) if which == "eagle3" else None
+    logits = 3 * torch.randn(2, 5, G, VOCABULARY, generator=generator)
+    mask = torch.ones(2, 5, G, dtype=torch.bool)
+    mask[0, 1:3] = False  # a row with fewer lessons
+    count = mask.any(-1).sum(-1)
+    whole = lesson(tokens, STARTS, before)
+    return learner, drafter, replace(whole, logits=logits, mask=mask, count=count)
+
+
+@pytest.mark.parametrize("at_once", [1, 4 * G, 6 * G], ids=["1 block", "2 blocks", "3 blocks"])
+@pytest.mark.parametrize("which", KINDS)
+def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monkeypatch):
+    # With so large an eps a step is the gradient itself, not its sign, which rounding may turn.
+    config = LearnConfig(stride=1, lr=0.5, eps=1.0, decay=2.0)
+    moved, calls = [], []
+    for limit in (learning.AT_ONCE, at_once):
+        monkeypatch.setattr(learning, "AT_ONCE", limit)
+        learner, drafter, given = taught(which, config)
+        replay = drafter.replay
+
+        def counted(state, part, *rest, replay=replay, **how):
+            calls[-1].append(part.start.shape[1])
+            return replay(state, part, *rest, **how)
+
+        calls.append([])
+        monkeypatch.setattr(drafter, "replay", counted)
+        assert learner.update(given, 31) == [True, True]
+        moved.append({n: w - learner.anchor[n] for n, w in learner.master.items()})
+    some = max(1, at_once // (2 * G))
+    assert calls[0] == [5]
+    assert calls[1] == [min(some, 5 - i) for i in range(0, 5, some)]
+    assert max(float(m.abs().max()) for m in moved[0].values()) > 1e-3
+    for name, wanted in moved[0].items():
+        torch.testing.assert_close(moved[1][name], wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("lr", [None, 2e-3], ids=["its own rate", "a given rate"])
+@pytest.mark.parametrize("which", KINDS)
+def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which: str, lr):
+    learner, drafter, given = taught(which, LearnConfig(stride=1, lr=lr))
+    assert learner.update(given, 31) == [True, True]
+    moved = [(learner.master[n] - w).abs().flatten() for n, w in learner.anchor.items()]
+    # Adam's first step is the rate times the sign of the gradient.
+    wanted = drafter.learning_rate if lr is None else lr
+    torch.testing.assert_close(float(torch.cat(moved).max()), wanted, rtol=0.02, atol=0)
+    learner.revert(0)  # a new optimiser
+    assert learner._optimisers[0].param_groups[0]["lr"] == wanted
+
+
+def test_kinds_have_rates_of_their_own():
+    assert len({bound_kind(which).learning_rate for which in KINDS}) > 1
+    assert LearnConfig().lr is None
+
+
+@pytest.mark.parametrize("lr", [0, -1e-4, math.inf, math.nan])
+def test_a_rate_that_teaches_nothing_is_refused(lr: float):
+    with pytest.raises(OptionError, match=r"learn\.lr"):
+        LearnConfig(lr=lr)
 
 
 # Scopes, and rows that are used again.

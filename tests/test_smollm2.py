@@ -1,15 +1,20 @@
 """The built-in pair, real weights: every arm writes what the target writes, and drafting pays."""
 
 import functools
+import hashlib
+import re
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ttspec import DraftConfig, LearnConfig, load
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
+from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS
 from ttspec.records import Result
 
 pytestmark = [pytest.mark.weights, pytest.mark.filterwarnings("default:near-tie")]
@@ -93,3 +98,66 @@ def test_greedy_text_is_that_of_transformers_generate(engine, plain, smollm2_dir
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS, do_sample=False
             )
         assert_same(engine, wanted, said[0, ids.shape[1] :].tolist(), 0.0)
+
+
+# The drafters that come along.
+
+DRAFTERS = ["smollm2-135m-dflash", "smollm2-135m-eagle3", "smollm2-135m-pard"]
+MIB = 2**20
+TABLES = ("lm_head.weight", "embed_tokens.weight")
+
+
+def shards(name: str) -> list[Path]:
+    return sorted((BUNDLED / name).glob("*.safetensors"))
+
+
+def drafter_of(engine: Engine, name: str) -> Engine:
+    """The same target, with taps of its own."""
+    return load((engine.target.model, engine.tokenizer), name)
+
+
+def test_the_drafters_that_come_along_are_small():
+    assert sorted(p.name for p in BUNDLED.iterdir() if p.is_dir()) == DRAFTERS
+    assert set(DEFAULT_DRAFTERS.values()) <= set(DRAFTERS)
+    sizes = [shard.stat().st_size for name in DRAFTERS for shard in shards(name)]
+    assert max(sizes) <= 16 * MIB
+    assert sum(sizes) <= 76 * MIB
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_a_card_has_the_checksum_of_every_shard(name: str):
+    card = (BUNDLED / name / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^- `(.+)` `([0-9a-f]{64})`$", card, re.MULTILINE)
+    found = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in shards(name)]
+    assert found
+    assert sorted(listed) == found
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_tables_are_the_targets_and_not_in_the_files(engine, name: str):
+    stored = []
+    for shard in shards(name):
+        with safe_open(shard, framework="pt") as file:
+            stored += file.keys()
+    assert stored
+    assert not [n for n in stored if n.endswith(TABLES)]
+    drafter = drafter_of(engine, name).drafter
+    assert drafter.kind == name.rsplit("-", 1)[1]
+    if drafter.kind == "eagle3":
+        d2t = drafter.weights["d2t"]
+        assert len(d2t) == 32000
+        assert torch.equal(drafter.head, engine.target.head[d2t + torch.arange(len(d2t))])
+    if drafter.kind == "pard":
+        own = drafter.weights["model.embed_tokens.weight"]
+        assert torch.equal(own, engine.target.embedding)
+        assert drafter.model_config.tie_word_embeddings  # so it is the head too
+
+
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_each_drafter_writes_what_plain_decoding_writes_and_pays(engine, plain, name: str):
+    given = drafter_of(engine, name)
+    options = {"max_new_tokens": 33, "temperature": 0.0, "learn": None}
+    found = given.generate(PROMPTS[0], **options)[0]
+    # The target's best two tokens are 0.5 apart or more all along: nothing may flip.
+    assert found.token_ids == plain(0.0)[0].token_ids[:33]
+    assert found.stats.acceptance_length > 1.5

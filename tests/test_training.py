@@ -43,8 +43,7 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def engine() -> Engine:
+def speaker() -> LlamaForCausalLM:
     """A target of six layers without attention: the next token hangs on the last one alone."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -53,7 +52,12 @@ def engine() -> Engine:
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
         model.lm_head.weight[258] *= 2  # answers end now and then
-    return load((model, byte_tokenizer()), None)
+    return model
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return load((speaker(), byte_tokenizer()), None)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +119,12 @@ def test_the_drafter_loads_and_drafts_better_than_an_untrained_one(run, engine, 
         drafted = sum(r.accepted for result in results for r in result.rounds)
         kept.append(drafted / sum(len(result.rounds) for result in results))
     assert kept[1] > 2 * kept[0], kept
+
+
+def test_training_leaves_the_target_as_it_was(run, engine):
+    found = engine.target.model.state_dict()
+    for name, weight in speaker().state_dict().items():
+        assert torch.equal(found[name], weight), name
 
 
 def test_a_card_of_facts_lies_beside_the_drafter(run):

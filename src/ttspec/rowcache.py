@@ -90,3 +90,29 @@ def causal_mask(position: Tensor, reach: int, window: int | None = None) -> Tens
     if window is not None:
         seen &= slot > position[..., None] - window
     return seen[:, None]
+
+
+class Beside(Cache):
+    """Old keys and values as they are, and new ones beside them; nothing is written."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Context [layers, B, kv heads, S, D]."""
+        super().__init__(layers=[])
+        self._keys, self._values = keys, values
+        self.new_keys: list[Tensor] = []
+        self.new_values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the new [B, kv heads, N, D]; return the context and them."""
+        self.new_keys.append(key_states)
+        self.new_values.append(value_states)
+        return (
+            torch.cat([self._keys[layer_idx], key_states], dim=2),
+            torch.cat([self._values[layer_idx], value_states], dim=2),
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0

@@ -77,7 +77,8 @@ def _drafter_folder(name: str, notify: Notify | None) -> Path:
     try:
         return resolve(name, notify=notify).path
     except TargetError as error:
-        built_in = ", ".join(["ngram", "none", *DEFAULT_DRAFTERS.values()])
+        bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+        built_in = ", ".join(["ngram", "none", *bundled])
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{first}\nGive a drafter's folder, a hub id, or a built-in one: {built_in}."

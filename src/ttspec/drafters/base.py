@@ -237,15 +237,3 @@ def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Tensor]:
 def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
     """Weights on the target's device, floating ones in its dtype."""
     return {k: w.to(like if w.is_floating_point() else like.device) for k, w in weights.items()}
-
-
-def ids_of(d2t: Tensor | None, vocabulary: int) -> Tensor | None:
-    """The target's token for each draft token; None when they are the same.
-
-    Args:
-        d2t: int64 [V_draft], published offsets: target token = draft token + offset.
-        vocabulary: The target's.
-    """
-    if d2t is None or len(d2t) == vocabulary:
-        return None
-    return d2t + torch.arange(len(d2t), device=d2t.device)

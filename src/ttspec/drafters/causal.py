@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -34,11 +33,12 @@ from ttspec.drafters.base import (
     placed,
 )
 from ttspec.drafters.layers import Rope, Weights, rebased
+from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.records import Lesson, Proposal, Verification
-from ttspec.rowcache import reach_of
+from ttspec.rowcache import Beside, reach_of
 
 
 @dataclass(slots=True)
@@ -94,10 +94,7 @@ class Causal(Drafter):
         self.rebuilt = set((config.get("ttspec") or {}).get("rebuilt") or [])
         self.length = int((config.get("ttspec") or {}).get("length") or self.default_length)
         self.facts = {"rope base": f"{Rope.of(config, self.head_dim).base:g}"}
-        self._rows: Tensor | None = None
-        """int64 [V_draft]: the draft model's rows that are drafted from; None is all."""
-        self._ids: Tensor | None = None
-        """int64 [V]: the draft model's token for each of the target's; None is the same."""
+        self._shared = Shared()
         self.embedding = torch.empty(0)
 
     default_length = 5
@@ -146,7 +143,22 @@ class Causal(Drafter):
             self.weights.pop("lm_head.weight", None)
         self.weights = placed(self.weights, embedding)
         torch.nn.Module.to(self.model, embedding.device)
-        self._map_vocabulary(tokenizer)
+        ours = int(self.model_config.get_text_config().vocab_size)
+        own = self._tokenizer()
+        if own is None:
+            self._require("vocabulary", ours, embedding.shape[0])
+        if own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab():
+            shared = padded(embedding.shape[0], ours)
+        else:
+            shared = common(embedding.shape[0], ours, tokenizer, own)
+            self.facts["vocabulary"] = f"{shared.share:.0%} of the target's tokens are its own too"
+            if shared.share < LEAST_SHARED:
+                raise CheckpointError(
+                    f"Drafter {self.name} knows only {shared.share:.0%} of the target's tokens.\n"
+                    "Give a draft model with the target's tokenizer."
+                )
+        self._shared = shared.on(embedding.device, embedding.shape[0], ours)
+        self.draft_ids = self._shared.theirs
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
@@ -462,7 +474,8 @@ class Causal(Drafter):
                 dims = ({n: 0 if s else None for n, s in stacked.items()}, 0, 0, 0, 1, 1)
                 logits, k, v = vmap(call, dims, (0, 1, 1))(named, *rows, values[:, :, None])
             logits, k, v = logits[:, 0], k[:, :, 0], v[:, :, 0]
-        return (logits if self._rows is None else logits[..., self._rows]), k, v
+        rows = self._shared.ours
+        return (logits if rows is None else logits[..., rows]), k, v
 
     @cached_property
     def _own_names(self) -> dict[str, int]:
@@ -480,71 +493,11 @@ class Causal(Drafter):
 
     def _own(self, tokens: Tensor) -> Tensor:
         """The target's tokens in the drafter's own vocabulary."""
-        return tokens if self._ids is None else self._ids[tokens]
-
-    def _map_vocabulary(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Find which tokens both models know."""
-        theirs = self.embedding.shape[0]
-        ours = int(self.model_config.get_text_config().vocab_size)
-        own = self._tokenizer()
-        if own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab():
-            both = min(ours, theirs)  # tables of one tokenizer may be padded differently
-            if own is None and ours != theirs:
-                self._require("vocabulary", ours, theirs)
-            if theirs > ours:  # the target's padding rows can be sampled all the same
-                every = torch.arange(theirs, device=self.embedding.device)
-                self._ids = every.where(every < ours, 0)
-            pairs = torch.arange(both).expand(2, -1)
-        else:
-            vocabulary = own.get_vocab()
-            common = [
-                (i, vocabulary[t]) for t, i in tokenizer.get_vocab().items() if t in vocabulary
-            ]
-            pairs = torch.tensor(sorted(common), dtype=torch.long).view(-1, 2).T
-            share = pairs.shape[1] / len(tokenizer)
-            self.facts["vocabulary"] = f"{share:.0%} of the target's tokens are its own too"
-            if share < 0.5:
-                raise CheckpointError(
-                    f"Drafter {self.name} knows only {share:.0%} of the target's tokens.\n"
-                    "Give a draft model with the target's tokenizer."
-                )
-            unknown = own.unk_token_id if own.unk_token_id is not None else own.eos_token_id or 0
-            self._ids = torch.full((theirs,), int(unknown), device=self.embedding.device)  # type: ignore[arg-type]
-            self._ids[pairs[0]] = pairs[1].to(self._ids)
-        pairs = pairs.to(self.embedding.device)
-        whole = torch.arange(theirs, device=pairs.device)
-        self.draft_ids = None if torch.equal(pairs[0], whole) else pairs[0]
-        rows = torch.arange(ours, device=pairs.device)
-        self._rows = None if torch.equal(pairs[1], rows) else pairs[1]
+        own = self._shared.own
+        return tokens if own is None else own[tokens]
 
     def _tokenizer(self) -> PreTrainedTokenizerBase | None:
         """The draft model's own tokenizer, if its folder has one."""
         if self.path is None or not any(self.path.glob("tokenizer*")):
             return None
         return AutoTokenizer.from_pretrained(self.path)
-
-
-class Beside(Cache):
-    """Old keys and values as they are, and new ones beside them; nothing is written."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Context [layers, B, kv heads, S, D]."""
-        super().__init__(layers=[])
-        self._keys, self._values = keys, values
-        self.new_keys: list[Tensor] = []
-        self.new_values: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Keep the new [B, kv heads, N, D]; return the context and them."""
-        self.new_keys.append(key_states)
-        self.new_values.append(value_states)
-        return (
-            torch.cat([self._keys[layer_idx], key_states], dim=2),
-            torch.cat([self._values[layer_idx], value_states], dim=2),
-        )
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """0: positions and masks are always given explicitly."""
-        return 0

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ttspec.drafters.base import Drafter, ids_of
+from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.pard import Pard
+from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError
 
 BUNDLED = Path(__file__).parent / "bundled"

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, ids_of, placed
+from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
 from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, rebased, rms_norm
+from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of

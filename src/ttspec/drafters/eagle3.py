@@ -26,10 +26,10 @@ from ttspec.drafters.base import (
     FeatureState,
     Shapes,
     feature_ring,
-    ids_of,
     placed,
 )
 from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, rebased, rms_norm
+from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of
