@@ -67,11 +67,16 @@ def load(
     if drafter == "ngram":
         drafter = Ngram()
     if isinstance(drafter, str) and drafter != "none":
-        drafter = load_drafter(drafter, _drafter_folder(drafter, notify))
+        drafter = load_drafter(drafter, drafter_folder(drafter, notify))
     return Engine(loaded, drafter if isinstance(drafter, Drafter) else None)
 
 
-def _drafter_folder(name: str, notify: Notify | None) -> Path:
+def drafter_folder(name: str, notify: Notify | None = None) -> Path:
+    """Where a drafter's files are: a built-in name, a local folder or a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+    """
     if name and (BUNDLED / name).is_dir():
         return BUNDLED / name
     try:

@@ -111,7 +111,7 @@ class Eagle3(Drafter):
             "norm_before_residual": str(self.residual_is_normed).lower()
             + ("" if "norm_before_residual" in config else " (not given)"),
         }
-        self.embedding = self.head = torch.empty(0)
+        self.embedding = self._lent_head = torch.empty(0)
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
@@ -178,9 +178,7 @@ class Eagle3(Drafter):
         self.embedding = self.weights.get("embed_tokens.weight", embedding)
         self.draft_ids = ids_of(self.weights.get("d2t"), self.vocabulary)
         if self.head_is_targets:
-            self.head = head if self.draft_ids is None else head[self.draft_ids]
-        else:
-            self.head = self.weights["lm_head.weight"]
+            self._lent_head = head if self.draft_ids is None else head[self.draft_ids]
         self.rope = self.rope.to(embedding.device)
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> Eagle3State:
@@ -460,6 +458,11 @@ class Eagle3(Drafter):
         if state.options.window is not None:
             seen = seen & (slot >= begin - state.options.window)
         return seen
+
+    @property
+    def head(self) -> Tensor:
+        """[V_draft, H], its own or rows of the target's."""
+        return self.weights.get("lm_head.weight", self._lent_head)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., V_draft]."""

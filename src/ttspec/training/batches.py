@@ -147,7 +147,7 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
         chain = []
         for d in range(1, depth):
             anchor = mixed[: int(len(mixed) * max(keep**d, least))]
-            whole = taught[row, anchor + d] & taught[row, anchor + d + 1]
+            whole = taught[row, anchor[:, None] + torch.arange(d + 2)].all(-1)
             chain.append((anchor[whole], d))
         anchor = torch.cat([a for a, _ in chain]) if chain else possible[:0]
         deep = [torch.full_like(a, d) for a, d in chain]

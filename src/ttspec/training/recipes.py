@@ -39,6 +39,10 @@ class Recipe(ABC, Generic[D]):
         self.layers = int(target.config.num_hidden_layers)
         if self.layers < 5 or config.block < 2:
             raise OptionError("A drafter needs a block of 2 and a target of 5 layers or more.")
+        for name in ("keep", "keep_least"):
+            value = getattr(config, name)
+            if not 0 < value <= 1:
+                raise OptionError(f"{name} is {value}; allowed is above 0, at most 1.")
 
     @abstractmethod
     def new(self, examples: list[Example]) -> D:
@@ -217,14 +221,19 @@ class PardRecipe(Recipe[Causal]):
 
     kind, default_layers = "pard", 6
 
+    def __init__(self, target: Target, config: TrainConfig) -> None:
+        """Train for `target`."""
+        super().__init__(target, config)
+        layers = config.layers or self.default_layers
+        if config.init is None and layers >= self.layers:
+            raise OptionError(
+                f"layers is {layers}; a draft model of a target of {self.layers} layers has fewer."
+            )
+
     def new(self, examples: list[Example]) -> Causal:  # noqa: ARG002
         """The target with fewer layers, spread evenly; embedding and head stay the target's."""
         c = self.config
         layers = c.layers or self.default_layers
-        if layers >= self.layers:
-            raise OptionError(
-                f"layers is {layers}; a draft model of a target of {self.layers} layers has fewer."
-            )
         kept = [round(i * (self.layers - 1) / max(layers - 1, 1)) for i in range(layers)]
         config = self.target.config.to_dict()
         config.pop("_name_or_path", None)  # a path of this machine
@@ -260,11 +269,14 @@ class PardRecipe(Recipe[Causal]):
         place = rows.position[row, at]
         _, states = self.target.read(batch.ids)
         labels = batch.ids[row, place + 1]
-        logits = F.linear(hidden[row, at], self.target.head)
+        tied = drafter.weights["model.embed_tokens.weight"]
+        logits = F.linear(hidden[row, at], drafter.weights.get("lm_head.weight", tied))
         values = self.judge(logits, states[row, place], labels, None)
-        right = (logits.argmax(-1) == labels).float()
+        right = logits.argmax(-1) == labels
         which = rows.depth[row, at]
-        accuracy = [right[which == d].mean() for d in range(depth)]
+        accuracy = [
+            (right & (which == d)).sum() / (which == d).sum().clamp(min=1) for d in range(depth)
+        ]
         return values.mean(), torch.stack(accuracy)
 
 

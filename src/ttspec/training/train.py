@@ -20,9 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ttspec.decoding.engine import Engine
+from ttspec.decoding.engine import Engine, drafter_folder
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import BUNDLED, load_drafter, save_drafter
+from ttspec.drafters.checkpoint import load_drafter, save_drafter
+from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError, TrainingError
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
@@ -64,6 +65,8 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
     """
     dialogues = read_dialogues(config.prompts)
     RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
+    if config.init is not None:
+        _go_on(config)  # and so does this
     _claim(config)
     answers = config.out / "answers.jsonl"
     begun = time.monotonic()
@@ -146,7 +149,8 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
     }
     folder = config.out / "drafter"
     shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
-    made = {n: w for n, w in lent.items() if n in ("d2t", "t2d")}
+    rebuilt = (drafter.config.get("ttspec") or {}).get("rebuilt") or []
+    made = {n: w for n, w in lent.items() if n not in masters and n not in rebuilt}
     made |= {n: w.to(torch.bfloat16) for n, w in masters.items()}
     save_drafter(folder, drafter.config, made)
     (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -156,12 +160,15 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
 def _go_on(config: TrainConfig) -> Drafter:
     """The drafter that training begins with."""
     name = str(config.init)
-    folder = BUNDLED / name if (BUNDLED / name).is_dir() else Path(name)
-    drafter = load_drafter(name, folder)
+    drafter = load_drafter(name, drafter_folder(name))
     if drafter.kind != config.kind:
         raise OptionError(
             f"init is {name}, which is of kind {drafter.kind}; kind is {config.kind}.\n"
             "Give both the same kind."
+        )
+    if isinstance(drafter, DFlash) and drafter.block != config.block:
+        raise OptionError(
+            f"block is {config.block}; {name} has blocks of {drafter.block}.\nGive that block."
         )
     return drafter
 
@@ -169,7 +176,7 @@ def _go_on(config: TrainConfig) -> Drafter:
 def _claim(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
     names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr", "clip")
-    for name in (*names, "layers", "taps"):
+    for name in (*names, "layers", "taps", "draft_vocabulary"):
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise OptionError(f"{name} is {getattr(config, name)}; allowed is above 0.")
