@@ -90,8 +90,9 @@ def aligned(drafter: Drafter) -> Drafter:
     """The same in memory of its own: products of a file's mapped memory may round otherwise."""
     drafter = copy.copy(drafter)
     drafter.weights = {name: weight.clone() for name, weight in drafter.weights.items()}
-    if hasattr(drafter, "head"):
-        drafter.head = drafter.head.clone()
+    for table in ("head", "_lent_head"):
+        if table in vars(drafter):
+            setattr(drafter, table, getattr(drafter, table).clone())
     return drafter
 
 
