@@ -202,7 +202,8 @@ def test_the_probe_finds_the_taps_it_was_trained_on(bundled, tmp_path, shift):
 
 
 @pytest.mark.weights
-@pytest.mark.parametrize("base", [1000.0, pytest.param(1e7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [1000.0, 1e7])
 def test_the_probe_finds_the_rotary_base_it_was_trained_with(bundled, tmp_path, base):
     finding = judged(bundled, copied(tmp_path, rope_theta=base))
     assert finding.level == "warning"
