@@ -1,20 +1,94 @@
-"""One self-contained HTML page, and a table for the terminal, from a run folder.
+"""Tables, plots and one self-contained HTML page from run folders.
 
 Reads stored rounds and texts only; never runs a model. The page loads nothing from anywhere.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ttspec.bench import figures, measures
 from ttspec.bench.figures import COLOURS, acceptance_figure, colours, label, to_svg, write_png
-from ttspec.bench.runs import Arm, read_run
+from ttspec.bench.measures import different_texts, matched
+from ttspec.bench.runs import Arm
+from ttspec.bench.store import model_mark, read_run
+from ttspec.bench.tables import Table, all_tables, pairs_of
+from ttspec.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 EARLY, LATE = 512, 1024
 """Positions before which learning has had little time, and after which it should show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run folder, or several, ready to be compared: arms on the units all have finished."""
+
+    manifest: dict[str, Any]
+    arms: list[Arm]
+    left_out: list[str]
+    """What is not in the figures, in sentences."""
+
+
+def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
+    """Read one run folder, or several of one target and suite, as one run.
+
+    Args:
+        folders: With several, an arm's name begins with its folder's.
+        different_texts: Go on where arms that must say the same do not.
+
+    Raises:
+        DataError: A folder is damaged, holds nothing, or does not fit the others.
+    """
+    runs = [(folder, *read_run(folder)) for folder in folders]
+    first_folder, first, _ = runs[0]
+    for folder, manifest, _ in runs[1:]:
+        for part in ("target", "suite"):
+            a, b = ((x.get(part) or {}).get("sha256") for x in (first, manifest))
+            if a != b:
+                raise DataError(
+                    f"{folder} and {first_folder} have different {part}s, so no pairs.\n"
+                    f"Report on runs of one {part} together, the others apart."
+                )
+    arms = [
+        replace(arm, name=f"{folder.name}: {arm.name}") if len(runs) > 1 else arm
+        for folder, _, found in runs
+        for arm in found
+    ]
+    pairs = matched(arms)
+    if not pairs or not pairs[0].turns:
+        names = ", ".join(map(str, folders))
+        raise DataError(
+            f"{names} has no request that every arm has finished.\n"
+            "Go on with `ttspec bench run`; the same command takes it up where it ended."
+        )
+    if not different_texts:
+        check_texts(first, pairs)
+    return Run(first, pairs, _left_out(arms, pairs, [m for _, m, _ in runs]))
+
+
+def check_texts(manifest: dict[str, Any], arms: Sequence[Arm]) -> None:
+    """Greedy arms in float32 emit the same tokens, or one of them is wrong.
+
+    Raises:
+        DataError: They do not.
+    """
+    if manifest.get("temperature") != 0 or manifest.get("dtype") != "float32":
+        return  # elsewhere rounding decides close calls; the tables count the differences
+    for arm in arms[1:]:
+        for (request, seed), position in different_texts(arm, arms[0]):
+            raise DataError(
+                f"{arm.name} emitted other greedy tokens than {arms[0].name}: request {request}, "
+                f"seed {seed}, from token {position} on.\n`ttspec check` finds out whether it is a "
+                "close call; --different-texts reports all the same."
+            )
 
 
 def write_report(folder: Path) -> Path:
@@ -31,6 +105,83 @@ def write_report(folder: Path) -> Path:
     page = out / "index.html"
     page.write_text(render_page(manifest, arms, to_svg(figure)), encoding="utf-8")
     return page
+
+
+def write_bench_report(run: Run, out: Path) -> Path:
+    """Draw plots, tables and page of a benchmark into `out`; returns the page's path."""
+    out.mkdir(parents=True, exist_ok=True)
+    plots = {name: draw(run.arms) for name, (draw, _, _) in PLOTS.items()}
+    for name, figure in plots.items():
+        write_png(figure, out / f"{name}.png")
+        figures.write_svg(figure, out / f"{name}.svg")
+    tables = all_tables(run.arms)
+    text = "\n".join(table.markdown() for table in tables)
+    (out / "tables.md").write_text(text, encoding="utf-8")
+    summary = json.dumps(summarise_run(run), indent=1, ensure_ascii=False)
+    (out / "summary.json").write_text(summary + "\n", encoding="utf-8")
+    page = out / "index.html"
+    page.write_text(render_bench(run, tables, plots), encoding="utf-8")
+    return page
+
+
+def summarise_run(run: Run) -> dict[str, Any]:
+    """The figures as plain values, small enough to commit."""
+    bins = measures.by_position(run.arms)
+    arms = {
+        arm.name: {
+            "units": len(arm.units),
+            "tokens": arm.tokens,
+            "acceptance_length": _plain(measures.acceptance(arm)),
+            "acceptance_length_over_requests": _plain(measures.acceptance_over_requests(arm)),
+            "accepted_share": measures.drafted_share(arm),
+            "accepted_at": measures.draft_positions(arm),
+            "repeated_8grams": arm.repeated_8grams,
+            "tokens_per_second": _plain(measures.speed(arm)),
+            "first_token_seconds": measures.first_token(arm),
+            "inter_token_seconds": measures.inter_token(arm),
+            "seconds_a_token": measures.stage_seconds(arm),
+            "learning_share": arm.learning_share,
+            "updates": arm.updates,
+            "by_position": [_plain(b) for b in bins[arm.name]],
+        }
+        for arm in run.arms
+    }
+    pairs = []
+    for a, b in pairs_of(run.arms):
+        tau = measures.pair(a, b, measures.emitted, measures.rounds)
+        rate = measures.pair(a, b, measures.tokens, measures.seconds)
+        found = {"acceptance_length": _plain(tau), "tokens_per_second": _plain(rate)}
+        pairs.append({"arm": a.name, "against": b.name, **found})
+    models = model_mark(run.manifest)
+    return {"models": models, "manifest": run.manifest, "arms": arms, "pairs": pairs}
+
+
+def _plain(record: Any) -> Any:
+    """A record as JSON values; nan is null."""
+    return None if record is None else _finite(asdict(record))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    return None if value != value else value
+
+
+def _left_out(
+    arms: Sequence[Arm], kept: Sequence[Arm], manifests: Sequence[dict[str, Any]]
+) -> list[str]:
+    names = {arm.name for arm in kept}
+    notes = [f"{arm.name} has no finished request." for arm in arms if arm.name not in names]
+    full = {arm.name: len(arm.units) for arm in arms}
+    notes += [
+        f"{arm.name} has {full[arm.name] - len(arm.units)} units more than other arms."
+        for arm in kept
+        if full[arm.name] > len(arm.units)
+    ]
+    for manifest in manifests:
+        for arm, errors in (manifest.get("failed") or {}).items():
+            notes.append(f"{arm}: {len(errors)} units failed; the first: {errors[0]}")
+    return notes
 
 
 def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
@@ -84,7 +235,71 @@ def findings(arms: Sequence[Arm]) -> list[str]:
 def render_page(manifest: dict[str, Any], arms: Sequence[Arm], svg: str) -> str:
     """The whole page as text."""
     title = str(manifest.get("title", "ttspec run"))
-    lead = "".join(f"<p>{escape(sentence)}</p>" for sentence in findings(arms))
+    return _page(
+        title,
+        findings(arms),
+        arms,
+        f"""<h2>Acceptance length while the text grows</h2>
+<figure>{svg}
+<figcaption>Acceptance length is the mean number of tokens that one forward of the target adds to
+the text, its own token included: 1.0 means that drafting gained nothing. One session and one seed:
+read trends, not wiggles.</figcaption></figure>
+<h2>Figures</h2>
+{_html_table(arms)}
+<h2>The session</h2>
+{_session(arms)}
+<h2>How it was made</h2>
+{_provenance(manifest)}""",
+    )
+
+
+def render_bench(run: Run, tables: Sequence[Table], plots: dict[str, Figure]) -> str:
+    """The page of a benchmark as text."""
+    parts = []
+    for name, (_, title, caption) in PLOTS.items():
+        svg = to_svg(plots[name], f"{name}-")
+        parts.append(
+            f'<h2>{escape(title)}</h2><figure><div class="wide plot">{svg}</div>'
+            f"<figcaption>{escape(caption)}</figcaption></figure>"
+        )
+    for table in tables:
+        parts.append(f"<h2>{escape(table.title)}</h2>{_grid(table)}")
+        parts.append(f'<p class="note">{escape(table.note)}</p>')
+    parts.append(f"<h2>How it was made</h2>{_provenance(run.manifest)}")
+    title = str(run.manifest.get("title", "ttspec bench"))
+    return _page(title, bench_findings(run), run.arms, "\n".join(parts))
+
+
+def bench_findings(run: Run) -> list[str]:
+    """What was compared and what came of it, in sentences, whichever way it went."""
+    arms = run.arms
+    sentences = [
+        f"{len(arms)} arms on {len(arms[0].units)} units (request and seed), "
+        f"{sum(arm.tokens for arm in arms):,} generated tokens.",
+        *run.left_out,
+    ]
+    for a, b in pairs_of(arms):
+        if b.name.endswith("plain"):
+            continue
+        tau = measures.pair(a, b, measures.emitted, measures.rounds)
+        rate = measures.pair(a, b, measures.tokens, measures.seconds)
+        if tau and rate:
+            sentences.append(
+                f"{a.name} against {b.name}: acceptance length {_times(tau.ratio)}, "
+                f"speed {_times(rate.ratio)}."
+            )
+    return sentences
+
+
+def _times(ratio: measures.Estimate) -> str:
+    if ratio.low != ratio.low:  # nan: one request
+        return f"{ratio.value:.3f} times"
+    known = "" if not ratio.low <= 1 <= ratio.high else ", not told apart from 1"
+    return f"{ratio.value:.3f} times [{ratio.low:.3f}, {ratio.high:.3f}]{known}"
+
+
+def _page(title: str, lead: Sequence[str], arms: Sequence[Arm], body: str) -> str:
+    sentences = "".join(f"<p>{escape(sentence)}</p>" for sentence in lead)
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -97,22 +312,25 @@ def render_page(manifest: dict[str, Any], arms: Sequence[Arm], svg: str) -> str:
 <body>
 <main>
 <h1>{escape(title)}</h1>
-<div class="lead">{lead}</div>
-<h2>Acceptance length while the text grows</h2>
-<figure>{svg}
-<figcaption>Acceptance length is the mean number of tokens that one forward of the target adds to
-the text, its own token included: 1.0 means that drafting gained nothing. One session and one seed:
-read trends, not wiggles.</figcaption></figure>
-<h2>Figures</h2>
-{_html_table(arms)}
-<h2>The session</h2>
-{_session(arms)}
-<h2>How it was made</h2>
-{_provenance(manifest)}
+<div class="lead">{sentences}</div>
+{body}
 </main>
 </body>
 </html>
 """
+
+
+def _grid(table: Table) -> str:
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in table.head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(first)}</th>'
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+        for first, *cells in table.rows
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def _number(value: float | None) -> str:
@@ -177,7 +395,7 @@ def _provenance(manifest: dict[str, Any]) -> str:
         if isinstance(value, dict):
             value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry is not None)
         elif isinstance(value, list):
-            value = " ".join(map(str, value))
+            value = ", ".join(map(str, value))
         items.append(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>")
     return f"<dl>{''.join(items)}</dl>"
 
@@ -192,6 +410,32 @@ def _css(arms: Sequence[Arm]) -> str:
     light = "".join(f"--{name}:{colour};" for name, colour in COLOURS.items())
     return f":root{{{light}}}{_CSS}{dots}"
 
+
+PLOTS: dict[str, tuple[Any, str, str]] = {
+    "acceptance": (
+        figures.position_figure,
+        "Acceptance length while the text grows",
+        "Tokens that one forward of the target adds to the text, its own included: 1.0 means that "
+        "drafting gained nothing. Bands are 95 % bootstrap intervals over requests. Only long "
+        "answers reach the right end; the tables below say how many.",
+    ),
+    "drafts": (
+        figures.draft_figure,
+        "Acceptance by drafted token",
+        "Of the rounds that drafted at least so many tokens, the share that accepted all up to it.",
+    ),
+    "speed": (
+        figures.speed_figure,
+        "Speed",
+        "Wall clock, everything counted. Bars are ratios of sums, whiskers 95 % intervals.",
+    ),
+    "stages": (
+        figures.stage_figure,
+        "Where the time goes",
+        "Wall clock a generated token; other is prefill, text and bookkeeping.",
+    ),
+}
+"""Of a benchmark: how it is drawn, its heading, its caption."""
 
 _CSS = """
 :root{--ink:#24292f;--soft:#57606a;--line:#d9dde2;--page:#ffffff;--card:#f5f7f9}
@@ -213,6 +457,10 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:right;
 white-space:nowrap}
 th[scope=row]{text-align:left;font-weight:400;color:var(--soft)}
+th[scope=col]{text-align:right;vertical-align:bottom;white-space:normal;font-weight:600}
+th[scope=col]:first-child{text-align:left}
+.plot svg{min-width:26rem;max-width:44rem}
+.note{color:var(--soft);font-size:.875rem;margin:.5rem 0 0;max-width:44rem}
 th.sub{padding-left:1.25rem}
 .dot{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.45rem}
 section{margin:1.25rem 0}

@@ -73,7 +73,7 @@ def demo(
 
     from ttspec.bench.manifest import describe
     from ttspec.bench.report import write_report
-    from ttspec.bench.runs import write_run
+    from ttspec.bench.store import write_run
 
     console = Console(highlight=False)
     print_setting(console, engine, goal, temperature, seed)
