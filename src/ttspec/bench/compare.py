@@ -70,9 +70,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         pairs = {n: p for n, counts in COUNTS.items() if (p := measures.pair(x, y, *counts))}
         if len(pairs) < len(COUNTS):
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
-        names = (x.name, y.name) if x.name != y.name else (f"{a}:{x.name}", f"{b}:{y.name}")
-        names = tuple(n if ":" not in n else Path(n).name for n in names)
-        found.append(Comparison(a=names[0], b=names[1], units=len(x.units), pairs=pairs))
+        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs))
     return found
 
 
@@ -82,7 +80,8 @@ def verdict(
     """One line for a log, and whether all is well: no ratio may lie below `fail_below`."""
     worst = min(found, key=lambda c: c.ratio(metric).value)
     ratio = worst.ratio(metric)
-    said = f"{metric} of {worst.a} / {worst.b} is {ratio.value:.3f}"
+    names = worst.a if worst.a == worst.b else f"{worst.a} / {worst.b}"
+    said = f"{metric} of {names}, A / B, is {ratio.value:.3f}"
     if fail_below is None:
         return f"verdict: none asked for; {said}", True
     good = ratio.value >= fail_below

@@ -6,7 +6,7 @@ import io
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,15 @@ def label(arm: str) -> str:
 
 
 def colours(arms: Sequence[str]) -> dict[str, str]:
-    """A colour for each arm; the known arms always have the same one."""
-    spare = [name for name in arms if name not in COLOURS]
-    extra = {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(spare)}
-    return {name: COLOURS.get(name) or extra[name] for name in arms}
+    """A colour for each arm: that of its kind, if no other arm has it yet."""
+    spare, palette = cycle(SPARE_COLOURS), {}
+    for name in arms:
+        usual = COLOURS.get(name) or COLOURS.get(name.rpartition(": ")[2].partition("[")[0])
+        taken = usual in palette.values() or (
+            name not in COLOURS and usual in map(COLOURS.get, arms)
+        )
+        palette[name] = usual if usual and not taken else next(spare)
+    return palette
 
 
 def sliding_acceptance(
@@ -134,6 +139,8 @@ def position_figure(arms: Sequence[Arm]) -> Figure:
         low = [b.acceptance.low for b in bins[name]]
         high = [b.acceptance.high for b in bins[name]]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    top = max((b.acceptance.value for found in bins.values() for b in found), default=2.0)
+    axes.set(xlim=(0, max(last, 1)), ylim=(0.8, max(2.0, top + 0.25)))
     axes.set_xlabel("generated tokens")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel(f"tokens per target forward\n(bins of {width})")
@@ -187,7 +194,7 @@ def stage_figure(arms: Sequence[Arm]) -> Figure:
         left = [a + b for a, b in zip(left, parts, strict=True)]
     _name_rows(axes, arms)
     axes.set_xlabel("milliseconds a generated token")
-    _legend(figure, axes)
+    _legend(figure, axes, columns=len(STAGE_COLOURS))
     return figure
 
 
@@ -244,12 +251,12 @@ def _figure(rows: int | None = None) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
     from matplotlib import rc_context
 
     if axes.get_legend_handles_labels()[0]:
         with rc_context(_STYLE):
-            figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:

@@ -17,7 +17,7 @@ from ttspec.bench.figures import COLOURS, acceptance_figure, colours, label, to_
 from ttspec.bench.measures import different_texts, matched
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import model_mark, read_run
-from ttspec.bench.tables import Table, all_tables, pairs_of
+from ttspec.bench.tables import Table, all_tables, kind, pairs_of
 from ttspec.errors import DataError
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def bench_findings(run: Run) -> list[str]:
         *run.left_out,
     ]
     for a, b in pairs_of(arms):
-        if b.name.endswith("plain"):
+        if not kind(a).startswith("learn") or kind(b) == "plain":
             continue
         tau = measures.pair(a, b, measures.emitted, measures.rounds)
         rate = measures.pair(a, b, measures.tokens, measures.seconds)

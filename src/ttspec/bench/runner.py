@@ -22,6 +22,7 @@ from ttspec.bench.suites import Request, said
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError
+from ttspec.records import Result
 
 WARM_UP = 24
 """Tokens an arm generates before its first unit; they are not counted."""
@@ -128,7 +129,7 @@ def measure_all(
         try:
             if name not in warm and warm_up:
                 say = {**chosen, "max_new_tokens": warm_up, "ignore_eos": True, "temperature": 0.0}
-                engines[name].generate("Hello", **say)
+                _stop_if_cancelled(engines[name].generate("Hello", **say)[0])
             warm.add(name)
             turns = measure(engines[name], unit, requests[unit.request], **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
@@ -160,14 +161,19 @@ def measure(engine: Engine, unit: Unit, request: Request, **options: Any) -> lis
         last = now
         if chunk.result is None:
             continue
-        if chunk.result.finish_reason == "cancelled":
-            raise KeyboardInterrupt
+        _stop_if_cancelled(chunk.result)
         ended = time.time()
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
         user = said(request[len(arm.turns)])
         arm.finish(user, chunk.result, unit.request, began=began, ended=ended, peak_memory=peak)
         began = ended
     return arm.turns
+
+
+def _stop_if_cancelled(result: Result) -> None:
+    """The engine turns Ctrl-C into a cancelled answer; a run must end."""
+    if result.finish_reason == "cancelled":
+        raise KeyboardInterrupt
 
 
 def _note(store: Store, progress: Progress, unit: Unit, error: Exception) -> None:

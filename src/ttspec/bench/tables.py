@@ -109,17 +109,22 @@ def speed_table(arms: Sequence[Arm]) -> Table:
 
 
 def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
-    """Who is compared with whom: all with plain and static, learning also with the best static."""
-    named = {arm.name: arm for arm in arms}
-    statics = [arm for arm in arms if kind(arm).startswith("static")]
-    best = max(statics, key=lambda arm: arm.acceptance() or 0.0, default=None)
+    """Who is compared with whom: all with plain and static, learning also with the best static.
+
+    Of several folders, every arm is compared with those of its own.
+    """
     pairs = []
     for arm in arms:
-        others = [named.get("plain"), named.get("static")]
-        if kind(arm).startswith("learn"):
-            others.append(best)
-        pairs += [(arm, o) for o in dict.fromkeys(o.name if o else "" for o in others) if o]
-    return [(a, named[b]) for a, b in pairs if a.name != b]
+        own = [other for other in arms if run_of(other) == run_of(arm)]
+        statics = [other for other in own if kind(other).startswith("static")]
+        others = [other for other in own if kind(other) == "plain"]
+        others += [other for other in statics if kind(other) == "static"][:1]
+        if kind(arm).startswith("learn") and statics:
+            others.append(max(statics, key=lambda other: other.acceptance() or 0.0))
+        if kind(arm) != "plain":
+            names = {other.name: other for other in others if other.name != arm.name}
+            pairs += [(arm, other) for other in names.values()]
+    return pairs
 
 
 def pair_table(arms: Sequence[Arm]) -> Table:
@@ -156,7 +161,7 @@ def position_tables(arms: Sequence[Arm]) -> list[Table]:
         here = [at[name].get(low) for name in names]
         some = next(b for b in here if b)
         where = f"{low:,}–{some.high:,}" if some.high < 1 << 62 else f"{low:,} and on"
-        cells = [EMPTY if b is None else f"{interval(b.acceptance)} ({b.alive})" for b in here]
+        cells = [EMPTY if b is None else f"{b.acceptance.value:.2f} ({b.alive})" for b in here]
         every.append((where, f"{some.repeated:.1%}", *cells))
         if some.everywhere and all(here):
             values = [f"{b.acceptance_everywhere:.2f}" for b in here if b]
@@ -164,8 +169,9 @@ def position_tables(arms: Sequence[Arm]) -> list[Table]:
     return [
         Table(
             title="Acceptance length by generated position",
-            note="In parentheses the units (request and seed) alive there. Only long answers reach "
-            f"the last rows. Repeated 8-grams: of {names[0]}'s text there, mean over units.",
+            note="In parentheses the units (request and seed) alive there; intervals stand in the "
+            "plot. Only long answers reach the last rows. Repeated 8-grams: of "
+            f"{names[0]}'s text there, mean over units.",
             head=("position", "repeated 8-grams", *names),
             rows=every,
         ),
@@ -181,6 +187,11 @@ def position_tables(arms: Sequence[Arm]) -> list[Table]:
 def kind(arm: Arm) -> str:
     """An arm's kind: its name without folder and options."""
     return arm.name.rpartition(": ")[2].partition("[")[0]
+
+
+def run_of(arm: Arm) -> str:
+    """Where several folders are reported on together, the arm's; else nothing."""
+    return arm.name.rpartition(": ")[0]
 
 
 def interval(found: Estimate | None, digits: int = 2, *, sign: bool = False) -> str:

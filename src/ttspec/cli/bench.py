@@ -104,14 +104,12 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     """
     if not folders:
         raise OptionError("bench report needs a run folder.\nName one or several.")
-    from rich.console import Console
-
     from ttspec.bench.report import bench_findings, open_runs, write_bench_report
     from ttspec.bench.tables import all_tables
 
     found = open_runs(folders, different_texts=different_texts)
     page = write_bench_report(found, out or folders[0] / "report")
-    console = Console(highlight=False)
+    console = _console()
     for table in all_tables(found.arms):
         _print_table(console, table)
     for sentence in bench_findings(found):
@@ -146,15 +144,13 @@ def compare(
     different_texts
         Compare also where greedy arms emitted different tokens.
     """
-    from rich.console import Console
-
     from ttspec.bench import compare as judge
     from ttspec.bench.tables import Table, interval
 
     found = judge.compare(a, b, different_texts=different_texts)
     rows = [
         (
-            f"{c.a} / {c.b}",
+            c.a if c.a == c.b else f"{c.a} / {c.b}",
             str(c.units),
             interval(c.ratio("acceptance"), 3),
             interval(c.pairs["acceptance"].difference, 3, sign=True),
@@ -162,10 +158,10 @@ def compare(
         )
         for c in found
     ]
-    head = ("A / B", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
+    head = ("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
     note = "Paired over requests, 95 % bootstrap intervals."
-    console = Console(highlight=False)
-    _print_table(console, Table(title="A against B", note=note, head=head, rows=rows))
+    console = _console()
+    _print_table(console, Table(title=f"{a} against {b}", note=note, head=head, rows=rows))
     line, good = judge.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
     return 0 if good else 1
@@ -186,8 +182,8 @@ def _seeds(text: str) -> list[int]:
 def _follow(steps: Iterator[Progress], specs: Sequence[ArmSpec], out: Path) -> int:
     """Show a run's progress to its end; the exit code."""
     last = next(steps)
-    if last.done:
-        say(f"{out} has {last.done} of {last.units} units; going on with the other.")
+    if last.done and last.left:
+        say(f"{out} has {last.done} of {last.units} units; going on with the others.")
     try:
         with _Bar(last) as bar:
             for last in steps:
@@ -273,6 +269,16 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def _console() -> Any:
+    """A console that is wide enough for the tables where no terminal says how wide it is."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    return console
+
+
 def _print_table(console: Any, table: Table) -> None:
     from rich.table import Table as Grid
     from rich.text import Text
@@ -285,4 +291,4 @@ def _print_table(console: Any, table: Table) -> None:
     for row in table.rows:
         grid.add_row(*map(Text, row))
     console.print(grid)
-    console.print()
+    console.print(table.note + "\n", style="dim", markup=False)
