@@ -312,6 +312,10 @@ def test_several_folders_are_reported_on_together(folder: Path, tmp_path: Path) 
     run = open_runs([folder, other])
     assert [arm.name for arm in run.arms][:3] == ["run: plain", "run: static", "run: learn"]
     write_bench_report(run, tmp_path / "out")
+    twin = make(tmp_path / "deeper" / "run")
+    assert len({arm.name for arm in open_runs([folder, twin]).arms}) == 6
+    with pytest.raises(DataError, match="named twice"):
+        open_runs([folder, folder])
     stranger = make(tmp_path / "x", {**MANIFEST, "target": {"name": "u", "sha256": "f" * 64}})
     with pytest.raises(DataError, match="different targets"):
         open_runs([folder, stranger])

@@ -180,7 +180,7 @@ def speed_figure(arms: Sequence[Arm]) -> Figure:
             edges = [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
             axes.errorbar(found.value, y, xerr=edges, color=INK, lw=1.2, capsize=3)
     _name_rows(axes, arms)
-    axes.set_xlabel("tokens per second, prefill and updates included")
+    axes.set_xlabel("tokens per second")
     return figure
 
 
@@ -242,8 +242,8 @@ def _figure(rows: int | None = None) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
     with rc_context(_STYLE):
-        height = 4.0 if rows is None else 0.9 + 0.36 * rows
-        figure = Figure(figsize=(6.2, height), layout="constrained")
+        height = 3.6 if rows is None else 0.9 + 0.36 * rows
+        figure = Figure(figsize=(5.0, height), layout="constrained")
         axes = figure.subplots()
     axes.grid(axis="y" if rows is None else "x", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
@@ -251,7 +251,7 @@ def _figure(rows: int | None = None) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
+def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
     from matplotlib import rc_context
 
     if axes.get_legend_handles_labels()[0]:
@@ -260,7 +260,7 @@ def _legend(figure: Figure, axes: Axes, columns: int = 3) -> None:
 
 
 def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:
-    axes.set_yticks(range(len(arms)), [arm.name for arm in arms])
+    axes.set_yticks(range(len(arms)), [arm.name.replace("[", "\n[") for arm in arms], fontsize=9)
     axes.invert_yaxis()
 
 

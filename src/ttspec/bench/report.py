@@ -47,6 +47,11 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
     Raises:
         DataError: A folder is damaged, holds nothing, or does not fit the others.
     """
+    labels = [folder.name for folder in folders]
+    if len(set(labels)) < len(labels):
+        labels = [str(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise DataError("The same run folder was named twice.\nName each once.")
     runs = [(folder, *read_run(folder)) for folder in folders]
     first_folder, first, _ = runs[0]
     for folder, manifest, _ in runs[1:]:
@@ -58,8 +63,8 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
                     f"Report on runs of one {part} together, the others apart."
                 )
     arms = [
-        replace(arm, name=f"{folder.name}: {arm.name}") if len(runs) > 1 else arm
-        for folder, _, found in runs
+        replace(arm, name=f"{label}: {arm.name}") if len(runs) > 1 else arm
+        for label, (_, _, found) in zip(labels, runs, strict=True)
         for arm in found
     ]
     pairs = matched(arms)
@@ -388,16 +393,22 @@ def _session(arms: Sequence[Arm]) -> str:
 
 def _provenance(manifest: dict[str, Any]) -> str:
     """The manifest as a list of names and values."""
-    items = []
-    for name, value in manifest.items():
-        if name == "title" or value is None:
-            continue
-        if isinstance(value, dict):
-            value = ", ".join(f"{key} {entry}" for key, entry in value.items() if entry is not None)
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
-        items.append(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>")
+    items = [
+        f"<dt>{escape(name)}</dt><dd>{escape(_flat(value))}</dd>"
+        for name, value in manifest.items()
+        if name != "title" and value is not None
+    ]
     return f"<dl>{''.join(items)}</dl>"
+
+
+def _flat(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(v)}" for key, v in value.items() if v is not None)
+    if isinstance(value, list):
+        separator = "; " if any(isinstance(entry, dict) for entry in value) else ", "
+        return separator.join(map(_flat, value))
+    return str(value)
 
 
 def _css(arms: Sequence[Arm]) -> str:
@@ -427,7 +438,7 @@ PLOTS: dict[str, tuple[Any, str, str]] = {
     "speed": (
         figures.speed_figure,
         "Speed",
-        "Wall clock, everything counted. Bars are ratios of sums, whiskers 95 % intervals.",
+        "Wall clock, all of it. Bars are ratios of sums, whiskers 95 % intervals over requests.",
     ),
     "stages": (
         figures.stage_figure,
@@ -456,10 +467,11 @@ figcaption{color:var(--soft);font-size:.875rem;margin-top:.5rem;max-width:44rem}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 th,td{padding:.4rem .9rem .4rem 0;border-bottom:1px solid var(--line);text-align:right;
 white-space:nowrap}
-th[scope=row]{text-align:left;font-weight:400;color:var(--soft)}
+th[scope=row]{text-align:left;font-weight:400;color:var(--soft);white-space:normal;
+overflow-wrap:anywhere;min-width:6.5rem}
 th[scope=col]{text-align:right;vertical-align:bottom;white-space:normal;font-weight:600}
 th[scope=col]:first-child{text-align:left}
-.plot svg{min-width:26rem;max-width:44rem}
+.plot svg{max-width:36rem}
 .note{color:var(--soft);font-size:.875rem;margin:.5rem 0 0;max-width:44rem}
 th.sub{padding-left:1.25rem}
 .dot{display:inline-block;width:.65rem;height:.65rem;border-radius:50%;margin-right:.45rem}

@@ -156,6 +156,8 @@ def measure(engine: Engine, unit: Unit, request: Request, **options: Any) -> lis
     began, last = time.time(), time.perf_counter()
     dialogue = cast("list[Prompt]", request)
     for _, chunk in engine.run([dialogue], stream=False, seed=unit.seed, **options):
+        if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
+            torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()
         arm.record(chunk, now - last)
         last = now

@@ -51,11 +51,15 @@ class Store:
                 f"Another process is writing into {folder}.\nWait for it, or name another --out."
             ) from error
         self.done: set[Key] = set()
-        if (folder / MANIFEST).exists():
-            self._go_on()
-        elif any(path.name != ".lock" for path in folder.iterdir()):
-            raise DataError(f"{folder} holds files that are no run.\nName a new or empty folder.")
-        write_manifest(folder, self.manifest)
+        try:
+            if (folder / MANIFEST).exists():
+                self._go_on()
+            elif any(path.name != ".lock" for path in folder.iterdir()):
+                raise DataError(f"{folder} holds other files, no run.\nName a new or empty folder.")
+            write_manifest(folder, self.manifest)
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, arm: str, turns: Sequence[Turn]) -> None:
         """Write a finished unit; if that fails, nothing of it stays."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -63,17 +64,19 @@ def run(
 
     specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suite(suite)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    GenerateConfig(**options)
+    config = GenerateConfig(**options, seed=0)
     engine = models.load(notify=say)
 
     from ttspec.bench.manifest import describe
     from ttspec.bench.runner import engines_for, measure_all, plan
     from ttspec.bench.store import Store
 
+    sampling = asdict(config.sampling(engine.target.defaults))
     engines_for(engine, specs)  # complains before the folder is made
     manifest = describe(engine, title=f"ttspec bench: {asked.name}") | {
         "suite": {"name": asked.name, "requests": len(asked.requests), "sha256": asked.sha256},
         **options,
+        "sampling": {k: v for k, v in sampling.items() if k != "seed"},
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
         "seeds": numbers,
