@@ -81,6 +81,13 @@ def test_a_session_keeps_its_context_and_its_positions(pair, suite, tmp_path) ->
     assert second.result.rounds[0].position == len(first.result.token_ids) + 1
 
 
+def test_a_session_ends_with_its_tokens(pair, suite, tmp_path) -> None:
+    assert bench_run(pair, suite, tmp_path / "run", "plain", "12", "--session-tokens", "15") == 0
+    _, (arm,) = read_run(tmp_path / "run")
+    counts = [[len(t.result.token_ids) for t in turns] for turns in arm.units.values()]
+    assert sorted(counts) == [[12], [12], [12, 3]]
+
+
 def test_a_finished_run_is_not_repeated_and_can_be_extended(pair, suite, tmp_path) -> None:
     out = tmp_path / "run"
     assert bench_run(pair, suite, out) == 0
@@ -269,6 +276,7 @@ def test_the_quick_suite_is_20_different_prompts_under_a_named_licence() -> None
     quick = load_suite("quick")
     assert len(quick.requests) == 20
     assert len({str(request) for request in quick.requests}) == 20
+    assert [len(request) for request in load_suite("session").requests] == [48] * 20
     assert "| `quick` | 20 short prompts" in (BUILT_IN / "README.md").read_text()
     assert "Apache-2.0" in (BUILT_IN / "README.md").read_text()
 

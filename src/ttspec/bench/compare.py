@@ -55,7 +55,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
                 f"{a} and {b} ran different {part}s, so no request of one has its pair in the "
                 f"other.\nCompare runs of the same {part}; drafters may differ."
             )
-    same = ("max_new_tokens", "temperature")
+    same = ("max_new_tokens", "session_tokens", "temperature", "ignore_eos")
     changed = [name for name in same if one.get(name) != other.get(name)]
     if changed:
         raise DataError(

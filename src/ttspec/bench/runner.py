@@ -96,6 +96,7 @@ def measure_all(
     store: Store,
     *,
     warm_up: int = WARM_UP,
+    quota: int | None = None,
     notify: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[Progress]:
@@ -107,6 +108,7 @@ def measure_all(
         requests: The suite.
         store: Where finished units go.
         warm_up: Tokens that each arm generates uncounted before its first unit.
+        quota: Tokens that a request may have over its turns; None is no limit.
         notify: Told of failures.
         **options: Fields of `GenerateConfig` for all arms.
 
@@ -131,7 +133,7 @@ def measure_all(
                 say = {**chosen, "max_new_tokens": warm_up, "ignore_eos": True, "temperature": 0.0}
                 _stop_if_cancelled(engines[name].generate("Hello", **say)[0])
             warm.add(name)
-            turns = measure(engines[name], unit, requests[unit.request], **chosen)
+            turns = measure(engines[name], unit, requests[unit.request], quota=quota, **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
             _note(store, progress, unit, error)
             if notify:
@@ -144,7 +146,9 @@ def measure_all(
         yield progress
 
 
-def measure(engine: Engine, unit: Unit, request: Request, **options: Any) -> list[Turn]:
+def measure(
+    engine: Engine, unit: Unit, request: Request, *, quota: int | None = None, **options: Any
+) -> list[Turn]:
     """The answers to a request's turns, timed.
 
     Raises:
@@ -155,7 +159,7 @@ def measure(engine: Engine, unit: Unit, request: Request, **options: Any) -> lis
         torch.cuda.reset_peak_memory_stats(engine.target.device)
     began, last = time.time(), time.perf_counter()
     dialogue = cast("list[Prompt]", request)
-    for _, chunk in engine.run([dialogue], stream=False, seed=unit.seed, **options):
+    for _, chunk in engine.run([dialogue], stream=False, quota=quota, seed=unit.seed, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()

@@ -105,7 +105,15 @@ class Store:
         self.manifest = {**kept, "failed": None, "continued": [*before.get("continued", []), again]}
 
 
-SETTINGS = ("max_new_tokens", "temperature", "ignore_eos", "dtype", "device", "threads")
+SETTINGS = (
+    "max_new_tokens",
+    "session_tokens",
+    "temperature",
+    "ignore_eos",
+    "dtype",
+    "device",
+    "threads",
+)
 
 
 def different_settings(a: Row, b: Row) -> str | None:

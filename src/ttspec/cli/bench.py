@@ -32,6 +32,7 @@ def run(
     arms: str = "plain,static,learn",
     models: ModelFlags = ModelFlags(),
     max_new_tokens: int = 256,
+    session_tokens: int | None = None,
     temperature: float = 0.0,
     seeds: str = "0",
     ignore_eos: Flag = False,
@@ -52,6 +53,8 @@ def run(
         options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5].
     max_new_tokens
         Generated tokens of an answer at most (of a turn, where a request has several).
+    session_tokens
+        Generated tokens of a request over all its turns at most.
     temperature
         0 is greedy.
     seeds
@@ -65,6 +68,8 @@ def run(
     specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suite(suite)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     config = GenerateConfig(**options, seed=0)
+    if session_tokens is not None and session_tokens < 1:
+        raise OptionError(f"--session-tokens is {session_tokens}; allowed is 1 or more.")
     engine = models.load(notify=say)
 
     from ttspec.bench.manifest import describe
@@ -77,6 +82,7 @@ def run(
         "suite": {"name": asked.name, "requests": len(asked.requests), "sha256": asked.sha256},
         **options,
         "sampling": {k: v for k, v in sampling.items() if k != "seed"},
+        "session_tokens": session_tokens,
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
         "seeds": numbers,
@@ -85,7 +91,14 @@ def run(
     try:
         units = plan(specs, len(asked.requests), numbers, order=numbers[0])
         steps = measure_all(
-            engine, units, asked.requests, store, notify=say, ignore_eos=ignore_eos, **options
+            engine,
+            units,
+            asked.requests,
+            store,
+            quota=session_tokens,
+            notify=say,
+            ignore_eos=ignore_eos,
+            **options,
         )
         return _follow(steps, specs, out)
     finally:
