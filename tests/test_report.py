@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from ttspec.bench.figures import acceptance_figure, sliding_acceptance, to_svg
-from ttspec.bench.report import findings, render_page, table, write_report
+from ttspec.bench.findings import findings, table
+from ttspec.bench.page import render_page
+from ttspec.bench.report import write_report
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run, write_run
 from ttspec.errors import DataError

@@ -10,7 +10,7 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttspec.bench.measures import by_position, draft_positions, speed, stage_seconds
+from ttspec.bench.measures import Bin, by_position, draft_positions, speed, stage_seconds
 from ttspec.bench.runs import Arm
 from ttspec.records import Round
 
@@ -144,8 +144,21 @@ def position_figure(arms: Sequence[Arm]) -> Figure:
     axes.set_xlabel("generated tokens")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_ylabel(f"tokens per target forward\n(bins of {width})")
+    _say_alive(axes, bins)
     _legend(figure, axes)
     return figure
+
+
+def _say_alive(axes: Axes, bins: dict[str, list[Bin]]) -> None:
+    """How many units each stretch of the plot rests on, above it."""
+    longest = max(bins.values(), key=len, default=[])
+    axes.set_title("units alive", loc="left", fontsize=8, pad=16, color=INK)
+    right = axes.get_xlim()[1]
+    for b in longest[:: -(-len(longest) // 6) or 1]:
+        at = ((b.low + min(b.high, right)) / 2, 1.0)
+        style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": INK}
+        place = axes.get_xaxis_transform()
+        axes.annotate(f"{b.alive}", at, (0, 3), place, textcoords="offset points", **style)
 
 
 def draft_figure(arms: Sequence[Arm]) -> Figure:

@@ -120,7 +120,8 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     """
     if not folders:
         raise OptionError("bench report needs a run folder.\nName one or several.")
-    from ttspec.bench.report import bench_findings, open_runs, write_bench_report
+    from ttspec.bench.findings import bench_findings
+    from ttspec.bench.report import open_runs, write_bench_report
     from ttspec.bench.tables import all_tables
 
     found = open_runs(folders, different_texts=different_texts)
@@ -128,7 +129,7 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     console = _console()
     for table in all_tables(found.arms):
         _print_table(console, table)
-    for sentence in bench_findings(found):
+    for sentence in bench_findings(found.arms, found.left_out):
         console.print(sentence, markup=False)
     console.print(
         f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True, markup=False

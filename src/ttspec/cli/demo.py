@@ -200,7 +200,7 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     from rich.table import Table
 
     from ttspec.bench.figures import label
-    from ttspec.bench.report import findings, table
+    from ttspec.bench.findings import findings, table
 
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     grid.add_column("")
