@@ -219,9 +219,14 @@ def test_going_on_needs_the_same_run(folder: Path) -> None:
 
 
 def test_arms_and_seeds_may_be_added(folder: Path) -> None:
-    store = Store(folder, {**MANIFEST, "arms": ["plain", "ngram"], "seeds": [1]})
+    meaning = {"plain": {"draft": {"length": 0}}, "ngram": {"draft": {}}}
+    more = {**MANIFEST, "arms": ["plain", "ngram"], "seeds": [1], "arm_options": meaning}
+    store = Store(folder, more)
     store.close()
     manifest, _ = read_run(folder)
+    assert manifest["arm_options"] == meaning
+    with pytest.raises(DataError, match="another meaning of the arm ngram"):
+        Store(folder, {**more, "arm_options": {"ngram": {"draft": {"length": 5}}}})
     assert manifest["arms"] == [*ARMS, "ngram"]
     assert manifest["seeds"] == [0, 1]
     assert len(manifest["continued"]) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,6 +42,10 @@ class ArmSpec:
     def drafts(self) -> bool:
         """It needs the drafter that was loaded."""
         return self.kind not in ("plain", "ngram")
+
+    def options(self) -> dict[str, Any]:
+        """What the name means in this version, as JSON values."""
+        return {"draft": asdict(self.draft), "learn": asdict(self.learn) if self.learn else None}
 
 
 def parse_arms(text: str) -> list[ArmSpec]:

@@ -102,6 +102,8 @@ class Store:
         kept = {k: self.manifest[k] if k in new else v for k, v in before.items()}
         for name in new:
             kept[name] = list(dict.fromkeys([*before.get(name, []), *self.manifest.get(name, [])]))
+        options = before.get("arm_options", {}) | self.manifest.get("arm_options", {})
+        kept |= {"arm_options": options} if options else {}
         self.manifest = {**kept, "failed": None, "continued": [*before.get("continued", []), again]}
 
 
@@ -122,6 +124,10 @@ def different_settings(a: Row, b: Row) -> str | None:
         mine, other = a.get(part) or {}, b.get(part) or {}
         if (mine.get("name"), mine.get("sha256")) != (other.get("name"), other.get("sha256")):
             return part
+    mine, other = a.get("arm_options") or {}, b.get("arm_options") or {}
+    for name in mine.keys() & other.keys():
+        if mine[name] != other[name]:
+            return f"meaning of the arm {name}"
     return next((name for name in SETTINGS if a.get(name) != b.get(name)), None)
 
 

@@ -85,6 +85,7 @@ def run(
         "session_tokens": session_tokens,
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
+        "arm_options": {spec.name: spec.options() for spec in specs},
         "seeds": numbers,
     }
     store = Store(out, manifest)
