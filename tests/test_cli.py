@@ -151,7 +151,7 @@ def test_a_full_disk_is_a_failed_job(pair, capsys, monkeypatch, tmp_path) -> Non
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "rounds.jsonl")
 
-    monkeypatch.setattr("ttspec.bench.runs.write_run", full)
+    monkeypatch.setattr("ttspec.bench.store.write_run", full)
     assert main(["demo", *pair, "--tokens", "8", "--out", str(tmp_path)]) == 1
     assert capsys.readouterr().err == "ttspec: error: rounds.jsonl: No space left on device\n"
 

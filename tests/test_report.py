@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from ttspec.bench.figures import acceptance_figure, sliding_acceptance, to_svg
-from ttspec.bench.report import findings, render_page, table, write_report
-from ttspec.bench.runs import Arm, read_run, write_run
+from ttspec.bench.findings import findings, table
+from ttspec.bench.page import render_page
+from ttspec.bench.report import write_report
+from ttspec.bench.runs import Arm
+from ttspec.bench.store import read_run, write_run
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
 
@@ -175,7 +178,7 @@ def test_an_arm_without_rounds_still_makes_a_page() -> None:
 
 def test_a_damaged_run_folder_is_refused(folder: Path) -> None:
     (folder / "rounds.jsonl").write_text('{"arm": "plain"}\n')
-    with pytest.raises(DataError, match="not a readable run folder"):
+    with pytest.raises(DataError, match="line 1 is damaged"):
         write_report(folder)
     with pytest.raises(DataError, match=r"manifest\.json"):
         write_report(folder / "nowhere")

@@ -6,14 +6,16 @@ import io
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ttspec.bench.measures import Bin, by_position, draft_positions, speed, stage_seconds
 from ttspec.bench.runs import Arm
 from ttspec.records import Round
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LABELS = {
@@ -21,9 +23,26 @@ LABELS = {
     "static": "static drafter",
     "learn-session": "learning drafter",
 }
+"""What `ttspec demo` calls its arms; a benchmark's arms go by their own names."""
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = {"plain": "#767676", "static": "#d55e00", "learn-session": "#0072b2"}
-SPARE_COLOURS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+COLOURS = {
+    "plain": "#767676",
+    "ngram": "#009e73",
+    "static": "#d55e00",
+    "static-window": "#e69f00",
+    "static-rebased": "#cc79a7",
+    "learn": "#56b4e9",
+    "learn-session": "#0072b2",
+}
+SPARE_COLOURS = ("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d")
+STAGE_COLOURS = {
+    "draft": "#56b4e9",
+    "verify": "#767676",
+    "learn": "#d55e00",
+    "other": "#e0c080",
+}
+WIDTHS = ((512, 64), (2048, 128), (4096, 256))
+"""(longest run, width of a bin of generated position); 512 beyond."""
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -33,10 +52,15 @@ def label(arm: str) -> str:
 
 
 def colours(arms: Sequence[str]) -> dict[str, str]:
-    """A colour for each arm; the known arms always have the same one."""
-    spare = [name for name in arms if name not in COLOURS]
-    extra = {name: SPARE_COLOURS[i % len(SPARE_COLOURS)] for i, name in enumerate(spare)}
-    return {name: COLOURS.get(name) or extra[name] for name in arms}
+    """A colour for each arm: that of its kind, if no other arm has it yet."""
+    spare, palette = cycle(SPARE_COLOURS), {}
+    for name in arms:
+        usual = COLOURS.get(name) or COLOURS.get(name.rpartition(": ")[2].partition("[")[0])
+        taken = usual in palette.values() or (
+            name not in COLOURS and usual in map(COLOURS.get, arms)
+        )
+        palette[name] = usual if usual and not taken else next(spare)
+    return palette
 
 
 def sliding_acceptance(
@@ -103,6 +127,98 @@ def acceptance_figure(arms: Sequence[Arm], span: int | None = None) -> Figure:
     return figure
 
 
+def position_figure(arms: Sequence[Arm]) -> Figure:
+    """Acceptance length in bins of generated position, with intervals over requests."""
+    last = max((r.position for arm in arms for r in arm.rounds), default=1)
+    width = next((w for most, w in WIDTHS if last <= most), 512)
+    bins = by_position(arms, range(0, last + width + 1, width))
+    figure, axes = _figure()
+    for name, colour in colours([arm.name for arm in arms]).items():
+        x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
+        axes.plot(x, [b.acceptance.value for b in bins[name]], color=colour, label=name, lw=1.8)
+        low = [b.acceptance.low for b in bins[name]]
+        high = [b.acceptance.high for b in bins[name]]
+        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    top = max((b.acceptance.value for found in bins.values() for b in found), default=2.0)
+    axes.set(xlim=(0, max(last, 1)), ylim=(0.8, max(2.0, top + 0.25)))
+    axes.set_xlabel("generated tokens")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_ylabel(f"tokens per target forward\n(bins of {width})")
+    _say_alive(axes, bins)
+    _legend(figure, axes)
+    return figure
+
+
+def _say_alive(axes: Axes, bins: dict[str, list[Bin]]) -> None:
+    """How many units each stretch of the plot rests on, above it."""
+    longest = max(bins.values(), key=len, default=[])
+    axes.set_title("units alive", loc="left", fontsize=8, pad=16, color=INK)
+    right = axes.get_xlim()[1]
+    for b in longest[:: -(-len(longest) // 6) or 1]:
+        at = ((b.low + min(b.high, right)) / 2, 1.0)
+        style: dict[str, Any] = {"ha": "center", "va": "bottom", "fontsize": 8, "color": INK}
+        place = axes.get_xaxis_transform()
+        axes.annotate(f"{b.alive}", at, (0, 3), place, textcoords="offset points", **style)
+
+
+def draft_figure(arms: Sequence[Arm]) -> Figure:
+    """How often the i-th drafted token is accepted, of the rounds that drafted so many."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _figure()
+    for name, colour in colours([arm.name for arm in arms]).items():
+        shares = draft_positions(next(arm for arm in arms if arm.name == name))
+        if shares:
+            x = range(1, len(shares) + 1)
+            axes.plot(x, shares, color=colour, label=name, lw=1.8, marker="o", ms=3.5)
+    axes.set(ylim=(0, 1))
+    axes.set_xlabel("drafted token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
+    axes.set_ylabel("accepted up to here")
+    _legend(figure, axes)
+    return figure
+
+
+def speed_figure(arms: Sequence[Arm]) -> Figure:
+    """Tokens per second, with intervals over requests."""
+    figure, axes = _figure(rows=len(arms))
+    palette = colours([arm.name for arm in arms])
+    for y, arm in enumerate(arms):
+        found = speed(arm)
+        if found is None:
+            continue
+        axes.barh(y, found.value, color=palette[arm.name], height=0.6)
+        if found.low == found.low:  # not nan
+            edges = [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
+            axes.errorbar(found.value, y, xerr=edges, color=INK, lw=1.2, capsize=3)
+    _name_rows(axes, arms)
+    axes.set_xlabel("tokens per second")
+    return figure
+
+
+def stage_figure(arms: Sequence[Arm]) -> Figure:
+    """Where the time of a token goes."""
+    figure, axes = _figure(rows=len(arms) + 1)
+    left = [0.0] * len(arms)
+    for stage, colour in STAGE_COLOURS.items():
+        parts = [1000 * stage_seconds(arm)[stage] for arm in arms]
+        axes.barh(range(len(arms)), parts, left=left, color=colour, label=stage, height=0.6)
+        left = [a + b for a, b in zip(left, parts, strict=True)]
+    _name_rows(axes, arms)
+    axes.set_xlabel("milliseconds a generated token")
+    _legend(figure, axes, columns=len(STAGE_COLOURS))
+    return figure
+
+
+def write_svg(figure: Figure, path: Path) -> None:
+    """The figure as a file of vectors on white."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
+
+
 def write_png(figure: Figure, path: Path) -> None:
     """The figure as a picture on white."""
     from matplotlib import rc_context
@@ -111,8 +227,11 @@ def write_png(figure: Figure, path: Path) -> None:
         figure.savefig(path, format="png", dpi=160, facecolor="white")
 
 
-def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element whose ink and grid follow the page's light or dark mode."""
+def to_svg(figure: Figure, prefix: str = "") -> str:
+    """The figure as an <svg> element whose ink and grid follow the page's light or dark mode.
+
+    Several on one page need a `prefix` each, or their ids would meet.
+    """
     from matplotlib import rc_context
 
     buffer = io.StringIO()
@@ -123,10 +242,39 @@ def to_svg(figure: Figure) -> str:
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r'(<svg [^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{prefix}", text)
     text = text.replace(INK, "var(--ink)").replace(GRID, "var(--line)")
     for name, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{name})")
     return text
+
+
+def _figure(rows: int | None = None) -> tuple[Figure, Axes]:
+    """A figure small enough for a phone, with one plot; `rows` is its number of bars."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_STYLE):
+        height = 3.6 if rows is None else 0.9 + 0.36 * rows
+        figure = Figure(figsize=(5.0, height), layout="constrained")
+        axes = figure.subplots()
+    axes.grid(axis="y" if rows is None else "x", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+    from matplotlib import rc_context
+
+    if axes.get_legend_handles_labels()[0]:
+        with rc_context(_STYLE):
+            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:
+    axes.set_yticks(range(len(arms)), [arm.name.replace("[", "\n[") for arm in arms], fontsize=9)
+    axes.invert_yaxis()
 
 
 def _apart(ends: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:

@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": "Talk with the target; the drafter learns over the whole conversation.",
     "check": "Check that a drafter, learning or not, changes no token of the target's own text.",
     "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
+    "bench": "Measure arms on a suite of requests, report, compare.",
     "train": "Build a drafter for a target.",
     "export": "Write a drafter for vLLM and other tools.",
 }

@@ -73,7 +73,7 @@ def demo(
 
     from ttspec.bench.manifest import describe
     from ttspec.bench.report import write_report
-    from ttspec.bench.runs import write_run
+    from ttspec.bench.store import write_run
 
     console = Console(highlight=False)
     print_setting(console, engine, goal, temperature, seed)
@@ -200,7 +200,7 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     from rich.table import Table
 
     from ttspec.bench.figures import label
-    from ttspec.bench.report import findings, table
+    from ttspec.bench.findings import findings, table
 
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     grid.add_column("")

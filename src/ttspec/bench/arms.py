@@ -1,0 +1,117 @@
+"""Arms by name: `static-window[window=256]`, `learn[stride=4,lr=3e-5]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.errors import OptionError
+
+WINDOW = REBASE = 512
+"""What static-window and static-rebased mean unless told otherwise: what measured best."""
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"length": 0},
+    "ngram": {},
+    "static": {},
+    "static-window": {"window": WINDOW},
+    "static-rebased": {"rebase": REBASE},
+    "learn": {"scope": "request"},
+    "learn-session": {"scope": "session"},
+}
+LATER = ("learn-shared",)
+FIXED = ("scope",)
+"""Options that the arm's name says."""
+_ARM = re.compile(r"^(?P<kind>[a-z-]+)(?:\[(?P<options>[^\[\]]*)\])?$")
+_COMMA = re.compile(r",(?![^\[]*\])")  # not inside brackets
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmSpec:
+    """One way of decoding: its name, as the user wrote it, and what it means."""
+
+    name: str
+    kind: str
+    draft: DraftConfig
+    learn: LearnConfig | None
+
+    @property
+    def drafts(self) -> bool:
+        """It needs the drafter that was loaded."""
+        return self.kind not in ("plain", "ngram")
+
+    def options(self) -> dict[str, Any]:
+        """What the name means in this version, as JSON values."""
+        return {"draft": asdict(self.draft), "learn": asdict(self.learn) if self.learn else None}
+
+
+def parse_arms(text: str) -> list[ArmSpec]:
+    """The arms of a list such as `plain,static,learn[stride=4,lr=3e-5]`.
+
+    Raises:
+        OptionError: An arm or one of its options does not exist, or an arm is named twice.
+    """
+    names = [name.strip() for name in _COMMA.split(text) if name.strip()]
+    if not names:
+        raise OptionError(f"--arms names no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
+    for name in names:
+        if names.count(name) > 1:
+            raise OptionError(f"--arms names {name} twice.\nName each arm once.")
+    return [_parse(name) for name in names]
+
+
+def _parse(name: str) -> ArmSpec:
+    found = _ARM.match(name)
+    kind = found["kind"] if found else name
+    if kind in LATER:
+        raise OptionError(
+            f"{kind} needs one drafter that learns from all requests, which does not exist yet.\n"
+            "Use learn-session, or learn."
+        )
+    if not found or kind not in KINDS:
+        raise OptionError(f"{name} is no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
+    learns = kind.startswith("learn")
+    draft, learn = _types(DraftConfig), _types(LearnConfig) if learns else {}
+    if kind == "plain":
+        draft = {}
+    allowed = {n: t for n, t in (draft | learn).items() if n not in FIXED}
+    given = dict(KINDS[kind])
+    for part in filter(None, (found["options"] or "").split(",")):
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not equals or key not in allowed:
+            options = ", ".join(allowed) or "none"
+            raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
+        given[key] = _value(f"{kind}[{key}]", value, allowed[key])
+    of = {f.name for f in fields(DraftConfig)}
+    return ArmSpec(
+        name=name,
+        kind=kind,
+        draft=DraftConfig(**{n: v for n, v in given.items() if n in of}),
+        learn=LearnConfig(**{n: v for n, v in given.items() if n not in of}) if learns else None,
+    )
+
+
+def _types(record: type) -> dict[str, Any]:
+    hints = get_type_hints(record)
+    return {field.name: hints[field.name] for field in fields(record)}
+
+
+def _value(name: str, text: str, hint: Any) -> Any:
+    kinds: Sequence[Any] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kind = next(k for k in kinds if k is not type(None))
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        if text in allowed:
+            return text
+        raise OptionError(f"{name} is {text!r}; allowed are {', '.join(allowed)}.")
+    try:
+        return kind(text)
+    except ValueError as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise OptionError(f"{name} is {text!r}; allowed is {wanted}.") from error
+
+
+_EXAMPLE = "Options stand in brackets, as in learn[stride=4,lr=3e-5] or static-window[window=256]."

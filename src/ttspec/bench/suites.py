@@ -1,0 +1,98 @@
+"""Suites: requests from a data file, as JSON lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ttspec.errors import DataError
+
+BUILT_IN = Path(__file__).with_name("suites")
+FIELDS = ("prompt", "messages", "turns")
+ROLES = ("system", "user", "assistant")
+Request = list[str] | list[list[dict[str, str]]]
+"""What a user says, turn by turn: texts, or one turn of messages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suite:
+    """Requests, and what tells this file from any other."""
+
+    name: str
+    sha256: str
+    requests: Sequence[Request]
+
+
+def load_suite(name: str) -> Suite:
+    """A built-in suite by name, or a file of JSON lines.
+
+    A line is {"prompt": text}, {"messages": [{"role", "content"}, ...]}, or {"turns": [text, ...]},
+    answered one after the other in one session. Other fields are notes.
+
+    Raises:
+        DataError: There is no such suite, or a line is none of the three.
+    """
+    path = BUILT_IN / f"{name}.jsonl"
+    if not path.is_file():
+        path = Path(name)
+    try:
+        data = path.read_bytes()
+        lines = data.decode("utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.jsonl")))
+        raise DataError(
+            f"{name} is no suite: {getattr(error, 'strerror', None) or error}.\n"
+            f"Give a built-in one ({names}) or a UTF-8 file of JSON lines."
+        ) from error
+    requests = [_request(f"{name}, line {n}", s) for n, s in enumerate(lines, 1) if s.strip()]
+    if not requests:
+        raise DataError(f"{name} has no requests.\nWrite one JSON object a line: {_SHAPES}.")
+    return Suite(name=path.stem, sha256=hashlib.sha256(data).hexdigest(), requests=requests)
+
+
+def said(turn: Any) -> str:
+    """A turn as one text, for records: the prompt, or the last message."""
+    return turn if isinstance(turn, str) else turn[-1]["content"]
+
+
+def _request(where: str, line: str) -> Request:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where} is no JSON: {error}.\nOne object a line: {_SHAPES}.") from error
+    given = [name for name in FIELDS if isinstance(row, dict) and name in row]
+    if len(given) != 1:
+        found = " and ".join(given) or "none of them"
+        raise DataError(f"{where} has {found}; allowed is exactly one of {', '.join(FIELDS)}.")
+    value = row[given[0]]
+    if given == ["prompt"] and _is_text(value):
+        return [value]
+    if given == ["turns"] and isinstance(value, list) and value and all(map(_is_text, value)):
+        return value
+    if given == ["messages"] and _are_messages(value):
+        return [[{"role": m["role"], "content": m["content"]} for m in value]]
+    raise DataError(f"{where}: {given[0]} is not what it should be.\nAllowed are {_SHAPES}.")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _are_messages(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(m, dict) for m in value)
+        and all(m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value)
+        and value[-1]["role"] == "user"
+    )
+
+
+_SHAPES = (
+    '{"prompt": text}, {"turns": [text, ...]} or {"messages": [{"role", "content"}, ..., the '
+    "last one the user's]}"
+)

@@ -1,0 +1,209 @@
+"""The tables of a report: text in rows, for the terminal, Markdown and the page alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ttspec.bench import measures as m
+from ttspec.bench.measures import Estimate
+from ttspec.bench.runs import Arm
+
+EMPTY = "–"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """A heading, what its columns mean, and text in rows; the first column names the row."""
+
+    title: str
+    note: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        """The table for a README."""
+        lines = [self.head, tuple("---" for _ in self.head), *self.rows]
+        cells = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in lines)
+        return f"**{self.title}**\n\n" + "\n".join(f"| {c} |" for c in cells) + f"\n\n{self.note}\n"
+
+
+def all_tables(arms: Sequence[Arm]) -> list[Table]:
+    """Everything a report says in numbers, about matched arms."""
+    tables = [acceptance_table(arms), speed_table(arms), pair_table(arms), *position_tables(arms)]
+    return [table for table in tables if table.rows]
+
+
+def acceptance_table(arms: Sequence[Arm]) -> Table:
+    """Acceptance length of each arm, and what flatters it."""
+    first = arms[0]
+    rows = []
+    for arm in arms:
+        others = m.different_texts(arm, first)
+        same = len(arm.units) - len(others)
+        rows.append(
+            (
+                arm.name,
+                f"{len(arm.units)}",
+                f"{arm.tokens:,}",
+                interval(m.acceptance(arm)),
+                interval(m.acceptance_over_requests(arm)),
+                percent(m.drafted_share(arm)),
+                f"{arm.repeated_8grams:.1%}",
+                EMPTY if arm is first else f"{same} of {len(arm.units)}",
+            )
+        )
+    return Table(
+        title="Acceptance",
+        note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
+        "included, tokens past a stop excluded; as a ratio of sums, and as the mean over requests. "
+        "In brackets 95 % bootstrap intervals over requests.",
+        head=(
+            "arm",
+            "units",
+            "tokens",
+            "acceptance length",
+            "mean over requests",
+            "drafts accepted",
+            "repeated 8-grams",
+            f"text as {first.name}",
+        ),
+        rows=rows,
+    )
+
+
+def speed_table(arms: Sequence[Arm]) -> Table:
+    """Wall clock of each arm, all of it."""
+    peaks = {a.name: max((t.peak_memory or 0 for t in a.turns), default=0) for a in arms}
+    rows = []
+    for arm in arms:
+        waits = m.inter_token(arm)
+        first = m.first_token(arm)
+        row = (
+            arm.name,
+            interval(m.speed(arm), 1),
+            EMPTY if first is None else f"{1000 * first:.0f}",
+            EMPTY if waits is None else " / ".join(f"{1000 * w:.1f}" for w in waits),
+            percent(arm.learning_share if arm.updates else None),
+            f"{arm.updates:,}",
+            f"{sum(t.result.stats.reverts for t in arm.turns):,}",
+        )
+        rows.append((*row, f"{peaks[arm.name] / 2**20:,.0f}") if any(peaks.values()) else row)
+    head = (
+        "arm",
+        "tokens per second",
+        "first token (ms)",
+        "a token p50 / p95 / p99 (ms)",
+        "share of learning",
+        "updates",
+        "reverts",
+    )
+    return Table(
+        title="Speed",
+        note="Tokens per second count everything: prefill, updates, text. First token: median. "
+        "A token's time is its round's wait over the round's tokens.",
+        head=(*head, "peak memory (MiB)") if any(peaks.values()) else head,
+        rows=rows,
+    )
+
+
+def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
+    """Who is compared with whom: all with plain and static, learning also with the best static.
+
+    Of several folders, every arm is compared with those of its own.
+    """
+    pairs = []
+    for arm in arms:
+        own = [other for other in arms if run_of(other) == run_of(arm)]
+        statics = [other for other in own if kind(other).startswith("static")]
+        others = [other for other in own if kind(other) == "plain"]
+        others += [other for other in statics if kind(other) == "static"][:1]
+        if kind(arm).startswith("learn") and statics:
+            others.append(max(statics, key=lambda other: other.acceptance() or 0.0))
+        if kind(arm) != "plain":
+            names = {other.name: other for other in others if other.name != arm.name}
+            pairs += [(arm, other) for other in names.values()]
+    return pairs
+
+
+def pair_table(arms: Sequence[Arm]) -> Table:
+    """Arms against each other on the same requests."""
+    rows = []
+    for a, b in pairs_of(arms):
+        tau, speed = (
+            m.pair(a, b, m.emitted, m.rounds),
+            m.pair(a, b, m.tokens, m.seconds),
+        )
+        rows.append(
+            (
+                f"{a.name} / {b.name}",
+                interval(tau and tau.ratio, 3),
+                interval(tau and tau.difference, 3, sign=True),
+                interval(speed and speed.ratio, 3),
+            )
+        )
+    return Table(
+        title="Paired differences",
+        note="The same requests and seeds in both arms; 95 % bootstrap intervals over requests.",
+        head=("pair", "acceptance length, ratio", "difference", "tokens per second, ratio"),
+        rows=rows,
+    )
+
+
+def position_tables(arms: Sequence[Arm]) -> list[Table]:
+    """Acceptance length by generated position: over all requests alive, and over common ones."""
+    bins = m.by_position(arms)
+    names = [arm.name for arm in arms]
+    at = {name: {b.low: b for b in bins[name]} for name in names}
+    every, common = [], []
+    for low in sorted({b.low for name in names for b in bins[name]}):
+        here = [at[name].get(low) for name in names]
+        some = next(b for b in here if b)
+        where = f"{low:,}–{some.high:,}" if some.high < 1 << 62 else f"{low:,} and on"
+        cells = [EMPTY if b is None else f"{b.acceptance.value:.2f} ({b.alive})" for b in here]
+        every.append((where, f"{some.repeated:.1%}", *cells))
+        if some.everywhere and all(here):
+            values = [f"{b.acceptance_everywhere:.2f}" for b in here if b]
+            common.append((where, f"{some.everywhere}", *values))
+    return [
+        Table(
+            title="Acceptance length by generated position",
+            note="In parentheses the units (request and seed) alive there; intervals stand in the "
+            "plot. Only long answers reach the last rows. Repeated 8-grams: of "
+            f"{names[0]}'s text there, mean over units.",
+            head=("position", "repeated 8-grams", *names),
+            rows=every,
+        ),
+        Table(
+            title="The same, only over units alive in every arm",
+            note="A round counts where it begins.",
+            head=("position", "units", *names),
+            rows=common,
+        ),
+    ]
+
+
+def kind(arm: Arm) -> str:
+    """An arm's kind: its name without folder and options."""
+    return arm.name.rpartition(": ")[2].partition("[")[0]
+
+
+def run_of(arm: Arm) -> str:
+    """Where several folders are reported on together, the arm's; else nothing."""
+    return arm.name.rpartition(": ")[0]
+
+
+def interval(found: Estimate | None, digits: int = 2, *, sign: bool = False) -> str:
+    """A value with its interval, if it has one."""
+    if found is None:
+        return EMPTY
+    form = f"{'+' if sign else ''}.{digits}f"
+    if math.isnan(found.low):
+        return f"{found.value:{form}}"
+    return f"{found.value:{form}} [{found.low:{form}}, {found.high:{form}}]"
+
+
+def percent(value: float | None) -> str:
+    """A share, or a dash."""
+    return EMPTY if value is None else f"{value:.1%}"

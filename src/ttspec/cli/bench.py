@@ -1,0 +1,312 @@
+"""`ttspec bench`: measure arms on a suite, report on it, compare two of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from ttspec.cli.options import ModelFlags
+from ttspec.cli.terminal import say
+from ttspec.config import GenerateConfig
+from ttspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from ttspec.bench.arms import ArmSpec
+    from ttspec.bench.runner import Progress
+    from ttspec.bench.tables import Table
+
+bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+
+
+@bench.command
+def run(
+    *,
+    out: Path,
+    suite: str = "quick",
+    arms: str = "plain,static,learn",
+    models: ModelFlags = ModelFlags(),
+    max_new_tokens: int = 256,
+    session_tokens: int | None = None,
+    temperature: float = 0.0,
+    seeds: str = "0",
+    ignore_eos: Flag = False,
+) -> int:
+    """Measure arms on the same requests and seeds, interleaved in random order.
+
+    One unit is one arm's answer to one request under one seed. Ctrl-C keeps the finished units, and
+    the same command goes on after them; more arms or seeds may be named then.
+
+    Parameters
+    ----------
+    out
+        Run folder: a new one, or one to go on with.
+    suite
+        A built-in suite, or a file of JSON lines: {"prompt"}, {"messages"} or {"turns"}.
+    arms
+        Of plain, ngram, static, static-window, static-rebased, learn and learn-session, with
+        options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5].
+    max_new_tokens
+        Generated tokens of an answer at most (of a turn, where a request has several).
+    session_tokens
+        Generated tokens of a request over all its turns at most.
+    temperature
+        0 is greedy.
+    seeds
+        Numbers with commas between them; every request is answered once under each.
+    ignore_eos
+        Go on past end tokens.
+    """
+    from ttspec.bench.arms import parse_arms
+    from ttspec.bench.suites import load_suite
+
+    specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suite(suite)
+    options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    config = GenerateConfig(**options, seed=0)
+    if session_tokens is not None and session_tokens < 1:
+        raise OptionError(f"--session-tokens is {session_tokens}; allowed is 1 or more.")
+    engine = models.load(notify=say)
+
+    from ttspec.bench.manifest import describe
+    from ttspec.bench.runner import engines_for, measure_all, plan
+    from ttspec.bench.store import Store
+
+    sampling = asdict(config.sampling(engine.target.defaults))
+    engines_for(engine, specs)  # complains before the folder is made
+    manifest = describe(engine, title=f"ttspec bench: {asked.name}") | {
+        "suite": {"name": asked.name, "requests": len(asked.requests), "sha256": asked.sha256},
+        **options,
+        "sampling": {k: v for k, v in sampling.items() if k != "seed"},
+        "session_tokens": session_tokens,
+        "ignore_eos": ignore_eos,
+        "arms": [spec.name for spec in specs],
+        "arm_options": {spec.name: spec.options() for spec in specs},
+        "seeds": numbers,
+    }
+    store = Store(out, manifest)
+    try:
+        units = plan(specs, len(asked.requests), numbers, order=numbers[0])
+        steps = measure_all(
+            engine,
+            units,
+            asked.requests,
+            store,
+            quota=session_tokens,
+            notify=say,
+            ignore_eos=ignore_eos,
+            **options,
+        )
+        return _follow(steps, specs, out)
+    finally:
+        store.close()
+
+
+@bench.command
+def report(*folders: Path, out: Path | None = None, different_texts: Flag = False) -> int:
+    """Draw tables, plots and one HTML page from run folders; runs no model.
+
+    Parameters
+    ----------
+    folders
+        Run folders; several, of one target and suite, are reported on together.
+    out
+        Where to. [default: FOLDER/report, of several the first]
+    different_texts
+        Report also where greedy arms emitted different tokens.
+    """
+    if not folders:
+        raise OptionError("bench report needs a run folder.\nName one or several.")
+    from ttspec.bench.findings import bench_findings
+    from ttspec.bench.report import open_runs, write_bench_report
+    from ttspec.bench.tables import all_tables
+
+    found = open_runs(folders, different_texts=different_texts)
+    page = write_bench_report(found, out or folders[0] / "report")
+    console = _console()
+    for table in all_tables(found.arms):
+        _print_table(console, table)
+    for sentence in bench_findings(found.arms, found.left_out):
+        console.print(sentence, markup=False)
+    console.print(
+        f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True, markup=False
+    )
+    return 0
+
+
+@bench.command
+def compare(
+    a: str,
+    b: str,
+    *,
+    fail_below: float | None = None,
+    metric: Literal["acceptance", "speed"] = "acceptance",
+    different_texts: Flag = False,
+) -> int:
+    """Say how A compares with B on the same requests; exit 1 if it falls below a ratio.
+
+    Parameters
+    ----------
+    a
+        Run folder, or FOLDER:ARM.
+    b
+        The same. Of two folders, every arm that both have is compared.
+    fail_below
+        Least ratio A / B that passes.
+    metric
+        What the verdict is about; both are printed.
+    different_texts
+        Compare also where greedy arms emitted different tokens.
+    """
+    from ttspec.bench import compare as judge
+    from ttspec.bench.tables import Table, interval
+
+    found = judge.compare(a, b, different_texts=different_texts)
+    rows = [
+        (
+            c.a if c.a == c.b else f"{c.a} / {c.b}",
+            str(c.units),
+            interval(c.ratio("acceptance"), 3),
+            interval(c.pairs["acceptance"].difference, 3, sign=True),
+            interval(c.ratio("speed"), 3),
+        )
+        for c in found
+    ]
+    head = ("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
+    note = "Paired over requests, 95 % bootstrap intervals."
+    console = _console()
+    _print_table(console, Table(title=f"{a} against {b}", note=note, head=head, rows=rows))
+    line, good = judge.verdict(found, metric, fail_below)
+    console.print(line, markup=False, soft_wrap=True)
+    return 0 if good else 1
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0 or len(set(numbers)) < len(numbers):
+        raise OptionError(
+            f"--seeds is {text!r}; allowed are different whole numbers from 0 up, as in 0,1,2."
+        )
+    return numbers
+
+
+def _follow(steps: Iterator[Progress], specs: Sequence[ArmSpec], out: Path) -> int:
+    """Show a run's progress to its end; the exit code."""
+    last = next(steps)
+    if last.done and last.left:
+        say(f"{out} has {last.done} of {last.units} units; going on with the others.")
+    try:
+        with _Bar(last) as bar:
+            for last in steps:
+                bar.show(last)
+    except KeyboardInterrupt:
+        say(f"\n{_standing(last, out)} The same command goes on from there.")
+        return 130
+    except OSError:
+        say(_standing(last, out) + " Mend what is said below; the same command goes on from there.")
+        raise
+    say(_standing(last, out))
+    for spec in specs:
+        if errors := last.failed.get(spec.name):
+            say(f"{spec.name}: {len(errors)} units failed; the first: {errors[0]}")
+    if last.failed:
+        say(f"Tracebacks are in {out / 'failures.log'}; the same command tries them again.")
+        return 1
+    say(f"Next: ttspec bench report {out}")
+    return 0
+
+
+def _standing(progress: Progress, out: Path) -> str:
+    return f"{progress.done} of {progress.units} units are done and kept in {out}."
+
+
+class _Bar:
+    """A bar with the time left at a terminal, a line now and then elsewhere."""
+
+    def __init__(self, first: Progress) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Rich
+
+        console = Console(stderr=True, highlight=False)
+        self.began = self.said = time.monotonic()
+        self.rich: Any = None
+        if console.is_terminal:
+            # Redrawn from this thread between two units, so that it never takes a core from one.
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+            left = TextColumn("{task.fields[left]}")
+            self.rich = Rich(*columns, left, console=console, auto_refresh=False)
+            self.task = self.rich.add_task(
+                self._next(first), total=first.units, completed=first.done, left=""
+            )
+
+    def __enter__(self) -> _Bar:
+        if self.rich:
+            self.rich.start()
+            self.rich.refresh()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.rich:
+            self.rich.stop()
+
+    def show(self, progress: Progress) -> None:
+        """A unit is over."""
+        left = f"{_clock(self._left(progress))} left"
+        if self.rich:
+            done = progress.units - len(progress.left)
+            self.rich.update(self.task, completed=done, left=left, description=self._next(progress))
+            self.rich.refresh()
+        elif time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            say(f"{progress.done} of {progress.units} units, {left}")
+
+    def _left(self, progress: Progress) -> float:
+        spent = time.monotonic() - self.began
+        return spent / max(progress.measured, 1) * len(progress.left)
+
+    @staticmethod
+    def _next(progress: Progress) -> str:
+        from rich.markup import escape
+
+        if not progress.left:
+            return "done"
+        return escape(f"{progress.left[0].arm.name}, request {progress.left[0].request}")
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _console() -> Any:
+    """A console that is wide enough for the tables where no terminal says how wide it is."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = max(console.width, 160)
+    return console
+
+
+def _print_table(console: Any, table: Table) -> None:
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(
+        box=None, pad_edge=False, padding=(0, 2, 0, 0), title=table.title, title_justify="left"
+    )
+    for i, cell in enumerate(table.head):
+        grid.add_column(Text(cell), justify="right" if i else "left", overflow="fold")
+    for row in table.rows:
+        grid.add_row(*map(Text, row))
+    console.print(grid)
+    console.print(table.note + "\n", style="dim", markup=False)

@@ -1,0 +1,143 @@
+"""Numbers of a benchmark against sums done by hand."""
+
+import math
+
+import pytest
+import torch
+
+from ttspec.bench import measures as m
+from ttspec.bench.runs import Arm
+from ttspec.bench.tables import all_tables, pairs_of, position_tables
+from ttspec.records import Chunk, Result, Round, summarise
+
+
+def arm_of(name: str, answers: dict[tuple[int, int], list[int]], wait: float = 0.1) -> Arm:
+    """An arm whose rounds emitted these numbers of tokens, by request and seed."""
+    arm = Arm(name=name)
+    for (request, seed), counts in answers.items():
+        position, rounds = 1, []
+        arm.record(Chunk(text="", token_ids=(0,), round=None), 0.5)
+        for n in counts:
+            r = Round(position=position, proposed=4, accepted=n - 1, emitted=n, seconds=(0, 0, 0.1))
+            arm.record(Chunk(text="", token_ids=(0,) * n, round=r), wait * n)
+            rounds.append(r)
+            position += n
+        ids = list(range(position))
+        stats = summarise(rounds, token_ids=ids, prompt_tokens=1, seed=seed, seconds=1.0)
+        result = Result(text="", token_ids=ids, finish_reason="eos", stats=stats, rounds=rounds)
+        arm.finish("q", result, request)
+    return arm
+
+
+def test_acceptance_is_given_as_ratio_of_sums_and_as_mean_over_requests() -> None:
+    arm = arm_of("static", {(0, 0): [4], (1, 0): [1, 1, 2]})
+    ratio, mean = m.acceptance(arm), m.acceptance_over_requests(arm)
+    assert ratio
+    assert mean
+    assert ratio.value == pytest.approx(8 / 4)
+    assert mean.value == pytest.approx((4 + 4 / 3) / 2)
+
+
+def test_seeds_of_a_request_are_drawn_together() -> None:
+    one = arm_of("static", {(0, 0): [4], (0, 1): [1], (0, 2): [2]})
+    found = m.acceptance(one)
+    assert found
+    assert math.isnan(found.low)
+    assert list(m.sums(one, m.emitted)) == [7]
+
+
+def test_an_interval_covers_the_spread_over_requests() -> None:
+    arm = arm_of("static", {(n, 0): [1 + n % 4] * 5 for n in range(40)})
+    found = m.acceptance(arm)
+    assert found
+    assert found.value == 2.5
+    spread = 1.96 * math.sqrt(1.25 / 40)
+    assert found.low == pytest.approx(2.5 - spread, abs=0.06)
+    assert found.high == pytest.approx(2.5 + spread, abs=0.06)
+
+
+def test_pairs_cancel_what_requests_have_in_common() -> None:
+    b = arm_of("static", {(n, 0): [1 + n % 3] * 4 for n in range(30)})
+    a = arm_of("learn", {(n, 0): [2 + n % 3] * 4 for n in range(30)})
+    pair = m.pair(a, b, m.emitted, m.rounds)
+    assert pair
+    assert pair.difference.value == pytest.approx(1.0)
+    assert pair.difference.low == pytest.approx(1.0)
+    assert pair.difference.high == pytest.approx(1.0)
+    assert pair.ratio.value == pytest.approx(1.5)
+
+
+def test_resamples_are_whole_samples_and_always_the_same() -> None:
+    drawn = m.resamples(7)
+    assert (drawn.sum(1) == 7).all()
+    assert torch.equal(drawn, m.resamples.__wrapped__(7))
+    assert drawn.mean() == pytest.approx(1.0)
+
+
+def test_positions_say_who_is_alive_and_compare_the_same_requests() -> None:
+    long, short = [2] * 200, [4] * 3
+    a = arm_of("static", {(0, 0): long, (1, 0): short, (2, 0): [1] * 300})
+    b = arm_of("learn", {(0, 0): long, (1, 0): short, (2, 0): [3] * 10})
+    bins = m.by_position([a, b])
+    first, second = bins["static"]
+    assert (first.alive, second.alive) == (3, 2)
+    assert (first.everywhere, second.everywhere) == (3, 1)
+    assert second.acceptance_everywhere == 2.0
+    assert second.acceptance.value == pytest.approx((73 * 2 + 45) / (73 + 45), abs=0.01)
+    assert bins["learn"][1].alive == 1
+    every, common = position_tables([a, b])
+    assert every.rows[1][2].endswith("(2)")
+    assert common.rows[1][1] == "1"
+
+
+def test_only_units_of_all_arms_are_matched() -> None:
+    a = arm_of("static", {(0, 0): [1], (1, 0): [1], (0, 1): [1]})
+    b = arm_of("learn", {(1, 0): [2], (0, 0): [2]})
+    kept = m.matched([a, Arm(name="empty"), b])
+    assert [list(arm.units) for arm in kept] == [[(0, 0), (1, 0)]] * 2
+    assert m.matched([Arm(name="empty")]) == []
+
+
+def test_a_token_s_time_is_its_round_s_wait_over_its_tokens() -> None:
+    arm = arm_of("static", {(0, 0): [1, 2, 3, 4]}, wait=0.02)
+    found = m.inter_token(arm)
+    assert found == pytest.approx([0.02] * 3)
+    arm.turns[0].waits[3] = 4.0
+    found = m.inter_token(arm)
+    assert found
+    assert found[0] == pytest.approx(0.02)
+    assert found[2] == pytest.approx(1.0)
+
+
+def test_drafted_tokens_are_counted_by_place() -> None:
+    arm = arm_of("static", {(0, 0): [1, 2, 3, 5]})
+    assert m.draft_positions(arm) == [0.75, 0.5, 0.25, 0.25]
+    assert m.drafted_share(arm) == pytest.approx(7 / 16)
+
+
+def test_stages_add_up_to_the_wall_clock() -> None:
+    arm = arm_of("learn", {(0, 0): [2] * 10})
+    stages = m.stage_seconds(arm)
+    assert sum(stages.values()) == pytest.approx(arm.seconds / arm.tokens)
+
+
+def test_texts_that_differ_are_named_with_the_first_token() -> None:
+    a, b = (arm_of(n, {(0, 0): [2] * 5, (1, 0): [2] * 5}) for n in ("plain", "static"))
+    assert m.different_texts(a, b) == []
+    b.turns[1].result.token_ids[7] = 99
+    assert m.different_texts(a, b) == [((1, 0), 7)]
+    b.turns[1].result.token_ids[7:] = []
+    assert m.different_texts(a, b) == [((1, 0), 7)]
+
+
+def test_learning_is_compared_with_the_best_static_arm() -> None:
+    units = [(0, 0), (1, 0)]
+    arms = [
+        arm_of(name, {u: [n] * 4 for u in units})
+        for name, n in (("plain", 1), ("static", 2), ("static-window[window=9]", 3), ("learn", 4))
+    ]
+    against = [b.name for a, b in pairs_of(arms) if a.name == "learn"]
+    assert against == ["plain", "static", "static-window[window=9]"]
+    titles = [table.title for table in all_tables(arms)]
+    assert len(titles) == 5
+    assert all("| arm |" in t.markdown() for t in all_tables(arms)[:2])

@@ -1,0 +1,319 @@
+"""`ttspec bench run` on toy models: arms, suites, interleaving, interrupts, crashes."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from toys import complaint
+
+import ttspec.bench.runner as runner
+from ttspec.bench.arms import parse_arms
+from ttspec.bench.runner import plan
+from ttspec.bench.store import read_run
+from ttspec.bench.suites import BUILT_IN, load_suite
+from ttspec.cli import main
+from ttspec.config import LearnConfig
+from ttspec.errors import DataError, OptionError
+
+EVERY = (
+    "plain,ngram,static,static-window[window=16],static-rebased,learn[stride=2,lr=1e-3],"
+    "learn-session[stride=2]"
+)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.jsonl"
+    rows = [
+        {"prompt": "hello there", "note": "ignored"},
+        {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]},
+        {"turns": ["one", "two"]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def bench_run(pair, suite, out, arms="plain,static", *more: str) -> int:
+    flags = ["--suite", str(suite), "--out", str(out), "--arms", arms, *pair]
+    return main(["bench", "run", *flags, "--ignore-eos", "--max-new-tokens", *(more or ("12",))])
+
+
+def keys(out: Path) -> list[tuple]:
+    lines = (out / "requests.jsonl").read_text().splitlines()
+    return [(r["arm"], r["request"], r["seed"], r["turn"]) for r in map(json.loads, lines)]
+
+
+def test_every_arm_runs_on_every_request_and_says_the_same(pair, suite, tmp_path, capsys) -> None:
+    out = tmp_path / "run"
+    assert bench_run(pair, suite, out, EVERY, "12", "--seeds", "3") == 0
+    capsys.readouterr()
+    manifest, arms = read_run(out)
+    assert [arm.name for arm in arms] == [spec.name for spec in parse_arms(EVERY)]
+    assert all(len(arm.turns) == 4 for arm in arms)
+    assert {tuple(arm.units) and tuple(sorted(arm.units)) for arm in arms} == {
+        ((0, 3), (1, 3), (2, 3))
+    }
+    texts = [{u: [t.result.token_ids for t in turns] for u, turns in a.units.items()} for a in arms]
+    assert all(text == texts[0] for text in texts)
+    updates = {arm.name: arm.updates for arm in arms}
+    assert updates["static"] == updates["ngram"] == updates["plain"] == 0
+    assert updates["learn[stride=2,lr=1e-3]"] > 0
+    assert all(turn.waits and turn.first_token > 0 for arm in arms for turn in arm.turns)
+    for part in ("target", "drafter", "suite"):
+        assert len(manifest[part]["sha256"]) == 64
+    for name in ("versions", "git", "device", "dtype", "seeds", "command"):
+        assert name in manifest
+    assert main(["bench", "report", str(out)]) == 0
+    assert "learn-session[stride=2]" in capsys.readouterr().out
+    flags = ["bench", "compare", f"{out}:static", f"{out}:plain", "--fail-below"]
+    assert main([*flags, "0.9"]) == 0
+    assert main([*flags, "5"]) == 1
+    assert "verdict: FAIL" in capsys.readouterr().out
+
+
+def test_a_session_keeps_its_context_and_its_positions(pair, suite, tmp_path) -> None:
+    assert bench_run(pair, suite, tmp_path / "run") == 0
+    _, arms = read_run(tmp_path / "run")
+    first, second = arms[1].units[(2, 0)]
+    assert (first.turn, second.turn) == (0, 1)
+    assert first.user, second.user == ("one", "two")
+    assert second.result.rounds[0].position == len(first.result.token_ids) + 1
+
+
+def test_a_session_ends_with_its_tokens(pair, suite, tmp_path) -> None:
+    assert bench_run(pair, suite, tmp_path / "run", "plain", "12", "--session-tokens", "15") == 0
+    _, (arm,) = read_run(tmp_path / "run")
+    counts = [[len(t.result.token_ids) for t in turns] for turns in arm.units.values()]
+    assert sorted(counts) == [[12], [12], [12, 3]]
+
+
+def test_a_finished_run_is_not_repeated_and_can_be_extended(pair, suite, tmp_path) -> None:
+    out = tmp_path / "run"
+    assert bench_run(pair, suite, out) == 0
+    before = keys(out)
+    assert bench_run(pair, suite, out) == 0
+    assert keys(out) == before
+    assert bench_run(pair, suite, out, "plain,static,ngram", "12", "--seeds", "0,1") == 0
+    after = keys(out)
+    assert after[: len(before)] == before
+    assert len(after) == len(set(after)) == 3 * 2 * 4
+
+
+def test_another_length_is_another_run(pair, suite, tmp_path, capsys) -> None:
+    assert bench_run(pair, suite, tmp_path / "run") == 0
+    capsys.readouterr()
+    assert bench_run(pair, suite, tmp_path / "run", "plain", "13") == 2
+    lines = complaint(capsys)
+    assert "another max_new_tokens" in lines[0]
+    assert len(lines) == 2
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_an_interrupt_keeps_what_is_done_and_resuming_repeats_nothing(
+    pair, suite, tmp_path, monkeypatch, capsys, kept: int
+) -> None:
+    real, left = runner.measure, [kept]
+
+    def stop(*args, **options):
+        turns = real(*args, **options)
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return turns
+
+    monkeypatch.setattr(runner, "measure", stop)
+    out = tmp_path / "run"
+    assert bench_run(pair, suite, out) == 130
+    assert f"{kept} of 6 units are done and kept" in capsys.readouterr().err
+    before = keys(out) if kept else []
+    monkeypatch.setattr(runner, "measure", real)
+    assert bench_run(pair, suite, out) == 0
+    after = keys(out)
+    assert after[: len(before)] == before
+    assert len(after) == len(set(after)) == 8
+
+
+@pytest.mark.parametrize("rounds", [10, 30, 40], ids=["warm-up", "unit", "second warm-up"])
+def test_ctrl_c_in_the_middle_of_a_round_drops_the_unit(
+    pair, suite, tmp_path, monkeypatch, rounds: int
+) -> None:
+    from ttspec.decoding.round import Decoder
+
+    real, left = Decoder.round, [rounds]
+
+    def stop(self):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        return real(self)
+
+    monkeypatch.setattr(Decoder, "round", stop)
+    assert bench_run(pair, suite, tmp_path / "run", "static,ngram") == 130
+    _, arms = read_run(tmp_path / "run")
+    finished = [turn.result.finish_reason for arm in arms for turn in arm.turns]
+    assert finished == ["length"] * len(finished)
+    assert len(finished) <= 2
+
+
+def test_a_crash_in_one_arm_loses_nothing_else(pair, suite, tmp_path, monkeypatch, capsys) -> None:
+    real, broken = runner.measure, [True]
+
+    def crash(engine, unit, *args, **options):
+        if broken[0] and unit.arm.name == "static" and unit.request > 0:
+            raise RuntimeError("the device\nfell over")
+        return real(engine, unit, *args, **options)
+
+    monkeypatch.setattr(runner, "measure", crash)
+    out = tmp_path / "run"
+    assert bench_run(pair, suite, out) == 1
+    said = capsys.readouterr().err
+    assert "static: 2 units failed" in said
+    assert "the device fell over" in said
+    assert "Traceback" in (out / "failures.log").read_text()
+    manifest, arms = read_run(out)
+    assert {arm.name: len(arm.units) for arm in arms} == {"plain": 3, "static": 1}
+    assert len(manifest["failed"]["static"]) == 2
+    broken[0] = False
+    assert bench_run(pair, suite, out) == 0
+    manifest, arms = read_run(out)
+    assert {arm.name: len(arm.units) for arm in arms} == {"plain": 3, "static": 3}
+    assert not manifest["failed"]
+
+
+def test_a_full_disk_says_what_is_kept(pair, suite, tmp_path, monkeypatch, capsys) -> None:
+    import ttspec.bench.store as store
+
+    real, left = store._append, [5]
+
+    def full(path: Path, data: bytes) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device", str(path))
+        real(path, data)
+
+    monkeypatch.setattr(store, "_append", full)
+    assert bench_run(pair, suite, tmp_path / "run") == 1
+    said = capsys.readouterr().err
+    assert "2 of 6 units are done and kept" in said
+    assert "No space left on device" in said
+    read_run(tmp_path / "run")
+
+
+def test_arms_follow_each_other_on_a_request_in_an_order_that_changes() -> None:
+    arms = parse_arms("plain,static,learn")
+    units = plan(arms, requests=8, seeds=[0, 1], order=0)
+    assert units == plan(arms, requests=8, seeds=[0, 1], order=0)
+    assert len(set(units)) == 3 * 8 * 2
+    triples = [units[i : i + 3] for i in range(0, len(units), 3)]
+    assert all(len({(u.request, u.seed) for u in triple}) == 1 for triple in triples)
+    assert len({tuple(u.arm.name for u in triple) for triple in triples}) > 1
+    assert [t[0].request for t in triples] != sorted(t[0].request for t in triples)
+
+
+# Arms and suites.
+
+
+def test_options_of_an_arm_stand_in_brackets() -> None:
+    window, learn = parse_arms(" static-window[window=64] , learn[stride=4, lr=3e-5,rows=block] ")
+    assert window.draft.window == 64
+    assert window.learn is None
+    assert learn.learn == LearnConfig(stride=4, lr=3e-5, rows="block")
+    (both,) = parse_arms("learn-session[window=128,blocks=4]")
+    assert both.draft.window == 128
+    assert both.learn == LearnConfig(scope="session", blocks=4)
+    assert parse_arms("static-rebased")[0].draft.rebase == 512
+    assert parse_arms("plain")[0].draft.length == 0
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ("", "names no arm"),
+        ("quick", "is no arm"),
+        ("static,static", "twice"),
+        ("learn-shared", "does not exist yet"),
+        ("static[stride=4]", "no option of static"),
+        ("learn[scope=session]", "no option of learn"),
+        ("plain[length=3]", "no option of plain"),
+        ("learn[stride=x]", "whole number"),
+        ("learn[stride=0]", "1 or more"),
+        ("learn[rows=some]", "allowed are block"),
+        ("learn[stride]", "no option"),
+        ("learn[stride=4", "is no arm"),
+    ],
+)
+def test_arms_that_make_no_sense_are_refused(arms: str, said: str) -> None:
+    with pytest.raises(OptionError, match=said) as caught:
+        parse_arms(arms)
+    assert str(caught.value).count("\n") <= 1
+
+
+def test_the_command_refuses_before_it_loads_anything(tmp_path, capsys) -> None:
+    out = ["--out", str(tmp_path / "run"), "--target", "nowhere"]
+    for flags, said in (
+        (["--arms", "learn-shared"], "learn-shared"),
+        (["--seeds", "1,x"], "--seeds"),
+        (["--seeds", "1,1"], "--seeds"),
+        (["--suite", "no-such"], "no-such is no suite"),
+        (["--temperature", "-1"], "temperature"),
+    ):
+        assert main(["bench", "run", *out, *flags]) == 2
+        assert said in complaint(capsys)[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_arms_that_need_a_drafter_say_so(toy_target_dir, suite, tmp_path, capsys) -> None:
+    flags = ["--target", str(toy_target_dir), "--drafter", "none", "--dtype", "float32"]
+    assert bench_run(flags, suite, tmp_path / "run", "plain,static") == 2
+    assert "needs a drafter" in complaint(capsys)[0]
+    flags[3] = "ngram"
+    assert bench_run(flags, suite, tmp_path / "run", "learn") == 2
+    assert "learns" in complaint(capsys)[0]
+
+
+def test_the_quick_suite_is_20_different_prompts_under_a_named_licence() -> None:
+    quick = load_suite("quick")
+    assert len(quick.requests) == 20
+    assert len({str(request) for request in quick.requests}) == 20
+    assert [len(request) for request in load_suite("session").requests] == [48] * 20
+    assert "| `quick` | 20 short prompts" in (BUILT_IN / "README.md").read_text()
+    assert "Apache-2.0" in (BUILT_IN / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "none of them"),
+        ('{"text": "x"}', "none of them"),
+        ('{"prompt": "x", "turns": ["y"]}', "prompt and turns"),
+        ('{"prompt": " "}', "prompt is not"),
+        ('{"turns": []}', "turns is not"),
+        ('{"turns": ["a", 1]}', "turns is not"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "messages is not"),
+        ('{"messages": [{"role": "user", "content": ["x"]}]}', "messages is not"),
+        ("", "has no requests"),
+    ],
+)
+def test_suites_that_make_no_sense_are_refused(tmp_path, line: str, said: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=said) as caught:
+        load_suite(str(path))
+    assert str(caught.value).count("\n") <= 1
+
+
+def test_the_bar_shows_the_time_left(monkeypatch, capsys) -> None:
+    from ttspec.cli import bench
+
+    arm = SimpleNamespace(name="learn[stride=4]")
+    left = [SimpleNamespace(arm=arm, request=n) for n in range(3)]
+    progress = runner.Progress(units=4, done=1, measured=1, left=left)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    with bench._Bar(progress) as bar:
+        bar.show(progress)
+    said = capsys.readouterr().err
+    assert "learn[stride=4], request 0" in said
+    assert "left" in said
