@@ -312,9 +312,7 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
                 "use there.\nGive weights in float32, bfloat16 or float16."
             )
         if not integer:
-            # Whatever is not written stays NaN, and is found below.
-            filled = torch.full_like(read, torch.nan)
-            read = filled.copy_(read)
+            read = read.clone()  # products of a file's mapped memory round otherwise
             if not torch.isfinite(read).all():
                 raise CheckpointError(
                     f"{tensor} holds values that are not finite.\nFetch or train it again."
