@@ -156,6 +156,14 @@ class Drafter(ABC):
         parts = (lesson.part(i) for i in range(lesson.start.shape[1]))
         return torch.cat([self._replay(state, p, length, longest, unroll) for p in parts], dim=1)
 
+    def shapes(self) -> Shapes:
+        """Every tensor that a checkpoint must hold, with its shape; known before loading."""
+        return {}
+
+    def optional(self) -> list[Shapes]:
+        """What a checkpoint may hold besides."""
+        return []
+
     @abstractmethod
     def learnable(self, parameters: str) -> list[str]:
         """Names of the weights that learn under a `LearnConfig.parameters` choice."""

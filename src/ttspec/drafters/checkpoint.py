@@ -143,7 +143,7 @@ def make_drafter(
             )
     try:
         drafter = KINDS[kind](config, {}, name=name or kind, path=path, names=names)
-        drafter.shapes()  # type: ignore[attr-defined]
+        drafter.shapes()
     except TtspecError as error:
         raise CheckpointError(f"{where}: {error}") from error
     except (
@@ -249,9 +249,9 @@ def missing_and_left_over(
         drafter: Not loaded yet.
         found: Shapes by canonical name.
     """
-    needed: dict[str, tuple[int, ...]] = drafter.shapes()  # type: ignore[attr-defined]
+    needed = drafter.shapes()
     known = dict(needed)
-    for group in drafter.optional():  # type: ignore[attr-defined]
+    for group in drafter.optional():
         known |= group
     wrong = [n for n in sorted(found.keys() & known.keys()) if tuple(found[n]) != known[n]]
     return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
@@ -294,8 +294,8 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
             f"({len(extra)} tensors left over).\n{together}"
         )
     if wrong:
-        known: dict[str, tuple[int, ...]] = drafter.shapes()  # type: ignore[attr-defined]
-        for group in drafter.optional():  # type: ignore[attr-defined]
+        known = drafter.shapes()
+        for group in drafter.optional():
             known |= group
         first = found[wrong[0]]
         raise CheckpointError(
