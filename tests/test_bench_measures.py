@@ -138,6 +138,30 @@ def test_learning_is_compared_with_the_best_static_arm() -> None:
     ]
     against = [b.name for a, b in pairs_of(arms) if a.name == "learn"]
     assert against == ["plain", "static", "static-window[window=9]"]
-    titles = [table.title for table in all_tables(arms)]
+    titles = [table.title for table in all_tables(arms, {})]
     assert len(titles) == 5
-    assert all("| arm |" in t.markdown() for t in all_tables(arms)[:2])
+    assert all("| arm |" in t.markdown() for t in all_tables(arms, {})[:2])
+
+
+def test_a_stretch_counts_rounds_where_they_begin_and_can_leave_out_what_repeats() -> None:
+    counts = [4] * 400  # positions 1, 5, ..., 1597
+    arm, other = (arm_of(n, {(0, 0): counts, (1, 0): counts}) for n in ("learn", "static"))
+    arm.turns[1].result.token_ids[1024:] = [7] * 577
+    early, late, calm = m.STRETCHES
+    assert len(early.rounds(arm.turns)) == 2 * 128
+    assert len(late.rounds(arm.turns)) == 2 * (400 - 256)
+    assert len(calm.rounds(arm.turns)) == 400 - 256
+    found = late.pair(arm, other)
+    assert found
+    assert found.ratio.value == 1
+    titles = [t.title for t in all_tables([other, arm], {"suite": {"parts": {}}})]
+    assert "Acceptance length, early and late" in titles
+    parts = {"suite": {"parts": {"a": (0, 1), "b": (1, 2)}}}
+    titles = [t.title for t in all_tables([other, arm], parts)]
+    assert "Acceptance length, early and late: b" in titles
+
+
+def test_what_learning_costs_is_its_seconds() -> None:
+    arm = arm_of("learn", {(0, 0): [2, 2]})
+    spent, free = m.seconds(arm.turns), m.seconds_without_learning(arm.turns)
+    assert spent - free == pytest.approx(0.2)

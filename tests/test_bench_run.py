@@ -11,7 +11,7 @@ import ttspec.bench.runner as runner
 from ttspec.bench.arms import parse_arms
 from ttspec.bench.runner import plan
 from ttspec.bench.store import read_run
-from ttspec.bench.suites import BUILT_IN, load_suite
+from ttspec.bench.suites import BUILT_IN, load_suite, load_suites
 from ttspec.cli import main
 from ttspec.config import LearnConfig
 from ttspec.errors import DataError, OptionError
@@ -159,10 +159,10 @@ def test_ctrl_c_in_the_middle_of_a_round_drops_the_unit(
 def test_a_crash_in_one_arm_loses_nothing_else(pair, suite, tmp_path, monkeypatch, capsys) -> None:
     real, broken = runner.measure, [True]
 
-    def crash(engine, unit, *args, **options):
-        if broken[0] and unit.arm.name == "static" and unit.request > 0:
+    def crash(engine, batch, *args, **options):
+        if broken[0] and batch[0].arm.name == "static" and batch[0].request > 0:
             raise RuntimeError("the device\nfell over")
-        return real(engine, unit, *args, **options)
+        return real(engine, batch, *args, **options)
 
     monkeypatch.setattr(runner, "measure", crash)
     out = tmp_path / "run"
@@ -202,13 +202,81 @@ def test_a_full_disk_says_what_is_kept(pair, suite, tmp_path, monkeypatch, capsy
 
 def test_arms_follow_each_other_on_a_request_in_an_order_that_changes() -> None:
     arms = parse_arms("plain,static,learn")
-    units = plan(arms, requests=8, seeds=[0, 1], order=0)
-    assert units == plan(arms, requests=8, seeds=[0, 1], order=0)
+    batches = plan(arms, requests=8, seeds=[0, 1], order=0)
+    assert batches == plan(arms, requests=8, seeds=[0, 1], order=0)
+    units = [unit for (unit,) in batches]
     assert len(set(units)) == 3 * 8 * 2
     triples = [units[i : i + 3] for i in range(0, len(units), 3)]
     assert all(len({(u.request, u.seed) for u in triple}) == 1 for triple in triples)
     assert len({tuple(u.arm.name for u in triple) for triple in triples}) > 1
     assert [t[0].request for t in triples] != sorted(t[0].request for t in triples)
+
+
+def test_rows_side_by_side_write_what_one_at_a_time_writes(pair, suite, tmp_path) -> None:
+    arms = "plain,static,learn[stride=2,lr=1e-3]"
+    for rows in ("1", "2"):
+        flags = ("12", "--rows", rows, "--session-tokens", "20", "--temperature", "0.8")
+        assert bench_run(pair, suite, tmp_path / rows, arms, *flags) == 0
+    (one, alone), (two, beside) = read_run(tmp_path / "1"), read_run(tmp_path / "2")
+    assert (one["rows"], two["rows"]) == (1, 2)
+    for a, b in zip(alone, beside, strict=True):
+        assert {u: [t.result.token_ids for t in turns] for u, turns in a.units.items()} == {
+            u: [t.result.token_ids for t in turns] for u, turns in b.units.items()
+        }
+        assert [r.accepted for r in sorted(a.rounds, key=str)] == [
+            r.accepted for r in sorted(b.rounds, key=str)
+        ] or a.updates
+    assert all(t.seconds > 0 and t.waits for arm in beside for t in arm.turns)
+    assert main(["bench", "report", str(tmp_path / "2")]) == 0
+    assert "2 requests side by side" in (tmp_path / "2" / "report" / "tables.md").read_text()
+
+
+def test_units_of_a_batch_have_one_arm_and_seed() -> None:
+    batches = plan(parse_arms("plain,static"), requests=5, seeds=[0, 1], order=0, rows=2)
+    assert sorted(map(len, batches)) == [1] * 4 + [2] * 8
+    assert all(len({(u.arm.name, u.seed) for u in batch}) == 1 for batch in batches)
+    assert len({unit for batch in batches for unit in batch}) == 2 * 5 * 2
+
+
+def test_an_interrupted_batch_is_dropped_whole(pair, suite, tmp_path, monkeypatch) -> None:
+    real, left = runner.measure, [1]
+
+    def stop(*args, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(runner, "measure", stop)
+    out, flags = tmp_path / "run", ("12", "--rows", "2")
+    assert bench_run(pair, suite, out, "plain,static", *flags) == 130
+    monkeypatch.setattr(runner, "measure", real)
+    assert bench_run(pair, suite, out, "plain,static", *flags) == 0
+    assert len(keys(out)) == len(set(keys(out))) == 8
+
+
+def test_an_arm_may_have_a_drafter_of_its_own(pair, suite, tmp_path, capsys) -> None:
+    out, folder = tmp_path / "run", tmp_path / "longer"
+    source = Path(pair[pair.index("--drafter") + 1])
+    folder.mkdir()
+    for path in source.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    arms = f"static,static[drafter={folder}],learn[drafter=ngram]"
+    assert bench_run(pair, suite, out, arms) == 2
+    assert "ngram cannot" in complaint(capsys)[0]
+    arms = f"static,static[drafter={folder}]"
+    assert bench_run(pair, suite, out, arms) == 0
+    manifest, (own, other) = read_run(out)
+    assert [r.accepted for r in own.rounds] == [r.accepted for r in other.rounds]
+    assert manifest["drafters"][str(folder)]["sha256"] == manifest["drafter"]["sha256"]
+    # Other weights under the same name are another run.
+    from safetensors.torch import load_file, save_file
+
+    (path,) = folder.glob("*.safetensors")
+    save_file({n: w + 1e-3 for n, w in load_file(path).items()}, path, {"format": "pt"})
+    capsys.readouterr()
+    assert bench_run(pair, suite, out, arms) == 2
+    assert "drafter called" in complaint(capsys)[0]
 
 
 # Arms and suites.
@@ -257,6 +325,8 @@ def test_the_command_refuses_before_it_loads_anything(tmp_path, capsys) -> None:
         (["--seeds", "1,1"], "--seeds"),
         (["--suite", "no-such"], "no-such is no suite"),
         (["--temperature", "-1"], "temperature"),
+        (["--rows", "0"], "--rows"),
+        (["--requests", "0"], "--requests"),
     ):
         assert main(["bench", "run", *out, *flags]) == 2
         assert said in complaint(capsys)[0]
@@ -279,6 +349,19 @@ def test_the_quick_suite_is_20_different_prompts_under_a_named_licence() -> None
     assert [len(request) for request in load_suite("session").requests] == [48] * 20
     assert "| `quick` | 20 short prompts" in (BUILT_IN / "README.md").read_text()
     assert "Apache-2.0" in (BUILT_IN / "README.md").read_text()
+
+
+def test_suites_can_be_joined_and_cut(suite) -> None:
+    both = load_suites(f"quick, {suite}", first=2)
+    assert both.name == f"quick+{suite.stem}"
+    assert both.requests == load_suite("quick").requests[:2] + load_suite(str(suite)).requests[:2]
+    assert both.parts == {"quick": (0, 2), suite.stem: (2, 4)}
+    assert load_suites("quick") == load_suite("quick")
+    assert load_suites("quick", first=99).sha256 == load_suite("quick").sha256
+    sums = {load_suites("quick", first=n).sha256 for n in (1, 2)} | {both.sha256}
+    assert len(sums | {load_suite("quick").sha256}) == 4
+    with pytest.raises(DataError, match="twice"):
+        load_suites("quick,quick")
 
 
 @pytest.mark.parametrize(
@@ -308,12 +391,12 @@ def test_the_bar_shows_the_time_left(monkeypatch, capsys) -> None:
     from ttspec.cli import bench
 
     arm = SimpleNamespace(name="learn[stride=4]")
-    left = [SimpleNamespace(arm=arm, request=n) for n in range(3)]
+    left = [[SimpleNamespace(arm=arm, request=n) for n in range(3)]]
     progress = runner.Progress(units=4, done=1, measured=1, left=left)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     with bench._Bar(progress) as bar:
         bar.show(progress)
     said = capsys.readouterr().err
-    assert "learn[stride=4], request 0" in said
+    assert "learn[stride=4], request 0 and 2 others" in said
     assert "left" in said

@@ -1,4 +1,4 @@
-"""Arms by name: `static-window[window=256]`, `learn[stride=4,lr=3e-5]`."""
+"""Arms by name: `static-window[window=256]`, `learn[stride=4,drafter=FOLDER]`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ class ArmSpec:
     kind: str
     draft: DraftConfig
     learn: LearnConfig | None
+    drafter: str | None = None
+    """A drafter of its own, by name; None is the run's."""
 
     @property
     def drafts(self) -> bool:
@@ -45,7 +47,9 @@ class ArmSpec:
 
     def options(self) -> dict[str, Any]:
         """What the name means in this version, as JSON values."""
-        return {"draft": asdict(self.draft), "learn": asdict(self.learn) if self.learn else None}
+        meaning: dict[str, Any] = {"draft": asdict(self.draft)}
+        meaning["learn"] = asdict(self.learn) if self.learn else None
+        return meaning | ({"drafter": self.drafter} if self.drafter else {})
 
 
 def parse_arms(text: str) -> list[ArmSpec]:
@@ -78,6 +82,8 @@ def _parse(name: str) -> ArmSpec:
     if kind == "plain":
         draft = {}
     allowed = {n: t for n, t in (draft | learn).items() if n not in FIXED}
+    if kind not in ("plain", "ngram"):
+        allowed["drafter"] = str
     given = dict(KINDS[kind])
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -90,7 +96,8 @@ def _parse(name: str) -> ArmSpec:
         name=name,
         kind=kind,
         draft=DraftConfig(**{n: v for n, v in given.items() if n in of}),
-        learn=LearnConfig(**{n: v for n, v in given.items() if n not in of}) if learns else None,
+        learn=LearnConfig(**{n: given[n] for n in given if n in learn}) if learns else None,
+        drafter=given.get("drafter"),
     )
 
 

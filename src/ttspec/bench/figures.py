@@ -10,8 +10,21 @@ from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttspec.bench.measures import Bin, by_position, draft_positions, speed, stage_seconds
+from ttspec.bench.measures import (
+    Bin,
+    by_position,
+    draft_positions,
+    emitted,
+    pair,
+    rounds,
+    seconds,
+    seconds_without_learning,
+    speed,
+    stage_seconds,
+    tokens,
+)
 from ttspec.bench.runs import Arm
+from ttspec.bench.tables import kind, pairs_of, run_of
 from ttspec.records import Round
 
 if TYPE_CHECKING:
@@ -41,6 +54,7 @@ STAGE_COLOURS = {
     "learn": "#d55e00",
     "other": "#e0c080",
 }
+COST_COLOURS = ("#0072b2", "#e69f00", "#d55e00")
 WIDTHS = ((512, 64), (2048, 128), (4096, 256))
 """(longest run, width of a bin of generated position); 512 beyond."""
 INK, GRID = "#333333", "#dddddd"
@@ -127,25 +141,39 @@ def acceptance_figure(arms: Sequence[Arm], span: int | None = None) -> Figure:
     return figure
 
 
-def position_figure(arms: Sequence[Arm]) -> Figure:
-    """Acceptance length in bins of generated position, with intervals over requests."""
+def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
+    """Acceptance length in bins of generated position, with intervals over requests.
+
+    Arms of several folders get a panel a folder, one below the other or `across` the page.
+    """
+    folders = list(dict.fromkeys(map(run_of, arms)))
+    panels = [[arm for arm in arms if run_of(arm) == folder] for folder in folders]
     last = max((r.position for arm in arms for r in arm.rounds), default=1)
     width = next((w for most, w in WIDTHS if last <= most), 512)
-    bins = by_position(arms, range(0, last + width + 1, width))
-    figure, axes = _figure()
-    for name, colour in colours([arm.name for arm in arms]).items():
-        x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
-        axes.plot(x, [b.acceptance.value for b in bins[name]], color=colour, label=name, lw=1.8)
-        low = [b.acceptance.low for b in bins[name]]
-        high = [b.acceptance.high for b in bins[name]]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-    top = max((b.acceptance.value for found in bins.values() for b in found), default=2.0)
-    axes.set(xlim=(0, max(last, 1)), ylim=(0.8, max(2.0, top + 0.25)))
-    axes.set_xlabel("generated tokens")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_ylabel(f"tokens per target forward\n(bins of {width})")
-    _say_alive(axes, bins)
-    _legend(figure, axes)
+    figure, grid = _figures(len(panels), across=across)
+    top = 2.0
+    for axes, folder, own in zip(grid, folders, panels, strict=True):
+        bins = by_position(own, range(0, last + width + 1, width))
+        for name, colour in colours([arm.name for arm in own]).items():
+            x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
+            y = [b.acceptance.value for b in bins[name]]
+            axes.plot(x, y, color=colour, label=name.rpartition(": ")[2], lw=1.8)
+            low = [b.acceptance.low for b in bins[name]]
+            high = [b.acceptance.high for b in bins[name]]
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+            top = max(top, *y) if y else top
+        axes.set(xlim=(0, max(last, 1)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        _say_alive(axes, bins)
+        if folder:
+            axes.set_title(folder, fontsize=10, pad=16, color=INK)
+    for axes in grid:
+        axes.set_ylim(0.8, top + 0.25)
+    for axes in grid if across else grid[-1:]:
+        axes.set_xlabel("generated tokens")
+    for axes in grid[:1] if across else grid:
+        axes.set_ylabel(f"tokens per target forward\n(bins of {width})")
+    _legend(figure, *grid, columns=5 if across else 2)
     return figure
 
 
@@ -211,6 +239,31 @@ def stage_figure(arms: Sequence[Arm]) -> Figure:
     return figure
 
 
+def cost_figure(arms: Sequence[Arm]) -> Figure:
+    """What learning gains in rounds, and what is left of it once the updates are paid for."""
+    pairs = [(a, b) for a, b in pairs_of(arms) if a.updates and kind(b).startswith("static")]
+    figure, axes = _figure(rows=3 * len(pairs) + 1)
+    kinds = ((emitted, rounds), (tokens, seconds_without_learning), (tokens, seconds))
+    names = ("acceptance length", "speed, were updates free", "speed")
+    marks = {name: [] for name in names}
+    for number, (a, b) in enumerate(pairs):
+        for offset, (name, counts) in enumerate(zip(names, kinds, strict=True)):
+            if found := pair(a, b, *counts):
+                marks[name].append((number + (offset - 1) * 0.22, found.ratio))
+    for (name, found), colour in zip(marks.items(), COST_COLOURS, strict=True):
+        y, x = [at for at, _ in found], [ratio.value for _, ratio in found]
+        edges = [(r.low, r.high) if r.low == r.low else (r.value, r.value) for _, r in found]
+        axes.hlines(y, [e[0] for e in edges], [e[1] for e in edges], color=colour, lw=1.4)
+        axes.plot(x, y, "o", color=colour, ms=5, label=name)
+    axes.axvline(1, color=INK, lw=0.8)
+    labels = [f"{a.name.replace('[', chr(10) + '[')}\n/ {b.name}" for a, b in pairs]
+    axes.set_yticks(range(len(pairs)), labels, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel("ratio; right of 1 is better with learning")
+    _legend(figure, axes, columns=3)
+    return figure
+
+
 def write_svg(figure: Figure, path: Path) -> None:
     """The figure as a file of vectors on white."""
     from matplotlib import rc_context
@@ -251,25 +304,44 @@ def to_svg(figure: Figure, prefix: str = "") -> str:
 
 def _figure(rows: int | None = None) -> tuple[Figure, Axes]:
     """A figure small enough for a phone, with one plot; `rows` is its number of bars."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context(_STYLE):
-        height = 3.6 if rows is None else 0.9 + 0.36 * rows
-        figure = Figure(figsize=(5.0, height), layout="constrained")
-        axes = figure.subplots()
-    axes.grid(axis="y" if rows is None else "x", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure, (axes,) = _figures(1, height=None if rows is None else 0.9 + 0.36 * rows)
+    if rows is not None:
+        axes.grid(visible=False, axis="y")
+        axes.grid(axis="x", color=GRID, linewidth=0.8)
     return figure, axes
 
 
-def _legend(figure: Figure, axes: Axes, columns: int = 2) -> None:
+def _figures(
+    count: int, *, across: bool = False, height: float | None = None
+) -> tuple[Figure, list[Axes]]:
+    """A figure of several plots beside or below each other, which share their axes."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    shape, own = ((1, count) if across else (count, 1)), height or 3.6
+    with rc_context(_STYLE):
+        size = (4.2 * count, own) if across else (5.0, own * count)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = list(figure.subplots(*shape, squeeze=False, sharey=across).flat)
+    for axes in grid:
+        axes.grid(axis="y", color=GRID, linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, grid
+
+
+def _legend(figure: Figure, *grid: Axes, columns: int = 2) -> None:
+    """One legend for all plots, a name once."""
     from matplotlib import rc_context
 
-    if axes.get_legend_handles_labels()[0]:
+    lines = {}
+    for axes in grid:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            lines.setdefault(name, handle)
+    if lines:
+        style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
         with rc_context(_STYLE):
-            figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+            figure.legend(list(lines.values()), list(lines), ncols=columns, **style)
 
 
 def _name_rows(axes: Axes, arms: Sequence[Arm]) -> None:

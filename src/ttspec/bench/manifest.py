@@ -16,6 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
+    from ttspec.drafters.base import Drafter
 
 PACKAGES = ("ttspec", "torch", "transformers")
 
@@ -35,19 +36,24 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
             "parameters": sum(p.numel() for p in target.model.parameters()),
             "sha256": weights_checksum(target.path),
         },
-        "drafter": drafter
-        and {
-            "name": drafter.name,
-            "kind": drafter.kind,
-            "length": drafter.length,
-            "parameters": drafter.parameters,
-            "sha256": weights_checksum(drafter.path),
-        },
+        "drafter": drafter and describe_drafter(drafter),
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": device_name(target.device),
+        "clocks": gpu_clocks(target.device),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
         "git": git_revision(),
+    }
+
+
+def describe_drafter(drafter: Drafter) -> dict[str, Any]:
+    """What tells a drafter from any other."""
+    return {
+        "name": drafter.name,
+        "kind": drafter.kind,
+        "length": drafter.length,
+        "parameters": drafter.parameters,
+        "sha256": weights_checksum(drafter.path),
     }
 
 
@@ -76,22 +82,35 @@ def device_name(device: torch.device) -> str:
     return f"{names[0]}, {len(names)} threads" if names else platform.processor() or "CPU"
 
 
+def gpu_clocks(device: torch.device) -> dict[str, str] | None:
+    """What the driver says of a GPU's clocks (MHz) and power limit (W) now; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    said = _output(["nvidia-smi", f"--query-gpu={','.join(names)}", f"--id={uuid}", _PLAIN])
+    values = [value.strip() for value in (said or "").split(",")]
+    return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
+
+
+_PLAIN = "--format=csv,noheader"
+
+
 def git_revision() -> str | None:
     """The revision of the checkout this package runs from, if it runs from one."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
+    return _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"])
+
+
+def _output(command: list[str]) -> str | None:
+    """What a program prints, if it is there and all is well."""
     try:
-        found = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"],
-            capture_output=True,
-            text=True,
-            timeout=5,
-            check=False,
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return (found.stdout.strip() or None) if found.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:

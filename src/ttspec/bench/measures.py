@@ -65,6 +65,79 @@ def learning(turns: Sequence[Turn]) -> float:
     return sum(r.seconds[2] for r in rounds_of(turns))
 
 
+def seconds_without_learning(turns: Sequence[Turn]) -> float:
+    """Wall clock, had the updates taken no time."""
+    return seconds(turns) - learning(turns)
+
+
+WINDOW = 512
+"""Tokens over which repetition is judged."""
+REPEATS = 0.10
+"""Windows that repeat more of their 8-grams than this are not counted as little repetition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Rounds between two generated positions, perhaps only where the text repeats little."""
+
+    name: str
+    low: int = 0
+    high: int = 1 << 62
+    repeats: float = 1.0
+    """Most repeated 8-grams, as a share, in the round's window of generated text."""
+
+    def rounds(self, turns: Sequence[Turn]) -> list[Round]:
+        """Those rounds of some units' turns that begin inside."""
+        units: dict[Unit, list[Turn]] = {}
+        for turn in turns:
+            units.setdefault(turn.unit, []).append(turn)
+        return [r for own in units.values() for r in self._of(own)]
+
+    def _of(self, turns: list[Turn]) -> list[Round]:
+        found = _inside(turns, self.low, self.high)
+        if self.repeats >= 1 or not found:
+            return found
+        ids = token_ids(turns)
+        calm = {
+            w: _repeated(tuple(ids[w * WINDOW : (w + 1) * WINDOW])) <= self.repeats
+            for w in {r.position // WINDOW for r in found}
+        }
+        return [r for r in found if calm[r.position // WINDOW]]
+
+    def acceptance(self, arm: Arm) -> Estimate | None:
+        """Acceptance length there; None without rounds."""
+        return share(*(sums(arm, count) for count in self._counts))
+
+    def pair(self, a: Arm, b: Arm) -> Pair | None:
+        """Acceptance length of one arm against another's, there."""
+        return pair(a, b, *self._counts)
+
+    @property
+    def _counts(self) -> tuple[Count, Count]:
+        return (
+            lambda turns: sum(r.emitted for r in self.rounds(turns)),
+            lambda turns: len(self.rounds(turns)),
+        )
+
+
+STRETCHES = (
+    Stretch("first 512", 0, 512),
+    Stretch("past 1,024", 1024),
+    Stretch("past 1,024, little repetition", 1024, repeats=REPEATS),
+)
+"""Before learning has had time, after, and after where phrases do not return."""
+
+
+@cache
+def _repeated(ids: tuple[int, ...]) -> float:
+    return repeated_ngrams(list(ids))
+
+
+def only(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:
+    """The arms with the requests low..high - 1."""
+    return [replace(arm, turns=[t for t in arm.turns if low <= t.request < high]) for arm in arms]
+
+
 def matched(arms: Sequence[Arm]) -> list[Arm]:
     """The arms with the units that all of them have finished; arms with none are left out."""
     some = [arm for arm in arms if arm.turns]

@@ -46,8 +46,9 @@ def render_bench(
 ) -> str:
     """The page of a benchmark as text."""
     parts = []
-    for name, (_, title, caption) in PLOTS.items():
-        svg = to_svg(plots[name], f"{name}-")
+    for name, figure in plots.items():
+        _, title, caption = PLOTS[name]
+        svg = to_svg(figure, f"{name}-")
         parts.append(
             f'<h2>{escape(title)}</h2><figure><div class="wide plot">{svg}</div>'
             f"<figcaption>{escape(caption)}</figcaption></figure>"
@@ -181,6 +182,12 @@ PLOTS: dict[str, tuple[Any, str, str]] = {
         figures.speed_figure,
         "Speed",
         "Wall clock, all of it. Bars are ratios of sums, whiskers 95 % intervals over requests.",
+    ),
+    "cost": (
+        figures.cost_figure,
+        "What learning costs",
+        "Learning against static, on the same requests: rounds saved, what that is worth, and what "
+        "is left once the updates are paid for. Lines are 95 % intervals over requests.",
     ),
     "stages": (
         figures.stage_figure,

@@ -14,7 +14,7 @@ from ttspec.bench.measures import different_texts, matched
 from ttspec.bench.page import PLOTS, render_bench, render_page
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import model_mark, read_run
-from ttspec.bench.tables import all_tables, pairs_of
+from ttspec.bench.tables import all_tables, pairs_of, run_of
 from ttspec.errors import DataError
 
 
@@ -107,10 +107,15 @@ def write_bench_report(run: Run, out: Path) -> Path:
     """Draw plots, tables and page of a benchmark into `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     plots = {name: draw(run.arms) for name, (draw, _, _) in PLOTS.items()}
-    for name, figure in plots.items():
+    if not any(a.updates for a in run.arms):
+        del plots["cost"]
+    wide = {}
+    if any(run_of(arm) for arm in run.arms):  # a panel a folder, for a README
+        wide["across"] = figures.position_figure(run.arms, across=True)
+    for name, figure in (plots | wide).items():
         write_png(figure, out / f"{name}.png")
         figures.write_svg(figure, out / f"{name}.svg")
-    tables = all_tables(run.arms)
+    tables = all_tables(run.arms, run.manifest)
     text = "\n".join(table.markdown() for table in tables)
     (out / "tables.md").write_text(text, encoding="utf-8")
     summary = json.dumps(summarise_run(run), indent=1, ensure_ascii=False)
@@ -139,6 +144,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
             "seconds_a_token": measures.stage_seconds(arm),
             "learning_share": arm.learning_share,
             "updates": arm.updates,
+            "stretches": {s.name: _plain(s.acceptance(arm)) for s in measures.STRETCHES},
             "by_position": [_plain(b) for b in bins[arm.name]],
         }
         for arm in run.arms
@@ -148,6 +154,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         tau = measures.pair(a, b, measures.emitted, measures.rounds)
         rate = measures.pair(a, b, measures.tokens, measures.seconds)
         found = {"acceptance_length": _plain(tau), "tokens_per_second": _plain(rate)}
+        found["stretches"] = {s.name: _plain(s.pair(a, b)) for s in measures.STRETCHES}
         pairs.append({"arm": a.name, "against": b.name, **found})
     models = model_mark(run.manifest)
     return {"models": models, "manifest": run.manifest, "arms": arms, "pairs": pairs}

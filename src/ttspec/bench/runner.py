@@ -1,14 +1,15 @@
 """Arms on the same requests and seeds, interleaved in random order in one process.
 
-A unit is one (arm, request, seed). The arms of a request follow each other directly, in an order
-drawn for each, so that a machine that slows down slows all arms alike.
+A unit is one (arm, request, seed); several of one arm and seed may be decoded side by side as rows
+of a batch. The arms of a batch follow each other directly, in an order drawn for each, so that a
+machine that slows down slows all arms alike.
 """
 
 from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
 from typing import Any, cast
@@ -20,6 +21,7 @@ from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store, write_manifest
 from ttspec.bench.suites import Request, said
 from ttspec.decoding.engine import Engine, Prompt
+from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError
 from ttspec.records import Result
@@ -42,138 +44,191 @@ class Unit:
         return self.arm.name, self.request, self.seed
 
 
+Batch = list[Unit]
+"""Units of one arm and seed that are decoded side by side."""
+
+
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands after a unit."""
+    """Where a run stands after a batch."""
 
     units: int
     done: int = 0
     """Units in the folder, those of earlier calls included."""
     measured: int = 0
     """Units of this call, failed ones included."""
-    left: list[Unit] = field(default_factory=list)
+    left: list[Batch] = field(default_factory=list)
     failed: dict[str, list[str]] = field(default_factory=dict)
     """By arm: what went wrong, a line a unit."""
 
+    @property
+    def units_left(self) -> int:
+        """Units that this call has not come to yet."""
+        return sum(map(len, self.left))
 
-def plan(arms: Sequence[ArmSpec], requests: int, seeds: Sequence[int], order: int) -> list[Unit]:
-    """All units in the order in which they are measured; `order` seeds it."""
+
+def plan(
+    arms: Sequence[ArmSpec], requests: int, seeds: Sequence[int], order: int, rows: int = 1
+) -> list[Batch]:
+    """All units in the order in which they are measured, `rows` at a time; `order` seeds it."""
     rng = Random(order)
-    pairs = [(request, seed) for seed in seeds for request in range(requests)]
-    rng.shuffle(pairs)
+    groups: list[tuple[int, Sequence[int]]] = []
+    for seed in seeds:
+        numbers = rng.sample(range(requests), requests)
+        groups += [(seed, sorted(numbers[i : i + rows])) for i in range(0, requests, rows)]
+    rng.shuffle(groups)
     return [
-        Unit(arm, request, seed) for request, seed in pairs for arm in rng.sample(arms, len(arms))
+        [Unit(arm, request, seed) for request in numbers]
+        for seed, numbers in groups
+        for arm in rng.sample(arms, len(arms))
     ]
 
 
-def engines_for(engine: Engine, arms: Sequence[ArmSpec]) -> dict[str, Engine]:
-    """The engine of each arm: the one given, or n-gram copying on the same target.
+def engines_for(
+    engine: Engine, arms: Sequence[ArmSpec], drafters: Mapping[str, Drafter] | None = None
+) -> dict[str, Engine]:
+    """The engine of each arm: the one given, or another drafter on the same target.
+
+    Args:
+        engine: The run's target and drafter.
+        arms: What is to be measured.
+        drafters: Those that arms name, by name.
 
     Raises:
         OptionError: An arm needs a drafter, or a learning one, and there is none.
     """
+    made: dict[str | None, Engine] = {None: engine}
+
+    def beside(name: str, drafter: Drafter) -> Engine:
+        if name not in made:
+            made[name] = Engine(replace(engine.target, taps=(), _captured=None), drafter)
+        return made[name]
+
+    engines = {}
     for arm in arms:
-        if arm.drafts and engine.drafter is None:
+        if arm.kind == "ngram":
+            engines[arm.name] = beside("ngram", Ngram())
+        elif arm.drafter:
+            engines[arm.name] = beside(arm.drafter, (drafters or {})[arm.drafter])
+        else:
+            engines[arm.name] = engine
+        drafter = engines[arm.name].drafter
+        if arm.drafts and drafter is None:
             raise OptionError(
                 f"The arm {arm.name} needs a drafter, and there is none.\n"
                 "Name one with --drafter, or run plain and ngram only."
             )
-        if arm.learn and engine.drafter and not engine.drafter.weights:
+        if arm.learn and drafter and not drafter.weights:
             raise OptionError(
-                f"The arm {arm.name} learns, and the drafter {engine.drafter.name} cannot.\n"
+                f"The arm {arm.name} learns, and the drafter {drafter.name} cannot.\n"
                 "Name a drafter with weights, or leave the arm out."
             )
-    if not any(arm.kind == "ngram" for arm in arms):
-        return {arm.name: engine for arm in arms}
-    copier = Engine(replace(engine.target, taps=(), _captured=None), Ngram())
-    return {arm.name: copier if arm.kind == "ngram" else engine for arm in arms}
+    return engines
 
 
 def measure_all(
     engine: Engine,
-    units: Sequence[Unit],
+    batches: Sequence[Batch],
     requests: Sequence[Request],
     store: Store,
     *,
+    drafters: Mapping[str, Drafter] | None = None,
     warm_up: int = WARM_UP,
     quota: int | None = None,
     notify: Callable[[str], None] | None = None,
     **options: Any,
 ) -> Iterator[Progress]:
-    """Measure what the store does not have yet; an arm's failure is noted and costs that unit only.
+    """Measure what the store does not have yet; an arm's failure is noted and costs that batch.
 
     Args:
         engine: Target and drafter.
-        units: What to measure, in this order.
+        batches: What to measure, in this order.
         requests: The suite.
         store: Where finished units go.
-        warm_up: Tokens that each arm generates uncounted before its first unit.
+        drafters: Those that arms name, by name.
+        warm_up: Tokens that each arm generates uncounted before its first batch.
         quota: Tokens that a request may have over its turns; None is no limit.
         notify: Told of failures.
         **options: Fields of `GenerateConfig` for all arms.
 
     Yields:
-        The progress, at first and after each unit; the same object each time.
+        The progress, at first and after each batch; the same object each time.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the unit under way is dropped.
+        KeyboardInterrupt: Ctrl-C; the batch under way is dropped.
         OSError: The disk is full, say; what was stored before stays.
     """
-    arms = list({unit.arm.name: unit.arm for unit in units}.values())
-    engines = engines_for(engine, arms)
-    left = [unit for unit in units if unit.key not in store.done]
-    progress = Progress(units=len(units), done=len(units) - len(left), left=left)
+    arms = list({unit.arm.name: unit.arm for batch in batches for unit in batch}.values())
+    engines = engines_for(engine, arms, drafters)
+    total = sum(map(len, batches))
+    left = [[unit for unit in batch if unit.key not in store.done] for batch in batches]
+    progress = Progress(units=total, left=[batch for batch in left if batch])
+    progress.done = total - progress.units_left
     yield progress
     warm: set[str] = set()
     while progress.left:
-        unit, name = progress.left[0], progress.left[0].arm.name
-        chosen = {**options, "draft": unit.arm.draft, "learn": unit.arm.learn}
+        batch, arm = progress.left[0], progress.left[0][0].arm
+        chosen = {**options, "draft": arm.draft, "learn": arm.learn}
         try:
-            if name not in warm and warm_up:
+            if arm.name not in warm and warm_up:
                 say = {**chosen, "max_new_tokens": warm_up, "ignore_eos": True, "temperature": 0.0}
-                _stop_if_cancelled(engines[name].generate("Hello", **say)[0])
-            warm.add(name)
-            turns = measure(engines[name], unit, requests[unit.request], quota=quota, **chosen)
+                _stop_if_cancelled(engines[arm.name].generate("Hello", **say)[0])
+            warm.add(arm.name)
+            units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
-            _note(store, progress, unit, error)
+            _note(store, progress, batch, error)
             if notify:
-                notify(f"{name}, request {unit.request}, seed {unit.seed}: {_one_line(error)}")
+                notify(f"{_where(batch)}: {_one_line(error)}")
         else:
-            store.add(name, turns)
-            progress.done += 1
-        progress.measured += 1
+            for turns in units:
+                store.add(arm.name, turns)
+            progress.done += len(batch)
+        progress.measured += len(batch)
         del progress.left[0]
         yield progress
 
 
 def measure(
-    engine: Engine, unit: Unit, request: Request, *, quota: int | None = None, **options: Any
-) -> list[Turn]:
-    """The answers to a request's turns, timed.
+    engine: Engine,
+    batch: Batch,
+    requests: Sequence[Request],
+    *,
+    quota: int | None = None,
+    **options: Any,
+) -> list[list[Turn]]:
+    """The answers to a batch's requests, a list of turns each, timed.
+
+    Each row has its own clock: a turn's seconds are what its reader would have waited, the other
+    rows' prefills included.
 
     Raises:
         KeyboardInterrupt: It was interrupted.
     """
-    arm, cuda = Arm(name=unit.arm.name), engine.target.device.type == "cuda"
+    cuda = engine.target.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(engine.target.device)
-    began, last = time.time(), time.perf_counter()
-    dialogue = cast("list[Prompt]", request)
-    for _, chunk in engine.run([dialogue], stream=False, quota=quota, seed=unit.seed, **options):
+    arms = [Arm(name=unit.arm.name) for unit in batch]
+    began, last = [time.time()] * len(batch), [time.perf_counter()] * len(batch)
+    dialogues = [cast("list[Prompt]", requests[unit.request]) for unit in batch]
+    options |= {"seed": batch[0].seed}
+    for row, chunk in engine.run(dialogues, stream=False, quota=quota, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()
-        arm.record(chunk, now - last)
-        last = now
+        arms[row].record(chunk, now - last[row])
+        last[row] = now
         if chunk.result is None:
             continue
         _stop_if_cancelled(chunk.result)
         ended = time.time()
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
-        user = said(request[len(arm.turns)])
-        arm.finish(user, chunk.result, unit.request, began=began, ended=ended, peak_memory=peak)
-        began = ended
-    return arm.turns
+        number = batch[row].request
+        user = said(requests[number][len(arms[row].turns)])
+        arms[row].finish(
+            user, chunk.result, number, began=began[row], ended=ended, peak_memory=peak
+        )
+        began[row] = ended
+    return [arm.turns for arm in arms]
 
 
 def _stop_if_cancelled(result: Result) -> None:
@@ -182,13 +237,18 @@ def _stop_if_cancelled(result: Result) -> None:
         raise KeyboardInterrupt
 
 
-def _note(store: Store, progress: Progress, unit: Unit, error: Exception) -> None:
-    where = f"request {unit.request}, seed {unit.seed}"
-    progress.failed.setdefault(unit.arm.name, []).append(f"{where}: {_one_line(error)}")
+def _note(store: Store, progress: Progress, batch: Batch, error: Exception) -> None:
+    lines = progress.failed.setdefault(batch[0].arm.name, [])
+    lines += [f"request {u.request}, seed {u.seed}: {_one_line(error)}" for u in batch]
     store.manifest["failed"] = progress.failed
     write_manifest(store.folder, store.manifest)
     with (store.folder / "failures.log").open("a", encoding="utf-8") as file:
-        file.write(f"{unit.arm.name}, {where}\n{''.join(traceback.format_exception(error))}\n")
+        file.write(f"{_where(batch)}\n{''.join(traceback.format_exception(error))}\n")
+
+
+def _where(batch: Batch) -> str:
+    first, numbers = batch[0], ", ".join(str(unit.request) for unit in batch)
+    return f"{first.arm.name}, request {numbers}, seed {first.seed}"
 
 
 def _one_line(error: Exception) -> str:

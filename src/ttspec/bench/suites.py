@@ -20,11 +20,44 @@ Request = list[str] | list[list[dict[str, str]]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Suite:
-    """Requests, and what tells this file from any other."""
+    """Requests, and what tells these from any others."""
 
     name: str
     sha256: str
     requests: Sequence[Request]
+    parts: dict[str, tuple[int, int]]
+    """The first request of each suite that this one is made of, and the one after its last."""
+
+
+def load_suites(names: str, first: int | None = None) -> Suite:
+    """Several suites as one, with commas between their names, or one; see `load_suite`.
+
+    Args:
+        names: Built-in names or files.
+        first: Only so many requests of each, from its beginning; None is all.
+
+    Raises:
+        DataError: See `load_suite`; or a suite is named twice.
+    """
+    # A file may have a comma in its name.
+    listed = [names] if Path(names).is_file() else [n.strip() for n in names.split(",")]
+    if len(set(listed)) < len(listed):
+        raise DataError(f"--suite {names} names a suite twice.\nName each once.")
+    suites = [load_suite(name) for name in listed]
+    requests: list[Request] = []
+    parts, digest = {}, hashlib.sha256()
+    for suite in suites:
+        chosen = suite.requests[:first]
+        parts[suite.name] = len(requests), len(requests) + len(chosen)
+        requests += chosen
+        digest.update(f"{suite.sha256} {len(chosen)}\n".encode())
+    whole = len(suites) == 1 and len(requests) == len(suites[0].requests)
+    return Suite(
+        name="+".join(suite.name for suite in suites),
+        sha256=suites[0].sha256 if whole else digest.hexdigest(),
+        requests=requests,
+        parts=parts,
+    )
 
 
 def load_suite(name: str) -> Suite:
@@ -51,7 +84,12 @@ def load_suite(name: str) -> Suite:
     requests = [_request(f"{name}, line {n}", s) for n, s in enumerate(lines, 1) if s.strip()]
     if not requests:
         raise DataError(f"{name} has no requests.\nWrite one JSON object a line: {_SHAPES}.")
-    return Suite(name=path.stem, sha256=hashlib.sha256(data).hexdigest(), requests=requests)
+    return Suite(
+        name=path.stem,
+        sha256=hashlib.sha256(data).hexdigest(),
+        requests=requests,
+        parts={path.stem: (0, len(requests))},
+    )
 
 
 def said(turn: Any) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ttspec.bench import measures as m
 from ttspec.bench.measures import Estimate
@@ -29,9 +30,17 @@ class Table:
         return f"**{self.title}**\n\n" + "\n".join(f"| {c} |" for c in cells) + f"\n\n{self.note}\n"
 
 
-def all_tables(arms: Sequence[Arm]) -> list[Table]:
+def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     """Everything a report says in numbers, about matched arms."""
-    tables = [acceptance_table(arms), speed_table(arms), pair_table(arms), *position_tables(arms)]
+    parts = (manifest.get("suite") or {}).get("parts") or {}
+    tables = [acceptance_table(arms), speed_table(arms, manifest.get("rows") or 1)]
+    tables += [pair_table(arms), stretch_table(arms)]
+    if len(parts) > 1:
+        tables += [
+            stretch_table(m.only(arms, *span), f"{STRETCH_TITLE}: {name}")
+            for name, span in parts.items()
+        ]
+    tables += position_tables(arms)
     return [table for table in tables if table.rows]
 
 
@@ -73,8 +82,8 @@ def acceptance_table(arms: Sequence[Arm]) -> Table:
     )
 
 
-def speed_table(arms: Sequence[Arm]) -> Table:
-    """Wall clock of each arm, all of it."""
+def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
+    """Wall clock of each arm, all of it; `side_by_side` requests shared the machine."""
     peaks = {a.name: max((t.peak_memory or 0 for t in a.turns), default=0) for a in arms}
     rows = []
     for arm in arms:
@@ -90,6 +99,7 @@ def speed_table(arms: Sequence[Arm]) -> Table:
             f"{sum(t.result.stats.reverts for t in arm.turns):,}",
         )
         rows.append((*row, f"{peaks[arm.name] / 2**20:,.0f}") if any(peaks.values()) else row)
+    rows_each = "" if side_by_side == 1 else f" Of one of {side_by_side} requests side by side."
     head = (
         "arm",
         "tokens per second",
@@ -102,7 +112,7 @@ def speed_table(arms: Sequence[Arm]) -> Table:
     return Table(
         title="Speed",
         note="Tokens per second count everything: prefill, updates, text. First token: median. "
-        "A token's time is its round's wait over the round's tokens.",
+        "A token's time is its round's wait over the round's tokens." + rows_each,
         head=(*head, "peak memory (MiB)") if any(peaks.values()) else head,
         rows=rows,
     )
@@ -148,6 +158,30 @@ def pair_table(arms: Sequence[Arm]) -> Table:
         note="The same requests and seeds in both arms; 95 % bootstrap intervals over requests.",
         head=("pair", "acceptance length, ratio", "difference", "tokens per second, ratio"),
         rows=rows,
+    )
+
+
+STRETCH_TITLE = "Acceptance length, early and late"
+
+
+def stretch_table(arms: Sequence[Arm], title: str = STRETCH_TITLE) -> Table:
+    """Acceptance length before and after learning can show; nothing if no unit is that long."""
+    rows = [
+        (arm.name, *(interval(s.acceptance(arm), 3).partition(" [")[0] for s in m.STRETCHES))
+        for arm in arms
+    ]
+    for a, b in pairs_of(arms):
+        if kind(a).startswith("learn") and kind(b) != "plain":
+            ratios = [s.pair(a, b) for s in m.STRETCHES]
+            cells = [interval(found and found.ratio, 3) for found in ratios]
+            rows.append((f"{a.name} / {b.name}", *cells))
+    late = any(m.STRETCHES[1].rounds(arm.turns) for arm in arms)
+    return Table(
+        title=title,
+        note=f"{m.STRETCHES[2].name.split(', ')[1].capitalize()}: windows of {m.WINDOW} generated "
+        f"tokens in which at most {m.REPEATS:.0%} of 8-grams repeat.",
+        head=("arm", *(s.name for s in m.STRETCHES)),
+        rows=rows if late else [],
     )
 
 

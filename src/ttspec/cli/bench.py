@@ -29,8 +29,10 @@ def run(
     *,
     out: Path,
     suite: str = "quick",
+    requests: int | None = None,
     arms: str = "plain,static,learn",
     models: ModelFlags = ModelFlags(),
+    rows: int = 1,
     max_new_tokens: int = 256,
     session_tokens: int | None = None,
     temperature: float = 0.0,
@@ -47,10 +49,17 @@ def run(
     out
         Run folder: a new one, or one to go on with.
     suite
-        A built-in suite, or a file of JSON lines: {"prompt"}, {"messages"} or {"turns"}.
+        A built-in suite, or a file of JSON lines: {"prompt"}, {"messages"} or {"turns"}; several
+        with commas between them.
+    requests
+        Only the first so many requests of each suite.
     arms
         Of plain, ngram, static, static-window, static-rebased, learn and learn-session, with
-        options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5].
+        options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5];
+        static[drafter=FOLDER] has a drafter of its own.
+    rows
+        Requests of one arm side by side. More finish sooner; times are then those of a row among
+        others.
     max_new_tokens
         Generated tokens of an answer at most (of a turn, where a request has several).
     session_tokens
@@ -63,24 +72,38 @@ def run(
         Go on past end tokens.
     """
     from ttspec.bench.arms import parse_arms
-    from ttspec.bench.suites import load_suite
+    from ttspec.bench.suites import load_suites
 
-    specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suite(suite)
+    for name, given in (("requests", requests), ("rows", rows), ("session-tokens", session_tokens)):
+        if given is not None and given < 1:
+            raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
+    specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suites(suite, requests)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     config = GenerateConfig(**options, seed=0)
-    if session_tokens is not None and session_tokens < 1:
-        raise OptionError(f"--session-tokens is {session_tokens}; allowed is 1 or more.")
     engine = models.load(notify=say)
 
-    from ttspec.bench.manifest import describe
+    from ttspec.bench.manifest import describe, describe_drafter
     from ttspec.bench.runner import engines_for, measure_all, plan
     from ttspec.bench.store import Store
+    from ttspec.decoding.engine import find_drafter
 
+    drafters = {}
+    for name in {spec.drafter: None for spec in specs if spec.drafter}:
+        drafters[name] = find_drafter(name, say)
+        if drafters[name] is None:
+            raise OptionError("drafter=none is no drafter.\nUse the arm plain.")
     sampling = asdict(config.sampling(engine.target.defaults))
-    engines_for(engine, specs)  # complains before the folder is made
+    engines_for(engine, specs, drafters)  # complains before the folder is made
     manifest = describe(engine, title=f"ttspec bench: {asked.name}") | {
-        "suite": {"name": asked.name, "requests": len(asked.requests), "sha256": asked.sha256},
+        "suite": {
+            "name": asked.name,
+            "requests": len(asked.requests),
+            "parts": asked.parts,
+            "sha256": asked.sha256,
+        },
+        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
         **options,
+        "rows": rows,
         "sampling": {k: v for k, v in sampling.items() if k != "seed"},
         "session_tokens": session_tokens,
         "ignore_eos": ignore_eos,
@@ -90,12 +113,13 @@ def run(
     }
     store = Store(out, manifest)
     try:
-        units = plan(specs, len(asked.requests), numbers, order=numbers[0])
+        batches = plan(specs, len(asked.requests), numbers, order=numbers[0], rows=rows)
         steps = measure_all(
             engine,
-            units,
+            batches,
             asked.requests,
             store,
+            drafters=drafters,
             quota=session_tokens,
             notify=say,
             ignore_eos=ignore_eos,
@@ -128,7 +152,7 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     found = open_runs(folders, different_texts=different_texts)
     page = write_bench_report(found, out or folders[0] / "report")
     console = _console()
-    for table in all_tables(found.arms):
+    for table in all_tables(found.arms, found.manifest):
         _print_table(console, table)
     for sentence in bench_findings(found.arms, found.left_out):
         console.print(sentence, markup=False)
@@ -261,7 +285,7 @@ class _Bar:
         """A unit is over."""
         left = f"{_clock(self._left(progress))} left"
         if self.rich:
-            done = progress.units - len(progress.left)
+            done = progress.units - progress.units_left
             self.rich.update(self.task, completed=done, left=left, description=self._next(progress))
             self.rich.refresh()
         elif time.monotonic() - self.said > 30:
@@ -270,7 +294,7 @@ class _Bar:
 
     def _left(self, progress: Progress) -> float:
         spent = time.monotonic() - self.began
-        return spent / max(progress.measured, 1) * len(progress.left)
+        return spent / max(progress.measured, 1) * progress.units_left
 
     @staticmethod
     def _next(progress: Progress) -> str:
@@ -278,7 +302,9 @@ class _Bar:
 
         if not progress.left:
             return "done"
-        return escape(f"{progress.left[0].arm.name}, request {progress.left[0].request}")
+        batch = progress.left[0]
+        more = f" and {len(batch) - 1} others" if len(batch) > 1 else ""
+        return escape(f"{batch[0].arm.name}, request {batch[0].request}{more}")
 
 
 def _clock(seconds: float) -> str:

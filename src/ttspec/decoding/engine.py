@@ -64,11 +64,20 @@ def load(
         loaded = wrap_target(*target)
     if drafter == "auto":
         drafter = DEFAULT_DRAFTERS.get(loaded.name)
-    if drafter == "ngram":
-        drafter = Ngram()
-    if isinstance(drafter, str) and drafter != "none":
-        drafter = load_drafter(drafter, drafter_folder(drafter, notify))
-    return Engine(loaded, drafter if isinstance(drafter, Drafter) else None)
+    if isinstance(drafter, str):
+        drafter = find_drafter(drafter, notify)
+    return Engine(loaded, drafter)
+
+
+def find_drafter(name: str, notify: Notify | None = None) -> Drafter | None:
+    """A drafter by built-in name, local folder or hub id; None for "none".
+
+    Raises:
+        CheckpointError: There is none, or its files are not what they should be.
+    """
+    if name == "none":
+        return None
+    return Ngram() if name == "ngram" else load_drafter(name, drafter_folder(name, notify))
 
 
 def drafter_folder(name: str, notify: Notify | None = None) -> Path:

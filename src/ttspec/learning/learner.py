@@ -72,15 +72,15 @@ class Learner:
             for i in range(some, blocks, some):
                 more, others = self._gradients(leaves, lesson.part(i, some), longest)
                 loss = loss + more
-                gradients = [a + b for a, b in zip(gradients, others, strict=True)]
+                for n in range(len(gradients)):  # one by one: they are as large as all weights
+                    gradients[n] = gradients[n] + others.pop(0)
         finally:
             self.state.weights = live
         norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
         scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        # Contiguous, as the masters are: the fused step on a GPU wants equal strides.
-        gradients = [
-            (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous() for g in gradients
-        ]
+        for n, g in enumerate(gradients):
+            # Contiguous, as the masters are: the fused step on a GPU wants equal strides.
+            gradients[n] = (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous()
         facts = torch.stack([lesson.count.float(), loss, norm], dim=1).tolist()
         updated = [
             self._step(row, [g[row] for g in gradients], *fact) for row, fact in enumerate(facts)
@@ -150,6 +150,7 @@ class Learner:
         for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
+        optimiser.zero_grad()  # or they stay in memory until the next update
         self.updates[row] += 1
         return True
 
