@@ -38,7 +38,7 @@ read trends, not wiggles.</figcaption></figure>
 
 
 def render_bench(
-    manifest: dict[str, Any],
+    manifests: dict[str, dict[str, Any]],
     arms: Sequence[Arm],
     left_out: Sequence[str],
     tables: Sequence[Table],
@@ -56,8 +56,11 @@ def render_bench(
     for shown in tables:
         parts.append(f"<h2>{escape(shown.title)}</h2>{_grid(shown)}")
         parts.append(f'<p class="note">{escape(shown.note)}</p>')
-    parts.append(f"<h2>How it was made</h2>{_provenance(manifest)}")
-    title = str(manifest.get("title", "ttspec bench"))
+    parts.append("<h2>How it was made</h2>")
+    for name, manifest in manifests.items():
+        parts.append(f"<h3>{escape(name)}</h3>" if len(manifests) > 1 else "")
+        parts.append(_provenance(manifest))
+    title = str(next(iter(manifests.values())).get("title", "ttspec bench"))
     return _page(title, bench_findings(arms, left_out), arms, "\n".join(parts))
 
 

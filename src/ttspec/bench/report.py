@@ -13,7 +13,7 @@ from ttspec.bench.figures import acceptance_figure, to_svg, write_png
 from ttspec.bench.measures import different_texts, matched
 from ttspec.bench.page import PLOTS, render_bench, render_page
 from ttspec.bench.runs import Arm
-from ttspec.bench.store import model_mark, read_run
+from ttspec.bench.store import read_run
 from ttspec.bench.tables import all_tables, pairs_of, run_of
 from ttspec.errors import DataError
 
@@ -22,10 +22,16 @@ from ttspec.errors import DataError
 class Run:
     """A run folder, or several, ready to be compared: arms on the units all have finished."""
 
-    manifest: dict[str, Any]
+    manifests: dict[str, dict[str, Any]]
+    """By the folder's label."""
     arms: list[Arm]
     left_out: list[str]
     """What is not in the figures, in sentences."""
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The first folder's, which speaks for all where they must agree."""
+        return next(iter(self.manifests.values()))
 
 
 def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
@@ -67,7 +73,8 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
         )
     if not different_texts:
         check_texts(first, pairs)
-    return Run(first, pairs, _left_out(arms, pairs, [m for _, m, _ in runs]))
+    manifests = {label: m for label, (_, m, _) in zip(labels, runs, strict=True)}
+    return Run(manifests, pairs, _left_out(arms, pairs, list(manifests.values())))
 
 
 def check_texts(manifest: dict[str, Any], arms: Sequence[Arm]) -> None:
@@ -121,7 +128,7 @@ def write_bench_report(run: Run, out: Path) -> Path:
     summary = json.dumps(summarise_run(run), indent=1, ensure_ascii=False)
     (out / "summary.json").write_text(summary + "\n", encoding="utf-8")
     page = out / "index.html"
-    text = render_bench(run.manifest, run.arms, run.left_out, tables, plots)
+    text = render_bench(run.manifests, run.arms, run.left_out, tables, plots)
     page.write_text(text, encoding="utf-8")
     return page
 
@@ -156,8 +163,7 @@ def summarise_run(run: Run) -> dict[str, Any]:
         found = {"acceptance_length": _plain(tau), "tokens_per_second": _plain(rate)}
         found["stretches"] = {s.name: _plain(s.pair(a, b)) for s in measures.STRETCHES}
         pairs.append({"arm": a.name, "against": b.name, **found})
-    models = model_mark(run.manifest)
-    return {"models": models, "manifest": run.manifest, "arms": arms, "pairs": pairs}
+    return {"runs": run.manifests, "arms": arms, "pairs": pairs}
 
 
 def _plain(record: Any) -> Any:
