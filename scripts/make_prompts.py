@@ -9,17 +9,20 @@ index; only their data files are read, none of their code runs. The rest is hand
 train.jsonl     {"turns": [text or null, ...]}   null: the target writes this user turn itself
 held_out.jsonl  {"prompt", "kind"}               20 prompts for the acceptance of a static drafter
 sessions.jsonl  {"kind", "turns"}                20 sessions on one topic, 20 of unrelated turns
+trained.bin     4 bytes for each training text of the wheels; tests/goldens has a copy
 """
 
 import argparse
 import gzip
 import hashlib
 import json
+import re
 import runpy
 import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -64,6 +67,7 @@ MIXED_PROBLEMS, MIXED_CODE = 17, 8  # turns of a mixed session; the rest is writ
 # The longest texts taken over, in characters
 MAX_PROBLEM, MAX_CODE, MAX_TASK, MAX_SESSION_PROBLEM, MAX_QUERY = 1200, 1500, 400, 260, 400
 CODE_REMARKS = 120  # of MAX_CODE, kept free for the words around a program
+ALIKE = 8  # texts are alike if they share so many words in a row
 BOILERPLATE = ("# import necessary", "# all class and", "# all input", "# return, the",
                "# main function", "# they will be")  # fmt: skip
 
@@ -219,13 +223,46 @@ def evaluation(rows: Rows, rng: Random) -> tuple[list[dict], list[dict]]:
     return prompts, sessions
 
 
-def overlaps(rows: Rows, train: list[dict], prompts: list[dict], sessions: list[dict]) -> Counter:
+def trainable(rows: Rows, rng: Random) -> set[str]:
+    """Every text that a training prompt can be; without rows, the hand-written ones."""
+    topics = texts.TRAIN_THINGS + texts.TRAIN_ACTIVITIES
+    follow_ups = {w.format(t=topic) for w, topic in product(texts.TRAIN_FOLLOW_UPS, topics)}
+    return follow_ups.union(*train_pools(rows, rng).values())
+
+
+def shingles(text: str) -> set[str]:
+    """Every eight words in a row, or all of a shorter text, without case and signs."""
+    words = re.findall(r"\w+", text.lower())
+    starts = range(max(1, len(words) - ALIKE + 1))
+    return {" ".join(words[start : start + ALIKE]) for start in starts}
+
+
+def mark(shingle: str) -> bytes:
+    """Four bytes that stand for a shingle."""
+    return hashlib.sha256(shingle.encode()).digest()[:4]
+
+
+def marks(trained: Iterable[str]) -> bytes:
+    """The least mark of each text. A copy of the text has it too, whatever is written around it."""
+    return b"".join(sorted({min(map(mark, shingles(text))) for text in trained}))
+
+
+def suite_turns() -> dict[str, list[str]]:
+    """What the user says in each suite of `ttspec bench`."""
+    turns = {}
+    for path in sorted((REPOSITORY / "src/ttspec/bench/suites").glob("*.jsonl")):
+        rows = map(json.loads, path.read_text("utf-8").rstrip("\n").split("\n"))
+        turns[path.stem] = [text for row in rows for text in row.get("turns") or [row["prompt"]]]
+    return turns
+
+
+def overlaps(rows: Rows, drawn: set[str], prompts: list[dict], sessions: list[dict]) -> Counter:
     """How many texts are where they must not be, compared with case and spaces folded."""
 
     def folded(items) -> set[str]:
-        return {" ".join(text.lower().split()) for text in items if text is not None}
+        return {" ".join(text.lower().split()) for text in items}
 
-    seen = folded(text for row in train for text in row["turns"])
+    seen = folded(drawn)
     seen |= folded(row["question"] for row in rows[GSM8K_TRAIN])
     seen |= folded(row["problem"] for row in rows[MATH_TRAIN])
     held_out = folded(row["prompt"] for row in prompts)
@@ -233,18 +270,21 @@ def overlaps(rows: Rows, train: list[dict], prompts: list[dict], sessions: list[
     mixed = [text for row in sessions if row["kind"] == "mixed" for text in row["turns"]]
     demo = runpy.run_path(str(REPOSITORY / "src/ttspec/cli/demo_turns.py"))
     topics = folded(texts.TRAIN_THINGS + texts.TRAIN_ACTIVITIES)
+    trained = set().union(*map(shingles, seen))
+    suites = [text for turns in suite_turns().values() for text in turns]
     return Counter({
         "held-out prompts in training": len(held_out & seen),
         "session turns in training": len(asked & seen),
         "held-out prompts in sessions": len(held_out & asked),
         "demo turns in any": len(folded(demo["SHORT"] + demo["LONG"]) & (seen | held_out | asked)),
         "repeated mixed turns": len(mixed) - len(folded(mixed)),
+        "suite turns like training": sum(not trained.isdisjoint(shingles(s)) for s in suites),
         "shared topics": len(topics & folded(texts.SESSION_TOPICS + texts.MIXED_SUBJECTS)),
     })  # fmt: skip
 
 
 def main() -> int:
-    """Write the three files and print what is in them; 1 if a text is where it must not be."""
+    """Write the files and print what is in them; 1 if a text is where it must not be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=REPOSITORY / ".data", help="default: .data")
     parser.add_argument("--wheels", type=Path, help="folder of the wheels (default: OUT/wheels)")
@@ -270,7 +310,10 @@ def main() -> int:
         lengths = [len(text) for row in sessions if row["kind"] == kind for text in row["turns"]]
         mean = sum(lengths) / len(lengths)
         print(f"{kind} sessions: mean {mean:.0f}, at most {max(lengths)} characters a turn")
-    found = overlaps(rows, train, prompts, sessions)
+    drawn = trainable(rows, Random(f"train {arguments.seed}"))
+    by_hand = trainable({path: [] for path in DATA}, Random())
+    (arguments.out / "trained.bin").write_bytes(marks(drawn - by_hand))
+    found = overlaps(rows, drawn, prompts, sessions)
     print("overlap:", ", ".join(f"{name} {n}" for name, n in found.items()))
     return 1 if found.total() else 0
 
