@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from ttspec.bench import measures
 from ttspec.bench.measures import Estimate, Pair, matched
-from ttspec.bench.report import check_texts
+from ttspec.bench.report import check_texts, mark_of
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.errors import DataError, OptionError
@@ -30,9 +30,10 @@ class Comparison:
     units: int
     pairs: dict[str, Pair]
 
-    def ratio(self, metric: Metric) -> Estimate:
-        """A / B."""
-        return self.pairs[metric].ratio
+    def ratio(self, metric: Metric) -> Estimate | None:
+        """A / B; None for the speed of a run that was imported without times."""
+        found = self.pairs.get(metric)
+        return found and found.ratio
 
 
 def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison]:
@@ -49,8 +50,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
     """
     (one, mine), (other, theirs) = _open(a), _open(b)
     for part in ("target", "suite"):
-        sums = [(x.get(part) or {}).get("sha256") for x in (one, other)]
-        if sums[0] != sums[1]:
+        if mark_of(one, part) != mark_of(other, part):
             raise DataError(
                 f"{a} and {b} ran different {part}s, so no request of one has its pair in the "
                 f"other.\nCompare runs of the same {part}; drafters may differ."
@@ -68,7 +68,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         if not different_texts:
             check_texts(one if one.get("dtype") == other.get("dtype") else {}, [y, x])
         pairs = {n: p for n, counts in COUNTS.items() if (p := measures.pair(x, y, *counts))}
-        if len(pairs) < len(COUNTS):
+        if "acceptance" not in pairs:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
         found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs))
     return found
@@ -78,8 +78,10 @@ def verdict(
     found: Sequence[Comparison], metric: Metric, fail_below: float | None
 ) -> tuple[str, bool]:
     """One line for a log, and whether all is well: no ratio may lie below `fail_below`."""
-    worst = min(found, key=lambda c: c.ratio(metric).value)
-    ratio = worst.ratio(metric)
+    told = [(ratio, c) for c in found if (ratio := c.ratio(metric))]
+    if len(told) < len(found):
+        raise DataError(f"A run has no times, so no {metric}.\nCompare --metric acceptance.")
+    ratio, worst = min(told, key=lambda pair: pair[0].value)
     names = worst.a if worst.a == worst.b else f"{worst.a} / {worst.b}"
     said = f"{metric} of {names}, A / B, is {ratio.value:.3f}"
     if fail_below is None:

@@ -157,7 +157,8 @@ def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
         for name, colour in colours([arm.name for arm in own]).items():
             x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
             y = [b.acceptance.value for b in bins[name]]
-            axes.plot(x, y, color=colour, label=name.rpartition(": ")[2], lw=1.8)
+            dot = "o" if len(x) == 1 else None  # a line of one point cannot be seen
+            axes.plot(x, y, color=colour, label=name.rpartition(": ")[2], lw=1.8, marker=dot)
             low = [b.acceptance.low for b in bins[name]]
             high = [b.acceptance.high for b in bins[name]]
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)

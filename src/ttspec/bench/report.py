@@ -53,8 +53,7 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
     first_folder, first, _ = runs[0]
     for folder, manifest, _ in runs[1:]:
         for part in ("target", "suite"):
-            a, b = ((x.get(part) or {}).get("sha256") for x in (first, manifest))
-            if a != b:
+            if mark_of(first, part) != mark_of(manifest, part):
                 raise DataError(
                     f"{folder} and {first_folder} have different {part}s, so no pairs.\n"
                     f"Report on runs of one {part} together, the others apart."
@@ -75,6 +74,12 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
         check_texts(first, pairs)
     manifests = {label: m for label, (_, m, _) in zip(labels, runs, strict=True)}
     return Run(manifests, pairs, _left_out(arms, pairs, list(manifests.values())))
+
+
+def mark_of(manifest: dict[str, Any], part: str) -> str | None:
+    """What tells a target or suite from others: its checksum, or its name where that is all."""
+    said = manifest.get(part) or {}
+    return said.get("sha256") or said.get("name")
 
 
 def check_texts(manifest: dict[str, Any], arms: Sequence[Arm]) -> None:
@@ -116,6 +121,10 @@ def write_bench_report(run: Run, out: Path) -> Path:
     plots = {name: draw(run.arms) for name, (draw, _, _) in PLOTS.items()}
     if not any(a.updates for a in run.arms):
         del plots["cost"]
+    if not any(any(r.seconds) for a in run.arms for r in a.rounds):  # imported: nobody knows
+        del plots["stages"]
+    if not any(a.seconds for a in run.arms):
+        del plots["speed"]
     wide = {}
     if any(run_of(arm) for arm in run.arms):  # a panel a folder, for a README
         wide["across"] = figures.position_figure(run.arms, across=True)
@@ -191,4 +200,5 @@ def _left_out(
     for manifest in manifests:
         for arm, errors in (manifest.get("failed") or {}).items():
             notes.append(f"{arm}: {len(errors)} units failed; the first: {errors[0]}")
-    return notes
+        notes += manifest.get("notes") or []
+    return list(dict.fromkeys(notes))

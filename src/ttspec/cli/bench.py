@@ -130,6 +130,39 @@ def run(
         store.close()
 
 
+@bench.command(name="import")
+def import_(file: Path, *, out: Path, arm: str = "vllm") -> int:
+    """Make a run folder from vLLM's figures of each request; `report` and `compare` then read it.
+
+    Parameters
+    ----------
+    file
+        JSON lines: responses of a vLLM server that runs with --per-request-spec-decode-metrics
+        detailed, asked with return_token_ids; or what scripts/record_vllm.py writes.
+    out
+        Run folder, new or empty.
+    arm
+        What reports call it.
+    """
+    from ttspec.bench.importing import import_run
+    from ttspec.bench.measures import acceptance
+    from ttspec.bench.runs import Arm
+    from ttspec.bench.tables import interval
+
+    found = import_run(file, out, arm)
+    made = Arm(name=arm, turns=found.turns)
+    say(
+        f"{len(made.turns)} requests, {len(made.rounds):,} rounds, {made.tokens:,} tokens, "
+        f"acceptance length {interval(acceptance(made), 3)}."
+    )
+    for sentence in found.left_out:
+        say(f"Left out: {sentence}")
+    for sentence in found.notes:
+        say(sentence)
+    say(f"Next: ttspec bench report {out}")
+    return 0
+
+
 @bench.command
 def report(*folders: Path, out: Path | None = None, different_texts: Flag = False) -> int:
     """Draw tables, plots and one HTML page from run folders; runs no model.
