@@ -22,6 +22,15 @@ KINDS: dict[str, dict[str, Any]] = {
     "learn": {"scope": "request"},
     "learn-session": {"scope": "session"},
 }
+PEERS: dict[str, dict[str, type]] = {
+    "hf": {},
+    "hf-compiled": {},
+    "hf-lookup": {"length": int},
+    "hf-assisted": {"model": str, "length": int},
+    "hf-dflash": {"drafter": str},
+    "dflash": {"drafter": str},
+}
+"""Other implementations, with their options: transformers' `generate`, and the package dflash."""
 LATER = ("learn-shared",)
 FIXED = ("scope",)
 """Options that the arm's name says."""
@@ -39,16 +48,20 @@ class ArmSpec:
     learn: LearnConfig | None
     drafter: str | None = None
     """A drafter of its own, by name; None is the run's."""
+    peer: tuple[tuple[str, Any], ...] = ()
+    """Another implementation's options."""
 
     @property
     def drafts(self) -> bool:
         """It needs the drafter that was loaded."""
-        return self.kind not in ("plain", "ngram")
+        return self.kind not in ("plain", "ngram", *PEERS)
 
     def options(self) -> dict[str, Any]:
         """What the name means in this version, as JSON values."""
         meaning: dict[str, Any] = {"draft": asdict(self.draft)}
         meaning["learn"] = asdict(self.learn) if self.learn else None
+        if self.kind in PEERS:
+            meaning = {"peer": dict(self.peer)}
         return meaning | ({"drafter": self.drafter} if self.drafter else {})
 
 
@@ -60,7 +73,9 @@ def parse_arms(text: str) -> list[ArmSpec]:
     """
     names = [name.strip() for name in _COMMA.split(text) if name.strip()]
     if not names:
-        raise OptionError(f"--arms names no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
+        raise OptionError(
+            f"--arms names no arm; arms are {', '.join([*KINDS, *PEERS])}.\n{_EXAMPLE}"
+        )
     for name in names:
         if names.count(name) > 1:
             raise OptionError(f"--arms names {name} twice.\nName each arm once.")
@@ -75,8 +90,9 @@ def _parse(name: str) -> ArmSpec:
             f"{kind} needs one drafter that learns from all requests, which does not exist yet.\n"
             "Use learn-session, or learn."
         )
-    if not found or kind not in KINDS:
-        raise OptionError(f"{name} is no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
+    if not found or kind not in KINDS | PEERS:
+        names = ", ".join([*KINDS, *PEERS])
+        raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
     learns = kind.startswith("learn")
     draft, learn = _types(DraftConfig), _types(LearnConfig) if learns else {}
     if kind == "plain":
@@ -84,13 +100,17 @@ def _parse(name: str) -> ArmSpec:
     allowed = {n: t for n, t in (draft | learn).items() if n not in FIXED}
     if kind not in ("plain", "ngram"):
         allowed["drafter"] = str
-    given = dict(KINDS[kind])
+    if kind in PEERS:
+        allowed = PEERS[kind]
+    given = dict(KINDS.get(kind, {}))
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in allowed:
             options = ", ".join(allowed) or "none"
             raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])
+    if kind in PEERS:
+        return _peer(name, kind, given)
     of = {f.name for f in fields(DraftConfig)}
     return ArmSpec(
         name=name,
@@ -98,6 +118,20 @@ def _parse(name: str) -> ArmSpec:
         draft=DraftConfig(**{n: v for n, v in given.items() if n in of}),
         learn=LearnConfig(**{n: given[n] for n in given if n in learn}) if learns else None,
         drafter=given.get("drafter"),
+    )
+
+
+def _peer(name: str, kind: str, given: dict[str, Any]) -> ArmSpec:
+    if kind == "hf-assisted" and "model" not in given:
+        raise OptionError(
+            "hf-assisted names no draft model.\nName one: hf-assisted[model=FOLDER or hub id]."
+        )
+    if given.get("length", 1) < 1:
+        raise OptionError(f"{kind}[length] is {given['length']}; allowed is 1 or more.")
+    drafter = given.pop("drafter", None)
+    options = tuple(sorted(given.items()))
+    return ArmSpec(
+        name=name, kind=kind, draft=DraftConfig(), learn=None, drafter=drafter, peer=options
     )
 
 

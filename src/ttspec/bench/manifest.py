@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
     from ttspec.drafters.base import Drafter
 
-PACKAGES = ("ttspec", "torch", "transformers")
+PACKAGES = ("ttspec", "torch", "transformers", "dflash")
 
 
 def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> dict[str, Any]:

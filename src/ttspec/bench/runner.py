@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -25,6 +25,9 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError
 from ttspec.records import Result
+
+if TYPE_CHECKING:
+    from ttspec.bench.peers import Peer
 
 WARM_UP = 24
 """Tokens an arm generates before its first unit; they are not counted."""
@@ -133,6 +136,7 @@ def measure_all(
     store: Store,
     *,
     drafters: Mapping[str, Drafter] | None = None,
+    peers: Mapping[str, Peer] | None = None,
     warm_up: int = WARM_UP,
     quota: int | None = None,
     notify: Callable[[str], None] | None = None,
@@ -146,6 +150,7 @@ def measure_all(
         requests: The suite.
         store: Where finished units go.
         drafters: Those that arms name, by name.
+        peers: Other implementations, by the arm's name.
         warm_up: Tokens that each arm generates uncounted before its first batch.
         quota: Tokens that a request may have over its turns; None is no limit.
         notify: Told of failures.
@@ -169,12 +174,22 @@ def measure_all(
     while progress.left:
         batch, arm = progress.left[0], progress.left[0][0].arm
         chosen = {**options, "draft": arm.draft, "learn": arm.learn}
+        peer = (peers or {}).get(arm.name)
         try:
-            if arm.name not in warm and warm_up:
+            if peer:
+                if arm.name not in warm and warm_up:
+                    peer.warm_up(warm_up)
+            elif arm.name not in warm and warm_up:
                 say = {**chosen, "max_new_tokens": warm_up, "ignore_eos": True, "temperature": 0.0}
                 _stop_if_cancelled(engines[arm.name].generate("Hello", **say)[0])
             warm.add(arm.name)
-            units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
+            if peer:
+                units = [
+                    peer.measure(requests[unit.request], unit.request, unit.seed, quota=quota)
+                    for unit in batch
+                ]
+            else:
+                units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
             _note(store, progress, batch, error)
             if notify:

@@ -105,6 +105,7 @@ class Store:
         for name in ("arm_options", "drafters"):
             both = before.get(name, {}) | self.manifest.get(name, {})
             kept |= {name: both} if both else {}
+        kept["skipped"] = self.manifest.get("skipped")  # what is missing may have been installed
         self.manifest = {**kept, "failed": None, "continued": [*before.get("continued", []), again]}
 
 

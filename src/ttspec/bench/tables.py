@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ttspec.bench import measures as m
+from ttspec.bench.arms import PEERS
 from ttspec.bench.measures import Estimate
 from ttspec.bench.runs import Arm
 
@@ -33,7 +34,7 @@ class Table:
 def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     """Everything a report says in numbers, about matched arms."""
     parts = (manifest.get("suite") or {}).get("parts") or {}
-    tables = [acceptance_table(arms), speed_table(arms, manifest.get("rows") or 1)]
+    tables = [acceptance_table(arms, manifest), speed_table(arms, manifest.get("rows") or 1)]
     tables += [pair_table(arms), stretch_table(arms)]
     if len(parts) > 1:
         tables += [
@@ -44,13 +45,15 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def acceptance_table(arms: Sequence[Arm]) -> Table:
+def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = None) -> Table:
     """Acceptance length of each arm, and what flatters it."""
-    first = arms[0]
+    peers = [arm.name for arm in arms if kind(arm) in PEERS]
+    first = next((arm for arm in arms if arm.name not in peers), arms[0])
+    # Other implementations draw with other noise: their samples say nothing about ours.
+    apart = [first.name, *(peers if (manifest or {}).get("temperature") else [])]
     rows = []
     for arm in arms:
-        others = m.different_texts(arm, first)
-        same = len(arm.units) - len(others)
+        same = len(arm.units) - len(m.different_texts(arm, first))
         rows.append(
             (
                 arm.name,
@@ -60,14 +63,15 @@ def acceptance_table(arms: Sequence[Arm]) -> Table:
                 interval(m.acceptance_over_requests(arm)),
                 percent(m.drafted_share(arm)),
                 f"{arm.repeated_8grams:.1%}",
-                EMPTY if arm is first else f"{same} of {len(arm.units)}",
+                EMPTY if arm.name in apart else f"{same} of {len(arm.units)}",
             )
         )
     return Table(
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
         "included, tokens past a stop excluded; as a ratio of sums, and as the mean over requests. "
-        "In brackets 95 % bootstrap intervals over requests.",
+        "In brackets 95 % bootstrap intervals over requests."
+        + (" Other implementations draw other samples." if len(apart) > 1 else ""),
         head=(
             "arm",
             "units",

@@ -56,7 +56,9 @@ def run(
     arms
         Of plain, ngram, static, static-window, static-rebased, learn and learn-session, with
         options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5];
-        static[drafter=FOLDER] has a drafter of its own.
+        static[drafter=FOLDER] has a drafter of its own. Other implementations, where they are
+        installed: hf, hf-compiled, hf-lookup, hf-assisted[model=FOLDER] and hf-dflash are
+        transformers' own `generate`, dflash is the package of that name.
     rows
         Requests of one arm side by side. More finish sooner; times are then those of a row among
         others.
@@ -83,6 +85,7 @@ def run(
     engine = models.load(notify=say)
 
     from ttspec.bench.manifest import describe, describe_drafter
+    from ttspec.bench.peers import open_peers
     from ttspec.bench.runner import engines_for, measure_all, plan
     from ttspec.bench.store import Store
     from ttspec.decoding.engine import find_drafter
@@ -92,8 +95,22 @@ def run(
         drafters[name] = find_drafter(name, say)
         if drafters[name] is None:
             raise OptionError("drafter=none is no drafter.\nUse the arm plain.")
-    sampling = asdict(config.sampling(engine.target.defaults))
-    engines_for(engine, specs, drafters)  # complains before the folder is made
+    sampling = config.sampling(engine.target.defaults)
+    engines = engines_for(engine, specs, drafters)  # complains before the folder is made
+    peers, skipped = open_peers(
+        engines,
+        specs,
+        asked.requests,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        ignore_eos=ignore_eos,
+        rows=rows,
+    )
+    for name, reason in skipped.items():
+        say(f"{name} is skipped: {reason}.")
+    specs = [spec for spec in specs if spec.name not in skipped]
+    if not specs:
+        raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
     manifest = describe(engine, title=f"ttspec bench: {asked.name}") | {
         "suite": {
             "name": asked.name,
@@ -104,11 +121,15 @@ def run(
         "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
         **options,
         "rows": rows,
-        "sampling": {k: v for k, v in sampling.items() if k != "seed"},
+        "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
         "session_tokens": session_tokens,
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
-        "arm_options": {spec.name: spec.options() for spec in specs},
+        "arm_options": {
+            spec.name: spec.options() | (peers[spec.name].loop.facts if spec.name in peers else {})
+            for spec in specs
+        },
+        "skipped": skipped or None,
         "seeds": numbers,
     }
     store = Store(out, manifest)
@@ -120,6 +141,7 @@ def run(
             asked.requests,
             store,
             drafters=drafters,
+            peers=peers,
             quota=session_tokens,
             notify=say,
             ignore_eos=ignore_eos,
