@@ -20,6 +20,7 @@ from cyclopts import App
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results" / "headline"
+EMPTY = "–"
 BEGIN, END = "<!-- headline: {} -->", "<!-- end -->"
 DRAFTERS = {"DFlash": "dflash", "EAGLE-3": "eagle3", "PARD": "pard"}
 ARMS = {
@@ -27,10 +28,16 @@ ARMS = {
     "static-rebased": "static, re-based positions (512)",
     "static-window": "static, window (512)",
     "learn-session[stride=4,window=512]": "learning, window (512)",
-    "learn-session[stride=4,rebase=512]": "learning, re-based positions (512)",
 }
 BEST = {"dflash": "static-window", "eagle3": "static-rebased", "pard": "static-window"}
 """The static cure that measured best before (docs/experiments.md): greedy runs have only this."""
+TIMES = (
+    "tokens_per_second",
+    "first_token_seconds",
+    "inter_token_seconds",
+    "seconds_a_token",
+    "learning_share",
+)
 app = App(help=__doc__)
 
 
@@ -55,14 +62,9 @@ def commands(out: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
     shared += ["--dtype", "float32", "--seeds", "1", "--rows", str(size.rows)]
     for temperature, requests in size.requests.items():
         for kind in ("pard", "eagle3", "dflash", "n-gram"):
-            learning = [arm for arm in ARMS if arm.startswith("learn")]
-            arms = ["static", "static-window", "static-rebased", learning[0]]
-            if temperature == "0":
-                arms = ["static", BEST[kind], learning[0]] if kind in BEST else []
-            elif kind == "eagle3":
-                arms.append(learning[1])
-            if kind == "n-gram":
-                arms = ["ngram"]
+            arms = ["ngram"] if kind == "n-gram" else list(ARMS)
+            if kind in BEST and temperature == "0":
+                arms = ["static", BEST[kind], next(arm for arm in ARMS if arm.startswith("learn"))]
             drafter = "none" if kind == "n-gram" else f"smollm2-135m-{kind}"
             folder = out / f"temperature-{temperature}" / kind
             yield (
@@ -122,9 +124,20 @@ def show(out: Path = Path("runs/headline"), *, to: Path = RESULTS) -> None:
         page = write_bench_report(open_runs([r for r in runs if r.exists()]), folder / "report")
         kept = to / f"temperature-{temperature}"
         kept.mkdir(parents=True, exist_ok=True)
-        for name in ("summary.json", "tables.md", "across.png", "across.svg"):
+        for name in ("across.png", "across.svg"):
             (kept / name).write_bytes((page.parent / name).read_bytes())
+        summary = json.loads((page.parent / "summary.json").read_text(encoding="utf-8"))
+        text = json.dumps(_timeless(summary), indent=1, ensure_ascii=False)
+        (kept / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(page)
+
+
+def _timeless(summary: dict[str, Any]) -> dict[str, Any]:
+    """Without times: several runs shared a device."""
+    for one in (*summary["arms"].values(), *summary["pairs"]):
+        for name in TIMES:
+            one.pop(name, None)
+    return summary
 
 
 @app.command
@@ -159,7 +172,8 @@ def table(summary: dict[str, Any]) -> str:
         for arm, words in ARMS.items():
             if own := arms.get(f"{folder}: {arm}"):
                 cells = [_value(v) for v in own["stretches"].values()]
-                cells = [f"**{c}**" for c in cells] if arm.startswith("learn") else cells
+                if arm.startswith("learn"):
+                    cells = [f"**{c}**" if c != EMPTY else c for c in cells]
                 lines.append(f"| {first} | {words} | " + " | ".join(cells) + " |")
                 first = ""
         for pair in pairs:
@@ -171,12 +185,12 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def _value(estimate: dict[str, float] | None) -> str:
-    return f"{estimate['value']:.3f}" if estimate else "–"
+    return f"{estimate['value']:.3f}" if estimate else EMPTY
 
 
 def _ratio(pair: dict[str, Any] | None) -> str:
     if not pair:
-        return "–"
+        return EMPTY
     r = pair["ratio"]
     return f"{r['value']:.3f}" + (f" [{r['low']:.3f}, {r['high']:.3f}]" if r["low"] else "")
 

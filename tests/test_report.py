@@ -182,3 +182,36 @@ def test_a_damaged_run_folder_is_refused(folder: Path) -> None:
         write_report(folder)
     with pytest.raises(DataError, match=r"manifest\.json"):
         write_report(folder / "nowhere")
+
+
+def test_the_readme_says_what_the_committed_runs_say() -> None:
+    import headline
+
+    text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    assert headline.pasted(text) == text, "python scripts/headline.py paste"
+    assert text.count("<!-- headline:") == 2
+
+
+def test_a_changed_figure_shows_in_the_readme(tmp_path: Path) -> None:
+    import headline
+
+    folder = tmp_path / "temperature-0.7"
+    folder.mkdir()
+    summary = (headline.RESULTS / folder.name / "summary.json").read_text(encoding="utf-8")
+    value = json.loads(summary)["arms"]["dflash: static"]["stretches"]["past 1,024"]["value"]
+    changed = summary.replace(str(value), "9.8765")
+    assert changed != summary
+    (folder / "summary.json").write_text(changed)
+    text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    assert "| 9.877 |" in headline.pasted(text, tmp_path)
+
+
+def test_no_time_is_kept_of_runs_that_shared_a_device() -> None:
+    import headline
+
+    for path in headline.RESULTS.glob("*/summary.json"):
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        for one in (*summary["arms"].values(), *summary["pairs"]):
+            assert not one.keys() & set(headline.TIMES)
+        size = sum(file.stat().st_size for file in path.parent.iterdir())
+        assert size <= 1 << 20

@@ -47,7 +47,10 @@ COLOURS = {
     "learn": "#56b4e9",
     "learn-session": "#0072b2",
 }
-SPARE_COLOURS = ("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d")
+SPARE_COLOURS = (
+    *("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d"),
+    *("#5a7d2a", "#b86fb0", "#3f5f8a", "#a87f3f"),
+)
 STAGE_COLOURS = {
     "draft": "#56b4e9",
     "verify": "#767676",
@@ -57,6 +60,8 @@ STAGE_COLOURS = {
 COST_COLOURS = ("#0072b2", "#e69f00", "#d55e00")
 WIDTHS = ((512, 64), (2048, 128), (4096, 256))
 """(longest run, width of a bin of generated position); 512 beyond."""
+LONG = 26
+"""Letters of a name, above which two do not fit beside each other on a phone."""
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -144,25 +149,32 @@ def acceptance_figure(arms: Sequence[Arm], span: int | None = None) -> Figure:
 def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
     """Acceptance length in bins of generated position, with intervals over requests.
 
-    Arms of several folders get a panel a folder, one below the other or `across` the page.
+    Arms of several folders get a panel a folder, one below the other or `across` the page. A
+    folder of one arm is a dotted line in every panel instead.
     """
     folders = list(dict.fromkeys(map(run_of, arms)))
-    panels = [[arm for arm in arms if run_of(arm) == folder] for folder in folders]
+    panels = {f: [arm for arm in arms if run_of(arm) == f] for f in folders}
+    several = {f: own for f, own in panels.items() if len(own) > 1} or panels
+    everywhere = [own[0] for f, own in panels.items() if f not in several]
     last = max((r.position for arm in arms for r in arm.rounds), default=1)
     width = next((w for most, w in WIDTHS if last <= most), 512)
-    figure, grid = _figures(len(panels), across=across)
+    figure, grid = _figures(len(several), across=across)
     top = 2.0
-    for axes, folder, own in zip(grid, folders, panels, strict=True):
-        bins = by_position(own, range(0, last + width + 1, width))
-        for name, colour in colours([arm.name for arm in own]).items():
+    for axes, (folder, own) in zip(grid, several.items(), strict=True):
+        bins = by_position(own + everywhere, range(0, last + width + 1, width))
+        for name, colour in colours(list(bins)).items():
             x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
             y = [b.acceptance.value for b in bins[name]]
+            top = max(top, *y) if y else top
+            short = name.rpartition(": ")[2]
+            if any(name == arm.name for arm in everywhere):
+                axes.plot(x, y, color=colour, label=short, lw=1.4, ls=":")
+                continue
             dot = "o" if len(x) == 1 else None  # a line of one point cannot be seen
-            axes.plot(x, y, color=colour, label=name.rpartition(": ")[2], lw=1.8, marker=dot)
+            axes.plot(x, y, color=colour, label=short, lw=1.8, marker=dot)
             low = [b.acceptance.low for b in bins[name]]
             high = [b.acceptance.high for b in bins[name]]
             axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            top = max(top, *y) if y else top
         axes.set(xlim=(0, max(last, 1)))
         axes.xaxis.set_major_formatter("{x:,.0f}")
         _say_alive(axes, bins)
@@ -340,6 +352,9 @@ def _legend(figure: Figure, *grid: Axes, columns: int = 2) -> None:
         for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
             lines.setdefault(name, handle)
     if lines:
+        if columns == 2 and max(map(len, lines)) > LONG:
+            columns = 1
+            figure.set_figheight(figure.get_figheight() + 0.1 * len(lines))
         style: dict[str, Any] = {"loc": "outside lower center", "frameon": False, "fontsize": 9}
         with rc_context(_STYLE):
             figure.legend(list(lines.values()), list(lines), ncols=columns, **style)
