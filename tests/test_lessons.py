@@ -97,9 +97,10 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
             mask=torch.tensor([[mask]]),
             count=torch.tensor([1]),
         )
+        found: list[Tensor] = []
+        learner._step = lambda row, gradients, *facts: found.extend(gradients)  # noqa: ARG005
         learner.update(lesson, 8)
-        optimiser = learner._optimisers[0]
-        return torch.cat([p.grad.flatten() for p in optimiser.param_groups[0]["params"]])
+        return torch.cat([g.flatten() for g in found])
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
     torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
