@@ -98,7 +98,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
             count=torch.tensor([1]),
         )
         found: list[Tensor] = []
-        learner._step = lambda row, gradients, *facts: found.extend(gradients)  # noqa: ARG005
+        learner._step = lambda row, gradients, *facts: found.extend(gradients)
         learner.update(lesson, 8)
         return torch.cat([g.flatten() for g in found])
 
