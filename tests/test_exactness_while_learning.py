@@ -41,7 +41,7 @@ class Loop:
         first = 0.8 * torch.randn(LONG, V, generator=generator)
         self.q = first.expand(len(keys), LONG, V).clone()
         # What the decoder's methods look at.
-        self._key, self._round, self.gamma, self.rows = keys, 0, G, len(keys)
+        self._key, self._number, self.gamma, self.rows = keys, torch.zeros(1).long(), G, len(keys)
         self._vocabulary = V
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
@@ -98,7 +98,7 @@ class Loop:
             text[row, slot] = tokens
             self.learn(start, proposal, live)
             start = start + emitted
-            self._round += 1
+            self._number += 1
         return text[:, 1 : LONG + 1]
 
 
@@ -193,7 +193,7 @@ class BetterOfTwo(Loop):
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
         one = super().draft(start, count, noise)
-        other_key = fold(fold(self._key[:, None], 77, self._round), torch.arange(G))
+        other_key = fold(fold(self._key[:, None], 77, self._number), torch.arange(G))
         two = draw(one.q.log(), gumbel(other_key, V))
         look = [one.q.gather(-1, t[..., None]).prod(1) for t in (one.tokens, two)]
         return Proposal(
@@ -241,10 +241,10 @@ class VerdictLearner(Loop):
     """Learns from the verdict on every row, those after the first rejection included."""
 
     def u_keys(self, start: Tensor) -> Tensor:
-        return fold(fold(self._key[:, None], ACCEPT, self._round), torch.arange(G))
+        return fold(fold(self._key[:, None], ACCEPT, self._number), torch.arange(G))
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        fresh = exponential(fold(self._key, RESIDUAL, self._round), V)
+        fresh = exponential(fold(self._key, RESIDUAL, self._number), V)
         p, u = logits.softmax(-1), uniform(self.u_keys(start))
         drafts = proposal.tokens[..., None]
         self.kept = u * proposal.q.gather(-1, drafts)[..., 0] < p[:, :G].gather(-1, drafts)[..., 0]
@@ -265,7 +265,7 @@ class UniformsFromDraftNoise(VerdictLearner):
     """Wrong: the number that drew a token also judges it."""
 
     def u_keys(self, start: Tensor) -> Tensor:
-        return fold(fold(self._key[:, None], DRAFT, self._round), torch.arange(G))
+        return fold(fold(self._key[:, None], DRAFT, self._number), torch.arange(G))
 
 
 def test_hole_b_fresh_noise_is_exact_even_when_every_verdict_is_a_lesson():
@@ -297,7 +297,9 @@ def second_turn(key_of_turn: Callable[[int, int], int]) -> tuple[Tensor, Loop]:
 
     loop = Loop(keys(0))
     loop.write()
-    loop._round = 0  # as after a resume; within one decoder rounds go on counting
+    loop._number = torch.zeros(
+        1
+    ).long()  # as after a resume; within one decoder rounds go on counting
     loop._key = keys(1)
     return loop.write(), loop
 
@@ -320,9 +322,9 @@ class Retry(Loop):
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         first, tokens = super().accept(logits, proposal, start, noise)
-        self._round += 1_000_000
+        self._number += 1_000_000
         second, again = super().accept(logits, proposal, start, noise)
-        self._round -= 1_000_000
+        self._number -= 1_000_000
         bad = (first == 0) & (proposal.count > 0)
         return torch.where(bad, second, first), torch.where(bad[:, None], again, tokens)
 
@@ -333,10 +335,10 @@ class BetterWeights(Loop):
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         first, tokens = super().accept(logits, proposal, start, noise)
         live, self.q = self.q, Loop(self._key).q
-        self._round += 1_000_000
+        self._number += 1_000_000
         anchor = self.draft(start, proposal.count, noise)
         second, again = super().accept(logits, anchor, start, noise)
-        self._round -= 1_000_000
+        self._number -= 1_000_000
         self.q = live
         # Only the first position is comparable: p past it hangs on the draft that was fed.
         lucky = (second > 0) & (first == 0) & (proposal.count > 0)

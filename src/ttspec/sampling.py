@@ -15,6 +15,9 @@ DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
 """Purposes of noise under the rejection rule; drafter-invariant noise has purpose 0."""
 
 
+_ALL = (1 << 64) - 1
+
+
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
@@ -36,6 +39,14 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
+def _mix_int(x: int) -> int:
+    """`_mix` of a number."""
+    x &= _ALL
+    x = (x ^ x >> 30) * _MIX1 & _ALL
+    x = (x ^ x >> 27) * _MIX2 & _ALL
+    return x ^ x >> 31
+
+
 def fold(key: Tensor, *parts: Tensor | int) -> Tensor:
     """Mix numbers into keys, one after the other.
 
@@ -47,7 +58,10 @@ def fold(key: Tensor, *parts: Tensor | int) -> Tensor:
         int64 keys of the broadcast shape.
     """
     for part in parts:
-        key = _mix(key + _GOLDEN + _mix(torch.as_tensor(part, device=key.device) + _GOLDEN))
+        if isinstance(part, int):  # on the host: a copy to a GPU would wait for it
+            key = _mix(key + _signed((_GOLDEN + _mix_int(part + _GOLDEN)) & _ALL))
+        else:
+            key = _mix(key + _GOLDEN + _mix(part + _GOLDEN))
     return key
 
 

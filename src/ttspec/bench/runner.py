@@ -104,7 +104,7 @@ def engines_for(
 
     def beside(name: str, drafter: Drafter) -> Engine:
         if name not in made:
-            made[name] = Engine(replace(engine.target, taps=(), _captured=None), drafter)
+            made[name] = Engine(replace(engine.target, taps=()), drafter)
         return made[name]
 
     engines = {}

@@ -18,8 +18,10 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
+from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
+from ttspec.rowcache import reach_of
 from ttspec.sampling import (
     ACCEPT,
     DRAFT,
@@ -86,6 +88,11 @@ class Decoder:
         """Tokens that a row may still emit; 0 for a row that takes no part."""
         self._vocabulary = int(target.config.vocab_size)
         self._key = torch.zeros(rows, dtype=torch.long, device=device)
+        self._facts = torch.zeros(4, rows, dtype=torch.long, device=device)
+        """Pending tokens, lengths, budgets and the round's number, as the device sees them."""
+        self._number = self._facts[3, :1]
+        self._drafted: tuple[Proposal, Tensor | None]
+        self._run = Graphs(device)
         self._round = 0
         self._clock: Stopwatch | None = None
 
@@ -127,48 +134,21 @@ class Decoder:
         """Propose, verify, accept, absorb, learn: one round of all rows that take part."""
         clock = Stopwatch(self.target.device)
         active = [row for row, budget in enumerate(self.budget) if budget > 0]
-        longest = max(self.lengths[row] for row in active)
-        facts = torch.tensor([self.pending, self.lengths, self.budget], device=self.target.device)
-        pending, start, budget = facts
-        start = start.where(budget > 0, self.slots)  # rows at rest write where nothing is read
-        invariant = self.sampling.acceptance == "invariant" and self.sampling.temperature > 0
-        noise = (
-            position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary)
-            if invariant
-            else None
-        )
-        count = (budget - 1).clamp(min=0, max=self.gamma)
+        longest = self._bound(max(self.lengths[row] for row in active))
+        numbers = [self._round] * self.rows
+        self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
 
-        proposal = self._propose(pending, start, count, longest, noise)
+        self._drafted = self._run(self._draft, longest)
         clock.lap()
-        fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        logits, features = self.target.forward(self.cache, fed, start, longest)
-        assert logits is not None
-        accepted, tokens = self._accept(logits, proposal, start, noise)
-        emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)
-        verification = Verification(
-            proposal=proposal,
-            fed=fed,
-            start=start,
-            logits=logits,
-            features=features,
-            tokens=tokens,
-            accepted=accepted.minimum(emitted).where(budget > 0, 0),
-            emitted=emitted.where(budget > 0, 0),
-            ended=ended,
-        )
-        if self.drafter and self.state:
-            self.drafter.absorb(self.state, verification)
-        proposed = proposal.count
-        told = torch.stack([verification.emitted, verification.accepted, proposed, ended.long()], 1)
-        told = torch.cat([told, tokens], dim=1).tolist()  # the round's one wait for the device
+        verification, told = self._run(self._verify, longest)
+        told = told.tolist()  # the round's one wait for the device
         clock.lap()
         self._round += 1
         for row in active:
-            emitted_here = told[row][0]
-            self.lengths[row] += emitted_here
-            self.pending[row] = told[row][3 + emitted_here]
-            self.budget[row] -= emitted_here
+            emitted = told[row][0]
+            self.lengths[row] += emitted
+            self.pending[row] = told[row][3 + emitted]
+            self.budget[row] -= emitted
         updated = [False] * self.rows
         if self.learner:
             updated = self.learner.absorb(verification, longest)
@@ -185,6 +165,12 @@ class Decoder:
             )
             for row in active
         }
+
+    def _bound(self, longest: int) -> int:
+        """The largest length that reads as many slots: one graph serves all up to it."""
+        width = self.gamma + 1
+        reach = reach_of(longest + width, self.slots)
+        return self.slots if reach == self.slots else reach - width
 
     def _stage_seconds(self, clock: Stopwatch) -> tuple[float, float, float]:
         if not clock.cuda:
@@ -222,6 +208,46 @@ class Decoder:
             self.drafter.extend(self.state, tokens, features, start, subset)
         return out, start
 
+    def _start(self) -> Tensor:
+        """Where each row's round begins; rows at rest write where nothing is read."""
+        _, lengths, budget, _ = self._facts
+        return lengths.where(budget > 0, self.slots)
+
+    def _draft(self, longest: int) -> tuple[Proposal, Tensor | None]:
+        """Drafts, and the noise of the positions they are for."""
+        pending, _, budget, _ = self._facts
+        start, noise = self._start(), None
+        if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
+            noise = position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary)
+        count = (budget - 1).clamp(min=0, max=self.gamma)
+        return self._propose(pending, start, count, longest, noise), noise
+
+    def _verify(self, longest: int) -> tuple[Verification, Tensor]:
+        """What the target says of the drafts, made context; and what the host must know of it."""
+        proposal, noise = self._drafted
+        pending, _, budget, _ = self._facts
+        start = self._start()
+        fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
+        logits, features = self.target.forward(self.cache, fed, start, longest)
+        assert logits is not None
+        accepted, tokens = self._accept(logits, proposal, start, noise)
+        emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)
+        verification = Verification(
+            proposal=proposal,
+            fed=fed,
+            start=start,
+            logits=logits,
+            features=features,
+            tokens=tokens,
+            accepted=accepted.minimum(emitted).where(budget > 0, 0),
+            emitted=emitted.where(budget > 0, 0),
+            ended=ended,
+        )
+        if self.drafter and self.state:
+            self.drafter.absorb(self.state, verification)
+        facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
+        return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
+
     def _propose(
         self, pending: Tensor, start: Tensor, count: Tensor, longest: int, noise: Tensor | None
     ) -> Proposal:
@@ -235,7 +261,7 @@ class Decoder:
             width = logits.shape[1]
             if noise is not None:
                 return draw(processed, noise[:, first : first + width]), None
-            key = fold(self._key[:, None], DRAFT, self._round)
+            key = fold(self._key[:, None], DRAFT, self._number)
             key = fold(key, torch.arange(first, first + width, device=key.device))
             fresh = gumbel(key, logits.shape[-1])
             return draw(processed, fresh), processed.softmax(-1)
@@ -249,8 +275,8 @@ class Decoder:
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
             return accept_equal(draw(processed, noise), proposal)
         column = torch.arange(self.gamma, device=start.device)
-        u = uniform(fold(fold(self._key[:, None], ACCEPT, self._round), column))
-        fresh = exponential(fold(self._key, RESIDUAL, self._round), logits.shape[-1])
+        u = uniform(fold(fold(self._key[:, None], ACCEPT, self._number), column))
+        fresh = exponential(fold(self._key, RESIDUAL, self._number), logits.shape[-1])
         return accept_rejection(processed.softmax(-1), proposal, u, fresh)
 
 

@@ -1,49 +1,61 @@
-"""A forward of fixed shapes, captured once as a CUDA graph and replayed.
+"""Device work of fixed shapes, captured as CUDA graphs and replayed.
 
-Launching the kernels of one decoding step from Python takes longer than running them. A capture
-belongs to one cache: it holds its addresses.
+Launching the kernels of one round from Python takes longer than running them. A graph holds the
+addresses it was captured with: what it reads and writes must stay where it is.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from ttspec.rowcache import RowCache
-
-Forward = Callable[[RowCache, Tensor, Tensor, int], tuple[Tensor | None, Tensor]]
+T = TypeVar("T")
 
 
-class Captured:
-    """One graph per (rows, tokens, reach), made when the shape is first seen."""
+class Graphs:
+    """One graph per function and key, made when that pair is first seen; off a GPU plain calls."""
 
-    def __init__(self, cache: RowCache, forward: Forward) -> None:
-        """Capture calls of `forward` on `cache`."""
-        self.cache = cache
-        self._forward = forward
-        self._graphs: dict[tuple[int, int, int], tuple] = {}
-        self._pool = torch.cuda.graph_pool_handle()
+    def __init__(self, device: torch.device) -> None:
+        """Capture on a CUDA device, call everywhere else."""
+        self.on = device.type == "cuda"
+        self.seconds = 0.0
+        """Spent on capturing so far."""
+        self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.on else None
 
-    def __call__(self, tokens: Tensor, start: Tensor, reach: int) -> tuple[Tensor, Tensor]:
-        """As the forward; the results are overwritten by the next call of the same shape."""
-        key = (tokens.shape[0], tokens.shape[1], reach)
-        if key not in self._graphs:
-            self._graphs[key] = self._capture(tokens.clone(), start.clone(), reach)
-        graph, own_tokens, own_start, logits, features = self._graphs[key]
-        own_tokens.copy_(tokens)
-        own_start.copy_(start)
+    def __call__(self, work: Callable[[int], T], key: int) -> T:
+        """What `work(key)` returns; a later call with this key overwrites it.
+
+        Args:
+            work: Its tensors come from fixed addresses and it waits for nothing. It may run several
+                times where it is called once, so running it again must change nothing.
+            key: All of its shapes follow from this.
+        """
+        if not self.on:
+            return work(key)
+        at = work.__name__, key
+        if at not in self._made:
+            self._made[at] = self._capture(work, key)
+        graph, out = self._made[at]
         graph.replay()
-        return logits, features
+        return out
 
-    def _capture(self, tokens: Tensor, start: Tensor, reach: int) -> tuple:
-        # Warm-up on a side stream, as CUDA graphs ask for; it writes only what the replay rewrites.
-        side = torch.cuda.Stream()
+    def _capture(self, work: Callable[[int], T], key: int) -> tuple[torch.cuda.CUDAGraph, T]:
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begun.record()
+        side = torch.cuda.Stream()  # warm-up on another stream, as CUDA graphs ask for
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(2):
-                self._forward(self.cache, tokens, start, reach)
+                work(key)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
+        # One pool for all: they never run at the same time, and nothing outlives its round.
         with torch.cuda.graph(graph, pool=self._pool):
-            logits, features = self._forward(self.cache, tokens, start, reach)
-        return graph, tokens, start, logits, features
+            out = work(key)
+        ended.record()
+        ended.synchronize()
+        self.seconds += begun.elapsed_time(ended) / 1000
+        return graph, out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,6 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
-from ttspec.models.capture import Captured
 from ttspec.models.source import Source, resolve
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 
@@ -74,7 +73,6 @@ class Target:
     """Attention window of each layer."""
     taps: tuple[int, ...] = ()
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
-    _captured: Captured | None = field(default=None, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -105,6 +103,7 @@ class Target:
         """An empty cache."""
         return RowCache(rows, slots)
 
+    @torch.no_grad()
     def forward(
         self,
         cache: RowCache,
@@ -127,25 +126,8 @@ class Target:
 
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
-            On a GPU both live in buffers that the next forward of the same shape overwrites.
         """
         reach = reach_of(longest + tokens.shape[1], cache.slots)
-        if self.device.type == "cuda" and subset is None and logits:
-            if self._captured is None or self._captured.cache is not cache:
-                self._captured = Captured(cache, self._forward)
-            return self._captured(tokens, start, reach)
-        return self._forward(cache, tokens, start, reach, subset, logits)
-
-    @torch.no_grad()
-    def _forward(
-        self,
-        cache: RowCache,
-        tokens: Tensor,
-        start: Tensor,
-        reach: int,
-        subset: Tensor | None = None,
-        logits: bool = True,
-    ) -> tuple[Tensor | None, Tensor]:
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset)
         masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}

@@ -1,0 +1,143 @@
+"""A round as a CUDA graph, on a CPU: a tape of its operations, replayed at the same addresses.
+
+What a graph cannot do, the tape cannot either: wait for the device, read Python numbers again, or
+follow a tensor that was replaced by another.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_conformance import ALL, NOW, engine_of
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from toys import toy_engine
+
+from ttspec.config import DraftConfig
+from ttspec.decoding import round as rounds
+from ttspec.decoding.engine import Engine
+from ttspec.models.capture import Graphs
+from ttspec.sampling import _mix, _mix_int, _signed, fold
+
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal.default")
+PROMPTS = ["hello there", "count to ten, please"]
+
+
+class Tape(TorchDispatchMode):
+    """Records operations; a replay runs them on the tensors of the recording."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[tuple[Any, tuple, dict, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(wait in str(func) for wait in WAITS), f"{func} waits for the device"
+        out = func(*args, **(kwargs or {}))
+        self.steps.append((func, args, kwargs or {}, out))
+        return out
+
+    def replay(self) -> None:
+        for func, args, kwargs, out in self.steps:
+            returns = func._schema.returns
+            alias = returns[0].alias_info if returns else None
+            if alias is not None and not alias.is_write:
+                continue  # a view sees what is there
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+class Tapes(Graphs):
+    """`Graphs` with tapes in the place of CUDA graphs."""
+
+    made = replayed = 0
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.tapes: dict[tuple[str, int], tuple[Tape, Any]] = {}
+
+    def __call__(self, work: Callable[[int], Any], key: int) -> Any:
+        at = work.__name__, key
+        if at not in self.tapes:
+            for _ in range(2):
+                work(key)
+            with Tape() as tape:
+                out = work(key)
+            self.tapes[at] = tape, out
+            Tapes.made += 1
+        tape, out = self.tapes[at]
+        tape.replay()
+        Tapes.replayed += 1
+        return out
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+def say(engine: Engine, **options) -> list:
+    options = {"max_new_tokens": 24, "seed": 3, "temperature": 0.8, **options}
+    results = engine.generate(PROMPTS, ignore_eos=True, **options)
+    return [(r.token_ids, [(x.proposed, x.accepted, x.updates) for x in r.rounds]) for r in results]
+
+
+SOME = [("dflash", "rejection"), ("eagle3", "rejection"), ("causal", "rejection")]
+
+
+@pytest.mark.parametrize(("which", "acceptance"), [(w, "invariant") for w in ["none", *ALL]] + SOME)
+def test_a_captured_round_does_what_the_round_does(target, which, acceptance, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.rowcache.BUCKET", 16)
+    arms: list[dict] = [{"learn": None}]
+    if which not in ("none", "ngram"):
+        arms += [{"learn": NOW}, {"learn": None, "draft": DraftConfig(window=9, rebase=5)}]
+    made, replayed = Tapes.made, Tapes.replayed
+    for options in arms:
+        options |= {"acceptance": acceptance}
+        engine = Engine(target, None) if which == "none" else engine_of(target, which)
+        with monkeypatch.context() as patch:
+            patch.setattr(rounds, "Graphs", Tapes)
+            captured = say(engine, **options)
+        assert captured == say(engine, **options), options
+    assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
+
+
+@pytest.mark.parametrize("wait", ["item", "data"])
+def test_a_round_that_waits_is_found(target, monkeypatch, wait: str) -> None:
+    real = rounds.process
+
+    def waiting(logits, sampling):
+        if wait == "item":
+            assert float(logits.sum()) < 1e9
+        return real(logits + torch.tensor([0.0]) if wait == "data" else logits, sampling)
+
+    monkeypatch.setattr(rounds, "process", waiting)
+    monkeypatch.setattr(rounds, "Graphs", Tapes)
+    with pytest.raises(AssertionError, match="waits for the device"):
+        say(engine_of(target, "dflash"))
+
+
+def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None:
+    real = rounds.Decoder._accept
+
+    def stale(self, logits, proposal, start, noise):
+        accepted, tokens = real(self, logits, proposal, start, noise)
+        return accepted, (tokens + self._round) % 250
+
+    monkeypatch.setattr(rounds.Decoder, "_accept", stale)
+    engine = engine_of(target, "ngram")
+    monkeypatch.setattr(rounds, "Graphs", Tapes)
+    captured = say(engine, temperature=0.0)
+    monkeypatch.setattr(rounds, "Graphs", Graphs)
+    assert captured != say(engine, temperature=0.0)
+
+
+def test_numbers_are_folded_in_on_the_host_as_on_the_device() -> None:
+    key = torch.tensor([0, 5, -7, 2**62])
+    for part in (0, 1, 77, -3, 2**40, 2**63 - 1):
+        assert fold(key, part).equal(fold(key, torch.tensor(part)))
+        number = _mix(torch.tensor(part)).item()
+        assert _signed(_mix_int(part)) == number
