@@ -97,11 +97,14 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
     made, replayed = Tapes.made, Tapes.replayed
     for options in arms:
         options |= {"acceptance": acceptance}
-        engine = Engine(target, None) if which == "none" else engine_of(target, which)
+
+        def engine(which=which) -> Engine:
+            return Engine(target, None) if which == "none" else engine_of(target, which)
+
         with monkeypatch.context() as patch:
             patch.setattr(rounds, "Graphs", Tapes)
-            captured = say(engine, **options)
-        assert captured == say(engine, **options), options
+            captured = say(engine(), **options)
+        assert captured == say(engine(), **options), options
     assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
 
 
@@ -128,11 +131,10 @@ def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None
         return accepted, (tokens + self._round) % 250
 
     monkeypatch.setattr(rounds.Decoder, "_accept", stale)
-    engine = engine_of(target, "ngram")
     monkeypatch.setattr(rounds, "Graphs", Tapes)
-    captured = say(engine, temperature=0.0)
+    captured = say(engine_of(target, "ngram"), temperature=0.0)
     monkeypatch.setattr(rounds, "Graphs", Graphs)
-    assert captured != say(engine, temperature=0.0)
+    assert captured != say(engine_of(target, "ngram"), temperature=0.0)
 
 
 def test_numbers_are_folded_in_on_the_host_as_on_the_device() -> None:
@@ -141,3 +143,31 @@ def test_numbers_are_folded_in_on_the_host_as_on_the_device() -> None:
         assert fold(key, part).equal(fold(key, torch.tensor(part)))
         number = _mix(torch.tensor(part)).item()
         assert _signed(_mix_int(part)) == number
+
+
+# A decoder that is used again.
+
+
+@pytest.mark.parametrize("acceptance", ["invariant", "rejection"])
+def test_a_second_request_finds_everything_as_new(target, acceptance: str) -> None:
+    options = {"learn": NOW, "acceptance": acceptance}
+    engine = engine_of(target, "eagle3")
+    first = say(engine, **options)
+    decoder = engine._spare
+    assert say(engine, seed=9, **options) != first
+    assert say(engine, **options) == first == say(engine_of(target, "eagle3"), **options)
+    assert engine._spare is decoder is not None
+
+
+def test_what_another_shape_needs_is_made_anew(target) -> None:
+    engine = engine_of(target, "dflash")
+    say(engine, learn=None)
+    decoder = engine._spare
+    assert decoder
+    say(engine, learn=None, max_new_tokens=20)
+    assert engine._spare is decoder, "20 or 24 tokens take as many slots"
+    say(engine, learn=NOW)
+    assert engine._spare is not decoder
+    session = engine.session(learn=None, seed=1)
+    session.send("hello")
+    assert engine._spare is None, "a session's decoder is its own"

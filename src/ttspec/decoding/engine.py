@@ -25,6 +25,7 @@ from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetErr
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
+from ttspec.rowcache import BUCKET, reach_of
 from ttspec.sampling import process
 
 PREFILL_SHARE = 16
@@ -134,6 +135,8 @@ class Engine:
             layers = int(target.config.num_hidden_layers)
             drafter.bind(target.embedding, target.head, layers, target.tokenizer)
             target.taps = drafter.taps
+        self._spare: Decoder | None = None
+        """The last `run`'s, kept with its caches and graphs for one that needs the same."""
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
         """Answer one prompt or many, side by side.
@@ -228,6 +231,7 @@ class Engine:
                         free.append(talk.row)
                         del going[index]
                     yield index, chunk
+            self._spare = decoder
         except KeyboardInterrupt:
             for index in waiting:
                 going[index] = Conversation(decoder, 0, config, seed, stream=stream)
@@ -257,21 +261,24 @@ class Engine:
         need = longest_prompt + config.max_new_tokens
         if sessions:
             need = max(need, config.context or SESSION_CONTEXT)
-        sampling = replace(config, seed=0).sampling(self.target.defaults)
+        shape: dict[str, Any] = {
+            "rows": rows,
+            "slots": min(reach_of(need, need + BUCKET), context),
+            "sampling": replace(config, seed=0).sampling(self.target.defaults),
+            "draft": config.draft,
+            "learn": config.learn,
+            "ends": () if config.ignore_eos else self.target.ends,
+        }
+        spare, self._spare = self._spare, None
+        if spare is not None and spare.shape == shape:
+            spare.restart()
+            return spare
+        del spare  # before the new caches are made
         try:
-            return Decoder(
-                self.target,
-                self.drafter,
-                rows=rows,
-                slots=min(need, context),
-                sampling=sampling,
-                draft=config.draft,
-                learn=config.learn,
-                ends=() if config.ignore_eos else self.target.ends,
-            )
+            return Decoder(self.target, self.drafter, **shape)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
-                f"{rows} rows of {min(need, context)} tokens do not fit into memory.\n"
+                f"{rows} rows of {shape['slots']} tokens do not fit into memory.\n"
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
 

@@ -68,6 +68,15 @@ class Decoder:
         ends: Sequence[int],
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
+        self.shape = {
+            "rows": rows,
+            "slots": slots,
+            "sampling": sampling,
+            "draft": draft,
+            "learn": learn,
+            "ends": ends,
+        }
+        """What it was made for: another request of the same shape may have it after `restart`."""
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.gamma = 0 if drafter is None else drafter.length
         if drafter is not None and draft.length is not None:
@@ -186,6 +195,14 @@ class Decoder:
         self.lengths[row], self.pending[row] = length, pending
         if self.learner:
             self.learner.forget(row, length)
+
+    def restart(self) -> None:
+        """Be as new, with the caches and graphs there are."""
+        for row in range(self.rows):
+            self.clear(row)
+        self._round, self._clock = 0, None
+        if self.learner:
+            self.learner.restart()
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""

@@ -120,6 +120,10 @@ class Learner:
         self._restore(row)
         self.reverts[row] += 1
 
+    def restart(self) -> None:
+        """Count rounds anew; the rows were reset."""
+        self._rounds = 0
+
     def reset(self, row: int) -> None:
         """Start a row anew, for another request."""
         self._restore(row)
