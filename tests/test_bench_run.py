@@ -18,7 +18,7 @@ from ttspec.errors import DataError, OptionError
 
 EVERY = (
     "plain,ngram,static,static-window[window=16],static-rebased,learn[stride=2,lr=1e-3],"
-    "learn-session[stride=2]"
+    "learn-session[stride=2],learn-shared[stride=2]"
 )
 
 
@@ -300,7 +300,6 @@ def test_options_of_an_arm_stand_in_brackets() -> None:
         ("", "names no arm"),
         ("quick", "is no arm"),
         ("static,static", "twice"),
-        ("learn-shared", "does not exist yet"),
         ("static[stride=4]", "no option of static"),
         ("learn[scope=session]", "no option of learn"),
         ("plain[length=3]", "no option of plain"),
@@ -320,7 +319,7 @@ def test_arms_that_make_no_sense_are_refused(arms: str, said: str) -> None:
 def test_the_command_refuses_before_it_loads_anything(tmp_path, capsys) -> None:
     out = ["--out", str(tmp_path / "run"), "--target", "nowhere"]
     for flags, said in (
-        (["--arms", "learn-shared"], "learn-shared"),
+        (["--arms", "learn-all"], "learn-all"),
         (["--seeds", "1,x"], "--seeds"),
         (["--seeds", "1,1"], "--seeds"),
         (["--suite", "no-such"], "no-such is no suite"),

@@ -302,7 +302,7 @@ def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which:
     wanted = drafter.learning_rate if lr is None else lr
     torch.testing.assert_close(float(torch.cat(moved).max()), wanted, rtol=0.02, atol=0)
     learner.revert(0)  # a new optimiser
-    assert learner._optimisers[0].param_groups[0]["lr"] == wanted
+    assert learner.pupil.optimisers[0].param_groups[0]["lr"] == wanted
 
 
 def test_kinds_have_rates_of_their_own():

@@ -9,7 +9,7 @@ from typing import Literal, Self
 from ttspec.errors import OptionError
 
 Rows = Literal["block", "accepted", "hindsight"]
-Scope = Literal["request", "session"]
+Scope = Literal["request", "session", "shared"]
 Parameters = Literal["full", "layers", "attention", "mlp"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
@@ -110,7 +110,8 @@ class LearnConfig:
     """Where a drafter knows only some tokens: a row weighs by the target's probability of those
     (mass), or all rows alike (renormalise)."""
     scope: Scope = "request"
-    """What ends a lesson's life: the request, or the session."""
+    """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
+    engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
 
     def __post_init__(self) -> None:
         _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")

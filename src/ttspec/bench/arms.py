@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "static-rebased": {"rebase": REBASE},
     "learn": {"scope": "request"},
     "learn-session": {"scope": "session"},
+    "learn-shared": {"scope": "shared"},
 }
 PEERS: dict[str, dict[str, type]] = {
     "hf": {},
@@ -31,7 +32,6 @@ PEERS: dict[str, dict[str, type]] = {
     "dflash": {"drafter": str},
 }
 """Other implementations, with their options: transformers' `generate`, and the package dflash."""
-LATER = ("learn-shared",)
 FIXED = ("scope",)
 """Options that the arm's name says."""
 _ARM = re.compile(r"^(?P<kind>[a-z-]+)(?:\[(?P<options>[^\[\]]*)\])?$")
@@ -85,11 +85,6 @@ def parse_arms(text: str) -> list[ArmSpec]:
 def _parse(name: str) -> ArmSpec:
     found = _ARM.match(name)
     kind = found["kind"] if found else name
-    if kind in LATER:
-        raise OptionError(
-            f"{kind} needs one drafter that learns from all requests, which does not exist yet.\n"
-            "Use learn-session, or learn."
-        )
     if not found or kind not in KINDS | PEERS:
         names = ", ".join([*KINDS, *PEERS])
         raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")

@@ -46,6 +46,7 @@ COLOURS = {
     "static-rebased": "#cc79a7",
     "learn": "#56b4e9",
     "learn-session": "#0072b2",
+    "learn-shared": "#5a3e99",
 }
 SPARE_COLOURS = (
     *("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d"),

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.config import GenerateConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
 from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
@@ -22,6 +22,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
+from ttspec.learning.learner import Pupil
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
@@ -137,6 +138,8 @@ class Engine:
             target.taps = drafter.taps
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
+        self._pupils: dict[tuple[LearnConfig, DraftConfig], Pupil] = {}
+        """What learns from all requests, by how it learns and what it sees."""
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
         """Answer one prompt or many, side by side.
@@ -275,12 +278,21 @@ class Engine:
             return spare
         del spare  # before the new caches are made
         try:
-            return Decoder(self.target, self.drafter, **shape)
+            return Decoder(self.target, self.drafter, **shape, pupil=self._pupil(config))
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
                 f"{rows} rows of {shape['slots']} tokens do not fit into memory.\n"
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
+
+    def _pupil(self, config: GenerateConfig) -> Pupil | None:
+        learn, drafter = config.learn, self.drafter
+        if learn is None or learn.scope != "shared" or drafter is None or not drafter.weights:
+            return None
+        key = learn, config.draft
+        if key not in self._pupils:
+            self._pupils[key] = Pupil(learn, drafter, 1)
+        return self._pupils[key]
 
     def margin(self, ids: Sequence[int], at: int, key: int | None = None, **options: Any) -> float:
         """How clear-cut a token was: best minus second best score, recomputed in one row.

@@ -17,7 +17,7 @@ from torch import Tensor
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.drafters.base import Drafter
-from ttspec.learning.learner import Learner
+from ttspec.learning.learner import Learner, Pupil
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
@@ -66,6 +66,7 @@ class Decoder:
         draft: DraftConfig,
         learn: LearnConfig | None,
         ends: Sequence[int],
+        pupil: Pupil | None = None,
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
         self.shape = {
@@ -86,7 +87,7 @@ class Decoder:
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
-            self.learner = Learner(learn, drafter, self.state, rows, self.gamma)
+            self.learner = Learner(learn, drafter, self.state, rows, self.gamma, pupil)
         device = target.device
         self.ends = frozenset(ends)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)

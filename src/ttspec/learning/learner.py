@@ -1,7 +1,8 @@
 """When the drafter learns, which of its weights, and how far. Knows no drafter by name.
 
 Every row learns for itself: live weights, moments and reverts are a row's own, so that rows of a
-batch cannot touch each other. Weights change only between rounds, in `absorb`.
+batch cannot touch each other, unless scope "shared" asks for one drafter that learns from all.
+Weights change only between rounds, in `absorb`.
 """
 
 from __future__ import annotations
@@ -21,21 +22,67 @@ AT_ONCE = 2048
 """Drafted tokens, over all rows, that are replayed together: more only take more memory."""
 
 
-class Learner:
-    """Distils the target into the live weights of every row, one Adam step per update."""
+class Pupil:
+    """Copies of the weights that learn: one per row, or a single one that all rows share."""
 
-    def __init__(
-        self, config: LearnConfig, drafter: Drafter, state: DraftState, rows: int, length: int
-    ) -> None:
-        """Give every row of `state` its own copy of the weights that learn."""
-        self.config, self.drafter, self.state, self.length = config, drafter, state, length
+    def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
+        """Begin at the drafter's anchor weights."""
+        self.config, self.shared = config, config.scope == "shared"
+        self.rate = drafter.learning_rate if config.lr is None else config.lr
         self.anchor = {n: drafter.weights[n] for n in drafter.learnable(config.parameters)}
         # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
-        self.master = {n: w.float().repeat(rows, *[1] * w.dim()) for n, w in self.anchor.items()}
-        self.live = {n: self.master[n].to(w.dtype) for n, w in self.anchor.items()}
+        self.master = {n: w.float().repeat(copies, *[1] * w.dim()) for n, w in self.anchor.items()}
+        self.live = {n: self._seen(w).to(self.anchor[n].dtype) for n, w in self.master.items()}
+        self.optimisers = [self._optimiser(i) for i in range(copies)]
+
+    def step(self, copy: int, gradients: list[Tensor]) -> None:
+        """One Adam step of one copy; `publish` makes it count."""
+        optimiser = self.optimisers[copy]
+        for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        optimiser.zero_grad()  # or they stay in memory until the next update
+
+    def publish(self) -> None:
+        """Let the masters draft: in place, whoever holds the live weights sees it."""
+        for name, weight in self.live.items():
+            weight.copy_(self._seen(self.master[name]))
+
+    def restore(self, copy: int) -> None:
+        """Put a copy's anchor weights back."""
+        for name, weight in self.anchor.items():
+            self.master[name][copy] = weight.float()
+            self.live[name][... if self.shared else copy] = weight
+        self.optimisers[copy] = self._optimiser(copy)
+
+    def _seen(self, master: Tensor) -> Tensor:
+        return master[0] if self.shared else master
+
+    def _optimiser(self, copy: int) -> torch.optim.Adam:
+        """Adam over views of one copy's masters: a step changes that copy and no other."""
+        c, views = self.config, [weight[copy] for weight in self.master.values()]
+        return torch.optim.Adam(views, self.rate, (c.beta1, c.beta2), c.eps, fused=True)
+
+
+class Learner:
+    """Distils the target into the live weights, one Adam step of every copy per update."""
+
+    def __init__(
+        self,
+        config: LearnConfig,
+        drafter: Drafter,
+        state: DraftState,
+        rows: int,
+        length: int,
+        pupil: Pupil | None = None,
+    ) -> None:
+        """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`."""
+        self.config, self.drafter, self.state, self.length = config, drafter, state, length
+        self.shared = config.scope == "shared"
+        self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
+        self.anchor, self.master, self.live = self.pupil.anchor, self.pupil.master, self.pupil.live
         state.weights = {**drafter.weights, **self.live}
         self.updates, self.reverts = [0] * rows, [0] * rows
-        self._optimisers = [self._optimiser(row) for row in range(rows)]
         self._lessons: Lessons | None = None
         self._rounds = 0
 
@@ -61,7 +108,8 @@ class Learner:
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
         """One step on a lesson: forward KL to the target, weighted by position.
 
-        A row whose loss or gradient is not finite takes no step and gets the anchor weights back.
+        A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
+        Where all rows share one, it learns from the mean over the rows that have a lesson.
         """
         leaves = {name: w.detach().requires_grad_() for name, w in self.live.items()}
         live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
@@ -76,17 +124,29 @@ class Learner:
                     gradients[n] = gradients[n] + others.pop(0)
         finally:
             self.state.weights = live
+        count = lesson.count.float()
+        if self.shared:
+            taught = (count > 0).sum().clamp(min=1)
+            gradients = [g[None] / taught for g in gradients]
+            loss, count = loss.sum(0, keepdim=True), count.sum(0, keepdim=True)
         norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
         scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
         for n, g in enumerate(gradients):
             # Contiguous, as the masters are: the fused step on a GPU wants equal strides.
             gradients[n] = (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous()
-        facts = torch.stack([lesson.count.float(), loss, norm], dim=1).tolist()
-        updated = [
-            self._step(row, [g[row] for g in gradients], *fact) for row, fact in enumerate(facts)
+        facts = torch.stack([count, loss, norm], dim=1)
+        if self.shared:  # which rows it learned from
+            facts = torch.cat([facts.expand(rows, -1), lesson.count[:, None]], dim=1)
+        facts = facts.tolist()
+        stepped = [
+            self._step(copy, [g[copy] for g in gradients], *facts[copy][:3])
+            for copy in range(len(gradients[0]))
         ]
-        for name, weight in self.live.items():
-            weight.copy_(self.master[name])
+        self.pupil.publish()
+        if not self.shared:
+            return stepped
+        updated = [stepped[0] and fact[3] > 0 for fact in facts]
+        self.updates = [n + u for n, u in zip(self.updates, updated, strict=True)]
         return updated
 
     def _gradients(
@@ -115,18 +175,23 @@ class Learner:
             kl = kl * share.exp()
         return kl
 
-    def revert(self, row: int) -> None:
-        """Put a row's anchor weights back; its moments and lessons go."""
-        self._restore(row)
-        self.reverts[row] += 1
+    def revert(self, copy: int) -> None:
+        """Put a copy's anchor weights back; its moments and lessons go."""
+        rows = range(len(self.reverts)) if self.shared else [copy]
+        self.pupil.restore(copy)
+        for row in rows:
+            self.reverts[row] += 1
+            self._forget_all(row)
 
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""
         self._rounds = 0
 
     def reset(self, row: int) -> None:
-        """Start a row anew, for another request."""
-        self._restore(row)
+        """Start a row anew, for another request; what all rows share goes on."""
+        if not self.shared:
+            self.pupil.restore(row)
+        self._forget_all(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
@@ -134,33 +199,19 @@ class Learner:
         if self._lessons is not None:
             self._lessons.clear_above(row, length)
 
-    def _restore(self, row: int) -> None:
-        for name, weight in self.anchor.items():
-            self.master[name][row] = weight.float()
-            self.live[name][row] = weight
-        self._optimisers[row] = self._optimiser(row)
+    def _forget_all(self, row: int) -> None:
         if self._lessons is not None:
             self._lessons.clear(row)
 
     def _step(
-        self, row: int, gradients: list[Tensor], count: float, loss: float, norm: float
+        self, copy: int, gradients: list[Tensor], count: float, loss: float, norm: float
     ) -> bool:
         if count == 0:
             return False
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.revert(row)
+            self.revert(copy)
             return False
-        optimiser = self._optimisers[row]
-        for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        optimiser.zero_grad()  # or they stay in memory until the next update
-        self.updates[row] += 1
+        self.pupil.step(copy, gradients)
+        if not self.shared:
+            self.updates[copy] += 1
         return True
-
-    def _optimiser(self, row: int) -> torch.optim.Adam:
-        """Adam over views of one row's masters: a step changes that row and no other."""
-        c = self.config
-        views = [weight[row] for weight in self.master.values()]
-        lr = self.drafter.learning_rate if c.lr is None else c.lr
-        return torch.optim.Adam(views, lr, (c.beta1, c.beta2), c.eps, fused=True)

@@ -1,0 +1,114 @@
+"""Scope "shared": one drafter that learns from all requests, and from nobody who did not ask."""
+
+import pytest
+import torch
+from test_conformance import engine_of
+from test_learning import taught
+from toys import toy_engine
+
+from ttspec.config import LearnConfig
+from ttspec.learning.learner import Learner
+
+SHARED = LearnConfig(scope="shared", stride=1, lr=3e-3, rows="block", blocks=2)
+PROMPTS = ["hello there", "count to ten, please"]
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+def say(engine, learn: LearnConfig | None, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": 20, "seed": 5, "temperature": 0.9, **options}
+    return engine.generate(prompts, ignore_eos=True, learn=learn, **options)
+
+
+def rounds(results) -> list[list[tuple[int, int]]]:
+    return [[(r.position, r.accepted) for r in result.rounds] for result in results]
+
+
+def gradients(learner: Learner, given) -> list[list[torch.Tensor]]:
+    found: list[list[torch.Tensor]] = []
+    learner._step = lambda copy, own, *facts: found.append(own) is None
+    learner.update(given, 31)
+    return found
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+def test_it_learns_from_the_mean_over_rows(which: str) -> None:
+    alone, _, given = taught(which, LearnConfig(stride=1, clip=1e9))
+    one, two = gradients(alone, given)
+    together, *_ = taught(which, LearnConfig(stride=1, clip=1e9, scope="shared"))
+    (mean,) = gradients(together, given)
+    for a, b, m in zip(one, two, mean, strict=True):
+        torch.testing.assert_close(m, (a + b) / 2, atol=1e-6, rtol=1e-4)
+
+
+def test_a_row_without_a_lesson_does_not_weigh() -> None:
+    given = taught("dflash", LearnConfig())[2]
+    given.mask[1] = False
+    given.count[1] = 0
+    alone = taught("dflash", LearnConfig(stride=1, clip=1e9))[0]
+    together = taught("dflash", LearnConfig(stride=1, clip=1e9, scope="shared"))[0]
+    for a, m in zip(gradients(alone, given)[0], gradients(together, given)[0], strict=True):
+        torch.testing.assert_close(m, a, atol=1e-6, rtol=1e-4)
+    assert together.update(given, 31) == [True, False]
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_the_text_is_that_of_plain_decoding(target, which: str, temperature: float) -> None:
+    plain = say(engine_of(target, "ngram"), None, temperature=temperature)
+    engine = engine_of(target, which)
+    for _ in range(2):
+        results = say(engine, SHARED, temperature=temperature)
+        assert [r.token_ids for r in results] == [r.token_ids for r in plain]
+        assert all(r.stats.updates for r in results)
+
+
+def test_the_next_request_begins_where_the_last_one_ended(target) -> None:
+    engine = engine_of(target, "dflash")
+    first, again = say(engine, SHARED), say(engine, SHARED)
+    (pupil,) = engine._pupils.values()
+    assert any(not w.equal(engine.drafter.weights[n]) for n, w in pupil.live.items())
+    assert rounds(again) != rounds(first), "it has learned this very text"
+    assert sum(map(len, rounds(again))) < sum(map(len, rounds(first)))
+    say(engine, SHARED, max_new_tokens=400)  # another shape, another decoder, the same pupil
+    assert list(engine._pupils.values()) == [pupil]
+
+
+@pytest.mark.parametrize("learn", [None, LearnConfig(stride=1, lr=3e-3)])
+def test_who_did_not_ask_for_it_sees_nothing_of_it(target, learn: LearnConfig | None) -> None:
+    clean = rounds(say(engine_of(target, "dflash"), learn))
+    engine = engine_of(target, "dflash")
+    say(engine, SHARED)
+    assert rounds(say(engine, learn)) == clean
+    other = engine_of(target, "dflash")
+    assert rounds(say(other, SHARED)) == rounds(say(engine_of(target, "dflash"), SHARED))
+
+
+def test_what_own_requests_learn_does_not_reach_the_shared_one(target) -> None:
+    engine = engine_of(target, "dflash")
+    say(engine, LearnConfig(stride=1, lr=3e-3))
+    assert rounds(say(engine, SHARED)) == rounds(say(engine_of(target, "dflash"), SHARED))
+
+
+def test_a_loss_that_is_not_finite_puts_the_anchor_back() -> None:
+    learner, drafter, given = taught("dflash", LearnConfig(stride=1, scope="shared"))
+    assert learner.update(given, 31) == [True, True]
+    given.logits[0, 0, 0, 0] = float("nan")
+    assert learner.update(given, 31) == [False, False]
+    assert learner.reverts == [1, 1]
+    for name, weight in learner.live.items():
+        assert weight.equal(drafter.weights[name]), name
+
+
+def test_a_session_can_hand_out_what_all_have_taught(target) -> None:
+    engine = engine_of(target, "dflash")
+    say(engine, SHARED)
+    session = engine.session(learn=SHARED, seed=1, max_new_tokens=8)
+    session.send("hello")
+    (pupil,) = engine._pupils.values()
+    learned = session.learned()
+    for name, weight in pupil.live.items():
+        assert learned.weights[name].equal(weight), name
