@@ -88,7 +88,11 @@ def plan(
 
 
 def engines_for(
-    engine: Engine, arms: Sequence[ArmSpec], drafters: Mapping[str, Drafter] | None = None
+    engine: Engine,
+    arms: Sequence[ArmSpec],
+    drafters: Mapping[str, Drafter] | None = None,
+    *,
+    apart: bool = False,
 ) -> dict[str, Engine]:
     """The engine of each arm: the one given, or another drafter on the same target.
 
@@ -96,25 +100,19 @@ def engines_for(
         engine: The run's target and drafter.
         arms: What is to be measured.
         drafters: Those that arms name, by name.
+        apart: Arms of one drafter have an engine each all the same.
 
     Raises:
         OptionError: An arm needs a drafter, or a learning one, and there is none.
     """
     made: dict[str | None, Engine] = {None: engine}
-
-    def beside(name: str, drafter: Drafter) -> Engine:
-        if name not in made:
-            made[name] = Engine(replace(engine.target, taps=()), drafter)
-        return made[name]
-
     engines = {}
     for arm in arms:
-        if arm.kind == "ngram":
-            engines[arm.name] = beside("ngram", Ngram())
-        elif arm.drafter:
-            engines[arm.name] = beside(arm.drafter, (drafters or {})[arm.drafter])
-        else:
-            engines[arm.name] = engine
+        name = "ngram" if arm.kind == "ngram" else arm.drafter
+        if name not in made:
+            other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
+            made[name] = Engine(replace(engine.target, taps=()), other)
+        engines[arm.name] = made[name].sibling() if apart else made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:
             raise OptionError(
@@ -164,7 +162,9 @@ def measure_all(
         OSError: The disk is full, say; what was stored before stays.
     """
     arms = list({unit.arm.name: unit.arm for batch in batches for unit in batch}.values())
-    engines = engines_for(engine, arms, drafters)
+    # One at a time, each arm keeps the caches and graphs of its last request for its next one.
+    apart = max(map(len, batches), default=1) == 1
+    engines = engines_for(engine, arms, drafters, apart=apart)
     total = sum(map(len, batches))
     left = [[unit for unit in batch if unit.key not in store.done] for batch in batches]
     progress = Progress(units=total, left=[batch for batch in left if batch])
@@ -180,8 +180,11 @@ def measure_all(
                 if arm.name not in warm and warm_up:
                     peer.warm_up(warm_up)
             elif arm.name not in warm and warm_up:
-                say = {**chosen, "max_new_tokens": warm_up, "ignore_eos": True, "temperature": 0.0}
-                _stop_if_cancelled(engines[arm.name].generate("Hello", **say)[0])
+                turns = min(2, len(requests[batch[0].request]))
+                hello = [["Hello"] * turns] * len(batch)  # of the shape of what is measured
+                say = {**chosen, "stream": False, "quota": warm_up, "seed": 0}
+                for _, chunk in engines[arm.name].run(hello, **say):
+                    _stop_if_cancelled(chunk.result)
             warm.add(arm.name)
             if peer:
                 units = [
@@ -246,9 +249,9 @@ def measure(
     return [arm.turns for arm in arms]
 
 
-def _stop_if_cancelled(result: Result) -> None:
+def _stop_if_cancelled(result: Result | None) -> None:
     """The engine turns Ctrl-C into a cancelled answer; a run must end."""
-    if result.finish_reason == "cancelled":
+    if result and result.finish_reason == "cancelled":
         raise KeyboardInterrupt
 
 

@@ -116,7 +116,8 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     return Table(
         title="Speed",
         note="Tokens per second count everything: prefill, updates, text. First token: median. "
-        "A token's time is its round's wait over the round's tokens." + rows_each,
+        "A token's time is its round's wait over the round's tokens. Peak memory is the process's, "
+        "all arms' caches included." + rows_each,
         head=(*head, "peak memory (MiB)") if any(peaks.values()) else head,
         rows=rows,
     )

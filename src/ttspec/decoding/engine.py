@@ -141,6 +141,12 @@ class Engine:
         self._pupils: dict[tuple[LearnConfig, DraftConfig], Pupil] = {}
         """What learns from all requests, by how it learns and what it sees."""
 
+    def sibling(self) -> Engine:
+        """An engine of the same pair, which learns and keeps caches for itself."""
+        other = copy.copy(self)
+        other._spare, other._pupils = None, {}
+        return other
+
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
         """Answer one prompt or many, side by side.
 
