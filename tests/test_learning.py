@@ -72,7 +72,7 @@ def test_only_the_chosen_parameters_move(parameters: str):
 def test_rows_that_take_no_part_keep_their_bits():
     learner, drafter, state = pupil(3)
     assert step(learner, drafter, state, fake_round(0, 3, emitted=[1, 0, 2])) == [True, False, True]
-    for name in learner.anchor:
+    for name in learner.pupil.anchor:
         assert torch.equal(state.weights[name][1], drafter.weights[name]), name
         assert not torch.equal(state.weights[name][0], drafter.weights[name]), name
     assert learner.updates == [1, 0, 1]
@@ -89,7 +89,7 @@ def test_a_first_step_goes_down_the_weighted_kl():
     learner, drafter, state = pupil(1, config)
     v = fake_round(0, 1)
     drafter.absorb(state, v)
-    leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.anchor}
+    leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.pupil.anchor}
     before = replace(state, weights={**drafter.weights, **leaves})
     q = drafter.replay(before, lesson(v.fed[:, None], v.start[:, None]), G, 8)[0, 0].log_softmax(-1)
     p = v.logits[0, :G].log_softmax(-1)
@@ -139,7 +139,7 @@ def test_a_row_whose_loss_is_not_finite_gets_its_anchor_back_and_no_other_row_no
         learner, drafter, state = pupil(3)
         for n in range(3):
             step(learner, drafter, state, fake_round(n, 3))
-        assert not torch.equal(learner.live["norm.weight"][1], drafter.weights["norm.weight"])
+        assert not torch.equal(learner.pupil.live["norm.weight"][1], drafter.weights["norm.weight"])
         v = fake_round(3, 3)
         if poison:
             v.logits[1, 2] = value
@@ -149,11 +149,11 @@ def test_a_row_whose_loss_is_not_finite_gets_its_anchor_back_and_no_other_row_no
     assert updated == [True, False, True]
     assert hurt.reverts == [0, 1, 0]
     assert hurt.updates == [4, 3, 4]
-    for name, weight in hurt.anchor.items():
-        assert torch.equal(hurt.live[name][1], weight), name
-        assert torch.equal(hurt.master[name][1], weight.float()), name
+    for name, weight in hurt.pupil.anchor.items():
+        assert torch.equal(hurt.pupil.live[name][1], weight), name
+        assert torch.equal(hurt.pupil.master[name][1], weight.float()), name
         for row in (0, 2):
-            assert torch.equal(hurt.master[name][row], healthy.master[name][row]), name
+            assert torch.equal(hurt.pupil.master[name][row], healthy.pupil.master[name][row]), name
 
 
 def test_after_a_revert_a_row_learns_as_from_the_start():
@@ -170,9 +170,9 @@ def test_after_a_revert_a_row_learns_as_from_the_start():
     other.keys.copy_(state.keys)
     other.values.copy_(state.values)
     fresh.absorb(v, int(v.start.max()))
-    for name in learner.anchor:
+    for name in learner.pupil.anchor:
         torch.testing.assert_close(
-            learner.master[name][0], fresh.master[name][0], atol=1e-5, rtol=0
+            learner.pupil.master[name][0], fresh.pupil.master[name][0], atol=1e-5, rtol=0
         )
 
 
@@ -198,18 +198,23 @@ def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
     for learner in runs:
         moves.append(
             torch.cat(
-                [(learner.master[n][0] - w.float()).flatten() for n, w in learner.anchor.items()]
+                [
+                    (learner.pupil.master[n][0] - w.float()).flatten()
+                    for n, w in learner.pupil.anchor.items()
+                ]
             )
         )
     cosine = torch.cosine_similarity(*moves, dim=0)
     assert cosine > 0.99
     assert 0.97 < moves[0].norm() / moves[1].norm() < 1.03
-    assert small.live["norm.weight"].dtype == torch.bfloat16
-    for name, master in small.master.items():  # what drafts is the master, rounded once
-        live = small.live[name].float()
+    assert small.pupil.live["norm.weight"].dtype == torch.bfloat16
+    for name, master in small.pupil.master.items():  # what drafts is the master, rounded once
+        live = small.pupil.live[name].float()
         assert ((live - master).abs() <= master.abs() * 2**-8 + 1e-30).all(), name
-        assert ((live - wide.master[name]).abs() <= master.abs() * 2**-8 + 4e-4).all(), name
-    published = torch.cat([(small.live[n][0] != w).flatten() for n, w in small.anchor.items()])
+        assert ((live - wide.pupil.master[name]).abs() <= master.abs() * 2**-8 + 4e-4).all(), name
+    published = torch.cat(
+        [(small.pupil.live[n][0] != w).flatten() for n, w in small.pupil.anchor.items()]
+    )
     assert published.float().mean() > 0.2  # steps of 3e-5 are not swallowed
 
 
@@ -236,8 +241,10 @@ def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
         step(one, drafter, state, alone)
     assert one.updates == [many.updates[1]]
     assert one.updates[0] > 2
-    for name in one.anchor:
-        torch.testing.assert_close(one.master[name][0], many.master[name][1], atol=1e-5, rtol=0)
+    for name in one.pupil.anchor:
+        torch.testing.assert_close(
+            one.pupil.master[name][0], many.pupil.master[name][1], atol=1e-5, rtol=0
+        )
 
 
 # Any kind of drafter.
@@ -283,7 +290,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
         calls.append([])
         monkeypatch.setattr(drafter, "replay", counted)
         assert learner.update(given, 31) == [True, True]
-        moved.append({n: w - learner.anchor[n] for n, w in learner.master.items()})
+        moved.append({n: w - learner.pupil.anchor[n] for n, w in learner.pupil.master.items()})
     some = max(1, at_once // (2 * G))
     assert calls[0] == [5]
     assert calls[1] == [min(some, 5 - i) for i in range(0, 5, some)]
@@ -297,12 +304,12 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which: str, lr):
     learner, drafter, given = taught(which, LearnConfig(stride=1, lr=lr))
     assert learner.update(given, 31) == [True, True]
-    moved = [(learner.master[n] - w).abs().flatten() for n, w in learner.anchor.items()]
+    moved = [(learner.pupil.master[n] - w).abs().flatten() for n, w in learner.pupil.anchor.items()]
     # Adam's first step is the rate times the sign of the gradient.
     wanted = drafter.learning_rate if lr is None else lr
     torch.testing.assert_close(float(torch.cat(moved).max()), wanted, rtol=0.02, atol=0)
     learner.revert(0)  # a new optimiser
-    assert learner.pupil.optimisers[0].param_groups[0]["lr"] == wanted
+    assert learner.pupil.rate == wanted
 
 
 def test_kinds_have_rates_of_their_own():
@@ -325,12 +332,12 @@ def test_a_second_turn_starts_from_the_anchor_or_from_what_was_learned(engine, s
     session = engine.session(max_new_tokens=20, seed=1, learn=learn, context=300, ignore_eos=True)
     session.send("first")
     learner = session._talk.decoder.learner
-    learned = bits(learner.live)
-    assert not torch.equal(learned["norm.weight"][0], learner.anchor["norm.weight"])
+    learned = bits(learner.pupil.live)
+    assert not torch.equal(learned["norm.weight"][0], learner.pupil.anchor["norm.weight"])
     next(session.stream("second"))
-    for name, anchor in learner.anchor.items():
+    for name, anchor in learner.pupil.anchor.items():
         wanted = anchor if scope == "request" else learned[name][0]
-        assert torch.equal(learner.live[name][0], wanted), name
+        assert torch.equal(learner.pupil.live[name][0], wanted), name
 
 
 def shapes(results) -> list[list[tuple[int, int, int]]]:

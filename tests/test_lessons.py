@@ -97,10 +97,8 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
             mask=torch.tensor([[mask]]),
             count=torch.tensor([1]),
         )
-        found: list[Tensor] = []
-        learner._step = lambda row, gradients, *facts: found.extend(gradients)
         learner.update(lesson, 8)
-        return torch.cat([g.flatten() for g in found])
+        return torch.cat([g.flatten() for g in learner.pupil.gradient.values()])
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
     torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
@@ -108,13 +106,13 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
 
 def listen(learner: Learner, taught: list[Lesson]) -> None:
     """Note the lessons that a learner is given."""
-    update = learner.update
+    teach = learner._teach
 
-    def noted(lesson: Lesson, longest: int) -> list[bool]:
+    def noted(lesson: Lesson, longest: int) -> Tensor:
         taught.append(lesson)
-        return update(lesson, longest)
+        return teach(lesson, longest)
 
-    learner.update = noted
+    learner._teach = noted
 
 
 @pytest.mark.parametrize("stride", [1, 3])

@@ -85,10 +85,13 @@ class Decoder:
         self.rows, self.slots = rows, slots
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
+        device = target.device
+        self._run = Graphs(device)
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
-            self.learner = Learner(learn, drafter, self.state, rows, self.gamma, pupil)
-        device = target.device
+            self.learner = Learner(
+                learn, drafter, self.state, rows, self.gamma, pupil=pupil, run=self._run
+            )
         self.ends = frozenset(ends)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         self.lengths = [0] * rows
@@ -102,7 +105,6 @@ class Decoder:
         """Pending tokens, lengths, budgets and the round's number, as the device sees them."""
         self._number = self._facts[3, :1]
         self._drafted: tuple[Proposal, Tensor | None]
-        self._run = Graphs(device)
         self._round = 0
         self._clock: Stopwatch | None = None
 

@@ -7,8 +7,6 @@ Weights change only between rounds, in `absorb`.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl, position_weights, weighted_mean
+from ttspec.models.capture import Graphs
 from ttspec.records import Lesson, Verification
 
 AT_ONCE = 2048
@@ -23,45 +22,75 @@ AT_ONCE = 2048
 
 
 class Pupil:
-    """Copies of the weights that learn: one per row, or a single one that all rows share."""
+    """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
+
+    All weights of a copy lie in one row of a few tables, so that a step of all copies is a handful
+    of operations, and nothing in it waits for the device.
+    """
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""
         self.config, self.shared = config, config.scope == "shared"
         self.rate = drafter.learning_rate if config.lr is None else config.lr
         self.anchor = {n: drafter.weights[n] for n in drafter.learnable(config.parameters)}
+        flat = torch.cat([w.float().flatten() for w in self.anchor.values()])
         # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
-        self.master = {n: w.float().repeat(copies, *[1] * w.dim()) for n, w in self.anchor.items()}
+        self._anchor, self._master = flat, flat.repeat(copies, 1)
+        self.master = self._views(self._master)
+        self._gradient = torch.zeros_like(self._master)
+        self.gradient = self._views(self._gradient)
+        """Of the last lesson, clipped."""
+        self._first = torch.zeros_like(flat if config.beta1 else flat[:0]).repeat(copies, 1)
+        self._second = torch.zeros_like(self._master)
+        self._steps = torch.zeros(copies, 1, device=flat.device)
         self.live = {n: self._seen(w).to(self.anchor[n].dtype) for n, w in self.master.items()}
-        self.optimisers = [self._optimiser(i) for i in range(copies)]
 
-    def step(self, copy: int, gradients: list[Tensor]) -> None:
-        """One Adam step of one copy; `publish` makes it count."""
-        optimiser = self.optimisers[copy]
-        for parameter, gradient in zip(optimiser.param_groups[0]["params"], gradients, strict=True):
-            parameter.grad = gradient
-        optimiser.step()
-        optimiser.zero_grad()  # or they stay in memory until the next update
+    def put(self, gradients: list[Tensor], *, more: bool) -> None:
+        """Take gradients of the live weights, `more` on top of those there are."""
+        for mine, given in zip(self.gradient.values(), gradients, strict=True):
+            mine = self._seen(mine)
+            mine.add_(given) if more else mine.copy_(given)
 
-    def publish(self) -> None:
-        """Let the masters draft: in place, whoever holds the live weights sees it."""
-        for name, weight in self.live.items():
-            weight.copy_(self._seen(self.master[name]))
+    def clip(self, share: Tensor | float = 1.0) -> Tensor:
+        """Scale the gradients by `share`, then down to the config's norm; the norms [copies]."""
+        self._gradient.mul_(share)
+        norm = self._gradient.norm(dim=1)
+        self._gradient.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0)[:, None])
+        return norm
+
+    def step(self, going: Tensor) -> None:
+        """One Adam step (Kingma and Ba 2015) of the copies where `going` bool [copies] holds."""
+        c, going = self.config, going[:, None]
+        g = self._gradient.masked_fill_(~going, 0.0)  # it may be NaN there
+        self._steps += going
+        steps = self._steps.clamp(min=1)
+        self._second.mul_(1 - (1 - c.beta2) * going).addcmul_(g, g, value=1 - c.beta2)
+        mean = g
+        if c.beta1:
+            self._first.mul_(1 - (1 - c.beta1) * going).add_(g, alpha=1 - c.beta1)
+            mean = self._first / (1 - c.beta1**steps)
+        root = (self._second / (1 - c.beta2**steps)).sqrt_().add_(c.eps)
+        self._master.sub_(root.reciprocal_().mul_(mean).mul_(self.rate * going))
+        # In place: whoever holds the live weights sees it.
+        for live, master in zip(self.live.values(), self.master.values(), strict=True):
+            live.copy_(self._seen(master))
 
     def restore(self, copy: int) -> None:
         """Put a copy's anchor weights back."""
+        self._master[copy] = self._anchor
+        for moments in (self._first, self._second, self._steps):
+            moments[copy] = 0
         for name, weight in self.anchor.items():
-            self.master[name][copy] = weight.float()
             self.live[name][... if self.shared else copy] = weight
-        self.optimisers[copy] = self._optimiser(copy)
 
-    def _seen(self, master: Tensor) -> Tensor:
-        return master[0] if self.shared else master
+    def _seen(self, table: Tensor) -> Tensor:
+        """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
+        return table[0] if self.shared else table
 
-    def _optimiser(self, copy: int) -> torch.optim.Adam:
-        """Adam over views of one copy's masters: a step changes that copy and no other."""
-        c, views = self.config, [weight[copy] for weight in self.master.values()]
-        return torch.optim.Adam(views, self.rate, (c.beta1, c.beta2), c.eps, fused=True)
+    def _views(self, flat: Tensor) -> dict[str, Tensor]:
+        sizes = [w.numel() for w in self.anchor.values()]
+        parts = zip(self.anchor.items(), flat.split(sizes, dim=1), strict=True)
+        return {n: part.view(len(flat), *w.shape) for (n, w), part in parts}
 
 
 class Learner:
@@ -74,15 +103,17 @@ class Learner:
         state: DraftState,
         rows: int,
         length: int,
+        *,
         pupil: Pupil | None = None,
+        run: Graphs | None = None,
     ) -> None:
         """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`."""
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
         self.shared = config.scope == "shared"
         self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
-        self.anchor, self.master, self.live = self.pupil.anchor, self.pupil.master, self.pupil.live
-        state.weights = {**drafter.weights, **self.live}
+        state.weights = {**drafter.weights, **self.pupil.live}
         self.updates, self.reverts = [0] * rows, [0] * rows
+        self._run = run or Graphs(torch.device("cpu"))
         self._lessons: Lessons | None = None
         self._rounds = 0
 
@@ -103,7 +134,9 @@ class Learner:
         self._rounds += 1
         if self._rounds % self.config.stride:
             return [False] * rows
-        return self.update(self._lessons.take(), longest)
+        facts = self._run(self._newest, longest)
+        self._lessons.used()
+        return self._step(facts)
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
         """One step on a lesson: forward KL to the target, weighted by position.
@@ -111,48 +144,36 @@ class Learner:
         A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
         Where all rows share one, it learns from the mean over the rows that have a lesson.
         """
-        leaves = {name: w.detach().requires_grad_() for name, w in self.live.items()}
+        return self._step(self._teach(lesson, longest))
+
+    def _newest(self, longest: int) -> Tensor:
+        """Gradients of the newest lessons. Repeating it changes nothing, so it can be captured."""
+        assert self._lessons is not None
+        return self._teach(self._lessons.newest(), longest)
+
+    @torch.no_grad()
+    def _teach(self, lesson: Lesson, longest: int) -> Tensor:
+        """Give the pupil its gradients; float32 [B, 3]: each row's blocks, loss and norm."""
+        leaves = {name: w.detach().requires_grad_() for name, w in self.pupil.live.items()}
         live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
         rows, blocks = lesson.start.shape
         some = max(1, AT_ONCE // (rows * self.length))
+        loss = torch.zeros(rows, device=lesson.start.device)
         try:
-            loss, gradients = self._gradients(leaves, lesson.part(0, some), longest)
-            for i in range(some, blocks, some):
-                more, others = self._gradients(leaves, lesson.part(i, some), longest)
-                loss = loss + more
-                for n in range(len(gradients)):  # one by one: they are as large as all weights
-                    gradients[n] = gradients[n] + others.pop(0)
+            for i in range(0, blocks, some):
+                loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
         finally:
             self.state.weights = live
-        count = lesson.count.float()
+        count, share = lesson.count, 1.0
         if self.shared:
-            taught = (count > 0).sum().clamp(min=1)
-            gradients = [g[None] / taught for g in gradients]
-            loss, count = loss.sum(0, keepdim=True), count.sum(0, keepdim=True)
-        norm = torch.stack([g.flatten(1).float().norm(dim=1) for g in gradients]).norm(dim=0)
-        scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
-        for n, g in enumerate(gradients):
-            # Contiguous, as the masters are: the fused step on a GPU wants equal strides.
-            gradients[n] = (g.float() * scale.view(-1, *[1] * (g.dim() - 1))).contiguous()
-        facts = torch.stack([count, loss, norm], dim=1)
-        if self.shared:  # which rows it learned from
-            facts = torch.cat([facts.expand(rows, -1), lesson.count[:, None]], dim=1)
-        facts = facts.tolist()
-        stepped = [
-            self._step(copy, [g[copy] for g in gradients], *facts[copy][:3])
-            for copy in range(len(gradients[0]))
-        ]
-        self.pupil.publish()
-        if not self.shared:
-            return stepped
-        updated = [stepped[0] and fact[3] > 0 for fact in facts]
-        self.updates = [n + u for n, u in zip(self.updates, updated, strict=True)]
-        return updated
+            share = 1 / (count > 0).sum().clamp(min=1)
+        norm = self.pupil.clip(share).expand(rows)
+        return torch.stack([count.float(), loss, norm], dim=1)
 
     def _gradients(
-        self, leaves: dict[str, Tensor], lesson: Lesson, longest: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """What these blocks add to each row's loss [B], and its gradients."""
+        self, leaves: dict[str, Tensor], lesson: Lesson, longest: int, *, more: bool
+    ) -> Tensor:
+        """Give the pupil the gradients of these blocks; each row's loss [B]."""
         with torch.enable_grad():
             unroll = self.config.chain == "unrolled"
             logits = self.drafter.replay(self.state, lesson, self.length, longest, unroll=unroll)
@@ -161,7 +182,9 @@ class Learner:
             kl = self._divergence(lesson.logits / heat, logits / heat)
             kl = weighted_mean(kl, weights, lesson.mask)
             loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
-            return loss.detach(), list(torch.autograd.grad(loss.sum(), list(leaves.values())))
+            found = torch.autograd.grad(loss.sum(), list(leaves.values()))
+        self.pupil.put(list(found), more=more)
+        return loss.detach()
 
     def _divergence(self, p_logits: Tensor, q_logits: Tensor) -> Tensor:
         """KL(p || q) per drafted token, over the tokens that can be drafted."""
@@ -175,11 +198,29 @@ class Learner:
             kl = kl * share.exp()
         return kl
 
+    @torch.no_grad()
+    def _step(self, facts: Tensor) -> list[bool]:
+        """Step where there was a lesson and all is finite; say of each row whether it counted."""
+        taught = facts[:, 0] > 0
+        sound = facts.isfinite().all(1)
+        going = taught & sound
+        if self.shared:
+            going = (going.any() & (sound | ~taught).all())[None]
+        self.pupil.step(going)
+        going = going.expand(len(taught))
+        told = torch.stack([taught & going, taught & ~going], dim=1).tolist()
+        if self.shared and any(bad for _, bad in told):
+            self.revert(0)
+        for row, (good, bad) in enumerate(told):
+            self.updates[row] += good
+            if bad and not self.shared:
+                self.revert(row)
+        return [good for good, _ in told]
+
     def revert(self, copy: int) -> None:
         """Put a copy's anchor weights back; its moments and lessons go."""
-        rows = range(len(self.reverts)) if self.shared else [copy]
         self.pupil.restore(copy)
-        for row in rows:
+        for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
             self._forget_all(row)
 
@@ -202,16 +243,3 @@ class Learner:
     def _forget_all(self, row: int) -> None:
         if self._lessons is not None:
             self._lessons.clear(row)
-
-    def _step(
-        self, copy: int, gradients: list[Tensor], count: float, loss: float, norm: float
-    ) -> bool:
-        if count == 0:
-            return False
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.revert(copy)
-            return False
-        self.pupil.step(copy, gradients)
-        if not self.shared:
-            self.updates[copy] += 1
-        return True

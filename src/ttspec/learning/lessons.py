@@ -31,6 +31,7 @@ class Lessons:
         self._tokens = self._starts.new_zeros(rows, self._kept, length + 1)
         self._before: Tensor | None = None
         self._used = torch.full((rows,), -1, device=device)
+        self._newest = self._used.clone()
         self._committed = torch.zeros(rows, dtype=torch.long, device=device)
         # The ring's last slot takes what is not to be kept.
         self._at = torch.full((rows, self._ring + 1), -1, device=device)
@@ -49,7 +50,7 @@ class Lessons:
                 shape = (*self._starts.shape, v.proposal.before.shape[-1])
                 self._before = v.proposal.before.new_zeros(shape)
             self._push(self._before, v.proposal.before, took_part)
-        self._committed = torch.where(took_part, v.start + v.emitted, self._committed)
+        self._committed.copy_(torch.where(took_part, v.start + v.emitted, self._committed))
         column = torch.arange(self.length + 1, device=v.start.device)
         if self.hindsight:
             # Row j of the verification is p for the token at start + 1 + j, if that was committed.
@@ -71,6 +72,16 @@ class Lessons:
         self._push(self._logits[..., :width, :], v.logits[:, :width], took_part)
 
     def take(self) -> Lesson:
+        """The newest lessons, which are then no longer new."""
+        lesson = self.newest()
+        self.used()
+        return lesson
+
+    def used(self) -> None:
+        """What `newest` gave last is no longer new."""
+        self._used.copy_(self._used.maximum(self._newest))
+
+    def newest(self) -> Lesson:
         """The newest lessons of every row; none for a row that has no new one."""
         last = torch.full_like(self._used, self._kept - 1)
         if self.hindsight:  # the newest block whose rows have all been committed
@@ -81,7 +92,7 @@ class Lessons:
         start = self._starts.gather(1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
         pick = pick.clamp(min=0)
         new = start[:, 0] > self._used
-        self._used = torch.where(new, start[:, 0], self._used)
+        self._newest.copy_(start[:, 0])
         fresh = (start >= 0) & new[:, None]
         row = torch.arange(pick.shape[0], device=pick.device)[:, None]
         tokens = self._tokens[row, pick]
@@ -105,7 +116,7 @@ class Lessons:
 
     def clear(self, row: int) -> None:
         """Forget a row: its history is gone, or its weights were put back."""
-        self._starts[row] = self._used[row] = -1
+        self._starts[row] = self._used[row] = self._newest[row] = -1
         self._at[row] = -1
         self._masks[row] = False
 
