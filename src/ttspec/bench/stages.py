@@ -133,8 +133,7 @@ class Roofline:
         ]
         f = self.facts
         pair = f["target"] if f["drafter"] is None else f"{f['target']} with {f['drafter']}"
-        title = f"{pair}: {f['device']}, {f['dtype']}, {f['rows']} x {f['context']} tokens"
-        return Table(title=title, note="\n".join(self.notes), head=head, rows=rows)
+        return Table(title=pair, note="\n".join(self.notes), head=head, rows=rows)
 
 
 def measure(
@@ -413,12 +412,13 @@ def _facts(
 
 def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
     notes = [
+        f"{facts['device']}, {facts['dtype']}, {facts['rows']} x {facts['context']} tokens; CPU "
+        f"threads {facts['threads']}, torch {facts['torch']}, commit {facts['git'] or 'unknown'}.",
         f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
         f"product {rates.matrix / 1e9:,.0f} GFLOP/s. At the rates: the longer of the two.",
         "Assumed: every weight read once a pass, keys and values up to the filled length, logits "
         "written and read once, nothing else. Verify includes acceptance and making context.",
-        f"Medians of rounds after warm-up, greedy, behind random tokens; {facts['threads']} CPU "
-        f"threads, torch {facts['torch']}, commit {facts['git'] or 'unknown'}.",
+        "Medians of rounds after warm-up, greedy, behind random tokens.",
     ]
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     if any(getattr(engine.target.config, name, None) for name in experts):
