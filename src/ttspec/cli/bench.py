@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from ttspec.cli.options import ModelFlags
+from ttspec.cli.options import DraftFlags, LearnFlags, ModelFlags
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
@@ -262,6 +263,49 @@ def compare(
     line, good = judge.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
     return 0 if good else 1
+
+
+@bench.command
+def roofline(
+    *,
+    models: ModelFlags = ModelFlags(),
+    rows: int = 1,
+    context: int = 512,
+    rounds: int = 20,
+    draft: DraftFlags = DraftFlags(),
+    learn: Annotated[bool, Parameter(name="--learn")] = True,
+    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+) -> int:
+    """Say what each stage of a round must move and compute, how long that would take, and did.
+
+    Parameters
+    ----------
+    rows
+        Rows side by side.
+    context
+        Tokens in every row's cache when the rounds begin.
+    rounds
+        Rounds to measure at least; with learning, as many as hold five updates.
+    learn
+        Whether the drafter learns.
+    as_json
+        Print one JSON object, in bytes, operations and seconds.
+    """
+    for name, given in (("rows", rows), ("context", context), ("rounds", rounds)):
+        if given < 1:
+            raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
+    options = {"draft": draft.config(), "learn": learning.config_if(learn)}
+    engine = models.load(notify=say)
+
+    from ttspec.bench.stages import measure
+
+    found = measure(engine, rows=rows, context=context, rounds=rounds, **options)
+    if as_json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+    else:
+        _print_table(_console(), found.table())
+    return 0
 
 
 def _seeds(text: str) -> list[int]:

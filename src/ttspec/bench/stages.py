@@ -1,0 +1,427 @@
+"""What each stage of a round takes on this device, beside what it would need at measured rates."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from statistics import fmean, median
+from typing import Any
+
+import torch
+
+from ttspec.bench import roofline as r
+from ttspec.bench.manifest import device_name, git_revision, gpu_clocks
+from ttspec.bench.tables import EMPTY, Table
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.round import Decoder
+from ttspec.drafters.base import Drafter
+from ttspec.errors import OptionError, ResourceError
+
+WARM_UP = 3
+"""Rounds that are not counted: allocations, and on a GPU the capture of a graph."""
+UPDATES = 5
+"""Updates to measure at least."""
+BUDGET = 0.8
+"""Seconds for measuring one of the two rates; a step that was begun is finished."""
+COPIED = {"cuda": (1 << 28, 1 << 30), "cpu": (1 << 26, 1 << 28)}
+"""Bytes of the tensors copied: more than caches hold."""
+MULTIPLIED = {"cuda": (4096, 8192), "cpu": (512, 1024, 2048)}
+"""Sides of the square matrices multiplied."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """The best this device was seen to do."""
+
+    copy: float
+    """Bytes a second, read and written, of a large copy."""
+    matrix: float
+    """Operations a second of a large matrix product in the run's dtype."""
+
+    def limit(self, work: r.Work) -> float:
+        """Seconds that the work takes at these rates, moving and computing at once."""
+        return max(work.moved / self.copy, work.operations / self.matrix)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """Seconds of one round."""
+
+    wall: float
+    draft: float
+    verify: float
+    learn: float
+    updated: bool
+
+    @property
+    def outside(self) -> float:
+        """Wall-clock time that is in no stage."""
+        return self.wall - self.draft - self.verify - self.learn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A line of the table."""
+
+    name: str
+    work: r.Work
+    limit: float
+    """Seconds at the measured rates."""
+    measured: float | None
+    """Seconds, a median; None where no round had it."""
+
+    @classmethod
+    def of(cls, name: str, work: r.Work, rates: Rates, seconds: list[float]) -> Stage:
+        """A stage, and what it took in some rounds."""
+        measured = median(seconds) if seconds else None
+        return cls(name=name, work=work, limit=rates.limit(work), measured=measured)
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the limit that was reached."""
+        return self.limit / self.measured if self.measured and self.limit else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "stage": self.name,
+            "bytes": self.work.moved,
+            "operations": self.work.operations,
+            "limit_seconds": self.limit,
+            "seconds": self.measured,
+            "ratio": self.ratio,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roofline:
+    """The stages of a plain step and of a round that drafts, and how they were measured."""
+
+    facts: dict[str, Any]
+    rates: Rates
+    stages: list[Stage]
+    outside: dict[str, float]
+    """Seconds of a plain step and of a round that are in no stage: the host's own."""
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; bytes, operations and seconds."""
+        rates = {f"{k}_per_second": v for k, v in asdict(self.rates).items()}
+        stages = [stage.to_dict() for stage in self.stages]
+        more = {"outside_seconds": self.outside, "notes": self.notes}
+        return {**self.facts, "rates": rates, "stages": stages, **more}
+
+    def table(self) -> Table:
+        """The same for people."""
+        head = ("stage", "GB", "GFLOP", "at the rates, ms", "measured, ms", "reached")
+        rows = [
+            (
+                stage.name,
+                f"{stage.work.moved / 1e9:.3f}",
+                f"{stage.work.operations / 1e9:.1f}",
+                f"{stage.limit * 1e3:.2f}",
+                EMPTY if stage.measured is None else f"{stage.measured * 1e3:.2f}",
+                EMPTY if stage.ratio is None else f"{stage.ratio:.0%}",
+            )
+            for stage in self.stages
+        ]
+        rows += [
+            (f"{name}, in no stage", "", "", "", f"{seconds * 1e3:.2f}", "")
+            for name, seconds in self.outside.items()
+        ]
+        f = self.facts
+        pair = f["target"] if f["drafter"] is None else f"{f['target']} with {f['drafter']}"
+        return Table(title=pair, note="\n".join(self.notes), head=head, rows=rows)
+
+
+def measure(
+    engine: Engine,
+    *,
+    rows: int,
+    context: int,
+    rounds: int,
+    draft: DraftConfig,
+    learn: LearnConfig | None,
+) -> Roofline:
+    """Count every stage's work, measure this device's rates and the time of every stage.
+
+    Args:
+        engine: Target and drafter.
+        rows: Rows side by side.
+        context: Tokens in every row's cache when the rounds begin.
+        rounds: Rounds to measure at least.
+        draft: How the drafter is run.
+        learn: How it learns; None is a static drafter.
+
+    Raises:
+        OptionError: The context leaves no room for the rounds, or the drafter is of a kind that is
+            not counted.
+        ResourceError: It does not fit into memory.
+    """
+    target, drafter = engine.target, engine.drafter
+    length = 0
+    if drafter is not None:
+        length = drafter.length if draft.length is None else min(draft.length, drafter.length)
+    if drafter is None or not drafter.weights or not length:
+        learn = None
+    parts = r.parts_of(drafter, length, draft.window) if drafter and length else None
+    plan = Plan.of(rounds, length, learn)
+    if context + plan.tokens > target.context:
+        most = target.context - plan.tokens
+        raise OptionError(
+            f"--context is {context}, but {plan.warm_up + plan.count} rounds write up to "
+            f"{plan.tokens} tokens more and the target has room for {target.context}.\n"
+            + (f"Allowed is up to {most}" if most > 0 else "Give a smaller --learn.stride")
+            + ", or fewer --rounds."
+        )
+    rates = measure_rates(target.device, target.dtype)
+    shape = r.target_shape(target)
+    facts = _facts(engine, rows, context, rounds, length, learn)
+    notes = _notes(engine, rates, facts)
+    simple = Plan.of(rounds, 0, None)
+    found, filled = timed(engine, DraftConfig(length=0), None, simple, rows=rows, context=context)
+    step = Stage.of(
+        "plain step", r.target_pass(shape, rows, 1, filled), rates, [t.verify for t in found]
+    )
+    stages = [step, whole("plain step, wall clock", [(step, 1)], found)]
+    outside = {"plain step": median(t.outside for t in found)}
+    if drafter is not None and parts is not None:
+        found, filled = timed(engine, draft, learn, plan, rows=rows, context=context)
+        learned = frozenset(drafter.learnable(learn.parameters)) if learn else frozenset()
+        batch = r.Batch(rows=rows, filled=filled, item=shape.item, learned=learned)
+        shares = round_stages(drafter, parts, shape, batch, length, rates, found)
+        share = ""
+        if learn:
+            shares += learning_stages(drafter, parts, shape, batch, length, learn, rates, found)
+            share = f", 1/{learn.stride} update in it" if learn.stride > 1 else ", update in it"
+        stages += [stage for stage, _ in shares]
+        stages.append(whole(f"round, wall clock{share}", shares, found))
+        outside["round"] = median(t.outside for t in found)
+        notes.append(_break_even(stages[1], stages[-1]))
+    return Roofline(facts=facts, rates=rates, stages=stages, outside=outside, notes=notes)
+
+
+def round_stages(
+    drafter: Drafter,
+    parts: r.Parts,
+    shape: r.TargetShape,
+    batch: r.Batch,
+    length: int,
+    rates: Rates,
+    found: list[Timed],
+) -> list[tuple[Stage, float]]:
+    """Draft and verify, and how often a round has each."""
+    verify = r.target_pass(shape, batch.rows, length + 1, batch.filled)
+    verify += r.absorb(drafter, parts, shape.taps * shape.hidden, length, batch)
+    draft = r.draft(drafter, parts, batch)
+    return [
+        (Stage.of(f"draft of {length}", draft, rates, [t.draft for t in found]), 1),
+        (Stage.of(f"verify of {length + 1}", verify, rates, [t.verify for t in found]), 1),
+    ]
+
+
+def learning_stages(
+    drafter: Drafter,
+    parts: r.Parts,
+    shape: r.TargetShape,
+    batch: r.Batch,
+    length: int,
+    learn: LearnConfig,
+    rates: Rates,
+    found: list[Timed],
+) -> list[tuple[Stage, float]]:
+    """What a round keeps for later, and an update, and how often a round has each.
+
+    In the round that updates, the learner keeps a lesson too: its time is in the update's.
+    """
+    keep = r.keep_lesson(shape.vocabulary, length, batch)
+    update = r.update(drafter, parts, shape.vocabulary, length, learn, batch)
+    kept = [t.learn for t in found if not t.updated]
+    took = [t.learn for t in found if t.updated]
+    name = f"update on {learn.blocks} block{'s' if learn.blocks > 1 else ''}"
+    share = 1 / learn.stride
+    stages = [(Stage.of(name, keep + update, rates, took), share)]
+    if learn.stride > 1:
+        stages.insert(0, (Stage.of("keep a lesson", keep, rates, kept), 1 - share))
+    return stages
+
+
+def whole(name: str, shares: list[tuple[Stage, float]], found: list[Timed]) -> Stage:
+    """Stages one after the other, each so many times, and the time that rounds took.
+
+    The time is a mean of medians: of rounds with an update and of those without.
+    """
+    kinds = [[t.wall for t in found if t.updated is updated] for updated in (True, False)]
+    return Stage(
+        name=name,
+        work=r.total(stage.work * times for stage, times in shares),
+        limit=sum(stage.limit * times for stage, times in shares),
+        measured=sum(median(walls) * len(walls) for walls in kinds if walls) / len(found),
+    )
+
+
+def _break_even(step: Stage, round_: Stage) -> str:
+    assert step.measured is not None
+    assert round_.measured is not None
+    return (
+        f"A round takes {round_.measured / step.measured:.2f} plain steps "
+        f"({round_.limit / step.limit:.2f} at the rates): it pays from that many tokens a round on."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How many rounds to run."""
+
+    warm_up: int
+    count: int
+    tokens: int
+    """That they may write, in a row."""
+
+    @classmethod
+    def of(cls, rounds: int, length: int, learn: LearnConfig | None) -> Plan:
+        """At least `rounds`, and whole strides that hold some updates.
+
+        Hindsight has nothing to teach until a block's tokens are committed, `length` rounds later.
+        """
+        warm_up, count = WARM_UP, rounds
+        if learn:
+            warm_up = -(-(WARM_UP + length + 1) // learn.stride) * learn.stride
+            count = max(-(-rounds // learn.stride), UPDATES) * learn.stride
+        return cls(warm_up, count, (warm_up + count + 2) * (length + 1) + 1)
+
+
+def timed(
+    engine: Engine,
+    draft: DraftConfig,
+    learn: LearnConfig | None,
+    plan: Plan,
+    *,
+    rows: int,
+    context: int,
+) -> tuple[list[Timed], float]:
+    """Run the plan behind a full context; its rounds and the mean number of filled slots."""
+    config = GenerateConfig(
+        max_new_tokens=plan.tokens, temperature=0, ignore_eos=True, draft=draft, learn=learn
+    )
+    try:
+        decoder = engine.decoder(config, rows, context, sessions=False)
+        fill(decoder, context, plan.tokens)
+        time_rounds(decoder, plan.warm_up)
+        before = fmean(decoder.lengths)
+        found = time_rounds(decoder, plan.count)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"{rows} rows of {context} tokens do not fit into memory.\n"
+            "Use fewer --rows, a smaller --context, or --no-learn."
+        ) from error
+    return found, (before + fmean(decoder.lengths)) / 2
+
+
+def fill(decoder: Decoder, context: int, budget: int) -> None:
+    """Read random tokens into every row: what they say does not change what a stage moves."""
+    random = torch.Generator().manual_seed(0)
+    size = int(decoder.target.config.vocab_size)
+    prompts = torch.randint(size, (decoder.rows, context), generator=random).tolist()
+    rows = list(range(decoder.rows))
+    decoder.prefill(rows, prompts, rows, [budget] * decoder.rows)
+
+
+def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
+    """Run rounds; on a GPU one more, since each tells the stages of the one before."""
+    late = decoder.target.device.type == "cuda"
+    walls, outcomes = [], []
+    for _ in range(count + late):
+        begin = time.perf_counter()
+        of_rows = decoder.round()
+        walls.append(time.perf_counter() - begin)
+        outcomes.append(list(of_rows.values()))
+    return [
+        Timed(wall, *told[0].seconds, updated=any(o.updated for o in own))
+        for wall, own, told in zip(walls, outcomes, outcomes[late:], strict=False)
+    ]
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """The best of a few large copies and matrix products, each a median."""
+    copy, matrix = 0.0, 0.0
+    for size in within(BUDGET, COPIED[device.type]):
+        source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
+        to = torch.empty_like(source)
+        copy = max(copy, 2 * size / seconds_of(device, lambda: to.copy_(source)))  # noqa: B023
+    for side in within(BUDGET, MULTIPLIED[device.type]):
+        # Random: a GPU multiplies ones with less power, so at a higher clock.
+        a = torch.randn(side, side, device=device).to(dtype)
+        out = torch.empty_like(a)
+        took = seconds_of(device, lambda: torch.mm(a, a, out=out))  # noqa: B023
+        matrix = max(matrix, 2 * side**3 / took)
+    return Rates(copy, matrix)
+
+
+def within(budget: float, sizes: tuple[int, ...]) -> Iterator[int]:
+    """Sizes in turn, until the time is used up."""
+    begin = time.perf_counter()
+    for size in sizes:
+        yield size
+        if time.perf_counter() - begin > budget / 4:  # the next size takes several times as long
+            return
+
+
+def seconds_of(device: torch.device, run: Callable[[], Any], times: int = 5) -> float:
+    """Median of some runs, after one that is not counted; device time on a GPU."""
+    run()
+    took = []
+    for _ in range(times):
+        if device.type == "cuda":
+            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            marks[0].record()
+            run()
+            marks[1].record()
+            marks[1].synchronize()
+            took.append(marks[0].elapsed_time(marks[1]) / 1000)
+        else:
+            begin = time.perf_counter()
+            run()
+            took.append(time.perf_counter() - begin)
+    return median(took)
+
+
+def _facts(
+    engine: Engine, rows: int, context: int, rounds: int, length: int, learn: LearnConfig | None
+) -> dict[str, Any]:
+    target, drafter = engine.target, engine.drafter
+    return {
+        "target": target.name,
+        "drafter": drafter.name if drafter and length else None,
+        "kind": drafter.kind if drafter and length else None,
+        "length": length,
+        "learn": asdict(learn) if learn else None,
+        "device": device_name(target.device),
+        "clocks": gpu_clocks(target.device),
+        "dtype": str(target.dtype).removeprefix("torch."),
+        "rows": rows,
+        "context": context,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "git": git_revision(),
+    }
+
+
+def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
+    notes = [
+        f"{facts['device']}, {facts['dtype']}, {facts['rows']} x {facts['context']} tokens; CPU "
+        f"threads {facts['threads']}, torch {facts['torch']}, commit {facts['git'] or 'unknown'}.",
+        f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
+        f"product {rates.matrix / 1e9:,.0f} GFLOP/s. At the rates: the longer of the two.",
+        "Assumed: every weight read once a pass, keys and values up to the filled length, logits "
+        "written and read once, nothing else. Verify includes acceptance and making context.",
+        "Medians of rounds after warm-up, greedy, behind random tokens.",
+    ]
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    if any(getattr(engine.target.config, name, None) for name in experts):
+        notes.append("The target is a mixture: all its experts are counted, of which a pass of few")
+        notes[-1] += " tokens reads some."
+    return notes
