@@ -34,6 +34,14 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not any(wait in str(func) for wait in WAITS), f"{func} waits for the device"
+        given = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+        # A number in the place of a tensor is copied to the device; a mask as an index is counted.
+        # (Attention turns its mask into two numbers on the device.)
+        if any(name in str(func) for name in ("where", "index_put", "index.Tensor")):
+            numbers = sum(not x.dim() for x in given)
+            assert numbers in (0, 2), f"{func} waits for the device: a number"
+        if "index" in str(func):
+            assert all(x.dtype != torch.bool for x in given[1:]), f"{func} waits for the device"
         out = func(*args, **(kwargs or {}))
         self.steps.append((func, args, kwargs or {}, out))
         return out
@@ -108,14 +116,20 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
     assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
 
 
-@pytest.mark.parametrize("wait", ["item", "data"])
+WAITING = {
+    "a number is read": lambda x: x + float(x.sum()) * 0,
+    "data come from the host": lambda x: x + torch.tensor([0.0]),
+    "a number for a tensor": lambda x: x.where(x > -1e9, -1e9),
+    "a mask as an index": lambda x: x.clone().index_put((x > 1e9,), x.new_zeros(1)),
+}
+
+
+@pytest.mark.parametrize("wait", WAITING)
 def test_a_round_that_waits_is_found(target, monkeypatch, wait: str) -> None:
     real = rounds.process
 
     def waiting(logits, sampling):
-        if wait == "item":
-            assert float(logits.sum()) < 1e9
-        return real(logits + torch.tensor([0.0]) if wait == "data" else logits, sampling)
+        return real(WAITING[wait](logits), sampling)
 
     monkeypatch.setattr(rounds, "process", waiting)
     monkeypatch.setattr(rounds, "Graphs", Tapes)

@@ -231,7 +231,7 @@ class Decoder:
     def _start(self) -> Tensor:
         """Where each row's round begins; rows at rest write where nothing is read."""
         _, lengths, budget, _ = self._facts
-        return lengths.where(budget > 0, self.slots)
+        return lengths.masked_fill(budget <= 0, self.slots)
 
     def _draft(self, longest: int) -> tuple[Proposal, Tensor | None]:
         """Drafts, and the noise of the positions they are for."""
@@ -259,8 +259,8 @@ class Decoder:
             logits=logits,
             features=features,
             tokens=tokens,
-            accepted=accepted.minimum(emitted).where(budget > 0, 0),
-            emitted=emitted.where(budget > 0, 0),
+            accepted=accepted.minimum(emitted).masked_fill(budget <= 0, 0),
+            emitted=emitted.masked_fill(budget <= 0, 0),
             ended=ended,
         )
         if self.drafter and self.state:

@@ -225,7 +225,7 @@ class FeatureState(DraftState):
 
     def remember(self, features: Tensor, position: Tensor, row: Tensor) -> None:
         """Keep features [B, T, W] of the tokens at position int64 [B, T] of rows int64 [B]."""
-        place = torch.where(position < self.slots, position % FEATURES_KEPT, FEATURES_KEPT)
+        place = (position % FEATURES_KEPT).masked_fill(position >= self.slots, FEATURES_KEPT)
         self.features[row[:, None], place] = features
         self.held[row[:, None], place] = position
 
@@ -233,7 +233,7 @@ class FeatureState(DraftState):
         """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
         place = position % FEATURES_KEPT
         there = self.held[row[:, None], place] == position
-        return self.features[row[:, None], place].where(there[..., None], 0.0)
+        return self.features[row[:, None], place].masked_fill(~there[..., None], 0.0)
 
 
 def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ class CausalState(FeatureState):
 
     def store(self, keys: Tensor, values: Tensor, position: Tensor, row: Tensor) -> None:
         """Put keys and values [layers, B, kv heads, T, D] at their positions, if they are slots."""
-        slot = position.where((position >= 0) & (position < self.slots), self.slots)
+        slot = position.masked_fill((position < 0) | (position >= self.slots), self.slots)
         for kept, new in ((self.keys, keys), (self.values, values)):
             kept[:, row[:, None], :, slot] = new.permute(1, 3, 0, 2, 4)
 
@@ -346,7 +346,7 @@ class Causal(Drafter):
     ) -> None:
         """Keep keys and values of rows that take part: a row at rest begins past the last slot."""
         row = torch.arange(len(start), device=start.device)
-        at = position.where(start[:, None] < state.slots, state.slots)
+        at = position.masked_fill(start[:, None] >= state.slots, state.slots)
         state.store(made[0], made[1], at, row)
 
     def _read(

@@ -218,7 +218,7 @@ class Eagle3(Drafter):
         _, k, v = self._read(weights, self.fuse(weights, shifted), tokens)
         at = position - 1
         # A prompt's first token has no row; a row at rest begins past the last slot.
-        slot = at.where((at >= 0) & (position < state.slots), state.slots)
+        slot = at.masked_fill((at < 0) | (position >= state.slots), state.slots)
         state.keys[row[:, None], :, slot] = state.rope(k, at).transpose(1, 2)
         state.values[row[:, None], :, slot] = v.transpose(1, 2)
         state.remember(features, position, row)

@@ -92,11 +92,11 @@ class Ngram(Drafter):
             shifted = text.roll(back, 1)
             same &= (shifted == text.gather(1, at[:, None])) & (place >= back)
             same &= (end >= back)[:, None]
-            latest = torch.where(same, place, -1).amax(-1)
+            latest = place.expand_as(same).masked_fill(~same, -1).amax(-1)
             found = torch.where(latest >= 0, latest, found)
         column = torch.arange(1, length + 1, device=text.device)
         tokens = text.gather(1, (found[:, None] + column).clamp(min=0, max=slots - 1))
-        known = torch.where(found >= 0, end - found, 0)
+        known = (end - found).masked_fill(found < 0, 0)
         return Proposal(tokens=tokens, count=count.minimum(known))
 
     def _replay(

@@ -56,11 +56,11 @@ class Lessons:
             # Row j of the verification is p for the token at start + 1 + j, if that was committed.
             position = v.start[:, None] + 1 + column[: v.logits.shape[1]]
             kept = column[: v.logits.shape[1]] < v.emitted[:, None]
-            slot = torch.where(kept, position % self._ring, self._ring)
+            slot = (position % self._ring).masked_fill(~kept, self._ring)
             row = torch.arange(position.shape[0], device=position.device)[:, None]
             self._logits[row, slot] = v.logits
             self._ids[row, slot] = v.tokens
-            self._at[row, slot] = torch.where(kept, position, -1)
+            self._at[row, slot] = position.masked_fill(~kept, -1)
             return
         width = v.proposal.tokens.shape[1]
         mask = column[:width] < v.proposal.count[:, None]
@@ -87,7 +87,7 @@ class Lessons:
         if self.hindsight:  # the newest block whose rows have all been committed
             whole = (self._starts >= 0) & (self._starts + self.length <= self._committed[:, None])
             order = torch.arange(self._kept, device=whole.device)
-            last = torch.where(whole, order, -1).amax(-1)
+            last = order.expand_as(whole).masked_fill(~whole, -1).amax(-1)
         pick = last[:, None] - torch.arange(self.blocks, device=last.device)
         start = self._starts.gather(1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
         pick = pick.clamp(min=0)

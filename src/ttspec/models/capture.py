@@ -29,8 +29,9 @@ class Graphs:
         """What `work(key)` returns; a later call with this key overwrites it.
 
         Args:
-            work: Its tensors come from fixed addresses and it waits for nothing. It may run several
-                times where it is called once, so running it again must change nothing.
+            work: Its tensors come from fixed addresses; it waits for nothing, and copies nothing
+                from the host, as `where` with a number may. It may run several times where it is
+                called once, so running it again must change nothing.
             key: All of its shapes follow from this.
         """
         if not self.on:

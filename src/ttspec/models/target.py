@@ -133,7 +133,10 @@ class Target:
         masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
         if self.model.config._attn_implementation == "eager":  # adds its mask to the scores
             low = torch.finfo(self.dtype).min
-            masks = {w: torch.where(m, 0.0, low).to(self.dtype) for w, m in masks.items()}
+            masks = {
+                w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
+                for w, m in masks.items()
+            }
         mask: Any = masks[self.windows[0]]
         if len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
