@@ -7,6 +7,8 @@ Weights change only between rounds, in `absorb`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ AT_ONCE = 2048
 class Pupil:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
 
-    All weights of a copy lie in one row of a few tables, so that a step of all copies is a handful
-    of operations, and nothing in it waits for the device.
+    All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy.
     """
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
@@ -33,17 +34,13 @@ class Pupil:
         self.config, self.shared = config, config.scope == "shared"
         self.rate = drafter.learning_rate if config.lr is None else config.lr
         self.anchor = {n: drafter.weights[n] for n in drafter.learnable(config.parameters)}
-        flat = torch.cat([w.float().flatten() for w in self.anchor.values()])
+        self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
         # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
-        self._anchor, self._master = flat, flat.repeat(copies, 1)
-        self.master = self._views(self._master)
+        self._master = self._anchor.repeat(copies, 1)
         self._gradient = torch.zeros_like(self._master)
-        self.gradient = self._views(self._gradient)
-        """Of the last lesson, clipped."""
-        self._first = torch.zeros_like(flat if config.beta1 else flat[:0]).repeat(copies, 1)
-        self._second = torch.zeros_like(self._master)
-        self._steps = torch.zeros(copies, 1, device=flat.device)
+        self.master, self.gradient = self._views(self._master), self._views(self._gradient)
         self.live = {n: self._seen(w).to(self.anchor[n].dtype) for n, w in self.master.items()}
+        self._optimisers = [self._optimiser(copy) for copy in range(copies)]
 
     def put(self, gradients: list[Tensor], *, more: bool) -> None:
         """Take gradients of the live weights, `more` on top of those there are."""
@@ -51,37 +48,40 @@ class Pupil:
             mine = self._seen(mine)
             mine.add_(given) if more else mine.copy_(given)
 
-    def clip(self, share: Tensor | float = 1.0) -> Tensor:
-        """Scale the gradients by `share`, then down to the config's norm; the norms [copies]."""
-        self._gradient.mul_(share)
-        norm = self._gradient.norm(dim=1)
-        self._gradient.mul_((self.config.clip / (norm + 1e-6)).clamp(max=1.0)[:, None])
-        return norm
+    def norms(self) -> Tensor:
+        """Of each copy's gradient, float32 [copies]."""
+        return self._gradient.norm(dim=1)
 
-    def step(self, going: Tensor) -> None:
-        """One Adam step (Kingma and Ba 2015) of the copies where `going` bool [copies] holds."""
-        c, going = self.config, going[:, None]
-        g = self._gradient.masked_fill_(~going, 0.0)  # it may be NaN there
-        self._steps += going
-        steps = self._steps.clamp(min=1)
-        self._second.mul_(1 - (1 - c.beta2) * going).addcmul_(g, g, value=1 - c.beta2)
-        mean = g
-        if c.beta1:
-            self._first.mul_(1 - (1 - c.beta1) * going).add_(g, alpha=1 - c.beta1)
-            mean = self._first / (1 - c.beta1**steps)
-        root = (self._second / (1 - c.beta2**steps)).sqrt_().add_(c.eps)
-        self._master.sub_(root.reciprocal_().mul_(mean).mul_(self.rate * going))
-        # In place: whoever holds the live weights sees it.
-        for live, master in zip(self.live.values(), self.master.values(), strict=True):
-            live.copy_(self._seen(master))
+    def step(self, copy: int, norm: float, share: float = 1.0) -> None:
+        """One Adam step of a copy; `publish` makes it count.
+
+        Args:
+            copy: Which.
+            norm: Of its gradient.
+            share: What the gradient is multiplied with before it is clipped.
+        """
+        scale = share * min(self.config.clip / (norm * share + 1e-6), 1.0)
+        if scale != 1:
+            self._gradient[copy] *= scale
+        self._optimisers[copy].step()
+
+    def publish(self) -> None:
+        """Let the masters draft: in place, whoever holds the live weights sees it."""
+        for name, master in self.master.items():
+            if master.dtype != self.live[name].dtype:  # else they are one
+                self.live[name].copy_(self._seen(master))
 
     def restore(self, copy: int) -> None:
         """Put a copy's anchor weights back."""
         self._master[copy] = self._anchor
-        for moments in (self._first, self._second, self._steps):
-            moments[copy] = 0
+        self._optimisers[copy] = self._optimiser(copy)
         for name, weight in self.anchor.items():
             self.live[name][... if self.shared else copy] = weight
+
+    def _optimiser(self, copy: int) -> torch.optim.Adam:
+        c, weights = self.config, self._master[copy]
+        weights.grad = self._gradient[copy]
+        return torch.optim.Adam([weights], self.rate, (c.beta1, c.beta2), c.eps, fused=True)
 
     def _seen(self, table: Tensor) -> Tensor:
         """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
@@ -164,11 +164,7 @@ class Learner:
                 loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
         finally:
             self.state.weights = live
-        count, share = lesson.count, 1.0
-        if self.shared:
-            share = 1 / (count > 0).sum().clamp(min=1)
-        norm = self.pupil.clip(share).expand(rows)
-        return torch.stack([count.float(), loss, norm], dim=1)
+        return torch.stack([lesson.count.float(), loss, self.pupil.norms().expand(rows)], dim=1)
 
     def _gradients(
         self, leaves: dict[str, Tensor], lesson: Lesson, longest: int, *, more: bool
@@ -201,21 +197,25 @@ class Learner:
     @torch.no_grad()
     def _step(self, facts: Tensor) -> list[bool]:
         """Step where there was a lesson and all is finite; say of each row whether it counted."""
-        taught = facts[:, 0] > 0
-        sound = facts.isfinite().all(1)
-        going = taught & sound
+        told = facts.tolist()
+        taught = [row for row, (count, *_) in enumerate(told) if count > 0]
+        sound = {row for row in taught if all(map(math.isfinite, told[row]))}
         if self.shared:
-            going = (going.any() & (sound | ~taught).all())[None]
-        self.pupil.step(going)
-        going = going.expand(len(taught))
-        told = torch.stack([taught & going, taught & ~going], dim=1).tolist()
-        if self.shared and any(bad for _, bad in told):
-            self.revert(0)
-        for row, (good, bad) in enumerate(told):
-            self.updates[row] += good
-            if bad and not self.shared:
-                self.revert(row)
-        return [good for good, _ in told]
+            if taught and len(sound) == len(taught):
+                self.pupil.step(0, told[0][2], 1 / len(taught))
+            elif taught:
+                self.revert(0)
+                sound = set()
+        else:
+            for row in taught:
+                if row in sound:
+                    self.pupil.step(row, told[row][2])
+                else:
+                    self.revert(row)
+        self.pupil.publish()
+        for row in sound:
+            self.updates[row] += 1
+        return [row in sound for row in range(len(told))]
 
     def revert(self, copy: int) -> None:
         """Put a copy's anchor weights back; its moments and lessons go."""
