@@ -127,7 +127,7 @@ def test_features_are_the_hidden_states_of_the_taps(folder: str, request):
             logits = target.model(input_ids=ids).logits
         torch.testing.assert_close(last @ target.head.T, logits, atol=2e-4, rtol=0)
         # and without the head the features are the same
-        none, same = target.forward(target.cache(1, 32), ids, zero, 0, logits=False)
+        none, same = target.forward(target.cache(1, 32), ids, zero, 0, logits=0)
         assert none is None or none.shape[1] == 1
         torch.testing.assert_close(same, features)
 

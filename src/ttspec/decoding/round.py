@@ -126,19 +126,28 @@ class Decoder:
         device = self.target.device
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
-        at = [self.lengths[row] for row in rows]
-        for begin in range(0, max(map(len, prompts)) - 1, PREFILL):
-            parts = [prompt[:-1][begin : begin + PREFILL] for prompt in prompts]
+        # Last tokens in one column come with the rest; others take a forward of their own.
+        together = len(set(map(len, prompts))) == 1
+        body = prompts if together else [prompt[:-1] for prompt in prompts]
+        at, logits = [self.lengths[row] for row in rows], None
+        for begin in range(0, max(map(len, body)), PREFILL):
+            parts = [ids[begin : begin + PREFILL] for ids in body]
             live = [i for i, part in enumerate(parts) if part]
-            self._feed([rows[i] for i in live], [parts[i] for i in live], [at[i] for i in live])
+            last = together and begin + PREFILL >= len(body[0])
+            fed = [rows[i] for i in live], [parts[i] for i in live], [at[i] for i in live]
+            logits = self._feed(*fed, logits=last)
             at = [n + len(part) for n, part in zip(at, parts, strict=True)]
-        logits, start = self._feed(rows, [prompt[-1:] for prompt in prompts], at, logits=True)
+        if not together:
+            logits = self._feed(rows, [prompt[-1:] for prompt in prompts], at, logits=True)
+            at = [n + 1 for n in at]
         assert logits is not None
-        noise = position_noise(self._key[subset], start + 1, 1, self._vocabulary)
-        greedy = self.sampling.temperature == 0
-        first = draw(process(logits, self.sampling), None if greedy else noise)[:, 0].tolist()
+        noise = None
+        if self.sampling.temperature > 0:
+            start = torch.tensor(at, device=device)
+            noise = position_noise(self._key[subset], start, 1, self._vocabulary)
+        first = draw(process(logits, self.sampling), noise)[:, 0].tolist()
         for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
-            self.lengths[row], self.pending[row], self.budget[row] = n + 1, token, budget - 1
+            self.lengths[row], self.pending[row], self.budget[row] = n, token, budget - 1
         return first
 
     @torch.no_grad()
@@ -215,18 +224,18 @@ class Decoder:
 
     def _feed(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
-        """Read prompt tokens; returns the logits of one token a row, and the starts."""
+    ) -> Tensor | None:
+        """Read prompt tokens; returns the logits [B, 1, V] of the last column, if asked for."""
         device = self.target.device
         width = max(map(len, parts))
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start, subset = torch.tensor(at, device=device), torch.tensor(rows, device=device)
         out, features = self.target.forward(
-            self.cache, tokens, start, max(at), subset=subset, logits=logits
+            self.cache, tokens, start, max(at), subset=subset, logits=1 if logits else 0
         )
         if self.drafter and self.state:
             self.drafter.extend(self.state, tokens, features, start, subset)
-        return out, start
+        return out
 
     def _start(self) -> Tensor:
         """Where each row's round begins; rows at rest write where nothing is read."""

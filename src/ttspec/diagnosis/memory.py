@@ -56,7 +56,7 @@ def _target_cache(target: Target) -> int:
     cache = target.cache(1, STRETCH - 1)
     zero = torch.zeros(1, 1, dtype=torch.long, device=target.device)
     subset = torch.zeros(1, dtype=torch.long, device=target.device)
-    target.forward(cache, zero, zero[0], 0, subset=subset, logits=False)
+    target.forward(cache, zero, zero[0], 0, subset=subset, logits=0)
     return cache.nbytes
 
 

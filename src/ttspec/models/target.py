@@ -112,7 +112,7 @@ class Target:
         longest: int,
         *,
         subset: Tensor | None = None,
-        logits: bool = True,
+        logits: int | None = None,
     ) -> tuple[Tensor | None, Tensor]:
         """Read tokens at their rows' positions; write their keys and values.
 
@@ -122,7 +122,7 @@ class Target:
             start: int64 [B], position of each row's first token.
             longest: The largest start, known on the host.
             subset: int64 [B], the cache rows that are fed; None is all.
-            logits: False skips the head.
+            logits: Of so many last tokens; 0 skips the head, None is all T.
 
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
@@ -141,20 +141,24 @@ class Target:
         if len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
             mask = {kind: masks[window] for kind, window in types}
-        reader = self.model if logits else self.model.base_model
+        reader = self.model.base_model if logits == 0 else self.model
+        keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
         out = reader(
             input_ids=tokens,
             attention_mask=mask,
             position_ids=position,
             use_cache=True,
             output_hidden_states=bool(self.taps),
+            **keep,
             **{cache_keyword(reader): cache},
         )
         if self.taps:
             features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
         else:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
-        return (out.logits if logits else None), features
+        if logits == 0:
+            return None, features
+        return out.logits[:, -(logits or 0) :], features
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +255,11 @@ def wrap_target(
 def cache_keyword(model: torch.nn.Module) -> str:
     """What a model's forward calls its cache: transformers 5.24 renamed it."""
     return _cache_keyword(type(model))
+
+
+@functools.cache
+def _keeps_logits(kind: type[torch.nn.Module]) -> bool:
+    return "logits_to_keep" in signature(kind.forward).parameters
 
 
 @functools.cache
