@@ -82,6 +82,21 @@ def parse_arms(text: str) -> list[ArmSpec]:
     return [_parse(name) for name in names]
 
 
+def check_forced(arms: Sequence[ArmSpec]) -> None:
+    """Acceptance can be forced only where the run's own drafter drafts, or nothing does.
+
+    Raises:
+        OptionError: An arm drafts otherwise, or is another implementation.
+    """
+    for arm in arms:
+        if arm.drafter or arm.kind == "ngram" or arm.kind in PEERS:
+            names = ", ".join(kind for kind in KINDS if kind != "ngram")
+            raise OptionError(
+                f"--random-weights cannot force the acceptance of the arm {arm.name}.\n"
+                f"Allowed are {names}, with the pair's own drafter."
+            )
+
+
 def _parse(name: str) -> ArmSpec:
     found = _ARM.match(name)
     kind = found["kind"] if found else name

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttspec.bench import measures
+from ttspec.bench.manifest import forced
 from ttspec.bench.measures import Estimate, Pair, matched
-from ttspec.bench.report import check_texts, mark_of
+from ttspec.bench.report import check_alike, check_texts, mark_of
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.errors import DataError, OptionError
@@ -29,6 +30,8 @@ class Comparison:
     b: str
     units: int
     pairs: dict[str, Pair]
+    forced: str = ""
+    """What is to be said where both ran on random weights."""
 
     def ratio(self, metric: Metric) -> Estimate | None:
         """A / B; None for the speed of a run that was imported without times."""
@@ -49,6 +52,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         DataError: A folder is damaged, or the runs have no pairs.
     """
     (one, mine), (other, theirs) = _open(a), _open(b)
+    check_alike(one, other, a, b)
     for part in ("target", "suite"):
         if mark_of(one, part) != mark_of(other, part):
             raise DataError(
@@ -70,7 +74,8 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         pairs = {n: p for n, counts in COUNTS.items() if (p := measures.pair(x, y, *counts))}
         if "acceptance" not in pairs:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
-        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs))
+        mark = forced(one)
+        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs, forced=mark))
     return found
 
 
@@ -84,6 +89,8 @@ def verdict(
     ratio, worst = min(told, key=lambda pair: pair[0].value)
     names = worst.a if worst.a == worst.b else f"{worst.a} / {worst.b}"
     said = f"{metric} of {names}, A / B, is {ratio.value:.3f}"
+    if worst.forced:
+        said += f" ({worst.forced})"
     if fail_below is None:
         return f"verdict: none asked for; {said}", True
     good = ratio.value >= fail_below

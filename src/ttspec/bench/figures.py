@@ -278,6 +278,14 @@ def cost_figure(arms: Sequence[Arm]) -> Figure:
     return figure
 
 
+def stamp(figure: Figure, text: str) -> None:
+    """Write above all plots what must not be lost when a figure is shown alone."""
+    from matplotlib import rc_context
+
+    with rc_context(_STYLE):
+        figure.suptitle(text, fontsize=9)
+
+
 def write_svg(figure: Figure, path: Path) -> None:
     """The figure as a file of vectors on white."""
     from matplotlib import rc_context

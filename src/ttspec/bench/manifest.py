@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +38,7 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
             "sha256": weights_checksum(target.path),
         },
         "drafter": drafter and describe_drafter(drafter),
+        "random_weights": engine.random_weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "device": device_name(target.device),
         "clocks": gpu_clocks(target.device),
@@ -44,6 +46,26 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
         "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
         "git": git_revision(),
     }
+
+
+def forced(manifest: Mapping[str, Any]) -> str:
+    """What every output of a run on random weights says; nothing of one on real weights."""
+    found = manifest.get("random_weights")
+    if not found:
+        return ""
+    return f"random weights, acceptance forced to {', '.join(map(str, found['accept']))}"
+
+
+def forced_sentence(manifest: Mapping[str, Any]) -> str:
+    """The same for people who do not know what that means."""
+    found = manifest.get("random_weights")
+    if not found:
+        return ""
+    return (
+        f"No checkpoint was loaded: {forced(manifest)} drafts a round, in turn, in the shapes of "
+        f"{found['shapes']}, {found['layers']} target layers. Speed means something here; "
+        "acceptance and text do not."
+    )
 
 
 def describe_drafter(drafter: Drafter) -> dict[str, Any]:

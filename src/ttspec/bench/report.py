@@ -11,6 +11,7 @@ from typing import Any
 from ttspec.bench import figures, measures
 from ttspec.bench.arms import PEERS
 from ttspec.bench.figures import acceptance_figure, to_svg, write_png
+from ttspec.bench.manifest import forced, forced_sentence
 from ttspec.bench.measures import different_texts, matched
 from ttspec.bench.page import PLOTS, render_bench, render_page
 from ttspec.bench.runs import Arm
@@ -53,6 +54,7 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
     runs = [(folder, *read_run(folder)) for folder in folders]
     first_folder, first, _ = runs[0]
     for folder, manifest, _ in runs[1:]:
+        check_alike(first, manifest, str(first_folder), str(folder))
         for part in ("target", "suite"):
             if mark_of(first, part) != mark_of(manifest, part):
                 raise DataError(
@@ -76,6 +78,20 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
     manifests = {label: m for label, (_, m, _) in zip(labels, runs, strict=True)}
     notes = [*_left_out(arms, pairs, list(manifests.values())), *_peers_differ(first, pairs)]
     return Run(manifests, pairs, notes)
+
+
+def check_alike(a: dict[str, Any], b: dict[str, Any], one: str, other: str) -> None:
+    """Forced acceptance is not compared with real acceptance, nor with another schedule.
+
+    Raises:
+        DataError: Two manifests differ in it; `one` and `other` are what to call them.
+    """
+    if a.get("random_weights") != b.get("random_weights"):
+        said = [forced_sentence(m) or "It ran on real weights." for m in (a, b)]
+        raise DataError(
+            f"{one}: {said[0]} {other}: {said[1]}\n"
+            "Compare runs of the same shapes and the same --accept, or runs on real weights."
+        )
 
 
 def mark_of(manifest: dict[str, Any], part: str) -> str | None:
@@ -103,7 +119,8 @@ def check_texts(manifest: dict[str, Any], arms: Sequence[Arm]) -> None:
 
 
 def _same_expected(manifest: dict[str, Any]) -> bool:
-    return manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
+    greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
+    return greedy and not forced(manifest)  # where drafts are kept unseen, texts differ
 
 
 def _peers_differ(manifest: dict[str, Any], arms: Sequence[Arm]) -> list[str]:
@@ -150,6 +167,9 @@ def write_bench_report(run: Run, out: Path) -> Path:
     wide = {}
     if any(run_of(arm) for arm in run.arms):  # a panel a folder, for a README
         wide["across"] = figures.position_figure(run.arms, across=True)
+    if mark := forced(run.manifest):
+        for figure in (plots | wide).values():
+            figures.stamp(figure, mark)
     for name, figure in (plots | wide).items():
         write_png(figure, out / f"{name}.png")
         figures.write_svg(figure, out / f"{name}.svg")
@@ -212,7 +232,8 @@ def _left_out(
     arms: Sequence[Arm], kept: Sequence[Arm], manifests: Sequence[dict[str, Any]]
 ) -> list[str]:
     names = {arm.name for arm in kept}
-    notes = [f"{arm.name} has no finished request." for arm in arms if arm.name not in names]
+    notes = [said for m in manifests if (said := forced_sentence(m))]
+    notes += [f"{arm.name} has no finished request." for arm in arms if arm.name not in names]
     full = {arm.name: len(arm.units) for arm in arms}
     notes += [
         f"{arm.name} has {full[arm.name] - len(arm.units)} units more than other arms."

@@ -19,7 +19,7 @@ import torch
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store, write_manifest
-from ttspec.bench.suites import Request, said
+from ttspec.bench.suites import Request, is_tokens, said
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
@@ -180,8 +180,10 @@ def measure_all(
                 if arm.name not in warm and warm_up:
                     peer.warm_up(warm_up)
             elif arm.name not in warm and warm_up:
-                turns = min(2, len(requests[batch[0].request]))
-                hello = [["Hello"] * turns] * len(batch)  # of the shape of what is measured
+                request = requests[batch[0].request]
+                turn = request[0] if is_tokens(request[0]) else "Hello"
+                # Of the shape of what is measured.
+                hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
                 say = {**chosen, "stream": False, "quota": warm_up, "seed": 0}
                 for _, chunk in engines[arm.name].run(hello, **say):
                     _stop_if_cancelled(chunk.result)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ttspec.bench import roofline as r
-from ttspec.bench.manifest import device_name, git_revision, gpu_clocks
+from ttspec.bench.manifest import device_name, forced, forced_sentence, git_revision, gpu_clocks
 from ttspec.bench.tables import EMPTY, Table
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
@@ -133,6 +133,8 @@ class Roofline:
         ]
         f = self.facts
         pair = f["target"] if f["drafter"] is None else f"{f['target']} with {f['drafter']}"
+        if mark := forced(f):
+            pair += f" ({mark})"
         return Table(title=pair, note="\n".join(self.notes), head=head, rows=rows)
 
 
@@ -396,6 +398,7 @@ def _facts(
         "target": target.name,
         "drafter": drafter.name if drafter and length else None,
         "kind": drafter.kind if drafter and length else None,
+        "random_weights": engine.random_weights,
         "length": length,
         "learn": asdict(learn) if learn else None,
         "device": device_name(target.device),
@@ -420,6 +423,8 @@ def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
         "written and read once, nothing else. Verify includes acceptance and making context.",
         "Medians of rounds after warm-up, greedy, behind random tokens.",
     ]
+    if said := forced_sentence(facts):
+        notes.insert(0, said)
     experts = ("num_experts", "num_local_experts", "n_routed_experts")
     if any(getattr(engine.target.config, name, None) for name in experts):
         notes.append("The target is a mixture: all its experts are counted, of which a pass of few")

@@ -118,6 +118,7 @@ SETTINGS = (
     "dtype",
     "device",
     "threads",
+    "random_weights",
 )
 
 

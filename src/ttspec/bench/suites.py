@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from ttspec.errors import DataError
@@ -14,8 +15,8 @@ from ttspec.errors import DataError
 BUILT_IN = Path(__file__).with_name("suites")
 FIELDS = ("prompt", "messages", "turns")
 ROLES = ("system", "user", "assistant")
-Request = list[str] | list[list[dict[str, str]]]
-"""What a user says, turn by turn: texts, or one turn of messages."""
+Request = list[str] | list[list[dict[str, str]]] | list[list[int]]
+"""What a user says, turn by turn: texts, or one turn of messages or tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,9 +93,29 @@ def load_suite(name: str) -> Suite:
     )
 
 
+def random_suite(requests: int, tokens: int, vocabulary: int) -> Suite:
+    """Prompts of random tokens, the same every time, for a target without a tokenizer."""
+    rng = Random(0)
+    prompts = [[[rng.randrange(vocabulary) for _ in range(tokens)]] for _ in range(requests)]
+    name = f"random-{tokens}"
+    return Suite(
+        name=name,
+        sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+        requests=prompts,
+        parts={name: (0, requests)},
+    )
+
+
 def said(turn: Any) -> str:
     """A turn as one text, for records: the prompt, or the last message."""
+    if is_tokens(turn):
+        return f"{len(turn)} random tokens"
     return turn if isinstance(turn, str) else turn[-1]["content"]
+
+
+def is_tokens(turn: Any) -> bool:
+    """A turn is a list of tokens, not text."""
+    return not isinstance(turn, str) and isinstance(turn[0], int)
 
 
 def _request(where: str, line: str) -> Request:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ttspec.bench import measures as m
 from ttspec.bench.arms import PEERS
+from ttspec.bench.manifest import forced
 from ttspec.bench.measures import Estimate
 from ttspec.bench.runs import Arm
 
@@ -42,6 +43,8 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
             for name, span in parts.items()
         ]
     tables += position_tables(arms)
+    if mark := forced(manifest):
+        tables = [replace(table, title=f"{table.title} ({mark})") for table in tables]
     return [table for table in tables if table.rows]
 
 
@@ -51,6 +54,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     first = next((arm for arm in arms if arm.name not in peers), arms[0])
     # Other implementations draw with other noise: their samples say nothing about ours.
     apart = [first.name, *(peers if (manifest or {}).get("temperature") else [])]
+    own_texts = bool(forced(manifest or {}))  # what is drafted is emitted there
     rows = []
     for arm in arms:
         same = len(arm.units) - len(m.different_texts(arm, first))
@@ -63,7 +67,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
                 interval(m.acceptance_over_requests(arm)),
                 percent(m.drafted_share(arm)),
                 f"{arm.repeated_8grams:.1%}",
-                EMPTY if arm.name in apart else f"{same} of {len(arm.units)}",
+                EMPTY if own_texts or arm.name in apart else f"{same} of {len(arm.units)}",
             )
         )
     return Table(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from ttspec.cli.options import DraftFlags, LearnFlags, ModelFlags
+from ttspec.cli.options import DraftFlags, LearnFlags, ShapeFlags
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
@@ -29,10 +29,11 @@ Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 def run(
     *,
     out: Path,
-    suite: str = "quick",
+    suite: str | None = None,
     requests: int | None = None,
+    prompt_tokens: int | None = None,
     arms: str = "plain,static,learn",
-    models: ModelFlags = ModelFlags(),
+    models: ShapeFlags = ShapeFlags(),
     rows: int = 1,
     max_new_tokens: int = 256,
     session_tokens: int | None = None,
@@ -51,9 +52,12 @@ def run(
         Run folder: a new one, or one to go on with.
     suite
         A built-in suite, or a file of JSON lines: {"prompt"}, {"messages"} or {"turns"}; several
-        with commas between them.
+        with commas between them. [default: quick]
     requests
-        Only the first so many requests of each suite.
+        Only the first so many requests of each suite; with random weights, how many prompts.
+        [default: all; 8]
+    prompt_tokens
+        With random weights: random tokens of each prompt. [default: 256]
     arms
         Of plain, ngram, static, static-window, static-rebased, learn, learn-session, learn-shared,
         with options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5];
@@ -74,23 +78,36 @@ def run(
     ignore_eos
         Go on past end tokens.
     """
-    from ttspec.bench.arms import parse_arms
-    from ttspec.bench.suites import load_suites
+    from ttspec.bench.arms import check_forced, parse_arms
+    from ttspec.bench.suites import load_suites, random_suite
 
-    for name, given in (("requests", requests), ("rows", rows), ("session-tokens", session_tokens)):
+    for name, given in (
+        ("requests", requests),
+        ("prompt-tokens", prompt_tokens),
+        ("rows", rows),
+        ("session-tokens", session_tokens),
+    ):
         if given is not None and given < 1:
             raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
-    specs, numbers, asked = parse_arms(arms), _seeds(seeds), load_suites(suite, requests)
+    specs, numbers = parse_arms(arms), _seeds(seeds)
+    is_random = models.random_weights is not None
+    if is_random:
+        check_forced(specs)
+    _check_prompts(suite, prompt_tokens, is_random)
+    asked = None if is_random else load_suites(suite or "quick", requests)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     config = GenerateConfig(**options, seed=0)
     engine = models.load(notify=say)
 
-    from ttspec.bench.manifest import describe, describe_drafter
+    from ttspec.bench.manifest import describe, describe_drafter, forced, forced_sentence
     from ttspec.bench.peers import open_peers
     from ttspec.bench.runner import engines_for, measure_all, plan
     from ttspec.bench.store import Store
     from ttspec.decoding.engine import find_drafter
 
+    if asked is None:
+        vocabulary = int(engine.target.config.vocab_size)
+        asked = random_suite(requests or 8, prompt_tokens or 256, vocabulary)
     drafters = {}
     for name in {spec.drafter: None for spec in specs if spec.drafter}:
         drafters[name] = find_drafter(name, say)
@@ -112,7 +129,9 @@ def run(
     specs = [spec for spec in specs if spec.name not in skipped]
     if not specs:
         raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
-    manifest = describe(engine, title=f"ttspec bench: {asked.name}") | {
+    mark = forced({"random_weights": engine.random_weights})
+    title = f"ttspec bench: {asked.name}" + (f" ({mark})" if mark else "")
+    manifest = describe(engine, title=title) | {
         "suite": {
             "name": asked.name,
             "requests": len(asked.requests),
@@ -148,7 +167,10 @@ def run(
             ignore_eos=ignore_eos,
             **options,
         )
-        return _follow(steps, specs, out)
+        code = _follow(steps, specs, out)
+        if mark:
+            say(forced_sentence(manifest))
+        return code
     finally:
         store.close()
 
@@ -259,7 +281,8 @@ def compare(
     head = ("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
     note = "Paired over requests, 95 % bootstrap intervals."
     console = _console()
-    _print_table(console, Table(title=f"{a} against {b}", note=note, head=head, rows=rows))
+    mark = f" ({found[0].forced})" if found[0].forced else ""
+    _print_table(console, Table(title=f"{a} against {b}{mark}", note=note, head=head, rows=rows))
     line, good = judge.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
     return 0 if good else 1
@@ -268,7 +291,7 @@ def compare(
 @bench.command
 def roofline(
     *,
-    models: ModelFlags = ModelFlags(),
+    models: ShapeFlags = ShapeFlags(),
     rows: int = 1,
     context: int = 512,
     rounds: int = 20,
@@ -306,6 +329,19 @@ def roofline(
     else:
         _print_table(_console(), found.table())
     return 0
+
+
+def _check_prompts(suite: str | None, prompt_tokens: int | None, is_random: bool) -> None:
+    if is_random and suite is not None:
+        raise OptionError(
+            "--random-weights was given together with --suite: without a checkpoint there is no "
+            "tokenizer.\nPrompts are random tokens: --requests says how many, --prompt-tokens how "
+            "long."
+        )
+    if prompt_tokens is not None and not is_random:
+        raise OptionError(
+            "--prompt-tokens was given without --random-weights.\nName prompts with --suite."
+        )
 
 
 def _seeds(text: str) -> list[int]:

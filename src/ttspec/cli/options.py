@@ -112,21 +112,25 @@ class ModelFlags:
 
     def load(self, notify: Callable[[str], None] | None = None) -> Engine:
         """Load the pair. This is where torch is imported."""
+        self._prepare()
+        import ttspec
+
+        drafter = None if self.drafter == "none" else self.drafter
+        return ttspec.load(
+            self.target, drafter, device=self.device, dtype=self.dtype, notify=notify
+        )
+
+    def _prepare(self) -> None:
+        """Quiet libraries, and the threads that were asked for."""
         if self.threads is not None and self.threads < 1:
             raise OptionError(f"--threads is {self.threads}; allowed is 1 or more.")
         import torch
         from transformers.utils import logging
 
-        import ttspec
-
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        drafter = None if self.drafter == "none" else self.drafter
-        return ttspec.load(
-            self.target, drafter, device=self.device, dtype=self.dtype, notify=notify
-        )
 
 
 @Parameter(name="*")
@@ -136,3 +140,46 @@ class ExactModelFlags(ModelFlags):
 
     dtype: Dtype = "float32"
     """Number format; only float32 promises the same tokens."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ShapeFlags(ModelFlags):
+    """The same, or published shapes without weights, for commands that measure speed."""
+
+    random_weights: str | None = None
+    """Instead of a pair: random weights in the shapes of qwen3-8b+dflash, llama-3.1-8b+eagle3,
+    llama-3.1-8b+pard or TARGET_CONFIG.json,DRAFTER_CONFIG.json; fewer target layers as in
+    qwen3-8b+dflash:layers=2. Acceptance is then forced, and all output says so."""
+    accept: str | None = None
+    """With random weights: drafts kept a round, in turn, as in 3,2,4."""
+
+    def load(self, notify: Callable[[str], None] | None = None) -> Engine:
+        """Load the pair, or make it."""
+        if self.random_weights is None:
+            if self.accept is not None:
+                raise OptionError(
+                    "--accept was given without --random-weights: only there is it forced.\n"
+                    "Drop it."
+                )
+            return super().load(notify)
+        for name, given in (("target", self.target), ("drafter", self.drafter)):
+            if given != getattr(ModelFlags, name):
+                raise OptionError(
+                    f"--random-weights was given together with --{name}.\nDrop one of the two."
+                )
+        if self.accept is None:
+            raise OptionError(
+                "--random-weights needs --accept, for random models agree on nothing.\n"
+                "Give the drafts kept a round, in turn, as in --accept 3,2,4."
+            )
+        self._prepare()
+        from ttspec.bench.manifest import forced_sentence
+        from ttspec.decoding.forced import load_random
+
+        if notify:
+            notify(f"Making random weights in the shapes of {self.random_weights}.")
+        engine = load_random(self.random_weights, self.accept, device=self.device, dtype=self.dtype)
+        if notify:
+            notify(forced_sentence({"random_weights": engine.random_weights}))
+        return engine

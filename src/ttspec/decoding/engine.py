@@ -59,9 +59,9 @@ def load(
     Raises:
         TargetError, CheckpointError, ResourceError, OptionError: See their messages.
     """
-    place = _device(device)
+    place = device_of(device)
     if isinstance(target, str):
-        loaded = load_target(target, device=place, dtype=_dtype(dtype, place), notify=notify)
+        loaded = load_target(target, device=place, dtype=dtype_of(dtype, place), notify=notify)
     else:
         loaded = wrap_target(*target)
     if drafter == "auto":
@@ -101,7 +101,8 @@ def drafter_folder(name: str, notify: Notify | None = None) -> Path:
         ) from error
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """A device by option: "auto", "cpu" or "cuda"."""
     if name not in ("auto", "cpu", "cuda"):
         raise OptionError(f"device is {name!r}; allowed are auto, cpu and cuda.")
     if name == "cuda" and not torch.cuda.is_available():
@@ -111,7 +112,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by option; "auto" is bfloat16 where the hardware has it."""
     kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name == "auto":
         native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
@@ -136,6 +138,9 @@ class Engine:
             layers = int(target.config.num_hidden_layers)
             drafter.bind(target.embedding, target.head, layers, target.tokenizer)
             target.taps = drafter.taps
+        self.make_decoder: Callable[..., Decoder] = Decoder
+        self.random_weights: dict[str, Any] | None = None
+        """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
         self._pupils: dict[tuple[LearnConfig, DraftConfig], Pupil] = {}
@@ -284,7 +289,8 @@ class Engine:
             return spare
         del spare  # before the new caches are made
         try:
-            return Decoder(self.target, self.drafter, **shape, pupil=self._pupil(config))
+            pupil = self._pupil(config)
+            return self.make_decoder(self.target, self.drafter, **shape, pupil=pupil)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
                 f"{rows} rows of {shape['slots']} tokens do not fit into memory.\n"
