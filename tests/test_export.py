@@ -394,7 +394,7 @@ LEARN = LearnConfig(stride=1, lr=3e-2, scope="session")
 @pytest.mark.parametrize(("which", "form"), EVERY)
 def test_learned_weights_come_out(target, tmp_path, which, form):
     engine = engine_of(target, which)
-    options = {"max_new_tokens": 30, "ignore_eos": True, "context": 200, "temperature": 0.0}
+    options = {"max_new_tokens": 20, "ignore_eos": True, "context": 200, "temperature": 0.0}
     session = engine.session(learn=LEARN, **options)
     session.send("hello")
     learned = session.learned()
@@ -410,7 +410,7 @@ def test_learned_weights_come_out(target, tmp_path, which, form):
     now = Engine(twin(target), learned)
     written = exported(now, form, tmp_path / "out")
     same(now, written)
-    greedy = {"temperature": 0.0, "max_new_tokens": 60}
+    greedy = {"temperature": 0.0, "max_new_tokens": 40}
     assert rounds(written, **greedy) == rounds(now, **greedy) != rounds(engine, **greedy)
     # The session goes on from where it is; what was taken out stays as it was.
     kept = {n: w.clone() for n, w in learned.weights.items()}
