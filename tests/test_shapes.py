@@ -39,6 +39,8 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "vocab_size": VOCABULARY,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "pad_token_id": 0,
 }
 SCHEDULE = [3, 0, 4, 2]
