@@ -7,6 +7,7 @@ mind company; times do, so no speed is taken from these runs. `--small` is a ver
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -128,6 +129,9 @@ def show(out: Path = Path("runs/headline"), *, to: Path = RESULTS) -> None:
             (kept / name).write_bytes((page.parent / name).read_bytes())
         summary = json.loads((page.parent / "summary.json").read_text(encoding="utf-8"))
         text = json.dumps(_timeless(summary), indent=1, ensure_ascii=False)
+        text = re.sub(
+            r"--out \S*?(temperature-)", r"--out runs/headline/\1", text
+        )  # wherever it was
         (kept / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(page)
 
