@@ -82,7 +82,7 @@ class SessionLearnFlags(LearnFlags):
     """The same, for commands that hold a session."""
 
     scope: Scope = "session"
-    """What ends a lesson's life: the request (a turn), or the session."""
+    """Who learns: each request (a turn), the session, or one drafter for all (shared)."""
 
 
 @Parameter(name="*")

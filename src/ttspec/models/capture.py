@@ -20,8 +20,6 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         """Capture on a CUDA device, call everywhere else."""
         self.on = device.type == "cuda"
-        self.seconds = 0.0
-        """Spent on capturing so far."""
         self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
 
@@ -44,8 +42,6 @@ class Graphs:
         return out
 
     def _capture(self, work: Callable[[int], T], key: int) -> tuple[torch.cuda.CUDAGraph, T]:
-        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begun.record()
         side = torch.cuda.Stream()  # warm-up on another stream, as CUDA graphs ask for
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -56,7 +52,4 @@ class Graphs:
         # One pool for all: they never run at the same time, and nothing outlives its round.
         with torch.cuda.graph(graph, pool=self._pool):
             out = work(key)
-        ended.record()
-        ended.synchronize()
-        self.seconds += begun.elapsed_time(ended) / 1000
         return graph, out
