@@ -8,17 +8,18 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+STEP = 64
+"""Attention reaches a multiple of this many slots: fewer take as long."""
 BUCKET = 256
-"""Attention reaches a multiple of this many slots, so that shapes repeat."""
+"""The same where a shape is kept for later, as in a graph: few shapes."""
 
 
-def reach_of(length: int, slots: int) -> int:
+def reach_of(length: int, slots: int, step: int = STEP) -> int:
     """Slots to attend to for `length` tokens, at most `slots`.
 
-    The next multiple of `BUCKET`, of more past 4,096 tokens: few shapes, and no more than an eighth
-    read in vain.
+    The next multiple of `step`, of more past 16 of them: no more than an eighth is read in vain.
     """
-    step = max(BUCKET, 1 << max((length - 1).bit_length() - 4, 0))
+    step = max(step, 1 << max((length - 1).bit_length() - 4, 0))
     return min(-(-length // step) * step, slots)
 
 

@@ -21,7 +21,7 @@ from ttspec.learning.learner import Learner, Pupil
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
-from ttspec.rowcache import reach_of
+from ttspec.rowcache import BUCKET, reach_of
 from ttspec.sampling import (
     ACCEPT,
     DRAFT,
@@ -189,8 +189,10 @@ class Decoder:
 
     def _bound(self, longest: int) -> int:
         """The largest length that reads as many slots: one graph serves all up to it."""
+        if not self._run.on:
+            return longest
         width = self.gamma + 1
-        reach = reach_of(longest + width, self.slots)
+        reach = reach_of(longest + width, self.slots, BUCKET)
         return self.slots if reach == self.slots else reach - width
 
     def _stage_seconds(self, clock: Stopwatch) -> tuple[float, float, float]:
