@@ -77,7 +77,7 @@ class RowCache(Cache):
                 # Zeros: a masked slot must not hold a NaN, which would survive a weight of 0.
                 store[layer_idx] = unwritten(shape, new)
             kept = store[layer_idx]
-            if self.rows == 1:  # takes half as long
+            if self.rows == 1 and kept.is_cpu:  # takes half as long there
                 kept.index_copy_(2, self._slot[0], new)
             else:
                 kept[self._row, :, self._slot] = new.transpose(1, 2)
