@@ -65,6 +65,7 @@ class Tapes(Graphs):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
+        self.on = True
         self.tapes: dict[tuple[str, int], tuple[Tape, Any]] = {}
 
     def __call__(self, work: Callable[[int], Any], key: int) -> Any:
@@ -98,7 +99,7 @@ SOME = [("dflash", "rejection"), ("eagle3", "rejection"), ("causal", "rejection"
 
 @pytest.mark.parametrize(("which", "acceptance"), [(w, "invariant") for w in ["none", *ALL]] + SOME)
 def test_a_captured_round_does_what_the_round_does(target, which, acceptance, monkeypatch) -> None:
-    monkeypatch.setattr("ttspec.rowcache.BUCKET", 16)
+    monkeypatch.setattr(rounds, "BUCKET", 16)
     arms: list[dict] = [{"learn": None}]
     if which not in ("none", "ngram"):
         arms += [{"learn": NOW}, {"learn": None, "draft": DraftConfig(window=9, rebase=5)}]

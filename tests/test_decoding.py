@@ -50,6 +50,16 @@ def test_ignore_eos_goes_on_past_end_tokens(engine):
     assert long.text.startswith(short.text.rstrip("\ufffd"))
 
 
+def test_a_prompt_may_be_read_in_any_parts(engine, monkeypatch):
+    prompts = [list(range(40, 40 + length)) for length in (23, 9, 16, 1)]
+    for together in (prompts, prompts[:3], prompts[:1]):
+        wanted = [plain(engine, p, max_new_tokens=12).token_ids for p in together]
+        for size in (3, 4, 512):
+            monkeypatch.setattr("ttspec.decoding.round.PREFILL", size)
+            results = engine.generate(together, max_new_tokens=12)
+            assert [r.token_ids for r in results] == wanted
+
+
 @pytest.mark.parametrize("limit", range(1, 15))
 def test_the_token_limit_may_fall_anywhere_in_a_block(typist, limit: int):
     wanted = plain(typist, "hello", max_new_tokens=15)

@@ -8,7 +8,7 @@ from torch import Tensor
 from toys import toy_engine
 
 from ttspec.models.target import Target
-from ttspec.rowcache import BUCKET, RowCache, causal_mask, reach_of
+from ttspec.rowcache import STEP, RowCache, causal_mask, reach_of
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
@@ -92,13 +92,13 @@ def test_tokens_past_the_last_slot_do_not_disturb_those_before(target):
 
 
 def test_attention_reaches_past_a_bucket(target):
-    ids = text(4, BUCKET + 20)
-    cache = target.cache(1, 2 * BUCKET)
-    feed(target, cache, [ids[: BUCKET - 3]], [0])
-    logits = feed(target, cache, [ids[BUCKET - 3 : BUCKET + 2]], [BUCKET - 3])
-    close(logits[0], by_itself(target, ids[: BUCKET + 2])[BUCKET - 3 :])
-    logits = feed(target, cache, [ids[BUCKET + 2 :]], [BUCKET + 2])
-    close(logits[0], by_itself(target, ids)[BUCKET + 2 :])
+    ids = text(4, STEP + 20)
+    cache = target.cache(1, 2 * STEP)
+    feed(target, cache, [ids[: STEP - 3]], [0])
+    logits = feed(target, cache, [ids[STEP - 3 : STEP + 2]], [STEP - 3])
+    close(logits[0], by_itself(target, ids[: STEP + 2])[STEP - 3 :])
+    logits = feed(target, cache, [ids[STEP + 2 :]], [STEP + 2])
+    close(logits[0], by_itself(target, ids)[STEP + 2 :])
 
 
 def test_the_cache_counts_its_bytes(target):
@@ -113,7 +113,7 @@ def test_reach_covers_the_tokens_within_the_slots(length: int, slots: int):
     reach = reach_of(length, slots)
     assert reach <= slots
     assert reach >= min(length, slots)
-    assert reach == slots or reach % BUCKET == 0
+    assert reach == slots or reach % STEP == 0
 
 
 @settings(deadline=None)

@@ -4,22 +4,35 @@ The cache knows neither lengths nor tokens: whoever calls the model says where i
 lies past a row's length is dead and is overwritten by the next tokens written there.
 """
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+STEP = 64
+"""Attention reaches a multiple of this many slots: fewer take as long."""
 BUCKET = 256
-"""Attention reaches a multiple of this many slots, so that shapes repeat."""
+"""The same where a shape is kept for later, as in a graph: few shapes."""
 
 
-def reach_of(length: int, slots: int) -> int:
+def reach_of(length: int, slots: int, step: int = STEP) -> int:
     """Slots to attend to for `length` tokens, at most `slots`.
 
-    The next multiple of `BUCKET`, of more past 4,096 tokens: few shapes, and no more than an eighth
-    read in vain.
+    The next multiple of `step`, of more past 16 of them: no more than an eighth is read in vain.
     """
-    step = max(BUCKET, 1 << max((length - 1).bit_length() - 4, 0))
+    step = max(step, 1 << max((length - 1).bit_length() - 4, 0))
     return min(-(-length // step) * step, slots)
+
+
+def unwritten(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Zeros for a cache; on a CPU they take neither time nor memory until they are written."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    size = math.prod(shape) * like.element_size()
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
 
 
 class RowCache(Cache):
@@ -56,14 +69,18 @@ class RowCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Write [B, heads, T, size] at the aimed slots; return everything in reach."""
+        assert self._slot is not None
         out = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
-                heads, size = new.shape[1], new.shape[3]
+                shape = self.rows, new.shape[1], self.slots + 1, new.shape[3]
                 # Zeros: a masked slot must not hold a NaN, which would survive a weight of 0.
-                store[layer_idx] = new.new_zeros(self.rows, heads, self.slots + 1, size)
+                store[layer_idx] = unwritten(shape, new)
             kept = store[layer_idx]
-            kept[self._row, :, self._slot] = new.transpose(1, 2)
+            if self.rows == 1 and kept.is_cpu:  # takes half as long there
+                kept.index_copy_(2, self._slot[0], new)
+            else:
+                kept[self._row, :, self._slot] = new.transpose(1, 2)
             seen = kept[:, :, : self._reach]
             out.append(seen if self._subset is None else seen[self._subset])
         return out[0], out[1]

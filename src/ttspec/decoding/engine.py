@@ -277,7 +277,7 @@ class Engine:
             need = max(need, config.context or SESSION_CONTEXT)
         shape: dict[str, Any] = {
             "rows": rows,
-            "slots": min(reach_of(need, need + BUCKET), context),
+            "slots": min(reach_of(need, need + BUCKET, BUCKET), context),
             "sampling": replace(config, seed=0).sampling(self.target.defaults),
             "draft": config.draft,
             "learn": config.learn,

@@ -21,7 +21,7 @@ from ttspec.learning.learner import Learner, Pupil
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
-from ttspec.rowcache import reach_of
+from ttspec.rowcache import BUCKET, reach_of
 from ttspec.sampling import (
     ACCEPT,
     DRAFT,
@@ -126,20 +126,16 @@ class Decoder:
         device = self.target.device
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
-        # Last tokens in one column come with the rest; others take a forward of their own.
-        together = len(set(map(len, prompts))) == 1
-        body = prompts if together else [prompt[:-1] for prompt in prompts]
-        at, logits = [self.lengths[row] for row in rows], None
-        for begin in range(0, max(map(len, body)), PREFILL):
-            parts = [ids[begin : begin + PREFILL] for ids in body]
+        at = [self.lengths[row] for row in rows]
+        # The last forward ends where every prompt ends; what longer ones have more goes before.
+        last = min(PREFILL, *map(len, prompts))
+        for begin in range(0, max(map(len, prompts)) - last, PREFILL):
+            parts = [ids[:-last][begin : begin + PREFILL] for ids in prompts]
             live = [i for i, part in enumerate(parts) if part]
-            last = together and begin + PREFILL >= len(body[0])
-            fed = [rows[i] for i in live], [parts[i] for i in live], [at[i] for i in live]
-            logits = self._feed(*fed, logits=last)
+            self._feed([rows[i] for i in live], [parts[i] for i in live], [at[i] for i in live])
             at = [n + len(part) for n, part in zip(at, parts, strict=True)]
-        if not together:
-            logits = self._feed(rows, [prompt[-1:] for prompt in prompts], at, logits=True)
-            at = [n + 1 for n in at]
+        logits = self._feed(rows, [ids[-last:] for ids in prompts], at, logits=True)
+        at = [n + last for n in at]
         assert logits is not None
         noise = None
         if self.sampling.temperature > 0:
@@ -189,8 +185,10 @@ class Decoder:
 
     def _bound(self, longest: int) -> int:
         """The largest length that reads as many slots: one graph serves all up to it."""
+        if not self._run.on:
+            return longest
         width = self.gamma + 1
-        reach = reach_of(longest + width, self.slots)
+        reach = reach_of(longest + width, self.slots, BUCKET)
         return self.slots if reach == self.slots else reach - width
 
     def _stage_seconds(self, clock: Stopwatch) -> tuple[float, float, float]:
@@ -229,7 +227,10 @@ class Decoder:
         device = self.target.device
         width = max(map(len, parts))
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
-        start, subset = torch.tensor(at, device=device), torch.tensor(rows, device=device)
+        start = torch.tensor(at, device=device)
+        # Some rows' keys are copied before they are read; those of all rows are not.
+        every = rows == list(range(self.rows))
+        subset = None if every else torch.tensor(rows, device=device)
         out, features = self.target.forward(
             self.cache, tokens, start, max(at), subset=subset, logits=1 if logits else 0
         )

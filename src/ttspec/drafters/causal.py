@@ -38,7 +38,7 @@ from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.records import Lesson, Proposal, Verification
-from ttspec.rowcache import Beside, reach_of
+from ttspec.rowcache import Beside, reach_of, unwritten
 
 
 @dataclass(slots=True)
@@ -177,8 +177,8 @@ class Causal(Drafter):
             options=options,
             slots=slots,
             tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=device),
-            keys=self.embedding.new_zeros(shape),
-            values=self.embedding.new_zeros(shape),
+            keys=unwritten(shape, self.embedding),
+            values=unwritten(shape, self.embedding),
             rope=rope,
             **feature_ring(rows, len(self.taps) * self.embedding.shape[1], self.embedding),
         )

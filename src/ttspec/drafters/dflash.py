@@ -23,7 +23,7 @@ from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, reb
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
-from ttspec.rowcache import reach_of
+from ttspec.rowcache import reach_of, unwritten
 
 
 def default_taps(layers: int, target_layers: int) -> list[int]:
@@ -179,8 +179,8 @@ class DFlash(Drafter):
         return DFlashState(
             weights=self.weights,
             options=options,
-            keys=self.embedding.new_zeros(shape),
-            values=self.embedding.new_zeros(shape),
+            keys=unwritten(shape, self.embedding),
+            values=unwritten(shape, self.embedding),
             slots=slots,
             rope=rope.to(self.embedding.device),
         )

@@ -32,7 +32,7 @@ from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, reb
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
-from ttspec.rowcache import reach_of
+from ttspec.rowcache import reach_of, unwritten
 
 QKV = "midlayer.self_attn."
 Follow = Callable[[int, Tensor], Tensor]
@@ -191,8 +191,8 @@ class Eagle3(Drafter):
             weights=self.weights,
             options=options,
             slots=slots,
-            keys=self.embedding.new_zeros(shape),
-            values=self.embedding.new_zeros(shape),
+            keys=unwritten(shape, self.embedding),
+            values=unwritten(shape, self.embedding),
             rope=rope,
             **feature_ring(rows, 3 * self.target_hidden, self.embedding),
         )

@@ -6,7 +6,6 @@ and ours always has one. Folding reads each key once.
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,14 +25,15 @@ def folded_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with a boolean mask, no key repeated.
+    """Scaled dot-product attention with a mask, no key repeated.
 
     Args:
         module: The attention module, as transformers' attention registry passes it.
         query: [B, heads, T, D].
         key: [B, kv heads, S, D].
         value: [B, kv heads, S, D].
-        attention_mask: bool [B, 1, T, S]; anything else goes to transformers' own function.
+        attention_mask: [B, 1, T, S], bool or added to the scores; anything else goes to
+            transformers' own function.
         dropout: Not used in inference.
         scaling: Factor of the scores.
         **kwargs: Passed on with whatever is not handled here.
@@ -41,25 +41,25 @@ def folded_attention(
     Returns:
         [B, T, heads, D] and None.
     """
-    heads, width = query.shape[1], query.shape[2]
+    batch, heads, width, size = query.shape
     group = heads // key.shape[1]
     if (
         group == 1
         or attention_mask is None
-        or attention_mask.dtype != torch.bool
+        or attention_mask.shape[1] != 1
         or dropout
         or kwargs.get("position_bias") is not None
     ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
-    folded = query.unflatten(1, (key.shape[1], group)).flatten(2, 3)  # [B, kv heads, g * T, D]
+    folded = query.reshape(batch, key.shape[1], group * width, size)
     if width == 1:
         mask = attention_mask.expand(-1, -1, group, -1)
     else:
         mask = attention_mask.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.unflatten(2, (group, width)).flatten(1, 2).transpose(1, 2), None
+    return out.reshape(batch, heads, width, size).transpose(1, 2), None
 
 
 def use_folded_attention(model: nn.Module) -> None:

@@ -131,7 +131,9 @@ class Target:
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset)
         masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
-        if self.model.config._attn_implementation == "eager":  # adds its mask to the scores
+        # Eager attention adds its mask to the scores; so does torch's on a CPU, which would make
+        # a boolean one into such a mask in every layer.
+        if self.model.config._attn_implementation == "eager" or self.device.type == "cpu":
             low = torch.finfo(self.dtype).min
             masks = {
                 w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
