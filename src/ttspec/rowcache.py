@@ -138,3 +138,26 @@ class Beside(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""
         return 0
+
+
+class InPlace(Cache):
+    """Old keys and values, into which new ones are written where they belong."""
+
+    def __init__(self, keys: Tensor, values: Tensor, row: Tensor, slot: Tensor, reach: int) -> None:
+        """Context [layers, B, kv heads, S, D]; where to: int64 [B, 1] and [B, N]; slots to see."""
+        super().__init__(layers=[])
+        self._keys, self._values, self._row, self._slot = keys, values, row, slot
+        self._reach = reach
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new [B, kv heads, N, D]; return everything in reach."""
+        keys, values = self._keys[layer_idx], self._values[layer_idx]
+        keys[self._row, :, self._slot] = key_states.transpose(1, 2)
+        values[self._row, :, self._slot] = value_states.transpose(1, 2)
+        return keys[:, :, : self._reach], values[:, :, : self._reach]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0

@@ -87,6 +87,8 @@ class Decoder:
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
         self._run = Graphs(device)
+        self._spans = self._run.on and target.reads_spans
+        """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
             self.learner = Learner(
@@ -155,9 +157,12 @@ class Decoder:
         numbers = [self._round] * self.rows
         self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
 
-        self._drafted = self._run(self._draft, longest)
+        # A graph of a verification reads the drafts of one graph of a draft: they go together.
+        spans = self._spans and (self.state is None or self.state.spans)
+        key = self.slots if spans else longest
+        self._drafted = self._run(self._draft, key)
         clock.lap()
-        verification, told = self._run(self._verify, longest)
+        verification, told = self._run(self._verify, key)
         told = told.tolist()  # the round's one wait for the device
         clock.lap()
         self._round += 1
@@ -258,7 +263,7 @@ class Decoder:
         pending, _, budget, _ = self._facts
         start = self._start()
         fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        logits, features = self.target.forward(self.cache, fed, start, longest)
+        logits, features = self.target.forward(self.cache, fed, start, longest, spans=self._spans)
         assert logits is not None
         accepted, tokens = self._accept(logits, proposal, start, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)

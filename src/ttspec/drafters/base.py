@@ -37,6 +37,11 @@ class DraftState:
     options: DraftConfig
 
     @property
+    def spans(self) -> bool:
+        """Whether a draft costs what its context holds, however long it might be."""
+        return False
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the context."""
         held = [getattr(self, f.name) for f in fields(self)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -35,10 +36,12 @@ from ttspec.drafters.base import (
 from ttspec.drafters.layers import Rope, Weights, rebased
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded
 from ttspec.errors import CheckpointError, OptionError
+from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.records import Lesson, Proposal, Verification
-from ttspec.rowcache import Beside, reach_of, unwritten
+from ttspec.rowcache import Beside, InPlace, reach_of, unwritten
+from ttspec.spans import spans
 
 
 @dataclass(slots=True)
@@ -52,10 +55,22 @@ class CausalState(FeatureState):
     values: Tensor
     rope: Rope | None
     """Rotation, where it was overridden or is needed to re-base positions."""
+    anchor: Weights
+    """The drafter's own, of published shapes."""
+    folded: bool
+    """Whether the model's attention can be told what is seen from slot to slot."""
 
     def write(self, tokens: Tensor, position: Tensor, row: Tensor) -> None:
         """Put tokens [B, T] at their positions."""
         self.tokens[row[:, None], position.clamp(max=self.slots)] = tokens
+
+    @property
+    def spans(self) -> bool:
+        """Re-based keys are not read where they lie; `vmap` over rows' own weights reads a mask."""
+        own = len(self.tokens) > 1 and any(
+            w.dim() > self.anchor[n].dim() for n, w in self.weights.items() if n in self.anchor
+        )
+        return self.folded and not self.options.rebase and not own
 
     def store(self, keys: Tensor, values: Tensor, position: Tensor, row: Tensor) -> None:
         """Put keys and values [layers, B, kv heads, T, D] at their positions, if they are slots."""
@@ -180,6 +195,8 @@ class Causal(Drafter):
             keys=unwritten(shape, self.embedding),
             values=unwritten(shape, self.embedding),
             rope=rope,
+            anchor=self.weights,
+            folded=self.model.config._attn_implementation == FOLDED,
             **feature_ring(rows, len(self.taps) * self.embedding.shape[1], self.embedding),
         )
 
@@ -231,11 +248,7 @@ class Causal(Drafter):
         tokens: list[Tensor] = []
         qs: list[Tensor] = []
         for step in range(length):
-            reach = reach_of(longest + step, state.slots)
-            logits, *made = self._read(
-                state, state.weights, ids, position, reach, origin=start, keep=1
-            )
-            self._store(state, made, position, start)
+            logits = self._draft(state, ids, position, start, longest + step, keep=1)
             token, q = choose(self.widen(logits), step)
             tokens.append(token)
             if q is not None:
@@ -341,13 +354,52 @@ class Causal(Drafter):
         ids[:, -1] = self._own(pending)
         return ids, position
 
-    def _store(
-        self, state: CausalState, made: list[Tensor], position: Tensor, start: Tensor
-    ) -> None:
-        """Keep keys and values of rows that take part: a row at rest begins past the last slot."""
+    def _draft(
+        self,
+        state: CausalState,
+        ids: Tensor,
+        position: Tensor,
+        start: Tensor,
+        longest: int,
+        *,
+        keep: int,
+        known: int | None = None,
+        before: Tensor | None = None,
+    ) -> Tensor:
+        """Read tokens [B, N] and keep their keys; logits [B, keep, V_draft] of the last ones.
+
+        `known` is how many of them are tokens, not masks; None is all. `longest` is the host's
+        bound of where the last token before `keep` stands.
+        """
         row = torch.arange(len(start), device=start.device)
-        at = position.masked_fill(start[:, None] >= state.slots, state.slots)
-        state.store(made[0], made[1], at, row)
+        rest = start >= state.slots  # begins past the last slot and takes no part
+        if not state.spans:
+            reach = reach_of(longest, state.slots)
+            logits, *made = self._read(
+                state, state.weights, ids, position, reach, origin=start, keep=keep, before=before
+            )
+            at = position[:, :known].masked_fill(rest[:, None], state.slots)
+            keys, values = (x[..., :known, :] for x in made)  # masks are no context
+            state.store(keys, values, at, row)
+            return logits
+        # What is written past the start is dead after this draft, keys of masks as well.
+        outside = (position < 0) | (position >= state.slots) | rest[:, None]
+        slot = position.masked_fill(outside, state.slots)
+        last = position.clamp(max=state.slots - 1)
+        own = state.options.window
+        seen = {}
+        for w in set(self.windows):
+            first = torch.zeros_like(position) if own is None else position - own
+            first = first if w is None else first.maximum(position - w + 1)
+            seen[w] = spans(first, last, rest)
+        reach = reach_of(longest + keep, state.slots)
+        cache = InPlace(state.keys, state.values, row[:, None], slot, reach)
+        buffers = self._rope_buffers(state.rope) if state.options.rope_base else {}
+        named, stacked = self._named({**state.weights, **buffers})
+        named = {n: w[0] if stacked[n] else w for n, w in named.items()}
+        inputs = self._inputs(state.weights, ids, before)
+        logits = self._call(named, inputs, position, seen, cache, keep)
+        return logits if self._shared.ours is None else logits[..., self._shared.ours]
 
     def _read(
         self,
@@ -429,9 +481,7 @@ class Causal(Drafter):
         keep: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """One call of the model, or one per row side by side where rows have their own weights."""
-        model, word = self.model, cache_keyword(self.model)
-        named = {n: w for n, w in weights.items() if n in self._own_names}
-        stacked = {n: w.dim() > self._own_names[n] for n, w in named.items()}
+        named, stacked = self._named(weights)
 
         def call(
             named: dict[str, Tensor],
@@ -442,24 +492,8 @@ class Causal(Drafter):
             values: Tensor,
         ) -> tuple[Tensor, Tensor, Tensor]:
             cache = Beside(keys, values)
-            mask: Any = masks[self.windows[0]]
-            if len(masks) > 1:
-                types = self.model_config.get_text_config().layer_types
-                mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
-            out = functional_call(
-                model,
-                named,
-                (),
-                {
-                    **inputs,
-                    "position_ids": position.clamp(min=0),
-                    "attention_mask": mask,
-                    word: cache,
-                    "use_cache": True,
-                    "logits_to_keep": keep,
-                },
-            )
-            return out.logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
+            logits = self._call(named, inputs, position, masks, cache, keep)
+            return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
 
         if not any(stacked.values()):
             logits, k, v = call(named, inputs, position, masks, keys, values)
@@ -476,6 +510,40 @@ class Causal(Drafter):
             logits, k, v = logits[:, 0], k[:, :, 0], v[:, :, 0]
         rows = self._shared.ours
         return (logits if rows is None else logits[..., rows]), k, v
+
+    def _call(
+        self,
+        named: dict[str, Tensor],
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: dict[int | None, Tensor],
+        cache: Cache,
+        keep: int,
+    ) -> Tensor:
+        """The model's own code; logits of the last `keep` tokens, 0 is all."""
+        mask: Any = masks[self.windows[0]]
+        if len(masks) > 1:
+            types = self.model_config.get_text_config().layer_types
+            mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
+        out = functional_call(
+            self.model,
+            named,
+            (),
+            {
+                **inputs,
+                "position_ids": position.clamp(min=0),
+                "attention_mask": mask,
+                cache_keyword(self.model): cache,
+                "use_cache": True,
+                "logits_to_keep": keep,
+            },
+        )
+        return out.logits
+
+    def _named(self, weights: Weights) -> tuple[dict[str, Tensor], dict[str, bool]]:
+        """What the model takes of some weights, and which of it is one per row."""
+        named = {n: w for n, w in weights.items() if n in self._own_names}
+        return named, {n: w.dim() > self._own_names[n] for n, w in named.items()}
 
     @cached_property
     def _own_names(self) -> dict[str, int]:

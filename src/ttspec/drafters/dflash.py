@@ -19,11 +19,37 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
-from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, rebased, rms_norm
+from ttspec.drafters.layers import (
+    Beside,
+    Look,
+    Onto,
+    Rope,
+    Weights,
+    gated_mlp,
+    linear,
+    rebased,
+    rms_norm,
+)
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of, unwritten
+from ttspec.spans import spans
+
+LAYER = (
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "self_attn.q_proj.weight",
+    "self_attn.k_proj.weight",
+    "self_attn.v_proj.weight",
+    "self_attn.o_proj.weight",
+    "mlp.gate_proj.weight",
+    "mlp.up_proj.weight",
+    "mlp.down_proj.weight",
+)
+"""The weights of a layer."""
 
 
 def default_taps(layers: int, target_layers: int) -> list[int]:
@@ -43,6 +69,11 @@ class DFlashState(DraftState):
     values: Tensor | Sequence[Tensor]
     slots: int
     rope: Rope
+
+    @property
+    def spans(self) -> bool:
+        """Re-based keys are turned for every block, so they are not read where they lie."""
+        return not self.options.rebase
 
 
 class DFlash(Drafter):
@@ -189,7 +220,7 @@ class DFlash(Drafter):
         """Keys (not rotated) and values of context tokens, one [B, heads, T, D] per layer."""
         fused = linear(features, weights["fc.weight"])
         fused = rms_norm(fused, weights["hidden_norm.weight"], self.eps)
-        pairs = [self._keys_values(weights, i, fused) for i in range(self.layers)]
+        pairs = [self._keys_values(self._of_layer(weights, i), fused) for i in range(self.layers)]
         return [k for k, _ in pairs], [v for _, v in pairs]
 
     @torch.no_grad()
@@ -226,9 +257,12 @@ class DFlash(Drafter):
     ) -> Proposal:
         """Fill one block a row; see `Drafter.propose`."""
         assert isinstance(state, DFlashState)
-        reach = reach_of(longest, state.slots)
-        logits = self._block(state, pending[:, None], start[:, None], length, reach)
-        tokens, q = choose(self.widen(logits[:, 0]), 0)
+        if state.spans:
+            logits = self._block_in_place(state, pending, start, length, longest)
+        else:
+            reach = reach_of(longest, state.slots)
+            logits = self._block(state, pending[:, None], start[:, None], length, reach)[:, 0]
+        tokens, q = choose(self.widen(logits), 0)
         return Proposal(tokens=tokens, count=count, q=q)
 
     def _replay(
@@ -276,65 +310,102 @@ class DFlash(Drafter):
         self, state: DFlashState, tokens: Tensor, start: Tensor, length: int, reach: int
     ) -> Tensor:
         """Logits [B, A, length, V] of A blocks a row: tokens and start int64 [B, A]."""
-        rows, blocks = tokens.shape
-        offset = torch.arange(length + 1, device=tokens.device)
-        ids = torch.full((rows, blocks, length + 1), self.mask_token, device=tokens.device)
-        ids[..., 0] = tokens
-        position = (start[..., None] + offset).flatten(1)  # [B, A * T]
-        x = F.embedding(ids.flatten(1), self.embedding)
+        blocks = tokens.shape[1]
+        x, position = self._embedded(tokens, start, length)
         masks = self._masks(position, start, reach, length + 1, state.options)
         for i in range(self.layers):
-            keys = state.keys[i][:, :, :reach]
+            old_keys, old_values = state.keys[i][:, :, :reach], state.values[i][:, :, :reach]
             if state.options.rebase:
-                keys = rebased(keys, start, state.options.rebase, state.rope)
-            context = keys, state.values[i][:, :, :reach]
-            x = self.layer(state, i, x, position, context, masks[i])
-        x = rms_norm(x, state.weights["norm.weight"], self.eps)
-        x = x.unflatten(1, (blocks, length + 1))[:, :, 1:]  # the known token's row predicts nothing
+                old_keys = rebased(old_keys, start, state.options.rebase, state.rope)
+            look = Beside(old_keys, old_values, masks[i])
+            x = self.layer(self._of_layer(state.weights, i), x, position, state.rope, look)
+        return self._logits(state.weights, x, blocks)
+
+    def _block_in_place(
+        self, state: DFlashState, pending: Tensor, start: Tensor, length: int, longest: int
+    ) -> Tensor:
+        """Logits [B, length, V] of one block a row, whose keys are written past the context."""
+        x, position = self._embedded(pending[:, None], start[:, None], length)
+        slot = position.clamp(max=state.slots)
+        row = torch.arange(len(start), device=start.device)[:, None]
+        reach = reach_of(longest + length + 1, state.slots)
+        seen = {
+            key: self._spans(position, start, length, state, *key)
+            for key in set(zip(self.windows, self.causal, strict=True))
+        }
+        for i in range(self.layers):
+            sees = seen[self.windows[i], self.causal[i]]
+            look = Onto(state.keys[i], state.values[i], row, slot, sees, reach)
+            x = self.layer(self._of_layer(state.weights, i), x, position, state.rope, look)
+        return self._logits(state.weights, x, 1)[:, 0]
+
+    def _embedded(self, tokens: Tensor, start: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """Blocks [B, A * T, H] of a known token [B, A] and masks, and positions [B, A * T]."""
+        offset = torch.arange(length + 1, device=tokens.device)
+        ids = torch.full((*tokens.shape, length + 1), self.mask_token, device=tokens.device)
+        ids[..., 0] = tokens
+        return F.embedding(ids.flatten(1), self.embedding), (start[..., None] + offset).flatten(1)
+
+    def _logits(self, weights: Weights, x: Tensor, blocks: int) -> Tensor:
+        """[B, A, length, V] of the blocks' masks."""
+        x = rms_norm(x, weights["norm.weight"], self.eps)
+        x = x.unflatten(1, (blocks, -1))[:, :, 1:]  # the known token's row predicts nothing
         flat = F.linear(x.reshape(-1, self.hidden), self.head)  # one product, not one per block
-        return flat.view(rows, blocks, length, -1)
+        return flat.view(*x.shape[:3], -1)
+
+    def _of_layer(self, weights: Weights, i: int) -> Weights:
+        at = f"layers.{i}."
+        return {name: weights[at + name] for name in LAYER}
 
     def layer(
-        self,
-        state: DFlashState,
-        i: int,
-        x: Tensor,
-        position: Tensor,
-        context: tuple[Tensor, Tensor],
-        mask: Tensor,
+        self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, look: Look
     ) -> Tensor:
-        """Decoder layer i.
+        """A decoder layer.
 
         Args:
-            state: Its weights and its rotary base.
-            i: Which layer.
+            weights: Its own, by the names in `LAYER`.
             x: [B, N, H] block states.
             position: int64 [B, N].
-            context: Rotated keys, and values, [B, kv heads, S, D].
-            mask: bool [B, N, S + N].
+            rope: Rotation.
+            look: Attention.
 
         Returns:
             [B, N, H].
         """
-        at, weights = f"layers.{i}.", state.weights
-        y = rms_norm(x, weights[at + "input_layernorm.weight"], self.eps)
-        q = linear(y, weights[at + "self_attn.q_proj.weight"]).unflatten(-1, (self.heads, -1))
-        q = rms_norm(q, weights[at + "self_attn.q_norm.weight"], self.eps).transpose(1, 2)
-        k, v = self._keys_values(weights, i, y)
-        k = torch.cat([context[0], state.rope(k, position)], dim=2)
-        v = torch.cat([context[1], v], dim=2)
-        out = attend(state.rope(q, position), k, v, mask)
-        x = x + linear(out, weights[at + "self_attn.o_proj.weight"])
-        y = rms_norm(x, weights[at + "post_attention_layernorm.weight"], self.eps)
-        return x + gated_mlp(weights, at + "mlp.", y)
+        y = rms_norm(x, weights["input_layernorm.weight"], self.eps)
+        q = linear(y, weights["self_attn.q_proj.weight"]).unflatten(-1, (self.heads, -1))
+        q = rms_norm(q, weights["self_attn.q_norm.weight"], self.eps).transpose(1, 2)
+        k, v = self._keys_values(weights, y)
+        out = look(rope(q, position), rope(k, position), v)
+        x = x + linear(out, weights["self_attn.o_proj.weight"])
+        y = rms_norm(x, weights["post_attention_layernorm.weight"], self.eps)
+        return x + gated_mlp(weights, "mlp.", y)
 
-    def _keys_values(self, weights: Weights, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _keys_values(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (normed, not rotated) and values [B, kv heads, T, D] of x [B, T, H]."""
-        at = f"layers.{i}.self_attn."
-        k = linear(x, weights[at + "k_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
-        v = linear(x, weights[at + "v_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
-        k = rms_norm(k, weights[at + "k_norm.weight"], self.eps)
+        k = linear(x, weights["self_attn.k_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        v = linear(x, weights["self_attn.v_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        k = rms_norm(k, weights["self_attn.k_norm.weight"], self.eps)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    @staticmethod
+    def _spans(
+        position: Tensor,
+        start: Tensor,
+        length: int,
+        state: DFlashState,
+        window: int | None,
+        causal: bool,
+    ) -> Tensor:
+        """What the rows of a block [B, T] see: context, and the block or what of it is before."""
+        first = torch.zeros_like(position)
+        if state.options.window is not None:
+            first = first.maximum(start[:, None] - state.options.window)
+        if window is not None:
+            first = first.maximum(position - window + 1)
+        last = position if causal else (start[:, None] + length).expand_as(position)
+        last = last.clamp(max=state.slots - 1)
+        return spans(first.minimum(start[:, None]), last, start >= state.slots)
 
     def _masks(
         self, position: Tensor, start: Tensor, reach: int, width: int, options: DraftConfig

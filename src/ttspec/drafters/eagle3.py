@@ -28,11 +28,22 @@ from ttspec.drafters.base import (
     feature_ring,
     placed,
 )
-from ttspec.drafters.layers import Rope, Weights, attend, gated_mlp, linear, rebased, rms_norm
+from ttspec.drafters.layers import (
+    Beside,
+    Look,
+    Onto,
+    Rope,
+    Weights,
+    gated_mlp,
+    linear,
+    rebased,
+    rms_norm,
+)
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of, unwritten
+from ttspec.spans import spans
 
 QKV = "midlayer.self_attn."
 Follow = Callable[[int, Tensor], Tensor]
@@ -47,6 +58,11 @@ class Eagle3State(FeatureState):
     """[B, kv heads, slots + 1, head size], rotated; the last slot takes what falls outside."""
     values: Tensor
     rope: Rope
+
+    @property
+    def spans(self) -> bool:
+        """Re-based keys are turned for every chain, so they are not read where they lie."""
+        return not self.options.rebase
 
 
 class Eagle3(Drafter):
@@ -249,7 +265,8 @@ class Eagle3(Drafter):
             return token
 
         h = self.fuse(state.weights, before)
-        self._chain(state, h, pending[:, None], start[:, None], length, longest, follow)
+        chain = self._chain_in_place if state.spans else self._chain
+        chain(state, h, pending[:, None], start[:, None], length, longest, follow)
         return Proposal(
             tokens=torch.cat(tokens, dim=1),
             count=count,
@@ -283,16 +300,10 @@ class Eagle3(Drafter):
         same = index[:, None] // length == index // length
         near = (same & (index <= index[:, None])).expand(rows, -1, -1)
         far = self._far(state, start, longest).repeat_interleave(length, dim=1)
-        out, _ = self._layer(
-            state.weights,
-            h.flatten(1, 2),
-            lesson.tokens[..., :length].flatten(1),
-            position,
-            self._context(state, start, longest),
-            ([], []),
-            torch.cat([far, near], dim=-1),
-            state.rope,
-        )[:2]
+        old = self._context(state, start, longest)
+        look = Beside(*old, torch.cat([far, near], dim=-1))
+        tokens = lesson.tokens[..., :length].flatten(1)
+        out, _ = self._layer(state.weights, h.flatten(1, 2), tokens, position, state.rope, look)
         return self.logits(out.unflatten(1, (blocks, length)))
 
     def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
@@ -309,23 +320,15 @@ class Eagle3(Drafter):
         count = tokens.shape[1]
         index = torch.arange(count, device=tokens.device)
         causal, own = index <= index[:, None], index == index[:, None]
-        h, keys, values, outs = self.fuse(self.weights, features), [], [], []
-        nothing = features.new_empty(len(tokens), self.kv_heads, 0, self.head_dim)
+        h, outs = self.fuse(self.weights, features), []
+        keys = features.new_empty(len(tokens), self.kv_heads, 0, self.head_dim)
+        values = keys
         for j in range(steps):
             token = tokens.roll(-1 - j, dims=1)  # what wraps round is never taught
-            mask = torch.cat([causal] + [own] * j, dim=-1)
+            look = Beside(keys, values, torch.cat([causal] + [own] * j, dim=-1))
             position = (index + j).expand(len(tokens), -1)
-            out, h, k, v = self._layer(
-                self.weights,
-                h,
-                token,
-                position,
-                (nothing, nothing),
-                (keys, values),
-                mask,
-                self.rope,
-            )
-            keys, values = [*keys, k], [*values, v]
+            out, h = self._layer(self.weights, h, token, position, self.rope, look)
+            keys, values = look.keys, look.values
             outs.append(out)
         return outs
 
@@ -361,29 +364,43 @@ class Eagle3(Drafter):
         follow: Follow,
     ) -> list[Tensor]:
         """Run A chains a row from fused features h [B, A, H]; returns what each step was fed."""
-        context = self._context(state, start, longest)
+        keys, values = self._context(state, start, longest)
         far = self._far(state, start, longest)
         blocks = token.shape[1]
         own = torch.eye(blocks, dtype=torch.bool, device=token.device).expand(len(token), -1, -1)
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
         fed = []
         for step in range(length):
-            mask = torch.cat([far, *[own] * (step + 1)], dim=-1)
+            look = Beside(keys, values, torch.cat([far, *[own] * (step + 1)], dim=-1))
             fed.append(h)
-            out, h, k, v = self._layer(
-                state.weights,
-                h,
-                token,
-                start - 1 + step,
-                context,
-                (keys, values),
-                mask,
-                state.rope,
-            )
-            keys, values = [*keys, k], [*values, v]
+            out, h = self._layer(state.weights, h, token, start - 1 + step, state.rope, look)
+            keys, values = look.keys, look.values
             token = follow(step, out)
         return fed
+
+    def _chain_in_place(
+        self,
+        state: Eagle3State,
+        h: Tensor,
+        token: Tensor,
+        start: Tensor,
+        length: int,
+        longest: int,
+        follow: Follow,
+    ) -> None:
+        """Run one chain a row, h [B, 1, H], whose keys are written past the context."""
+        rest = start[:, 0] >= state.slots
+        row = torch.arange(len(start), device=start.device)[:, None]
+        first = torch.zeros_like(start)
+        if state.options.window is not None:
+            first = start - 1 - state.options.window
+        for step in range(length):
+            position = start - 1 + step
+            seen = spans(first, position.clamp(max=state.slots - 1), rest)
+            slot = position.clamp(max=state.slots).masked_fill(rest[:, None], state.slots)
+            reach = reach_of(longest + step, state.slots)
+            look = Onto(state.keys, state.values, row, slot, seen, reach)
+            out, h = self._layer(state.weights, h, token, position, state.rope, look)
+            token = follow(step, out)
 
     def _layer(
         self,
@@ -391,11 +408,9 @@ class Eagle3(Drafter):
         h: Tensor,
         tokens: Tensor,
         position: Tensor,
-        context: tuple[Tensor, Tensor],
-        chain: tuple[list[Tensor], list[Tensor]],
-        mask: Tensor,
         rope: Rope,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        look: Look,
+    ) -> tuple[Tensor, Tensor]:
         """The decoder layer and the final norm.
 
         Args:
@@ -403,29 +418,25 @@ class Eagle3(Drafter):
             h: [B, N, H], fused features or the layer's own states.
             tokens: int64 [B, N], the tokens after.
             position: int64 [B, N].
-            context: Rotated keys, and values, [B, kv heads, S, D].
-            chain: Those of earlier steps, [B, kv heads, N, D] each.
-            mask: bool [B, N, S + steps * N] or without B: context, earlier steps, this one.
             rope: Rotation.
+            look: Attention.
 
         Returns:
-            What the head reads and what the next step is fed, [B, N, H], and keys and values.
+            What the head reads and what the next step is fed, [B, N, H].
         """
         x, k, v = self._read(weights, h, tokens)
         q = linear(x, weights[QKV + "q_proj.weight"]).unflatten(-1, (self.heads, -1))
         if self.qk_norm:
             q = rms_norm(q, weights[QKV + "q_norm.weight"], self.eps)
-        q, k = rope(q.transpose(1, 2), position), rope(k, position)
-        keys = torch.cat([context[0], *chain[0], k], dim=2)
-        values = torch.cat([context[1], *chain[1], v], dim=2)
-        out = linear(attend(q, keys, values, mask), weights[QKV + "o_proj.weight"])
+        out = look(rope(q.transpose(1, 2), position), rope(k, position), v)
+        out = linear(out, weights[QKV + "o_proj.weight"])
         if self.residual_is_normed:
             h = rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps)
         y = h + out
         z = rms_norm(y, weights["midlayer.post_attention_layernorm.weight"], self.eps)
         y = y + gated_mlp(weights, "midlayer.mlp.", z)
         out = rms_norm(y, weights["norm.weight"], self.eps)
-        return out, out if self.norm_output else y, k, v
+        return out, out if self.norm_output else y
 
     def _read(self, weights: Weights, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The layer's input [B, N, 2H], and its keys (not rotated) and values [B, kv, N, D]."""

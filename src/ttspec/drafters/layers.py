@@ -5,7 +5,7 @@ Pure functions on tensors; no drafter is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,12 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from ttspec.spans import span_attention
+
 Weights = Mapping[str, Tensor]
+Look = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(query, new keys, new values, [B, (kv) heads, N, D]) -> attention over context and what is new,
+[B, N, heads * D]."""
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -64,6 +69,50 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     out = out.unflatten(2, (group, count)).flatten(1, 2)  # [B, heads, N, D]
     return out.transpose(1, 2).flatten(2)
+
+
+@dataclass(slots=True)
+class Beside:
+    """A layer's context, beside which new keys and values are laid to be seen with it.
+
+    Nothing is written: gradients pass, and several blocks may lie side by side.
+    """
+
+    keys: Tensor
+    """[B, kv heads, S, D]; after the call with the new ones."""
+    values: Tensor
+    mask: Tensor
+    """bool [B, N, S + N] or [N, S + N]."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Look`."""
+        self.keys = torch.cat([self.keys, keys], dim=2)
+        self.values = torch.cat([self.values, values], dim=2)
+        return attend(query, self.keys, self.values, self.mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Onto:
+    """A layer's context, and where in it new keys and values go to be seen with it."""
+
+    keys: Tensor
+    """[B, kv heads, slots + 1, D]; the last slot takes what falls outside."""
+    values: Tensor
+    row: Tensor
+    """int64 [B, 1]."""
+    slot: Tensor
+    """int64 [B, N]."""
+    seen: Tensor
+    """int64 [B, 1, N, 2], from `spans.spans`."""
+    reach: int
+    """Slots to look at where the spans become a mask."""
+
+    def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """See `Look`; the next that come to these slots replace what is written now."""
+        self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
+        self.values[self.row, :, self.slot] = values.transpose(1, 2)
+        keys, values = self.keys[:, :, : self.reach], self.values[:, :, : self.reach]
+        return span_attention(query, keys, values, self.seen).flatten(2)
 
 
 @dataclass(frozen=True, slots=True)

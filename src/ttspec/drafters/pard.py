@@ -21,7 +21,6 @@ from ttspec.drafters.causal import Causal, CausalState
 from ttspec.drafters.layers import Weights, linear
 from ttspec.errors import CheckpointError
 from ttspec.records import Proposal
-from ttspec.rowcache import reach_of
 
 PROJECTION = "target_proj.weight"
 
@@ -102,12 +101,9 @@ class Pard(Causal):
         ids, position = torch.cat([ids, masks], dim=1), torch.cat([position, after], dim=1)
         row = torch.arange(len(start), device=start.device)
         before = self._before(state, position.minimum(start[:, None]), row)
-        reach = reach_of(longest, state.slots)
-        logits, *made = self._read(
-            state, state.weights, ids, position, reach, origin=start, keep=length, before=before
+        logits = self._draft(
+            state, ids, position, start, longest, keep=length, known=known, before=before
         )
-        made = [x[..., :known, :] for x in made]  # mask rows are no context
-        self._store(state, made, position[:, :known], start)
         tokens, q = choose(self.widen(logits), 0)
         last = None if before is None else before[:, -1]
         return Proposal(tokens=tokens, count=count, q=q, before=last)

@@ -6,11 +6,14 @@ and ours always has one. Folding reads each key once.
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from ttspec.spans import span_attention
 
 NAME = "ttspec"
 
@@ -32,8 +35,8 @@ def folded_attention(
         query: [B, heads, T, D].
         key: [B, kv heads, S, D].
         value: [B, kv heads, S, D].
-        attention_mask: [B, 1, T, S], bool or added to the scores; anything else goes to
-            transformers' own function.
+        attention_mask: [B, 1, T, S], bool or added to the scores, or int64 [B, 1, T, 2], what is
+            seen from slot to slot; anything else goes to transformers' own function.
         dropout: Not used in inference.
         scaling: Factor of the scores.
         **kwargs: Passed on with whatever is not handled here.
@@ -41,6 +44,8 @@ def folded_attention(
     Returns:
         [B, T, heads, D] and None.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        return span_attention(query, key, value, attention_mask, scaling), None
     batch, heads, width, size = query.shape
     group = heads // key.shape[1]
     if (

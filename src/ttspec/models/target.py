@@ -24,6 +24,7 @@ from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.source import Source, resolve
 from ttspec.rowcache import RowCache, causal_mask, reach_of
+from ttspec.spans import spans as spans_of
 
 ORDINARY = {"full_attention", "sliding_attention"}
 UNSUPPORTED = (
@@ -85,6 +86,11 @@ class Target:
         return self.model.dtype
 
     @property
+    def reads_spans(self) -> bool:
+        """Whether its attention can be told what is seen from slot to slot."""
+        return self.model.config._attn_implementation == FOLDED
+
+    @property
     def config(self) -> Any:
         """The text model's transformers config."""
         return self.model.config.get_text_config()
@@ -113,6 +119,7 @@ class Target:
         *,
         subset: Tensor | None = None,
         logits: int | None = None,
+        spans: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """Read tokens at their rows' positions; write their keys and values.
 
@@ -123,6 +130,8 @@ class Target:
             longest: The largest start, known on the host.
             subset: int64 [B], the cache rows that are fed; None is all.
             logits: Of so many last tokens; 0 skips the head, None is all T.
+            spans: Say what is seen from slot to slot, on the device, instead of by a mask. Needs
+                `reads_spans`, and all rows.
 
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
@@ -130,10 +139,15 @@ class Target:
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset)
-        masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
+        if spans:
+            masks = {w: self._spans(position, cache.slots, w) for w in set(self.windows)}
+        else:
+            masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
         # Eager attention adds its mask to the scores; so does torch's on a CPU, which would make
         # a boolean one into such a mask in every layer.
-        if self.model.config._attn_implementation == "eager" or self.device.type == "cpu":
+        if not spans and (
+            self.model.config._attn_implementation == "eager" or self.device.type == "cpu"
+        ):
             low = torch.finfo(self.dtype).min
             masks = {
                 w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
@@ -161,6 +175,11 @@ class Target:
         if logits == 0:
             return None, features
         return out.logits[:, -(logits or 0) :], features
+
+    @staticmethod
+    def _spans(position: Tensor, slots: int, window: int | None) -> Tensor:
+        first = torch.zeros_like(position) if window is None else position - window + 1
+        return spans_of(first, position.clamp(max=slots - 1), position[:, 0] >= slots)
 
     @torch.no_grad()
     def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,136 @@
+"""Attention in which every query sees one span of slots, and only what is seen is read.
+
+A verified token sees all slots up to its own, or a window of them; a drafted block sees the context
+and itself. On a GPU the spans are read on the device, so that one captured graph serves a row of
+any length, and long spans are split over the device's processors and put together afterwards (as
+Flash-Decoding does: https://pytorch.org/blog/flash-decoding). Elsewhere the spans become a mask.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+QUERIES = 64
+"""Query rows of one key head that are worked on together, at most."""
+KEYS = 64
+"""Slots that are read together."""
+
+
+def spans(first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
+    """What tokens see, from slot to slot.
+
+    Args:
+        first: int64 [B, T], the first slot that each token sees; below 0 is 0.
+        last: int64 [B, T], the last one.
+        rest: bool [B], rows that take no part and see nothing.
+
+    Returns:
+        int64 [B, 1, T, 2].
+    """
+    last = last.masked_fill(rest[:, None], -1)
+    return torch.stack([first.clamp(min=0).expand_as(last), last], dim=-1)[:, None]
+
+
+def span_mask(seen: Tensor, reach: int) -> Tensor:
+    """Spans as a mask: bool [B, 1, T, reach]."""
+    slot = torch.arange(reach, device=seen.device)
+    return (slot >= seen[..., :1]) & (slot <= seen[..., 1:])
+
+
+def span_attention(
+    query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float | None = None
+) -> Tensor:
+    """Scaled dot-product attention; query heads that share a key head read it once.
+
+    Args:
+        query: [B, heads, T, D].
+        keys: [B, kv heads, S, D].
+        values: [B, kv heads, S, D].
+        seen: int64 [B, 1, T, 2], from `spans`.
+        scale: Factor of the scores; None is D ** -0.5.
+
+    Returns:
+        [B, T, heads, D]. What a query sees nothing for is arbitrary, but finite.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if query.is_cuda:
+        return _on_gpu(query, keys, values, seen, scale)
+    batch, heads, width, size = query.shape
+    group = heads // keys.shape[1]
+    folded = query.reshape(batch, keys.shape[1], group * width, size)
+    mask = span_mask(seen, keys.shape[2]).repeat(1, 1, group, 1)
+    out = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, width, size).transpose(1, 2).nan_to_num()
+
+
+@torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
+def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
+    import triton
+
+    kernels = _kernels()
+    batch, heads, width, size = query.shape
+    group = heads // keys.shape[1]
+    rows = min(QUERIES, max(16, triton.next_power_of_2(group * width)))
+    tiles = triton.cdiv(group * width, rows)
+    splits = _splits(batch * keys.shape[1] * tiles, keys.shape[2], query.device)
+    parts = query.new_empty(batch, heads, width, splits, size, dtype=torch.float32)
+    weights = query.new_empty(batch, heads, width, splits, 2, dtype=torch.float32)
+    wide = triton.next_power_of_2(size)
+    kernels.attend[splits, keys.shape[1] * tiles, batch](
+        query,
+        keys,
+        values,
+        seen,
+        parts,
+        weights,
+        scale * 1.4426950408889634,  # exp2 is what the device has
+        width,
+        group * width,
+        tiles,
+        *query.stride()[:3],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        heads=heads,
+        splits=splits,
+        size=size,
+        wide=wide,
+        rows=rows,
+        count=KEYS,
+        precision="ieee" if query.dtype == torch.float32 else None,
+        num_warps=4,
+        num_stages=2 if query.dtype == torch.float32 else 3,
+    )
+    out = query.new_empty(batch, width, heads, size)
+    kernels.combine[width, heads, batch](
+        parts, weights, out, heads=heads, splits=splits, size=size, wide=wide, num_warps=1
+    )
+    return out
+
+
+@_on_gpu.register_fake
+def _(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:  # noqa: ARG001
+    batch, heads, width, size = query.shape
+    return query.new_empty(batch, width, heads, size)
+
+
+def _splits(programs: int, slots: int, device: torch.device) -> int:
+    """In how many parts a span is read: enough to give each processor two, no more than help."""
+    wanted = 2 * _processors(device) // programs
+    most = min(wanted, slots // (2 * KEYS), 64)
+    return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@cache
+def _kernels():
+    from ttspec import span_kernels
+
+    return span_kernels
