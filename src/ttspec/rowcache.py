@@ -4,8 +4,11 @@ The cache knows neither lengths nor tokens: whoever calls the model says where i
 lies past a row's length is dead and is overwritten by the next tokens written there.
 """
 
+from __future__ import annotations
+
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,6 +36,24 @@ def unwritten(shape: Sequence[int], like: Tensor) -> Tensor:
         return like.new_zeros(shape)
     size = math.prod(shape) * like.element_size()
     return torch.from_numpy(np.zeros(size, np.uint8)).view(like.dtype).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's part of a `RowCache` that was aimed: a layer's number is no part of its code."""
+
+    keys: Tensor
+    values: Tensor
+    row: Tensor
+    slot: Tensor
+
+    def update(
+        self, keys: Tensor, values: Tensor, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """See `RowCache.update`."""
+        self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
+        self.values[self.row, :, self.slot] = values.transpose(1, 2)
+        return self.keys[:, :, :-1], self.values[:, :, :-1]
 
 
 class RowCache(Cache):
@@ -84,6 +105,12 @@ class RowCache(Cache):
             seen = kept[:, :, : self._reach]
             out.append(seen if self._subset is None else seen[self._subset])
         return out[0], out[1]
+
+    def layer(self, index: int) -> LayerCache:
+        """One layer, where the next forward's tokens go, all rows and slots seen."""
+        assert self._row is not None
+        assert self._slot is not None
+        return LayerCache(self.keys[index], self.values[index], self._row, self._slot)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""

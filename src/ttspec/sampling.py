@@ -81,7 +81,13 @@ def exponential(key: Tensor, size: int) -> Tensor:
         float32 `[*key.shape, size]`, positive and finite. 40 bits are drawn each, so that the
         small values, which decide an argmin over a large vocabulary, are fine-grained.
     """
-    bits = key.unsqueeze(-1) + torch.arange(1, size + 1, device=key.device) * _GOLDEN
+    count = torch.arange(1, size + 1, device=key.device)
+    if torch.compiler.is_compiling():
+        # `^ 0`: or the product becomes an index, for which the number is too large.
+        bits = key.unsqueeze(-1) + (count ^ 0) * _GOLDEN
+        u = (_shift(_mix(bits), 24).float() + 0.5) * 2.0**-40
+        return -torch.log1p(-u.clamp(max=1 - 2.0**-24))
+    bits = key.unsqueeze(-1) + count * _GOLDEN
     scratch = torch.empty_like(bits)
     for shift, factor in ((30, _MIX1), (27, _MIX2), (31, 1)):  # `_mix`, without new memory
         torch.bitwise_right_shift(bits, shift, out=scratch)

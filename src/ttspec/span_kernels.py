@@ -4,8 +4,8 @@ In a module of its own, since Triton is only there where torch can use a GPU.
 """
 
 # pyright: basic
-import triton
-import triton.language as tl
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
@@ -35,7 +35,6 @@ def attend(
     wide: tl.constexpr,
     rows: tl.constexpr,
     count: tl.constexpr,
-    precision: tl.constexpr,
 ):
     """Part `split` of what `rows` queries of one key head see, softmax not yet normalised.
 
@@ -77,7 +76,7 @@ def attend(
         there = (slot < end)[:, None] & inside[None]
         k = tl.load(key_at + slot[:, None] * key_slot + d[None], mask=there, other=0.0)
         v = tl.load(value_at + slot[:, None] * value_slot + d[None], mask=there, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision=precision) * scale
+        score = tl.dot(q, tl.trans(k)) * scale
         sees = (slot[None] >= first[:, None]) & (slot[None] <= last[:, None])
         score = tl.where(sees & (slot < end)[None], score, float("-inf"))
         now = tl.maximum(best, tl.max(score, 1))
@@ -85,7 +84,7 @@ def attend(
         p = tl.exp2(score - safe[:, None])
         shrink = tl.exp2(best - safe)
         total = total * shrink + tl.sum(p, 1)
-        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision=precision)
+        sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
         best = now
     out = ((batch * heads + head) * width + token) * splits + split
     tl.store(weights + out * 2, best, mask=real)

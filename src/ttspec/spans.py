@@ -9,6 +9,7 @@ Flash-Decoding does: https://pytorch.org/blog/flash-decoding). Elsewhere the spa
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ QUERIES = 64
 """Query rows of one key head that are worked on together, at most."""
 KEYS = 64
 """Slots that are read together."""
+
+
+def has_kernel(dtype: torch.dtype) -> bool:
+    """Whether a GPU reads only what is seen; in float32 its matrix units have no part in it."""
+    return dtype in (torch.bfloat16, torch.float16)
 
 
 def spans(first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
@@ -57,7 +63,7 @@ def span_attention(
         [B, T, heads, D]. What a query sees nothing for is arbitrary, but finite.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.is_cuda:
+    if query.is_cuda and has_kernel(query.dtype):
         return _on_gpu(query, keys, values, seen, scale)
     batch, heads, width, size = query.shape
     group = heads // keys.shape[1]
@@ -69,17 +75,15 @@ def span_attention(
 
 @torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
 def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
-    import triton
-
     kernels = _kernels()
     batch, heads, width, size = query.shape
     group = heads // keys.shape[1]
-    rows = min(QUERIES, max(16, triton.next_power_of_2(group * width)))
-    tiles = triton.cdiv(group * width, rows)
+    rows = min(QUERIES, max(16, _power_of_two(group * width)))
+    tiles = -(-group * width // rows)
     splits = _splits(batch * keys.shape[1] * tiles, keys.shape[2], query.device)
     parts = query.new_empty(batch, heads, width, splits, size, dtype=torch.float32)
     weights = query.new_empty(batch, heads, width, splits, 2, dtype=torch.float32)
-    wide = triton.next_power_of_2(size)
+    wide = _power_of_two(size)
     kernels.attend[splits, keys.shape[1] * tiles, batch](
         query,
         keys,
@@ -100,9 +104,8 @@ def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: fl
         wide=wide,
         rows=rows,
         count=KEYS,
-        precision="ieee" if query.dtype == torch.float32 else None,
         num_warps=4,
-        num_stages=2 if query.dtype == torch.float32 else 3,
+        num_stages=3,
     )
     out = query.new_empty(batch, width, heads, size)
     kernels.combine[width, heads, batch](
@@ -124,13 +127,17 @@ def _splits(programs: int, slots: int, device: torch.device) -> int:
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
 
 
+def _power_of_two(least: int) -> int:
+    return 1 << (least - 1).bit_length()
+
+
 @cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @cache
-def _kernels():
-    from ttspec import span_kernels
+def _kernels() -> Any:
+    from ttspec import span_kernels  # Triton is there only where torch can use a GPU
 
     return span_kernels

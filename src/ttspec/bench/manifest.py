@@ -40,6 +40,7 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
         "drafter": drafter and describe_drafter(drafter),
         "random_weights": engine.random_weights,
         "dtype": str(target.dtype).removeprefix("torch."),
+        "compiled": engine.compile,
         "device": device_name(target.device),
         "clocks": gpu_clocks(target.device),
         "threads": torch.get_num_threads(),

@@ -407,6 +407,7 @@ def _facts(
         "rows": rows,
         "context": context,
         "rounds": rounds,
+        "compiled": engine.compile,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "git": git_revision(),
@@ -415,8 +416,9 @@ def _facts(
 
 def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
     notes = [
-        f"{facts['device']}, {facts['dtype']}, {facts['rows']} x {facts['context']} tokens; CPU "
-        f"threads {facts['threads']}, torch {facts['torch']}, commit {facts['git'] or 'unknown'}.",
+        f"{facts['device']}, {facts['dtype']}, {'compiled, ' * facts['compiled']}{facts['rows']} x "
+        f"{facts['context']} tokens; CPU threads {facts['threads']}, torch {facts['torch']}, "
+        f"commit {facts['git'] or 'unknown'}.",
         f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
         f"product {rates.matrix / 1e9:,.0f} GFLOP/s. At the rates: the longer of the two.",
         "Assumed: every weight read once a pass, keys and values up to the filled length, logits "

@@ -49,7 +49,12 @@ class ForcedDecoder(Decoder):
 
 
 def load_random(
-    name: str, accept: str | Sequence[int], *, device: str = "auto", dtype: str = "auto"
+    name: str,
+    accept: str | Sequence[int],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
 ) -> Engine:
     """A pair of published shapes with random weights, whose acceptance is forced.
 
@@ -58,6 +63,7 @@ def load_random(
         accept: Drafts kept a round, in turn: (3, 2, 4), or "3,2,4".
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
+        compile: As in `engine.load`.
 
     Returns:
         An engine; its `random_weights` says what every output must say. Prompts are token lists.
@@ -86,6 +92,7 @@ def load_random(
             f"The weights of {name} do not fit into memory.\n"
             f"Give fewer layers, as in {shapes.names()[0]}:layers=2."
         ) from error
+    engine.compile = compile
     engine.make_decoder = partial(ForcedDecoder, schedule=schedule)
     engine.random_weights = {
         "shapes": pair.name,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner, Pupil
@@ -67,6 +68,7 @@ class Decoder:
         learn: LearnConfig | None,
         ends: Sequence[int],
         pupil: Pupil | None = None,
+        compile: bool = False,
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
         self.shape = {
@@ -86,7 +88,7 @@ class Decoder:
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
-        self._run = Graphs(device)
+        self._run = Graphs(device, compile=compile)
         self._spans = self._run.on and target.reads_spans
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None
@@ -290,12 +292,12 @@ class Decoder:
             return Proposal(tokens=pending.new_empty(self.rows, 0), count=count)
 
         def choose(logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
-            processed = process(logits, self.sampling)
             if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
-                return draw(processed, None), None
+                return pick(logits, None, self.sampling), None
             width = logits.shape[1]
             if noise is not None:
-                return draw(processed, noise[:, first : first + width]), None
+                return pick(logits, noise[:, first : first + width], self.sampling), None
+            processed = process(logits, self.sampling)
             key = fold(self._key[:, None], DRAFT, self._number)
             key = fold(key, torch.arange(first, first + width, device=key.device))
             fresh = gumbel(key, logits.shape[-1])
@@ -306,19 +308,26 @@ class Decoder:
     def _accept(
         self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        processed = process(logits, self.sampling)
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
-            return accept_equal(draw(processed, noise), proposal)
+            return accept_equal(pick(logits, noise, self.sampling), proposal)
+        processed = process(logits, self.sampling)
         column = torch.arange(self.gamma, device=start.device)
         u = uniform(fold(fold(self._key[:, None], ACCEPT, self._number), column))
         fresh = exponential(fold(self._key, RESIDUAL, self._number), logits.shape[-1])
         return accept_rejection(processed.softmax(-1), proposal, u, fresh)
 
 
+@compiled
 def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> Tensor:
     """Drafter-invariant noise: Gumbels [B, count, V] for the positions first..first + count - 1."""
     position = first[:, None] + torch.arange(count, device=first.device)
     return gumbel(fold(key[:, None], 0, position), vocabulary)
+
+
+@compiled
+def pick(logits: Tensor, noise: Tensor | None, sampling: SamplingConfig) -> Tensor:
+    """Tokens int64 [B, T] drawn from logits [B, T, V] with noise of the same shape, or the best."""
+    return draw(process(logits, sampling), noise)
 
 
 class Stopwatch:

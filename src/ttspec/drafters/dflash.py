@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
 from ttspec.drafters.layers import (
@@ -357,6 +358,7 @@ class DFlash(Drafter):
         at = f"layers.{i}."
         return {name: weights[at + name] for name in LAYER}
 
+    @compiled
     def layer(
         self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, look: Look
     ) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import (
     Choose,
@@ -402,6 +403,7 @@ class Eagle3(Drafter):
             out, h = self._layer(state.weights, h, token, position, state.rope, look)
             token = follow(step, out)
 
+    @compiled
     def _layer(
         self,
         weights: Weights,

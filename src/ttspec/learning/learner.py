@@ -134,7 +134,8 @@ class Learner:
         self._rounds += 1
         if self._rounds % self.config.stride:
             return [False] * rows
-        facts = self._run(self._newest, longest)
+        # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
+        facts = self._run(self._newest, longest, compile=False)
         self._lessons.used()
         return self._step(facts)
 

@@ -7,9 +7,12 @@ addresses it was captured with: what it reads and writes must stay where it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, TypeVar
 
 import torch
+
+from ttspec.compiled import compiling
 
 T = TypeVar("T")
 
@@ -17,13 +20,13 @@ T = TypeVar("T")
 class Graphs:
     """One graph per function and key, made when that pair is first seen; off a GPU plain calls."""
 
-    def __init__(self, device: torch.device) -> None:
-        """Capture on a CUDA device, call everywhere else."""
-        self.on = device.type == "cuda"
+    def __init__(self, device: torch.device, *, compile: bool = False) -> None:
+        """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
+        self.on, self.compile = device.type == "cuda", compile
         self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
 
-    def __call__(self, work: Callable[[int], T], key: int) -> T:
+    def __call__(self, work: Callable[[int], T], key: int, *, compile: bool = True) -> T:
         """What `work(key)` returns; a later call with this key overwrites it.
 
         Args:
@@ -31,17 +34,24 @@ class Graphs:
                 from the host, as `where` with a number may. It may run several times where it is
                 called once, so running it again must change nothing.
             key: All of its shapes follow from this.
+            compile: Whether it gains from being compiled.
         """
         if not self.on:
             return work(key)
         at = work.__name__, key
         if at not in self._made:
-            self._made[at] = self._capture(work, key)
+            self._made[at] = self._capture(work, key, compile=compile)
         graph, out = self._made[at]
         graph.replay()
         return out
 
-    def _capture(self, work: Callable[[int], T], key: int) -> tuple[torch.cuda.CUDAGraph, T]:
+    def _capture(
+        self, work: Callable[[int], T], key: int, *, compile: bool
+    ) -> tuple[torch.cuda.CUDAGraph, T]:
+        with compiling() if self.compile and compile else nullcontext():
+            return self._captured(work, key)
+
+    def _captured(self, work: Callable[[int], T], key: int) -> tuple[torch.cuda.CUDAGraph, T]:
         side = torch.cuda.Stream()  # warm-up on another stream, as CUDA graphs ask for
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -19,11 +20,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
+from ttspec.models.layers import compiled_layers
 from ttspec.models.source import Source, resolve
 from ttspec.rowcache import RowCache, causal_mask, reach_of
+from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
 
 ORDINARY = {"full_attention", "sliding_attention"}
@@ -87,8 +91,8 @@ class Target:
 
     @property
     def reads_spans(self) -> bool:
-        """Whether its attention can be told what is seen from slot to slot."""
-        return self.model.config._attn_implementation == FOLDED
+        """Whether its attention reads no more than is seen, told from slot to slot."""
+        return self.model.config._attn_implementation == FOLDED and has_kernel(self.dtype)
 
     @property
     def config(self) -> Any:
@@ -159,15 +163,19 @@ class Target:
             mask = {kind: masks[window] for kind, window in types}
         reader = self.model.base_model if logits == 0 else self.model
         keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
-        out = reader(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position,
-            use_cache=True,
-            output_hidden_states=bool(self.taps),
-            **keep,
-            **{cache_keyword(reader): cache},
-        )
+        layers: Any = nullcontext()
+        if spans and is_compiling() and hasattr(self.model.base_model, "layers"):
+            layers = compiled_layers(self.model.base_model, cache, cache_keyword(reader))
+        with layers:
+            out = reader(
+                input_ids=tokens,
+                attention_mask=mask,
+                position_ids=position,
+                use_cache=True,
+                output_hidden_states=bool(self.taps),
+                **keep,
+                **{cache_keyword(reader): cache},
+            )
         if self.taps:
             features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
         else:

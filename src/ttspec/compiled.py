@@ -1,0 +1,53 @@
+"""Functions that torch compiles for a GPU: many small operations become few kernels.
+
+Compiling takes seconds, so only what is captured and run many times is compiled, and one piece of
+code serves all layers of a model. Results differ from the uncompiled ones by rounding only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
+
+F = TypeVar("F", bound=Callable[..., Any])
+SHAPES = 64
+"""Shapes that one function may be compiled for: row counts, draft lengths, kinds of layers."""
+_on = False
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Within, functions marked with `compiled` run as compiled code."""
+    global _on
+    before, _on = _on, True
+    try:
+        # A layer knows its number; without the second setting each would be compiled for itself.
+        with torch._dynamo.config.patch(recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True):
+            yield
+    finally:
+        _on = before
+
+
+def is_compiling() -> bool:
+    """Whether `compiled` functions run as compiled code now."""
+    return _on
+
+
+def compiled(function: F) -> F:
+    """Mark a function of tensors to be compiled, one time per shape, where `compiling` says so."""
+    fast: Any = None
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal fast
+        if not _on:
+            return function(*args, **kwargs)
+        if fast is None:  # the compiler takes a second to load
+            fast = torch.compile(function, dynamic=False)
+        return fast(*args, **kwargs)
+
+    return cast(F, run)
