@@ -54,7 +54,7 @@ class Size:
 
 
 FULL = Size({"0.7": 10, "0": 3}, tokens=4000, turn=256, rows=20)
-SMALL = Size({"0.7": 1, "0": 1}, tokens=192, turn=96, rows=2)
+SMALL = Size({"0.7": 1, "0": 1}, tokens=128, turn=64, rows=2)
 
 
 def commands(out: Path, size: Size) -> Iterator[tuple[str, list[str]]]:

@@ -184,18 +184,23 @@ def test_a_damaged_run_folder_is_refused(folder: Path) -> None:
         write_report(folder / "nowhere")
 
 
+TABLES = ("temperature-0.7", "temperature-0")
+
+
 def test_the_readme_says_what_the_committed_runs_say() -> None:
     import headline
 
     text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    assert {folder.name for folder in headline.RESULTS.iterdir()} == set(TABLES)
+    assert [text.count(headline.BEGIN.format(name)) for name in TABLES] == [1, 1]
     assert headline.pasted(text) == text, "python scripts/headline.py paste"
-    assert text.count("<!-- headline:") == 2
 
 
-def test_a_changed_figure_shows_in_the_readme(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", TABLES)
+def test_a_changed_figure_shows_in_the_readme(tmp_path: Path, name: str) -> None:
     import headline
 
-    folder = tmp_path / "temperature-0.7"
+    folder = tmp_path / name
     folder.mkdir()
     summary = (headline.RESULTS / folder.name / "summary.json").read_text(encoding="utf-8")
     value = json.loads(summary)["arms"]["dflash: static"]["stretches"]["past 1,024"]["value"]
@@ -204,6 +209,39 @@ def test_a_changed_figure_shows_in_the_readme(tmp_path: Path) -> None:
     (folder / "summary.json").write_text(changed)
     text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
     assert "| 9.877 |" in headline.pasted(text, tmp_path)
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_changed_figure_in_the_readme_is_put_right(name: str) -> None:
+    import headline
+
+    text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    before, mark, after = text.partition(headline.BEGIN.format(name))
+    for figure in re.findall(r"\d\.\d{3}", after.partition(headline.END)[0]):
+        assert headline.pasted(before + mark + after.replace(figure, "9.999", 1)) == text
+
+
+def test_ratios_in_the_prose_stand_in_a_table() -> None:
+    import headline
+
+    text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    ratio = r"\d\.\d{3} \[\d\.\d{3},\s+\d\.\d{3}\]"
+    tables, prose = "", text
+    for name in TABLES:
+        inside = prose.partition(headline.BEGIN.format(name))[2].partition(headline.END)[0]
+        tables, prose = tables + inside, prose.replace(inside, "")
+    said = [" ".join(found.split()) for found in re.findall(ratio, prose)]
+    assert len(said) > 3
+    assert [one for one in said if one not in tables] == []
+
+
+def test_the_pictures_of_the_readme_are_committed() -> None:
+    import headline
+
+    text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
+    pictures = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert pictures
+    assert all((headline.ROOT / path).is_file() for path in pictures)
 
 
 def test_no_time_is_kept_of_runs_that_shared_a_device() -> None:
