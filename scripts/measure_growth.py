@@ -219,8 +219,8 @@ def ran_out(error: BaseException | None) -> bool:
 def summary(found: Sequence[Any], stride: int) -> dict[str, float | None]:
     """Medians over rounds; where an update comes only now and then, over strides of rounds.
 
-    On a GPU the host waits for an update in the round after it, so that only a whole stride's time
-    says what its rounds took.
+    On a GPU the host does not wait for an update's last part, the step itself, before the round
+    after it, so that only a whole stride's time says what its rounds took.
     """
     strides = [found[i : i + stride] for i in range(0, len(found), stride)]
 

@@ -119,7 +119,7 @@ def show(out: Path = Path("runs/speed"), *, to: Path = RESULTS, past: int = 1000
     """
     to.mkdir(parents=True, exist_ok=True)
     texts, kept = [], {}
-    for folder in sorted(path for path in out.iterdir() if path.is_dir()):
+    for folder in sorted({path.parent for path in out.glob("*/rows-*")}):
         runs = dict(read(folder))
         if not runs:
             continue
@@ -135,10 +135,15 @@ def show(out: Path = Path("runs/speed"), *, to: Path = RESULTS, past: int = 1000
 def read(folder: Path) -> Iterator[tuple[int, Any]]:
     """The runs of a drafter by their number of rows."""
     from ttspec.bench.report import open_runs
+    from ttspec.errors import DataError
 
     for path in sorted(folder.glob("rows-*"), key=lambda p: int(p.name[5:])):
-        found = open_runs([path])
-        yield int(found.manifest["rows"]), found
+        try:
+            found = open_runs([path])
+        except DataError as error:  # not finished, say: the others are worth having
+            print(f"Left out: {error}", file=sys.stderr)
+        else:
+            yield int(found.manifest["rows"]), found
 
 
 def text(title: str, runs: dict[int, Any], past: int) -> str:
