@@ -209,10 +209,13 @@ class Pair:
 
 def pair(a: Arm, b: Arm, top: Count, bottom: Count) -> Pair | None:
     """The ratio and the difference of two arms' ratios of sums; both have the same units."""
-    parts = [sums(arm, count) for arm in (a, b) for count in (top, bottom)]
-    if not all(float(part.sum()) > 0 for part in parts):
+    return _paired(*(sums(arm, count) for arm in (a, b) for count in (top, bottom)))
+
+
+def _paired(at: Tensor, ab: Tensor, bt: Tensor, bb: Tensor) -> Pair | None:
+    """The same of sums over requests: one arm's top and bottom, then the other's."""
+    if not all(float(part.sum()) > 0 for part in (at, ab, bt, bb)):
         return None
-    at, ab, bt, bb = parts
     x, y = float(at.sum() / ab.sum()), float(bt.sum() / bb.sum())
     if len(at) < 2:
         return Pair(Estimate(x / y), Estimate(x - y))
@@ -228,6 +231,79 @@ def _estimate(value: float, drawn: Tensor) -> Estimate:
     edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = torch.quantile(drawn, edges).tolist()
     return Estimate(value, low, high)
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """Requests side by side, by the clock on the wall: their own seconds count the same time twice.
+
+    Intervals draw whole batches; a request under two seeds is in two of them.
+    """
+
+    rows: int
+    past: int = 0
+    """Only from when the rows have generated so many tokens each, in the mean."""
+
+    def speed(self, arm: Arm) -> Estimate | None:
+        """Tokens of all rows a second, prefills, updates and rows already done included."""
+        found = self._sums(arm)
+        return share(*_columns(list(found.values())))
+
+    def pair(self, a: Arm, b: Arm) -> Pair | None:
+        """Speed of one arm against another's, over the batches that both have."""
+        mine, theirs = self._sums(a), self._sums(b)
+        both = sorted(mine.keys() & theirs.keys())
+        at, ab = _columns([mine[key] for key in both])
+        return _paired(at, ab, *_columns([theirs[key] for key in both]))
+
+    def of(self, arm: Arm) -> list[list[list[Turn]]]:
+        """The units that ran side by side; batches of fewer rows are left out.
+
+        They have one beginning, which the runner wrote down once for all of them.
+        """
+        found: dict[tuple[int, float | None], list[list[Turn]]] = {}
+        for (_, seed), turns in arm.units.items():
+            turns = sorted(turns, key=_order)
+            found.setdefault((seed, turns[0].began), []).append(turns)
+        return [units for units in found.values() if len(units) == self.rows]
+
+    def _sums(self, arm: Arm) -> dict[tuple[Unit, ...], tuple[float, float]]:
+        """Tokens and seconds of each batch, by its units."""
+        return {
+            tuple(sorted(turns[0].unit for turns in units)): self._after(units)
+            for units in self.of(arm)
+        }
+
+    def _after(self, units: list[list[Turn]]) -> tuple[float, float]:
+        came = sorted(event for turns in units for event in _arrivals(turns))
+        count, start, before = 0, 0.0, 0
+        for at, number in came:
+            if before < self.rows * self.past:
+                start, before = at, before + number
+            count += number
+        return count - before, came[-1][0] - start if came else 0.0
+
+
+def _arrivals(turns: list[Turn]) -> list[tuple[float, int]]:
+    """Seconds after a unit's beginning, and tokens that came then."""
+    found, began = [], 0.0
+    for turn in turns:
+        rounds_ = turn.result.rounds
+        if len(turn.waits) < len(rounds_):  # nobody knows: at its end
+            found.append((began + turn.seconds, len(turn.result.token_ids)))
+        else:
+            at = began + turn.first_token
+            found.append((at, len(turn.result.token_ids) - sum(r.emitted for r in rounds_)))
+            for r, wait in zip(rounds_, turn.waits, strict=False):
+                at += wait
+                found.append((at, r.emitted))
+        began += turn.seconds
+    return found
+
+
+def _columns(pairs: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
+    top, bottom = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    return top, bottom
 
 
 @dataclass(frozen=True, slots=True)
