@@ -7,20 +7,86 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from inspect import unwrap
-from typing import Any
+from itertools import pairwise
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ttspec.compiled import compiled
 from ttspec.rowcache import LayerCache, RowCache
 
+TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that read the same states in the models we know."""
+
+
+class Together:
+    """Linear modules whose weights lie in one table, so that one product does for all of them.
+
+    Their parameters become views of the table: the model is the same, and takes no more memory.
+    """
+
+    def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
+        """Lay the weights of some modules of `parent` together."""
+        self.parent = parent
+        modules = [cast(nn.Linear, getattr(parent, name)) for name in names]
+        with torch.no_grad():
+            self.weight = torch.cat([m.weight.data for m in modules])
+            biases = [m.bias.data for m in modules if m.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
+            ends = [0]
+            for module in modules:
+                ends.append(ends[-1] + module.out_features)
+                module.weight.data = self.weight[ends[-2] : ends[-1]]
+        spans = zip(names, pairwise(ends), strict=True)
+        self.parts = {name: Part(self, begin, end) for name, (begin, end) in spans}
+        self.states: Tensor | None = None
+        self.out: Tensor | None = None
+
+    def part(self, begin: int, end: int, states: Tensor) -> Tensor:
+        """What one of the modules makes of states; the product is made for the first that asks."""
+        if self.states is not states:
+            self.states, self.out = states, F.linear(states, self.weight, self.bias)
+        assert self.out is not None
+        return self.out[..., begin:end]
+
+
+class Part(nn.Module):
+    """Stands in for one of the modules that were laid together."""
+
+    def __init__(self, whole: Together, begin: int, end: int) -> None:
+        """Outputs begin to end of the whole."""
+        super().__init__()
+        self.whole, self.place = whole, (begin, end)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """What the module would make of states."""
+        return self.whole.part(*self.place, states)
+
+
+def lay_together(layer: nn.Module) -> list[Together]:
+    """The projections of a layer that may be one product."""
+    found = []
+    for module in layer.modules():
+        for names in TOGETHER:
+            ours = [getattr(module, name, None) for name in names]
+            linears = [m for m in ours if type(m) is nn.Linear]
+            alike = len({(m.in_features, m.bias is None) for m in linears}) == 1
+            if alike and len(linears) == len(names):
+                found.append(Together(module, names))
+    return found
+
 
 @contextmanager
-def compiled_layers(model: nn.Module, cache: RowCache, word: str) -> Iterator[None]:
-    """Within, the model's decoder layers run as compiled code; nothing of the model is changed.
+def compiled_layers(
+    model: nn.Module, together: list[list[Together]], cache: RowCache, word: str
+) -> Iterator[None]:
+    """Within, the model's decoder layers run as compiled code.
 
     Args:
         model: Has its decoder layers in `layers`.
+        together: Of each layer, from `lay_together`.
         cache: Holds keys and values of every layer already; all rows and slots are aimed at.
         word: What a layer's forward calls its cache.
     """
@@ -30,19 +96,37 @@ def compiled_layers(model: nn.Module, cache: RowCache, word: str) -> Iterator[No
     hooks = [(m, m._forward_hooks) for m in inner if m._forward_hooks]
     for module, _ in hooks:
         module._forward_hooks = OrderedDict()
+    replaced = []
     for index, layer in enumerate(layers):
-        layer.forward = partial(_forward, layer, word, cache.layer(index))
+        layer.forward = partial(_forward, layer, together[index], word, cache.layer(index))
+        for group in together[index]:
+            for name, part in group.parts.items():
+                replaced.append((group.parent, name, getattr(group.parent, name)))
+                setattr(group.parent, name, part)
     try:
         yield
     finally:
+        for parent, name, module in replaced:
+            setattr(parent, name, module)
         for layer in layers:
             del layer.forward
         for module, own in hooks:
             module._forward_hooks = own
 
 
-def _forward(layer: nn.Module, word: str, own: LayerCache, hidden: Tensor, /, **given: Any) -> Any:
-    return _layer(layer, hidden, {**given, word: own})
+def _forward(
+    layer: nn.Module,
+    together: list[Together],
+    word: str,
+    own: LayerCache,
+    hidden: Tensor,
+    /,
+    **given: Any,
+) -> Any:
+    out = _layer(layer, hidden, {**given, word: own})
+    for group in together:
+        group.states = group.out = None
+    return out
 
 
 @compiled

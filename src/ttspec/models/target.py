@@ -24,7 +24,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
-from ttspec.models.layers import compiled_layers
+from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.source import Source, resolve
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel
@@ -78,6 +78,8 @@ class Target:
     """Attention window of each layer."""
     taps: tuple[int, ...] = ()
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
+    _together: list[list[Together]] | None = None
+    """Of each layer, once it was compiled."""
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +167,10 @@ class Target:
         keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
         layers: Any = nullcontext()
         if spans and is_compiling() and hasattr(self.model.base_model, "layers"):
-            layers = compiled_layers(self.model.base_model, cache, cache_keyword(reader))
+            own = self.model.base_model
+            if self._together is None:
+                self._together = [lay_together(layer) for layer in own.layers]  # type: ignore[union-attr]
+            layers = compiled_layers(own, self._together, cache, cache_keyword(reader))
         with layers:
             out = reader(
                 input_ids=tokens,
