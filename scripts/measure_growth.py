@@ -77,6 +77,7 @@ def run(
     stride: int = 4,
     device: str = "auto",
     dtype: str = "bfloat16",
+    compile: bool = True,
 ) -> int:
     """Measure every point that the folder does not have yet.
 
@@ -108,6 +109,8 @@ def run(
         auto, cpu or cuda.
     dtype
         Number format.
+    compile
+        Compile the models' layers, on a GPU.
     """
     from ttspec.bench.manifest import describe, forced_sentence, gpu_clocks
     from ttspec.bench.stages import Plan
@@ -121,7 +124,7 @@ def run(
         (at_rows, at_context),
         asdict(config) if config else None,
     )
-    engine = load_random(random_weights, accept, device=device, dtype=dtype)
+    engine = load_random(random_weights, accept, device=device, dtype=dtype, compile=compile)
     assert engine.drafter is not None
     room = Plan.of(rounds, engine.drafter.length, config).tokens
     check_contexts(wanted, room, engine.target.context)
@@ -187,7 +190,7 @@ def measure(engine: Any, point: Point, rounds: int) -> dict[str, Any]:
     plan = Plan.of(rounds, engine.drafter.length, learn)
     try:
         # A sibling learns for itself, and what it learned goes with it.
-        found, filled = timed(
+        found, filled, _ = timed(
             engine.sibling(), DraftConfig(), learn, plan, rows=point.rows, context=point.context
         )
     except Exception as error:

@@ -50,6 +50,7 @@ def run(
     temperature: float = 0.7,
     device: str = "auto",
     dtype: str = "bfloat16",
+    compile: bool = True,
     peers: bool = False,
 ) -> int:
     """Measure all there is to measure; repeat the command after an interrupt.
@@ -76,6 +77,8 @@ def run(
         auto, cpu or cuda.
     dtype
         Number format.
+    compile
+        Compile the models' layers, on a GPU.
     peers
         Other implementations too, at one row.
     """
@@ -91,6 +94,7 @@ def run(
                 *("--drafter", name, "--arms", chosen, "--rows", str(count)),
                 *("--max-new-tokens", str(turn), "--session-tokens", str(tokens)),
                 *("--temperature", str(temperature), "--device", device, "--dtype", dtype),
+                *(["--compile"] if compile else []),
                 *("--out", str(out / Path(name).name / f"rows-{count}")),
             ]
             try:

@@ -37,6 +37,13 @@ def is_compiling() -> bool:
     return _on
 
 
+def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """The tensor, of which compiled code shall not mind how long it is in `dim`."""
+    if _on:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+    return tensor
+
+
 def compiled(function: F) -> F:
     """Mark a function of tensors to be compiled, one time per shape, where `compiling` says so."""
     fast: Any = None

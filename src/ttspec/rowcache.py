@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ttspec.compiled import of_any_size
+
 STEP = 64
 """Attention reaches a multiple of this many slots: fewer take as long."""
 BUCKET = 256
@@ -110,7 +112,8 @@ class RowCache(Cache):
         """One layer, where the next forward's tokens go, all rows and slots seen."""
         assert self._row is not None
         assert self._slot is not None
-        return LayerCache(self.keys[index], self.values[index], self._row, self._slot)
+        keys, values = of_any_size(self.keys[index], 2), of_any_size(self.values[index], 2)
+        return LayerCache(keys, values, self._row, self._slot)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""
@@ -170,11 +173,13 @@ class Beside(Cache):
 class InPlace(Cache):
     """Old keys and values, into which new ones are written where they belong."""
 
-    def __init__(self, keys: Tensor, values: Tensor, row: Tensor, slot: Tensor, reach: int) -> None:
+    def __init__(
+        self, keys: Tensor, values: Tensor, row: Tensor, slot: Tensor, reach: int | None
+    ) -> None:
         """Context [layers, B, kv heads, S, D]; where to: int64 [B, 1] and [B, N]; slots to see."""
         super().__init__(layers=[])
         self._keys, self._values, self._row, self._slot = keys, values, row, slot
-        self._reach = reach
+        self._reach = -1 if reach is None else reach
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ttspec.rowcache import reach_of
+
 QUERIES = 64
 """Query rows of one key head that are worked on together, at most."""
 KEYS = 64
@@ -24,6 +26,13 @@ KEYS = 64
 def has_kernel(dtype: torch.dtype) -> bool:
     """Whether a GPU reads only what is seen; in float32 its matrix units have no part in it."""
     return dtype in (torch.bfloat16, torch.float16)
+
+
+def reach_to_see(length: int, keys: Tensor) -> int | None:
+    """How many slots `span_attention` must be given for `length` tokens; None is all."""
+    if keys.is_cuda and has_kernel(keys.dtype):
+        return None
+    return reach_of(length, keys.shape[-2] - 1)
 
 
 def spans(first: Tensor, last: Tensor, rest: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.round import Decoder
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
+from ttspec.models.capture import Graphs
+from ttspec.records import Verification
 
 WARM_UP = 3
 """Rounds that are not counted: allocations, and on a GPU the capture of a graph."""
@@ -103,7 +105,8 @@ class Roofline:
     rates: Rates
     stages: list[Stage]
     outside: dict[str, float]
-    """Seconds of a plain step and of a round that are in no stage: the host's own."""
+    """Seconds of a plain step and of a round that are in no stage: the host's own. And what
+    drawing, accepting and bookkeeping take of draft and verify."""
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class Roofline:
             for stage in self.stages
         ]
         rows += [
-            (f"{name}, in no stage", "", "", "", f"{seconds * 1e3:.2f}", "")
+            (name if "," in name else f"{name}, in no stage", *[""] * 3, f"{seconds * 1e3:.2f}", "")
             for name, seconds in self.outside.items()
         ]
         f = self.facts
@@ -146,6 +149,7 @@ def measure(
     rounds: int,
     draft: DraftConfig,
     learn: LearnConfig | None,
+    temperature: float = 0.0,
 ) -> Roofline:
     """Count every stage's work, measure this device's rates and the time of every stage.
 
@@ -156,6 +160,7 @@ def measure(
         rounds: Rounds to measure at least.
         draft: How the drafter is run.
         learn: How it learns; None is a static drafter.
+        temperature: 0 is greedy; above, every round makes noise for its positions.
 
     Raises:
         OptionError: The context leaves no room for the rounds, or the drafter is of a kind that is
@@ -181,16 +186,18 @@ def measure(
     rates = measure_rates(target.device, target.dtype)
     shape = r.target_shape(target)
     facts = _facts(engine, rows, context, rounds, length, learn)
+    facts["temperature"] = temperature
     notes = _notes(engine, rates, facts)
     simple = Plan.of(rounds, 0, None)
-    found, filled = timed(engine, DraftConfig(length=0), None, simple, rows=rows, context=context)
+    ask = {"rows": rows, "context": context, "temperature": temperature}
+    found, filled, _ = timed(engine, DraftConfig(length=0), None, simple, **ask)
     step = Stage.of(
         "plain step", r.target_pass(shape, rows, 1, filled), rates, [t.verify for t in found]
     )
     stages = [step, whole("plain step, wall clock", [(step, 1)], found)]
     outside = {"plain step": median(t.outside for t in found)}
     if drafter is not None and parts is not None:
-        found, filled = timed(engine, draft, learn, plan, rows=rows, context=context)
+        found, filled, decoder = timed(engine, draft, learn, plan, **ask)
         learned = frozenset(drafter.learnable(learn.parameters)) if learn else frozenset()
         batch = r.Batch(rows=rows, filled=filled, item=shape.item, learned=learned)
         shares = round_stages(drafter, parts, shape, batch, length, rates, found)
@@ -201,6 +208,8 @@ def measure(
         stages += [stage for stage, _ in shares]
         stages.append(whole(f"round, wall clock{share}", shares, found))
         outside["round"] = median(t.outside for t in found)
+        both = median(t.draft + t.verify for t in found)
+        outside["round, draft and verify without the models"] = both - models_alone(decoder)
         notes.append(_break_even(stages[1], stages[-1]))
     return Roofline(facts=facts, rates=rates, stages=stages, outside=outside, notes=notes)
 
@@ -303,10 +312,15 @@ def timed(
     *,
     rows: int,
     context: int,
-) -> tuple[list[Timed], float]:
+    temperature: float = 0.0,
+) -> tuple[list[Timed], float, Decoder]:
     """Run the plan behind a full context; its rounds and the mean number of filled slots."""
     config = GenerateConfig(
-        max_new_tokens=plan.tokens, temperature=0, ignore_eos=True, draft=draft, learn=learn
+        max_new_tokens=plan.tokens,
+        temperature=temperature,
+        ignore_eos=True,
+        draft=draft,
+        learn=learn,
     )
     try:
         decoder = engine.decoder(config, rows, context, sessions=False)
@@ -319,7 +333,52 @@ def timed(
             f"{rows} rows of {context} tokens do not fit into memory.\n"
             "Use fewer --rows, a smaller --context, or --no-learn."
         ) from error
-    return found, (before + fmean(decoder.lengths)) / 2
+    return found, (before + fmean(decoder.lengths)) / 2, decoder
+
+
+@torch.no_grad()
+def models_alone(decoder: Decoder) -> float:
+    """Seconds that a round's models take, run as a round does, with next to nothing between them.
+
+    What they write lies past every row's length, where it is dead.
+    """
+    drafter, state, target = decoder.drafter, decoder.state, decoder.target
+    assert drafter is not None
+    assert state is not None
+    device, slots = target.device, decoder.slots
+    pending = torch.zeros(decoder.rows, dtype=torch.long, device=device)
+    start = torch.tensor(decoder.lengths, device=device)
+
+    def choose(logits: torch.Tensor, first: int) -> tuple[torch.Tensor, None]:  # noqa: ARG001
+        return logits[..., :8].argmax(-1), None
+
+    def models(longest: int) -> torch.Tensor:
+        proposal = drafter.propose(state, pending, start, pending, decoder.gamma, longest, choose)
+        fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
+        spans = decoder.told_spans
+        logits, features = target.forward(decoder.cache, fed, start, longest, spans=spans)
+        assert logits is not None
+        nothing = torch.zeros_like(pending)
+        drafter.absorb(
+            state,
+            Verification(
+                proposal=proposal,
+                fed=fed,
+                start=start,
+                logits=logits,
+                features=features,
+                tokens=fed,
+                accepted=nothing,
+                emitted=nothing + 1,
+                ended=nothing.bool(),
+            ),
+        )
+        return logits
+
+    run = Graphs(device, compile=decoder.compile)
+    longest = slots if decoder.told_spans and state.spans else max(decoder.lengths)
+    run(models, longest)
+    return seconds_of(device, lambda: run(models, longest))
 
 
 def fill(decoder: Decoder, context: int, budget: int) -> None:
@@ -423,7 +482,8 @@ def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
         f"product {rates.matrix / 1e9:,.0f} GFLOP/s. At the rates: the longer of the two.",
         "Assumed: every weight read once a pass, keys and values up to the filled length, logits "
         "written and read once, nothing else. Verify includes acceptance and making context.",
-        "Medians of rounds after warm-up, greedy, behind random tokens.",
+        "Medians of rounds after warm-up, behind random tokens, "
+        + (f"temperature {facts['temperature']:g}." if facts["temperature"] else "greedy."),
     ]
     if said := forced_sentence(facts):
         notes.insert(0, said)

@@ -295,6 +295,7 @@ def roofline(
     rows: int = 1,
     context: int = 512,
     rounds: int = 20,
+    temperature: float = 0.0,
     draft: DraftFlags = DraftFlags(),
     learn: Annotated[bool, Parameter(name="--learn")] = True,
     learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
@@ -310,6 +311,8 @@ def roofline(
         Tokens in every row's cache when the rounds begin.
     rounds
         Rounds to measure at least; with learning, as many as hold five updates.
+    temperature
+        0 is greedy.
     learn
         Whether the drafter learns.
     as_json
@@ -318,12 +321,13 @@ def roofline(
     for name, given in (("rows", rows), ("context", context), ("rounds", rounds)):
         if given < 1:
             raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
-    options = {"draft": draft.config(), "learn": learning.config_if(learn)}
+    options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
     engine = models.load(notify=say)
 
     from ttspec.bench.stages import measure
 
-    found = measure(engine, rows=rows, context=context, rounds=rounds, **options)
+    options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}
+    found = measure(engine, **options)
     if as_json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
     else:

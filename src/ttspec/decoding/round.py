@@ -88,8 +88,8 @@ class Decoder:
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
-        self._run = Graphs(device, compile=compile)
-        self._spans = self._run.on and target.reads_spans
+        self.compile, self._run = compile, Graphs(device, compile=compile)
+        self.told_spans = self._run.on and target.reads_spans
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
@@ -160,7 +160,7 @@ class Decoder:
         self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
 
         # A graph of a verification reads the drafts of one graph of a draft: they go together.
-        spans = self._spans and (self.state is None or self.state.spans)
+        spans = self.told_spans and (self.state is None or self.state.spans)
         key = self.slots if spans else longest
         self._drafted = self._run(self._draft, key)
         clock.lap()
@@ -265,7 +265,9 @@ class Decoder:
         pending, _, budget, _ = self._facts
         start = self._start()
         fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        logits, features = self.target.forward(self.cache, fed, start, longest, spans=self._spans)
+        logits, features = self.target.forward(
+            self.cache, fed, start, longest, spans=self.told_spans
+        )
         assert logits is not None
         accepted, tokens = self._accept(logits, proposal, start, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)

@@ -41,7 +41,7 @@ from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.records import Lesson, Proposal, Verification
 from ttspec.rowcache import Beside, InPlace, reach_of, unwritten
-from ttspec.spans import spans
+from ttspec.spans import reach_to_see, spans
 
 
 @dataclass(slots=True)
@@ -392,7 +392,7 @@ class Causal(Drafter):
             first = torch.zeros_like(position) if own is None else position - own
             first = first if w is None else first.maximum(position - w + 1)
             seen[w] = spans(first, last, rest)
-        reach = reach_of(longest + keep, state.slots)
+        reach = reach_to_see(longest + keep, state.keys)
         cache = InPlace(state.keys, state.values, row[:, None], slot, reach)
         buffers = self._rope_buffers(state.rope) if state.options.rope_base else {}
         named, stacked = self._named({**state.weights, **buffers})

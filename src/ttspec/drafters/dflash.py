@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
 from ttspec.drafters.layers import (
@@ -35,7 +35,7 @@ from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of, unwritten
-from ttspec.spans import spans
+from ttspec.spans import reach_to_see, spans
 
 LAYER = (
     "input_layernorm.weight",
@@ -329,14 +329,15 @@ class DFlash(Drafter):
         x, position = self._embedded(pending[:, None], start[:, None], length)
         slot = position.clamp(max=state.slots)
         row = torch.arange(len(start), device=start.device)[:, None]
-        reach = reach_of(longest + length + 1, state.slots)
+        reach = reach_to_see(longest + length + 1, state.keys[0])
         seen = {
             key: self._spans(position, start, length, state, *key)
             for key in set(zip(self.windows, self.causal, strict=True))
         }
         for i in range(self.layers):
             sees = seen[self.windows[i], self.causal[i]]
-            look = Onto(state.keys[i], state.values[i], row, slot, sees, reach)
+            keys, values = of_any_size(state.keys[i], 2), of_any_size(state.values[i], 2)
+            look = Onto(keys, values, row, slot, sees, reach)
             x = self.layer(self._of_layer(state.weights, i), x, position, state.rope, look)
         return self._logits(state.weights, x, 1)[:, 0]
 

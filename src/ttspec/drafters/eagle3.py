@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import (
     Choose,
@@ -44,7 +44,7 @@ from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal
 from ttspec.rowcache import reach_of, unwritten
-from ttspec.spans import spans
+from ttspec.spans import reach_to_see, spans
 
 QKV = "midlayer.self_attn."
 Follow = Callable[[int, Tensor], Tensor]
@@ -394,12 +394,13 @@ class Eagle3(Drafter):
         first = torch.zeros_like(start)
         if state.options.window is not None:
             first = start - 1 - state.options.window
+        keys, values = of_any_size(state.keys, 2), of_any_size(state.values, 2)
         for step in range(length):
             position = start - 1 + step
             seen = spans(first, position.clamp(max=state.slots - 1), rest)
             slot = position.clamp(max=state.slots).masked_fill(rest[:, None], state.slots)
-            reach = reach_of(longest + step, state.slots)
-            look = Onto(state.keys, state.values, row, slot, seen, reach)
+            reach = reach_to_see(longest + step, state.keys)
+            look = Onto(keys, values, row, slot, seen, reach)
             out, h = self._layer(state.weights, h, token, position, state.rope, look)
             token = follow(step, out)
 

@@ -104,14 +104,15 @@ class Onto:
     """int64 [B, N]."""
     seen: Tensor
     """int64 [B, 1, N, 2], from `spans.spans`."""
-    reach: int
-    """Slots to look at where the spans become a mask."""
+    reach: int | None
+    """Slots to look at; None is all, where attention reads only what is seen."""
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """See `Look`; the next that come to these slots replace what is written now."""
         self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
         self.values[self.row, :, self.slot] = values.transpose(1, 2)
-        keys, values = self.keys[:, :, : self.reach], self.values[:, :, : self.reach]
+        end = -1 if self.reach is None else self.reach
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
         return span_attention(query, keys, values, self.seen).flatten(2)
 
 
