@@ -103,8 +103,7 @@ def proposal_logits(
 
     start, length = torch.tensor([first + count]), torch.tensor([drafter.length])
     drafter.propose(state, tokens[:, -1], start, length, drafter.length, first + count, choose)
-    logits = torch.cat(seen)
-    return logits if drafter.draft_ids is None else logits[:, drafter.draft_ids]
+    return torch.cat(seen)
 
 
 # What comes back.

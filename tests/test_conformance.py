@@ -173,7 +173,7 @@ def drafted(
     script: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Logits [B, G, V] that a proposal chooses from, its tokens and what it set out from."""
-    watch, length = Watch(script), drafter.length
+    watch, length = Watch(drafter, script), drafter.length
     proposal = drafter.propose(
         state,
         torch.tensor(pending),
@@ -621,7 +621,7 @@ def led(engine: Engine, result: Result, wrong: int = 4) -> None:
     def follow(state, pending, start, count, length, longest, choose):
         at = (start[:, None] + 1 + torch.arange(length)).clamp(max=len(known) - 1)
         script = torch.where(at % wrong == 0, (known[at] + 1) % 256, known[at])
-        return propose(state, pending, start, count, length, longest, Watch(script))
+        return propose(state, pending, start, count, length, longest, Watch(engine.drafter, script))
 
     engine.drafter.propose = follow
 

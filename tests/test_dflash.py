@@ -67,7 +67,7 @@ def test_a_shorter_proposal_sees_fewer_masks_and_nothing_else_changes():
     """A causal block must not notice; a bidirectional one may."""
     drafter = bound_drafter(layer_types=["sliding_attention"] * 2, sliding_window=64)
     state = context(drafter, [9])
-    watch, short = Watch(), Watch()
+    watch, short = Watch(drafter), Watch(drafter)
     args = torch.tensor([3]), torch.tensor([9]), torch.tensor([4])
     drafter.propose(state, *args, 4, 9, watch)
     drafter.propose(state, *args, 2, 9, short)

@@ -94,10 +94,11 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
     assert drafter.length == len(expected["logits"])
     state, start = read_prompt(drafter, expected, PROMPT), PROMPT
     for accepted in ACCEPTED:
-        wide = propose(drafter, state, expected["tokens"], start)
-        logits = wide[:, drafter.draft_ids]
+        logits = propose(drafter, state, expected["tokens"], start)
         wanted = expected["logits"][:, start - 1]
         torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+        wide = drafter.widen(logits)
+        assert torch.equal(wide[:, drafter.draft_ids], logits)
         assert (wide == -math.inf).sum() == wide.numel() - logits.numel()
         absorb(drafter, state, expected, start, accepted)
         start += accepted + 1

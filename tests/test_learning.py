@@ -122,7 +122,7 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
         v = fake_round(n, 1)
         drafter.absorb(state, v)
         learner.absorb(v, 8 + n)
-    lessons = Lessons(config, 1, G, v.logits)
+    lessons = Lessons(config, 1, G, v)
     for n in range(6):
         lessons.absorb(fake_round(n, 1))
     taught = lessons.take()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toys import NOW, VOCABULARY, G, bound_drafter, fake_round, pupil, verification
+from toys import NOW, G, bound_drafter, fake_round, pupil, verification
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
@@ -15,7 +15,7 @@ from ttspec.records import Lesson
 
 
 def test_block_lessons_are_all_rows_of_the_round():
-    lessons = Lessons(NOW, 2, G, torch.zeros(1, VOCABULARY))
+    lessons = Lessons(NOW, 2, G, fake_round(0, 2))
     v = fake_round(0, 2, count=[4, 2])
     lessons.absorb(v)
     lesson = lessons.take()
@@ -30,7 +30,7 @@ def test_block_lessons_are_all_rows_of_the_round():
 @pytest.mark.parametrize("accepted", range(5))
 def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
     config = LearnConfig(stride=1, blocks=1, rows="accepted")
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
+    lessons = Lessons(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
     fed = v.fed
     lessons.absorb(verification([8], fed, v.logits, v.features, fed, [accepted]))
@@ -41,7 +41,7 @@ def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
 @pytest.mark.parametrize("rows", ["block", "accepted"])
 def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(rows: str):
     config = LearnConfig(stride=1, blocks=1, rows=rows)
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
+    lessons = Lessons(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
     lessons.absorb(
         verification([8], v.fed, v.logits, v.features, v.fed, [2], emitted=[2], ended=[True])
@@ -50,7 +50,7 @@ def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(
 
 
 def test_a_lesson_is_taken_once():
-    lessons = Lessons(NOW, 2, G, torch.zeros(1, VOCABULARY))
+    lessons = Lessons(NOW, 2, G, fake_round(0, 2))
     lessons.absorb(fake_round(0, 2))
     assert lessons.take().count.tolist() == [1, 1]
     lessons.absorb(fake_round(1, 2, emitted=[1, 0]))
@@ -60,7 +60,7 @@ def test_a_lesson_is_taken_once():
 
 def test_a_hindsight_block_waits_until_all_of_it_is_committed():
     config = LearnConfig(stride=1, blocks=1, rows="hindsight")
-    lessons = Lessons(config, 1, G, torch.zeros(1, VOCABULARY))
+    lessons = Lessons(config, 1, G, fake_round(0, 1))
     rounds = [fake_round(n, 1) for n in range(6)]
     ready = []
     for v in rounds:

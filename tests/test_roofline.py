@@ -194,7 +194,7 @@ def test_a_draft_computes_what_torch_counts(which: str) -> None:
     drafter, state, parts, batch = toy(which, 40)
     start = torch.full((2,), 40)
     with counted() as counter:
-        drafter.propose(state, start, start, start, 4, 40, Watch())
+        drafter.propose(state, start, start, start, 4, 40, Watch(drafter))
     found = r.draft(drafter, parts, batch).operations
     assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
 

@@ -277,12 +277,16 @@ def greedy(logits: Tensor, _: int) -> tuple[Tensor, Tensor | None]:
 
 
 class Watch:
-    """A `choose` that remembers the logits of a whole proposal, and draws the script if any."""
+    """A `choose` that remembers the logits of a whole proposal, over the target's vocabulary.
 
-    def __init__(self, script: Tensor | None = None) -> None:
-        self.script = script
+    It draws the script, if there is one.
+    """
+
+    def __init__(self, drafter: Drafter, script: Tensor | None = None) -> None:
+        self.drafter, self.script = drafter, script
 
     def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        logits = self.drafter.widen(logits)
         self.logits = torch.cat([self.logits, logits], dim=1) if first else logits
         if self.script is None:
             return greedy(logits, first)
@@ -302,7 +306,7 @@ def context(
 
 def logits_of(drafter: DFlash, state: DraftState, pending: list[int], start: list[int]) -> Tensor:
     """Draft logits [B, G, V] that `propose` chooses from."""
-    watch = Watch()
+    watch = Watch(drafter)
     drafter.propose(
         state,
         torch.tensor(pending),

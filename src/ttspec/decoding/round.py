@@ -175,7 +175,7 @@ class Decoder:
             self.budget[row] -= emitted
         updated = [False] * self.rows
         if self.learner:
-            updated = self.learner.absorb(verification, longest)
+            updated = self.learner.absorb(verification, longest, key)
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
         return {
@@ -293,19 +293,27 @@ class Decoder:
         if self.drafter is None or self.state is None:
             return Proposal(tokens=pending.new_empty(self.rows, 0), count=count)
 
+        drafter, ids = self.drafter, self.drafter.draft_ids
+
         def choose(logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
             if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
-                return pick(logits, None, self.sampling), None
+                return named(pick(logits, None, self.sampling)), None
             width = logits.shape[1]
             if noise is not None:
-                return pick(logits, noise[:, first : first + width], self.sampling), None
+                own = noise[:, first : first + width]
+                own = own if ids is None else own[..., ids]
+                return named(pick(logits, own, self.sampling)), None
             processed = process(logits, self.sampling)
             key = fold(self._key[:, None], DRAFT, self._number)
             key = fold(key, torch.arange(first, first + width, device=key.device))
-            fresh = gumbel(key, logits.shape[-1])
-            return draw(processed, fresh), processed.softmax(-1)
+            fresh = gumbel(key, self._vocabulary)
+            fresh = fresh if ids is None else fresh[..., ids]
+            return named(draw(processed, fresh)), drafter.widen(processed.softmax(-1), 0.0)
 
-        return self.drafter.propose(self.state, pending, start, count, self.gamma, longest, choose)
+        def named(tokens: Tensor) -> Tensor:
+            return tokens if ids is None else ids[tokens]
+
+        return drafter.propose(self.state, pending, start, count, self.gamma, longest, choose)
 
     def _accept(
         self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None

@@ -24,7 +24,8 @@ from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""(logits [B, g, V], index of the first drafted token) -> tokens int64 [B, g], q or None."""
+"""(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
+and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -182,12 +183,12 @@ class Drafter(ABC):
         """Number of own parameters."""
         return sum(w.numel() for w in self.weights.values() if w.is_floating_point())
 
-    def widen(self, logits: Tensor) -> Tensor:
-        """Draft logits [..., V_draft] over the target's vocabulary, -inf where none is drafted."""
+    def widen(self, values: Tensor, other: float = -math.inf) -> Tensor:
+        """Values [..., V_draft] over the target's vocabulary; `other` where none is drafted."""
         if self.draft_ids is None:
-            return logits
-        wide = logits.new_full((*logits.shape[:-1], self.embedding.shape[0]), -math.inf)
-        return wide.index_copy_(-1, self.draft_ids, logits)
+            return values
+        wide = values.new_full((*values.shape[:-1], self.embedding.shape[0]), other)
+        return wide.index_copy_(-1, self.draft_ids, values)
 
     def _require(self, what: str, ours: int, theirs: int) -> None:
         """Refuse a target that does not fit."""

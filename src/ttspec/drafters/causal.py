@@ -249,7 +249,7 @@ class Causal(Drafter):
         qs: list[Tensor] = []
         for step in range(length):
             logits = self._draft(state, ids, position, start, longest + step, keep=1)
-            token, q = choose(self.widen(logits), step)
+            token, q = choose(logits, step)
             tokens.append(token)
             if q is not None:
                 qs.append(q)

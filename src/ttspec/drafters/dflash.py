@@ -263,7 +263,7 @@ class DFlash(Drafter):
         else:
             reach = reach_of(longest, state.slots)
             logits = self._block(state, pending[:, None], start[:, None], length, reach)[:, 0]
-        tokens, q = choose(self.widen(logits), 0)
+        tokens, q = choose(logits, 0)
         return Proposal(tokens=tokens, count=count, q=q)
 
     def _replay(

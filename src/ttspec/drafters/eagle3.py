@@ -259,7 +259,7 @@ class Eagle3(Drafter):
         qs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
-            token, q = choose(self.widen(self.logits(hidden)), step)
+            token, q = choose(self.logits(hidden), step)
             tokens.append(token)
             if q is not None:
                 qs.append(q)

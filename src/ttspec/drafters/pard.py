@@ -104,7 +104,7 @@ class Pard(Causal):
         logits = self._draft(
             state, ids, position, start, longest, keep=length, known=known, before=before
         )
-        tokens, q = choose(self.widen(logits), 0)
+        tokens, q = choose(logits, 0)
         last = None if before is None else before[:, -1]
         return Proposal(tokens=tokens, count=count, q=q, before=last)
 

@@ -22,6 +22,9 @@ from ttspec.records import Lesson, Verification
 AT_ONCE = 2048
 """Drafted tokens, over all rows, that are replayed together: more only take more memory."""
 
+FEW = 512
+"""Tokens of context that an update captured as a graph reads at least."""
+
 
 class Pupil:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
@@ -115,25 +118,33 @@ class Learner:
         self.updates, self.reverts = [0] * rows, [0] * rows
         self._run = run or Graphs(torch.device("cpu"))
         self._lessons: Lessons | None = None
+        self._verification: Verification
         self._rounds = 0
 
-    def absorb(self, verification: Verification, longest: int) -> list[bool]:
+    def absorb(
+        self, verification: Verification, longest: int, key: int | None = None
+    ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
         Args:
             verification: The round just committed.
             longest: Its largest start, known on the host.
+            key: Where it was captured, the key of its graph: its tensors are that graph's.
 
         Returns:
             For each row, whether it was updated.
         """
         rows = len(self.updates)
         if self._lessons is None:
-            self._lessons = Lessons(self.config, rows, self.length, verification.logits)
-        self._lessons.absorb(verification)
+            self._lessons = Lessons(self.config, rows, self.length, verification)
+        self._verification = verification
+        kept = self._lessons.kept
+        self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
         if self._rounds % self.config.stride:
             return [False] * rows
+        if self._run.on:  # few graphs: they read at most twice the context that is there
+            longest = max(FEW, 1 << (longest - 1).bit_length())
         # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
         facts = self._run(self._newest, longest, compile=False)
         self._lessons.used()
@@ -146,6 +157,10 @@ class Learner:
         Where all rows share one, it learns from the mean over the rows that have a lesson.
         """
         return self._step(self._teach(lesson, longest))
+
+    def _keep(self, key: int) -> None:  # noqa: ARG002
+        assert self._lessons is not None
+        self._lessons.absorb(self._verification)
 
     def _newest(self, longest: int) -> Tensor:
         """Gradients of the newest lessons. Repeating it changes nothing, so it can be captured."""

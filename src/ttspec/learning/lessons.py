@@ -17,8 +17,9 @@ from ttspec.records import Lesson, Verification
 class Lessons:
     """Keeps verifications until the learner asks for a lesson."""
 
-    def __init__(self, config: LearnConfig, rows: int, length: int, sample: Tensor) -> None:
-        """Room for `rows` rows of blocks of `length` drafts; `sample` gives dtype, device and V."""
+    def __init__(self, config: LearnConfig, rows: int, length: int, like: Verification) -> None:
+        """Room for `rows` rows of blocks of `length` drafts, of verifications `like` this one."""
+        sample, before = like.logits, like.proposal.before
         self.length = length
         self.hindsight = config.rows == "hindsight"
         self.until_rejection = config.rows == "accepted"
@@ -29,7 +30,9 @@ class Lessons:
         device, v = sample.device, sample.shape[-1]
         self._starts = torch.full((rows, self._kept), -1, device=device)
         self._tokens = self._starts.new_zeros(rows, self._kept, length + 1)
-        self._before: Tensor | None = None
+        self._before = None
+        if before is not None:
+            self._before = before.new_zeros(*self._starts.shape, before.shape[-1])
         self._used = torch.full((rows,), -1, device=device)
         self._newest = self._used.clone()
         self._committed = torch.zeros(rows, dtype=torch.long, device=device)
@@ -40,15 +43,18 @@ class Lessons:
         self._logits = sample.new_zeros(shape)
         self._masks = torch.zeros(rows, self._kept, length, dtype=torch.bool, device=device)
 
+    @property
+    def kept(self) -> list[Tensor]:
+        """What `absorb` changes."""
+        kept = [self._starts, self._tokens, self._committed, self._at, self._ids, self._logits]
+        return [*kept, self._masks, *([] if self._before is None else [self._before])]
+
     def absorb(self, v: Verification) -> None:
         """Keep a round's rows; rows that take no part are left alone."""
         took_part = v.emitted > 0
         self._push(self._starts, v.start, took_part)
         self._push(self._tokens[..., : v.fed.shape[1]], v.fed, took_part)
-        if v.proposal.before is not None:
-            if self._before is None:
-                shape = (*self._starts.shape, v.proposal.before.shape[-1])
-                self._before = v.proposal.before.new_zeros(shape)
+        if v.proposal.before is not None and self._before is not None:
             self._push(self._before, v.proposal.before, took_part)
         self._committed.copy_(torch.where(took_part, v.start + v.emitted, self._committed))
         column = torch.arange(self.length + 1, device=v.start.device)
