@@ -2,6 +2,8 @@
 
 import copy
 import dataclasses
+import math
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +35,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import Decoder
+from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.round import Decoder, position_noise
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -42,7 +44,7 @@ from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
-from ttspec.records import Lesson, Result
+from ttspec.records import Lesson, Proposal, Result
 
 ALL = [*CONFIGS, "ngram"]
 EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind == "eagle3"]
@@ -783,3 +785,39 @@ def test_an_eagle_state_needs_the_features_of_the_token_before():
     state = read(drafter, ids, features)
     _, _, before = drafted(drafter, state, [3], [12])
     assert torch.equal(before, features[:, 11])
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 0.0}, {}, {"acceptance": "rejection"}], ids=str
+)
+def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossible(
+    target, sampling
+):
+    engine = engine_of(target, "eagle3")
+    drafter, known = engine.drafter, engine.drafter.draft_ids
+    assert known is not None
+    config = make_config({"temperature": 0.8, "learn": None, **sampling})
+    decoder = engine.decoder(config, 2, 8, sessions=False)
+    logits = torch.randn(2, 1, len(known))
+    given: list[Any] = []
+
+    def propose(state, pending, start, count, length, longest, choose):
+        given.append(choose(logits, 0))
+        return Proposal(tokens=given[0][0], count=count)
+
+    start = torch.tensor([5, 9])
+    noise = None
+    if sampling == {}:
+        noise = position_noise(decoder._key, start + 1, 1, VOCABULARY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drafter, "propose", propose)
+        decoder._propose(start, start, start, 0, noise)
+        patch.setattr(drafter, "draft_ids", None)
+        wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
+        logits = wide
+        decoder._propose(start, start, start, 0, noise)
+    (tokens, q), (wanted, wanted_q) = given
+    assert torch.equal(tokens, wanted)
+    assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")
+    if q is not None:
+        torch.testing.assert_close(q, wanted_q)

@@ -46,12 +46,15 @@ class Loop:
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
         )
-        self.drafter, self.state = self, self
+        self.drafter, self.state, self.draft_ids = self, self, None
 
     def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:
         at = (start[:, None] + torch.arange(G)).clamp(max=LONG - 1)
         tokens, q = choose(self.q[torch.arange(self.rows)[:, None], at], 0)
         return Proposal(tokens=tokens, count=count, q=q)
+
+    def widen(self, values: Tensor, other: float) -> Tensor:
+        return values
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
         return Decoder._propose(self, start, start, count, 0, noise)  # type: ignore[arg-type]

@@ -1,0 +1,80 @@
+"""What is compiled before it is captured: the same values, and one compilation for all layers."""
+
+import pytest
+import torch
+from test_conformance import engine_of
+from torch._dynamo.utils import counters
+from toys import toy_engine
+
+from ttspec import compiled
+from ttspec.decoding import round as rounds
+from ttspec.decoding.engine import Engine
+from ttspec.drafters import causal, dflash, eagle3
+from ttspec.models import layers
+from ttspec.models.capture import Graphs
+
+PROMPTS = ["hello there", "count to ten, please"]
+
+
+class Compiled(Graphs):
+    """`Graphs` that compiles what it would capture, and runs it."""
+
+    def __init__(self, device, *, compile=False) -> None:
+        super().__init__(device, compile=compile)
+        self.on = True
+
+    def __call__(self, work, key, *, compile=True, changes=()):
+        with compiled.compiling():
+            return work(key)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The compiler's front alone: what it cannot follow is an error, and nothing is translated."""
+    real = torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: real(f, backend="eager", fullgraph=True, **options)
+    )
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("which", ["none", "dflash", "eagle3", "pard"])
+def test_compiled_rounds_say_the_same_and_layers_share_their_code(
+    toy_target_dir, which, monkeypatch, quick
+):
+    target = toy_engine(toy_target_dir, dtype="bfloat16").target
+
+    def say(new: int = 24):
+        engine = engine_of(target, which) if which != "none" else Engine(target, None)
+        results = engine.generate(PROMPTS, max_new_tokens=new, ignore_eos=True, learn=None)
+        return [r.token_ids for r in results]
+
+    plain = say()
+    monkeypatch.setattr(rounds, "Graphs", Compiled)
+    for room in (dflash, eagle3, causal):  # as on a GPU, where attention reads what is seen
+        monkeypatch.setattr(room, "reach_to_see", lambda length, keys: None)
+    assert say() == plain
+    first = counters["stats"]["unique_graphs"]
+    # The target's layers, the drafter's, and the draw over each of two widths at most.
+    assert 0 < first <= 2 + 2 * (which != "none"), counters["stats"]
+    say(600)  # longer caches are the same code
+    assert counters["stats"]["unique_graphs"] == first
+
+
+def test_projections_laid_together_are_the_same_weights(toy_target_dir):
+    target = toy_engine(toy_target_dir).target
+    before = {n: p.clone() for n, p in target.model.named_parameters()}
+    [attention, mlp] = layers.lay_together(target.model.base_model.layers[0])
+    assert [len(attention.parts), len(mlp.parts)] == [3, 2]
+    for name, parameter in target.model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    states = torch.randn(2, 3, attention.weight.shape[1])
+    for name, part in attention.parts.items():
+        torch.testing.assert_close(part(states), getattr(attention.parent, name)(states))
+    assert attention.states is states
+    other = torch.randn_like(states)
+    q = attention.parts["q_proj"]
+    torch.testing.assert_close(q(other), attention.parent.q_proj(other))
