@@ -12,7 +12,7 @@ from test_bench_measures import arm_of
 from test_shapes import small_files
 
 from ttspec.bench import measures as m
-from ttspec.bench import stages
+from ttspec.bench import stages, tables
 from ttspec.bench.runs import Arm
 from ttspec.bench.stages import Timed
 from ttspec.errors import DataError, OptionError, ResourceError
@@ -182,6 +182,17 @@ def test_arms_are_paired_by_batch_and_short_batches_are_left_out() -> None:
     assert found
     assert found.ratio.value == pytest.approx(3.5 / 2.0)
     assert m.Batches(4).pair(a, b) is None
+
+
+def test_a_report_of_rows_side_by_side_says_what_one_gets_and_what_all_get() -> None:
+    arms = [batch_of("plain", 0.5), batch_of("static", 0.25)]
+    speed, pairs = tables.speed_table(arms, 2), tables.pair_table(arms, 2)
+    assert speed.head[1:3] == ("tokens per second", "of 2 rows")
+    assert [row[1].split()[0] for row in speed.rows] == ["2.0", "3.5"]
+    assert [row[2] for row in speed.rows] == ["4.0", "7.0"]
+    assert all(len(row) == len(speed.head) for row in speed.rows)
+    assert [row[-1] for row in pairs.rows] == ["1.750"]
+    assert "of 2 rows" not in tables.speed_table(arms).head
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     """Everything a report says in numbers, about matched arms."""
     parts = (manifest.get("suite") or {}).get("parts") or {}
     tables = [acceptance_table(arms, manifest), speed_table(arms, manifest.get("rows") or 1)]
-    tables += [pair_table(arms), stretch_table(arms)]
+    tables += [pair_table(arms, manifest.get("rows") or 1), stretch_table(arms)]
     if len(parts) > 1:
         tables += [
             stretch_table(m.only(arms, *span), f"{STRETCH_TITLE}: {name}")
@@ -107,10 +107,20 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
             f"{sum(t.result.stats.reverts for t in arm.turns):,}",
         )
         rows.append((*row, f"{peaks[arm.name] / 2**20:,.0f}") if any(peaks.values()) else row)
-    rows_each = "" if side_by_side == 1 else f" Of one of {side_by_side} requests side by side."
+        if side_by_side > 1:
+            whole = interval(m.Batches(side_by_side).speed(arm), 1)
+            rows[-1] = (*rows[-1][:2], whole, *rows[-1][2:])
+    rows_each, more = "", ()
+    if side_by_side > 1:
+        more = (f"of {side_by_side} rows",)
+        rows_each = (
+            f" Of one of {side_by_side} requests side by side; beside it, of full batches, all "
+            "rows' tokens by the clock on the wall."
+        )
     head = (
         "arm",
         "tokens per second",
+        *more,
         "first token (ms)",
         "a token p50 / p95 / p99 (ms)",
         "share of learning",
@@ -146,14 +156,15 @@ def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     return pairs
 
 
-def pair_table(arms: Sequence[Arm]) -> Table:
-    """Arms against each other on the same requests."""
+def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
+    """Arms against each other on the same requests, `side_by_side` at a time."""
     rows = []
     for a, b in pairs_of(arms):
-        tau, speed = (
-            m.pair(a, b, m.emitted, m.rounds),
-            m.pair(a, b, m.tokens, m.seconds),
-        )
+        tau = m.pair(a, b, m.emitted, m.rounds)
+        if side_by_side > 1:
+            speed = m.Batches(side_by_side).pair(a, b)
+        else:
+            speed = m.pair(a, b, m.tokens, m.seconds)
         rows.append(
             (
                 f"{a.name} / {b.name}",
@@ -164,7 +175,8 @@ def pair_table(arms: Sequence[Arm]) -> Table:
         )
     return Table(
         title="Paired differences",
-        note="The same requests and seeds in both arms; 95 % bootstrap intervals over requests.",
+        note="The same requests and seeds in both arms; 95 % bootstrap intervals over requests."
+        + (" Tokens per second are those of full batches." if side_by_side > 1 else ""),
         head=("pair", "acceptance length, ratio", "difference", "tokens per second, ratio"),
         rows=rows,
     )
