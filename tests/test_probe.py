@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
-from toys import CONFIGS, greedy, make_kind, toy_engine, twin
+from toys import CONFIGS, Watch, make_kind, toy_engine, twin
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import DraftConfig, load
@@ -52,7 +52,7 @@ def test_a_first_draft_is_what_a_round_would_propose(plain_target, which, base):
                 drafter.extend(state, tokens[:, :at], features[:, :at], zero)
                 place = torch.tensor([at])
                 draft = drafter.propose(
-                    state, tokens[0, place], place, place, drafter.length, at, greedy
+                    state, tokens[0, place], place, place, drafter.length, at, Watch(drafter)
                 )
                 wanted.append(int(draft.tokens[0, 0]) == ids[at + 1])
     assert len(wanted) > 20
