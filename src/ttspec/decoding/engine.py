@@ -73,6 +73,8 @@ def load(
         drafter = find_drafter(drafter, notify)
     engine = Engine(loaded, drafter)
     engine.compile = compile
+    if compile and place.type != "cuda" and notify:
+        notify("compile is for a GPU; on a CPU nothing is compiled.")
     return engine
 
 
