@@ -1,5 +1,6 @@
 """The scripts that measure growth and speed: verdicts, resuming, memory that ran out, batches."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,10 @@ from test_shapes import small_files
 
 from ttspec.bench import measures as m
 from ttspec.bench import stages, tables
+from ttspec.bench.compare import compare
 from ttspec.bench.runs import Arm
 from ttspec.bench.stages import Timed
+from ttspec.bench.store import write_run
 from ttspec.errors import DataError, OptionError, ResourceError
 
 
@@ -193,6 +196,20 @@ def test_a_report_of_rows_side_by_side_says_what_one_gets_and_what_all_get() -> 
     assert all(len(row) == len(speed.head) for row in speed.rows)
     assert [row[-1] for row in pairs.rows] == ["1.750"]
     assert "of 2 rows" not in tables.speed_table(arms).head
+
+
+def test_compare_pairs_whole_batches_where_rows_ran_side_by_side(tmp_path) -> None:
+    arms = [batch_of("plain", 0.5), batch_of("static", 0.25)]
+    for rows in (1, 2):
+        write_run(tmp_path / str(rows), {"rows": rows, "temperature": 0.7}, arms)
+    alone, together = (
+        compare(f"{tmp_path / rows}:static", f"{tmp_path / rows}:plain", different_texts=True)[0]
+        for rows in ("1", "2")
+    )
+    assert together.ratio("speed").value == pytest.approx(3.5 / 2.0)
+    assert together.ratio("acceptance") == alone.ratio("acceptance")
+    assert math.isnan(together.ratio("speed").low)  # one batch: no interval
+    assert not math.isnan(alone.ratio("speed").low)
 
 
 @pytest.mark.parametrize(

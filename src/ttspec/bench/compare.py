@@ -72,6 +72,9 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         if not different_texts:
             check_texts(one if one.get("dtype") == other.get("dtype") else {}, [y, x])
         pairs = {n: p for n, counts in COUNTS.items() if (p := measures.pair(x, y, *counts))}
+        rows = one.get("rows") or 1
+        if rows > 1 and rows == other.get("rows") and (p := measures.Batches(rows).pair(x, y)):
+            pairs["speed"] = p  # rows side by side share their seconds
         if "acceptance" not in pairs:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
         mark = forced(one)
