@@ -255,3 +255,30 @@ def test_no_time_is_kept_of_runs_that_shared_a_device() -> None:
             assert not one.keys() & set(headline.TIMES)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
         assert size <= 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("dflash-512-learn", "Qwen3-8B + DFlash-b16, 512"),
+        ("dflash-16k", "Qwen3-8B + DFlash-b16, 16,384"),
+        ("eagle3-512", "Llama-3.1-8B + EAGLE-3, 512"),
+    ],
+)
+def test_the_speeds_in_the_readme_are_those_of_the_committed_runs(name: str, row: str) -> None:
+    root = Path(__file__).parents[1]
+    run = json.loads((root / f"docs/results/gpu/{name}.json").read_text(encoding="utf-8"))
+    stages = {stage["stage"].split(" of ")[0]: stage for stage in run["stages"]}
+    step, draft, verify = (stages[s]["seconds"] for s in ("plain step", "draft", "verify"))
+    text = (root / "README.md").read_text(encoding="utf-8")
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {row} |"))
+    wanted = (
+        f"{1000 * step:.2f} ms",
+        f"{stages['plain step']['ratio']:.0%}".replace("%", " %"),
+        f"{1000 * draft:.2f} ms",
+        f"{1000 * verify:.2f} ms",
+        f"{verify / step:.2f}",
+        f"{draft / verify:.0%}".replace("%", " %"),
+    )
+    cells = [cell.strip().partition(" (")[0] for cell in line.split("|")[2:-1]]
+    assert cells == list(wanted)
