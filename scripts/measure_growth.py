@@ -113,7 +113,7 @@ def run(
         Compile the models' layers, on a GPU.
     """
     from ttspec.bench.manifest import describe, forced_sentence, gpu_clocks
-    from ttspec.bench.stages import Plan
+    from ttspec.bench.timing import Plan
     from ttspec.config import LearnConfig
     from ttspec.decoding.forced import load_random
 
@@ -176,7 +176,7 @@ def measure(engine: Any, point: Point, rounds: int) -> dict[str, Any]:
     """Seconds of a round by stage and bytes on the device; or that memory ran out."""
     import torch
 
-    from ttspec.bench.stages import Plan, timed
+    from ttspec.bench.timing import Plan, timed
     from ttspec.config import DraftConfig, LearnConfig
 
     device = engine.target.device

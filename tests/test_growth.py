@@ -13,11 +13,11 @@ from test_bench_measures import arm_of
 from test_shapes import small_files
 
 from ttspec.bench import measures as m
-from ttspec.bench import stages, tables
+from ttspec.bench import tables, timing
 from ttspec.bench.compare import compare
 from ttspec.bench.runs import Arm
-from ttspec.bench.stages import Timed
 from ttspec.bench.store import write_run
+from ttspec.bench.timing import Timed
 from ttspec.errors import DataError, OptionError, ResourceError
 
 
@@ -88,7 +88,7 @@ def test_an_update_that_shows_in_the_next_round_counts_in_its_stride() -> None:
 
 
 def test_points_are_measured_once_and_written_as_they_come(pair, tmp_path, monkeypatch) -> None:
-    out, timed, calls = tmp_path / "run", stages.timed, []
+    out, timed, calls = tmp_path / "run", timing.timed, []
 
     def stop_at_the_third(*given: Any, **shape: Any) -> Any:
         calls.append((shape["rows"], shape["context"]))
@@ -96,7 +96,7 @@ def test_points_are_measured_once_and_written_as_they_come(pair, tmp_path, monke
             raise KeyboardInterrupt
         return timed(*given, **shape)
 
-    monkeypatch.setattr(stages, "timed", stop_at_the_third)
+    monkeypatch.setattr(timing, "timed", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run(out, pair)
     assert len(g.read(out)["points"]) == 2
@@ -113,7 +113,7 @@ def test_points_are_measured_once_and_written_as_they_come(pair, tmp_path, monke
 
 
 def test_memory_that_ran_out_is_recorded_and_the_run_goes_on(pair, tmp_path, monkeypatch) -> None:
-    out, timed, tries = tmp_path / "run", stages.timed, []
+    out, timed, tries = tmp_path / "run", timing.timed, []
 
     def small_only(*given: Any, **shape: Any) -> Any:
         tries.append(shape)
@@ -121,7 +121,7 @@ def test_memory_that_ran_out_is_recorded_and_the_run_goes_on(pair, tmp_path, mon
             raise ResourceError("does not fit")
         return timed(*given, **shape)
 
-    monkeypatch.setattr(stages, "timed", small_only)
+    monkeypatch.setattr(timing, "timed", small_only)
     assert run(out, pair) == 0
     errors = [p.get("error") for p in g.read(out)["points"]]
     assert errors == [None, "out of memory", None]

@@ -14,9 +14,12 @@ from toys import CONFIGS, SLOTS, Parrot, Watch, bound_kind, complaint, random_fe
 from toys import lesson as blocks_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from ttspec.bench import rates as s
 from ttspec.bench import roofline as r
-from ttspec.bench import stages as s
-from ttspec.bench.stages import Plan, Rates, Stage, time_rounds
+from ttspec.bench import stages as stages_room
+from ttspec.bench.rates import Rates
+from ttspec.bench.stages import Stage
+from ttspec.bench.timing import Plan, time_rounds
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
@@ -311,7 +314,7 @@ def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("flags", [("--drafter", "none"), ("--draft.length", "0")])
 def test_without_a_drafter_there_is_only_the_plain_step(pair, capsys, monkeypatch, flags) -> None:
-    monkeypatch.setattr(s, "measure_rates", lambda *_: Rates(1e10, 1e11))
+    monkeypatch.setattr(stages_room, "measure_rates", lambda *_: Rates(1e10, 1e11))
     given = [*pair[:2], *pair[4:]] if flags[0] == "--drafter" else pair
     assert roofline(given, *flags, "--context", "20", "--rounds", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)

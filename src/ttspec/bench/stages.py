@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import fmean, median
 from typing import Any
@@ -12,55 +10,13 @@ import torch
 
 from ttspec.bench import roofline as r
 from ttspec.bench.manifest import device_name, forced, forced_sentence, git_revision, gpu_clocks
+from ttspec.bench.rates import Rates, measure_rates
 from ttspec.bench.tables import EMPTY, Table
-from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.bench.timing import Plan, Timed, models_alone, timed
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import Decoder
 from ttspec.drafters.base import Drafter
-from ttspec.errors import OptionError, ResourceError
-from ttspec.models.capture import Graphs
-from ttspec.records import Verification
-
-WARM_UP = 3
-"""Rounds that are not counted: allocations, and on a GPU the capture of a graph."""
-UPDATES = 5
-"""Updates to measure at least."""
-BUDGET = 0.8
-"""Seconds for measuring one of the two rates; a step that was begun is finished."""
-COPIED = {"cuda": (1 << 28, 1 << 30), "cpu": (1 << 26, 1 << 28)}
-"""Bytes of the tensors copied: more than caches hold."""
-MULTIPLIED = {"cuda": (4096, 8192), "cpu": (512, 1024, 2048)}
-"""Sides of the square matrices multiplied."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """The best this device was seen to do."""
-
-    copy: float
-    """Bytes a second, read and written, of a large copy."""
-    matrix: float
-    """Operations a second of a large matrix product in the run's dtype."""
-
-    def limit(self, work: r.Work) -> float:
-        """Seconds that the work takes at these rates, moving and computing at once."""
-        return max(work.moved / self.copy, work.operations / self.matrix)
-
-
-@dataclass(frozen=True, slots=True)
-class Timed:
-    """Seconds of one round."""
-
-    wall: float
-    draft: float
-    verify: float
-    learn: float
-    updated: bool
-
-    @property
-    def outside(self) -> float:
-        """Wall-clock time that is in no stage."""
-        return self.wall - self.draft - self.verify - self.learn
+from ttspec.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,173 +240,6 @@ def _break_even(step: Stage, round_: Stage) -> str:
         f"A round takes {round_.measured / step.measured:.2f} plain steps "
         f"({round_.limit / step.limit:.2f} at the rates): it pays from that many tokens a round on."
     )
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How many rounds to run."""
-
-    warm_up: int
-    count: int
-    tokens: int
-    """That they may write, in a row."""
-
-    @classmethod
-    def of(cls, rounds: int, length: int, learn: LearnConfig | None) -> Plan:
-        """At least `rounds`, and whole strides that hold some updates.
-
-        Hindsight has nothing to teach until a block's tokens are committed, `length` rounds later.
-        """
-        warm_up, count = WARM_UP, rounds
-        if learn:
-            warm_up = -(-(WARM_UP + length + 1) // learn.stride) * learn.stride
-            count = max(-(-rounds // learn.stride), UPDATES) * learn.stride
-        return cls(warm_up, count, (warm_up + count + 2) * (length + 1) + 1)
-
-
-def timed(
-    engine: Engine,
-    draft: DraftConfig,
-    learn: LearnConfig | None,
-    plan: Plan,
-    *,
-    rows: int,
-    context: int,
-    temperature: float = 0.0,
-) -> tuple[list[Timed], float, Decoder]:
-    """Run the plan behind a full context; its rounds and the mean number of filled slots."""
-    config = GenerateConfig(
-        max_new_tokens=plan.tokens,
-        temperature=temperature,
-        ignore_eos=True,
-        draft=draft,
-        learn=learn,
-    )
-    try:
-        decoder = engine.decoder(config, rows, context, sessions=False)
-        fill(decoder, context, plan.tokens)
-        time_rounds(decoder, plan.warm_up)
-        before = fmean(decoder.lengths)
-        found = time_rounds(decoder, plan.count)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            f"{rows} rows of {context} tokens do not fit into memory.\n"
-            "Use fewer --rows, a smaller --context, or --no-learn."
-        ) from error
-    return found, (before + fmean(decoder.lengths)) / 2, decoder
-
-
-@torch.no_grad()
-def models_alone(decoder: Decoder) -> float:
-    """Seconds that a round's models take, run as a round does, with next to nothing between them.
-
-    What they write lies past every row's length, where it is dead.
-    """
-    drafter, state, target = decoder.drafter, decoder.state, decoder.target
-    assert drafter is not None
-    assert state is not None
-    device, slots = target.device, decoder.slots
-    pending = torch.zeros(decoder.rows, dtype=torch.long, device=device)
-    start = torch.tensor(decoder.lengths, device=device)
-
-    def choose(logits: torch.Tensor, first: int) -> tuple[torch.Tensor, None]:  # noqa: ARG001
-        return logits[..., :8].argmax(-1), None
-
-    def models(longest: int) -> torch.Tensor:
-        proposal = drafter.propose(state, pending, start, pending, decoder.gamma, longest, choose)
-        fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        spans = decoder.told_spans
-        logits, features = target.forward(decoder.cache, fed, start, longest, spans=spans)
-        assert logits is not None
-        nothing = torch.zeros_like(pending)
-        drafter.absorb(
-            state,
-            Verification(
-                proposal=proposal,
-                fed=fed,
-                start=start,
-                logits=logits,
-                features=features,
-                tokens=fed,
-                accepted=nothing,
-                emitted=nothing + 1,
-                ended=nothing.bool(),
-            ),
-        )
-        return logits
-
-    run = Graphs(device, compile=decoder.compile)
-    longest = slots if decoder.told_spans and state.spans else max(decoder.lengths)
-    run(models, longest)
-    return seconds_of(device, lambda: run(models, longest))
-
-
-def fill(decoder: Decoder, context: int, budget: int) -> None:
-    """Read random tokens into every row: what they say does not change what a stage moves."""
-    random = torch.Generator().manual_seed(0)
-    size = int(decoder.target.config.vocab_size)
-    prompts = torch.randint(size, (decoder.rows, context), generator=random).tolist()
-    rows = list(range(decoder.rows))
-    decoder.prefill(rows, prompts, rows, [budget] * decoder.rows)
-
-
-def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
-    """Run rounds; on a GPU one more, since each tells the stages of the one before."""
-    late = decoder.target.device.type == "cuda"
-    walls, outcomes = [], []
-    for _ in range(count + late):
-        begin = time.perf_counter()
-        of_rows = decoder.round()
-        walls.append(time.perf_counter() - begin)
-        outcomes.append(list(of_rows.values()))
-    return [
-        Timed(wall, *told[0].seconds, updated=any(o.updated for o in own))
-        for wall, own, told in zip(walls, outcomes, outcomes[late:], strict=False)
-    ]
-
-
-def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
-    """The best of a few large copies and matrix products, each a median."""
-    copy, matrix = 0.0, 0.0
-    for size in within(BUDGET, COPIED[device.type]):
-        source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
-        to = torch.empty_like(source)
-        copy = max(copy, 2 * size / seconds_of(device, lambda: to.copy_(source)))  # noqa: B023
-    for side in within(BUDGET, MULTIPLIED[device.type]):
-        # Random: a GPU multiplies ones with less power, so at a higher clock.
-        a = torch.randn(side, side, device=device).to(dtype)
-        out = torch.empty_like(a)
-        took = seconds_of(device, lambda: torch.mm(a, a, out=out))  # noqa: B023
-        matrix = max(matrix, 2 * side**3 / took)
-    return Rates(copy, matrix)
-
-
-def within(budget: float, sizes: tuple[int, ...]) -> Iterator[int]:
-    """Sizes in turn, until the time is used up."""
-    begin = time.perf_counter()
-    for size in sizes:
-        yield size
-        if time.perf_counter() - begin > budget / 4:  # the next size takes several times as long
-            return
-
-
-def seconds_of(device: torch.device, run: Callable[[], Any], times: int = 5) -> float:
-    """Median of some runs, after one that is not counted; device time on a GPU."""
-    run()
-    took = []
-    for _ in range(times):
-        if device.type == "cuda":
-            marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            marks[0].record()
-            run()
-            marks[1].record()
-            marks[1].synchronize()
-            took.append(marks[0].elapsed_time(marks[1]) / 1000)
-        else:
-            begin = time.perf_counter()
-            run()
-            took.append(time.perf_counter() - begin)
-    return median(took)
 
 
 def _facts(
