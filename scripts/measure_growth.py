@@ -117,7 +117,8 @@ def run(
     from ttspec.config import LearnConfig
     from ttspec.decoding.forced import load_random
 
-    config = LearnConfig(stride=stride, scope=scope) if learn else None  # type: ignore[arg-type]
+    # Published now, so that an update has a time of its own.
+    config = LearnConfig(stride=stride, scope=scope, publish="now") if learn else None  # type: ignore[arg-type]
     wanted = points(
         numbers("contexts", contexts),
         numbers("rows", rows),

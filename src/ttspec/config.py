@@ -13,6 +13,7 @@ Scope = Literal["request", "session", "shared"]
 Parameters = Literal["full", "layers", "attention", "mlp"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
+Publish = Literal["now", "ready", "stride"]
 
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
@@ -112,6 +113,10 @@ class LearnConfig:
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
+    publish: Publish = "ready"
+    """Which round is the first to draft with what an update made. A GPU updates beside the rounds
+    and the next one after it is over has it (ready); stride: the first of the next stride, so that
+    runs repeat exactly; now: the next one, which waits. Off a GPU, or shared, ready is now."""
 
     def __post_init__(self) -> None:
         _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")
@@ -132,7 +137,16 @@ class LearnConfig:
 
         Stride, rate and weights are not published; these are the values others started from.
         """
-        return cls(stride=10, lr=1e-4, rows="block", blocks=1, decay=4.0, beta1=0.9, beta2=0.999)
+        return cls(
+            stride=10,
+            lr=1e-4,
+            rows="block",
+            blocks=1,
+            decay=4.0,
+            beta1=0.9,
+            beta2=0.999,
+            publish="stride",
+        )
 
     def with_options(self, **options: object) -> Self:
         """A copy with some fields replaced.

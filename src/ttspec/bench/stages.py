@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
@@ -130,6 +130,8 @@ def measure(
     if drafter is None or not drafter.weights or not length:
         learn = None
     parts = r.parts_of(drafter, length, draft.window) if drafter and length else None
+    if learn:
+        learn = replace(learn, publish="now")  # so that an update has a time of its own
     plan = Plan.of(rounds, length, learn)
     if context + plan.tokens > target.context:
         most = target.context - plan.tokens

@@ -2,12 +2,12 @@
 
 Every row learns for itself: live weights, moments and reverts are a row's own, so that rows of a
 batch cannot touch each other, unless scope "shared" asks for one drafter that learns from all.
-Weights change only between rounds, in `absorb`.
+Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
+reads a copy of the lessons, context that no round writes any more, and weights that stay as they
+are until it is over; what it makes waits in the masters until it is published.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -41,9 +41,15 @@ class Pupil:
         # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
         self._master = self._anchor.repeat(copies, 1)
         self._gradient = torch.zeros_like(self._master)
+        dtype = next(iter(self.anchor.values())).dtype
+        beside = config.publish == "ready" and self._anchor.is_cuda
+        waits = not self.shared and (beside or config.publish == "stride")
+        self._live = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
-        self.live = {n: self._seen(w).to(self.anchor[n].dtype) for n, w in self.master.items()}
+        self.live = {n: self._seen(w) for n, w in self._views(self._live).items()}
         self._optimisers = [self._optimiser(copy) for copy in range(copies)]
+        # Without lessons this changes nothing, but Adam's moments have their addresses now.
+        self.step(self._master.new_zeros(1 if self.shared else copies, 3))
 
     def put(self, gradients: list[Tensor], *, more: bool) -> None:
         """Take gradients of the live weights, `more` on top of those there are."""
@@ -55,36 +61,50 @@ class Pupil:
         """Of each copy's gradient, float32 [copies]."""
         return self._gradient.norm(dim=1)
 
-    def step(self, copy: int, norm: float, share: float = 1.0) -> None:
-        """One Adam step of a copy; `publish` makes it count.
+    def sound(self, facts: Tensor) -> Tensor:
+        """Which copies may step, bool [copies]: some row taught them, and all of it is finite.
 
         Args:
-            copy: Which.
-            norm: Of its gradient.
-            share: What the gradient is multiplied with before it is clipped.
+            facts: Float32 [B, 3]: each row's blocks, its loss, and the norm of its copy's gradient.
         """
-        scale = share * min(self.config.clip / (norm * share + 1e-6), 1.0)
-        if scale != 1:
-            self._gradient[copy] *= scale
-        self._optimisers[copy].step()
+        taught, finite = facts[:, 0] > 0, facts.isfinite().all(1)
+        if self.shared:
+            return (taught.any() & (finite | ~taught).all())[None]
+        return taught & finite
+
+    def step(self, facts: Tensor) -> None:
+        """One Adam step of every copy that is `sound`, told on the device; `publish` shows it."""
+        sound, norm = self.sound(facts), facts[: len(self._master), 2]
+        # What all rows share learns from their mean.
+        share = 1 / (facts[:, 0] > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
+        scale = share * (self.config.clip / (norm * share + 1e-6)).clamp(max=1.0)
+        refused, over = (~sound).float().unbind(), (1 / scale).expand(len(sound)).unbind()
+        for optimiser, no, by in zip(self._optimisers, refused, over, strict=True):
+            # As a gradient scaler tells them: fused Adam divides, and skips, on the device.
+            optimiser.found_inf, optimiser.grad_scale = no, by  # type: ignore[attr-defined]
+            optimiser.step()
 
     def publish(self) -> None:
         """Let the masters draft: in place, whoever holds the live weights sees it."""
-        for name, master in self.master.items():
-            if master.dtype != self.live[name].dtype:  # else they are one
-                self.live[name].copy_(self._seen(master))
+        if self._live is not self._master:
+            self._live.copy_(self._master)
 
     def restore(self, copy: int) -> None:
-        """Put a copy's anchor weights back."""
+        """Put a copy's anchor weights back; its moments go."""
         self._master[copy] = self._anchor
-        self._optimisers[copy] = self._optimiser(copy)
-        for name, weight in self.anchor.items():
-            self.live[name][... if self.shared else copy] = weight
+        self._live[copy] = self._anchor.to(self._live.dtype)
+        for state in self._optimisers[copy].state.values():
+            for moment in state.values():
+                moment.zero_()
 
     def _optimiser(self, copy: int) -> torch.optim.Adam:
         c, weights = self.config, self._master[copy]
         weights.grad = self._gradient[copy]
-        return torch.optim.Adam([weights], self.rate, (c.beta1, c.beta2), c.eps, fused=True)
+        betas, device = (c.beta1, c.beta2), weights.device
+        capturable = device.type == "cuda"
+        return torch.optim.Adam(
+            [weights], self.rate, betas, c.eps, fused=True, capturable=capturable
+        )
 
     def _seen(self, table: Tensor) -> Tensor:
         """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
@@ -119,7 +139,18 @@ class Learner:
         self._run = run or Graphs(torch.device("cpu"))
         self._lessons: Lessons | None = None
         self._verification: Verification
+        self._lesson: Lesson
+        self._facts = torch.zeros(rows, 3, device=drafter.embedding.device)
         self._rounds = 0
+        self._publish = "now" if self.shared else config.publish
+        self._aside = self._run
+        """Graphs of an update: where it may run beside a round, they share no memory with it."""
+        self._stream, self._over = None, None
+        if torch.cuda.is_available() and self._run.on and self._publish != "now":
+            self._aside = Graphs(drafter.embedding.device)
+            self._stream, self._over = torch.cuda.Stream(), torch.cuda.Event()
+        self._told: Tensor | None = None
+        """Facts of the update that is under way or not yet published, where the host reads them."""
 
     def absorb(
         self, verification: Verification, longest: int, key: int | None = None
@@ -141,14 +172,15 @@ class Learner:
         kept = self._lessons.kept
         self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
-        if self._rounds % self.config.stride:
-            return [False] * rows
-        if self._run.on:  # few graphs: they read at most twice the context that is there
-            longest = max(FEW, 1 << (longest - 1).bit_length())
-        # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
-        facts = self._run(self._newest, longest, compile=False)
-        self._lessons.used()
-        return self._step(facts)
+        due = self._rounds % self.config.stride == 0
+        updated = [False] * rows
+        if due or (self._publish == "ready" and self._over and self._over.query()):
+            updated = self._settle()
+        if due:
+            self._begin(longest)
+            if self._publish == "now" or (self._publish == "ready" and not self._over):
+                updated = self._settle()
+        return updated
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
         """One step on a lesson: forward KL to the target, weighted by position.
@@ -156,16 +188,44 @@ class Learner:
         A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
         Where all rows share one, it learns from the mean over the rows that have a lesson.
         """
-        return self._step(self._teach(lesson, longest))
+        self._facts.copy_(self._teach(lesson, longest))
+        self._step(0)
+        self._told = self._facts
+        return self._settle()
+
+    def _begin(self, longest: int) -> None:
+        """Start an update on the newest lessons, beside the next rounds where it has a stream."""
+        assert self._lessons is not None
+        if self._run.on:  # few graphs: they read at most twice the context that is there
+            longest = max(FEW, 1 << (longest - 1).bit_length())
+        self._lesson = self._aside(self._newest, 0, compile=False)
+        self._lessons.used()
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
+            self._aside(self._taught, longest, compile=False)
+            self._aside(self._step, 0, compile=False, warm=False)
+            self._told = self._facts
+            if self._stream and self._over:
+                self._told = self._facts.to("cpu", non_blocking=True)
+                self._over.record()
 
     def _keep(self, key: int) -> None:  # noqa: ARG002
         assert self._lessons is not None
         self._lessons.absorb(self._verification)
 
-    def _newest(self, longest: int) -> Tensor:
-        """Gradients of the newest lessons. Repeating it changes nothing, so it can be captured."""
+    def _newest(self, key: int) -> Lesson:  # noqa: ARG002
         assert self._lessons is not None
-        return self._teach(self._lessons.newest(), longest)
+        return self._lessons.newest()
+
+    def _taught(self, longest: int) -> None:
+        """Gradients of the lesson. Repeating it changes nothing, so it can be captured."""
+        self._facts.copy_(self._teach(self._lesson, longest))
+
+    @torch.no_grad()
+    def _step(self, key: int) -> None:  # noqa: ARG002
+        self.pupil.step(self._facts)
 
     @torch.no_grad()
     def _teach(self, lesson: Lesson, longest: int) -> Tensor:
@@ -211,27 +271,27 @@ class Learner:
         return kl
 
     @torch.no_grad()
-    def _step(self, facts: Tensor) -> list[bool]:
-        """Step where there was a lesson and all is finite; say of each row whether it counted."""
-        told = facts.tolist()
-        taught = [row for row, (count, *_) in enumerate(told) if count > 0]
-        sound = {row for row in taught if all(map(math.isfinite, told[row]))}
-        if self.shared:
-            if taught and len(sound) == len(taught):
-                self.pupil.step(0, told[0][2], 1 / len(taught))
-            elif taught:
-                self.revert(0)
-                sound = set()
-        else:
-            for row in taught:
-                if row in sound:
-                    self.pupil.step(row, told[row][2])
-                else:
-                    self.revert(row)
+    def _settle(self) -> list[bool]:
+        """Publish the update under way, once it is over; of each row, whether there was one."""
+        if self._told is None:
+            return [False] * len(self.updates)
+        if self._over:
+            self._over.synchronize()
+        told, self._told = self._told.cpu(), None
+        sound = self.pupil.sound(told).tolist()
+        taught = (told[:, 0] > 0).tolist()
+        for copy, good in enumerate(sound):
+            if not good and (any(taught) if self.shared else taught[copy]):
+                self.revert(copy)
         self.pupil.publish()
-        for row in sound:
-            self.updates[row] += 1
-        return [row in sound for row in range(len(told))]
+        counted = [had and sound[0 if self.shared else row] for row, had in enumerate(taught)]
+        self.updates = [n + new for n, new in zip(self.updates, counted, strict=True)]
+        return counted
+
+    def __del__(self) -> None:
+        """Wait for an update: what it reads and writes must outlive it."""
+        if self._told is not None and self._over:
+            self._over.synchronize()
 
     def revert(self, copy: int) -> None:
         """Put a copy's anchor weights back; its moments and lessons go."""
@@ -246,6 +306,7 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
+        self._settle()
         if not self.shared:
             self.pupil.restore(row)
         self._forget_all(row)
@@ -253,6 +314,7 @@ class Learner:
 
     def forget(self, row: int, length: int) -> None:
         """Drop the lessons about what a row's crop to `length` took back."""
+        self._settle()  # it reads what will be overwritten
         if self._lessons is not None:
             self._lessons.clear_above(row, length)
 

@@ -26,6 +26,9 @@ class Graphs:
         self.on, self.compile = device.type == "cuda", compile
         self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
+        # Libraries keep scratch memory per stream of capture: graphs that may run at the same time
+        # must not have it in common.
+        self._stream = torch.cuda.Stream(device) if self.on else None
 
     def __call__(
         self,
@@ -34,6 +37,7 @@ class Graphs:
         *,
         compile: bool = True,
         changes: Sequence[Tensor] = (),
+        warm: bool = True,
     ) -> T:
         """What `work(key)` returns; a later call with this key overwrites it.
 
@@ -44,36 +48,48 @@ class Graphs:
             key: All of its shapes follow from this.
             compile: Whether it gains from being compiled.
             changes: What a run changes for good; put back after those two.
+            warm: Whether it runs before it is captured; else its kernels must have run before.
         """
         if not self.on:
             return work(key)
         at = work.__name__, key
         if at not in self._made:
-            self._made[at] = self._capture(work, key, changes, compile=compile)
+            self._made[at] = self._capture(work, key, changes, compile=compile, warm=warm)
         graph, out = self._made[at]
         graph.replay()
         return out
 
     def _capture(
-        self, work: Callable[[int], T], key: int, changes: Sequence[Tensor], *, compile: bool
+        self,
+        work: Callable[[int], T],
+        key: int,
+        changes: Sequence[Tensor],
+        *,
+        compile: bool,
+        warm: bool,
     ) -> tuple[torch.cuda.CUDAGraph, T]:
         with compiling() if self.compile and compile else nullcontext():
-            return self._captured(work, key, changes)
+            if warm:
+                self._warm_up(work, key, changes)
+            graph = torch.cuda.CUDAGraph()
+            # `torch.cuda.graph` would empty torch's cache, which takes longer than all the rest.
+            torch.cuda.synchronize()
+            with torch.cuda.stream(self._stream):
+                # One pool for all: they never run at the same time, and nothing outlives its round.
+                graph.capture_begin(pool=self._pool)
+                try:
+                    out = work(key)
+                finally:
+                    graph.capture_end()
+            return graph, out
 
-    def _captured(
-        self, work: Callable[[int], T], key: int, changes: Sequence[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, T]:
+    def _warm_up(self, work: Callable[[int], T], key: int, changes: Sequence[Tensor]) -> None:
+        assert self._stream
         before = [tensor.clone() for tensor in changes]
-        side = torch.cuda.Stream()  # warm-up on another stream, as CUDA graphs ask for
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 work(key)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         for tensor, old in zip(changes, before, strict=True):
             tensor.copy_(old)
-        graph = torch.cuda.CUDAGraph()
-        # One pool for all: they never run at the same time, and nothing outlives its round.
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = work(key)
-        return graph, out
