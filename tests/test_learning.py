@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from toys import (
+    NOW,
     VOCABULARY,
     G,
     bound_drafter,
@@ -82,6 +83,35 @@ def test_updates_come_every_stride_rounds():
     learner, drafter, state = pupil(1, LearnConfig(stride=3, rows="block"))
     updated = [step(learner, drafter, state, fake_round(n, 1))[0] for n in range(7)]
     assert updated == [False, False, True, False, False, True, False]
+
+
+def test_what_is_published_at_the_stride_waits_for_it_and_is_the_same():
+    """An update made of the same rounds from the same weights, one stride later."""
+    rounds = [fake_round(n, 2, emitted=[1, 2]) for n in range(6)]
+    now = LearnConfig(stride=3, rows="block", publish="now")
+    early, drafter, state = pupil(2, now)
+    wanted = [step(early, drafter, state, v) for v in rounds[:3]][-1]
+    late, drafter, state = pupil(2, replace(now, publish="stride"))
+    for number, v in enumerate(rounds):
+        assert step(late, drafter, state, v) == (wanted if number == 5 else [False, False])
+        for name, anchor in late.pupil.anchor.items():
+            live = early.pupil.live[name] if number == 5 else anchor.expand(2, *anchor.shape)
+            assert torch.equal(late.pupil.live[name], live), (number, name)
+    assert late.updates == early.updates == [1, 1]
+    off_a_gpu, drafter, state = pupil(2, replace(now, publish="ready"))
+    assert [step(off_a_gpu, drafter, state, v) for v in rounds[:3]][-1] == wanted
+
+
+def test_a_row_that_is_reset_loses_the_update_under_way_and_the_others_do_not():
+    learner, drafter, state = pupil(2, replace(NOW, publish="stride"))
+    step(learner, drafter, state, fake_round(0, 2))
+    learner.reset(0)
+    step(learner, drafter, state, fake_round(1, 2, emitted=[0, 1]))
+    step(learner, drafter, state, fake_round(2, 2, emitted=[0, 1]))
+    for name, anchor in learner.pupil.anchor.items():
+        assert torch.equal(learner.pupil.live[name][0], anchor), name
+        assert not torch.equal(learner.pupil.live[name][1], anchor), name
+    assert learner.updates == [0, 2]
 
 
 def test_a_first_step_goes_down_the_weighted_kl():
