@@ -65,6 +65,6 @@ def _drafter_cache(drafter: Drafter) -> int:
 
 
 def _learning(drafter: Drafter) -> int:
-    """Bytes a row: float32 master and two moments, the live copy and its gradient."""
+    """Bytes a row: float32 master, gradient and two moments, the live copy and its gradient."""
     weights = [drafter.weights[name] for name in drafter.learnable("full")]
-    return sum(w.numel() * (12 + 2 * w.element_size()) for w in weights)
+    return sum(w.numel() * (16 + 2 * w.element_size()) for w in weights)
