@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from toys import DRAFTER, complaint, make_drafter
 
 from ttspec.cli import COMMANDS, main
@@ -316,6 +316,43 @@ def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> 
     out, err = capsys.readouterr()
     assert out == once * 2
     assert "session: 1 turns" in err
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_what_was_learned_is_saved_and_taken_up_again(
+    pair, capsys, monkeypatch, tmp_path, command: str
+) -> None:
+    folder, flags = tmp_path / "learned", ["--learn.stride", "1", "--ignore-eos", "--seed", "1"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    said = ["hello"] if command == "generate" else []
+    asked = [command, *said, *pair, "--max-new-tokens", "20", *flags]
+    assert main(asked) == 0
+    text = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\nand then?\n"))
+    assert main([*asked, "--save-drafter", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert out == text
+    assert f"--drafter {folder}" in err
+    place = pair.index("--drafter") + 1
+    before, after = (load_file(next(Path(d).glob("*.safetensors"))) for d in (pair[place], folder))
+    moved = [name for name, w in after.items() if name in before and not w.equal(before[name])]
+    assert "norm.weight" in moved
+    again = [*pair[:place], str(folder), *pair[place + 1 :]]
+    assert main(["generate", "hello", *again, "--max-new-tokens", "5"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--save-drafter", str(folder)]) == 2  # it is not overwritten
+    assert "nothing was written" in complaint(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [(["--no-learn"], "--no-learn"), (["--drafter", "ngram"], "needs a drafter")],
+)
+def test_what_has_nothing_to_save_is_refused(pair, capsys, tmp_path, flags, words: str) -> None:
+    mine = pair[: pair.index("--drafter")] if "--drafter" in flags else pair
+    assert main(["generate", "hi", *mine, *flags, "--save-drafter", str(tmp_path / "new")]) == 2
+    assert words in complaint(capsys)[0]
+    assert not (tmp_path / "new").exists()
 
 
 def test_unknown_commands_of_chat_are_not_sent_to_the_target(pair, capsys, monkeypatch) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, ModelFlags, SessionLearnFlags
+from ttspec.cli.saving import check_drafter, check_place, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, TtspecError
@@ -36,6 +38,7 @@ def chat(
     draft: DraftFlags = DraftFlags(),
     learn: Annotated[bool, Parameter(name="--learn")] = True,
     learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
+    save_drafter: Path | None = None,
 ) -> int:
     """Talk with the target; the drafter learns over the whole conversation.
 
@@ -45,14 +48,22 @@ def chat(
     ----------
     learn
         Whether the drafter learns while it talks.
+    save_drafter
+        A new or empty folder for the drafter as it is at the end, for --drafter.
     """
+    check_place(save_drafter, learn=learn)
     settings = options.options() | {
         "draft": draft.config(),
         "learn": learning.config_if(learn),
     }
     GenerateConfig(**settings)  # complains before anything is loaded
-    conversation = Conversation(models.load(notify=say), settings)
-    return conversation.run(at_terminal=sys.stdin.isatty())
+    engine = models.load(notify=say)
+    check_drafter(save_drafter, engine)
+    conversation = Conversation(engine, settings)
+    try:
+        return conversation.run(at_terminal=sys.stdin.isatty())
+    finally:
+        save_learned(conversation.session, save_drafter)
 
 
 class Conversation:

@@ -2,11 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.saving import check_drafter, check_place, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_nothing, show_text, summary
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError
@@ -21,6 +23,7 @@ def generate(
     draft: DraftFlags = DraftFlags(),
     learn: Annotated[bool, Parameter(name="--learn")] = True,
     learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    save_drafter: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
 ) -> int:
     """Generate one answer and stream it to standard output.
@@ -31,14 +34,20 @@ def generate(
         The user's text; - reads it from standard input.
     learn
         Whether the drafter learns while it generates.
+    save_drafter
+        A new or empty folder for the drafter as it is at the end, for --drafter.
     as_json
         Print one JSON object with text, token_ids, finish_reason and stats instead.
     """
+    check_place(save_drafter, learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
     text = read_prompt(prompt)
     engine = models.load(notify=say)
-    result = follow(engine.stream(text, **settings), show_nothing if as_json else show_text)
+    check_drafter(save_drafter, engine)
+    session = engine.session(**settings) if save_drafter else None
+    chunks = session.stream(text) if session else engine.stream(text, **settings)
+    result = follow(chunks, show_nothing if as_json else show_text)
     if as_json:
         print(json.dumps(result.to_dict(), ensure_ascii=False))
     else:
@@ -48,6 +57,8 @@ def generate(
     drafting = engine.drafter is not None and draft.length != 0
     if drafting and (warning := low_acceptance(result.stats)):
         say(warning)
+    if session:
+        save_learned(session, save_drafter)
     return 130 if result.finish_reason == "cancelled" else 0
 
 
