@@ -119,8 +119,9 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: acceptance == "invariant")
     arms: list[dict] = [{"learn": None}]
     if which not in ("none", "ngram"):
-        arms += [{"learn": NOW}, {"learn": replace(NOW, stride=2, publish="stride")}]
-        arms += [{"learn": None, "draft": DraftConfig(window=9, rebase=5)}]
+        arms += [{"learn": NOW}, {"learn": None, "draft": DraftConfig(window=9, rebase=5)}]
+    if which in ("dflash", "eagle3", "pard"):
+        arms += [{"learn": replace(NOW, stride=2, publish="stride")}]
     made, replayed = Tapes.made, Tapes.replayed
     for options in arms:
         options |= {"acceptance": acceptance}
