@@ -119,6 +119,11 @@ class Pupil:
 class Learner:
     """Distils the target into the live weights, one Adam step of every copy per update."""
 
+    _told: Tensor | None = None
+    """Facts of the update that is under way or not yet published, where the host reads them."""
+    _over: torch.cuda.Event | None = None
+    """On a GPU, happens when that update is over."""
+
     def __init__(
         self,
         config: LearnConfig,
@@ -145,12 +150,10 @@ class Learner:
         self._publish = "now" if self.shared else config.publish
         self._aside = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
-        self._stream, self._over = None, None
+        self._stream: torch.cuda.Stream | None = None
         if torch.cuda.is_available() and self._run.on and self._publish != "now":
             self._aside = Graphs(drafter.embedding.device)
             self._stream, self._over = torch.cuda.Stream(), torch.cuda.Event()
-        self._told: Tensor | None = None
-        """Facts of the update that is under way or not yet published, where the host reads them."""
 
     def absorb(
         self, verification: Verification, longest: int, key: int | None = None
