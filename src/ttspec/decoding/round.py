@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
@@ -37,6 +38,8 @@ from ttspec.sampling import (
 
 PREFILL = 512
 """Prompt tokens read at once."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,11 +241,12 @@ class Decoder:
         # Some rows' keys are copied before they are read; those of all rows are not.
         every = rows == list(range(self.rows))
         subset = None if every else torch.tensor(rows, device=device)
-        out, features = self.target.forward(
-            self.cache, tokens, start, max(at), subset=subset, logits=1 if logits else 0
-        )
-        if self.drafter and self.state:
-            self.drafter.extend(self.state, tokens, features, start, subset)
+        with sdpa_kernel(ATTENTION):
+            out, features = self.target.forward(
+                self.cache, tokens, start, max(at), subset=subset, logits=1 if logits else 0
+            )
+            if self.drafter and self.state:
+                self.drafter.extend(self.state, tokens, features, start, subset)
         return out
 
     def _start(self) -> Tensor:
