@@ -52,7 +52,7 @@ def test_doctor_says_where_the_weights_are_and_what_they_need(pair, capsys) -> N
     shapes = drafter_model.shapes()
     drafter_model.weights = {name: torch.empty(shape) for name, shape in shapes.items()}
     learnable = sum(drafter_model.weights[n].numel() for n in drafter_model.learnable("full"))
-    assert told["memory"]["learning_per_row"] == learnable * (12 + 2 * dtype_size)
+    assert told["memory"]["learning_per_row"] == learnable * (16 + 2 * dtype_size)
     assert main(["doctor", target, drafter]) == 0
     assert "fits" in capsys.readouterr().out
 
