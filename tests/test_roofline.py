@@ -14,10 +14,8 @@ from toys import CONFIGS, SLOTS, Parrot, Watch, bound_kind, complaint, random_fe
 from toys import lesson as blocks_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from ttspec.bench import rates as s
 from ttspec.bench import roofline as r
-from ttspec.bench import stages as stages_room
-from ttspec.bench.rates import Rates
+from ttspec.bench.rates import Rates, measure_rates
 from ttspec.bench.stages import Stage
 from ttspec.bench.timing import Plan, time_rounds
 from ttspec.cli import main
@@ -242,7 +240,7 @@ def test_a_stage_takes_the_longer_of_moving_and_computing() -> None:
 
 
 def test_rates_are_of_this_machine() -> None:
-    rates = s.measure_rates(torch.device("cpu"), torch.float32)
+    rates = measure_rates(torch.device("cpu"), torch.float32)
     assert 1e8 < rates.copy < 1e13
     assert 1e8 < rates.matrix < 1e16
 
@@ -279,8 +277,8 @@ def roofline(pair: list[str], *flags: str) -> int:
 
 
 def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(s, "BUDGET", 0.0)  # the smallest sizes do
-    monkeypatch.setattr(s, "COPIED", {"cpu": (1 << 20,)})
+    monkeypatch.setattr("ttspec.bench.rates.BUDGET", 0.0)  # the smallest sizes do
+    monkeypatch.setattr("ttspec.bench.rates.COPIED", {"cpu": (1 << 20,)})
     flags = ("--rows", "2", "--context", "100", "--rounds", "4")
     assert roofline(pair, *flags, "--learn.stride", "2", "--json") == 0
     out, err = capsys.readouterr()
@@ -314,7 +312,7 @@ def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("flags", [("--drafter", "none"), ("--draft.length", "0")])
 def test_without_a_drafter_there_is_only_the_plain_step(pair, capsys, monkeypatch, flags) -> None:
-    monkeypatch.setattr(stages_room, "measure_rates", lambda *_: Rates(1e10, 1e11))
+    monkeypatch.setattr("ttspec.bench.stages.measure_rates", lambda *_: Rates(1e10, 1e11))
     given = [*pair[:2], *pair[4:]] if flags[0] == "--drafter" else pair
     assert roofline(given, *flags, "--context", "20", "--rounds", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)

@@ -37,11 +37,9 @@ def check_drafter(folder: Path | None, engine: Engine) -> None:
     """
     if folder is None or (engine.drafter is not None and engine.drafter.weights):
         return
-    kind = (
-        "there is none" if engine.drafter is None else f"a {engine.drafter.kind} drafter has none"
-    )
+    why = "there is none" if engine.drafter is None else f"{engine.drafter.name} has none"
     raise OptionError(
-        f"--save-drafter needs a drafter with weights, and {kind}.\n"
+        f"--save-drafter needs a drafter with weights, and {why}.\n"
         "Give --drafter a checkpoint, or drop --save-drafter."
     )
 

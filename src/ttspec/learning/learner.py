@@ -100,11 +100,8 @@ class Pupil:
     def _optimiser(self, copy: int) -> torch.optim.Adam:
         c, weights = self.config, self._master[copy]
         weights.grad = self._gradient[copy]
-        betas, device = (c.beta1, c.beta2), weights.device
-        capturable = device.type == "cuda"
-        return torch.optim.Adam(
-            [weights], self.rate, betas, c.eps, fused=True, capturable=capturable
-        )
+        betas, cuda = (c.beta1, c.beta2), weights.is_cuda
+        return torch.optim.Adam([weights], self.rate, betas, c.eps, fused=True, capturable=cuda)
 
     def _seen(self, table: Tensor) -> Tensor:
         """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
@@ -147,11 +144,14 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, 3, device=drafter.embedding.device)
         self._rounds = 0
-        self._publish = "now" if self.shared else config.publish
+        beside = self._run.on and drafter.embedding.is_cuda
+        self._publish = config.publish
+        if self.shared or (config.publish == "ready" and not beside):
+            self._publish = "now"
         self._aside = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
-        if torch.cuda.is_available() and self._run.on and self._publish != "now":
+        if beside and self._publish != "now":
             self._aside = Graphs(drafter.embedding.device)
             self._stream, self._over = torch.cuda.Stream(), torch.cuda.Event()
 
@@ -181,7 +181,7 @@ class Learner:
             updated = self._settle()
         if due:
             self._begin(longest)
-            if self._publish == "now" or (self._publish == "ready" and not self._over):
+            if self._publish == "now":
                 updated = self._settle()
         return updated
 

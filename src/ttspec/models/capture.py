@@ -72,7 +72,8 @@ class Graphs:
             if warm:
                 self._warm_up(work, key, changes)
             graph = torch.cuda.CUDAGraph()
-            # `torch.cuda.graph` would empty torch's cache, which takes longer than all the rest.
+            # `torch.cuda.graph` would empty torch's cache too, and its memory is wanted again:
+            # an update's capture took 0.22 s so, and 0.13 this way (docs/experiments.md).
             torch.cuda.synchronize()
             with torch.cuda.stream(self._stream):
                 # One pool for all: they never run at the same time, and nothing outlives its round.
