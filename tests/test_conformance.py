@@ -41,6 +41,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.layers import multiplied_out
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
@@ -72,9 +73,11 @@ def accepted(result: Result) -> list[tuple[int, int]]:
 
 # The text is the target's.
 
+LORA = dataclasses.replace(NOW, weights="lora", rank=3)
 ARMS = {
     "static": {"learn": None},
     "learning": {"learn": NOW},
+    "learning low-rank changes": {"learn": LORA},
     "learning, window": {"learn": NOW, "draft": WINDOW},
     "learning, rebase": {"learn": NOW, "draft": REBASE},
     "static, window and rebase": {"learn": None, "draft": DraftConfig(window=9, rebase=5)},
@@ -118,7 +121,7 @@ MIXED = ["a", "the quick brown fox jumps over the lazy dog and then it sleeps", 
 
 
 @pytest.mark.parametrize("which", ALL)
-@pytest.mark.parametrize("learn", [None, NOW], ids=["static", "learning"])
+@pytest.mark.parametrize("learn", [None, NOW, LORA], ids=["static", "learning", "low-rank"])
 def test_rows_of_a_batch_write_and_accept_what_each_does_alone(target, which: str, learn):
     engine = engine_of(target, which)
     most = [7, 20, 13]
@@ -432,6 +435,69 @@ def test_rows_with_weights_of_their_own_give_what_each_gives_alone(which: str):
     drafter.extend(shared, ids, features, torch.zeros(3, dtype=torch.long))
     logits, *_ = drafted(drafter, shared, [1, 2, 3], start)
     assert not torch.allclose(logits[torch.isfinite(logits)], together[0][torch.isfinite(logits)])
+
+
+@pytest.mark.parametrize("which", CONFIGS)
+def test_low_rank_changes_of_each_row_draft_and_learn_as_the_weights_they_make(which: str):
+    """Multiplied out, row by row: the same drafts, and the same slopes by the chain rule."""
+    drafter = bound_kind(which)
+    generator = torch.Generator().manual_seed(3)
+    changes = drafter.changes("full", 3)
+    assert not any("k_proj" in n or "v_proj" in n or n.startswith("fc") for n in changes)
+    own = {
+        n: w + 0.3 * torch.randn(3, *w.shape, generator=generator) / w.shape[-1] ** 0.5
+        for n, w in changes.items()
+    }
+    ids, features = text_of(drafter, 3, 14)
+    start, tokens = [10, 14, 12], torch.tensor([[1, 2], [3, 4], [5, 6]])
+
+    def run(rows: list[int], weights: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        state = drafter.start(len(rows), SLOTS, WHOLE)
+        state.weights = weights
+        zero = torch.zeros(len(rows), dtype=torch.long)
+        drafter.extend(state, ids[rows, :9], features[rows, :9], zero)
+        subset = torch.arange(len(rows)).flip(0)
+        given = torch.tensor(rows).flip(0)
+        drafter.extend(state, ids[given, 9:], features[given, 9:], zero + 9, subset)
+        begin = [start[row] for row in rows]
+        logits, drawn, before = drafted(drafter, state, [1 + row for row in rows], begin)
+        more = torch.cat([tokens[rows][..., None], drawn[:, None].expand(-1, 2, -1)], dim=-1)
+        if before is not None:
+            before = torch.stack([before, before.flip(-1)], dim=1)
+        taught = lesson(more, [[begin[i], 7] for i in range(len(rows))], before)
+        return logits, drawn, drafter.replay(state, taught, drafter.length, 14)
+
+    leaves = {n: w.requires_grad_() for n, w in own.items()}
+    logits, drawn, replayed = run([0, 1, 2], {**drafter.weights, **leaves})
+    slopes = torch.autograd.grad(replayed.log_softmax(-1)[..., 7].sum(), list(leaves.values()))
+    for row in range(3):
+        alone = {n: w[row].detach() for n, w in own.items()}
+        made = multiplied_out({**drafter.weights, **alone})
+        matrices = {f"{n}.weight": made[f"{n}.weight"] for n in drafter.matrices("full")}
+        whole = {n: w.detach().requires_grad_() for n, w in matrices.items()}
+        wanted, tokens_drawn, again = run([row], {**made, **whole})
+        torch.testing.assert_close(logits[row], wanted[0], **CLOSE)
+        assert torch.equal(drawn[row], tokens_drawn[0])
+        torch.testing.assert_close(replayed[row], again[0], **CLOSE)
+        found = torch.autograd.grad(again.log_softmax(-1)[..., 7].sum(), list(whole.values()))
+        of_matrix = dict(zip(whole, found, strict=True))
+        for (name, _), slope in zip(leaves.items(), slopes, strict=True):
+            matrix, part = name.rsplit(".", 1)
+            g = of_matrix[matrix + ".weight"]
+            right = g @ alone[matrix + ".down"].T if part == "up" else alone[matrix + ".up"].T @ g
+            scale = float(right.abs().max())
+            torch.testing.assert_close(slope[row], right, atol=1e-4 * scale + 1e-6, rtol=2e-3)
+
+
+@pytest.mark.parametrize("which", CONFIGS)
+def test_low_rank_changes_draft_as_the_anchor_until_they_have_learned(which: str):
+    drafter = bound_kind(which)
+    state = read(drafter, *text_of(drafter, 2, 30))
+    wanted, *_ = drafted(drafter, state, [1, 2], [20, 30])
+    own = {n: w.repeat(2, 1, 1) for n, w in drafter.changes("full", 3).items()}
+    state.weights = {**drafter.weights, **own}
+    found, *_ = drafted(drafter, state, [1, 2], [20, 30])
+    assert torch.equal(found, wanted)
 
 
 # A distribution is the target's, also where drafts are judged by p / q.

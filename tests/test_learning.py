@@ -187,13 +187,14 @@ def test_a_row_whose_loss_is_not_finite_gets_its_anchor_back_and_no_other_row_no
 
 
 def test_after_a_revert_a_row_learns_as_from_the_start():
-    learner, drafter, state = pupil(2)
+    unguarded = replace(NOW, guard=0)  # with a guard it would rest first
+    learner, drafter, state = pupil(2, unguarded)
     for n in range(3):
         step(learner, drafter, state, fake_round(n, 2, same=True))
     learner.revert(0)
     v = fake_round(3, 2, same=True)
     step(learner, drafter, state, v)
-    fresh, drafter, other = pupil(2)
+    fresh, drafter, other = pupil(2, unguarded)
     for n in range(3):
         drafter.absorb(other, fake_round(n, 2, same=True))
     # The history's keys and values were made with other weights; the block sees them all.

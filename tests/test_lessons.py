@@ -95,6 +95,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
             before=None,
             logits=v.logits[:, None, :G],
             mask=torch.tensor([[mask]]),
+            fresh=torch.tensor([[True]]),
             count=torch.tensor([1]),
         )
         learner.update(lesson, 8)

@@ -209,6 +209,7 @@ def lesson(tokens: Any, start: Any, before: Tensor | None = None) -> Lesson:
         before=before,
         logits=torch.zeros(*start.shape, length, VOCABULARY),
         mask=torch.ones(*start.shape, length, dtype=torch.bool),
+        fresh=torch.ones(start.shape, dtype=torch.bool),
         count=torch.full((len(start),), start.shape[1]),
     )
 

@@ -14,6 +14,9 @@ Parameters = Literal["full", "layers", "attention", "mlp"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
 Publish = Literal["now", "ready", "stride"]
+Learned = Literal["full", "lora"]
+Loss = Literal["kl", "tv", "split"]
+Emphasis = Literal["position", "survival"]
 
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
@@ -82,8 +85,15 @@ class LearnConfig:
 
     stride: int = 8
     """Rounds between updates."""
+    weights: Learned = "full"
+    """What learns: the weights themselves (full), or low-rank changes of the matrices that make no
+    context (lora), which take a fiftieth of the memory and let many rows learn side by side."""
+    rank: int = 8
+    """Of low-rank changes."""
     lr: float | None = None
-    """Adam's learning rate; None is what measured best for the kind of drafter."""
+    """Adam's learning rate; None is what measured best for the kind of drafter and of weights."""
+    warmup: int = 0
+    """Updates over which a row's rate rises to `lr`; 0 begins with all of it."""
     beta1: float = 0.0
     """Adam's decay of the first moment; replayed blocks smooth the gradient already."""
     beta2: float = 0.99
@@ -100,8 +110,16 @@ class LearnConfig:
     more sees each several times."""
     temperature: float = 1.0
     """Divides both sides' logits in the loss."""
+    loss: Loss = "kl"
+    """What brings the drafter nearer: KL(p || q), total variation (tv), or KL(p || q) up to the
+    first wrong draft and KL(q || p), weaker and weaker, after it (split)."""
+    emphasis: Emphasis = "position"
+    """Whether a row weighs by its place in the block (`decay`), or by how likely the drafts that it
+    decides about are to be kept (survival; D-PACE, arXiv 2605.18810)."""
     decay: float = 0.0
     """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
+    proximal: float = 0.0
+    """Weight of KL(anchor || q), which holds the drafter to what its checkpoint drafts."""
     parameters: Parameters = "full"
     """Which weights learn: all, only the layers, only their attention, or only their MLPs."""
     chain: Chain = "unrolled"
@@ -113,6 +131,12 @@ class LearnConfig:
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
+    guard: int = 4
+    """Every so many updates live and anchor weights are compared on rows that taught neither; live
+    ones that are worse are put back, and rest. 0 never compares."""
+    cap: float | None = None
+    """Largest change of the weights, relative to their norm (of low-rank changes: of what they
+    were); None is no limit."""
     publish: Publish = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
@@ -120,10 +144,15 @@ class LearnConfig:
 
     def __post_init__(self) -> None:
         _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")
-        _require(self.blocks >= 1, "learn.blocks", self.blocks, "1 or more")
-        for name in ("lr", "eps", "clip", "temperature"):
+        for name in ("blocks", "rank"):
             value = getattr(self, name)
-            if name == "lr" and value is None:
+            _require(value >= 1, f"learn.{name}", value, "1 or more")
+        for name in ("warmup", "guard", "proximal"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"learn.{name}", value, "0 (none) or more")
+        for name in ("lr", "eps", "clip", "temperature", "cap"):
+            value = getattr(self, name)
+            if name in ("lr", "cap") and value is None:
                 continue
             _require(math.isfinite(value) and value > 0, f"learn.{name}", value, "above 0")
         for name in ("beta1", "beta2"):
@@ -146,6 +175,7 @@ class LearnConfig:
             beta1=0.9,
             beta2=0.999,
             publish="stride",
+            guard=0,
         )
 
     def with_options(self, **options: object) -> Self:

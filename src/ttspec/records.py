@@ -71,6 +71,8 @@ class Lesson:
     """[B, A, G, V] of the target."""
     mask: Tensor
     """bool [B, A, G]: which drafted tokens teach."""
+    fresh: Tensor
+    """bool [B, A]: blocks that taught no update yet."""
     count: Tensor
     """int64 [B]: blocks of a row that hold a lesson."""
 
@@ -83,6 +85,7 @@ class Lesson:
             before=None if self.before is None else self.before[:, some],
             logits=self.logits[:, some],
             mask=self.mask[:, some],
+            fresh=self.fresh[:, some],
             count=self.count,
         )
 

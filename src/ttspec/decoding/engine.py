@@ -20,9 +20,10 @@ from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
+from ttspec.drafters.layers import multiplied_out
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
-from ttspec.learning.learner import Pupil
+from ttspec.learning.weights import Pupil
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
 from ttspec.records import Chunk, Result
@@ -409,10 +410,8 @@ class Session:
                 "draft.length is 0.\nAsk for what was learned after a turn."
             )
         new = copy.copy(drafter)
-        new.weights = {
-            name: (w[0] if w.dim() > drafter.weights[name].dim() else w).detach().clone()
-            for name, w in state.weights.items()
-        }
+        live = {n: w[0] if drafter.is_own(n, w) else w for n, w in state.weights.items()}
+        new.weights = {n: w.detach().clone() for n, w in multiplied_out(live).items()}
         return new
 
     def close(self) -> None:

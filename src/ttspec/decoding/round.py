@@ -19,7 +19,8 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.drafters.base import Drafter
-from ttspec.learning.learner import Learner, Pupil
+from ttspec.learning.learner import Learner
+from ttspec.learning.weights import Pupil
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification

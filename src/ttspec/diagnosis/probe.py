@@ -288,6 +288,7 @@ def _compare(
             before=features[:, places - 1] if reading.taps else None,
             logits=features.new_empty(0),
             mask=torch.ones(shape, dtype=torch.bool, device=tokens.device),
+            fresh=torch.ones(shape[:2], dtype=torch.bool, device=tokens.device),
             count=tokens.new_full((1,), len(places)),
         )
         logits = drafter.replay(state, lesson, length, int(places[-1]))

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.layers import Weights
+from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
@@ -27,6 +27,8 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
+CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
+"""Parts of the names of matrices that make keys and values of the context."""
 
 
 @dataclass(slots=True)
@@ -64,6 +66,8 @@ class Drafter(ABC):
     """Tokens drafted a round unless told otherwise."""
     learning_rate: float = 1e-4
     """Of online learning unless told otherwise: what measured best (docs/experiments.md)."""
+    lora_rate: float = 1e-3
+    """The same where low-rank changes learn."""
     weights: dict[str, Tensor]
     """The anchor weights: what the checkpoint holds, under its names."""
     facts: dict[str, str]
@@ -174,6 +178,27 @@ class Drafter(ABC):
     def learnable(self, parameters: str) -> list[str]:
         """Names of the weights that learn under a `LearnConfig.parameters` choice."""
 
+    def matrices(self, parameters: str) -> list[str]:
+        """Names of the learnable matrices that get low-rank changes, without `.weight`.
+
+        None of those that make context, where they can be told: then its keys and values never
+        come from older weights, and rows share them.
+        """
+        names = [n for n in self.learnable(parameters) if self.weights[n].dim() == 2]
+        whole = [n for n in names if not any(part in n for part in CONTEXT)]
+        return [n.removesuffix(".weight") for n in whole]
+
+    def changes(self, parameters: str, rank: int) -> dict[str, Tensor]:
+        """Low-rank changes of `matrices` that change nothing yet: {name}.down and {name}.up."""
+        made: dict[str, Tensor] = {}
+        noise = torch.Generator().manual_seed(0)  # the same for all rows, devices and runs
+        for name in self.matrices(parameters):
+            weight = self.weights[name + ".weight"]
+            out, into = weight.shape
+            down = torch.randn(rank, into, generator=noise) * into**-0.5
+            made[name + DOWN], made[name + UP] = down.to(weight), weight.new_zeros(out, rank)
+        return made
+
     def absorb(self, state: DraftState, verification: Verification) -> None:
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
@@ -211,8 +236,12 @@ class Drafter(ABC):
         """The weights of some rows; those of all rows when `subset` is None."""
         if subset is None:
             return state.weights
-        own = self.weights
-        return {k: w[subset] if w.dim() > own[k].dim() else w for k, w in state.weights.items()}
+        mine = self.is_own
+        return {k: w[subset] if mine(k, w) else w for k, w in state.weights.items()}
+
+    def is_own(self, name: str, weight: Tensor) -> bool:
+        """Whether a live weight is one per row."""
+        return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)
 
 
 FEATURES_KEPT = 1024

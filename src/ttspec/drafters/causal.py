@@ -33,7 +33,7 @@ from ttspec.drafters.base import (
     feature_ring,
     placed,
 )
-from ttspec.drafters.layers import Rope, Weights, rebased
+from ttspec.drafters.layers import Rope, Weights, low_rank, rebased
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import NAME as FOLDED
@@ -79,6 +79,18 @@ class CausalState(FeatureState):
             kept[:, row[:, None], :, slot] = new.permute(1, 3, 0, 2, 4)
 
 
+class Projection(torch.nn.Linear):
+    """A matrix of the model, which may have a low-rank change, of all rows or of each."""
+
+    down: Tensor
+    up: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X [B, ..., in] -> [B, ..., out]."""
+        y = super().forward(input)
+        return low_rank(y, input, self.down, self.up) if self.down.numel() else y
+
+
 class Causal(Drafter):
     """A draft model from its config.json and its weights by transformers' names."""
 
@@ -121,6 +133,11 @@ class Causal(Drafter):
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(self.model_config)
         model.tie_weights()  # no_init_weights leaves it out
+        for module in list(model.modules()):
+            if type(module) is torch.nn.Linear:
+                module.__class__ = Projection
+                for part in ("down", "up"):  # none; `functional_call` puts rows' own here
+                    module.register_buffer(part, torch.empty(0, 0, 0), persistent=False)
         use_folded_attention(model)
         return model.eval().requires_grad_(False)
 
@@ -328,6 +345,11 @@ class Causal(Drafter):
             "attention": [n for n in layers if "attn" in n],
             "mlp": [n for n in layers if "mlp" in n],
         }[parameters]
+
+    def matrices(self, parameters: str) -> list[str]:
+        """See `Drafter.matrices`; a matrix that transformers lays out otherwise gets no change."""
+        plain = {n for n, m in self.model.named_modules() if isinstance(m, Projection)}
+        return [n for n in super().matrices(parameters) if n in plain]
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
         """What is fed to draft a block of target tokens [..., length] again."""

@@ -21,6 +21,8 @@ from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
 from ttspec.drafters.layers import (
+    DOWN,
+    UP,
     Beside,
     Look,
     Onto,
@@ -28,6 +30,7 @@ from ttspec.drafters.layers import (
     Weights,
     gated_mlp,
     linear,
+    project,
     rebased,
     rms_norm,
 )
@@ -51,6 +54,13 @@ LAYER = (
     "mlp.down_proj.weight",
 )
 """The weights of a layer."""
+CHANGED = tuple(
+    name.removesuffix(".weight") + part
+    for name in LAYER
+    if name.endswith("proj.weight")
+    for part in (DOWN, UP)
+)
+"""What a layer may have besides, where low-rank changes learn."""
 
 
 def default_taps(layers: int, target_layers: int) -> list[int]:
@@ -357,7 +367,8 @@ class DFlash(Drafter):
 
     def _of_layer(self, weights: Weights, i: int) -> Weights:
         at = f"layers.{i}."
-        return {name: weights[at + name] for name in LAYER}
+        own = {name: weights[at + name] for name in LAYER}
+        return own | {name: weights[at + name] for name in CHANGED if at + name in weights}
 
     @compiled
     def layer(
@@ -376,18 +387,18 @@ class DFlash(Drafter):
             [B, N, H].
         """
         y = rms_norm(x, weights["input_layernorm.weight"], self.eps)
-        q = linear(y, weights["self_attn.q_proj.weight"]).unflatten(-1, (self.heads, -1))
+        q = project(weights, "self_attn.q_proj", y).unflatten(-1, (self.heads, -1))
         q = rms_norm(q, weights["self_attn.q_norm.weight"], self.eps).transpose(1, 2)
         k, v = self._keys_values(weights, y)
         out = look(rope(q, position), rope(k, position), v)
-        x = x + linear(out, weights["self_attn.o_proj.weight"])
+        x = x + project(weights, "self_attn.o_proj", out)
         y = rms_norm(x, weights["post_attention_layernorm.weight"], self.eps)
         return x + gated_mlp(weights, "mlp.", y)
 
     def _keys_values(self, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (normed, not rotated) and values [B, kv heads, T, D] of x [B, T, H]."""
-        k = linear(x, weights["self_attn.k_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
-        v = linear(x, weights["self_attn.v_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        k = project(weights, "self_attn.k_proj", x).unflatten(-1, (self.kv_heads, -1))
+        v = project(weights, "self_attn.v_proj", x).unflatten(-1, (self.kv_heads, -1))
         k = rms_norm(k, weights["self_attn.k_norm.weight"], self.eps)
         return k.transpose(1, 2), v.transpose(1, 2)
 

@@ -36,7 +36,7 @@ from ttspec.drafters.layers import (
     Rope,
     Weights,
     gated_mlp,
-    linear,
+    project,
     rebased,
     rms_norm,
 )
@@ -352,7 +352,7 @@ class Eagle3(Drafter):
             parts = enumerate(features.chunk(3, dim=-1))
             normed = [rms_norm(x, weights[f"fc_norm.{i}.weight"], self.eps) for i, x in parts]
             features = torch.cat(normed, dim=-1)
-        return linear(features, weights["fc.weight"])
+        return project(weights, "fc", features)
 
     def _chain(
         self,
@@ -428,11 +428,11 @@ class Eagle3(Drafter):
             What the head reads and what the next step is fed, [B, N, H].
         """
         x, k, v = self._read(weights, h, tokens)
-        q = linear(x, weights[QKV + "q_proj.weight"]).unflatten(-1, (self.heads, -1))
+        q = project(weights, QKV + "q_proj", x).unflatten(-1, (self.heads, -1))
         if self.qk_norm:
             q = rms_norm(q, weights[QKV + "q_norm.weight"], self.eps)
         out = look(rope(q.transpose(1, 2), position), rope(k, position), v)
-        out = linear(out, weights[QKV + "o_proj.weight"])
+        out = project(weights, QKV + "o_proj", out)
         if self.residual_is_normed:
             h = rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps)
         y = h + out
@@ -451,8 +451,8 @@ class Eagle3(Drafter):
             ],
             dim=-1,
         )
-        k = linear(x, weights[QKV + "k_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
-        v = linear(x, weights[QKV + "v_proj.weight"]).unflatten(-1, (self.kv_heads, -1))
+        k = project(weights, QKV + "k_proj", x).unflatten(-1, (self.kv_heads, -1))
+        v = project(weights, QKV + "v_proj", x).unflatten(-1, (self.kv_heads, -1))
         if self.qk_norm:
             k = rms_norm(k, weights[QKV + "k_norm.weight"], self.eps)
         return x, k.transpose(1, 2), v.transpose(1, 2)

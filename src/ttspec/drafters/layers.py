@@ -32,6 +32,39 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
+DOWN, UP = ".down", ".up"
+"""After a matrix's name: the two factors [r, in] and [out, r] of a low-rank change of it."""
+
+
+def project(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """X [B, ..., in] times the matrix `{name}.weight`, with its low-rank change if it has one."""
+    y, down = linear(x, weights[name + ".weight"]), weights.get(name + DOWN)
+    return y if down is None else low_rank(y, x, down, weights[name + UP])
+
+
+def low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """Y [B, ..., out] plus x [B, ..., in] through [r, in] and [out, r], or through each row's own.
+
+    Never multiplied out: rows that learn for themselves share the matrix, and reading it costs what
+    it costs one row.
+    """
+    if down.dim() == 2:
+        return y + F.linear(F.linear(x, down), up)
+    inner = torch.bmm(x.flatten(1, -2), down.mT)
+    return torch.baddbmm(y.flatten(1, -2), inner, up.mT).view_as(y)
+
+
+def multiplied_out(weights: Weights) -> dict[str, Tensor]:
+    """Weights with their low-rank changes in them, by published names only."""
+    whole = {n: w for n, w in weights.items() if not n.endswith((DOWN, UP))}
+    for name, down in weights.items():
+        if name.endswith(DOWN):
+            of = name.removesuffix(DOWN)
+            weight, up = whole[of + ".weight"], weights[of + UP]
+            whole[of + ".weight"] = (weight.float() + up.float() @ down.float()).to(weight)
+    return whole
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
     wide = x.float()
@@ -43,10 +76,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def gated_mlp(weights: Weights, at: str, x: Tensor) -> Tensor:
     """SwiGLU under the published names `{at}gate_proj.weight` and so on."""
-    gate = F.silu(linear(x, weights[at + "gate_proj.weight"]))
-    return linear(
-        gate * linear(x, weights[at + "up_proj.weight"]), weights[at + "down_proj.weight"]
-    )
+    gate = F.silu(project(weights, at + "gate_proj", x))
+    return project(weights, at + "down_proj", gate * project(weights, at + "up_proj", x))
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

@@ -14,103 +14,32 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.layers import Weights
+from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
-from ttspec.losses import forward_kl, position_weights, weighted_mean
+from ttspec.learning.weights import FACTS, Pupil
+from ttspec.losses import (
+    expected_length,
+    forward_kl,
+    position_weights,
+    survival_weights,
+    total_variation,
+    weighted_mean,
+)
 from ttspec.models.capture import Graphs
 from ttspec.records import Lesson, Verification
 
 AT_ONCE = 2048
 """Drafted tokens, over all rows, that are replayed together: more only take more memory."""
 
+COMPARED = 4
+"""Blocks, the newest, over which live and anchor weights are compared."""
+
+FADING = 0.8
+"""Loss split: how fast rows behind the first wrong draft lose weight (arXiv 2605.29343)."""
+
 FEW = 512
 """Tokens of context that an update captured as a graph reads at least."""
-
-
-class Pupil:
-    """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
-
-    All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy.
-    """
-
-    def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
-        """Begin at the drafter's anchor weights."""
-        self.config, self.shared = config, config.scope == "shared"
-        self.rate = drafter.learning_rate if config.lr is None else config.lr
-        self.anchor = {n: drafter.weights[n] for n in drafter.learnable(config.parameters)}
-        self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
-        # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
-        self._master = self._anchor.repeat(copies, 1)
-        self._gradient = torch.zeros_like(self._master)
-        dtype = next(iter(self.anchor.values())).dtype
-        beside = config.publish == "ready" and self._anchor.is_cuda
-        waits = not self.shared and (beside or config.publish == "stride")
-        self._live = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
-        self.master, self.gradient = self._views(self._master), self._views(self._gradient)
-        self.live = {n: self._seen(w) for n, w in self._views(self._live).items()}
-        self._optimisers = [self._optimiser(copy) for copy in range(copies)]
-        # Without lessons this changes nothing, but Adam's moments have their addresses now.
-        self.step(self._master.new_zeros(1 if self.shared else copies, 3))
-
-    def put(self, gradients: list[Tensor], *, more: bool) -> None:
-        """Take gradients of the live weights, `more` on top of those there are."""
-        for mine, given in zip(self.gradient.values(), gradients, strict=True):
-            mine = self._seen(mine)
-            mine.add_(given) if more else mine.copy_(given)
-
-    def norms(self) -> Tensor:
-        """Of each copy's gradient, float32 [copies]."""
-        return self._gradient.norm(dim=1)
-
-    def sound(self, facts: Tensor) -> Tensor:
-        """Which copies may step, bool [copies]: some row taught them, and all of it is finite.
-
-        Args:
-            facts: Float32 [B, 3]: each row's blocks, its loss, and the norm of its copy's gradient.
-        """
-        taught, finite = facts[:, 0] > 0, facts.isfinite().all(1)
-        if self.shared:
-            return (taught.any() & (finite | ~taught).all())[None]
-        return taught & finite
-
-    def step(self, facts: Tensor) -> None:
-        """One Adam step of every copy that is `sound`, told on the device; `publish` shows it."""
-        sound, norm = self.sound(facts), facts[: len(self._master), 2]
-        # What all rows share learns from their mean.
-        share = 1 / (facts[:, 0] > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
-        scale = share * (self.config.clip / (norm * share + 1e-6)).clamp(max=1.0)
-        refused, over = (~sound).float().unbind(), (1 / scale).expand(len(sound)).unbind()
-        for optimiser, no, by in zip(self._optimisers, refused, over, strict=True):
-            # As a gradient scaler tells them: fused Adam divides, and skips, on the device.
-            optimiser.found_inf, optimiser.grad_scale = no, by  # type: ignore[attr-defined]
-            optimiser.step()
-
-    def publish(self) -> None:
-        """Let the masters draft: in place, whoever holds the live weights sees it."""
-        if self._live is not self._master:
-            self._live.copy_(self._master)
-
-    def restore(self, copy: int) -> None:
-        """Put a copy's anchor weights back; its moments go."""
-        self._master[copy] = self._anchor
-        self._live[copy] = self._anchor.to(self._live.dtype)
-        for state in self._optimisers[copy].state.values():
-            for moment in state.values():
-                moment.zero_()
-
-    def _optimiser(self, copy: int) -> torch.optim.Adam:
-        c, weights = self.config, self._master[copy]
-        weights.grad = self._gradient[copy]
-        betas, cuda = (c.beta1, c.beta2), weights.is_cuda
-        return torch.optim.Adam([weights], self.rate, betas, c.eps, fused=True, capturable=cuda)
-
-    def _seen(self, table: Tensor) -> Tensor:
-        """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
-        return table[0] if self.shared else table
-
-    def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [w.numel() for w in self.anchor.values()]
-        parts = zip(self.anchor.items(), flat.split(sizes, dim=1), strict=True)
-        return {n: part.view(len(flat), *w.shape) for (n, w), part in parts}
 
 
 class Learner:
@@ -118,6 +47,8 @@ class Learner:
 
     _told: Tensor | None = None
     """Facts of the update that is under way or not yet published, where the host reads them."""
+    _resting: list[bool]
+    """Copies that sit out that update."""
     _over: torch.cuda.Event | None = None
     """On a GPU, happens when that update is over."""
 
@@ -142,7 +73,9 @@ class Learner:
         self._lessons: Lessons | None = None
         self._verification: Verification
         self._lesson: Lesson
-        self._facts = torch.zeros(rows, 3, device=drafter.embedding.device)
+        self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
+        copies = len(self.pupil.resting)
+        self.guard, self._resting = Guard(config.guard, copies), [False] * copies
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
@@ -199,6 +132,12 @@ class Learner:
     def _begin(self, longest: int) -> None:
         """Start an update on the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
+        before, self._resting = self._resting, self.guard.resting()
+        compare = self.guard.due()
+        if all(self._resting):
+            return
+        if before != self._resting:
+            self.pupil.resting.copy_(torch.tensor(self._resting))
         if self._run.on:  # few graphs: they read at most twice the context that is there
             longest = max(FEW, 1 << (longest - 1).bit_length())
         self._lesson = self._aside(self._newest, 0, compile=False)
@@ -207,7 +146,8 @@ class Learner:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
-            self._aside(self._taught, longest, compile=False)
+            work = self._taught_and_compared if compare else self._taught
+            self._aside(work, longest, compile=False)
             self._aside(self._step, 0, compile=False, warm=False)
             self._told = self._facts
             if self._stream and self._over:
@@ -226,52 +166,100 @@ class Learner:
         """Gradients of the lesson. Repeating it changes nothing, so it can be captured."""
         self._facts.copy_(self._teach(self._lesson, longest))
 
+    def _taught_and_compared(self, longest: int) -> None:
+        self._facts.copy_(self._teach(self._lesson, longest))
+        self._facts[:, 3:].copy_(self._compare(self._lesson.part(0, COMPARED), longest))
+
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002
         self.pupil.step(self._facts)
 
     @torch.no_grad()
     def _teach(self, lesson: Lesson, longest: int) -> Tensor:
-        """Give the pupil its gradients; float32 [B, 3]: each row's blocks, loss and norm."""
+        """Give the pupil its gradients; float32 [B, FACTS], without a comparison."""
         leaves = {name: w.detach().requires_grad_() for name, w in self.pupil.live.items()}
-        live, self.state.weights = self.state.weights, {**self.state.weights, **leaves}
         rows, blocks = lesson.start.shape
         some = max(1, AT_ONCE // (rows * self.length))
         loss = torch.zeros(rows, device=lesson.start.device)
-        try:
-            for i in range(0, blocks, some):
-                loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
-        finally:
-            self.state.weights = live
-        return torch.stack([lesson.count.float(), loss, self.pupil.norms().expand(rows)], dim=1)
+        for i in range(0, blocks, some):
+            loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
+        told = [lesson.count.float(), loss, self.pupil.norms().expand(rows)]
+        none = torch.zeros_like(loss)
+        return torch.stack([*told, none, none], dim=1)
 
     def _gradients(
         self, leaves: dict[str, Tensor], lesson: Lesson, longest: int, *, more: bool
     ) -> Tensor:
         """Give the pupil the gradients of these blocks; each row's loss [B]."""
         with torch.enable_grad():
-            unroll = self.config.chain == "unrolled"
-            logits = self.drafter.replay(self.state, lesson, self.length, longest, unroll=unroll)
-            weights = position_weights(self.length, self.config.decay, logits.device)
-            heat = self.config.temperature
-            kl = self._divergence(lesson.logits / heat, logits / heat)
-            kl = weighted_mean(kl, weights, lesson.mask)
-            loss = kl.sum(-1) / lesson.count.clamp(min=1)  # [B]
+            q_logits = self._drafted({**self.drafter.weights, **leaves}, lesson, longest)
+            loss = self._loss(lesson, q_logits)
+            if self.config.proximal:
+                with torch.no_grad():
+                    held = self._drafted(self.drafter.weights, lesson, longest)
+                loss = loss + self.config.proximal * forward_kl(held, q_logits)
+            loss = weighted_mean(loss, self._weights(lesson, q_logits), lesson.mask)
+            loss = loss.sum(-1) / lesson.count.clamp(min=1)  # [B]
             found = torch.autograd.grad(loss.sum(), list(leaves.values()))
         self.pupil.put(list(found), more=more)
         return loss.detach()
 
-    def _divergence(self, p_logits: Tensor, q_logits: Tensor) -> Tensor:
-        """KL(p || q) per drafted token, over the tokens that can be drafted."""
-        ids = self.drafter.draft_ids
-        if ids is None:
-            return forward_kl(p_logits, q_logits)
-        covered = p_logits[..., ids]
-        kl = forward_kl(covered, q_logits)  # renormalises p
-        if self.config.vocabulary == "mass":
+    def _compare(self, lesson: Lesson, longest: int) -> Tensor:
+        """Drafts that live and anchor weights would have kept of these blocks, float32 [B, 2]."""
+        p = self._target(lesson.logits).exp()
+        told = []
+        for weights in (self.state.weights, self.drafter.weights):
+            q = self._drafted(weights, lesson, longest).float().softmax(-1)
+            kept = expected_length(1 - total_variation(p, q), lesson.mask)
+            told.append((kept * lesson.fresh).sum(-1))
+        return torch.stack(told, dim=1)
+
+    def _drafted(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
+        """Logits [B, A, G, V_draft] of blocks drafted with `weights`, at the loss's temperature."""
+        unroll = self.config.chain == "unrolled"
+        live, self.state.weights = self.state.weights, weights
+        try:
+            logits = self.drafter.replay(self.state, lesson, self.length, longest, unroll=unroll)
+        finally:
+            self.state.weights = live
+        heat = self.config.temperature
+        return logits if heat == 1 else logits / heat  # a pass over a whole vocabulary less
+
+    def _target(self, logits: Tensor) -> Tensor:
+        """Log-probabilities [B, A, G, V_draft] of what can be drafted, among all tokens."""
+        p = (logits.float() / self.config.temperature).log_softmax(-1)
+        return p if self.drafter.draft_ids is None else p[..., self.drafter.draft_ids]
+
+    def _loss(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+        """What each drafted row [B, A, G] has to learn."""
+        ids, heat = self.drafter.draft_ids, self.config.temperature
+        if self.config.loss == "tv":
+            return total_variation(self._target(lesson.logits).exp(), q_logits.float().softmax(-1))
+        p_logits = lesson.logits if heat == 1 else lesson.logits / heat
+        covered = p_logits if ids is None else p_logits[..., ids]
+        loss = forward_kl(covered, q_logits)  # renormalises p
+        if self.config.loss == "split":
+            best = q_logits.detach().argmax(-1)
+            right = (best if ids is None else ids[best]) == lesson.tokens[..., 1:]
+            wrong_before = (~right).cumsum(-1) - (~right).long()
+            behind = (wrong_before > 0).cumsum(-1)  # rows since the first wrong one
+            loss = torch.where(behind > 0, FADING**behind * forward_kl(q_logits, covered), loss)
+        if ids is not None and self.config.vocabulary == "mass":
             share = covered.float().logsumexp(-1) - p_logits.float().logsumexp(-1)
-            kl = kl * share.exp()
-        return kl
+            loss = loss * share.exp()
+        return loss
+
+    def _weights(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+        """What each row weighs, [G] or [B, A, G]."""
+        if self.config.emphasis == "position":
+            return position_weights(self.length, self.config.decay, q_logits.device)
+        token, ids = lesson.tokens[..., 1:], self.drafter.draft_ids
+        q = q_logits.detach().float().softmax(-1)
+        if ids is None:
+            return survival_weights(q.gather(-1, token[..., None])[..., 0])
+        at = torch.searchsorted(ids, token).clamp(max=len(ids) - 1)
+        there = ids[at] == token  # a token that cannot be drafted has no chance
+        return survival_weights(q.gather(-1, at[..., None])[..., 0] * there)
 
     @torch.no_grad()
     def _settle(self) -> list[bool]:
@@ -283,11 +271,16 @@ class Learner:
         told, self._told = self._told.cpu(), None
         sound = self.pupil.sound(told).tolist()
         taught = (told[:, 0] > 0).tolist()
-        for copy, good in enumerate(sound):
-            if not good and (any(taught) if self.shared else taught[copy]):
+        # Of copies that took a step; the update was made from the weights that were compared.
+        compared = told[:, 3:].sum(0, keepdim=True) if self.shared else told[:, 3:]
+        steps = [good and not rests for good, rests in zip(sound, self._resting, strict=True)]
+        for copy, (live, anchor) in enumerate(compared.tolist()):
+            had = any(taught) if self.shared else taught[copy]
+            worse = steps[copy] and self.guard.worse(copy, live, anchor)
+            if worse or (had and not sound[copy]):
                 self.revert(copy)
         self.pupil.publish()
-        counted = [had and sound[0 if self.shared else row] for row, had in enumerate(taught)]
+        counted = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, counted, strict=True)]
         return counted
 
@@ -297,8 +290,9 @@ class Learner:
             self._over.synchronize()
 
     def revert(self, copy: int) -> None:
-        """Put a copy's anchor weights back; its moments and lessons go."""
+        """Put a copy's anchor weights back, and let it rest; its moments and lessons go."""
         self.pupil.restore(copy)
+        self.guard.put_back(copy)
         for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
             self._forget_all(row)
@@ -312,6 +306,7 @@ class Learner:
         self._settle()
         if not self.shared:
             self.pupil.restore(row)
+            self.guard.forget(row)
         self._forget_all(row)
         self.updates[row] = self.reverts[row] = 0
 

@@ -117,6 +117,7 @@ class Lessons:
             before=None if self._before is None else self._before[row, pick],
             logits=logits,
             mask=mask,
+            fresh=(start > self._used[:, None]) & mask.any(-1),
             count=mask.any(-1).sum(-1),
         )
 

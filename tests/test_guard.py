@@ -1,0 +1,158 @@
+"""When live weights are put back: numbers first, then a rate that is far too high."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from toys import NOW, G, fake_round, lesson, pupil
+
+from ttspec.config import LearnConfig
+from ttspec.learning.guard import EARLY, REST, Guard
+from ttspec.losses import expected_length, forward_kl, survival_weights, total_variation
+
+
+def test_a_ruin_shows_at_the_first_comparison():
+    guard = Guard(4, 2)
+    assert guard.worse(0, live=1.0, anchor=4.0)
+    assert not guard.worse(1, live=3.9, anchor=4.0)
+
+
+def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
+    guard = Guard(4, 2)
+    verdicts = [guard.worse(0, live=3.6, anchor=4.0) for _ in range(20)]
+    assert not any(verdicts[:4])
+    assert verdicts[-1]
+    assert not any(guard.worse(1, live=4.1, anchor=4.0) for _ in range(200))
+    assert guard.gain(1) == pytest.approx(4.1 / 4.0)
+
+
+@given(st.integers(1, 9), st.integers(10, 80))
+def test_it_compares_early_and_then_now_and_then(every: int, count: int):
+    guard = Guard(every, 1)
+    due = [guard.due() for _ in range(count)]
+    assert due == [n < EARLY or n % every == 0 for n in range(count)]
+
+
+def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
+    guard = Guard(4, 2)
+    for times in range(4):
+        guard.put_back(0)
+        rested = 0
+        while guard.resting()[0]:
+            assert not guard.resting()[1]
+            guard.due()
+            rested += 1
+        assert rested == REST << times
+    guard.forget(0)
+    guard.put_back(0)
+    assert guard._copies[0].rest == REST
+
+
+def test_without_a_guard_nothing_is_compared_and_nobody_rests():
+    guard = Guard(0, 1)
+    assert not any(guard.due() for _ in range(9))
+    guard.put_back(0)
+    assert guard.resting() == [False]
+
+
+def taught(learner, drafter, state, rounds: int, rows: int = 2) -> list[list[bool]]:
+    done = []
+    for number in range(rounds):
+        v = fake_round(number, rows, emitted=[1 + number % 2] * rows, same=True)
+        drafter.absorb(state, v)
+        done.append(learner.absorb(v, int(v.start.max())))
+    return done
+
+
+def test_a_rate_far_too_high_ends_at_the_anchor():
+    """Random drafters agree with random targets by luck; a ruined one agrees with none."""
+    learner, drafter, state = pupil(2, replace(NOW, lr=3.0))
+    updated = taught(learner, drafter, state, REST)
+    assert learner.reverts == [1, 1]
+    for name, anchor in learner.pupil.anchor.items():
+        assert torch.equal(state.weights[name][0], anchor), name
+    last = max(n for n, row in enumerate(updated) if row[0])
+    assert last < EARLY
+    assert not any(row[0] for row in updated[last + 1 : last + REST])
+
+
+def test_a_row_that_rests_leaves_the_others_alone():
+    learner, drafter, state = pupil(2)
+    learner.revert(0)
+    updated = taught(learner, drafter, state, 5)
+    assert [row[0] for row in updated] == [False] * 5
+    assert [row[1] for row in updated] == [True] * 5
+    alone, drafter, other = pupil(1)
+    taught(alone, drafter, other, 5, rows=1)
+    for name, anchor in learner.pupil.anchor.items():
+        assert torch.equal(state.weights[name][0], anchor), name
+        torch.testing.assert_close(
+            learner.pupil.master[name][1], alone.pupil.master[name][0], atol=1e-5, rtol=0
+        )
+
+
+def test_a_cap_holds_the_weights_near_the_anchor():
+    learner, drafter, state = pupil(2, replace(NOW, lr=1e-2, cap=0.02, guard=0))
+    taught(learner, drafter, state, 6)
+    for row in range(2):
+        pairs = [(learner.pupil.master[n][row], w) for n, w in learner.pupil.anchor.items()]
+        change = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
+        size = sum(float(w.square().sum()) for w in learner.pupil.anchor.values()) ** 0.5
+        assert change == pytest.approx(0.02 * size, rel=1e-3)
+
+
+def test_a_warm_up_takes_small_steps_first():
+    def first(config: LearnConfig) -> float:
+        learner, drafter, state = pupil(1, config)
+        taught(learner, drafter, state, 1, rows=1)
+        name = "norm.weight"
+        return float((learner.pupil.master[name][0] - drafter.weights[name]).abs().max())
+
+    whole = first(NOW)
+    assert first(replace(NOW, warmup=10)) == pytest.approx(whole / 10, rel=1e-2)
+
+
+@pytest.mark.parametrize("loss", ["kl", "tv", "split"])
+@pytest.mark.parametrize("emphasis", ["position", "survival"])
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_each_loss_brings_the_drafter_nearer(loss: str, emphasis: str, weights: str):
+    rate = 3e-4 if weights == "full" else 3e-3
+    config = replace(NOW, loss=loss, emphasis=emphasis, weights=weights, lr=rate, guard=0)
+    learner, drafter, state = pupil(1, config)
+    v = fake_round(0, 1, same=True)
+    drafter.absorb(state, v)
+    block = replace(lesson(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
+    before = float(learner._compare(block, 8)[0, 0])
+    for _ in range(30):
+        learner.update(block, 8)
+    assert float(learner._compare(block, 8)[0, 0]) > 1.2 * before
+
+
+def test_the_papers_proximal_term_is_inert_in_its_single_step_and_ours_is_not():
+    """KL(q_t || q) has no slope at q = q_t, from where the one step is taken (exactness.md 5)."""
+    torch.manual_seed(0)
+    p, q = torch.randn(3, 7), torch.randn(3, 7, requires_grad=True)
+    (paper,) = torch.autograd.grad(forward_kl(q.detach(), q).sum(), q)
+    (main,) = torch.autograd.grad(forward_kl(p, q).sum(), q)
+    assert paper.abs().max() < 1e-6 < 1e-2 < main.abs().max()
+
+    def far(proximal: float) -> float:
+        learner, drafter, state = pupil(1, replace(NOW, proximal=proximal, guard=0))
+        taught(learner, drafter, state, 8, rows=1)
+        moved = [learner.pupil.master[n][0] - w for n, w in learner.pupil.anchor.items()]
+        return float(sum(m.square().sum() for m in moved))
+
+    assert far(10.0) < 0.9 * far(0.0)
+
+
+def test_what_blocks_are_worth():
+    agreement = torch.tensor([[0.5, 0.5, 1.0]])
+    mask = torch.tensor([[True, True, False]])
+    torch.testing.assert_close(expected_length(agreement, mask), torch.tensor([0.75]))
+    # s = 0.75, 0.5, 1.0; products 0.75, 0.375, 0.375; sums from the end.
+    weights = survival_weights(torch.tensor([[0.5, 0.0, 1.0]]))
+    torch.testing.assert_close(weights, torch.tensor([[1.5, 0.75, 0.375]]))
+    p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
+    assert float(total_variation(p, q)) == pytest.approx(0.5)
