@@ -20,7 +20,7 @@ from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store, write_manifest
 from ttspec.bench.suites import Request, is_tokens, said
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.engine import Engine, Prompt, find_drafter
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError
@@ -87,6 +87,23 @@ def plan(
     ]
 
 
+def find_drafters(
+    arms: Sequence[ArmSpec], notify: Callable[[str], None] | None = None
+) -> dict[str, Drafter]:
+    """The drafters that arms name, by name.
+
+    Raises:
+        CheckpointError: There is none of such a name.
+        OptionError: An arm names none.
+    """
+    found = {}
+    for name in {arm.drafter: None for arm in arms if arm.drafter}:
+        found[name] = find_drafter(name, notify)
+        if found[name] is None:
+            raise OptionError("drafter=none is no drafter.\nUse the arm plain.")
+    return found
+
+
 def engines_for(
     engine: Engine,
     arms: Sequence[ArmSpec],
@@ -112,6 +129,7 @@ def engines_for(
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
             made[name] = Engine(replace(engine.target, taps=()), other)
+            made[name].make_decoder = engine.make_decoder
         engines[arm.name] = made[name].sibling() if apart else made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:
