@@ -94,7 +94,7 @@ def record(
             features, read = reader.read(fed)
         here = slice(first, first + len(ids))
         tokens[here], hidden[here] = fed[0], read[0]
-        for table, part in zip(states.values(), features[0].split(like.shape[1], 1), strict=True):
+        for table, part in zip(states.values(), features[0].chunk(len(taps) or 1, 1), strict=False):
             table[here] = part
         for turn, begin in zip(source.units[request, seed], begins, strict=False):
             said, why = turn.result.token_ids, turn.result.finish_reason
