@@ -236,5 +236,9 @@ def test_every_output_says_that_it_is_a_replay_and_has_no_times(
     pair = [f"{out}:learn[{LEARN}]", f"{run}:static"]
     assert main(["bench", "compare", *pair]) == 0
     assert " ".join(capsys.readouterr().out.split()).count(mark) == 2  # table and verdict
+    for several in ([run, out], [out, run]):
+        assert main(["bench", "report", *map(str, several), "--out", str(tmp_path / "c")]) == 0
+        assert mark in (tmp_path / "c" / "tables.md").read_text()
+    capsys.readouterr()
     assert main(["bench", "compare", *pair, "--metric", "speed"]) == 2
     assert "no times, so no speed" in capsys.readouterr().err

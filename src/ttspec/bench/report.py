@@ -32,8 +32,10 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The first folder's, which speaks for all where they must agree."""
-        return next(iter(self.manifests.values()))
+        """The first folder's, which speaks for all where they must agree; a replay marks all."""
+        first, *others = self.manifests.values()
+        replay = next((m["replay"] for m in (first, *others) if m.get("replay")), None)
+        return {**first, "replay": replay} if replay else first
 
 
 def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
