@@ -77,9 +77,11 @@ def record(
         The recording, the units in it, and what must be said about it.
 
     Raises:
-        DataError: The target would have written another text.
+        DataError: The target would have written another text, or nothing can be told again.
     """
     told, notes = _conversations(source, target.tokenizer)
+    if not told:
+        raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
     size = sum(len(ids) for ids, _ in told.values())
     like = target.head.new_empty(0, target.head.shape[1])
@@ -104,7 +106,7 @@ def record(
             drawn += _drawn(target, read[0], fed[0], key, begin, begin + len(said), sampling)
             count += len(said)
         first += len(ids)
-    if drawn < AGREE * count or not count:
+    if drawn < AGREE * count:
         raise DataError(
             f"Of {count} recorded tokens of {source.folder} the target would write {drawn}.\n"
             "Name the --target that wrote them; one whose logits are not its head's is not read."
@@ -180,10 +182,11 @@ def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "
                 "rejected draft, which a text does not hold.\nRun it live, with `ttspec bench run`."
             )
-    ready = [arm.learn and replace(arm.learn, publish="now") for arm in arms]
     return [
-        replace(arm, learn=now) if arm.learn and arm.learn.publish == "ready" else arm
-        for arm, now in zip(arms, ready, strict=True)
+        replace(arm, learn=replace(arm.learn, publish="now"))
+        if arm.learn and arm.learn.publish == "ready"
+        else arm
+        for arm in arms
     ]
 
 

@@ -11,6 +11,7 @@ from cyclopts import App, Parameter
 
 from ttspec.cli.options import DraftFlags, LearnFlags, ShapeFlags
 from ttspec.cli.progress import show_progress
+from ttspec.cli.replay import replay
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from ttspec.bench.tables import Table
 
 bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
-bench.command("ttspec.cli.replay:replay", help="Run arms over the text of an earlier run.")
+bench.command(replay)
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
