@@ -20,7 +20,7 @@ from ttspec.errors import DataError
 LEARN = "stride=2,blocks=4,lr=1e-2"
 ARMS = {
     "0": f"static,static-window[window=16],learn[{LEARN},publish=now]",
-    "0.7": f"plain,ngram,learn-session[{LEARN},rows=accepted],learn-shared[{LEARN}]",
+    "0.7": f"plain,ngram,learn-session[{LEARN},rows=accepted,weights=lora],learn-shared[{LEARN}]",
 }
 
 
@@ -45,7 +45,7 @@ def pairs(toy_target_dir, tmp_path_factory) -> dict[str, list[str]]:
 
 def live(pair, suite, out: Path, arms: str, *more: str) -> Path:
     flags = ["--suite", str(suite), "--out", str(out), "--arms", arms, *pair]
-    flags += ["--max-new-tokens", "20", "--session-tokens", "44", *more]
+    flags += ["--max-new-tokens", "20", "--session-tokens", "36", *more]
     assert main(["bench", "run", *flags]) == 0
     return out
 
