@@ -129,6 +129,7 @@ def engines_for(
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
             made[name] = Engine(replace(engine.target, taps=()), other)
+            made[name].compile = engine.compile
             made[name].make_decoder = engine.make_decoder
         engines[arm.name] = made[name].sibling() if apart else made[name]
         drafter = engines[arm.name].drafter

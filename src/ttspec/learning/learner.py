@@ -9,9 +9,12 @@ are until it is over; what it makes waits in the masters until it is published.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiling
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
@@ -22,6 +25,7 @@ from ttspec.losses import (
     expected_length,
     forward_kl,
     position_weights,
+    reverse_kl,
     survival_weights,
     total_variation,
     weighted_mean,
@@ -29,8 +33,8 @@ from ttspec.losses import (
 from ttspec.models.capture import Graphs
 from ttspec.records import Lesson, Verification
 
-AT_ONCE = 2048
-"""Drafted tokens, over all rows, that are replayed together: more only take more memory."""
+AT_ONCE = 1 << 28
+"""Logits, over all rows, that are replayed together: more only take more memory."""
 
 COMPARED = 4
 """Blocks, the newest, over which live and anchor weights are compared."""
@@ -179,7 +183,7 @@ class Learner:
         """Give the pupil its gradients; float32 [B, FACTS], without a comparison."""
         leaves = {name: w.detach().requires_grad_() for name, w in self.pupil.live.items()}
         rows, blocks = lesson.start.shape
-        some = max(1, AT_ONCE // (rows * self.length))
+        some = max(1, AT_ONCE // (rows * self.length * lesson.logits.shape[-1]))
         loss = torch.zeros(rows, device=lesson.start.device)
         for i in range(0, blocks, some):
             loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
@@ -193,7 +197,8 @@ class Learner:
         """Give the pupil the gradients of these blocks; each row's loss [B]."""
         with torch.enable_grad():
             q_logits = self._drafted({**self.drafter.weights, **leaves}, lesson, longest)
-            loss = self._loss(lesson, q_logits)
+            with compiling() if self._run.compile else nullcontext():
+                loss = self._loss(lesson, q_logits)
             if self.config.proximal:
                 with torch.no_grad():
                     held = self._drafted(self.drafter.weights, lesson, longest)
@@ -243,7 +248,7 @@ class Learner:
             right = (best if ids is None else ids[best]) == lesson.tokens[..., 1:]
             wrong_before = (~right).cumsum(-1) - (~right).long()
             behind = (wrong_before > 0).cumsum(-1)  # rows since the first wrong one
-            loss = torch.where(behind > 0, FADING**behind * forward_kl(q_logits, covered), loss)
+            loss = torch.where(behind > 0, FADING**behind * reverse_kl(covered, q_logits), loss)
         if ids is not None and self.config.vocabulary == "mass":
             share = covered.float().logsumexp(-1) - p_logits.float().logsumexp(-1)
             loss = loss * share.exp()
