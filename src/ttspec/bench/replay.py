@@ -16,6 +16,7 @@ from ttspec.bench.arms import PEERS, ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, replayed
 from ttspec.bench.report import mark_of
 from ttspec.bench.runner import Batch, engines_for, plan
+from ttspec.bench.runner import Unit as Measured
 from ttspec.bench.runs import Turn, Unit
 from ttspec.bench.store import Store, read_run
 from ttspec.bench.tables import kind
@@ -230,10 +231,13 @@ def prepare(
     use_recording(engine, recording)
 
     count = old["suite"]["requests"]
-    side_by_side = min(rows or count, count)
     seeds = old["seeds"]
-    batches = plan(arms, count, seeds, order=seeds[0], rows=side_by_side)
-    batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
+    if rows is None:
+        everything = sorted(units)
+        batches = [[Measured(arm, *unit) for unit in everything] for arm in arms]
+    else:
+        batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
+        batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
     requests: list[list[str]] = [[""] for _ in range(count)]
     for request, seed in units:
         said = [turn.user for turn in source.units[request, seed]]
@@ -241,7 +245,7 @@ def prepare(
     same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
     manifest |= {name: old[name] for name in (*same, "seeds")} | {
         "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
-        "rows": side_by_side,
+        "rows": max(map(len, batches), default=1),
         "arms": [arm.name for arm in arms],
         "arm_options": {arm.name: arm.options() for arm in arms},
         "notes": notes,

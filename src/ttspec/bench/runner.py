@@ -249,7 +249,7 @@ def measure(
     arms = [Arm(name=unit.arm.name) for unit in batch]
     began, last = [time.time()] * len(batch), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[unit.request]) for unit in batch]
-    options |= {"seed": batch[0].seed}
+    options |= {"seeds": [unit.seed for unit in batch]}
     for row, chunk in engine.run(dialogues, stream=False, quota=quota, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)

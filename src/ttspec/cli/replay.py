@@ -35,7 +35,8 @@ def replay(
     text
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
     rows
-        Requests side by side. As many as the run had: then rounds are its rounds. [default: all]
+        Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
+        of all seeds]
     """
     if rows is not None and rows < 1:
         raise OptionError(f"--rows is {rows}; allowed is 1 or more.")
