@@ -7,15 +7,15 @@ new ones, which have just learned these rows, against the live ones they come fr
 
 from __future__ import annotations
 
-MARGIN = 0.02
-"""Live weights may be so much worse for good: less cannot be told from chance."""
-DOUBT = 0.5
-"""And so much more after one comparison, half of it after two, and so on."""
+MARGIN, SURE = 0.02, 3.0
+"""Live weights are worse if they lose more than this share, by so many standard errors."""
+RUIN, LEAST = 0.5, 2.0
+"""And at once, if they lose this share of so many drafts."""
 MEMORY = 0.95
 """What a comparison weighs after the next one: the last 20 count."""
-LEAP, SLACK = 0.2, 0.1
-"""New weights that lose this share of the drafts they have just learned have made too large a step;
-so few drafts more or less say nothing."""
+LEAP, SLACK = 0.3, 0.2
+"""New weights that lose this share of the drafts they have just learned, and more than so many,
+have made too large a step."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
 REST = 64
@@ -43,15 +43,25 @@ class Guard:
         """Which copies sit out the update that begins now; ask before `due`."""
         return [copy.rest > 0 for copy in self._copies]
 
-    def worse(self, copy: int, live: float, anchor: float, new: float) -> bool:
-        """Take a comparison: drafts kept with these weights; all 0 is none."""
+    def worse(self, copy: int, live: float, anchor: float, before: float, new: float) -> bool:
+        """Take a comparison and say whether the copy shall have its anchor weights again.
+
+        Args:
+            copy: Which.
+            live: Drafts that live weights would have kept of blocks that taught nobody yet.
+            anchor: The same of anchor weights; both 0 is no comparison.
+            before: Of the blocks just learned, with the weights from before.
+            new: The same with those that come of it.
+        """
         own = self._copies[copy]
         if live + anchor > 0:
-            own.count = own.count * MEMORY + 1
             own.live = own.live * MEMORY + live
             own.anchor = own.anchor * MEMORY + anchor
-        worse = own.count > 0 and own.live < own.anchor * (1 - MARGIN - DOUBT / own.count)
-        return worse or new + SLACK < live * (1 - LEAP)
+            own.square = own.square * MEMORY + (live - anchor) ** 2
+        lost = own.anchor - own.live
+        worse = lost > MARGIN * own.anchor and lost > SURE * own.square**0.5
+        ruined = own.anchor >= LEAST and lost > RUIN * own.anchor
+        return worse or ruined or new + SLACK < before * (1 - LEAP)
 
     def gain(self, copy: int) -> float:
         """Drafts kept with live weights for one with the anchor's; 1 if nothing was compared."""
@@ -77,4 +87,4 @@ class Record:
         """As after it was put back `times` times."""
         self.rest, self.times = rest, times
         self.updates = 0
-        self.count = self.live = self.anchor = 0.0
+        self.live = self.anchor = self.square = 0.0

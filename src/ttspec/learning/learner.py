@@ -175,12 +175,16 @@ class Learner:
 
     def _taught_and_compared(self, longest: int) -> None:
         self._facts.copy_(self._teach(self._lesson, longest))
-        for column, weights in ((3, self.state.weights), (4, self.drafter.weights)):
-            self._facts[:, column] = self._kept(weights, longest)
+        fresh = self._lesson.part(0, COMPARED).fresh
+        live = self._kept(self.state.weights, longest)
+        anchor = self._kept(self.drafter.weights, longest)
+        for column, kept in ((3, live * fresh), (4, anchor * fresh), (5, live)):
+            self._facts[:, column] = kept.sum(-1)
 
     @torch.no_grad()
     def _judged(self, longest: int) -> None:
-        self._facts[:, 5] = self._kept({**self.drafter.weights, **self.pupil.new()}, longest)
+        new = {**self.drafter.weights, **self.pupil.new()}
+        self._facts[:, 6] = self._kept(new, longest).sum(-1)
 
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002
@@ -217,12 +221,11 @@ class Learner:
         return loss.detach()
 
     def _kept(self, weights: Weights, longest: int) -> Tensor:
-        """Drafts that these weights would have kept of the lesson's newest blocks, float32 [B]."""
+        """Drafts that these weights would have kept of the newest blocks, float32 [B, COMPARED]."""
         lesson = self._lesson.part(0, COMPARED)
         p = self._target(lesson.logits).exp()
         q = self._drafted(weights, lesson, longest).float().softmax(-1)
-        kept = expected_length(1 - total_variation(p, q), lesson.mask)
-        return (kept * lesson.fresh).sum(-1)
+        return expected_length(1 - total_variation(p, q), lesson.mask)
 
     def _drafted(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Logits [B, A, G, V_draft] of blocks drafted with `weights`, at the loss's temperature."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 
-FACTS = 6
-"""What an update tells of each row: its blocks, its loss, the norm of its copy's gradient, and the
-drafts that live, anchor and new weights would have kept of some blocks; 0 where not compared."""
+FACTS = 7
+"""What an update tells of each row: its blocks, its loss, the norm of its copy's gradient, and what
+`Guard.worse` takes; 0 where nothing was compared."""
 
 
 class Pupil:
