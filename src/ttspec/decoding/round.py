@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.gate import Gate
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.learning.weights import Pupil
@@ -55,6 +56,8 @@ class Outcome:
     seconds: tuple[float, float, float]
     """Of drafting, verifying and learning; on a GPU of the round before, since reading this one's
     would wait for it."""
+    length: int | None = None
+    """Drafts that the gate let the round have; None without a gate."""
 
 
 class Decoder:
@@ -72,6 +75,7 @@ class Decoder:
         learn: LearnConfig | None,
         ends: Sequence[int],
         pupil: Pupil | None = None,
+        gate: Gate | None = None,
         compile: bool = False,
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
@@ -100,6 +104,12 @@ class Decoder:
             self.learner = Learner(
                 learn, drafter, self.state, rows, self.gamma, pupil=pupil, run=self._run
             )
+        self.gate = None
+        if draft.gate and self.state is not None:
+            # Another length would be compiled anew, for longer than most answers take.
+            self.gate = gate or Gate(self.gamma, few=compile and self._run.on)
+        self._unread = [0] * rows
+        """Committed tokens of each row, the last ones, that the drafter may not have read."""
         self.ends = frozenset(ends)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         self.lengths = [0] * rows
@@ -132,6 +142,8 @@ class Decoder:
             The first token of each answer; it is pending now.
         """
         device = self.target.device
+        if self.drafter and any(self._unread[row] > self.drafter.length for row in rows):
+            self._catch_up(rows)  # more than reading on goes back
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
         at = [self.lengths[row] for row in rows]
@@ -152,20 +164,25 @@ class Decoder:
         first = draw(process(logits, self.sampling), noise)[:, 0].tolist()
         for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
             self.lengths[row], self.pending[row], self.budget[row] = n, token, budget - 1
+            self._unread[row] = 0
         return first
 
     @torch.no_grad()
     def round(self) -> dict[int, Outcome]:
         """Propose, verify, accept, absorb, learn: one round of all rows that take part."""
+        began, captured = time.perf_counter(), Graphs.captured
         clock = Stopwatch(self.target.device)
+        length = self.gate.choose() if self.gate else self.gamma
         active = [row for row, budget in enumerate(self.budget) if budget > 0]
         longest = self._bound(max(self.lengths[row] for row in active))
         numbers = [self._round] * self.rows
         self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
+        if length and any(self._unread[row] > length for row in active):
+            self._catch_up(active)
 
         # A graph of a verification reads the drafts of one graph of a draft: they go together.
         spans = self.told_spans and (self.state is None or self.state.spans)
-        key = self.slots if spans else longest
+        key = (self.slots if spans else longest) * (self.gamma + 1) + length
         self._drafted = self._run(self._draft, key)
         clock.lap()
         verification, told = self._run(self._verify, key)
@@ -177,11 +194,21 @@ class Decoder:
             self.lengths[row] += emitted
             self.pending[row] = told[row][3 + emitted]
             self.budget[row] -= emitted
+            self._unread[row] = length or self._unread[row] + emitted
         updated = [False] * self.rows
-        if self.learner:
+        if self.learner and length:
             updated = self.learner.absorb(verification, longest, key)
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
+        if self.gate:
+            self.gate.tell(
+                length,
+                time.perf_counter() - began,
+                emitted=sum(told[row][0] for row in active) / len(active),
+                accepted=[told[row][1] for row in active],
+                context=longest,
+                first=Graphs.captured > captured,
+            )
         return {
             row: Outcome(
                 tokens=told[row][4 : 4 + told[row][0]],
@@ -190,9 +217,21 @@ class Decoder:
                 ended=bool(told[row][3]),
                 updated=updated[row],
                 seconds=seconds,
+                length=length if self.gate else None,
             )
             for row in active
         }
+
+    def _catch_up(self, rows: list[int]) -> None:
+        """Let the drafter read what it has not read of some rows, which are then all it reads."""
+        assert self.drafter is not None
+        assert self.state is not None
+        start = torch.full((self.rows,), self.slots)
+        start[rows] = torch.tensor([self.lengths[row] for row in rows])
+        count = max(self._unread[row] for row in rows)
+        self.drafter.catch_up(self.state, start.to(self.target.device), count)
+        for row in rows:
+            self._unread[row] = 0
 
     def _bound(self, longest: int) -> int:
         """The largest length that reads as many slots: one graph serves all up to it."""
@@ -227,7 +266,7 @@ class Decoder:
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
-        self.lengths[row] = self.budget[row] = 0
+        self.lengths[row] = self.budget[row] = self._unread[row] = 0
         if self.learner:
             self.learner.reset(row)
 
@@ -255,17 +294,19 @@ class Decoder:
         _, lengths, budget, _ = self._facts
         return lengths.masked_fill(budget <= 0, self.slots)
 
-    def _draft(self, longest: int) -> tuple[Proposal, Tensor | None]:
-        """Drafts, and the noise of the positions they are for."""
+    def _draft(self, key: int) -> tuple[Proposal, Tensor | None]:
+        """Drafts, and the noise of the positions they are for; `key` is as in `round`."""
+        longest, length = divmod(key, self.gamma + 1)
         pending, _, budget, _ = self._facts
         start, noise = self._start(), None
         if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
-            noise = position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary)
-        count = (budget - 1).clamp(min=0, max=self.gamma)
-        return self._propose(pending, start, count, longest, noise), noise
+            noise = position_noise(self._key, start + 1, length + 1, self._vocabulary)
+        count = (budget - 1).clamp(min=0, max=length)
+        return self._propose(pending, start, count, length, longest, noise), noise
 
-    def _verify(self, longest: int) -> tuple[Verification, Tensor]:
+    def _verify(self, key: int) -> tuple[Verification, Tensor]:
         """What the target says of the drafts, made context; and what the host must know of it."""
+        longest, _ = divmod(key, self.gamma + 1)
         proposal, noise = self._drafted
         pending, _, budget, _ = self._facts
         start = self._start()
@@ -293,9 +334,15 @@ class Decoder:
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
 
     def _propose(
-        self, pending: Tensor, start: Tensor, count: Tensor, longest: int, noise: Tensor | None
+        self,
+        pending: Tensor,
+        start: Tensor,
+        count: Tensor,
+        length: int,
+        longest: int,
+        noise: Tensor | None,
     ) -> Proposal:
-        if self.drafter is None or self.state is None:
+        if self.drafter is None or self.state is None or not length:
             return Proposal(tokens=pending.new_empty(self.rows, 0), count=count)
 
         drafter, ids = self.drafter, self.drafter.draft_ids
@@ -318,7 +365,7 @@ class Decoder:
         def named(tokens: Tensor) -> Tensor:
             return tokens if ids is None else ids[tokens]
 
-        return drafter.propose(self.state, pending, start, count, self.gamma, longest, choose)
+        return drafter.propose(self.state, pending, start, count, length, longest, choose)
 
     def _accept(
         self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
@@ -326,7 +373,7 @@ class Decoder:
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
             return accept_equal(pick(logits, noise, self.sampling), proposal)
         processed = process(logits, self.sampling)
-        column = torch.arange(self.gamma, device=start.device)
+        column = torch.arange(proposal.tokens.shape[1], device=start.device)
         u = uniform(fold(fold(self._key[:, None], ACCEPT, self._number), column))
         fresh = exponential(fold(self._key, RESIDUAL, self._number), logits.shape[-1])
         return accept_rejection(processed.softmax(-1), proposal, u, fresh)
