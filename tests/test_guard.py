@@ -14,13 +14,13 @@ from ttspec.losses import expected_length, forward_kl, survival_weights, total_v
 
 
 def test_a_ruin_shows_at_the_first_comparison():
-    guard = Guard(4, 2)
+    guard = Guard(4, 8, 2)
     assert guard.worse(0, live=1.0, anchor=4.0)
     assert not guard.worse(1, live=3.9, anchor=4.0)
 
 
 def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
-    guard = Guard(4, 2)
+    guard = Guard(4, 8, 2)
     verdicts = [guard.worse(0, live=3.6, anchor=4.0) for _ in range(20)]
     assert not any(verdicts[:4])
     assert verdicts[-1]
@@ -30,13 +30,13 @@ def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better
 
 @given(st.integers(1, 9), st.integers(10, 80))
 def test_it_compares_early_and_then_now_and_then(every: int, count: int):
-    guard = Guard(every, 1)
+    guard = Guard(every, 8, 1)
     due = [guard.due() for _ in range(count)]
     assert due == [n < EARLY or n % every == 0 for n in range(count)]
 
 
 def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
-    guard = Guard(4, 2)
+    guard = Guard(4, 8, 2)
     for times in range(4):
         guard.put_back(0)
         rested = 0
@@ -44,14 +44,14 @@ def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
             assert not guard.resting()[1]
             guard.due()
             rested += 1
-        assert rested == REST << times
+        assert rested == REST // 8 << times
     guard.forget(0)
     guard.put_back(0)
-    assert guard._copies[0].rest == REST
+    assert guard._copies[0].rest == REST // 8
 
 
 def test_without_a_guard_nothing_is_compared_and_nobody_rests():
-    guard = Guard(0, 1)
+    guard = Guard(0, 8, 1)
     assert not any(guard.due() for _ in range(9))
     guard.put_back(0)
     assert guard.resting() == [False]

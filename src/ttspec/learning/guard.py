@@ -14,16 +14,16 @@ MEMORY = 0.95
 """What a comparison weighs after the next one: the last 20 count."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
-REST = 8
-"""Updates that a copy sits out after it was put back; twice as many each further time."""
+REST = 64
+"""Rounds that a copy sits out after it was put back; twice as many each further time."""
 
 
 class Guard:
     """Compares live with anchor weights, copy by copy."""
 
-    def __init__(self, every: int, copies: int) -> None:
-        """Compare at every `every`th update; 0 is never."""
-        self.every = every
+    def __init__(self, every: int, stride: int, copies: int) -> None:
+        """Compare at every `every`th update, which come every `stride` rounds; 0 is never."""
+        self.every, self.rest = every, -(-REST // stride)
         self._copies = [Record() for _ in range(copies)]
 
     def due(self) -> bool:
@@ -58,7 +58,7 @@ class Guard:
         times = self._copies[copy].times
         if not self.every:
             return
-        self._copies[copy] = Record(rest=REST << times, times=times + 1)
+        self._copies[copy] = Record(rest=self.rest << times, times=times + 1)
 
     def forget(self, copy: int) -> None:
         """Another request has it."""

@@ -75,7 +75,7 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
         copies = len(self.pupil.resting)
-        self.guard, self._resting = Guard(config.guard, copies), [False] * copies
+        self.guard, self._resting = Guard(config.guard, config.stride, copies), [False] * copies
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish

@@ -45,6 +45,12 @@ class Pupil:
         # Without lessons this changes nothing, but Adam's moments have their addresses now.
         self.step(self._master.new_zeros(1 if self.shared else copies, FACTS))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: master, gradient and two moments, 16 a learned weight, and the live copy."""
+        live = 0 if self._live is self._master else self._live.nbytes
+        return 4 * self._master.nbytes + live
+
     def put(self, gradients: list[Tensor], *, more: bool) -> None:
         """Take gradients of the live weights, `more` on top of those there are."""
         for mine, given in zip(self.gradient.values(), gradients, strict=True):
