@@ -21,8 +21,9 @@ SHARE = 0.015
 """Of the time that plain decoding would have taken, what tries may cost in the long run."""
 PAUSE, LONGEST_PAUSE = 64, 1024
 """Plain rounds after a first failure, doubled with each further one."""
-REFRESH = 64
-"""Drafting rounds after which a plain one is taken, to know what it costs by now."""
+SOON, REFRESH = 4, 64
+"""Drafting rounds after which a plain one is taken, to know what it costs by now: at first soon,
+since few were seen, then later and later."""
 SAFE, EASE = 1.3, 4
 """Past this speed, in plain decoding's, what a plain round costs need be known less often."""
 RECENT = 16
@@ -51,7 +52,7 @@ class Gate:
         halves = {longest} if few else {longest, longest // 2, longest // 4}
         self.lengths = sorted(halves - {0})
         self.longest = longest
-        self._plain: deque[float] = deque(maxlen=5)
+        self._plain: deque[float] = deque(maxlen=3)
         """Seconds of the last plain rounds."""
         self._costs: dict[int, deque[float]] = {n: deque(maxlen=5) for n in self.lengths}
         self._extra = 0.0
@@ -70,8 +71,8 @@ class Gate:
         """Plain rounds to take next, to know what they cost."""
         self._doubt: float | None = None
         """Cost of a plain round before it was measured again, to judge a drafter by."""
-        self._since = 0
-        """Drafting rounds since a plain one."""
+        self._since, self._until = 0, SOON
+        """Drafting rounds since a plain one, and how many are to be."""
         self._context = 0
         """Tokens of context that the last plain round had."""
 
@@ -115,6 +116,7 @@ class Gate:
             self._wait()
 
     def _charge(self, length: int, cost: float, emitted: float) -> None:
+        cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
         costs = self._costs[length]
         if len(costs) == costs.maxlen:
             cost = min(cost, SPIKE * median(costs))
@@ -141,8 +143,8 @@ class Gate:
             return
         ease = EASE if self.speed(self._length) > SAFE else 1
         grown = abs(context - self._context)
-        if self._since >= ease * REFRESH or grown > ease * (self._context / 4 + REFRESH):
-            self._look = 1
+        if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
+            self._look, self._until = 1, min(4 * self._until, REFRESH)
         if self._stay >= STAY:
             best = max(self.lengths, key=self.speed)
             if best != self._length and self.speed(best) > GAIN * self.speed(self._length):
@@ -165,6 +167,7 @@ class Gate:
             # A round in which nothing is accepted must be affordable.
             if self._pause <= 0 and self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
                 self._length, self._stay, self._won = length, 0, 0.0
+                self._until = REFRESH  # it is known well by now
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]

@@ -142,8 +142,9 @@ class Decoder:
             The first token of each answer; it is pending now.
         """
         device = self.target.device
-        if self.drafter and any(self._unread[row] > self.drafter.length for row in rows):
-            self._catch_up(rows)  # more than reading on goes back
+        again = self.drafter.length if self.drafter and self.state else self.slots
+        if any(self._unread[row] > again for row in rows):
+            self._catch_up(rows)  # reading on goes back by no more than that
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
         at = [self.lengths[row] for row in rows]
