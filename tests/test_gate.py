@@ -296,8 +296,11 @@ class Drafts:
 
 @pytest.mark.parametrize("draft", [DraftConfig(), DraftConfig(window=9)])
 @pytest.mark.parametrize("which", KINDS)
-def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(target, which, draft) -> None:
+def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
+    target, which, draft, monkeypatch
+) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
+    monkeypatch.setattr("ttspec.decoding.round.LATE", 8)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)
@@ -331,9 +334,10 @@ def test_turns_of_a_session_after_plain_rounds(target, which: str) -> None:
     assert all(drafts[1].made[n] == d for n, d in second.items())
 
 
-def test_rows_at_rest_are_left_alone_when_others_catch_up(target) -> None:
+@pytest.mark.parametrize("which", ["pard", "eagle3"])
+def test_rows_at_rest_are_left_alone_when_others_catch_up(target, which: str) -> None:
     """A row that ended, and one that begins late, beside rows that were plain for long."""
-    engine = scheduled(engine_of(target, "pard"), [0] * 12 + [9] * 4)
+    engine = scheduled(engine_of(target, which), [0] * 12 + [9] * 4)
     prompts = [[p] for p in ("a", "the quick brown fox jumps over the dog", "hello", "one more")]
     options = {"temperature": 0.0, "ignore_eos": True, "learn": None}
     found = {}

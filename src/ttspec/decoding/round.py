@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -40,6 +40,8 @@ from ttspec.sampling import (
 
 PREFILL = 512
 """Prompt tokens read at once."""
+LATE = 32
+"""Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 
@@ -110,6 +112,8 @@ class Decoder:
             self.gate = gate or Gate(self.gamma, few=compile and self._run.on)
         self._unread = [0] * rows
         """Committed tokens of each row, the last ones, that the drafter may not have read."""
+        self._late: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Tokens, features and starts of the last plain rounds, not absorbed yet."""
         self.ends = frozenset(ends)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         self.lengths = [0] * rows
@@ -123,6 +127,7 @@ class Decoder:
         """Pending tokens, lengths, budgets and the round's number, as the device sees them."""
         self._number = self._facts[3, :1]
         self._drafted: tuple[Proposal, Tensor | None]
+        self._said: Verification
         self._round = 0
         self._clock: Stopwatch | None = None
 
@@ -142,6 +147,7 @@ class Decoder:
             The first token of each answer; it is pending now.
         """
         device = self.target.device
+        self._absorb_late()
         again = self.drafter.length if self.drafter and self.state else self.slots
         if any(self._unread[row] > again for row in rows):
             self._catch_up(rows)  # reading on goes back by no more than that
@@ -178,6 +184,8 @@ class Decoder:
         longest = self._bound(max(self.lengths[row] for row in active))
         numbers = [self._round] * self.rows
         self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
+        if length or len(self._late) == LATE:
+            self._absorb_late()
         if length and any(self._unread[row] > length for row in active):
             self._catch_up(active)
 
@@ -196,6 +204,10 @@ class Decoder:
             self.pending[row] = told[row][3 + emitted]
             self.budget[row] -= emitted
             self._unread[row] = length or self._unread[row] + emitted
+        if self.state and not length:  # what a graph returns is overwritten by its next replay
+            v = verification
+            self._late.append((v.fed.clone(), v.features.clone(), v.start.clone()))
+            self._said = verification
         updated = [False] * self.rows
         if self.learner and length:
             updated = self.learner.absorb(verification, longest, key)
@@ -222,6 +234,22 @@ class Decoder:
             )
             for row in active
         }
+
+    def _absorb_late(self) -> None:
+        """Make what plain rounds committed context.
+
+        A row that came to rest meanwhile gets what lies past its length, where it is dead.
+        """
+        if not self._late:
+            return
+        assert self.drafter is not None
+        assert self.state is not None
+        fed, features, starts = zip(*self._late, strict=True)
+        self._late.clear()
+        whole = replace(
+            self._said, fed=torch.cat(fed, 1), features=torch.cat(features, 1), start=starts[0]
+        )
+        self.drafter.absorb(self.state, whole)
 
     def _catch_up(self, rows: list[int]) -> None:
         """Let the drafter read what it has not read of some rows, which are then all it reads."""
@@ -262,6 +290,7 @@ class Decoder:
         for row in range(self.rows):
             self.clear(row)
         self._round, self._clock = 0, None
+        self._late.clear()
         if self.learner:
             self.learner.restart()
 
@@ -307,7 +336,7 @@ class Decoder:
 
     def _verify(self, key: int) -> tuple[Verification, Tensor]:
         """What the target says of the drafts, made context; and what the host must know of it."""
-        longest, _ = divmod(key, self.gamma + 1)
+        longest, length = divmod(key, self.gamma + 1)
         proposal, noise = self._drafted
         pending, _, budget, _ = self._facts
         start = self._start()
@@ -329,7 +358,7 @@ class Decoder:
             emitted=emitted.masked_fill(budget <= 0, 0),
             ended=ended,
         )
-        if self.drafter and self.state:
+        if self.drafter and self.state and length:
             self.drafter.absorb(self.state, verification)
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
