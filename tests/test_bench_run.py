@@ -387,14 +387,14 @@ def test_suites_that_make_no_sense_are_refused(tmp_path, line: str, said: str) -
 
 
 def test_the_bar_shows_the_time_left(monkeypatch, capsys) -> None:
-    from ttspec.cli import bench
+    from ttspec.cli.progress import Bar
 
     arm = SimpleNamespace(name="learn[stride=4]")
     left = [[SimpleNamespace(arm=arm, request=n) for n in range(3)]]
     progress = runner.Progress(units=4, done=1, measured=1, left=left)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with bench._Bar(progress) as bar:
+    with Bar(progress) as bar:
         bar.show(progress)
     said = capsys.readouterr().err
     assert "learn[stride=4], request 0 and 2 others" in said

@@ -15,16 +15,22 @@ from ttspec.losses import expected_length, forward_kl, survival_weights, total_v
 
 def test_a_ruin_shows_at_the_first_comparison():
     guard = Guard(4, 8, 2)
-    assert guard.worse(0, live=1.0, anchor=4.0)
-    assert not guard.worse(1, live=3.9, anchor=4.0)
+    assert guard.worse(0, live=1.0, anchor=4.0, new=1.0)
+    assert not guard.worse(1, live=3.9, anchor=4.0, new=3.9)
+
+
+def test_a_step_that_is_far_too_large_never_drafts():
+    guard = Guard(4, 8, 2)
+    assert guard.worse(0, live=4.0, anchor=4.0, new=2.0)
+    assert not guard.worse(1, live=0.1, anchor=0.1, new=0.05)
 
 
 def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
     guard = Guard(4, 8, 2)
-    verdicts = [guard.worse(0, live=3.6, anchor=4.0) for _ in range(20)]
+    verdicts = [guard.worse(0, live=3.6, anchor=4.0, new=3.6) for _ in range(20)]
     assert not any(verdicts[:4])
     assert verdicts[-1]
-    assert not any(guard.worse(1, live=4.1, anchor=4.0) for _ in range(200))
+    assert not any(guard.worse(1, live=4.1, anchor=4.0, new=4.2) for _ in range(200))
     assert guard.gain(1) == pytest.approx(4.1 / 4.0)
 
 
@@ -124,10 +130,11 @@ def test_each_loss_brings_the_drafter_nearer(loss: str, emphasis: str, weights: 
     v = fake_round(0, 1, same=True)
     drafter.absorb(state, v)
     block = replace(lesson(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
-    before = float(learner._compare(block, 8)[0, 0])
+    learner._lesson = block
+    before = float(learner._kept(state.weights, 8))
     for _ in range(30):
         learner.update(block, 8)
-    assert float(learner._compare(block, 8)[0, 0]) > 1.2 * before
+    assert float(learner._kept(state.weights, 8)) > 1.2 * before
 
 
 def test_the_papers_proximal_term_is_inert_in_its_single_step_and_ours_is_not():

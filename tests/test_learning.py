@@ -309,8 +309,8 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
     # With so large an eps a step is the gradient itself, not its sign, which rounding may turn.
     config = LearnConfig(stride=1, lr=0.5, eps=1.0, decay=2.0)
     moved, calls = [], []
-    for limit in (learning.AT_ONCE, at_once):
-        monkeypatch.setattr(learning, "AT_ONCE", limit)
+    for limit in (1 << 20, at_once):
+        monkeypatch.setattr(learning, "AT_ONCE", limit * VOCABULARY)
         learner, drafter, given = taught(which, config)
         replay = drafter.replay
 

@@ -1,8 +1,16 @@
 """Losses that teach a drafter. Pure; rows weigh by position, as in the paper (paper.md 2)."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from ttspec.compiled import compiled
+
+AT_ONCE, AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
+"""Logits of so many tokens times vocabulary are worked on together: what is wide in between stays
+small, and on a CPU near."""
 
 
 def position_weights(length: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
@@ -15,7 +23,7 @@ def position_weights(length: int, decay: float, device: torch.device | str = "cp
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row.
+    """KL(p || q) per row. Its slope, q - p, is made on the way: no whole vocabulary is kept twice.
 
     Args:
         p_logits: [..., V] the target's logits, no gradient.
@@ -24,13 +32,43 @@ def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     Returns:
         float32 [...], not negative but for rounding.
     """
-    with torch.no_grad():
-        log_p = p_logits.float().log_softmax(-1)
-        p = log_p.exp()
-        log_p.clamp_(min=-1e4)  # 0 times -inf, where a head masks tokens, would be NaN
-        negative_entropy = torch.linalg.vecdot(p, log_p)
-    # Two dot products instead of an elementwise form: fewer passes over a whole vocabulary.
-    return negative_entropy - torch.linalg.vecdot(p, q_logits.float().log_softmax(-1))
+    return cast(Tensor, _ForwardKL.apply(p_logits, q_logits))
+
+
+class _ForwardKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor) -> Tensor:
+        shape, size = q_logits.shape[:-1], q_logits.shape[-1]
+        p_logits, q_logits = p_logits.reshape(-1, size), q_logits.reshape(-1, size)
+        found = q_logits.new_empty(len(q_logits), dtype=torch.float32)
+        slope = torch.empty_like(q_logits)
+        some = max(1, (AT_ONCE if q_logits.is_cuda else AT_ONCE_ON_A_CPU) // size)
+        for i in range(0, len(q_logits), some):
+            part = slice(i, i + some)
+            found[part], slope[part] = _kl_and_slope(p_logits[part], q_logits[part])
+        ctx.save_for_backward(slope.view(*shape, size))
+        return found.view(shape)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+        (slope,) = ctx.saved_tensors
+        return None, slope * outer[0][..., None].to(slope.dtype)
+
+
+@compiled
+def _kl_and_slope(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+    # 0 times -inf, where a head masks tokens, would be NaN.
+    log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
+    log_q = q_logits.float().log_softmax(-1)
+    p = log_p.exp()
+    return torch.linalg.vecdot(p, log_p - log_q), (log_q.exp() - p).to(q_logits.dtype)
+
+
+def reverse_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(q || p) per row, which seeks a mode: arguments and result as `forward_kl`'s."""
+    log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
+    log_q = q_logits.float().log_softmax(-1)
+    return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:

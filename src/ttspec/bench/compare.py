@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ttspec.bench import measures
-from ttspec.bench.manifest import forced
+from ttspec.bench.manifest import mark
 from ttspec.bench.measures import Estimate, Pair, matched
 from ttspec.bench.report import check_alike, check_texts, mark_of
 from ttspec.bench.runs import Arm
@@ -30,11 +30,11 @@ class Comparison:
     b: str
     units: int
     pairs: dict[str, Pair]
-    forced: str = ""
-    """What is to be said where both ran on random weights."""
+    mark: str = ""
+    """What is to be said where one of them is no ordinary run."""
 
     def ratio(self, metric: Metric) -> Estimate | None:
-        """A / B; None for the speed of a run that was imported without times."""
+        """A / B; None for the speed of a run without times: imported, or a replay."""
         found = self.pairs.get(metric)
         return found and found.ratio
 
@@ -77,8 +77,8 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
             pairs["speed"] = p  # rows side by side share their seconds
         if "acceptance" not in pairs:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
-        mark = forced(one)
-        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs, forced=mark))
+        said = mark(one) or mark(other)
+        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs, mark=said))
     return found
 
 
@@ -92,8 +92,8 @@ def verdict(
     ratio, worst = min(told, key=lambda pair: pair[0].value)
     names = worst.a if worst.a == worst.b else f"{worst.a} / {worst.b}"
     said = f"{metric} of {names}, A / B, is {ratio.value:.3f}"
-    if worst.forced:
-        said += f" ({worst.forced})"
+    if worst.mark:
+        said += f" ({worst.mark})"
     if fail_below is None:
         return f"verdict: none asked for; {said}", True
     good = ratio.value >= fail_below

@@ -73,10 +73,10 @@ def bench_findings(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[st
             continue
         tau = measures.pair(a, b, measures.emitted, measures.rounds)
         rate = measures.pair(a, b, measures.tokens, measures.seconds)
-        if tau and rate:
+        if tau:
+            speed = f", speed {_times(rate.ratio)}" if rate else ""
             sentences.append(
-                f"{a.name} against {b.name}: acceptance length {_times(tau.ratio)}, "
-                f"speed {_times(rate.ratio)}."
+                f"{a.name} against {b.name}: acceptance length {_times(tau.ratio)}{speed}."
             )
     return sentences
 

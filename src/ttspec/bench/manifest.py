@@ -69,6 +69,27 @@ def forced_sentence(manifest: Mapping[str, Any]) -> str:
     )
 
 
+def replayed(manifest: Mapping[str, Any]) -> str:
+    """What every output of a replay says; nothing of a run that was live."""
+    found = manifest.get("replay")
+    return f"replay of {found['run']}: {found['arm']}" if found else ""
+
+
+def mark(manifest: Mapping[str, Any]) -> str:
+    """What every output of a run says that is no ordinary one."""
+    return forced(manifest) or replayed(manifest)
+
+
+def mark_sentence(manifest: Mapping[str, Any]) -> str:
+    """The same for people who do not know what that means."""
+    if not (found := manifest.get("replay")):
+        return forced_sentence(manifest)
+    return (
+        f"The text is that of the arm {found['arm']} in {found['run']} ({found['dtype']}), which "
+        "the target has read once: acceptance means something here; there are no times."
+    )
+
+
 def describe_drafter(drafter: Drafter) -> dict[str, Any]:
     """What tells a drafter from any other."""
     return {

@@ -11,7 +11,7 @@ from typing import Any
 from ttspec.bench import figures, measures
 from ttspec.bench.arms import PEERS
 from ttspec.bench.figures import acceptance_figure, to_svg, write_png
-from ttspec.bench.manifest import forced, forced_sentence
+from ttspec.bench.manifest import forced, forced_sentence, mark, mark_sentence
 from ttspec.bench.measures import different_texts, matched
 from ttspec.bench.page import PLOTS, render_bench, render_page
 from ttspec.bench.runs import Arm
@@ -32,8 +32,10 @@ class Run:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The first folder's, which speaks for all where they must agree."""
-        return next(iter(self.manifests.values()))
+        """The first folder's, which speaks for all where they must agree; a replay marks all."""
+        first, *others = self.manifests.values()
+        replay = next((m["replay"] for m in (first, *others) if m.get("replay")), None)
+        return {**first, "replay": replay} if replay else first
 
 
 def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> Run:
@@ -158,18 +160,18 @@ def write_bench_report(run: Run, out: Path) -> Path:
     """Draw plots, tables and page of a benchmark into `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     plots = {name: draw(run.arms) for name, (draw, _, _) in PLOTS.items()}
-    if not any(a.updates for a in run.arms):
+    if not any(a.updates and a.seconds for a in run.arms):
         del plots["cost"]
-    if not any(any(r.seconds) for a in run.arms for r in a.rounds):  # imported: nobody knows
+    if not any(any(r.seconds) for a in run.arms for r in a.rounds):  # imported, replayed
         del plots["stages"]
     if not any(a.seconds for a in run.arms):
         del plots["speed"]
     wide = {}
     if any(run_of(arm) for arm in run.arms):  # a panel a folder, for a README
         wide["across"] = figures.position_figure(run.arms, across=True)
-    if mark := forced(run.manifest):
+    if said := mark(run.manifest):
         for figure in (plots | wide).values():
-            figures.stamp(figure, mark)
+            figures.stamp(figure, said)
     for name, figure in (plots | wide).items():
         write_png(figure, out / f"{name}.png")
         figures.write_svg(figure, out / f"{name}.svg")
@@ -232,7 +234,7 @@ def _left_out(
     arms: Sequence[Arm], kept: Sequence[Arm], manifests: Sequence[dict[str, Any]]
 ) -> list[str]:
     names = {arm.name for arm in kept}
-    notes = [said for m in manifests if (said := forced_sentence(m))]
+    notes = [said for m in manifests if (said := mark_sentence(m))]
     notes += [f"{arm.name} has no finished request." for arm in arms if arm.name not in names]
     full = {arm.name: len(arm.units) for arm in arms}
     notes += [

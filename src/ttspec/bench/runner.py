@@ -20,7 +20,7 @@ from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store, write_manifest
 from ttspec.bench.suites import Request, is_tokens, said
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.engine import Engine, Prompt, find_drafter
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError
@@ -87,6 +87,23 @@ def plan(
     ]
 
 
+def find_drafters(
+    arms: Sequence[ArmSpec], notify: Callable[[str], None] | None = None
+) -> dict[str, Drafter]:
+    """The drafters that arms name, by name.
+
+    Raises:
+        CheckpointError: There is none of such a name.
+        OptionError: An arm names none.
+    """
+    found = {}
+    for name in {arm.drafter: None for arm in arms if arm.drafter}:
+        found[name] = find_drafter(name, notify)
+        if found[name] is None:
+            raise OptionError("drafter=none is no drafter.\nUse the arm plain.")
+    return found
+
+
 def engines_for(
     engine: Engine,
     arms: Sequence[ArmSpec],
@@ -112,6 +129,8 @@ def engines_for(
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
             made[name] = Engine(replace(engine.target, taps=()), other)
+            made[name].compile = engine.compile
+            made[name].make_decoder = engine.make_decoder
         engines[arm.name] = made[name].sibling() if apart else made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:
@@ -230,7 +249,7 @@ def measure(
     arms = [Arm(name=unit.arm.name) for unit in batch]
     began, last = [time.time()] * len(batch), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[unit.request]) for unit in batch]
-    options |= {"seed": batch[0].seed}
+    options |= {"seeds": [unit.seed for unit in batch]}
     for row, chunk in engine.run(dialogues, stream=False, quota=quota, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)

@@ -119,6 +119,7 @@ SETTINGS = (
     "device",
     "threads",
     "random_weights",
+    "replay",
 )
 
 

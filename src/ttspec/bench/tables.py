@@ -9,7 +9,7 @@ from typing import Any
 
 from ttspec.bench import measures as m
 from ttspec.bench.arms import PEERS
-from ttspec.bench.manifest import forced
+from ttspec.bench.manifest import mark
 from ttspec.bench.measures import Estimate
 from ttspec.bench.runs import Arm
 
@@ -43,8 +43,8 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
             for name, span in parts.items()
         ]
     tables += position_tables(arms)
-    if mark := forced(manifest):
-        tables = [replace(table, title=f"{table.title} ({mark})") for table in tables]
+    if said := mark(manifest):
+        tables = [replace(table, title=f"{table.title} ({said})") for table in tables]
     return [table for table in tables if table.rows]
 
 
@@ -54,7 +54,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     first = next((arm for arm in arms if arm.name not in peers), arms[0])
     # Other implementations draw with other noise: their samples say nothing about ours.
     apart = [first.name, *(peers if (manifest or {}).get("temperature") else [])]
-    own_texts = bool(forced(manifest or {}))  # what is drafted is emitted there
+    given = bool(mark(manifest or {}))  # what is drafted is emitted there, or what was recorded
     rows = []
     for arm in arms:
         same = len(arm.units) - len(m.different_texts(arm, first))
@@ -67,7 +67,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
                 interval(m.acceptance_over_requests(arm)),
                 percent(m.drafted_share(arm)),
                 f"{arm.repeated_8grams:.1%}",
-                EMPTY if own_texts or arm.name in apart else f"{same} of {len(arm.units)}",
+                EMPTY if given or arm.name in apart else f"{same} of {len(arm.units)}",
             )
         )
     return Table(
@@ -102,7 +102,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
             interval(m.speed(arm), 1),
             EMPTY if first is None else f"{1000 * first:.0f}",
             EMPTY if waits is None else " / ".join(f"{1000 * w:.1f}" for w in waits),
-            percent(arm.learning_share if arm.updates else None),
+            percent(arm.learning_share if arm.updates and arm.seconds else None),
             f"{arm.updates:,}",
             f"{sum(t.result.stats.reverts for t in arm.turns):,}",
         )

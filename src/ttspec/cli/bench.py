@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,16 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from ttspec.cli.options import DraftFlags, LearnFlags, ShapeFlags
+from ttspec.cli.progress import show_progress
+from ttspec.cli.replay import replay
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
 
 if TYPE_CHECKING:
-    from ttspec.bench.arms import ArmSpec
-    from ttspec.bench.runner import Progress
     from ttspec.bench.tables import Table
 
 bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
+bench.command(replay)
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
@@ -101,18 +100,13 @@ def run(
 
     from ttspec.bench.manifest import describe, describe_drafter, forced, forced_sentence
     from ttspec.bench.peers import open_peers
-    from ttspec.bench.runner import engines_for, measure_all, plan
+    from ttspec.bench.runner import engines_for, find_drafters, measure_all, plan
     from ttspec.bench.store import Store
-    from ttspec.decoding.engine import find_drafter
 
     if asked is None:
         vocabulary = int(engine.target.config.vocab_size)
         asked = random_suite(requests or 8, prompt_tokens or 256, vocabulary)
-    drafters = {}
-    for name in {spec.drafter: None for spec in specs if spec.drafter}:
-        drafters[name] = find_drafter(name, say)
-        if drafters[name] is None:
-            raise OptionError("drafter=none is no drafter.\nUse the arm plain.")
+    drafters = find_drafters(specs, say)
     sampling = config.sampling(engine.target.defaults)
     engines = engines_for(engine, specs, drafters)  # complains before the folder is made
     peers, skipped = open_peers(
@@ -167,7 +161,7 @@ def run(
             ignore_eos=ignore_eos,
             **options,
         )
-        code = _follow(steps, specs, out)
+        code = show_progress(steps, specs, out)
         if mark:
             say(forced_sentence(manifest))
         return code
@@ -281,7 +275,7 @@ def compare(
     head = ("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
     note = "Paired over requests, 95 % bootstrap intervals."
     console = _console()
-    mark = f" ({found[0].forced})" if found[0].forced else ""
+    mark = f" ({found[0].mark})" if found[0].mark else ""
     _print_table(console, Table(title=f"{a} against {b}{mark}", note=note, head=head, rows=rows))
     line, good = judge.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
@@ -358,98 +352,6 @@ def _seeds(text: str) -> list[int]:
             f"--seeds is {text!r}; allowed are different whole numbers from 0 up, as in 0,1,2."
         )
     return numbers
-
-
-def _follow(steps: Iterator[Progress], specs: Sequence[ArmSpec], out: Path) -> int:
-    """Show a run's progress to its end; the exit code."""
-    last = next(steps)
-    if last.done and last.left:
-        say(f"{out} has {last.done} of {last.units} units; going on with the others.")
-    try:
-        with _Bar(last) as bar:
-            for last in steps:
-                bar.show(last)
-    except KeyboardInterrupt:
-        say(f"\n{_standing(last, out)} The same command goes on from there.")
-        return 130
-    except OSError:
-        say(_standing(last, out) + " Mend what is said below; the same command goes on from there.")
-        raise
-    say(_standing(last, out))
-    for spec in specs:
-        if errors := last.failed.get(spec.name):
-            say(f"{spec.name}: {len(errors)} units failed; the first: {errors[0]}")
-    if last.failed:
-        say(f"Tracebacks are in {out / 'failures.log'}; the same command tries them again.")
-        return 1
-    say(f"Next: ttspec bench report {out}")
-    return 0
-
-
-def _standing(progress: Progress, out: Path) -> str:
-    return f"{progress.done} of {progress.units} units are done and kept in {out}."
-
-
-class _Bar:
-    """A bar with the time left at a terminal, a line now and then elsewhere."""
-
-    def __init__(self, first: Progress) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-        from rich.progress import Progress as Rich
-
-        console = Console(stderr=True, highlight=False)
-        self.began = self.said = time.monotonic()
-        self.rich: Any = None
-        if console.is_terminal:
-            # Redrawn from this thread between two units, so that it never takes a core from one.
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            left = TextColumn("{task.fields[left]}")
-            self.rich = Rich(*columns, left, console=console, auto_refresh=False)
-            self.task = self.rich.add_task(
-                self._next(first), total=first.units, completed=first.done, left=""
-            )
-
-    def __enter__(self) -> _Bar:
-        if self.rich:
-            self.rich.start()
-            self.rich.refresh()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.rich:
-            self.rich.stop()
-
-    def show(self, progress: Progress) -> None:
-        """A unit is over."""
-        left = f"{_clock(self._left(progress))} left"
-        if self.rich:
-            done = progress.units - progress.units_left
-            self.rich.update(self.task, completed=done, left=left, description=self._next(progress))
-            self.rich.refresh()
-        elif time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
-            say(f"{progress.done} of {progress.units} units, {left}")
-
-    def _left(self, progress: Progress) -> float:
-        spent = time.monotonic() - self.began
-        return spent / max(progress.measured, 1) * progress.units_left
-
-    @staticmethod
-    def _next(progress: Progress) -> str:
-        from rich.markup import escape
-
-        if not progress.left:
-            return "done"
-        batch = progress.left[0]
-        more = f" and {len(batch) - 1} others" if len(batch) > 1 else ""
-        return escape(f"{batch[0].arm.name}, request {batch[0].request}{more}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _console() -> Any:

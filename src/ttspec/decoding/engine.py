@@ -198,6 +198,7 @@ class Engine:
         rows: int | None = None,
         stream: bool = True,
         quota: int | None = None,
+        seeds: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[tuple[int, Chunk]]:
         """Run many conversations side by side, each a list of user turns.
@@ -209,20 +210,23 @@ class Engine:
             rows: Conversations at a time; None is all of them.
             stream: Without it, text comes only with the result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
+            seeds: One for each dialogue; None is `seed` for all.
             **options: Fields of `GenerateConfig`; limits hold for each turn.
 
         Yields:
             (index of the dialogue, chunk). A chunk with a result ends a turn.
         """
         config = make_config(options)
-        seed = secrets.randbits(31) if config.seed is None else config.seed
+        if seeds is None:
+            seed = secrets.randbits(31) if config.seed is None else config.seed
+            seeds = [seed] * len(dialogues)
         prompts = [
             prompt_ids(self.tokenizer, d[0], system=config.system, raw=config.raw)
             for d in dialogues
         ]
         if not prompts:
             return
-        seen: Counter[tuple[int, ...]] = Counter()
+        seen: Counter[tuple[int, ...]] = Counter()  # by seed and prompt
         rows = min(rows or len(prompts), len(prompts))
         turns = max(map(len, dialogues))
         decoder = self.decoder(config, rows, max(map(len, prompts)), sessions=turns > 1)
@@ -239,10 +243,11 @@ class Engine:
                 while free and waiting:
                     index, row = waiting.popleft(), free.pop()
                     decoder.clear(row)
-                    going[index] = Conversation(decoder, row, config, seed, stream=stream)
+                    going[index] = Conversation(decoder, row, config, seeds[index], stream=stream)
                     going[index].quota = quota
-                    occurrence = seen[tuple(prompts[index])]
-                    seen[tuple(prompts[index])] += 1
+                    asked = seeds[index], *prompts[index]
+                    occurrence = seen[asked]
+                    seen[asked] += 1
                     ready[index] = going[index], prompts[index], occurrence
                 # A prefill holds up all rows, so in a large batch rows wait for company.
                 if len(ready) > rows // PREFILL_SHARE or len(ready) == len(going):
@@ -261,7 +266,7 @@ class Engine:
             self._spare = decoder
         except KeyboardInterrupt:
             for index in waiting:
-                going[index] = Conversation(decoder, 0, config, seed, stream=stream)
+                going[index] = Conversation(decoder, 0, config, seeds[index], stream=stream)
             for index, talk in going.items():
                 if talk.finish:
                     continue  # between two turns: its last result is out

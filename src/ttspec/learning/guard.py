@@ -1,7 +1,8 @@
-"""When not to learn: live weights that draft worse than the anchor's are put back, and rest.
+"""When not to learn: weights that draft worse than the anchor's are put back, and rest.
 
 Knows numbers only. What is compared is how many drafts of a block would be kept, by the target's
-and the drafter's distributions over rows that taught neither yet.
+and the drafter's distributions: live against anchor weights over rows that taught neither yet, and
+new ones, which have just learned these rows, against the live ones they come from.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ DOUBT = 0.5
 """And so much more after one comparison, half of it after two, and so on."""
 MEMORY = 0.95
 """What a comparison weighs after the next one: the last 20 count."""
+LEAP, SLACK = 0.2, 0.1
+"""New weights that lose this share of the drafts they have just learned have made too large a step;
+so few drafts more or less say nothing."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
 REST = 64
@@ -39,14 +43,15 @@ class Guard:
         """Which copies sit out the update that begins now; ask before `due`."""
         return [copy.rest > 0 for copy in self._copies]
 
-    def worse(self, copy: int, live: float, anchor: float) -> bool:
-        """Take a comparison: drafts kept with live and with anchor weights; both 0 is none."""
+    def worse(self, copy: int, live: float, anchor: float, new: float) -> bool:
+        """Take a comparison: drafts kept with these weights; all 0 is none."""
         own = self._copies[copy]
         if live + anchor > 0:
             own.count = own.count * MEMORY + 1
             own.live = own.live * MEMORY + live
             own.anchor = own.anchor * MEMORY + anchor
-        return own.count > 0 and own.live < own.anchor * (1 - MARGIN - DOUBT / own.count)
+        worse = own.count > 0 and own.live < own.anchor * (1 - MARGIN - DOUBT / own.count)
+        return worse or new + SLACK < live * (1 - LEAP)
 
     def gain(self, copy: int) -> float:
         """Drafts kept with live weights for one with the anchor's; 1 if nothing was compared."""

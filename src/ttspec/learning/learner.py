@@ -9,9 +9,12 @@ are until it is over; what it makes waits in the masters until it is published.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiling
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
@@ -22,6 +25,7 @@ from ttspec.losses import (
     expected_length,
     forward_kl,
     position_weights,
+    reverse_kl,
     survival_weights,
     total_variation,
     weighted_mean,
@@ -29,11 +33,11 @@ from ttspec.losses import (
 from ttspec.models.capture import Graphs
 from ttspec.records import Lesson, Verification
 
-AT_ONCE = 2048
-"""Drafted tokens, over all rows, that are replayed together: more only take more memory."""
+AT_ONCE = 1 << 28
+"""Logits, over all rows, that are replayed together: more only take more memory."""
 
 COMPARED = 4
-"""Blocks, the newest, over which live and anchor weights are compared."""
+"""Blocks, the newest, over which weights are compared."""
 
 FADING = 0.8
 """Loss split: how fast rows behind the first wrong draft lose weight (arXiv 2605.29343)."""
@@ -124,7 +128,8 @@ class Learner:
         A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
         Where all rows share one, it learns from the mean over the rows that have a lesson.
         """
-        self._facts.copy_(self._teach(lesson, longest))
+        self._lesson = lesson
+        self._taught(longest)
         self._step(0)
         self._told = self._facts
         return self._settle()
@@ -149,6 +154,8 @@ class Learner:
             work = self._taught_and_compared if compare else self._taught
             self._aside(work, longest, compile=False)
             self._aside(self._step, 0, compile=False, warm=False)
+            if compare:
+                self._aside(self._judged, longest, compile=False)
             self._told = self._facts
             if self._stream and self._over:
                 self._told = self._facts.to("cpu", non_blocking=True)
@@ -168,7 +175,12 @@ class Learner:
 
     def _taught_and_compared(self, longest: int) -> None:
         self._facts.copy_(self._teach(self._lesson, longest))
-        self._facts[:, 3:].copy_(self._compare(self._lesson.part(0, COMPARED), longest))
+        for column, weights in ((3, self.state.weights), (4, self.drafter.weights)):
+            self._facts[:, column] = self._kept(weights, longest)
+
+    @torch.no_grad()
+    def _judged(self, longest: int) -> None:
+        self._facts[:, 5] = self._kept({**self.drafter.weights, **self.pupil.new()}, longest)
 
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002
@@ -179,13 +191,12 @@ class Learner:
         """Give the pupil its gradients; float32 [B, FACTS], without a comparison."""
         leaves = {name: w.detach().requires_grad_() for name, w in self.pupil.live.items()}
         rows, blocks = lesson.start.shape
-        some = max(1, AT_ONCE // (rows * self.length))
+        some = max(1, AT_ONCE // (rows * self.length * lesson.logits.shape[-1]))
         loss = torch.zeros(rows, device=lesson.start.device)
         for i in range(0, blocks, some):
             loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
         told = [lesson.count.float(), loss, self.pupil.norms().expand(rows)]
-        none = torch.zeros_like(loss)
-        return torch.stack([*told, none, none], dim=1)
+        return torch.stack(told + [torch.zeros_like(loss)] * (FACTS - len(told)), dim=1)
 
     def _gradients(
         self, leaves: dict[str, Tensor], lesson: Lesson, longest: int, *, more: bool
@@ -193,7 +204,8 @@ class Learner:
         """Give the pupil the gradients of these blocks; each row's loss [B]."""
         with torch.enable_grad():
             q_logits = self._drafted({**self.drafter.weights, **leaves}, lesson, longest)
-            loss = self._loss(lesson, q_logits)
+            with compiling() if self._run.compile else nullcontext():
+                loss = self._loss(lesson, q_logits)
             if self.config.proximal:
                 with torch.no_grad():
                     held = self._drafted(self.drafter.weights, lesson, longest)
@@ -204,15 +216,13 @@ class Learner:
         self.pupil.put(list(found), more=more)
         return loss.detach()
 
-    def _compare(self, lesson: Lesson, longest: int) -> Tensor:
-        """Drafts that live and anchor weights would have kept of these blocks, float32 [B, 2]."""
+    def _kept(self, weights: Weights, longest: int) -> Tensor:
+        """Drafts that these weights would have kept of the lesson's newest blocks, float32 [B]."""
+        lesson = self._lesson.part(0, COMPARED)
         p = self._target(lesson.logits).exp()
-        told = []
-        for weights in (self.state.weights, self.drafter.weights):
-            q = self._drafted(weights, lesson, longest).float().softmax(-1)
-            kept = expected_length(1 - total_variation(p, q), lesson.mask)
-            told.append((kept * lesson.fresh).sum(-1))
-        return torch.stack(told, dim=1)
+        q = self._drafted(weights, lesson, longest).float().softmax(-1)
+        kept = expected_length(1 - total_variation(p, q), lesson.mask)
+        return (kept * lesson.fresh).sum(-1)
 
     def _drafted(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Logits [B, A, G, V_draft] of blocks drafted with `weights`, at the loss's temperature."""
@@ -243,7 +253,7 @@ class Learner:
             right = (best if ids is None else ids[best]) == lesson.tokens[..., 1:]
             wrong_before = (~right).cumsum(-1) - (~right).long()
             behind = (wrong_before > 0).cumsum(-1)  # rows since the first wrong one
-            loss = torch.where(behind > 0, FADING**behind * forward_kl(q_logits, covered), loss)
+            loss = torch.where(behind > 0, FADING**behind * reverse_kl(covered, q_logits), loss)
         if ids is not None and self.config.vocabulary == "mass":
             share = covered.float().logsumexp(-1) - p_logits.float().logsumexp(-1)
             loss = loss * share.exp()
@@ -274,9 +284,9 @@ class Learner:
         # Of copies that took a step; the update was made from the weights that were compared.
         compared = told[:, 3:].sum(0, keepdim=True) if self.shared else told[:, 3:]
         steps = [good and not rests for good, rests in zip(sound, self._resting, strict=True)]
-        for copy, (live, anchor) in enumerate(compared.tolist()):
+        for copy, kept in enumerate(compared.tolist()):
             had = any(taught) if self.shared else taught[copy]
-            worse = steps[copy] and self.guard.worse(copy, live, anchor)
+            worse = steps[copy] and self.guard.worse(copy, *kept)
             if worse or (had and not sound[copy]):
                 self.revert(copy)
         self.pupil.publish()

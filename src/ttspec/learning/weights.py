@@ -8,9 +8,9 @@ from torch import Tensor
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 
-FACTS = 5
+FACTS = 6
 """What an update tells of each row: its blocks, its loss, the norm of its copy's gradient, and the
-drafts that live and anchor weights would have kept of some blocks."""
+drafts that live, anchor and new weights would have kept of some blocks; 0 where not compared."""
 
 
 class Pupil:
@@ -97,6 +97,10 @@ class Pupil:
         """Let the masters draft: in place, whoever holds the live weights sees it."""
         if self._live is not self._master:
             self._live.copy_(self._master)
+
+    def new(self) -> dict[str, Tensor]:
+        """What `publish` would let draft."""
+        return {n: self._seen(w).to(self.live[n].dtype) for n, w in self.master.items()}
 
     def restore(self, copy: int) -> None:
         """Put a copy's anchor weights back; its moments go."""

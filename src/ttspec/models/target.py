@@ -209,6 +209,11 @@ class Target:
         none = states[-1][..., :0]
         return torch.cat([none, *(states[i] for i in self.taps)], dim=-1), states[-1]
 
+    @torch.no_grad()
+    def judge(self, hidden: Tensor) -> Tensor:
+        """What the head says of what it reads [..., H]: logits [..., V]."""
+        return cast(torch.nn.Module, self.model.get_output_embeddings())(hidden)
+
 
 def load_target(
     name: str,

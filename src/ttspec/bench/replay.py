@@ -1,0 +1,282 @@
+"""Arms over the text of an earlier run: what they accept is exact, and their times are nobody's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import sdpa_kernel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.bench.arms import PEERS, ArmSpec
+from ttspec.bench.manifest import describe, describe_drafter, replayed
+from ttspec.bench.report import mark_of
+from ttspec.bench.runner import Batch, engines_for, plan
+from ttspec.bench.runner import Unit as Measured
+from ttspec.bench.runs import Turn, Unit
+from ttspec.bench.store import Store, read_run
+from ttspec.bench.tables import kind
+from ttspec.config import GenerateConfig, SamplingConfig
+from ttspec.decoding.conversation import noise_key
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.recorded import Answer, Recording, use_recording
+from ttspec.decoding.round import ATTENTION, pick, position_noise
+from ttspec.decoding.text import next_turn_ids, prompt_ids
+from ttspec.drafters.base import Drafter
+from ttspec.errors import DataError, OptionError
+from ttspec.models.target import Target
+from ttspec.records import summarise
+
+SOME = 256
+"""Tokens that are drawn again at once."""
+AGREE = 0.9
+"""Least share of them that comes out as recorded: rounding flips a few in a hundred."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One arm's finished units of a run: the text that is replayed."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    arm: str
+    units: dict[Unit, list[Turn]]
+
+
+def open_source(folder: Path, arm: str | None = None) -> Source:
+    """A run's text: that of `arm`, or of plain, or of its first arm.
+
+    Raises:
+        DataError: The folder is no sound run, or its text is not its target's.
+        OptionError: The run has no answers of such an arm.
+    """
+    manifest, arms = read_run(folder)
+    if "sampling" not in manifest or manifest.get("random_weights"):
+        raise DataError(
+            f"{folder} has no text that its target alone decides.\n"
+            "Give a folder that `ttspec bench run` wrote, on real weights."
+        )
+    ours = {a.name: a for a in arms if a.turns and kind(a) not in PEERS}
+    name = arm or ("plain" if "plain" in ours else next(iter(ours), "of ours"))
+    if name not in ours:
+        names = ", ".join(ours) or "none"
+        raise OptionError(f"{folder} has no answers of an arm {name}; with answers: {names}.")
+    return Source(folder, manifest, name, ours[name].units)
+
+
+@torch.no_grad()
+def record(
+    target: Target, taps: Sequence[int], source: Source, sampling: SamplingConfig
+) -> tuple[Recording, set[Unit], list[str]]:
+    """Read a run's text, one conversation at a time.
+
+    Returns:
+        The recording, the units in it, and what must be said about it.
+
+    Raises:
+        DataError: The target would have written another text, or nothing can be told again.
+    """
+    told, notes = _conversations(source, target.tokenizer)
+    if not told:
+        raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
+    reader = replace(target, taps=tuple(taps))
+    size = sum(len(ids) for ids, _ in told.values())
+    like = target.head.new_empty(0, target.head.shape[1])
+    tokens = torch.empty(size, dtype=torch.long, device=target.device)
+    hidden = like.new_empty(size, like.shape[1])
+    states = {tap: torch.empty_like(hidden) for tap in taps}
+    answers: dict[int, Answer] = {}
+    first = drawn = count = 0
+    for (request, seed), (ids, begins) in told.items():
+        fed = torch.tensor([ids], device=target.device)
+        with sdpa_kernel(ATTENTION):
+            features, read = reader.read(fed)
+        here = slice(first, first + len(ids))
+        tokens[here], hidden[here] = fed[0], read[0]
+        for table, part in zip(states.values(), features[0].chunk(len(taps) or 1, 1), strict=False):
+            table[here] = part
+        for turn, begin in zip(source.units[request, seed], begins, strict=False):
+            said, why = turn.result.token_ids, turn.result.finish_reason
+            key = noise_key(seed, ids[: begins[0]], turn=turn.turn)
+            cut = why in ("length", "context")
+            answers[key] = Answer(first, first + len(ids) - 1, said, cut)
+            drawn += _drawn(target, read[0], fed[0], key, begin, begin + len(said), sampling)
+            count += len(said)
+        first += len(ids)
+    if drawn < AGREE * count:
+        raise DataError(
+            f"Of {count} recorded tokens of {source.folder} the target would write {drawn}.\n"
+            "Name the --target that wrote them; one whose logits are not its head's is not read."
+        )
+    notes.append(
+        f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
+    )
+    return Recording(tokens, hidden, states, answers), set(told), notes
+
+
+def _conversations(
+    source: Source, tokenizer: PreTrainedTokenizerBase
+) -> tuple[dict[Unit, tuple[list[int], list[int]]], list[str]]:
+    """Of each unit its tokens, and where its answers begin; what is left out, in sentences."""
+    told: dict[Unit, tuple[list[int], list[int]]] = {}
+    seen: set[tuple[int, ...]] = set()
+    notes = []
+    for (request, seed), turns in sorted(source.units.items()):
+        ids: list[int] = []
+        begins: list[int] = []
+        for turn in turns:
+            fed = (
+                next_turn_ids(tokenizer, turn.user, ids[-1])
+                if ids
+                else prompt_ids(tokenizer, turn.user)
+            )
+            if len(fed) != turn.result.stats.prompt_tokens:
+                notes.append(f"Request {request} is left out: its prompt was more than its text.")
+                break
+            if turn.result.token_ids:
+                ids += fed[1:] if ids else fed  # the pending token is there
+                begins.append(len(ids))
+                ids += turn.result.token_ids
+        else:
+            mark = seed, *ids[: begins[0] if begins else 0]
+            if mark in seen:  # side by side they had other noise
+                notes.append(f"Request {request} is left out: an earlier one begins like it.")
+            elif begins:
+                seen.add(mark)
+                told[request, seed] = ids, begins
+    return told, list(dict.fromkeys(notes))
+
+
+def _drawn(
+    target: Target, hidden: Tensor, ids: Tensor, key: int, begin: int, end: int, s: SamplingConfig
+) -> int:
+    """How many tokens ids[begin:end] are what the target draws after hidden [L, H] before them."""
+    same = 0
+    for at in range(begin, end, SOME):
+        upto = min(at + SOME, end)
+        logits = target.judge(hidden[None, at - 1 : upto - 1])
+        noise = None
+        if s.temperature > 0:
+            keys, start = ids.new_tensor([key]), ids.new_tensor([at])
+            noise = position_noise(keys, start, upto - at, logits.shape[-1])
+        same += int((pick(logits, noise, s)[0] == ids[at:upto]).sum())
+    return same
+
+
+def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
+    """Arms as they are replayed: no round takes long, so what is published when ready is so now.
+
+    Raises:
+        OptionError: An arm needs more than the text that was written, or is no arm of ours.
+    """
+    for arm in arms:
+        if arm.kind in PEERS:
+            raise OptionError(
+                f"{arm.name} cannot be replayed: it draws its own text.\nLeave it out."
+            )
+        if arm.learn and arm.learn.rows == "block":
+            raise OptionError(
+                f"{arm.name} cannot be replayed: it learns from what the target says behind a "
+                "rejected draft, which a text does not hold.\nRun it live, with `ttspec bench run`."
+            )
+    return [
+        replace(arm, learn=replace(arm.learn, publish="now"))
+        if arm.learn and arm.learn.publish == "ready"
+        else arm
+        for arm in arms
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """Everything that `runner.measure_all` and a store want to know."""
+
+    manifest: dict[str, Any]
+    requests: list[list[str]]
+    batches: list[Batch]
+    options: dict[str, Any]
+
+
+def prepare(
+    engine: Engine,
+    source: Source,
+    arms: Sequence[ArmSpec],
+    drafters: Mapping[str, Drafter],
+    rows: int | None = None,
+) -> Replay:
+    """Let an engine replay a run: its target becomes what it said of the run's text.
+
+    Raises:
+        DataError: It is not the run's target.
+        OptionError: An arm's drafter is missing or cannot learn.
+    """
+    old = source.manifest
+    replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
+    title = f"ttspec bench: {old['suite']['name']} ({replayed({'replay': replay})})"
+    manifest = describe(engine, title=title) | {"replay": replay}
+    if mark_of(manifest, "target") != mark_of(old, "target"):
+        raise DataError(
+            f"{source.folder} was written by {old['target']['name']}, not by "
+            f"{engine.target.name}.\nName its --target."
+        )
+    taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
+    options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
+    options |= {name: old["sampling"][name] for name in engine.target.defaults}
+    sampling = GenerateConfig(**options, seed=0).sampling(engine.target.defaults)
+    recording, units, notes = record(engine.target, sorted(taps), source, sampling)
+    use_recording(engine, recording)
+
+    count = old["suite"]["requests"]
+    seeds = old["seeds"]
+    if rows is None:
+        everything = sorted(units)
+        batches = [[Measured(arm, *unit) for unit in everything] for arm in arms]
+    else:
+        batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
+        batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
+    requests: list[list[str]] = [[""] for _ in range(count)]
+    for request, seed in units:
+        said = [turn.user for turn in source.units[request, seed]]
+        requests[request] = max(said, requests[request], key=len)
+    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
+    manifest |= {name: old[name] for name in (*same, "seeds")} | {
+        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
+        "rows": max(map(len, batches), default=1),
+        "arms": [arm.name for arm in arms],
+        "arm_options": {arm.name: arm.options() for arm in arms},
+        "notes": notes,
+    }
+    options["quota"] = old["session_tokens"]
+    return Replay(manifest, requests, [batch for batch in batches if batch], options)
+
+
+class TimelessStore(Store):
+    """A run folder without times: those of a replay are nobody's."""
+
+    def add(self, arm: str, turns: Sequence[Turn]) -> None:
+        """Write a finished unit."""
+        super().add(arm, [_timeless(turn) for turn in turns])
+
+
+def _timeless(turn: Turn) -> Turn:
+    result = turn.result
+    rounds = [replace(r, seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
+    stats = summarise(
+        rounds,
+        token_ids=result.token_ids,
+        prompt_tokens=result.stats.prompt_tokens,
+        seed=result.stats.seed,
+        seconds=0.0,
+        reverts=result.stats.reverts,
+    )
+    return Turn(
+        request=turn.request,
+        user=turn.user,
+        turn=turn.turn,
+        result=replace(result, rounds=rounds, stats=stats),
+        seconds=0.0,
+    )
