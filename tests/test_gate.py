@@ -248,8 +248,13 @@ KINDS = [k for k in ALL if k in ("dflash", "eagle3", "pard", "pard2", "causal", 
 
 @pytest.mark.parametrize(
     ("which", "rows"),
-    [*((which, "hindsight") for which in KINDS), ("dflash", "block"), ("pard", "block")]
-    + [("eagle3", None), ("causal", None)],
+    [
+        *((which, "hindsight") for which in KINDS),
+        ("dflash", "block"),
+        ("pard", "block"),
+        ("eagle3", None),
+        ("causal", None),
+    ],
 )
 def test_a_text_is_the_same_however_often_lengths_change(target, which: str, rows) -> None:
     learn = rows and replace(NOW, rows=rows, blocks=4)
