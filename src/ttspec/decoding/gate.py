@@ -34,6 +34,8 @@ STAY = 4
 """Rounds for which a length is kept at least."""
 MEMORY = 1 / 32
 """Share of what is known about acceptance that a round replaces."""
+FORGET = 1 / 8
+"""The same of drafts that the round did not have, so that longer rounds are tried again soon."""
 HOPE = 0.7
 """Chance of a first draft, as long as nothing is known."""
 SPIKE = 4.0
@@ -179,8 +181,9 @@ class Gate:
 
     def _count(self, length: int, accepted: Sequence[int]) -> None:
         for i in range(self.longest):
-            self._reached[i] *= 1 - MEMORY
-            self._kept[i] *= 1 - MEMORY
+            lost = MEMORY if i < length else FORGET
+            self._reached[i] *= 1 - lost
+            self._kept[i] *= 1 - lost
             if i < length:
                 self._reached[i] += sum(n >= i for n in accepted) / len(accepted)
                 self._kept[i] += sum(n > i for n in accepted) / len(accepted)
