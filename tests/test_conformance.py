@@ -877,11 +877,11 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
         noise = position_noise(decoder._key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafter, "propose", propose)
-        decoder._propose(start, start, start, 0, noise)
+        decoder._propose(start, start, start, 1, 0, noise)
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
         logits = wide
-        decoder._propose(start, start, start, 0, noise)
+        decoder._propose(start, start, start, 1, 0, noise)
     (tokens, q), (wanted, wanted_q) = given
     assert torch.equal(tokens, wanted)
     assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")

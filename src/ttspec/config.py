@@ -69,6 +69,9 @@ class DraftConfig:
     """Context further back than this looks to the drafter as if it were this far back."""
     rope_base: float | None = None
     """The drafter's rotary base; None is what its checkpoint says."""
+    gate: bool = False
+    """Draft less, or not at all, where measured costs say that it does not pay: then no drafter
+    makes decoding slower than plain decoding, but for a few tries."""
 
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
@@ -223,6 +226,9 @@ class GenerateConfig:
     """How the drafter is run."""
     learn: LearnConfig | None = field(default_factory=LearnConfig)
     """How the drafter learns; None is a static drafter."""
+    deterministic: bool = False
+    """Let no clock decide anything, so that a run repeats bit for bit: the gate is off, and updates
+    are published at strides."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
@@ -230,6 +236,15 @@ class GenerateConfig:
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
         defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
         self.sampling(defaults)  # refuses what SamplingConfig refuses
+
+    def settled(self) -> Self:
+        """The same without what a clock decides, if it is to be deterministic."""
+        if not self.deterministic:
+            return self
+        learn = self.learn
+        if learn and learn.publish == "ready":
+            learn = replace(learn, publish="stride")
+        return replace(self, draft=replace(self.draft, gate=False), learn=learn)
 
     def sampling(self, defaults: dict[str, float | int]) -> SamplingConfig:
         """The sampling options, with what is None taken from `defaults`."""

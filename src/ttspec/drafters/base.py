@@ -203,6 +203,15 @@ class Drafter(ABC):
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
 
+    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
+        """Read what `absorb` left to the next proposal, if that comes late or is short.
+
+        Args:
+            state: The context.
+            start: int64 [B], where each row's pending token stands; past the slots in rows at rest.
+            count: Tokens before it of which some may be unread.
+        """
+
     @property
     def parameters(self) -> int:
         """Number of own parameters."""

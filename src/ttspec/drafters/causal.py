@@ -43,6 +43,9 @@ from ttspec.records import Lesson, Proposal, Verification
 from ttspec.rowcache import Beside, InPlace, reach_of, unwritten
 from ttspec.spans import reach_to_see, spans
 
+AT_ONCE = 512
+"""Tokens read at once where many were left unread."""
+
 
 @dataclass(slots=True)
 class CausalState(FeatureState):
@@ -232,8 +235,27 @@ class Causal(Drafter):
         self._note(state, tokens, features, start, row)
         count = self.length + tokens.shape[1]
         position = start[:, None] + torch.arange(-self.length, count - self.length).to(start.device)
+        self._read_again(state, position, row, subset)
+
+    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:
+        """Read the last tokens before `start`; see `Drafter.catch_up`."""
+        assert isinstance(state, CausalState)
+        row = torch.arange(len(start), device=start.device)
+        rest = (start >= state.slots)[:, None]
+        for begin in range(-count, 0, AT_ONCE):
+            piece = torch.arange(begin, min(begin + AT_ONCE, 0), device=start.device)
+            position = start[:, None] + piece
+            self._read_again(state, position.masked_fill(rest, state.slots), row, None)
+
+    @torch.no_grad()
+    def _read_again(
+        self, state: CausalState, position: Tensor, row: Tensor, subset: Tensor | None
+    ) -> None:
+        """Make keys and values of known tokens at position int64 [B, T] of rows int64 [B]."""
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
-        reach = reach_of(min(int(start.max()), state.slots), state.slots)
+        first = position[:, 0].clamp(min=0)
+        first = first.masked_fill(first >= state.slots, 0)  # rows at rest
+        reach = reach_of(int(first.max()), state.slots)
         weights = self._live(state, subset)
         before = self._before(state, position, row)
         _, keys, values = self._read(
