@@ -10,7 +10,7 @@ from ttspec.errors import OptionError
 
 Rows = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session", "shared"]
-Parameters = Literal["full", "layers", "attention", "mlp"]
+Parameters = Literal["full", "layers", "attention", "mlp", "last"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
 Publish = Literal["now", "ready", "stride"]
@@ -108,7 +108,7 @@ class LearnConfig:
     rows: Rows = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
-    blocks: int = 16
+    blocks: int = 8
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
     more sees each several times."""
     temperature: float = 1.0
@@ -124,7 +124,9 @@ class LearnConfig:
     proximal: float = 0.0
     """Weight of KL(anchor || q), which holds the drafter to what its checkpoint drafts."""
     parameters: Parameters = "full"
-    """Which weights learn: all, only the layers, only their attention, or only their MLPs."""
+    """Which weights learn: all, only the layers, only their attention, or only their MLPs; or what
+    lies behind the last attention (last), so that no key or value of the context ever comes from
+    older weights, and an update reads few layers on its way back."""
     chain: Chain = "unrolled"
     """Where a drafter feeds itself: gradients through its whole chain, or each step alone, which
     is cheaper (detached)."""
@@ -134,7 +136,7 @@ class LearnConfig:
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
-    guard: int = 4
+    guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
     cap: float | None = None

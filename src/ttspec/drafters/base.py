@@ -27,6 +27,8 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
+BEHIND = ("o_proj", ".mlp.", "post_attention_layernorm")
+"""Parts of the names of weights that lie behind a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""
 

@@ -25,6 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import (
+    BEHIND,
     Choose,
     Drafter,
     DraftState,
@@ -361,8 +362,10 @@ class Causal(Drafter):
         frozen = {id(m.weight) for m in tables if m is not None}
         names = [n for n, p in self.model.named_parameters() if id(p) not in frozen]
         layers = [n for n in names if ".layers." in n]
+        last = [n for n in layers if f".layers.{self.layers - 1}." in n]
         return {
             "full": names,
+            "last": [n for n in last if any(p in n for p in BEHIND)],
             "layers": layers,
             "attention": [n for n in layers if "attn" in n],
             "mlp": [n for n in layers if "mlp" in n],
