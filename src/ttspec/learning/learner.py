@@ -21,7 +21,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
-from ttspec.learning.weights import FACTS, Pupil
+from ttspec.learning.weights import FACTS, Pupil, settled
 from ttspec.losses import (
     expected_length,
     forward_kl,
@@ -70,7 +70,9 @@ class Learner:
         run: Graphs | None = None,
     ) -> None:
         """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`."""
+        config = settled(config, drafter, rows)
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
+        self._stride = config.stride or 1
         self.shared = config.scope == "shared"
         self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.pupil.live}
@@ -81,7 +83,7 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
         copies = len(self.pupil.resting)
-        self.guard, self._resting = Guard(config.guard, config.stride, copies), [False] * copies
+        self.guard, self._resting = Guard(config.guard, self._stride, copies), [False] * copies
         self._held = min(HELD, config.blocks // 2)
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
@@ -115,7 +117,7 @@ class Learner:
         kept = self._lessons.kept
         self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
-        due = self._rounds % self.config.stride == 0
+        due = self._rounds % self._stride == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
             updated = self._settle()
