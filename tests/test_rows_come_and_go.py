@@ -216,7 +216,7 @@ def test_in_scope_shared_it_does_reach_so_the_test_above_can_fail(target, fresh,
 def test_weights_that_are_not_put_back_are_found(target, fresh, monkeypatch, weights: str):
     """The leak itself: a row that is cleared keeps what it learned."""
     learn = learning(weights, stride=2)
-    monkeypatch.setattr("ttspec.learning.weights.Pupil.restore", lambda self, copy: None)
+    monkeypatch.setattr("ttspec.learning.weights.Pupil.begin", lambda self, copy: None)
     engine = Engine(twin(target), make_kind("dflash"))
     assert after(engine, learn, "crop") != fresh("dflash", learn)
 
