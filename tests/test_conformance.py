@@ -373,12 +373,15 @@ def test_gradients_through_a_chain_differ_from_those_of_single_steps_where_there
 @pytest.mark.parametrize("which", CONFIGS)
 def test_a_learnable_weight_is_its_drafters_own_and_no_table(which: str):
     drafter = bound_kind(which)
-    full, layers, attention, mlp = (
-        set(drafter.learnable(p)) for p in ("full", "layers", "attention", "mlp")
+    full, layers, attention, mlp, last = (
+        set(drafter.learnable(p)) for p in ("full", "layers", "attention", "mlp", "last")
     )
     assert full <= drafter.weights.keys()
     assert attention | mlp < layers < full
     assert not attention & mlp
+    assert last & mlp
+    assert last < full
+    assert not any(p in n for n in last for p in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"))
     tables = [n for n in drafter.weights if "embed" in n or "lm_head" in n or n in ("d2t", "t2d")]
     assert not full & set(tables)
 
@@ -688,7 +691,7 @@ def test_lessons_weigh_by_the_mass_of_what_can_be_drafted_or_not():
             -1
         )
         wanted = wanted * mass if vocabulary == "mass" else wanted
-        torch.testing.assert_close(learner._divergence(p, logits), wanted, **CLOSE)
+        torch.testing.assert_close(learner._loss(taught, logits), wanted, **CLOSE)
     assert not torch.allclose(*found.values(), atol=1e-4, rtol=1e-2)
     assert found["mass"].norm() < found["renormalise"].norm()
 
@@ -925,11 +928,11 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
         noise = position_noise(decoder._key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafter, "propose", propose)
-        decoder._propose(start, start, start, 0, noise)
+        decoder._propose(start, start, start, 1, 0, noise)
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
         logits = wide
-        decoder._propose(start, start, start, 0, noise)
+        decoder._propose(start, start, start, 1, 0, noise)
     (tokens, q), (wanted, wanted_q) = given
     assert torch.equal(tokens, wanted)
     assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")

@@ -57,7 +57,7 @@ class Loop:
         return values
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        return Decoder._propose(self, start, start, count, 0, noise)  # type: ignore[arg-type]
+        return Decoder._propose(self, start, start, count, G, 0, noise)  # type: ignore[arg-type]
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         return Decoder._accept(self, logits, proposal, start, noise)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from ttspec.errors import OptionError
 
 Rows = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session", "shared"]
-Parameters = Literal["full", "layers", "attention", "mlp"]
+Parameters = Literal["full", "layers", "attention", "mlp", "last"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
 Publish = Literal["now", "ready", "stride"]
@@ -69,6 +69,9 @@ class DraftConfig:
     """Context further back than this looks to the drafter as if it were this far back."""
     rope_base: float | None = None
     """The drafter's rotary base; None is what its checkpoint says."""
+    gate: bool = False
+    """Draft less, or not at all, where measured costs say that it does not pay: then no drafter
+    makes decoding slower than plain decoding, but for a few tries."""
 
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
@@ -105,7 +108,7 @@ class LearnConfig:
     rows: Rows = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
-    blocks: int = 16
+    blocks: int = 8
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
     more sees each several times."""
     temperature: float = 1.0
@@ -121,7 +124,9 @@ class LearnConfig:
     proximal: float = 0.0
     """Weight of KL(anchor || q), which holds the drafter to what its checkpoint drafts."""
     parameters: Parameters = "full"
-    """Which weights learn: all, only the layers, only their attention, or only their MLPs."""
+    """Which weights learn: all, only the layers, only their attention, or only their MLPs; or what
+    lies behind the last attention (last), so that no key or value of the context ever comes from
+    older weights, and an update reads few layers on its way back."""
     chain: Chain = "unrolled"
     """Where a drafter feeds itself: gradients through its whole chain, or each step alone, which
     is cheaper (detached)."""
@@ -131,7 +136,7 @@ class LearnConfig:
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
-    guard: int = 4
+    guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
     cap: float | None = None
@@ -223,6 +228,9 @@ class GenerateConfig:
     """How the drafter is run."""
     learn: LearnConfig | None = field(default_factory=LearnConfig)
     """How the drafter learns; None is a static drafter."""
+    deterministic: bool = False
+    """Let no clock decide anything, so that a run repeats bit for bit: the gate is off, and updates
+    are published at strides."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
@@ -230,6 +238,15 @@ class GenerateConfig:
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
         defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
         self.sampling(defaults)  # refuses what SamplingConfig refuses
+
+    def settled(self) -> Self:
+        """The same without what a clock decides, if it is to be deterministic."""
+        if not self.deterministic:
+            return self
+        learn = self.learn
+        if learn and learn.publish == "ready":
+            learn = replace(learn, publish="stride")
+        return replace(self, draft=replace(self.draft, gate=False), learn=learn)
 
     def sampling(self, defaults: dict[str, float | int]) -> SamplingConfig:
         """The sampling options, with what is None taken from `defaults`."""

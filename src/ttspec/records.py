@@ -6,6 +6,7 @@ p is the target's distribution, q the drafter's.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -104,6 +105,8 @@ class Round:
     """Updates of this row's drafter after this round."""
     seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Wall-clock seconds of drafting, verifying and learning, of all rows together."""
+    length: int | None = None
+    """Drafts that the gate let the round have; None without a gate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +129,10 @@ class Stats:
     by_position: list[dict[str, float]]
     repeated_8grams: float
     """Share of the generated 8-grams that had occurred before."""
+    plain_rounds: int = 0
+    """Rounds in which the gate let nothing be drafted."""
+    draft_lengths: dict[str, int] = field(default_factory=dict)
+    """Rounds by the draft length that the gate chose."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, under the names of the design page."""
@@ -208,6 +215,7 @@ def summarise(
     """The statistics of one answer from its rounds."""
     longest = max((r.proposed for r in rounds), default=0)
     stages = [sum(r.seconds[i] for r in rounds) for i in range(3)]
+    lengths = Counter(r.length for r in rounds if r.length is not None)
     return Stats(
         seed=seed,
         prompt_tokens=prompt_tokens,
@@ -224,4 +232,6 @@ def summarise(
         seconds_in=dict(zip(("draft", "verify", "learn"), stages, strict=True)),
         by_position=by_position(rounds),
         repeated_8grams=repeated_ngrams(token_ids),
+        plain_rounds=lengths[0],
+        draft_lengths={str(n): lengths[n] for n in sorted(lengths)},
     )

@@ -158,6 +158,10 @@ def _value(name: str, text: str, hint: Any) -> Any:
         if text in allowed:
             return text
         raise OptionError(f"{name} is {text!r}; allowed are {', '.join(allowed)}.")
+    if kind is bool:
+        if text in ("true", "false"):
+            return text == "true"
+        raise OptionError(f"{name} is {text!r}; allowed are true, false.")
     try:
         return kind(text)
     except ValueError as error:

@@ -300,6 +300,7 @@ def _round_rows(arm: str, turn: Turn) -> Iterable[Row]:
             "accepted": r.accepted,
             "emitted": r.emitted,
             "updates": r.updates,
+            **({} if r.length is None else {"length": r.length}),
             "milliseconds": dict(zip(STAGES, (round(1000 * s, 3) for s in r.seconds), strict=True)),
             "wait": round(1000 * waits[number], 3) if waits else None,
         }
@@ -314,6 +315,7 @@ def _round(row: Row) -> Round:
         emitted=row["emitted"],
         updates=row["updates"],
         seconds=(draft, verify, learn),
+        length=row.get("length"),
     )
 
 

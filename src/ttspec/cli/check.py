@@ -60,6 +60,7 @@ def check(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    deterministic: Annotated[bool, Parameter(negative=())] = False,
     learning: Annotated[EagerLearnFlags, Parameter(name="--learn")] = EagerLearnFlags(),
     as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
 ) -> int:
@@ -77,12 +78,18 @@ def check(
         0 is greedy.
     seed
         Seed of all arms.
+    deterministic
+        Let no clock decide anything, so that the check repeats bit for bit.
     as_json
         Print one JSON object.
     """
     learn = learning.config()
     shared = GenerateConfig(
-        max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, learn=None
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        learn=None,
+        deterministic=deterministic,
     )
     engine = models.load(notify=say)
     if engine.drafter is None:

@@ -78,6 +78,7 @@ class Conversation:
                 emitted=kept,
                 updates=int(outcome.updated),
                 seconds=outcome.seconds,
+                length=outcome.length,
             )
         )
 

@@ -16,6 +16,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
+from ttspec.decoding.gate import Gate
 from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
@@ -156,11 +157,13 @@ class Engine:
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
         self._pupils: dict[tuple[LearnConfig, DraftConfig], Pupil] = {}
         """What learns from all requests, by how it learns and what it sees."""
+        self._gates: dict[tuple[Any, ...], Gate] = {}
+        """What earlier requests found out about costs, by what they may depend on."""
 
     def sibling(self) -> Engine:
         """An engine of the same pair, which learns and keeps caches for itself."""
         other = copy.copy(self)
-        other._spare, other._pupils = None, {}
+        other._spare, other._pupils, other._gates = None, {}, {}
         return other
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
@@ -314,6 +317,7 @@ class Engine:
             OptionError: The longest prompt leaves no room for an answer.
             ResourceError: The caches or the learner's weights do not fit into memory.
         """
+        config = config.settled()
         context = min(self.target.context, config.context or self.target.context)
         if longest_prompt >= context:
             raise OptionError(
@@ -338,9 +342,18 @@ class Engine:
         del spare  # before the new caches are made
         try:
             pupil = self._pupil(config)
-            return self.make_decoder(
-                self.target, self.drafter, **shape, pupil=pupil, compile=self.compile
+            known = rows, config.draft, config.learn, shape["sampling"], self.compile
+            decoder = self.make_decoder(
+                self.target,
+                self.drafter,
+                **shape,
+                pupil=pupil,
+                gate=self._gates.get(known),
+                compile=self.compile,
             )
+            if decoder.gate:
+                self._gates[known] = decoder.gate
+            return decoder
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
                 f"{rows} rows of {shape['slots']} tokens do not fit into memory.\n"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.gate import Gate
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.learning.weights import Pupil
@@ -39,6 +40,8 @@ from ttspec.sampling import (
 
 PREFILL = 512
 """Prompt tokens read at once."""
+LATE = 32
+"""Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 
@@ -55,6 +58,8 @@ class Outcome:
     seconds: tuple[float, float, float]
     """Of drafting, verifying and learning; on a GPU of the round before, since reading this one's
     would wait for it."""
+    length: int | None = None
+    """Drafts that the gate let the round have; None without a gate."""
 
 
 class Decoder:
@@ -72,6 +77,7 @@ class Decoder:
         learn: LearnConfig | None,
         ends: Sequence[int],
         pupil: Pupil | None = None,
+        gate: Gate | None = None,
         compile: bool = False,
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
@@ -100,6 +106,14 @@ class Decoder:
             self.learner = Learner(
                 learn, drafter, self.state, rows, self.gamma, pupil=pupil, run=self._run
             )
+        self.gate = None
+        if draft.gate and self.state is not None:
+            # Another length would be compiled anew, for longer than most answers take.
+            self.gate = gate or Gate(self.gamma, few=compile and self._run.on)
+        self._unread = [0] * rows
+        """Committed tokens of each row, the last ones, that the drafter may not have read."""
+        self._late: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Tokens, features and starts of the last plain rounds, not absorbed yet."""
         self.ends = frozenset(ends)
         self._ends = torch.tensor(sorted(ends), dtype=torch.long, device=device)
         self.lengths = [0] * rows
@@ -113,6 +127,7 @@ class Decoder:
         """Pending tokens, lengths, budgets and the round's number, as the device sees them."""
         self._number = self._facts[3, :1]
         self._drafted: tuple[Proposal, Tensor | None]
+        self._said: Verification
         self._round = 0
         self._clock: Stopwatch | None = None
 
@@ -132,6 +147,10 @@ class Decoder:
             The first token of each answer; it is pending now.
         """
         device = self.target.device
+        self._absorb_late()
+        again = self.drafter.length if self.drafter and self.state else self.slots
+        if any(self._unread[row] > again for row in rows):
+            self._catch_up(rows)  # reading on goes back by no more than that
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
         at = [self.lengths[row] for row in rows]
@@ -152,20 +171,27 @@ class Decoder:
         first = draw(process(logits, self.sampling), noise)[:, 0].tolist()
         for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
             self.lengths[row], self.pending[row], self.budget[row] = n, token, budget - 1
+            self._unread[row] = 0
         return first
 
     @torch.no_grad()
     def round(self) -> dict[int, Outcome]:
         """Propose, verify, accept, absorb, learn: one round of all rows that take part."""
+        began, captured = time.perf_counter(), Graphs.captured
         clock = Stopwatch(self.target.device)
+        length = self.gate.choose() if self.gate else self.gamma
         active = [row for row, budget in enumerate(self.budget) if budget > 0]
         longest = self._bound(max(self.lengths[row] for row in active))
         numbers = [self._round] * self.rows
         self._facts.copy_(torch.tensor([self.pending, self.lengths, self.budget, numbers]))
+        if length or len(self._late) == LATE:
+            self._absorb_late()
+        if length and any(self._unread[row] > length for row in active):
+            self._catch_up(active)
 
         # A graph of a verification reads the drafts of one graph of a draft: they go together.
         spans = self.told_spans and (self.state is None or self.state.spans)
-        key = self.slots if spans else longest
+        key = (self.slots if spans else longest) * (self.gamma + 1) + length
         self._drafted = self._run(self._draft, key)
         clock.lap()
         verification, told = self._run(self._verify, key)
@@ -177,11 +203,25 @@ class Decoder:
             self.lengths[row] += emitted
             self.pending[row] = told[row][3 + emitted]
             self.budget[row] -= emitted
+            self._unread[row] = length or self._unread[row] + emitted
+        if self.state and not length:  # what a graph returns is overwritten by its next replay
+            v = verification
+            self._late.append((v.fed.clone(), v.features.clone(), v.start.clone()))
+            self._said = verification
         updated = [False] * self.rows
-        if self.learner:
+        if self.learner and length:
             updated = self.learner.absorb(verification, longest, key)
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
+        if self.gate:
+            self.gate.tell(
+                length,
+                time.perf_counter() - began,
+                emitted=sum(told[row][0] for row in active) / len(active),
+                accepted=[told[row][1] for row in active],
+                context=longest,
+                first=Graphs.captured > captured,
+            )
         return {
             row: Outcome(
                 tokens=told[row][4 : 4 + told[row][0]],
@@ -190,9 +230,37 @@ class Decoder:
                 ended=bool(told[row][3]),
                 updated=updated[row],
                 seconds=seconds,
+                length=length if self.gate else None,
             )
             for row in active
         }
+
+    def _absorb_late(self) -> None:
+        """Make what plain rounds committed context.
+
+        A row that came to rest meanwhile gets what lies past its length, where it is dead.
+        """
+        if not self._late:
+            return
+        assert self.drafter is not None
+        assert self.state is not None
+        fed, features, starts = zip(*self._late, strict=True)
+        self._late.clear()
+        whole = replace(
+            self._said, fed=torch.cat(fed, 1), features=torch.cat(features, 1), start=starts[0]
+        )
+        self.drafter.absorb(self.state, whole)
+
+    def _catch_up(self, rows: list[int]) -> None:
+        """Let the drafter read what it has not read of some rows, which are then all it reads."""
+        assert self.drafter is not None
+        assert self.state is not None
+        start = torch.full((self.rows,), self.slots)
+        start[rows] = torch.tensor([self.lengths[row] for row in rows])
+        count = max(self._unread[row] for row in rows)
+        self.drafter.catch_up(self.state, start.to(self.target.device), count)
+        for row in rows:
+            self._unread[row] = 0
 
     def _bound(self, longest: int) -> int:
         """The largest length that reads as many slots: one graph serves all up to it."""
@@ -222,12 +290,13 @@ class Decoder:
         for row in range(self.rows):
             self.clear(row)
         self._round, self._clock = 0, None
+        self._late.clear()
         if self.learner:
             self.learner.restart()
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
-        self.lengths[row] = self.budget[row] = 0
+        self.lengths[row] = self.budget[row] = self._unread[row] = 0
         if self.learner:
             self.learner.reset(row)
 
@@ -255,17 +324,19 @@ class Decoder:
         _, lengths, budget, _ = self._facts
         return lengths.masked_fill(budget <= 0, self.slots)
 
-    def _draft(self, longest: int) -> tuple[Proposal, Tensor | None]:
-        """Drafts, and the noise of the positions they are for."""
+    def _draft(self, key: int) -> tuple[Proposal, Tensor | None]:
+        """Drafts, and the noise of the positions they are for; `key` is as in `round`."""
+        longest, length = divmod(key, self.gamma + 1)
         pending, _, budget, _ = self._facts
         start, noise = self._start(), None
         if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
-            noise = position_noise(self._key, start + 1, self.gamma + 1, self._vocabulary)
-        count = (budget - 1).clamp(min=0, max=self.gamma)
-        return self._propose(pending, start, count, longest, noise), noise
+            noise = position_noise(self._key, start + 1, length + 1, self._vocabulary)
+        count = (budget - 1).clamp(min=0, max=length)
+        return self._propose(pending, start, count, length, longest, noise), noise
 
-    def _verify(self, longest: int) -> tuple[Verification, Tensor]:
+    def _verify(self, key: int) -> tuple[Verification, Tensor]:
         """What the target says of the drafts, made context; and what the host must know of it."""
+        longest, length = divmod(key, self.gamma + 1)
         proposal, noise = self._drafted
         pending, _, budget, _ = self._facts
         start = self._start()
@@ -287,15 +358,21 @@ class Decoder:
             emitted=emitted.masked_fill(budget <= 0, 0),
             ended=ended,
         )
-        if self.drafter and self.state:
+        if self.drafter and self.state and length:
             self.drafter.absorb(self.state, verification)
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
 
     def _propose(
-        self, pending: Tensor, start: Tensor, count: Tensor, longest: int, noise: Tensor | None
+        self,
+        pending: Tensor,
+        start: Tensor,
+        count: Tensor,
+        length: int,
+        longest: int,
+        noise: Tensor | None,
     ) -> Proposal:
-        if self.drafter is None or self.state is None:
+        if self.drafter is None or self.state is None or not length:
             return Proposal(tokens=pending.new_empty(self.rows, 0), count=count)
 
         drafter, ids = self.drafter, self.drafter.draft_ids
@@ -318,7 +395,7 @@ class Decoder:
         def named(tokens: Tensor) -> Tensor:
             return tokens if ids is None else ids[tokens]
 
-        return drafter.propose(self.state, pending, start, count, self.gamma, longest, choose)
+        return drafter.propose(self.state, pending, start, count, length, longest, choose)
 
     def _accept(
         self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
@@ -326,7 +403,7 @@ class Decoder:
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
             return accept_equal(pick(logits, noise, self.sampling), proposal)
         processed = process(logits, self.sampling)
-        column = torch.arange(self.gamma, device=start.device)
+        column = torch.arange(proposal.tokens.shape[1], device=start.device)
         u = uniform(fold(fold(self._key[:, None], ACCEPT, self._number), column))
         fresh = exponential(fold(self._key, RESIDUAL, self._number), logits.shape[-1])
         return accept_rejection(processed.softmax(-1), proposal, u, fresh)

@@ -27,6 +27,8 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
+BEHIND = ("o_proj", ".mlp.", "post_attention_layernorm")
+"""Parts of the names of weights that lie behind a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""
 
@@ -202,6 +204,15 @@ class Drafter(ABC):
     def absorb(self, state: DraftState, verification: Verification) -> None:
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
+
+    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
+        """Read what `absorb` left to the next proposal, if that comes late or is short.
+
+        Args:
+            state: The context.
+            start: int64 [B], where each row's pending token stands; past the slots in rows at rest.
+            count: Tokens before it of which some may be unread.
+        """
 
     @property
     def parameters(self) -> int:

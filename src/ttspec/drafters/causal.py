@@ -25,6 +25,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import (
+    BEHIND,
     Choose,
     Drafter,
     DraftState,
@@ -42,6 +43,9 @@ from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.records import Lesson, Proposal, Verification
 from ttspec.rowcache import Beside, InPlace, reach_of, unwritten
 from ttspec.spans import reach_to_see, spans
+
+AT_ONCE = 512
+"""Tokens read at once where many were left unread."""
 
 
 @dataclass(slots=True)
@@ -232,8 +236,27 @@ class Causal(Drafter):
         self._note(state, tokens, features, start, row)
         count = self.length + tokens.shape[1]
         position = start[:, None] + torch.arange(-self.length, count - self.length).to(start.device)
+        self._read_again(state, position, row, subset)
+
+    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:
+        """Read the last tokens before `start`; see `Drafter.catch_up`."""
+        assert isinstance(state, CausalState)
+        row = torch.arange(len(start), device=start.device)
+        rest = (start >= state.slots)[:, None]
+        for begin in range(-count, 0, AT_ONCE):
+            piece = torch.arange(begin, min(begin + AT_ONCE, 0), device=start.device)
+            position = start[:, None] + piece
+            self._read_again(state, position.masked_fill(rest, state.slots), row, None)
+
+    @torch.no_grad()
+    def _read_again(
+        self, state: CausalState, position: Tensor, row: Tensor, subset: Tensor | None
+    ) -> None:
+        """Make keys and values of known tokens at position int64 [B, T] of rows int64 [B]."""
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
-        reach = reach_of(min(int(start.max()), state.slots), state.slots)
+        first = position[:, 0].clamp(min=0)
+        first = first.masked_fill(first >= state.slots, 0)  # rows at rest
+        reach = reach_of(int(first.max()), state.slots)
         weights = self._live(state, subset)
         before = self._before(state, position, row)
         _, keys, values = self._read(
@@ -339,8 +362,10 @@ class Causal(Drafter):
         frozen = {id(m.weight) for m in tables if m is not None}
         names = [n for n, p in self.model.named_parameters() if id(p) not in frozen]
         layers = [n for n in names if ".layers." in n]
+        last = [n for n in layers if f".layers.{self.layers - 1}." in n]
         return {
             "full": names,
+            "last": [n for n in last if any(p in n for p in BEHIND)],
             "layers": layers,
             "attention": [n for n in layers if "attn" in n],
             "mlp": [n for n in layers if "mlp" in n],

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState, Shapes, placed
+from ttspec.drafters.base import BEHIND, Choose, Drafter, DraftState, Shapes, placed
 from ttspec.drafters.layers import (
     DOWN,
     UP,
@@ -310,7 +310,9 @@ class DFlash(Drafter):
     def learnable(self, parameters: str) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
         layers = [name for name in self.weights if name.startswith("layers.")]
+        last = [n for n in layers if n.startswith(f"layers.{self.layers - 1}.")]
         return {
+            "last": [*(n for n in last if any(p in n for p in BEHIND)), "norm.weight"],
             "full": [*layers, "norm.weight"],
             "layers": layers,
             "attention": [n for n in layers if "self_attn" in n],

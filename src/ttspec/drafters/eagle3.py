@@ -21,6 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import (
+    BEHIND,
     Choose,
     Drafter,
     DraftState,
@@ -339,6 +340,7 @@ class Eagle3(Drafter):
         layer = [n for n in self.weights if n.startswith("midlayer.")]
         return {
             "full": [n for n in self.weights if n not in tables],
+            "last": [*(n for n in layer if any(p in n for p in BEHIND)), "norm.weight"],
             "layers": layer,
             "attention": [n for n in layer if "self_attn" in n],
             "mlp": [n for n in layer if ".mlp." in n],

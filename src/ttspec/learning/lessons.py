@@ -53,7 +53,7 @@ class Lessons:
         """Keep a round's rows; rows that take no part are left alone."""
         took_part = v.emitted > 0
         self._push(self._starts, v.start, took_part)
-        self._push(self._tokens[..., : v.fed.shape[1]], v.fed, took_part)
+        self._push(self._tokens, v.fed, took_part)
         if v.proposal.before is not None and self._before is not None:
             self._push(self._before, v.proposal.before, took_part)
         self._committed.copy_(torch.where(took_part, v.start + v.emitted, self._committed))
@@ -74,8 +74,8 @@ class Lessons:
             mask = mask & (column[:width] <= v.accepted[:, None])
         # Past an end token the target speaks of a text that never is.
         mask = mask & (~v.ended[:, None] | (column[:width] < v.emitted[:, None]))
-        self._push(self._masks[..., :width], mask, took_part)
-        self._push(self._logits[..., :width, :], v.logits[:, :width], took_part)
+        self._push(self._masks, mask, took_part)
+        self._push(self._logits, v.logits[:, :width], took_part)
 
     def take(self) -> Lesson:
         """The newest lessons, which are then no longer new."""
@@ -135,5 +135,8 @@ class Lessons:
     @staticmethod
     def _push(store: Tensor, new: Tensor, where: Tensor) -> None:
         """Shift a row's history by one and append, where the row took part."""
+        if store.dim() > 2 and new.shape[1] < store.shape[2]:  # fewer were drafted than may be
+            blank = new.new_zeros(new.shape[0], store.shape[2] - new.shape[1], *new.shape[2:])
+            new = torch.cat([new, blank], dim=1)
         shifted = torch.cat([store[:, 1:], new[:, None].to(store.dtype)], dim=1)
         store.copy_(torch.where(where.view(-1, *[1] * (store.dim() - 1)), shifted, store))

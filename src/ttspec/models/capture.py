@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ T = TypeVar("T")
 
 class Graphs:
     """One graph per function and key, made when that pair is first seen; off a GPU plain calls."""
+
+    captured: ClassVar[int] = 0
+    """Graphs made so far, by all: what took part in making one took longer than it will again."""
 
     def __init__(self, device: torch.device, *, compile: bool = False) -> None:
         """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
@@ -55,6 +58,7 @@ class Graphs:
         at = work.__name__, key
         if at not in self._made:
             self._made[at] = self._capture(work, key, changes, compile=compile, warm=warm)
+            Graphs.captured += 1
         graph, out = self._made[at]
         graph.replay()
         return out

@@ -1,0 +1,221 @@
+"""Whether to draft, and how much: never slower than plain decoding, by keeping an account.
+
+The account says by how many plain rounds drafting is behind plain decoding. While that is little,
+the drafter drafts; when it is overdrawn, rounds are plain until it has drafted off again, at a few
+tokens in a thousand, and a pause that doubles with every failure is over. So the promise holds for
+any drafter and any text, as far as the clock can be believed. Knows no tensors and no clock: it is
+told what a round took, after it, so that no draft of a round has a say in how many there are.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from statistics import median
+
+BEHIND = 4.0
+"""Plain rounds by which drafting may be behind before it stops."""
+AHEAD = 8.0
+"""Plain rounds that are remembered of being ahead: more would hide a later decay."""
+SHARE = 0.015
+"""Of the time that plain decoding would have taken, what tries may cost in the long run."""
+PAUSE, LONGEST_PAUSE = 64, 1024
+"""Plain rounds after a first failure, doubled with each further one."""
+SOON, REFRESH = 4, 64
+"""Drafting rounds after which a plain one is taken, to know what it costs by now: at first soon,
+since few were seen, then later and later."""
+SAFE, EASE = 1.3, 4
+"""Past this speed, in plain decoding's, what a plain round costs need be known less often."""
+RECENT = 16
+"""Drafting rounds for which that is still believed where the drafter is about to be stopped."""
+GAIN = 1.04
+"""Tokens a second that another length must promise: less may be noise."""
+STAY = 4
+"""Rounds for which a length is kept at least."""
+MEMORY = 1 / 32
+"""Share of what is known about acceptance that a round replaces."""
+FORGET = 1 / 8
+"""The same of drafts that the round did not have, so that longer rounds are tried again soon."""
+HOPE = 0.7
+"""Chance of a first draft, as long as nothing is known."""
+SPIKE = 4.0
+"""Times its length's usual cost that a round is charged at most: more is another process's."""
+
+
+class Gate:
+    """Chooses each round's draft length from what past rounds took and accepted.
+
+    All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
+    changes none of them.
+    """
+
+    def __init__(self, longest: int, *, few: bool = False) -> None:
+        """Allow `longest` drafts, a half and a quarter of it; `few`: none but `longest`."""
+        halves = {longest} if few else {longest, longest // 2, longest // 4}
+        self.lengths = sorted(halves - {0})
+        self.longest = longest
+        self._plain: deque[float] = deque(maxlen=3)
+        """Seconds of the last plain rounds."""
+        self._costs: dict[int, deque[float]] = {n: deque(maxlen=5) for n in self.lengths}
+        self._extra = 0.0
+        """What a drafting round costs on average above the median, as every few rounds for an
+        update."""
+        self._reached, self._kept = [0.0] * longest, [0.0] * longest
+        """How often, lately, all drafts before the i-th were right, and how often it was too."""
+        self._account = 0.0
+        self._won = 0.0
+        """Plain rounds that the present try has gained."""
+        self._length = longest
+        """Of drafting rounds; 0 while they pause."""
+        self._stay = 0
+        self._failures, self._pause = 0, 0
+        self._look = 2
+        """Plain rounds to take next, to know what they cost."""
+        self._doubt: float | None = None
+        """Cost of a plain round before it was measured again, to judge a drafter by."""
+        self._since, self._until = 0, SOON
+        """Drafting rounds since a plain one, and how many are to be."""
+        self._context = 0
+        """Tokens of context that the last plain round had."""
+
+    def choose(self) -> int:
+        """Draft length of the next round; 0 is plain decoding."""
+        return 0 if self._look else self._length
+
+    def tell(
+        self,
+        length: int,
+        seconds: float,
+        *,
+        emitted: float,
+        accepted: Sequence[int],
+        context: int = 0,
+        first: bool = False,
+    ) -> None:
+        """Take note of a round.
+
+        Args:
+            length: Its draft length.
+            seconds: What it took, learning included.
+            emitted: Tokens that it committed, mean over the rows that took part.
+            accepted: Drafts that each of these rows kept.
+            context: Tokens in the longest row.
+            first: It did what is done once, as to capture a graph: its time says nothing.
+        """
+        if length:
+            self._count(length, accepted)
+            if not first and self._plain:
+                self._charge(length, seconds / self._cost_of_plain, emitted)
+            self._since += 1
+            self._stay += 1
+            self._go_on(context)
+        else:
+            self._look = max(0, self._look - (not first))
+            if not first:
+                self._plain.append(seconds)
+                self._since, self._context = 0, context
+            self._book(0.0, emitted)
+            self._wait()
+
+    def _charge(self, length: int, cost: float, emitted: float) -> None:
+        cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
+        costs = self._costs[length]
+        if len(costs) == costs.maxlen:
+            cost = min(cost, SPIKE * median(costs))
+        costs.append(cost)
+        self._extra += (max(0.0, cost - median(costs)) - self._extra) * MEMORY
+        self._won += emitted - cost
+        if self._won >= BEHIND:
+            self._failures = 0
+        self._book(cost - emitted, emitted)
+
+    def _book(self, loss: float, emitted: float) -> None:
+        self._account += loss
+        if self._account > 0:
+            self._account = max(0.0, self._account - SHARE * emitted)
+        self._account = max(-AHEAD, self._account)
+
+    def _go_on(self, context: int) -> None:
+        """After a drafting round: what comes next."""
+        if self._account > BEHIND:
+            if self._since < RECENT:
+                self._fail()
+            else:  # plain rounds may be slower by now, too
+                self._look, self._doubt = 3, self._cost_of_plain
+            return
+        ease = EASE if self.speed(self._length) > SAFE else 1
+        grown = abs(context - self._context)
+        if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
+            self._look, self._until = 1, min(4 * self._until, REFRESH)
+        if self._stay >= STAY:
+            best = max(self.lengths, key=self.speed)
+            if best != self._length and self.speed(best) > GAIN * self.speed(self._length):
+                self._length, self._stay = best, 0
+
+    def _wait(self) -> None:
+        """After a plain round: what comes next."""
+        if self._look:
+            return
+        if self._doubt is not None:
+            slower = self._cost_of_plain > 1.1 * self._doubt
+            self._doubt = None
+            if slower:
+                self._account = 0.0
+            else:
+                self._fail()
+        elif not self._length:
+            self._pause -= 1
+            length = max(self.lengths, key=self.speed)
+            # A round in which nothing is accepted must be affordable.
+            if self._pause <= 0 and self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
+                self._length, self._stay, self._won = length, 0, 0.0
+                self._until = REFRESH  # it is known well by now
+                # What the text was like before the pause counts for less.
+                self._reached = [n / 2 for n in self._reached]
+                self._kept = [n / 2 for n in self._kept]
+
+    def _fail(self) -> None:
+        self._length = 0
+        self._pause = min(PAUSE << self._failures, LONGEST_PAUSE)
+        self._failures = min(self._failures + 1, 10)
+
+    def _count(self, length: int, accepted: Sequence[int]) -> None:
+        for i in range(self.longest):
+            lost = MEMORY if i < length else FORGET
+            self._reached[i] *= 1 - lost
+            self._kept[i] *= 1 - lost
+            if i < length:
+                self._reached[i] += sum(n >= i for n in accepted) / len(accepted)
+                self._kept[i] += sum(n > i for n in accepted) / len(accepted)
+
+    def tokens(self, length: int) -> float:
+        """Tokens a row that a round with so many drafts commits, as far as is known.
+
+        Where little is known about a draft, as where rounds were shorter lately, its chance is
+        taken to be that of the one before.
+        """
+        chance, all_right, tokens = HOPE, 1.0, 1.0
+        for reached, kept in zip(self._reached[:length], self._kept[:length], strict=True):
+            chance = (kept + chance) / (reached + 1)
+            all_right *= chance
+            tokens += all_right
+        return tokens
+
+    def speed(self, length: int) -> float:
+        """Tokens per time of a plain round, with so many drafts a round."""
+        if not self._costs[self.longest]:
+            return float(length)  # nothing to go by: the drafter's own length
+        return self.tokens(length) / self._cost(length)
+
+    def _cost(self, length: int) -> float:
+        """Of a round, in plain rounds; from its neighbours where it was not measured."""
+        known = [(0, 1.0), *((n, median(c)) for n, c in self._costs.items() if c)]
+        below, left = max(pair for pair in known if pair[0] <= length)
+        above, right = min((pair for pair in known if pair[0] >= length), default=(below, left))
+        share = (length - below) / (above - below) if above > below else 0.0
+        return left + share * (right - left) + self._extra
+
+    @property
+    def _cost_of_plain(self) -> float:
+        """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain."""
+        return sorted(self._plain)[(len(self._plain) - 1) // 2]

@@ -1,0 +1,476 @@
+"""Never slower than plain decoding: the account on a simulated clock, and its switches for real."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import cycle, pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_conformance import ALL, NOW, engine_of
+from toys import G, fake_round, parrot, plain, toy_engine
+
+from ttspec.bench.arms import parse_arms
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.gate import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, Gate
+from ttspec.decoding.round import Decoder
+from ttspec.errors import OptionError
+from ttspec.learning.lessons import Lessons
+
+# A clock that is told.
+
+Chances = Callable[[int], float]
+"""By position: how likely a draft is right, if those before it were."""
+
+
+def steady(chance: float) -> Chances:
+    return lambda position: chance
+
+
+def decode(
+    tokens: int,
+    costs: Sequence[float],
+    chance: Chances,
+    *,
+    gate: Gate | None,
+    seed: int = 0,
+    noise: float = 0.0,
+) -> tuple[float, list[int]]:
+    """Seconds of an answer and its rounds' lengths; costs[n] is that of n drafts, costs[0] 1.
+
+    Without a gate all rounds have as many drafts as there are costs for. Which positions are
+    drafted right is the same for all lengths and with every gate.
+    """
+    rng, drawn = random.Random(seed), random.Random(seed)
+    right = [drawn.random() for _ in range(tokens + len(costs))]
+    spent, position, lengths = 0.0, 0, []
+    while position < tokens:
+        length = gate.choose() if gate else len(costs) - 1
+        kept = 0
+        while kept < length and right[position + kept] < chance(position):
+            kept += 1
+        emitted = min(kept + 1, tokens - position)
+        took = costs[length] * (rng.lognormvariate(0, noise) if noise else 1.0)
+        if gate:
+            gate.tell(length, took, emitted=emitted, accepted=[kept], context=position)
+        spent, position = spent + took, position + emitted
+        lengths.append(length)
+    return spent, lengths
+
+
+def straight(longest: int, cost: float) -> list[float]:
+    """Each draft costs the same, as in a chain."""
+    return [1 + (cost - 1) * n / longest for n in range(longest + 1)]
+
+
+def block(longest: int, cost: float) -> list[float]:
+    """All drafts cost one pass."""
+    return [1.0] + [cost] * longest
+
+
+LENGTHS = st.integers(1, 15)
+COSTS = st.floats(0.8, 4.0)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    longest=LENGTHS,
+    cost=COSTS,
+    chain=st.booleans(),
+    chances=st.lists(st.floats(0, 1), min_size=1, max_size=8),
+    stretch=st.sampled_from([10, 40, 150]),
+    seed=st.integers(0, 10**6),
+    noise=st.sampled_from([0.0, 0.05]),
+)
+def test_no_drafter_makes_decoding_slower(longest, cost, chain, chances, stretch, seed, noise):
+    """Beyond the promised shares, a round or two of whatever they cost: that is how one learns."""
+    costs = (straight if chain else block)(longest, cost)
+
+    def chance(position: int) -> float:
+        return chances[position // stretch % len(chances)]
+
+    for tokens, most in ((200, 1.05), (1000, 1.03), (2000, 1.03)):
+        took, _ = decode(tokens, costs, chance, gate=Gate(longest), seed=seed, noise=noise)
+        assert took <= most * tokens * (1 + noise / 4) + cost, tokens
+
+
+@pytest.mark.parametrize("costs", [straight(5, 3.0), block(7, 1.5), block(12, 1.3)], ids=len)
+def test_a_hopeless_drafter_costs_little(costs) -> None:
+    for tokens, least in ((200, 0.95), (1000, 0.97), (4000, 0.98)):
+        took, _ = decode(tokens, costs, steady(0.02), gate=Gate(len(costs) - 1))
+        assert tokens / took >= least
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("costs", "chance"),
+    [(block(7, 1.4), 0.6), (block(7, 1.4), 0.8), (straight(5, 1.5), 0.7), (block(12, 1.5), 0.7)],
+)
+def test_a_good_drafter_loses_nearly_nothing(costs, chance, noise) -> None:
+    options = {"noise": noise}
+    ratios = []
+    for seed in range(20):
+        free, _ = decode(1000, costs, steady(chance), gate=None, seed=seed, **options)
+        kept, _ = decode(
+            1000, costs, steady(chance), gate=Gate(len(costs) - 1), seed=seed, **options
+        )
+        ratios.append(free / kept)
+    assert sum(ratios) / len(ratios) >= (0.97 if noise else 0.98)
+
+
+def test_a_second_request_knows_what_the_first_found_out() -> None:
+    costs, gate = block(7, 1.5), Gate(7)
+    decode(300, costs, steady(0.0), gate=gate)
+    took = [decode(60, costs, steady(0.0), gate=gate)[0] for _ in range(10)]
+    assert sum(took) <= 600 * 1.01
+    assert sorted(took)[-3] == 60, "most pay nothing"
+    good = Gate(7)
+    decode(300, costs, steady(0.8), gate=good)
+    _, lengths = decode(100, costs, steady(0.8), gate=good)
+    assert lengths.count(0) <= 1
+
+
+def test_a_decay_is_noticed() -> None:
+    costs, gate = block(7, 1.5), Gate(7)
+    decode(1000, costs, steady(0.9), gate=gate)
+    took, lengths = decode(300, costs, steady(0.0), gate=gate)
+    drafting = sum(n > 0 for n in lengths)
+    assert drafting <= (AHEAD + BEHIND) / 0.45 + 4
+    assert took <= 300 + AHEAD + BEHIND + 3
+
+
+def test_pauses_double_and_end() -> None:
+    gate = Gate(7)
+    _, lengths = decode(6000, block(7, 1.3), steady(0.0), gate=gate)
+    pauses, run = [], 0
+    for length in lengths:
+        if length:
+            pauses += [run] if run > 3 else []
+            run = 0
+        else:
+            run += 1
+    assert pauses[0] >= PAUSE
+    assert all(b >= 1.9 * a or b >= LONGEST_PAUSE for a, b in pairwise(pauses))
+    # It then drafts well: it is found out, and pauses are short again.
+    _, lengths = decode(3000, block(7, 1.3), steady(0.8), gate=gate)
+    assert all(lengths[-64:])
+    _, lengths = decode(60, block(7, 1.3), steady(0.0), gate=gate)
+    assert gate._pause <= PAUSE
+
+
+def test_a_chain_that_is_too_long_is_shortened_and_a_short_one_lengthened() -> None:
+    gate, costs = Gate(8), straight(8, 3.0)
+    _, lengths = decode(1000, costs, steady(0.6), gate=gate)
+    assert max(lengths[-50:]) < 8
+    assert lengths[-20:].count(0) <= 1
+    _, lengths = decode(4000, costs, steady(0.97), gate=gate)
+    assert lengths[-20:].count(8) >= 19
+
+
+def test_a_machine_that_slows_down_is_not_the_drafter_s_fault() -> None:
+    gate = Gate(7)
+    decode(600, block(7, 1.4), steady(0.7), gate=gate)
+    _, lengths = decode(600, [1.6 * c for c in block(7, 1.4)], steady(0.7), gate=gate)
+    assert sum(n == 0 for n in lengths) <= 10
+
+
+def test_one_slow_round_stops_nobody() -> None:
+    gate = Gate(7)
+    decode(400, block(7, 1.4), steady(0.8), gate=gate)
+    gate.tell(7, 500.0, emitted=3.0, accepted=[2], context=400)
+    _, lengths = decode(100, block(7, 1.4), steady(0.8), gate=gate)
+    assert lengths.count(0) <= 3
+
+
+def test_rounds_that_capture_a_graph_are_not_timed() -> None:
+    gate = Gate(7)
+    for _ in range(3):
+        assert gate.choose() == 0
+        gate.tell(0, 100.0, emitted=1.0, accepted=[0], first=True)
+    for _ in range(2):
+        gate.tell(0, 1.0, emitted=1.0, accepted=[0])
+    gate.tell(gate.choose(), 100.0, emitted=1.0, accepted=[0], first=True)
+    assert gate.choose() == 7
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(1, [1]), (2, [1, 2]), (5, [1, 2, 5]), (7, [1, 3, 7]), (15, [3, 7, 15])],
+)
+def test_few_lengths(longest: int, lengths: list[int]) -> None:
+    assert Gate(longest).lengths == lengths
+    assert Gate(longest, few=True).lengths == [longest]
+
+
+# The real loop, told to switch all the time.
+
+
+class Schedule(Gate):
+    """Lengths in turn, whatever rounds take."""
+
+    def __init__(self, lengths: Sequence[int], longest: int) -> None:
+        super().__init__(longest)
+        self._turn = cycle(lengths)
+        self.told: list[int] = []
+
+    def choose(self) -> int:
+        return min(next(self._turn), self.longest)
+
+    def tell(self, length, seconds, **facts) -> None:
+        assert seconds > 0
+        self.told.append(length)
+
+
+def scheduled(engine: Engine, lengths: Sequence[int]) -> Engine:
+    """The same engine, whose decoders draft so many tokens a round in turn."""
+
+    def make(*args, **options) -> Decoder:
+        decoder = Decoder(*args, **options)
+        decoder.gate = Schedule(lengths, decoder.gamma)
+        return decoder
+
+    engine.make_decoder = make
+    return engine
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+PROMPTS = ["hello there", "count to ten, please", "a"]
+SWITCHING = [9, 9, 0, 2, 1, 0, 0, 0, 0, 0, 0, 0, 1, 9, 2, 9]
+KINDS = [k for k in ALL if k in ("dflash", "eagle3", "pard", "pard2", "causal", "ngram")]
+
+
+@pytest.mark.parametrize(
+    ("which", "rows"),
+    [
+        *((which, "hindsight") for which in KINDS),
+        ("dflash", "block"),
+        ("pard", "block"),
+        ("eagle3", None),
+        ("causal", None),
+    ],
+)
+def test_a_text_is_the_same_however_often_lengths_change(target, which: str, rows) -> None:
+    learn = rows and replace(NOW, rows=rows, blocks=4)
+    for temperature in (0.0, 0.7):
+        options = {"max_new_tokens": 30, "seed": 5, "ignore_eos": True, "temperature": temperature}
+        wanted = engine_of(target, which).generate(
+            PROMPTS, learn=None, draft=DraftConfig(length=0), **options
+        )
+        engine = scheduled(engine_of(target, which), SWITCHING)
+        found = engine.generate(PROMPTS, learn=learn, **options)
+        assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
+        for result in found:
+            assert result.stats.plain_rounds == sum(r.length == 0 for r in result.rounds) > 5
+            assert {"0", "1", "2"} < set(result.stats.draft_lengths)
+            assert not result.stats.reverts
+            drafting = result.stats.rounds - result.stats.plain_rounds
+            if learn and which != "ngram":
+                assert 0 < result.stats.updates <= drafting
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard"])
+def test_rejection_sampling_is_as_reproducible_with_plain_rounds(target, which: str) -> None:
+    options = {"max_new_tokens": 24, "seed": 5, "temperature": 0.9, "acceptance": "rejection"}
+    runs = [
+        scheduled(engine_of(target, which), SWITCHING).generate(PROMPTS, learn=NOW, **options)
+        for _ in range(2)
+    ]
+    assert [r.token_ids for r in runs[0]] == [r.token_ids for r in runs[1]]
+
+
+class Drafts:
+    """What a drafter proposed, with the position each proposal was for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.made: dict[int, list[int]] = {}
+        drafter = engine.drafter
+        assert drafter is not None
+        propose = drafter.propose
+
+        def watched(state, pending, start, *rest):
+            proposal = propose(state, pending, start, *rest)
+            self.made[int(start[0])] = proposal.tokens[0].tolist()
+            return proposal
+
+        drafter.propose = watched  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("draft", [DraftConfig(), DraftConfig(window=9)])
+@pytest.mark.parametrize("which", KINDS)
+def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
+    target, which, draft, monkeypatch
+) -> None:
+    """And so are short drafts after long ones, which leave more unread than they read again."""
+    monkeypatch.setattr("ttspec.decoding.round.LATE", 8)
+    options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
+    engine = engine_of(target, which)
+    drafts = Drafts(engine)
+    pattern = [0] * 20 + [9, 1, 9, 0, 2]
+    result = scheduled(engine, pattern).generate(PROMPTS[1], draft=draft, **options)[0]
+    ids, made = result.prompt_ids + result.token_ids, drafts.made
+    assert len(made) > 3
+    for start, tokens in made.items():
+        again = engine_of(target, which)
+        fresh = Drafts(again)
+        # The prefill draws the token that was pending.
+        one = scheduled(again, [len(tokens)])
+        one.generate([ids[:start]], draft=draft, **{**options, "max_new_tokens": 12})
+        budget = len(result.token_ids) - (start - len(result.prompt_ids)) - 1
+        assert fresh.made[start][:budget] == tokens[:budget], start
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal"])
+def test_turns_of_a_session_after_plain_rounds(target, which: str) -> None:
+    """The first turn ends unread: the next one's drafts must know it all the same."""
+    options = {"max_new_tokens": 24, "context": 400, "temperature": 0.0, "ignore_eos": True}
+    engines = [engine_of(target, which) for _ in range(2)]
+    drafts = [Drafts(engine) for engine in engines]
+    texts = []
+    for engine, lengths in zip(engines, ([0] * 23 + [9] * 60, [9]), strict=True):
+        session = scheduled(engine, lengths).session(learn=None, **options)
+        texts.append([session.send(text).token_ids for text in ("hello there", "and then?")])
+    assert texts[0] == texts[1]
+    second = {n: d for n, d in drafts[0].made.items() if n in drafts[1].made}
+    assert second
+    assert all(drafts[1].made[n] == d for n, d in second.items())
+
+
+@pytest.mark.parametrize("which", ["pard", "eagle3"])
+def test_rows_at_rest_are_left_alone_when_others_catch_up(target, which: str) -> None:
+    """A row that ended, and one that begins late, beside rows that were plain for long."""
+    engine = scheduled(engine_of(target, which), [0] * 12 + [9] * 4)
+    prompts = [[p] for p in ("a", "the quick brown fox jumps over the dog", "hello", "one more")]
+    options = {"temperature": 0.0, "ignore_eos": True, "learn": None}
+    found = {}
+    for index, chunk in engine.run(prompts, rows=2, max_new_tokens=30, **options):
+        found[index] = chunk.result or found.get(index)
+    for index, result in found.items():
+        alone = plain(engine_of(target, "pard"), prompts[index][0], max_new_tokens=30, **options)
+        assert result.token_ids == alone.token_ids
+
+
+# The real gate in the real loop.
+
+
+def on(engine: Engine, **options):
+    options = {"temperature": 0.0, "learn": None, "ignore_eos": True, "seed": 1, **options}
+    return engine.generate("hello there", draft=DraftConfig(gate=True), **options)[0]
+
+
+def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
+    """The engine with a clock on which a round takes costs[its length]."""
+
+    class Told(Gate):
+        def tell(self, length, seconds, **facts) -> None:
+            super().tell(length, costs[min(length, len(costs) - 1)], **facts)
+
+    monkeypatch.setattr("ttspec.decoding.round.Gate", Told)
+    return engine
+
+
+def test_a_drafter_that_knows_the_text_drafts_and_one_that_errs_rests(engine, monkeypatch) -> None:
+    said = plain(engine, "hello there", max_new_tokens=200, temperature=0.0, ignore_eos=True)
+    costs = [1.0] + [1.4] * 5
+    good = on(ticking(parrot(engine, said), costs, monkeypatch), max_new_tokens=200)
+    assert good.token_ids == said.token_ids
+    assert good.stats.plain_rounds <= 3
+    bad = on(ticking(parrot(engine, said, wrong=1), costs, monkeypatch), max_new_tokens=200)
+    assert bad.token_ids == said.token_ids
+    assert bad.stats.plain_rounds > 180
+    assert sum(bad.stats.draft_lengths.values()) == bad.stats.rounds
+
+
+def test_what_was_found_out_lasts_for_requests_of_other_sizes(engine, monkeypatch) -> None:
+    said = plain(engine, "hello there", max_new_tokens=300, temperature=0.0, ignore_eos=True)
+    bad = ticking(parrot(engine, said, wrong=1), [1.0] + [1.4] * 5, monkeypatch)
+    assert on(bad, max_new_tokens=40).stats.plain_rounds < 38
+    again = on(bad, max_new_tokens=300)
+    assert again.rounds[0].length == 0 == again.rounds[8].length
+    assert bad.sibling()._gates == {}
+
+
+def test_without_the_option_nothing_is_gated(engine) -> None:
+    result = engine.generate("hello there", max_new_tokens=20, learn=None)[0]
+    assert result.stats.draft_lengths == {}
+    assert result.stats.plain_rounds == 0
+    assert all(r.length is None for r in result.rounds)
+
+
+def test_deterministic_leaves_no_choice_to_a_clock(engine) -> None:
+    config = GenerateConfig(deterministic=True, draft=DraftConfig(gate=True, window=9))
+    settled = config.settled()
+    assert settled.draft == DraftConfig(window=9)
+    assert settled.learn is not None
+    assert settled.learn.publish == "stride"
+    assert GenerateConfig(learn=None, deterministic=True).settled().learn is None
+    now = GenerateConfig(learn=LearnConfig(publish="now"), deterministic=True).settled()
+    assert now.learn == LearnConfig(publish="now")
+    assert GenerateConfig().settled() == GenerateConfig()
+    assert on(engine, max_new_tokens=8, deterministic=True).stats.draft_lengths == {}
+
+
+def test_arms_name_the_gate() -> None:
+    (arm,) = parse_arms("static[gate=true,window=64]")
+    assert arm.draft == DraftConfig(gate=True, window=64)
+    assert parse_arms("learn[gate=false]")[0].draft == DraftConfig()
+    with pytest.raises(OptionError, match="true, false"):
+        parse_arms("static[gate=yes]")
+
+
+# Lessons of shortened and of left out rounds.
+
+
+def short(number: int, length: int):
+    """Round `number` with only `length` drafts."""
+    v = fake_round(number, 1)
+    tokens = v.proposal.tokens[:, :length]
+    return replace(
+        v,
+        proposal=replace(v.proposal, tokens=tokens, count=torch.tensor([length])),
+        fed=v.fed[:, : length + 1],
+        logits=v.logits[:, : length + 1],
+        features=v.features[:, : length + 1],
+        tokens=v.tokens[:, : length + 1],
+    )
+
+
+def test_a_short_round_s_lesson_has_only_what_was_drafted() -> None:
+    store = Lessons(LearnConfig(rows="block", blocks=3), 1, G, fake_round(0, 1))
+    rounds = [fake_round(0, 1), short(1, 2), fake_round(2, 1)]
+    for v in rounds:
+        store.absorb(v)
+    lesson = store.take()
+    assert lesson.mask[0].tolist() == [[True] * G, [True] * 2 + [False] * (G - 2), [True] * G]
+    for block_of, v in zip((2, 1, 0), rounds, strict=True):
+        width = v.proposal.tokens.shape[1]
+        assert lesson.logits[0, block_of, :width].equal(v.logits[0, :width])
+        assert lesson.tokens[0, block_of, : width + 1].equal(v.fed[0])
+
+
+def test_what_plain_rounds_said_teaches_nobody() -> None:
+    """Hindsight rows of positions that no lesson recorded are masked."""
+    store = Lessons(LearnConfig(rows="hindsight", blocks=4), 1, G, fake_round(0, 1))
+    for number in (0, 1, *range(4, 9)):  # rounds 2 and 3 were plain
+        store.absorb(fake_round(number, 1))
+    lesson = store.newest()
+    assert lesson.start[0].tolist() == [13, 12, 9, 8]
+    position = lesson.start[0, :, None] + 1 + torch.arange(G)
+    assert lesson.mask[0].equal((position != 11) & (position != 12))
+
+
+@pytest.mark.parametrize("which", ["eagle3", "pard"])
+def test_a_learner_learns_from_drafting_rounds_alone(target, which: str) -> None:
+    engine = scheduled(engine_of(target, which), [2, 0, 0, 9])
+    options = {"max_new_tokens": 40, "temperature": 0.0, "ignore_eos": True}
+    learn = LearnConfig(stride=2, lr=1e-3, blocks=4)
+    result = engine.generate("hello there", learn=learn, **options)[0]
+    for r in result.rounds:
+        assert not (r.updates and r.length == 0)
+    assert result.stats.updates > 2
