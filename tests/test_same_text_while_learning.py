@@ -53,6 +53,20 @@ def test_static_and_learning_drafters_write_what_plain_decoding_writes(
         assert not any(r.stats.reverts for r in results)
 
 
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_one_seed_is_one_text_whenever_an_update_is_published(engine, plain, weights: str):
+    options = {"max_new_tokens": 40, "seed": 6, "ignore_eos": True, "temperature": 0.7}
+    wanted = plain(PROMPTS, **options)
+    drafts = {}
+    for publish in ("now", "stride", "ready"):
+        learn = LearnConfig(stride=2, lr=1e-2, weights=weights, publish=publish)
+        results = engine.generate(PROMPTS, **options, learn=learn)
+        assert [r.token_ids for r in results] == [r.token_ids for r in wanted], publish
+        assert all(r.stats.updates > 3 for r in results)
+        drafts[publish] = [[x.accepted for x in r.rounds] for r in results]
+    assert drafts["ready"] == drafts["now"] != drafts["stride"]
+
+
 def test_the_learning_arms_really_change_what_is_drafted(engine):
     options = {"max_new_tokens": 48, "seed": 5, "ignore_eos": True, "temperature": 0.8}
     rounds = {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, ModelFlags, SessionLearnFlags
-from ttspec.cli.saving import check_drafter, check_place, save_learned
+from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, TtspecError
@@ -39,6 +39,7 @@ def chat(
     learn: Annotated[bool, Parameter(name="--learn")] = True,
     learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
     save_drafter: Path | None = None,
+    resume_drafter: Path | None = None,
 ) -> int:
     """Talk with the target; the drafter learns over the whole conversation.
 
@@ -49,7 +50,10 @@ def chat(
     learn
         Whether the drafter learns while it talks.
     save_drafter
-        A new or empty folder for the drafter as it is at the end, for --drafter.
+        A new or empty folder for the drafter as it is at the end, for --drafter; or a new
+        .safetensors file for what was learned only, for --resume-drafter.
+    resume_drafter
+        What --save-drafter wrote: drafting begins there.
     """
     check_place(save_drafter, learn=learn)
     settings = options.options() | {
@@ -57,9 +61,10 @@ def chat(
         "learn": learning.config_if(learn),
     }
     GenerateConfig(**settings)  # complains before anything is loaded
+    models, resume = resumed(models, resume_drafter)
     engine = models.load(notify=say)
     check_drafter(save_drafter, engine)
-    conversation = Conversation(engine, settings)
+    conversation = Conversation(engine, settings, resume)
     try:
         return conversation.run(at_terminal=sys.stdin.isatty())
     finally:
@@ -69,15 +74,18 @@ def chat(
 class Conversation:
     """A session, the results of its turns, and the commands that begin with a slash."""
 
-    def __init__(self, engine: Engine, settings: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: Engine, settings: dict[str, Any], resume: Path | None = None
+    ) -> None:
         self.engine = engine
         self.settings = settings
+        self.resume = resume
         self.warned = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation and what the drafter learned in it."""
-        self.session = self.engine.session(**self.settings)
+        self.session = self.engine.session(resume=self.resume, **self.settings)
         self.results: list[Result] = []
 
     def run(self, *, at_terminal: bool) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
-from ttspec.cli.saving import check_drafter, check_place, save_learned
+from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_nothing, show_text, summary
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError
@@ -24,6 +24,7 @@ def generate(
     learn: Annotated[bool, Parameter(name="--learn")] = True,
     learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
     save_drafter: Path | None = None,
+    resume_drafter: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
 ) -> int:
     """Generate one answer and stream it to standard output.
@@ -35,17 +36,21 @@ def generate(
     learn
         Whether the drafter learns while it generates.
     save_drafter
-        A new or empty folder for the drafter as it is at the end, for --drafter.
+        A new or empty folder for the drafter as it is at the end, for --drafter; or a new
+        .safetensors file for what was learned only, for --resume-drafter.
+    resume_drafter
+        What --save-drafter wrote: drafting begins there.
     as_json
         Print one JSON object with text, token_ids, finish_reason and stats instead.
     """
     check_place(save_drafter, learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
+    models, resume = resumed(models, resume_drafter)
     text = read_prompt(prompt)
     engine = models.load(notify=say)
     check_drafter(save_drafter, engine)
-    session = engine.session(**settings) if save_drafter else None
+    session = engine.session(resume=resume, **settings) if save_drafter or resume else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     result = follow(chunks, show_nothing if as_json else show_text)
     if as_json:

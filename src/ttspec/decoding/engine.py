@@ -21,9 +21,10 @@ from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
-from ttspec.drafters.layers import multiplied_out
+from ttspec.drafters.layers import Weights, multiplied_out
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
+from ttspec.learning.delta import difference, read_delta, write_delta
 from ttspec.learning.weights import Pupil
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target, wrap_target
@@ -187,9 +188,41 @@ class Engine:
         for _, chunk in self.run([[prompt]], **options):
             yield chunk
 
-    def session(self, **options: Any) -> Session:
-        """A conversation whose turns share context and, with scope "session", what was learned."""
-        return Session(self, make_config(options))
+    def session(self, *, resume: str | Path | None = None, **options: Any) -> Session:
+        """A conversation whose turns share context and, with scope "session", what was learned.
+
+        Args:
+            resume: What `Session.save` or `--save-drafter` wrote: drafting begins there.
+            **options: Fields of `GenerateConfig`.
+
+        Raises:
+            CheckpointError, OptionError: The file is unusable, or of another drafter.
+        """
+        config = make_config(options)
+        if resume is None:
+            return Session(self, config)
+        if Path(resume).is_dir():
+            return Session(self._with(load_drafter(str(resume), Path(resume))), config)
+        if config.learn and config.learn.scope == "shared":
+            raise OptionError(
+                "learn.scope is shared, and a session goes on from what one has learned.\n"
+                "Use learn.scope session, or leave out what it goes on from."
+            )
+        delta, drafter = read_delta(Path(resume)), self.drafter
+        delta.require(drafter)
+        assert drafter is not None
+        start = delta.start(drafter, config.learn)
+        if start is not None:
+            return Session(self, config, start=start)
+        new, other = copy.copy(drafter), self.sibling()
+        whole = {n: w.to(drafter.weights[n]) for n, w in delta.applied(drafter.weights).items()}
+        new.weights, other.drafter = {**drafter.weights, **whole}, new
+        return Session(other, config, origin=drafter)
+
+    def _with(self, drafter: Drafter) -> Engine:
+        other = Engine(copy.copy(self.target), drafter)  # a target tells one drafter's features
+        other.make_decoder, other.compile = self.make_decoder, self.compile
+        return other
 
     def run(
         self,
@@ -379,9 +412,17 @@ class Engine:
 class Session:
     """One conversation, turn by turn. Its drafter keeps what it learned until it is closed."""
 
-    def __init__(self, engine: Engine, config: GenerateConfig) -> None:
-        """Made by `Engine.session`."""
+    def __init__(
+        self,
+        engine: Engine,
+        config: GenerateConfig,
+        *,
+        start: Weights | None = None,
+        origin: Drafter | None = None,
+    ) -> None:
+        """Made by `Engine.session`; `origin` has the weights that the engine's are a change of."""
         self.engine, self.config = engine, config
+        self._start, self._origin = start, origin or engine.drafter
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
         self._talk: Conversation | None = None
 
@@ -432,6 +473,28 @@ class Session:
         new.weights = {n: w.detach().clone() for n, w in multiplied_out(live).items()}
         return new
 
+    def save(self, path: str | Path) -> None:
+        """Write what was learned to a new .safetensors file, for `resume`: only the change.
+
+        Raises:
+            OptionError: Nothing was learned yet, or `path` is taken or ends otherwise.
+        """
+        learner = self._talk.decoder.learner if self._talk else None
+        if learner is None or self._origin is None:
+            raise OptionError(
+                "The session has learned nothing: it has not begun, is closed, or does not learn."
+                "\nSave what was learned after a turn."
+            )
+        changes = learner.learned(0)
+        if self._origin is self.engine.drafter:
+            if learner.config.weights == "full":
+                changes = difference(changes, self._origin.weights)
+        else:  # what it went on from counts
+            floats = {n: w for n, w in self.learned().weights.items() if w.is_floating_point()}
+            moved = {n: w for n, w in floats.items() if not w.equal(self._origin.weights[n])}
+            changes = difference(moved, self._origin.weights)
+        write_delta(Path(path), self._origin, learner.config, changes)
+
     def close(self) -> None:
         """Free the session's caches and what its drafter learned."""
         self._talk = None
@@ -442,6 +505,8 @@ class Session:
             ids = prompt_ids(engine.tokenizer, text, system=config.system, raw=config.raw)
             if self._talk is None:
                 decoder = engine.decoder(config, 1, len(ids), sessions=True)
+                if self._start is not None and decoder.learner:
+                    decoder.learner.pupil.begin_at(self._start)
                 self._talk = Conversation(decoder, 0, config, self.seed)
             return self._talk, ids
         return self._talk, engine._next(self._talk, text)

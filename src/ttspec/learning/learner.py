@@ -317,6 +317,11 @@ class Learner:
             self.reverts[row] += 1
             self._forget_all(row)
 
+    def learned(self, row: int) -> Weights:
+        """What learns, as a row has it now, float32; with the update under way."""
+        self._settle()
+        return {n: w[0 if self.shared else row] for n, w in self.pupil.master.items()}
+
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""
         self._rounds = 0
@@ -325,7 +330,7 @@ class Learner:
         """Start a row anew, for another request; what all rows share goes on."""
         self._settle()
         if not self.shared:
-            self.pupil.restore(row)
+            self.pupil.begin(row)
             self.guard.forget(row)
         self._forget_all(row)
         self.updates[row] = self.reverts[row] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -58,6 +59,7 @@ class Pupil:
             self.anchor, rate = {n: drafter.weights[n] for n in names}, drafter.learning_rate
         self.rate = rate if config.lr is None else config.lr
         self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
+        self._start = self._anchor
         # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
         self._master = self._anchor.repeat(copies, 1)
         self._gradient = torch.zeros_like(self._master)
@@ -131,10 +133,24 @@ class Pupil:
         """What `publish` would let draft."""
         return {n: self._seen(w).to(self.live[n].dtype) for n, w in self.master.items()}
 
+    def begin_at(self, start: Mapping[str, Tensor]) -> None:
+        """Begin, now and whenever a copy begins anew, at these weights and not at the anchor's."""
+        flat = [start[n].flatten().to(self._anchor) for n in self.anchor]
+        self._start = torch.cat(flat)
+        for copy in range(len(self._master)):
+            self.begin(copy)
+
+    def begin(self, copy: int) -> None:
+        """Let a copy begin anew; its moments go."""
+        self._put(copy, self._start)
+
     def restore(self, copy: int) -> None:
         """Put a copy's anchor weights back; its moments go."""
-        self._master[copy] = self._anchor
-        self._live[copy] = self._anchor.to(self._live.dtype)
+        self._put(copy, self._anchor)
+
+    def _put(self, copy: int, weights: Tensor) -> None:
+        self._master[copy] = weights
+        self._live[copy] = weights.to(self._live.dtype)
         for state in self._optimisers[copy].state.values():
             for moment in state.values():
                 moment.zero_()
