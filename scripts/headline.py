@@ -30,6 +30,8 @@ ARMS = {
     "static-window": "static, window (512)",
     "learn-session[stride=4,window=512]": "learning, window (512)",
 }
+MEASURED = "weights=full,blocks=16,publish=now,guard=0"
+"""What the learning arm was when it was measured; these were the defaults."""
 BEST = {"dflash": "static-window", "eagle3": "static-rebased", "pard": "static-window"}
 """The static cure that measured best before (docs/experiments.md): greedy runs have only this."""
 TIMES = (
@@ -67,6 +69,7 @@ def commands(out: Path, size: Size) -> Iterator[tuple[str, list[str]]]:
             if kind in BEST and temperature == "0":
                 arms = ["static", BEST[kind], next(arm for arm in ARMS if arm.startswith("learn"))]
             drafter = "none" if kind == "n-gram" else f"smollm2-135m-{kind}"
+            arms = [a.replace("]", f",{MEASURED}]") if a.startswith("learn") else a for a in arms]
             folder = out / f"temperature-{temperature}" / kind
             yield (
                 f"{kind} at temperature {temperature}",
@@ -132,6 +135,7 @@ def show(out: Path = Path("runs/headline"), *, to: Path = RESULTS) -> None:
         text = re.sub(
             r"--out \S*?(temperature-)", r"--out runs/headline/\1", text
         )  # wherever it was
+        text = text.replace(f",{MEASURED}", "")
         (kept / "summary.json").write_text(text + "\n", encoding="utf-8")
         print(page)
 
