@@ -134,7 +134,7 @@ def run(
         )
         decoder = engine.decoder(config, rows, context, sessions=False)
         fill(decoder, context, rounds * most)
-        stride = spec.learn.stride if spec.learn else 1
+        stride = (spec.learn.stride if spec.learn else 1) or 1
         for _ in range(1 if stride > rounds else -(-SETTLED * stride // rounds) + 1):
             advance(decoder, rounds)
         told = 0

@@ -199,7 +199,7 @@ def measure(engine: Any, point: Point, rounds: int) -> dict[str, Any]:
             raise
         return {"error": "out of memory", "memory_before": before}
     return {
-        "seconds": summary(found, learn.stride if learn else 1),
+        "seconds": summary(found, plan.stride),
         "filled": filled,
         "memory_before": before,
         "memory_peak": torch.cuda.max_memory_allocated(device) if cuda else None,

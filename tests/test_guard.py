@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import NOW, G, fake_round, lesson, pupil
+from toys import NOW, G, bound_drafter, fake_round, lesson, pupil
 
 from ttspec.config import LearnConfig
 from ttspec.learning import guard as guards
+from ttspec.learning import weights
 from ttspec.learning.guard import EARLY, REST, Guard
 from ttspec.losses import expected_length, forward_kl, survival_weights, total_variation
 
@@ -186,3 +187,26 @@ def test_what_blocks_are_worth():
     torch.testing.assert_close(weights, torch.tensor([[1.5, 0.75, 0.375]]))
     p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
     assert float(total_variation(p, q)) == pytest.approx(0.5)
+
+
+def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
+    drafter = bound_drafter()
+    size = weights.bytes_of_copy(LearnConfig(), drafter, "full")
+    assert size == pupil(1)[0].pupil.nbytes + 4 * sum(  # in float32 the master is the live copy
+        w.numel() for w in pupil(1)[0].pupil.anchor.values()
+    )
+    monkeypatch.setattr(weights, "SMALL", 2 * size)
+
+    def chosen(rows: int, **options) -> tuple[str, int | None]:
+        found = weights.settled(LearnConfig(**options), drafter, rows)
+        return found.weights, found.stride
+
+    assert chosen(2) == ("full", 8)
+    assert chosen(3) == ("lora", 16)
+    assert chosen(3, scope="shared") == ("full", 8)
+    assert chosen(3, weights="full", stride=5) == ("full", 5)
+    small = weights.bytes_of_copy(LearnConfig(rank=2), drafter, "lora")
+    assert small < size / 4
+    learner = pupil(3, LearnConfig(rank=2))[0]
+    assert learner.pupil.nbytes == 3 * small * 16 // 20
+    assert all(name.endswith((".up", ".down")) for name in learner.pupil.live)

@@ -291,7 +291,7 @@ def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
         "draft of 5",
         "verify of 6",
         "keep a lesson",
-        "update on 16 blocks",
+        "update on 8 blocks",
         "round, wall clock, 1/2 update in it",
     ]
     rates = Rates(*told["rates"].values())

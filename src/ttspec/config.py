@@ -14,7 +14,7 @@ Parameters = Literal["full", "layers", "attention", "mlp", "last"]
 Chain = Literal["unrolled", "detached"]
 Vocabulary = Literal["mass", "renormalise"]
 Publish = Literal["now", "ready", "stride"]
-Learned = Literal["full", "lora"]
+Learned = Literal["auto", "full", "lora"]
 Loss = Literal["kl", "tv", "split"]
 Emphasis = Literal["position", "survival"]
 
@@ -86,11 +86,12 @@ class DraftConfig:
 class LearnConfig:
     """When the drafter learns, on what, and how far a step goes."""
 
-    stride: int = 8
-    """Rounds between updates."""
-    weights: Learned = "full"
+    stride: int | None = None
+    """Rounds between updates; None is what measured best: 8, and 16 for low-rank changes."""
+    weights: Learned = "auto"
     """What learns: the weights themselves (full), or low-rank changes of the matrices that make no
-    context (lora), which take a fiftieth of the memory and let many rows learn side by side."""
+    context (lora), which take a fiftieth of the memory and let many rows learn side by side; auto
+    is full as long as all copies of the weights stay small."""
     rank: int = 8
     """Of low-rank changes."""
     lr: float | None = None
@@ -148,7 +149,8 @@ class LearnConfig:
     runs repeat exactly; now: the next one, which waits. Off a GPU, or shared, ready is now."""
 
     def __post_init__(self) -> None:
-        _require(self.stride >= 1, "learn.stride", self.stride, "1 or more")
+        stride = self.stride
+        _require(stride is None or stride >= 1, "learn.stride", stride, "1 or more")
         for name in ("blocks", "rank"):
             value = getattr(self, name)
             _require(value >= 1, f"learn.{name}", value, "1 or more")
@@ -173,6 +175,7 @@ class LearnConfig:
         """
         return cls(
             stride=10,
+            weights="full",
             lr=1e-4,
             rows="block",
             blocks=1,

@@ -17,6 +17,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
+from ttspec.learning.weights import settled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,14 @@ def measure(
         learn = None
     parts = r.parts_of(drafter, length, draft.window) if drafter and length else None
     if learn:
-        learn = replace(learn, publish="now")  # so that an update has a time of its own
+        if learn.weights == "lora":
+            raise OptionError(
+                "--learn.weights is lora, whose updates are not counted.\n"
+                "Allowed are auto and full; scripts/measure_exposed.py times both."
+            )
+        learn = replace(learn, weights="full")
+        # So that an update has a time of its own.
+        learn = replace(settled(learn, drafter, rows), publish="now") if drafter else learn
     plan = Plan.of(rounds, length, learn)
     if context + plan.tokens > target.context:
         most = target.context - plan.tokens
@@ -161,11 +169,12 @@ def measure(
         shares = round_stages(drafter, parts, shape, batch, length, rates, found)
         share = ""
         if learn:
-            shares += learning_stages(drafter, parts, shape, batch, length, learn, rates, found)
-            share = f", 1/{learn.stride} update in it" if learn.stride > 1 else ", update in it"
+            shares += learning_stages(
+                drafter, parts, shape, batch, length, learn, plan, rates, found
+            )
+            share = f", 1/{plan.stride} update in it" if plan.stride > 1 else ", update in it"
         stages += [stage for stage, _ in shares]
-        stride = learn.stride if learn else 1
-        stages.append(whole(f"round, wall clock{share}", shares, found, stride))
+        stages.append(whole(f"round, wall clock{share}", shares, found, plan.stride))
         outside["round"] = median(t.outside for t in found)
         both = median(t.draft + t.verify for t in found)
         outside["round, draft and verify without the models"] = both - models_alone(decoder)
@@ -199,6 +208,7 @@ def learning_stages(
     batch: r.Batch,
     length: int,
     learn: LearnConfig,
+    plan: Plan,
     rates: Rates,
     found: list[Timed],
 ) -> list[tuple[Stage, float]]:
@@ -211,9 +221,9 @@ def learning_stages(
     kept = [t.learn for t in found if not t.updated]
     took = [t.learn for t in found if t.updated]
     name = f"update on {learn.blocks} block{'s' if learn.blocks > 1 else ''}"
-    share = 1 / learn.stride
+    share = 1 / plan.stride
     stages = [(Stage.of(name, keep + update, rates, took), share)]
-    if learn.stride > 1:
+    if plan.stride > 1:
         stages.insert(0, (Stage.of("keep a lesson", keep, rates, kept), 1 - share))
     return stages
 

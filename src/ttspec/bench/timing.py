@@ -46,6 +46,8 @@ class Plan:
     count: int
     tokens: int
     """That they may write, in a row."""
+    stride: int
+    """Rounds for an update."""
 
     @classmethod
     def of(cls, rounds: int, length: int, learn: LearnConfig | None) -> Plan:
@@ -53,11 +55,12 @@ class Plan:
 
         Hindsight has nothing to teach until a block's tokens are committed, `length` rounds later.
         """
-        warm_up, count = WARM_UP, rounds
+        warm_up, count, stride = WARM_UP, rounds, 1
         if learn:
-            warm_up = -(-(WARM_UP + length + 1) // learn.stride) * learn.stride
-            count = max(-(-rounds // learn.stride), UPDATES) * learn.stride
-        return cls(warm_up, count, (warm_up + count + 2) * (length + 1) + 1)
+            stride = learn.stride or 1
+            warm_up = -(-(WARM_UP + length + 1) // stride) * stride
+            count = max(-(-rounds // stride), UPDATES) * stride
+        return cls(warm_up, count, (warm_up + count + 2) * (length + 1) + 1, stride)
 
 
 def timed(

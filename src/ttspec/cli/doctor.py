@@ -124,7 +124,8 @@ def lines(told: dict[str, Any]) -> list[str]:
             + (f"hidden states {drafter['taps']}" if drafter["taps"] else "the text"),
             f"  memory     {mib(memory['drafter_weights'])} weights, "
             f"{mib(memory['drafter_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
-            f"  learning   {mib(memory['learning_per_row'])} for each row that learns",
+            f"  learning   {mib(memory['learning_per_row'])} for each row whose weights learn, "
+            f"{mib(memory['learning_per_row_lora'])} for low-rank changes",
         ]
     elif told["reason"] is not None:
         first, *rest = told["reason"].splitlines()

@@ -6,10 +6,11 @@ import os
 
 import torch
 
-from ttspec.config import DraftConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
+from ttspec.learning.weights import bytes_of_copy, settled
 from ttspec.models.target import Target
 
 STRETCH = 1000
@@ -24,10 +25,14 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
         "target_cache_per_1000_tokens": _target_cache(target),
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
         "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
-        "learning_per_row": _learning(drafter) if drafter else 0,
+        "learning_per_row": _learning(drafter, "full") if drafter else 0,
+        "learning_per_row_lora": _learning(drafter, "lora") if drafter else 0,
     }
     caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
-    row = caches * context // STRETCH + parts["learning_per_row"]
+    learning = parts["learning_per_row"]
+    if drafter and drafter.weights and settled(LearnConfig(), drafter, rows).weights == "lora":
+        learning = parts["learning_per_row_lora"]
+    row = caches * context // STRETCH + learning
     total = parts["target_weights"] + parts["drafter_weights"] + rows * row
     return parts | {"rows": rows, "context": context, "total": total}
 
@@ -64,7 +69,9 @@ def _drafter_cache(drafter: Drafter) -> int:
     return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
 
 
-def _learning(drafter: Drafter) -> int:
+def _learning(drafter: Drafter, weights: str) -> int:
     """Bytes a row: float32 master, gradient and two moments, the live copy and its gradient."""
-    weights = [drafter.weights[name] for name in drafter.learnable("full")]
-    return sum(w.numel() * (16 + 2 * w.element_size()) for w in weights)
+    if not drafter.weights:
+        return 0
+    size = drafter.embedding.element_size()
+    return bytes_of_copy(LearnConfig(), drafter, weights) // (16 + size) * (16 + 2 * size)

@@ -1,8 +1,8 @@
 """When not to learn: weights that draft worse than the anchor's are put back, and rest.
 
 Knows numbers only. What is compared is how many drafts of a block would be kept, by the target's
-and the drafter's distributions: live against anchor weights over rows that taught neither yet, and
-new ones, which have just learned these rows, against the live ones they come from.
+and the drafter's distributions, over rows that taught neither: live against anchor weights, and new
+ones, before they draft, against the live ones they come from.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ RUIN, LEAST = 0.5, 2.0
 MEMORY = 0.95
 """What a comparison weighs after the next one: the last 20 count."""
 LEAP, SLACK = 0.3, 0.2
-"""New weights that lose this share of the drafts they have just learned, and more than so many,
-have made too large a step."""
+"""New weights that lose this share of the drafts of their test, and more than so many, have made
+too large a step."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
 REST = 64
@@ -50,7 +50,7 @@ class Guard:
             copy: Which.
             live: Drafts that live weights would have kept of blocks that taught nobody yet.
             anchor: The same of anchor weights; both 0 is no comparison.
-            before: Of the blocks just learned, with the weights from before.
+            before: Of blocks kept out of the update, with the weights from before.
             new: The same with those that come of it.
         """
         own = self._copies[copy]

@@ -10,6 +10,7 @@ are until it is over; what it makes waits in the masters until it is published.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
-from ttspec.learning.weights import FACTS, Pupil
+from ttspec.learning.weights import FACTS, Pupil, settled
 from ttspec.losses import (
     expected_length,
     forward_kl,
@@ -36,8 +37,9 @@ from ttspec.records import Lesson, Verification
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
 
-COMPARED = 4
-"""Blocks, the newest, over which weights are compared."""
+COMPARED, HELD = 4, 2
+"""Blocks, the newest, over which weights are compared; and those of them that then do not teach, by
+which what an update makes is judged before it drafts."""
 
 FADING = 0.8
 """Loss split: how fast rows behind the first wrong draft lose weight (arXiv 2605.29343)."""
@@ -68,7 +70,9 @@ class Learner:
         run: Graphs | None = None,
     ) -> None:
         """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`."""
+        config = settled(config, drafter, rows)
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
+        self._stride = config.stride or 1
         self.shared = config.scope == "shared"
         self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.pupil.live}
@@ -79,7 +83,8 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
         copies = len(self.pupil.resting)
-        self.guard, self._resting = Guard(config.guard, config.stride, copies), [False] * copies
+        self.guard, self._resting = Guard(config.guard, self._stride, copies), [False] * copies
+        self._held = min(HELD, config.blocks // 2)
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
@@ -112,7 +117,7 @@ class Learner:
         kept = self._lessons.kept
         self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
-        due = self._rounds % self.config.stride == 0
+        due = self._rounds % self._stride == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
             updated = self._settle()
@@ -174,17 +179,19 @@ class Learner:
         self._facts.copy_(self._teach(self._lesson, longest))
 
     def _taught_and_compared(self, longest: int) -> None:
-        self._facts.copy_(self._teach(self._lesson, longest))
+        held = torch.arange(self.config.blocks, device=self._facts.device) < self._held
+        mask = self._lesson.mask & ~held[:, None]
+        self._facts.copy_(self._teach(replace(self._lesson, mask=mask), longest))
         fresh = self._lesson.part(0, COMPARED).fresh
         live = self._kept(self.state.weights, longest)
         anchor = self._kept(self.drafter.weights, longest)
-        for column, kept in ((3, live * fresh), (4, anchor * fresh), (5, live)):
+        for column, kept in ((3, live * fresh), (4, anchor * fresh), (5, live[:, : self._held])):
             self._facts[:, column] = kept.sum(-1)
 
     @torch.no_grad()
     def _judged(self, longest: int) -> None:
         new = {**self.drafter.weights, **self.pupil.new()}
-        self._facts[:, 6] = self._kept(new, longest).sum(-1)
+        self._facts[:, 6] = self._kept(new, longest)[:, : self._held].sum(-1)
 
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002

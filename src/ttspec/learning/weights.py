@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,32 @@ FACTS = 7
 `Guard.worse` takes; 0 where nothing was compared."""
 
 
+SMALL = 4 << 30
+"""Bytes that all copies may take for the weights themselves to learn unless told otherwise."""
+
+
+def settled(config: LearnConfig, drafter: Drafter, rows: int) -> LearnConfig:
+    """The same, with what is left open chosen for this drafter and so many rows."""
+    weights, copies = config.weights, 1 if config.scope == "shared" else rows
+    if weights == "auto":
+        small = copies * bytes_of_copy(config, drafter, "full") <= SMALL
+        weights = "full" if small or not drafter.matrices(config.parameters) else "lora"
+    stride = config.stride or (8 if weights == "full" else 16)
+    return replace(config, weights=weights, stride=stride)
+
+
+def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
+    """What a copy takes: master, gradient and two moments in float32, and the live weights."""
+    if weights == "full":
+        own = [drafter.weights[n].shape for n in drafter.learnable(config.parameters)]
+        count = sum(shape.numel() for shape in own)
+    else:
+        names = drafter.matrices(config.parameters)
+        shapes = [drafter.weights[n + ".weight"].shape for n in names]
+        count = config.rank * sum(out + into for out, into in shapes)
+    return count * (16 + drafter.embedding.element_size())
+
+
 class Pupil:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
 
@@ -23,6 +50,7 @@ class Pupil:
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""
+        config = settled(config, drafter, copies)
         self.config, self.shared = config, config.scope == "shared"
         if config.weights == "lora":
             self.anchor, rate = drafter.changes(config.parameters, config.rank), drafter.lora_rate
