@@ -372,8 +372,10 @@ HARM: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("which", MANY)
-@pytest.mark.parametrize("harm", HARM)
+# What a value or a dtype may be does not depend on the variant; which shapes there are does.
+@pytest.mark.parametrize(
+    ("which", "harm"), [(w, h) for w in MANY for h in HARM if w in KINDS or h in ("longer", "NaN")]
+)
 def test_a_bad_tensor_is_refused_with_its_file_and_name(tmp_path, which, harm):
     folder = write(tmp_path / "d", which)
     weights = load_file(folder / "model.safetensors")
