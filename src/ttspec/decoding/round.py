@@ -19,6 +19,7 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.gate import Gate
+from ttspec.decoding.pace import AFTER, Pace
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.learning.weights import Pupil
@@ -103,10 +104,18 @@ class Decoder:
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
+            after = AFTER if draft.gate else 0
             self.learner = Learner(
-                learn, drafter, self.state, rows, self.gamma, pupil=pupil, run=self._run
+                learn,
+                drafter,
+                self.state,
+                rows,
+                self.gamma,
+                pupil=pupil,
+                run=self._run,
+                after=after,
             )
-        self.gate = None
+        self.gate, self._pace = None, Pace()
         if draft.gate and self.state is not None:
             # Another length would be compiled anew, for longer than most answers take.
             self.gate = gate or Gate(self.gamma, few=compile and self._run.on)
@@ -214,14 +223,19 @@ class Decoder:
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
         if self.gate:
+            accepted = [told[row][1] for row in active]
+            took, first = time.perf_counter() - began, Graphs.captured > captured
             self.gate.tell(
                 length,
-                time.perf_counter() - began,
+                took,
                 emitted=sum(told[row][0] for row in active) / len(active),
-                accepted=[told[row][1] for row in active],
+                accepted=accepted,
                 context=longest,
-                first=Graphs.captured > captured,
+                first=first,
             )
+            if self.learner and length and not first:
+                drafts = sum(accepted) / len(accepted)
+                self._pace.tell(took, any(updated), drafts, self.learner)
         return {
             row: Outcome(
                 tokens=told[row][4 : 4 + told[row][0]],

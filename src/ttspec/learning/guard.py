@@ -25,10 +25,13 @@ REST = 64
 class Guard:
     """Compares live with anchor weights, copy by copy."""
 
-    def __init__(self, every: int, stride: int, copies: int) -> None:
-        """Compare at every `every`th update, which come every `stride` rounds; 0 is never."""
-        self.every, self.rest = every, -(-REST // stride)
-        self._copies = [Record() for _ in range(copies)]
+    def __init__(self, every: int, stride: int, copies: int, after: int = 0) -> None:
+        """Compare at every `every`th update, which come every `stride` rounds; 0 is never.
+
+        A copy sits out its first `after` rounds.
+        """
+        self.every, self.rest, self.first = every, -(-REST // stride), -(-after // stride)
+        self._copies = [Record(self.first) for _ in range(copies)]
 
     def due(self) -> bool:
         """Whether the update that begins now shall compare. Counts it."""
@@ -63,10 +66,10 @@ class Guard:
         ruined = own.anchor >= LEAST and lost > RUIN * own.anchor
         return worse or ruined or new + SLACK < before * (1 - LEAP)
 
-    def gain(self, copy: int) -> float:
+    def gain(self) -> float:
         """Drafts kept with live weights for one with the anchor's; 1 if nothing was compared."""
-        own = self._copies[copy]
-        return own.live / own.anchor if own.anchor else 1.0
+        anchor = sum(copy.anchor for copy in self._copies)
+        return sum(copy.live for copy in self._copies) / anchor if anchor else 1.0
 
     def put_back(self, copy: int) -> None:
         """The copy has its anchor weights again: let it rest, if there is a guard at all."""
@@ -77,7 +80,7 @@ class Guard:
 
     def forget(self, copy: int) -> None:
         """Another request has it."""
-        self._copies[copy] = Record()
+        self._copies[copy] = Record(self.first)
 
 
 class Record:

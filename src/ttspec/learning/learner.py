@@ -68,11 +68,16 @@ class Learner:
         *,
         pupil: Pupil | None = None,
         run: Graphs | None = None,
+        after: int = 0,
     ) -> None:
-        """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`."""
+        """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`.
+
+        A row's first `after` rounds teach it nothing yet.
+        """
         config = settled(config, drafter, rows)
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
-        self._stride = config.stride or 1
+        self.stride, self.strides = config.stride or 1, 1
+        """Rounds, and how many times so many, between updates."""
         self.shared = config.scope == "shared"
         self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.pupil.live}
@@ -83,7 +88,10 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
         copies = len(self.pupil.resting)
-        self.guard, self._resting = Guard(config.guard, self._stride, copies), [False] * copies
+        self.guard, self._resting = (
+            Guard(config.guard, self.stride, copies, after),
+            [False] * copies,
+        )
         self._held = min(HELD, config.blocks // 2)
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
@@ -117,7 +125,7 @@ class Learner:
         kept = self._lessons.kept
         self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
-        due = self._rounds % self._stride == 0
+        due = self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
             updated = self._settle()

@@ -1,0 +1,67 @@
+"""How often to learn: as often as the learner's stride says where that pays, seldom where not.
+
+Costs come from the clock, gains from the learner's own comparison of live with anchor weights.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from statistics import median
+
+from ttspec.learning.learner import Learner
+
+AFTER = 64
+"""Rounds that a row answers before its first update: short answers pay nothing."""
+TRIAL = 32
+"""Updates before learning must pay for itself: it takes some to gain anything."""
+SELDOM = 32
+"""Strides between updates at most: what is learned later may pay yet."""
+RECENT = 64
+"""Rounds whose usual time is known."""
+PATIENCE = 8
+"""Updates between two changes."""
+
+
+class Pace:
+    """Doubles the stride while an update costs more than all of them gain, and halves it again."""
+
+    def __init__(self) -> None:
+        """Nothing is known."""
+        self._seconds: deque[float] = deque(maxlen=RECENT)
+        """Of rounds without an update."""
+        self._cost = 0.0
+        """Seconds of an update, on average."""
+        self._drafts = 0.0
+        """Kept a round, on average."""
+        self._updates = self._stay = 0
+
+    def tell(self, seconds: float, updated: bool, drafts: float, learner: Learner) -> None:
+        """Take note of a drafting round, and set the learner's pace.
+
+        Args:
+            seconds: What it took.
+            updated: Whether an update is in that. Where updates run beside the rounds little of
+                them is: there they are thought to be as cheap as that.
+            drafts: Kept, mean over the rows that took part.
+            learner: Whose gain is asked, and whose `strides` are set.
+        """
+        self._drafts += (drafts - self._drafts) / RECENT
+        if not updated:
+            self._seconds.append(seconds)
+            return
+        if not self._seconds:
+            return
+        usual = median(self._seconds)
+        self._updates += 1
+        self._stay += 1
+        share = 1 / min(self._updates, PATIENCE)
+        self._cost += (max(0.0, seconds - usual) - self._cost) * share
+        if self._updates < TRIAL or self._stay < PATIENCE:
+            return
+        cost = self._cost / (learner.stride * learner.strides * usual)
+        gain = max(learner.guard.gain(), 1e-3)
+        won = (1 + self._drafts) / (1 + self._drafts / gain) - 1
+        if won < cost and learner.strides < SELDOM:
+            learner.strides, self._stay = 2 * learner.strides, 0
+        elif won > 4 * cost and learner.strides > 1:  # half of them would still pay twice over
+            learner.strides, self._stay = learner.strides // 2, 0

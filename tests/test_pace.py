@@ -1,0 +1,74 @@
+"""How often it is learned, by a simulated clock; and that short answers pay nothing."""
+
+from types import SimpleNamespace
+
+import pytest
+from toys import bound_drafter, fake_round, toy_engine
+
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.pace import SELDOM, TRIAL, Pace
+from ttspec.learning.learner import Learner
+
+
+def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
+    """A learner at stride 8 after so many rounds of 1 s, an update costing `cost` s more."""
+    learner = SimpleNamespace(stride=8, strides=1, guard=SimpleNamespace(gain=lambda: gain))
+    pace = Pace()
+    for number in range(1, rounds + 1):
+        updated = number % (8 * learner.strides) == 0
+        pace.tell(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
+    return learner
+
+
+def test_what_does_not_pay_is_done_seldom():
+    assert learned(8 * TRIAL - 1, cost=2.0, gain=1.0).strides == 1
+    assert learned(8 * TRIAL, cost=2.0, gain=1.0).strides == 2
+    assert learned(50_000, cost=2.0, gain=1.0).strides == SELDOM
+
+
+def test_what_pays_is_done_as_often_as_the_stride_says():
+    assert learned(5_000, cost=1.0, gain=1.5).strides == 1
+
+
+@pytest.mark.parametrize(("cost", "least", "most"), [(0.4, 1, 1), (2.0, 2, 8)])
+def test_a_small_gain_pays_for_so_many_updates(cost: float, least: int, most: int):
+    """A tenth more drafts is 4.8 % more tokens; at stride 8 an update of 0.4 rounds costs 5 %."""
+    assert least <= learned(50_000, cost=cost * 0.9, gain=1.1).strides <= most
+
+
+def test_a_gain_that_comes_late_is_taken():
+    learner = learned(20_000, cost=2.0, gain=1.0)
+    pace = Pace()
+    learner.guard.gain = lambda: 1.6
+    for number in range(1, 60_000):
+        updated = number % (8 * learner.strides) == 0
+        pace.tell(1.0 + 2.0 * updated, updated, 1.0, learner)  # type: ignore[arg-type]
+    assert learner.strides <= 4  # a quarter of all time for a quarter more tokens is no gain
+
+
+def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_dir):
+    engine = toy_engine(toy_target_dir)
+    options = {"learn": LearnConfig(stride=4), "ignore_eos": True, "temperature": 0.0}
+    for gate, updates in ((False, True), (True, False)):
+        draft = DraftConfig(gate=gate)
+        result = engine.generate("hello", max_new_tokens=40, draft=draft, **options)[0]
+        assert bool(result.stats.updates) == updates, gate
+
+
+def test_a_row_used_again_waits_again():
+    drafter = bound_drafter()
+    state = drafter.start(2, 256, DraftConfig())
+    config = LearnConfig(stride=1, blocks=1, rows="block")
+    learner = Learner(config, drafter, state, 2, 4, after=3)
+
+    def rounds(first: int) -> list[list[bool]]:
+        found = []
+        for number in range(first, first + 5):
+            v = fake_round(number, 2)
+            drafter.absorb(state, v)
+            found.append(learner.absorb(v, 8 + number))
+        return found
+
+    assert rounds(0) == [[False] * 2] * 3 + [[True] * 2] * 2
+    learner.reset(0)
+    assert rounds(5) == [[False, True]] * 3 + [[True] * 2] * 2
