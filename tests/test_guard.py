@@ -60,7 +60,7 @@ def test_chance_alone_hardly_ever_puts_weights_back():
 @given(st.integers(1, 9), st.integers(10, 80))
 def test_it_compares_early_and_then_now_and_then(every: int, count: int):
     guard = Guard(every, 8, 1)
-    due = [guard.due() for _ in range(count)]
+    due = [guard.due([True])[0] for _ in range(count)]
     assert due == [n < EARLY or n % every == 0 for n in range(count)]
 
 
@@ -71,7 +71,7 @@ def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
         rested = 0
         while guard.resting()[0]:
             assert not guard.resting()[1]
-            guard.due()
+            guard.due([True, True])
             rested += 1
         assert rested == REST // 8 << times
     guard.forget(0)
@@ -79,9 +79,18 @@ def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
     assert guard._copies[0].rest == REST // 8
 
 
+def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
+    guard = Guard(4, 8, 2)
+    guard.put_back(0)
+    for _ in range(50):
+        assert guard.due([False, True])[0] is False
+    assert guard.resting() == [True, False]
+    assert [guard.due([True, True])[0] for _ in range(REST // 8 + 1)] == [False] * 8 + [True]
+
+
 def test_without_a_guard_nothing_is_compared_and_nobody_rests():
     guard = Guard(0, 8, 1)
-    assert not any(guard.due() for _ in range(9))
+    assert not any(guard.due([True])[0] for _ in range(9))
     guard.put_back(0)
     assert guard.resting() == [False]
 

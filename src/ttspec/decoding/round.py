@@ -219,7 +219,7 @@ class Decoder:
             self._said = verification
         updated = [False] * self.rows
         if self.learner and length:
-            updated = self.learner.absorb(verification, longest, key)
+            updated = self.learner.absorb(verification, longest, key, active)
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
         if self.gate:

@@ -7,13 +7,15 @@ ones, before they draft, against the live ones they come from.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 MARGIN, SURE = 0.02, 3.0
 """Live weights are worse if they lose more than this share, by so many standard errors."""
 RUIN, LEAST = 0.5, 2.0
 """And at once, if they lose this share of so many drafts."""
 MEMORY = 0.95
 """What a comparison weighs after the next one: the last 20 count."""
-LEAP, SLACK = 0.3, 0.2
+LEAP, SLACK = 0.4, 0.2
 """New weights that lose this share of the drafts of their test, and more than so many, have made
 too large a step."""
 EARLY = 4
@@ -33,14 +35,20 @@ class Guard:
         self.every, self.rest, self.first = every, -(-REST // stride), -(-after // stride)
         self._copies = [Record(self.first) for _ in range(copies)]
 
-    def due(self) -> bool:
-        """Whether the update that begins now shall compare. Counts it."""
-        awake = [copy for copy in self._copies if not copy.rest]
-        wanted = [c.updates < EARLY or c.updates % self.every == 0 for c in awake if self.every]
-        for copy in self._copies:
-            copy.updates += not copy.rest
-            copy.rest = max(0, copy.rest - 1)
-        return any(wanted)
+    def due(self, took_part: Sequence[bool]) -> list[bool]:
+        """Which copies the update that begins now shall compare. Counts it.
+
+        Args:
+            took_part: Which had rounds since the last one; it is nothing to the others.
+        """
+        found = []
+        for copy, took in zip(self._copies, took_part, strict=True):
+            often = copy.updates < EARLY or (self.every and copy.updates % self.every == 0)
+            found.append(bool(self.every and took and not copy.rest and often))
+            if took:
+                copy.updates += not copy.rest
+                copy.rest = max(0, copy.rest - 1)
+        return found
 
     def resting(self) -> list[bool]:
         """Which copies sit out the update that begins now; ask before `due`."""

@@ -9,6 +9,7 @@ are until it is over; what it makes waits in the masters until it is published.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -92,7 +93,10 @@ class Learner:
             Guard(config.guard, self.stride, copies, after),
             [False] * copies,
         )
-        self._held = min(HELD, config.blocks // 2)
+        self._held = HELD if config.blocks >= 2 * HELD else 0
+        self._took_part, self._due = [False] * copies, [False] * copies
+        self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=self._facts.device)
+        """Which copies are compared, [copies, 1]."""
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
@@ -106,7 +110,11 @@ class Learner:
             self._stream, self._over = torch.cuda.Stream(), torch.cuda.Event()
 
     def absorb(
-        self, verification: Verification, longest: int, key: int | None = None
+        self,
+        verification: Verification,
+        longest: int,
+        key: int | None = None,
+        active: Sequence[int] | None = None,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
@@ -114,6 +122,7 @@ class Learner:
             verification: The round just committed.
             longest: Its largest start, known on the host.
             key: Where it was captured, the key of its graph: its tensors are that graph's.
+            active: Rows that took part; None is all.
 
         Returns:
             For each row, whether it was updated.
@@ -125,6 +134,8 @@ class Learner:
         kept = self._lessons.kept
         self._run(self._keep, longest if key is None else key, compile=False, changes=kept)
         self._rounds += 1
+        for row in range(rows) if active is None else active:
+            self._took_part[0 if self.shared else row] = True
         due = self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
@@ -151,11 +162,15 @@ class Learner:
         """Start an update on the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
         before, self._resting = self._resting, self.guard.resting()
-        compare = self.guard.due()
+        due = self.guard.due(self._took_part)
+        self._took_part = [False] * len(due)
         if all(self._resting):
             return
         if before != self._resting:
             self.pupil.resting.copy_(torch.tensor(self._resting))
+        if any(due) and due != self._due:  # what a row is spared for must not hang on the others
+            self._due = due
+            self._compared.copy_(torch.tensor(due)[:, None])
         if self._run.on:  # few graphs: they read at most twice the context that is there
             longest = max(FEW, 1 << (longest - 1).bit_length())
         self._lesson = self._aside(self._newest, 0, compile=False)
@@ -164,10 +179,10 @@ class Learner:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
-            work = self._taught_and_compared if compare else self._taught
+            work = self._taught_and_compared if any(due) else self._taught
             self._aside(work, longest, compile=False)
             self._aside(self._step, 0, compile=False, warm=False)
-            if compare:
+            if any(due):
                 self._aside(self._judged, longest, compile=False)
             self._told = self._facts
             if self._stream and self._over:
@@ -188,18 +203,19 @@ class Learner:
 
     def _taught_and_compared(self, longest: int) -> None:
         held = torch.arange(self.config.blocks, device=self._facts.device) < self._held
-        mask = self._lesson.mask & ~held[:, None]
+        mask = self._lesson.mask & ~(held & self._compared)[..., None]
         self._facts.copy_(self._teach(replace(self._lesson, mask=mask), longest))
         fresh = self._lesson.part(0, COMPARED).fresh
         live = self._kept(self.state.weights, longest)
         anchor = self._kept(self.drafter.weights, longest)
         for column, kept in ((3, live * fresh), (4, anchor * fresh), (5, live[:, : self._held])):
-            self._facts[:, column] = kept.sum(-1)
+            self._facts[:, column] = (kept * self._compared).sum(-1)
 
     @torch.no_grad()
     def _judged(self, longest: int) -> None:
         new = {**self.drafter.weights, **self.pupil.new()}
-        self._facts[:, 6] = self._kept(new, longest)[:, : self._held].sum(-1)
+        kept = self._kept(new, longest)[:, : self._held]
+        self._facts[:, 6] = (kept * self._compared).sum(-1)
 
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002
