@@ -19,7 +19,7 @@ from ttspec.errors import DataError
 
 LEARN = "stride=2,blocks=4,lr=1e-2"
 ARMS = {
-    "0": f"static,static-window[window=16],learn[{LEARN},publish=now]",
+    "0": f"static,static-window[window=16],learn[{LEARN},publish=now,guard=0]",
     "0.7": f"plain,ngram,learn-session[{LEARN},rows=accepted,weights=lora],learn-shared[{LEARN}]",
 }
 

@@ -89,10 +89,8 @@ class Learner:
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
         copies = len(self.pupil.resting)
-        self.guard, self._resting = (
-            Guard(config.guard, self.stride, copies, after),
-            [False] * copies,
-        )
+        self.guard = Guard(config.guard, self.stride, copies, after)
+        self._resting = [False] * copies
         self._held = HELD if config.blocks >= 2 * HELD else 0
         self._took_part, self._due = [False] * copies, [False] * copies
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=self._facts.device)
