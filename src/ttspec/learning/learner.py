@@ -176,7 +176,7 @@ class Learner:
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # Compiling the way back takes half a minute and gains a tenth (docs/experiments.md).
+            # Compiling the way back takes half a minute and gains a fifth (docs/experiments.md).
             work = self._taught_and_compared if any(due) else self._taught
             self._aside(work, longest, compile=False)
             self._aside(self._step, 0, compile=False, warm=False)
