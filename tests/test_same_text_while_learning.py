@@ -18,6 +18,7 @@ ARMS: dict[str, dict] = {
     "accepted": {"learn": LearnConfig(rows="accepted", blocks=1, **HARD)},
     "hindsight": {"learn": LearnConfig(rows="hindsight", **HARD)},
     "stride 3, session": {"learn": LearnConfig(stride=3, lr=1e-2, scope="session")},
+    "context made anew": {"learn": LearnConfig(rebuild=5, **HARD)},
     "window": {"learn": LearnConfig(**HARD), "draft": DraftConfig(window=7)},
     "rebase": {"learn": LearnConfig(**HARD), "draft": DraftConfig(rebase=9, length=3)},
 }

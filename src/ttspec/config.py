@@ -143,6 +143,9 @@ class LearnConfig:
     cap: float | None = None
     """Largest change of the weights, relative to their norm (of low-rank changes: of what they
     were); None is no limit."""
+    rebuild: int = 0
+    """Tokens after which a row's draft context is made anew by the weights of then; 0 keeps what
+    older weights made of it, and no features to make it from."""
     publish: Publish = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
@@ -154,7 +157,7 @@ class LearnConfig:
         for name in ("blocks", "rank"):
             value = getattr(self, name)
             _require(value >= 1, f"learn.{name}", value, "1 or more")
-        for name in ("warmup", "guard", "proximal"):
+        for name in ("warmup", "guard", "proximal", "rebuild"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"learn.{name}", value, "0 (none) or more")
         for name in ("lr", "eps", "clip", "temperature", "cap"):

@@ -19,6 +19,7 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.gate import Gate
+from ttspec.decoding.history import History
 from ttspec.decoding.pace import AFTER, Pace
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
@@ -115,6 +116,9 @@ class Decoder:
                 run=self._run,
                 after=after,
             )
+        self._history: History | None = None
+        if self.learner and self.learner.config.rebuild:
+            self._history = History(rows, slots, self.learner.config.rebuild)
         self.gate, self._pace = None, Pace()
         if draft.gate and self.state is not None:
             # Another length would be compiled anew, for longer than most answers take.
@@ -181,6 +185,8 @@ class Decoder:
         for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
             self.lengths[row], self.pending[row], self.budget[row] = n, token, budget - 1
             self._unread[row] = 0
+            if self._history:
+                self._history.made[row] = n
         return first
 
     @torch.no_grad()
@@ -220,6 +226,8 @@ class Decoder:
         updated = [False] * self.rows
         if self.learner and length:
             updated = self.learner.absorb(verification, longest, key, active)
+            if self._history:
+                updated = [a or b for a, b in zip(updated, self._rebuild(active), strict=True)]
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
         if self.gate:
@@ -248,6 +256,18 @@ class Decoder:
             )
             for row in active
         }
+
+    def _rebuild(self, rows: list[int]) -> list[bool]:
+        """Make contexts anew where it is time to; for each row, whether it was updated before."""
+        history, learner = self._history, self.learner
+        assert history is not None
+        assert learner is not None
+        assert self.state is not None
+        due = [row for row in rows if self.lengths[row] - history.made[row] >= history.every]
+        updated = learner.settle() if due else [False] * self.rows  # it reads the context
+        for row in due:
+            history.rebuild(learner.drafter, self.state, row, self.lengths[row])
+        return updated
 
     def _absorb_late(self) -> None:
         """Make what plain rounds committed context.
@@ -331,6 +351,8 @@ class Decoder:
             )
             if self.drafter and self.state:
                 self.drafter.extend(self.state, tokens, features, start, subset)
+            if self._history:
+                self._history.keep(tokens, features, start, subset)
         return out
 
     def _start(self) -> Tensor:
@@ -374,6 +396,8 @@ class Decoder:
         )
         if self.drafter and self.state and length:
             self.drafter.absorb(self.state, verification)
+        if self._history:
+            self._history.keep(fed, features, start)
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
 

@@ -137,11 +137,11 @@ class Learner:
         due = self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
-            updated = self._settle()
+            updated = self.settle()
         if due:
             self._begin(longest)
             if self._publish == "now":
-                updated = self._settle()
+                updated = self.settle()
         return updated
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
@@ -154,7 +154,7 @@ class Learner:
         self._taught(longest)
         self._step(0)
         self._told = self._facts
-        return self._settle()
+        return self.settle()
 
     def _begin(self, longest: int) -> None:
         """Start an update on the newest lessons, beside the next rounds where it has a stream."""
@@ -304,7 +304,7 @@ class Learner:
         return survival_weights(q.gather(-1, at[..., None])[..., 0] * there)
 
     @torch.no_grad()
-    def _settle(self) -> list[bool]:
+    def settle(self) -> list[bool]:
         """Publish the update under way, once it is over; of each row, whether there was one."""
         if self._told is None:
             return [False] * len(self.updates)
@@ -341,7 +341,7 @@ class Learner:
 
     def learned(self, row: int) -> Weights:
         """What learns, as a row has it now, float32; with the update under way."""
-        self._settle()
+        self.settle()
         return {n: w[0 if self.shared else row] for n, w in self.pupil.master.items()}
 
     def restart(self) -> None:
@@ -350,7 +350,7 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        self._settle()
+        self.settle()
         if not self.shared:
             self.pupil.begin(row)
             self.guard.forget(row)
@@ -359,7 +359,7 @@ class Learner:
 
     def forget(self, row: int, length: int) -> None:
         """Drop the lessons about what a row's crop to `length` took back."""
-        self._settle()  # it reads what will be overwritten
+        self.settle()  # it reads what will be overwritten
         if self._lessons is not None:
             self._lessons.clear_above(row, length)
 
