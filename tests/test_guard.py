@@ -35,7 +35,7 @@ def test_a_step_that_is_far_too_large_never_drafts():
 def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
     guard = Guard(4, 8, 2)
     verdicts = [verdict(guard, 0, live=3.6, anchor=4.0) for _ in range(20)]
-    assert not any(verdicts[:4])
+    assert not any(verdicts[:5])
     assert verdicts[-1]
     assert not any(verdict(guard, 1, live=4.1, anchor=4.0) for _ in range(200))
     guard.forget(0)
@@ -60,11 +60,41 @@ def test_chance_alone_hardly_ever_puts_weights_back():
 @given(st.integers(1, 9), st.integers(10, 80))
 def test_it_compares_early_and_then_now_and_then(every: int, count: int):
     guard = Guard(every, 8, 1)
-    due = [guard.due([True])[0] for _ in range(count)]
+    due = []
+    for _ in range(count):
+        due += guard.due([True])
+        guard.count(0)
     assert due == [n < EARLY or n % every == 0 for n in range(count)]
 
 
-def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
+def test_updates_that_had_nothing_to_teach_do_not_use_up_the_early_comparisons():
+    guard = Guard(8, 8, 1)
+    for _ in range(2 * EARLY):
+        assert guard.due([True]) == [True]
+    for _ in range(EARLY):
+        guard.count(0)
+    assert guard.due([True]) == [False]
+
+
+def test_a_copy_that_seems_behind_is_compared_until_that_is_decided():
+    """A harm of a tenth would otherwise go on for thousands of rounds."""
+    rng = Random(1)
+    guard, updates, compared = Guard(8, 16, 1), 0, 0
+    while updates < 60:
+        updates += 1
+        if guard.due([True])[0]:
+            compared += 1
+            if verdict(guard, 0, 2.9 + rng.gauss(0, 0.4), 3.2):
+                break
+        guard.count(0)
+    assert EARLY <= compared < 30
+    assert updates < 30
+    guard.put_back(0)
+    verdicts = [verdict(guard, 0, 2.9 + rng.gauss(0, 0.4), 3.2) for _ in range(12)]
+    assert any(verdicts)  # what was put back before needs less proof
+
+
+def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     guard = Guard(4, 8, 2)
     for times in range(4):
         guard.put_back(0)
@@ -73,7 +103,7 @@ def test_a_copy_that_was_put_back_rests_twice_as_long_each_time():
             assert not guard.resting()[1]
             guard.due([True, True])
             rested += 1
-        assert rested == REST // 8 << times
+        assert rested == REST // 8 * 4**times
     guard.forget(0)
     guard.put_back(0)
     assert guard._copies[0].rest == REST // 8

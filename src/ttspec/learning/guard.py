@@ -9,8 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-MARGIN, SURE = 0.02, 3.0
-"""Live weights are worse if they lose more than this share, by so many standard errors."""
+MARGIN, SURE, SURE_AGAIN = 0.02, 3.0, 2.0
+"""Live weights are worse if they lose more than this share, by so many standard errors; by fewer in
+a copy that was put back before."""
+FEW = 5.0
+"""Comparisons, older ones weighing less, before there is a standard error: the sixth has it."""
+SUSPECT = 0.5
+"""Behind by so many standard errors, a copy is compared at every update."""
 RUIN, LEAST = 0.5, 2.0
 """And at once, if they lose this share of so many drafts."""
 MEMORY = 0.95
@@ -20,8 +25,9 @@ LEAP, SLACK = 0.4, 0.2
 too large a step."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
-REST = 64
-"""Rounds that a copy sits out after it was put back; twice as many each further time."""
+REST, LONGER = 64, 4
+"""Rounds that a copy sits out after it was put back, and how many times as many each further time:
+a rate that is too high stays so."""
 
 
 class Guard:
@@ -36,7 +42,7 @@ class Guard:
         self._copies = [Record(self.first) for _ in range(copies)]
 
     def due(self, took_part: Sequence[bool]) -> list[bool]:
-        """Which copies the update that begins now shall compare. Counts it.
+        """Which copies the update that begins now shall compare. Counts rests.
 
         Args:
             took_part: Which had rounds since the last one; it is nothing to the others.
@@ -44,11 +50,14 @@ class Guard:
         found = []
         for copy, took in zip(self._copies, took_part, strict=True):
             often = copy.updates < EARLY or (self.every and copy.updates % self.every == 0)
+            often = often or copy.behind > SUSPECT
             found.append(bool(self.every and took and not copy.rest and often))
-            if took:
-                copy.updates += not copy.rest
-                copy.rest = max(0, copy.rest - 1)
+            copy.rest = max(0, copy.rest - took)
         return found
+
+    def count(self, copy: int) -> None:
+        """An update that begins may have nothing to teach: this one taught the copy."""
+        self._copies[copy].updates += 1
 
     def resting(self) -> list[bool]:
         """Which copies sit out the update that begins now; ask before `due`."""
@@ -69,8 +78,9 @@ class Guard:
             own.live = own.live * MEMORY + live
             own.anchor = own.anchor * MEMORY + anchor
             own.square = own.square * MEMORY + (live - anchor) ** 2
-        lost = own.anchor - own.live
-        worse = lost > MARGIN * own.anchor and lost > SURE * own.square**0.5
+            own.count = own.count * MEMORY + 1
+        lost, seen = own.anchor - own.live, own.count > FEW
+        worse = lost > MARGIN * own.anchor and seen and own.behind > own.sure
         ruined = own.anchor >= LEAST and lost > RUIN * own.anchor
         return worse or ruined or new + SLACK < before * (1 - LEAP)
 
@@ -84,7 +94,7 @@ class Guard:
         times = self._copies[copy].times
         if not self.every:
             return
-        self._copies[copy] = Record(rest=self.rest << times, times=times + 1)
+        self._copies[copy] = Record(rest=self.rest * LONGER**times, times=times + 1)
 
     def forget(self, copy: int) -> None:
         """Another request has it."""
@@ -98,4 +108,18 @@ class Record:
         """As after it was put back `times` times."""
         self.rest, self.times = rest, times
         self.updates = 0
-        self.live = self.anchor = self.square = 0.0
+        self.count = self.live = self.anchor = self.square = 0.0
+
+    @property
+    def sure(self) -> float:
+        """Standard errors by which live weights must be behind to be worse."""
+        return SURE_AGAIN if self.times else SURE
+
+    @property
+    def behind(self) -> float:
+        """By how many standard errors live weights are behind the anchor's."""
+        if not self.count:
+            return 0.0
+        mean = (self.anchor - self.live) / self.count
+        variance = max(self.square / self.count - mean**2, 1e-6)
+        return mean * (self.count / variance) ** 0.5

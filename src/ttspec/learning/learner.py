@@ -318,6 +318,8 @@ class Learner:
         steps = [good and not rests for good, rests in zip(sound, self._resting, strict=True)]
         for copy, kept in enumerate(compared.tolist()):
             had = any(taught) if self.shared else taught[copy]
+            if had and steps[copy]:
+                self.guard.count(copy)
             worse = steps[copy] and self.guard.worse(copy, *kept)
             if worse or (had and not sound[copy]):
                 self.revert(copy)
