@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from random import Random
+from statistics import median
 
 import pytest
 import torch
@@ -76,22 +77,28 @@ def test_updates_that_had_nothing_to_teach_do_not_use_up_the_early_comparisons()
     assert guard.due([True]) == [False]
 
 
+def updates_until_put_back(seed: int, *, again: bool) -> int:
+    """Of a copy that loses a tenth, as far as comparisons of four blocks can tell."""
+    rng, guard, updates = Random(seed), Guard(8, 16, 1), 0
+    if again:
+        guard.put_back(0)
+        while guard.resting()[0]:
+            guard.due([True])
+    while updates < 200:
+        updates += 1
+        live = 2.9 + rng.gauss(0, 0.4)
+        if guard.due([True])[0] and verdict(guard, 0, live, 3.2):
+            break
+        guard.count(0)
+    return updates
+
+
 def test_a_copy_that_seems_behind_is_compared_until_that_is_decided():
     """A harm of a tenth would otherwise go on for thousands of rounds."""
-    rng = Random(1)
-    guard, updates, compared = Guard(8, 16, 1), 0, 0
-    while updates < 60:
-        updates += 1
-        if guard.due([True])[0]:
-            compared += 1
-            if verdict(guard, 0, 2.9 + rng.gauss(0, 0.4), 3.2):
-                break
-        guard.count(0)
-    assert EARLY <= compared < 30
-    assert updates < 30
-    guard.put_back(0)
-    verdicts = [verdict(guard, 0, 2.9 + rng.gauss(0, 0.4), 3.2) for _ in range(12)]
-    assert any(verdicts)  # what was put back before needs less proof
+    first = [updates_until_put_back(seed, again=False) for seed in range(40)]
+    again = [updates_until_put_back(seed, again=True) for seed in range(40)]
+    assert median(first) < 25
+    assert median(again) < 12  # what was put back before needs less proof
 
 
 def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
