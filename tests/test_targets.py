@@ -190,6 +190,13 @@ def test_a_window_that_the_models_code_ignores_is_refused() -> None:
         wrap_target(model, targets.numbers(300))
 
 
+def test_state_that_the_config_does_not_tell_of_is_refused(monkeypatch) -> None:
+    model = build("qwen3")
+    monkeypatch.setattr(type(model), "_is_stateful", True)
+    with pytest.raises(TargetError, match="keeps state"):
+        wrap_target(model, targets.numbers(300))
+
+
 # What the command says.
 
 ROWS = [

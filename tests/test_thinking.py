@@ -76,6 +76,16 @@ def test_a_switch_that_is_not_there_cannot_be_asked_for(template: str | None) ->
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_a_system_message_that_settles_it_is_seen() -> None:
+    template = SYSTEM.replace("if enable_thinking else", "if enable_thinking and not off else")
+    told = "{% set off = messages[0]['content'] == '/no_think' %}"
+    tokenizer = tokenizer_with(told + template)
+    assert thinking_of(tokenizer, system="Be kind.") is True
+    assert thinking_of(tokenizer, system="/no_think") is None
+    with pytest.raises(OptionError, match="system message"):
+        thinking_of(tokenizer, True, system="/no_think")
+
+
 def test_a_raw_prompt_has_no_switch(toy_target_dir) -> None:
     engine = engine_with(toy_target_dir, HYBRID)
     assert engine.generate("hi", max_new_tokens=2, raw=True, **PLAIN)[0].stats.thinking is None

@@ -253,7 +253,7 @@ class Engine:
         if seeds is None:
             seed = secrets.randbits(31) if config.seed is None else config.seed
             seeds = [seed] * len(dialogues)
-        thinking = thinking_of(self.tokenizer, config.thinking, raw=config.raw)
+        thinking = self._thinking(config)
         prompts = [self._first(config, d[0]) for d in dialogues]
         if not prompts:
             return
@@ -397,6 +397,10 @@ class Engine:
         best = scores.topk(2).values
         return float(best[0] - best[1])
 
+    def _thinking(self, config: GenerateConfig) -> bool | None:
+        how: dict[str, Any] = {"system": config.system, "raw": config.raw}
+        return thinking_of(self.tokenizer, config.thinking, **how)
+
     def _first(self, config: GenerateConfig, turn: Prompt) -> list[int]:
         how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
         return prompt_ids(self.tokenizer, turn, system=config.system, **how)
@@ -505,7 +509,7 @@ class Session:
     def _open(self, text: Prompt) -> tuple[Conversation, list[int]]:
         engine, config = self.engine, self.config
         if self._talk is None or not self._talk.decoder.lengths[0]:  # nothing said so far
-            thinking = thinking_of(engine.tokenizer, config.thinking, raw=config.raw)
+            thinking = engine._thinking(config)
             ids = engine._first(config, text)
             if self._talk is None:
                 decoder = engine.decoder(config, 1, len(ids), sessions=True)

@@ -70,28 +70,37 @@ class TextStream:
 
 
 def thinking_of(
-    tokenizer: PreTrainedTokenizerBase, asked: bool | None = None, *, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    asked: bool | None = None,
+    *,
+    system: str | None = None,
+    raw: bool = False,
 ) -> bool | None:
     """Whether prompts ask the target to think: what was asked, or the template's own default.
 
+    Args:
+        tokenizer: Has the template.
+        asked: The option.
+        system: The system message, which can settle it too: /no_think in SmolLM3's.
+        raw: No template is used.
+
     Returns:
-        None where there is no switch, which says nothing about what the target then does.
+        None where no switch changes a prompt, which says nothing about what the target then does.
 
     Raises:
         OptionError: It was asked, and there is no switch.
     """
     on, off, default = None, None, None
     if tokenizer.chat_template is not None and not raw:
-        turn = [{"role": "user", "content": "-"}]
+        turn = _opened("-", system)
         on, off, default = (_written(tokenizer, turn, value) for value in (True, False, None))
-    if on == off:
-        if asked is not None:
-            raise OptionError(
-                f"thinking is {asked}, but the target's chat template has no switch for it "
-                f"({' or '.join(SWITCHES)}).\nLeave it out, or say it in the prompt."
-            )
-        return None
-    if asked is not None:
+    if on == off and asked is not None:
+        raise OptionError(
+            f"thinking is {asked}, but the target's chat template has no switch for it "
+            f"({' or '.join(SWITCHES)}), or the system message settles it.\n"
+            "Leave it out, or say it in the prompt."
+        )
+    if on == off or asked is not None:
         return asked
     return {on: True, off: False}.get(default)
 
@@ -121,10 +130,7 @@ def prompt_ids(
         if not ids and tokenizer.bos_token_id is None:
             raise DataError("The prompt has no tokens, and the tokenizer no token to begin with.")
         return ids or [tokenizer.bos_token_id]  # type: ignore[list-item]
-    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = cast(list[Message], list(given))
-    if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
+    messages = _opened(cast("str | Sequence[Message]", prompt), system)
     return _ids(tokenizer, _written(tokenizer, messages, thinking))
 
 
@@ -169,6 +175,12 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, pending: int) -> list[int]:
     mark = [{"role": "user", "content": _ANSWER}]
     text = _written(tokenizer, mark, None)
     return _after(pending, _ids(tokenizer, text[text.rindex(_ANSWER) + len(_ANSWER) :]))
+
+
+def _opened(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
+    """The messages of a first turn."""
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([] if system is None else [{"role": "system", "content": system}]), *given]
 
 
 def _written(

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ttspec.decoding.engine import Engine
-from ttspec.diagnosis.families import FAMILIES, REAL, build
+from ttspec.diagnosis.families import BRIEFLY, FAMILIES, REAL, build
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models.source import resolve
@@ -53,7 +53,8 @@ class Effort:
     """Of each greedy text."""
 
 
-FULL, REAL_WEIGHTS, QUICK = Effort(), Effort(rounds=6, tokens=12), Effort(rounds=24, tokens=40)
+FULL, BRIEF, QUICK = Effort(), Effort(rounds=60, tokens=96), Effort(rounds=24, tokens=40)
+REAL_WEIGHTS = Effort(rounds=6, tokens=12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,13 +88,17 @@ def check_targets(
         device: Where the models run.
         names: Keys of `FAMILIES`, or built-in targets, whose real weights are read for a short
             while only; one that cannot be fetched has no row.
-        effort: How much is compared.
+        effort: How much is compared; the full one is less for those of `BRIEFLY`.
         notify: Told what has no row, and why.
     """
     for name in names:
         began = time.perf_counter()
         try:
-            row = check_real(name, device) if name in REAL else check_family(name, device, effort)
+            if name in REAL:
+                row = check_real(name, device)
+            else:
+                less = name in BRIEFLY and effort == FULL
+                row = check_family(name, device, BRIEF if less else effort)
         except ResourceError as error:
             if notify:
                 notify(f"{name} is left out: {str(error).splitlines()[0]}")
@@ -124,7 +129,8 @@ def check_real(name: str, device: torch.device) -> Row:
     reference = AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.float32, attn_implementation="eager"
     )
-    return _check(name, path, reference.to(device).eval(), device, REAL_WEIGHTS)
+    torch.nn.Module.to(reference, device).eval()
+    return _check(name, path, reference, device, REAL_WEIGHTS)
 
 
 def _check(

@@ -71,6 +71,12 @@ def refuse_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> Non
     causal = any(getattr(module, "is_causal", False) for module in model.modules())
     if getattr(text, "is_decoder", None) is False and not causal:  # GPT-NeoX says so too, and is
         raise TargetError(f"The target ({text.model_type}) is an encoder.\n{_CAUSAL}")
+    kinds = set(getattr(text, "layer_types", None) or ())
+    if getattr(model, "_is_stateful", False) and kinds <= {"full_attention", "sliding_attention"}:
+        raise TargetError(
+            f"{type(model).__name__} keeps state that its config's layer_types do not tell of.\n"
+            "Supported are keys and values; use another target."
+        )
     code = sys.modules[type(model).__module__]
     if any(windows) and not hasattr(code, "create_sliding_window_causal_mask"):
         raise TargetError(
