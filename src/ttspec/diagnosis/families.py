@@ -175,7 +175,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "bart": ("bart", {}),
 }
 """By the name that the table shows: model type, and what its config says beside `SHAPE`."""
-BRIEFLY = ("gemma-3-vision", "gemma-4", "cohere-2", "deepseek-v3", "pythia", "opt")
+BRIEFLY = (
+    "qwen2-window",
+    "qwen3-tied",
+    "gemma-3-vision",
+    "gemma-4",
+    "cohere-2",
+    "deepseek-v3",
+    "pythia",
+    "opt",
+)
 """Those that differ from others in one thing only: a shorter look finds it."""
 REAL = ("smollm2-135m",)
 """Built-in targets, with their real weights."""
