@@ -48,7 +48,7 @@ def doctor(
         Also measure: is the drafter accepted more often with other taps or another rotary base?
     targets
         Instead of a pair, check the architectures that targets may have: each is built small and
-        compared with transformers (a minute or two).
+        compared with transformers (two to three minutes).
     rows
         Rows that the memory of a whole run is told for.
     context
