@@ -133,6 +133,8 @@ class Stats:
     """Rounds in which the gate let nothing be drafted."""
     draft_lengths: dict[str, int] = field(default_factory=dict)
     """Rounds by the draft length that the gate chose."""
+    thinking: bool | None = None
+    """Whether the chat template asked the target to think; None where it has no such switch."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, under the names of the design page."""
@@ -211,6 +213,7 @@ def summarise(
     seed: int,
     seconds: float,
     reverts: int = 0,
+    thinking: bool | None = None,
 ) -> Stats:
     """The statistics of one answer from its rounds."""
     longest = max((r.proposed for r in rounds), default=0)
@@ -234,4 +237,5 @@ def summarise(
         repeated_8grams=repeated_ngrams(token_ids),
         plain_rounds=lengths[0],
         draft_lengths={str(n): lengths[n] for n in sorted(lengths)},
+        thinking=thinking,
     )

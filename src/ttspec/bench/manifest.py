@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ttspec.decoding.text import thinking_of
+
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
     from ttspec.drafters.base import Drafter
@@ -39,6 +41,7 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
         },
         "drafter": drafter and describe_drafter(drafter),
         "random_weights": engine.random_weights,
+        "thinking": thinking_of(target.tokenizer),
         "dtype": str(target.dtype).removeprefix("torch."),
         "compiled": engine.compile,
         "device": device_name(target.device),

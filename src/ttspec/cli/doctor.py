@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+from collections import Counter
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,6 +29,7 @@ def doctor(
     drafter: str = "auto",
     *,
     probe: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    targets: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     rows: int = 1,
     context: int | None = None,
     device: Device = "auto",
@@ -44,6 +46,9 @@ def doctor(
         The same; auto is the target's own, none leaves it out.
     probe
         Also measure: is the drafter accepted more often with other taps or another rotary base?
+    targets
+        Instead of a pair, check the architectures that targets may have: each is built small and
+        compared with transformers (two to three minutes).
     rows
         Rows that the memory of a whole run is told for.
     context
@@ -53,8 +58,12 @@ def doctor(
     dtype
         Number format of the weights in memory.
     as_json
-        Print one JSON object; its path is the folder with the target's weights.
+        Print one JSON object; its path is the folder with the target's weights. With --targets, a
+        list of rows.
     """
+    if targets:
+        _only_targets(target=target, drafter=drafter, probe=probe, context=context, dtype=dtype)
+        return _targets(device, as_json=as_json)
     for name, value in (("rows", rows), ("context", context)):
         if value is not None and value < 1:
             raise OptionError(f"--{name} is {value}; allowed is 1 or more.")
@@ -156,6 +165,56 @@ def lines(told: dict[str, Any]) -> list[str]:
             f"{row['positions']:>9}   {row['nats']:>5.3f}   {change}".rstrip()
         )
     return out
+
+
+TARGETS_HEAD = "target             status    logits  features   tokens  near-ties   seconds"
+
+
+def target_lines(row: dict[str, Any]) -> list[str]:
+    """One architecture for people."""
+    if row["status"] == "refused":
+        head, text = f"{row['name']:<18} refused   ", " ".join(row["reason"].split())
+        return textwrap.wrap(text, WIDTH, initial_indent=head, subsequent_indent=" " * len(head))
+    errors = [row["max_error"], row["feature_error"]]
+    shown = [f"{e:.1e}" if e is not None else "–" for e in errors]
+    line = (
+        f"{row['name']:<18} {row['status']:<7} {shown[0]:>8}  {shown[1]:>8}   "
+        f"{row['compared_tokens']:>6}  {row['near_ties']:>9}   {row['seconds']:>7.1f}"
+    )
+    return [line] + ([f"  {row['reason']}"] if row["reason"] else [])
+
+
+def _only_targets(**given: Any) -> None:
+    """Refuse what says something about a pair."""
+    plain = {"target": "smollm2-135m", "drafter": "auto", "probe": False, "context": None}
+    for name, value in given.items():
+        allowed = ("auto", "float32") if name == "dtype" else (plain[name],)
+        if value not in allowed:
+            raise OptionError(
+                f"--targets was given together with {name} {value}; it checks architectures, in "
+                "float32, and no pair.\nDrop one of the two."
+            )
+
+
+def _targets(device: Device, *, as_json: bool) -> int:
+    """Check the architectures, one after the other; 1 if any is accepted and wrong."""
+    ModelFlags()._prepare()
+    from ttspec.decoding.engine import device_of
+    from ttspec.diagnosis.targets import check_targets
+
+    rows = []
+    if not as_json:
+        print(TARGETS_HEAD, flush=True)
+    for row in map(asdict, check_targets(device_of(device), notify=say)):
+        rows.append(row)
+        if not as_json:
+            print("\n".join(target_lines(row)), flush=True)
+    counts = Counter(row["status"] for row in rows)
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False))
+    else:
+        print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} refused by name")
+    return int(counts["fail"] > 0)
 
 
 def _probe(engine: Engine, findings: list[dict[str, Any]]) -> dict[str, Any]:

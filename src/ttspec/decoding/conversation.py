@@ -22,6 +22,8 @@ class Conversation:
         self.decoder, self.row, self.config, self.seed = decoder, row, config, seed
         self.quota: int | None = None
         """Tokens that all turns together may have; None is no limit."""
+        self.thinking: bool | None = None
+        """Whether the chat template asks the target to think; None where it has no switch."""
         self.turn = 0
         self.generated = 0
         """Generated tokens of all turns: the position of the next one."""
@@ -145,6 +147,7 @@ class Conversation:
             seed=self.seed,
             seconds=self._seconds,
             reverts=learner.reverts[self.row] - self._reverts if learner else 0,
+            thinking=self.thinking,
         )
         return Result(
             text=text,  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
 from ttspec.decoding.gate import Gate
 from ttspec.decoding.round import Decoder, position_noise
-from ttspec.decoding.text import Message, next_turn_ids, prompt_ids
+from ttspec.decoding.text import Message, next_turn_ids, prompt_ids, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
 from ttspec.drafters.layers import Weights, multiplied_out
@@ -253,10 +253,8 @@ class Engine:
         if seeds is None:
             seed = secrets.randbits(31) if config.seed is None else config.seed
             seeds = [seed] * len(dialogues)
-        prompts = [
-            prompt_ids(self.tokenizer, d[0], system=config.system, raw=config.raw)
-            for d in dialogues
-        ]
+        thinking = self._thinking(config)
+        prompts = [self._first(config, d[0]) for d in dialogues]
         if not prompts:
             return
         seen: Counter[tuple[int, ...]] = Counter()  # by seed and prompt
@@ -277,7 +275,7 @@ class Engine:
                     index, row = waiting.popleft(), free.pop()
                     decoder.clear(row)
                     going[index] = Conversation(decoder, row, config, seeds[index], stream=stream)
-                    going[index].quota = quota
+                    going[index].quota, going[index].thinking = quota, thinking
                     asked = seeds[index], *prompts[index]
                     occurrence = seen[asked]
                     seen[asked] += 1
@@ -399,9 +397,18 @@ class Engine:
         best = scores.topk(2).values
         return float(best[0] - best[1])
 
+    def _thinking(self, config: GenerateConfig) -> bool | None:
+        how: dict[str, Any] = {"system": config.system, "raw": config.raw}
+        return thinking_of(self.tokenizer, config.thinking, **how)
+
+    def _first(self, config: GenerateConfig, turn: Prompt) -> list[int]:
+        how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
+        return prompt_ids(self.tokenizer, turn, system=config.system, **how)
+
     def _next(self, talk: Conversation, turn: Prompt) -> list[int]:
-        pending = talk.decoder.pending[talk.row]
-        return next_turn_ids(self.tokenizer, str(turn), pending, raw=talk.config.raw)
+        pending, config = talk.decoder.pending[talk.row], talk.config
+        how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
+        return next_turn_ids(self.tokenizer, str(turn), pending, **how)
 
     @staticmethod
     def _over(talk: Conversation, dialogue: Sequence[Prompt]) -> bool:
@@ -502,12 +509,14 @@ class Session:
     def _open(self, text: Prompt) -> tuple[Conversation, list[int]]:
         engine, config = self.engine, self.config
         if self._talk is None or not self._talk.decoder.lengths[0]:  # nothing said so far
-            ids = prompt_ids(engine.tokenizer, text, system=config.system, raw=config.raw)
+            thinking = engine._thinking(config)
+            ids = engine._first(config, text)
             if self._talk is None:
                 decoder = engine.decoder(config, 1, len(ids), sessions=True)
                 if self._start is not None and decoder.learner:
                     decoder.learner.pupil.begin_at(self._start)
                 self._talk = Conversation(decoder, 0, config, self.seed)
+                self._talk.thinking = thinking
             return self._talk, ids
         return self._talk, engine._next(self._talk, text)
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.errors import DataError
+from ttspec.errors import DataError, OptionError
 
 Message = dict[str, str]
+SWITCHES = ("enable_thinking", "thinking")
+"""What templates call the switch: Qwen3 and SmolLM3 the first, Granite and DeepSeek the second."""
 _ANSWER = "\u2402ttspec\u2403"
 """Stands for the answer when a template is asked what follows one."""
 
@@ -67,12 +69,49 @@ class TextStream:
         return 0
 
 
+def thinking_of(
+    tokenizer: PreTrainedTokenizerBase,
+    asked: bool | None = None,
+    *,
+    system: str | None = None,
+    raw: bool = False,
+) -> bool | None:
+    """Whether prompts ask the target to think: what was asked, or the template's own default.
+
+    Args:
+        tokenizer: Has the template.
+        asked: The option.
+        system: The system message, which can settle it too: /no_think in SmolLM3's.
+        raw: No template is used.
+
+    Returns:
+        None where no switch changes a prompt, which says nothing about what the target then does.
+
+    Raises:
+        OptionError: It was asked, and there is no switch.
+    """
+    on, off, default = None, None, None
+    if tokenizer.chat_template is not None and not raw:
+        turn = _opened("-", system)
+        on, off, default = (_written(tokenizer, turn, value) for value in (True, False, None))
+    if on == off and asked is not None:
+        raise OptionError(
+            f"thinking is {asked}, but the target's chat template has no switch for it "
+            f"({' or '.join(SWITCHES)}), or the system message settles it.\n"
+            "Leave it out, or say it in the prompt."
+        )
+    if on == off or asked is not None:
+        return asked
+    return {on: True, off: False}.get(default)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     prompt: str | Sequence[Message] | Sequence[int],
     *,
     system: str | None = None,
     raw: bool = False,
+    thinking: bool | None = None,
 ) -> list[int]:
     """Tokens of a prompt: a text, a list of messages, or tokens already.
 
@@ -91,20 +130,22 @@ def prompt_ids(
         if not ids and tokenizer.bos_token_id is None:
             raise DataError("The prompt has no tokens, and the tokenizer no token to begin with.")
         return ids or [tokenizer.bos_token_id]  # type: ignore[list-item]
-    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = cast(list[Message], list(given))
-    if system is not None:
-        messages = [{"role": "system", "content": system}, *messages]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return _ids(tokenizer, cast(str, text))
+    messages = _opened(cast("str | Sequence[Message]", prompt), system)
+    return _ids(tokenizer, _written(tokenizer, messages, thinking))
 
 
 def next_turn_ids(
-    tokenizer: PreTrainedTokenizerBase, user: str, pending: int, *, raw: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    user: str,
+    pending: int,
+    *,
+    raw: bool = False,
+    thinking: bool | None = None,
 ) -> list[int]:
     """Tokens to feed for the next turn of a session, the pending token first.
 
-    What was generated stays as it is; only what the template writes after an answer is new.
+    What was generated stays as it is, thoughts too, which some templates would leave out of the
+    history: only what the template writes after an answer is new.
     """
     if raw or tokenizer.chat_template is None:
         return [pending, *_ids(tokenizer, user)]
@@ -113,9 +154,7 @@ def next_turn_ids(
         {"role": "assistant", "content": _ANSWER},
         {"role": "user", "content": user},
     ]
-    text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
-        turn, tokenize=False, add_generation_prompt=True
-    )
+    text = _written(tokenizer, turn, thinking)
     return _after(pending, _ids(tokenizer, text[text.rindex(_ANSWER) + len(_ANSWER) :]))
 
 
@@ -134,10 +173,25 @@ def written_turn_ids(tokenizer: PreTrainedTokenizerBase, pending: int | None) ->
 def answer_ids(tokenizer: PreTrainedTokenizerBase, pending: int) -> list[int]:
     """Tokens to feed after a user turn that the target wrote, for it to answer."""
     mark = [{"role": "user", "content": _ANSWER}]
-    text: str = tokenizer.apply_chat_template(  # type: ignore[assignment]
-        mark, tokenize=False, add_generation_prompt=True
-    )
+    text = _written(tokenizer, mark, None)
     return _after(pending, _ids(tokenizer, text[text.rindex(_ANSWER) + len(_ANSWER) :]))
+
+
+def _opened(prompt: str | Sequence[Message], system: str | None) -> list[Message]:
+    """The messages of a first turn."""
+    given = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    return [*([] if system is None else [{"role": "system", "content": system}]), *given]
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], thinking: bool | None
+) -> str:
+    """What the template writes, up to where the target answers."""
+    switches: dict[str, Any] = {} if thinking is None else dict.fromkeys(SWITCHES, thinking)
+    text = tokenizer.apply_chat_template(
+        list(messages), tokenize=False, add_generation_prompt=True, **switches
+    )
+    return cast(str, text)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

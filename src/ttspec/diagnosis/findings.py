@@ -6,7 +6,6 @@ here looks at one way in which that happens (drafters.md 6) and says what to do.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.text import thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import default_taps
 from ttspec.models.target import Target
@@ -352,21 +352,12 @@ def _dtype(target: Target, drafter: Drafter) -> Finding | None:
 def _thinking(tokenizer: PreTrainedTokenizerBase) -> Finding:
     template = str(tokenizer.chat_template or "")
     name = "thinking"
-    if "enable_thinking" not in template and "<think>" not in template:
+    applied = thinking_of(tokenizer)
+    if applied is None and "<think>" not in template:
         return Finding(name=name, level="ok", text="the chat template has no thinking mode")
-
-    # `decoding.text` writes a prompt like this, and sets no switch.
-    write: Any = functools.partial(
-        tokenizer.apply_chat_template,
-        [{"role": "user", "content": "-"}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    ours, on, off = write(), write(enable_thinking=True), write(enable_thinking=False)
-    if on == off:
-        mode = "and no switch changes our prompts"
-    else:
-        mode = f"and our prompts leave it {'on' if ours == on else 'off'}"
+    mode = "and no switch changes our prompts"
+    if applied is not None:
+        mode = f"and our prompts leave it {'on' if applied else 'off'} (--thinking, --no-thinking)"
     text = (
         f"the chat template has a thinking mode, {mode}; a drafter trained without thinking drafts "
         "worse with it, and the other way round; --raw takes a prompt written as you like"

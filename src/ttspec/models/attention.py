@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ttspec.errors import TargetError
 from ttspec.spans import span_attention
 
 NAME = "ttspec"
@@ -44,6 +45,12 @@ def folded_attention(
     Returns:
         [B, T, heads, D] and None.
     """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise TargetError(
+                f"The target's attention has a {name}, which sdpa attention leaves out.\n"
+                'Load the model with attn_implementation="eager".'
+            )
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         return span_attention(query, key, value, attention_mask, scaling), None
     batch, heads, width, size = query.shape
@@ -64,7 +71,8 @@ def folded_attention(
     else:
         mask = attention_mask.repeat(1, 1, group, 1)
     out = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(batch, heads, width, size).transpose(1, 2), None
+    # Some models view it in another shape, which takes it in one piece.
+    return out.reshape(batch, heads, width, value.shape[-1]).transpose(1, 2).contiguous(), None
 
 
 def use_folded_attention(model: nn.Module) -> None:

@@ -26,6 +26,7 @@ from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.source import Source, resolve
+from ttspec.models.unfit import refuse_config, refuse_model, softcap_of
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
@@ -205,14 +206,37 @@ class Target:
             features [N, L, W], and what the head reads [N, L, H].
         """
         out = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        states = out.hidden_states  # the last one is after the final norm
-        none = states[-1][..., :0]
-        return torch.cat([none, *(states[i] for i in self.taps)], dim=-1), states[-1]
+        states, last = out.hidden_states, out.last_hidden_state  # after the final norm
+        return torch.cat([last[..., :0], *(states[i] for i in self.taps)], dim=-1), last
 
     @torch.no_grad()
     def judge(self, hidden: Tensor) -> Tensor:
         """What the head says of what it reads [..., H]: logits [..., V]."""
-        return cast(torch.nn.Module, self.model.get_output_embeddings())(hidden)
+        states = hidden.reshape(1, -1, hidden.shape[-1])
+        tokens = states.new_zeros(states.shape[:2], dtype=torch.long)
+        # The model's own code, since some scale or cap what the head says; some ask the decoder.
+        below = {id(m): m for m in (self.model.base_model, self.model.get_decoder())}.values()
+        for module in below:
+            module.forward = lambda *_, **__: _Read(states)
+        try:
+            logits = self.model(input_ids=tokens, use_cache=False).logits
+        finally:
+            for module in below:
+                del module.forward
+        return logits.view(*hidden.shape[:-1], logits.shape[-1])
+
+
+class _Read:
+    """What a base model returns, with states that were read before."""
+
+    def __init__(self, states: Tensor) -> None:
+        self.last_hidden_state = states
+
+    def __getitem__(self, _: int) -> Tensor:
+        return self.last_hidden_state
+
+    def __getattr__(self, _: str) -> None:
+        return None
 
 
 def load_target(
@@ -233,7 +257,12 @@ def load_target(
         config = AutoConfig.from_pretrained(source.path)
         attention_windows(config)  # refuse before the weights are read
         tokenizer = AutoTokenizer.from_pretrained(source.path)
-        model = AutoModelForCausalLM.from_pretrained(source.path, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            dtype=dtype,
+            use_safetensors=True,
+            attn_implementation="eager" if softcap_of(config) else None,
+        )
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise TargetError(
@@ -255,6 +284,7 @@ def wrap_target(
     """
     config = model.config.get_text_config()
     windows = attention_windows(model.config)
+    refuse_model(model, windows)
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager", FOLDED):
         raise TargetError(
@@ -308,6 +338,7 @@ def _cache_keyword(kind: type[torch.nn.Module]) -> str:
 
 def attention_windows(config: Any) -> tuple[int | None, ...]:
     """The window of each layer; refuses what a length per row cannot roll back."""
+    refuse_config(config)
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", 0)
     types = getattr(text, "layer_types", None) or ["full_attention"] * layers

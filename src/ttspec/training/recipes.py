@@ -98,7 +98,7 @@ class Recipe(ABC, Generic[D]):
         """
         if self.config.loss == "ce" and ids is None:
             return cross_entropy(labels, q)
-        p = F.linear(states, self.target.head)
+        p = self.target.judge(states)
         if ids is None:
             return forward_kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.
@@ -145,7 +145,7 @@ class DFlashRecipe(Recipe[DFlash]):
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
         if self.config.loss == "kl":
-            values = forward_kl(F.linear(states[row, at], self.target.head), logits)
+            values = forward_kl(self.target.judge(states[row, at]), logits)
         else:
             values = cross_entropy(blocks.labels, logits)
         weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
