@@ -112,8 +112,10 @@ def _read(
     places, split = [place], device_map is not None
     if split and place.type == "cuda":
         places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    needs = files.nbytes(kind), drafter_weights(drafter, kind)
-    short = require_weights(*needs, places, name=files.source.name, split=split)
+    more = drafter_weights(drafter, kind)
+    if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
+        more = 0  # it is there already, and stays as it is
+    short = require_weights(files.nbytes(kind), more, places, name=files.source.name, split=split)
     if short and notify:
         notify(short)
     try:

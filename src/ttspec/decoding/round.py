@@ -99,9 +99,9 @@ class Decoder:
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
-        # A graph belongs to one device: what a split target does is called.
-        self.compile = compile
-        self._run = Graphs(device, compile=compile, on=not target.is_split)
+        # A graph belongs to one device: what a split target does is called, as on a CPU.
+        captures = torch.device("cpu") if target.is_split else device
+        self.compile, self._run = compile, Graphs(captures, compile=compile)
         self.told_spans = self._run.on and target.reads_spans
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None

@@ -24,9 +24,9 @@ class Graphs:
     captured: ClassVar[int] = 0
     """Graphs made so far, by all: what took part in making one took longer than it will again."""
 
-    def __init__(self, device: torch.device, *, compile: bool = False, on: bool = True) -> None:
-        """Capture on a CUDA device if `on`, compiled before if so wanted; call everywhere else."""
-        self.on, self.compile = on and device.type == "cuda", compile
+    def __init__(self, device: torch.device, *, compile: bool = False) -> None:
+        """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
+        self.on, self.compile = device.type == "cuda", compile
         self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
         # Libraries keep scratch memory per stream of capture: graphs that may run at the same time

@@ -376,7 +376,7 @@ def _tokenizer_beside(file: GgufFile, tokens: list[str], said: str) -> PreTraine
             f"{', '.join(SPLITS)}.\nPut the model's tokenizer.json and tokenizer_config.json "
             "beside it."
         )
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     theirs = tokenizer.get_vocab()
     odd = sum(i >= len(tokens) or tokens[i] != token for token, i in theirs.items())
     if odd > len(theirs) // 100:  # a file may spell its spare tokens otherwise
