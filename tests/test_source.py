@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import shutil
 import zipfile
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -11,26 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
-from gguf import GGUFWriter
-from toys import refused
+from gguf_files import write_gguf
+from toys import PLAIN, refused, toy_engine
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from ttspec.errors import ResourceError
+from ttspec.errors import ResourceError, TargetError
 from ttspec.models import source
 from ttspec.models.source import BuiltIn, cache_dir, resolve
+from ttspec.models.target import load_target
 
 CONVERTED_SHA256 = "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b"
-GGUF_LAYER = {
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 
 def sha256(path: Path) -> str:
@@ -45,44 +36,6 @@ def toy_llama() -> LlamaForCausalLM:
     for weight in model.parameters():
         weight.data = weight.data.bfloat16().float()
     return model
-
-
-def write_gguf(path: Path, model: LlamaForCausalLM) -> None:
-    """As llama.cpp writes a Llama: its own names, and q and k interleaved for its RoPE."""
-    config, tokenizer = model.config, byte_tokenizer()
-    writer = GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
-    tokens[255] = "Ġt"  # what the one merge makes
-    writer.add_token_list(tokens)
-    writer.add_token_types([1] * 256 + [3] * (len(tokenizer) - 256))
-    writer.add_token_merges(["Ġ t"])
-    writer.add_bos_token_id(257)
-    writer.add_eos_token_id(258)
-    writer.add_pad_token_id(256)
-    writer.add_unk_token_id(256)
-    writer.add_chat_template(tokenizer.chat_template)
-    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    for key, weight in model.state_dict().items():
-        name = key.removesuffix(".weight")
-        if name not in top:
-            _, _, layer, part = name.split(".", 3)
-            top[name] = f"blk.{layer}.{GGUF_LAYER[part]}"
-        if name.endswith(("q_proj", "k_proj")):
-            halves = weight.unflatten(0, (-1, 2, config.head_dim // 2))
-            weight = halves.transpose(1, 2).flatten(0, 2)
-        writer.add_tensor(f"{top[name]}.weight", weight.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +195,7 @@ def test_a_failed_build_leaves_nothing_behind(toy: Path, monkeypatch: pytest.Mon
     def full_disk(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(source, "_convert", full_disk)
+    monkeypatch.setattr("ttspec.models.gguf.convert", full_disk)
     assert "No space left on device" in refused("toy", ResourceError)
     assert not [path for path in toy.parent.iterdir() if path.is_dir()]
 
@@ -316,3 +269,59 @@ def test_the_cache_folder_follows_the_environment(
     assert cache_dir() == Path.home() / ".cache" / "ttspec"
     monkeypatch.setenv("TTSPEC_CACHE", "~/elsewhere")
     assert cache_dir() == Path.home() / "elsewhere"
+
+
+# Folders
+
+
+def test_a_sharded_folder_loads_and_a_missing_shard_is_told(tmp_path: Path) -> None:
+    model = toy_llama()
+    model.save_pretrained(tmp_path, max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    target = load_target(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    for name, weight in model.state_dict().items():
+        assert torch.equal(target.model.state_dict()[name], weight), name
+    shards[0].unlink()
+    assert f"{shards[0].name} is missing" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_dtype_loads_and_generates(toy_target_dir: Path, dtype: str) -> None:
+    engine = toy_engine(toy_target_dir, dtype=dtype)
+    assert str(engine.target.dtype) == f"torch.{dtype}"
+    plain = engine.generate([[1, 2, 3]], max_new_tokens=12, ignore_eos=True, **PLAIN)[0]
+    fast = engine.generate([[1, 2, 3]], max_new_tokens=12, ignore_eos=True)[0]
+    assert len(plain.token_ids) == len(fast.token_ids) == 12
+    if dtype == "float32":
+        assert plain.token_ids == fast.token_ids
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_code_that_comes_with_a_folder_is_never_run(tmp_path: Path, known: bool) -> None:
+    """An unknown type is refused; a known one is loaded by transformers' own class."""
+    if known:
+        toy_llama().save_pretrained(tmp_path)
+        byte_tokenizer().save_pretrained(tmp_path)
+    else:
+        shutil.copytree(toy_folder(tmp_path / "other"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {} if known else {"model_type": "ttspec_no_such_model"}
+    config["auto_map"] = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = dict\n")
+    place = {"device": torch.device("cpu"), "dtype": torch.float32}
+    if known:
+        assert type(load_target(str(tmp_path), **place).model) is LlamaForCausalLM
+    else:
+        with pytest.raises(TargetError, match=r"code of its own.*never runs") as caught:
+            load_target(str(tmp_path), **place)
+        assert len(str(caught.value).splitlines()) == 2
+    assert not (tmp_path / "ran").exists()
+
+
+def toy_folder(folder: Path) -> Path:
+    toy_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder

@@ -75,6 +75,7 @@ class RowCache(Cache):
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
         self._reach = slots
+        self._told: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
     def aim(self, slot: Tensor, reach: int, subset: Tensor | None = None) -> None:
         """Say where the next forward's tokens go.
@@ -87,12 +88,14 @@ class RowCache(Cache):
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
         self._row, self._subset, self._reach = row[:, None], subset, reach
+        self._told.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Write [B, heads, T, size] at the aimed slots; return everything in reach."""
-        assert self._slot is not None
+        row, slot, subset = self._on(key_states.device)
+        assert slot is not None
         out = []
         for store, new in ((self.keys, key_states), (self.values, value_states)):
             if layer_idx not in store:
@@ -101,12 +104,19 @@ class RowCache(Cache):
                 store[layer_idx] = unwritten(shape, new)
             kept = store[layer_idx]
             if self.rows == 1 and kept.is_cpu:  # takes half as long there
-                kept.index_copy_(2, self._slot[0], new)
+                kept.index_copy_(2, slot[0], new)
             else:
-                kept[self._row, :, self._slot] = new.transpose(1, 2)
+                kept[row, :, slot] = new.transpose(1, 2)
             seen = kept[:, :, : self._reach]
-            out.append(seen if self._subset is None else seen[self._subset])
+            out.append(seen if subset is None else seen[subset])
         return out[0], out[1]
+
+    def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:
+        """Rows, slots and subset that were aimed at, where a layer is."""
+        if device not in self._told:
+            aimed = self._row, self._slot, self._subset
+            self._told[device] = tuple(None if t is None else t.to(device) for t in aimed)
+        return self._told[device]
 
     def layer(self, index: int) -> LayerCache:
         """One layer, where the next forward's tokens go, all rows and slots seen."""

@@ -156,13 +156,13 @@ def _assistant(options: Mapping[str, Any], target: Target) -> tuple[dict[str, An
     """What assisted generation wants of a draft model, and the model's checksum."""
     path = resolve(options["model"]).path
     model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=target.dtype, use_safetensors=True
+        path, dtype=target.dtype, use_safetensors=True, trust_remote_code=False
     )
     model = nn.Module.to(model.eval(), target.device)
     if length := options.get("length"):
         model.generation_config.num_assistant_tokens = length
     extra: dict[str, Any] = {"assistant_model": model}
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.get_vocab() != target.tokenizer.get_vocab():
         extra |= {"tokenizer": target.tokenizer, "assistant_tokenizer": tokenizer}
     return extra, {"model_sha256": weights_checksum(path)}

@@ -105,8 +105,11 @@ def describe_drafter(drafter: Drafter) -> dict[str, Any]:
 
 
 def weights_checksum(folder: Path | None) -> str | None:
-    """sha256 over a folder's safetensors files in the order of their names."""
-    files = sorted(folder.glob("*.safetensors")) if folder is not None else []
+    """sha256 over a folder's safetensors files in the order of their names, or of a GGUF file."""
+    if folder is not None and folder.is_file():
+        files = [folder]
+    else:
+        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     if not files:
         return None
     digest = hashlib.sha256()

@@ -134,7 +134,7 @@ def models_alone(decoder: Decoder) -> float:
         )
         return logits
 
-    run = Graphs(device, compile=decoder.compile)
+    run = Graphs(torch.device("cpu") if target.is_split else device, compile=decoder.compile)
     longest = slots if decoder.told_spans and state.spans else max(decoder.lengths)
     run(models, longest)
     return seconds_of(device, lambda: run(models, longest))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import Device, Dtype, ModelFlags
+from ttspec.cli.options import Device, DeviceMap, Dtype, ModelFlags
 from ttspec.cli.terminal import say
 from ttspec.errors import CheckpointError, OptionError
 
@@ -33,6 +33,7 @@ def doctor(
     rows: int = 1,
     context: int | None = None,
     device: Device = "auto",
+    device_map: DeviceMap | None = None,
     dtype: Dtype = "auto",
     as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
 ) -> int:
@@ -41,7 +42,7 @@ def doctor(
     Parameters
     ----------
     target
-        Built-in name, local folder or hub id.
+        Built-in name, local folder, .gguf file or hub id.
     drafter
         The same; auto is the target's own, none leaves it out.
     probe
@@ -55,6 +56,8 @@ def doctor(
         Tokens of each of them; left out, what a session makes room for.
     device
         Where to load them.
+    device_map
+        auto spreads a target that fits no single GPU over all of them.
     dtype
         Number format of the weights in memory.
     as_json
@@ -67,7 +70,9 @@ def doctor(
     for name, value in (("rows", rows), ("context", context)):
         if value is not None and value < 1:
             raise OptionError(f"--{name} is {value}; allowed is 1 or more.")
-    models = ModelFlags(target=target, drafter=drafter, device=device, dtype=dtype)
+    models = ModelFlags(
+        target=target, drafter=drafter, device=device, device_map=device_map, dtype=dtype
+    )
     reason = None
     try:
         engine = models.load(notify=say)
@@ -93,7 +98,7 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
     """Everything there is to tell, as JSON values; memory is in bytes."""
     from ttspec.decoding.engine import SESSION_CONTEXT
     from ttspec.diagnosis import findings
-    from ttspec.diagnosis.memory import judge, memory
+    from ttspec.diagnosis.memory import forecast, judge, memory
 
     target, drafter = engine.target, engine.drafter
     parts = memory(engine, rows, min(context or SESSION_CONTEXT, target.context))
@@ -103,6 +108,7 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
         "target": _target(target),
         "drafter": _drafter(drafter) if drafter is not None else None,
         "memory": parts,
+        "forecast": forecast(engine, rows, parts["context"]),
         "findings": [asdict(finding) for finding in found],
     }
 
@@ -141,6 +147,7 @@ def lines(told: dict[str, Any]) -> list[str]:
         out += [f"drafter      does not fit: {first}", *(f"             {line}" for line in rest)]
     else:
         out.append("drafter      none: plain decoding")
+    out.append(f"forecast     {_forecast(told['forecast'])}")
     out.append("findings")
     for f in told["findings"]:
         head = f"  {f['name']:<13} {f['level']:<8} "
@@ -215,6 +222,18 @@ def _targets(device: Device, *, as_json: bool) -> int:
     else:
         print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} refused by name")
     return int(counts["fail"] > 0)
+
+
+def _forecast(parts: dict[str, int | None]) -> str:
+    """What was told before anything was loaded, to be compared with what is there."""
+    from ttspec.diagnosis.memory import mib
+
+    said = {name: "unknown" if size is None else mib(size) for name, size in parts.items()}
+    return (
+        f"target {said['target_weights']} + {said['target_cache_per_1000_tokens']}, drafter "
+        f"{said['drafter_weights']} + {said['drafter_cache_per_1000_tokens']}; in all "
+        f"{said['total']}, {said['free']} free now"
+    )
 
 
 def _probe(engine: Engine, findings: list[dict[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
 
 Device = Literal["auto", "cpu", "cuda"]
+DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -101,11 +102,13 @@ class ModelFlags:
     """Which pair of models, and where it runs."""
 
     target: str = "smollm2-135m"
-    """Built-in name, local folder or hub id of the model that defines the output."""
+    """Built-in name, local folder, .gguf file or hub id of the model that defines the output."""
     drafter: str = "auto"
     """Built-in name, local folder or hub id; auto is the target's own, none is plain decoding."""
     device: Device = "auto"
     """Where the models run; auto takes a GPU if there is one."""
+    device_map: DeviceMap | None = None
+    """auto spreads a target that fits no single GPU over all of them."""
     dtype: Dtype = "auto"
     """Number format; auto is bfloat16 where the hardware has it, else float32."""
     compile: Annotated[bool, Parameter(negative=())] = False
@@ -124,6 +127,7 @@ class ModelFlags:
             self.target,
             drafter,
             device=self.device,
+            device_map=self.device_map,
             dtype=self.dtype,
             compile=self.compile,
             notify=notify,
@@ -172,10 +176,11 @@ class ShapeFlags(ModelFlags):
                     "Drop it."
                 )
             return super().load(notify)
-        for name, given in (("target", self.target), ("drafter", self.drafter)):
-            if given != getattr(ModelFlags, name):
+        for name in ("target", "drafter", "device_map"):
+            if getattr(self, name) != getattr(ModelFlags, name):
+                flag = name.replace("_", "-")
                 raise OptionError(
-                    f"--random-weights was given together with --{name}.\nDrop one of the two."
+                    f"--random-weights was given together with --{flag}.\nDrop one of the two."
                 )
         if self.accept is None:
             raise OptionError(

@@ -16,6 +16,13 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
+from ttspec.decoding.forecast import (
+    SMALLER,
+    drafter_weights,
+    of_run,
+    require_room,
+    require_weights,
+)
 from ttspec.decoding.gate import Gate
 from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids, thinking_of
@@ -26,8 +33,9 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
 from ttspec.learning.delta import difference, read_delta, write_delta
 from ttspec.learning.weights import Pupil
+from ttspec.models.loading import DeviceMap, Files
 from ttspec.models.source import resolve
-from ttspec.models.target import Target, load_target, wrap_target
+from ttspec.models.target import Target, find_target, load_target, wrap_target
 from ttspec.records import Chunk, Result
 from ttspec.rowcache import BUCKET, reach_of
 from ttspec.sampling import process
@@ -47,12 +55,13 @@ def load(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
+    device_map: DeviceMap | None = None,
     notify: Notify | None = None,
 ) -> Engine:
     """Load a target and a drafter.
 
     Args:
-        target: Built-in name, local folder, hub id, or a loaded (model, tokenizer).
+        target: Built-in name, local folder, .gguf file, hub id, or a loaded (model, tokenizer).
         drafter: Built-in name, local folder, hub id or a drafter; "ngram" copies from the text;
             "auto" is the bundled one for the target, if there is one; "none" or None is plain
             decoding.
@@ -60,25 +69,61 @@ def load(
         dtype: "auto", "float32", "bfloat16" or "float16".
         compile: On a GPU, let torch compile a round's models when they are first run: about 20
             seconds for a third less time a round.
-        notify: Told what takes long.
+        device_map: "auto" spreads a target that fits no single GPU over all; or a device for each
+            of its modules. The drafter goes where the embedding is.
+        notify: Told what takes long, and what may not fit into memory.
 
     Raises:
         TargetError, CheckpointError, ResourceError, OptionError: See their messages.
     """
     place = device_of(device)
-    if isinstance(target, str):
-        loaded = load_target(target, device=place, dtype=dtype_of(dtype, place), notify=notify)
-    else:
-        loaded = wrap_target(*target)
+    files = find_target(target, notify) if isinstance(target, str) else None
+    loaded = None if isinstance(target, str) else wrap_target(*target)
     if drafter == "auto":
-        drafter = DEFAULT_DRAFTERS.get(loaded.name)
+        drafter = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
     if isinstance(drafter, str):
         drafter = find_drafter(drafter, notify)
+    if files is not None:
+        kind = dtype_of(dtype, place)
+        loaded = _read(files, drafter, place, kind, device_map, notify)
+    elif device_map is not None:
+        raise OptionError("device_map is given, and the target is loaded already.\nLeave it out.")
+    assert loaded is not None
     engine = Engine(loaded, drafter)
-    engine.compile = compile
+    engine.compile, engine.notify = compile, notify
+    if compile and loaded.is_split:
+        engine.compile = False
+        if notify:
+            notify("compile is for one GPU; a target on several is not compiled.")
     if compile and place.type != "cuda" and notify:
         notify("compile is for a GPU; on a CPU nothing is compiled.")
     return engine
+
+
+def _read(
+    files: Files,
+    drafter: Drafter | None,
+    place: torch.device,
+    kind: torch.dtype,
+    device_map: DeviceMap | None,
+    notify: Notify | None,
+) -> Target:
+    """The target's weights, if there is room for them and the drafter's."""
+    places, split = [place], device_map is not None
+    if split and place.type == "cuda":
+        places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    more = drafter_weights(drafter, kind)
+    if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
+        more = 0  # it is there already, and stays as it is
+    short = require_weights(files.nbytes(kind), more, places, name=files.source.name, split=split)
+    if short and notify:
+        notify(short)
+    try:
+        return load_target(files, device=place, dtype=kind, device_map=device_map)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"The weights of {files.source.name} do not fit into memory.\n{SMALLER}"
+        ) from error
 
 
 def find_drafter(name: str, notify: Notify | None = None) -> Drafter | None:
@@ -101,7 +146,10 @@ def drafter_folder(name: str, notify: Notify | None = None) -> Path:
     if name and (BUNDLED / name).is_dir():
         return BUNDLED / name
     try:
-        return resolve(name, notify=notify).path
+        found = resolve(name, notify=notify)
+        if found.origin == "gguf":
+            raise TargetError(f"{name} is a GGUF file, and no drafter is read from one.")
+        return found.path
     except TargetError as error:
         bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
         built_in = ", ".join(["ngram", "none", *bundled])
@@ -151,6 +199,8 @@ class Engine:
         self.make_decoder: Callable[..., Decoder] = Decoder
         self.compile = False
         """Whether rounds are compiled on a GPU; see `load`."""
+        self.notify: Notify | None = None
+        """Told what may not fit into memory."""
         self.random_weights: dict[str, Any] | None = None
         """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
@@ -222,6 +272,7 @@ class Engine:
     def _with(self, drafter: Drafter) -> Engine:
         other = Engine(copy.copy(self.target), drafter)  # a target tells one drafter's features
         other.make_decoder, other.compile = self.make_decoder, self.compile
+        other.notify = self.notify
         return other
 
     def run(
@@ -338,6 +389,14 @@ class Engine:
             spare.restart()
             return spare
         del spare  # before the new caches are made
+        need = of_run(self.target, self.drafter, config, rows, shape["slots"])
+        if (config.learn, config.draft) in self._pupils:  # what learns from all is there already
+            need = replace(need, learning=0)
+        told = require_room(
+            need, self.target.device, rows=rows, slots=shape["slots"], split=self.target.is_split
+        )
+        if told and self.notify:
+            self.notify(told)
         try:
             pupil = self._pupil(config)
             known = rows, config.draft, config.learn, shape["sampling"], self.compile

@@ -100,7 +100,9 @@ class Decoder:
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
-        self.compile, self._run = compile, Graphs(device, compile=compile)
+        # A graph belongs to one device: what a split target does is called, as on a CPU.
+        captures = torch.device("cpu") if target.is_split else device
+        self.compile, self._run = compile, Graphs(captures, compile=compile)
         self.told_spans = self._run.on and target.reads_spans
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None

@@ -168,7 +168,7 @@ def _own_tokens(drafter: Drafter) -> dict[str, int] | None:
     """Token to id of the tokenizer in the drafter's folder, if there is one."""
     if drafter.path is None or not any(drafter.path.glob("tokenizer*")):
         return None
-    return AutoTokenizer.from_pretrained(drafter.path).get_vocab()
+    return AutoTokenizer.from_pretrained(drafter.path, trust_remote_code=False).get_vocab()
 
 
 def _mask_token(target: Target, drafter: Drafter) -> Finding | None:

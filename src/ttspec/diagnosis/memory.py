@@ -1,4 +1,4 @@
-"""What a pair needs in memory. Caches are measured by making one, not by a formula."""
+"""What a pair needs in memory: caches measured by making one, beside what was forecast."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ import os
 
 import torch
 
-from ttspec.config import DraftConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.forecast import (
+    Forecast,
+    drafter_cache,
+    drafter_weights,
+    free_memory,
+    learning_row,
+    mib,
+    of_run,
+    target_cache,
+)
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
-from ttspec.learning.weights import bytes_of_copy, settled
-from ttspec.models.target import Target
+from ttspec.learning.weights import settled
+from ttspec.models.target import Target, find_target
 
 STRETCH = 1000
 """Tokens for which a cache's memory is told."""
@@ -20,13 +30,14 @@ STRETCH = 1000
 def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     """Bytes of the parts, and in all for `rows` learning rows of `context` tokens."""
     target, drafter = engine.target, engine.drafter
+    full, lora = LearnConfig(weights="full"), LearnConfig(weights="lora")
     parts = {
         "target_weights": sum(p.nbytes for p in target.model.parameters()),
         "target_cache_per_1000_tokens": _target_cache(target),
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
         "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
-        "learning_per_row": _learning(drafter, "full") if drafter else 0,
-        "learning_per_row_lora": _learning(drafter, "lora") if drafter else 0,
+        "learning_per_row": learning_row(drafter, full) if drafter else 0,
+        "learning_per_row_lora": learning_row(drafter, lora) if drafter else 0,
     }
     caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
     learning = parts["learning_per_row"]
@@ -51,9 +62,29 @@ def judge(parts: dict[str, int], device: torch.device) -> Finding:
     return Finding(name="memory", level="warning", text=text)
 
 
-def mib(size: int) -> str:
-    """For people."""
-    return f"{size / 2**20:,.1f} MiB"
+def forecast(engine: Engine, rows: int, context: int) -> dict[str, int | None]:
+    """The same parts as told from headers and shapes; None for what cannot be told."""
+    target, drafter = engine.target, engine.drafter
+    weights = None
+    if target.path and not target.is_split:
+        files = find_target(str(target.path))
+        weights = files.nbytes(target.dtype)
+    need = of_run(target, drafter, GenerateConfig(), rows, context)
+    one = STRETCH - 1
+    parts = Forecast(
+        target=weights,
+        drafter=drafter_weights(drafter, target.dtype),
+        target_cache=target_cache(target.config, 1, one, target.dtype),
+        drafter_cache=drafter_cache(drafter, 1, one, DraftConfig()) if drafter else 0,
+    )
+    return {
+        "target_weights": parts.target,
+        "drafter_weights": parts.drafter,
+        "target_cache_per_1000_tokens": parts.target_cache,
+        "drafter_cache_per_1000_tokens": parts.drafter_cache,
+        "total": need.total + (weights or 0) + (parts.drafter or 0),
+        "free": free_memory(target.device),
+    }
 
 
 def _target_cache(target: Target) -> int:
@@ -67,11 +98,3 @@ def _target_cache(target: Target) -> int:
 
 def _drafter_cache(drafter: Drafter) -> int:
     return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
-
-
-def _learning(drafter: Drafter, weights: str) -> int:
-    """Bytes a row: float32 master, gradient and two moments, the live copy and its gradient."""
-    if not drafter.weights:
-        return 0
-    size = drafter.embedding.element_size()
-    return bytes_of_copy(LearnConfig(), drafter, weights) // (16 + size) * (16 + 2 * size)

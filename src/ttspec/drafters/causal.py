@@ -615,4 +615,4 @@ class Causal(Drafter):
         """The draft model's own tokenizer, if its folder has one."""
         if self.path is None or not any(self.path.glob("tokenizer*")):
             return None
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)

@@ -71,7 +71,8 @@ def lay_together(layer: nn.Module) -> list[Together]:
     for module in layer.modules():
         for names in TOGETHER:
             ours = [getattr(module, name, None) for name in names]
-            linears = [m for m in ours if type(m) is nn.Linear]
+            # A weight that is packed keeps another type under the same module.
+            linears = [m for m in ours if type(m) is nn.Linear and type(m.weight) is nn.Parameter]
             alike = len({(m.in_features, m.bias is None) for m in linears}) == 1
             if alike and len(linears) == len(names):
                 found.append(Together(module, names))

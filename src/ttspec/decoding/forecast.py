@@ -1,0 +1,243 @@
+"""What target, drafter, caches and learning take in memory, told before any of it is taken.
+
+Weights come from the files' headers, caches from shapes. What cannot be told is None, and nothing
+is refused for it. Temporary tensors of a round are not counted: they come and go.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.drafters.base import Drafter
+from ttspec.errors import ResourceError
+from ttspec.learning.weights import bytes_of_copy, settled
+from ttspec.models.target import ORDINARY, Target
+
+ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
+"""Config entries with which layers' keys differ in ways that are not told here."""
+LESS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
+SMALLER = "Use another --dtype, a quantised or smaller target, --device-map auto or more memory."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """Bytes, at full length; None is not known."""
+
+    target: int | None = None
+    drafter: int | None = None
+    target_cache: int | None = None
+    drafter_cache: int | None = None
+    learning: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Of all that is known."""
+        return sum(size for _, size in self._parts())
+
+    def __str__(self) -> str:
+        """The parts that take anything, and their sum."""
+        parts = [f"{name} {mib(size)}" for name, size in self._parts() if size]
+        return f"{mib(self.total)} ({', '.join(parts)})" if len(parts) > 1 else " ".join(parts)
+
+    def _parts(self) -> list[tuple[str, int]]:
+        named = {
+            "target": self.target,
+            "drafter": self.drafter,
+            "target's cache": self.target_cache,
+            "drafter's cache": self.drafter_cache,
+            "learning": self.learning,
+        }
+        return [(name, size) for name, size in named.items() if size is not None]
+
+
+def of_run(
+    target: Target, drafter: Drafter | None, config: GenerateConfig, rows: int, slots: int
+) -> Forecast:
+    """What a decoder will take besides the weights, every cache full, every row learning."""
+    learn = config.learn
+    if drafter is not None and config.draft.length == 0:
+        drafter = None
+    return Forecast(
+        target_cache=target_cache(target.config, rows, slots, target.dtype),
+        drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
+        learning=learning(drafter, learn, rows) if drafter and learn else 0,
+    )
+
+
+def target_cache(config: Any, rows: int, slots: int, dtype: torch.dtype) -> int | None:
+    """Bytes of a `RowCache` for a target, every layer allocated; None if they cannot be told.
+
+    Args:
+        config: The target's transformers config.
+        rows: Conversations side by side.
+        slots: Tokens of each; a cache has one more for what falls outside.
+        dtype: Of keys and values.
+    """
+    text = config.get_text_config()
+    if any(getattr(text, name, None) for name in ODD_CACHES):
+        return None
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key, value = getattr(text, "qk_head_dim", size), getattr(text, "v_head_dim", size)
+    types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    layers = sum(kind in ORDINARY for kind in types)
+    # Layers of other kinds have states of a fixed size: add theirs here.
+    return layers * rows * heads * (slots + 1) * (key + value) * dtype.itemsize
+
+
+def drafter_cache(drafter: Drafter, rows: int, slots: int, options: DraftConfig) -> int:
+    """Bytes of what a bound drafter keeps of the text: its state is made without memory."""
+    ghost = copy.copy(drafter)
+    if drafter.weights:  # n-grams have none, keep ids only, and know no embedding
+        ghost.embedding = drafter.embedding.to("meta")
+    return ghost.start(rows, slots, options).nbytes
+
+
+def drafter_weights(drafter: Drafter | None, dtype: torch.dtype) -> int:
+    """Bytes of a drafter's weights once they are in the target's dtype."""
+    weights = drafter.weights.values() if drafter else ()
+    return sum(w.numel() * (dtype.itemsize if w.is_floating_point() else 8) for w in weights)
+
+
+def learning(drafter: Drafter, config: LearnConfig, rows: int) -> int:
+    """Bytes of all copies of what learns: `learning_row` for each row, or once for all."""
+    if not drafter.weights:
+        return 0
+    config = settled(config, drafter, rows)
+    copies = 1 if config.scope == "shared" else rows
+    return copies * learning_row(drafter, config)
+
+
+def learning_row(drafter: Drafter, config: LearnConfig) -> int:
+    """Bytes a copy: float32 master, gradient and two moments, the live copy and its gradient."""
+    if not drafter.weights:
+        return 0
+    size = drafter.embedding.element_size()
+    return bytes_of_copy(config, drafter, config.weights) // (16 + size) * (16 + 2 * size)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that may still be taken on a device; None if that cannot be told."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + kept  # torch keeps what was freed, and gives it again
+    if device.type != "cpu":
+        return None
+    meminfo = _fields(Path("/proc/meminfo"))
+    if "MemAvailable" not in meminfo:
+        return None
+    room = [meminfo["MemAvailable"] * 1024, *_rooms(Path("/sys/fs/cgroup"))]
+    # Swap is slow, but what fits into it is no reason to refuse.
+    return min(room) + meminfo.get("SwapFree", 0) * 1024
+
+
+def require_weights(
+    target: int, drafter: int, devices: list[torch.device], *, name: str, split: bool = False
+) -> str | None:
+    """Refuse weights that do not fit, before they are read.
+
+    Args:
+        target: Bytes of the target's weights.
+        drafter: Bytes of the drafter's.
+        devices: Where they go.
+        name: The target's.
+        split: The target is spread over the devices, and who gets what is not known: nothing is
+            refused then.
+
+    Returns:
+        What should be told all the same, if anything.
+
+    Raises:
+        ResourceError: There is less memory than they take.
+    """
+    free = [free_memory(device) for device in devices]
+    need = Forecast(target=target, drafter=drafter)
+    if None in free or need.total <= sum(filter(None, free)):
+        return None
+    there = mib(sum(filter(None, free)))
+    text = f"The weights of {name} take {need}; {_named(devices)}: {there} free."
+    if split:
+        return text
+    raise ResourceError(f"{text}\n{SMALLER}")
+
+
+def require_room(
+    need: Forecast, device: torch.device, *, rows: int, slots: int, split: bool = False
+) -> str | None:
+    """Refuse caches and learning that do not fit, before they are made.
+
+    On a CPU a cache takes memory only as it is filled, and most are never full: there only what
+    learning takes at once is refused. Returns and raises as `require_weights`.
+    """
+    free = free_memory(device)
+    if free is None or need.total <= free:
+        return None
+    lines = f"{rows} row{'s' if rows > 1 else ''} of {slots:,} tokens take {need}"
+    text = f"{lines}; {device.type}: {mib(free)} free."
+    if split or (device.type == "cpu" and (need.learning or 0) <= free):
+        return f"{text} It will do unless they are filled. {LESS}"
+    raise ResourceError(f"{text}\n{LESS}")
+
+
+def mib(size: int) -> str:
+    """For people."""
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _named(devices: list[torch.device]) -> str:
+    return devices[0].type if len(devices) == 1 else f"{len(devices)} {devices[0].type} devices"
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """Numbers by name of a file such as /proc/meminfo; none if it cannot be read."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    parts = [line.replace(":", " ").split() for line in lines]
+    return {part[0]: int(part[1]) for part in parts if len(part) > 1 and part[1].isdigit()}
+
+
+def _rooms(root: Path) -> list[int]:
+    """Bytes left below the limits of this process's control groups, versions 2 and 1."""
+    found = []
+    for folder, most, used in (
+        *((own, "memory.max", "memory.current") for own in _groups(root, "")),
+        *(
+            (own, "memory.limit_in_bytes", "memory.usage_in_bytes")
+            for own in _groups(root / "memory", "memory")
+        ),
+    ):
+        try:
+            limit = int((folder / most).read_text(encoding="utf-8"))  # "max" where there is none
+            taken = int((folder / used).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        # Files that were read count as taken, and make room when it is needed.
+        stat = _fields(folder / "memory.stat")
+        files = sum(stat.get(f"{kind}_file", 0) for kind in ("inactive", "active"))
+        found.append(max(0, limit - max(0, taken - files)))
+    return found
+
+
+def _groups(root: Path, controller: str) -> list[Path]:
+    """The folders of this process's control group and of those around it."""
+    own = Path("/proc/self/cgroup")
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return [root]
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controller in controllers.split(",") and root.is_dir():
+            inner = Path(os.path.normpath(f"{root}/{path}"))
+            return [p for p in (inner, *inner.parents) if p == root or root in p.parents]
+    return [root]

@@ -1,0 +1,215 @@
+"""A target's files, read: config first, then tokenizer and weights, on one device or over several.
+
+Runs no code that came with the files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.errors import OptionError, ResourceError, TargetError
+from ttspec.models.gguf import GgufFile, load_gguf, read_gguf
+from ttspec.models.source import Source
+from ttspec.models.unfit import softcap_of
+
+DeviceMap = str | dict[str, Any]
+"""\"auto\" spreads layers over all GPUs; or a device for each module, as accelerate takes it."""
+QUANTISED = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
+"""Quantised weights that were tried, by quant_method, and the package that each needs."""
+FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+"""Bytes of an element by its name in a safetensors header; what is in neither has one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """A target whose config was read, and none of its weights."""
+
+    source: Source
+    config: Any
+    gguf: GgufFile | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether transformers keeps the weights packed."""
+        return bool(getattr(self.config, "quantization_config", None))
+
+    def nbytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights once they are loaded in `dtype`, told from headers."""
+        if self.gguf:
+            return self.gguf.elements * dtype.itemsize
+        return stored_bytes(self.source.path, None if self.quantised else dtype)
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model, on a device or spread as `device_map` says, and its tokenizer.
+
+        Raises:
+            TargetError: transformers cannot load them, or a drafter could not use them.
+            ResourceError: A package is missing, or the GPUs are too small together.
+        """
+        path = self.source.path
+        if device_map is not None:
+            _check_map(device_map, self.gguf)
+        if self.gguf:
+            return load_gguf(self.gguf, device, dtype)
+        spread = device_map
+        if self.quantised and device.type != "cpu":  # packed weights cannot be moved later
+            _require_package("accelerate", "a quantised target on a GPU")
+            spread = spread or {"": device}
+        options: dict[str, Any] = {} if spread is None else {"device_map": spread}
+        if softcap_of(self.config):  # transformers 5.17's other attention drops the cap
+            options["attn_implementation"] = "eager"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
+            )
+        except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+            raise _not_loaded(path, error) from error
+        _refuse_offloaded(path, model)
+        if self.quantised:
+            _require_plain(path, model)
+        elif device_map is None:
+            model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
+        return model, tokenizer
+
+
+def open_files(source: Source) -> Files:
+    """Read a target's config.
+
+    Raises:
+        TargetError: transformers does not know it, it needs code of its own, or its weights are
+            quantised in a way that was not tried.
+    """
+    if source.origin == "gguf":
+        file = read_gguf(source.path)
+        return Files(source=source, config=file.config, gguf=file)
+    try:
+        config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        if "trust_remote_code" in str(error):
+            raise TargetError(
+                f"{source.path} is a model with Python code of its own (auto_map in config.json), "
+                "which ttspec never runs.\nGive a model that transformers knows by itself."
+            ) from error
+        raise _not_loaded(source.path, error) from error
+    _refuse_untried(source.path, config)
+    return Files(source=source, config=config)
+
+
+def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the tensors in a folder's safetensors, floating ones in `dtype` or as they are."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="np") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 - it is no dict
+                part = tensors.get_slice(key)
+                name, count = part.get_dtype(), 1
+                for size in part.get_shape():
+                    count *= size
+                if name in FLOATS:
+                    total += count * (dtype.itemsize if dtype else FLOATS[name])
+                else:
+                    total += count * SIZES.get(name, 1)
+    return total
+
+
+def _not_loaded(path: Path, error: Exception) -> TargetError:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    return TargetError(
+        f"{path} is not a causal language model that transformers can load: {first}\n"
+        "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
+    )
+
+
+def _refuse_untried(path: Path, config: Any) -> None:
+    """Quantised weights load in many ways; which of them verify right has to be tried."""
+    given = getattr(config, "quantization_config", None)
+    if not given:
+        return
+    given = given if isinstance(given, dict) else given.to_dict()
+    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
+    if method not in QUANTISED:
+        raise TargetError(
+            f"{path} is quantised by {method}, which was not tried with ttspec; "
+            f"{', '.join(QUANTISED)} and GGUF files were.\nGive the model without quantisation."
+        )
+    if method == "bitsandbytes" and given.get("load_in_8bit"):
+        raise TargetError(
+            f"{path} is quantised by bitsandbytes to 8 bits, where a token's logits depend on the "
+            "tokens read with it: verified text would be another.\n"
+            "Give the model in 4 bits, or without quantisation."
+        )
+    _require_package(QUANTISED[method], f"{path.name}, which is quantised by {method},")
+
+
+def _require_package(name: str, what: str) -> None:
+    if find_spec(name) is None:
+        extra = "device-map" if name == "accelerate" else "quantised"
+        raise ResourceError(
+            f"{what[0].upper()}{what[1:]} needs the package {name}, which is not installed.\n"
+            f"Install it with: pip install 'ttspec[{extra}]'."
+        )
+
+
+def _check_map(device_map: DeviceMap, gguf: GgufFile | None) -> None:
+    """Refuse what cannot be, before anything is read."""
+    if gguf:
+        raise OptionError(
+            "A GGUF file is loaded on one device; device_map was given.\n"
+            "Leave it out, or use the model's safetensors."
+        )
+    if isinstance(device_map, str) and device_map != "auto":
+        raise OptionError(
+            f"device_map is {device_map!r}; allowed are auto and a dict of devices by module."
+        )
+    if isinstance(device_map, dict):
+        _refuse_places(str(device_map), device_map)
+    elif not torch.cuda.is_available():
+        raise ResourceError(
+            "device_map is auto, which spreads layers over GPUs, and torch finds none here.\n"
+            "Leave it out."
+        )
+    _require_package("accelerate", "device_map")
+
+
+def _refuse_places(what: str, places: dict[str, Any]) -> None:
+    """Weights that come and go would be fetched anew for every token; all must stay."""
+    kinds = {"cuda" if isinstance(p, int) else str(p).partition(":")[0] for p in places.values()}
+    odd = sorted(kinds - {"cpu", "cuda"})
+    if odd or len(kinds) > 1:
+        raise ResourceError(
+            f"{what}: weights would be on {' and '.join(sorted(kinds))}; all must be on GPUs, or "
+            "all on the CPU.\nUse more GPUs, another dtype, a quantised target or a smaller one."
+        )
+
+
+def _refuse_offloaded(path: Path, model: PreTrainedModel) -> None:
+    places = getattr(model, "hf_device_map", None)
+    if places:
+        _refuse_places(f"{path} does not fit into the GPUs", places)
+
+
+def _require_plain(path: Path, model: PreTrainedModel) -> None:
+    """Drafters read the target's embedding and head as they are."""
+    for what, module in (
+        ("embedding", model.get_input_embeddings()),
+        ("output head", model.get_output_embeddings()),
+    ):
+        weight = getattr(module, "weight", None)
+        if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
+            raise TargetError(
+                f"{path} has a quantised {what} ({type(weight).__name__}); drafters read it as it "
+                "is.\nQuantise the model without its embedding and head."
+            )

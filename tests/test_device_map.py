@@ -1,0 +1,167 @@
+"""A target over several devices: what is refused, and that every tensor is moved to its layer."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, byte_tokenizer
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from toys import LEARN, toy_drafter, toy_engine
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from ttspec import load
+from ttspec.cli import main
+from ttspec.config import GenerateConfig
+from ttspec.decoding import round as rounds
+from ttspec.errors import OptionError, ResourceError
+from ttspec.models import loading
+from ttspec.models.attention import use_folded_attention
+from ttspec.models.capture import Graphs
+from ttspec.models.loading import _refuse_places
+from ttspec.models.target import Target, wrap_target
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+WINDOWED = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 9}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "two masks": lambda: Qwen3ForCausalLM(
+        Qwen3Config(**SHAPE, **WINDOWED, use_sliding_window=True, max_window_layers=0)
+    ),
+}
+
+
+def moved(given, device: str):
+    if isinstance(given, torch.Tensor):
+        return given.to(device)
+    if isinstance(given, tuple | list):
+        return type(given)(moved(part, device) for part in given)
+    if isinstance(given, dict):
+        return {name: moved(part, device) for name, part in given.items()}
+    return given
+
+
+def put(module: nn.Module, device: str, mode: FakeTensorMode) -> None:
+    """On a device without memory, where what it is given is moved to, as accelerate's hooks do."""
+    for part in module.modules():
+        for store in (part._parameters, part._buffers):
+            for name, tensor in store.items():
+                if tensor is None:
+                    continue
+                with mode:
+                    bare = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                store[name] = nn.Parameter(bare, False) if store is part._parameters else bare
+    module.register_forward_pre_hook(
+        lambda _, args, options: (moved(args, device), moved(options, device)), with_kwargs=True
+    )
+
+
+def split(which: str, first: str, second: str, mode: FakeTensorMode) -> Target:
+    """Embedding and half of the layers on one device, the others and the head on another."""
+    model = MODELS[which]()
+    use_folded_attention(model)
+    body = model.model
+    for module in (body.embed_tokens, body.rotary_emb, *body.layers[:2]):
+        put(module, first, mode)
+    for module in (*body.layers[2:], body.norm, model.lm_head):
+        put(module, second, mode)
+    model.hf_device_map = {"model.embed_tokens": first, "lm_head": second}
+    return wrap_target(model, byte_tokenizer())
+
+
+@pytest.mark.parametrize("which", MODELS)
+@pytest.mark.parametrize(("first", "second"), [("cpu", "meta"), ("meta", "cpu")])
+def test_every_tensor_is_where_its_layer_is(which: str, first: str, second: str):
+    """Fake tensors compute nothing, but refuse to meet on two devices."""
+    mode = FakeTensorMode()
+    target = split(which, first, second, mode)
+    target.taps = (1, 3, 4)
+    home, away = torch.device(first), torch.device(second)
+    assert target.device == home
+    assert target.is_split
+    with mode:
+        assert target.head.device == home
+        cache = target.cache(2, 64)
+        tokens = torch.zeros(2, 5, dtype=torch.long, device=home)
+        start = torch.zeros(2, dtype=torch.long, device=home)
+        rows = torch.arange(2, device=home).flip(0)
+        for subset, count in ((None, None), (rows, 1), (rows[:1], 0)):
+            part = slice(None) if subset is None else slice(len(subset))
+            logits, features = target.forward(
+                cache, tokens[part], start[part], 0, subset=subset, logits=count
+            )
+            assert features.device == home
+            assert logits is None or logits.device == home
+            for device, aimed in cache._told.items():
+                assert all(t is None or t.device == device for t in aimed)
+            assert set(cache._told) == {home, away}
+        assert [cache.keys[i].device for i in range(4)] == [home, home, away, away]
+        features, last = target.read(tokens)
+        assert (features.device, last.device, target.judge(last).device) == (home, home, home)
+
+
+def test_a_split_target_is_not_captured(toy_target_dir: Path, monkeypatch):
+    engine = toy_engine(toy_target_dir)
+    captured = []
+
+    class Told(Graphs):
+        def __init__(self, device: torch.device, **options):
+            captured.append(device.type)
+            super().__init__(CPU, **options)
+
+    monkeypatch.setattr(rounds, "Graphs", Told)
+    monkeypatch.setattr(Target, "device", META)
+    for places in ({"": 0}, {"model.embed_tokens": 0, "lm_head": 1}):
+        engine.target.model.hf_device_map = places
+        engine.decoder(GenerateConfig(learn=None), 1, 4, sessions=False)
+    assert captured == ["meta", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("places", "words"),
+    [
+        ({"model": 0, "lm_head": "disk"}, "cuda and disk"),
+        ({"model": 0, "lm_head": "cpu"}, "cpu and cuda"),
+        ({"": "meta"}, "on meta"),
+    ],
+)
+def test_weights_that_come_and_go_are_refused_by_name(toy_target_dir: Path, places, words: str):
+    with pytest.raises(ResourceError, match=words) as caught:
+        load(str(toy_target_dir), None, device="cpu", device_map=places)
+    assert "Use more GPUs" in str(caught.value)
+
+
+@pytest.mark.parametrize("places", [{"": 0}, {"a": "cuda:0", "b": 1}, {"": "cpu"}])
+def test_weights_that_stay_are_no_obstacle(places: dict):
+    _refuse_places("it", places)
+
+
+def test_what_is_missing_is_said(toy_target_dir: Path, monkeypatch, capsys):
+    place = {"device": "cpu", "dtype": "float32"}
+    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    with pytest.raises(ResourceError, match=r"accelerate.*\n.*ttspec\[device-map\]"):
+        load(str(toy_target_dir), None, **place, device_map={"": "cpu"})
+    with pytest.raises(OptionError, match="device_map is 'balanced'"):
+        load(str(toy_target_dir), None, **place, device_map="balanced")
+    model = LlamaForCausalLM.from_pretrained(toy_target_dir)
+    with pytest.raises(OptionError, match="loaded already"):
+        load((model, byte_tokenizer()), None, **place, device_map={"": "cpu"})
+    if not torch.cuda.is_available():
+        command = ["generate", "Hi", "--target", str(toy_target_dir), "--device-map", "auto"]
+        assert main([*command, "--drafter", "none"]) in (1, 2)
+        assert "finds none here" in capsys.readouterr().err
+
+
+def test_a_map_of_one_device_says_the_same_text(toy_target_dir: Path):
+    pytest.importorskip("accelerate")
+    parts = [f"model.layers.{i}" for i in range(4)]
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *parts]
+    plain = toy_engine(toy_target_dir).generate([[1, 2, 3]], max_new_tokens=24, **LEARN)[0]
+    for places in ({"": "cpu"}, dict.fromkeys(names, "cpu")):
+        engine = load(
+            str(toy_target_dir), toy_drafter(), device="cpu", dtype="float32", device_map=places
+        )
+        assert not engine.target.is_split
+        found = engine.generate([[1, 2, 3]], max_new_tokens=24, **LEARN)[0]
+        assert found.token_ids == plain.token_ids
+        assert found.stats.acceptance_length == plain.stats.acceptance_length

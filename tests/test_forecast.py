@@ -1,0 +1,268 @@
+"""What is forecast is what is taken; too little memory is told before it is touched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SHAPE, byte_tokenizer
+from toys import CONFIGS, PLAIN, make_drafter, make_kind, toy_engine
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ttspec import load
+from ttspec.cli import main
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding import forecast
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.forecast import (
+    Forecast,
+    drafter_cache,
+    drafter_weights,
+    free_memory,
+    learning,
+    of_run,
+    require_room,
+    require_weights,
+    target_cache,
+)
+from ttspec.diagnosis.memory import forecast as told
+from ttspec.diagnosis.memory import memory
+from ttspec.drafters.ngram import Ngram
+from ttspec.errors import ResourceError
+from ttspec.models.target import find_target, wrap_target
+
+CPU = torch.device("cpu")
+TARGETS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "tie_word_embeddings": True})),
+    "qwen3, wide heads": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "head_dim": 32})),
+    "mistral, windowed": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=9)),
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE)),
+}
+
+
+def near(forecast: int | None, measured: int) -> bool:
+    return forecast is not None and abs(forecast - measured) <= 0.02 * measured
+
+
+@pytest.mark.parametrize("which", TARGETS)
+def test_a_targets_cache_is_as_forecast(which: str):
+    engine = Engine(wrap_target(TARGETS[which](), byte_tokenizer()), None)
+    for dtype in (torch.float32, torch.bfloat16):
+        engine.target.model.to(dtype)
+        measured = memory(engine, 1, 100)["target_cache_per_1000_tokens"]
+        assert near(target_cache(engine.target.config, 1, 999, dtype), measured)
+
+
+@pytest.mark.parametrize("which", [*CONFIGS, "ngram"])
+def test_a_drafters_memory_is_as_forecast(toy_target_dir: Path, which: str):
+    drafter = Ngram() if which == "ngram" else make_kind(which)
+    before = drafter_weights(drafter, torch.float32)
+    engine = load(str(toy_target_dir), drafter, device="cpu", dtype="float32")
+    parts = memory(engine, 1, 100)
+    assert near(
+        drafter_cache(drafter, 1, 999, DraftConfig()), parts["drafter_cache_per_1000_tokens"]
+    )
+    if which == "pard-qwen3":  # a tied head in its files is dropped when it is bound
+        assert before >= parts["drafter_weights"]
+    else:
+        assert before == parts["drafter_weights"]
+    config = GenerateConfig(learn=LearnConfig(weights="full"))
+    assert of_run(engine.target, drafter, config, 3, 50).learning == 3 * parts["learning_per_row"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_told_from_headers(toy_target_dir: Path, tmp_path: Path, dtype: str):
+    sharded = tmp_path / "sharded"
+    LlamaForCausalLM.from_pretrained(toy_target_dir).save_pretrained(
+        sharded, max_shard_size="100KB"
+    )
+    byte_tokenizer().save_pretrained(sharded)
+    for folder in (toy_target_dir, sharded):
+        target = load(str(folder), None, device="cpu", dtype=dtype).target
+        weights = find_target(str(folder)).nbytes(target.dtype)
+        assert near(weights, sum(p.nbytes for p in target.model.parameters()))
+
+
+def test_learning_is_what_a_pupil_takes(engine: Engine):
+    """Beside a pupil's own bytes, the gradient of the live copy."""
+    config = LearnConfig(weights="full")
+    decoder = engine.decoder(GenerateConfig(learn=config), 2, 10, sessions=False)
+    own = decoder.learner.pupil.nbytes
+    size = sum(
+        engine.drafter.weights[n].numel() for n in engine.drafter.learnable(config.parameters)
+    )
+    assert own <= learning(engine.drafter, config, 2) <= own + 2 * 2 * 4 * size
+
+
+@pytest.mark.weights
+def test_the_built_in_pair_is_as_forecast(smollm2_dir: Path):
+    engine = load("smollm2-135m", "smollm2-135m-dflash", device="cpu", dtype="bfloat16")
+    parts, ahead = memory(engine, 2, 1000), told(engine, 2, 1000)
+    for name in (
+        "target_weights",
+        "drafter_weights",
+        "target_cache_per_1000_tokens",
+        "drafter_cache_per_1000_tokens",
+        "total",
+    ):
+        assert near(ahead[name], parts[name]), name
+
+
+# What is there.
+
+
+def test_what_is_free_is_less_than_all_there_is():
+    free = free_memory(CPU)
+    assert free is None or free > 0
+    assert free_memory(torch.device("meta")) is None
+
+
+def system(root: Path, monkeypatch, *, available: int, version: int, limit: str, group: str):
+    """A machine with so much memory free and a container's limit, of which half is files."""
+    (root / "meminfo").write_text(f"MemAvailable: {available >> 10} kB\nSwapFree: 0 kB\n")
+    line = f"0::{group}" if version == 2 else f"5:cpu,memory:{group}"
+    (root / "cgroup").write_text(line + "\n")
+    base = root / "fs" if version == 2 else root / "fs" / "memory"
+    own = base / group.strip("/")
+    own.mkdir(parents=True)
+    names = ("memory.max", "memory.current")
+    if version == 1:
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (own / names[0]).write_text(limit)
+    (own / names[1]).write_text(str(400 << 20))
+    (own / "memory.stat").write_text(f"anon 1\ninactive_file {150 << 20}\nactive_file {50 << 20}\n")
+    moved = {
+        "/proc/meminfo": root / "meminfo",
+        "/proc/self/cgroup": root / "cgroup",
+        "/sys/fs/cgroup": root / "fs",
+    }
+    monkeypatch.setattr(forecast, "Path", lambda name: moved.get(str(name), Path(name)))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("group", ["/", "/box/inner"])
+@pytest.mark.parametrize(
+    ("available", "limit", "free"),
+    [
+        (8 << 30, str(1 << 30), (1 << 30) - (200 << 20)),  # files make room
+        (8 << 30, "max", 8 << 30),
+        (8 << 30, str(2**63 - 4096), 8 << 30),  # version 1's "no limit"
+        (1 << 29, str(1 << 30), 1 << 29),
+        (8 << 30, str(100 << 20), 0),
+    ],
+)
+def test_a_containers_limit_counts(
+    tmp_path, monkeypatch, version: int, group: str, available: int, limit: str, free: int
+):
+    where = {"version": version, "limit": limit, "group": group}
+    system(tmp_path, monkeypatch, available=available, **where)
+    assert free_memory(CPU) == free
+
+
+# Too little.
+
+
+@pytest.fixture
+def has(monkeypatch):
+    """Let every device have so many bytes free; None is not known."""
+
+    def give(size: int | None) -> None:
+        monkeypatch.setattr(forecast, "free_memory", lambda _: size)
+
+    return give
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    toy_target_dir: Path, has, monkeypatch, capsys, tmp_path
+):
+    has(1000)
+    with pytest.raises(ResourceError, match=r"take target 0\.7 MiB; cpu"):  # the drafter is there
+        toy_engine(toy_target_dir)
+    with pytest.raises(ResourceError) as caught:
+        toy_engine(toy_target_dir, dtype="bfloat16")
+    first, second = str(caught.value).splitlines()
+    for word in (str(toy_target_dir), "target 0.3 MiB", "drafter 0.1 MiB", "cpu: 0.0 MiB free"):
+        assert word in first
+    assert "--dtype" in second
+    drafter = make_drafter(tmp_path / "drafter")
+    command = ["generate", "Hi", "--target", str(toy_target_dir), "--drafter", str(drafter)]
+    assert main(command) in (1, 2)
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_caches_and_learning_that_do_not_fit_on_a_gpu_are_refused_with_numbers(has):
+    has(100 << 20)
+    need = Forecast(target_cache=60 << 20, drafter_cache=20 << 20, learning=30 << 20)
+    with pytest.raises(ResourceError) as caught:
+        require_room(need, torch.device("cuda"), rows=2, slots=8192)
+    assert str(caught.value).splitlines() == [
+        "2 rows of 8,192 tokens take 110.0 MiB (target's cache 60.0 MiB, drafter's cache 20.0 MiB, "
+        "learning 30.0 MiB); cuda: 100.0 MiB free.",
+        "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora.",
+    ]
+    has(111 << 20)
+    assert require_room(need, torch.device("cuda"), rows=2, slots=8192) is None
+
+
+def test_on_a_cpu_caches_that_may_never_be_full_are_a_notice(toy_target_dir: Path, has):
+    engine = toy_engine(toy_target_dir)
+    said: list[str] = []
+    engine.notify = said.append
+    has(1 << 20)
+    options = {"max_new_tokens": 4, "ignore_eos": True, **PLAIN}
+    assert len(engine.generate([[1, 2]] * 9, **options)) == 9
+    assert len(said) == 1
+    assert said[0].startswith("9 rows of 256 tokens take")
+    assert "unless they are filled" in said[0]
+
+
+def test_on_a_cpu_learning_that_does_not_fit_is_refused(toy_target_dir: Path, has):
+    engine = toy_engine(toy_target_dir)
+    has(1 << 20)
+    with pytest.raises(ResourceError, match=r"learning .* cpu: 1\.0 MiB free"):
+        engine.generate([[1, 2]] * 9, max_new_tokens=4, learn=LearnConfig())
+
+
+def test_nothing_is_refused_where_nothing_is_known(has):
+    has(None)
+    need = Forecast(target_cache=1 << 60)
+    assert require_room(need, CPU, rows=1, slots=1) is None
+    assert require_weights(1 << 60, 0, [CPU], name="x") is None
+    has(1)
+    told = require_weights(1 << 20, 0, [CPU, CPU], name="x", split=True)
+    assert told == "The weights of x take target 1.0 MiB; 2 cpu devices: 0.0 MiB free."
+    assert require_room(Forecast(learning=9), torch.device("cuda"), rows=1, slots=1, split=True)
+
+
+def test_layers_that_are_not_understood_are_unknown():
+    config = LlamaConfig(**SHAPE)
+    config.num_kv_shared_layers = 2
+    assert target_cache(config, 1, 10, torch.float32) is None
+    assert Forecast(target_cache=None, learning=3).total == 3
+
+
+def test_doctor_says_what_was_forecast(toy_target_dir: Path, tmp_path: Path, capsys):
+    drafter = make_drafter(tmp_path / "drafter")
+    command = ["doctor", str(toy_target_dir), str(drafter), "--dtype", "float32"]
+    assert main([*command, "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    for name, size in out["forecast"].items():
+        if name != "free":
+            assert near(size, out["memory"][name]), name
+    assert main(command) == 0
+    assert "forecast     target 0.7 MiB + " in capsys.readouterr().out
+
+
+def test_a_shared_drafter_learns_once(engine: Engine):
+    many = learning(engine.drafter, LearnConfig(scope="shared", weights="full"), 5)
+    assert many == learning(engine.drafter, LearnConfig(weights="full"), 1)
