@@ -15,6 +15,7 @@ from ttspec.diagnosis import targets
 from ttspec.diagnosis.families import FAMILIES, SHAPE, build
 from ttspec.diagnosis.targets import FULL, QUICK, Row, check_family, check_targets
 from ttspec.errors import ResourceError, TargetError
+from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
 from ttspec.models.attention import folded_attention
 from ttspec.models.target import attention_windows, wrap_target
@@ -70,7 +71,7 @@ def test_the_built_in_target_is_right(smollm2_dir) -> None:
 
 
 def drop_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
-    load = target_module.AutoModelForCausalLM.from_pretrained
+    load = loading_module.AutoModelForCausalLM.from_pretrained
 
     def plain(path, **given):
         config = AutoConfig.from_pretrained(path)
@@ -78,7 +79,7 @@ def drop_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
         return load(path, config=config, **given)
 
     other = SimpleNamespace(from_pretrained=plain)
-    monkeypatch.setattr(target_module, "AutoModelForCausalLM", other)
+    monkeypatch.setattr(loading_module, "AutoModelForCausalLM", other)
 
 
 def ignore_windows(monkeypatch: pytest.MonkeyPatch) -> None:
