@@ -238,8 +238,10 @@ class GenerateConfig:
     learn: LearnConfig | None = field(default_factory=LearnConfig)
     """How the drafter learns; None is a static drafter."""
     deterministic: bool = False
-    """Let no clock decide anything, so that a run repeats bit for bit: the gate is off, and updates
-    are published at strides."""
+    """Let neither a clock nor the width of a verification decide anything: a run repeats bit for
+    bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. The gate is off,
+    updates are published at strides, and every round reads 16 tokens (or a multiple of it, where
+    more are drafted)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

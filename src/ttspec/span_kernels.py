@@ -20,6 +20,7 @@ def attend(
     width,
     queries,
     tiles,
+    part,
     query_row,
     query_head,
     query_token,
@@ -38,7 +39,8 @@ def attend(
 ):
     """Part `split` of what `rows` queries of one key head see, softmax not yet normalised.
 
-    Query m of a key head is query head m // width, token m % width.
+    Query m of a key head is query head m // width, token m % width. A `part` of 0 makes all parts
+    equally long over what is seen; else part n begins at slot n x part.
     """
     split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
     kv_head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
@@ -55,8 +57,8 @@ def attend(
     low = tl.min(tl.where(last >= 0, first, 1 << 30), 0) // count * count
     high = tl.max(last, 0) + 1
     each = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), count), splits) * count
-    begin = low + split * each
-    end = tl.minimum(begin + each, high)
+    begin = tl.where(part > 0, tl.maximum(split * part, low), low + split * each)
+    end = tl.minimum(tl.where(part > 0, (split + 1) * part, begin + each), high)
     q = tl.load(
         query
         + batch * query_row

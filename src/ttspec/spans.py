@@ -8,6 +8,8 @@ Flash-Decoding does: https://pytorch.org/blog/flash-decoding). Elsewhere the spa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,7 @@ QUERIES = 64
 """Query rows of one key head that are worked on together, at most."""
 KEYS = 64
 """Slots that are read together."""
+_steady = False
 
 
 def has_kernel(dtype: torch.dtype) -> bool:
@@ -82,6 +85,20 @@ def span_attention(
     return out.reshape(batch, heads, width, size).transpose(1, 2).nan_to_num()
 
 
+@contextmanager
+def steady() -> Iterator[None]:
+    """Within, spans are read in parts that do not depend on them.
+
+    What a query gets then does not hang on the tokens that are read with it, to the last bit.
+    """
+    global _steady
+    before, _steady = _steady, True
+    try:
+        yield
+    finally:
+        _steady = before
+
+
 @torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
 def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
     kernels = _kernels()
@@ -90,6 +107,7 @@ def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: fl
     rows = min(QUERIES, max(16, _power_of_two(group * width)))
     tiles = -(-group * width // rows)
     splits = _splits(batch * keys.shape[1] * tiles, keys.shape[2], query.device)
+    part = -(-keys.shape[2] // (splits * KEYS)) * KEYS if _steady else 0
     parts = query.new_empty(batch, heads, width, splits, size, dtype=torch.float32)
     weights = query.new_empty(batch, heads, width, splits, 2, dtype=torch.float32)
     wide = _power_of_two(size)
@@ -104,6 +122,7 @@ def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: fl
         width,
         group * width,
         tiles,
+        part,
         *query.stride()[:3],
         *keys.stride()[:3],
         *values.stride()[:3],

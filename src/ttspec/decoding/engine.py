@@ -383,6 +383,7 @@ class Engine:
             "draft": config.draft,
             "learn": config.learn,
             "ends": () if config.ignore_eos else self.target.ends,
+            "steady": config.deterministic,
         }
         spare, self._spare = self._spare, None
         if spare is not None and spare.shape == shape:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
@@ -39,11 +41,15 @@ from ttspec.sampling import (
     process,
     uniform,
 )
+from ttspec.spans import steady as steadily
 
 PREFILL = 512
 """Prompt tokens read at once."""
 LATE = 32
 """Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
+STEADY = 16
+"""Tokens that every verification reads where each must be read alike, or a multiple of it: matrix
+products and attention of one size give a token the same result, bit by bit, wherever it stands."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 
@@ -80,9 +86,13 @@ class Decoder:
         ends: Sequence[int],
         pupil: Pupil | None = None,
         gate: Gate | None = None,
+        steady: bool = False,
         compile: bool = False,
     ) -> None:
-        """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens."""
+        """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens.
+
+        With `steady`, verifications are all of one width, plain rounds among them.
+        """
         self.shape = {
             "rows": rows,
             "slots": slots,
@@ -90,12 +100,18 @@ class Decoder:
             "draft": draft,
             "learn": learn,
             "ends": ends,
+            "steady": steady,
         }
         """What it was made for: another request of the same shape may have it after `restart`."""
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.gamma = 0 if drafter is None else drafter.length
         if drafter is not None and draft.length is not None:
             self.gamma = min(draft.length, self.gamma)
+        self.width = self.gamma + 1
+        """Tokens that a verification reads at most, or always if it is steady."""
+        self.steady = steady
+        if steady:
+            self.width = -(-self.width // STEADY) * STEADY
         self.rows, self.slots = rows, slots
         self.cache = target.cache(rows, slots)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
@@ -302,9 +318,8 @@ class Decoder:
         """The largest length that reads as many slots: one graph serves all up to it."""
         if not self._run.on:
             return longest
-        width = self.gamma + 1
-        reach = reach_of(longest + width, self.slots, BUCKET)
-        return self.slots if reach == self.slots else reach - width
+        reach = reach_of(longest + self.width, self.slots, BUCKET)
+        return self.slots if reach == self.slots else reach - self.width
 
     def _stage_seconds(self, clock: Stopwatch) -> tuple[float, float, float]:
         if not clock.cuda:
@@ -379,10 +394,7 @@ class Decoder:
         pending, _, budget, _ = self._facts
         start = self._start()
         fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        logits, features = self.target.forward(
-            self.cache, fed, start, longest, spans=self.told_spans
-        )
-        assert logits is not None
+        logits, features = self._read(fed, start, longest)
         accepted, tokens = self._accept(logits, proposal, start, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)
         verification = Verification(
@@ -402,6 +414,16 @@ class Decoder:
             self._history.keep(fed, features, start)
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
+
+    def _read(self, fed: Tensor, start: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Logits and features of tokens [B, T]; if steady, read among others that are dead."""
+        width, spans = fed.shape[1], self.told_spans
+        if self.steady:
+            fed = F.pad(fed, (0, self.width - width))
+        with steadily() if self.steady else nullcontext():
+            logits, features = self.target.forward(self.cache, fed, start, longest, spans=spans)
+        assert logits is not None
+        return logits[:, :width], features[:, :width]
 
     def _propose(
         self,
