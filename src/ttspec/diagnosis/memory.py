@@ -59,7 +59,7 @@ def mib(size: int) -> str:
 
 
 def _target_cache(target: Target, width: int) -> tuple[int, int]:
-    """Bytes of one row for 1,000 tokens, and whatever its length, by making one and reading a token.
+    """Bytes of one row's cache: for 1,000 tokens, and whatever its length, by reading a token.
 
     Recurrent layers keep what `width` drafted tokens would add to their states.
     """

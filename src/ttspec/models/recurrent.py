@@ -1,10 +1,10 @@
 """Layers with a recurrent state, rolled back as keys are: by where the next forward starts.
 
-A gated delta net sums its text up in one matrix a head, which cannot be cut back as keys can. So a
-forward of drafts does not write its state: it keeps what its tokens would add, and the next forward,
-by its `start`, says how many of them stayed. Those are added first, so the same forward twice is the same
-as once. What it keeps is not the tokens but what each writes (its delta): that depends on no later
-token, so adding a few of them to a state is one product, with nothing to solve for.
+A gated delta net sums its text up in one matrix a head, which cannot be cut back as keys can. So
+a forward of drafts does not write its state: it keeps what its tokens would add, and the next
+forward, by its `start`, says how many of them stayed. Those are added first, and the same forward
+twice is the same as once. What is kept of a token is what it writes (its delta): that hangs on no
+later token, so adding the first few to a state is one product, with nothing to solve for.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ class LayerState:
 class StateCache(RowCache):
     """Keys and values of the attention layers, states of the recurrent ones.
 
-    A row's state knows where it stands. A forward may start there, at 0, which empties it, or within
-    what the last forward read; the caller sees to it.
+    A row's state knows where it stands. A forward may start there, at 0, which empties it, or
+    within what the last forward read; the caller sees to it.
     """
 
     def __init__(self, rows: int, slots: int, width: int) -> None:
@@ -252,8 +252,8 @@ def use_states(model: nn.Module, layers: list[int]) -> None:
     if set(gated) != set(layers) or (getattr(model, "_is_stateful", False) and not gated):
         known = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "layer_idx")})
         raise TargetError(
-            f"The target has recurrent layers, and its layers are made of {', '.join(known)}; their "
-            f"state cannot be rolled back.\nSupported are {', '.join(GATED)}."
+            f"The target has recurrent layers, and is made of {', '.join(known)}; their state "
+            f"cannot be rolled back.\nSupported are {', '.join(GATED)}."
         )
     for module in gated.values():
         module.forward = MethodType(_forward, module)
@@ -275,7 +275,7 @@ def _forward(self: nn.Module, hidden_states: Tensor, *args: Any, **given: Any) -
 
 
 def _projected(m: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Queries, keys and values [B, T, C], the gate, and a and b [B, T, Hv], as each class has them."""
+    """Queries, keys and values [B, T, C], the gate, a and b [B, T, Hv], as each class has them."""
     if hasattr(m, "in_proj_qkv"):  # Qwen3.5
         return m.in_proj_qkv(hidden), m.in_proj_z(hidden), m.in_proj_a(hidden), m.in_proj_b(hidden)
     if hasattr(m, "q_proj"):  # OLMo
@@ -363,19 +363,17 @@ def on_gpu(
     Returns:
         As `read_block`.
     """
-    from ttspec.models import recurrent_kernels
-
     rows, heads, size, wide = own.state.shape
     query, key, value, decay, beta = (t.contiguous() for t in (query, key, value, decay, beta))
     out, deltas = torch.empty_like(value), torch.empty_like(value)
     block = min(BLOCK, 1 << (wide - 1).bit_length())
-    recurrent_kernels.advance_and_read[-(-wide // block), heads, rows](
+    _kernels().advance_and_read[-(-wide // block), heads, rows](
         own.state,
         own.keys,
         own.deltas,
         own.decays,
         count,
-        fresh,
+        fresh.int(),
         query,
         key,
         value,
@@ -394,3 +392,10 @@ def on_gpu(
         num_warps=4,
     )
     return out, deltas, decay.cumsum(2)
+
+
+@cache
+def _kernels() -> Any:
+    from ttspec.models import recurrent_kernels
+
+    return recurrent_kernels

@@ -1,4 +1,4 @@
-"""The kernel of `recurrent`: a state goes on by what stayed, and drafts are read from it, unwritten.
+"""The kernel of `recurrent`: a state goes on by what stayed, then drafts are read from it.
 
 In a module of its own, since Triton is only there where torch can use a GPU.
 """
@@ -43,7 +43,7 @@ def advance_and_read(
     both = real[:, None] & inside[None]
     count = tl.load(counts + row)
     new = tl.load(fresh + row)
-    s = tl.load(place, mask=both & (new == 0), other=0.0)
+    s = tl.where(new == 0, tl.load(place, mask=both, other=0.0), 0.0)
     before = 0.0  # kept decays are summed up
     for t in range(count):
         k = tl.load(kept_keys + (of_key * width + t) * size + d, mask=real, other=0.0)
@@ -51,7 +51,7 @@ def advance_and_read(
         so_far = tl.load(kept_decays + of_head * width + t)
         s = s * tl.exp(so_far - before) + k[:, None] * u[None]
         before = so_far
-    tl.store(place, s, mask=both & ((count > 0) | (new != 0)))
+    tl.store(place, s, mask=both)
     for t in range(tokens):
         k = tl.load(key + (of_key * tokens + t) * size + d, mask=real, other=0.0)
         q = tl.load(query + (of_key * tokens + t) * size + d, mask=real, other=0.0)
