@@ -175,7 +175,7 @@ class Target:
                 for w, m in masks.items()
             }
         mask: Any = masks.get(self.windows[0])
-        if len(set(self.windows)) > 1:
+        if self.recurrent or len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
             mask = {kind: masks.get(window) for kind, window in types}
         reader = self.model.base_model if logits == 0 else self.model
