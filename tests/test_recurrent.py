@@ -452,3 +452,21 @@ def test_the_kernel_says_what_the_reference_says(sizes):
     torch.testing.assert_close(own.state, state, atol=1e-5, rtol=1e-5)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_on_a_gpu_rounds_are_graphs_and_texts_plain_s(dtype, temperature):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = made("qwen3_5").to("cuda", dtype)
+    options = {**OPTIONS, "temperature": temperature, "learn": LearnConfig(stride=1, lr=3e-3)}
+    drafter = make_kind("dflash")
+    drafter.weights = {n: w.to("cuda", dtype) for n, w in drafter.weights.items()}
+    engine = Engine(wrap_target(model, byte_tokenizer()), drafter)
+    wanted = engine.generate(PROMPTS, **options | PLAIN)
+    for _ in range(2):  # the second time with the caches and graphs of the first
+        found = engine.generate(PROMPTS, **options)
+        if dtype == torch.float32:
+            assert [r.token_ids for r in found] == [r.token_ids for r in wanted]

@@ -157,7 +157,8 @@ class StateCache(RowCache):
             kept = own.keys[rows], own.deltas[rows], own.decays[rows]
             state = advanced(state, *kept, count)
             outs, deltas, decays = [], v, beta
-            for part in zip(*(t.split(CHUNK, 2) for t in (q, k, v, decay, beta)), strict=True):
+            size = x.shape[2] if counts is None else CHUNK
+            for part in zip(*(t.split(size, 2) for t in (q, k, v, decay, beta)), strict=True):
                 out, deltas, decays = read_block(state, *part)
                 outs.append(out)
                 if counts is not None:  # what does not stay leaves the state as it is

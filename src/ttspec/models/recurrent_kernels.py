@@ -44,13 +44,12 @@ def advance_and_read(
     count = tl.load(counts + row)
     new = tl.load(fresh + row)
     s = tl.where(new == 0, tl.load(place, mask=both, other=0.0), 0.0)
-    before = 0.0  # kept decays are summed up
     for t in range(count):
         k = tl.load(kept_keys + (of_key * width + t) * size + d, mask=real, other=0.0)
         u = tl.load(kept_deltas + (of_head * width + t) * wide + c, mask=inside, other=0.0)
-        so_far = tl.load(kept_decays + of_head * width + t)
-        s = s * tl.exp(so_far - before) + k[:, None] * u[None]
-        before = so_far
+        sums = kept_decays + of_head * width + t
+        left = tl.exp(tl.load(sums) - tl.load(sums - 1, mask=t > 0, other=0.0))
+        s = s * left + k[:, None] * u[None]
     tl.store(place, s, mask=both)
     for t in range(tokens):
         k = tl.load(key + (of_key * tokens + t) * size + d, mask=real, other=0.0)
