@@ -2,82 +2,36 @@
 
 import copy
 import string
-from importlib.util import find_spec
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import SHAPE, byte_tokenizer
+from conftest import byte_tokenizer
+from hybrids import DENSE, KINDS, random_hybrid
 from torch import Tensor
 from toys import PLAIN, assert_goes_on, finish, make_kind, parrot, plain, twin
 from transformers import (
-    AutoModelForCausalLM,
     BambaConfig,
     GenerationConfig,
-    PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForConditionalGeneration,
-    Qwen3_5MoeTextConfig,
-    Qwen3_5TextConfig,
-    Qwen3NextConfig,
 )
-from transformers.models.olmo_hybrid import OlmoHybridConfig
 
 from ttspec.config import LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import TargetError
-from ttspec.models import recurrent
-from ttspec.models.recurrent import LayerState, StateCache, advanced, read_block
+from ttspec.models.recurrent import StateCache
 from ttspec.models.target import Target, attention_windows, load_target, wrap_target
 from ttspec.rowcache import RowCache
 
-DENSE = SHAPE | {
-    "max_position_embeddings": 2048,
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 24,
-    "linear_conv_kernel_dim": 4,
-    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
-}
-MIXTURE = DENSE | {
-    "num_experts": 2,
-    "num_experts_per_tok": 1,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
-KINDS = {
-    "qwen3_5": (Qwen3_5TextConfig, DENSE),
-    "qwen3_next": (Qwen3NextConfig, MIXTURE),
-    "qwen3_5_moe": (Qwen3_5MoeTextConfig, MIXTURE),
-    "olmo_hybrid": (OlmoHybridConfig, DENSE),
-}
 WIDTH, SLOTS = 6, 500
-
-
-def made(kind: str) -> PreTrainedModel:
-    """A random model that remembers for long: its states matter."""
-    make, config = KINDS[kind]
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(3)
-        model = AutoModelForCausalLM.from_config(make(**config), dtype=torch.float32).eval()
-        for name, weight in model.named_parameters():
-            if name.endswith("A_log"):
-                weight.uniform_(0.01, 0.2).log_()
-            elif name.endswith("dt_bias"):
-                weight.normal_()
-            elif "conv1d" in name:
-                weight.normal_(0, 0.5)
-        model.lm_head.weight.mul_(0.5)
-    return model
 
 
 @pytest.fixture(scope="module")
 def targets() -> dict[str, Target]:
-    return {kind: wrap_target(made(kind), byte_tokenizer()) for kind in KINDS}
+    return {kind: wrap_target(random_hybrid(kind), byte_tokenizer()) for kind in KINDS}
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +42,7 @@ def target(targets) -> Target:
 @pytest.fixture(scope="module")
 def typist() -> Engine:
     """Writes printable ASCII, so that texts of tokens are what was written."""
-    model = made("qwen3_5")
+    model = random_hybrid("qwen3_5")
     symbols = string.ascii_letters + string.digits + ".,;!?"
     kept = torch.tensor(byte_tokenizer().convert_tokens_to_ids(list(symbols)))
     with torch.no_grad():
@@ -411,62 +365,3 @@ def test_recurrent_layers_of_other_classes_are_refused_by_name(target):
     model.model.layers[1].linear_attn.__class__ = odd
     with pytest.raises(TargetError, match=r"OddDeltaNet.*cannot be rolled back"):
         wrap_target(model, byte_tokenizer())
-
-
-# The kernel; without a GPU under TRITON_INTERPRET=1, where Triton is.
-
-SIZES = [(3, 4, 2, 16, 16, 5, 5), (2, 4, 4, 24, 40, 8, 3), (2, 32, 16, 128, 128, 16, 16)]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_the_kernel_says_what_the_reference_says(sizes):
-    if find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    rows, heads, key_heads, size, wide, width, tokens = sizes
-    place = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    module: Any = SimpleNamespace(
-        conv_dim=8,
-        conv_kernel_size=4,
-        num_k_heads=key_heads,
-        num_v_heads=heads,
-        head_k_dim=size,
-        head_v_dim=wide,
-    )
-    own = LayerState.empty(module, rows, width, torch.zeros(1, device=place))
-    own.state.normal_()
-    own.keys.normal_().div_(own.keys.norm(dim=-1, keepdim=True))
-    own.deltas.normal_()
-    own.decays.copy_(-torch.rand(own.decays.shape).cumsum(2))
-    count = torch.tensor([width, 0, 2][:rows], device=place)
-    fresh = torch.tensor([False, True, False][:rows], device=place)
-    query, key = torch.randn(2, rows, key_heads, tokens, size, device=place)
-    key = key / key.norm(dim=-1, keepdim=True)
-    value = torch.randn(rows, tokens, heads, wide, device=place).transpose(1, 2)
-    decay, beta = torch.rand(2, rows, heads, tokens, device=place)
-    state = own.state.masked_fill(fresh[:, None, None, None], 0)
-    state = advanced(state, own.keys, own.deltas, own.decays, count)
-    wanted = read_block(state, query, key, value, -decay, beta)
-    found = recurrent.on_gpu(own, count, fresh, query, key, value, -decay, beta)
-    torch.testing.assert_close(own.state, state, atol=1e-5, rtol=1e-5)
-    for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_on_a_gpu_rounds_are_graphs_and_texts_plain_s(dtype, temperature):
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    model = made("qwen3_5").to("cuda", dtype)
-    options = {**OPTIONS, "temperature": temperature, "learn": LearnConfig(stride=1, lr=3e-3)}
-    drafter = make_kind("dflash")
-    drafter.weights = {n: w.to("cuda", dtype) for n, w in drafter.weights.items()}
-    engine = Engine(wrap_target(model, byte_tokenizer()), drafter)
-    wanted = engine.generate(PROMPTS, **options | PLAIN)
-    for _ in range(2):  # the second time with the caches and graphs of the first
-        found = engine.generate(PROMPTS, **options)
-        if dtype == torch.float32:
-            assert [r.token_ids for r in found] == [r.token_ids for r in wanted]

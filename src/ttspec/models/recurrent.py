@@ -170,13 +170,9 @@ class StateCache(RowCache):
             own.base[rows] = start + counts
             return out.transpose(1, 2)
         own.window[rows] = window
-        for kept, new in (
-            (own.inputs, x),
-            (own.keys, k),
-            (own.deltas, deltas),
-            (own.decays, decays),
-        ):
-            _keep(kept, new, rows, rest)
+        stores = own.inputs, own.keys, own.deltas, own.decays
+        for store, new in zip(stores, (x, k, deltas, decays), strict=True):
+            _keep(store, new, rows, rest)
         own.base[rows] = torch.where(rest, own.base[rows], start)
         return out.transpose(1, 2)
 
@@ -355,11 +351,11 @@ def on_gpu(
         own: Its state becomes that after `count` of its kept tokens.
         count: int64 [rows].
         fresh: bool [rows], rows whose state is taken for zero.
-        query: As the rest, of `read_block`.
-        key: Likewise.
-        value: Likewise.
-        decay: Likewise.
-        beta: Likewise.
+        query: This and what follows as in `read_block`.
+        key: float32 [rows, Hk, T, Dk].
+        value: float32 [rows, Hv, T, Dv].
+        decay: float32 [rows, Hv, T].
+        beta: float32 [rows, Hv, T].
 
     Returns:
         As `read_block`.
