@@ -19,7 +19,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.forced import load_random
 from ttspec.decoding.round import Decoder
 from ttspec.drafters.checkpoint import canonical, missing_and_left_over
-from ttspec.errors import DataError, OptionError, TargetError
+from ttspec.errors import DataError, OptionError
 from ttspec.models import shapes
 
 META = torch.device("meta")
@@ -27,10 +27,9 @@ PUBLISHED = {
     "qwen3-8b+dflash": ("qwen3-8b-dflash-b16", 8_190_735_360),
     "llama-3.1-8b+eagle3": ("eagle3-llama3.1-instruct-8b", 8_030_261_248),
     "llama-3.1-8b+pard": ("pard-llama-3.2-1b", 8_030_261_248),
-    "qwen3.5-9b+dflash": ("qwen3.5-9b-dflash", 0),
+    "qwen3.5-9b+dflash": ("qwen3.5-9b-dflash", 8_953_803_264),
 }
-"""The drafter's manifest, and the target's parameters; 0 where the target is refused."""
-RUNNABLE = [name for name, (_, parameters) in PUBLISHED.items() if parameters]
+"""The drafter's manifest, and the target's parameters."""
 VOCABULARY = 300
 SMALL = {
     "hidden_size": 64,
@@ -96,7 +95,7 @@ def test_a_drafter_has_the_published_config_and_tensors(name):
     assert made == found
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_pair_has_the_published_size_and_fits_together(name):
     pair = shapes.find_shapes(name)
     target = shapes.random_target(pair, META, torch.bfloat16)
@@ -110,12 +109,7 @@ def test_a_pair_has_the_published_size_and_fits_together(name):
     assert list(engine.target.taps) == MANIFESTS[PUBLISHED[name][0]]["taps"]
 
 
-def test_a_hybrid_target_is_refused_for_its_layers():
-    with pytest.raises(TargetError, match="linear_attention"):
-        load_random("qwen3.5-9b+dflash", "3", device="cpu")
-
-
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_a_name_may_have_fewer_layers(name):
     pair = shapes.find_shapes(f"{name}:layers=2")
     whole = shapes.find_shapes(name)
@@ -154,7 +148,7 @@ def test_a_draft_vocabulary_lies_in_the_whole_of_the_targets(tmp_path):
 # Forced acceptance.
 
 
-@pytest.mark.parametrize("name", RUNNABLE)
+@pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("rows", [3])
 @pytest.mark.parametrize("learn", [None, LearnConfig(stride=2)], ids=["static", "learn"])
 def test_acceptance_follows_the_schedule(tmp_path, name, rows, learn):
@@ -255,7 +249,6 @@ def test_what_makes_no_sense_is_refused_before_memory_is_taken(name, accept, sai
         (["--random-weights", "x", "--accept", "3", "--suite", "quick"], "together with --suite"),
         (["--random-weights", "x", "--accept", "3", "--arms", "plain,ngram"], "the arm ngram"),
         (["--random-weights", "x", "--accept", "3", "--arms", "hf"], "the arm hf"),
-        (["--random-weights", "qwen3.5-9b+dflash", "--accept", "3"], "linear_attention"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -31,8 +31,8 @@ class Listening(Decoder):
                 self.heard[row, start[row] + i] = self._verified[row, i].clone()
         return outcomes
 
-    def _read(self, fed, start, longest):
-        logits, features = super()._read(fed, start, longest)
+    def _read_block(self, fed, start, longest):
+        logits, features = super()._read_block(fed, start, longest)
         self._verified = logits
         return logits, features
 

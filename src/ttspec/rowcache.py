@@ -77,13 +77,20 @@ class RowCache(Cache):
         self._reach = slots
         self._told: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
-    def aim(self, slot: Tensor, reach: int, subset: Tensor | None = None) -> None:
+    def aim(
+        self,
+        slot: Tensor,
+        reach: int,
+        subset: Tensor | None = None,
+        counts: Tensor | None = None,  # noqa: ARG002
+    ) -> None:
         """Say where the next forward's tokens go.
 
         Args:
             slot: int64 [B, T], the slot of each token.
             reach: Attention sees slots 0..reach - 1.
             subset: int64 [B], which rows are fed; None is all of them.
+            counts: int64 [B], how many of a row's tokens stay, if that is known. Keys do without.
         """
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
@@ -134,6 +141,11 @@ class RowCache(Cache):
         """Bytes held at present."""
         stores = [*self.keys.values(), *self.values.values()]
         return sum(t.numel() * t.element_size() for t in stores)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of these, bytes that are the same however many slots there are."""
+        return 0
 
 
 def causal_mask(position: Tensor, reach: int, window: int | None = None) -> Tensor:

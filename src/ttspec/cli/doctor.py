@@ -130,6 +130,8 @@ def lines(told: dict[str, Any]) -> list[str]:
         f"  memory     {mib(memory['target_weights'])} weights, "
         f"{mib(memory['target_cache_per_1000_tokens'])} cache per 1,000 tokens and row",
     ]
+    if memory["target_state_per_row"]:
+        out.append(f"  state      {mib(memory['target_state_per_row'])} for each row")
     if drafter is not None:
         out += [
             f"drafter      {drafter['name']} ({drafter['kind']}): fits",

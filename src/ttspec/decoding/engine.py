@@ -444,7 +444,7 @@ class Engine:
         tokens = torch.tensor([list(ids[:at])], device=self.target.device)
         start = torch.zeros(1, dtype=torch.long, device=self.target.device)
         row = torch.zeros_like(start)
-        logits, _ = self.target.forward(cache, tokens, start, 0, subset=row)
+        logits, _ = self.target.forward(cache, tokens, start, 0, subset=row, counts=start + at)
         assert logits is not None
         scores = process(logits[0, -1], sampling)
         if key is not None and sampling.temperature > 0:

@@ -76,7 +76,7 @@ class RecordedTarget(Target):
         """Nothing it does depends on what is seen."""
         return True
 
-    def cache(self, rows: int, slots: int) -> RowCache:
+    def cache(self, rows: int, slots: int, width: int = 1) -> RowCache:  # noqa: ARG002
         """Places for so many rows."""
         return Places(rows, slots, self.device)
 
@@ -89,6 +89,7 @@ class RecordedTarget(Target):
         longest: int,  # noqa: ARG002
         *,
         subset: Tensor | None = None,
+        counts: Tensor | None = None,  # noqa: ARG002
         logits: int | None = None,
         spans: bool = False,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor]:

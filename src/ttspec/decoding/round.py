@@ -113,7 +113,7 @@ class Decoder:
         if steady:
             self.width = -(-self.width // STEADY) * STEADY
         self.rows, self.slots = rows, slots
-        self.cache = target.cache(rows, slots)
+        self.cache = target.cache(rows, slots, self.width)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         device = target.device
         # A graph belongs to one device: what a split target does is called, as on a CPU.
@@ -150,6 +150,11 @@ class Decoder:
         self.lengths = [0] * rows
         """Committed tokens of each row that are in the cache: all but the pending one."""
         self.pending = [0] * rows
+        self._texts: list[list[int]] = [[] for _ in range(rows)]
+        """Each row's committed tokens and its pending one."""
+        self._states = [0] * rows
+        """The least length to which a row can be cut back, where the target has recurrent layers;
+        -1 for one whose states are lost."""
         self.budget = [0] * rows
         """Tokens that a row may still emit; 0 for a row that takes no part."""
         self._vocabulary = int(target.config.vocab_size)
@@ -179,12 +184,14 @@ class Decoder:
         """
         device = self.target.device
         self._absorb_late()
+        self._recover(rows)
         again = self.drafter.length if self.drafter and self.state else self.slots
         if any(self._unread[row] > again for row in rows):
             self._catch_up(rows)  # reading on goes back by no more than that
         subset = torch.tensor(rows, device=device)
         self._key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
         at = [self.lengths[row] for row in rows]
+        self._lose(rows)  # until all is read
         # The last forward ends where every prompt ends; what longer ones have more goes before.
         last = min(PREFILL, *map(len, prompts))
         for begin in range(0, max(map(len, prompts)) - last, PREFILL):
@@ -205,6 +212,10 @@ class Decoder:
             self._unread[row] = 0
             if self._history:
                 self._history.made[row] = n
+        for row, ids, token in zip(rows, prompts, first, strict=True):
+            text, n = self._texts[row], self.lengths[row]
+            self._texts[row] = [*text[: n - len(ids)], *ids, token]
+            self._states[row] = n
         return first
 
     @torch.no_grad()
@@ -221,6 +232,8 @@ class Decoder:
             self._absorb_late()
         if length and any(self._unread[row] > length for row in active):
             self._catch_up(active)
+        self._recover(active)
+        self._lose(active)  # until the round is whole
 
         # A graph of a verification reads the drafts of one graph of a draft: they go together.
         spans = self.told_spans and (self.state is None or self.state.spans)
@@ -233,6 +246,8 @@ class Decoder:
         self._round += 1
         for row in active:
             emitted = told[row][0]
+            self._states[row] = self.lengths[row]
+            self._texts[row] += told[row][4 : 4 + emitted]
             self.lengths[row] += emitted
             self.pending[row] = told[row][3 + emitted]
             self.budget[row] -= emitted
@@ -333,6 +348,9 @@ class Decoder:
     def crop(self, row: int, length: int, pending: int) -> None:
         """Take back what a row committed past `length`; `pending` is the token that comes next."""
         self.lengths[row], self.pending[row] = length, pending
+        self._texts[row] = [*self._texts[row][:length], pending]
+        if length < self._states[row]:
+            self._lose([row])
         if self.learner:
             self.learner.forget(row, length)
 
@@ -347,30 +365,62 @@ class Decoder:
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
-        self.lengths[row] = self.budget[row] = self._unread[row] = 0
+        self.lengths[row] = self.budget[row] = self._unread[row] = self._states[row] = 0
+        self._texts[row] = []
         if self.learner:
             self.learner.reset(row)
+
+    def _lose(self, rows: list[int]) -> None:
+        """Say that the target's recurrent states of some rows may be of another text."""
+        if self.target.recurrent:
+            for row in rows:
+                self._states[row] = -1
+
+    def _recover(self, rows: list[int]) -> None:
+        """Read the texts of rows again whose states are lost; keys, values and features are not."""
+        for row in rows:
+            if self._states[row] >= 0:
+                continue
+            text = self._texts[row][: self.lengths[row]]
+            for begin in range(0, len(text), PREFILL):
+                self._read([row], [text[begin : begin + PREFILL]], [begin])
+            self._states[row] = self.lengths[row]
 
     def _feed(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
     ) -> Tensor | None:
         """Read prompt tokens; returns the logits [B, 1, V] of the last column, if asked for."""
+        tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
+        if self.drafter and self.state:
+            with sdpa_kernel(ATTENTION):
+                self.drafter.extend(self.state, tokens, features, start, subset)
+        if self._history:
+            self._history.keep(tokens, features, start, subset)
+        return out
+
+    def _read(
+        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Let the target read: tokens, starts, which rows (None is all), logits and features."""
         device = self.target.device
         width = max(map(len, parts))
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start = torch.tensor(at, device=device)
+        counts = torch.tensor([len(p) for p in parts], device=device)
         # Some rows' keys are copied before they are read; those of all rows are not.
         every = rows == list(range(self.rows))
         subset = None if every else torch.tensor(rows, device=device)
         with sdpa_kernel(ATTENTION):
             out, features = self.target.forward(
-                self.cache, tokens, start, max(at), subset=subset, logits=1 if logits else 0
+                self.cache,
+                tokens,
+                start,
+                max(at),
+                subset=subset,
+                counts=counts,
+                logits=1 if logits else 0,
             )
-            if self.drafter and self.state:
-                self.drafter.extend(self.state, tokens, features, start, subset)
-            if self._history:
-                self._history.keep(tokens, features, start, subset)
-        return out
+        return tokens, start, subset, out, features
 
     def _start(self) -> Tensor:
         """Where each row's round begins; rows at rest write where nothing is read."""
@@ -394,7 +444,7 @@ class Decoder:
         pending, _, budget, _ = self._facts
         start = self._start()
         fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        logits, features = self._read(fed, start, longest)
+        logits, features = self._read_block(fed, start, longest)
         accepted, tokens = self._accept(logits, proposal, start, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self._ends)
         verification = Verification(
@@ -415,7 +465,7 @@ class Decoder:
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
 
-    def _read(self, fed: Tensor, start: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    def _read_block(self, fed: Tensor, start: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Logits and features of tokens [B, T]; if steady, read among others that are dead."""
         width, spans = fed.shape[1], self.told_spans
         if self.steady:

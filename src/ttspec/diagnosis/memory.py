@@ -31,9 +31,11 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     """Bytes of the parts, and in all for `rows` learning rows of `context` tokens."""
     target, drafter = engine.target, engine.drafter
     full, lora = LearnConfig(weights="full"), LearnConfig(weights="lora")
+    cache, states = _target_cache(target, drafter.length + 1 if drafter else 1)
     parts = {
         "target_weights": sum(p.nbytes for p in target.model.parameters()),
-        "target_cache_per_1000_tokens": _target_cache(target),
+        "target_cache_per_1000_tokens": cache,
+        "target_state_per_row": states,
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
         "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
         "learning_per_row": learning_row(drafter, full) if drafter else 0,
@@ -43,7 +45,7 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     learning = parts["learning_per_row"]
     if drafter and drafter.weights and settled(LearnConfig(), drafter, rows).weights == "lora":
         learning = parts["learning_per_row_lora"]
-    row = caches * context // STRETCH + learning
+    row = caches * context // STRETCH + states + learning
     total = parts["target_weights"] + parts["drafter_weights"] + rows * row
     return parts | {"rows": rows, "context": context, "total": total}
 
@@ -87,13 +89,16 @@ def forecast(engine: Engine, rows: int, context: int) -> dict[str, int | None]:
     }
 
 
-def _target_cache(target: Target) -> int:
-    """Bytes of the cache for 1,000 tokens of one row, by making one and reading a token."""
-    cache = target.cache(1, STRETCH - 1)
+def _target_cache(target: Target, width: int) -> tuple[int, int]:
+    """Bytes of one row's cache: for 1,000 tokens, and whatever its length, by reading a token.
+
+    Recurrent layers keep what `width` drafted tokens would add to their states.
+    """
+    cache = target.cache(1, STRETCH - 1, width)
     zero = torch.zeros(1, 1, dtype=torch.long, device=target.device)
     subset = torch.zeros(1, dtype=torch.long, device=target.device)
     target.forward(cache, zero, zero[0], 0, subset=subset, logits=0)
-    return cache.nbytes
+    return cache.nbytes - cache.state_bytes, cache.state_bytes
 
 
 def _drafter_cache(drafter: Drafter) -> int:

@@ -121,7 +121,7 @@ def random_target(pair: PairShapes, device: torch.device, dtype: torch.dtype) ->
             f"The target's config of {pair.name} has model_type {own.get('model_type')!r}, which "
             "transformers does not know.\nGive the config.json of a causal language model."
         ) from error
-    attention_windows(config)  # refuse before memory is taken
+    attention_windows(config, states=True)  # refuse before memory is taken
     with torch.device(device), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # no_init_weights leaves it out

@@ -25,6 +25,7 @@ from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
+from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
 from ttspec.models.unfit import refuse_config, refuse_model
 from ttspec.rowcache import RowCache, causal_mask, reach_of
@@ -32,6 +33,8 @@ from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
 
 ORDINARY = {"full_attention", "sliding_attention"}
+RECURRENT = "linear_attention"
+"""What a config calls a gated delta net, and some other layers that `use_states` refuses."""
 UNSUPPORTED = (
     "repetition_penalty",
     "encoder_repetition_penalty",
@@ -76,7 +79,7 @@ class Target:
     defaults: dict[str, float | int]
     """Sampling defaults, from generation_config.json."""
     windows: tuple[int | None, ...]
-    """Attention window of each layer."""
+    """Attention window of each layer; None sees everything, 0 is a recurrent layer's."""
     taps: tuple[int, ...] = ()
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
     _together: list[list[Together]] | None = None
@@ -99,6 +102,11 @@ class Target:
         return self.model.dtype
 
     @property
+    def recurrent(self) -> bool:
+        """Whether it has layers whose state goes back no further than the last round."""
+        return 0 in self.windows
+
+    @property
     def reads_spans(self) -> bool:
         """Whether its attention reads no more than is seen, told from slot to slot."""
         return self.model.config._attn_implementation == FOLDED and has_kernel(self.dtype)
@@ -119,9 +127,9 @@ class Target:
         head: Tensor = self.model.get_output_embeddings().weight  # type: ignore[union-attr,assignment]
         return head.to(self.device)
 
-    def cache(self, rows: int, slots: int) -> RowCache:
-        """An empty cache."""
-        return RowCache(rows, slots)
+    def cache(self, rows: int, slots: int, width: int = 1) -> RowCache:
+        """An empty cache; `width` is the most tokens that are read at a time without `counts`."""
+        return StateCache(rows, slots, width) if self.recurrent else RowCache(rows, slots)
 
     @torch.no_grad()
     def forward(
@@ -132,10 +140,14 @@ class Target:
         longest: int,
         *,
         subset: Tensor | None = None,
+        counts: Tensor | None = None,
         logits: int | None = None,
         spans: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """Read tokens at their rows' positions; write their keys and values.
+
+        Recurrent layers begin at 0, where the last forward's tokens end, or within these if they
+        were read without `counts`. A row whose start is past all slots stays as it is.
 
         Args:
             cache: Where keys and values go; nothing below `start` is changed.
@@ -143,6 +155,8 @@ class Target:
             start: int64 [B], position of each row's first token.
             longest: The largest start, known on the host.
             subset: int64 [B], the cache rows that are fed; None is all.
+            counts: int64 [B], how many of each row's tokens are text, the rest padding; None where
+                the next forward's start will say how many were.
             logits: Of so many last tokens; 0 skips the head, None is all T.
             spans: Say what is seen from slot to slot, on the device, instead of by a mask. Needs
                 `reads_spans`, and all rows.
@@ -152,11 +166,12 @@ class Target:
         """
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        cache.aim(position, reach, subset)
+        cache.aim(position, reach, subset, counts)
+        windows = set(self.windows) - {0}
         if spans:
-            masks = {w: self._spans(position, cache.slots, w) for w in set(self.windows)}
+            masks = {w: self._spans(position, cache.slots, w) for w in windows}
         else:
-            masks = {w: causal_mask(position, reach, w) for w in set(self.windows)}
+            masks = {w: causal_mask(position, reach, w) for w in windows}
         # Eager attention adds its mask to the scores; so does torch's on a CPU, which would make
         # a boolean one into such a mask in every layer.
         if not spans and (
@@ -167,14 +182,16 @@ class Target:
                 w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
                 for w, m in masks.items()
             }
-        mask: Any = masks[self.windows[0]]
-        if len(masks) > 1:
+        mask: Any = masks.get(self.windows[0])
+        if self.recurrent or len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
-            mask = {kind: masks[window] for kind, window in types}
+            mask = {kind: masks.get(window) for kind, window in types}
         reader = self.model.base_model if logits == 0 else self.model
         keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
         layers: Any = nullcontext()
-        if spans and is_compiling() and hasattr(self.model.base_model, "layers"):
+        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
+        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
+        if spans and is_compiling() and whole:
             own = self.model.base_model
             if self._together is None:
                 self._together = [lay_together(layer) for layer in own.layers]  # type: ignore[union-attr]
@@ -277,7 +294,7 @@ def find_target(name: str, notify: Callable[[str], None] | None = None) -> Files
         TargetError, ResourceError: As `load_target`.
     """
     files = open_files(resolve(name, notify=notify))
-    attention_windows(files.config)
+    attention_windows(files.config, states=True)
     return files
 
 
@@ -290,8 +307,9 @@ def wrap_target(
         TargetError: The model's attention, vocabulary or generation config is not supported.
     """
     config = model.config.get_text_config()
-    windows = attention_windows(model.config)
+    windows = attention_windows(model.config, states=True)
     refuse_model(model, windows)
+    use_states(model, [i for i, window in enumerate(windows) if window == 0])
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager", FOLDED):
         raise TargetError(
@@ -343,25 +361,32 @@ def _cache_keyword(kind: type[torch.nn.Module]) -> str:
     return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
-def attention_windows(config: Any) -> tuple[int | None, ...]:
-    """The window of each layer; refuses what a length per row cannot roll back."""
+def attention_windows(config: Any, *, states: bool = False) -> tuple[int | None, ...]:
+    """The window of each layer, None where all is seen; with `states`, 0 where it is recurrent.
+
+    Raises:
+        TargetError: A layer is of a kind that cannot be rolled back.
+    """
     refuse_config(config)
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", 0)
     types = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    odd = sorted(set(types) - ORDINARY)
+    gated = {RECURRENT} if states and hasattr(text, "linear_key_head_dim") else set()
+    odd = sorted(set(types) - ORDINARY - gated)
     if odd or not layers or not hasattr(text, "num_attention_heads"):
+        kinds = ", ".join(sorted(ORDINARY)) + (", gated delta nets" if states else "")
         raise TargetError(
-            f"The target's layers are {', '.join(odd) or 'not attention layers'}; "
-            f"supported are {', '.join(sorted(ORDINARY))}.\n"
-            "State that is not keys and values cannot be rolled back yet; use another target."
+            f"The {'target' if states else 'model'}'s layers are "
+            f"{', '.join(odd) or 'not attention layers'}; supported are {kinds}.\n"
+            "Other state than keys and values cannot be rolled back; use another model."
         )
     window = getattr(text, "sliding_window", None)
     if getattr(text, "use_sliding_window", True) is False:
         window = None
     if getattr(text, "layer_types", None) is None and window is not None:
         types = ["sliding_attention"] * layers  # as Mistral: one window for all layers
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
+    windows = {"sliding_attention": window, RECURRENT: 0}
+    return tuple(windows.get(kind) for kind in types)
 
 
 def _refuse_unsupported(generation: Any) -> None:

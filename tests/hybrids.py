@@ -1,0 +1,51 @@
+"""Random targets whose layers are gated delta nets, but for the last."""
+
+import torch
+from conftest import SHAPE
+from transformers import (
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+from transformers.models.olmo_hybrid import OlmoHybridConfig
+
+DENSE = SHAPE | {
+    "max_position_embeddings": 2048,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+    "linear_conv_kernel_dim": 4,
+    "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+}
+MIXTURE = DENSE | {
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+KINDS = {
+    "qwen3_5": (Qwen3_5TextConfig, DENSE),
+    "qwen3_next": (Qwen3NextConfig, MIXTURE),
+    "qwen3_5_moe": (Qwen3_5MoeTextConfig, MIXTURE),
+    "olmo_hybrid": (OlmoHybridConfig, DENSE),
+}
+
+
+def random_hybrid(kind: str) -> PreTrainedModel:
+    """A random model that remembers for long: its states matter."""
+    make, config = KINDS[kind]
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(make(**config), dtype=torch.float32).eval()
+        for name, weight in model.named_parameters():
+            if name.endswith("A_log"):
+                weight.uniform_(0.01, 0.2).log_()
+            elif name.endswith("dt_bias"):
+                weight.normal_()
+            elif "conv1d" in name:
+                weight.normal_(0, 0.5)
+        model.lm_head.weight.mul_(0.5)
+    return model

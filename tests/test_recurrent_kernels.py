@@ -1,0 +1,74 @@
+"""Recurrent layers on a GPU; without one the kernel runs under TRITON_INTERPRET=1, given Triton."""
+
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from hybrids import random_hybrid
+from toys import PLAIN, make_kind
+
+from ttspec.config import LearnConfig
+from ttspec.decoding.engine import Engine
+from ttspec.models.recurrent import LayerState, advanced, on_gpu, read_block
+from ttspec.models.target import wrap_target
+
+PROMPTS = ["hello there", "a", "the quick brown fox jumps over the dog", "count to ten"]
+OPTIONS = {"max_new_tokens": 32, "seed": 5, "ignore_eos": True}
+SIZES = [(3, 4, 2, 16, 16, 5, 5), (2, 4, 4, 24, 40, 8, 3), (2, 32, 16, 128, 128, 16, 16)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_kernel_says_what_the_reference_says(sizes):
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    rows, heads, key_heads, size, wide, width, tokens = sizes
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    module: Any = SimpleNamespace(
+        conv_dim=8,
+        conv_kernel_size=4,
+        num_k_heads=key_heads,
+        num_v_heads=heads,
+        head_k_dim=size,
+        head_v_dim=wide,
+    )
+    own = LayerState.empty(module, rows, width, torch.zeros(1, device=place))
+    own.state.normal_()
+    own.keys.normal_().div_(own.keys.norm(dim=-1, keepdim=True))
+    own.deltas.normal_()
+    own.decays.copy_(-torch.rand(own.decays.shape).cumsum(2))
+    count = torch.tensor([width, 0, 2][:rows], device=place)
+    fresh = torch.tensor([False, True, False][:rows], device=place)
+    query, key = torch.randn(2, rows, key_heads, tokens, size, device=place)
+    key = key / key.norm(dim=-1, keepdim=True)
+    value = torch.randn(rows, tokens, heads, wide, device=place).transpose(1, 2)
+    decay, beta = torch.rand(2, rows, heads, tokens, device=place)
+    state = own.state.masked_fill(fresh[:, None, None, None], 0)
+    state = advanced(state, own.keys, own.deltas, own.decays, count)
+    wanted = read_block(state, query, key, value, -decay, beta)
+    found = on_gpu(own, count, fresh, query, key, value, -decay, beta)
+    torch.testing.assert_close(own.state, state, atol=1e-5, rtol=1e-5)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_on_a_gpu_rounds_are_graphs_and_texts_plain_s(dtype, temperature):
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = random_hybrid("qwen3_5").to("cuda", dtype)
+    options = {**OPTIONS, "temperature": temperature, "learn": LearnConfig(stride=1, lr=3e-3)}
+    drafter = make_kind("dflash")
+    drafter.weights = {n: w.to("cuda", dtype) for n, w in drafter.weights.items()}
+    engine = Engine(wrap_target(model, byte_tokenizer()), drafter)
+    wanted = engine.generate(PROMPTS, **options | PLAIN)
+    for _ in range(2):  # the second time with the caches and graphs of the first
+        found = engine.generate(PROMPTS, **options)
+        if dtype == torch.float32:
+            assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
