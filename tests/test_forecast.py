@@ -14,6 +14,8 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -47,6 +49,15 @@ TARGETS = {
     "qwen3, wide heads": lambda: Qwen3ForCausalLM(Qwen3Config(**{**SHAPE, "head_dim": 32})),
     "mistral, windowed": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=9)),
     "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**SHAPE)),
+    "qwen3.5": lambda: Qwen3_5ForCausalLM(
+        Qwen3_5TextConfig(
+            **SHAPE,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=8,
+            linear_value_head_dim=16,
+        )
+    ),
 }
 
 
@@ -59,7 +70,8 @@ def test_a_targets_cache_is_as_forecast(which: str):
     engine = Engine(wrap_target(TARGETS[which](), byte_tokenizer()), None)
     for dtype in (torch.float32, torch.bfloat16):
         engine.target.model.to(dtype)
-        measured = memory(engine, 1, 100)["target_cache_per_1000_tokens"]
+        parts = memory(engine, 1, 100)
+        measured = parts["target_cache_per_1000_tokens"] + parts["target_state_per_row"]
         assert near(target_cache(engine.target.config, 1, 999, dtype), measured)
 
 

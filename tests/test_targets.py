@@ -83,7 +83,7 @@ def drop_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ignore_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(target_module, "attention_windows", lambda config: (None,) * 2)
+    monkeypatch.setattr(target_module, "attention_windows", lambda config, states: (None,) * 2)
 
 
 def write_one_late(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.weights import bytes_of_copy, settled
-from ttspec.models.target import ORDINARY, Target
+from ttspec.models.target import ORDINARY, RECURRENT, Target
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
 """Config entries with which layers' keys differ in ways that are not told here."""
@@ -65,13 +65,17 @@ def of_run(
     if drafter is not None and config.draft.length == 0:
         drafter = None
     return Forecast(
-        target_cache=target_cache(target.config, rows, slots, target.dtype),
+        target_cache=target_cache(
+            target.config, rows, slots, target.dtype, width=drafter.length + 1 if drafter else 1
+        ),
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
         learning=learning(drafter, learn, rows) if drafter and learn else 0,
     )
 
 
-def target_cache(config: Any, rows: int, slots: int, dtype: torch.dtype) -> int | None:
+def target_cache(
+    config: Any, rows: int, slots: int, dtype: torch.dtype, *, width: int = 1
+) -> int | None:
     """Bytes of a `RowCache` for a target, every layer allocated; None if they cannot be told.
 
     Args:
@@ -79,6 +83,7 @@ def target_cache(config: Any, rows: int, slots: int, dtype: torch.dtype) -> int 
         rows: Conversations side by side.
         slots: Tokens of each; a cache has one more for what falls outside.
         dtype: Of keys and values.
+        width: Tokens of a verification, which recurrent layers keep beside their states.
     """
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ODD_CACHES):
@@ -88,8 +93,20 @@ def target_cache(config: Any, rows: int, slots: int, dtype: torch.dtype) -> int 
     key, value = getattr(text, "qk_head_dim", size), getattr(text, "v_head_dim", size)
     types = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     layers = sum(kind in ORDINARY for kind in types)
-    # Layers of other kinds have states of a fixed size: add theirs here.
-    return layers * rows * heads * (slots + 1) * (key + value) * dtype.itemsize
+    states = sum(kind == RECURRENT for kind in types) * rows
+    if states:
+        states *= state_bytes(text, width, dtype)
+    return layers * rows * heads * (slots + 1) * (key + value) * dtype.itemsize + states
+
+
+def state_bytes(text: Any, width: int, dtype: torch.dtype) -> int:
+    """Bytes of one row's state in one gated delta net, with what a verification leaves to it."""
+    key_heads, heads = text.linear_num_key_heads, text.linear_num_value_heads
+    size, wide = text.linear_key_head_dim, text.linear_value_head_dim
+    channels = 2 * key_heads * size + heads * wide
+    inputs = channels * (text.linear_conv_kernel_dim - 1 + width) * dtype.itemsize
+    kept = width * (key_heads * size + heads * wide + heads)
+    return 8 + inputs + 4 * (heads * size * wide + kept)
 
 
 def drafter_cache(drafter: Drafter, rows: int, slots: int, options: DraftConfig) -> int:

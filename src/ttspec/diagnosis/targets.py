@@ -186,7 +186,7 @@ def rollback(target: Target, reference: PreTrainedModel, rounds: int) -> tuple[f
     draw = torch.Generator().manual_seed(0)
     rows = torch.arange(ROWS)[:, None]
     text = torch.randint(size, (ROWS, rounds * WIDEST), generator=draw)
-    cache = target.cache(ROWS, text.shape[1])
+    cache = target.cache(ROWS, text.shape[1], WIDEST)
     lengths = torch.zeros(ROWS, dtype=torch.long)
     kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     logit_errors, feature_errors = Errors(), Errors()
