@@ -154,7 +154,7 @@ def state_error(target: Target, cache: RowCache, row: int, text: Tensor) -> floa
         layer = theirs.layers[index]
         assert int(own.base[row]) == len(text)
         errors.append(gap(own.state[row], layer.recurrent_states[0][0]))
-        window = own.window[row]
+        window = own.window[row].T
         errors.append(gap(window, layer.conv_states[0][0][:, -window.shape[1] :]))
     assert len(errors) == 6
     return max(errors)
@@ -163,7 +163,7 @@ def state_error(target: Target, cache: RowCache, row: int, text: Tensor) -> floa
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_rolled_back_are_as_if_their_text_had_been_read_at_once(targets, kind, rows):
-    assert run(targets[kind], rows, 200 if kind != "olmo_hybrid" else 30) < 1e-4
+    assert run(targets[kind], rows, 30 if kind == "olmo_hybrid" else 200) < 1e-4
 
 
 def test_a_layer_that_does_not_go_on_is_noticed(target, monkeypatch):

@@ -12,7 +12,7 @@ from toys import PLAIN, make_kind
 
 from ttspec.config import LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.models.recurrent import LayerState, advanced, on_gpu, read_block
+from ttspec.models.recurrent import LayerState, advance, on_gpu, read_block
 from ttspec.models.target import wrap_target
 
 PROMPTS = ["hello there", "a", "the quick brown fox jumps over the dog", "count to ten"]
@@ -48,7 +48,7 @@ def test_the_kernel_says_what_the_reference_says(sizes):
     value = torch.randn(rows, tokens, heads, wide, device=place).transpose(1, 2)
     decay, beta = torch.rand(2, rows, heads, tokens, device=place)
     state = own.state.masked_fill(fresh[:, None, None, None], 0)
-    state = advanced(state, own.keys, own.deltas, own.decays, count)
+    advance(state, own.keys, own.deltas, own.decays, count)
     wanted = read_block(state, query, key, value, -decay, beta)
     found = on_gpu(own, count, fresh, query, key, value, -decay, beta)
     torch.testing.assert_close(own.state, state, atol=1e-5, rtol=1e-5)
