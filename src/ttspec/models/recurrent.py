@@ -133,8 +133,7 @@ class StateCache(RowCache):
             self.states[m.layer_idx] = LayerState.empty(m, self.rows, self.width, inputs)
         own, start, counts = self.states[m.layer_idx], self._start, self._counts
         rows = slice(None) if self._subset is None else self._subset
-        fresh = start == 0
-        rest = start >= self.slots
+        fresh, rest = start == 0, start >= self.slots
         count = (start - own.base[rows]).clamp(0, self.width).masked_fill(fresh | rest, 0)
 
         window = own.window[rows].masked_fill(fresh[:, None, None], 0)
