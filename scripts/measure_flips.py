@@ -46,7 +46,7 @@ def read(target: Any, texts: Any, rows: int, width: int, *, partly: bool, steady
     wanted = range(0, min(count, 2 if rows == 1 else count), rows)
     out = []
     for first in wanted:
-        cache = target.cache(rows, slots)
+        cache = target.cache(rows, slots, width)
         fed = texts.new_zeros(rows, width)
         start = texts.new_zeros(rows)
         run = Graphs(texts.device)

@@ -102,6 +102,7 @@ def steady() -> Iterator[None]:
 @torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
 def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
     kernels = _kernels()
+    seen = seen.contiguous()  # the kernel counts on it
     batch, heads, width, size = query.shape
     group = heads // keys.shape[1]
     rows = min(QUERIES, max(16, _power_of_two(group * width)))
