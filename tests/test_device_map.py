@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
+from hybrids import random_hybrid
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from toys import LEARN, toy_drafter, toy_engine
@@ -28,6 +29,7 @@ MODELS = {
     "two masks": lambda: Qwen3ForCausalLM(
         Qwen3Config(**SHAPE, **WINDOWED, use_sliding_window=True, max_window_layers=0)
     ),
+    "recurrent": lambda: random_hybrid("qwen3_5"),
 }
 
 
@@ -81,7 +83,7 @@ def test_every_tensor_is_where_its_layer_is(which: str, first: str, second: str)
     assert target.is_split
     with mode:
         assert target.head.device == home
-        cache = target.cache(2, 64)
+        cache = target.cache(2, 64, 5)
         tokens = torch.zeros(2, 5, dtype=torch.long, device=home)
         start = torch.zeros(2, dtype=torch.long, device=home)
         rows = torch.arange(2, device=home).flip(0)
@@ -90,12 +92,16 @@ def test_every_tensor_is_where_its_layer_is(which: str, first: str, second: str)
             logits, features = target.forward(
                 cache, tokens[part], start[part], 0, subset=subset, logits=count
             )
+            target.forward(cache, tokens[part], start[part], 0, subset=subset, counts=start[part])
             assert features.device == home
             assert logits is None or logits.device == home
             for device, aimed in cache._told.items():
                 assert all(t is None or t.device == device for t in aimed)
-            assert set(cache._told) == {home, away}
-        assert [cache.keys[i].device for i in range(4)] == [home, home, away, away]
+            assert set(cache._told) == {keys.device for keys in cache.keys.values()}
+        places = [home, home, away, away]
+        kept = {i: keys.device for i, keys in cache.keys.items()}
+        kept |= {i: own.state.device for i, own in getattr(cache, "states", {}).items()}
+        assert [kept[i] for i in range(4)] == places
         features, last = target.read(tokens)
         assert (features.device, last.device, target.judge(last).device) == (home, home, home)
 

@@ -90,7 +90,7 @@ class StateCache(RowCache):
         super().__init__(rows, slots)
         self.width = width
         self.states: dict[int, LayerState] = {}
-        self._start: Tensor | None = None
+        self._start: Tensor
         self._counts: Tensor | None = None
 
     def aim(
@@ -127,12 +127,12 @@ class StateCache(RowCache):
         Returns:
             float32 [B, T, Hv, Dv].
         """
-        assert self._start is not None
         m: Any = module
         if m.layer_idx not in self.states:
             self.states[m.layer_idx] = LayerState.empty(m, self.rows, self.width, inputs)
-        own, start, counts = self.states[m.layer_idx], self._start, self._counts
-        rows = slice(None) if self._subset is None else self._subset
+        own, start = self.states[m.layer_idx], self._start.to(inputs.device)  # where the layer is
+        counts = None if self._counts is None else self._counts.to(inputs.device)
+        rows = slice(None) if self._subset is None else self._subset.to(inputs.device)
         fresh, rest = start == 0, start >= self.slots
         count = (start - own.base[rows]).clamp(0, self.width).masked_fill(fresh | rest, 0)
 
@@ -254,12 +254,11 @@ def use_states(model: nn.Module, layers: list[int]) -> None:
         module.forward = MethodType(_forward, module)
 
 
-def _forward(self: nn.Module, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
-    """A gated delta net's forward; `self` is transformers' module."""
+def _forward(m: Any, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
+    """A gated delta net's forward; `m` is transformers' module."""
     states = given.get("cache", given.get("cache_params"))  # renamed in transformers 5.24
     if not isinstance(states, StateCache):
-        return type(self).forward(self, hidden_states, *args, **given)
-    m: Any = self
+        return type(m).forward(m, hidden_states, *args, **given)
     inputs, gate, a, b = _projected(m, hidden_states)
     decay = -m.A_log.float().exp() * F.softplus(a.float() + m.dt_bias)
     beta = b.sigmoid().float() * (2 if getattr(m, "allow_neg_eigval", False) else 1)
@@ -366,30 +365,31 @@ def on_gpu(
     query, key, value, decay, beta = (t.contiguous() for t in (query, key, value, decay, beta))
     out, deltas = torch.empty_like(value), torch.empty_like(value)
     block = min(BLOCK, 1 << (wide - 1).bit_length())
-    _kernels().advance_and_read[-(-wide // block), heads, rows](
-        own.state,
-        own.keys,
-        own.deltas,
-        own.decays,
-        count,
-        fresh.int(),
-        query,
-        key,
-        value,
-        decay,
-        beta,
-        out,
-        deltas,
-        value.shape[2],
-        own.keys.shape[2],
-        heads=heads,
-        key_heads=key.shape[1],
-        size=size,
-        wide=wide,
-        deep=1 << (size - 1).bit_length(),
-        block=block,
-        num_warps=4,
-    )
+    with torch.cuda.device(value.device):  # Triton launches on the current one
+        _kernels().advance_and_read[-(-wide // block), heads, rows](
+            own.state,
+            own.keys,
+            own.deltas,
+            own.decays,
+            count,
+            fresh.int(),
+            query,
+            key,
+            value,
+            decay,
+            beta,
+            out,
+            deltas,
+            value.shape[2],
+            own.keys.shape[2],
+            heads=heads,
+            key_heads=key.shape[1],
+            size=size,
+            wide=wide,
+            deep=1 << (size - 1).bit_length(),
+            block=block,
+            num_warps=4,
+        )
     return out, deltas, decay.cumsum(2)
 
 
