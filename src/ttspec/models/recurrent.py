@@ -53,7 +53,7 @@ class LayerState:
     deltas: Tensor
     """float32 [rows, Hv, width, Dv], what each would write to its key's place."""
     decays: Tensor
-    """float32 [rows, Hv, width], logarithm of what is left after each of what was before all."""
+    """float32 [rows, Hv, width], logarithm of what each leaves of what was before."""
 
     @classmethod
     def empty(cls, module: nn.Module, rows: int, width: int, like: Tensor) -> LayerState:
@@ -148,17 +148,17 @@ class StateCache(RowCache):
             decay, beta = (part * stays[:, None] for part in (decay, beta))
 
         if counts is None and self._subset is None and inputs.is_cuda and has_kernel():
-            out, deltas, decays = on_gpu(own, count, fresh, q, k, v, decay, beta)
+            out, deltas = on_gpu(own, count, fresh, q, k, v, decay, beta)
         else:
             state = own.state[rows].masked_fill_(fresh[:, None, None, None], 0)
             advance(state, own.keys[rows], own.deltas[rows], own.decays[rows], count)
-            outs, deltas, decays = [], v, beta
+            outs, deltas = [], v
             size = inputs.shape[1] if counts is None else CHUNK
             for part in zip(*(t.split(size, 2) for t in (q, k, v, decay, beta)), strict=True):
-                out, deltas, decays = read_block(state, *part)
+                out, deltas = read_block(state, *part)
                 outs.append(out)
                 if counts is not None:  # what does not stay leaves the state as it is
-                    advance(state, part[1], deltas, decays)
+                    advance(state, part[1], deltas, part[3])
             out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
             if self._subset is not None:
                 own.state[rows] = state
@@ -168,14 +168,14 @@ class StateCache(RowCache):
             return out.transpose(1, 2)
         own.window[rows] = window
         stores = own.inputs[:, None], own.keys, own.deltas, own.decays
-        for store, new in zip(stores, (inputs[:, None], k, deltas, decays), strict=True):
+        for store, new in zip(stores, (inputs[:, None], k, deltas, decay), strict=True):
             _keep(store, new, rows, rest)
         own.base[rows] = torch.where(rest, own.base[rows], start)
         return out.transpose(1, 2)
 
 
 def advance(
-    state: Tensor, keys: Tensor, deltas: Tensor, decays: Tensor, count: Tensor | None = None
+    state: Tensor, keys: Tensor, deltas: Tensor, decay: Tensor, count: Tensor | None = None
 ) -> None:
     """Let states go on by some tokens.
 
@@ -183,9 +183,10 @@ def advance(
         state: float32 [B, Hv, Dk, Dv], changed in place.
         keys: float32 [B, Hk, T, Dk].
         deltas: float32 [B, Hv, T, Dv], of `read_block`.
-        decays: float32 [B, Hv, T], likewise.
+        decay: float32 [B, Hv, T], likewise.
         count: int64 [B], how many of the tokens; None is all.
     """
+    decays = decay.cumsum(2)
     if count is None:
         last, left = decays[..., -1:], decays
     else:
@@ -199,7 +200,7 @@ def advance(
 
 def read_block(
     state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """The gated delta rule over a few tokens, the state left as it is.
 
     Token t makes of S: S' = exp(decay_t) S; S = S' + key_t delta_t, with delta_t = beta_t (value_t
@@ -215,7 +216,7 @@ def read_block(
         beta: float32 [B, Hv, T].
 
     Returns:
-        What is read and the deltas, [B, Hv, T, Dv], and the decays summed up, [B, Hv, T].
+        What is read and the deltas, [B, Hv, T, Dv].
     """
     query, key = _for_values(query, value), _for_values(key, value)
     decays = decay.cumsum(2)
@@ -228,7 +229,7 @@ def read_block(
     wanted = beta * (value - left * (key @ state))
     deltas = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
     out = left * (query @ state) + (since * (query @ key.transpose(2, 3))) @ deltas
-    return out, deltas, decays
+    return out, deltas
 
 
 def use_states(model: nn.Module, layers: list[int]) -> None:
@@ -345,7 +346,7 @@ def on_gpu(
     value: Tensor,
     decay: Tensor,
     beta: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """`advance`, then `read_block`, in one pass over the states of all rows.
 
     Args:
@@ -390,7 +391,7 @@ def on_gpu(
             block=block,
             num_warps=4,
         )
-    return out, deltas, decay.cumsum(2)
+    return out, deltas
 
 
 @cache

@@ -47,9 +47,9 @@ def advance_and_read(
     for t in range(count):
         k = tl.load(kept_keys + (of_key * width + t) * size + d, mask=real, other=0.0)
         u = tl.load(kept_deltas + (of_head * width + t) * wide + c, mask=inside, other=0.0)
-        sums = kept_decays + of_head * width + t
-        left = tl.exp(tl.load(sums) - tl.load(sums - 1, mask=t > 0, other=0.0))
-        s = s * left + k[:, None] * u[None]
+        s = s * tl.exp(tl.load(kept_decays + of_head * width + t))
+        # Rounded as below, so that a state does not depend on where rounds began.
+        s = tl.fma(k[:, None], u[None], s)
     tl.store(place, s, mask=both)
     for t in range(tokens):
         k = tl.load(key + (of_key * tokens + t) * size + d, mask=real, other=0.0)
@@ -58,6 +58,6 @@ def advance_and_read(
         v = tl.load(value + at, mask=inside, other=0.0)
         s = s * tl.exp(tl.load(decay + of_head * tokens + t))
         u = tl.load(beta + of_head * tokens + t) * (v - tl.sum(s * k[:, None], 0))
-        s = s + k[:, None] * u[None]
+        s = tl.fma(k[:, None], u[None], s)
         tl.store(deltas + at, u, mask=inside)
         tl.store(out + at, tl.sum(s * q[:, None], 0), mask=inside)
