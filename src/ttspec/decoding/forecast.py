@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.round import STEADY
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.weights import bytes_of_copy, settled
@@ -64,10 +65,11 @@ def of_run(
     learn = config.learn
     if drafter is not None and config.draft.length == 0:
         drafter = None
+    width = drafter.length + 1 if drafter else 1
+    if config.deterministic:
+        width = -(-width // STEADY) * STEADY
     return Forecast(
-        target_cache=target_cache(
-            target.config, rows, slots, target.dtype, width=drafter.length + 1 if drafter else 1
-        ),
+        target_cache=target_cache(target.config, rows, slots, target.dtype, width=width),
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
         learning=learning(drafter, learn, rows) if drafter and learn else 0,
     )
