@@ -14,9 +14,8 @@ MARGIN, SURE, SURE_AGAIN = 0.02, 3.0, 2.0
 a copy that was put back before."""
 FEW = 5.0
 """Comparisons, older ones weighing less, before there is a standard error: the sixth has it."""
-SUSPECT = 1.0
-"""Behind by so many standard errors, a copy is compared at every update: one that is not behind
-rarely seems so, and a comparison takes longer than an update."""
+SUSPECT = 0.5
+"""Behind by so many standard errors, a copy is compared at every update."""
 RUIN, LEAST = 0.5, 2.0
 """And at once, if they lose this share of so many drafts."""
 MEMORY = 0.95
@@ -51,7 +50,7 @@ class Guard:
         found = []
         for copy, took in zip(self._copies, took_part, strict=True):
             often = copy.updates < EARLY or (self.every and copy.updates % self.every == 0)
-            often = often or (copy.loses and copy.behind > SUSPECT)
+            often = often or copy.behind > SUSPECT
             found.append(bool(self.every and took and not copy.rest and often))
             copy.rest = max(0, copy.rest - took)
         return found
@@ -80,8 +79,8 @@ class Guard:
             own.anchor = own.anchor * MEMORY + anchor
             own.square = own.square * MEMORY + (live - anchor) ** 2
             own.count = own.count * MEMORY + 1
-        lost = own.anchor - own.live
-        worse = own.loses and own.count > FEW and own.behind > own.sure
+        lost, seen = own.anchor - own.live, own.count > FEW
+        worse = lost > MARGIN * own.anchor and seen and own.behind > own.sure
         ruined = own.anchor >= LEAST and lost > RUIN * own.anchor
         return worse or ruined or new + SLACK < before * (1 - LEAP)
 
@@ -110,11 +109,6 @@ class Record:
         self.rest, self.times = rest, times
         self.updates = 0
         self.count = self.live = self.anchor = self.square = 0.0
-
-    @property
-    def loses(self) -> bool:
-        """Whether live weights lost more than the margin so far."""
-        return self.anchor - self.live > MARGIN * self.anchor
 
     @property
     def sure(self) -> float:
