@@ -79,7 +79,8 @@ def check(
     seed
         Seed of all arms.
     deterministic
-        Let no clock decide anything, so that the check repeats bit for bit.
+        Let neither a clock nor the width of a verification decide anything: then nothing may differ
+        in bfloat16 either, and the check repeats bit for bit.
     as_json
         Print one JSON object.
     """
