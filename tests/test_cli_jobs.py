@@ -113,6 +113,7 @@ def test_near_ties_are_forgiven_but_not_many_of_them() -> None:
     assert verdict(findings(2, 10_000), "float32") == 0
     assert verdict(findings(9, 100), "bfloat16") == 0
     assert verdict(findings(1, 100, "different"), "bfloat16") == 1
+    assert verdict(findings(1, 100), "bfloat16", strict=True) == 1
     assert tie("bfloat16") == 0.5
 
 
