@@ -144,7 +144,7 @@ def test_rows_of_a_batch_write_and_accept_what_each_does_alone(target, which: st
         ids = [engine.tokenizer.encode(p) for p in prompts]
         decoder = engine.decoder(config, len(ids), max(map(len, ids)), sessions=False)
         decoder.sampling = dataclasses.replace(decoder.sampling, temperature=1.5)
-        keys = [100 + len(p) for p in prompts]
+        keys = [200 + len(p) for p in prompts]
         first = decoder.prefill(list(range(len(ids))), ids, keys, limits)
         texts, rounds = [[t] for t in first], [[] for _ in ids]
         while any(decoder.budget):

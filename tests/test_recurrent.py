@@ -160,8 +160,11 @@ def state_error(target: Target, cache: RowCache, row: int, text: Tensor) -> floa
     return max(errors)
 
 
-@pytest.mark.parametrize("rows", [1, 4])
-@pytest.mark.parametrize("kind", KINDS)
+ONE_AND_FOUR = [(kind, 4) for kind in KINDS] + [("qwen3_5", 1)]
+ALONE = [pytest.param(kind, 1, marks=pytest.mark.slow) for kind in KINDS if kind != "qwen3_5"]
+
+
+@pytest.mark.parametrize(("kind", "rows"), [*ONE_AND_FOUR, *ALONE])
 def test_rows_rolled_back_are_as_if_their_text_had_been_read_at_once(targets, kind, rows):
     assert run(targets[kind], rows, 30 if kind == "olmo_hybrid" else 200) < 1e-4
 
