@@ -38,7 +38,7 @@ class Setting:
     bytes_added: int
     """Allocated while its decoder, its graphs and its learner were made."""
     bytes_told: int
-    """What the formula says: `Pupil.nbytes` and the live copies."""
+    """What the formula says: `LiveWeights.nbytes` and the live copies."""
 
 
 def arms_of(strides: str, ranks: str, full: bool) -> list[str]:
@@ -139,8 +139,8 @@ def run(
             advance(decoder, rounds)
         told = 0
         if decoder.learner:
-            pupil = decoder.learner.pupil
-            told = pupil.nbytes
+            live_weights = decoder.learner.weights
+            told = live_weights.nbytes
         after = torch.cuda.memory_allocated(place) if cuda else 0
         settings.append(Setting(arm, rows, [], after - before, told))
         decoders.append(decoder)

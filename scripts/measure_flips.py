@@ -39,7 +39,7 @@ def read(target: Any, texts: Any, rows: int, width: int, *, partly: bool, steady
     import torch
 
     from ttspec.models.capture import Graphs
-    from ttspec.spans import steady as steadily
+    from ttspec.spans import batch_invariant as steadily
 
     count, length = texts.shape
     slots = -(-(length + width) // 256) * 256

@@ -283,10 +283,12 @@ def test_an_arm_may_have_a_drafter_of_its_own(pair, suite, tmp_path, capsys) -> 
 
 
 def test_options_of_an_arm_stand_in_brackets() -> None:
-    window, learn = parse_arms(" static-window[window=64] , learn[stride=4, lr=3e-5,rows=block] ")
+    window, learn = parse_arms(
+        " static-window[window=64] , learn[stride=4, lr=3e-5,supervision=block] "
+    )
     assert window.draft.window == 64
     assert window.learn is None
-    assert learn.learn == LearnConfig(stride=4, lr=3e-5, rows="block")
+    assert learn.learn == LearnConfig(stride=4, lr=3e-5, supervision="block")
     (both,) = parse_arms("learn-session[window=128,blocks=4]")
     assert both.draft.window == 128
     assert both.learn == LearnConfig(scope="session", blocks=4)

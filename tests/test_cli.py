@@ -57,7 +57,7 @@ def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixtur
         ["generate", "hi", "--dtype", "float63"],
         ["generate", "hi", "--max-new-tokens", "many"],
         ["generate", "hi", "--learn.strid", "2"],
-        ["generate", "hi", "--learn.rows", "all"],
+        ["generate", "hi", "--learn.supervision", "all"],
         ["generate", "--nonsense"],
         ["generate", "hi", "--temperature", "-1"],
         ["generate", "hi", "--top-p", "1.5"],

@@ -56,7 +56,7 @@ VARIANTS = [*EAGLES[1:], "pard-qwen3", "causal-qwen2"]
 WHOLE, WINDOW, REBASE = DraftConfig(), DraftConfig(window=7), DraftConfig(rebase=6)
 SEEN = {"whole context": WHOLE, "window": WINDOW, "rebase": REBASE}
 PROMPTS = ["hello there", "count to ten, please"]
-NOW = LearnConfig(stride=1, lr=3e-3, rows="block", blocks=2)
+NOW = LearnConfig(stride=1, lr=3e-3, supervision="block", blocks=2)
 CLOSE = {"atol": 5e-5, "rtol": 1e-4}
 
 
@@ -204,12 +204,12 @@ def drafted(
 
 
 # A re-based context of a model of several layers depends on the blocks it was read in.
-STEADY = [
+INVARIANT_WIDTH = [
     (which, seen) for which in CONFIGS for seen in SEEN if which not in MODELS or seen != "rebase"
 ]
 
 
-@pytest.mark.parametrize(("which", "seen"), STEADY)
+@pytest.mark.parametrize(("which", "seen"), INVARIANT_WIDTH)
 def test_after_any_verdict_the_context_is_that_of_the_committed_tokens(which: str, seen: str):
     drafter = bound_kind(which)
     g, rows = drafter.length, drafter.length + 1  # row i accepts i drafts
@@ -264,7 +264,7 @@ def test_rejected_tokens_and_features_leave_no_trace(which: str):
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize(("which", "seen"), STEADY)
+@pytest.mark.parametrize(("which", "seen"), INVARIANT_WIDTH)
 def test_a_context_read_in_parts_is_one_read_at_once(which: str, seen: str):
     drafter = bound_kind(which)
     ids, features = text_of(drafter, 2, 24)
@@ -569,7 +569,7 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
         slots=16,
         sampling=SamplingConfig(temperature=1.0, acceptance="rejection", draft=coupled),
         draft=WHOLE,
-        learn=LearnConfig(stride=1, blocks=1, rows="block", lr=0.05),
+        learn=LearnConfig(stride=1, blocks=1, supervision="block", lr=0.05),
         ends=(),
     )
     prompt = [1, 3, 0, 2]
@@ -698,7 +698,7 @@ def test_lessons_weigh_by_the_mass_of_what_can_be_drafted_or_not():
         config = LearnConfig(stride=1, vocabulary=vocabulary, clip=1e9)
         learner = Learner(config, drafter, state, 2, drafter.length)
         assert learner.update(taught, 30) == [True, True]
-        found[vocabulary] = torch.cat([g.flatten() for g in learner.pupil.gradient.values()])
+        found[vocabulary] = torch.cat([g.flatten() for g in learner.weights.gradient.values()])
         logits = drafter.replay(state, taught, drafter.length, 30)
         logp = p.log_softmax(-1)[..., drafter.draft_ids]
         mass = logp.exp().sum(-1)

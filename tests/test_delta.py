@@ -88,7 +88,7 @@ def test_a_resumed_session_drafts_with_the_bits_that_the_saved_one_had(
     moved = [
         n for n, w in resumed.items() if n not in anchor or not w.view(-1).equal(anchor[n].view(-1))
     ]
-    assert len(moved) >= len(session._talk.decoder.learner.pupil.anchor) > 3
+    assert len(moved) >= len(session._talk.decoder.learner.weights.anchor) > 3
 
 
 @pytest.mark.parametrize("how", LEARNS)
@@ -174,8 +174,8 @@ def test_what_is_reset_begins_there_again_and_what_is_reverted_at_the_anchor(
     assert all(torch.equal(w, start[n]) for n, w in moved.items())
     learner = session._talk.decoder.learner
     learner.revert(0)
-    for name, weight in learner.pupil.live.items():
-        assert torch.equal(weight[0], learner.pupil.anchor[name]), name
+    for name, weight in learner.weights.published.items():
+        assert torch.equal(weight[0], learner.weights.anchor[name]), name
 
 
 @pytest.mark.parametrize("how", LEARNS)
@@ -206,7 +206,7 @@ def test_an_update_under_way_is_saved_too(target, tmp_path):
     )
     after = session._talk.decoder.state.weights
     assert all(torch.equal(w, after[n]) for n, w in resumed.items())
-    assert any(not torch.equal(w[0], before[n]) for n, w in learner.pupil.live.items())
+    assert any(not torch.equal(w[0], before[n]) for n, w in learner.weights.published.items())
 
 
 def test_the_file_says_what_it_is(saved):

@@ -106,10 +106,10 @@ def test_weights_are_told_from_headers(toy_target_dir: Path, tmp_path: Path, dty
 
 
 def test_learning_is_what_a_pupil_takes(engine: Engine):
-    """Beside a pupil's own bytes, the gradient of the live copy."""
+    """Beside a live weights' own bytes, the gradient of the live copy."""
     config = LearnConfig(weights="full")
     decoder = engine.decoder(GenerateConfig(learn=config), 2, 10, sessions=False)
-    own = decoder.learner.pupil.nbytes
+    own = decoder.learner.weights.nbytes
     size = sum(
         engine.drafter.weights[n].numel() for n in engine.drafter.learnable(config.parameters)
     )

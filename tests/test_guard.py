@@ -8,11 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import NOW, G, bound_drafter, fake_round, lesson, pupil
+from toys import NOW, G, bound_drafter, fake_round, lesson, make_learner
 
 from ttspec.config import LearnConfig
 from ttspec.learning import guard as guards
-from ttspec.learning import weights
+from ttspec.learning import live_weights as weights
 from ttspec.learning.guard import EARLY, REST, Guard
 from ttspec.losses import expected_length, forward_kl, survival_weights, total_variation
 
@@ -145,10 +145,10 @@ def test_a_rate_far_too_high_ends_at_the_anchor(monkeypatch):
     """Random drafters agree with random targets by luck; a ruined one agrees with none."""
     monkeypatch.setattr(guards, "LEAST", 0.0)  # what is lost here are hundredths of a draft
     monkeypatch.setattr(guards, "SLACK", 0.0)
-    learner, drafter, state = pupil(2, replace(NOW, lr=3.0))
+    learner, drafter, state = make_learner(2, replace(NOW, lr=3.0))
     updated = taught(learner, drafter, state, REST)
     assert learner.reverts == [1, 1]
-    for name, anchor in learner.pupil.anchor.items():
+    for name, anchor in learner.weights.anchor.items():
         assert torch.equal(state.weights[name][0], anchor), name
     last = max(n for n, row in enumerate(updated) if row[0])
     assert last < EARLY
@@ -156,36 +156,39 @@ def test_a_rate_far_too_high_ends_at_the_anchor(monkeypatch):
 
 
 def test_a_row_that_rests_leaves_the_others_alone():
-    learner, drafter, state = pupil(2)
+    learner, drafter, state = make_learner(2)
     learner.revert(0)
     updated = taught(learner, drafter, state, 5)
     assert [row[0] for row in updated] == [False] * 5
     assert [row[1] for row in updated] == [True] * 5
-    alone, drafter, other = pupil(1)
+    alone, drafter, other = make_learner(1)
     taught(alone, drafter, other, 5, rows=1)
-    for name, anchor in learner.pupil.anchor.items():
+    for name, anchor in learner.weights.anchor.items():
         assert torch.equal(state.weights[name][0], anchor), name
         torch.testing.assert_close(
-            learner.pupil.master[name][1], alone.pupil.master[name][0], atol=1e-5, rtol=0
+            learner.weights.master[name][1],
+            alone.weights.master[name][0],
+            atol=1e-5,
+            rtol=0,
         )
 
 
 def test_a_cap_holds_the_weights_near_the_anchor():
-    learner, drafter, state = pupil(2, replace(NOW, lr=1e-2, cap=0.02, guard=0))
+    learner, drafter, state = make_learner(2, replace(NOW, lr=1e-2, cap=0.02, guard=0))
     taught(learner, drafter, state, 6)
     for row in range(2):
-        pairs = [(learner.pupil.master[n][row], w) for n, w in learner.pupil.anchor.items()]
+        pairs = [(learner.weights.master[n][row], w) for n, w in learner.weights.anchor.items()]
         change = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
-        size = sum(float(w.square().sum()) for w in learner.pupil.anchor.values()) ** 0.5
+        size = sum(float(w.square().sum()) for w in learner.weights.anchor.values()) ** 0.5
         assert change == pytest.approx(0.02 * size, rel=1e-3)
 
 
 def test_a_warm_up_takes_small_steps_first():
     def first(config: LearnConfig) -> float:
-        learner, drafter, state = pupil(1, config)
+        learner, drafter, state = make_learner(1, config)
         taught(learner, drafter, state, 1, rows=1)
         name = "norm.weight"
-        return float((learner.pupil.master[name][0] - drafter.weights[name]).abs().max())
+        return float((learner.weights.master[name][0] - drafter.weights[name]).abs().max())
 
     whole = first(NOW)
     assert first(replace(NOW, warmup=10)) == pytest.approx(whole / 10, rel=1e-2)
@@ -197,7 +200,7 @@ def test_a_warm_up_takes_small_steps_first():
 def test_each_loss_brings_the_drafter_nearer(loss: str, emphasis: str, weights: str):
     rate = 3e-4 if weights == "full" else 3e-3
     config = replace(NOW, loss=loss, emphasis=emphasis, weights=weights, lr=rate, guard=0)
-    learner, drafter, state = pupil(1, config)
+    learner, drafter, state = make_learner(1, config)
     v = fake_round(0, 1, same=True)
     drafter.absorb(state, v)
     block = replace(lesson(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
@@ -217,9 +220,9 @@ def test_the_papers_proximal_term_is_inert_in_its_single_step_and_ours_is_not():
     assert paper.abs().max() < 1e-6 < 1e-2 < main.abs().max()
 
     def far(proximal: float) -> float:
-        learner, drafter, state = pupil(1, replace(NOW, proximal=proximal, guard=0))
+        learner, drafter, state = make_learner(1, replace(NOW, proximal=proximal, guard=0))
         taught(learner, drafter, state, 8, rows=1)
-        moved = [learner.pupil.master[n][0] - w for n, w in learner.pupil.anchor.items()]
+        moved = [learner.weights.master[n][0] - w for n, w in learner.weights.anchor.items()]
         return float(sum(m.square().sum() for m in moved))
 
     assert far(10.0) < 0.9 * far(0.0)
@@ -239,13 +242,15 @@ def test_what_blocks_are_worth():
 def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
     drafter = bound_drafter()
     size = weights.bytes_of_copy(LearnConfig(), drafter, "full")
-    assert size == pupil(1)[0].pupil.nbytes + 4 * sum(  # in float32 the master is the live copy
-        w.numel() for w in pupil(1)[0].pupil.anchor.values()
+    assert size == make_learner(1)[
+        0
+    ].weights.nbytes + 4 * sum(  # in float32 the master is the live copy
+        w.numel() for w in make_learner(1)[0].weights.anchor.values()
     )
     monkeypatch.setattr(weights, "SMALL", 2 * size)
 
     def chosen(rows: int, **options) -> tuple[str, int | None]:
-        found = weights.settled(LearnConfig(**options), drafter, rows)
+        found = weights.resolve_learn_config(LearnConfig(**options), drafter, rows)
         return found.weights, found.stride
 
     assert chosen(2) == ("full", 8)
@@ -254,6 +259,6 @@ def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
     assert chosen(3, weights="full", stride=5) == ("full", 5)
     small = weights.bytes_of_copy(LearnConfig(rank=2), drafter, "lora")
     assert small < size / 4
-    learner = pupil(3, LearnConfig(rank=2))[0]
-    assert learner.pupil.nbytes == 3 * small * 16 // 20
-    assert all(name.endswith((".up", ".down")) for name in learner.pupil.live)
+    learner = make_learner(3, LearnConfig(rank=2))[0]
+    assert learner.weights.nbytes == 3 * small * 16 // 20
+    assert all(name.endswith((".up", ".down")) for name in learner.weights.published)

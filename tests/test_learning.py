@@ -14,7 +14,7 @@ from toys import (
     bound_kind,
     fake_round,
     lesson,
-    pupil,
+    make_learner,
     random_features,
     toy_engine,
     verification,
@@ -44,7 +44,7 @@ def bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_an_update_changes_every_learnable_weight_and_nothing_else():
-    learner, drafter, state = pupil(2)
+    learner, drafter, state = make_learner(2)
     anchor, table, head = bits(drafter.weights), drafter.embedding.clone(), drafter.head.clone()
     assert step(learner, drafter, state, fake_round(0, 2)) == [True, True]
     for name, weight in anchor.items():
@@ -59,8 +59,8 @@ def test_an_update_changes_every_learnable_weight_and_nothing_else():
 
 @pytest.mark.parametrize("parameters", ["layers", "attention", "mlp"])
 def test_only_the_chosen_parameters_move(parameters: str):
-    config = LearnConfig(stride=1, blocks=1, rows="block", parameters=parameters)
-    learner, drafter, state = pupil(1, config)
+    config = LearnConfig(stride=1, blocks=1, supervision="block", parameters=parameters)
+    learner, drafter, state = make_learner(1, config)
     step(learner, drafter, state, fake_round(0, 1))
     moved = {
         n
@@ -71,16 +71,16 @@ def test_only_the_chosen_parameters_move(parameters: str):
 
 
 def test_rows_that_take_no_part_keep_their_bits():
-    learner, drafter, state = pupil(3)
+    learner, drafter, state = make_learner(3)
     assert step(learner, drafter, state, fake_round(0, 3, emitted=[1, 0, 2])) == [True, False, True]
-    for name in learner.pupil.anchor:
+    for name in learner.weights.anchor:
         assert torch.equal(state.weights[name][1], drafter.weights[name]), name
         assert not torch.equal(state.weights[name][0], drafter.weights[name]), name
     assert learner.updates == [1, 0, 1]
 
 
 def test_updates_come_every_stride_rounds():
-    learner, drafter, state = pupil(1, LearnConfig(stride=3, rows="block"))
+    learner, drafter, state = make_learner(1, LearnConfig(stride=3, supervision="block"))
     updated = [step(learner, drafter, state, fake_round(n, 1))[0] for n in range(7)]
     assert updated == [False, False, True, False, False, True, False]
 
@@ -88,38 +88,38 @@ def test_updates_come_every_stride_rounds():
 def test_what_is_published_at_the_stride_waits_for_it_and_is_the_same():
     """An update made of the same rounds from the same weights, one stride later."""
     rounds = [fake_round(n, 2, emitted=[1, 2]) for n in range(6)]
-    now = LearnConfig(stride=3, rows="block", publish="now")
-    early, drafter, state = pupil(2, now)
+    now = LearnConfig(stride=3, supervision="block", publish="now")
+    early, drafter, state = make_learner(2, now)
     wanted = [step(early, drafter, state, v) for v in rounds[:3]][-1]
-    late, drafter, state = pupil(2, replace(now, publish="stride"))
+    late, drafter, state = make_learner(2, replace(now, publish="stride"))
     for number, v in enumerate(rounds):
         assert step(late, drafter, state, v) == (wanted if number == 5 else [False, False])
-        for name, anchor in late.pupil.anchor.items():
-            live = early.pupil.live[name] if number == 5 else anchor.expand(2, *anchor.shape)
-            assert torch.equal(late.pupil.live[name], live), (number, name)
+        for name, anchor in late.weights.anchor.items():
+            live = early.weights.published[name] if number == 5 else anchor.expand(2, *anchor.shape)
+            assert torch.equal(late.weights.published[name], live), (number, name)
     assert late.updates == early.updates == [1, 1]
-    off_a_gpu, drafter, state = pupil(2, replace(now, publish="ready"))
+    off_a_gpu, drafter, state = make_learner(2, replace(now, publish="ready"))
     assert [step(off_a_gpu, drafter, state, v) for v in rounds[:3]][-1] == wanted
 
 
 def test_a_row_that_is_reset_loses_the_update_under_way_and_the_others_do_not():
-    learner, drafter, state = pupil(2, replace(NOW, publish="stride"))
+    learner, drafter, state = make_learner(2, replace(NOW, publish="stride"))
     step(learner, drafter, state, fake_round(0, 2))
     learner.reset(0)
     step(learner, drafter, state, fake_round(1, 2, emitted=[0, 1]))
     step(learner, drafter, state, fake_round(2, 2, emitted=[0, 1]))
-    for name, anchor in learner.pupil.anchor.items():
-        assert torch.equal(learner.pupil.live[name][0], anchor), name
-        assert not torch.equal(learner.pupil.live[name][1], anchor), name
+    for name, anchor in learner.weights.anchor.items():
+        assert torch.equal(learner.weights.published[name][0], anchor), name
+        assert not torch.equal(learner.weights.published[name][1], anchor), name
     assert learner.updates == [0, 2]
 
 
 def test_a_first_step_goes_down_the_weighted_kl():
-    config = LearnConfig(stride=1, blocks=1, rows="block", decay=2.0, lr=1e-4)
-    learner, drafter, state = pupil(1, config)
+    config = LearnConfig(stride=1, blocks=1, supervision="block", decay=2.0, lr=1e-4)
+    learner, drafter, state = make_learner(1, config)
     v = fake_round(0, 1)
     drafter.absorb(state, v)
-    leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.pupil.anchor}
+    leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.weights.anchor}
     before = replace(state, weights={**drafter.weights, **leaves})
     q = drafter.replay(before, lesson(v.fed[:, None], v.start[:, None]), G, 8)[0, 0].log_softmax(-1)
     p = v.logits[0, :G].log_softmax(-1)
@@ -138,8 +138,8 @@ def test_a_first_step_goes_down_the_weighted_kl():
 
 @pytest.mark.parametrize("rows", ["block", "accepted", "hindsight"])
 def test_repeating_a_lesson_lowers_its_loss(rows: str):
-    config = LearnConfig(stride=1, blocks=1, rows=rows, lr=1e-3)
-    learner, drafter, state = pupil(1, config)
+    config = LearnConfig(stride=1, blocks=1, supervision=rows, lr=1e-3)
+    learner, drafter, state = make_learner(1, config)
     taught = None
 
     def loss() -> float:
@@ -166,10 +166,12 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
 def test_a_row_whose_loss_is_not_finite_gets_its_anchor_back_and_no_other_row_notices(value):
     runs = []
     for poison in (False, True):
-        learner, drafter, state = pupil(3)
+        learner, drafter, state = make_learner(3)
         for n in range(3):
             step(learner, drafter, state, fake_round(n, 3))
-        assert not torch.equal(learner.pupil.live["norm.weight"][1], drafter.weights["norm.weight"])
+        assert not torch.equal(
+            learner.weights.published["norm.weight"][1], drafter.weights["norm.weight"]
+        )
         v = fake_round(3, 3)
         if poison:
             v.logits[1, 2] = value
@@ -179,42 +181,47 @@ def test_a_row_whose_loss_is_not_finite_gets_its_anchor_back_and_no_other_row_no
     assert updated == [True, False, True]
     assert hurt.reverts == [0, 1, 0]
     assert hurt.updates == [4, 3, 4]
-    for name, weight in hurt.pupil.anchor.items():
-        assert torch.equal(hurt.pupil.live[name][1], weight), name
-        assert torch.equal(hurt.pupil.master[name][1], weight.float()), name
+    for name, weight in hurt.weights.anchor.items():
+        assert torch.equal(hurt.weights.published[name][1], weight), name
+        assert torch.equal(hurt.weights.master[name][1], weight.float()), name
         for row in (0, 2):
-            assert torch.equal(hurt.pupil.master[name][row], healthy.pupil.master[name][row]), name
+            assert torch.equal(hurt.weights.master[name][row], healthy.weights.master[name][row]), (
+                name
+            )
 
 
 def test_after_a_revert_a_row_learns_as_from_the_start():
     unguarded = replace(NOW, guard=0)  # with a guard it would rest first
-    learner, drafter, state = pupil(2, unguarded)
+    learner, drafter, state = make_learner(2, unguarded)
     for n in range(3):
         step(learner, drafter, state, fake_round(n, 2, same=True))
     learner.revert(0)
     v = fake_round(3, 2, same=True)
     step(learner, drafter, state, v)
-    fresh, drafter, other = pupil(2, unguarded)
+    fresh, drafter, other = make_learner(2, unguarded)
     for n in range(3):
         drafter.absorb(other, fake_round(n, 2, same=True))
     # The history's keys and values were made with other weights; the block sees them all.
     other.keys.copy_(state.keys)
     other.values.copy_(state.values)
     fresh.absorb(v, int(v.start.max()))
-    for name in learner.pupil.anchor:
+    for name in learner.weights.anchor:
         torch.testing.assert_close(
-            learner.pupil.master[name][0], fresh.pupil.master[name][0], atol=1e-5, rtol=0
+            learner.weights.master[name][0],
+            fresh.weights.master[name][0],
+            atol=1e-5,
+            rtol=0,
         )
 
 
 def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
-    config = LearnConfig(stride=1, blocks=1, rows="block", lr=3e-5)
+    config = LearnConfig(stride=1, blocks=1, supervision="block", lr=3e-5)
     runs = []
     for dtype in (torch.bfloat16, torch.float32):
         drafter = bound_drafter(dtype=torch.bfloat16)
         drafter.weights = {n: w.to(dtype) for n, w in drafter.weights.items()}
         drafter.embedding, drafter.head = drafter.embedding.to(dtype), drafter.head.to(dtype)
-        learner, drafter, state = pupil(1, config, drafter)
+        learner, drafter, state = make_learner(1, config, drafter)
         for n in range(20):
             v = fake_round(n, 1, dtype=torch.bfloat16)
             if dtype == torch.float32:
@@ -230,21 +237,24 @@ def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
         moves.append(
             torch.cat(
                 [
-                    (learner.pupil.master[n][0] - w.float()).flatten()
-                    for n, w in learner.pupil.anchor.items()
+                    (learner.weights.master[n][0] - w.float()).flatten()
+                    for n, w in learner.weights.anchor.items()
                 ]
             )
         )
     cosine = torch.cosine_similarity(*moves, dim=0)
     assert cosine > 0.99
     assert 0.97 < moves[0].norm() / moves[1].norm() < 1.03
-    assert small.pupil.live["norm.weight"].dtype == torch.bfloat16
-    for name, master in small.pupil.master.items():  # what drafts is the master, rounded once
-        live = small.pupil.live[name].float()
+    assert small.weights.published["norm.weight"].dtype == torch.bfloat16
+    for (
+        name,
+        master,
+    ) in small.weights.master.items():  # what drafts is the master, rounded once
+        live = small.weights.published[name].float()
         assert ((live - master).abs() <= master.abs() * 2**-8 + 1e-30).all(), name
-        assert ((live - wide.pupil.master[name]).abs() <= master.abs() * 2**-8 + 4e-4).all(), name
+        assert ((live - wide.weights.master[name]).abs() <= master.abs() * 2**-8 + 4e-4).all(), name
     published = torch.cat(
-        [(small.pupil.live[n][0] != w).flatten() for n, w in small.pupil.anchor.items()]
+        [(small.weights.published[n][0] != w).flatten() for n, w in small.weights.anchor.items()]
     )
     assert published.float().mean() > 0.2  # steps of 3e-5 are not swallowed
 
@@ -259,11 +269,11 @@ def test_without_float32_masters_twenty_small_steps_would_be_lost():
 
 
 def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
-    config = LearnConfig(stride=2, lr=1e-3, rows="hindsight")
-    many, drafter, state = pupil(3, config)
+    config = LearnConfig(stride=2, lr=1e-3, supervision="hindsight")
+    many, drafter, state = make_learner(3, config)
     for n in range(12):
         step(many, drafter, state, fake_round(n, 3))
-    one, drafter, state = pupil(1, config)
+    one, drafter, state = make_learner(1, config)
     for n in range(12):
         v = fake_round(n, 3)
         alone = verification(
@@ -272,9 +282,9 @@ def test_a_rows_updates_are_the_same_alone_and_in_a_batch():
         step(one, drafter, state, alone)
     assert one.updates == [many.updates[1]]
     assert one.updates[0] > 2
-    for name in one.pupil.anchor:
+    for name in one.weights.anchor:
         torch.testing.assert_close(
-            one.pupil.master[name][0], many.pupil.master[name][1], atol=1e-5, rtol=0
+            one.weights.master[name][0], many.weights.master[name][1], atol=1e-5, rtol=0
         )
 
 
@@ -321,7 +331,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
         calls.append([])
         monkeypatch.setattr(drafter, "replay", counted)
         assert learner.update(given, 31) == [True, True]
-        moved.append({n: w - learner.pupil.anchor[n] for n, w in learner.pupil.master.items()})
+        moved.append({n: w - learner.weights.anchor[n] for n, w in learner.weights.master.items()})
     some = max(1, at_once // (2 * G))
     assert calls[0] == [5]
     assert calls[1] == [min(some, 5 - i) for i in range(0, 5, some)]
@@ -335,12 +345,14 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which: str, lr):
     learner, drafter, given = taught(which, LearnConfig(stride=1, lr=lr))
     assert learner.update(given, 31) == [True, True]
-    moved = [(learner.pupil.master[n] - w).abs().flatten() for n, w in learner.pupil.anchor.items()]
+    moved = [
+        (learner.weights.master[n] - w).abs().flatten() for n, w in learner.weights.anchor.items()
+    ]
     # Adam's first step is the rate times the sign of the gradient.
     wanted = drafter.learning_rate if lr is None else lr
     torch.testing.assert_close(float(torch.cat(moved).max()), wanted, rtol=0.02, atol=0)
     learner.revert(0)  # a new optimiser
-    assert learner.pupil.rate == wanted
+    assert learner.weights.rate == wanted
 
 
 def test_kinds_have_rates_of_their_own():
@@ -363,12 +375,12 @@ def test_a_second_turn_starts_from_the_anchor_or_from_what_was_learned(engine, s
     session = engine.session(max_new_tokens=20, seed=1, learn=learn, context=300, ignore_eos=True)
     session.send("first")
     learner = session._talk.decoder.learner
-    learned = bits(learner.pupil.live)
-    assert not torch.equal(learned["norm.weight"][0], learner.pupil.anchor["norm.weight"])
+    learned = bits(learner.weights.published)
+    assert not torch.equal(learned["norm.weight"][0], learner.weights.anchor["norm.weight"])
     next(session.stream("second"))
-    for name, anchor in learner.pupil.anchor.items():
+    for name, anchor in learner.weights.anchor.items():
         wanted = anchor if scope == "request" else learned[name][0]
-        assert torch.equal(learner.pupil.live[name][0], wanted), name
+        assert torch.equal(learner.weights.published[name][0], wanted), name
 
 
 def shapes(results) -> list[list[tuple[int, int, int]]]:
@@ -407,7 +419,7 @@ def test_dialogues_in_a_batch_learn_as_sessions_do(engine, scope: str):
 
 def test_statistics_count_updates_and_reverts_of_a_turn(engine):
     session = engine.session(
-        learn=LearnConfig(**LEARN, scope="session", rows="block"), context=300, **OPTIONS
+        learn=LearnConfig(**LEARN, scope="session", supervision="block"), context=300, **OPTIONS
     )
     first = session.send("hello")
     assert first.stats.updates == sum(r.updates for r in first.rounds) == first.stats.rounds

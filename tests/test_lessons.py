@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toys import NOW, G, bound_drafter, fake_round, pupil, verification
+from toys import NOW, G, bound_drafter, fake_round, make_learner, verification
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
@@ -29,7 +29,7 @@ def test_block_lessons_are_all_rows_of_the_round():
 
 @pytest.mark.parametrize("accepted", range(5))
 def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
-    config = LearnConfig(stride=1, blocks=1, rows="accepted")
+    config = LearnConfig(stride=1, blocks=1, supervision="accepted")
     lessons = Lessons(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
     fed = v.fed
@@ -40,7 +40,7 @@ def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
 
 @pytest.mark.parametrize("rows", ["block", "accepted"])
 def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(rows: str):
-    config = LearnConfig(stride=1, blocks=1, rows=rows)
+    config = LearnConfig(stride=1, blocks=1, supervision=rows)
     lessons = Lessons(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
     lessons.absorb(
@@ -59,7 +59,7 @@ def test_a_lesson_is_taken_once():
 
 
 def test_a_hindsight_block_waits_until_all_of_it_is_committed():
-    config = LearnConfig(stride=1, blocks=1, rows="hindsight")
+    config = LearnConfig(stride=1, blocks=1, supervision="hindsight")
     lessons = Lessons(config, 1, G, fake_round(0, 1))
     rounds = [fake_round(n, 1) for n in range(6)]
     ready = []
@@ -86,7 +86,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
 
     def gradient(mask: list[bool]) -> Tensor:
         drafter = bound_drafter()
-        learner, _, _ = pupil(1, LearnConfig(stride=1, clip=1e9), drafter)
+        learner, _, _ = make_learner(1, LearnConfig(stride=1, clip=1e9), drafter)
         v = fake_round(0, 1)
         v.logits[:] = v.logits[:, :1]
         lesson = Lesson(
@@ -99,7 +99,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has():
             count=torch.tensor([1]),
         )
         learner.update(lesson, 8)
-        return torch.cat([g.flatten() for g in learner.pupil.gradient.values()])
+        return torch.cat([g.flatten() for g in learner.weights.gradient.values()])
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
     torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
@@ -123,7 +123,7 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
         seed=3,  # the first answer of this one ends by itself
         temperature=0.9,
         context=400,
-        learn=LearnConfig(stride=stride, blocks=8, rows="hindsight", scope="session"),
+        learn=LearnConfig(stride=stride, blocks=8, supervision="hindsight", scope="session"),
     )
     taught: list[Lesson] = []
     text: list[int] = []
@@ -170,7 +170,7 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
 def test_what_a_stop_text_cut_off_is_no_label(engine):
     answer = engine.generate("hello", max_new_tokens=40, seed=3, ignore_eos=True, learn=None)[0]
     middle = answer.text[12:14]
-    learn = LearnConfig(stride=1, rows="hindsight", scope="session")
+    learn = LearnConfig(stride=1, supervision="hindsight", scope="session")
     session = engine.session(
         max_new_tokens=40, seed=3, ignore_eos=True, stop=(middle,), learn=learn, context=300
     )

@@ -20,7 +20,8 @@ from ttspec.errors import DataError
 LEARN = "stride=2,blocks=4,lr=1e-2"
 ARMS = {
     "0": f"static,static-window[window=16],learn[{LEARN},publish=now,guard=0]",
-    "0.7": f"plain,ngram,learn-session[{LEARN},rows=accepted,weights=lora],learn-shared[{LEARN}]",
+    "0.7": f"plain,ngram,learn-session[{LEARN},supervision=accepted,weights=lora],"
+    f"learn-shared[{LEARN}]",
 }
 
 
@@ -118,7 +119,10 @@ def test_in_bfloat16_the_text_is_the_recorded_one(pairs, run, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arms", "said"),
     [
-        ("static,learn[rows=block]", "learn[rows=block] cannot be replayed: it learns from what"),
+        (
+            "static,learn[supervision=block]",
+            "learn[supervision=block] cannot be replayed: it learns from what",
+        ),
         ("hf", "hf cannot be replayed: it draws its own text"),
     ],
 )
@@ -131,7 +135,9 @@ def test_what_needs_more_than_the_text_is_refused(
 
 
 def test_ready_is_now_and_what_was_asked_for_stays() -> None:
-    made = check_replayed(parse_arms("static,learn,learn-session[publish=stride,rows=accepted]"))
+    made = check_replayed(
+        parse_arms("static,learn,learn-session[publish=stride,supervision=accepted]")
+    )
     assert [arm.learn and arm.learn.publish for arm in made] == [None, "now", "stride"]
 
 

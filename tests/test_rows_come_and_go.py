@@ -100,7 +100,7 @@ def test_memory_that_is_kept_is_seen(target):
     kept.append(engine.decoder(GenerateConfig(learn=LEARN), 1, 9, sessions=False))
     after = held()
     assert after[0] > before[0]
-    assert after[1] > before[1] + kept[0].learner.pupil.nbytes - 4096
+    assert after[1] > before[1] + kept[0].learner.weights.nbytes - 4096
     kept.append([[(n, n)] for n in range(10_000, 10_000 + ROWS)])  # as little as can be kept
     assert held()[2] > after[2] + ROWS // 4
     assert held()[3] > after[3] + 2 * ROWS
@@ -217,7 +217,7 @@ def test_in_scope_shared_it_does_reach_so_the_test_above_can_fail(target, fresh,
 def test_weights_that_are_not_put_back_are_found(target, fresh, monkeypatch, weights: str):
     """The leak itself: a row that is cleared keeps what it learned."""
     learn = learning(weights, stride=2)
-    monkeypatch.setattr("ttspec.learning.weights.Pupil.begin", lambda self, copy: None)
+    monkeypatch.setattr("ttspec.learning.live_weights.LiveWeights.begin", lambda self, copy: None)
     engine = Engine(twin(target), make_kind("dflash"))
     assert after(engine, learn, "crop") != fresh("dflash", learn)
 

@@ -14,11 +14,10 @@ HARD = {"stride": 1, "lr": 3e-3}
 """Enough for weights to move visibly within a text."""
 ARMS: dict[str, dict] = {
     "static": {"learn": None},
-    "block": {"learn": LearnConfig(rows="block", **HARD)},
-    "accepted": {"learn": LearnConfig(rows="accepted", blocks=1, **HARD)},
-    "hindsight": {"learn": LearnConfig(rows="hindsight", **HARD)},
+    "block": {"learn": LearnConfig(supervision="block", **HARD)},
+    "accepted": {"learn": LearnConfig(supervision="accepted", blocks=1, **HARD)},
+    "hindsight": {"learn": LearnConfig(supervision="hindsight", **HARD)},
     "stride 3, session": {"learn": LearnConfig(stride=3, lr=1e-2, scope="session")},
-    "context made anew": {"learn": LearnConfig(rebuild=5, **HARD)},
     "window": {"learn": LearnConfig(**HARD), "draft": DraftConfig(window=7)},
     "rebase": {"learn": LearnConfig(**HARD), "draft": DraftConfig(rebase=9, length=3)},
 }

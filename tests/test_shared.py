@@ -9,7 +9,7 @@ from toys import toy_engine
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
 
-SHARED = LearnConfig(scope="shared", stride=1, lr=3e-3, rows="block", blocks=2)
+SHARED = LearnConfig(scope="shared", stride=1, lr=3e-3, supervision="block", blocks=2)
 PROMPTS = ["hello there", "count to ten, please"]
 
 
@@ -29,7 +29,7 @@ def rounds(results) -> list[list[tuple[int, int]]]:
 
 def gradients(learner: Learner, given) -> list[list[torch.Tensor]]:
     learner.update(given, 31)
-    rows = zip(*(g.clone().unbind() for g in learner.pupil.gradient.values()), strict=True)
+    rows = zip(*(g.clone().unbind() for g in learner.weights.gradient.values()), strict=True)
     return [list(own) for own in rows]
 
 
@@ -68,12 +68,12 @@ def test_the_text_is_that_of_plain_decoding(target, which: str, temperature: flo
 def test_the_next_request_begins_where_the_last_one_ended(target) -> None:
     engine = engine_of(target, "dflash")
     first, again = say(engine, SHARED), say(engine, SHARED)
-    (pupil,) = engine._pupils.values()
-    assert any(not w.equal(engine.drafter.weights[n]) for n, w in pupil.live.items())
+    (live_weights,) = engine._shared_weights.values()
+    assert any(not w.equal(engine.drafter.weights[n]) for n, w in live_weights.published.items())
     assert rounds(again) != rounds(first), "it has learned this very text"
     assert sum(map(len, rounds(again))) < sum(map(len, rounds(first)))
-    say(engine, SHARED, max_new_tokens=400)  # another shape, another decoder, the same pupil
-    assert list(engine._pupils.values()) == [pupil]
+    say(engine, SHARED, max_new_tokens=400)  # another shape, another decoder, the same weights
+    assert list(engine._shared_weights.values()) == [live_weights]
 
 
 @pytest.mark.parametrize("learn", [None, LearnConfig(stride=1, lr=3e-3)])
@@ -98,7 +98,7 @@ def test_a_loss_that_is_not_finite_puts_the_anchor_back() -> None:
     given.logits[0, 0, 0, 0] = float("nan")
     assert learner.update(given, 31) == [False, False]
     assert learner.reverts == [1, 1]
-    for name, weight in learner.pupil.live.items():
+    for name, weight in learner.weights.published.items():
         assert weight.equal(drafter.weights[name]), name
 
 
@@ -107,7 +107,7 @@ def test_a_session_can_hand_out_what_all_have_taught(target) -> None:
     say(engine, SHARED)
     session = engine.session(learn=SHARED, seed=1, max_new_tokens=8)
     session.send("hello")
-    (pupil,) = engine._pupils.values()
+    (live_weights,) = engine._shared_weights.values()
     learned = session.learned()
-    for name, weight in pupil.live.items():
+    for name, weight in live_weights.published.items():
         assert learned.weights[name].equal(weight), name

@@ -323,11 +323,11 @@ def logits_of(drafter: DFlash, state: DraftState, pending: list[int], start: lis
 # What learners are given.
 
 G = 4
-NOW = LearnConfig(stride=1, blocks=1, rows="block", lr=1e-3)
+NOW = LearnConfig(stride=1, blocks=1, supervision="block", lr=1e-3)
 """An update after every round, on that round."""
 
 
-def pupil(
+def make_learner(
     rows: int, config: LearnConfig = NOW, drafter: DFlash | None = None
 ) -> tuple[Learner, DFlash, DraftState]:
     drafter = drafter or bound_drafter()

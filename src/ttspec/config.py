@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from ttspec.errors import OptionError
 
-Rows = Literal["block", "accepted", "hindsight"]
+Supervision = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session", "shared"]
 Parameters = Literal["full", "layers", "attention", "mlp", "last"]
 Chain = Literal["unrolled", "detached"]
@@ -69,7 +69,7 @@ class DraftConfig:
     """Context further back than this looks to the drafter as if it were this far back."""
     rope_base: float | None = None
     """The drafter's rotary base; None is what its checkpoint says."""
-    gate: bool = False
+    adaptive: bool = False
     """Draft less, or not at all, where measured costs say that it does not pay: then no drafter
     makes decoding slower than plain decoding, but for a few tries."""
 
@@ -106,7 +106,7 @@ class LearnConfig:
     """Adam's epsilon."""
     clip: float = 1.0
     """Largest norm of a row's gradient."""
-    rows: Rows = "hindsight"
+    supervision: Supervision = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
     blocks: int = 8
@@ -143,9 +143,6 @@ class LearnConfig:
     cap: float | None = None
     """Largest change of the weights, relative to their norm (of low-rank changes: of what they
     were); None is no limit."""
-    rebuild: int = 0
-    """Tokens after which a row's draft context is made anew by the weights of then; 0 keeps what
-    older weights made of it, and no features to make it from."""
     publish: Publish = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
@@ -157,7 +154,7 @@ class LearnConfig:
         for name in ("blocks", "rank"):
             value = getattr(self, name)
             _require(value >= 1, f"learn.{name}", value, "1 or more")
-        for name in ("warmup", "guard", "proximal", "rebuild"):
+        for name in ("warmup", "guard", "proximal"):
             value = getattr(self, name)
             _require(0 <= value < math.inf, f"learn.{name}", value, "0 (none) or more")
         for name in ("lr", "eps", "clip", "temperature", "cap"):
@@ -180,7 +177,7 @@ class LearnConfig:
             stride=10,
             weights="full",
             lr=1e-4,
-            rows="block",
+            supervision="block",
             blocks=1,
             decay=4.0,
             beta1=0.9,
@@ -255,14 +252,14 @@ class GenerateConfig:
         defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
         self.sampling(defaults)  # refuses what SamplingConfig refuses
 
-    def settled(self) -> Self:
+    def resolved(self) -> Self:
         """The same without what a clock decides, if it is to be deterministic."""
         if not self.deterministic:
             return self
         learn = self.learn
         if learn and learn.publish == "ready":
             learn = replace(learn, publish="stride")
-        return replace(self, draft=replace(self.draft, gate=False), learn=learn)
+        return replace(self, draft=replace(self.draft, adaptive=False), learn=learn)
 
     def sampling(self, defaults: dict[str, float | int]) -> SamplingConfig:
         """The sampling options, with what is None taken from `defaults`."""

@@ -23,7 +23,7 @@ QUERIES = 64
 """Query rows of one key head that are worked on together, at most."""
 KEYS = 64
 """Slots that are read together."""
-_steady = False
+_batch_invariant = False
 
 
 def has_kernel(dtype: torch.dtype) -> bool:
@@ -86,17 +86,17 @@ def span_attention(
 
 
 @contextmanager
-def steady() -> Iterator[None]:
+def batch_invariant() -> Iterator[None]:
     """Within, spans are read in parts that do not depend on them.
 
     What a query gets then does not hang on the tokens that are read with it, to the last bit.
     """
-    global _steady
-    before, _steady = _steady, True
+    global _batch_invariant
+    before, _batch_invariant = _batch_invariant, True
     try:
         yield
     finally:
-        _steady = before
+        _batch_invariant = before
 
 
 @torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
@@ -108,7 +108,7 @@ def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: fl
     rows = min(QUERIES, max(16, _power_of_two(group * width)))
     tiles = -(-group * width // rows)
     splits = _splits(batch * keys.shape[1] * tiles, keys.shape[2], query.device)
-    part = -(-keys.shape[2] // (splits * KEYS)) * KEYS if _steady else 0
+    part = -(-keys.shape[2] // (splits * KEYS)) * KEYS if _batch_invariant else 0
     parts = query.new_empty(batch, heads, width, splits, size, dtype=torch.float32)
     weights = query.new_empty(batch, heads, width, splits, 2, dtype=torch.float32)
     wide = _power_of_two(size)

@@ -178,7 +178,7 @@ def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
             raise OptionError(
                 f"{arm.name} cannot be replayed: it draws its own text.\nLeave it out."
             )
-        if arm.learn and arm.learn.rows == "block":
+        if arm.learn and arm.learn.supervision == "block":
             raise OptionError(
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "
                 "rejected draft, which a text does not hold.\nRun it live, with `ttspec bench run`."

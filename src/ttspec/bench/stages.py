@@ -17,7 +17,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
-from ttspec.learning.weights import settled
+from ttspec.learning.live_weights import resolve_learn_config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,9 @@ def measure(
             )
         learn = replace(learn, weights="full")
         # So that an update has a time of its own.
-        learn = replace(settled(learn, drafter, rows), publish="now") if drafter else learn
+        learn = (
+            replace(resolve_learn_config(learn, drafter, rows), publish="now") if drafter else learn
+        )
     plan = Plan.of(rounds, length, learn)
     if context + plan.tokens > target.context:
         most = target.context - plan.tokens

@@ -31,7 +31,7 @@ def replay(
     out
         Run folder: a new one, or one to go on with.
     arms
-        As in `ttspec bench run`; not learn[rows=block], nor other implementations.
+        As in `ttspec bench run`; not learn[supervision=block], nor other implementations.
     text
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
     rows

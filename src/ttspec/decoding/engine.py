@@ -23,7 +23,7 @@ from ttspec.decoding.forecast import (
     require_room,
     require_weights,
 )
-from ttspec.decoding.gate import Gate
+from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.round import Decoder, position_noise
 from ttspec.decoding.text import Message, next_turn_ids, prompt_ids, thinking_of
 from ttspec.drafters.base import Drafter
@@ -32,7 +32,7 @@ from ttspec.drafters.layers import Weights, multiplied_out
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
 from ttspec.learning.delta import difference, read_delta, write_delta
-from ttspec.learning.weights import Pupil
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.loading import DeviceMap, Files
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, find_target, load_target, wrap_target
@@ -205,15 +205,15 @@ class Engine:
         """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
-        self._pupils: dict[tuple[LearnConfig, DraftConfig], Pupil] = {}
+        self._shared_weights: dict[tuple[LearnConfig, DraftConfig], LiveWeights] = {}
         """What learns from all requests, by how it learns and what it sees."""
-        self._gates: dict[tuple[Any, ...], Gate] = {}
+        self._policies: dict[tuple[Any, ...], DraftPolicy] = {}
         """What earlier requests found out about costs, by what they may depend on."""
 
     def sibling(self) -> Engine:
         """An engine of the same pair, which learns and keeps caches for itself."""
         other = copy.copy(self)
-        other._spare, other._pupils, other._gates = None, {}, {}
+        other._spare, other._shared_weights, other._policies = None, {}, {}
         return other
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options: Any) -> list[Result]:
@@ -366,7 +366,7 @@ class Engine:
             OptionError: The longest prompt leaves no room for an answer.
             ResourceError: The caches or the learner's weights do not fit into memory.
         """
-        config = config.settled()
+        config = config.resolved()
         context = min(self.target.context, config.context or self.target.context)
         if longest_prompt >= context:
             raise OptionError(
@@ -383,7 +383,7 @@ class Engine:
             "draft": config.draft,
             "learn": config.learn,
             "ends": () if config.ignore_eos else self.target.ends,
-            "steady": config.deterministic,
+            "batch_invariant": config.deterministic,
         }
         spare, self._spare = self._spare, None
         if spare is not None and spare.shape == shape:
@@ -391,7 +391,10 @@ class Engine:
             return spare
         del spare  # before the new caches are made
         need = of_run(self.target, self.drafter, config, rows, shape["slots"])
-        if (config.learn, config.draft) in self._pupils:  # what learns from all is there already
+        if (
+            config.learn,
+            config.draft,
+        ) in self._shared_weights:  # what learns from all is there already
             need = replace(need, learning=0)
         told = require_room(
             need, self.target.device, rows=rows, slots=shape["slots"], split=self.target.is_split
@@ -399,18 +402,18 @@ class Engine:
         if told and self.notify:
             self.notify(told)
         try:
-            pupil = self._pupil(config)
+            live_weights = self._find_shared_weights(config)
             known = rows, config.draft, config.learn, shape["sampling"], self.compile
             decoder = self.make_decoder(
                 self.target,
                 self.drafter,
                 **shape,
-                pupil=pupil,
-                gate=self._gates.get(known),
+                live_weights=live_weights,
+                policy=self._policies.get(known),
                 compile=self.compile,
             )
-            if decoder.gate:
-                self._gates[known] = decoder.gate
+            if decoder.policy:
+                self._policies[known] = decoder.policy
             return decoder
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise ResourceError(
@@ -418,14 +421,14 @@ class Engine:
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
 
-    def _pupil(self, config: GenerateConfig) -> Pupil | None:
+    def _find_shared_weights(self, config: GenerateConfig) -> LiveWeights | None:
         learn, drafter = config.learn, self.drafter
         if learn is None or learn.scope != "shared" or drafter is None or not drafter.weights:
             return None
         key = learn, config.draft
-        if key not in self._pupils:
-            self._pupils[key] = Pupil(learn, drafter, 1)
-        return self._pupils[key]
+        if key not in self._shared_weights:
+            self._shared_weights[key] = LiveWeights(learn, drafter, 1)
+        return self._shared_weights[key]
 
     def margin(self, ids: Sequence[int], at: int, key: int | None = None, **options: Any) -> float:
         """How clear-cut a token was: best minus second best score, recomputed in one row.
@@ -574,7 +577,7 @@ class Session:
             if self._talk is None:
                 decoder = engine.decoder(config, 1, len(ids), sessions=True)
                 if self._start is not None and decoder.learner:
-                    decoder.learner.pupil.begin_at(self._start)
+                    decoder.learner.weights.start_from(self._start)
                 self._talk = Conversation(decoder, 0, config, self.seed)
                 self._talk.thinking = thinking
             return self._talk, ids

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.round import STEADY
+from ttspec.decoding.round import INVARIANT_WIDTH
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
-from ttspec.learning.weights import bytes_of_copy, settled
+from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
 from ttspec.models.target import ORDINARY, RECURRENT, Target
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
@@ -67,7 +67,7 @@ def of_run(
         drafter = None
     width = drafter.length + 1 if drafter else 1
     if config.deterministic:
-        width = -(-width // STEADY) * STEADY
+        width = -(-width // INVARIANT_WIDTH) * INVARIANT_WIDTH
     return Forecast(
         target_cache=target_cache(target.config, rows, slots, target.dtype, width=width),
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
@@ -129,7 +129,7 @@ def learning(drafter: Drafter, config: LearnConfig, rows: int) -> int:
     """Bytes of all copies of what learns: `learning_row` for each row, or once for all."""
     if not drafter.weights:
         return 0
-    config = settled(config, drafter, rows)
+    config = resolve_learn_config(config, drafter, rows)
     copies = 1 if config.scope == "shared" else rows
     return copies * learning_row(drafter, config)
 

@@ -20,12 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.gate import Gate
-from ttspec.decoding.history import History
-from ttspec.decoding.pace import AFTER, Pace
+from ttspec.decoding.policy import DraftPolicy
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
-from ttspec.learning.weights import Pupil
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
@@ -41,13 +40,13 @@ from ttspec.sampling import (
     process,
     uniform,
 )
-from ttspec.spans import steady as steadily
+from ttspec.spans import batch_invariant as fixed_splits
 
 PREFILL = 512
 """Prompt tokens read at once."""
 LATE = 32
 """Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
-STEADY = 16
+INVARIANT_WIDTH = 16
 """Tokens that every verification reads where each must be read alike, or a multiple of it: matrix
 products and attention of one size give a token the same result, bit by bit, wherever it stands."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -84,14 +83,14 @@ class Decoder:
         draft: DraftConfig,
         learn: LearnConfig | None,
         ends: Sequence[int],
-        pupil: Pupil | None = None,
-        gate: Gate | None = None,
-        steady: bool = False,
+        live_weights: LiveWeights | None = None,
+        policy: DraftPolicy | None = None,
+        batch_invariant: bool = False,
         compile: bool = False,
     ) -> None:
         """Allocate caches for `rows` rows of `slots` tokens; `ends` are the end tokens.
 
-        With `steady`, verifications are all of one width, plain rounds among them.
+        With `batch_invariant`, verifications are all of one width, plain rounds among them.
         """
         self.shape = {
             "rows": rows,
@@ -100,7 +99,7 @@ class Decoder:
             "draft": draft,
             "learn": learn,
             "ends": ends,
-            "steady": steady,
+            "batch_invariant": batch_invariant,
         }
         """What it was made for: another request of the same shape may have it after `restart`."""
         self.target, self.drafter, self.sampling = target, drafter, sampling
@@ -108,10 +107,10 @@ class Decoder:
         if drafter is not None and draft.length is not None:
             self.gamma = min(draft.length, self.gamma)
         self.width = self.gamma + 1
-        """Tokens that a verification reads at most, or always if it is steady."""
-        self.steady = steady
-        if steady:
-            self.width = -(-self.width // STEADY) * STEADY
+        """Tokens that a verification reads at most, or always if it is batch_invariant."""
+        self.batch_invariant = batch_invariant
+        if batch_invariant:
+            self.width = -(-self.width // INVARIANT_WIDTH) * INVARIANT_WIDTH
         self.rows, self.slots = rows, slots
         self.cache = target.cache(rows, slots, self.width)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
@@ -123,24 +122,21 @@ class Decoder:
         """Whether what is seen is told on the device, so that one graph serves any length."""
         self.learner = None
         if learn and drafter and self.state is not None and drafter.weights:
-            after = AFTER if draft.gate else 0
+            after = AFTER if draft.adaptive else 0
             self.learner = Learner(
                 learn,
                 drafter,
                 self.state,
                 rows,
                 self.gamma,
-                pupil=pupil,
+                live_weights=live_weights,
                 run=self._run,
                 after=after,
             )
-        self._history: History | None = None
-        if self.learner and self.learner.config.rebuild:
-            self._history = History(rows, slots, self.learner.config.rebuild)
-        self.gate, self._pace = None, Pace()
-        if draft.gate and self.state is not None:
+        self.policy, self._schedule = None, UpdateSchedule()
+        if draft.adaptive and self.state is not None:
             # Another length would be compiled anew, for longer than most answers take.
-            self.gate = gate or Gate(self.gamma, few=compile and self._run.on)
+            self.policy = policy or DraftPolicy(self.gamma, few=compile and self._run.on)
         self._unread = [0] * rows
         """Committed tokens of each row, the last ones, that the drafter may not have read."""
         self._late: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -210,8 +206,6 @@ class Decoder:
         for row, n, token, budget in zip(rows, at, first, budgets, strict=True):
             self.lengths[row], self.pending[row], self.budget[row] = n, token, budget - 1
             self._unread[row] = 0
-            if self._history:
-                self._history.made[row] = n
         for row, ids, token in zip(rows, prompts, first, strict=True):
             text, n = self._texts[row], self.lengths[row]
             self._texts[row] = [*text[: n - len(ids)], *ids, token]
@@ -223,7 +217,7 @@ class Decoder:
         """Propose, verify, accept, absorb, learn: one round of all rows that take part."""
         began, captured = time.perf_counter(), Graphs.captured
         clock = Stopwatch(self.target.device)
-        length = self.gate.choose() if self.gate else self.gamma
+        length = self.policy.choose() if self.policy else self.gamma
         active = [row for row, budget in enumerate(self.budget) if budget > 0]
         longest = self._bound(max(self.lengths[row] for row in active))
         numbers = [self._round] * self.rows
@@ -259,14 +253,12 @@ class Decoder:
         updated = [False] * self.rows
         if self.learner and length:
             updated = self.learner.absorb(verification, longest, key, active)
-            if self._history:
-                updated = [a or b for a, b in zip(updated, self._rebuild(active), strict=True)]
         clock.lap()
         seconds, self._clock = self._stage_seconds(clock), clock
-        if self.gate:
+        if self.policy:
             accepted = [told[row][1] for row in active]
             took, first = time.perf_counter() - began, Graphs.captured > captured
-            self.gate.tell(
+            self.policy.observe(
                 length,
                 took,
                 emitted=sum(told[row][0] for row in active) / len(active),
@@ -276,7 +268,7 @@ class Decoder:
             )
             if self.learner and length and not first:
                 drafts = sum(accepted) / len(accepted)
-                self._pace.tell(took, any(updated), drafts, self.learner)
+                self._schedule.observe(took, any(updated), drafts, self.learner)
         return {
             row: Outcome(
                 tokens=told[row][4 : 4 + told[row][0]],
@@ -285,22 +277,10 @@ class Decoder:
                 ended=bool(told[row][3]),
                 updated=updated[row],
                 seconds=seconds,
-                length=length if self.gate else None,
+                length=length if self.policy else None,
             )
             for row in active
         }
-
-    def _rebuild(self, rows: list[int]) -> list[bool]:
-        """Make contexts anew where it is time to; for each row, whether it was updated before."""
-        history, learner = self._history, self.learner
-        assert history is not None
-        assert learner is not None
-        assert self.state is not None
-        due = [row for row in rows if self.lengths[row] - history.made[row] >= history.every]
-        updated = learner.settle() if due else [False] * self.rows  # it reads the context
-        for row in due:
-            history.rebuild(learner.drafter, self.state, row, self.lengths[row])
-        return updated
 
     def _absorb_late(self) -> None:
         """Make what plain rounds committed context.
@@ -394,8 +374,6 @@ class Decoder:
         if self.drafter and self.state:
             with sdpa_kernel(ATTENTION):
                 self.drafter.extend(self.state, tokens, features, start, subset)
-        if self._history:
-            self._history.keep(tokens, features, start, subset)
         return out
 
     def _read(
@@ -460,17 +438,15 @@ class Decoder:
         )
         if self.drafter and self.state and length:
             self.drafter.absorb(self.state, verification)
-        if self._history:
-            self._history.keep(fed, features, start)
         facts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(facts, 1), tokens], dim=1)
 
     def _read_block(self, fed: Tensor, start: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Logits and features of tokens [B, T]; if steady, read among others that are dead."""
+        """Logits and features of tokens [B, T]; batch-invariant, among others that are dead."""
         width, spans = fed.shape[1], self.told_spans
-        if self.steady:
+        if self.batch_invariant:
             fed = F.pad(fed, (0, self.width - width))
-        with steadily() if self.steady else nullcontext():
+        with fixed_splits() if self.batch_invariant else nullcontext():
             logits, features = self.target.forward(self.cache, fed, start, longest, spans=spans)
         assert logits is not None
         return logits[:, :width], features[:, :width]

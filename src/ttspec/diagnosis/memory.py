@@ -20,7 +20,7 @@ from ttspec.decoding.forecast import (
 )
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
-from ttspec.learning.weights import settled
+from ttspec.learning.live_weights import resolve_learn_config
 from ttspec.models.target import Target, find_target
 
 STRETCH = 1000
@@ -43,7 +43,11 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     }
     caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
     learning = parts["learning_per_row"]
-    if drafter and drafter.weights and settled(LearnConfig(), drafter, rows).weights == "lora":
+    if (
+        drafter
+        and drafter.weights
+        and resolve_learn_config(LearnConfig(), drafter, rows).weights == "lora"
+    ):
         learning = parts["learning_per_row_lora"]
     row = caches * context // STRETCH + states + learning
     total = parts["target_weights"] + parts["drafter_weights"] + rows * row

@@ -23,7 +23,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, PICKLES
 from ttspec.drafters.layers import DOWN, UP, Weights, multiplied_out
 from ttspec.errors import CheckpointError, OptionError
-from ttspec.learning.weights import settled
+from ttspec.learning.live_weights import resolve_learn_config
 
 SUFFIX, FORMAT = ".safetensors", "1"
 AT, EXACT = ".at", ".exact"
@@ -123,7 +123,7 @@ class Delta:
         """Where copies that learn so begin; None where the drafter itself must have the change."""
         if learn is None:
             return None
-        learn = settled(learn, drafter, rows=1)
+        learn = resolve_learn_config(learn, drafter, rows=1)
         if learn.weights == "lora":
             own = drafter.changes(learn.parameters, learn.rank)
             return dict(self.changes) if _shapes(own) == _shapes(self.changes) else None

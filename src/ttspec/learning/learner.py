@@ -22,7 +22,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
-from ttspec.learning.weights import FACTS, Pupil, settled
+from ttspec.learning.live_weights import FACTS, LiveWeights, resolve_learn_config
 from ttspec.losses import (
     expected_length,
     forward_kl,
@@ -67,28 +67,28 @@ class Learner:
         rows: int,
         length: int,
         *,
-        pupil: Pupil | None = None,
+        live_weights: LiveWeights | None = None,
         run: Graphs | None = None,
         after: int = 0,
     ) -> None:
-        """Let `state` draft with weights that learn: a copy per row, or in scope shared `pupil`.
+        """Let `state` draft with weights that learn: each row its own, or shared `live_weights`.
 
         A row's first `after` rounds teach it nothing yet.
         """
-        config = settled(config, drafter, rows)
+        config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
         self.stride, self.strides = config.stride or 1, 1
         """Rounds, and how many times so many, between updates."""
         self.shared = config.scope == "shared"
-        self.pupil = pupil or Pupil(config, drafter, 1 if self.shared else rows)
-        state.weights = {**drafter.weights, **self.pupil.live}
+        self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
+        state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
         self._run = run or Graphs(torch.device("cpu"))
         self._lessons: Lessons | None = None
         self._verification: Verification
         self._lesson: Lesson
         self._facts = torch.zeros(rows, FACTS, device=drafter.embedding.device)
-        copies = len(self.pupil.resting)
+        copies = len(self.weights.resting)
         self.guard = Guard(config.guard, self.stride, copies, after)
         self._resting = [False] * copies
         self._held = HELD if config.blocks >= 2 * HELD else 0
@@ -137,11 +137,11 @@ class Learner:
         due = self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._over and self._over.query()):
-            updated = self.settle()
+            updated = self.publish()
         if due:
             self._begin(longest)
             if self._publish == "now":
-                updated = self.settle()
+                updated = self.publish()
         return updated
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
@@ -154,7 +154,7 @@ class Learner:
         self._taught(longest)
         self._step(0)
         self._told = self._facts
-        return self.settle()
+        return self.publish()
 
     def _begin(self, longest: int) -> None:
         """Start an update on the newest lessons, beside the next rounds where it has a stream."""
@@ -165,7 +165,7 @@ class Learner:
         if all(self._resting):
             return
         if before != self._resting:
-            self.pupil.resting.copy_(torch.tensor(self._resting))
+            self.weights.resting.copy_(torch.tensor(self._resting))
         if any(due) and due != self._due:  # what a row is spared for must not hang on the others
             self._due = due
             self._compared.copy_(torch.tensor(due)[:, None])
@@ -211,30 +211,30 @@ class Learner:
 
     @torch.no_grad()
     def _judged(self, longest: int) -> None:
-        new = {**self.drafter.weights, **self.pupil.new()}
+        new = {**self.drafter.weights, **self.weights.new()}
         kept = self._kept(new, longest)[:, : self._held]
         self._facts[:, 6] = (kept * self._compared).sum(-1)
 
     @torch.no_grad()
     def _step(self, key: int) -> None:  # noqa: ARG002
-        self.pupil.step(self._facts)
+        self.weights.step(self._facts)
 
     @torch.no_grad()
     def _teach(self, lesson: Lesson, longest: int) -> Tensor:
-        """Give the pupil its gradients; float32 [B, FACTS], without a comparison."""
-        leaves = {name: w.detach().requires_grad_() for name, w in self.pupil.live.items()}
+        """Give the live_weights its gradients; float32 [B, FACTS], without a comparison."""
+        leaves = {name: w.detach().requires_grad_() for name, w in self.weights.published.items()}
         rows, blocks = lesson.start.shape
         some = max(1, AT_ONCE // (rows * self.length * lesson.logits.shape[-1]))
         loss = torch.zeros(rows, device=lesson.start.device)
         for i in range(0, blocks, some):
             loss += self._gradients(leaves, lesson.part(i, some), longest, more=i > 0)
-        told = [lesson.count.float(), loss, self.pupil.norms().expand(rows)]
+        told = [lesson.count.float(), loss, self.weights.norms().expand(rows)]
         return torch.stack(told + [torch.zeros_like(loss)] * (FACTS - len(told)), dim=1)
 
     def _gradients(
         self, leaves: dict[str, Tensor], lesson: Lesson, longest: int, *, more: bool
     ) -> Tensor:
-        """Give the pupil the gradients of these blocks; each row's loss [B]."""
+        """Give the live_weights the gradients of these blocks; each row's loss [B]."""
         with torch.enable_grad():
             q_logits = self._drafted({**self.drafter.weights, **leaves}, lesson, longest)
             with compiling() if self._run.compile else nullcontext():
@@ -246,7 +246,7 @@ class Learner:
             loss = weighted_mean(loss, self._weights(lesson, q_logits), lesson.mask)
             loss = loss.sum(-1) / lesson.count.clamp(min=1)  # [B]
             found = torch.autograd.grad(loss.sum(), list(leaves.values()))
-        self.pupil.put(list(found), more=more)
+        self.weights.put(list(found), more=more)
         return loss.detach()
 
     def _kept(self, weights: Weights, longest: int) -> Tensor:
@@ -304,14 +304,14 @@ class Learner:
         return survival_weights(q.gather(-1, at[..., None])[..., 0] * there)
 
     @torch.no_grad()
-    def settle(self) -> list[bool]:
+    def publish(self) -> list[bool]:
         """Publish the update under way, once it is over; of each row, whether there was one."""
         if self._told is None:
             return [False] * len(self.updates)
         if self._over:
             self._over.synchronize()
         told, self._told = self._told.cpu(), None
-        sound = self.pupil.sound(told).tolist()
+        sound = self.weights.sound(told).tolist()
         taught = (told[:, 0] > 0).tolist()
         # Of copies that took a step; the update was made from the weights that were compared.
         compared = told[:, 3:].sum(0, keepdim=True) if self.shared else told[:, 3:]
@@ -323,7 +323,7 @@ class Learner:
             worse = steps[copy] and self.guard.worse(copy, *kept)
             if worse or (had and not sound[copy]):
                 self.revert(copy)
-        self.pupil.publish()
+        self.weights.publish()
         counted = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, counted, strict=True)]
         return counted
@@ -335,7 +335,7 @@ class Learner:
 
     def revert(self, copy: int) -> None:
         """Put a copy's anchor weights back, and let it rest; its moments and lessons go."""
-        self.pupil.restore(copy)
+        self.weights.restore(copy)
         self.guard.put_back(copy)
         for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
@@ -343,8 +343,8 @@ class Learner:
 
     def learned(self, row: int) -> Weights:
         """What learns, as a row has it now, float32; with the update under way."""
-        self.settle()
-        return {n: w[0 if self.shared else row] for n, w in self.pupil.master.items()}
+        self.publish()
+        return {n: w[0 if self.shared else row] for n, w in self.weights.master.items()}
 
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""
@@ -352,16 +352,16 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        self.settle()
+        self.publish()
         if not self.shared:
-            self.pupil.begin(row)
+            self.weights.begin(row)
             self.guard.forget(row)
         self._forget_all(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
         """Drop the lessons about what a row's crop to `length` took back."""
-        self.settle()  # it reads what will be overwritten
+        self.publish()  # it reads what will be overwritten
         if self._lessons is not None:
             self._lessons.clear_above(row, length)
 

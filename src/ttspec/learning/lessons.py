@@ -21,8 +21,8 @@ class Lessons:
         """Room for `rows` rows of blocks of `length` drafts, of verifications `like` this one."""
         sample, before = like.logits, like.proposal.before
         self.length = length
-        self.hindsight = config.rows == "hindsight"
-        self.until_rejection = config.rows == "accepted"
+        self.hindsight = config.supervision == "hindsight"
+        self.until_rejection = config.supervision == "accepted"
         self.blocks = config.blocks
         # Blocks to replay, and those that wait: at one token a round one waits `length` rounds.
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)

@@ -6,7 +6,7 @@ from toys import toy_drafter, toy_engine
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import STEADY, Decoder
+from ttspec.decoding.round import INVARIANT_WIDTH, Decoder
 from ttspec.models.target import Target
 
 PROMPTS = ["hello there"]  # one row: a token alone is read by other products than several
@@ -88,4 +88,4 @@ def test_a_target_whose_answer_depends_on_the_width_of_a_read_is_read_in_one_wid
 def test_wide_drafts_make_wider_rounds(toy_target_dir):
     engine = toy_engine(toy_target_dir)
     decoder = engine.decoder(GenerateConfig(deterministic=True), 1, 4, sessions=False)
-    assert decoder.width == STEADY
+    assert decoder.width == INVARIANT_WIDTH

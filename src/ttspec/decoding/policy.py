@@ -42,7 +42,7 @@ SPIKE = 4.0
 """Times its length's usual cost that a round is charged at most: more is another process's."""
 
 
-class Gate:
+class DraftPolicy:
     """Chooses each round's draft length from what past rounds took and accepted.
 
     All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
@@ -82,7 +82,7 @@ class Gate:
         """Draft length of the next round; 0 is plain decoding."""
         return 0 if self._look else self._length
 
-    def tell(
+    def observe(
         self,
         length: int,
         seconds: float,

@@ -6,17 +6,17 @@ import pytest
 from toys import bound_drafter, fake_round, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.decoding.pace import SELDOM, TRIAL, Pace
 from ttspec.learning.learner import Learner
+from ttspec.learning.update_schedule import SELDOM, TRIAL, UpdateSchedule
 
 
 def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
     """A learner at stride 8 after so many rounds of 1 s, an update costing `cost` s more."""
     learner = SimpleNamespace(stride=8, strides=1, guard=SimpleNamespace(gain=lambda: gain))
-    pace = Pace()
+    pace = UpdateSchedule()
     for number in range(1, rounds + 1):
         updated = number % (8 * learner.strides) == 0
-        pace.tell(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
+        pace.observe(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
     return learner
 
 
@@ -38,11 +38,11 @@ def test_a_small_gain_pays_for_so_many_updates(cost: float, least: int, most: in
 
 def test_a_gain_that_comes_late_is_taken():
     learner = learned(20_000, cost=2.0, gain=1.0)
-    pace = Pace()
+    pace = UpdateSchedule()
     learner.guard.gain = lambda: 1.6
     for number in range(1, 60_000):
         updated = number % (8 * learner.strides) == 0
-        pace.tell(1.0 + 2.0 * updated, updated, 1.0, learner)  # type: ignore[arg-type]
+        pace.observe(1.0 + 2.0 * updated, updated, 1.0, learner)  # type: ignore[arg-type]
     assert learner.strides <= 4  # a quarter of all time for a quarter more tokens is no gain
 
 
@@ -50,7 +50,7 @@ def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_d
     engine = toy_engine(toy_target_dir)
     options = {"learn": LearnConfig(stride=4), "ignore_eos": True, "temperature": 0.0}
     for gate, updates in ((False, True), (True, False)):
-        draft = DraftConfig(gate=gate)
+        draft = DraftConfig(adaptive=gate)
         result = engine.generate("hello", max_new_tokens=40, draft=draft, **options)[0]
         assert bool(result.stats.updates) == updates, gate
 
@@ -58,7 +58,7 @@ def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_d
 def test_a_row_used_again_waits_again():
     drafter = bound_drafter()
     state = drafter.start(2, 256, DraftConfig())
-    config = LearnConfig(stride=1, blocks=1, rows="block")
+    config = LearnConfig(stride=1, blocks=1, supervision="block")
     learner = Learner(config, drafter, state, 2, 4, after=3)
 
     def rounds(first: int) -> list[list[bool]]:

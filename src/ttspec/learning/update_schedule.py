@@ -22,7 +22,7 @@ PATIENCE = 8
 """Updates between two changes."""
 
 
-class Pace:
+class UpdateSchedule:
     """Doubles the stride while an update costs more than all of them gain, and halves it again."""
 
     def __init__(self) -> None:
@@ -35,7 +35,7 @@ class Pace:
         """Kept a round, on average."""
         self._updates = self._stay = 0
 
-    def tell(self, seconds: float, updated: bool, drafts: float, learner: Learner) -> None:
+    def observe(self, seconds: float, updated: bool, drafts: float, learner: Learner) -> None:
         """Take note of a drafting round, and set the learner's pace.
 
         Args:

@@ -15,7 +15,7 @@ from toys import G, fake_round, parrot, plain, toy_engine
 from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.gate import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, Gate
+from ttspec.decoding.policy import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, DraftPolicy
 from ttspec.decoding.round import Decoder
 from ttspec.errors import OptionError
 from ttspec.learning.lessons import Lessons
@@ -35,27 +35,27 @@ def decode(
     costs: Sequence[float],
     chance: Chances,
     *,
-    gate: Gate | None,
+    policy: DraftPolicy | None,
     seed: int = 0,
     noise: float = 0.0,
 ) -> tuple[float, list[int]]:
     """Seconds of an answer and its rounds' lengths; costs[n] is that of n drafts, costs[0] 1.
 
-    Without a gate all rounds have as many drafts as there are costs for. Which positions are
-    drafted right is the same for all lengths and with every gate.
+    Without a policy all rounds have as many drafts as there are costs for. Which positions are
+    drafted right is the same for all lengths and with every policy.
     """
     rng, drawn = random.Random(seed), random.Random(seed)
     right = [drawn.random() for _ in range(tokens + len(costs))]
     spent, position, lengths = 0.0, 0, []
     while position < tokens:
-        length = gate.choose() if gate else len(costs) - 1
+        length = policy.choose() if policy else len(costs) - 1
         kept = 0
         while kept < length and right[position + kept] < chance(position):
             kept += 1
         emitted = min(kept + 1, tokens - position)
         took = costs[length] * (rng.lognormvariate(0, noise) if noise else 1.0)
-        if gate:
-            gate.tell(length, took, emitted=emitted, accepted=[kept], context=position)
+        if policy:
+            policy.observe(length, took, emitted=emitted, accepted=[kept], context=position)
         spent, position = spent + took, position + emitted
         lengths.append(length)
     return spent, lengths
@@ -93,14 +93,14 @@ def test_no_drafter_makes_decoding_slower(longest, cost, chain, chances, stretch
         return chances[position // stretch % len(chances)]
 
     for tokens, most in ((200, 1.05), (1000, 1.03), (2000, 1.03)):
-        took, _ = decode(tokens, costs, chance, gate=Gate(longest), seed=seed, noise=noise)
+        took, _ = decode(tokens, costs, chance, policy=DraftPolicy(longest), seed=seed, noise=noise)
         assert took <= most * tokens * (1 + noise / 4) + cost, tokens
 
 
 @pytest.mark.parametrize("costs", [straight(5, 3.0), block(7, 1.5), block(12, 1.3)], ids=len)
 def test_a_hopeless_drafter_costs_little(costs) -> None:
     for tokens, least in ((200, 0.95), (1000, 0.97), (4000, 0.98)):
-        took, _ = decode(tokens, costs, steady(0.02), gate=Gate(len(costs) - 1))
+        took, _ = decode(tokens, costs, steady(0.02), policy=DraftPolicy(len(costs) - 1))
         assert tokens / took >= least
 
 
@@ -113,38 +113,38 @@ def test_a_good_drafter_loses_nearly_nothing(costs, chance, noise) -> None:
     options = {"noise": noise}
     ratios = []
     for seed in range(20):
-        free, _ = decode(1000, costs, steady(chance), gate=None, seed=seed, **options)
+        free, _ = decode(1000, costs, steady(chance), policy=None, seed=seed, **options)
         kept, _ = decode(
-            1000, costs, steady(chance), gate=Gate(len(costs) - 1), seed=seed, **options
+            1000, costs, steady(chance), policy=DraftPolicy(len(costs) - 1), seed=seed, **options
         )
         ratios.append(free / kept)
     assert sum(ratios) / len(ratios) >= (0.97 if noise else 0.98)
 
 
 def test_a_second_request_knows_what_the_first_found_out() -> None:
-    costs, gate = block(7, 1.5), Gate(7)
-    decode(300, costs, steady(0.0), gate=gate)
-    took = [decode(60, costs, steady(0.0), gate=gate)[0] for _ in range(10)]
+    costs, policy = block(7, 1.5), DraftPolicy(7)
+    decode(300, costs, steady(0.0), policy=policy)
+    took = [decode(60, costs, steady(0.0), policy=policy)[0] for _ in range(10)]
     assert sum(took) <= 600 * 1.01
     assert sorted(took)[-3] == 60, "most pay nothing"
-    good = Gate(7)
-    decode(300, costs, steady(0.8), gate=good)
-    _, lengths = decode(100, costs, steady(0.8), gate=good)
+    good = DraftPolicy(7)
+    decode(300, costs, steady(0.8), policy=good)
+    _, lengths = decode(100, costs, steady(0.8), policy=good)
     assert lengths.count(0) <= 1
 
 
 def test_a_decay_is_noticed() -> None:
-    costs, gate = block(7, 1.5), Gate(7)
-    decode(1000, costs, steady(0.9), gate=gate)
-    took, lengths = decode(300, costs, steady(0.0), gate=gate)
+    costs, policy = block(7, 1.5), DraftPolicy(7)
+    decode(1000, costs, steady(0.9), policy=policy)
+    took, lengths = decode(300, costs, steady(0.0), policy=policy)
     drafting = sum(n > 0 for n in lengths)
     assert drafting <= (AHEAD + BEHIND) / 0.45 + 4
     assert took <= 300 + AHEAD + BEHIND + 3
 
 
 def test_pauses_double_and_end() -> None:
-    gate = Gate(7)
-    _, lengths = decode(6000, block(7, 1.3), steady(0.0), gate=gate)
+    policy = DraftPolicy(7)
+    _, lengths = decode(6000, block(7, 1.3), steady(0.0), policy=policy)
     pauses, run = [], 0
     for length in lengths:
         if length:
@@ -155,45 +155,45 @@ def test_pauses_double_and_end() -> None:
     assert pauses[0] >= PAUSE
     assert all(b >= 1.9 * a or b >= LONGEST_PAUSE for a, b in pairwise(pauses))
     # It then drafts well: it is found out, and pauses are short again.
-    _, lengths = decode(3000, block(7, 1.3), steady(0.8), gate=gate)
+    _, lengths = decode(3000, block(7, 1.3), steady(0.8), policy=policy)
     assert all(lengths[-64:])
-    _, lengths = decode(60, block(7, 1.3), steady(0.0), gate=gate)
-    assert gate._pause <= PAUSE
+    _, lengths = decode(60, block(7, 1.3), steady(0.0), policy=policy)
+    assert policy._pause <= PAUSE
 
 
 def test_a_chain_that_is_too_long_is_shortened_and_a_short_one_lengthened() -> None:
-    gate, costs = Gate(8), straight(8, 3.0)
-    _, lengths = decode(1000, costs, steady(0.6), gate=gate)
+    policy, costs = DraftPolicy(8), straight(8, 3.0)
+    _, lengths = decode(1000, costs, steady(0.6), policy=policy)
     assert max(lengths[-50:]) < 8
     assert lengths[-20:].count(0) <= 1
-    _, lengths = decode(4000, costs, steady(0.97), gate=gate)
+    _, lengths = decode(4000, costs, steady(0.97), policy=policy)
     assert lengths[-20:].count(8) >= 19
 
 
 def test_a_machine_that_slows_down_is_not_the_drafter_s_fault() -> None:
-    gate = Gate(7)
-    decode(600, block(7, 1.4), steady(0.7), gate=gate)
-    _, lengths = decode(600, [1.6 * c for c in block(7, 1.4)], steady(0.7), gate=gate)
+    policy = DraftPolicy(7)
+    decode(600, block(7, 1.4), steady(0.7), policy=policy)
+    _, lengths = decode(600, [1.6 * c for c in block(7, 1.4)], steady(0.7), policy=policy)
     assert sum(n == 0 for n in lengths) <= 10
 
 
 def test_one_slow_round_stops_nobody() -> None:
-    gate = Gate(7)
-    decode(400, block(7, 1.4), steady(0.8), gate=gate)
-    gate.tell(7, 500.0, emitted=3.0, accepted=[2], context=400)
-    _, lengths = decode(100, block(7, 1.4), steady(0.8), gate=gate)
+    policy = DraftPolicy(7)
+    decode(400, block(7, 1.4), steady(0.8), policy=policy)
+    policy.observe(7, 500.0, emitted=3.0, accepted=[2], context=400)
+    _, lengths = decode(100, block(7, 1.4), steady(0.8), policy=policy)
     assert lengths.count(0) <= 3
 
 
 def test_rounds_that_capture_a_graph_are_not_timed() -> None:
-    gate = Gate(7)
+    policy = DraftPolicy(7)
     for _ in range(3):
-        assert gate.choose() == 0
-        gate.tell(0, 100.0, emitted=1.0, accepted=[0], first=True)
+        assert policy.choose() == 0
+        policy.observe(0, 100.0, emitted=1.0, accepted=[0], first=True)
     for _ in range(2):
-        gate.tell(0, 1.0, emitted=1.0, accepted=[0])
-    gate.tell(gate.choose(), 100.0, emitted=1.0, accepted=[0], first=True)
-    assert gate.choose() == 7
+        policy.observe(0, 1.0, emitted=1.0, accepted=[0])
+    policy.observe(policy.choose(), 100.0, emitted=1.0, accepted=[0], first=True)
+    assert policy.choose() == 7
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ def test_rounds_that_capture_a_graph_are_not_timed() -> None:
     [(1, [1]), (2, [1, 2]), (5, [1, 2, 5]), (7, [1, 3, 7]), (15, [3, 7, 15])],
 )
 def test_few_lengths(longest: int, lengths: list[int]) -> None:
-    assert Gate(longest).lengths == lengths
-    assert Gate(longest, few=True).lengths == [longest]
+    assert DraftPolicy(longest).lengths == lengths
+    assert DraftPolicy(longest, few=True).lengths == [longest]
 
 
 # The real loop, told to switch all the time.
 
 
-class Schedule(Gate):
+class Schedule(DraftPolicy):
     """Lengths in turn, whatever rounds take."""
 
     def __init__(self, lengths: Sequence[int], longest: int) -> None:
@@ -219,7 +219,7 @@ class Schedule(Gate):
     def choose(self) -> int:
         return min(next(self._turn), self.longest)
 
-    def tell(self, length, seconds, **facts) -> None:
+    def observe(self, length, seconds, **facts) -> None:
         assert seconds > 0
         self.told.append(length)
 
@@ -229,7 +229,7 @@ def scheduled(engine: Engine, lengths: Sequence[int]) -> Engine:
 
     def make(*args, **options) -> Decoder:
         decoder = Decoder(*args, **options)
-        decoder.gate = Schedule(lengths, decoder.gamma)
+        decoder.policy = Schedule(lengths, decoder.gamma)
         return decoder
 
     engine.make_decoder = make
@@ -356,22 +356,22 @@ def test_rows_at_rest_are_left_alone_when_others_catch_up(target, which: str) ->
         assert result.token_ids == alone.token_ids
 
 
-# The real gate in the real loop.
+# The real policy in the real loop.
 
 
 def on(engine: Engine, **options):
     options = {"temperature": 0.0, "learn": None, "ignore_eos": True, "seed": 1, **options}
-    return engine.generate("hello there", draft=DraftConfig(gate=True), **options)[0]
+    return engine.generate("hello there", draft=DraftConfig(adaptive=True), **options)[0]
 
 
 def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
     """The engine with a clock on which a round takes costs[its length]."""
 
-    class Told(Gate):
-        def tell(self, length, seconds, **facts) -> None:
-            super().tell(length, costs[min(length, len(costs) - 1)], **facts)
+    class Told(DraftPolicy):
+        def observe(self, length, seconds, **facts) -> None:
+            super().observe(length, costs[min(length, len(costs) - 1)], **facts)
 
-    monkeypatch.setattr("ttspec.decoding.round.Gate", Told)
+    monkeypatch.setattr("ttspec.decoding.round.DraftPolicy", Told)
     return engine
 
 
@@ -393,7 +393,7 @@ def test_what_was_found_out_lasts_for_requests_of_other_sizes(engine, monkeypatc
     assert on(bad, max_new_tokens=40).stats.plain_rounds < 38
     again = on(bad, max_new_tokens=300)
     assert again.rounds[0].length == 0 == again.rounds[8].length
-    assert bad.sibling()._gates == {}
+    assert bad.sibling()._policies == {}
 
 
 def test_without_the_option_nothing_is_gated(engine) -> None:
@@ -404,24 +404,24 @@ def test_without_the_option_nothing_is_gated(engine) -> None:
 
 
 def test_deterministic_leaves_no_choice_to_a_clock(engine) -> None:
-    config = GenerateConfig(deterministic=True, draft=DraftConfig(gate=True, window=9))
-    settled = config.settled()
-    assert settled.draft == DraftConfig(window=9)
-    assert settled.learn is not None
-    assert settled.learn.publish == "stride"
-    assert GenerateConfig(learn=None, deterministic=True).settled().learn is None
-    now = GenerateConfig(learn=LearnConfig(publish="now"), deterministic=True).settled()
+    config = GenerateConfig(deterministic=True, draft=DraftConfig(adaptive=True, window=9))
+    resolve_learn_config = config.resolved()
+    assert resolve_learn_config.draft == DraftConfig(window=9)
+    assert resolve_learn_config.learn is not None
+    assert resolve_learn_config.learn.publish == "stride"
+    assert GenerateConfig(learn=None, deterministic=True).resolved().learn is None
+    now = GenerateConfig(learn=LearnConfig(publish="now"), deterministic=True).resolved()
     assert now.learn == LearnConfig(publish="now")
-    assert GenerateConfig().settled() == GenerateConfig()
+    assert GenerateConfig().resolved() == GenerateConfig()
     assert on(engine, max_new_tokens=8, deterministic=True).stats.draft_lengths == {}
 
 
-def test_arms_name_the_gate() -> None:
-    (arm,) = parse_arms("static[gate=true,window=64]")
-    assert arm.draft == DraftConfig(gate=True, window=64)
-    assert parse_arms("learn[gate=false]")[0].draft == DraftConfig()
+def test_arms_name_the_policy() -> None:
+    (arm,) = parse_arms("static[adaptive=true,window=64]")
+    assert arm.draft == DraftConfig(adaptive=True, window=64)
+    assert parse_arms("learn[adaptive=false]")[0].draft == DraftConfig()
     with pytest.raises(OptionError, match="true, false"):
-        parse_arms("static[gate=yes]")
+        parse_arms("static[adaptive=yes]")
 
 
 # Lessons of shortened and of left out rounds.
@@ -442,7 +442,7 @@ def short(number: int, length: int):
 
 
 def test_a_short_round_s_lesson_has_only_what_was_drafted() -> None:
-    store = Lessons(LearnConfig(rows="block", blocks=3), 1, G, fake_round(0, 1))
+    store = Lessons(LearnConfig(supervision="block", blocks=3), 1, G, fake_round(0, 1))
     rounds = [fake_round(0, 1), short(1, 2), fake_round(2, 1)]
     for v in rounds:
         store.absorb(v)
@@ -456,7 +456,7 @@ def test_a_short_round_s_lesson_has_only_what_was_drafted() -> None:
 
 def test_what_plain_rounds_said_teaches_nobody() -> None:
     """Hindsight rows of positions that no lesson recorded are masked."""
-    store = Lessons(LearnConfig(rows="hindsight", blocks=4), 1, G, fake_round(0, 1))
+    store = Lessons(LearnConfig(supervision="hindsight", blocks=4), 1, G, fake_round(0, 1))
     for number in (0, 1, *range(4, 9)):  # rounds 2 and 3 were plain
         store.absorb(fake_round(number, 1))
     lesson = store.newest()

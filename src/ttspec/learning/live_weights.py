@@ -20,7 +20,7 @@ SMALL = 4 << 30
 """Bytes that all copies may take for the weights themselves to learn unless told otherwise."""
 
 
-def settled(config: LearnConfig, drafter: Drafter, rows: int) -> LearnConfig:
+def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> LearnConfig:
     """The same, with what is left open chosen for this drafter and so many rows."""
     weights, copies = config.weights, 1 if config.scope == "shared" else rows
     if weights == "auto":
@@ -42,7 +42,7 @@ def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
     return count * (16 + drafter.embedding.element_size())
 
 
-class Pupil:
+class LiveWeights:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
 
     All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy.
@@ -50,7 +50,7 @@ class Pupil:
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""
-        config = settled(config, drafter, copies)
+        config = resolve_learn_config(config, drafter, copies)
         self.config, self.shared = config, config.scope == "shared"
         if config.weights == "lora":
             self.anchor, rate = drafter.changes(config.parameters, config.rank), drafter.lora_rate
@@ -66,9 +66,9 @@ class Pupil:
         dtype = next(iter(self.anchor.values())).dtype
         beside = config.publish == "ready" and self._anchor.is_cuda
         waits = not self.shared and (beside or config.publish == "stride")
-        self._live = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
+        self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
-        self.live = {n: self._seen(w) for n, w in self._views(self._live).items()}
+        self.published = {n: self._seen(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
         self._rates = self._master.new_full((copies,), self.rate)
@@ -79,7 +79,7 @@ class Pupil:
     @property
     def nbytes(self) -> int:
         """Bytes held: master, gradient and two moments, 16 a learned weight, and the live copy."""
-        live = 0 if self._live is self._master else self._live.nbytes
+        live = 0 if self._published is self._master else self._published.nbytes
         return 4 * self._master.nbytes + live
 
     def put(self, gradients: list[Tensor], *, more: bool) -> None:
@@ -126,14 +126,14 @@ class Pupil:
 
     def publish(self) -> None:
         """Let the masters draft: in place, whoever holds the live weights sees it."""
-        if self._live is not self._master:
-            self._live.copy_(self._master)
+        if self._published is not self._master:
+            self._published.copy_(self._master)
 
     def new(self) -> dict[str, Tensor]:
         """What `publish` would let draft."""
-        return {n: self._seen(w).to(self.live[n].dtype) for n, w in self.master.items()}
+        return {n: self._seen(w).to(self.published[n].dtype) for n, w in self.master.items()}
 
-    def begin_at(self, start: Mapping[str, Tensor]) -> None:
+    def start_from(self, start: Mapping[str, Tensor]) -> None:
         """Begin, now and whenever a copy begins anew, at these weights and not at the anchor's."""
         flat = [start[n].flatten().to(self._anchor) for n in self.anchor]
         self._start = torch.cat(flat)
@@ -150,7 +150,7 @@ class Pupil:
 
     def _put(self, copy: int, weights: Tensor) -> None:
         self._master[copy] = weights
-        self._live[copy] = weights.to(self._live.dtype)
+        self._published[copy] = weights.to(self._published.dtype)
         for state in self._optimisers[copy].state.values():
             for moment in state.values():
                 moment.zero_()
