@@ -137,7 +137,7 @@ def run(
 
     import ttspec
     from ttspec.bench.suites import load_suite
-    from ttspec.decoding.engine import device_of, dtype_of
+    from ttspec.decoding.loading import device_of, dtype_of
     from ttspec.models.shapes import find_shapes, random_target
 
     place = device_of(device)

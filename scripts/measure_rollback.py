@@ -53,7 +53,7 @@ def run(
     """
     import torch
 
-    from ttspec.decoding.engine import device_of
+    from ttspec.decoding.loading import device_of
     from ttspec.models.capture import Graphs
     from ttspec.models.shapes import find_shapes, random_target
 

@@ -296,8 +296,8 @@ def test_rows_at_rest_emit_nothing(toy_target_dir):
     outcomes = decoder.round()
     assert set(outcomes) == {0, 2}
     assert records[0].emitted.tolist()[1] == records[0].accepted.tolist()[1] == 0
-    assert decoder.lengths[1] == 2
-    assert decoder.budget[1] == 0
+    assert decoder.rows.lengths[1] == 2
+    assert decoder.rows.budget[1] == 0
 
 
 # Properties.

@@ -5,8 +5,8 @@ import torch
 from toys import toy_drafter, toy_engine
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.decoder import INVARIANT_WIDTH, Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import INVARIANT_WIDTH, Decoder
 from ttspec.models.target import Target
 
 PROMPTS = ["hello there"]  # one row: a token alone is read by other products than several

@@ -22,7 +22,8 @@ from ttspec.bench.tables import acceptance_table
 from ttspec.bench.watch import Watch, rounds_seen
 from ttspec.cli import main
 from ttspec.config import SamplingConfig
-from ttspec.decoding.engine import Engine, load
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.loading import load
 from ttspec.errors import OptionError
 
 HAS_GENERATOR = hasattr(__import__("transformers").generation, "DFlashTokenCandidateGenerator")

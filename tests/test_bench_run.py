@@ -138,7 +138,7 @@ def test_an_interrupt_keeps_what_is_done_and_resuming_repeats_nothing(
 def test_ctrl_c_in_the_middle_of_a_round_drops_the_unit(
     pair, suite, tmp_path, monkeypatch, rounds: int
 ) -> None:
-    from ttspec.decoding.round import Decoder
+    from ttspec.decoding.decoder import Decoder
 
     real, left = Decoder.round, [rounds]
 

@@ -35,8 +35,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
-from ttspec.decoding.round import Decoder, position_noise
+from ttspec.decoding.round import position_noise
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -147,7 +148,7 @@ def test_rows_of_a_batch_write_and_accept_what_each_does_alone(target, which: st
         keys = [200 + len(p) for p in prompts]
         first = decoder.prefill(list(range(len(ids))), ids, keys, limits)
         texts, rounds = [[t] for t in first], [[] for _ in ids]
-        while any(decoder.budget):
+        while any(decoder.rows.budget):
             for row, outcome in decoder.round().items():
                 texts[row] += outcome.tokens
                 rounds[row].append([outcome.proposed, outcome.accepted, outcome.updated])
@@ -574,9 +575,9 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
     )
     prompt = [1, 3, 0, 2]
     decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [4] * rows)
-    texts = [[token] for token in decoder.pending]
+    texts = [[token] for token in decoder.rows.pending]
     rejected = kept = 0
-    while any(decoder.budget):
+    while any(decoder.rows.budget):
         for row, outcome in decoder.round().items():
             texts[row] += outcome.tokens
             kept += outcome.accepted
@@ -730,18 +731,18 @@ def test_a_row_that_rested_while_another_went_on_continues_as_alone(target, whic
             decoder.prefill([0, 1], [first, other], [11, 12], [9, 40])
         else:
             decoder.prefill([0], [first], [11], [9])
-        notes = [(decoder.pending[0],)]
+        notes = [(decoder.rows.pending[0],)]
 
         def go_on() -> None:
-            while decoder.budget[0]:
+            while decoder.rows.budget[0]:
                 o = decoder.round()[0]
                 notes.append((*o.tokens, o.proposed, o.accepted, o.updated))
 
         go_on()
         for _ in range(5 if company else 0):
             assert 0 not in decoder.round()
-        assert not company or decoder.budget[1]
-        notes.append(tuple(decoder.prefill([0], [[decoder.pending[0], *second]], [13], [12])))
+        assert not company or decoder.rows.budget[1]
+        notes.append(tuple(decoder.prefill([0], [[decoder.rows.pending[0], *second]], [13], [12])))
         go_on()
         assert not decoder.learner or decoder.learner.updates[0] > 5
         return notes
@@ -785,7 +786,7 @@ def test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decodin
     crops = []
     stream = session.stream("hello")
     next(stream)
-    decoder = session._talk.decoder
+    decoder = session._scheduler.decoder
     crop = decoder.crop
     decoder.crop = lambda *args: (crops.append(args), crop(*args))
     *_, last = stream
@@ -801,7 +802,7 @@ def test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decodin
     stream = session.stream("once more")  # cancelled after two rounds
     next(stream), next(stream), next(stream)
     stream.close()
-    talk = session._talk
+    talk = session.conversation
     assert talk.finish == "cancelled"
     said = said[:-1] + talk.prompt_ids + talk.tokens
     _, _, third = finish(session.stream("and at last?"))
@@ -949,7 +950,7 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     start = torch.tensor([5, 9])
     noise = None
     if sampling == {}:
-        noise = position_noise(decoder._key, start + 1, 1, VOCABULARY)
+        noise = position_noise(decoder.rows.inputs.noise_key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drafter, "propose", propose)
         decoder._propose(start, start, start, 1, 0, noise)

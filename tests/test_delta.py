@@ -16,7 +16,8 @@ from toys import complaint, make_drafter, make_kind, toy_engine, twin
 
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.decoding.engine import Engine, Session
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.session import Session
 from ttspec.drafters.export import export_drafter
 from ttspec.errors import CheckpointError, OptionError, TtspecError
 from ttspec.learning.delta import Delta, difference, read_delta, weights_sha256
@@ -67,7 +68,7 @@ def begun(session: Session) -> dict[str, torch.Tensor]:
     """The live weights before the first round."""
     stream = session.stream("anything")
     next(stream)
-    state = session._talk.decoder.state
+    state = session._scheduler.decoder.state
     return {n: w.clone() for n, w in state.weights.items()}
 
 
@@ -81,14 +82,14 @@ def test_a_resumed_session_drafts_with_the_bits_that_the_saved_one_had(
 ):
     session, path = saved(which, how)
     resumed = begun(fresh(target, which).session(resume=path, learn=LEARNS[how], **SAID))
-    anchor, wanted = session.engine.drafter.weights, session._talk.decoder.state.weights
+    anchor, wanted = session.engine.drafter.weights, session._scheduler.decoder.state.weights
     assert resumed.keys() == wanted.keys()
     for name, weight in wanted.items():
         assert torch.equal(resumed[name], weight), name
     moved = [
         n for n, w in resumed.items() if n not in anchor or not w.view(-1).equal(anchor[n].view(-1))
     ]
-    assert len(moved) >= len(session._talk.decoder.learner.weights.anchor) > 3
+    assert len(moved) >= len(session._scheduler.decoder.learner.weights.anchor) > 3
 
 
 @pytest.mark.parametrize("how", LEARNS)
@@ -98,9 +99,12 @@ def test_its_first_proposals_are_those_of_the_live_session(target, saved, how: s
     still = replace(LEARNS[how], stride=1000)
     session = fresh(target, "dflash").session(learn=LEARNS[how], **SAID)
     session.send("hello there")
-    learner = session._talk.decoder.learner
+    learner = session._scheduler.decoder.learner
     learner.config = still
-    session._talk.decoder.lengths[0], session._talk.turn = 0, 0  # a new conversation, what it knows
+    session._scheduler.decoder.rows.lengths[0], session.conversation.turn = (
+        0,
+        0,
+    )  # a new conversation, what it knows
     resumed = fresh(target, "dflash").session(resume=path, learn=still, **SAID)
     static = fresh(target, "dflash").session(learn=None, **SAID)
     wanted = first(session)
@@ -168,11 +172,11 @@ def test_what_is_reset_begins_there_again_and_what_is_reverted_at_the_anchor(
     )
     start = begun(session)
     session.send("something to learn")
-    moved = session._talk.decoder.state.weights
+    moved = session._scheduler.decoder.state.weights
     assert any(not torch.equal(w, start[n]) for n, w in moved.items())
     next(session.stream("a second turn, which forgets the first"))
     assert all(torch.equal(w, start[n]) for n, w in moved.items())
-    learner = session._talk.decoder.learner
+    learner = session._scheduler.decoder.learner
     learner.revert(0)
     for name, weight in learner.weights.published.items():
         assert torch.equal(weight[0], learner.weights.anchor[name]), name
@@ -197,14 +201,14 @@ def test_an_update_under_way_is_saved_too(target, tmp_path):
     learn = replace(FULL, stride=3, publish="stride")
     session = fresh(target, "dflash").session(learn=learn, **SAID)
     session.send("hello there")
-    learner = session._talk.decoder.learner
+    learner = session._scheduler.decoder.learner
     assert learner._told is not None
     before = {n: w.clone() for n, w in session.learned().weights.items()}
     session.save(tmp_path / "d.safetensors")
     resumed = begun(
         fresh(target, "dflash").session(resume=tmp_path / "d.safetensors", learn=learn, **SAID)
     )
-    after = session._talk.decoder.state.weights
+    after = session._scheduler.decoder.state.weights
     assert all(torch.equal(w, after[n]) for n, w in resumed.items())
     assert any(not torch.equal(w[0], before[n]) for n, w in learner.weights.published.items())
 

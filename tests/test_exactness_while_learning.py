@@ -17,7 +17,8 @@ from toys import chi_square, total_variation
 from ttspec.acceptance import accept_rejection
 from ttspec.config import SamplingConfig
 from ttspec.decoding.conversation import noise_key
-from ttspec.decoding.round import Decoder, position_noise
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.round import position_noise
 from ttspec.records import Proposal
 from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, uniform
 

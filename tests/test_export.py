@@ -410,7 +410,7 @@ def test_learned_weights_come_out(target, tmp_path, which, form):
     for name, weight in anchor.weights.items():
         assert learned.weights[name].shape == weight.shape
         assert torch.equal(learned.weights[name], weight) == (name not in names), name
-    state = session._talk.decoder.state
+    state = session._scheduler.decoder.state
     assert all(torch.equal(state.weights[n][0], learned.weights[n]) for n in names)
     now = Engine(twin(target), learned)
     written = exported(now, form, tmp_path / "out")

@@ -55,9 +55,9 @@ def test_an_interrupt_while_learning_leaves_text_and_context_the_same(typist, in
     interrupt(Learner, "absorb", 3)
     _, _, result = finish(stream)
     assert result.finish_reason == "cancelled"
-    decoder = session._talk.decoder
-    assert decoder.lengths[0] == len(result.prompt_ids) + len(result.token_ids) - 1
-    assert decoder.pending[0] == result.token_ids[-1]
+    decoder = session._scheduler.decoder
+    assert decoder.rows.lengths[0] == len(result.prompt_ids) + len(result.token_ids) - 1
+    assert decoder.rows.pending[0] == result.token_ids[-1]
     assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
 
 
@@ -112,7 +112,7 @@ def test_after_an_abandoned_stream_the_next_turn_goes_on(typist, chunks: int, op
     stream = session.stream("hello")
     shown = [token for _ in range(chunks) for token in next(stream).token_ids]
     stream.close()
-    talk = session._talk
+    talk = session.conversation
     assert talk.finish == "cancelled"
     before = talk.prompt_ids + shown
     assert session.generated == len(shown)
@@ -132,8 +132,8 @@ def test_after_a_stop_the_next_turn_goes_on_from_what_was_kept(typist):
         session = maker.session(max_new_tokens=30, context=200, stop=(stop,), learn=None)
         first = session.send("hello")
         assert first.finish_reason == "stop"
-        decoder = session._talk.decoder
-        assert decoder.lengths[0] == len(first.prompt_ids) + len(first.token_ids) - 1
+        decoder = session._scheduler.decoder
+        assert decoder.rows.lengths[0] == len(first.prompt_ids) + len(first.token_ids) - 1
         second = session.send("and now?")
         if second.finish_reason != "stop":
             assert_goes_on(typist, first.prompt_ids + first.token_ids, second)

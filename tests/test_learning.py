@@ -374,7 +374,7 @@ def test_a_second_turn_starts_from_the_anchor_or_from_what_was_learned(engine, s
     learn = LearnConfig(stride=1, lr=1e-2, scope=scope)
     session = engine.session(max_new_tokens=20, seed=1, learn=learn, context=300, ignore_eos=True)
     session.send("first")
-    learner = session._talk.decoder.learner
+    learner = session._scheduler.decoder.learner
     learned = bits(learner.weights.published)
     assert not torch.equal(learned["norm.weight"][0], learner.weights.anchor["norm.weight"])
     next(session.stream("second"))
@@ -424,7 +424,7 @@ def test_statistics_count_updates_and_reverts_of_a_turn(engine):
     first = session.send("hello")
     assert first.stats.updates == sum(r.updates for r in first.rounds) == first.stats.rounds
     assert first.stats.reverts == 0
-    session._talk.decoder.learner.reverts[0] += 5  # as if in the turn before
+    session._scheduler.decoder.learner.reverts[0] += 5  # as if in the turn before
     assert session.send("again").stats.reverts == 0
 
 

@@ -133,7 +133,7 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
         stream = session.stream(f"hello {turn}")
         next(stream)
         if not turn:
-            listen(session._talk.decoder.learner, taught)
+            listen(session._scheduler.decoder.learner, taught)
         *_, chunk = stream
         result = chunk.result
         text += (result.prompt_ids[1:] if turn else result.prompt_ids) + result.token_ids
@@ -175,7 +175,7 @@ def test_what_a_stop_text_cut_off_is_no_label(engine):
         max_new_tokens=40, seed=3, ignore_eos=True, stop=(middle,), learn=learn, context=300
     )
     assert session.send("hello").finish_reason == "stop"
-    decoder = session._talk.decoder
+    decoder = session._scheduler.decoder
     lessons = decoder.learner._lessons
-    assert int(lessons._at.max()) <= decoder.lengths[0]
-    assert int(lessons._starts.max()) < decoder.lengths[0]
+    assert int(lessons._at.max()) <= decoder.rows.lengths[0]
+    assert int(lessons._starts.max()) < decoder.rows.lengths[0]

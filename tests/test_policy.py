@@ -14,9 +14,9 @@ from toys import G, fake_round, parrot, plain, toy_engine
 
 from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, DraftPolicy
-from ttspec.decoding.round import Decoder
 from ttspec.errors import OptionError
 from ttspec.learning.lessons import Lessons
 
@@ -308,7 +308,7 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
     target, which, draft, monkeypatch
 ) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
-    monkeypatch.setattr("ttspec.decoding.round.LATE", 8)
+    monkeypatch.setattr("ttspec.decoding.deferred.PLAIN_ROUNDS", 8)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)
@@ -371,7 +371,7 @@ def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
         def observe(self, length, seconds, **facts) -> None:
             super().observe(length, costs[min(length, len(costs) - 1)], **facts)
 
-    monkeypatch.setattr("ttspec.decoding.round.DraftPolicy", Told)
+    monkeypatch.setattr("ttspec.decoding.decoder.DraftPolicy", Told)
     return engine
 
 

@@ -275,7 +275,7 @@ def test_after_a_cancelled_answer_a_session_goes_on(typist, chunks):
     stream = session.stream("hello")
     shown = [token for _ in range(chunks) for token in next(stream).token_ids]
     stream.close()
-    before = session._talk.prompt_ids + shown
+    before = session.conversation.prompt_ids + shown
     assert_goes_on(typist, before, session.send("and now?"))
 
 
@@ -305,7 +305,7 @@ def test_a_row_cut_back_by_many_rounds_reads_its_text_again(typist, back):
     """No conversation cuts back further than a round; a decoder lets it."""
     session = typist.session(max_new_tokens=20, context=300, temperature=0.0)
     result = session.send("hello")
-    talk, ids = session._talk, result.prompt_ids + result.token_ids
+    talk, ids = session.conversation, result.prompt_ids + result.token_ids
     ids = ids[: len(ids) - back]
     talk.decoder.crop(0, len(ids) - 1, ids[-1])
     assert_goes_on(typist, ids, session.send("and now?"))

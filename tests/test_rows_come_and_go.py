@@ -12,8 +12,8 @@ from toys import make_kind, toy_engine, twin
 
 from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.conversation import Conversation, advance, begin
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import Decoder
 
 LEARN = LearnConfig(stride=1, blocks=2, rank=3)
 LEARNED = {"full": 1e-2, "lora": 1e-1}

@@ -107,7 +107,7 @@ def test_equal_turns_of_a_session_get_different_noise(engine):
     session = engine.session(max_new_tokens=30, seed=4, temperature=1.0, ignore_eos=True)
     first, second = session.send("again"), session.send("again")
     assert first.token_ids != second.token_ids
-    talk = session._talk
+    talk = session.conversation
     assert talk is not None
     assert len({noise_key(talk.seed, *talk._first, turn=turn) for turn in range(3)}) == 3
 

@@ -15,9 +15,9 @@ from ttspec.bench.store import read_run
 from ttspec.bench.suites import random_suite
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forced import load_random
-from ttspec.decoding.round import Decoder
 from ttspec.drafters.checkpoint import canonical, missing_and_left_over
 from ttspec.errors import DataError, OptionError
 from ttspec.models import shapes

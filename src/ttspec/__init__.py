@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-    from ttspec.decoding.engine import Engine, Session, load
+    from ttspec.decoding.engine import Engine
+    from ttspec.decoding.loading import load
+    from ttspec.decoding.session import Session
     from ttspec.errors import (
         CheckpointError,
         DataError,
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "ttspec.config": ("DraftConfig", "GenerateConfig", "LearnConfig"),
-    "ttspec.decoding.engine": ("Engine", "Session", "load"),
+    "ttspec.decoding.engine": ("Engine",),
+    "ttspec.decoding.loading": ("load",),
+    "ttspec.decoding.session": ("Session",),
     "ttspec.errors": (
         "CheckpointError",
         "DataError",

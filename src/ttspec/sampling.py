@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiled
 from ttspec.config import SamplingConfig
 
 DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
@@ -154,3 +155,23 @@ def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
         int64 `[...]`; with fresh noise distributed as softmax(processed).
     """
     return argmax(processed if noise is None else processed + noise)
+
+
+@compiled
+def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> Tensor:
+    """Drafter-invariant noise: Gumbels [B, count, V] for the positions first..first + count - 1.
+
+    Args:
+        key: int64 [B], of each row's answer.
+        first: int64 [B].
+        count: Positions.
+        vocabulary: The target's.
+    """
+    position = first[:, None] + torch.arange(count, device=first.device)
+    return gumbel(fold(key[:, None], 0, position), vocabulary)
+
+
+@compiled
+def pick(logits: Tensor, noise: Tensor | None, sampling: SamplingConfig) -> Tensor:
+    """Tokens int64 [B, T] drawn from logits [B, T, V] with noise of the same shape, or the best."""
+    return draw(process(logits, sampling), noise)

@@ -23,13 +23,14 @@ from ttspec.bench.tables import kind
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.recorded import Answer, Recording, use_recording
-from ttspec.decoding.round import ATTENTION, pick, position_noise
 from ttspec.decoding.text import next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError
 from ttspec.models.target import Target
 from ttspec.records import summarise
+from ttspec.sampling import pick, position_noise
 
 SOME = 256
 """Tokens that are drawn again at once."""

@@ -20,7 +20,8 @@ from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store, write_manifest
 from ttspec.bench.suites import Request, is_tokens, said
-from ttspec.decoding.engine import Engine, Prompt, find_drafter
+from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.loading import find_drafter
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError

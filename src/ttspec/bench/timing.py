@@ -10,8 +10,8 @@ import torch
 
 from ttspec.bench.rates import seconds_of
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import Decoder
 from ttspec.errors import ResourceError
 from ttspec.models.capture import Graphs
 from ttspec.records import Verification
@@ -85,14 +85,14 @@ def timed(
         decoder = engine.decoder(config, rows, context, sessions=False)
         fill(decoder, context, plan.tokens)
         time_rounds(decoder, plan.warm_up)
-        before = fmean(decoder.lengths)
+        before = fmean(decoder.rows.lengths)
         found = time_rounds(decoder, plan.count)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"{rows} rows of {context} tokens do not fit into memory.\n"
             "Use fewer --rows, a smaller --context, or --no-learn."
         ) from error
-    return found, (before + fmean(decoder.lengths)) / 2, decoder
+    return found, (before + fmean(decoder.rows.lengths)) / 2, decoder
 
 
 @torch.no_grad()
@@ -104,9 +104,9 @@ def models_alone(decoder: Decoder) -> float:
     drafter, state, target = decoder.drafter, decoder.state, decoder.target
     assert drafter is not None
     assert state is not None
-    device, slots = target.device, decoder.slots
-    pending = torch.zeros(decoder.rows, dtype=torch.long, device=device)
-    start = torch.tensor(decoder.lengths, device=device)
+    device, slots = target.device, decoder.rows.slots
+    pending = torch.zeros(decoder.rows.count, dtype=torch.long, device=device)
+    start = torch.tensor(decoder.rows.lengths, device=device)
 
     def choose(logits: torch.Tensor, first: int) -> tuple[torch.Tensor, None]:  # noqa: ARG001
         return logits[..., :8].argmax(-1), None
@@ -114,7 +114,7 @@ def models_alone(decoder: Decoder) -> float:
     def models(longest: int) -> torch.Tensor:
         proposal = drafter.propose(state, pending, start, pending, decoder.gamma, longest, choose)
         fed = torch.cat([pending[:, None], proposal.tokens], dim=1)
-        spans = decoder.told_spans
+        spans = decoder.target_reads_spans
         logits, features = target.forward(decoder.cache, fed, start, longest, spans=spans)
         assert logits is not None
         nothing = torch.zeros_like(pending)
@@ -135,7 +135,7 @@ def models_alone(decoder: Decoder) -> float:
         return logits
 
     run = Graphs(torch.device("cpu") if target.is_split else device, compile=decoder.compile)
-    longest = slots if decoder.told_spans and state.spans else max(decoder.lengths)
+    longest = slots if decoder.target_reads_spans and state.spans else max(decoder.rows.lengths)
     run(models, longest)
     return seconds_of(device, lambda: run(models, longest))
 
@@ -143,10 +143,10 @@ def models_alone(decoder: Decoder) -> float:
 def fill(decoder: Decoder, context: int, budget: int) -> None:
     """Read random tokens into every row: what they say does not change what a stage moves."""
     random = torch.Generator().manual_seed(0)
-    size = int(decoder.target.config.vocab_size)
-    prompts = torch.randint(size, (decoder.rows, context), generator=random).tolist()
-    rows = list(range(decoder.rows))
-    decoder.prefill(rows, prompts, rows, [budget] * decoder.rows)
+    size, count = int(decoder.target.config.vocab_size), decoder.rows.count
+    prompts = torch.randint(size, (count, context), generator=random).tolist()
+    rows = list(range(count))
+    decoder.prefill(rows, prompts, rows, [budget] * count)
 
 
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:

@@ -14,7 +14,8 @@ from ttspec.errors import OptionError
 
 if TYPE_CHECKING:
     from ttspec.cli.options import ModelFlags
-    from ttspec.decoding.engine import Engine, Session
+    from ttspec.decoding.engine import Engine
+    from ttspec.decoding.session import Session
 
 
 FILE = ".safetensors"

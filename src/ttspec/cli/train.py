@@ -99,7 +99,7 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from ttspec.decoding.engine import load
+    from ttspec.decoding.loading import load
     from ttspec.training.train import Progress as Where
     from ttspec.training.train import TrainConfig
     from ttspec.training.train import train as run

@@ -7,69 +7,97 @@ import time
 from collections.abc import Sequence
 
 from ttspec.config import GenerateConfig
-from ttspec.decoding.round import Decoder, Outcome
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.rows import RowOutcome
 from ttspec.decoding.text import TextStream
 from ttspec.records import Chunk, FinishReason, Result, Round, summarise
 
 
 class Conversation:
-    """A row of a decoder with the turns it has had."""
+    """The turns of one user, who has a row of a decoder as long as it goes on."""
 
     def __init__(
-        self, decoder: Decoder, row: int, config: GenerateConfig, seed: int, *, stream: bool = True
+        self,
+        decoder: Decoder,
+        config: GenerateConfig,
+        seed: int,
+        *,
+        occurrence: int = 0,
+        quota: int | None = None,
+        thinking: bool | None = None,
+        stream: bool = True,
     ) -> None:
-        """Start an empty conversation; without `stream`, text comes only with the result."""
-        self.decoder, self.row, self.config, self.seed = decoder, row, config, seed
-        self.quota: int | None = None
-        """Tokens that all turns together may have; None is no limit."""
-        self.thinking: bool | None = None
-        """Whether the chat template asks the target to think; None where it has no switch."""
+        """Start an empty conversation.
+
+        Args:
+            decoder: Has its row.
+            config: Limits hold for each turn.
+            seed: Of all its noise.
+            occurrence: Tells equal first prompts of equal seeds apart.
+            quota: Tokens that all turns together may have; None is no limit.
+            thinking: Whether the chat template asks the target to think; None is no such switch.
+            stream: Without it, text comes only with the result.
+        """
+        self.decoder, self.config, self.seed, self.quota = decoder, config, seed, quota
+        self.row = -1
+        """Its row, once it has one."""
+        self.thinking = thinking
         self.turn = 0
         self.generated = 0
         """Generated tokens of all turns: the position of the next one."""
         self.finish: FinishReason | None = None
-        self.opened = False
-        """A first answer was begun."""
+        """Why the last answer ended; None while one is being written."""
         self.tokens: list[int] = []
+        self.rounds: list[Round] = []
+        self.prompt_ids: list[int] = []
         self._stream = stream or bool(config.stop)
-        self._first: tuple[tuple[int, ...], int] = (), 0
+        self._occurrence = occurrence
+        self._first_prompt: list[int] = []
+        self._start = 0, 0
+        self._limit: FinishReason = "length"
+        self._reset()
 
-    def key(self, ids: Sequence[int], occurrence: int = 0) -> int:
+    def is_over(self, *, turns: int) -> bool:
+        """Whether nothing follows an answer that is over, in a dialogue of so many turns."""
+        spent = self.quota is not None and self.generated >= self.quota
+        return spent or self.turn == turns or self.finish in ("context", "cancelled")
+
+    def noise_key(self) -> int:
         """Noise key of this turn; see `noise_key`."""
-        if not self.turn:
-            self._first = tuple(ids), occurrence
-        return noise_key(self.seed, *self._first, turn=self.turn)
+        return noise_key(self.seed, self._first_prompt, self._occurrence, turn=self.turn)
 
     def open(self, ids: list[int]) -> int:
-        """Begin an answer to `ids`; the number of tokens it may have, 0 if none."""
-        self.prompt_ids, self.tokens, self.rounds = ids, [], []
-        self.finish, self.opened = None, True
-        self._text = TextStream(
-            self.decoder.target.tokenizer, self.config.stop, self.decoder.target.ends
-        )
-        self._shown = 0
-        self._start = self.decoder.lengths[self.row], self.decoder.pending[self.row]
-        self._began = time.perf_counter()
-        learner = self.decoder.learner
+        """Begin an answer to `ids`.
+
+        Returns:
+            Tokens that it may have; 0 if none, and then it is over.
+        """
+        decoder, row = self.decoder, self.row
+        self._start = decoder.rows.lengths[row], decoder.rows.pending[row]
+        if not self.turn:
+            self._first_prompt = ids
+        self._reset()
+        self.prompt_ids = ids
+        learner = decoder.learner
         if learner and self.turn and learner.config.scope == "request":
-            learner.reset(self.row)
-        self._reverts = learner.reverts[self.row] if learner else 0
-        room = self.decoder.slots - self.decoder.lengths[self.row] - len(ids)
+            learner.reset(row)
+        self._reverts = learner.reverts[row] if learner else 0
+        room = decoder.rows.slots - decoder.rows.lengths[row] - len(ids)
         most = self.config.max_new_tokens
         if self.quota is not None:
             most = min(most, self.quota - self.generated)
-        self._limit: FinishReason = "context" if room < most else "length"
+        self._limit = "context" if room < most else "length"
         budget = max(0, min(most, room))
         if not budget:
             self._close(self._limit)
         return budget
 
-    def first(self, token: int) -> None:
+    def begin(self, token: int) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
         self._take([token], ended=token in self.decoder.ends)
 
-    def advance(self, outcome: Outcome) -> None:
-        """Take what a round committed."""
+    def advance(self, outcome: RowOutcome) -> None:
+        """Take what a round emitted."""
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
         self.rounds.append(
@@ -84,13 +112,20 @@ class Conversation:
             )
         )
 
-    def cancel(self) -> None:
-        """End the answer as it is; what the decoder knows beyond it is taken back."""
-        length, pending = self._start
-        if self.tokens:
-            length += len(self.prompt_ids) + len(self.tokens) - 1
-            pending = self.tokens[-1]
-        self.decoder.crop(self.row, length, pending)
+    def cancel(self, ids: list[int] | None = None) -> None:
+        """End the answer as it is; what the decoder knows beyond it is taken back.
+
+        An answer to `ids` that was not begun ends as well, without a token.
+        """
+        if ids is not None:
+            self._reset()
+            self.prompt_ids = ids
+        elif self.row >= 0:
+            length, pending = self._start
+            if self.tokens:
+                length += len(self.prompt_ids) + len(self.tokens) - 1
+                pending = self.tokens[-1]
+            self.decoder.crop(self.row, length, pending)
         self._close("cancelled")
 
     def chunk(self) -> Chunk:
@@ -105,10 +140,17 @@ class Conversation:
             result=self._result() if self.finish else None,
         )
 
+    def _reset(self) -> None:
+        """Nothing is written of the next answer."""
+        self.finish, self.tokens, self.rounds = None, [], []
+        target = self.decoder.target
+        self._text = TextStream(target.tokenizer, self.config.stop, target.ends)
+        self._shown = self._reverts = 0
+        self._began = time.perf_counter()
+
     def _take(self, tokens: list[int], *, ended: bool) -> int:
         """Append tokens up to a stop; returns how many were kept."""
-        kept = len(tokens)
-        stopped = False
+        kept, stopped, decoder, row = len(tokens), False, self.decoder, self.row
         if self._stream:
             for i, token in enumerate(tokens):
                 if self._text.push(token):
@@ -117,20 +159,21 @@ class Conversation:
         self.tokens += tokens[:kept]
         self.generated += kept
         if kept < len(tokens):
-            decoder, over = self.decoder, len(tokens) - kept
-            decoder.crop(self.row, decoder.lengths[self.row] - over, tokens[kept - 1])
+            over = len(tokens) - kept
+            decoder.crop(row, decoder.rows.lengths[row] - over, tokens[kept - 1])
         if stopped:
             self._close("stop")
         elif ended:
             self._close("eos")
-        elif not self.decoder.budget[self.row]:
+        elif not decoder.rows.budget[row]:
             self._close(self._limit)
         return kept
 
     def _close(self, reason: FinishReason) -> None:
         self.finish = reason
         self.turn += 1
-        self.decoder.rest(self.row)
+        if self.row >= 0:
+            self.decoder.rest(self.row)
         self._seconds = time.perf_counter() - self._began
 
     def _result(self) -> Result:
@@ -146,7 +189,7 @@ class Conversation:
             prompt_tokens=len(self.prompt_ids),
             seed=self.seed,
             seconds=self._seconds,
-            reverts=learner.reverts[self.row] - self._reverts if learner else 0,
+            reverts=learner.reverts[self.row] - self._reverts if learner and self.row >= 0 else 0,
             thinking=self.thinking,
         )
         return Result(
@@ -168,27 +211,3 @@ def noise_key(seed: int, first_prompt: Sequence[int], occurrence: int = 0, *, tu
     text = f"{seed} {list(first_prompt)} {occurrence} {turn}"
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def begin(decoder: Decoder, turns: Sequence[tuple[Conversation, list[int], int]]) -> None:
-    """Begin answers side by side: (conversation, tokens to feed, occurrence of the prompt)."""
-    live = [(c, ids, n, budget) for c, ids, n in turns if (budget := c.open(ids))]
-    if not live:
-        return
-    first = decoder.prefill(
-        [c.row for c, *_ in live],
-        [ids for _, ids, *_ in live],
-        [c.key(ids, n) for c, ids, n, _ in live],
-        [budget for *_, budget in live],
-    )
-    for (conversation, *_), token in zip(live, first, strict=True):
-        conversation.first(token)
-
-
-def advance(decoder: Decoder, conversations: Sequence[Conversation]) -> None:
-    """One round for the answers that are not over."""
-    going = [c for c in conversations if not c.finish]
-    if going:
-        outcomes = decoder.round()
-        for conversation in going:
-            conversation.advance(outcomes[conversation.row])

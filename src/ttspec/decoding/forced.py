@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttspec.decoding.engine import Engine, device_of, dtype_of
-from ttspec.decoding.round import Decoder
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.loading import device_of, dtype_of
 from ttspec.errors import OptionError, ResourceError
 from ttspec.models import shapes
 from ttspec.records import Proposal
@@ -34,13 +35,14 @@ class ForcedDecoder(Decoder):
         device = self.target.device
         # Made here and never replaced: a captured graph reads them where they are.
         self._schedule = torch.tensor(list(schedule), device=device)
-        self._offset = torch.arange(self.rows, device=device)
+        self._offset = torch.arange(self.rows.count, device=device)
 
-    def _accept(
-        self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None
+    def accept(
+        self, logits: Tensor, proposal: Proposal, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        _, tokens = super()._accept(logits, proposal, start, noise)
-        turn = (self._number + self._offset) % len(self._schedule)
+        """As many as the schedule says."""
+        _, tokens = super().accept(logits, proposal, noise)
+        turn = (self.rows.inputs.number + self._offset) % len(self._schedule)
         kept = self._schedule[turn].minimum(proposal.count)
         length = proposal.tokens.shape[1]
         is_kept = torch.arange(length, device=kept.device) < kept[:, None]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.round import INVARIANT_WIDTH
+from ttspec.decoding.decoder import INVARIANT_WIDTH
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config

@@ -42,12 +42,31 @@ SPIKE = 4.0
 """Times its length's usual cost that a round is charged at most: more is another process's."""
 
 
+class FixedDraftLength:
+    """Every round drafts as many tokens."""
+
+    adaptive = False
+
+    def __init__(self, length: int) -> None:
+        """`length` drafts a round; 0 is plain decoding."""
+        self.length = length
+
+    def choose(self) -> int:
+        """Draft length of the next round."""
+        return self.length
+
+    def observe(self, length: int, seconds: float, **costs: object) -> None:
+        """Nothing follows from what a round took."""
+
+
 class DraftPolicy:
     """Chooses each round's draft length from what past rounds took and accepted.
 
     All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
     changes none of them.
     """
+
+    adaptive = True
 
     def __init__(self, longest: int, *, few: bool = False) -> None:
         """Allow `longest` drafts, a half and a quarter of it; `few`: none but `longest`."""

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ttspec.acceptance import accept_equal
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.round import Decoder
+from ttspec.decoding.prefill import PromptReader, Prompts
 from ttspec.errors import DataError
 from ttspec.models.target import Target
 from ttspec.records import Proposal
@@ -105,47 +106,56 @@ class RecordedTarget(Target):
         return self.judge(hidden), features
 
 
-class ReplayDecoder(Decoder):
-    """Keeps the drafts that are the recorded tokens."""
+class RecordedPrompts(PromptReader):
+    """Finds the recorded answers of prompts, and begins them as they were."""
 
-    def prefill(
-        self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> list[int]:
-        """As `Decoder.prefill`; the noise keys say which answers these are.
+    _target: RecordedTarget
+    _cache: Places
+
+    def begin(
+        self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
+    ) -> Prompts:
+        """As `PromptReader.begin`; the noise keys say which answers these are.
 
         Raises:
             DataError: One of them was not recorded.
         """
-        target, cache = self.target, self.cache
-        assert isinstance(target, RecordedTarget)
-        assert isinstance(cache, Places)
-        found = [a for key in keys if (a := target.recording.answers.get(key))]
+        answers = self._target.recording.answers
+        found = [answer for key in keys if (answer := answers.get(key))]
         if len(found) < len(keys):
             raise DataError(
                 "A replay was asked for an answer that was not recorded.\n"
                 "Ask what the run was asked, under its seeds."
             )
-        subset = torch.tensor(rows, device=target.device)
-        cache.first[subset] = subset.new_tensor([a.first for a in found])
-        cache.last[subset] = subset.new_tensor([a.last for a in found])
+        subset = torch.tensor(rows, device=self._target.device)
+        self._cache.first[subset] = subset.new_tensor([answer.first for answer in found])
+        self._cache.last[subset] = subset.new_tensor([answer.last for answer in found])
         # Where rounding decides, the text is the recorded one all the same.
-        budgets = [len(a.tokens) if a.cut else n for a, n in zip(found, budgets, strict=True)]
-        super().prefill(rows, prompts, keys, budgets)
-        for row, answer in zip(rows, found, strict=True):
-            self.pending[row] = answer.tokens[0]
-        return [answer.tokens[0] for answer in found]
+        pairs = zip(found, budgets, strict=True)
+        budgets = [len(answer.tokens) if answer.cut else n for answer, n in pairs]
+        self._recorded = dict(zip(rows, found, strict=True))
+        return super().begin(rows, ids, keys, budgets)
 
-    def _accept(
+    def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:  # noqa: ARG002
+        return [self._recorded[row].tokens[0] for row in prompts.rows]
+
+
+class ReplayDecoder(Decoder):
+    """Keeps the drafts that are the recorded tokens."""
+
+    reads_prompts = RecordedPrompts
+
+    def accept(
         self,
         logits: Tensor,  # noqa: ARG002
         proposal: Proposal,
-        start: Tensor,
         noise: Tensor | None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
+        """Those that equal the recorded tokens."""
         target, cache = self.target, self.cache
         assert isinstance(target, RecordedTarget)
         assert isinstance(cache, Places)
-        at = cache.of(start + 1, proposal.tokens.shape[1] + 1)
+        at = cache.of(self.rows.inputs.start + 1, proposal.tokens.shape[1] + 1)
         return accept_equal(target.recording.tokens[at], proposal)
 
 

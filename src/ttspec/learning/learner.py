@@ -9,7 +9,7 @@ are until it is over; what it makes waits in the masters until it is published.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -111,7 +111,7 @@ class Learner:
         self,
         verification: Verification,
         longest: int,
-        key: int | None = None,
+        key: Hashable | None = None,
         active: Sequence[int] | None = None,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
@@ -187,7 +187,7 @@ class Learner:
                 self._told = self._facts.to("cpu", non_blocking=True)
                 self._over.record()
 
-    def _keep(self, key: int) -> None:  # noqa: ARG002
+    def _keep(self, key: Hashable) -> None:  # noqa: ARG002
         assert self._lessons is not None
         self._lessons.absorb(self._verification)
 

@@ -6,7 +6,7 @@ addresses it was captured with: what it reads and writes must stay where it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from ttspec.compiled import compiling
 
 T = TypeVar("T")
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Graphs:
@@ -27,7 +28,7 @@ class Graphs:
     def __init__(self, device: torch.device, *, compile: bool = False) -> None:
         """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
         self.on, self.compile = device.type == "cuda", compile
-        self._made: dict[tuple[str, int], tuple[torch.cuda.CUDAGraph, Any]] = {}
+        self._made: dict[tuple[str, Hashable], tuple[torch.cuda.CUDAGraph, Any]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.on else None
         # Libraries keep scratch memory per stream of capture: graphs that may run at the same time
         # must not have it in common.
@@ -35,8 +36,8 @@ class Graphs:
 
     def __call__(
         self,
-        work: Callable[[int], T],
-        key: int,
+        work: Callable[[Key], T],
+        key: Key,
         *,
         compile: bool = True,
         changes: Sequence[Tensor] = (),
@@ -65,8 +66,8 @@ class Graphs:
 
     def _capture(
         self,
-        work: Callable[[int], T],
-        key: int,
+        work: Callable[[Key], T],
+        key: Key,
         changes: Sequence[Tensor],
         *,
         compile: bool,
@@ -88,7 +89,7 @@ class Graphs:
                     graph.capture_end()
             return graph, out
 
-    def _warm_up(self, work: Callable[[int], T], key: int, changes: Sequence[Tensor]) -> None:
+    def _warm_up(self, work: Callable[[Key], object], key: Key, changes: Sequence[Tensor]) -> None:
         assert self._stream
         before = [tensor.clone() for tensor in changes]
         self._stream.wait_stream(torch.cuda.current_stream())

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ttspec.config import DraftConfig, GenerateConfig
-from ttspec.decoding.conversation import Conversation, advance, begin
-from ttspec.decoding.engine import PREFILL_SHARE, Engine
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.text import answer_ids, next_turn_ids, prompt_ids, written_turn_ids
 from ttspec.errors import DataError
 from ttspec.records import Result, repeated_ngrams
@@ -110,45 +110,34 @@ def write_answers(
         learn=None,
     )
     decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
-    free = list(range(decoder.rows))
-    going: dict[int, tuple[Conversation, Script]] = {}
-    ready: list[tuple[Conversation, list[int], int]] = []
+    scheduler = Scheduler(decoder, config, stream=False)
+    going: dict[int, tuple[int, Script]] = {}  # by request: which dialogue
     tokens = 0
     with out.open("a", encoding="utf-8") as file:
         while todo or going:
-            waiting = {talk.row for talk, _, _ in ready}
-            for n, (talk, script) in list(going.items()):
-                if not talk.finish or talk.row in waiting:
+            while todo and len(going) < decoder.rows.count:
+                n = todo.pop()
+                script = Script(engine, dialogues[n])
+                ids = script.next(None)
+                # A prompt as long as a whole dialogue may be is no example.
+                if ids and len(ids) < decoder.rows.slots:
+                    request = Request(ids=ids, seed=seed, occurrence=n, keeps_row=True)
+                    going[scheduler.add_request(request)] = n, script
+            for request, chunk in scheduler.step():
+                if chunk.result is None:
                     continue
-                result = talk.chunk().result
-                assert result is not None
-                tokens += len(result.token_ids)
-                ids = script.next(result)
-                if ids and decoder.lengths[talk.row] + len(ids) < decoder.slots:
-                    ready.append((talk, ids, n))
+                n, script = going[request]
+                tokens += len(chunk.result.token_ids)
+                ids = script.next(chunk.result)
+                length = decoder.rows.lengths[scheduler.conversation(request).row]
+                if ids and length + len(ids) < decoder.rows.slots:
+                    scheduler.add_turn(request, ids)
                     continue
                 line = {"n": n, "ids": script.ids[: script.end], "spans": script.spans}
                 file.write(json.dumps(line) + "\n")
-                free.append(talk.row)
                 done.add(n)
-                del going[n]
-            while free and todo:
-                n, row = todo.pop(), free.pop()
-                decoder.clear(row)
-                script = Script(engine, dialogues[n])
-                ids = script.next(None)
-                if ids and len(ids) < decoder.slots:
-                    talk = Conversation(decoder, row, config, seed, stream=False)
-                    going[n] = talk, script
-                    ready.append((talk, ids, n))
-                else:  # a prompt as long as a whole dialogue may be: no example
-                    free.append(row)
-            if len(ready) > decoder.rows // PREFILL_SHARE or len(ready) == len(going):
-                begin(decoder, ready)
-                ready = []
-            else:
-                waiting = {talk.row for talk, _, _ in ready}
-                advance(decoder, [t for t, _ in going.values() if t.row not in waiting])
+                del going[request]
+                scheduler.release(request)
             if progress:
                 progress(len(done), tokens)
 

@@ -20,7 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ttspec.decoding.engine import Engine, drafter_folder
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.loading import drafter_folder
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.drafters.dflash import DFlash

@@ -1,0 +1,52 @@
+"""How draft logits become drafted tokens, and from what q they were drawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttspec.config import SamplingConfig
+from ttspec.decoding.rows import RoundInputs
+from ttspec.drafters.base import Drafter
+from ttspec.sampling import DRAFT, draw, fold, gumbel, pick, process
+
+
+@dataclass(frozen=True, slots=True)
+class DraftChoice:
+    """What a drafter calls to turn logits into tokens of the target's vocabulary."""
+
+    sampling: SamplingConfig
+    drafter: Drafter
+    rows: RoundInputs
+    vocabulary: int
+    """Of the target."""
+    noise: Tensor | None
+    """[B, G+1, V] the target's own noise where sampling is drafter-invariant: with the same noise
+    both agree more often. None where drafts are greedy or have noise of their own."""
+
+    def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
+        """Choose some drafts of every row.
+
+        Args:
+            logits: [B, g, V_draft] of the drafter.
+            first: Place of the first of them in the proposal.
+
+        Returns:
+            Tokens int64 [B, g], and q float32 [B, g, V] that they were drawn from; None is one-hot.
+        """
+        ids, width, q = self.drafter.draft_ids, logits.shape[1], None
+        if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
+            tokens = pick(logits, None, self.sampling)
+        elif self.noise is not None:
+            noise = self.noise[:, first : first + width]
+            tokens = pick(logits, noise if ids is None else noise[..., ids], self.sampling)
+        else:
+            processed = process(logits, self.sampling)
+            key = fold(self.rows.noise_key[:, None], DRAFT, self.rows.number)
+            key = fold(key, torch.arange(first, first + width, device=key.device))
+            noise = gumbel(key, self.vocabulary)
+            tokens = draw(processed, noise if ids is None else noise[..., ids])
+            q = self.drafter.widen(processed.softmax(-1), 0.0)
+        return (tokens if ids is None else ids[tokens]), q

@@ -1,0 +1,156 @@
+"""A batch of rows with all that its rounds need: caches, learner, policy. Rows come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
+from ttspec.decoding.prefill import PromptReader
+from ttspec.decoding.round import SpeculativeRound
+from ttspec.decoding.rows import RowStates
+from ttspec.decoding.timing import RoundTimer
+from ttspec.drafters.base import Drafter
+from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.update_schedule import AFTER
+from ttspec.models.capture import Graphs
+from ttspec.models.target import Target
+
+INVARIANT_WIDTH = 16
+"""Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix
+products and attention of one size give a token the same result, bit by bit, wherever it stands."""
+
+
+class Decoder(SpeculativeRound):
+    """`count` rows that decode side by side, each with its own length, budget and noise."""
+
+    reads_prompts: type[PromptReader] = PromptReader
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        *,
+        rows: int,
+        slots: int,
+        sampling: SamplingConfig,
+        draft: DraftConfig,
+        learn: LearnConfig | None,
+        ends: Sequence[int],
+        live_weights: LiveWeights | None = None,
+        policy: DraftPolicy | None = None,
+        batch_invariant: bool = False,
+        compile: bool = False,
+    ) -> None:
+        """Allocate caches, and what learns.
+
+        Args:
+            target: Verifies.
+            drafter: Drafts; None is plain decoding.
+            rows: Rows side by side.
+            slots: Tokens that each may have.
+            sampling: How tokens are chosen.
+            draft: How the drafter is run.
+            learn: How it learns; None is a static drafter.
+            ends: End tokens.
+            live_weights: In scope shared, the weights that learn from all requests.
+            policy: What an adaptive policy knows already.
+            batch_invariant: Every verification reads the same number of tokens.
+            compile: Compile what rounds do, on a GPU.
+        """
+        self.made_for: dict[str, Any] = {
+            "rows": rows,
+            "slots": slots,
+            "sampling": sampling,
+            "draft": draft,
+            "learn": learn,
+            "ends": ends,
+            "batch_invariant": batch_invariant,
+        }
+        """Another request for the same may have this decoder, after `restart`."""
+        self.target, self.drafter, self.sampling = target, drafter, sampling
+        self.gamma = 0 if drafter is None else drafter.length
+        """Tokens drafted a round at most."""
+        if drafter is not None and draft.length is not None:
+            self.gamma = min(draft.length, self.gamma)
+        self.width, self.batch_invariant = self.gamma + 1, batch_invariant
+        if batch_invariant:
+            self.width = -(-self.width // INVARIANT_WIDTH) * INVARIANT_WIDTH
+        self.cache = target.cache(rows, slots, self.width)
+        self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
+        # A graph belongs to one device: what a split target does is called, as on a CPU.
+        captures = torch.device("cpu") if target.is_split else target.device
+        self.compile, self.graphs = compile, Graphs(captures, compile=compile)
+        self.target_reads_spans = self.graphs.on and target.reads_spans
+        self.learner = None
+        if learn and drafter and self.state is not None and drafter.weights:
+            self.learner = Learner(
+                learn,
+                drafter,
+                self.state,
+                rows,
+                self.gamma,
+                live_weights=live_weights,
+                run=self.graphs,
+                after=AFTER if draft.adaptive else 0,
+            )
+        self.policy = FixedDraftLength(self.gamma)
+        if draft.adaptive and self.state is not None:
+            # Another length would be compiled anew, for longer than most answers take.
+            few = compile and self.graphs.on
+            self.policy = policy or DraftPolicy(self.gamma, few=few)
+        self.ends = frozenset(ends)
+        self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
+        self.rows = RowStates(rows, slots, target.device)
+        self.deferred = DeferredContext(drafter, self.state, self.rows)
+        self.prompts = self.reads_prompts(
+            target, self.cache, drafter, self.state, sampling, self.rows, self.deferred
+        )
+        self.timer = RoundTimer(target.device)
+
+    def prefill(
+        self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
+    ) -> list[int]:
+        """Read prompts at one go; arguments as in `PromptReader.begin`.
+
+        Returns:
+            The first token of each answer; it is pending now.
+        """
+        reading = self.prompts.begin(rows, prompts, keys, budgets)
+        while not reading.is_read:
+            self.prompts.read_piece(reading)
+        return reading.first_tokens
+
+    def rest(self, row: int) -> None:
+        """Let a row take no part until it has another prompt."""
+        self.rows.budget[row] = 0
+
+    def crop(self, row: int, length: int, pending: int) -> None:
+        """Take back what a row committed past `length`; `pending` is the token that comes next."""
+        self.rows.crop(row, length, pending)
+        self.prompts.crop(row, length)
+        if self.learner:
+            self.learner.forget(row, length)
+
+    def clear(self, row: int) -> None:
+        """Empty a row for another request; what its drafter learned goes with it."""
+        self.rows.clear(row)
+        self.deferred.clear(row)
+        self.prompts.clear(row)
+        if self.learner:
+            self.learner.reset(row)
+
+    def restart(self) -> None:
+        """Be as new, with the caches and graphs there are."""
+        for row in range(self.rows.count):
+            self.clear(row)
+        self.number = 0
+        self.deferred.restart()
+        self.timer.restart()
+        if self.learner:
+            self.learner.restart()

@@ -1,0 +1,93 @@
+"""What a drafter has not read yet, and when it reads it.
+
+A plain round drafts nothing, so its tokens wait and become context together. A draft model reads
+the last tokens again in every round, as many as it drafts: after shorter rounds it must catch up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ttspec.decoding.rows import RowStates
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.records import Verification
+
+PLAIN_ROUNDS = 32
+"""Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
+
+
+class DeferredContext:
+    """Tokens that were committed and that the drafter may not have read."""
+
+    def __init__(self, drafter: Drafter | None, state: DraftState | None, rows: RowStates) -> None:
+        """Nothing is deferred. Without `state` nothing ever is."""
+        self._drafter, self._state, self._rows = drafter, state, rows
+        self._unread = [0] * rows.count
+        """Committed tokens of each row, the last ones, that the drafter may not have read."""
+        self._plain: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Tokens, features and starts of the last plain rounds, not absorbed yet."""
+        self._last: Verification
+
+    def before_round(self, active: list[int], draft_length: int) -> None:
+        """Let the drafter read what it needs for drafts of this length."""
+        if draft_length or len(self._plain) == PLAIN_ROUNDS:
+            self.flush()
+        if draft_length:
+            self._catch_up(active, draft_length)
+
+    def before_prompt(self, rows: list[int]) -> None:
+        """Let the drafter read what some rows hold, for more to follow."""
+        self.flush()
+        if self._drafter and self._state:
+            # Reading on goes back by as many tokens as a whole draft has.
+            self._catch_up(rows, self._drafter.length)
+
+    def after_round(self, verification: Verification, active: list[int], length: int) -> None:
+        """Take note of a round of so many drafts; keep what a plain one leaves to be absorbed."""
+        if not self._state:
+            return
+        for row in active:
+            self._unread[row] = length or self._unread[row] + 1  # a plain round emits one token
+        if not length:  # what a graph returns is overwritten by its next replay
+            v = self._last = verification
+            self._plain.append((v.fed.clone(), v.features.clone(), v.start.clone()))
+
+    def flush(self) -> None:
+        """Make what plain rounds committed context.
+
+        A row that came to rest meanwhile gets what lies past its length, where it is dead.
+        """
+        if not self._plain:
+            return
+        assert self._drafter is not None
+        assert self._state is not None
+        fed, features, starts = zip(*self._plain, strict=True)
+        self._plain.clear()
+        joined = {"fed": torch.cat(fed, 1), "features": torch.cat(features, 1)}
+        self._drafter.absorb(self._state, replace(self._last, **joined, start=starts[0]))
+
+    def clear(self, row: int) -> None:
+        """A row is empty, or all it holds was read."""
+        self._unread[row] = 0
+
+    def restart(self) -> None:
+        """All rows are empty."""
+        self._unread = [0] * self._rows.count
+        self._plain.clear()
+
+    def _catch_up(self, rows: list[int], most: int) -> None:
+        """Read what is unread of some rows, if any has more of it than `most` tokens."""
+        count = max((self._unread[row] for row in rows), default=0)
+        if count <= most:
+            return
+        assert self._drafter is not None
+        assert self._state is not None
+        start = torch.full((self._rows.count,), self._rows.slots)
+        start[rows] = torch.tensor([self._rows.lengths[row] for row in rows])
+        device = self._rows.inputs.start.device
+        self._drafter.catch_up(self._state, start.to(device), count)
+        for row in rows:
+            self._unread[row] = 0

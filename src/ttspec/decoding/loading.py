@@ -1,0 +1,152 @@
+"""Where an engine comes from: names, folders and options to a target and a drafter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.decoding.engine import Engine, Notify
+from ttspec.decoding.forecast import SMALLER, drafter_weights, require_weights
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
+from ttspec.drafters.ngram import Ngram
+from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
+from ttspec.models.loading import DeviceMap, Files
+from ttspec.models.source import resolve
+from ttspec.models.target import Target, find_target, load_target, wrap_target
+
+
+def load(
+    target: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    drafter: str | Drafter | None = "auto",
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    compile: bool = False,
+    device_map: DeviceMap | None = None,
+    notify: Notify | None = None,
+) -> Engine:
+    """Load a target and a drafter.
+
+    Args:
+        target: Built-in name, local folder, .gguf file, hub id, or a loaded (model, tokenizer).
+        drafter: Built-in name, local folder, hub id or a drafter; "ngram" copies from the text;
+            "auto" is the bundled one for the target, if there is one; "none" or None is plain
+            decoding.
+        device: "auto", "cpu" or "cuda".
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        compile: On a GPU, let torch compile a round's models when they are first run: about 20
+            seconds for a third less time a round.
+        device_map: "auto" spreads a target that fits no single GPU over all; or a device for each
+            of its modules. The drafter goes where the embedding is.
+        notify: Told what takes long, and what may not fit into memory.
+
+    Raises:
+        TargetError, CheckpointError, ResourceError, OptionError: See their messages.
+    """
+    place = device_of(device)
+    files = find_target(target, notify) if isinstance(target, str) else None
+    loaded = None if isinstance(target, str) else wrap_target(*target)
+    if drafter == "auto":
+        drafter = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
+    if isinstance(drafter, str):
+        drafter = find_drafter(drafter, notify)
+    if files is not None:
+        kind = dtype_of(dtype, place)
+        loaded = _read(files, drafter, place, kind, device_map, notify)
+    elif device_map is not None:
+        raise OptionError("device_map is given, and the target is loaded already.\nLeave it out.")
+    assert loaded is not None
+    engine = Engine(loaded, drafter)
+    engine.compile, engine.notify = compile, notify
+    if compile and loaded.is_split:
+        engine.compile = False
+        if notify:
+            notify("compile is for one GPU; a target on several is not compiled.")
+    if compile and place.type != "cuda" and notify:
+        notify("compile is for a GPU; on a CPU nothing is compiled.")
+    return engine
+
+
+def _read(
+    files: Files,
+    drafter: Drafter | None,
+    place: torch.device,
+    kind: torch.dtype,
+    device_map: DeviceMap | None,
+    notify: Notify | None,
+) -> Target:
+    """The target's weights, if there is room for them and the drafter's."""
+    places, split = [place], device_map is not None
+    if split and place.type == "cuda":
+        places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    more = drafter_weights(drafter, kind)
+    if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
+        more = 0  # it is there already, and stays as it is
+    short = require_weights(files.nbytes(kind), more, places, name=files.source.name, split=split)
+    if short and notify:
+        notify(short)
+    try:
+        return load_target(files, device=place, dtype=kind, device_map=device_map)
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"The weights of {files.source.name} do not fit into memory.\n{SMALLER}"
+        ) from error
+
+
+def find_drafter(name: str, notify: Notify | None = None) -> Drafter | None:
+    """A drafter by built-in name, local folder or hub id; None for "none".
+
+    Raises:
+        CheckpointError: There is none, or its files are not what they should be.
+    """
+    if name == "none":
+        return None
+    return Ngram() if name == "ngram" else load_drafter(name, drafter_folder(name, notify))
+
+
+def drafter_folder(name: str, notify: Notify | None = None) -> Path:
+    """Where a drafter's files are: a built-in name, a local folder or a hub id.
+
+    Raises:
+        CheckpointError: There is none.
+    """
+    if name and (BUNDLED / name).is_dir():
+        return BUNDLED / name
+    try:
+        found = resolve(name, notify=notify)
+        if found.origin == "gguf":
+            raise TargetError(f"{name} is a GGUF file, and no drafter is read from one.")
+        return found.path
+    except TargetError as error:
+        bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
+        built_in = ", ".join(["ngram", "none", *bundled])
+        first = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{first}\nGive a drafter's folder, a hub id, or a built-in one: {built_in}."
+        ) from error
+
+
+def device_of(name: str) -> torch.device:
+    """A device by option: "auto", "cpu" or "cuda"."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise OptionError(f"device is {name!r}; allowed are auto, cpu and cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ResourceError("device is cuda, but torch finds no CUDA device here.\nUse cpu.")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def dtype_of(name: str, device: torch.device) -> torch.dtype:
+    """A dtype by option; "auto" is bfloat16 where the hardware has it."""
+    kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name == "auto":
+        native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
+        return torch.bfloat16 if native else torch.float32
+    if name not in kinds:
+        raise OptionError(f"dtype is {name!r}; allowed are auto, {', '.join(kinds)}.")
+    return kinds[name]

@@ -1,0 +1,206 @@
+"""Reading prompts in pieces, and reading again what a recurrent target's states have lost.
+
+Between two pieces other rows may have rounds: a row takes no part until its prompt is whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ttspec.config import SamplingConfig
+from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.rows import RowStates
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.models.target import Target
+from ttspec.rowcache import RowCache
+from ttspec.sampling import draw, position_noise, process
+
+PIECE = 512
+"""Prompt tokens of a row read at once."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
+LOST = -1
+
+
+@dataclass(slots=True, kw_only=True)
+class Prompts:
+    """Prompts of some rows that are being read together."""
+
+    rows: list[int]
+    ids: list[list[int]]
+    """Tokens to read; in a later turn the row's pending token comes first."""
+    budgets: list[int]
+    """Tokens that each answer may have, at least 1."""
+    position: list[int]
+    """Where in its row each one's next piece begins."""
+    last: int
+    """Tokens of the last piece, which ends where every prompt ends."""
+    read: int = 0
+    """Tokens of the longest one that were read."""
+    first_tokens: list[int] = field(default_factory=list)
+    """The first token of each answer, once all is read."""
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the rows may decode."""
+        return bool(self.first_tokens) or not self.rows
+
+    def drop(self, row: int) -> None:
+        """Leave a row out."""
+        at = self.rows.index(row)
+        for values in (self.rows, self.ids, self.budgets, self.position):
+            del values[at]
+
+
+class PromptReader:
+    """Feeds rows, to the target and to its drafter."""
+
+    def __init__(
+        self,
+        target: Target,
+        cache: RowCache,
+        drafter: Drafter | None,
+        state: DraftState | None,
+        sampling: SamplingConfig,
+        rows: RowStates,
+        deferred: DeferredContext,
+    ) -> None:
+        """Nothing is read yet."""
+        self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
+        self._sampling, self._rows, self._deferred = sampling, rows, deferred
+        self._recurrent = [0] * rows.count
+        """The least length to which a row's recurrent states can go back, or `LOST`."""
+
+    def begin(
+        self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
+    ) -> Prompts:
+        """Prepare rows to be fed after what they hold.
+
+        Args:
+            rows: Which rows.
+            ids: Tokens to read; in a later turn the row's pending token comes first.
+            keys: 64-bit noise key of each row's answer.
+            budgets: Tokens that each answer may have, at least 1.
+        """
+        self.restore(rows)
+        self._deferred.before_prompt(rows)
+        device = self._target.device
+        subset = torch.tensor(rows, device=device)
+        noise_key = self._rows.inputs.noise_key
+        noise_key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
+        self.invalidate(rows)  # until all is read
+        position = [self._rows.lengths[row] for row in rows]
+        return Prompts(
+            rows=list(rows),
+            ids=list(ids),
+            budgets=list(budgets),
+            position=position,
+            last=min(PIECE, *map(len, ids)),
+        )
+
+    @torch.no_grad()
+    def read_piece(self, prompts: Prompts) -> None:
+        """Read up to `PIECE` tokens of every row; with the last ones draw the first tokens."""
+        self._deferred.flush()  # what rounds between two pieces have left
+        last = prompts.last  # what longer prompts have more goes before
+        if prompts.read < max(map(len, prompts.ids)) - last:
+            piece = slice(prompts.read, prompts.read + PIECE)
+            parts = [ids[:-last][piece] for ids in prompts.ids]
+            live = [i for i, part in enumerate(parts) if part]
+            at = [prompts.position[i] for i in live]
+            self._feed([prompts.rows[i] for i in live], [parts[i] for i in live], at)
+            for i in live:
+                prompts.position[i] += len(parts[i])
+            prompts.read += PIECE
+            return
+        ends = [ids[-last:] for ids in prompts.ids]
+        logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
+        assert logits is not None
+        prompts.position = [n + last for n in prompts.position]
+        prompts.first_tokens = self._draw(logits, prompts)
+        for row, length, ids, token, budget in zip(
+            prompts.rows,
+            prompts.position,
+            prompts.ids,
+            prompts.first_tokens,
+            prompts.budgets,
+            strict=True,
+        ):
+            self._rows.begin(row, length, ids, token, budget - 1)
+            self._deferred.clear(row)
+            self._recurrent[row] = length
+
+    def invalidate(self, rows: list[int]) -> None:
+        """Say that the target's recurrent states of some rows may be of another text."""
+        if self._target.recurrent:
+            for row in rows:
+                self._recurrent[row] = LOST
+
+    def validate(self, row: int) -> None:
+        """A round of this row is whole: its states go back to where it began, no further."""
+        self._recurrent[row] = self._rows.lengths[row]
+
+    def crop(self, row: int, length: int) -> None:
+        """A row goes back to `length`, further perhaps than its states do."""
+        if length < self._recurrent[row]:
+            self.invalidate([row])
+
+    def clear(self, row: int) -> None:
+        """A row is empty."""
+        self._recurrent[row] = 0
+
+    def restore(self, rows: list[int]) -> None:
+        """Read the texts of rows again whose states are lost; keys, values and features are not."""
+        for row in rows:
+            if self._recurrent[row] != LOST:
+                continue
+            text = self._rows.tokens[row][: self._rows.lengths[row]]
+            for begin in range(0, len(text), PIECE):
+                self._read([row], [text[begin : begin + PIECE]], [begin])
+            self._recurrent[row] = self._rows.lengths[row]
+
+    def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
+        noise = None
+        if self._sampling.temperature > 0:
+            start = torch.tensor(prompts.position, device=logits.device)
+            key = self._rows.inputs.noise_key[torch.tensor(prompts.rows, device=logits.device)]
+            noise = position_noise(key, start, 1, int(self._target.config.vocab_size))
+        return draw(process(logits, self._sampling), noise)[:, 0].tolist()
+
+    def _feed(
+        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
+    ) -> Tensor | None:
+        """Read prompt tokens; returns the logits [B, 1, V] of the last column, if asked for."""
+        tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
+        if self._drafter and self._state:
+            with sdpa_kernel(ATTENTION):
+                self._drafter.extend(self._state, tokens, features, start, subset)
+        return out
+
+    def _read(
+        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Let the target read: tokens, starts, which rows (None is all), logits and features."""
+        device = self._target.device
+        width = max(map(len, parts))
+        tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
+        start = torch.tensor(at, device=device)
+        counts = torch.tensor([len(p) for p in parts], device=device)
+        # Some rows' keys are copied before they are read; those of all rows are not.
+        every = rows == list(range(self._rows.count))
+        subset = None if every else torch.tensor(rows, device=device)
+        with sdpa_kernel(ATTENTION):
+            out, features = self._target.forward(
+                self._cache,
+                tokens,
+                start,
+                max(at),
+                subset=subset,
+                counts=counts,
+                logits=1 if logits else 0,
+            )
+        return tokens, start, subset, out, features

@@ -1,0 +1,105 @@
+"""What the host knows of each row, and what a round's stages read of it on the device.
+
+The host's lengths are the truth. They move when a round is whole, so a round that is interrupted
+leaves a row where it was, and what it wrote past the row's length is dead. Knows no models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundInputs:
+    """Rows as the device sees them. The tensors stay where they are: captured graphs read them."""
+
+    pending: Tensor
+    """int64 [B]: each row's last committed token, which the target has not read."""
+    start: Tensor
+    """int64 [B]: its position. Of a row that takes no part a position past all slots, where
+    nothing is kept."""
+    budget: Tensor
+    """int64 [B]: tokens that the row may still emit; 0 for one that takes no part."""
+    number: Tensor
+    """int64 [1]: the round's number."""
+    noise_key: Tensor
+    """int64 [B]: key of all noise of the row's answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowOutcome:
+    """What a round did to one row, on the host."""
+
+    tokens: list[int]
+    """The tokens it emitted."""
+    proposed: int
+    accepted: int
+    ended: bool
+    """The last token is an end token."""
+    updated: bool
+    """The row's drafter was updated after the round."""
+    seconds: tuple[float, float, float]
+    """Of drafting, verifying and learning; on a GPU of the round before, since reading this one's
+    would wait for it."""
+    length: int | None = None
+    """Drafts that an adaptive policy let the round have; None without one."""
+
+
+class RowStates:
+    """Lengths, pending tokens, budgets and tokens of `count` rows of `slots` tokens each."""
+
+    def __init__(self, count: int, slots: int, device: torch.device) -> None:
+        """All rows are empty."""
+        self.count, self.slots = count, slots
+        self.lengths = [0] * count
+        """Committed tokens of each row that are in the cache: all but the pending one."""
+        self.pending = [0] * count
+        self.budget = [0] * count
+        """Tokens that a row may still emit; 0 for a row that takes no part."""
+        self.tokens: list[list[int]] = [[] for _ in range(count)]
+        """Each row's committed tokens and its pending one."""
+        uploaded = torch.zeros(4, count, dtype=torch.long, device=device)
+        self._uploaded = uploaded
+        self.inputs = RoundInputs(
+            pending=uploaded[0],
+            start=uploaded[1],
+            budget=uploaded[2],
+            number=uploaded[3, :1],
+            noise_key=torch.zeros(count, dtype=torch.long, device=device),
+        )
+
+    def active(self) -> list[int]:
+        """Rows that take part in a round."""
+        return [row for row, budget in enumerate(self.budget) if budget > 0]
+
+    def upload(self, number: int) -> None:
+        """Bring what a round reads to the device, in one copy."""
+        pairs = zip(self.lengths, self.budget, strict=True)
+        start = [length if budget > 0 else self.slots for length, budget in pairs]
+        numbers = [number] * self.count
+        self._uploaded.copy_(torch.tensor([self.pending, start, self.budget, numbers]))
+
+    def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
+        """Let a row decode: `ids` now end at `length`, and `first` is pending."""
+        self.lengths[row], self.pending[row], self.budget[row] = length, first, budget
+        self.tokens[row] = [*self.tokens[row][: length - len(ids)], *ids, first]
+
+    def commit(self, row: int, emitted: list[int]) -> None:
+        """Move a row on by the tokens that a round emitted; the last one is pending."""
+        self.tokens[row] += emitted
+        self.lengths[row] += len(emitted)
+        self.pending[row] = emitted[-1]
+        self.budget[row] -= len(emitted)
+
+    def crop(self, row: int, length: int, pending: int) -> None:
+        """Take back what was committed past `length`; `pending` is the token that comes next."""
+        self.lengths[row], self.pending[row] = length, pending
+        self.tokens[row] = [*self.tokens[row][:length], pending]
+
+    def clear(self, row: int) -> None:
+        """Empty a row."""
+        self.lengths[row] = self.budget[row] = 0
+        self.tokens[row] = []

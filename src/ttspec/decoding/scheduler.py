@@ -1,0 +1,206 @@
+"""Requests in, events out: who has a row, whose prompt is read, and when a round is due.
+
+A step reads a piece of waiting prompts, has one round of the rows that decode, or both. So a long
+prompt holds up nobody for longer than a piece of it. Whoever serves adds a queue of its own.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.prefill import Prompts
+from ttspec.records import Chunk
+
+ROWS_PER_PREFILL = 16
+"""Turns begin together when more than a row in so many waits for one: reading a prompt holds up
+all rows, so in a large batch rows wait for company."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A conversation that begins, or one turn."""
+
+    ids: list[int]
+    """Tokens of the first prompt."""
+    seed: int
+    """Of all noise of the conversation."""
+    occurrence: int = 0
+    """Tells equal prompts of equal seeds apart."""
+    quota: int | None = None
+    """Tokens that all turns together may have; None is no limit."""
+    thinking: bool | None = None
+    """What the chat template asked for; only told in the statistics."""
+    keeps_row: bool = False
+    """More turns may follow: the row is freed by `release`, not at the end of the answer."""
+
+
+class Scheduler:
+    """Gives the rows of one decoder to requests, which all have its sampling options."""
+
+    def __init__(self, decoder: Decoder, config: GenerateConfig, *, stream: bool = True) -> None:
+        """No request yet.
+
+        Args:
+            decoder: Its rows are this scheduler's alone.
+            config: Of all requests; limits hold for each turn.
+            stream: Without it, text comes only with a result.
+        """
+        self.decoder, self.config, self._stream = decoder, config, stream
+        self._free = list(range(decoder.rows.count))
+        self._queue: deque[int] = deque()
+        """Requests without a row."""
+        self._conversations: dict[int, Conversation] = {}
+        self._keeps_row: dict[int, bool] = {}
+        self._ids: dict[int, list[int]] = {}
+        """What requests ask that were not begun."""
+        self._ready: list[int] = []
+        """Those of them that have a row."""
+        self._reading: tuple[Prompts, list[int]] | None = None
+        """Prompts that are being read, and whose."""
+        self._decoding: list[int] = []
+        self._next_id = 0
+
+    def add_request(self, request: Request) -> int:
+        """Queue a conversation.
+
+        Returns:
+            Its id, which is never used again.
+        """
+        number, self._next_id = self._next_id, self._next_id + 1
+        self._conversations[number] = Conversation(
+            self.decoder,
+            self.config,
+            request.seed,
+            occurrence=request.occurrence,
+            quota=request.quota,
+            thinking=request.thinking,
+            stream=self._stream,
+        )
+        self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
+        self._queue.append(number)
+        return number
+
+    def add_turn(self, request: int, ids: list[int]) -> None:
+        """Queue the next turn of a conversation that keeps its row; `ids` begin as the row ends."""
+        self._ids[request] = ids
+        self._ready.append(request)
+
+    def conversation(self, request: int) -> Conversation:
+        """What is known of a request, until its row is freed."""
+        return self._conversations[request]
+
+    def has_unfinished(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self._queue or self._ready or self._reading or self._decoding)
+
+    def step(self) -> list[tuple[int, Chunk]]:
+        """Read a piece of prompts, or have a round; both where a long prompt would hold up others.
+
+        Returns:
+            (request, chunk) of each request with something new. A chunk with a result ends a turn.
+        """
+        self._give_rows()
+        moved: list[int] = []
+        company = len(self._ready) > self.decoder.rows.count // ROWS_PER_PREFILL
+        if self._ready and not self._reading and (company or not self._decoding):
+            moved = self._begin()
+        if self._reading:
+            moved += self._read_piece()
+        if self._decoding and (self._reading or not moved):
+            moved += self._round()
+        events = [(request, self._conversations[request].chunk()) for request in moved]
+        for request, chunk in events:
+            if chunk.result and not self._keeps_row[request]:
+                self.release(request)
+        return events
+
+    def abort(self, request: int) -> Chunk | None:
+        """End a request's answer as it is. Its row is free at once, unless it keeps it.
+
+        Returns:
+            Its last chunk; None if its answer was over, or it is not known.
+        """
+        talk = self._conversations.get(request)
+        begun = request not in self._ids
+        if talk is None or (begun and talk.finish):
+            return None
+        if begun:
+            if self._reading and request in self._reading[1]:
+                self._reading[0].drop(talk.row)
+                self._reading[1].remove(request)
+                self._end_reading()
+            elif request in self._decoding:
+                self._decoding.remove(request)
+            talk.cancel()
+        else:
+            (self._ready if request in self._ready else self._queue).remove(request)
+            talk.cancel(self._ids.pop(request))
+        chunk = talk.chunk()
+        if talk.row < 0 or not self._keeps_row[request]:
+            self.release(request)
+        return chunk
+
+    def abort_all(self) -> list[tuple[int, Chunk]]:
+        """End all answers, those that were not begun too."""
+        chunks = [(request, self.abort(request)) for request in list(self._conversations)]
+        return [(request, chunk) for request, chunk in chunks if chunk]
+
+    def release(self, request: int) -> None:
+        """Forget a conversation that is over; its row is free."""
+        talk = self._conversations.pop(request)
+        del self._keeps_row[request]
+        if talk.row >= 0:
+            self._free.append(talk.row)
+
+    def _give_rows(self) -> None:
+        while self._free and self._queue:
+            request, row = self._queue.popleft(), self._free.pop()
+            self.decoder.clear(row)
+            self._conversations[request].row = row
+            self._ready.append(request)
+
+    def _begin(self) -> list[int]:
+        """Begin to read what is ready; requests whose answers are over before they begin."""
+        requests, self._ready = self._ready, []
+        asked = [(r, self._conversations[r], self._ids.pop(r)) for r in requests]
+        budgets = {r: talk.open(ids) for r, talk, ids in asked}
+        live = [(r, talk, ids) for r, talk, ids in asked if budgets[r]]
+        if live:
+            prompts = self.decoder.prompts.begin(
+                [talk.row for _, talk, _ in live],
+                [ids for *_, ids in live],
+                [talk.noise_key() for _, talk, _ in live],
+                [budgets[r] for r, *_ in live],
+            )
+            self._reading = prompts, [r for r, *_ in live]
+        return [r for r in requests if not budgets[r]]
+
+    def _read_piece(self) -> list[int]:
+        """Read on; once all is read, the requests, which have their first token now."""
+        assert self._reading is not None
+        prompts, requests = self._reading
+        self.decoder.prompts.read_piece(prompts)
+        if not prompts.is_read:
+            return []
+        for request, token in zip(requests, prompts.first_tokens, strict=True):
+            self._conversations[request].begin(token)
+        self._end_reading()
+        self._decoding += [r for r in requests if not self._conversations[r].finish]
+        return requests
+
+    def _end_reading(self) -> None:
+        if self._reading and self._reading[0].is_read:
+            self._reading = None
+
+    def _round(self) -> list[int]:
+        """One round; the requests that took part."""
+        outcomes, moved = self.decoder.round(), self._decoding
+        for request in moved:
+            talk = self._conversations[request]
+            talk.advance(outcomes[talk.row])
+        self._decoding = [r for r in moved if not self._conversations[r].finish]
+        return moved
