@@ -24,15 +24,15 @@ class Listening(Decoder):
     heard: dict[tuple[int, int], torch.Tensor]
 
     def round(self):
-        start = list(self.lengths)
+        start = list(self.rows.lengths)
         outcomes = super().round()
         for row, outcome in outcomes.items():
             for i in range(len(outcome.tokens)):
                 self.heard[row, start[row] + i] = self._verified[row, i].clone()
         return outcomes
 
-    def _read_block(self, fed, start, longest):
-        logits, features = super()._read_block(fed, start, longest)
+    def _forward(self, fed, longest):
+        logits, features = super()._forward(fed, longest)
         self._verified = logits
         return logits, features
 

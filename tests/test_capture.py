@@ -11,14 +11,17 @@ from typing import Any
 import pytest
 import torch
 from test_conformance import ALL, NOW, VARIANTS, engine_of
-from test_gate import scheduled
+from test_policy import scheduled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toys import toy_engine
 
+from ttspec import sampling as samplings
 from ttspec.config import DraftConfig
+from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.models import target as targets
 from ttspec.models.capture import Graphs
@@ -133,7 +136,7 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
             return Engine(target, None) if which == "none" else engine_of(target, which)
 
         with monkeypatch.context() as patch:
-            patch.setattr(rounds, "Graphs", Tapes)
+            patch.setattr(decoders, "Graphs", Tapes)
             captured = say(engine(), **options)
         assert captured == say(engine(), **options), options
     assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
@@ -147,7 +150,7 @@ def test_captured_rounds_of_changing_lengths_do_what_the_rounds_do(target, which
     for learn in (None, NOW) if which != "ngram" else (None,):
         arms = []
         for graphs in (Tapes, Graphs):
-            monkeypatch.setattr(rounds, "Graphs", graphs)
+            monkeypatch.setattr(decoders, "Graphs", graphs)
             made = scheduled(engine_of(target, which), [9, 1, 0, 0, 2, 9, 0, 0, 0, 0, 0, 0])
             arms.append(say(made, learn=learn, max_new_tokens=40))
         assert arms[0] == arms[1]
@@ -164,28 +167,28 @@ WAITING = {
 
 @pytest.mark.parametrize("wait", WAITING)
 def test_a_round_that_waits_is_found(target, monkeypatch, wait: str) -> None:
-    real = rounds.process
+    real = samplings.process
 
     def waiting(logits, sampling):
         return real(WAITING[wait](logits), sampling)
 
-    monkeypatch.setattr(rounds, "process", waiting)
-    monkeypatch.setattr(rounds, "Graphs", Tapes)
+    monkeypatch.setattr(samplings, "process", waiting)
+    monkeypatch.setattr(decoders, "Graphs", Tapes)
     with pytest.raises(AssertionError, match="waits for the device"):
         say(engine_of(target, "dflash"))
 
 
 def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None:
-    real = rounds.Decoder._accept
+    real = Decoder.accept
 
-    def stale(self, logits, proposal, start, noise):
-        accepted, tokens = real(self, logits, proposal, start, noise)
-        return accepted, (tokens + self._round) % 250
+    def stale(self, logits, proposal, noise):
+        accepted, tokens = real(self, logits, proposal, noise)
+        return accepted, (tokens + self.number) % 250
 
-    monkeypatch.setattr(rounds.Decoder, "_accept", stale)
-    monkeypatch.setattr(rounds, "Graphs", Tapes)
+    monkeypatch.setattr(Decoder, "accept", stale)
+    monkeypatch.setattr(decoders, "Graphs", Tapes)
     captured = say(engine_of(target, "ngram"), temperature=0.0)
-    monkeypatch.setattr(rounds, "Graphs", Graphs)
+    monkeypatch.setattr(decoders, "Graphs", Graphs)
     assert captured != say(engine_of(target, "ngram"), temperature=0.0)
 
 

@@ -35,9 +35,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
-from ttspec.decoding.round import position_noise
+from ttspec.decoding.round import RoundShape, position_noise
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -614,18 +615,18 @@ class LateUpdate(Decoder):
     The round is the real one; what it would have learned at its end waits for the next verdict.
     """
 
-    def _verify(self, longest: int):
+    def verify(self, shape: RoundShape):
         learner, (proposal, noise) = self.learner, self._drafted
         if not hasattr(self, "_learn"):
             self._learn, learner.absorb = learner.absorb, self._wait
         else:
             assert any(self._learn(*self._waiting)), "no weight moved"
-            self._drafted = self._judged(proposal, longest), noise
-        return super()._verify(longest)
+            self._drafted = self._judged(proposal, shape.longest), noise
+        return super().verify(shape)
 
     def _wait(self, *round_: Any) -> list[bool]:
         self._waiting = round_
-        return [False] * self.rows
+        return [False] * self.rows.count
 
     def _judged(self, proposal: Proposal, longest: int) -> Proposal:
         return proposal
@@ -635,8 +636,8 @@ class LateQ(LateUpdate):
     """Wrong: q is computed again, from the weights of now, for the tokens that others drafted."""
 
     def _judged(self, proposal: Proposal, longest: int) -> Proposal:
-        fed = torch.cat([self._facts[0][:, None], proposal.tokens], dim=1)
-        at = self._start()[:, None]
+        fed = torch.cat([self.rows.inputs.pending[:, None], proposal.tokens], dim=1)
+        at = self.rows.inputs.start[:, None]
         before = None if proposal.before is None else proposal.before[:, None]
         logits = self.drafter.replay(
             self.state, lesson(fed[:, None], at, before), self.gamma, longest
@@ -942,22 +943,16 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     decoder = engine.decoder(config, 2, 8, sessions=False)
     logits = torch.randn(2, 1, len(known))
     given: list[Any] = []
-
-    def propose(state, pending, start, count, length, longest, choose):
-        given.append(choose(logits, 0))
-        return Proposal(tokens=given[0][0], count=count)
-
     start = torch.tensor([5, 9])
     noise = None
     if sampling == {}:
         noise = position_noise(decoder.rows.inputs.noise_key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drafter, "propose", propose)
-        decoder._propose(start, start, start, 1, 0, noise)
+        choose = DraftChoice(decoder.sampling, drafter, decoder.rows.inputs, VOCABULARY, noise)
+        given.append(choose(logits, 0))
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
-        logits = wide
-        decoder._propose(start, start, start, 1, 0, noise)
+        given.append(choose(wide, 0))
     (tokens, q), (wanted, wanted_q) = given
     assert torch.equal(tokens, wanted)
     assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")

@@ -8,6 +8,7 @@ exactness.md names, and demands that the same measure finds it.
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +17,22 @@ from toys import chi_square, total_variation
 
 from ttspec.acceptance import accept_rejection
 from ttspec.config import SamplingConfig
+from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.round import position_noise
+from ttspec.decoding.rows import RoundInputs
 from ttspec.records import Proposal
-from ttspec.sampling import ACCEPT, DRAFT, RESIDUAL, draw, exponential, fold, gumbel, uniform
+from ttspec.sampling import (
+    ACCEPT,
+    DRAFT,
+    RESIDUAL,
+    draw,
+    exponential,
+    fold,
+    gumbel,
+    position_noise,
+    uniform,
+)
 
 TEXTS = 200_000
 V, LONG, G = 3, 3, 2
@@ -31,7 +43,7 @@ LESSON = 2.5
 class Loop:
     """`TEXTS` texts at once: p is a table by position and last token, q by position and text.
 
-    `_propose` and `_accept` are the decoder's own.
+    `DraftChoice` and `accept` are the decoder's own.
     """
 
     def __init__(
@@ -41,27 +53,33 @@ class Loop:
         self.logp = (1.2 * torch.randn(LONG, V, V, generator=generator)).log_softmax(-1)
         first = 0.8 * torch.randn(LONG, V, generator=generator)
         self.q = first.expand(len(keys), LONG, V).clone()
-        # What the decoder's methods look at.
-        self._key, self._number, self.gamma, self.rows = keys, torch.zeros(1).long(), G, len(keys)
-        self._vocabulary = V
+        zeros = torch.zeros(len(keys), dtype=torch.long)
+        self.inputs = RoundInputs(
+            pending=zeros, start=zeros, budget=zeros, number=zeros[:1].clone(), noise_key=keys
+        )
+        # What the decoder's `accept` looks at.
+        self.rows = SimpleNamespace(inputs=self.inputs)
+        self.count = len(keys)
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
         )
-        self.drafter, self.state, self.draft_ids = self, self, None
-
-    def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:
-        at = (start[:, None] + torch.arange(G)).clamp(max=LONG - 1)
-        tokens, q = choose(self.q[torch.arange(self.rows)[:, None], at], 0)
-        return Proposal(tokens=tokens, count=count, q=q)
+        self.draft_ids = None
 
     def widen(self, values: Tensor, other: float) -> Tensor:
         return values
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        return Decoder._propose(self, start, start, count, G, 0, noise)  # type: ignore[arg-type]
+        choose = DraftChoice(self.sampling, self, self.inputs, V, noise)  # type: ignore[arg-type]
+        tokens, q = choose(self.drafted(start), 0)
+        return Proposal(tokens=tokens, count=count, q=q)
+
+    def drafted(self, start: Tensor) -> Tensor:
+        """Draft logits at the positions after `start`."""
+        at = (start[:, None] + torch.arange(G)).clamp(max=LONG - 1)
+        return self.q[torch.arange(self.count)[:, None], at]
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        return Decoder._accept(self, logits, proposal, start, noise)  # type: ignore[arg-type]
+        return Decoder.accept(self, logits, proposal, noise)  # type: ignore[arg-type]
 
     def length(self, proposal: Proposal) -> Tensor:
         """How many drafts are verified: the decoder's answer, a matter of the budget alone."""
@@ -79,16 +97,16 @@ class Loop:
 
     def write(self) -> Tensor:
         """All texts, int64 [TEXTS, LONG]."""
-        row = torch.arange(self.rows)[:, None]
-        text = torch.zeros(self.rows, LONG + G + 2, dtype=torch.long)  # text[:, 0] comes before
-        start = torch.zeros(self.rows, dtype=torch.long)
+        row = torch.arange(self.count)[:, None]
+        text = torch.zeros(self.count, LONG + G + 2, dtype=torch.long)  # text[:, 0] comes before
+        start = torch.zeros(self.count, dtype=torch.long)
         while (start < LONG).any():
             live = start < LONG
             budget = LONG - start
             count = (budget - 1).clamp(min=0, max=G)
             noise = None
             if self.sampling.acceptance == "invariant":
-                noise = position_noise(self._key, start + 1, G + 1, V)
+                noise = position_noise(self.inputs.noise_key, start + 1, G + 1, V)
             proposal = self.draft(start, count, noise)
             proposal = Proposal(
                 tokens=proposal.tokens, q=proposal.q, count=self.length(proposal).clamp(max=count)
@@ -102,7 +120,7 @@ class Loop:
             text[row, slot] = tokens
             self.learn(start, proposal, live)
             start = start + emitted
-            self._number += 1
+            self.inputs.number.add_(1)
         return text[:, 1 : LONG + 1]
 
 
@@ -197,7 +215,9 @@ class BetterOfTwo(Loop):
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
         one = super().draft(start, count, noise)
-        other_key = fold(fold(self._key[:, None], 77, self._number), torch.arange(G))
+        other_key = fold(
+            fold(self.inputs.noise_key[:, None], 77, self.inputs.number), torch.arange(G)
+        )
         two = draw(one.q.log(), gumbel(other_key, V))
         look = [one.q.gather(-1, t[..., None]).prod(1) for t in (one.tokens, two)]
         return Proposal(
@@ -234,21 +254,22 @@ class DraftNoiseByPosition(Loop):
     """Wrong: a position drafted again gets the noise that drafted it before."""
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        def choose(logits: Tensor, _: int) -> tuple[Tensor, Tensor]:
-            key = fold(self._key[:, None], DRAFT, start[:, None] + torch.arange(G))
-            return draw(logits, gumbel(key, V)), logits.softmax(-1)
-
-        return self.propose(self, start, start, count, G, 0, choose)
+        key = fold(self.inputs.noise_key[:, None], DRAFT, start[:, None] + torch.arange(G))
+        logits = self.drafted(start)
+        tokens = draw(logits, gumbel(key, V))
+        return Proposal(tokens=tokens, count=count, q=logits.softmax(-1))
 
 
 class VerdictLearner(Loop):
     """Learns from the verdict on every row, those after the first rejection included."""
 
     def u_keys(self, start: Tensor) -> Tensor:
-        return fold(fold(self._key[:, None], ACCEPT, self._number), torch.arange(G))
+        return fold(
+            fold(self.inputs.noise_key[:, None], ACCEPT, self.inputs.number), torch.arange(G)
+        )
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        fresh = exponential(fold(self._key, RESIDUAL, self._number), V)
+        fresh = exponential(fold(self.inputs.noise_key, RESIDUAL, self.inputs.number), V)
         p, u = logits.softmax(-1), uniform(self.u_keys(start))
         drafts = proposal.tokens[..., None]
         self.kept = u * proposal.q.gather(-1, drafts)[..., 0] < p[:, :G].gather(-1, drafts)[..., 0]
@@ -262,14 +283,16 @@ class UniformsByPosition(VerdictLearner):
     """Wrong: accept uniforms belong to a position."""
 
     def u_keys(self, start: Tensor) -> Tensor:
-        return fold(self._key[:, None], ACCEPT, start[:, None] + torch.arange(G))
+        return fold(self.inputs.noise_key[:, None], ACCEPT, start[:, None] + torch.arange(G))
 
 
 class UniformsFromDraftNoise(VerdictLearner):
     """Wrong: the number that drew a token also judges it."""
 
     def u_keys(self, start: Tensor) -> Tensor:
-        return fold(fold(self._key[:, None], DRAFT, self._number), torch.arange(G))
+        return fold(
+            fold(self.inputs.noise_key[:, None], DRAFT, self.inputs.number), torch.arange(G)
+        )
 
 
 def test_hole_b_fresh_noise_is_exact_even_when_every_verdict_is_a_lesson():
@@ -301,10 +324,8 @@ def second_turn(key_of_turn: Callable[[int, int], int]) -> tuple[Tensor, Loop]:
 
     loop = Loop(keys(0))
     loop.write()
-    loop._number = torch.zeros(
-        1
-    ).long()  # as after a resume; within one decoder rounds go on counting
-    loop._key = keys(1)
+    loop.inputs.number.zero_()  # as after a resume; within one decoder rounds go on counting
+    loop.inputs.noise_key.copy_(keys(1))
     return loop.write(), loop
 
 
@@ -326,9 +347,9 @@ class Retry(Loop):
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         first, tokens = super().accept(logits, proposal, start, noise)
-        self._number += 1_000_000
+        self.inputs.number.add_(1_000_000)
         second, again = super().accept(logits, proposal, start, noise)
-        self._number -= 1_000_000
+        self.inputs.number.sub_(1_000_000)
         bad = (first == 0) & (proposal.count > 0)
         return torch.where(bad, second, first), torch.where(bad[:, None], again, tokens)
 
@@ -338,11 +359,11 @@ class BetterWeights(Loop):
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         first, tokens = super().accept(logits, proposal, start, noise)
-        live, self.q = self.q, Loop(self._key).q
-        self._number += 1_000_000
+        live, self.q = self.q, Loop(self.inputs.noise_key).q
+        self.inputs.number.add_(1_000_000)
         anchor = self.draft(start, proposal.count, noise)
         second, again = super().accept(logits, anchor, start, noise)
-        self._number -= 1_000_000
+        self.inputs.number.sub_(1_000_000)
         self.q = live
         # Only the first position is comparable: p past it hangs on the draft that was fed.
         lucky = (second > 0) & (first == 0) & (proposal.count > 0)

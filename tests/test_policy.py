@@ -257,7 +257,7 @@ KINDS = [k for k in ALL if k in ("dflash", "eagle3", "pard", "pard2", "causal", 
     ],
 )
 def test_a_text_is_the_same_however_often_lengths_change(target, which: str, rows) -> None:
-    learn = rows and replace(NOW, rows=rows, blocks=4)
+    learn = rows and replace(NOW, supervision=rows, blocks=4)
     for temperature in (0.0, 0.7):
         options = {"max_new_tokens": 30, "seed": 5, "ignore_eos": True, "temperature": temperature}
         wanted = engine_of(target, which).generate(

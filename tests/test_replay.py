@@ -13,6 +13,7 @@ from ttspec.bench.arms import parse_arms
 from ttspec.bench.replay import check_replayed, open_source, prepare
 from ttspec.bench.store import read_run
 from ttspec.cli import main
+from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.errors import DataError
@@ -98,7 +99,7 @@ def test_a_round_of_a_replay_can_be_captured(pairs, run, tmp_path, monkeypatch) 
     arms = f"plain,static,learn[{LEARN}]"
     assert replay(pairs["eagle3"], run, tmp_path / "a", arms) == 0
     monkeypatch.setattr(rounds, "BUCKET", 16)
-    monkeypatch.setattr(rounds, "Graphs", Tapes)
+    monkeypatch.setattr(decoders, "Graphs", Tapes)
     before = Tapes.replayed
     assert replay(pairs["eagle3"], run, tmp_path / "b", arms) == 0
     assert Tapes.replayed > before

@@ -11,9 +11,9 @@ import torch
 from toys import make_kind, toy_engine, twin
 
 from ttspec.config import GenerateConfig, LearnConfig
-from ttspec.decoding.conversation import Conversation, advance, begin
-from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Request, Scheduler
 
 LEARN = LearnConfig(stride=1, blocks=2, rank=3)
 LEARNED = {"full": 1e-2, "lora": 1e-1}
@@ -111,35 +111,28 @@ def test_memory_that_is_kept_is_seen(target):
 TOGETHER = {"max_new_tokens": 16, "temperature": 0.9, "ignore_eos": True}
 
 
-def talk(
-    decoder: Decoder, row: int, config: GenerateConfig, prompt: str, seed: int
-) -> tuple[Conversation, list[int]]:
-    """A request that takes a row over, as `Engine.run` gives it one."""
-    decoder.clear(row)
-    ids = decoder.target.tokenizer.encode(prompt)
-    return Conversation(decoder, row, config, seed), ids
-
-
 def drafted(conversation: Conversation) -> list[tuple[int, int, int]]:
     return [(r.proposed, r.accepted, r.updates) for r in conversation.rounds]
 
 
-def cancelled(decoder: Decoder, going: Conversation) -> None:
+def cancelled(scheduler: Scheduler, going: int) -> None:
     """In the middle of an update, where those wait to be published."""
-    assert decoder.learner.config.publish != "stride" or decoder.learner._told is not None
-    going.cancel()
+    learner = scheduler.decoder.learner
+    assert learner.config.publish != "stride" or learner._told is not None
+    scheduler.abort(going)
 
 
-def reverted(decoder: Decoder, going: Conversation) -> None:
-    decoder.learner.revert(0 if decoder.learner.shared else going.row)
-    going.cancel()
+def reverted(scheduler: Scheduler, going: int) -> None:
+    learner, row = scheduler.decoder.learner, scheduler.conversation(going).row
+    learner.revert(0 if learner.shared else row)
+    scheduler.abort(going)
 
 
-def cropped(decoder: Decoder, going: Conversation) -> None:
+def cropped(scheduler: Scheduler, going: int) -> None:
     """A stop text: what came after it is taken back."""
-    kept = len(going.tokens) - 2
-    going.tokens = going.tokens[:kept]
-    going.cancel()
+    conversation = scheduler.conversation(going)
+    conversation.tokens = conversation.tokens[:-2]
+    scheduler.abort(going)
 
 
 PASTS: dict[str, Callable] = {"cancel": cancelled, "revert": reverted, "crop": cropped}
@@ -151,27 +144,28 @@ def after(engine: Engine, learn: LearnConfig, past: str | None) -> list[tuple[in
     Both begin after six rounds of the batch, or of nothing: updates come at the same rounds.
     """
     config = GenerateConfig(learn=learn, **TOGETHER)
-    decoder = engine.decoder(config, 2, 30, sessions=False)
+    scheduler = Scheduler(engine.decoder(config, 2, 30, sessions=False), config)
+
+    def ask(prompt: str, seed: int) -> int:
+        return scheduler.add_request(Request(ids=engine.tokenizer.encode(prompt), seed=seed))
+
     if past:
-        others = [
-            talk(decoder, row, config, prompt, 7)
-            for row, prompt in enumerate(("what the tenant before wants to know", "beside it"))
-        ]
-        begin(decoder, [(c, ids, 0) for c, ids in others])
-        conversations = [c for c, _ in others]
+        asked = [ask("what the tenant before wants to know", 7), ask("beside it", 7)]
+        while not scheduler.step():  # until both prompts are read
+            pass
         for number in range(6):
-            advance(decoder, conversations)
+            scheduler.step()
             if number == 3 and past == "revert":
-                PASTS[past](decoder, conversations[0])
+                PASTS[past](scheduler, asked[0])
         if past != "revert":
-            PASTS[past](decoder, conversations[0])
-        assert decoder.learner.updates[0] > 0
-    new, ids = talk(decoder, 0, config, "and now a word of mine", 3)
-    begin(decoder, [(new, ids, 0)])
-    while not new.finish:
-        advance(decoder, [new, *(conversations[1:] if past else [])])
-    assert sum(n for *_, n in drafted(new)) >= 3
-    return drafted(new)
+            PASTS[past](scheduler, asked[0])
+        assert max(scheduler.decoder.learner.updates) > 0
+    new = ask("and now a word of mine", 3)
+    conversation = scheduler.conversation(new)
+    while not conversation.finish:
+        scheduler.step()
+    assert sum(n for *_, n in drafted(conversation)) >= 3
+    return drafted(conversation)
 
 
 @pytest.fixture(scope="module")

@@ -194,13 +194,13 @@ def test_what_is_kept_is_what_the_caches_hold(small):
 
 def test_a_round_does_all_that_a_real_one_does(small, monkeypatch):
     engine = load_random(small, "2", device="cpu", dtype="float32")
-    calls, real = [], Decoder._accept
+    calls, real = [], Decoder.accept
 
     def watch(self, *args):
         calls.append(self)
         return real(self, *args)
 
-    monkeypatch.setattr(Decoder, "_accept", watch)
+    monkeypatch.setattr(Decoder, "accept", watch)
     (result,) = engine.generate(prompts(1), max_new_tokens=13, learn=None)
     assert len(calls) == len(result.rounds) == 4
 
