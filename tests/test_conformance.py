@@ -615,14 +615,14 @@ class LateUpdate(Decoder):
     The round is the real one; what it would have learned at its end waits for the next verdict.
     """
 
-    def verify(self, shape: RoundShape):
-        learner, (proposal, noise) = self.learner, self._drafted
+    def verify_and_accept(self, shape: RoundShape):
+        learner, (proposal, noise) = self.learner, self._proposed
         if not hasattr(self, "_learn"):
             self._learn, learner.absorb = learner.absorb, self._wait
         else:
             assert any(self._learn(*self._waiting)), "no weight moved"
-            self._drafted = self._judged(proposal, shape.longest), noise
-        return super().verify(shape)
+            self._proposed = self._judged(proposal, shape.longest), noise
+        return super().verify_and_accept(shape)
 
     def _wait(self, *round_: Any) -> list[bool]:
         self._waiting = round_

@@ -175,3 +175,22 @@ def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> T
 def pick(logits: Tensor, noise: Tensor | None, sampling: SamplingConfig) -> Tensor:
     """Tokens int64 [B, T] drawn from logits [B, T, V] with noise of the same shape, or the best."""
     return draw(process(logits, sampling), noise)
+
+
+def rejection_noise(
+    key: Tensor, number: Tensor, drafts: int, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """Noise of one round's verdict under the rejection rule, which no other round has.
+
+    Args:
+        key: int64 [B], of each row's answer.
+        number: int64 [1], the round's.
+        drafts: G.
+        vocabulary: V.
+
+    Returns:
+        Uniforms float32 [B, G] in [0, 1), and standard exponentials float32 [B, V].
+    """
+    column = torch.arange(drafts, device=key.device)
+    u = uniform(fold(fold(key[:, None], ACCEPT, number), column))
+    return u, exponential(fold(key, RESIDUAL, number), vocabulary)

@@ -1,10 +1,10 @@
 """One round of speculative decoding, straight down. Knows tokens, not text.
 
-propose   the drafter drafts tokens                          `propose`
-verify    the target reads the pending token and the drafts  `verify`
-accept    which drafts are kept, and what comes after them   `accept`, called by `verify`
-commit    the rows' lengths move                             `RowStates.commit`
-hand on   drafter, learner and policy get the verification
+propose   the drafter drafts tokens
+verify    the target reads the pending token and the drafts in one forward
+accept    which drafts are kept, and which token comes after them
+commit    each row's length moves on the host; nothing is copied
+hand on   the drafter, the learner and the policy get the verification
 
 What happens between rounds is a neighbour's job: `prefill.py` reads prompts, `deferred.py` what
 a drafter has not read yet, `policy.py` says how much is drafted, `decoder.py` puts it all together.
@@ -33,16 +33,7 @@ from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification
 from ttspec.rowcache import BUCKET, RowCache, reach_of
-from ttspec.sampling import (
-    ACCEPT,
-    RESIDUAL,
-    exponential,
-    fold,
-    pick,
-    position_noise,
-    process,
-    uniform,
-)
+from ttspec.sampling import pick, position_noise, process, rejection_noise
 from ttspec.spans import batch_invariant
 
 
@@ -78,7 +69,7 @@ class SpeculativeRound:
     """Whether the device knows how far each row reads, so that one graph serves any length."""
     number: int = 0
     """Rounds so far."""
-    _drafted: tuple[Proposal, Tensor | None]
+    _proposed: tuple[Proposal, Tensor | None]
 
     @torch.no_grad()
     def round(self) -> dict[int, RowOutcome]:
@@ -96,9 +87,9 @@ class SpeculativeRound:
         self.prompts.invalidate(active)  # until the round is whole
         self.rows.upload(self.number)
 
-        self._drafted = self.graphs(self.propose, shape)
+        self._proposed = self.graphs(self.propose, shape)
         self.timer.lap()
-        verification, verdict = self.graphs(self.verify, shape)
+        verification, verdict = self.graphs(self.verify_and_accept, shape)
         verdict = verdict.tolist()  # the round's one wait for the device
         self.timer.lap()
 
@@ -136,14 +127,14 @@ class SpeculativeRound:
         asked = rows.pending, rows.start, count, length, shape.longest, choose
         return self.drafter.propose(self.state, *asked), noise
 
-    def verify(self, shape: RoundShape) -> tuple[Verification, Tensor]:
-        """The target's reading of the drafts and the verdict, which the drafter absorbs.
+    def verify_and_accept(self, shape: RoundShape) -> tuple[Verification, Tensor]:
+        """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
 
         Returns:
             The verification; and for the host int64 [B, 4 + G+1]: emitted, accepted and proposed
             tokens, whether an end token is the last one, and the tokens.
         """
-        rows, (proposal, noise) = self.rows.inputs, self._drafted
+        rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
         accepted, tokens = self.accept(logits, proposal, noise)
@@ -171,10 +162,8 @@ class SpeculativeRound:
         """Accepted drafts int64 [B], and the tokens int64 [B, G+1] of which one more is emitted."""
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
             return accept_equal(pick(logits, noise, self.sampling), proposal)
-        rows = self.rows.inputs
-        column = torch.arange(proposal.tokens.shape[1], device=logits.device)
-        u = uniform(fold(fold(rows.noise_key[:, None], ACCEPT, rows.number), column))
-        fresh = exponential(fold(rows.noise_key, RESIDUAL, rows.number), logits.shape[-1])
+        rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
+        u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
         p = process(logits, self.sampling).softmax(-1)
         return accept_rejection(p, proposal, u, fresh)
 

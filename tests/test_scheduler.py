@@ -1,0 +1,146 @@
+"""Requests in, events out: rows come and go, and nobody waits for a long prompt."""
+
+import pytest
+from toys import plain, toy_engine
+
+from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.records import Chunk, Result
+
+OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
+LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
+SHORT, LONG = "hello there", "a long prompt " * 12
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir) -> Engine:
+    return toy_engine(toy_target_dir)
+
+
+def scheduler_of(engine: Engine, rows: int, **options) -> Scheduler:
+    config = GenerateConfig(**{**OPTIONS, "learn": LEARN, **options})
+    return Scheduler(engine.decoder(config, rows, 300, sessions=False), config)
+
+
+def ask(scheduler: Scheduler, prompt: str, seed: int = 1, **options) -> int:
+    ids = scheduler.decoder.target.tokenizer.encode(prompt)
+    return scheduler.add_request(Request(ids=ids, seed=seed, **options))
+
+
+def finish(scheduler: Scheduler) -> dict[int, Result]:
+    """Results of all requests, by request."""
+    found: dict[int, Result] = {}
+    while scheduler.has_unfinished():
+        found |= {r: chunk.result for r, chunk in scheduler.step() if chunk.result}
+    return found
+
+
+def alone(engine: Engine, prompt: str, seed: int = 1, **options) -> list[int]:
+    ids = engine.tokenizer.encode(prompt)
+    return plain(engine, ids, seed=seed, **{**OPTIONS, **options}).token_ids
+
+
+def test_requests_that_come_and_go_write_what_each_writes_alone(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=2)
+    prompts = [SHORT, "and another", LONG, "the last one"]
+    asked = [ask(scheduler, prompt, seed=n) for n, prompt in enumerate(prompts[:3])]
+    for _ in range(4):
+        scheduler.step()
+    asked.append(ask(scheduler, prompts[3], seed=3))
+    found = finish(scheduler)
+    for n, (request, prompt) in enumerate(zip(asked, prompts, strict=True)):
+        assert found[request].token_ids == alone(engine, prompt, seed=n), prompt
+
+
+@pytest.mark.parametrize("piece", [7, 16])
+def test_a_long_prompt_is_read_between_the_rounds_of_others(engine, monkeypatch, piece) -> None:
+    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", piece)
+    scheduler = scheduler_of(engine, rows=2, max_new_tokens=60)
+    first = ask(scheduler, SHORT)
+    scheduler.step()
+    scheduler.step()
+    second, rounds_before_it = ask(scheduler, LONG), 0
+    while True:
+        moved = dict(scheduler.step())
+        if second in moved:
+            break
+        assert first in moved, "a step without a round of the row that decodes"
+        rounds_before_it += 1
+    assert rounds_before_it >= len(LONG) // piece - 1
+    found = finish(scheduler)
+    wanted = [alone(engine, prompt, max_new_tokens=60) for prompt in (SHORT, LONG)]
+    assert [found[first].token_ids, found[second].token_ids] == wanted
+
+
+def test_an_abort_frees_the_row_within_the_call(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=1)
+    first, second = ask(scheduler, SHORT), ask(scheduler, "and another")
+    for _ in range(3):
+        scheduler.step()
+    last = scheduler.abort(first)
+    assert last is not None
+    assert last.result is not None
+    assert last.result.finish_reason == "cancelled"
+    assert last.result.token_ids == alone(engine, SHORT)[: len(last.result.token_ids)] != []
+    assert [request for request, _ in scheduler.step()] == [second]
+    assert finish(scheduler)[second].token_ids == alone(engine, "and another")
+    assert scheduler.abort(first) is None
+
+
+def test_an_abort_while_the_prompt_is_read_leaves_the_others_as_they_were(
+    engine, monkeypatch
+) -> None:
+    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    scheduler = scheduler_of(engine, rows=3)
+    asked = [ask(scheduler, prompt) for prompt in (LONG, SHORT, LONG + "again")]
+    scheduler.step()
+    assert scheduler.step() == []
+    last = scheduler.abort(asked[1])
+    assert last is not None
+    assert last.result is not None
+    assert last.result.token_ids == []
+    again = ask(scheduler, SHORT)
+    found = finish(scheduler)
+    assert found[asked[0]].token_ids == alone(engine, LONG)
+    assert found[asked[2]].token_ids == alone(engine, LONG + "again")
+    assert found[again].token_ids == alone(engine, SHORT)
+
+
+def test_all_prompts_that_are_read_together_may_be_aborted(engine, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    scheduler = scheduler_of(engine, rows=2)
+    ask(scheduler, LONG)
+    ask(scheduler, LONG + "again")
+    scheduler.step()
+    ended = scheduler.abort_all()
+    assert [chunk.result.finish_reason for _, chunk in ended if chunk.result] == ["cancelled"] * 2
+    assert not scheduler.has_unfinished()
+    assert finish(scheduler) == {}
+    request = ask(scheduler, SHORT)
+    assert finish(scheduler)[request].token_ids == alone(engine, SHORT)
+
+
+def test_a_request_that_never_had_a_row_ends_without_a_token(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=1)
+    first, second = ask(scheduler, SHORT), ask(scheduler, "and another")
+    scheduler.step()
+    chunk: Chunk | None = scheduler.abort(second)
+    assert chunk is not None
+    assert chunk.result is not None
+    assert (chunk.result.token_ids, chunk.result.finish_reason) == ([], "cancelled")
+    assert finish(scheduler).keys() == {first}
+
+
+def test_a_conversation_keeps_its_row_until_it_is_released(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=1)
+    first, waiting = ask(scheduler, SHORT, keeps_row=True), ask(scheduler, "and another")
+    while not (events := dict(scheduler.step())) or not events[first].result:
+        assert waiting not in events
+    row = scheduler.conversation(first).row
+    scheduler.add_turn(first, [scheduler.decoder.rows.pending[row], *b" go on"])
+    while not (events := dict(scheduler.step())) or not events[first].result:
+        assert waiting not in events
+    assert scheduler.step() == []
+    scheduler.release(first)
+    assert finish(scheduler)[waiting].token_ids == alone(engine, "and another")
