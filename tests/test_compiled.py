@@ -7,7 +7,7 @@ from torch._dynamo.utils import counters
 from toys import toy_engine
 
 from ttspec import compiled
-from ttspec.decoding import round as rounds
+from ttspec.decoding import decoder as decoders
 from ttspec.decoding.engine import Engine
 from ttspec.drafters import causal, dflash, eagle3
 from ttspec.models import layers
@@ -60,7 +60,7 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
         return [tokens[:16] for tokens in said]
 
     plain = say()
-    monkeypatch.setattr(rounds, "Graphs", Compiled)
+    monkeypatch.setattr(decoders, "Graphs", Compiled)
     for room in (dflash, eagle3, causal):  # as on a GPU, where attention reads what is seen
         monkeypatch.setattr(room, "reach_to_see", lambda length, keys: None)
     assert say() == plain

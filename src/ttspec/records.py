@@ -106,7 +106,7 @@ class Round:
     seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Wall-clock seconds of drafting, verifying and learning, of all rows together."""
     length: int | None = None
-    """Drafts that the gate let the round have; None without a gate."""
+    """Drafts that an adaptive policy let the round have; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,9 +130,9 @@ class Stats:
     repeated_8grams: float
     """Share of the generated 8-grams that had occurred before."""
     plain_rounds: int = 0
-    """Rounds in which the gate let nothing be drafted."""
+    """Rounds in which an adaptive policy let nothing be drafted."""
     draft_lengths: dict[str, int] = field(default_factory=dict)
-    """Rounds by the draft length that the gate chose."""
+    """Rounds by the draft length that an adaptive policy chose."""
     thinking: bool | None = None
     """Whether the chat template asked the target to think; None where it has no such switch."""
 
