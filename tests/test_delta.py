@@ -198,7 +198,7 @@ def test_an_update_under_way_is_saved_too(target, tmp_path):
     session = fresh(target, "dflash").session(learn=learn, **SAID)
     session.send("hello there")
     learner = session._talk.decoder.learner
-    assert learner._told is not None
+    assert learner._pending is not None
     before = {n: w.clone() for n, w in session.learned().weights.items()}
     session.save(tmp_path / "d.safetensors")
     resumed = begun(

@@ -18,7 +18,7 @@ from ttspec.losses import expected_length, forward_kl, survival_weights, total_v
 
 
 def verdict(guard: Guard, copy: int, live: float, anchor: float) -> bool:
-    return guard.worse(copy, live, anchor, before=live, new=live)
+    return guard.is_worse(copy, live, anchor, before=live, after=live)
 
 
 def test_a_ruin_shows_at_the_first_comparison():
@@ -29,8 +29,8 @@ def test_a_ruin_shows_at_the_first_comparison():
 
 def test_a_step_that_is_far_too_large_never_drafts():
     guard = Guard(4, 8, 2)
-    assert guard.worse(0, live=4.0, anchor=4.0, before=4.0, new=2.0)
-    assert not guard.worse(1, live=0.1, anchor=0.1, before=0.3, new=0.1)
+    assert guard.is_worse(0, live=4.0, anchor=4.0, before=4.0, after=2.0)
+    assert not guard.is_worse(1, live=0.1, anchor=0.1, before=0.3, after=0.1)
 
 
 def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
@@ -39,7 +39,7 @@ def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better
     assert not any(verdicts[:5])
     assert verdicts[-1]
     assert not any(verdict(guard, 1, live=4.1, anchor=4.0) for _ in range(200))
-    guard.forget(0)
+    guard.reset(0)
     assert guard.gain() == pytest.approx(4.1 / 4.0)
 
 
@@ -48,7 +48,7 @@ def test_chance_alone_hardly_ever_puts_weights_back():
     rng = Random(0)
     guard, reverts = Guard(4, 8, 1), 0
     for _ in range(200):
-        guard.forget(0)
+        guard.reset(0)
         for _ in range(60):  # those of 2,000 rounds
             anchor = rng.uniform(0, 4)
             live = max(0.0, anchor + rng.gauss(0, 0.5))
@@ -64,7 +64,7 @@ def test_it_compares_early_and_then_now_and_then(every: int, count: int):
     due = []
     for _ in range(count):
         due += guard.due([True])
-        guard.count(0)
+        guard.record_update(0)
     assert due == [n < EARLY or n % every == 0 for n in range(count)]
 
 
@@ -73,7 +73,7 @@ def test_updates_that_had_nothing_to_teach_do_not_use_up_the_early_comparisons()
     for _ in range(2 * EARLY):
         assert guard.due([True]) == [True]
     for _ in range(EARLY):
-        guard.count(0)
+        guard.record_update(0)
     assert guard.due([True]) == [False]
 
 
@@ -81,7 +81,7 @@ def updates_until_put_back(seed: int, *, again: bool) -> int:
     """Of a copy that loses a tenth, as far as comparisons of four blocks can tell."""
     rng, guard, updates = Random(seed), Guard(8, 16, 1), 0
     if again:
-        guard.put_back(0)
+        guard.record_revert(0)
         while guard.resting()[0]:
             guard.due([True])
     while updates < 200:
@@ -89,7 +89,7 @@ def updates_until_put_back(seed: int, *, again: bool) -> int:
         live = 2.9 + rng.gauss(0, 0.4)
         if guard.due([True])[0] and verdict(guard, 0, live, 3.2):
             break
-        guard.count(0)
+        guard.record_update(0)
     return updates
 
 
@@ -104,21 +104,21 @@ def test_a_copy_that_seems_behind_is_compared_until_that_is_decided():
 def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     guard = Guard(4, 8, 2)
     for times in range(4):
-        guard.put_back(0)
+        guard.record_revert(0)
         rested = 0
         while guard.resting()[0]:
             assert not guard.resting()[1]
             guard.due([True, True])
             rested += 1
         assert rested == REST // 8 * 4**times
-    guard.forget(0)
-    guard.put_back(0)
+    guard.reset(0)
+    guard.record_revert(0)
     assert guard._copies[0].rest == REST // 8
 
 
 def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
     guard = Guard(4, 8, 2)
-    guard.put_back(0)
+    guard.record_revert(0)
     for _ in range(50):
         assert guard.due([False, True])[0] is False
     assert guard.resting() == [True, False]
@@ -128,7 +128,7 @@ def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
 def test_without_a_guard_nothing_is_compared_and_nobody_rests():
     guard = Guard(0, 8, 1)
     assert not any(guard.due([True])[0] for _ in range(9))
-    guard.put_back(0)
+    guard.record_revert(0)
     assert guard.resting() == [False]
 
 

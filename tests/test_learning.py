@@ -24,7 +24,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
-from ttspec.learning import learner as learning
+from ttspec.learning import distillation, live_weights
 from ttspec.learning.learner import Learner
 from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl
@@ -320,7 +320,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
     config = LearnConfig(stride=1, lr=0.5, eps=1.0, decay=2.0)
     moved, calls = [], []
     for limit in (1 << 20, at_once):
-        monkeypatch.setattr(learning, "AT_ONCE", limit * VOCABULARY)
+        monkeypatch.setattr(distillation, "AT_ONCE", limit * VOCABULARY)
         learner, drafter, given = taught(which, config)
         replay = drafter.replay
 

@@ -177,5 +177,5 @@ def test_what_a_stop_text_cut_off_is_no_label(engine):
     assert session.send("hello").finish_reason == "stop"
     decoder = session._talk.decoder
     lessons = decoder.learner._lessons
-    assert int(lessons._at.max()) <= decoder.lengths[0]
+    assert int(lessons._ring_positions.max()) <= decoder.lengths[0]
     assert int(lessons._starts.max()) < decoder.lengths[0]

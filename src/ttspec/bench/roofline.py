@@ -21,7 +21,7 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
-from ttspec.learning.learner import AT_ONCE
+from ttspec.learning.distillation import AT_ONCE
 from ttspec.models.target import Target
 
 
