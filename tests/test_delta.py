@@ -125,12 +125,12 @@ def test_the_difference_of_weights_gives_them_back_bit_for_bit():
     "learn",
     [
         None,
-        replace(FULL, parameters="mlp"),
+        replace(FULL, parameters="last"),
         replace(LORA, rank=2),
-        replace(LORA, parameters="attention"),
+        replace(LORA, parameters="last"),
         FULL,
     ],
-    ids=["static", "full, mlps", "other rank", "other matrices", "full"],
+    ids=["static", "full, last", "other rank", "other matrices", "full"],
 )
 def test_where_copies_cannot_begin_there_the_drafter_is_multiplied_out(
     target, saved, how: str, learn: LearnConfig | None

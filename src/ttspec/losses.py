@@ -22,7 +22,7 @@ def position_weights(length: int, decay: float, device: torch.device | str = "cp
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row. Its gradient q - p is computed on the way: no V-wide tensor is kept twice.
+    """KL(p || q) per row; its gradient q - p is made on the way, so one V-wide tensor is kept.
 
     Args:
         p_logits: [..., V] the target's logits, no gradient.

@@ -90,6 +90,6 @@ class Distillation:
             self.state.weights = live
 
     def _target(self, lesson: Lesson) -> Tensor:
-        """p [B, A, G, V_draft] of what can be drafted, among all tokens."""
+        """P [B, A, G, V_draft] of what can be drafted, among all tokens."""
         log_p, ids = lesson.logits.float().log_softmax(-1), self.drafter.draft_ids
         return (log_p if ids is None else log_p[..., ids]).exp()

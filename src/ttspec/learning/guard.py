@@ -30,8 +30,8 @@ step."""
 EARLY = 4
 """A copy's first updates are all compared: a rate that is far too high shows at once."""
 REST, LONGER = 64, 4
-"""Rounds that a reverted copy sits out, and how many times as many each further time: a rate that is
-too high stays so."""
+"""Rounds that a reverted copy sits out, and how many times as many each further time: a rate
+that is too high stays so."""
 
 
 @dataclass(slots=True)

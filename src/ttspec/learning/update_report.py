@@ -30,12 +30,12 @@ class UpdateReport:
 
     @property
     def has_lesson(self) -> Tensor:
-        """bool [B]: some block taught the row."""
+        """Bool [B]: some block taught the row."""
         return self.table[:, BLOCKS] > 0
 
     @property
     def is_finite(self) -> Tensor:
-        """bool [B]: loss and gradient are."""
+        """Bool [B]: loss and gradient are."""
         return self.table[:, : NORM + 1].isfinite().all(1)
 
     @property
