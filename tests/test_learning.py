@@ -16,6 +16,7 @@ from toys import (
     lesson,
     make_learner,
     random_features,
+    take,
     toy_engine,
     verification,
 )
@@ -155,7 +156,7 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
     lessons = Lessons(config, 1, G, v)
     for n in range(6):
         lessons.absorb(fake_round(n, 1))
-    taught = lessons.take()
+    taught = take(lessons)
     before = loss()
     for _ in range(25):
         learner.update(taught, 24)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from toys import NOW, G, bound_drafter, fake_round, make_learner, verification
+from toys import NOW, G, bound_drafter, fake_round, make_learner, take, verification
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
@@ -18,7 +18,7 @@ def test_block_lessons_are_all_rows_of_the_round():
     lessons = Lessons(NOW, 2, G, fake_round(0, 2))
     v = fake_round(0, 2, count=[4, 2])
     lessons.absorb(v)
-    lesson = lessons.take()
+    lesson = take(lessons)
     assert lesson.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
     assert torch.equal(lesson.logits[:, 0], v.logits[:, :G])
     assert torch.equal(lesson.tokens[:, 0], v.fed)
@@ -35,7 +35,7 @@ def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
     fed = v.fed
     lessons.absorb(verification([8], fed, v.logits, v.features, fed, [accepted]))
     wanted = [j <= accepted for j in range(G)]
-    assert lessons.take().mask[0, 0].tolist() == wanted
+    assert take(lessons).mask[0, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("rows", ["block", "accepted"])
@@ -46,16 +46,16 @@ def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(
     lessons.absorb(
         verification([8], v.fed, v.logits, v.features, v.fed, [2], emitted=[2], ended=[True])
     )
-    assert lessons.take().mask[0, 0].tolist() == [True, True, False, False]
+    assert take(lessons).mask[0, 0].tolist() == [True, True, False, False]
 
 
 def test_a_lesson_is_taken_once():
     lessons = Lessons(NOW, 2, G, fake_round(0, 2))
     lessons.absorb(fake_round(0, 2))
-    assert lessons.take().count.tolist() == [1, 1]
+    assert take(lessons).count.tolist() == [1, 1]
     lessons.absorb(fake_round(1, 2, emitted=[1, 0]))
-    assert lessons.take().count.tolist() == [1, 0]
-    assert lessons.take().count.tolist() == [0, 0]
+    assert take(lessons).count.tolist() == [1, 0]
+    assert take(lessons).count.tolist() == [0, 0]
 
 
 def test_a_hindsight_block_waits_until_all_of_it_is_committed():
@@ -65,7 +65,7 @@ def test_a_hindsight_block_waits_until_all_of_it_is_committed():
     ready = []
     for v in rounds:
         lessons.absorb(v)
-        ready.append(lessons.take())
+        ready.append(take(lessons))
     assert [int(lesson.count) for lesson in ready] == [0, 0, 0, 1, 1, 1]
     for n, lesson in enumerate(ready[3:]):
         assert lesson.start.tolist() == [[8 + n]]

@@ -18,8 +18,6 @@ Loss = Literal["kl", "tv"]
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
 
-_NO_GAIN = "is gone: it gained nothing (docs/options.md)."
-_UNMEASURED = "is gone: nothing measured was in its favour (docs/options.md)."
 OLD_OPTIONS = {
     "draft.gate": "is called draft.adaptive now.",
     "learn.rows": "is called learn.supervision now.",
@@ -27,13 +25,13 @@ OLD_OPTIONS = {
     "learn.temperature": "is gone: a loss at another temperature than 1 hurt (docs/options.md).",
     "learn.chain": "is gone: gradients always go through the whole chain (docs/options.md).",
     "learn.vocabulary": "is gone: rows always weigh by mass (docs/options.md).",
-    "learn.emphasis": _NO_GAIN,
-    "learn.proximal": _NO_GAIN,
-    "learn.warmup": _UNMEASURED,
-    "learn.cap": _UNMEASURED,
     "learn.clip": "is gone: gradients are always clipped at norm 1 (docs/options.md).",
     "learn.eps": "is gone: Adam's epsilon is always 1e-8 (docs/options.md).",
 }
+OLD_OPTIONS |= dict.fromkeys(
+    ("learn.emphasis", "learn.proximal", "learn.warmup", "learn.cap"),
+    "is gone: no measurement shows a gain (docs/options.md).",
+)
 """Options of earlier versions, and what became of them."""
 
 

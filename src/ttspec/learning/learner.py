@@ -32,7 +32,7 @@ from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
-from ttspec.learning.update_report import AFTER, ANCHOR, BEFORE, LIVE, UpdateReport
+from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs
 from ttspec.records import Lesson, Verification
 
@@ -132,8 +132,7 @@ class Learner:
         if self._lessons is None:
             self._lessons = Lessons(self.config, rows, self.length, verification)
         self._verification = verification
-        changes = self._lessons.changed_by_absorb
-        key = longest if key is None else key
+        key, changes = longest if key is None else key, self._lessons.changed_by_absorb
         self._run(self._keep_lesson, key, compile=False, changes=changes)
         self._rounds += 1
         for row in range(rows) if active is None else active:
@@ -177,10 +176,10 @@ class Learner:
         report, self._pending = UpdateReport(self._pending.table.cpu()), None
         may_step = self.weights.may_step(report).tolist()
         steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
-        taught = report.has_lesson.tolist()
+        taught = (report.blocks > 0).tolist()
         # The update was made from the weights that were compared.
-        compared = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
-        for copy, comparison in enumerate(compared.tolist()):
+        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
+        for copy, comparison in enumerate(comparisons.tolist()):
             has_lesson = any(taught) if self.shared else taught[copy]
             if has_lesson and steps[copy]:
                 self.guard.record_update(copy)
@@ -261,8 +260,7 @@ class Learner:
                 self._run_update(self._compare_candidate, longest, compile=False)
             self._pending = self._report
             if self._stream and self._update_over:
-                table = self._report.table.to("cpu", non_blocking=True)
-                self._pending = UpdateReport(table)
+                self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
                 self._update_over.record()
 
     # What may be captured as a graph, by its name: it takes a key and repeating it changes nothing,
@@ -287,13 +285,9 @@ class Learner:
         newest = self._lesson.part(0, COMPARED)
         live = self._distillation.expected_drafts(self.state.weights, newest, longest)
         anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
-        held_out = live[:, : self._held_out]
-        for column, drafts in (
-            (LIVE, live * newest.fresh),
-            (ANCHOR, anchor * newest.fresh),
-            (BEFORE, held_out),
-        ):
-            self._report.table[:, column] = (drafts * self._compared).sum(-1)
+        self._report.live.copy_((live * newest.fresh * self._compared).sum(-1))
+        self._report.anchor.copy_((anchor * newest.fresh * self._compared).sum(-1))
+        self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
     @torch.no_grad()
     def _step_weights(self, key: int) -> None:  # noqa: ARG002
@@ -304,11 +298,12 @@ class Learner:
         weights = {**self.drafter.weights, **self.weights.candidate()}
         newest = self._lesson.part(0, COMPARED)
         drafts = self._distillation.expected_drafts(weights, newest, longest)
-        drafts = drafts[:, : self._held_out] * self._compared
-        self._report.table[:, AFTER] = drafts.sum(-1)
+        self._report.after.copy_((drafts[:, : self._held_out] * self._compared).sum(-1))
 
     @torch.no_grad()
     def _distil(self, lesson: Lesson, longest: int) -> None:
-        loss = self._distillation.backward(self.weights, lesson, longest)
-        norms = self.weights.gradient_norms().expand(len(loss))
-        self._report.write(lesson.count.float(), loss, norms)
+        report = self._report
+        report.table.zero_()
+        report.blocks.copy_(lesson.count)
+        report.loss.copy_(self._distillation.backward(self.weights, lesson, longest))
+        report.norm.copy_(self.weights.gradient_norms())

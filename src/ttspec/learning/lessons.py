@@ -79,12 +79,6 @@ class Lessons:
         self._push(self._masks, mask, active)
         self._push(self._logits, v.logits[:, :drafts], active)
 
-    def take(self) -> Lesson:
-        """The newest lessons, which are then no longer new."""
-        lesson = self.newest()
-        self.mark_used()
-        return lesson
-
     def mark_used(self) -> None:
         """What `newest` gave last is no longer new."""
         self._used.copy_(self._used.maximum(self._newest))

@@ -94,7 +94,7 @@ class LiveWeights:
 
     def may_step(self, report: UpdateReport) -> Tensor:
         """Copies that some row taught, where loss and gradient are finite, bool [copies]."""
-        taught, finite = report.has_lesson, report.is_finite
+        taught, finite = report.blocks > 0, report.table[:, :3].isfinite().all(1)
         if self.shared:
             return (taught.any() & (finite | ~taught).all())[None]
         return taught & finite
@@ -104,7 +104,7 @@ class LiveWeights:
         steps = self.may_step(report) & ~self.resting
         norm = report.norm[: len(self._master)]
         # What all rows share learns from their mean.
-        share = 1 / report.has_lesson.sum().clamp(min=1) if self.shared else torch.ones_like(norm)
+        share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
         scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
         skipped, divisors = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
         for optimiser, skip, divisor in zip(self._optimisers, skipped, divisors, strict=True):
