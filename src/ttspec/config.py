@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from ttspec.errors import OptionError
 
-Supervision = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session", "shared"]
-Parameters = Literal["full", "last"]
-Publish = Literal["now", "ready", "stride"]
-Learned = Literal["auto", "full", "lora"]
-Loss = Literal["kl", "tv"]
 
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
@@ -51,18 +46,22 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 class _Options:
-    """A record whose unknown and old keywords are an `OptionError`, in Python as in a command."""
+    """A record whose unknown or old keywords, and unknown choices, are an `OptionError`."""
 
     __slots__ = ()
     group: ClassVar[str]
 
     def __new__(cls, **options: object) -> Self:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        for name in options:
+        hints = get_type_hints(cls)
+        for name, value in options.items():
+            full_name = f"{cls.group}.{name}"
             if name not in known:
-                refuse_old_option(f"{cls.group}.{name}")
-                allowed = ", ".join(known)
-                raise OptionError(f"{cls.group}.{name} is no option; options are {allowed}.")
+                refuse_old_option(full_name)
+                raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
+            if get_origin(hints[name]) is Literal:
+                choices = get_args(hints[name])
+                _require(value in choices, full_name, value, ", ".join(choices))
         return object.__new__(cls)
 
 
@@ -122,16 +121,6 @@ class DraftConfig(_Options):
         _require(base is None or 1 < base < math.inf, "rope_base", base, "above 1, as 10000")
 
 
-_LEARN_CHOICES = {
-    "weights": get_args(Learned),
-    "supervision": get_args(Supervision),
-    "loss": get_args(Loss),
-    "parameters": get_args(Parameters),
-    "scope": get_args(Scope),
-    "publish": get_args(Publish),
-}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnConfig(_Options):
     """When the drafter learns, on what, and how far a step goes. Measurements: docs/options.md."""
@@ -139,7 +128,7 @@ class LearnConfig(_Options):
     group: ClassVar[str] = "learn"
     stride: int | None = None
     """Rounds between updates; None is what measured best: 8, and 16 for low-rank changes."""
-    weights: Learned = "auto"
+    weights: Literal["auto", "full", "lora"] = "auto"
     """What learns: the weights themselves (full), or low-rank changes of the matrices that make no
     context (lora), which take a fiftieth of the memory and let many rows learn side by side; auto
     is full as long as all copies of the weights stay small."""
@@ -151,17 +140,17 @@ class LearnConfig(_Options):
     """Adam's decay of the first moment; replayed blocks smooth the gradient already."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
-    supervision: Supervision = "hindsight"
+    supervision: Literal["block", "accepted", "hindsight"] = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
     blocks: int = 8
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
     more sees each several times."""
-    loss: Loss = "kl"
+    loss: Literal["kl", "tv"] = "kl"
     """What brings the drafter nearer: KL(p || q), or total variation (tv)."""
     decay: float = 0.0
     """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
-    parameters: Parameters = "full"
+    parameters: Literal["full", "last"] = "full"
     """Which weights learn: all, or what lies behind the last attention (last), so that no key or
     value of the context comes from older weights, and an update reads few layers on its way back.
     """
@@ -171,7 +160,7 @@ class LearnConfig(_Options):
     guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
-    publish: Publish = "ready"
+    publish: Literal["now", "ready", "stride"] = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
     runs repeat exactly; now: the next one, which waits. Off a GPU, or shared, ready is now."""
@@ -189,8 +178,6 @@ class LearnConfig(_Options):
         check("beta1", 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")
-        for name, choices in _LEARN_CHOICES.items():
-            check(name, getattr(self, name) in choices, ", ".join(choices))
 
     @classmethod
     def paper(cls) -> Self:
