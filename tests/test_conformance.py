@@ -322,24 +322,21 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, wanted = drafts(drafter, state)
     assert (taught.before is None) == (which not in (*EAGLES, "pard2"))
-    for unroll in (True, False):
-        found = drafter.replay(state, taught, drafter.length, 30, unroll=unroll)
-        if which in MODELS and seen == "rebase":  # what a proposal read again has moved with it
-            parts = []
-            for i in range(3):
-                left = copy.deepcopy(state)
-                start = taught.start[:, i].tolist()
-                drafted(drafter, left, taught.tokens[:, i, 0].tolist(), start)
-                parts.append(drafter.replay(left, taught.part(i), drafter.length, 30))
-            found = torch.cat(parts, dim=1)
-        rows = VOCABULARY if drafter.draft_ids is None else len(drafter.draft_ids)
-        assert found.shape == (2, 3, drafter.length, rows)
-        torch.testing.assert_close(drafter.widen(found), wanted, **CLOSE)
+    found = drafter.replay(state, taught, drafter.length, 30)
+    if which in MODELS and seen == "rebase":  # what a proposal read again has moved with it
+        parts = []
+        for i in range(3):
+            left = copy.deepcopy(state)
+            start = taught.start[:, i].tolist()
+            drafted(drafter, left, taught.tokens[:, i, 0].tolist(), start)
+            parts.append(drafter.replay(left, taught.part(i), drafter.length, 30))
+        found = torch.cat(parts, dim=1)
+    rows = VOCABULARY if drafter.draft_ids is None else len(drafter.draft_ids)
+    assert found.shape == (2, 3, drafter.length, rows)
+    torch.testing.assert_close(drafter.widen(found), wanted, **CLOSE)
 
 
-def gradients(
-    drafter: Drafter, state: DraftState, taught: Lesson, *, unroll: bool = True
-) -> dict[str, Tensor]:
+def gradients(drafter: Drafter, state: DraftState, taught: Lesson) -> dict[str, Tensor]:
     """Gradients of a row's own copy of every learnable weight."""
     leaves = {}
     for name in drafter.learnable("full"):
@@ -348,7 +345,7 @@ def gradients(
         own = weight if stacked else weight.repeat(len(taught.start), *[1] * weight.dim())
         leaves[name] = own.detach().clone().requires_grad_()
     other = dataclasses.replace(state, weights={**state.weights, **leaves})
-    logits = drafter.replay(other, taught, drafter.length, 30, unroll=unroll)
+    logits = drafter.replay(other, taught, drafter.length, 30)
     loss = logits.log_softmax(-1)[..., 7].sum()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
@@ -359,38 +356,20 @@ def test_replay_gives_every_learnable_weight_a_finite_gradient(which: str, seen:
     drafter = bound_kind(which)
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, _ = drafts(drafter, state)
-    for unroll in (True, False):
-        found = gradients(drafter, state, taught, unroll=unroll)
-        if which in EAGLES:
-            assert "fc.weight" in found
-        for name, gradient in found.items():
-            assert torch.isfinite(gradient).all(), name
-            assert (gradient.flatten(1).norm(dim=1) > 0).all(), name
-
-
-@pytest.mark.parametrize("which", CONFIGS)
-def test_gradients_through_a_chain_differ_from_those_of_single_steps_where_there_is_a_chain(which):
-    drafter = bound_kind(which)
-    state = read(drafter, *text_of(drafter, 2, 30))
-    taught, _ = drafts(drafter, state)
-    whole, single = (gradients(drafter, state, taught, unroll=u) for u in (True, False))
-    for name, gradient in whole.items():
-        same = torch.allclose(gradient, single[name], atol=1e-4, rtol=1e-3)
-        # The norm before the head is after the chain, unless its output is what is fed.
-        last = name == "norm.weight" and not getattr(drafter, "norm_output", False)
-        assert same == (which not in EAGLES or last), name
+    found = gradients(drafter, state, taught)
+    if which in EAGLES:
+        assert "fc.weight" in found
+    for name, gradient in found.items():
+        assert torch.isfinite(gradient).all(), name
+        assert (gradient.flatten(1).norm(dim=1) > 0).all(), name
 
 
 @pytest.mark.parametrize("which", CONFIGS)
 def test_a_learnable_weight_is_its_drafters_own_and_no_table(which: str):
     drafter = bound_kind(which)
-    full, layers, attention, mlp, last = (
-        set(drafter.learnable(p)) for p in ("full", "layers", "attention", "mlp", "last")
-    )
+    full, last = set(drafter.learnable("full")), set(drafter.learnable("last"))
     assert full <= drafter.weights.keys()
-    assert attention | mlp < layers < full
-    assert not attention & mlp
-    assert last & mlp
+    assert any("mlp" in name for name in last)
     assert last < full
     assert not any(p in n for n in last for p in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"))
     tables = [n for n in drafter.weights if "embed" in n or "lm_head" in n or n in ("d2t", "t2d")]

@@ -262,7 +262,7 @@ class Parrot(Drafter):
             tokens = torch.where(at % self.wrong == 0, (tokens + 1) % 256, tokens)
         return Proposal(tokens=tokens, count=count)
 
-    def _replay(self, state, lesson, length, longest, unroll) -> Tensor:
+    def _replay(self, state, lesson, length, longest) -> Tensor:
         raise NotImplementedError
 
     def learnable(self, parameters: str) -> list[str]:
