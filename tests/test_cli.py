@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -370,7 +371,7 @@ def test_learning_flags_change_the_preset_only_where_they_are_given() -> None:
     assert LearnFlags().config() == LearnConfig()
     assert LearnFlags(preset="paper").config() == LearnConfig.paper()
     changed = LearnFlags(preset="paper", stride=3).config()
-    assert changed == LearnConfig.paper().with_options(stride=3)
+    assert changed == replace(LearnConfig.paper(), stride=3)
     assert SessionLearnFlags().config().scope == "session"
     assert SessionLearnFlags(scope="request").config().scope == "request"
     assert DraftFlags(window=64).config() == DraftConfig(window=64)

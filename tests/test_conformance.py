@@ -324,24 +324,21 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, wanted = drafts(drafter, state)
     assert (taught.before is None) == (which not in (*EAGLES, "pard2"))
-    for unroll in (True, False):
-        found = drafter.replay(state, taught, drafter.length, 30, unroll=unroll)
-        if which in MODELS and seen == "rebase":  # what a proposal read again has moved with it
-            parts = []
-            for i in range(3):
-                left = copy.deepcopy(state)
-                start = taught.start[:, i].tolist()
-                drafted(drafter, left, taught.tokens[:, i, 0].tolist(), start)
-                parts.append(drafter.replay(left, taught.part(i), drafter.length, 30))
-            found = torch.cat(parts, dim=1)
-        rows = VOCABULARY if drafter.draft_ids is None else len(drafter.draft_ids)
-        assert found.shape == (2, 3, drafter.length, rows)
-        torch.testing.assert_close(drafter.widen(found), wanted, **CLOSE)
+    found = drafter.replay(state, taught, drafter.length, 30)
+    if which in MODELS and seen == "rebase":  # what a proposal read again has moved with it
+        parts = []
+        for i in range(3):
+            left = copy.deepcopy(state)
+            start = taught.start[:, i].tolist()
+            drafted(drafter, left, taught.tokens[:, i, 0].tolist(), start)
+            parts.append(drafter.replay(left, taught.part(i), drafter.length, 30))
+        found = torch.cat(parts, dim=1)
+    rows = VOCABULARY if drafter.draft_ids is None else len(drafter.draft_ids)
+    assert found.shape == (2, 3, drafter.length, rows)
+    torch.testing.assert_close(drafter.widen(found), wanted, **CLOSE)
 
 
-def gradients(
-    drafter: Drafter, state: DraftState, taught: Lesson, *, unroll: bool = True
-) -> dict[str, Tensor]:
+def gradients(drafter: Drafter, state: DraftState, taught: Lesson) -> dict[str, Tensor]:
     """Gradients of a row's own copy of every learnable weight."""
     leaves = {}
     for name in drafter.learnable("full"):
@@ -350,7 +347,7 @@ def gradients(
         own = weight if stacked else weight.repeat(len(taught.start), *[1] * weight.dim())
         leaves[name] = own.detach().clone().requires_grad_()
     other = dataclasses.replace(state, weights={**state.weights, **leaves})
-    logits = drafter.replay(other, taught, drafter.length, 30, unroll=unroll)
+    logits = drafter.replay(other, taught, drafter.length, 30)
     loss = logits.log_softmax(-1)[..., 7].sum()
     return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
@@ -361,38 +358,20 @@ def test_replay_gives_every_learnable_weight_a_finite_gradient(which: str, seen:
     drafter = bound_kind(which)
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, _ = drafts(drafter, state)
-    for unroll in (True, False):
-        found = gradients(drafter, state, taught, unroll=unroll)
-        if which in EAGLES:
-            assert "fc.weight" in found
-        for name, gradient in found.items():
-            assert torch.isfinite(gradient).all(), name
-            assert (gradient.flatten(1).norm(dim=1) > 0).all(), name
-
-
-@pytest.mark.parametrize("which", CONFIGS)
-def test_gradients_through_a_chain_differ_from_those_of_single_steps_where_there_is_a_chain(which):
-    drafter = bound_kind(which)
-    state = read(drafter, *text_of(drafter, 2, 30))
-    taught, _ = drafts(drafter, state)
-    whole, single = (gradients(drafter, state, taught, unroll=u) for u in (True, False))
-    for name, gradient in whole.items():
-        same = torch.allclose(gradient, single[name], atol=1e-4, rtol=1e-3)
-        # The norm before the head is after the chain, unless its output is what is fed.
-        last = name == "norm.weight" and not getattr(drafter, "norm_output", False)
-        assert same == (which not in EAGLES or last), name
+    found = gradients(drafter, state, taught)
+    if which in EAGLES:
+        assert "fc.weight" in found
+    for name, gradient in found.items():
+        assert torch.isfinite(gradient).all(), name
+        assert (gradient.flatten(1).norm(dim=1) > 0).all(), name
 
 
 @pytest.mark.parametrize("which", CONFIGS)
 def test_a_learnable_weight_is_its_drafters_own_and_no_table(which: str):
     drafter = bound_kind(which)
-    full, layers, attention, mlp, last = (
-        set(drafter.learnable(p)) for p in ("full", "layers", "attention", "mlp", "last")
-    )
+    full, last = set(drafter.learnable("full")), set(drafter.learnable("last"))
     assert full <= drafter.weights.keys()
-    assert attention | mlp < layers < full
-    assert not attention & mlp
-    assert last & mlp
+    assert any("mlp" in name for name in last)
     assert last < full
     assert not any(p in n for n in last for p in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"))
     tables = [n for n in drafter.weights if "embed" in n or "lm_head" in n or n in ("d2t", "t2d")]
@@ -688,31 +667,22 @@ def test_tokens_outside_the_draft_vocabulary_are_never_drafted(target, which: st
             torch.testing.assert_close(proposal.q.sum(-1), torch.ones(proposal.tokens.shape))
 
 
-def test_lessons_weigh_by_the_mass_of_what_can_be_drafted_or_not():
-    found = {}
-    for vocabulary in ("mass", "renormalise"):
-        drafter = bound_kind("eagle3")
-        state = read(drafter, *text_of(drafter, 2, 30))
-        taught, _ = drafts(drafter, state)
-        generator = torch.Generator().manual_seed(1)
-        p = 2 * torch.randn(taught.logits.shape, generator=generator)
-        taught = dataclasses.replace(taught, logits=p)
-        config = LearnConfig(stride=1, vocabulary=vocabulary, clip=1e9)
-        learner = Learner(config, drafter, state, 2, drafter.length)
-        assert learner.update(taught, 30) == [True, True]
-        found[vocabulary] = torch.cat([g.flatten() for g in learner.weights.gradient.values()])
-        logits = drafter.replay(state, taught, drafter.length, 30)
-        logp = p.log_softmax(-1)[..., drafter.draft_ids]
-        mass = logp.exp().sum(-1)
-        assert (mass < 0.9).any()
-        q = logits.log_softmax(-1)
-        wanted = ((logp - logp.logsumexp(-1, keepdim=True)).exp() * (logp.log_softmax(-1) - q)).sum(
-            -1
-        )
-        wanted = wanted * mass if vocabulary == "mass" else wanted
-        torch.testing.assert_close(learner._loss(taught, logits), wanted, **CLOSE)
-    assert not torch.allclose(*found.values(), atol=1e-4, rtol=1e-2)
-    assert found["mass"].norm() < found["renormalise"].norm()
+def test_lessons_weigh_by_the_mass_of_what_can_be_drafted():
+    drafter = bound_kind("eagle3")
+    state = read(drafter, *text_of(drafter, 2, 30))
+    taught, _ = drafts(drafter, state)
+    generator = torch.Generator().manual_seed(1)
+    p = 2 * torch.randn(taught.logits.shape, generator=generator)
+    taught = dataclasses.replace(taught, logits=p)
+    learner = Learner(LearnConfig(stride=1), drafter, state, 2, drafter.length)
+    assert learner.update(taught, 30) == [True, True]
+    logits = drafter.replay(state, taught, drafter.length, 30)
+    logp = p.log_softmax(-1)[..., drafter.draft_ids]
+    mass = logp.exp().sum(-1)
+    assert (mass < 0.9).any()
+    q = logits.log_softmax(-1)
+    wanted = ((logp - logp.logsumexp(-1, keepdim=True)).exp() * (logp.log_softmax(-1) - q)).sum(-1)
+    torch.testing.assert_close(learner._distillation.loss(taught, logits), wanted * mass, **CLOSE)
 
 
 # Rows at rest, stops, cancels.

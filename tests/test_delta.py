@@ -129,12 +129,12 @@ def test_the_difference_of_weights_gives_them_back_bit_for_bit():
     "learn",
     [
         None,
-        replace(FULL, parameters="mlp"),
+        replace(FULL, parameters="last"),
         replace(LORA, rank=2),
-        replace(LORA, parameters="attention"),
+        replace(LORA, parameters="last"),
         FULL,
     ],
-    ids=["static", "full, mlps", "other rank", "other matrices", "full"],
+    ids=["static", "full, last", "other rank", "other matrices", "full"],
 )
 def test_where_copies_cannot_begin_there_the_drafter_is_multiplied_out(
     target, saved, how: str, learn: LearnConfig | None
@@ -202,7 +202,7 @@ def test_an_update_under_way_is_saved_too(target, tmp_path):
     session = fresh(target, "dflash").session(learn=learn, **SAID)
     session.send("hello there")
     learner = session._scheduler.decoder.learner
-    assert learner._told is not None
+    assert learner._pending is not None
     before = {n: w.clone() for n, w in session.learned().weights.items()}
     session.save(tmp_path / "d.safetensors")
     resumed = begun(

@@ -14,11 +14,11 @@ from ttspec.config import LearnConfig
 from ttspec.learning import guard as guards
 from ttspec.learning import live_weights as weights
 from ttspec.learning.guard import EARLY, REST, Guard
-from ttspec.losses import expected_length, forward_kl, survival_weights, total_variation
+from ttspec.losses import expected_length, total_variation
 
 
 def verdict(guard: Guard, copy: int, live: float, anchor: float) -> bool:
-    return guard.worse(copy, live, anchor, before=live, new=live)
+    return guard.is_worse(copy, live, anchor, before=live, after=live)
 
 
 def test_a_ruin_shows_at_the_first_comparison():
@@ -29,8 +29,8 @@ def test_a_ruin_shows_at_the_first_comparison():
 
 def test_a_step_that_is_far_too_large_never_drafts():
     guard = Guard(4, 8, 2)
-    assert guard.worse(0, live=4.0, anchor=4.0, before=4.0, new=2.0)
-    assert not guard.worse(1, live=0.1, anchor=0.1, before=0.3, new=0.1)
+    assert guard.is_worse(0, live=4.0, anchor=4.0, before=4.0, after=2.0)
+    assert not guard.is_worse(1, live=0.1, anchor=0.1, before=0.3, after=0.1)
 
 
 def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better_never():
@@ -39,7 +39,7 @@ def test_what_is_a_little_worse_is_put_back_once_that_is_sure_and_what_is_better
     assert not any(verdicts[:5])
     assert verdicts[-1]
     assert not any(verdict(guard, 1, live=4.1, anchor=4.0) for _ in range(200))
-    guard.forget(0)
+    guard.reset(0)
     assert guard.gain() == pytest.approx(4.1 / 4.0)
 
 
@@ -48,7 +48,7 @@ def test_chance_alone_hardly_ever_puts_weights_back():
     rng = Random(0)
     guard, reverts = Guard(4, 8, 1), 0
     for _ in range(200):
-        guard.forget(0)
+        guard.reset(0)
         for _ in range(60):  # those of 2,000 rounds
             anchor = rng.uniform(0, 4)
             live = max(0.0, anchor + rng.gauss(0, 0.5))
@@ -64,7 +64,7 @@ def test_it_compares_early_and_then_now_and_then(every: int, count: int):
     due = []
     for _ in range(count):
         due += guard.due([True])
-        guard.count(0)
+        guard.record_update(0)
     assert due == [n < EARLY or n % every == 0 for n in range(count)]
 
 
@@ -73,7 +73,7 @@ def test_updates_that_had_nothing_to_teach_do_not_use_up_the_early_comparisons()
     for _ in range(2 * EARLY):
         assert guard.due([True]) == [True]
     for _ in range(EARLY):
-        guard.count(0)
+        guard.record_update(0)
     assert guard.due([True]) == [False]
 
 
@@ -81,7 +81,7 @@ def updates_until_put_back(seed: int, *, again: bool) -> int:
     """Of a copy that loses a tenth, as far as comparisons of four blocks can tell."""
     rng, guard, updates = Random(seed), Guard(8, 16, 1), 0
     if again:
-        guard.put_back(0)
+        guard.record_revert(0)
         while guard.resting()[0]:
             guard.due([True])
     while updates < 200:
@@ -89,7 +89,7 @@ def updates_until_put_back(seed: int, *, again: bool) -> int:
         live = 2.9 + rng.gauss(0, 0.4)
         if guard.due([True])[0] and verdict(guard, 0, live, 3.2):
             break
-        guard.count(0)
+        guard.record_update(0)
     return updates
 
 
@@ -104,21 +104,21 @@ def test_a_copy_that_seems_behind_is_compared_until_that_is_decided():
 def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     guard = Guard(4, 8, 2)
     for times in range(4):
-        guard.put_back(0)
+        guard.record_revert(0)
         rested = 0
         while guard.resting()[0]:
             assert not guard.resting()[1]
             guard.due([True, True])
             rested += 1
         assert rested == REST // 8 * 4**times
-    guard.forget(0)
-    guard.put_back(0)
+    guard.reset(0)
+    guard.record_revert(0)
     assert guard._copies[0].rest == REST // 8
 
 
 def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
     guard = Guard(4, 8, 2)
-    guard.put_back(0)
+    guard.record_revert(0)
     for _ in range(50):
         assert guard.due([False, True])[0] is False
     assert guard.resting() == [True, False]
@@ -128,7 +128,7 @@ def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
 def test_without_a_guard_nothing_is_compared_and_nobody_rests():
     guard = Guard(0, 8, 1)
     assert not any(guard.due([True])[0] for _ in range(9))
-    guard.put_back(0)
+    guard.record_revert(0)
     assert guard.resting() == [False]
 
 
@@ -173,68 +173,29 @@ def test_a_row_that_rests_leaves_the_others_alone():
         )
 
 
-def test_a_cap_holds_the_weights_near_the_anchor():
-    learner, drafter, state = make_learner(2, replace(NOW, lr=1e-2, cap=0.02, guard=0))
-    taught(learner, drafter, state, 6)
-    for row in range(2):
-        pairs = [(learner.weights.master[n][row], w) for n, w in learner.weights.anchor.items()]
-        change = sum(float((a - b).square().sum()) for a, b in pairs) ** 0.5
-        size = sum(float(w.square().sum()) for w in learner.weights.anchor.values()) ** 0.5
-        assert change == pytest.approx(0.02 * size, rel=1e-3)
-
-
-def test_a_warm_up_takes_small_steps_first():
-    def first(config: LearnConfig) -> float:
-        learner, drafter, state = make_learner(1, config)
-        taught(learner, drafter, state, 1, rows=1)
-        name = "norm.weight"
-        return float((learner.weights.master[name][0] - drafter.weights[name]).abs().max())
-
-    whole = first(NOW)
-    assert first(replace(NOW, warmup=10)) == pytest.approx(whole / 10, rel=1e-2)
-
-
-@pytest.mark.parametrize("loss", ["kl", "tv", "split"])
-@pytest.mark.parametrize("emphasis", ["position", "survival"])
+@pytest.mark.parametrize("loss", ["kl", "tv"])
 @pytest.mark.parametrize("weights", ["full", "lora"])
-def test_each_loss_brings_the_drafter_nearer(loss: str, emphasis: str, weights: str):
+def test_each_loss_brings_the_drafter_nearer(loss: str, weights: str):
     rate = 3e-4 if weights == "full" else 3e-3
-    config = replace(NOW, loss=loss, emphasis=emphasis, weights=weights, lr=rate, guard=0)
+    config = replace(NOW, loss=loss, weights=weights, lr=rate, guard=0)
     learner, drafter, state = make_learner(1, config)
     v = fake_round(0, 1, same=True)
     drafter.absorb(state, v)
     block = replace(lesson(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
-    learner._lesson = block
-    before = float(learner._kept(state.weights, 8).sum())
+
+    def drafts() -> float:
+        return float(learner._distillation.expected_drafts(state.weights, block, 8).sum())
+
+    before = drafts()
     for _ in range(30):
         learner.update(block, 8)
-    assert float(learner._kept(state.weights, 8).sum()) > 1.2 * before
-
-
-def test_the_papers_proximal_term_is_inert_in_its_single_step_and_ours_is_not():
-    """KL(q_t || q) has no slope at q = q_t, from where the one step is taken (exactness.md 5)."""
-    torch.manual_seed(0)
-    p, q = torch.randn(3, 7), torch.randn(3, 7, requires_grad=True)
-    (paper,) = torch.autograd.grad(forward_kl(q.detach(), q).sum(), q)
-    (main,) = torch.autograd.grad(forward_kl(p, q).sum(), q)
-    assert paper.abs().max() < 1e-6 < 1e-2 < main.abs().max()
-
-    def far(proximal: float) -> float:
-        learner, drafter, state = make_learner(1, replace(NOW, proximal=proximal, guard=0))
-        taught(learner, drafter, state, 8, rows=1)
-        moved = [learner.weights.master[n][0] - w for n, w in learner.weights.anchor.items()]
-        return float(sum(m.square().sum() for m in moved))
-
-    assert far(10.0) < 0.9 * far(0.0)
+    assert drafts() > 1.2 * before
 
 
 def test_what_blocks_are_worth():
     agreement = torch.tensor([[0.5, 0.5, 1.0]])
     mask = torch.tensor([[True, True, False]])
     torch.testing.assert_close(expected_length(agreement, mask), torch.tensor([0.75]))
-    # s = 0.75, 0.5, 1.0; products 0.75, 0.375, 0.375; sums from the end.
-    weights = survival_weights(torch.tensor([[0.5, 0.0, 1.0]]))
-    torch.testing.assert_close(weights, torch.tensor([[1.5, 0.75, 0.375]]))
     p, q = torch.tensor([0.5, 0.5, 0.0]), torch.tensor([0.25, 0.25, 0.5])
     assert float(total_variation(p, q)) == pytest.approx(0.5)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conformance import ALL, NOW, engine_of
-from toys import G, fake_round, parrot, plain, toy_engine
+from toys import G, fake_round, parrot, plain, take, toy_engine
 
 from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
@@ -446,7 +446,7 @@ def test_a_short_round_s_lesson_has_only_what_was_drafted() -> None:
     rounds = [fake_round(0, 1), short(1, 2), fake_round(2, 1)]
     for v in rounds:
         store.absorb(v)
-    lesson = store.take()
+    lesson = take(store)
     assert lesson.mask[0].tolist() == [[True] * G, [True] * 2 + [False] * (G - 2), [True] * G]
     for block_of, v in zip((2, 1, 0), rounds, strict=True):
         width = v.proposal.tokens.shape[1]

@@ -157,16 +157,6 @@ def test_rows_that_learn_read_weights_of_their_own() -> None:
     assert r.read(drafter, parts.body, 16, shared).moved == body.moved
 
 
-def test_a_chain_learning_detached_moves_less_than_unrolled() -> None:
-    drafter = published("eagle3")
-    parts, batch = r.parts_of(drafter, 5), r.Batch(rows=1, filled=512, item=2)
-    moved = [
-        r.update(drafter, parts, 151936, 5, LearnConfig(chain=chain), batch).moved
-        for chain in ("unrolled", "detached")
-    ]
-    assert moved[1] < moved[0]
-
-
 # As torch counts
 
 
@@ -200,18 +190,17 @@ def test_a_draft_computes_what_torch_counts(which: str) -> None:
     assert found == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
-@pytest.mark.parametrize("chain", ["unrolled", "detached"])
 @pytest.mark.parametrize("which", KINDS)
-def test_an_update_computes_what_torch_counts(which: str, chain: Any) -> None:
+def test_an_update_computes_what_torch_counts(which: str) -> None:
     drafter, state, parts, batch = toy(which, 40)
-    learn = LearnConfig(blocks=1, chain=chain)
+    learn = LearnConfig(blocks=1)
     names = drafter.learnable("full")
     leaves = {n: drafter.weights[n].clone().requires_grad_() for n in names}
     state.weights = {**drafter.weights, **leaves}
     before = random_features(2, 1, 64 * len(drafter.taps)) if drafter.taps else None
     block = blocks_of(torch.ones(2, 1, 5, dtype=torch.long), [[39], [39]], before)
     with counted() as counter:
-        logits = drafter.replay(state, block, 4, 40, unroll=chain == "unrolled")
+        logits = drafter.replay(state, block, 4, 40)
         torch.autograd.grad(logits.sum(), list(leaves.values()))
     found = r.update(drafter, parts, 260, 4, learn, batch).operations
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)

@@ -118,7 +118,7 @@ def drafted(conversation: Conversation) -> list[tuple[int, int, int]]:
 def cancelled(scheduler: Scheduler, going: int) -> None:
     """In the middle of an update, where those wait to be published."""
     learner = scheduler.decoder.learner
-    assert learner.config.publish != "stride" or learner._told is not None
+    assert learner.config.publish != "stride" or learner._pending is not None
     scheduler.abort(going)
 
 
@@ -211,7 +211,7 @@ def test_in_scope_shared_it_does_reach_so_the_test_above_can_fail(target, fresh,
 def test_weights_that_are_not_put_back_are_found(target, fresh, monkeypatch, weights: str):
     """The leak itself: a row that is cleared keeps what it learned."""
     learn = learning(weights, stride=2)
-    monkeypatch.setattr("ttspec.learning.live_weights.LiveWeights.begin", lambda self, copy: None)
+    monkeypatch.setattr("ttspec.learning.live_weights.LiveWeights.reset", lambda self, copy: None)
     engine = Engine(twin(target), make_kind("dflash"))
     assert after(engine, learn, "crop") != fresh("dflash", learn)
 

@@ -34,21 +34,23 @@ def gradients(learner: Learner, given) -> list[list[torch.Tensor]]:
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
-def test_it_learns_from_the_mean_over_rows(which: str) -> None:
-    alone, _, given = taught(which, LearnConfig(stride=1, clip=1e9))
+def test_it_learns_from_the_mean_over_rows(which: str, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.learning.live_weights.MAX_NORM", 1e9)
+    alone, _, given = taught(which, LearnConfig(stride=1))
     one, two = gradients(alone, given)
-    together, *_ = taught(which, LearnConfig(stride=1, clip=1e9, scope="shared"))
+    together, *_ = taught(which, LearnConfig(stride=1, scope="shared"))
     (mean,) = gradients(together, given)
     for a, b, m in zip(one, two, mean, strict=True):
         torch.testing.assert_close(m, (a + b) / 2, atol=1e-6, rtol=1e-4)
 
 
-def test_a_row_without_a_lesson_does_not_weigh() -> None:
+def test_a_row_without_a_lesson_does_not_weigh(monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.learning.live_weights.MAX_NORM", 1e9)
     given = taught("dflash", LearnConfig())[2]
     given.mask[1] = False
     given.count[1] = 0
-    alone = taught("dflash", LearnConfig(stride=1, clip=1e9))[0]
-    together = taught("dflash", LearnConfig(stride=1, clip=1e9, scope="shared"))[0]
+    alone = taught("dflash", LearnConfig(stride=1))[0]
+    together = taught("dflash", LearnConfig(stride=1, scope="shared"))[0]
     for a, m in zip(gradients(alone, given)[0], gradients(together, given)[0], strict=True):
         torch.testing.assert_close(m, a, atol=1e-6, rtol=1e-4)
     assert together.update(given, 31) == [True, False]

@@ -7,7 +7,7 @@ from toys import bound_drafter, fake_round, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.learning.learner import Learner
-from ttspec.learning.update_schedule import SELDOM, TRIAL, UpdateSchedule
+from ttspec.learning.update_schedule import MAX_STRIDES, TRIAL, UpdateSchedule
 
 
 def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
@@ -23,7 +23,7 @@ def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> Simpl
 def test_what_does_not_pay_is_done_seldom():
     assert learned(8 * TRIAL - 1, cost=2.0, gain=1.0).strides == 1
     assert learned(8 * TRIAL, cost=2.0, gain=1.0).strides == 2
-    assert learned(50_000, cost=2.0, gain=1.0).strides == SELDOM
+    assert learned(50_000, cost=2.0, gain=1.0).strides == MAX_STRIDES
 
 
 def test_what_pays_is_done_as_often_as_the_stride_says():

@@ -18,6 +18,7 @@ from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
+from ttspec.learning.lessons import Lessons
 from ttspec.models.source import resolve
 from ttspec.models.target import Target
 from ttspec.records import Lesson, Proposal, Result, Verification
@@ -261,7 +262,7 @@ class Parrot(Drafter):
             tokens = torch.where(at % self.wrong == 0, (tokens + 1) % 256, tokens)
         return Proposal(tokens=tokens, count=count)
 
-    def _replay(self, state, lesson, length, longest, unroll) -> Tensor:
+    def _replay(self, state, lesson, length, longest) -> Tensor:
         raise NotImplementedError
 
     def learnable(self, parameters: str) -> list[str]:
@@ -366,6 +367,13 @@ def fake_round(
         emitted=emitted or [1] * rows,
         **facts,
     )
+
+
+def take(lessons: Lessons) -> Lesson:
+    """The newest lessons, which are then no longer new."""
+    lesson = lessons.newest()
+    lessons.mark_used()
+    return lesson
 
 
 # What decoding is asked for.

@@ -4,27 +4,65 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from ttspec.errors import OptionError
 
-Supervision = Literal["block", "accepted", "hindsight"]
 Scope = Literal["request", "session", "shared"]
-Parameters = Literal["full", "layers", "attention", "mlp", "last"]
-Chain = Literal["unrolled", "detached"]
-Vocabulary = Literal["mass", "renormalise"]
-Publish = Literal["now", "ready", "stride"]
-Learned = Literal["auto", "full", "lora"]
-Loss = Literal["kl", "tv", "split"]
-Emphasis = Literal["position", "survival"]
 
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
+
+OLD_OPTIONS = {
+    "draft.gate": "is called draft.adaptive now.",
+    "learn.rows": "is called learn.supervision now.",
+    "learn.rebuild": "is gone: making the context anew gained nothing (docs/options.md).",
+    "learn.temperature": "is gone: a loss at another temperature than 1 hurt (docs/options.md).",
+    "learn.chain": "is gone: gradients always go through the whole chain (docs/options.md).",
+    "learn.vocabulary": "is gone: rows always weigh by mass (docs/options.md).",
+    "learn.clip": "is gone: gradients are always clipped at norm 1 (docs/options.md).",
+    "learn.eps": "is gone: Adam's epsilon is always 1e-8 (docs/options.md).",
+}
+OLD_OPTIONS |= dict.fromkeys(
+    ("learn.emphasis", "learn.proximal", "learn.warmup", "learn.cap"),
+    "is gone: no measurement shows a gain (docs/options.md).",
+)
+"""Options of earlier versions, and what became of them."""
+
+
+def refuse_old_option(name: str) -> None:
+    """Say what became of an option such as `learn.rows`.
+
+    Raises:
+        OptionError: An earlier version had it, this one has not.
+    """
+    if name in OLD_OPTIONS:
+        raise OptionError(f"{name} {OLD_OPTIONS[name]}")
 
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise OptionError(f"{name} is {value!r}; allowed is {allowed}.")
+
+
+class _Options:
+    """A record whose unknown or old keywords, and unknown choices, are an `OptionError`."""
+
+    __slots__ = ()
+    group: ClassVar[str]
+
+    def __new__(cls, **options: object) -> Self:
+        known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        hints = get_type_hints(cls)
+        for name, value in options.items():
+            full_name = f"{cls.group}.{name}"
+            if name not in known:
+                refuse_old_option(full_name)
+                raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
+            if get_origin(hints[name]) is Literal:
+                choices = get_args(hints[name])
+                _require(value in choices, full_name, value, ", ".join(choices))
+        return object.__new__(cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +96,10 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraftConfig:
-    """How a drafter is run, learning or not."""
+class DraftConfig(_Options):
+    """How a drafter is run, learning or not. What keeps each option: docs/options.md."""
 
+    group: ClassVar[str] = "draft"
     length: int | None = None
     """Tokens drafted a round; 0 is plain decoding; None is the drafter's own length."""
     window: int | None = None
@@ -83,12 +122,13 @@ class DraftConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LearnConfig:
-    """When the drafter learns, on what, and how far a step goes."""
+class LearnConfig(_Options):
+    """When the drafter learns, on what, and how far a step goes. Measurements: docs/options.md."""
 
+    group: ClassVar[str] = "learn"
     stride: int | None = None
     """Rounds between updates; None is what measured best: 8, and 16 for low-rank changes."""
-    weights: Learned = "auto"
+    weights: Literal["auto", "full", "lora"] = "auto"
     """What learns: the weights themselves (full), or low-rank changes of the matrices that make no
     context (lora), which take a fiftieth of the memory and let many rows learn side by side; auto
     is full as long as all copies of the weights stay small."""
@@ -96,76 +136,48 @@ class LearnConfig:
     """Of low-rank changes."""
     lr: float | None = None
     """Adam's learning rate; None is what measured best for the kind of drafter and of weights."""
-    warmup: int = 0
-    """Updates over which a row's rate rises to `lr`; 0 begins with all of it."""
     beta1: float = 0.0
     """Adam's decay of the first moment; replayed blocks smooth the gradient already."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
-    eps: float = 1e-8
-    """Adam's epsilon."""
-    clip: float = 1.0
-    """Largest norm of a row's gradient."""
-    supervision: Supervision = "hindsight"
+    supervision: Literal["block", "accepted", "hindsight"] = "hindsight"
     """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
     blocks: int = 8
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
     more sees each several times."""
-    temperature: float = 1.0
-    """Divides both sides' logits in the loss."""
-    loss: Loss = "kl"
-    """What brings the drafter nearer: KL(p || q), total variation (tv), or KL(p || q) up to the
-    first wrong draft and KL(q || p), weaker and weaker, after it (split)."""
-    emphasis: Emphasis = "position"
-    """Whether a row weighs by its place in the block (`decay`), or by how likely the drafts that it
-    decides about are to be kept (survival; D-PACE, arXiv 2605.18810)."""
+    loss: Literal["kl", "tv"] = "kl"
+    """What brings the drafter nearer: KL(p || q), or total variation (tv)."""
     decay: float = 0.0
     """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
-    proximal: float = 0.0
-    """Weight of KL(anchor || q), which holds the drafter to what its checkpoint drafts."""
-    parameters: Parameters = "full"
-    """Which weights learn: all, only the layers, only their attention, or only their MLPs; or what
-    lies behind the last attention (last), so that no key or value of the context ever comes from
-    older weights, and an update reads few layers on its way back."""
-    chain: Chain = "unrolled"
-    """Where a drafter feeds itself: gradients through its whole chain, or each step alone, which
-    is cheaper (detached)."""
-    vocabulary: Vocabulary = "mass"
-    """Where a drafter knows only some tokens: a row weighs by the target's probability of those
-    (mass), or all rows alike (renormalise)."""
+    parameters: Literal["full", "last"] = "full"
+    """Which weights learn: all, or what lies behind the last attention (last), so that no key or
+    value of the context comes from older weights, and an update reads few layers on its way back.
+    """
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
     guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
-    cap: float | None = None
-    """Largest change of the weights, relative to their norm (of low-rank changes: of what they
-    were); None is no limit."""
-    publish: Publish = "ready"
+    publish: Literal["now", "ready", "stride"] = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
     runs repeat exactly; now: the next one, which waits. Off a GPU, or shared, ready is now."""
 
     def __post_init__(self) -> None:
-        stride = self.stride
-        _require(stride is None or stride >= 1, "learn.stride", stride, "1 or more")
-        for name in ("blocks", "rank"):
-            value = getattr(self, name)
-            _require(value >= 1, f"learn.{name}", value, "1 or more")
-        for name in ("warmup", "guard", "proximal"):
-            value = getattr(self, name)
-            _require(0 <= value < math.inf, f"learn.{name}", value, "0 (none) or more")
-        for name in ("lr", "eps", "clip", "temperature", "cap"):
-            value = getattr(self, name)
-            if name in ("lr", "cap") and value is None:
-                continue
-            _require(math.isfinite(value) and value > 0, f"learn.{name}", value, "above 0")
-        for name in ("beta1", "beta2"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"learn.{name}", value, "from 0 to below 1")
-        _require(self.decay >= 0, "learn.decay", self.decay, "0 (uniform) or more")
+        def check(name: str, ok: bool, allowed: str) -> None:
+            _require(ok, f"learn.{name}", getattr(self, name), allowed)
+
+        lr = self.lr
+        check("stride", self.stride is None or self.stride >= 1, "1 or more")
+        check("blocks", self.blocks >= 1, "1 or more")
+        check("rank", self.rank >= 1, "1 or more")
+        check("guard", 0 <= self.guard < math.inf, "0 (none) or more")
+        check("lr", lr is None or (math.isfinite(lr) and lr > 0), "above 0")
+        check("beta1", 0 <= self.beta1 < 1, "from 0 to below 1")
+        check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
+        check("decay", self.decay >= 0, "0 (uniform) or more")
 
     @classmethod
     def paper(cls) -> Self:
@@ -185,17 +197,6 @@ class LearnConfig:
             publish="stride",
             guard=0,
         )
-
-    def with_options(self, **options: object) -> Self:
-        """A copy with some fields replaced.
-
-        Raises:
-            OptionError: A name is not a field.
-        """
-        known = {f.name for f in fields(self)}
-        for name in options:
-            _require(name in known, "learn option", name, ", ".join(sorted(known)))
-        return replace(self, **options)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,9 +237,9 @@ class GenerateConfig:
     """How the drafter learns; None is a static drafter."""
     deterministic: bool = False
     """Let neither a clock nor the width of a verification decide anything: a run repeats bit for
-    bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. The gate is off,
-    updates are published at strides, and every round reads 16 tokens (or a multiple of it, where
-    more are drafted)."""
+    bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. Drafting is not
+    adaptive, updates are published at strides, and every round reads 16 tokens (or a multiple of
+    it, where more are drafted)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

@@ -1,4 +1,4 @@
-"""Losses that teach a drafter. Pure; rows weigh by position, as in the paper (paper.md 2)."""
+"""Losses that teach a drafter. Pure functions; rows weigh by position, as in the paper."""
 
 from typing import Any, cast
 
@@ -8,22 +8,21 @@ from torch.nn import functional as F
 
 from ttspec.compiled import compiled
 
-AT_ONCE, AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
-"""Logits of so many tokens times vocabulary are worked on together: what is wide in between stays
-small, and on a CPU near."""
+LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
+"""Logits worked on together: wide intermediate results stay small, and on a CPU in its cache."""
 
 
 def position_weights(length: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
     """w_j = exp(-(j - 1) / decay) for j = 1..length, float32; all 1 when `decay` is 0.
 
-    DFlash trains with decay 7 for blocks of 16 and 4 for blocks of 8 (drafters.md 2d).
+    DFlash trains with decay 7 for blocks of 16 and 4 for blocks of 8.
     """
     j = torch.arange(length, device=device, dtype=torch.float32)
     return torch.ones_like(j) if decay == 0 else torch.exp(-j / decay)
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row. Its slope, q - p, is made on the way: no whole vocabulary is kept twice.
+    """KL(p || q) per row; its gradient q - p is made on the way, so one V-wide tensor is kept.
 
     Args:
         p_logits: [..., V] the target's logits, no gradient.
@@ -40,35 +39,28 @@ class _ForwardKL(torch.autograd.Function):
     def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor) -> Tensor:
         shape, size = q_logits.shape[:-1], q_logits.shape[-1]
         p_logits, q_logits = p_logits.reshape(-1, size), q_logits.reshape(-1, size)
-        found = q_logits.new_empty(len(q_logits), dtype=torch.float32)
-        slope = torch.empty_like(q_logits)
-        some = max(1, (AT_ONCE if q_logits.is_cuda else AT_ONCE_ON_A_CPU) // size)
-        for i in range(0, len(q_logits), some):
-            part = slice(i, i + some)
-            found[part], slope[part] = _kl_and_slope(p_logits[part], q_logits[part])
-        ctx.save_for_backward(slope.view(*shape, size))
-        return found.view(shape)
+        loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
+        gradient = torch.empty_like(q_logits)
+        rows = max(1, (LOGITS_AT_ONCE if q_logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU) // size)
+        for i in range(0, len(q_logits), rows):
+            part = slice(i, i + rows)
+            loss[part], gradient[part] = _kl_and_gradient(p_logits[part], q_logits[part])
+        ctx.save_for_backward(gradient.view(*shape, size))
+        return loss.view(shape)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
-        (slope,) = ctx.saved_tensors
-        return None, slope * outer[0][..., None].to(slope.dtype)
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * outer[0][..., None].to(gradient.dtype)
 
 
 @compiled
-def _kl_and_slope(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
+def _kl_and_gradient(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
     # 0 times -inf, where a head masks tokens, would be NaN.
     log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
     log_q = q_logits.float().log_softmax(-1)
     p = log_p.exp()
     return torch.linalg.vecdot(p, log_p - log_q), (log_q.exp() - p).to(q_logits.dtype)
-
-
-def reverse_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(q || p) per row, which seeks a mode: arguments and result as `forward_kl`'s."""
-    log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
-    log_q = q_logits.float().log_softmax(-1)
-    return torch.linalg.vecdot(log_q.exp(), log_q - log_p)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -84,28 +76,12 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return 1 - p.minimum(q).sum(-1)
 
 
-def survival_weights(q_of_token: Tensor, floor: float = 0.5) -> Tensor:
-    """D-PACE: how much of a block's expected length each row decides (arXiv 2605.18810).
-
-    With s_j = (1 - floor) q_j(y_j) + floor, row k weighs the sum over i >= k of s_1 ... s_i.
-
-    Args:
-        q_of_token: [..., G], the drafter's probability of the right token in each row.
-        floor: Keeps late rows in play while early ones are wrong.
-
-    Returns:
-        float32 [..., G], no gradient.
-    """
-    kept = ((1 - floor) * q_of_token.detach().float() + floor).cumprod(-1)
-    return kept.flip(-1).cumsum(-1).flip(-1)
-
-
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
-    """Drafts of a block that would be kept, if row j's draft is with probability `agreement`.
+    """Expected number of accepted drafts of a block.
 
     Args:
-        agreement: [..., G].
-        mask: bool [..., G]; the first row that is out ends the block.
+        agreement: [..., G], the probability that row j's draft is accepted if those before it are.
+        mask: bool [..., G]; the first masked row ends the block.
 
     Returns:
         float32 [...].

@@ -21,7 +21,7 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
-from ttspec.learning.learner import AT_ONCE
+from ttspec.learning.distillation import AT_ONCE
 from ttspec.models.target import Target
 
 
@@ -328,17 +328,14 @@ def replay(
 ) -> Work:
     """Forward and backward over A blocks a row that are drafted again.
 
-    Moved: body and head twice, once each way, keys and values too; s W of gradients. A chain that
-    learns unrolled does so in each of its G steps, and reads and writes the gradients (2 s W) in
-    each step but the first; detached, it is run once more before, without gradients.
+    Moved: body and head twice, once each way, keys and values too; s W of gradients. A chain does
+    so in each of its G steps, and reads and writes the gradients (2 s W) in each but the first.
 
     Operations: 2 W a token forward, 2 W backward for the inputs, 2 W for the weights that learn;
     attention threefold.
     """
     rows, s = batch.rows, batch.item
-    chain = isinstance(drafter, Eagle3)
-    unrolled = chain and learn.chain == "unrolled"
-    steps, block = (length, 1) if unrolled else (1, parts.block)
+    steps, block = (length, 1) if isinstance(drafter, Eagle3) else (1, parts.block)
 
     def attention(tokens: int) -> Work:
         return parts.attention.work(rows, tokens, batch.filled, s, blocks)
@@ -354,8 +351,6 @@ def replay(
         Work(s * across, 2 * across * rows * blocks * length),  # the head, both ways
         Work(s * (body * (2 * steps - 1) + rest), 2 * blocks * (body * block * steps + rest)),
     ]
-    if chain and not unrolled:
-        works += [(read(drafter, parts.body, blocks, batch) + attention(1)) * length]
     return total(works)
 
 

@@ -7,7 +7,7 @@ A flag that was not given is None, so that a preset, a command's own default and
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import docstring_parser
@@ -65,7 +65,7 @@ class LearnFlags(_flags_of(LearnConfig)):
         """The learning options: the preset, changed where the user or the command says so."""
         changes = _given(self)
         start = LearnConfig.paper() if changes.pop("preset") == "paper" else LearnConfig()
-        return start.with_options(**changes)
+        return replace(start, **changes)
 
     def config_if(self, on: bool) -> LearnConfig | None:
         """The same, or None for a static drafter, which cannot have learning options."""

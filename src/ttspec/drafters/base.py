@@ -142,13 +142,9 @@ class Drafter(ABC):
         """
 
     @abstractmethod
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor: ...
+    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor: ...
 
-    def replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, *, unroll: bool = True
-    ) -> Tensor:
+    def replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
         """Draft logits as `propose` would compute them now, with gradients to `state.weights`.
 
         Args:
@@ -156,17 +152,15 @@ class Drafter(ABC):
             lesson: A blocks a row; of its target logits nothing is read.
             length: Drafted rows per block.
             longest: The largest start, known on the host.
-            unroll: Let gradients pass from a drafted row to those before it in its block, where a
-                drafter feeds itself; False stops them there.
 
         Returns:
             [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
         if not state.options.rebase:
-            return self._replay(state, lesson, length, longest, unroll)
+            return self._replay(state, lesson, length, longest)
         # Where a context token seems to be depends on the block: one block at a time.
         parts = (lesson.part(i) for i in range(lesson.start.shape[1]))
-        return torch.cat([self._replay(state, p, length, longest, unroll) for p in parts], dim=1)
+        return torch.cat([self._replay(state, p, length, longest) for p in parts], dim=1)
 
     def shapes(self) -> Shapes:
         """Every tensor that a checkpoint must hold, with its shape; known before loading."""

@@ -304,7 +304,6 @@ class Causal(Drafter):
         lesson: Lesson,
         length: int,
         longest: int,
-        unroll: bool,  # noqa: ARG002
     ) -> Tensor:
         assert isinstance(state, CausalState)
         ids = self._block_ids(lesson.tokens[..., :length])
@@ -366,9 +365,6 @@ class Causal(Drafter):
         return {
             "full": names,
             "last": [n for n in last if any(p in n for p in BEHIND)],
-            "layers": layers,
-            "attention": [n for n in layers if "attn" in n],
-            "mlp": [n for n in layers if "mlp" in n],
         }[parameters]
 
     def matrices(self, parameters: str) -> list[str]:

@@ -282,7 +282,6 @@ class DFlash(Drafter):
         lesson: Lesson,
         length: int,
         longest: int,
-        unroll: bool,  # noqa: ARG002 - a block does not feed itself
     ) -> Tensor:
         assert isinstance(state, DFlashState)
         reach = reach_of(longest, state.slots)
@@ -314,9 +313,6 @@ class DFlash(Drafter):
         return {
             "last": [*(n for n in last if any(p in n for p in BEHIND)), "norm.weight"],
             "full": [*layers, "norm.weight"],
-            "layers": layers,
-            "attention": [n for n in layers if "self_attn" in n],
-            "mlp": [n for n in layers if ".mlp." in n],
         }[parameters]
 
     def _block(

@@ -276,9 +276,7 @@ class Eagle3(Drafter):
             before=before[:, 0],
         )
 
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
         assert isinstance(state, Eagle3State)
         assert lesson.before is not None
         outs: list[Tensor] = []
@@ -289,24 +287,8 @@ class Eagle3(Drafter):
 
         pending, start = lesson.tokens[..., 0], lesson.start
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        if unroll:
-            self._chain(state, h, pending, start, length, longest, follow)
-            return self.logits(torch.stack(outs, dim=2))
-        with torch.no_grad():  # what each step is fed, then all steps at once
-            fed = self._chain(state, h, pending, start, length, longest, follow)
-        rows, blocks = pending.shape
-        h = torch.cat([h[:, :, None], torch.stack(fed, dim=2)[:, :, 1:]], dim=2)
-        offset = torch.arange(length, device=start.device)
-        position = (start[..., None] - 1 + offset).flatten(1)  # [B, A * length]
-        index = torch.arange(blocks * length, device=start.device)
-        same = index[:, None] // length == index // length
-        near = (same & (index <= index[:, None])).expand(rows, -1, -1)
-        far = self._far(state, start, longest).repeat_interleave(length, dim=1)
-        old = self._context(state, start, longest)
-        look = Beside(*old, torch.cat([far, near], dim=-1))
-        tokens = lesson.tokens[..., :length].flatten(1)
-        out, _ = self._layer(state.weights, h.flatten(1, 2), tokens, position, state.rope, look)
-        return self.logits(out.unflatten(1, (blocks, length)))
+        self._chain(state, h, pending, start, length, longest, follow)
+        return self.logits(torch.stack(outs, dim=2))
 
     def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
         """Training-time test over whole sequences (drafters.md 1d), with gradients to `weights`.
@@ -341,9 +323,6 @@ class Eagle3(Drafter):
         return {
             "full": [n for n in self.weights if n not in tables],
             "last": [*(n for n in layer if any(p in n for p in BEHIND)), "norm.weight"],
-            "layers": layer,
-            "attention": [n for n in layer if "self_attn" in n],
-            "mlp": [n for n in layer if ".mlp." in n],
         }[parameters]
 
     def fuse(self, weights: Weights, features: Tensor) -> Tensor:
@@ -365,20 +344,17 @@ class Eagle3(Drafter):
         length: int,
         longest: int,
         follow: Follow,
-    ) -> list[Tensor]:
-        """Run A chains a row from fused features h [B, A, H]; returns what each step was fed."""
+    ) -> None:
+        """Run A chains a row from fused features h [B, A, H]."""
         keys, values = self._context(state, start, longest)
         far = self._far(state, start, longest)
         blocks = token.shape[1]
         own = torch.eye(blocks, dtype=torch.bool, device=token.device).expand(len(token), -1, -1)
-        fed = []
         for step in range(length):
             look = Beside(keys, values, torch.cat([far, *[own] * (step + 1)], dim=-1))
-            fed.append(h)
             out, h = self._layer(state.weights, h, token, start - 1 + step, state.rope, look)
             keys, values = look.keys, look.values
             token = follow(step, out)
-        return fed
 
     def _chain_in_place(
         self,

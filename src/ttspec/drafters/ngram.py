@@ -99,9 +99,7 @@ class Ngram(Drafter):
         known = (end - found).masked_fill(found < 0, 0)
         return Proposal(tokens=tokens, count=count.minimum(known))
 
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
         raise NotImplementedError  # nothing to learn
 
     def learnable(self, parameters: str) -> list[str]:  # noqa: ARG002

@@ -47,7 +47,7 @@ class Delta:
     changes: dict[str, Tensor]
 
     def require(self, drafter: Drafter | None) -> None:
-        """Refuse a drafter that it is no change of.
+        """Refuse a drafter that it does not belong to.
 
         Raises:
             OptionError: There is no drafter.
@@ -78,24 +78,21 @@ class Delta:
     def _fits(self, name: str, change: Tensor, weights: Weights) -> bool:
         of, dot, end = name.rpartition(".")
         if dot + end in (DOWN, UP):
-            matrix, pair = weights.get(of + ".weight"), self._pair(of + DOWN, of + UP)
-            if matrix is None or pair is None or {w.dim() for w in (matrix, *pair)} != {2}:
+            matrix = weights.get(of + ".weight")
+            down, up = self.changes.get(of + DOWN), self.changes.get(of + UP)
+            if matrix is None or down is None or up is None:
                 return False
-            down, up = pair
+            if not matrix.dim() == down.dim() == up.dim() == 2:
+                return False
             return down.shape == (up.shape[1], matrix.shape[1]) and len(up) == len(matrix)
         if dot + end in (AT, EXACT):
-            weight, pair = weights.get(of), self._pair(of + AT, of + EXACT)
-            if weight is None or pair is None or of not in self.changes:
+            weight = weights.get(of)
+            at, exact = self.changes.get(of + AT), self.changes.get(of + EXACT)
+            if weight is None or at is None or exact is None or of not in self.changes:
                 return False
-            places, exact = pair
-            inside = bool(((places >= 0) & (places < weight.numel())).all())
-            return inside and places.dim() == 1 and places.shape == exact.shape
+            inside = bool(((at >= 0) & (at < weight.numel())).all())
+            return inside and at.dim() == 1 and at.shape == exact.shape
         return name in weights and weights[name].shape == change.shape
-
-    def _pair(self, one: str, other: str) -> tuple[Tensor, Tensor] | None:
-        """Two tensors that only make sense together."""
-        first, second = self.changes.get(one), self.changes.get(other)
-        return None if first is None or second is None else (first, second)
 
     def applied(self, weights: Weights) -> dict[str, Tensor]:
         """The weights that it changes, float32, with the change in them."""
@@ -104,18 +101,14 @@ class Delta:
             if name.endswith(UP):
                 of = name.removesuffix(UP)
                 anchor, down = weights[of + ".weight"].float(), self.changes[of + DOWN]
-                parts = {
-                    of + ".weight": anchor,
-                    name: change.to(anchor),
-                    of + DOWN: down.to(anchor),
-                }
-                whole |= multiplied_out(parts)
+                factors = {name: change.to(anchor), of + DOWN: down.to(anchor)}
+                whole |= multiplied_out({of + ".weight": anchor, **factors})
             elif not name.endswith((DOWN, AT, EXACT)):
                 new = weights[name].float()
                 flat = (new + change.to(new)).flatten()
                 if name + AT in self.changes:
-                    places = self.changes[name + AT].to(flat.device)
-                    flat[places] = self.changes[name + EXACT].to(flat)
+                    at = self.changes[name + AT].to(flat.device)
+                    flat[at] = self.changes[name + EXACT].to(flat)
                 whole[name] = flat.view_as(new)
         return whole
 
@@ -143,9 +136,9 @@ def difference(new: Weights, old: Weights) -> dict[str, Tensor]:
     for name, weight in new.items():
         weight, anchor = weight.detach().float(), old[name].float()
         changes[name] = weight - anchor
-        off = (anchor + changes[name] != weight).flatten().nonzero()[:, 0]
-        if len(off):
-            changes[name + AT], changes[name + EXACT] = off, weight.flatten()[off]
+        inexact = (anchor + changes[name] != weight).flatten().nonzero()[:, 0]
+        if len(inexact):
+            changes[name + AT], changes[name + EXACT] = inexact, weight.flatten()[inexact]
     return changes
 
 
@@ -189,7 +182,7 @@ def write_delta(
     if path.suffix != SUFFIX:
         raise OptionError(f"{path} does not end in {SUFFIX}.\nGive a new file's name that does.")
     require_new(path)
-    about = {
+    metadata = {
         "format": "pt",
         "ttspec_delta": FORMAT,
         "kind": drafter.kind,
@@ -201,7 +194,7 @@ def write_delta(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata=about)
+        save_file(tensors, partial, metadata=metadata)
         partial.chmod(0o644)  # written for its owner alone
         path.touch(exist_ok=False)  # it is ours, or there is an error
         partial.replace(path)
@@ -218,44 +211,39 @@ def read_delta(path: Path) -> Delta:
     Raises:
         CheckpointError: There is no such file, or it is a pickle, damaged or something else.
     """
+    advice = f"Give what --save-drafter wrote: a folder or a {SUFFIX} file."
     if not path.is_file():
-        raise CheckpointError(
-            f"There is no such file or folder: {path}.\n"
-            f"Give what --save-drafter wrote: a folder or a {SUFFIX} file."
-        )
+        raise CheckpointError(f"There is no such file or folder: {path}.\n{advice}")
     with path.open("rb") as file:
         pickled = file.read(4).startswith(_MAGIC)
     if pickled or path.suffix in PICKLES:
-        raise CheckpointError(
-            f"{path} is a pickle, which can run code and is not read.\n"
-            f"Give what --save-drafter wrote: a folder or a {SUFFIX} file."
-        )
+        raise CheckpointError(f"{path} is a pickle, which can run code and is not read.\n{advice}")
     try:
         with safe_open(path, framework="pt") as opened:
-            about = opened.metadata() or {}
+            metadata = opened.metadata() or {}
             changes = {n: opened.get_tensor(n).clone() for n in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or truncated: {error}.\nCopy or write it again."
         ) from error
-    if about.get("ttspec_delta") != FORMAT:
-        version = about.get("ttspec_delta")
+    version = metadata.get("ttspec_delta")
+    if version != FORMAT:
         what = f"of format {version}" if version else "no change that --save-drafter wrote"
         raise CheckpointError(
             f"{path} is {what}; this ttspec reads format {FORMAT}.\n"
             "A whole checkpoint's folder goes to --drafter."
         )
-    said = ("kind", "drafter", "sha256", "learn")
-    missing = [key for key in said if key not in about]
-    odd = [n for n, w in changes.items() if not _sound(n, w)]
-    if missing or odd or not changes:
+    keys = ("kind", "drafter", "sha256", "learn")
+    missing = [key for key in keys if key not in metadata]
+    unusable = [n for n, w in changes.items() if not _is_usable(n, w)]
+    if missing or unusable or not changes:
         what = f"does not say its {missing[0]}" if missing else "holds no usable values"
-        what += f": {odd[0]}" if odd else ""
+        what += f": {unusable[0]}" if unusable else ""
         raise CheckpointError(f"{path} {what}.\nThe file is damaged: give another one.")
-    return Delta(path=path, changes=changes, **{key: about[key] for key in said})
+    return Delta(path=path, changes=changes, **{key: metadata[key] for key in keys})
 
 
-def _sound(name: str, change: Tensor) -> bool:
+def _is_usable(name: str, change: Tensor) -> bool:
     if name.endswith(AT):
         return change.dtype == torch.int64
     return change.dtype == torch.float32 and bool(change.isfinite().all())

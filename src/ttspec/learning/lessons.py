@@ -1,8 +1,8 @@
-"""What the target has said that the drafter can learn from, per row, on the device.
+"""What a drafter can learn from: the newest verifications, per row, on the device.
 
-A lesson is a block's start, its tokens, and the target's logits for the rows after the first.
-`block` and `accepted` lessons are a round's own verification. `hindsight` lessons take the rows of
-what was committed in the end, from a ring keyed by absolute position (exactness.md 4).
+A lesson is a block's start, its tokens, and the target's logits for the tokens after the first.
+Supervision `block` and `accepted` take a round's own verification; `hindsight` takes the logits of
+what was committed in the end, from a ring of slots by absolute position.
 """
 
 from __future__ import annotations
@@ -19,98 +19,92 @@ class Lessons:
 
     def __init__(self, config: LearnConfig, rows: int, length: int, like: Verification) -> None:
         """Room for `rows` rows of blocks of `length` drafts, of verifications `like` this one."""
-        sample, before = like.logits, like.proposal.before
-        self.length = length
+        self.length, self.blocks = length, config.blocks
         self.hindsight = config.supervision == "hindsight"
         self.until_rejection = config.supervision == "accepted"
-        self.blocks = config.blocks
         # Blocks to replay, and those that wait: at one token a round one waits `length` rounds.
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)
         self._ring = (self.blocks + 2) * (length + 1) if self.hindsight else 0
-        device, v = sample.device, sample.shape[-1]
-        self._starts = torch.full((rows, self._kept), -1, device=device)
+        before, size = like.proposal.before, like.logits.shape[-1]
+        # By block, oldest first: [rows, kept, ...]; start -1 is no block.
+        self._starts = torch.full((rows, self._kept), -1, device=like.logits.device)
         self._tokens = self._starts.new_zeros(rows, self._kept, length + 1)
+        self._masks = self._starts.new_zeros(rows, self._kept, length, dtype=torch.bool)
         self._before = None
         if before is not None:
-            self._before = before.new_zeros(*self._starts.shape, before.shape[-1])
-        self._used = torch.full((rows,), -1, device=device)
+            self._before = before.new_zeros(rows, self._kept, before.shape[-1])
+        # By row: starts of the newest block that was used, and that was asked for.
+        self._used = self._starts.new_full((rows,), -1)
         self._newest = self._used.clone()
-        self._committed = torch.zeros(rows, dtype=torch.long, device=device)
-        # The ring's last slot takes what is not to be kept.
-        self._at = torch.full((rows, self._ring + 1), -1, device=device)
-        self._ids = torch.zeros_like(self._at)
-        shape = (rows, self._ring + 1, v) if self.hindsight else (rows, self._kept, length, v)
-        self._logits = sample.new_zeros(shape)
-        self._masks = torch.zeros(rows, self._kept, length, dtype=torch.bool, device=device)
+        self._committed = self._used.new_zeros(rows)
+        # By slot of the ring, whose last takes what is not to be kept. Position -1 is nothing.
+        self._ring_positions = self._starts.new_full((rows, self._ring + 1), -1)
+        self._ring_tokens = torch.zeros_like(self._ring_positions)
+        slots = (self._ring + 1,) if self.hindsight else (self._kept, length)
+        self._logits = like.logits.new_zeros(rows, *slots, size)
 
     @property
-    def kept(self) -> list[Tensor]:
-        """What `absorb` changes."""
-        kept = [self._starts, self._tokens, self._committed, self._at, self._ids, self._logits]
-        return [*kept, self._masks, *([] if self._before is None else [self._before])]
+    def changed_by_absorb(self) -> list[Tensor]:
+        """What `absorb` writes to, for capturing it."""
+        ring = [self._ring_positions, self._ring_tokens, self._logits]
+        blocks = [self._starts, self._tokens, self._committed, *ring, self._masks]
+        return blocks if self._before is None else [*blocks, self._before]
 
     def absorb(self, v: Verification) -> None:
-        """Keep a round's rows; rows that take no part are left alone."""
-        took_part = v.emitted > 0
-        self._push(self._starts, v.start, took_part)
-        self._push(self._tokens, v.fed, took_part)
+        """Keep a round's verification; rows that take no part are left alone."""
+        active, width = v.emitted > 0, v.logits.shape[1]
+        self._push(self._starts, v.start, active)
+        self._push(self._tokens, v.fed, active)
         if v.proposal.before is not None and self._before is not None:
-            self._push(self._before, v.proposal.before, took_part)
-        self._committed.copy_(torch.where(took_part, v.start + v.emitted, self._committed))
-        column = torch.arange(self.length + 1, device=v.start.device)
+            self._push(self._before, v.proposal.before, active)
+        self._committed.copy_(torch.where(active, v.start + v.emitted, self._committed))
+        column = torch.arange(width, device=v.start.device)
         if self.hindsight:
             # Row j of the verification is p for the token at start + 1 + j, if that was committed.
-            position = v.start[:, None] + 1 + column[: v.logits.shape[1]]
-            kept = column[: v.logits.shape[1]] < v.emitted[:, None]
+            position = v.start[:, None] + 1 + column
+            kept = column < v.emitted[:, None]
             slot = (position % self._ring).masked_fill(~kept, self._ring)
-            row = torch.arange(position.shape[0], device=position.device)[:, None]
+            row = torch.arange(len(position), device=position.device)[:, None]
             self._logits[row, slot] = v.logits
-            self._ids[row, slot] = v.tokens
-            self._at[row, slot] = position.masked_fill(~kept, -1)
+            self._ring_tokens[row, slot] = v.tokens
+            self._ring_positions[row, slot] = position.masked_fill(~kept, -1)
             return
-        width = v.proposal.tokens.shape[1]
-        mask = column[:width] < v.proposal.count[:, None]
+        drafts = v.proposal.tokens.shape[1]
+        column = column[:drafts]
+        mask = column < v.proposal.count[:, None]
         if self.until_rejection:
-            mask = mask & (column[:width] <= v.accepted[:, None])
-        # Past an end token the target speaks of a text that never is.
-        mask = mask & (~v.ended[:, None] | (column[:width] < v.emitted[:, None]))
-        self._push(self._masks, mask, took_part)
-        self._push(self._logits, v.logits[:, :width], took_part)
+            mask = mask & (column <= v.accepted[:, None])
+        # Past an end token the target predicts a text that never is.
+        mask = mask & (~v.ended[:, None] | (column < v.emitted[:, None]))
+        self._push(self._masks, mask, active)
+        self._push(self._logits, v.logits[:, :drafts], active)
 
-    def take(self) -> Lesson:
-        """The newest lessons, which are then no longer new."""
-        lesson = self.newest()
-        self.used()
-        return lesson
-
-    def used(self) -> None:
+    def mark_used(self) -> None:
         """What `newest` gave last is no longer new."""
         self._used.copy_(self._used.maximum(self._newest))
 
     def newest(self) -> Lesson:
-        """The newest lessons of every row; none for a row that has no new one."""
+        """The newest blocks of every row, newest first; all masked where none of them is new."""
         last = torch.full_like(self._used, self._kept - 1)
-        if self.hindsight:  # the newest block whose rows have all been committed
+        if self.hindsight:  # the newest block whose tokens have all been committed
             whole = (self._starts >= 0) & (self._starts + self.length <= self._committed[:, None])
             order = torch.arange(self._kept, device=whole.device)
             last = order.expand_as(whole).masked_fill(~whole, -1).amax(-1)
         pick = last[:, None] - torch.arange(self.blocks, device=last.device)
         start = self._starts.gather(1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
         pick = pick.clamp(min=0)
-        new = start[:, 0] > self._used
         self._newest.copy_(start[:, 0])
-        fresh = (start >= 0) & new[:, None]
-        row = torch.arange(pick.shape[0], device=pick.device)[:, None]
+        is_new = start[:, 0] > self._used
+        row = torch.arange(len(pick), device=pick.device)[:, None]
         tokens = self._tokens[row, pick]
         if self.hindsight:
             position = start[..., None] + 1 + torch.arange(self.length, device=pick.device)
-            slot = position.clamp(min=0) % self._ring
-            mask = self._at[row[..., None], slot] == position
-            logits = self._logits[row[..., None], slot]
-            tokens = torch.cat([tokens[..., :1], self._ids[row[..., None], slot]], dim=-1)
+            at = row[..., None], position.clamp(min=0) % self._ring
+            mask, logits = self._ring_positions[at] == position, self._logits[at]
+            tokens = torch.cat([tokens[..., :1], self._ring_tokens[at]], dim=-1)
         else:
             mask, logits = self._masks[row, pick], self._logits[row, pick]
-        mask = mask & fresh[..., None]
+        mask = mask & ((start >= 0) & is_new[:, None])[..., None]
         return Lesson(
             tokens=tokens,
             start=start.clamp(min=0),
@@ -122,21 +116,22 @@ class Lessons:
         )
 
     def clear(self, row: int) -> None:
-        """Forget a row: its history is gone, or its weights were put back."""
+        """Forget a row: another request has it, or its weights were reverted."""
         self._starts[row] = self._used[row] = self._newest[row] = -1
-        self._at[row] = -1
+        self._ring_positions[row] = -1
         self._masks[row] = False
 
     def clear_above(self, row: int, length: int) -> None:
-        """Forget what a row's crop to `length` took back."""
-        self._at[row] = torch.where(self._at[row] > length, -1, self._at[row])
-        self._starts[row] = torch.where(self._starts[row] >= length, -1, self._starts[row])
+        """Forget what a row's crop to `length` tokens took back."""
+        positions, starts = self._ring_positions[row], self._starts[row]
+        self._ring_positions[row] = torch.where(positions > length, -1, positions)
+        self._starts[row] = torch.where(starts >= length, -1, starts)
 
     @staticmethod
-    def _push(store: Tensor, new: Tensor, where: Tensor) -> None:
-        """Shift a row's history by one and append, where the row took part."""
+    def _push(store: Tensor, new: Tensor, rows: Tensor) -> None:
+        """Shift the history of some rows by one block and append the new one."""
         if store.dim() > 2 and new.shape[1] < store.shape[2]:  # fewer were drafted than may be
             blank = new.new_zeros(new.shape[0], store.shape[2] - new.shape[1], *new.shape[2:])
             new = torch.cat([new, blank], dim=1)
         shifted = torch.cat([store[:, 1:], new[:, None].to(store.dtype)], dim=1)
-        store.copy_(torch.where(where.view(-1, *[1] * (store.dim() - 1)), shifted, store))
+        store.copy_(torch.where(rows.view(-1, *[1] * (store.dim() - 1)), shifted, store))

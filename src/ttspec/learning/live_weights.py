@@ -1,4 +1,4 @@
-"""Which weights learn, a copy per row or one for all, and the step that moves them."""
+"""Which weights learn, a copy per row or one for all, and the Adam step that moves them."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
-
-FACTS = 7
-"""What an update tells of each row: its blocks, its loss, the norm of its copy's gradient, and what
-`Guard.worse` takes; 0 where nothing was compared."""
-
+from ttspec.learning.update_report import UpdateReport
 
 SMALL = 4 << 30
-"""Bytes that all copies may take for the weights themselves to learn unless told otherwise."""
+"""Bytes that all copies may take for `weights="auto"` to mean the weights themselves."""
+MAX_NORM = 1.0
+"""Longer gradients of a row are clipped."""
+EPSILON = 1e-8
+"""Adam's."""
 
 
 def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> LearnConfig:
@@ -31,14 +31,13 @@ def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> Le
 
 
 def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
-    """What a copy takes: master, gradient and two moments in float32, and the live weights."""
+    """Bytes of a copy: float32 master, gradient and two moments, and the published weights."""
     if weights == "full":
-        own = [drafter.weights[n].shape for n in drafter.learnable(config.parameters)]
-        count = sum(shape.numel() for shape in own)
+        names = drafter.learnable(config.parameters)
+        count = sum(drafter.weights[n].numel() for n in names)
     else:
         names = drafter.matrices(config.parameters)
-        shapes = [drafter.weights[n + ".weight"].shape for n in names]
-        count = config.rank * sum(out + into for out, into in shapes)
+        count = config.rank * sum(sum(drafter.weights[n + ".weight"].shape) for n in names)
     return count * (16 + drafter.embedding.element_size())
 
 
@@ -46,6 +45,8 @@ class LiveWeights:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
 
     All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy.
+    `master`, `gradient` and `published` are views of such tables by the weights' names,
+    [copies, ...]; in `published`, which drafts, without that dimension where all rows share a copy.
     """
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
@@ -60,7 +61,7 @@ class LiveWeights:
         self.rate = rate if config.lr is None else config.lr
         self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
         self._start = self._anchor
-        # Float32 masters: bfloat16 would swallow small steps. The rounded copy is what drafts.
+        # Float32 masters: bfloat16 would swallow small steps. A rounded copy is published.
         self._master = self._anchor.repeat(copies, 1)
         self._gradient = torch.zeros_like(self._master)
         dtype = next(iter(self.anchor.values())).dtype
@@ -68,108 +69,85 @@ class LiveWeights:
         waits = not self.shared and (beside or config.publish == "stride")
         self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
-        self.published = {n: self._seen(w) for n, w in self._views(self._published).items()}
+        self.published = {n: self._for_drafter(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
-        self._rates = self._master.new_full((copies,), self.rate)
-        self._optimisers = [self._optimiser(copy) for copy in range(copies)]
+        self._optimisers = [self._make_optimiser(copy) for copy in range(copies)]
         # Without lessons this changes nothing, but Adam's moments have their addresses now.
-        self.step(self._master.new_zeros(1 if self.shared else copies, FACTS))
+        self.step(UpdateReport.empty(1 if self.shared else copies, self._anchor.device))
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: master, gradient and two moments, 16 a learned weight, and the live copy."""
-        live = 0 if self._published is self._master else self._published.nbytes
-        return 4 * self._master.nbytes + live
+        """Bytes held: master, gradient and two moments, 16 a learned weight, and what drafts."""
+        published = 0 if self._published is self._master else self._published.nbytes
+        return 4 * self._master.nbytes + published
 
-    def put(self, gradients: list[Tensor], *, more: bool) -> None:
-        """Take gradients of the live weights, `more` on top of those there are."""
-        for mine, given in zip(self.gradient.values(), gradients, strict=True):
-            mine = self._seen(mine)
-            mine.add_(given) if more else mine.copy_(given)
+    def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
+        """Take gradients of the published weights, or `add` them to those there are."""
+        for own, given in zip(self.gradient.values(), gradients, strict=True):
+            own = self._for_drafter(own)
+            own.add_(given) if add else own.copy_(given)
 
-    def norms(self) -> Tensor:
-        """Of each copy's gradient, float32 [copies]."""
+    def gradient_norms(self) -> Tensor:
+        """Of each copy, float32 [copies]."""
         return self._gradient.norm(dim=1)
 
-    def sound(self, facts: Tensor) -> Tensor:
-        """Which copies may step, bool [copies]: some row taught them, and all of it is finite.
-
-        Args:
-            facts: Float32 [B, FACTS].
-        """
-        taught, finite = facts[:, 0] > 0, facts[:, :3].isfinite().all(1)
+    def may_step(self, report: UpdateReport) -> Tensor:
+        """Copies that some row taught, where loss and gradient are finite, bool [copies]."""
+        taught, finite = report.blocks > 0, report.table[:, :3].isfinite().all(1)
         if self.shared:
             return (taught.any() & (finite | ~taught).all())[None]
         return taught & finite
 
-    def step(self, facts: Tensor) -> None:
-        """One Adam step of every copy that is `sound`, told on the device; `publish` shows it."""
-        steps = self.sound(facts) & ~self.resting
-        norm = facts[: len(self._master), 2]
+    def step(self, report: UpdateReport) -> None:
+        """One Adam step of every copy that may and does not rest; decided on the device."""
+        steps = self.may_step(report) & ~self.resting
+        norm = report.norm[: len(self._master)]
         # What all rows share learns from their mean.
-        share = 1 / (facts[:, 0] > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
-        scale = share * (self.config.clip / (norm * share + 1e-6)).clamp(max=1.0)
-        refused, over = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
-        if self.config.warmup:
-            done = torch.stack([self._steps(optimiser) for optimiser in self._optimisers])
-            self._rates.copy_(self.rate * ((done + 1) / self.config.warmup).clamp(max=1.0))
-        for optimiser, no, by in zip(self._optimisers, refused, over, strict=True):
-            # As a gradient scaler tells them: fused Adam divides, and skips, on the device.
-            optimiser.found_inf, optimiser.grad_scale = no, by  # type: ignore[attr-defined]
+        share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
+        scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
+        skipped, divisors = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
+        for optimiser, skip, divisor in zip(self._optimisers, skipped, divisors, strict=True):
+            # As a gradient scaler does: fused Adam divides, and skips, on the device.
+            optimiser.found_inf, optimiser.grad_scale = skip, divisor  # type: ignore[attr-defined]
             optimiser.step()
-        if self.config.cap is not None:
-            change = self._master - self._anchor
-            most = self.config.cap * self._anchor.norm()
-            scale = (most / change.norm(dim=1, keepdim=True).clamp(min=1e-30)).clamp(max=1.0)
-            torch.add(self._anchor, change * scale, out=self._master)
 
     def publish(self) -> None:
-        """Let the masters draft: in place, whoever holds the live weights sees it."""
+        """Let the masters draft: in place, whoever holds the published weights sees it."""
         if self._published is not self._master:
             self._published.copy_(self._master)
 
-    def new(self) -> dict[str, Tensor]:
+    def candidate(self) -> dict[str, Tensor]:
         """What `publish` would let draft."""
-        return {n: self._seen(w).to(self.published[n].dtype) for n, w in self.master.items()}
+        return {n: self._for_drafter(w).to(self.published[n].dtype) for n, w in self.master.items()}
 
     def start_from(self, start: Mapping[str, Tensor]) -> None:
-        """Begin, now and whenever a copy begins anew, at these weights and not at the anchor's."""
-        flat = [start[n].flatten().to(self._anchor) for n in self.anchor]
-        self._start = torch.cat(flat)
+        """Begin, now and at every reset, at these weights and not at the anchor's."""
+        self._start = torch.cat([start[n].flatten().to(self._anchor) for n in self.anchor])
         for copy in range(len(self._master)):
-            self.begin(copy)
+            self.reset(copy)
 
-    def begin(self, copy: int) -> None:
+    def reset(self, copy: int) -> None:
         """Let a copy begin anew; its moments go."""
-        self._put(copy, self._start)
+        self._set(copy, self._start)
 
-    def restore(self, copy: int) -> None:
-        """Put a copy's anchor weights back; its moments go."""
-        self._put(copy, self._anchor)
+    def restore_anchor(self, copy: int) -> None:
+        """Give a copy its anchor weights back; its moments go."""
+        self._set(copy, self._anchor)
 
-    def _put(self, copy: int, weights: Tensor) -> None:
+    def _set(self, copy: int, weights: Tensor) -> None:
         self._master[copy] = weights
         self._published[copy] = weights.to(self._published.dtype)
         for state in self._optimisers[copy].state.values():
             for moment in state.values():
                 moment.zero_()
 
-    def _optimiser(self, copy: int) -> torch.optim.Adam:
-        c, weights = self.config, self._master[copy]
-        weights.grad = self._gradient[copy]
-        betas, cuda = (c.beta1, c.beta2), weights.is_cuda
-        rate = self._rates[copy] if c.warmup else self.rate
-        return torch.optim.Adam([weights], rate, betas, c.eps, fused=True, capturable=cuda)
+    def _make_optimiser(self, copy: int) -> torch.optim.Adam:
+        weights, betas = self._master[copy], (self.config.beta1, self.config.beta2)
+        weights.grad, cuda = self._gradient[copy], weights.is_cuda
+        return torch.optim.Adam([weights], self.rate, betas, EPSILON, fused=True, capturable=cuda)
 
-    @staticmethod
-    def _steps(optimiser: torch.optim.Adam) -> Tensor:
-        """Steps that were taken; 0 before the first, when there is no state yet."""
-        state = next(iter(optimiser.state.values()), None)
-        return torch.tensor(0.0) if state is None else state["step"]
-
-    def _seen(self, table: Tensor) -> Tensor:
-        """As a drafter wants it: with a leading row dimension, or none where all rows share it."""
+    def _for_drafter(self, table: Tensor) -> Tensor:
         return table[0] if self.shared else table
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:

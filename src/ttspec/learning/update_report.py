@@ -1,0 +1,25 @@
+"""What an update says of each row, in one table, so that the host reads it with one copy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class UpdateReport:
+    """Columns, float32 [B], of one table [B, 7]; where nothing was compared the last four are 0.
+
+    `blocks` with a lesson, `loss`, `norm` of the gradient of the row's copy; and the expected
+    accepted drafts that `Guard.is_worse` takes: `live`, `anchor`, `before` and `after`.
+    """
+
+    def __init__(self, table: Tensor) -> None:
+        """Views of a table [B, 7]: what is written to one is in the other."""
+        self.table, self.comparison = table, table[:, 3:]
+        self.blocks, self.loss, self.norm = (table[:, i] for i in range(3))
+        self.live, self.anchor, self.before, self.after = (table[:, i] for i in range(3, 7))
+
+    @classmethod
+    def empty(cls, rows: int, device: torch.device) -> UpdateReport:
+        """A report of an update without a lesson."""
+        return cls(torch.zeros(rows, 7, device=device))
