@@ -119,6 +119,9 @@ def test_the_interval_is_wilsons():
     low, high = made("a", [True] * 30 + [False] * 70, [1.0] * 100).interval
     assert (low, high) == pytest.approx((0.2189, 0.3958), abs=1e-4)
     assert made("a", [], []).interval == (0.0, 1.0)
+    for n in range(1, 400):  # rounding must not push a bound past the share itself
+        assert made("a", [False] * n, [1.0] * n).interval[0] == 0
+        assert made("a", [True] * n, [1.0] * n).interval[1] == 1
 
 
 def test_only_positions_that_differ_say_which_is_better():

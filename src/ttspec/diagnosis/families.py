@@ -190,15 +190,18 @@ REAL = ("smollm2-135m",)
 """Built-in targets, with their real weights."""
 
 
-def build(name: str, seed: int = 0) -> PreTrainedModel:
+def build(family: str, seed: int = 0) -> PreTrainedModel:
     """A family's model in float32, with weights that matter.
 
     transformers' own first weights are so small that a model says one token for ever, and biases
     of zero that could be forgotten. These make every part matter and logits of a few units.
     Mixtures choose experts by the order of their scores; a tie that rounding turns round would be
-    a difference of a whole expert, but no two of these scores are so close.
+    a difference of a whole expert, but no two of these scores are so close. Recurrent layers
+    forget slowly (rate exp(A_log) at most 1, where transformers draws up to 16): their states then
+    matter for longer, and transformers' own rounding stays small, since its chunked delta rule
+    takes differences of decays that it has added up over 64 tokens.
     """
-    kind, fields = FAMILIES[name]
+    kind, fields = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         shape = {} if "text_config" in fields else SHAPE
@@ -209,11 +212,13 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
         )
         table = model.get_input_embeddings().weight  # type: ignore[union-attr]
         with torch.no_grad():
-            for weight in model.parameters():
+            for name, weight in model.named_parameters():
                 if weight is table:
                     weight.normal_()
                 elif weight.dim() >= 2:
                     weight.normal_(std=1.5 * weight.shape[-1] ** -0.5)
                 else:
                     weight.add_(0.2 * torch.randn_like(weight))
+                if name.endswith(".A_log"):
+                    weight.clamp_(max=0.0)
     return model.eval()

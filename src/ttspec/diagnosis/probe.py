@@ -100,7 +100,10 @@ class Measured:
         if not n:
             return 0.0, 1.0
         middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
-        return (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
+        low, high = (middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)
+        return max(0.0, min(low, p)), min(
+            1.0, max(high, p)
+        )  # rounding may pass p where it is 0 or 1
 
     def chance(self, other: Measured) -> float:
         """How likely positions that differ are shared out so unevenly by chance (sign test)."""

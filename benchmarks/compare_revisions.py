@@ -1,0 +1,514 @@
+"""Compare the working tree with a revision before: the same texts and acceptance, and how fast.
+
+    python benchmarks/compare_revisions.py BASE
+    python benchmarks/compare_revisions.py BASE --speed
+
+The same probe runs in one process for each tree, and the two answer the same cases by turns. Texts
+and acceptance are compared on fixed seeds, for every bundled drafter; exit code 1 says that
+something differs. `--speed` times pairs of equal requests instead, one by each tree. Only names
+that both revisions have are used; options that were renamed go by the name that a tree knows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from random import Random
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from cyclopts import App
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).resolve().parents[1]
+BUNDLED = Path("src/ttspec/drafters/bundled")
+DRAFTERS = ("smollm2-135m-dflash", "smollm2-135m-eagle3", "smollm2-135m-pard")
+RENAMED = {"supervision": "rows", "adaptive": "gate"}
+"""Options by their present names, and what they were called."""
+SEED = 7
+LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 16
+PROMPTS = (
+    "Count from one to forty in words.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Say the days of the week, again and again.",
+)
+FOLLOW_UP = "Now the same once more, backwards."
+RESAMPLES = 2000
+app = App(help=__doc__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One thing that both trees are asked for."""
+
+    name: str
+    drafter: str = "none"
+    prompts: tuple[str, ...] = PROMPTS
+    learn: dict[str, Any] | None = None
+    """Fields of `LearnConfig`; `preset` names a class method that makes one."""
+    draft: dict[str, Any] = field(default_factory=dict)
+    """Fields of `DraftConfig`."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Other fields of `GenerateConfig`."""
+    turns: int = 0
+    """Above 0: a `Session` of so many turns."""
+    rows: int | None = None
+    """Requests at a time (`Engine.run`); None is all of them (`Engine.generate`)."""
+
+
+def text_cases(tokens: int, causal: str) -> Iterator[Case]:
+    """What texts and acceptance are compared on.
+
+    Args:
+        tokens: Of the longest answers; of several together, each has a quarter of it.
+        causal: Folder of a draft model.
+    """
+
+    def asked(name: str, prompts: int, share: int, temperature: float) -> dict[str, Any]:
+        how = {"max_new_tokens": max(2, tokens // share), "temperature": temperature, "top_p": 0.95}
+        return {"drafter": name, "prompts": PROMPTS[:prompts], "options": how}
+
+    learn = {"stride": 3, "blocks": 4}
+    for name in ("none", "ngram", *DRAFTERS, causal):
+        short = Path(name).name.removeprefix("smollm2-135m-")
+        one, whole = asked(name, 1, 2, 0.0), asked(name, 1, 1, 0.0)
+        one_warm = asked(name, 1, 2, 0.7)
+        three, three_warm = asked(name, 3, 4, 0.0), asked(name, 3, 4, 0.7)
+        long = three_warm | {"prompts": (LONG, *PROMPTS[:2])}
+        rejection = one_warm["options"] | {"acceptance": "rejection"}
+        yield Case(name=f"{short} 1 row 0.7", **one_warm)
+        yield Case(name=f"{short} 3 rows 0", **three)
+        yield Case(name=f"{short} 2 rows, long prompt 0.7", rows=2, **long)
+        if name in ("none", "ngram"):
+            yield Case(name=f"{short} 1 row 0", **whole)
+            yield Case(name=f"{short} 3 rows 0.7", **three_warm)
+            yield Case(name=f"{short} session 0.7", turns=2, **three_warm)
+            continue
+        learns: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+            ("default 0", {}, whole),
+            ("3 rows 0.7", learn, three_warm),
+            ("session 0.7", learn | {"scope": "session"}, three_warm | {"turns": 2}),
+            ("shared, 2 rows 0", learn | {"scope": "shared"}, three | {"rows": 2}),
+            ("lora 3 rows 0", learn | {"weights": "lora"}, three),
+            ("accepted rows 0", learn | {"supervision": "accepted"}, one),
+            ("paper 0.7", {"preset": "paper"}, one_warm),
+            ("window 16 0", learn, one | {"draft": {"window": 16}}),
+            ("rebase 16 0", learn, one | {"draft": {"rebase": 16}}),
+        ]
+        yield Case(name=f"{short} rejection rule 0.7", **one_warm | {"options": rejection})
+        for what, config, given in learns:
+            yield Case(name=f"{short} learning: {what}", learn=config, **given)
+
+
+def speed_cases(tokens: int, drafter: str, rows: int) -> Iterator[Case]:
+    """What is timed: plain decoding, a drafter that does not learn, and one that does."""
+    prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(rows))
+    options = {"max_new_tokens": tokens, "temperature": 0.7, "ignore_eos": True}
+    shared: dict[str, Any] = {"prompts": prompts, "options": options, "drafter": drafter}
+    plural = "" if rows == 1 else "s"
+    yield Case(name=f"plain, {rows} row{plural}", **shared | {"draft": {"length": 0}})
+    yield Case(name=f"static, {rows} row{plural}", **shared)
+    yield Case(name=f"learning, {rows} row{plural}", learn={}, **shared)
+
+
+# The probe: runs in the tree that PYTHONPATH names.
+
+
+@dataclass
+class Probe:
+    """Answers cases with one tree's ttspec."""
+
+    settings: dict[str, Any]
+    engines: dict[str, Any] = field(default_factory=dict)
+
+    def engine(self, drafter: str) -> Any:
+        """An engine for a drafter; the target is loaded once."""
+        import ttspec
+
+        s = self.settings
+        how = {"device": s["device"], "dtype": s["dtype"], "compile": s["compile"]}
+        if s["random_weights"] is not None and not self.engines:
+            from ttspec.decoding.forced import load_random
+
+            self.engines[drafter] = load_random(s["random_weights"], s["accept"], **how)
+        elif drafter not in self.engines:
+            known = next(iter(self.engines.values()), None)
+            target = (known.target.model, known.tokenizer) if known else s["target"]
+            self.engines[drafter] = ttspec.load(target, drafter, **how)
+        return self.engines[drafter]
+
+    def answer(self, case: dict[str, Any]) -> dict[str, Any]:
+        """What a case gives: its results, how long they took, or that the tree knows it not."""
+        import ttspec
+
+        learn = case["learn"]
+        try:
+            if learn is not None and "preset" in learn:
+                learn = getattr(ttspec.LearnConfig, learn["preset"])()
+            elif learn is not None:
+                learn = ttspec.LearnConfig(**known_options(ttspec.LearnConfig, learn))
+            draft = ttspec.DraftConfig(**known_options(ttspec.DraftConfig, case["draft"]))
+        except UnknownOptionError as error:
+            return {"skipped": str(error)}
+        engine = self.engine(case["drafter"])
+        options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
+        on_gpu = engine.target.device.type == "cuda"
+        if on_gpu and not case["timed"]:
+            options["deterministic"] = True
+        prompts = self.prompts(engine, case["prompts"])
+        if on_gpu:
+            synchronize()
+        began = time.perf_counter()
+        results = self.results(engine, case, prompts, options)
+        if on_gpu:
+            synchronize()
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds, "results": [recorded(result) for result in results]}
+
+    def prompts(self, engine: Any, texts: list[str]) -> list[Any]:
+        """Prompts as texts, or so many tokens as are asked for."""
+        context = self.settings["context"]
+        if not context:
+            return list(texts)
+        draw, size = Random(SEED), int(engine.target.config.vocab_size)
+        return [[draw.randrange(size) for _ in range(context)] for _ in texts]
+
+    @staticmethod
+    def results(engine: Any, case: dict[str, Any], prompts: list[Any], options: Any) -> list[Any]:
+        """The results of a case, in the order of its prompts."""
+        if case["turns"]:
+            session = engine.session(**options)
+            asked = [prompts[0], *[FOLLOW_UP] * (case["turns"] - 1)]
+            return [session.send(text) for text in asked]
+        if case["rows"] is None:
+            return engine.generate(prompts, **options)
+        run = engine.run([[p] for p in prompts], rows=case["rows"], stream=False, **options)
+        found = {index: chunk.result for index, chunk in run if chunk.result}
+        return [found[index] for index in sorted(found)]
+
+
+class UnknownOptionError(Exception):
+    """A tree has no such option, under its present name or the one before."""
+
+
+def known_options(config: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """Options under the names that a tree's config knows them by."""
+    known = {f.name for f in fields(config)}
+    found = {}
+    for name, value in wanted.items():
+        name = name if name in known else RENAMED.get(name, name)
+        if name not in known:
+            raise UnknownOptionError(f"{config.__name__} has no {name}")
+        found[name] = value
+    return found
+
+
+def recorded(result: Any) -> dict[str, Any]:
+    """What of a result must not differ."""
+    rounds = result.rounds
+    return {
+        "prompt": result.prompt_ids,
+        "tokens": result.token_ids,
+        "finish": result.finish_reason,
+        "proposed": [r.proposed for r in rounds],
+        "accepted": [r.accepted for r in rounds],
+        "emitted": [r.emitted for r in rounds],
+        "updates": [r.updates for r in rounds],
+        "reverts": result.stats.reverts,
+    }
+
+
+def synchronize() -> None:
+    """Wait for the GPU."""
+    import torch
+
+    torch.cuda.synchronize()
+
+
+def probe() -> None:
+    """Answer cases from standard input, one a line; the first line has the settings."""
+    answers, sys.stdout = sys.stdout, sys.stderr  # a library's prints must not get among them
+    settings = json.loads(sys.stdin.readline())
+    import torch
+
+    import ttspec
+
+    here, wanted = Path(str(ttspec.__file__)).resolve(), Path(settings["source"]).resolve()
+    if wanted not in here.parents:
+        raise SystemExit(f"ttspec was read from {here.parent}, not from {wanted}.")
+    torch.set_num_threads(settings["threads"])
+    served = Probe(settings)
+    for line in sys.stdin:
+        print(json.dumps(served.answer(json.loads(line))), file=answers, flush=True)
+
+
+# The comparison.
+
+
+class Tree:
+    """A process that answers cases with the code of one tree."""
+
+    def __init__(self, source: Path, settings: dict[str, Any]) -> None:
+        """Start it; `source` is the folder that holds the package."""
+        threads = str(settings["threads"])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--probe"],
+            env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": threads},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._write({"source": str(source), **settings})
+
+    def ask(self, case: Case, *, timed: bool = False) -> None:
+        """Let it begin with a case."""
+        plain = {name: getattr(case, name) for name in case.__slots__}
+        self._write({**plain, "timed": timed})
+
+    def answer(self) -> dict[str, Any]:
+        """What it found; ends the comparison if it ended itself."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"The probe ended with {self.process.wait()}; see above.")
+        return json.loads(line)
+
+    def close(self) -> None:
+        """End it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        assert self.process.stdin is not None
+        print(json.dumps(record), file=self.process.stdin, flush=True)
+
+
+def different(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """What differs between two answers to a case, in words."""
+    found = []
+    for index, (was, now) in enumerate(zip(old["results"], new["results"], strict=True)):
+        for name, before in was.items():
+            after = now[name]
+            if before == after:
+                continue
+            what = f"answer {index}: {name}"
+            if isinstance(before, list):
+                pairs = enumerate(zip(before, after, strict=False))
+                at = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+                before, after = f"{before[at : at + 4]}", f"{after[at : at + 4]}"
+                what += f" from {at} on"
+            found.append(f"{what}: {before} -> {after}")
+    return found
+
+
+def compare_texts(old: Tree, new: Tree, cases: list[Case], console: Console) -> int:
+    """Run the cases in both trees, at the same time; how many differ."""
+    table = Table("case", "what differs, before -> now", title="Differences")
+    skipped, began = [], time.perf_counter()
+    count = 0
+    for case in cases:
+        old.ask(case)
+        new.ask(case)
+        was, now = old.answer(), new.answer()
+        reasons = [a["skipped"] for a in (was, now) if "skipped" in a]
+        if reasons:
+            skipped.append(f"{case.name}: {reasons[0]}")
+            continue
+        found = different(was, now)
+        tokens = sum(len(r["tokens"]) for r in now["results"])
+        rounds = sum(len(r["accepted"]) for r in now["results"])
+        updates = sum(sum(r["updates"]) for r in now["results"])
+        console.print(
+            f"{'differs' if found else 'same':8}{case.name:46}{tokens:5} tokens{rounds:5} rounds"
+            f"{updates:4} updates{was['seconds']:7.1f} s{now['seconds']:7.1f} s",
+            highlight=False,
+        )
+        count += bool(found)
+        for text in found:
+            table.add_row(case.name, text)
+    if count:
+        console.print(table)
+    for text in skipped:
+        console.print(f"Left out: {text}.", highlight=False)
+    done = len(cases) - len(skipped)
+    seconds = time.perf_counter() - began
+    console.print(f"{count} of {done} cases differ ({seconds:.0f} s).", highlight=False)
+    return count
+
+
+def compare_speed(old: Tree, new: Tree, cases: list[Case], pairs: int, console: Console) -> None:
+    """Time every case in both trees by turns, and print tokens per second and their ratios."""
+    table = Table(
+        "case", "before", "now", "now / before", "95 %", "pairs", title="Tokens per second"
+    )
+    for case in cases:
+        for tree in (old, new):  # loads, compiles and fills what is kept between requests
+            for _ in range(2):
+                speed_of(tree, case)
+        speeds = []
+        for number in range(pairs):
+            both = {tree: speed_of(tree, case) for tree in ((old, new), (new, old))[number % 2]}
+            speeds.append((both[old], both[new]))
+        ratios = [now / was for was, now in speeds]
+        low, high = interval_of_median(ratios)
+        table.add_row(
+            case.name,
+            f"{median(was for was, _ in speeds):.1f}",
+            f"{median(now for _, now in speeds):.1f}",
+            f"{median(ratios):.3f}",
+            f"{low:.3f} to {high:.3f}",
+            str(pairs),
+        )
+        console.print(f"{case.name}: {median(ratios):.3f}", highlight=False)
+    console.print(table)
+
+
+def speed_of(tree: Tree, case: Case) -> float:
+    """Tokens per second of all rows, prefill included."""
+    tree.ask(case, timed=True)
+    found = tree.answer()
+    return sum(len(r["tokens"]) for r in found["results"]) / found["seconds"]
+
+
+def interval_of_median(values: list[float]) -> tuple[float, float]:
+    """A 95 % bootstrap interval of the median."""
+    draw = Random(SEED)
+    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+
+
+def checked_out(revision: str, folder: Path) -> Path:
+    """The source tree of a revision, written to a folder."""
+    archive = folder / "base.tar"
+    command = ["git", "-C", str(ROOT), "archive", f"--output={archive}", revision, "src"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"git has no sources of {revision}: {done.stderr.strip()}")
+    with tarfile.open(archive) as packed:
+        packed.extractall(folder, filter="data")
+    return folder
+
+
+def causal_drafter(folder: Path) -> str:
+    """The bundled PARD drafter as a plain draft model, which drafts one token after the other."""
+    to = shutil.copytree(ROOT / BUNDLED / DRAFTERS[-1], folder / "causal")
+    path = to / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {name: v for name, v in config.items() if name not in ("pard_token", "spd_type")}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+    return str(to)
+
+
+@app.default
+def compare(
+    base: str | None = None,
+    *,
+    base_folder: Path | None = None,
+    speed: bool = False,
+    tokens: int | None = None,
+    only: str = "",
+    pairs: int = 8,
+    target: str = "smollm2-135m",
+    drafter: str = DRAFTERS[0],
+    random_weights: str | None = None,
+    accept: str = "3,2,4",
+    rows: tuple[int, ...] = (1,),
+    context: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    compile: bool = False,
+    threads: int = 1,
+) -> int:
+    """Compare the working tree with a revision before.
+
+    Parameters
+    ----------
+    base
+        A git revision.
+    base_folder
+        A folder with its source tree instead, where there is no git history.
+    speed
+        Time pairs of requests instead of comparing what they give.
+    tokens
+        Of an answer. [default: 96; with --speed 128]
+    only
+        A regular expression that a case's name must contain.
+    pairs
+        Requests that are timed in each tree.
+    target
+        What --speed runs, or a folder with the built-in target.
+    drafter
+        What --speed runs.
+    random_weights
+        With --speed: published shapes without weights, as in `ttspec bench roofline`.
+    accept
+        With random weights: drafts kept a round, in turn.
+    rows
+        With --speed: numbers of requests side by side.
+    context
+        With --speed: tokens of a prompt, drawn at random. [default: texts; 512 with random weights]
+    device
+        auto, cpu or cuda.
+    dtype
+        Number format.
+    compile
+        Compile the models' layers, on a GPU.
+    threads
+        Of torch, in each process.
+    """
+    if (base is None) == (base_folder is None):
+        raise SystemExit("Name what to compare with: a git revision, or --base-folder.")
+    if random_weights and not speed:
+        raise SystemExit("--random-weights is for --speed: random weights write nothing.")
+    if random_weights and context is None:
+        context = 512
+    settings = {
+        "target": target,
+        "random_weights": random_weights,
+        "accept": accept,
+        "context": context if speed else None,
+        "device": device,
+        "dtype": dtype,
+        "compile": compile,
+        "threads": threads,
+    }
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    with TemporaryDirectory() as folder:
+        if base is not None:
+            base_folder = checked_out(base, Path(folder))
+        assert base_folder is not None
+        if speed:
+            each = [list(speed_cases(tokens or 128, drafter, count)) for count in rows]
+            cases = [case for some in each for case in some]
+        else:
+            cases = list(text_cases(tokens or 96, causal_drafter(Path(folder))))
+        cases = [case for case in cases if re.search(only, case.name)]
+        if not cases:
+            raise SystemExit(f"No case's name contains {only!r}.")
+        old, new = (Tree(tree / "src", settings) for tree in (base_folder, ROOT))
+        try:
+            if speed:
+                compare_speed(old, new, cases, pairs, console)
+                return 0
+            return 1 if compare_texts(old, new, cases, console) else 0
+        finally:
+            old.close()
+            new.close()
+
+
+if __name__ == "__main__":
+    start: Callable[[], Any] = probe if sys.argv[1:] == ["--probe"] else app
+    sys.exit(start())
