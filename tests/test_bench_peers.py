@@ -14,7 +14,7 @@ from toys import complaint, twin
 import ttspec.bench.loops as loops
 from ttspec.bench.arms import PEERS, parse_arms
 from ttspec.bench.peers import open_peers
-from ttspec.bench.report import open_runs
+from ttspec.bench.run_set import open_runs
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import load_suite

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ttspec.bench.compare import compare, verdict
-from ttspec.bench.report import open_runs, write_bench_report
+from ttspec.bench.report import write_bench_report
+from ttspec.bench.run_set import open_runs
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import Store, read_run
 from ttspec.errors import DataError, OptionError, ResourceError

@@ -14,6 +14,7 @@ from test_shapes import small_files
 
 from ttspec.bench import measures as m
 from ttspec.bench import tables, timing
+from ttspec.bench.batches import Batches
 from ttspec.bench.compare import compare
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import write_run
@@ -164,7 +165,7 @@ def batch_of(name: str, wait: float, began: float = 7.0) -> Arm:
 def test_a_batchs_seconds_count_once() -> None:
     # A token costs `wait`, so both rows end 0.5 + 6 x 0.5 s after they began.
     arm = batch_of("plain", 0.5)
-    found = m.Batches(2).speed(arm)
+    found = Batches(2).speed(arm)
     assert found
     assert found.value == pytest.approx(14 / 3.5)
     alone = m.speed(arm)
@@ -174,17 +175,17 @@ def test_a_batchs_seconds_count_once() -> None:
 
 def test_past_some_tokens_a_batch_is_timed_from_when_its_rows_have_them_in_the_mean() -> None:
     # Tokens after: 1 + 1 at 0.5 s, 2 at 1.5 s, 2 and 4 at 2.5 s (10 in all), 2 and 2 at 3.5 s.
-    found = m.Batches(2, past=4).speed(batch_of("plain", 0.5))
+    found = Batches(2, past=4).speed(batch_of("plain", 0.5))
     assert found
     assert found.value == pytest.approx(4 / 1.0)
 
 
 def test_arms_are_paired_by_batch_and_short_batches_are_left_out() -> None:
     a, b = batch_of("static", 0.25), batch_of("plain", 0.5)
-    found = m.Batches(2).pair(a, b)
+    found = Batches(2).pair(a, b)
     assert found
     assert found.ratio.value == pytest.approx(3.5 / 2.0)
-    assert m.Batches(4).pair(a, b) is None
+    assert Batches(4).pair(a, b) is None
 
 
 def test_a_report_of_rows_side_by_side_says_what_one_gets_and_what_all_get() -> None:

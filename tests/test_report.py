@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ttspec.bench.figures import acceptance_figure, sliding_acceptance, to_svg
+from ttspec.bench.figures import acceptance_figure, sliding_acceptance
 from ttspec.bench.findings import findings, table
 from ttspec.bench.page import render_page
 from ttspec.bench.report import write_report
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run, write_run
+from ttspec.bench.style import to_svg
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
 

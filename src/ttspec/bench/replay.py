@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.bench.arms import PEERS, ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, replayed
-from ttspec.bench.report import mark_of
+from ttspec.bench.run_set import checksum_of
 from ttspec.bench.runner import Batch, engines_for, plan
 from ttspec.bench.runner import Unit as Measured
 from ttspec.bench.runs import Turn, Unit
@@ -218,7 +218,7 @@ def prepare(
     replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
     title = f"ttspec bench: {old['suite']['name']} ({replayed({'replay': replay})})"
     manifest = describe(engine, title=title) | {"replay": replay}
-    if mark_of(manifest, "target") != mark_of(old, "target"):
+    if checksum_of(manifest, "target") != checksum_of(old, "target"):
         raise DataError(
             f"{source.folder} was written by {old['target']['name']}, not by "
             f"{engine.target.name}.\nName its --target."
