@@ -194,7 +194,7 @@ def test_the_readme_says_what_the_committed_runs_say() -> None:
     text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
     assert {folder.name for folder in headline.RESULTS.iterdir()} == set(TABLES)
     assert [text.count(headline.BEGIN.format(name)) for name in TABLES] == [1, 1]
-    assert headline.pasted(text) == text, "python scripts/headline.py paste"
+    assert headline.pasted(text) == text, "python benchmarks/headline.py paste"
 
 
 @pytest.mark.parametrize("name", TABLES)

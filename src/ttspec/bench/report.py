@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,10 @@ def summarise_run(run: RunSet) -> dict[str, Any]:
     return {"runs": run.manifests, "arms": arms, "pairs": pairs}
 
 
-def plain(record: Any) -> Any:
-    """A record of numbers as JSON values; nan is null."""
-    if record is None or record != record:
-        return None
-    values = record if isinstance(record, dict | float | int) else asdict(record)
-    return {k: plain(v) for k, v in values.items()} if isinstance(values, dict) else values
+def plain(value: Any) -> Any:
+    """Records of numbers as JSON values; nan is null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {key: plain(entry) for key, entry in value.items()}
+    return None if value != value else value

@@ -18,7 +18,7 @@ import torch
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
-from ttspec.bench.store import Store, write_manifest
+from ttspec.bench.store import Store
 from ttspec.bench.suites import Request, is_tokens, said
 from ttspec.decoding.engine import Engine, Prompt, find_drafter
 from ttspec.drafters.base import Drafter
@@ -280,7 +280,7 @@ def _note(store: Store, progress: Progress, batch: Batch, error: Exception) -> N
     lines = progress.failed.setdefault(batch[0].arm.name, [])
     lines += [f"request {u.request}, seed {u.seed}: {_one_line(error)}" for u in batch]
     store.manifest["failed"] = progress.failed
-    write_manifest(store.folder, store.manifest)
+    store.write_manifest()
     with (store.folder / "failures.log").open("a", encoding="utf-8") as file:
         file.write(f"{_where(batch)}\n{''.join(traceback.format_exception(error))}\n")
 

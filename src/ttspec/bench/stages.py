@@ -135,7 +135,7 @@ def measure(
         if learn.weights == "lora":
             raise OptionError(
                 "--learn.weights is lora, whose updates are not counted.\n"
-                "Allowed are auto and full; scripts/measure_exposed.py times both."
+                "Allowed are auto and full; benchmarks/exposed.py times both."
             )
         learn = replace(learn, weights="full")
         # So that an update has a time of its own.

@@ -24,10 +24,13 @@ class Table:
 
     def markdown(self) -> str:
         """The table for a README."""
-        lines = [self.head, tuple("---" for _ in self.head), *self.rows]
-        cells = (" | ".join(cell.replace("|", r"\|") for cell in line) for line in lines)
+        head, *rows = (
+            " | ".join(cell.replace("|", r"\|") for cell in line)
+            for line in (self.head, *self.rows)
+        )
         title = f"**{self.title}**" if self.title else ""
-        parts = [title, "\n".join(f"| {line} |" for line in cells), self.note]
+        lines = [f"| {head} |", "|" + "---|" * len(self.head), *(f"| {row} |" for row in rows)]
+        parts = [title, "\n".join(lines), self.note]
         return "\n\n".join(filter(None, parts)) + "\n"
 
     def print(self, console: Console) -> None:

@@ -149,6 +149,14 @@ def fill(decoder: Decoder, context: int, budget: int) -> None:
     decoder.prefill(rows, prompts, rows, [budget] * decoder.rows)
 
 
+def rewind(decoder: Decoder, context: int) -> None:
+    """Let every row go on behind the same `context` tokens, as if nothing came after them."""
+    for row in range(decoder.rows):
+        decoder.lengths[row], decoder.budget[row] = context, 1 << 30
+        if decoder.learner:
+            decoder.learner.forget(row, context)
+
+
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
     """Run rounds; on a GPU one more, since each tells the stages of the one before."""
     late = decoder.target.device.type == "cuda"
