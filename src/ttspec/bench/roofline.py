@@ -68,8 +68,8 @@ class Attention:
         """
         wide = 2 * rows * self.kv_heads * self.head_dim * item
         deep = 4 * rows * blocks * tokens * self.heads * self.head_dim
-        seen = [filled if w is None else min(filled, w) for w in self.windows]
-        return total(Work(wide * (n + 2 * blocks * tokens), deep * (n + tokens)) for n in seen)
+        reached = [filled if w is None else min(filled, w) for w in self.windows]
+        return total(Work(wide * (n + 2 * blocks * tokens), deep * (n + tokens)) for n in reached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ import torch
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store
-from ttspec.bench.suites import Request, is_tokens, said
+from ttspec.bench.suites import Request, is_tokens, text_of
 from ttspec.decoding.engine import Engine, Prompt, find_drafter
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
@@ -195,23 +195,15 @@ def measure_all(
         chosen = {**options, "draft": arm.draft, "learn": arm.learn}
         peer = (peers or {}).get(arm.name)
         try:
-            if peer:
-                if arm.name not in warm and warm_up:
+            if arm.name not in warm and warm_up:
+                if peer:
                     peer.warm_up(warm_up)
-            elif arm.name not in warm and warm_up:
-                request = requests[batch[0].request]
-                turn = request[0] if is_tokens(request[0]) else "Hello"
-                # Of the shape of what is measured.
-                hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
-                say = {**chosen, "stream": False, "quota": warm_up, "seed": 0}
-                for _, chunk in engines[arm.name].run(hello, **say):
-                    _stop_if_cancelled(chunk.result)
+                else:
+                    request = requests[batch[0].request]
+                    _warm_up(engines[arm.name], request, len(batch), quota=warm_up, **chosen)
             warm.add(arm.name)
             if peer:
-                units = [
-                    peer.measure(requests[unit.request], unit.request, unit.seed, quota=quota)
-                    for unit in batch
-                ]
+                units = [peer.measure(requests[u.request], u.request, u.seed, quota) for u in batch]
             else:
                 units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
@@ -225,6 +217,14 @@ def measure_all(
         progress.measured += len(batch)
         del progress.left[0]
         yield progress
+
+
+def _warm_up(engine: Engine, request: Request, rows: int, **options: Any) -> None:
+    """Generate in the shape of what is measured, uncounted."""
+    turn = request[0] if is_tokens(request[0]) else "Hello"
+    hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * rows
+    for _, chunk in engine.run(hello, **{**options, "stream": False, "seed": 0}):
+        _stop_if_cancelled(chunk.result)
 
 
 def measure(
@@ -259,13 +259,11 @@ def measure(
         if chunk.result is None:
             continue
         _stop_if_cancelled(chunk.result)
-        ended = time.time()
+        ended, number = time.time(), batch[row].request
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
-        number = batch[row].request
-        user = said(requests[number][len(arms[row].turns)])
-        arms[row].finish(
-            user, chunk.result, number, began=began[row], ended=ended, peak_memory=peak
-        )
+        user = text_of(requests[number][len(arms[row].turns)])
+        clock = {"began": began[row], "ended": ended, "peak_memory": peak}
+        arms[row].finish(user, chunk.result, number, **clock)
         began[row] = ended
     return [arm.turns for arm in arms]
 

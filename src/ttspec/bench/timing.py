@@ -104,7 +104,7 @@ def models_alone(decoder: Decoder) -> float:
     drafter, state, target = decoder.drafter, decoder.state, decoder.target
     assert drafter is not None
     assert state is not None
-    device, slots = target.device, decoder.slots
+    device = target.device
     pending = torch.zeros(decoder.rows, dtype=torch.long, device=device)
     start = torch.tensor(decoder.lengths, device=device)
 
@@ -135,7 +135,7 @@ def models_alone(decoder: Decoder) -> float:
         return logits
 
     run = Graphs(torch.device("cpu") if target.is_split else device, compile=decoder.compile)
-    longest = slots if decoder.told_spans and state.spans else max(decoder.lengths)
+    longest = decoder.slots if decoder.told_spans and state.spans else max(decoder.lengths)
     run(models, longest)
     return seconds_of(device, lambda: run(models, longest))
 
@@ -158,15 +158,15 @@ def rewind(decoder: Decoder, context: int) -> None:
 
 
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
-    """Run rounds; on a GPU one more, since each tells the stages of the one before."""
-    late = decoder.target.device.type == "cuda"
+    """Run rounds; on a GPU one more, since each returns the stage times of the one before."""
+    delay = int(decoder.target.device.type == "cuda")
     walls, outcomes = [], []
-    for _ in range(count + late):
+    for _ in range(count + delay):
         begin = time.perf_counter()
-        of_rows = decoder.round()
+        rows = decoder.round()
         walls.append(time.perf_counter() - begin)
-        outcomes.append(list(of_rows.values()))
+        outcomes.append(list(rows.values()))
     return [
-        Timed(wall, *told[0].seconds, updated=any(o.updated for o in own))
-        for wall, own, told in zip(walls, outcomes, outcomes[late:], strict=False)
+        Timed(wall, *timed[0].seconds, updated=any(o.updated for o in own))
+        for wall, own, timed in zip(walls, outcomes, outcomes[delay:], strict=False)
     ]

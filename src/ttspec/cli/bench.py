@@ -137,7 +137,8 @@ def run(
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
         "arm_options": {
-            spec.name: spec.options() | (peers[spec.name].loop.facts if spec.name in peers else {})
+            spec.name: spec.options()
+            | (peers[spec.name].loop.provenance if spec.name in peers else {})
             for spec in specs
         },
         "skipped": skipped or None,
