@@ -9,17 +9,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from cyclopts import App
+from cyclopts import App, Parameter
 
-from ttspec.errors import TtspecError
+from ttspec.bench.manifest import device_name
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.forced import load_random
+from ttspec.errors import OptionError, TtspecError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 INTERRUPTED = 130
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Published shapes with random weights, and where they run."""
+
+    random_weights: str = "qwen3-8b+dflash"
+    """As of `ttspec bench roofline`."""
+    accept: str = "3,2,4"
+    """Drafts kept a round, in turn."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """Number format; auto is bfloat16 where the hardware has it."""
+    compile: bool = True
+    """Compile the models' layers, on a GPU."""
+
+    def load(self) -> Engine:
+        """Make the pair."""
+        where = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
+        return load_random(self.random_weights, self.accept, **where)
 
 
 def main(app: App) -> None:
@@ -52,8 +78,6 @@ def portable(text: str, name: str, folder: str) -> str:
 
 def device_info(device: torch.device, dtype: str | torch.dtype) -> dict[str, Any]:
     """What a figure must say about where it was measured."""
-    from ttspec.bench.manifest import device_name
-
     return {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -84,8 +108,6 @@ def numbers(name: str, text: str) -> list[int]:
     Raises:
         OptionError: They are not.
     """
-    from ttspec.errors import OptionError
-
     try:
         found = sorted({int(part) for part in text.split(",")})
     except ValueError:

@@ -24,9 +24,7 @@ from ttspec.bench.table import EMPTY, Table
 from ttspec.bench.timing import fill, rewind
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 
-STRIDES = "1,2,4,8,16,32"
 WARM_UPDATES = 3
 """Updates of each graph before anything is counted."""
 NEVER = 1_000_000
@@ -34,13 +32,10 @@ NEVER = 1_000_000
 app = App(help=__doc__)
 
 
-def arms_of(strides: str, ranks: str, full: bool) -> list[str]:
-    """static, low-rank changes that never learn, and every rank at every stride."""
-    settings = [
-        (rank, stride) for rank in ranks.split(",") for stride in (NEVER, *strides.split(","))
-    ]
-    found = [f"learn[weights=lora,rank={rank},stride={stride}]" for rank, stride in settings]
-    return ["static", *found, *(["learn[stride=32]"] if full else [])]
+def arms_of(strides: str) -> str:
+    """static, low-rank changes that never learn, and those that learn at every stride."""
+    learning = (f"learn[weights=lora,rank=8,stride={n}]" for n in (NEVER, *strides.split(",")))
+    return ";".join(("static", *learning))
 
 
 class Setting:
@@ -89,18 +84,13 @@ class Setting:
 def run(
     out: Path = Path("runs/exposed"),
     *,
-    pair: str = "qwen3-8b+dflash",
-    accept: str = "3,2,4",
+    shapes: common.Shapes = common.Shapes(),
     rows: int = 1,
     context: int = 512,
     arms: str = "",
-    strides: str = STRIDES,
-    ranks: str = "8",
-    full: bool = False,
+    strides: str = "1,2,4,8,16,32",
     turns: int = 8,
     rounds: int = 128,
-    device: str = "auto",
-    compile: bool = True,
 ) -> None:
     """Measure; the figures go to `out`.
 
@@ -108,48 +98,36 @@ def run(
     ----------
     out
         Where a file for each pair and number of rows goes.
-    pair
-        As in `--random-weights`.
-    accept
-        Drafts kept a round, in turn.
     rows
         Requests side by side, each learning for itself.
     context
         Tokens before the first round.
     arms
-        Instead of those made of `strides` and `ranks`; with semicolons between them.
+        Instead of those made of `strides`: of `ttspec bench run`, with semicolons between them.
     strides
         Rounds between updates.
-    ranks
-        Of low-rank changes.
-    full
-        All of one row's weights at stride 32 besides.
     turns
         Of every setting.
     rounds
         Of a turn.
-    device
-        auto, cpu or cuda.
-    compile
-        Compile the models' layers, on a GPU.
     """
-    engine = load_random(pair, accept, device=device, compile=compile)
-    chosen = [a.strip() for a in arms.split(";")] if arms else arms_of(strides, ranks, full)
-    settings = [Setting(engine, arm, rows, context, rounds) for arm in chosen]
+    engine = shapes.load()
+    chosen = (arms or arms_of(strides)).split(";")
+    settings = [Setting(engine, arm.strip(), rows, context, rounds) for arm in chosen]
     order = Random(0)
     for _ in range(turns):
         for setting in order.sample(settings, len(settings)):
             setting.turns.append(setting.turn())
     found = {
-        "pair": pair,
+        "pair": shapes.random_weights,
         **common.device_info(engine.target.device, engine.target.dtype),
-        "compile": compile,
-        "accept": accept,
+        "compile": shapes.compile,
+        "accept": shapes.accept,
         "context": context,
         "rounds": rounds,
         "settings": [setting.found() for setting in settings],
     }
-    write_json(out / f"{pair.rpartition('/')[2]}-rows-{rows}.json", found)
+    write_json(out / f"{shapes.random_weights.rpartition('/')[2]}-rows-{rows}.json", found)
     print(table(found).markdown())
 
 

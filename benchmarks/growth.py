@@ -27,7 +27,6 @@ from ttspec.bench.style import stamp, write_figure
 from ttspec.bench.timing import Plan, Timed
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 from ttspec.errors import DataError, OptionError, ResourceError
 
 FILE = "growth.json"
@@ -57,8 +56,7 @@ def points(
 @app.command
 def run(
     *,
-    random_weights: str = "qwen3-8b+dflash",
-    accept: str = "3,2,4",
+    shapes: common.Shapes = common.Shapes(),
     out: Path = Path("runs/growth"),
     contexts: str = "1024,2048,4096,8192,16384,32768",
     rows: str = "1,2,4,8,16,32",
@@ -68,18 +66,11 @@ def run(
     learn: bool = True,
     scope: str = "shared",
     stride: int = 4,
-    device: str = "auto",
-    dtype: str = "bfloat16",
-    compile: bool = True,
 ) -> int:
     """Measure every point that the folder does not have yet.
 
     Parameters
     ----------
-    random_weights
-        Shapes, as of `ttspec bench roofline`.
-    accept
-        Drafts kept a round, in turn.
     out
         Where the figures go.
     contexts
@@ -98,12 +89,6 @@ def run(
         Who learns: request, session (each row its own weights) or shared.
     stride
         Rounds between updates.
-    device
-        auto, cpu or cuda.
-    dtype
-        Number format.
-    compile
-        Compile the models' layers, on a GPU.
     """
     # Published now, so that an update has a time of its own.
     config = LearnConfig(stride=stride, scope=scope, publish="now") if learn else None  # type: ignore[arg-type]
@@ -113,7 +98,7 @@ def run(
         (at_rows, at_context),
         asdict(config) if config else None,
     )
-    engine = load_random(random_weights, accept, device=device, dtype=dtype, compile=compile)
+    engine = shapes.load()
     assert engine.drafter is not None
     room, limit = Plan.of(rounds, engine.drafter.length, config).tokens, engine.target.context
     most = max(point.context for point in wanted)

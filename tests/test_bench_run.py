@@ -307,7 +307,7 @@ def test_options_of_an_arm_stand_in_brackets() -> None:
         ("plain[length=3]", "no option of plain"),
         ("learn[stride=x]", "whole number"),
         ("learn[stride=0]", "1 or more"),
-        ("learn[rows=some]", "allowed are block"),
+        ("learn[supervision=some]", "allowed are block"),
         ("learn[stride]", "no option"),
         ("learn[stride=4", "is no arm"),
     ],

@@ -10,6 +10,7 @@ import growth_report
 import pytest
 import speed as sp
 import torch
+from common import Shapes
 from test_bench_measures import arm_of
 from test_shapes import small_files
 
@@ -32,8 +33,8 @@ def point(context: int, seconds: float, rows: int = 1, **more: Any) -> dict[str,
 
 def run(out: Path, pair: str, **options: Any) -> int:
     chosen = {"contexts": "16,32", "rows": "1,2", "at_context": 16, "learn": False, "rounds": 2}
-    chosen |= {"dtype": "float32", "device": "cpu", "accept": "3,2", **options}
-    return g.run(random_weights=pair, out=out, **chosen)
+    where = {"dtype": "float32", "device": "cpu", "accept": "3,2"}
+    return g.run(shapes=Shapes(random_weights=pair, **where), out=out, **{**chosen, **options})
 
 
 @pytest.fixture

@@ -18,32 +18,9 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ttspec.bench.integrity import (
-    MANIFEST,
-    REQUESTS,
-    ROUNDS,
-    check_clock,
-    check_counts,
-    check_models,
-    finished,
-    models_of,
-)
-from ttspec.bench.jsonl import (
-    UNREADABLE,
-    Key,
-    Row,
-    append,
-    key_of,
-    read_lines,
-    replace_file,
-    round_rows,
-    to_lines,
-    to_round,
-    to_turn,
-    turn_key,
-    turn_row,
-    write_json,
-)
+from ttspec.bench import integrity, jsonl
+from ttspec.bench.integrity import MANIFEST, REQUESTS, ROUNDS
+from ttspec.bench.jsonl import Key, Row, append, replace_file, to_lines, turn_key, write_json
 from ttspec.bench.runs import Arm, Turn
 from ttspec.errors import DataError, ResourceError
 
@@ -86,10 +63,10 @@ class Store:
 
     def add(self, arm: str, turns: Sequence[Turn]) -> None:
         """Write a finished unit; if that fails, nothing of it stays."""
-        more = {"of": len(turns), "models": models_of(self.manifest, arm)}
+        more = {"of": len(turns), "models": integrity.models_of(self.manifest, arm)}
         parts = {
-            self.folder / ROUNDS: [row for turn in turns for row in round_rows(arm, turn)],
-            self.folder / REQUESTS: [turn_row(arm, turn) | more for turn in turns],
+            self.folder / ROUNDS: [row for turn in turns for row in jsonl.round_rows(arm, turn)],
+            self.folder / REQUESTS: [jsonl.turn_row(arm, turn) | more for turn in turns],
         }
         sizes = {path: path.stat().st_size if path.exists() else 0 for path in parts}
         try:
@@ -117,7 +94,7 @@ class Store:
                 f"{self.folder} holds a run with another {differs}.\n"
                 "Repeat the command that began it, or name another --out."
             )
-        self.done = set(map(key_of, requests))
+        self.done = set(map(jsonl.key_of, requests))
         for name, rows in ((ROUNDS, rounds), (REQUESTS, requests)):
             replace_file(self.folder / name, to_lines(rows))  # without an interrupted unit's rows
         now = self.manifest
@@ -155,9 +132,9 @@ def write_run(folder: Path, manifest: Row, arms: Iterable[Arm]) -> None:
     """Write a whole run folder."""
     write_json(folder / MANIFEST, manifest, indent=2)
     turns = [(arm.name, turn) for arm in arms for turn in arm.turns]
-    rounds = (row for arm, turn in turns for row in round_rows(arm, turn))
+    rounds = (row for arm, turn in turns for row in jsonl.round_rows(arm, turn))
     replace_file(folder / ROUNDS, to_lines(rounds))
-    replace_file(folder / REQUESTS, to_lines(turn_row(arm, turn) for arm, turn in turns))
+    replace_file(folder / REQUESTS, to_lines(jsonl.turn_row(arm, turn) for arm, turn in turns))
 
 
 def read_run(folder: Path) -> tuple[Row, list[Arm]]:
@@ -173,7 +150,7 @@ def read_run(folder: Path) -> tuple[Row, list[Arm]]:
     arms = {name: Arm(name=name) for name in manifest.get("arms") or []}
     for row in requests:
         arm = arms.setdefault(row["arm"], Arm(name=row["arm"]))
-        arm.turns.append(to_turn(row, rounds.get(turn_key(row), [])))
+        arm.turns.append(jsonl.to_turn(row, rounds.get(turn_key(row), [])))
     return manifest, list(arms.values())
 
 
@@ -182,19 +159,19 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         rounds, requests = (
-            read_lines(folder / name, check) if (folder / name).exists() else []
+            jsonl.read_lines(folder / name, check) if (folder / name).exists() else []
             for name, check in (
-                (ROUNDS, lambda row: (turn_key(row), to_round(row))),
-                (REQUESTS, lambda row: to_turn(row, [])),
+                (ROUNDS, lambda row: (turn_key(row), jsonl.to_round(row))),
+                (REQUESTS, lambda row: jsonl.to_turn(row, [])),
             )
         )
-    except (OSError, *UNREADABLE) as error:
+    except (OSError, *jsonl.UNREADABLE) as error:
         raise DataError(
             f"{folder} is not a readable run folder: {error}.\nIt needs {MANIFEST}, "
             f"{ROUNDS} and {REQUESTS} as `ttspec bench run` and `ttspec demo` write them."
         ) from error
-    rounds, requests = finished(folder, rounds, requests)
-    check_counts(folder, rounds, requests)
-    check_models(folder, manifest, requests)
-    check_clock(folder, manifest, rounds, requests)
+    rounds, requests = integrity.finished(folder, rounds, requests)
+    integrity.check_counts(folder, rounds, requests)
+    integrity.check_models(folder, manifest, requests)
+    integrity.check_clock(folder, manifest, rounds, requests)
     return manifest, rounds, requests
