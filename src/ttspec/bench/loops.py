@@ -30,7 +30,7 @@ from ttspec.models.source import resolve
 from ttspec.models.target import Target, cache_keyword
 
 LOOKUP = 10
-"""Tokens that prompt lookup drafts unless told otherwise: transformers' own default."""
+"""Tokens that prompt lookup drafts without `length`: transformers' own default."""
 Generate = Callable[[Tensor, int, Watch], Tensor]
 """From tokens [1, P] and how many to generate at most to tokens [1, P + N]."""
 
