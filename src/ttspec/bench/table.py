@@ -39,11 +39,7 @@ class Table:
         from rich.text import Text
 
         grid = Grid(
-            box=None,
-            pad_edge=False,
-            padding=(0, 2, 0, 0),
-            title=self.title,
-            title_justify="left",
+            box=None, pad_edge=False, padding=(0, 2, 0, 0), title=self.title, title_justify="left"
         )
         for i, cell in enumerate(self.head):
             grid.add_column(Text(cell), justify="right" if i else "left", overflow="fold")
