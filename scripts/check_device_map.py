@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ttspec
+from ttspec.bench.runs import first_difference
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash
 
@@ -86,8 +87,10 @@ def halves(places: tuple[Any, Any]) -> dict[str, Any]:
     return dict.fromkeys(first, places[0]) | dict.fromkeys(second, places[1])
 
 
-def told(folder: Path, which: str, device: str, device_map: Any, tokens: int) -> dict[str, Any]:
-    """What one way of loading says, in two rows."""
+def generated(
+    folder: Path, which: str, device: str, device_map: Any, tokens: int
+) -> dict[str, Any]:
+    """What one way of loading generates, in two rows."""
     engine = ttspec.load(
         str(folder),
         {"plain": None, "copy": str(folder), "dflash, learning": drafter()}[which],
@@ -119,11 +122,11 @@ def check(*, dry: Annotated[bool, Parameter(negative=())] = False) -> int:
         folder = Path(work)
         made(folder)
         for which in ("plain", "copy", "dflash, learning"):
-            one = told(folder, which, device, None, tokens)
+            one = generated(folder, which, device, None, tokens)
             print(f"{which:<18} one device    acceptance {one['acceptance']}")
             maps = {"halves": halves(places)} | ({} if dry else {"auto": "auto"})
             for name, spread in maps.items():
-                split = told(folder, which, device, spread, tokens)
+                split = generated(folder, which, device, spread, tokens)
                 same = all(one[key] == split[key] for key in ("tokens", "acceptance", "updates"))
                 failed |= not same or (not dry and split["devices"] != 2)
                 print(
@@ -131,16 +134,9 @@ def check(*, dry: Annotated[bool, Parameter(negative=())] = False) -> int:
                     f"{split['devices']} devices: {'the same' if same else 'DIFFERENT'}"
                 )
                 if not same:
-                    print(_first_difference(one["tokens"], split["tokens"]))
+                    at = list(map(first_difference, one["tokens"], split["tokens"]))
+                    print(f"{'':<18} rows differ from token {at}")
     return int(failed)
-
-
-def _first_difference(one: list[list[int]], other: list[list[int]]) -> str:
-    at = [
-        next((i for i, (a, b) in enumerate(zip(x, y, strict=False)) if a != b), len(x))
-        for x, y in zip(one, other, strict=True)
-    ]
-    return f"{'':<18} rows differ from token {at}"
 
 
 if __name__ == "__main__":

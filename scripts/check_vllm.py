@@ -82,24 +82,24 @@ def vllm(a: argparse.Namespace) -> int:
     print(
         f"vLLM plain: {same(plain['tokens'], our('token_ids', document))} as ttspec's", flush=True
     )
-    told, failed = [], False
+    lines, failed = [], False
     for folder in exports:
         found = in_own_process(document, folder, a)
         ratio = found["acceptance_length"] / document["acceptance_length"]
         counts = [list(map(len, rounds)) for rounds in (found["rounds"], our("rounds", document))]
         failed |= found["tokens"] != plain["tokens"] or abs(ratio - 1) > TOLERANCE
         failed |= counts[0] != counts[1]
-        told.append(
+        lines.append(
             f"{folder.name:32.32s} {same(found['tokens'], plain['tokens']):>12s}"
             f" {found['acceptance_length']:8.4f} {document['acceptance_length']:8.4f} {ratio:7.4f}"
             f" {sum(counts[0]):8d} {sum(counts[1]):6d}"
         )
         print(f"{folder}:")
-        tell_tokens(found["tokens"], plain["tokens"])
-        tell_rounds(found["rounds"], our("rounds", document))
+        print_token_differences(found["tokens"], plain["tokens"])
+        print_round_differences(found["rounds"], our("rounds", document))
     names = ("tokens equal", "vLLM", "ours", "ratio", "rounds", "ours")
     print("{:32s} {:>12s} {:>8s} {:>8s} {:>7s} {:>8s} {:>6s}".format("drafter", *names))
-    print(*told, sep="\n")
+    print(*lines, sep="\n")
     print("FAILED" if failed else "passed")
     return int(failed)
 
@@ -179,7 +179,7 @@ def decode(document: dict, drafter: Path | None, patched: bool) -> dict[str, Any
 
 
 def method_of(folder: Path) -> dict[str, Any]:
-    """How vLLM is told the kind of drafter in a folder, in any format."""
+    """What tells vLLM the kind of drafter in a folder, in any format."""
     config = json.loads((folder / "config.json").read_text())
     named = f"{config.get('speculators_model_type')} {config['architectures']}".lower()
     for method in ("dflash", "eagle3"):
@@ -227,7 +227,7 @@ def first_difference(found: list[int], wanted: list[int]) -> int | None:
     return next((i for i, (f, w) in enumerate(pairs) if f != w), shorter)
 
 
-def tell_tokens(found: list[list[int]], plain: list[list[int]]) -> None:
+def print_token_differences(found: list[list[int]], plain: list[list[int]]) -> None:
     """Print where speculation first changed a prompt's tokens."""
     for row, (f, p) in enumerate(zip(found, plain, strict=True)):
         at = first_difference(f, p)
@@ -235,7 +235,7 @@ def tell_tokens(found: list[list[int]], plain: list[list[int]]) -> None:
             print(f"  prompt {row}: token {at} is {f[at : at + 1]}, plain {p[at : at + 1]}")
 
 
-def tell_rounds(found: list[list[int]], wanted: list[list[int]]) -> None:
+def print_round_differences(found: list[list[int]], wanted: list[list[int]]) -> None:
     """Print where vLLM's rounds first committed another number of tokens than ours."""
     for row, (f, w) in enumerate(zip(found, wanted, strict=True)):
         at = first_difference(f, w)

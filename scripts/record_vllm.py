@@ -65,8 +65,8 @@ def record(llm: Any, asked: list, sampling: Any, a: argparse.Namespace) -> list[
     waiting, running, found = list(enumerate(asked)), {}, {}
     while waiting or running:
         while waiting and len(running) < a.rows:
-            number, said = waiting.pop(0)
-            running[str(number)] = start(llm, number, said, sampling)
+            number, dialogue = waiting.pop(0)
+            running[str(number)] = start(llm, number, dialogue, sampling)
         outputs = llm.llm_engine.step()
         now = time.perf_counter()
         for output in outputs:
@@ -78,30 +78,35 @@ def record(llm: Any, asked: list, sampling: Any, a: argparse.Namespace) -> list[
     return [found[str(number)] for number in range(len(asked))]
 
 
-def start(llm: Any, number: int, said: list[dict[str, str]], sampling: Any) -> dict[str, Any]:
+def start(llm: Any, number: int, dialogue: list[dict[str, str]], sampling: Any) -> dict[str, Any]:
     """Hand a request to the engine; what is known of it until now."""
     tokenizer = llm.get_tokenizer()
     if tokenizer.chat_template is None:
-        ids = tokenizer(said[-1]["content"])["input_ids"]
+        ids = tokenizer(dialogue[-1]["content"])["input_ids"]
     else:
-        text = tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     last = time.perf_counter()
     engine = llm.llm_engine
     inner = engine.add_request(str(number), {"prompt_token_ids": ids}, sampling)
     # The scheduler's own record of this request's drafts, which grows by one a drafting step.
     drafts = engine.engine_core.engine_core.scheduler.requests[inner].spec_decode_metrics
-    known = {"request": number, "said": said[-1]["content"], "prompt": len(ids), "last": last}
-    return {**known, "drafts": drafts, "seen": 0, "tokens": 0, "steps": []}
+    known = {
+        "request": number,
+        "prompt": dialogue[-1]["content"],
+        "prompt_tokens": len(ids),
+        "last": last,
+    }
+    return {**known, "drafts": drafts, "drafted": 0, "tokens": 0, "steps": []}
 
 
 def step(one: dict[str, Any], output: Any, now: float) -> None:
     """Note what one step of the engine committed, drafted and accepted."""
     committed = len(output.outputs[0].token_ids) - one["tokens"]
     proposed = accepted = 0
-    if one["drafts"] and len(one["drafts"].per_step_drafted) > one["seen"]:
+    if one["drafts"] and len(one["drafts"].per_step_drafted) > one["drafted"]:
         proposed, accepted = one["drafts"].per_step_drafted[-1], one["drafts"].per_step_accepted[-1]
-        one["seen"] += 1
+        one["drafted"] += 1
     one["steps"].append([committed, proposed, accepted, round(1000 * (now - one["last"]), 3)])
     one["tokens"] += committed
     one["last"] = now
@@ -109,7 +114,7 @@ def step(one: dict[str, Any], output: Any, now: float) -> None:
 
 def line(one: dict[str, Any], output: Any, a: argparse.Namespace) -> dict[str, Any]:
     """A finished request as a line of the recording: a response of vLLM's server, with steps."""
-    if one["drafts"] and one["seen"] != len(one["drafts"].per_step_drafted):
+    if one["drafts"] and one["drafted"] != len(one["drafts"].per_step_drafted):
         sys.exit("A step of the engine drafted twice for one request.\nThis vLLM is another one.")
     answer = output.outputs[0]
     choice = {
@@ -119,8 +124,8 @@ def line(one: dict[str, Any], output: Any, a: argparse.Namespace) -> dict[str, A
         "finish_reason": answer.finish_reason,
         "stop_reason": answer.stop_reason,
     }
-    usage = {"prompt_tokens": one["prompt"], "completion_tokens": len(answer.token_ids)}
-    known = {"request": one["request"], "seed": a.seed, "prompt": one["said"]}
+    usage = {"prompt_tokens": one["prompt_tokens"], "completion_tokens": len(answer.token_ids)}
+    known = {"request": one["request"], "seed": a.seed, "prompt": one["prompt"]}
     return {**known, "choices": [choice], "usage": usage, "steps": one["steps"]}
 
 

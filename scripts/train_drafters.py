@@ -7,7 +7,9 @@ of them. Prompts come from `scripts/make_prompts.py`. The bundled drafters' card
     python scripts/train_drafters.py fit RUN/eagle3 --answers RUN --kind eagle3 --minutes 5
 """
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import cyclopts
 
@@ -44,25 +46,32 @@ def answers(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """Those fields of a `TrainConfig` that may be given."""
+
+    kind: str
+    minutes: float | None = None
+    epochs: int = 1000
+    init: str | None = None
+    layers: int | None = None
+    block: int = 8
+    taps: int | None = None
+    draft_vocabulary: int = 32000
+    batch: int = 64
+    anchors: int = 64
+    lr: float = 1e-3
+    loss: str = "kl"
+    seed: int = 0
+    prompts: Path = Path(".data/train.jsonl")
+
+
 @app.command
 def fit(
     out: Path,
     *,
     answers: Path,
-    kind: str,
-    minutes: float | None = None,
-    epochs: int = 1000,
-    init: str | None = None,
-    layers: int | None = None,
-    block: int = 8,
-    taps: int | None = None,
-    draft_vocabulary: int = 32000,
-    batch: int = 64,
-    anchors: int = 64,
-    lr: float = 1e-3,
-    loss: str = "kl",
-    seed: int = 0,
-    prompts: Path = Path(".data/train.jsonl"),
+    options: Annotated[Fit, cyclopts.Parameter(name="*")],
     target: str = "smollm2-135m",
     device: str = "auto",
 ) -> None:
@@ -72,31 +81,13 @@ def fit(
     from ttspec.training.train import Progress
     from ttspec.training.train import fit as run
 
-    config = TrainConfig(
-        prompts=prompts,
-        out=out,
-        kind=kind,  # type: ignore[arg-type]
-        init=init,
-        minutes=minutes,
-        epochs=epochs,
-        layers=layers,
-        block=block,
-        taps=taps,
-        draft_vocabulary=draft_vocabulary,
-        batch=batch,
-        anchors=anchors,
-        lr=lr,
-        loss=loss,  # type: ignore[arg-type]
-        seed=seed,
-    )
+    config = TrainConfig(out=out, **asdict(options))
 
     def report(where: Progress) -> None:
         if where.tokens % 100 == 0:
             right = " ".join(f"{a:.3f}" for a in where.accuracy)
-            print(
-                f"{kind} step {where.tokens} {where.done:.0%}: {where.loss:.3f} | {right}",
-                flush=True,
-            )
+            step = f"{options.kind} step {where.tokens} {where.done:.0%}"
+            print(f"{step}: {where.loss:.3f} | {right}", flush=True)
 
     out.mkdir(parents=True, exist_ok=True)
     engine = ttspec.load(target, None, device=device)

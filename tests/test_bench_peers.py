@@ -14,12 +14,12 @@ from toys import complaint, twin
 import ttspec.bench.loops as loops
 from ttspec.bench.arms import PEERS, parse_arms
 from ttspec.bench.peers import open_peers
-from ttspec.bench.report import open_runs
+from ttspec.bench.run_set import open_runs
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import load_suite
 from ttspec.bench.tables import acceptance_table
-from ttspec.bench.watch import Watch, rounds_seen
+from ttspec.bench.watch import Watch, rounds_from
 from ttspec.cli import main
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine
@@ -161,16 +161,16 @@ def test_rounds_are_read_off_what_a_target_was_fed() -> None:
     watch = Watch()
     for i, (tokens, start) in enumerate(zip(fed, starts, strict=True)):
         watch.forwards.append((i + 0.0, i + 0.25, start, torch.tensor([tokens])))
-    rounds, clocks = rounds_seen(watch, 5, answer, 4.0, position=100)
+    rounds, clocks = rounds_from(watch, 5, answer, 4.0, position=100)
     found = [(r.position, r.proposed, r.accepted, r.emitted) for r in rounds]
     assert found == [(102, 3, 3, 4), (106, 2, 0, 1), (107, 3, 2, 2)]
     assert clocks == [1.0, 2.0, 3.0, 4.0]
     assert {r.seconds for r in rounds} == {(0.25, 0.75, 0.0)}
     streamed = Watch(puts=[0.0, 1.0, 3.0, 4.0])
-    rounds, clocks = rounds_seen(streamed, 5, [1, 2, 3], 9.0, position=0)
+    rounds, clocks = rounds_from(streamed, 5, [1, 2, 3], 9.0, position=0)
     assert [(r.position, r.proposed, r.emitted) for r in rounds] == [(1, 0, 1), (2, 0, 1)]
     assert clocks == [1.0, 3.0, 4.0]
-    assert rounds_seen(Watch(), 5, [1], 2.0, position=0) == ([], [2.0])
+    assert rounds_from(Watch(), 5, [1], 2.0, position=0) == ([], [2.0])
 
 
 def test_what_cannot_run_is_skipped_with_a_reason(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ttspec.bench.compare import compare, verdict
-from ttspec.bench.report import open_runs, write_bench_report
+from ttspec.bench.report import write_bench_report
+from ttspec.bench.run_set import open_runs
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import Store, read_run
 from ttspec.errors import DataError, OptionError, ResourceError
@@ -250,7 +251,7 @@ def test_a_full_disk_loses_only_the_unit_under_way(folder: Path, monkeypatch) ->
 
     before = {p.name: p.read_bytes() for p in folder.glob("*.jsonl")}
     store = Store(folder, {**MANIFEST, "seeds": [0, 1]})
-    real = module._append
+    real = module.append
 
     def full(path: Path, data: bytes) -> None:
         if path.name == "requests.jsonl":
@@ -258,7 +259,7 @@ def test_a_full_disk_loses_only_the_unit_under_way(folder: Path, monkeypatch) ->
             raise OSError(28, "No space left on device")
         real(path, data)
 
-    monkeypatch.setattr(module, "_append", full)
+    monkeypatch.setattr(module, "append", full)
     with pytest.raises(OSError, match="No space"):
         store.add("static", unit("static", 0, seed=1, clock=9000.0).turns)
     store.close()

@@ -184,7 +184,7 @@ def test_a_crash_in_one_arm_loses_nothing_else(pair, suite, tmp_path, monkeypatc
 def test_a_full_disk_says_what_is_kept(pair, suite, tmp_path, monkeypatch, capsys) -> None:
     import ttspec.bench.store as store
 
-    real, left = store._append, [5]
+    real, left = store.append, [5]
 
     def full(path: Path, data: bytes) -> None:
         left[0] -= 1
@@ -192,7 +192,7 @@ def test_a_full_disk_says_what_is_kept(pair, suite, tmp_path, monkeypatch, capsy
             raise OSError(28, "No space left on device", str(path))
         real(path, data)
 
-    monkeypatch.setattr(store, "_append", full)
+    monkeypatch.setattr(store, "append", full)
     assert bench_run(pair, suite, tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert "2 of 6 units are done and kept" in said

@@ -5,16 +5,20 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import measure_growth as g
-import measure_speed as sp
+import growth as g
+import growth_report
 import pytest
+import speed as sp
 import torch
+from common import Shapes
 from test_bench_measures import arm_of
 from test_shapes import small_files
 
 from ttspec.bench import measures as m
 from ttspec.bench import tables, timing
+from ttspec.bench.batches import Batches
 from ttspec.bench.compare import compare
+from ttspec.bench.jsonl import write_json
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import write_run
 from ttspec.bench.timing import Timed
@@ -29,8 +33,8 @@ def point(context: int, seconds: float, rows: int = 1, **more: Any) -> dict[str,
 
 def run(out: Path, pair: str, **options: Any) -> int:
     chosen = {"contexts": "16,32", "rows": "1,2", "at_context": 16, "learn": False, "rounds": 2}
-    chosen |= {"dtype": "float32", "device": "cpu", "accept": "3,2", **options}
-    return g.run(random_weights=pair, out=out, **chosen)
+    where = {"dtype": "float32", "device": "cpu", "accept": "3,2"}
+    return g.run(shapes=Shapes(random_weights=pair, **where), out=out, **{**chosen, **options})
 
 
 @pytest.fixture
@@ -42,35 +46,35 @@ def pair(tmp_path: Path) -> str:
 
 
 def test_up_to_twice_the_time_for_twice_as_much_is_linear() -> None:
-    text = g.verdict([point(1024, 1.0), point(2048, 2.09), point(4096, 4.18)])
+    text = growth_report.verdict([point(1024, 1.0), point(2048, 2.09), point(4096, 4.18)])
     assert "No step is worse than linear" in text
     assert "2.09 times for 2 times" in text
 
 
 def test_a_step_that_is_worse_is_named() -> None:
-    text = g.verdict([point(1024, 1.0), point(2048, 2.0), point(4096, 4.3)])
+    text = growth_report.verdict([point(1024, 1.0), point(2048, 2.0), point(4096, 4.3)])
     assert text.startswith("**2 of 6 steps are worse than linear**")
     assert "verify, static, context 2,048 to 4,096: 2.15 times for 2 times" in text
     assert "1,024 to" not in text
 
 
 def test_steps_between_uneven_points_may_grow_as_much_as_the_points() -> None:
-    assert "No step is worse" in g.verdict([point(1000, 1.0), point(5000, 5.1)])
-    assert "worse than linear**" in g.verdict([point(1000, 1.0), point(1500, 1.7)])
+    assert "No step is worse" in growth_report.verdict([point(1000, 1.0), point(5000, 5.1)])
+    assert "worse than linear**" in growth_report.verdict([point(1000, 1.0), point(1500, 1.7)])
 
 
 def test_points_of_different_rows_make_no_step_in_context() -> None:
-    assert "No verdict" in g.verdict([point(1024, 1.0), point(2048, 9.0, rows=2)])
+    assert "No verdict" in growth_report.verdict([point(1024, 1.0), point(2048, 9.0, rows=2)])
 
 
 def test_memory_is_judged_without_the_weights() -> None:
     found = [point(1024, 1.0, memory_peak=110), point(2048, 1.0, memory_peak=130)]
-    assert "memory, static, context 1,024 to 2,048: 3.00 times" in g.verdict(found)
+    assert "memory, static, context 1,024 to 2,048: 3.00 times" in growth_report.verdict(found)
 
 
 def test_a_point_out_of_memory_is_in_no_step_and_is_said() -> None:
     found = [point(1024, 1.0), {**point(2048, 9.0), "error": "out of memory"}, point(4096, 2.0)]
-    text = g.verdict(found)
+    text = growth_report.verdict(found)
     assert "2.00 times for 4 times" in text
     assert "Out of memory, so in no step: static, 1 x 2048." in text
 
@@ -138,7 +142,7 @@ def test_a_capture_that_fails_for_lack_of_memory_is_known_as_that() -> None:
 
 def test_a_folder_of_another_run_is_refused(pair, tmp_path) -> None:
     facts = {"rounds": 2, "dtype": "float32"}
-    g.write(tmp_path / "run", {"facts": facts, "points": []})
+    write_json(tmp_path / "run" / g.FILE, {"facts": facts, "points": []})
     with pytest.raises(DataError, match="another dtype"):
         g.open_folder(tmp_path / "run", {**facts, "dtype": "bfloat16"})
     with pytest.raises(DataError, match="another number of rounds"):
@@ -164,7 +168,7 @@ def batch_of(name: str, wait: float, began: float = 7.0) -> Arm:
 def test_a_batchs_seconds_count_once() -> None:
     # A token costs `wait`, so both rows end 0.5 + 6 x 0.5 s after they began.
     arm = batch_of("plain", 0.5)
-    found = m.Batches(2).speed(arm)
+    found = Batches(2).speed(arm)
     assert found
     assert found.value == pytest.approx(14 / 3.5)
     alone = m.speed(arm)
@@ -174,17 +178,17 @@ def test_a_batchs_seconds_count_once() -> None:
 
 def test_past_some_tokens_a_batch_is_timed_from_when_its_rows_have_them_in_the_mean() -> None:
     # Tokens after: 1 + 1 at 0.5 s, 2 at 1.5 s, 2 and 4 at 2.5 s (10 in all), 2 and 2 at 3.5 s.
-    found = m.Batches(2, past=4).speed(batch_of("plain", 0.5))
+    found = Batches(2, past=4).speed(batch_of("plain", 0.5))
     assert found
     assert found.value == pytest.approx(4 / 1.0)
 
 
 def test_arms_are_paired_by_batch_and_short_batches_are_left_out() -> None:
     a, b = batch_of("static", 0.25), batch_of("plain", 0.5)
-    found = m.Batches(2).pair(a, b)
+    found = Batches(2).pair(a, b)
     assert found
     assert found.ratio.value == pytest.approx(3.5 / 2.0)
-    assert m.Batches(4).pair(a, b) is None
+    assert Batches(4).pair(a, b) is None
 
 
 def test_a_report_of_rows_side_by_side_says_what_one_gets_and_what_all_get() -> None:
@@ -231,4 +235,6 @@ def test_where_speculation_stops_paying_is_said() -> None:
             for arm in arms:
                 arm.turns = arm.turns[:1]
         runs[rows] = SimpleNamespace(arms=arms)
-    assert list(sp.pays(runs)) == ["- static: first slower than plain at 2 rows (of 1, 2 tried)."]
+    assert list(sp.where_it_pays(runs)) == [
+        "- static: first slower than plain at 2 rows (of 1, 2 tried)."
+    ]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from ttspec.bench.figures import acceptance_figure, sliding_acceptance, to_svg
+from ttspec.bench.figures import acceptance_figure, sliding_acceptance
 from ttspec.bench.findings import findings, table
 from ttspec.bench.page import render_page
 from ttspec.bench.report import write_report
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run, write_run
+from ttspec.bench.style import to_svg
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
 
@@ -193,7 +194,7 @@ def test_the_readme_says_what_the_committed_runs_say() -> None:
     text = (headline.ROOT / "README.md").read_text(encoding="utf-8")
     assert {folder.name for folder in headline.RESULTS.iterdir()} == set(TABLES)
     assert [text.count(headline.BEGIN.format(name)) for name in TABLES] == [1, 1]
-    assert headline.pasted(text) == text, "python scripts/headline.py paste"
+    assert headline.pasted(text) == text, "python benchmarks/headline.py paste"
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from ttspec.config import DraftConfig, LearnConfig, refuse_old_option
 from ttspec.errors import OptionError
 
 WINDOW = REBASE = 512
-"""What static-window and static-rebased mean unless told otherwise: what measured best."""
+"""What static-window and static-rebased mean without options: what measured best."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"length": 0},
     "ngram": {},
@@ -58,8 +58,8 @@ class ArmSpec:
 
     def options(self) -> dict[str, Any]:
         """What the name means in this version, as JSON values."""
-        meaning: dict[str, Any] = {"draft": asdict(self.draft)}
-        meaning["learn"] = asdict(self.learn) if self.learn else None
+        learn = asdict(self.learn) if self.learn else None
+        meaning: dict[str, Any] = {"draft": asdict(self.draft), "learn": learn}
         if self.kind in PEERS:
             meaning = {"peer": dict(self.peer)}
         return meaning | ({"drafter": self.drafter} if self.drafter else {})
@@ -103,15 +103,12 @@ def _parse(name: str) -> ArmSpec:
     if not found or kind not in KINDS | PEERS:
         names = ", ".join([*KINDS, *PEERS])
         raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
-    learns = kind.startswith("learn")
-    draft, learn = _types(DraftConfig), _types(LearnConfig) if learns else {}
-    if kind == "plain":
-        draft = {}
-    allowed = {n: t for n, t in (draft | learn).items() if n not in FIXED}
-    if kind not in ("plain", "ngram"):
-        allowed["drafter"] = str
-    if kind in PEERS:
-        allowed = PEERS[kind]
+    draft, learn = get_type_hints(DraftConfig), get_type_hints(LearnConfig)
+    learns, is_peer = kind.startswith("learn"), kind in PEERS
+    allowed = ({} if kind == "plain" else draft) | (learn if learns else {}) | {"drafter": str}
+    allowed = PEERS[kind] if is_peer else {n: t for n, t in allowed.items() if n not in FIXED}
+    if kind in ("plain", "ngram"):
+        del allowed["drafter"]
     given = dict(KINDS.get(kind, {}))
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
@@ -121,49 +118,39 @@ def _parse(name: str) -> ArmSpec:
             options = ", ".join(allowed) or "none"
             raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])
-    if kind in PEERS:
-        return _peer(name, kind, given)
-    of = {f.name for f in fields(DraftConfig)}
+    drafter = given.pop("drafter", None)
+    if is_peer:
+        _check_peer(kind, given)
     return ArmSpec(
         name=name,
         kind=kind,
-        draft=DraftConfig(**{n: v for n, v in given.items() if n in of}),
-        learn=LearnConfig(**{n: given[n] for n in given if n in learn}) if learns else None,
-        drafter=given.get("drafter"),
+        draft=DraftConfig(**{n: v for n, v in given.items() if n in draft and not is_peer}),
+        learn=LearnConfig(**{n: v for n, v in given.items() if n in learn}) if learns else None,
+        drafter=drafter,
+        peer=tuple(sorted(given.items())) if is_peer else (),
     )
 
 
-def _peer(name: str, kind: str, given: dict[str, Any]) -> ArmSpec:
+def _check_peer(kind: str, given: dict[str, Any]) -> None:
     if kind == "hf-assisted" and "model" not in given:
         raise OptionError(
             "hf-assisted names no draft model.\nName one: hf-assisted[model=FOLDER or hub id]."
         )
     if given.get("length", 1) < 1:
         raise OptionError(f"{kind}[length] is {given['length']}; allowed is 1 or more.")
-    drafter = given.pop("drafter", None)
-    options = tuple(sorted(given.items()))
-    return ArmSpec(
-        name=name, kind=kind, draft=DraftConfig(), learn=None, drafter=drafter, peer=options
-    )
-
-
-def _types(record: type) -> dict[str, Any]:
-    hints = get_type_hints(record)
-    return {field.name: hints[field.name] for field in fields(record)}
 
 
 def _value(name: str, text: str, hint: Any) -> Any:
-    kinds: Sequence[Any] = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kind = next(k for k in kinds if k is not type(None))
-    if get_origin(kind) is Literal:
-        allowed = get_args(kind)
-        if text in allowed:
-            return text
-        raise OptionError(f"{name} is {text!r}; allowed are {', '.join(allowed)}.")
-    if kind is bool:
-        if text in ("true", "false"):
-            return text == "true"
-        raise OptionError(f"{name} is {text!r}; allowed are true, false.")
+    """An option's value from its text, by the field's type."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    kind: Any = next(k for k in kinds if k is not NoneType)
+    words = {
+        str(word).lower(): word for word in ((True, False) if kind is bool else get_args(kind))
+    }
+    if words:
+        if text in words:
+            return words[text]
+        raise OptionError(f"{name} is {text!r}; allowed are {', '.join(words)}.")
     try:
         return kind(text)
     except ValueError as error:

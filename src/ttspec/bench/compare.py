@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ttspec.bench import measures
+from ttspec.bench import measures as m
+from ttspec.bench.batches import Batches
+from ttspec.bench.estimates import Estimate, Pair
 from ttspec.bench.manifest import mark
-from ttspec.bench.measures import Estimate, Pair, matched
-from ttspec.bench.report import check_alike, check_texts, mark_of
+from ttspec.bench.run_set import Manifest, check_alike, check_texts, different_part
 from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
+from ttspec.bench.table import Table, interval, ratio
 from ttspec.errors import DataError, OptionError
 
 Metric = Literal["acceptance", "speed"]
-COUNTS = {
-    "acceptance": (measures.emitted, measures.rounds),
-    "speed": (measures.tokens, measures.seconds),
-}
+SAME_OPTIONS = ("max_new_tokens", "session_tokens", "temperature", "ignore_eos")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +31,11 @@ class Comparison:
     pairs: dict[str, Pair]
     mark: str = ""
     """What is to be said where one of them is no ordinary run."""
+
+    @property
+    def names(self) -> str:
+        """Both arms, or one name where it is the same."""
+        return self.a if self.a == self.b else f"{self.a} / {self.b}"
 
     def ratio(self, metric: Metric) -> Estimate | None:
         """A / B; None for the speed of a run without times: imported, or a replay."""
@@ -53,58 +57,75 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
     """
     (one, mine), (other, theirs) = _open(a), _open(b)
     check_alike(one, other, a, b)
-    for part in ("target", "suite"):
-        if mark_of(one, part) != mark_of(other, part):
-            raise DataError(
-                f"{a} and {b} ran different {part}s, so no request of one has its pair in the "
-                f"other.\nCompare runs of the same {part}; drafters may differ."
-            )
-    same = ("max_new_tokens", "session_tokens", "temperature", "ignore_eos")
-    changed = [name for name in same if one.get(name) != other.get(name)]
+    if part := different_part(one, other):
+        raise DataError(
+            f"{a} and {b} ran different {part}s, so no request of one has its pair in the "
+            f"other.\nCompare runs of the same {part}; drafters may differ."
+        )
+    changed = [name for name in SAME_OPTIONS if one.get(name) != other.get(name)]
     if changed:
         raise DataError(
             f"{a} and {b} ran with another {changed[0]}, so their texts are not pairs.\n"
             "Compare runs with the same options."
         )
     found = []
-    for x, y in _couples(mine, theirs, a, b):
-        x, y = _pair(x, y, a, b)
+    for arms in _couples(mine, theirs, a, b):
+        x, y = _on_common_units(*arms, a, b)
         if not different_texts:
             check_texts(one if one.get("dtype") == other.get("dtype") else {}, [y, x])
-        pairs = {n: p for n, counts in COUNTS.items() if (p := measures.pair(x, y, *counts))}
+        pairs = {"acceptance": m.pair_acceptance(x, y), "speed": m.pair_speed(x, y)}
         rows = one.get("rows") or 1
-        if rows > 1 and rows == other.get("rows") and (p := measures.Batches(rows).pair(x, y)):
-            pairs["speed"] = p  # rows side by side share their seconds
-        if "acceptance" not in pairs:
+        if rows > 1 and rows == other.get("rows") and (speed := Batches(rows).pair(x, y)):
+            pairs["speed"] = speed  # rows side by side share their seconds
+        known = {name: pair for name, pair in pairs.items() if pair}
+        if "acceptance" not in known:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
-        said = mark(one) or mark(other)
-        found.append(Comparison(a=x.name, b=y.name, units=len(x.units), pairs=pairs, mark=said))
+        marked, units = mark(one) or mark(other), len(x.units)
+        found.append(Comparison(a=x.name, b=y.name, units=units, pairs=known, mark=marked))
     return found
+
+
+def comparison_table(found: Sequence[Comparison], a: str, b: str) -> Table:
+    """What `compare` found, for people; `a` and `b` are what it was asked for."""
+    marked = f" ({found[0].mark})" if found[0].mark else ""
+    return Table(
+        title=f"{a} against {b}{marked}",
+        note="Paired over requests, 95 % bootstrap intervals.",
+        head=("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio"),
+        rows=[
+            (
+                c.names,
+                str(c.units),
+                ratio(c.pairs["acceptance"]),
+                interval(c.pairs["acceptance"].difference, 3, sign=True),
+                ratio(c.pairs.get("speed")),
+            )
+            for c in found
+        ],
+    )
 
 
 def verdict(
     found: Sequence[Comparison], metric: Metric, fail_below: float | None
 ) -> tuple[str, bool]:
     """One line for a log, and whether all is well: no ratio may lie below `fail_below`."""
-    told = [(ratio, c) for c in found if (ratio := c.ratio(metric))]
-    if len(told) < len(found):
+    known = [(ratio, c) for c in found if (ratio := c.ratio(metric))]
+    if len(known) < len(found):
         raise DataError(f"A run has no times, so no {metric}.\nCompare --metric acceptance.")
-    ratio, worst = min(told, key=lambda pair: pair[0].value)
-    names = worst.a if worst.a == worst.b else f"{worst.a} / {worst.b}"
-    said = f"{metric} of {names}, A / B, is {ratio.value:.3f}"
-    if worst.mark:
-        said += f" ({worst.mark})"
+    lowest, worst = min(known, key=lambda pair: pair[0].value)
+    marked = f" ({worst.mark})" if worst.mark else ""
+    text = f"{metric} of {worst.names}, A / B, is {lowest.value:.3f}{marked}"
     if fail_below is None:
-        return f"verdict: none asked for; {said}", True
-    good = ratio.value >= fail_below
-    sure = ""
-    if ratio.low <= fail_below <= ratio.high:
-        sure = f"; the interval [{ratio.low:.3f}, {ratio.high:.3f}] has both sides of it"
+        return f"verdict: none asked for; {text}", True
+    good = lowest.value >= fail_below
+    unsure = ""
+    if lowest.low <= fail_below <= lowest.high:
+        unsure = f"; the interval [{lowest.low:.3f}, {lowest.high:.3f}] has both sides of it"
     word, side = ("pass", "not below") if good else ("FAIL", "below")
-    return f"verdict: {word}: {said}, {side} {fail_below:g}{sure}", good
+    return f"verdict: {word}: {text}, {side} {fail_below:g}{unsure}", good
 
 
-def _open(name: str) -> tuple[dict[str, Any], list[Arm]]:
+def _open(name: str) -> tuple[Manifest, list[Arm]]:
     folder, colon, arm = name.rpartition(":")
     if not colon or Path(name).is_dir():
         return read_run(Path(name))
@@ -126,11 +147,11 @@ def _couples(mine: list[Arm], theirs: list[Arm], a: str, b: str) -> list[tuple[A
     return couples
 
 
-def _pair(x: Arm, y: Arm, a: str, b: str) -> tuple[Arm, Arm]:
-    kept = matched([x, y])
+def _on_common_units(x: Arm, y: Arm, a: str, b: str) -> list[Arm]:
+    kept = m.matched([x, y])
     if len(kept) < 2 or not kept[0].turns:
         raise DataError(
             f"{x.name} of {a} and {y.name} of {b} have no finished request in common.\n"
             "Go on with `ttspec bench run`, with the same seeds."
         )
-    return kept[0], kept[1]
+    return kept

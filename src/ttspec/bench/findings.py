@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
-from ttspec.bench import measures
+from ttspec.bench.estimates import Estimate
+from ttspec.bench.measures import pair_acceptance, pair_speed
 from ttspec.bench.runs import Arm
-from ttspec.bench.tables import kind, pairs_of
+from ttspec.bench.table import EMPTY, interval, number
+from ttspec.bench.tables import learning_pairs
 
 EARLY, LATE = 512, 1024
 """Positions before which learning has had little time, and after which it should show."""
+LABELS = {
+    "plain": "plain decoding",
+    "static": "static drafter",
+    "learn-session": "learning drafter",
+}
+"""What `ttspec demo` calls its arms; a benchmark's arms go by their own names."""
+
+
+def label(arm: str) -> str:
+    """An arm's name for people."""
+    return LABELS.get(arm, arm)
 
 
 def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     """What was measured: a row is a quantity and its value in each arm."""
     plain = next((arm for arm in arms if arm.name == "plain"), None)
-
-    def row(title: str, value: Any) -> tuple[str, list[str]]:
-        return title, [value(arm) for arm in arms]
-
-    rows = [
-        row("tokens generated", lambda arm: f"{arm.tokens:,}"),
-        row("tokens per second", lambda arm: f"{arm.tokens_per_second:.1f}"),
-        row("acceptance length", lambda arm: _number(arm.acceptance())),
-        row(f"  first {EARLY} tokens", lambda arm: _number(arm.acceptance(0, EARLY))),
-        row(f"  after {LATE:,} tokens", lambda arm: _number(arm.acceptance(LATE))),
-        row("updates", lambda arm: f"{arm.updates:,}"),
-        row("share of time learning", _learning),
-        row("repeated 8-grams", lambda arm: f"{arm.repeated_8grams:.1%}"),
-    ]
-    if plain is not None and plain.tokens_per_second > 0:
-        base = plain.tokens_per_second
-        speed = row("speed against plain", lambda arm: f"{arm.tokens_per_second / base:.2f}x")
-        rows.insert(2, speed)
-        rows.append(row("text", lambda arm: _sameness(arm, plain)))
-    return rows
+    base = plain.tokens_per_second if plain else 0.0
+    cells: dict[str, Callable[[Arm], str]] = {
+        "tokens generated": lambda arm: f"{arm.tokens:,}",
+        "tokens per second": lambda arm: f"{arm.tokens_per_second:.1f}",
+        "speed against plain": lambda arm: f"{arm.tokens_per_second / base:.2f}x",
+        "acceptance length": lambda arm: number(arm.acceptance()),
+        f"  first {EARLY} tokens": lambda arm: number(arm.acceptance(0, EARLY)),
+        f"  after {LATE:,} tokens": lambda arm: number(arm.acceptance(LATE)),
+        "updates": lambda arm: f"{arm.updates:,}",
+        "share of time learning": lambda arm: number(
+            arm.learning_share if arm.updates else None, ".1%"
+        ),
+        "repeated 8-grams": lambda arm: f"{arm.repeated_8grams:.1%}",
+        "text": lambda arm: _sameness(arm, plain) if plain else EMPTY,
+    }
+    if not base:
+        del cells["speed against plain"], cells["text"]
+    return [(title, [value(arm) for arm in arms]) for title, value in cells.items()]
 
 
 def findings(arms: Sequence[Arm]) -> list[str]:
@@ -45,13 +55,15 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     if static is None or learning is None:
         return []
     sentences = []
-    for low, high, where in ((LATE, 1 << 62, f"After token {LATE:,}"), (0, EARLY, None)):
+    for low, high, where in (
+        (LATE, 1 << 62, f"After token {LATE:,}"),
+        (0, EARLY, f"In the first {EARLY} tokens"),
+    ):
         before, after = static.acceptance(low, high), learning.acceptance(low, high)
         if before and after:
             sentences.append(
-                f"{where or f'In the first {EARLY} tokens'} a target forward yields {after:.2f} "
-                f"tokens with the learning drafter and {before:.2f} with the static one: "
-                f"{after / before:.2f} times as many."
+                f"{where} a target forward yields {after:.2f} tokens with the learning drafter and "
+                f"{before:.2f} with the static one: {after / before:.2f} times as many."
             )
     if static.tokens_per_second > 0:
         ratio = learning.tokens_per_second / static.tokens_per_second
@@ -68,12 +80,9 @@ def bench_findings(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[st
         f"{sum(arm.tokens for arm in arms):,} generated tokens.",
         *left_out,
     ]
-    for a, b in pairs_of(arms):
-        if not kind(a).startswith("learn") or kind(b) == "plain":
-            continue
-        tau = measures.pair(a, b, measures.emitted, measures.rounds)
-        rate = measures.pair(a, b, measures.tokens, measures.seconds)
-        if tau:
+    for a, b in learning_pairs(arms):
+        if tau := pair_acceptance(a, b):
+            rate = pair_speed(a, b)
             speed = f", speed {_times(rate.ratio)}" if rate else ""
             sentences.append(
                 f"{a.name} against {b.name}: acceptance length {_times(tau.ratio)}{speed}."
@@ -81,23 +90,15 @@ def bench_findings(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[st
     return sentences
 
 
-def _times(ratio: measures.Estimate) -> str:
-    if ratio.low != ratio.low:  # nan: one request
+def _times(ratio: Estimate) -> str:
+    if not ratio.has_interval:
         return f"{ratio.value:.3f} times"
-    known = "" if not ratio.low <= 1 <= ratio.high else ", not told apart from 1"
-    return f"{ratio.value:.3f} times [{ratio.low:.3f}, {ratio.high:.3f}]{known}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
-
-
-def _learning(arm: Arm) -> str:
-    return f"{arm.learning_share:.1%}" if arm.updates else "–"
+    undecided = ", not told apart from 1" if ratio.low <= 1 <= ratio.high else ""
+    return interval(ratio, 3).replace(" ", " times ", 1) + undecided
 
 
 def _sameness(arm: Arm, plain: Arm) -> str:
     if arm is plain:
-        return "–"
+        return EMPTY
     position = arm.first_difference(plain)
     return "as plain" if position is None else f"differs at {position:,}"

@@ -3,7 +3,7 @@
 A file has a JSON object a line: a response of vLLM's server that runs with
 `--per-request-spec-decode-metrics detailed`, or what `scripts/record_vllm.py` writes, which has
 every step of the engine. docs/vllm-import.md describes both. No round is made up: a request whose
-rounds cannot be told is left out, and the report says so.
+rounds are not known is left out, and the report says so.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Imported:
 
     turns: list[Turn] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
-    """A sentence for each request whose rounds cannot be told."""
+    """A sentence for each request whose rounds are not known."""
     notes: list[str] = field(default_factory=list)
     """Sentences on what the figures cannot say."""
 
 
-class _Untold(Exception):
-    """The request is sound, and its rounds cannot be told."""
+class _UnknownRoundsError(Exception):
+    """The request is sound, and its rounds are not known."""
 
 
 def import_run(file: Path, out: Path, arm: str = "vllm") -> Imported:
@@ -67,20 +67,20 @@ def import_run(file: Path, out: Path, arm: str = "vllm") -> Imported:
         wanted = head["suite"]["requests"] if head else max(len(rows), 1)
     if len(rows) != wanted:
         raise DataError(f"{file} has {len(rows)} requests of {wanted}.\nRecord it again.")
-    found, seen = Imported(), {}
+    found, places = Imported(), {}
     for count, (where, row) in enumerate(rows):
         row.setdefault("request", count)
         with _understood(where):
             for mark in {(row["request"], row.get("seed", 0)), row.get("id")} - {None}:
-                if mark in seen:
+                if mark in places:
                     raise DataError(
-                        f"{where} is request {row['request']} again, after {seen[mark]}.\n"
+                        f"{where} is request {row['request']} again, after {places[mark]}.\n"
                         "Delete one of the lines: every figure would count it twice."
                     )
-                seen[mark] = where
+                places[mark] = where
             try:
                 found.turns.append(_turn(where, row))
-            except _Untold as error:
+            except _UnknownRoundsError as error:
                 found.left_out.append(f"request {row['request']}: {error}")
     if not found.turns:
         raise DataError(
@@ -139,9 +139,9 @@ def _turn(where: str, row: Row) -> Turn:
     if usage["completion_tokens"] != len(ids):
         raise ValueError(f"{len(ids)} token_ids for {usage['completion_tokens']} tokens")
     if choice["finish_reason"] not in REASONS:
-        raise _Untold(f"its answer broke off ({choice['finish_reason']}).")
+        raise _UnknownRoundsError(f"its answer broke off ({choice['finish_reason']}).")
     if isinstance(choice.get("stop_reason"), str):
-        raise _Untold("it ended with a stop text, and vLLM then gives no figures.")
+        raise _UnknownRoundsError("it ended with a stop text, and vLLM then gives no figures.")
     if "steps" in row:
         rounds = _rounds([step[1:3] for step in row["steps"][1:]], len(ids))
         if [step[0] for step in row["steps"]] != [1, *(r.emitted for r in rounds)]:
@@ -149,10 +149,11 @@ def _turn(where: str, row: Row) -> Turn:
         first, *waits = (_seconds(step[3]) for step in row["steps"])
         seconds = first + sum(waits)
     else:
-        told = row.get("metrics") or {}
-        rounds, waits = _rounds(_counts(where, told, len(ids)), len(ids)), []
-        first = _seconds(told.get("time_to_first_token_ms") or 0)
-        seconds = first and first + _seconds(told.get("generation_time_ms") or 0)
+        metrics = row.get("metrics") or {}
+        rounds, waits = _rounds(_counts(where, metrics, len(ids)), len(ids)), []
+        first = _seconds(metrics.get("time_to_first_token_ms") or 0)
+        seconds = first and first + _seconds(metrics.get("generation_time_ms") or 0)
+    given = {"prompt_tokens": usage["prompt_tokens"], "seed": seed, "seconds": seconds}
     return Turn(
         request=row["request"],
         user=str(row.get("prompt") or ""),
@@ -160,13 +161,7 @@ def _turn(where: str, row: Row) -> Turn:
             text=choice.get("text") or (choice.get("message") or {}).get("content") or "",
             token_ids=ids,
             finish_reason=REASONS[choice["finish_reason"]],
-            stats=summarise(
-                rounds,
-                token_ids=ids,
-                prompt_tokens=usage["prompt_tokens"],
-                seed=seed,
-                seconds=seconds,
-            ),
+            stats=summarise(rounds, token_ids=ids, **given),
             rounds=rounds,
         ),
         seconds=seconds,
@@ -175,25 +170,25 @@ def _turn(where: str, row: Row) -> Turn:
     )
 
 
-def _counts(where: str, told: Row, tokens: int) -> list[tuple[int, int]]:
+def _counts(where: str, metrics: Row, tokens: int) -> list[tuple[int, int]]:
     """Drafted and accepted tokens of each round, from a response's metrics."""
-    told = told.get("speculative_decoding") or {}
-    if not told:
+    counts = metrics.get("speculative_decoding") or {}
+    if not counts:
         raise DataError(f"{where} has no metrics.speculative_decoding.\n{DETAILED}")
-    kept, drafted = told.get("per_step_accepted") or [], told.get("per_step_drafted") or []
-    steps, accepted = told["num_spec_steps"], told["num_accepted_draft_tokens"]
+    kept, drafted = (counts.get(f"per_step_{n}") or [] for n in ("accepted", "drafted"))
+    steps, accepted = counts["num_spec_steps"], counts["num_accepted_draft_tokens"]
     if steps and not kept:
         raise DataError(
             f"{where} has only a summary: {steps} rounds, acceptance length about "
             f"{1 + accepted / steps:.2f}. It does not say which round came when, so there is no "
             f"plot by position, and no round is made up.\n{DETAILED}"
         )
-    if (len(kept), sum(kept), sum(drafted)) != (steps, accepted, told["num_draft_tokens"]):
+    if (len(kept), sum(kept), sum(drafted)) != (steps, accepted, counts["num_draft_tokens"]):
         raise ValueError("the rounds do not add up to their sums")
     # A step that drafts nothing commits one token, and vLLM's lists leave it out.
     undrafted = tokens - 1 - sum(kept) - len(kept)
     if undrafted > 0:
-        raise _Untold(
+        raise _UnknownRoundsError(
             f"{undrafted} of its {tokens} tokens came in steps that drafted nothing, and vLLM does "
             f"not say where. {RECORD}"
         )

@@ -30,7 +30,7 @@ from ttspec.models.source import resolve
 from ttspec.models.target import Target, cache_keyword
 
 LOOKUP = 10
-"""Tokens that prompt lookup drafts unless told otherwise: transformers' own default."""
+"""Tokens that prompt lookup drafts without `length`: transformers' own default."""
 Generate = Callable[[Tensor, int, Watch], Tensor]
 """From tokens [1, P] and how many to generate at most to tokens [1, P + N]."""
 
@@ -61,7 +61,7 @@ class Loop:
     """What drafts, where it is a model."""
     streams: bool = False
     """Watched as a streamer, not by hooks, which a compiled forward would trace."""
-    facts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
     """For the manifest: what tells it from another of its name."""
 
 
@@ -76,7 +76,7 @@ def open_loop(arm: ArmSpec, engine: Engine, ask: Ask) -> Loop:
     model = _twin(target.model)
     if arm.kind == "dflash":
         return _package_dflash(_dflash_drafter(engine), model, target, ask)
-    config, extra, facts = _config(target, ask), {}, {}
+    config, extra, provenance = _config(target, ask), {}, {}
     streams = arm.kind in ("hf", "hf-compiled")
     if arm.kind == "hf-compiled":
         if not _compiles(target.device):
@@ -85,7 +85,7 @@ def open_loop(arm: ArmSpec, engine: Engine, ask: Ask) -> Loop:
     elif arm.kind == "hf-lookup":
         config["prompt_lookup_num_tokens"] = options.get("length", LOOKUP)
     elif arm.kind == "hf-assisted":
-        extra, facts = _assistant(options, target)
+        extra, provenance = _assistant(options, target)
     elif arm.kind == "hf-dflash":
         config["speculation_type"] = "dflash"
         extra["assistant_model"] = _transformers_dflash(_dflash_drafter(engine))
@@ -94,7 +94,7 @@ def open_loop(arm: ArmSpec, engine: Engine, ask: Ask) -> Loop:
         model=model,
         helper=extra.get("assistant_model"),
         streams=streams,
-        facts=facts,
+        provenance=provenance,
     )
 
 
@@ -262,5 +262,5 @@ def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, ask: Ask)
             top_k=sampling.top_k,
         )
 
-    facts = {"dflash": version("dflash")}
-    return Loop(generate=generate, model=model, helper=own, facts=facts)
+    provenance = {"dflash": version("dflash")}
+    return Loop(generate=generate, model=model, helper=own, provenance=provenance)

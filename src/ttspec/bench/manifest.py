@@ -40,30 +40,36 @@ def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> di
             "sha256": weights_checksum(target.path),
         },
         "drafter": drafter and describe_drafter(drafter),
-        "random_weights": engine.random_weights,
         "thinking": thinking_of(target.tokenizer),
+        **describe_device(engine),
+        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
+    }
+
+
+def describe_device(engine: Engine) -> dict[str, Any]:
+    """Where an engine runs, and how."""
+    target = engine.target
+    return {
+        "random_weights": engine.random_weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "compiled": engine.compile,
         "device": device_name(target.device),
         "clocks": gpu_clocks(target.device),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version()} | {n: _version(n) for n in PACKAGES},
         "git": git_revision(),
     }
 
 
 def forced(manifest: Mapping[str, Any]) -> str:
     """What every output of a run on random weights says; nothing of one on real weights."""
-    found = manifest.get("random_weights")
-    if not found:
+    if not (found := manifest.get("random_weights")):
         return ""
     return f"random weights, acceptance forced to {', '.join(map(str, found['accept']))}"
 
 
 def forced_sentence(manifest: Mapping[str, Any]) -> str:
     """The same for people who do not know what that means."""
-    found = manifest.get("random_weights")
-    if not found:
+    if not (found := manifest.get("random_weights")):
         return ""
     return (
         f"No checkpoint was loaded: {forced(manifest)} drafts a round, in turn, in the shapes of "
@@ -106,18 +112,15 @@ def describe_drafter(drafter: Drafter) -> dict[str, Any]:
 
 def weights_checksum(folder: Path | None) -> str | None:
     """sha256 over a folder's safetensors files in the order of their names, or of a GGUF file."""
-    if folder is not None and folder.is_file():
-        files = [folder]
-    else:
-        files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    if not files:
+    if folder is None:
         return None
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    return digest.hexdigest()
+    return digest.hexdigest() if files else None
 
 
 def device_name(device: torch.device) -> str:
@@ -138,12 +141,9 @@ def gpu_clocks(device: torch.device) -> dict[str, str] | None:
         return None
     names = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    said = _output(["nvidia-smi", f"--query-gpu={','.join(names)}", f"--id={uuid}", _PLAIN])
-    values = [value.strip() for value in (said or "").split(",")]
+    query = [f"--query-gpu={','.join(names)}", f"--id={uuid}", "--format=csv,noheader"]
+    values = [v.strip() for v in (_output(["nvidia-smi", *query]) or "").split(",")]
     return dict(zip(names, values, strict=True)) if len(values) == len(names) else None
-
-
-_PLAIN = "--format=csv,noheader"
 
 
 def git_revision() -> str | None:

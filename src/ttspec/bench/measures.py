@@ -1,7 +1,6 @@
-"""Numbers from stored rounds, with bootstrap intervals over requests.
+"""Numbers from stored rounds, as sums per request.
 
-Every arm is reduced to sums per request (all seeds of a request together, since they are not
-independent), and all intervals draw the same requests, so that arms are compared in pairs.
+All seeds of a request are summed together, since they are not independent.
 """
 
 from __future__ import annotations
@@ -10,34 +9,27 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
+from statistics import median_low
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from ttspec.bench.runs import Arm, Turn, Unit, token_ids
+from ttspec.bench.estimates import Estimate, Pair, Sums, paired, share
+from ttspec.bench.runs import Arm, Turn, Unit, first_difference, token_ids, units_of
 from ttspec.records import POSITION_BINS, Round, repeated_ngrams
 
-DRAWS = 2000
-LEVEL = 0.95
-NONE = float("nan")
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A value and its 95 % bootstrap interval, which is nan where one request is all there is."""
-
-    value: float
-    low: float = NONE
-    high: float = NONE
-
-
+END = 1 << 62
+"""A position behind every text."""
+WINDOW = 512
+"""Tokens over which repetition is judged."""
+REPEATS = 0.10
+"""Windows that repeat more of their 8-grams than this are not counted as little repetition."""
 Count = Callable[[Sequence[Turn]], float]
 """Something to be summed over a request's turns."""
 
 
-def rounds_of(turns: Sequence[Turn]) -> list[Round]:
-    """All rounds of some turns."""
-    return [r for turn in turns for r in turn.result.rounds]
+def rounds_of(turns: Sequence[Turn], low: int = 0, high: int = END) -> list[Round]:
+    """The rounds of some turns that begin at these generated positions."""
+    return [r for turn in turns for r in turn.result.rounds if low <= r.position < high]
 
 
 def emitted(turns: Sequence[Turn]) -> float:
@@ -52,7 +44,7 @@ def rounds(turns: Sequence[Turn]) -> float:
 
 def tokens(turns: Sequence[Turn]) -> float:
     """Generated tokens, the prefill's included."""
-    return len(token_ids(list(turns)))
+    return len(token_ids(turns))
 
 
 def seconds(turns: Sequence[Turn]) -> float:
@@ -60,20 +52,48 @@ def seconds(turns: Sequence[Turn]) -> float:
     return sum(turn.seconds for turn in turns)
 
 
-def learning(turns: Sequence[Turn]) -> float:
-    """Seconds spent on updates."""
-    return sum(r.seconds[2] for r in rounds_of(turns))
-
-
 def seconds_without_learning(turns: Sequence[Turn]) -> float:
     """Wall clock, had the updates taken no time."""
-    return seconds(turns) - learning(turns)
+    return seconds(turns) - sum(r.seconds[2] for r in rounds_of(turns))
 
 
-WINDOW = 512
-"""Tokens over which repetition is judged."""
-REPEATS = 0.10
-"""Windows that repeat more of their 8-grams than this are not counted as little repetition."""
+def sums(arm: Arm, count: Count) -> Sums:
+    """A count summed per request, float64 [requests], in the order of the requests."""
+    requests: dict[int, list[Turn]] = {}
+    for turn in arm.turns:
+        requests.setdefault(turn.request, []).append(turn)
+    return np.array([count(requests[n]) for n in sorted(requests)], dtype=np.float64)
+
+
+def pair(a: Arm, b: Arm, top: Count, bottom: Count) -> Pair | None:
+    """The ratio and the difference of two arms' ratios of sums; both have the same units."""
+    return paired(*(sums(arm, count) for arm in (a, b) for count in (top, bottom)))
+
+
+def acceptance(arm: Arm) -> Estimate | None:
+    """Acceptance length as a ratio of sums."""
+    return share(sums(arm, emitted), sums(arm, rounds))
+
+
+def acceptance_over_requests(arm: Arm) -> Estimate | None:
+    """Acceptance length as the mean over requests of each request's own."""
+    top, bottom = sums(arm, emitted), sums(arm, rounds)
+    return share(top / np.maximum(bottom, 1) * (bottom > 0), (bottom > 0).astype(np.float64))
+
+
+def speed(arm: Arm) -> Estimate | None:
+    """Tokens per second, prefills and updates included."""
+    return share(sums(arm, tokens), sums(arm, seconds))
+
+
+def pair_acceptance(a: Arm, b: Arm) -> Pair | None:
+    """Acceptance length of one arm against another's."""
+    return pair(a, b, emitted, rounds)
+
+
+def pair_speed(a: Arm, b: Arm) -> Pair | None:
+    """Tokens per second of one arm against another's."""
+    return pair(a, b, tokens, seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,42 +102,36 @@ class Stretch:
 
     name: str
     low: int = 0
-    high: int = 1 << 62
+    high: int = END
     repeats: float = 1.0
     """Most repeated 8-grams, as a share, in the round's window of generated text."""
 
     def rounds(self, turns: Sequence[Turn]) -> list[Round]:
         """Those rounds of some units' turns that begin inside."""
-        units: dict[Unit, list[Turn]] = {}
-        for turn in turns:
-            units.setdefault(turn.unit, []).append(turn)
-        return [r for own in units.values() for r in self._of(own)]
+        return [r for unit in units_of(turns).values() for r in self._of_unit(unit)]
 
-    def _of(self, turns: list[Turn]) -> list[Round]:
-        found = _inside(turns, self.low, self.high)
-        if self.repeats >= 1 or not found:
-            return found
+    def _of_unit(self, turns: list[Turn]) -> list[Round]:
+        inside = rounds_of(turns, self.low, self.high)
+        if self.repeats >= 1:
+            return inside
         ids = token_ids(turns)
-        calm = {
-            w: _repeated(tuple(ids[w * WINDOW : (w + 1) * WINDOW])) <= self.repeats
-            for w in {r.position // WINDOW for r in found}
-        }
-        return [r for r in found if calm[r.position // WINDOW]]
+        return [r for r in inside if _repeated(ids, r.position // WINDOW) <= self.repeats]
+
+    def emitted(self, turns: Sequence[Turn]) -> float:
+        """Tokens committed by these rounds."""
+        return sum(r.emitted for r in self.rounds(turns))
+
+    def count(self, turns: Sequence[Turn]) -> float:
+        """How many rounds."""
+        return len(self.rounds(turns))
 
     def acceptance(self, arm: Arm) -> Estimate | None:
         """Acceptance length there; None without rounds."""
-        return share(*(sums(arm, count) for count in self._counts))
+        return share(sums(arm, self.emitted), sums(arm, self.count))
 
     def pair(self, a: Arm, b: Arm) -> Pair | None:
         """Acceptance length of one arm against another's, there."""
-        return pair(a, b, *self._counts)
-
-    @property
-    def _counts(self) -> tuple[Count, Count]:
-        return (
-            lambda turns: sum(r.emitted for r in self.rounds(turns)),
-            lambda turns: len(self.rounds(turns)),
-        )
+        return pair(a, b, self.emitted, self.count)
 
 
 STRETCHES = (
@@ -128,8 +142,12 @@ STRETCHES = (
 """Before learning has had time, after, and after where phrases do not return."""
 
 
+def _repeated(ids: Sequence[int], window: int) -> float:
+    return _repeated_8grams(tuple(ids[window * WINDOW : (window + 1) * WINDOW]))
+
+
 @cache
-def _repeated(ids: tuple[int, ...]) -> float:
+def _repeated_8grams(ids: tuple[int, ...]) -> float:
     return repeated_ngrams(list(ids))
 
 
@@ -145,165 +163,9 @@ def matched(arms: Sequence[Arm]) -> list[Arm]:
         return []
     units = set.intersection(*(set(arm.units) for arm in some))
     return [
-        replace(arm, turns=sorted((t for t in arm.turns if t.unit in units), key=_order))
+        replace(arm, turns=sorted((t for t in arm.turns if t.unit in units), key=Turn.order))
         for arm in some
     ]
-
-
-def _order(turn: Turn) -> tuple[int, int, int]:
-    return (*turn.unit, turn.turn)
-
-
-@cache
-def resamples(count: int, draws: int = DRAWS) -> Tensor:
-    """How often each of `count` requests is drawn, float64 [draws, count]; always the same."""
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(count, (draws, count), generator=generator)
-    ones = torch.ones_like(picks, dtype=torch.float64)
-    return torch.zeros(draws, count, dtype=torch.float64).scatter_add_(1, picks, ones)
-
-
-def sums(arm: Arm, count: Count) -> Tensor:
-    """A count summed per request, float64 [requests], in the order of the requests."""
-    requests: dict[int, list[Turn]] = {}
-    for turn in arm.turns:
-        requests.setdefault(turn.request, []).append(turn)
-    return torch.tensor([count(requests[n]) for n in sorted(requests)], dtype=torch.float64)
-
-
-def share(top: Tensor, bottom: Tensor) -> Estimate | None:
-    """A ratio of sums over requests; None where there is nothing to divide by."""
-    if not bottom.sum() > 0:
-        return None
-    value = float(top.sum() / bottom.sum())
-    if int((bottom > 0).sum()) < 2:
-        return Estimate(value)
-    drawn = resamples(len(top))
-    return _estimate(value, (drawn @ top) / (drawn @ bottom))
-
-
-def acceptance(arm: Arm) -> Estimate | None:
-    """Acceptance length as a ratio of sums."""
-    return share(sums(arm, emitted), sums(arm, rounds))
-
-
-def acceptance_over_requests(arm: Arm) -> Estimate | None:
-    """Acceptance length as the mean over requests of each request's own."""
-    top, bottom = sums(arm, emitted), sums(arm, rounds)
-    own = torch.where(bottom > 0, top / bottom.clamp(min=1), 0.0)
-    return share(own, (bottom > 0).double())
-
-
-def speed(arm: Arm) -> Estimate | None:
-    """Tokens per second, prefills and updates included."""
-    return share(sums(arm, tokens), sums(arm, seconds))
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """One arm against another on the same requests."""
-
-    ratio: Estimate
-    difference: Estimate
-
-
-def pair(a: Arm, b: Arm, top: Count, bottom: Count) -> Pair | None:
-    """The ratio and the difference of two arms' ratios of sums; both have the same units."""
-    return _paired(*(sums(arm, count) for arm in (a, b) for count in (top, bottom)))
-
-
-def _paired(at: Tensor, ab: Tensor, bt: Tensor, bb: Tensor) -> Pair | None:
-    """The same of sums over requests: one arm's top and bottom, then the other's."""
-    if not all(float(part.sum()) > 0 for part in (at, ab, bt, bb)):
-        return None
-    x, y = float(at.sum() / ab.sum()), float(bt.sum() / bb.sum())
-    if len(at) < 2:
-        return Pair(Estimate(x / y), Estimate(x - y))
-    drawn = resamples(len(at))
-    xs, ys = (drawn @ at) / (drawn @ ab), (drawn @ bt) / (drawn @ bb)
-    return Pair(_estimate(x / y, xs / ys), _estimate(x - y, xs - ys))
-
-
-def _estimate(value: float, drawn: Tensor) -> Estimate:
-    drawn = drawn[drawn.isfinite()]
-    if not len(drawn):
-        return Estimate(value)
-    edges = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
-    low, high = torch.quantile(drawn, edges).tolist()
-    return Estimate(value, low, high)
-
-
-@dataclass(frozen=True, slots=True)
-class Batches:
-    """Requests side by side, by the clock on the wall: their own seconds count the same time twice.
-
-    Intervals draw whole batches; a request under two seeds is in two of them.
-    """
-
-    rows: int
-    past: int = 0
-    """Only from when the rows have generated so many tokens each, in the mean."""
-
-    def speed(self, arm: Arm) -> Estimate | None:
-        """Tokens of all rows a second, prefills, updates and rows already done included."""
-        found = self._sums(arm)
-        return share(*_columns(list(found.values())))
-
-    def pair(self, a: Arm, b: Arm) -> Pair | None:
-        """Speed of one arm against another's, over the batches that both have."""
-        mine, theirs = self._sums(a), self._sums(b)
-        both = sorted(mine.keys() & theirs.keys())
-        at, ab = _columns([mine[key] for key in both])
-        return _paired(at, ab, *_columns([theirs[key] for key in both]))
-
-    def of(self, arm: Arm) -> list[list[list[Turn]]]:
-        """The units that ran side by side; batches of fewer rows are left out.
-
-        They have one beginning, which the runner wrote down once for all of them.
-        """
-        found: dict[tuple[int, float | None], list[list[Turn]]] = {}
-        for (_, seed), turns in arm.units.items():
-            turns = sorted(turns, key=_order)
-            found.setdefault((seed, turns[0].began), []).append(turns)
-        return [units for units in found.values() if len(units) == self.rows]
-
-    def _sums(self, arm: Arm) -> dict[tuple[Unit, ...], tuple[float, float]]:
-        """Tokens and seconds of each batch, by its units."""
-        return {
-            tuple(sorted(turns[0].unit for turns in units)): self._after(units)
-            for units in self.of(arm)
-        }
-
-    def _after(self, units: list[list[Turn]]) -> tuple[float, float]:
-        came = sorted(event for turns in units for event in _arrivals(turns))
-        count, start, before = 0, 0.0, 0
-        for at, number in came:
-            if before < self.rows * self.past:
-                start, before = at, before + number
-            count += number
-        return count - before, came[-1][0] - start if came else 0.0
-
-
-def _arrivals(turns: list[Turn]) -> list[tuple[float, int]]:
-    """Seconds after a unit's beginning, and tokens that came then."""
-    found, began = [], 0.0
-    for turn in turns:
-        rounds_ = turn.result.rounds
-        if len(turn.waits) < len(rounds_):  # nobody knows: at its end
-            found.append((began + turn.seconds, len(turn.result.token_ids)))
-        else:
-            at = began + turn.first_token
-            found.append((at, len(turn.result.token_ids) - sum(r.emitted for r in rounds_)))
-            for r, wait in zip(rounds_, turn.waits, strict=False):
-                at += wait
-                found.append((at, r.emitted))
-        began += turn.seconds
-    return found
-
-
-def _columns(pairs: list[tuple[float, float]]) -> tuple[Tensor, Tensor]:
-    top, bottom = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
-    return top, bottom
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,15 +186,15 @@ class Bin:
 
 
 def by_position(
-    arms: Sequence[Arm], edges: Sequence[int] = (*POSITION_BINS, 1 << 62)
+    arms: Sequence[Arm], edges: Sequence[int] = (*POSITION_BINS, END)
 ) -> dict[str, list[Bin]]:
     """For each arm the bins it reached; a round counts where it begins."""
     units = {arm.name: arm.units for arm in arms}
     found: dict[str, list[Bin]] = {arm.name: [] for arm in arms}
     for low, high in pairwise(edges):
         alive = {
-            arm.name: {u for u, turns in units[arm.name].items() if _inside(turns, low, high)}
-            for arm in arms
+            name: {u for u, turns in own.items() if rounds_of(turns, low, high)}
+            for name, own in units.items()
         }
         everywhere = set.intersection(*alive.values()) if alive else set()
         for arm in arms:
@@ -343,44 +205,32 @@ def by_position(
 
 def _bin(arm: Arm, low: int, high: int, alive: set[Unit], everywhere: set[Unit]) -> Bin:
     units = arm.units
-    value = share(
-        sums(arm, lambda turns: sum(r.emitted for r in _inside(turns, low, high))),
-        sums(arm, lambda turns: len(_inside(turns, low, high))),
-    )
+    value = Stretch("", low, high).acceptance(arm)
     assert value is not None
-    common = [r for u in everywhere for r in _inside(units[u], low, high)]
-    parts = [token_ids(units[u])[low:high] for u in alive]
+    common = [r.emitted for u in everywhere for r in rounds_of(units[u], low, high)]
+    repeated = [repeated_ngrams(token_ids(units[u])[low:high]) for u in alive]
     return Bin(
         low=low,
         high=high,
         alive=len(alive),
         acceptance=value,
         everywhere=len(everywhere),
-        acceptance_everywhere=sum(r.emitted for r in common) / len(common) if common else NONE,
-        repeated=sum(map(repeated_ngrams, parts)) / len(parts),
+        acceptance_everywhere=float(np.mean(common)) if common else float("nan"),
+        repeated=sum(repeated) / len(repeated),
     )
-
-
-def _inside(turns: Sequence[Turn], low: int, high: int) -> list[Round]:
-    return [r for r in rounds_of(turns) if low <= r.position < high]
 
 
 def draft_positions(arm: Arm) -> list[float]:
     """Of the rounds that drafted at least i tokens, the share that accepted i; from i = 1."""
-    every = rounds_of(arm.turns)
-    longest = max((r.proposed for r in every), default=0)
-    shares = []
-    for i in range(1, longest + 1):
-        drafted = [r.accepted >= i for r in every if r.proposed >= i]
-        shares.append(sum(drafted) / len(drafted))
-    return shares
+    proposed, accepted = np.array([(r.proposed, r.accepted) for r in arm.rounds] or [(0, 0)]).T
+    longest = range(1, int(proposed.max()) + 1)
+    return [float(np.mean(accepted[proposed >= i] >= i)) for i in longest]
 
 
 def drafted_share(arm: Arm) -> float | None:
     """Accepted over proposed; None where nothing was drafted."""
-    every = rounds_of(arm.turns)
-    proposed = sum(r.proposed for r in every)
-    return sum(r.accepted for r in every) / proposed if proposed else None
+    proposed = sum(r.proposed for r in arm.rounds)
+    return sum(r.accepted for r in arm.rounds) / proposed if proposed else None
 
 
 def inter_token(arm: Arm) -> list[float] | None:
@@ -388,23 +238,21 @@ def inter_token(arm: Arm) -> list[float] | None:
 
     The tokens of a round come together; giving all the wait to the first would make p50 zero.
     """
-    spent, weight = [], []
-    for turn in arm.turns:
-        for r, wait in zip(turn.result.rounds, turn.waits, strict=False):
-            spent.append(wait / max(r.emitted, 1))
-            weight.append(r.emitted)
-    if not sum(weight):
+    waits = [
+        (wait / max(r.emitted, 1), r.emitted)
+        for turn in arm.turns
+        for r, wait in zip(turn.result.rounds, turn.waits, strict=False)
+    ]
+    if not any(count for _, count in waits):
         return None
-    values, order = torch.tensor(spent, dtype=torch.float64).sort()
-    upto = torch.tensor(weight, dtype=torch.float64)[order].cumsum(0)
-    at = torch.searchsorted(upto, torch.tensor([0.5, 0.95, 0.99], dtype=torch.float64) * upto[-1])
-    return values[at.clamp(max=len(values) - 1)].tolist()
+    each = np.repeat(*map(np.array, zip(*waits, strict=True)))
+    return np.quantile(each, (0.5, 0.95, 0.99), method="inverted_cdf").tolist()
 
 
 def first_token(arm: Arm) -> float | None:
     """Median seconds until a turn's first token."""
     known = [turn.first_token for turn in arm.turns if turn.first_token > 0]
-    return float(torch.tensor(known, dtype=torch.float64).median()) if known else None
+    return median_low(known) if known else None
 
 
 def stage_seconds(arm: Arm) -> dict[str, float]:
@@ -418,10 +266,8 @@ def stage_seconds(arm: Arm) -> dict[str, float]:
 def different_texts(arm: Arm, other: Arm) -> list[tuple[Unit, int]]:
     """Units of both arms whose generated tokens differ, and the first position where they do."""
     mine, theirs = arm.units, other.units
-    found = []
-    for unit in sorted(mine.keys() & theirs.keys()):
-        a, b = token_ids(mine[unit]), token_ids(theirs[unit])
-        if a != b:
-            equal = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-            found.append((unit, next(equal, min(len(a), len(b)))))
-    return found
+    places = (
+        (unit, first_difference(token_ids(mine[unit]), token_ids(theirs[unit])))
+        for unit in sorted(mine.keys() & theirs.keys())
+    )
+    return [(unit, at) for unit, at in places if at is not None]

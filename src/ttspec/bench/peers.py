@@ -1,4 +1,4 @@
-"""Other implementations as arms: one request at a time, timed and told as our own are.
+"""Other implementations as arms: one request at a time, timed and recorded as our own are.
 
 A session's context is read anew at every turn. Sampled texts are not ours: the noise is another.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 from ttspec.bench.arms import PEERS, ArmSpec
 from ttspec.bench.loops import Ask, Loop, SkippedError, open_loop
 from ttspec.bench.runs import Turn
-from ttspec.bench.suites import Request, said
-from ttspec.bench.watch import Watch, rounds_seen
+from ttspec.bench.suites import Request, text_of
+from ttspec.bench.watch import Watch, rounds_from
 from ttspec.config import SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import SESSION_CONTEXT, Engine
@@ -43,7 +43,7 @@ class Peer:
         self._run(ids, min(tokens, self.ask.max_new_tokens))
 
     def measure(
-        self, request: Request, number: int, seed: int, *, quota: int | None = None
+        self, request: Request, number: int, seed: int, quota: int | None = None
     ) -> list[Turn]:
         """The answers to a request's turns, timed.
 
@@ -75,7 +75,7 @@ class Peer:
             reason: FinishReason = "context" if room < most else "length"
             answer = self._answer(ids, min(room, most), generated, reason, seed)
             turns.append(
-                Turn(request=number, user=said(turn), turn=len(turns), **answer)  # type: ignore[arg-type]
+                Turn(request=number, user=text_of(turn), turn=len(turns), **answer)  # type: ignore[arg-type]
             )
             tokens = turns[-1].result.token_ids
             ids, generated = ids + tokens, generated + len(tokens)
@@ -97,7 +97,7 @@ class Peer:
         began = time.time()
         out, watch, start, end = self._run(torch.tensor([ids], device=device), most)
         tokens = out[0, len(ids) :].tolist()
-        rounds, clocks = rounds_seen(watch, len(ids), tokens, end, position)
+        rounds, clocks = rounds_from(watch, len(ids), tokens, end, position)
         ends = () if self.ask.ignore_eos else target.ends
         shown = [token for token in tokens if token not in target.ends]
         stats = summarise(
@@ -122,7 +122,7 @@ class Peer:
         }
 
     def _run(self, ids: Tensor, most: int) -> tuple[Tensor, Watch, float, float]:
-        """Tokens, what was seen, and when it began and ended (s)."""
+        """Tokens, what was watched, and when it began and ended (s)."""
         watch = Watch()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about keywords of older versions

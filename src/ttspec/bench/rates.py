@@ -22,7 +22,7 @@ MULTIPLIED = {"cuda": (4096, 8192), "cpu": (512, 1024, 2048)}
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """The best this device was seen to do."""
+    """The best this device was measured at."""
 
     copy: float
     """Bytes a second, read and written, of a large copy."""

@@ -14,7 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.bench.arms import PEERS, ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, replayed
-from ttspec.bench.report import mark_of
+from ttspec.bench.run_set import checksum_of
 from ttspec.bench.runner import Batch, engines_for, plan
 from ttspec.bench.runner import Unit as Measured
 from ttspec.bench.runs import Turn, Unit
@@ -79,20 +79,20 @@ def record(
         The recording, the units in it, and what must be said about it.
 
     Raises:
-        DataError: The target would have written another text, or nothing can be told again.
+        DataError: The target would have written another text, or nothing can be replayed.
     """
-    told, notes = _conversations(source, target.tokenizer)
-    if not told:
+    conversations, notes = _conversations(source, target.tokenizer)
+    if not conversations:
         raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
-    size = sum(len(ids) for ids, _ in told.values())
+    size = sum(len(ids) for ids, _ in conversations.values())
     like = target.head.new_empty(0, target.head.shape[1])
     tokens = torch.empty(size, dtype=torch.long, device=target.device)
     hidden = like.new_empty(size, like.shape[1])
     states = {tap: torch.empty_like(hidden) for tap in taps}
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
-    for (request, seed), (ids, begins) in told.items():
+    for (request, seed), (ids, begins) in conversations.items():
         fed = torch.tensor([ids], device=target.device)
         with sdpa_kernel(ATTENTION):
             features, read = reader.read(fed)
@@ -101,12 +101,12 @@ def record(
         for table, part in zip(states.values(), features[0].chunk(len(taps) or 1, 1), strict=False):
             table[here] = part
         for turn, begin in zip(source.units[request, seed], begins, strict=False):
-            said, why = turn.result.token_ids, turn.result.finish_reason
+            written = turn.result.token_ids
             key = noise_key(seed, ids[: begins[0]], turn=turn.turn)
-            cut = why in ("length", "context")
-            answers[key] = Answer(first, first + len(ids) - 1, said, cut)
-            drawn += _drawn(target, read[0], fed[0], key, begin, begin + len(said), sampling)
-            count += len(said)
+            cut = turn.result.finish_reason in ("length", "context")
+            answers[key] = Answer(first, first + len(ids) - 1, written, cut)
+            drawn += _drawn(target, read[0], fed[0], key, begin, begin + len(written), sampling)
+            count += len(written)
         first += len(ids)
     if drawn < AGREE * count:
         raise DataError(
@@ -116,25 +116,23 @@ def record(
     notes.append(
         f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
     )
-    return Recording(tokens, hidden, states, answers), set(told), notes
+    return Recording(tokens, hidden, states, answers), set(conversations), notes
 
 
 def _conversations(
     source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[Unit, tuple[list[int], list[int]]], list[str]]:
     """Of each unit its tokens, and where its answers begin; what is left out, in sentences."""
-    told: dict[Unit, tuple[list[int], list[int]]] = {}
-    seen: set[tuple[int, ...]] = set()
+    found: dict[Unit, tuple[list[int], list[int]]] = {}
+    starts: set[tuple[int, ...]] = set()
     notes = []
     for (request, seed), turns in sorted(source.units.items()):
         ids: list[int] = []
         begins: list[int] = []
         for turn in turns:
-            fed = (
-                next_turn_ids(tokenizer, turn.user, ids[-1])
-                if ids
-                else prompt_ids(tokenizer, turn.user)
-            )
+            fed = prompt_ids(tokenizer, turn.user)
+            if ids:
+                fed = next_turn_ids(tokenizer, turn.user, ids[-1])
             if len(fed) != turn.result.stats.prompt_tokens:
                 notes.append(f"Request {request} is left out: its prompt was more than its text.")
                 break
@@ -143,13 +141,13 @@ def _conversations(
                 begins.append(len(ids))
                 ids += turn.result.token_ids
         else:
-            mark = seed, *ids[: begins[0] if begins else 0]
-            if mark in seen:  # side by side they had other noise
+            start = seed, *ids[: begins[0] if begins else 0]
+            if start in starts:  # side by side they had other noise
                 notes.append(f"Request {request} is left out: an earlier one begins like it.")
             elif begins:
-                seen.add(mark)
-                told[request, seed] = ids, begins
-    return told, list(dict.fromkeys(notes))
+                starts.add(start)
+                found[request, seed] = ids, begins
+    return found, list(dict.fromkeys(notes))
 
 
 def _drawn(
@@ -209,7 +207,7 @@ def prepare(
     drafters: Mapping[str, Drafter],
     rows: int | None = None,
 ) -> Replay:
-    """Let an engine replay a run: its target becomes what it said of the run's text.
+    """Let an engine replay a run: its target becomes its recorded reading of the run's text.
 
     Raises:
         DataError: It is not the run's target.
@@ -219,7 +217,7 @@ def prepare(
     replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
     title = f"ttspec bench: {old['suite']['name']} ({replayed({'replay': replay})})"
     manifest = describe(engine, title=title) | {"replay": replay}
-    if mark_of(manifest, "target") != mark_of(old, "target"):
+    if checksum_of(manifest, "target") != checksum_of(old, "target"):
         raise DataError(
             f"{source.folder} was written by {old['target']['name']}, not by "
             f"{engine.target.name}.\nName its --target."
@@ -241,8 +239,8 @@ def prepare(
         batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
     requests: list[list[str]] = [[""] for _ in range(count)]
     for request, seed in units:
-        said = [turn.user for turn in source.units[request, seed]]
-        requests[request] = max(said, requests[request], key=len)
+        users = [turn.user for turn in source.units[request, seed]]
+        requests[request] = max(users, requests[request], key=len)
     same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
     manifest |= {name: old[name] for name in (*same, "seeds")} | {
         "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
@@ -274,10 +272,5 @@ def _timeless(turn: Turn) -> Turn:
         seconds=0.0,
         reverts=result.stats.reverts,
     )
-    return Turn(
-        request=turn.request,
-        user=turn.user,
-        turn=turn.turn,
-        result=replace(result, rounds=rounds, stats=stats),
-        seconds=0.0,
-    )
+    known = {name: getattr(turn, name) for name in ("request", "user", "turn")}
+    return Turn(**known, result=replace(result, rounds=rounds, stats=stats), seconds=0.0)

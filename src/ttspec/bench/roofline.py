@@ -11,8 +11,9 @@ the vocabulary, s bytes per element.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
@@ -67,8 +68,8 @@ class Attention:
         """
         wide = 2 * rows * self.kv_heads * self.head_dim * item
         deep = 4 * rows * blocks * tokens * self.heads * self.head_dim
-        seen = [filled if w is None else min(filled, w) for w in self.windows]
-        return total(Work(wide * (n + 2 * blocks * tokens), deep * (n + tokens)) for n in seen)
+        reached = [filled if w is None else min(filled, w) for w in self.windows]
+        return total(Work(wide * (n + 2 * blocks * tokens), deep * (n + tokens)) for n in reached)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,63 +163,59 @@ def parts_of(drafter: Drafter, length: int, window: int | None = None) -> Parts:
     Raises:
         OptionError: It is of a kind that is not counted.
     """
-    if isinstance(drafter, DFlash):
-        parts, windows = dflash_parts(drafter, length), tuple(drafter.windows)
-    elif isinstance(drafter, Eagle3):
-        parts, windows = eagle3_parts(drafter, length), (None,)
-    elif isinstance(drafter, Causal):
-        parts, windows = causal_parts(drafter, length), drafter.windows
-    else:
+    counted = next((own for kind, own in COUNTED.items() if isinstance(drafter, kind)), None)
+    if counted is None:
         raise OptionError(
             f"Drafter {drafter.name} is of kind {drafter.kind}, whose bytes are not counted; "
             "counted are dflash, eagle3, pard and causal.\nUse one of those, or --drafter none."
         )
-    narrow = tuple(min((w for w in (own, window) if w), default=None) for own in windows)
-    heads = parts.pop("heads")
-    attention = Attention(
-        windows=narrow, heads=heads, kv_heads=drafter.kv_heads, head_dim=drafter.head_dim
+    parts = counted(drafter, length)
+    windows = (
+        min((w for w in (own, window) if w), default=None) for own in parts.attention.windows
     )
-    return Parts(**parts, attention=attention)
+    return replace(parts, attention=replace(parts.attention, windows=tuple(windows)))
 
 
-def dflash_parts(drafter: DFlash, length: int) -> dict:
+def dflash_parts(drafter: DFlash, length: int) -> Parts:
     """One pass over the pending token and G masks, of which the masks are predicted.
 
     Context: `fc`, then keys and values of every layer (drafters.md 2a).
     """
-    layers = [name for name in drafter.weights if name.startswith("layers.")]
-    return {
-        "once": [],
-        "body": [*layers, "norm.weight"],
-        "context": ["fc.weight", "hidden_norm.weight", *_keys_values(layers)],
-        "passes": [(length + 1, length)],
-        "block": length + 1,
-        "hidden": drafter.hidden,
-        "vocabulary": drafter.draft_vocabulary,
-        "heads": drafter.heads,
-    }
+    layers = _starting(drafter, "layers.")
+    return Parts(
+        once=[],
+        body=[*layers, "norm.weight"],
+        context=["fc.weight", "hidden_norm.weight", *_keys_values(layers)],
+        passes=[(length + 1, length)],
+        block=length + 1,
+        hidden=drafter.hidden,
+        vocabulary=drafter.draft_vocabulary,
+        attention=_attention(drafter, drafter.windows, drafter.heads),
+    )
 
 
-def eagle3_parts(drafter: Eagle3, length: int) -> dict:
+def eagle3_parts(drafter: Eagle3, length: int) -> Parts:
     """G passes of one token each, over the layer and the head of the reduced vocabulary.
 
     `fc` is read once a draft, and again for the context, with keys and values (drafters.md 1a).
     """
-    layer = [name for name in drafter.weights if name.startswith("midlayer.")]
-    fuse = [n for n in drafter.weights if n.startswith(("fc.", "fc_norm.", "input_norm."))]
-    return {
-        "once": fuse,
-        "body": [*layer, "norm.weight"],
-        "context": [*fuse, *_keys_values(layer)],
-        "passes": [(1, 1)] * length,
-        "block": length,
-        "hidden": drafter.hidden,
-        "vocabulary": drafter.draft_vocabulary,
-        "heads": drafter.heads,
-    }
+    layer, fuse = (
+        _starting(drafter, "midlayer."),
+        _starting(drafter, "fc.", "fc_norm.", "input_norm."),
+    )
+    return Parts(
+        once=fuse,
+        body=[*layer, "norm.weight"],
+        context=[*fuse, *_keys_values(layer)],
+        passes=[(1, 1)] * length,
+        block=length,
+        hidden=drafter.hidden,
+        vocabulary=drafter.draft_vocabulary,
+        attention=_attention(drafter, (None,), drafter.heads),
+    )
 
 
-def causal_parts(drafter: Causal, length: int) -> dict:
+def causal_parts(drafter: Causal, length: int) -> Parts:
     """PARD: one pass over the G + 1 last tokens and G - 1 masks (drafters.md 3).
 
     A plain draft model: a pass over the G + 1 last tokens, then G - 1 of one token. Nothing is read
@@ -226,16 +223,32 @@ def causal_parts(drafter: Causal, length: int) -> dict:
     """
     text = drafter.model_config.get_text_config()
     masked = isinstance(drafter, Pard)
-    return {
-        "once": [],
-        "body": drafter.learnable("full"),  # all but the tables
-        "context": [],
-        "passes": [(2 * length, length)] if masked else [(length + 1, 1), *[(1, 1)] * (length - 1)],
-        "block": length,
-        "hidden": int(text.hidden_size),
-        "vocabulary": int(text.vocab_size),
-        "heads": int(text.num_attention_heads),
-    }
+    return Parts(
+        once=[],
+        body=drafter.learnable("full"),  # all but the tables
+        context=[],
+        passes=[(2 * length, length)] if masked else [(length + 1, 1), *[(1, 1)] * (length - 1)],
+        block=length,
+        hidden=int(text.hidden_size),
+        vocabulary=int(text.vocab_size),
+        attention=_attention(drafter, drafter.windows, int(text.num_attention_heads)),
+    )
+
+
+COUNTED: dict[type[Drafter], Callable[..., Parts]] = {
+    DFlash: dflash_parts,
+    Eagle3: eagle3_parts,
+    Causal: causal_parts,
+}
+
+
+def _attention(drafter: Any, windows: Sequence[int | None], heads: int) -> Attention:
+    kv_heads, size = drafter.kv_heads, drafter.head_dim
+    return Attention(windows=tuple(windows), heads=heads, kv_heads=kv_heads, head_dim=size)
+
+
+def _starting(drafter: Drafter, *prefixes: str) -> list[str]:
+    return [name for name in drafter.weights if name.startswith(prefixes)]
 
 
 def _keys_values(names: Iterable[str]) -> list[str]:

@@ -18,8 +18,8 @@ import torch
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
-from ttspec.bench.store import Store, write_manifest
-from ttspec.bench.suites import Request, is_tokens, said
+from ttspec.bench.store import Store
+from ttspec.bench.suites import Request, is_tokens, text_of
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.loading import find_drafter
 from ttspec.drafters.base import Drafter
@@ -196,23 +196,15 @@ def measure_all(
         chosen = {**options, "draft": arm.draft, "learn": arm.learn}
         peer = (peers or {}).get(arm.name)
         try:
-            if peer:
-                if arm.name not in warm and warm_up:
+            if arm.name not in warm and warm_up:
+                if peer:
                     peer.warm_up(warm_up)
-            elif arm.name not in warm and warm_up:
-                request = requests[batch[0].request]
-                turn = request[0] if is_tokens(request[0]) else "Hello"
-                # Of the shape of what is measured.
-                hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
-                say = {**chosen, "stream": False, "quota": warm_up, "seed": 0}
-                for _, chunk in engines[arm.name].run(hello, **say):
-                    _stop_if_cancelled(chunk.result)
+                else:
+                    request = requests[batch[0].request]
+                    _warm_up(engines[arm.name], request, len(batch), quota=warm_up, **chosen)
             warm.add(arm.name)
             if peer:
-                units = [
-                    peer.measure(requests[unit.request], unit.request, unit.seed, quota=quota)
-                    for unit in batch
-                ]
+                units = [peer.measure(requests[u.request], u.request, u.seed, quota) for u in batch]
             else:
                 units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
         except Exception as error:  # whatever it is, the other units are worth having
@@ -226,6 +218,14 @@ def measure_all(
         progress.measured += len(batch)
         del progress.left[0]
         yield progress
+
+
+def _warm_up(engine: Engine, request: Request, rows: int, **options: Any) -> None:
+    """Generate in the shape of what is measured, uncounted."""
+    turn = request[0] if is_tokens(request[0]) else "Hello"
+    hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * rows
+    for _, chunk in engine.run(hello, **{**options, "stream": False, "seed": 0}):
+        _stop_if_cancelled(chunk.result)
 
 
 def measure(
@@ -260,13 +260,11 @@ def measure(
         if chunk.result is None:
             continue
         _stop_if_cancelled(chunk.result)
-        ended = time.time()
+        ended, number = time.time(), batch[row].request
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
-        number = batch[row].request
-        user = said(requests[number][len(arms[row].turns)])
-        arms[row].finish(
-            user, chunk.result, number, began=began[row], ended=ended, peak_memory=peak
-        )
+        user = text_of(requests[number][len(arms[row].turns)])
+        clock = {"began": began[row], "ended": ended, "peak_memory": peak}
+        arms[row].finish(user, chunk.result, number, **clock)
         began[row] = ended
     return [arm.turns for arm in arms]
 
@@ -281,7 +279,7 @@ def _note(store: Store, progress: Progress, batch: Batch, error: Exception) -> N
     lines = progress.failed.setdefault(batch[0].arm.name, [])
     lines += [f"request {u.request}, seed {u.seed}: {_one_line(error)}" for u in batch]
     store.manifest["failed"] = progress.failed
-    write_manifest(store.folder, store.manifest)
+    store.write_manifest()
     with (store.folder / "failures.log").open("a", encoding="utf-8") as file:
         file.write(f"{_where(batch)}\n{''.join(traceback.format_exception(error))}\n")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ttspec.records import Chunk, Result, Round, acceptance_length, repeated_ngrams
 
@@ -36,6 +38,23 @@ class Turn:
         """What it is compared on."""
         return self.request, self.result.stats.seed
 
+    def order(self) -> tuple[int, int, int]:
+        """A key to sort by: request, seed, turn."""
+        return *self.unit, self.turn
+
+
+def token_ids(turns: Sequence[Turn]) -> list[int]:
+    """Generated tokens of turns, end tokens included."""
+    return [token for turn in turns for token in turn.result.token_ids]
+
+
+def units_of(turns: Sequence[Turn]) -> dict[Unit, list[Turn]]:
+    """Turns by what they are compared on."""
+    units: dict[Unit, list[Turn]] = {}
+    for turn in turns:
+        units.setdefault(turn.unit, []).append(turn)
+    return units
+
 
 @dataclass(kw_only=True)
 class Arm:
@@ -46,41 +65,28 @@ class Arm:
     open_rounds: list[Round] = field(default_factory=list)
     """Rounds, tokens and seconds of the turn that is under way."""
     open_tokens: int = 0
-    open_seconds: float = 0.0
     open_waits: list[float] = field(default_factory=list)
 
     def record(self, chunk: Chunk, seconds: float) -> None:
         """Count a chunk of the turn that is under way."""
-        self.open_seconds += seconds
         self.open_tokens += len(chunk.token_ids)
         if chunk.round is not None:
             self.open_rounds.append(chunk.round)
         self.open_waits.append(seconds)
 
-    def finish(
-        self,
-        user: str,
-        result: Result,
-        request: int = 0,
-        *,
-        began: float | None = None,
-        ended: float | None = None,
-        peak_memory: int | None = None,
-    ) -> Turn:
-        """Replace what was counted by the result."""
-        unit = request, result.stats.seed
+    def finish(self, user: str, result: Result, request: int = 0, **clock: Any) -> Turn:
+        """Replace what was counted by the result; `clock` has further fields of the `Turn`."""
         first, *waits = self.open_waits or [0.0]
+        unit = request, result.stats.seed
         turn = Turn(
             request=request,
             user=user,
             result=result,
-            seconds=self.open_seconds,
+            seconds=sum(self.open_waits),
             turn=sum(t.unit == unit for t in self.turns),
             first_token=first,
             waits=waits,
-            began=began,
-            ended=ended,
-            peak_memory=peak_memory,
+            **clock,
         )
         self.turns.append(turn)
         self.drop_open()
@@ -88,16 +94,12 @@ class Arm:
 
     def drop_open(self) -> None:
         """Forget the turn that is under way."""
-        self.open_rounds, self.open_tokens, self.open_seconds = [], 0, 0.0
-        self.open_waits = []
+        self.open_rounds, self.open_tokens, self.open_waits = [], 0, []
 
     @property
     def units(self) -> dict[Unit, list[Turn]]:
         """The finished turns by what they are compared on."""
-        units: dict[Unit, list[Turn]] = {}
-        for turn in self.turns:
-            units.setdefault(turn.unit, []).append(turn)
-        return units
+        return units_of(self.turns)
 
     @property
     def rounds(self) -> list[Round]:
@@ -117,7 +119,7 @@ class Arm:
     @property
     def seconds(self) -> float:
         """Wall clock inside the engine."""
-        return sum(turn.seconds for turn in self.turns) + self.open_seconds
+        return sum(turn.seconds for turn in self.turns) + sum(self.open_waits)
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,13 +150,12 @@ class Arm:
 
     def first_difference(self, other: Arm) -> int | None:
         """The first generated token in which two arms differ; None if the texts are the same."""
-        mine, theirs = self.token_ids, other.token_ids
-        for position, (a, b) in enumerate(zip(mine, theirs, strict=False)):
-            if a != b:
-                return position
-        return None if len(mine) == len(theirs) else min(len(mine), len(theirs))
+        return first_difference(self.token_ids, other.token_ids)
 
 
-def token_ids(turns: list[Turn]) -> list[int]:
-    """Generated tokens of turns, end tokens included."""
-    return [token for turn in turns for token in turn.result.token_ids]
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first place where two texts differ; None where they are the same."""
+    if a == b:
+        return None
+    places = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(places, min(len(a), len(b)))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ttspec.bench import roofline as r
-from ttspec.bench.manifest import device_name, forced, forced_sentence, git_revision, gpu_clocks
+from ttspec.bench.manifest import describe_device, forced, forced_sentence
 from ttspec.bench.rates import Rates, measure_rates
-from ttspec.bench.tables import EMPTY, Table
+from ttspec.bench.table import Table, number
 from ttspec.bench.timing import Plan, Timed, models_alone, timed
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
@@ -58,7 +58,8 @@ class Stage:
 class Roofline:
     """The stages of a plain step and of a round that drafts, and how they were measured."""
 
-    facts: dict[str, Any]
+    settings: dict[str, Any]
+    """What was measured, and on what."""
     rates: Rates
     stages: list[Stage]
     outside: dict[str, float]
@@ -71,19 +72,18 @@ class Roofline:
         rates = {f"{k}_per_second": v for k, v in asdict(self.rates).items()}
         stages = [stage.to_dict() for stage in self.stages]
         more = {"outside_seconds": self.outside, "notes": self.notes}
-        return {**self.facts, "rates": rates, "stages": stages, **more}
+        return {**self.settings, "rates": rates, "stages": stages, **more}
 
     def table(self) -> Table:
         """The same for people."""
-        head = ("stage", "GB", "GFLOP", "at the rates, ms", "measured, ms", "reached")
         rows = [
             (
                 stage.name,
                 f"{stage.work.moved / 1e9:.3f}",
                 f"{stage.work.operations / 1e9:.1f}",
                 f"{stage.limit * 1e3:.2f}",
-                EMPTY if stage.measured is None else f"{stage.measured * 1e3:.2f}",
-                EMPTY if stage.ratio is None else f"{stage.ratio:.0%}",
+                number(stage.measured, scale=1e3),
+                number(stage.ratio, ".0%"),
             )
             for stage in self.stages
         ]
@@ -91,11 +91,14 @@ class Roofline:
             (name if "," in name else f"{name}, in no stage", *[""] * 3, f"{seconds * 1e3:.2f}", "")
             for name, seconds in self.outside.items()
         ]
-        f = self.facts
-        pair = f["target"] if f["drafter"] is None else f"{f['target']} with {f['drafter']}"
-        if mark := forced(f):
-            pair += f" ({mark})"
-        return Table(title=pair, note="\n".join(self.notes), head=head, rows=rows)
+        pair = " with ".join(filter(None, (self.settings["target"], self.settings["drafter"])))
+        mark = forced(self.settings)
+        return Table(
+            title=f"{pair} ({mark})" if mark else pair,
+            note="\n".join(self.notes),
+            head=("stage", "GB", "GFLOP", "at the rates, ms", "measured, ms", "reached"),
+            rows=rows,
+        )
 
 
 def measure(
@@ -128,20 +131,10 @@ def measure(
     length = 0
     if drafter is not None:
         length = drafter.length if draft.length is None else min(draft.length, drafter.length)
-    if drafter is None or not drafter.weights or not length:
-        learn = None
-    parts = r.parts_of(drafter, length, draft.window) if drafter and length else None
-    if learn:
-        if learn.weights == "lora":
-            raise OptionError(
-                "--learn.weights is lora, whose updates are not counted.\n"
-                "Allowed are auto and full; scripts/measure_exposed.py times both."
-            )
-        learn = replace(learn, weights="full")
-        # So that an update has a time of its own.
-        learn = (
-            replace(resolve_learn_config(learn, drafter, rows), publish="now") if drafter else learn
-        )
+    if not length:
+        drafter = None
+    parts = r.parts_of(drafter, length, draft.window) if drafter else None
+    learn = _counted(learn, drafter, rows)
     plan = Plan.of(rounds, length, learn)
     if context + plan.tokens > target.context:
         most = target.context - plan.tokens
@@ -151,29 +144,33 @@ def measure(
             + (f"Allowed is up to {most}" if most > 0 else "Give a smaller --learn.stride")
             + ", or fewer --rounds."
         )
+    shape: dict[str, Any] = {"rows": rows, "context": context, "temperature": temperature}
+    settings = _settings(engine, drafter, learn) | shape | {"length": length, "rounds": rounds}
     rates = measure_rates(target.device, target.dtype)
-    shape = r.target_shape(target)
-    facts = _facts(engine, rows, context, rounds, length, learn)
-    facts["temperature"] = temperature
-    notes = _notes(engine, rates, facts)
-    simple = Plan.of(rounds, 0, None)
-    ask = {"rows": rows, "context": context, "temperature": temperature}
-    found, filled, _ = timed(engine, DraftConfig(length=0), None, simple, **ask)
+    notes = _notes(engine, rates, settings)
+    read = r.target_shape(target)
+    found, filled, _ = timed(engine, DraftConfig(length=0), None, Plan.of(rounds, 0, None), **shape)
     step = Stage.of(
-        "plain step", r.target_pass(shape, rows, 1, filled), rates, [t.verify for t in found]
+        "plain step", r.target_pass(read, rows, 1, filled), rates, [t.verify for t in found]
     )
     stages = [step, whole("plain step, wall clock", [(step, 1)], found)]
     outside = {"plain step": median(t.outside for t in found)}
     if drafter is not None and parts is not None:
-        found, filled, decoder = timed(engine, draft, learn, plan, **ask)
+        found, filled, decoder = timed(engine, draft, learn, plan, **shape)
         learned = frozenset(drafter.learnable(learn.parameters)) if learn else frozenset()
-        batch = r.Batch(rows=rows, filled=filled, item=shape.item, learned=learned)
-        shares = round_stages(drafter, parts, shape, batch, length, rates, found)
+        batch = r.Batch(rows=rows, filled=filled, item=read.item, learned=learned)
+        verify = r.target_pass(read, rows, length + 1, filled)
+        verify += r.absorb(drafter, parts, read.taps * read.hidden, length, batch)
+        drafting = r.draft(drafter, parts, batch)
+        shares = [
+            (Stage.of(f"draft of {length}", drafting, rates, [t.draft for t in found]), 1.0),
+            (Stage.of(f"verify of {length + 1}", verify, rates, [t.verify for t in found]), 1.0),
+        ]
         share = ""
         if learn:
-            shares += learning_stages(
-                drafter, parts, shape, batch, length, learn, plan, rates, found
-            )
+            keep = r.keep_lesson(read.vocabulary, length, batch)
+            update = r.update(drafter, parts, read.vocabulary, length, learn, batch)
+            shares += learning_stages(keep, update, learn.blocks, plan.stride, rates, found)
             share = f", 1/{plan.stride} update in it" if plan.stride > 1 else ", update in it"
         stages += [stage for stage, _ in shares]
         stages.append(whole(f"round, wall clock{share}", shares, found, plan.stride))
@@ -181,52 +178,35 @@ def measure(
         both = median(t.draft + t.verify for t in found)
         outside["round, draft and verify without the models"] = both - models_alone(decoder)
         notes.append(_break_even(stages[1], stages[-1]))
-    return Roofline(facts=facts, rates=rates, stages=stages, outside=outside, notes=notes)
+    return Roofline(settings=settings, rates=rates, stages=stages, outside=outside, notes=notes)
 
 
-def round_stages(
-    drafter: Drafter,
-    parts: r.Parts,
-    shape: r.TargetShape,
-    batch: r.Batch,
-    length: int,
-    rates: Rates,
-    found: list[Timed],
-) -> list[tuple[Stage, float]]:
-    """Draft and verify, and how often a round has each."""
-    verify = r.target_pass(shape, batch.rows, length + 1, batch.filled)
-    verify += r.absorb(drafter, parts, shape.taps * shape.hidden, length, batch)
-    draft = r.draft(drafter, parts, batch)
-    return [
-        (Stage.of(f"draft of {length}", draft, rates, [t.draft for t in found]), 1),
-        (Stage.of(f"verify of {length + 1}", verify, rates, [t.verify for t in found]), 1),
-    ]
+def _counted(learn: LearnConfig | None, drafter: Drafter | None, rows: int) -> LearnConfig | None:
+    """How the drafter learns while it is measured; None where it does not."""
+    if not learn or drafter is None or not drafter.weights:
+        return None
+    if learn.weights == "lora":
+        raise OptionError(
+            "--learn.weights is lora, whose updates are not counted.\n"
+            "Allowed are auto and full; benchmarks/exposed.py times both."
+        )
+    learn = resolve_learn_config(replace(learn, weights="full"), drafter, rows)
+    return replace(learn, publish="now")  # so that an update has a time of its own
 
 
 def learning_stages(
-    drafter: Drafter,
-    parts: r.Parts,
-    shape: r.TargetShape,
-    batch: r.Batch,
-    length: int,
-    learn: LearnConfig,
-    plan: Plan,
-    rates: Rates,
-    found: list[Timed],
+    keep: r.Work, update: r.Work, blocks: int, stride: int, rates: Rates, found: list[Timed]
 ) -> list[tuple[Stage, float]]:
     """What a round keeps for later, and an update, and how often a round has each.
 
     In the round that updates, the learner keeps a lesson too: its time is in the update's.
     """
-    keep = r.keep_lesson(shape.vocabulary, length, batch)
-    update = r.update(drafter, parts, shape.vocabulary, length, learn, batch)
     kept = [t.learn for t in found if not t.updated]
     took = [t.learn for t in found if t.updated]
-    name = f"update on {learn.blocks} block{'s' if learn.blocks > 1 else ''}"
-    share = 1 / plan.stride
-    stages = [(Stage.of(name, keep + update, rates, took), share)]
-    if plan.stride > 1:
-        stages.insert(0, (Stage.of("keep a lesson", keep, rates, kept), 1 - share))
+    name = f"update on {blocks} block{'s' if blocks > 1 else ''}"
+    stages = [(Stage.of(name, keep + update, rates, took), 1 / stride)]
+    if stride > 1:
+        stages.insert(0, (Stage.of("keep a lesson", keep, rates, kept), 1 - 1 / stride))
     return stages
 
 
@@ -256,46 +236,35 @@ def _break_even(step: Stage, round_: Stage) -> str:
     )
 
 
-def _facts(
-    engine: Engine, rows: int, context: int, rounds: int, length: int, learn: LearnConfig | None
-) -> dict[str, Any]:
-    target, drafter = engine.target, engine.drafter
+def _settings(engine: Engine, drafter: Drafter | None, learn: LearnConfig | None) -> dict[str, Any]:
+    """What was measured, and on what."""
     return {
-        "target": target.name,
-        "drafter": drafter.name if drafter and length else None,
-        "kind": drafter.kind if drafter and length else None,
-        "random_weights": engine.random_weights,
-        "length": length,
+        "target": engine.target.name,
+        "drafter": drafter and drafter.name,
+        "kind": drafter and drafter.kind,
         "learn": asdict(learn) if learn else None,
-        "device": device_name(target.device),
-        "clocks": gpu_clocks(target.device),
-        "dtype": str(target.dtype).removeprefix("torch."),
-        "rows": rows,
-        "context": context,
-        "rounds": rounds,
-        "compiled": engine.compile,
-        "threads": torch.get_num_threads(),
+        **describe_device(engine),
         "torch": torch.__version__,
-        "git": git_revision(),
     }
 
 
-def _notes(engine: Engine, rates: Rates, facts: dict[str, Any]) -> list[str]:
+def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
+    s = settings
+    experts = ("num_experts", "num_local_experts", "n_routed_experts")
+    is_mixture = any(getattr(engine.target.config, name, None) for name in experts)
     notes = [
-        f"{facts['device']}, {facts['dtype']}, {'compiled, ' * facts['compiled']}{facts['rows']} x "
-        f"{facts['context']} tokens; CPU threads {facts['threads']}, torch {facts['torch']}, "
-        f"commit {facts['git'] or 'unknown'}.",
+        forced_sentence(s),
+        f"{s['device']}, {s['dtype']}, {'compiled, ' * s['compiled']}{s['rows']} x {s['context']} "
+        f"tokens; CPU threads {s['threads']}, torch {s['torch']}, commit {s['git'] or 'unknown'}.",
         f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
         f"product {rates.matrix / 1e9:,.0f} GFLOP/s. At the rates: the longer of the two.",
         "Assumed: every weight read once a pass, keys and values up to the filled length, logits "
         "written and read once, nothing else. Verify includes acceptance and making context.",
         "Medians of rounds after warm-up, behind random tokens, "
-        + (f"temperature {facts['temperature']:g}." if facts["temperature"] else "greedy."),
+        + (f"temperature {s['temperature']:g}." if s["temperature"] else "greedy."),
+        "The target is a mixture: all its experts are counted, of which a pass of few tokens reads "
+        "some."
+        if is_mixture
+        else "",
     ]
-    if said := forced_sentence(facts):
-        notes.insert(0, said)
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    if any(getattr(engine.target.config, name, None) for name in experts):
-        notes.append("The target is a mixture: all its experts are counted, of which a pass of few")
-        notes[-1] += " tokens reads some."
-    return notes
+    return list(filter(None, notes))

@@ -14,7 +14,6 @@ from ttspec.errors import DataError
 
 BUILT_IN = Path(__file__).with_name("suites")
 FIELDS = ("prompt", "messages", "turns")
-ROLES = ("system", "user", "assistant")
 Request = list[str] | list[list[dict[str, str]]] | list[list[int]]
 """What a user says, turn by turn: texts, or one turn of messages or tokens."""
 
@@ -46,16 +45,16 @@ def load_suites(names: str, first: int | None = None) -> Suite:
         raise DataError(f"--suite {names} names a suite twice.\nName each once.")
     suites = [load_suite(name) for name in listed]
     requests: list[Request] = []
-    parts, digest = {}, hashlib.sha256()
+    parts, sums = {}, ""
     for suite in suites:
         chosen = suite.requests[:first]
         parts[suite.name] = len(requests), len(requests) + len(chosen)
         requests += chosen
-        digest.update(f"{suite.sha256} {len(chosen)}\n".encode())
+        sums += f"{suite.sha256} {len(chosen)}\n"
     whole = len(suites) == 1 and len(requests) == len(suites[0].requests)
     return Suite(
         name="+".join(suite.name for suite in suites),
-        sha256=suites[0].sha256 if whole else digest.hexdigest(),
+        sha256=suites[0].sha256 if whole else hashlib.sha256(sums.encode()).hexdigest(),
         requests=requests,
         parts=parts,
     )
@@ -106,7 +105,7 @@ def random_suite(requests: int, tokens: int, vocabulary: int) -> Suite:
     )
 
 
-def said(turn: Any) -> str:
+def text_of(turn: Any) -> str:
     """A turn as one text, for records: the prompt, or the last message."""
     if is_tokens(turn):
         return f"{len(turn)} random tokens"
@@ -128,27 +127,21 @@ def _request(where: str, line: str) -> Request:
         found = " and ".join(given) or "none of them"
         raise DataError(f"{where} has {found}; allowed is exactly one of {', '.join(FIELDS)}.")
     value = row[given[0]]
-    if given == ["prompt"] and _is_text(value):
-        return [value]
-    if given == ["turns"] and isinstance(value, list) and value and all(map(_is_text, value)):
-        return value
-    if given == ["messages"] and _are_messages(value):
-        return [[{"role": m["role"], "content": m["content"]} for m in value]]
+    match given[0], value:
+        case "prompt", str() if value.strip():
+            return [value]
+        case "turns", [*texts] if texts and all(isinstance(t, str) and t.strip() for t in texts):
+            return texts
+        case "messages", [*_, {"role": "user"}] if all(map(_is_message, value)):
+            return [[{"role": m["role"], "content": m["content"]} for m in value]]
     raise DataError(f"{where}: {given[0]} is not what it should be.\nAllowed are {_SHAPES}.")
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
-
-
-def _are_messages(value: object) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) for m in value)
-        and all(m.get("role") in ROLES and isinstance(m.get("content"), str) for m in value)
-        and value[-1]["role"] == "user"
-    )
+def _is_message(value: Any) -> bool:
+    match value:
+        case {"role": "system" | "user" | "assistant", "content": str()}:
+            return True
+    return False
 
 
 _SHAPES = (

@@ -149,16 +149,24 @@ def fill(decoder: Decoder, context: int, budget: int) -> None:
     decoder.prefill(rows, prompts, rows, [budget] * count)
 
 
+def rewind(decoder: Decoder, context: int) -> None:
+    """Let every row go on behind the same `context` tokens, as if nothing came after them."""
+    for row in range(decoder.rows.count):
+        decoder.rows.lengths[row], decoder.rows.budget[row] = context, 1 << 30
+        if decoder.learner:
+            decoder.learner.forget(row, context)
+
+
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
-    """Run rounds; on a GPU one more, since each tells the stages of the one before."""
-    late = decoder.target.device.type == "cuda"
+    """Run rounds; on a GPU one more, since each returns the stage times of the one before."""
+    delay = int(decoder.target.device.type == "cuda")
     walls, outcomes = [], []
-    for _ in range(count + late):
+    for _ in range(count + delay):
         begin = time.perf_counter()
-        of_rows = decoder.round()
+        rows = decoder.round()
         walls.append(time.perf_counter() - begin)
-        outcomes.append(list(of_rows.values()))
+        outcomes.append(list(rows.values()))
     return [
-        Timed(wall, *told[0].seconds, updated=any(o.updated for o in own))
-        for wall, own, told in zip(walls, outcomes, outcomes[late:], strict=False)
+        Timed(wall, *timed[0].seconds, updated=any(o.updated for o in own))
+        for wall, own, timed in zip(walls, outcomes, outcomes[delay:], strict=False)
     ]

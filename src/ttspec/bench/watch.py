@@ -1,4 +1,4 @@
-"""What another implementation's loop did, seen from outside.
+"""What another implementation's loop did, watched from outside.
 
 A hook notes what each forward of the target is fed and how long its cache is then: the first token
 is pending, the others are drafts, and those that stand in the answer were accepted. What a forward
@@ -21,7 +21,7 @@ from ttspec.records import Round
 
 @dataclass(slots=True, kw_only=True)
 class Watch:
-    """What was seen of one call; also a streamer, which transformers' plain loop hands tokens."""
+    """One call, watched; also a streamer, which transformers' plain loop hands tokens."""
 
     forwards: list[tuple[float, float, int, Tensor]] = field(default_factory=list)
     """Of the target: when drafting for it began and when itself (s), its cache's length, and what
@@ -62,13 +62,13 @@ class Watch:
         self.drafting = None
 
 
-def rounds_seen(
+def rounds_from(
     watch: Watch, prompt: int, tokens: list[int], end: float, position: int
 ) -> tuple[list[Round], list[float]]:
     """Rounds, and when each began; last, when all was over (s).
 
     Args:
-        watch: What was seen.
+        watch: What was watched.
         prompt: The prompt's tokens.
         tokens: The answer.
         end: When the call returned (s).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -15,9 +15,6 @@ from ttspec.cli.replay import replay
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
-
-if TYPE_CHECKING:
-    from ttspec.bench.tables import Table
 
 bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
 bench.command(replay)
@@ -140,7 +137,8 @@ def run(
         "ignore_eos": ignore_eos,
         "arms": [spec.name for spec in specs],
         "arm_options": {
-            spec.name: spec.options() | (peers[spec.name].loop.facts if spec.name in peers else {})
+            spec.name: spec.options()
+            | (peers[spec.name].loop.provenance if spec.name in peers else {})
             for spec in specs
         },
         "skipped": skipped or None,
@@ -186,7 +184,7 @@ def import_(file: Path, *, out: Path, arm: str = "vllm") -> int:
     from ttspec.bench.importing import import_run
     from ttspec.bench.measures import acceptance
     from ttspec.bench.runs import Arm
-    from ttspec.bench.tables import interval
+    from ttspec.bench.table import interval
 
     found = import_run(file, out, arm)
     made = Arm(name=arm, turns=found.turns)
@@ -218,14 +216,16 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     if not folders:
         raise OptionError("bench report needs a run folder.\nName one or several.")
     from ttspec.bench.findings import bench_findings
-    from ttspec.bench.report import open_runs, write_bench_report
+    from ttspec.bench.report import write_bench_report
+    from ttspec.bench.run_set import open_runs
+    from ttspec.bench.table import table_console
     from ttspec.bench.tables import all_tables
 
     found = open_runs(folders, different_texts=different_texts)
     page = write_bench_report(found, out or folders[0] / "report")
-    console = _console()
+    console = table_console()
     for table in all_tables(found.arms, found.manifest):
-        _print_table(console, table)
+        table.print(console)
     for sentence in bench_findings(found.arms, found.left_out):
         console.print(sentence, markup=False)
     console.print(
@@ -259,24 +259,11 @@ def compare(
         Compare also where greedy arms emitted different tokens.
     """
     from ttspec.bench import compare as judge
-    from ttspec.bench.tables import Table, interval
+    from ttspec.bench.table import table_console
 
     found = judge.compare(a, b, different_texts=different_texts)
-    rows = [
-        (
-            c.a if c.a == c.b else f"{c.a} / {c.b}",
-            str(c.units),
-            interval(c.ratio("acceptance"), 3),
-            interval(c.pairs["acceptance"].difference, 3, sign=True),
-            interval(c.ratio("speed"), 3),
-        )
-        for c in found
-    ]
-    head = ("arm", "units", "acceptance length, ratio", "difference", "tokens/s, ratio")
-    note = "Paired over requests, 95 % bootstrap intervals."
-    console = _console()
-    mark = f" ({found[0].mark})" if found[0].mark else ""
-    _print_table(console, Table(title=f"{a} against {b}{mark}", note=note, head=head, rows=rows))
+    console = table_console()
+    judge.comparison_table(found, a, b).print(console)
     line, good = judge.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
     return 0 if good else 1
@@ -319,13 +306,14 @@ def roofline(
     engine = models.load(notify=say)
 
     from ttspec.bench.stages import measure
+    from ttspec.bench.table import table_console
 
     options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}
     found = measure(engine, **options)
     if as_json:
         print(json.dumps(found.to_dict(), ensure_ascii=False))
     else:
-        _print_table(_console(), found.table())
+        found.table().print(table_console())
     return 0
 
 
@@ -352,28 +340,3 @@ def _seeds(text: str) -> list[int]:
             f"--seeds is {text!r}; allowed are different whole numbers from 0 up, as in 0,1,2."
         )
     return numbers
-
-
-def _console() -> Any:
-    """A console that is wide enough for the tables where no terminal says how wide it is."""
-    from rich.console import Console
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 160)
-    return console
-
-
-def _print_table(console: Any, table: Table) -> None:
-    from rich.table import Table as Grid
-    from rich.text import Text
-
-    grid = Grid(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), title=table.title, title_justify="left"
-    )
-    for i, cell in enumerate(table.head):
-        grid.add_column(Text(cell), justify="right" if i else "left", overflow="fold")
-    for row in table.rows:
-        grid.add_row(*map(Text, row))
-    console.print(grid)
-    console.print(table.note + "\n", style="dim", markup=False)

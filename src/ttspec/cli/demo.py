@@ -99,7 +99,7 @@ def run_session(
     console: Any,
 ) -> tuple[list[Arm], bool]:
     """Answer turn after turn in every arm; returns the arms and whether Ctrl-C ended it."""
-    from ttspec.bench.figures import label
+    from ttspec.bench.findings import label
     from ttspec.bench.runs import Arm
     from ttspec.cli.live import LiveView, PlainView
 
@@ -199,8 +199,7 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     """The three arms side by side, and what follows from it."""
     from rich.table import Table
 
-    from ttspec.bench.figures import label
-    from ttspec.bench.findings import findings, table
+    from ttspec.bench.findings import findings, label, table
 
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     grid.add_column("")

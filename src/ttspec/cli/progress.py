@@ -53,7 +53,7 @@ class Bar:
         from rich.progress import Progress as Rich
 
         console = Console(stderr=True, highlight=False)
-        self.began = self.said = time.monotonic()
+        self.began = self.last_line = time.monotonic()
         self.rich: Any = None
         if console.is_terminal:
             # Redrawn from this thread between two units, so that it never takes a core from one.
@@ -81,8 +81,8 @@ class Bar:
             done = progress.units - progress.units_left
             self.rich.update(self.task, completed=done, left=left, description=self._next(progress))
             self.rich.refresh()
-        elif time.monotonic() - self.said > 30:
-            self.said = time.monotonic()
+        elif time.monotonic() - self.last_line > 30:
+            self.last_line = time.monotonic()
             say(f"{progress.done} of {progress.units} units, {left}")
 
     def _left(self, progress: Progress) -> float:

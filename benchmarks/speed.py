@@ -6,22 +6,23 @@ clock. Past 1,000 tokens: from when the rows have generated so many each, in the
 """
 
 import json
-import re
-import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import common
 from cyclopts import App
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "results" / "speed"
+from ttspec.bench.batches import Batches
+from ttspec.bench.jsonl import write_json
+from ttspec.bench.runs import Arm
+from ttspec.bench.table import Table, interval, ratio
+from ttspec.errors import DataError, OptionError
+
 SUITES = {"session": 20, "mixed": 20}
 """Multi-turn suites, and how many requests each has."""
 PEERS = "hf,hf-compiled,dflash,hf-dflash"
-INTERRUPTED = 130
 app = App(help=__doc__)
 
 
@@ -29,10 +30,10 @@ def sizes(rows: int, batches: int) -> tuple[int, int]:
     """Requests of each suite and seeds, so that every arm has so many batches, all of them full."""
     most = min(SUITES.values()) * len(SUITES)
     if not 1 <= rows <= most:
-        raise SystemExit(f"--rows has {rows}; allowed is 1 to {most}, the requests there are.")
+        raise OptionError(f"--rows has {rows}; allowed is 1 to {most}, the requests there are.")
     step = rows if rows % len(SUITES) == 0 else rows * len(SUITES)
     if step > most:
-        raise SystemExit(f"--rows has {rows}; allowed above {most // 2} are even numbers.")
+        raise OptionError(f"--rows has {rows}; allowed above {most // 2} are even numbers.")
     requests = min(-(-rows * batches // step), most // step) * step
     return requests // len(SUITES), -(-rows * batches // requests)
 
@@ -82,34 +83,34 @@ def run(
     peers
         Other implementations too, at one row.
     """
+    options = {"temperature": temperature, "device": device, "dtype": dtype, "compile": compile}
+    options |= {"max_new_tokens": turn, "session_tokens": tokens, "suite": ",".join(SUITES)}
     worst = 0
     for name in drafter or ["smollm2-135m-dflash"]:
-        for count in map(int, rows.split(",")):
+        for count in common.numbers("rows", rows):
             requests, seeds = sizes(count, batches)
-            chosen = f"{arms},{PEERS}" if peers and count == 1 else arms
-            command = [
-                *(sys.executable, "-m", "ttspec.cli", "bench", "run"),
-                *("--suite", ",".join(SUITES), "--requests", str(requests)),
-                *("--seeds", ",".join(str(n + 1) for n in range(seeds))),
-                *("--drafter", name, "--arms", chosen, "--rows", str(count)),
-                *("--max-new-tokens", str(turn), "--session-tokens", str(tokens)),
-                *("--temperature", str(temperature), "--device", device, "--dtype", dtype),
-                *(["--compile"] if compile else []),
-                *("--out", str(out / Path(name).name / f"rows-{count}")),
-            ]
-            try:
-                code = subprocess.run(command, check=False).returncode
-            except KeyboardInterrupt:
-                code = INTERRUPTED
+            code = common.bench_run(
+                out / Path(name).name / f"rows-{count}",
+                {
+                    **options,
+                    "requests": requests,
+                    "seeds": ",".join(str(n + 1) for n in range(seeds)),
+                    "drafter": name,
+                    "arms": f"{arms},{PEERS}" if peers and count == 1 else arms,
+                    "rows": count,
+                },
+            )
             print(f"{name}, {count} rows: {'done' if code == 0 else f'ended with {code}'}")
-            if code == INTERRUPTED:
+            if code == common.INTERRUPTED:
                 return code
             worst = max(worst, code)
     return worst
 
 
 @app.command
-def show(out: Path = Path("runs/speed"), *, to: Path = RESULTS, past: int = 1000) -> None:
+def show(
+    out: Path = Path("runs/speed"), *, to: Path = common.RESULTS / "speed", past: int = 1000
+) -> None:
     """Print a table of each drafter's runs; `to` gets it, and the numbers with the manifests.
 
     Parameters
@@ -121,25 +122,23 @@ def show(out: Path = Path("runs/speed"), *, to: Path = RESULTS, past: int = 1000
     past
         Generated tokens after which speed is given once more.
     """
-    to.mkdir(parents=True, exist_ok=True)
+    from ttspec.bench.report import plain
+
     texts, kept = [], {}
     for folder in sorted({path.parent for path in out.glob("*/rows-*")}):
-        runs = dict(read(folder))
-        if not runs:
-            continue
-        texts.append(text(folder.name, runs, past))
-        kept[folder.name] = {n: numbers(found, n, past) for n, found in runs.items()}
+        if runs := dict(read(folder)):
+            pays = "\n".join(where_it_pays(runs))
+            texts.append(f"{table(folder.name, runs, past).markdown()}\n{pays}\n")
+            kept[folder.name] = {rows: numbers(own, rows, past) for rows, own in runs.items()}
+    text = common.portable(json.dumps(plain(kept)), "speed", r"\w[^/\s]*/rows-")
+    write_json(to / "speed.json", json.loads(text))
     (to / "speed.md").write_text("\n".join(texts), encoding="utf-8")
-    said = json.dumps(kept, indent=1, ensure_ascii=False).replace("NaN", "null")
-    said = re.sub(r"--out \S*?(\w[^/\s]*/rows-)", r"--out runs/speed/\1", said)  # wherever it was
-    (to / "speed.json").write_text(said + "\n", encoding="utf-8")
     print("\n".join(texts))
 
 
 def read(folder: Path) -> Iterator[tuple[int, Any]]:
     """The runs of a drafter by their number of rows."""
-    from ttspec.bench.report import open_runs
-    from ttspec.errors import DataError
+    from ttspec.bench.run_set import open_runs
 
     for path in sorted(folder.glob("rows-*"), key=lambda p: int(p.name[5:])):
         try:
@@ -150,21 +149,15 @@ def read(folder: Path) -> Iterator[tuple[int, Any]]:
             yield int(found.manifest["rows"]), found
 
 
-def text(title: str, runs: dict[int, Any], past: int) -> str:
-    """The table, and where speculation stops paying."""
-    from ttspec.bench.measures import Batches
-    from ttspec.bench.tables import Table, interval
-
+def table(title: str, runs: Mapping[int, Any], past: int) -> Table:
+    """Speeds and ratios by number of rows."""
     lines, notes = [], []
-    for rows, found in runs.items():
-        plain, static = first(found.arms, "plain"), first(found.arms, "static")
+    for rows, own in runs.items():
+        plain, static = find(own.arms, "plain"), find(own.arms, "static")
         whole, late = Batches(rows), Batches(rows, past)
-        for arm in found.arms:
-            ratios = [
-                whole.pair(arm, plain) if plain and arm is not plain else None,
-                late.pair(arm, plain) if plain and arm is not plain else None,
-                late.pair(arm, static) if static and arm.name.startswith("learn") else None,
-            ]
+        for arm in own.arms:
+            learned = static if arm.name.startswith("learn") else None
+            pairs = ((whole, plain), (late, plain), (late, learned))
             lines.append(
                 (
                     str(rows),
@@ -172,12 +165,10 @@ def text(title: str, runs: dict[int, Any], past: int) -> str:
                     str(len(whole.of(arm))),
                     interval(whole.speed(arm), 1),
                     interval(late.speed(arm), 1),
-                    *(interval(pair and pair.ratio, 3) for pair in ratios),
+                    *(ratio(b.pair(arm, o) if o and o is not arm else None) for b, o in pairs),
                 )
             )
-        notes += [f"{rows} rows: {sentence}" for sentence in found.left_out]
-    head = ("rows", "arm", "batches", "tokens/s", f"past {past:,}", "/ plain")
-    head += (f"/ plain past {past:,}", f"/ static past {past:,}")
+        notes += [f"{rows} rows: {sentence}" for sentence in own.left_out]
     m = next(iter(runs.values())).manifest
     note = (
         f"{m['device']}, {m['dtype']}, temperature {m['temperature']}, {m['session_tokens']:,} "
@@ -186,54 +177,53 @@ def text(title: str, runs: dict[int, Any], past: int) -> str:
         "generated so many each, in the mean. Ratios are of the same batches; in brackets 95 % "
         "bootstrap intervals over batches."
     )
-    table = Table(title=title, note="\n".join([note, *notes]), head=head, rows=lines)
-    return table.markdown() + "\n" + "\n".join(pays(runs)) + "\n"
+    head = ("rows", "arm", "batches", "tokens/s", f"past {past:,}", "/ plain")
+    head += (f"/ plain past {past:,}", f"/ static past {past:,}")
+    return Table(title=title, note="\n".join([note, *notes]), head=head, rows=lines)
 
 
-def pays(runs: dict[int, Any]) -> Iterator[str]:
+def where_it_pays(runs: Mapping[int, Any]) -> Iterator[str]:
     """For static and learning arms, the first number of rows at which plain is faster."""
-    from ttspec.bench.measures import Batches
-
-    kinds = {arm.name: None for found in runs.values() for arm in found.arms}
-    for name in (n for n in kinds if n.startswith(("static", "learn"))):
+    names = {arm.name: None for own in runs.values() for arm in own.arms}
+    for name in (n for n in names if n.startswith(("static", "learn"))):
         ratios = {}
-        for rows, found in runs.items():
-            arm, plain = first(found.arms, name), first(found.arms, "plain")
-            pair = arm and plain and Batches(rows).pair(arm, plain)
-            if pair:
+        for rows, own in runs.items():
+            arm, plain = find(own.arms, name), find(own.arms, "plain")
+            if pair := arm and plain and Batches(rows).pair(arm, plain):
                 ratios[rows] = pair.ratio.value
-        loses = [rows for rows, ratio in ratios.items() if ratio < 1]
+        slower = [rows for rows, value in ratios.items() if value < 1]
         tried = ", ".join(map(str, ratios))
-        if loses:
-            yield f"- {name}: first slower than plain at {loses[0]} rows (of {tried} tried)."
+        if slower:
+            yield f"- {name}: first slower than plain at {slower[0]} rows (of {tried} tried)."
         elif ratios:
             yield f"- {name}: faster than plain at every number of rows tried ({tried})."
 
 
-def numbers(found: Any, rows: int, past: int) -> dict[str, Any]:
+def numbers(run: Any, rows: int, past: int) -> dict[str, Any]:
     """Manifest and speeds as plain values."""
-    from ttspec.bench.measures import Batches
+    from ttspec.bench.report import plain
 
     arms = {}
-    plain, static = first(found.arms, "plain"), first(found.arms, "static")
-    for arm in found.arms:
-        own: dict[str, Any] = {"batches": len(Batches(rows).of(arm)), "tokens": arm.tokens}
-        own["peak_memory"] = max((t.peak_memory or 0 for t in arm.turns), default=0) or None
+    others = [found for name in ("plain", "static") if (found := find(run.arms, name))]
+    for arm in run.arms:
+        arms[arm.name] = {
+            "batches": len(Batches(rows).of(arm)),
+            "tokens": arm.tokens,
+            "peak_memory": max((t.peak_memory or 0 for t in arm.turns), default=0) or None,
+        }
         for name, batches in (("all", Batches(rows)), (f"past_{past}", Batches(rows, past))):
-            speed = batches.speed(arm)
-            own[name] = {"tokens_per_second": speed and asdict(speed)}
-            for other in (plain, static):
-                if other and other is not arm:
-                    pair = batches.pair(arm, other)
-                    own[name][f"against {other.name}"] = pair and asdict(pair.ratio)
-        arms[arm.name] = own
-    return {"manifest": found.manifest, "arms": arms}
+            ratios = {f"against {o.name}": batches.pair(arm, o) for o in others if o is not arm}
+            arms[arm.name][name] = {
+                "tokens_per_second": plain(batches.speed(arm)),
+                **{against: plain(pair and pair.ratio) for against, pair in ratios.items()},
+            }
+    return {"manifest": run.manifest, "arms": arms}
 
 
-def first(arms: list[Any], name: str) -> Any:
+def find(arms: list[Arm], name: str) -> Arm | None:
     """The arm of this name; None without."""
     return next((arm for arm in arms if arm.name == name), None)
 
 
 if __name__ == "__main__":
-    sys.exit(app())
+    common.main(app)

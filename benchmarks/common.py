@@ -1,0 +1,123 @@
+"""What the benchmarks share: where results go, `ttspec bench run` as a process, clocks, tables."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from cyclopts import App, Parameter
+
+from ttspec.bench.manifest import device_name
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.forced import load_random
+from ttspec.errors import OptionError, TtspecError
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "docs" / "results"
+INTERRUPTED = 130
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Published shapes with random weights, and where they run."""
+
+    random_weights: str = "qwen3-8b+dflash"
+    """As of `ttspec bench roofline`."""
+    accept: str = "3,2,4"
+    """Drafts kept a round, in turn."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """Number format; auto is bfloat16 where the hardware has it."""
+    compile: bool = True
+    """Compile the models' layers, on a GPU."""
+
+    def load(self) -> Engine:
+        """Make the pair."""
+        where = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
+        return load_random(self.random_weights, self.accept, **where)
+
+
+def main(app: App) -> None:
+    """Run one command line and exit; what a user can mend is said in two lines."""
+    try:
+        sys.exit(app() or 0)
+    except TtspecError as error:
+        sys.exit(f"error: {error}")
+
+
+def bench_run(
+    out: Path, options: Mapping[str, Any], *, gpu: str = "", log: IO[str] | None = None
+) -> int:
+    """Start one `ttspec bench run` and wait; its exit status. True is a flag, False is left out."""
+    command = [sys.executable, "-m", "ttspec.cli", "bench", "run", "--out", str(out)]
+    for name, value in options.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag] * value if isinstance(value, bool) else [flag, str(value)]
+    env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+    try:
+        return subprocess.run(command, stdout=log, stderr=log, env=env, check=False).returncode
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def portable(text: str, name: str, folder: str) -> str:
+    """A text whose `--out` names runs/NAME/FOLDER, wherever the run folders were."""
+    return re.sub(rf"--out \S*?({folder})", rf"--out runs/{name}/\1", text)
+
+
+def device_info(device: torch.device, dtype: str | torch.dtype) -> dict[str, Any]:
+    """What a figure must say about where it was measured."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def timed(device: torch.device, run: Callable[[], Any]) -> float:
+    """Seconds until the device has nothing left to do."""
+    cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - began
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes on a GPU; 0 on a CPU, which does not count them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def numbers(name: str, text: str) -> list[int]:
+    """Whole numbers from 1 up, with commas between them, in order.
+
+    Raises:
+        OptionError: They are not.
+    """
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise OptionError(f"--{name} is {text!r}; allowed are whole numbers from 1 up, as in 1,2.")
+    return found
+
+
+def show_tables(folder: Path, table: Callable[[dict[str, Any]], Any]) -> None:
+    """Print the Markdown table of every JSON file of a folder."""
+    for path in sorted(folder.glob("*.json")):
+        print(table(json.loads(path.read_text(encoding="utf-8"))).markdown())

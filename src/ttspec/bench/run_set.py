@@ -1,0 +1,157 @@
+"""Run folders read as one: arms on the units that all have finished, checked to be comparable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ttspec.bench.arms import PEERS
+from ttspec.bench.manifest import forced, forced_sentence, mark_sentence
+from ttspec.bench.measures import different_texts, matched
+from ttspec.bench.runs import Arm
+from ttspec.bench.store import read_run
+from ttspec.bench.tables import kind
+from ttspec.errors import DataError
+
+Manifest = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunSet:
+    """A run folder, or several, ready to be compared."""
+
+    manifests: dict[str, Manifest]
+    """By the folder's label."""
+    arms: list[Arm]
+    left_out: list[str]
+    """What is not in the figures, in sentences."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first folder's, which speaks for all where they must agree; a replay marks all."""
+        first, *others = self.manifests.values()
+        replay = next((m["replay"] for m in (first, *others) if m.get("replay")), None)
+        return {**first, "replay": replay} if replay else first
+
+
+def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunSet:
+    """Read one run folder, or several of one target and suite, as one run.
+
+    Args:
+        folders: With several, an arm's name begins with its folder's.
+        different_texts: Go on where arms that must say the same do not.
+
+    Raises:
+        DataError: A folder is damaged, holds nothing, or does not fit the others.
+    """
+    labels = [folder.name for folder in folders]
+    if len(set(labels)) < len(labels):
+        labels = [str(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        raise DataError("The same run folder was named twice.\nName each once.")
+    runs = dict(zip(labels, map(read_run, folders), strict=True))
+    manifests = {label: manifest for label, (manifest, _) in runs.items()}
+    first = manifests[labels[0]]
+    for folder, manifest in zip(folders[1:], list(manifests.values())[1:], strict=True):
+        check_alike(first, manifest, str(folders[0]), str(folder))
+        if part := different_part(first, manifest):
+            raise DataError(
+                f"{folder} and {folders[0]} have different {part}s, so no pairs.\n"
+                f"Report on runs of one {part} together, the others apart."
+            )
+    arms = [
+        replace(arm, name=f"{label}: {arm.name}") if len(runs) > 1 else arm
+        for label, (_, own) in runs.items()
+        for arm in own
+    ]
+    pairs = matched(arms)
+    if not pairs or not pairs[0].turns:
+        raise DataError(
+            f"{', '.join(map(str, folders))} has no request that every arm has finished.\n"
+            "Go on with `ttspec bench run`; the same command takes it up where it ended."
+        )
+    if not different_texts:
+        check_texts(first, pairs)
+    notes = [*_left_out(arms, pairs, manifests.values()), *_different_peers(first, pairs)]
+    return RunSet(manifests, pairs, list(dict.fromkeys(notes)))
+
+
+def check_alike(a: Manifest, b: Manifest, one: str, other: str) -> None:
+    """Forced acceptance is not compared with real acceptance, nor with another schedule.
+
+    Raises:
+        DataError: Two manifests differ in it; `one` and `other` are what to call them.
+    """
+    if a.get("random_weights") != b.get("random_weights"):
+        mine, theirs = (forced_sentence(m) or "It ran on real weights." for m in (a, b))
+        raise DataError(
+            f"{one}: {mine} {other}: {theirs}\n"
+            "Compare runs of the same shapes and the same --accept, or runs on real weights."
+        )
+
+
+def checksum_of(manifest: Manifest, part: str) -> str | None:
+    """What tells a target or suite from others: its checksum, or its name where that is all."""
+    found = manifest.get(part) or {}
+    return found.get("sha256") or found.get("name")
+
+
+def different_part(a: Manifest, b: Manifest) -> str | None:
+    """Target or suite, where two runs differ in it and so have no pairs."""
+    return next((p for p in ("target", "suite") if checksum_of(a, p) != checksum_of(b, p)), None)
+
+
+def check_texts(manifest: Manifest, arms: Sequence[Arm]) -> None:
+    """Greedy arms of ours in float32 emit the same tokens, or one of them is wrong.
+
+    Raises:
+        DataError: They do not.
+    """
+    if not _same_expected(manifest):
+        return  # elsewhere rounding decides close calls; the tables count the differences
+    first, *others = [arm for arm in arms if kind(arm) not in PEERS] or arms[:1]
+    for arm in others:
+        for (request, seed), position in different_texts(arm, first):
+            raise DataError(
+                f"{arm.name} emitted other greedy tokens than {first.name}: request {request}, "
+                f"seed {seed}, from token {position} on.\n`ttspec check` finds out whether it is a "
+                "close call; --different-texts reports all the same."
+            )
+
+
+def _same_expected(manifest: Manifest) -> bool:
+    greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
+    return greedy and not forced(manifest)  # where drafts are kept unread, texts differ
+
+
+def _different_peers(manifest: Manifest, arms: Sequence[Arm]) -> Iterator[str]:
+    """Where other implementations emitted other greedy float32 tokens: a finding, no error."""
+    first = next((arm for arm in arms if kind(arm) not in PEERS), arms[0])
+    for arm in arms if _same_expected(manifest) else ():
+        if kind(arm) in PEERS and (found := different_texts(arm, first)):
+            (request, seed), position = found[0]
+            yield (
+                f"{arm.name} emitted other greedy tokens than {first.name} in {len(found)} of "
+                f"{len(arm.units)} units; the first: request {request}, seed {seed}, from token "
+                f"{position} on."
+            )
+
+
+def _left_out(
+    arms: Sequence[Arm], kept: Sequence[Arm], manifests: Iterable[Manifest]
+) -> Iterator[str]:
+    manifests = list(manifests)
+    yield from filter(None, map(mark_sentence, manifests))
+    units = {arm.name: len(arm.units) for arm in kept}
+    yield from (f"{a.name} has no finished request." for a in arms if a.name not in units)
+    for arm in arms:
+        if (more := len(arm.units) - units.get(arm.name, len(arm.units))) > 0:
+            yield f"{arm.name} has {more} units more than other arms."
+    for manifest in manifests:
+        for arm, reason in (manifest.get("skipped") or {}).items():
+            yield f"{arm} was skipped: {reason}."
+        for arm, errors in (manifest.get("failed") or {}).items():
+            yield f"{arm}: {len(errors)} units failed; the first: {errors[0]}"
+        yield from manifest.get("notes") or []
