@@ -72,7 +72,7 @@ class Setting:
         learner = self.decoder.learner
         return {
             "arm": self.arm,
-            "rows": self.decoder.rows,
+            "rows": self.decoder.rows.count,
             "turns": self.turns,
             "bytes_added": self.bytes_added,
             # What the formula says; the committed results have the name.
