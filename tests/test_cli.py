@@ -238,7 +238,8 @@ def test_a_drafter_that_hardly_helps_is_reported_with_the_way_to_look_closer(pai
 
 
 def test_a_reader_that_leaves_early_is_no_error(pair) -> None:
-    command = [sys.executable, "-m", "ttspec.cli", "generate", "hi", *pair, "--ignore-eos"]
+    command = [sys.executable, "-m", "ttspec.cli", "generate", "hi", *pair]
+    command += ["--ignore-eos", "--max-new-tokens", "32"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

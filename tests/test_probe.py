@@ -172,7 +172,7 @@ def test_a_bad_best_and_too_little_text_are_told():
 @pytest.fixture(scope="module")
 def bundled(smollm2_dir) -> tuple[Target, list]:
     engine = load("smollm2-135m", device="cpu", dtype="float32")
-    return engine.target, write(engine, probes.PROMPTS, 40)
+    return engine.target, write(engine, probes.PROMPTS, 28)
 
 
 def copied(to: Path, **config: Any) -> Path:
