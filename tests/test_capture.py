@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from test_conformance import ALL, NOW, VARIANTS, engine_of
-from test_gate import scheduled
+from test_policy import scheduled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -1,18 +1,31 @@
-"""What every drafter is: taps, weights by published name, and four verbs.
+"""What every drafter is: taps, weights by published name, and what is asked of them in a round.
 
 Weights are plain tensors in a dict. A weight is either shared by all rows, with its published
 shape, or one per row, with a leading row dimension: that is how many rows learn side by side. A
 drafter never holds the target; it is bound once to the target's embedding and head.
+
+A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
+
+- `_configure`: what its config.json means; `taps`, `length` and `interpretation` among it.
+- `shapes`, `optional`: every tensor of its files; `aliases` and `recognises` if they are its own.
+- `bind`, `start`, `extend`: fit the target, make an empty context, make verified tokens context.
+- `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
+- `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
+
+`features.FeatureDrafter` has most of it for layers that ttspec computes, `causal.Causal` for models
+that transformers computes, and `context.ContextState` keys and values for all. Entered in `CONFIGS`
+of `tests/toys.py`, a small config of it gets all of `tests/test_conformance.py`: texts are plain
+decoding's, rows do not touch each other, `replay` is `propose` with gradients, and so on.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,8 +40,8 @@ Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
-BEHIND = ("o_proj", ".mlp.", "post_attention_layernorm")
-"""Parts of the names of weights that lie behind a layer's attention."""
+AFTER_ATTENTION = ("o_proj", ".mlp.", "post_attention_layernorm")
+"""Parts of the names of weights that come after a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""
 
@@ -53,6 +66,29 @@ class DraftState:
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 
+class Choices:
+    """The tokens of a draft, chosen piece by piece, and what each was drawn from."""
+
+    def __init__(self, choose: Choose) -> None:
+        """See `Drafter.propose`."""
+        self._choose = choose
+        self._tokens: list[Tensor] = []
+        self._q: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, first: int) -> Tensor:
+        """Tokens int64 [B, g] for logits [B, g, V_draft] of the drafts from index `first` on."""
+        tokens, q = self._choose(logits, first)
+        self._tokens.append(tokens)
+        if q is not None:
+            self._q.append(q)
+        return tokens
+
+    def proposal(self, count: Tensor, before: Tensor | None) -> Proposal:
+        """All of them; see `Proposal`."""
+        q = torch.cat(self._q, dim=1) if self._q else None
+        return Proposal(tokens=torch.cat(self._tokens, dim=1), count=count, q=q, before=before)
+
+
 class Drafter(ABC):
     """Anything that proposes tokens and may learn to do it better."""
 
@@ -65,19 +101,55 @@ class Drafter(ABC):
     """Hidden states to read, as indices into the target's `hidden_states` tuple. Final once
     bound: a default may depend on the target's number of layers."""
     length: int
-    """Tokens drafted a round unless told otherwise."""
+    """Tokens drafted a round by default."""
     learning_rate: float = 1e-4
-    """Of online learning unless told otherwise: what measured best (docs/experiments.md)."""
+    """Of online learning by default: what measured best (docs/experiments.md)."""
     lora_rate: float = 1e-3
     """The same where low-rank changes learn."""
     weights: dict[str, Tensor]
     """The anchor weights: what the checkpoint holds, under its names."""
-    facts: dict[str, str]
-    """How what a checkpoint leaves open was read, for `doctor`."""
+    interpretation: dict[str, str]
+    """What the checkpoint leaves open, and how it was read."""
     draft_ids: Tensor | None = None
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """What its tensors are called elsewhere: patterns, and what replaces them."""
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: dict[str, Tensor],
+        *,
+        name: str = "",
+        path: Path | None = None,
+        names: Collection[str] = (),
+    ) -> None:
+        """Read a config.json.
+
+        Args:
+            config: config.json.
+            weights: By canonical name.
+            name: What to call it.
+            path: Its folder.
+            names: Tensors that the files hold: some variants show there only.
+
+        Raises:
+            KeyError, TypeError, ValueError: The config is not complete.
+        """
+        self.config, self.weights, self.name, self.path = config, weights, name or self.kind, path
+        self.embedding, self.interpretation = torch.empty(0), {}
+        self._configure(names)
+
+    def _configure(self, names: Collection[str]) -> None:
+        """Read `config`; see `__init__`."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
+        """Whether a config.json, and the canonical names of its tensors, are of this kind."""
+        return False
 
     @abstractmethod
     def bind(
@@ -118,7 +190,7 @@ class Drafter(ABC):
             subset: int64 [B], the rows meant; None is all.
         """
 
-    @abstractmethod
+    @torch.no_grad()
     def propose(
         self,
         state: DraftState,
@@ -140,6 +212,21 @@ class Drafter(ABC):
             longest: The largest start, known on the host.
             choose: Turns logits into tokens, and says from what q.
         """
+        choices = Choices(choose)
+        before = self._draft(state, pending, start, length, longest, choices)
+        return choices.proposal(count, before)
+
+    def _draft(
+        self,
+        state: DraftState,
+        pending: Tensor,
+        start: Tensor,
+        length: int,
+        longest: int,
+        choices: Choices,
+    ) -> Tensor | None:
+        """Hand the logits of `length` tokens to `choices`; returns `Proposal.before`."""
+        raise NotImplementedError
 
     @abstractmethod
     def _replay(
@@ -176,9 +263,29 @@ class Drafter(ABC):
         """What a checkpoint may hold besides."""
         return []
 
-    @abstractmethod
     def learnable(self, parameters: str) -> list[str]:
         """Names of the weights that learn under a `LearnConfig.parameters` choice."""
+        full = self._trainable()
+        if parameters == "full":
+            return full
+        layers = [n for n in full if any(self._layer(i) in n for i in range(self.layers))]
+        if parameters == "last":  # no keys and values change, so the context stays what it is
+            last = [n for n in layers if self._layer(self.layers - 1) in n]
+            after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
+            return [*after, *(n for n in full if n == "norm.weight")]
+        part = {"layers": "", "attention": "attn", "mlp": "mlp"}[parameters]
+        return [n for n in layers if part in n]
+
+    layers = 0
+    """Number of its decoder layers."""
+
+    def _trainable(self) -> list[str]:
+        """Names of all weights that may learn."""
+        return []
+
+    def _layer(self, index: int) -> str:
+        """What the names of a layer's weights have in common."""
+        raise NotImplementedError
 
     def matrices(self, parameters: str) -> list[str]:
         """Names of the learnable matrices that get low-rank changes, without `.weight`.
@@ -255,37 +362,14 @@ class Drafter(ABC):
         return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)
 
 
-FEATURES_KEPT = 1024
-"""Features of so many last tokens are at hand: more than any prefill reads at once."""
+def row_index(start: Tensor, subset: Tensor | None = None) -> Tensor:
+    """The rows meant, int64 [B]: `subset`, or all."""
+    return torch.arange(len(start), device=start.device) if subset is None else subset
 
 
-@dataclass(slots=True)
-class FeatureState(DraftState):
-    """Remembers the features of a row's last tokens, for drafters that set out from one."""
-
-    slots: int
-    features: Tensor
-    """[B, FEATURES_KEPT + 1, W], a ring by position; the last place takes what falls outside."""
-    held: Tensor
-    """int64 [B, FEATURES_KEPT + 1]: the position that each place holds; -1 for none."""
-
-    def remember(self, features: Tensor, position: Tensor, row: Tensor) -> None:
-        """Keep features [B, T, W] of the tokens at position int64 [B, T] of rows int64 [B]."""
-        place = (position % FEATURES_KEPT).masked_fill(position >= self.slots, FEATURES_KEPT)
-        self.features[row[:, None], place] = features
-        self.held[row[:, None], place] = position
-
-    def recall(self, position: Tensor, row: Tensor) -> Tensor:
-        """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
-        place = position % FEATURES_KEPT
-        there = self.held[row[:, None], place] == position
-        return self.features[row[:, None], place].masked_fill(~there[..., None], 0.0)
-
-
-def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Tensor]:
-    """The empty fields of a `FeatureState`."""
-    held = torch.full((rows, FEATURES_KEPT + 1), -1, dtype=torch.long, device=like.device)
-    return {"features": like.new_zeros(rows, FEATURES_KEPT + 1, width), "held": held}
+def positions(start: Tensor, end: int, begin: int = 0) -> Tensor:
+    """Positions start + begin to start + end - 1 of each row: int64 [B, end - begin]."""
+    return start[:, None] + torch.arange(begin, end, device=start.device)
 
 
 def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ class Ngram(Drafter):
     def __init__(self, length: int = 7) -> None:
         """`length` is the number of tokens copied."""
         self.name, self.path, self.config = "ngram", None, {}
-        self.taps, self.length, self.weights, self.facts = (), length, {}, {}
+        self.taps, self.length, self.weights, self.interpretation = (), length, {}, {}
         self._device = torch.device("cpu")
 
     def bind(

@@ -8,7 +8,6 @@ before to each embedding; mask rows use those of the last known token.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.drafters.base import Choose, DraftState, Shapes
+from ttspec.drafters.base import Choices, DraftState, Shapes, positions, row_index
 from ttspec.drafters.causal import Causal, CausalState
 from ttspec.drafters.layers import Weights, linear
 from ttspec.errors import CheckpointError
-from ttspec.records import Proposal
 
 PROJECTION = "target_proj.weight"
 
@@ -31,26 +29,24 @@ class Pard(Causal):
     kind = "pard"
     default_length = 12
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        weights: dict[str, Tensor],
-        *,
-        name: str = "pard",
-        path: Path | None = None,
-        names: Collection[str] = (),
-    ) -> None:
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
+        """By its own keys in a stock config."""
+        return "pard_token" in config or str(config.get("spd_type", "")).startswith("pard")
+
+    def _configure(self, names: Collection[str]) -> None:
         """Read a transformers config with PARD's own keys."""
+        config = self.config
         if config.get("pard2"):
             self.default_length = 15
-        super().__init__(config, weights, name=name, path=path, names=names)
+        super()._configure(names)
         self.mask_token = int(config["pard_token"])
         self.scale = float(config.get("pard2_scale") or 0.02)
         self._features = int(config["pard2_target_dim"]) if config.get("pard2") else 0
         if self._features:
             layers = [int(k) for k in config["pard2_target_layers"]]
             self.taps = tuple(layers)  # of the hidden_states tuple; negative from its end
-            self.facts["taps"] = f"pard2_target_layers {layers} index hidden states"
+            self.interpretation["taps"] = f"pard2_target_layers {layers} index hidden states"
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
@@ -81,43 +77,39 @@ class Pard(Causal):
                 "\nIts config.json and its weights must belong together."
             )
 
-    @torch.no_grad()
-    def propose(
+    def _draft(
         self,
         state: DraftState,
         pending: Tensor,
         start: Tensor,
-        count: Tensor,
         length: int,
         longest: int,
-        choose: Choose,
-    ) -> Proposal:
-        """Read the last tokens and the masks in one pass; see `Drafter.propose`."""
+        choices: Choices,
+    ) -> Tensor | None:
+        """Read the last tokens and the masks in one pass."""
         assert isinstance(state, CausalState)
-        ids, position = self._last(state, pending, start, length)
+        ids, position = self._last_tokens(state, pending, start, length)
         known = ids.shape[1]
         masks = ids.new_full((len(ids), length - 1), self.mask_token)
-        after = start[:, None] + torch.arange(1, length, device=start.device)
+        after = positions(start, length, 1)
         ids, position = torch.cat([ids, masks], dim=1), torch.cat([position, after], dim=1)
-        row = torch.arange(len(start), device=start.device)
-        before = self._before(state, position.minimum(start[:, None]), row)
-        logits = self._draft(
+        at = position.minimum(start[:, None])
+        before = self._features_before(state, at, row_index(start))
+        logits = self._append(
             state, ids, position, start, longest, keep=length, known=known, before=before
         )
-        tokens, q = choose(logits, 0)
-        last = None if before is None else before[:, -1]
-        return Proposal(tokens=tokens, count=count, q=q, before=last)
+        choices(logits, 0)
+        return None if before is None else before[:, -1]
 
-    def learnable(self, parameters: str) -> list[str]:
-        """All but the tables."""
-        names = super().learnable(parameters)
-        return [*names, PROJECTION] if self._features and parameters == "full" else names
+    def _trainable(self) -> list[str]:
+        names = super()._trainable()
+        return [*names, PROJECTION] if self._features else names
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
         masks = torch.full_like(tokens, self.mask_token)
-        return torch.cat([self._own(tokens[..., :1]), masks[..., 1:]], dim=-1)
+        return torch.cat([self._translate(tokens[..., :1]), masks[..., 1:]], dim=-1)
 
-    def _before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
+    def _features_before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
         return state.recall(position - 1, row) if self._features else None
 
     def _inputs(self, weights: Weights, ids: Tensor, before: Tensor | None) -> dict[str, Tensor]:
