@@ -66,6 +66,25 @@ class DraftState:
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
 
 
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What is to be drafted: A blocks a row, side by side."""
+
+    tokens: Tensor
+    """int64 [B, A], the known token that each begins with."""
+    start: Tensor
+    """int64 [B, A], its position; past the slots in rows at rest."""
+    length: int
+    """Tokens to draft in each."""
+    longest: int
+    """The largest start, known on the host."""
+
+    def position(self, end: int, begin: int = 0) -> Tensor:
+        """Start + begin to start + end - 1 of each block: int64 [B, A * (end - begin)]."""
+        offset = torch.arange(begin, end, device=self.start.device)
+        return (self.start[..., None] + offset).flatten(1)
+
+
 class Choices:
     """The tokens of a draft, chosen piece by piece, and what each was drawn from."""
 
@@ -213,25 +232,17 @@ class Drafter(ABC):
             choose: Turns logits into tokens, and says from what q.
         """
         choices = Choices(choose)
-        before = self._draft(state, pending, start, length, longest, choices)
+        blocks = Blocks(pending[:, None], start[:, None], length, longest)
+        before = self._draft(state, blocks, choices)
         return choices.proposal(count, before)
 
-    def _draft(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        choices: Choices,
-    ) -> Tensor | None:
-        """Hand the logits of `length` tokens to `choices`; returns `Proposal.before`."""
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
+        """Hand the logits of one block a row to `choices`; returns `Proposal.before`."""
         raise NotImplementedError
 
-    @abstractmethod
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor: ...
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks, unroll: bool) -> Tensor:
+        """Logits [B, A, length, V_draft]; see `replay`."""
+        raise NotImplementedError
 
     def replay(
         self, state: DraftState, lesson: Lesson, length: int, longest: int, *, unroll: bool = True
@@ -249,11 +260,14 @@ class Drafter(ABC):
         Returns:
             [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
-        if not state.options.rebase:
-            return self._replay(state, lesson, length, longest, unroll)
-        # Where a context token seems to be depends on the block: one block at a time.
-        parts = (lesson.part(i) for i in range(lesson.start.shape[1]))
-        return torch.cat([self._replay(state, p, length, longest, unroll) for p in parts], dim=1)
+        parts = [lesson]
+        if state.options.rebase:  # where a context token seems to be depends on the block
+            parts = [lesson.part(i) for i in range(lesson.start.shape[1])]
+        found = []
+        for part in parts:
+            blocks = Blocks(part.tokens[..., 0], part.start, length, longest)
+            found.append(self._replay(state, part, blocks, unroll))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def shapes(self) -> Shapes:
         """Every tensor that a checkpoint must hold, with its shape; known before loading."""

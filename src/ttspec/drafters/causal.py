@@ -7,7 +7,7 @@ were drafts.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,15 +25,31 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choices, Drafter, DraftState, Shapes, placed, positions, row_index
+from ttspec.drafters.base import (
+    Blocks,
+    Choices,
+    Drafter,
+    DraftState,
+    Shapes,
+    placed,
+    positions,
+    row_index,
+)
 from ttspec.drafters.context import (
     FeatureState,
-    context_mask,
     empty_context,
     feature_ring,
+    first_seen,
     same_block,
+    seen_mask,
 )
-from ttspec.drafters.functional import InPlaceCache, ModelFunction, Projection, functional_model
+from ttspec.drafters.functional import (
+    InPlaceCache,
+    Masks,
+    ModelFunction,
+    Projection,
+    functional_model,
+)
 from ttspec.drafters.layers import Rope, Weights
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded
 from ttspec.errors import CheckpointError, OptionError
@@ -63,6 +79,18 @@ class CausalState(FeatureState):
             w.dim() > self.anchor[n].dim() for n, w in self.weights.items() if n in self.anchor
         )
         return self.takes_spans and not self.options.rebase and not own
+
+
+@dataclass(frozen=True, slots=True)
+class Fed:
+    """New tokens that the model reads side by side."""
+
+    ids: Tensor
+    """int64 [B, N], in the drafter's own vocabulary."""
+    position: Tensor
+    """int64 [B, N]; below 0 is padding."""
+    before: Tensor | None = None
+    """[B, N, W], features to read along; see `Pard`."""
 
 
 class Causal(Drafter):
@@ -211,18 +239,10 @@ class Causal(Drafter):
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
         first = position[:, 0].clamp(min=0)
         first = first.masked_fill(first >= state.slots, 0)  # rows at rest
-        before = self._features_before(state, position, row)
-        _, keys, values = self._read(
-            state,
-            self._live(state, subset),
-            ids,
-            position,
-            int(first.max()),
-            row=subset,
-            keep=1,
-            before=before,
-        )
-        state.write(keys, values, position, row)
+        fed = Fed(ids, position, self._features_before(state, position, row))
+        weights = self._live(state, subset)
+        _, k, v = self._read(state, weights, fed, int(first.max()), row=subset, keep=1)
+        state.write(k, v, position, row)
 
     def absorb(self, state: DraftState, verification: Verification) -> None:
         """Note what was verified; it is read when the next tokens are drafted."""
@@ -230,49 +250,31 @@ class Causal(Drafter):
         v = verification
         self._keep_tokens(state, v.fed, v.features, v.start, row_index(v.start))
 
-    def _draft(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        choices: Choices,
-    ) -> Tensor | None:
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
         """Draft token by token."""
         assert isinstance(state, CausalState)
-        ids, position = self._last_tokens(state, pending, start, length)
-        for step in range(length):
-            logits = self._append(state, ids, position, start, longest + step, keep=1)
-            token = choices(logits, step)
-            ids, position = self._translate(token), start[:, None] + step + 1
+        fed = self._last_tokens(state, blocks)
+        for step in range(blocks.length):
+            token = choices(self._append(state, fed, blocks, step), step)
+            fed = Fed(self._translate(token), blocks.start + step + 1)
         return None
 
     def _replay(
         self,
         state: DraftState,
         lesson: Lesson,
-        length: int,
-        longest: int,
+        blocks: Blocks,
         unroll: bool,  # noqa: ARG002
     ) -> Tensor:
         assert isinstance(state, CausalState)
-        ids = self._block_ids(lesson.tokens[..., :length])
-        rows, blocks, _ = ids.shape
-        offset = torch.arange(length, device=ids.device)
-        before = lesson.before
-        logits, *_ = self._read(
-            state,
-            state.weights,
-            ids.flatten(1),
-            (lesson.start[..., None] + offset).flatten(1),
-            longest,
-            origin=lesson.start[:, 0],
-            begin=lesson.start.repeat_interleave(length, dim=1),
-            same=same_block(blocks, length, ids.device).expand(rows, -1, -1),
-            before=None if before is None else before.repeat_interleave(length, dim=1),
-        )
-        return logits.unflatten(1, (blocks, length))
+        length, before = blocks.length, lesson.before
+        before = None if before is None else before.repeat_interleave(length, dim=1)
+        ids = self._block_ids(lesson.tokens[..., :length]).flatten(1)
+        fed = Fed(ids, blocks.position(length), before)
+        begin = blocks.start.repeat_interleave(length, dim=1)
+        same = same_block(blocks.start.shape[1], length, ids.device)
+        logits, *_ = self._read(state, state.weights, fed, blocks.longest, begin=begin, same=same)
+        return logits.unflatten(1, (-1, length))
 
     def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Read whole sequences, with gradients to all of `weights`.
@@ -322,9 +324,9 @@ class Causal(Drafter):
         """Features [B, N, W] to read along with tokens at `position`; see `Pard`."""
         return None
 
-    def _inputs(self, weights: Weights, ids: Tensor, before: Tensor | None) -> dict[str, Tensor]:  # noqa: ARG002
-        """What the model's forward is given for tokens [B, N]."""
-        return {"input_ids": ids}
+    def _inputs(self, weights: Weights, fed: Fed) -> dict[str, Tensor]:  # noqa: ARG002
+        """What the model's forward is given."""
+        return {"input_ids": fed.ids}
 
     def _keep_tokens(
         self, state: CausalState, tokens: Tensor, features: Tensor, start: Tensor, row: Tensor
@@ -334,58 +336,51 @@ class Causal(Drafter):
         state.tokens[row[:, None], position.clamp(max=state.slots)] = self._translate(tokens)
         state.remember(features, position, row)
 
-    def _last_tokens(
-        self, state: CausalState, pending: Tensor, start: Tensor, length: int
-    ) -> tuple[Tensor, Tensor]:
+    def _last_tokens(self, state: CausalState, blocks: Blocks) -> Fed:
         """The pending token and the `length` before it, of which some may be unread."""
-        position = positions(start, 1, -length)
-        ids = state.tokens[row_index(start)[:, None], position.clamp(0, state.slots)]
-        ids[:, -1] = self._translate(pending)
-        return ids, position
+        position = blocks.position(1, -blocks.length)
+        ids = state.tokens[row_index(position)[:, None], position.clamp(0, state.slots)]
+        ids[:, -1] = self._translate(blocks.tokens[:, 0])
+        return Fed(ids, position)
 
     def _append(
-        self,
-        state: CausalState,
-        ids: Tensor,
-        position: Tensor,
-        start: Tensor,
-        longest: int,
-        *,
-        keep: int,
-        known: int | None = None,
-        before: Tensor | None = None,
+        self, state: CausalState, fed: Fed, blocks: Blocks, step: int, masks: int = 0
     ) -> Tensor:
-        """Read tokens [B, N] and keep their keys; logits [B, keep, V_draft] of the last ones.
+        """Read tokens, of which the last ones are masks, and keep the keys of the others.
 
-        `known` is how many of them are tokens, not masks; None is all. `longest` is the host's
-        bound of where the last token before `keep` stands.
+        Returns:
+            Logits [B, 1 + masks, V_draft] of the last token and the masks. They are the drafts from
+            index `step` on.
         """
-        rest = start >= state.slots  # begins past the last slot and takes no part
+        position, keep, longest = fed.position, 1 + masks, blocks.longest + step
+        rest = blocks.start[:, 0] >= state.slots  # begins past the last slot and takes no part
         if not state.spans:
-            logits, *made = self._read(
-                state, state.weights, ids, position, longest, origin=start, keep=keep, before=before
+            logits, k, v = self._read(
+                state, state.weights, fed, longest, origin=blocks.start, keep=keep
             )
+            known = position.shape[1] - masks  # masks are no context
             at = position[:, :known].masked_fill(rest[:, None], state.slots)
-            keys, values = (x[..., :known, :] for x in made)  # masks are no context
-            state.write(keys, values, at, row_index(start))
+            state.write(k[..., :known, :], v[..., :known, :], at, row_index(at))
             return logits
         # What is written past the start is dead after this draft, keys of masks as well.
-        seen = {
-            w: state.visible(position, position, rest, origin=position, window=w)
-            for w in set(self.windows)
-        }
-        by_layer = [seen[w] for w in self.windows]
-        cache = InPlaceCache(state.in_place(position, rest, longest + keep, by_layer))
-        inputs = self._inputs(state.weights, ids, before)
-        weights = self._with_rope(state, state.weights)
+        seen = self._by_window(state, position, lambda f: state.seen_spans(f, position, rest))
+        layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
+        inputs, weights = self._inputs(state.weights, fed), self._with_rope(state, state.weights)
+        cache = InPlaceCache(layers)
         return self._drafted(self._function(weights, inputs, position, seen, cache, keep))
+
+    def _by_window(
+        self, state: CausalState, position: Tensor, make: Callable[[Tensor], Tensor]
+    ) -> Masks:
+        """Made of the first positions, int64 [B, N], that tokens see in layers of each window."""
+        nearest = state.options.window
+        return {w: make(first_seen(position, position, nearest, w)) for w in set(self.windows)}
 
     def _read(
         self,
         state: CausalState,
         weights: Weights,
-        ids: Tensor,
-        position: Tensor,
+        fed: Fed,
         longest: int,
         *,
         row: Tensor | None = None,
@@ -393,50 +388,38 @@ class Causal(Drafter):
         begin: Tensor | None = None,
         same: Tensor | None = None,
         keep: int = 0,
-        before: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Run the model over N new tokens a row, which see the context and each other.
+        """Run the model over new tokens, which see the context and each other.
 
         Args:
             state: The context.
             weights: One set, or some of them one per row.
-            ids: int64 [B, N].
-            position: int64 [B, N]; below 0 is padding.
+            fed: The new tokens.
             longest: How far the context reaches, known on the host.
             row: int64 [B], the rows meant; None is all.
-            origin: int64 [B], from where re-based distances count; None is the first position.
+            origin: int64 [B, 1], from where re-based distances count; None is where `begin` is.
             begin: int64 [B, N]: context slots below it are seen; None is the first position.
-            same: bool [B, N, N], which new tokens may see each other; None is all.
+            same: bool [N, N], which new tokens may see each other; None is all.
             keep: Logits of so many last tokens; 0 is all.
-            before: [B, N, W] features to read along; see `Pard`.
 
         Returns:
             logits [B, keep, V_draft], keys and values [layers, B, kv heads, N, D].
         """
+        position = fed.position
         if begin is None:
             begin = position[:, :1].expand_as(position)
-        origin = begin[:, :1] if origin is None else origin[:, None]
         # What is fed again stays where it is.
+        origin = begin[:, :1] if origin is None else origin
         keys, values = state.read(longest, origin, row, near=self.length)
-        own = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
-        near = (position[:, None] <= position[..., None]) & (position[:, None] >= 0)
-        near = (near if same is None else near & same) | own  # a row that sees nothing is NaN
-        distance, nearest = position[..., None] - position[:, None], state.options.window
-        if nearest is not None:
-            near = near & (distance <= nearest)
-        masks = {}
-        for w in set(self.windows):
-            far = context_mask(
-                keys.shape[3], begin, origin=position, nearest=nearest, position=position, window=w
-            )
-            close = near if w is None else near & (distance < w)
-            masks[w] = torch.cat([far, close], dim=-1)[:, None]
-        inputs = self._inputs(weights, ids, before)
-        weights = self._with_rope(state, weights)
-        logits, keys, values = self._function.concatenated(
-            weights, inputs, position, masks, keys, values, keep
+
+        def mask(first: Tensor) -> Tensor:
+            return seen_mask(keys.shape[3], begin, position, first, position, same)[:, None]
+
+        masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
+        logits, k, v = self._function.concatenated(
+            self._with_rope(state, weights), inputs, position, masks, keys, values, keep
         )
-        return self._drafted(logits), keys, values
+        return self._drafted(logits), k, v
 
     def _with_rope(self, state: CausalState, weights: Weights) -> Weights:
         """Weights, and rotary frequencies where they were overridden."""

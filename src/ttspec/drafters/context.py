@@ -73,6 +73,10 @@ class ContextState(DraftState):
             keys = turned.unflatten(0, keys.shape[:2])
         return keys, values
 
+    def seen_spans(self, first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
+        """Tokens that see positions first to last, int64 [B, N]; see `spans.spans`."""
+        return spans(first, last.clamp(max=self.slots - 1), rest)
+
     def in_place(
         self, position: Tensor, rest: Tensor, longest: int, seen: Sequence[Tensor]
     ) -> list[InPlaceContext]:
@@ -82,7 +86,7 @@ class ContextState(DraftState):
             position: Where the new tokens stand.
             rest: bool [B], rows that take no part.
             longest: Tokens to see at most, known on the host.
-            seen: What the new tokens see in each layer, from `visible`.
+            seen: What the new tokens see in each layer, from `seen_spans`.
         """
         row = torch.arange(len(position), device=position.device)[:, None]
         slot, reach = self.slot(position, rest), reach_to_see(longest, self.keys)
@@ -92,67 +96,49 @@ class ContextState(DraftState):
             made.append(InPlaceContext(keys, values, row, slot, reach, sees))
         return made
 
-    def visible(
-        self,
-        position: Tensor,
-        last: Tensor,
-        rest: Tensor,
-        *,
-        origin: Tensor,
-        window: int | None = None,
-    ) -> Tensor:
-        """Spans int64 [B, 1, N, 2] of what tokens at position int64 [B, N] see in place.
 
-        Args:
-            position: Where the tokens stand.
-            last: int64 [B, N], the last position that each sees.
-            rest: bool [B], rows that take no part.
-            origin: int64 [B, N] or [B, 1]. The window of `DraftConfig` counts back from here, and
-                no window hides what is here or later.
-            window: The layer's own: a token sees so many tokens, itself included.
-        """
-        first = torch.zeros_like(position)
-        if self.options.window is not None:
-            first = first.maximum(origin - self.options.window)
-        if window is not None:
-            first = first.maximum(position - window + 1)
-        return spans(first.minimum(origin), last.clamp(max=self.slots - 1), rest)
-
-
-def context_mask(
-    reach: int,
-    begin: Tensor,
-    *,
-    origin: Tensor,
-    nearest: int | None,
-    position: Tensor | None = None,
-    window: int | None = None,
+def first_seen(
+    position: Tensor, origin: Tensor, nearest: int | None, window: int | None = None
 ) -> Tensor:
-    """Which of the first `reach` slots each token sees: bool [B, N, reach].
+    """The first position that each token sees: int64 [B, N].
 
     Args:
-        reach: Slots there are.
+        position: int64 [B, N], where the tokens stand.
+        origin: int64 [B, N]: no window hides what is here or later.
+        nearest: `DraftConfig.window`, which counts back from the origin; None is all.
+        window: The layer's own: a token sees so many tokens, itself included; None is all.
+    """
+    first = torch.zeros_like(position)
+    if nearest is not None:
+        first = first.maximum(origin - nearest)
+    if window is not None:
+        first = first.maximum(position - window + 1)
+    return first.minimum(origin)
+
+
+def seen_mask(
+    reach: int, begin: Tensor, position: Tensor, first: Tensor, last: Tensor, same: Tensor | None
+) -> Tensor:
+    """What each token sees of `reach` slots, and then of all tokens: bool [B, N, reach + N].
+
+    Args:
+        reach: Slots of the context.
         begin: int64 [B, N], the first slot that is no context of the token.
-        origin: int64 [B, N], from where the window of `DraftConfig` counts back.
-        nearest: That window; None is all.
-        position: int64 [B, N], where the tokens stand, if there is a `window`.
-        window: The layer's own: a token sees so many tokens, itself included.
+        position: int64 [B, N], where the tokens stand.
+        first: int64 [B, N], the first position that each token sees.
+        last: int64 [B, N], the last one.
+        same: bool [N, N], which tokens are of one block; None is all.
     """
     slot = torch.arange(reach, device=begin.device)
-    seen = slot < begin[..., None]
-    if nearest is not None:
-        seen = seen & (slot >= origin[..., None] - nearest)
-    if window is not None:
-        assert position is not None
-        seen = seen & (slot > position[..., None] - window)
-    return seen
+    far = (slot < begin[..., None]) & (slot >= first[..., None])
+    near = (position[:, None] <= last[..., None]) & (position[:, None] >= first[..., None])
+    return torch.cat([far, near if same is None else near & same], dim=-1)
 
 
-def same_block(blocks: int, width: int, device: torch.device, *, causal: bool = False) -> Tensor:
+def same_block(blocks: int, width: int, device: torch.device) -> Tensor:
     """Which tokens are of one block, where blocks lie side by side: bool [N, N], N all tokens."""
-    index = torch.arange(blocks * width, device=device)
-    same = index[:, None] // width == index // width
-    return same & (index <= index[:, None]) if causal else same
+    index = torch.arange(blocks * width, device=device) // width
+    return index[:, None] == index
 
 
 def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:

@@ -7,7 +7,7 @@ once and appended. Only the block makes queries. Embedding and head are the targ
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choices, DraftState, Shapes, positions, row_index
-from ttspec.drafters.context import ContextState, context_mask, same_block
+from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, positions, row_index
+from ttspec.drafters.context import ContextState, first_seen, same_block, seen_mask
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
     DOWN,
@@ -33,6 +33,9 @@ from ttspec.drafters.layers import (
 )
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
+
+Keys = Tensor | Sequence[Tensor]
+"""[B, kv heads, S, D] of each layer."""
 
 
 def default_taps(layers: int, target_layers: int) -> list[int]:
@@ -158,38 +161,34 @@ class DFlash(FeatureDrafter):
         keys = torch.stack([state.rope(k, position) for k in keys])
         state.write(keys, torch.stack(values), position, row_index(start, subset))
 
-    def _draft(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        choices: Choices,
-    ) -> None:
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
         """Fill one block a row."""
         assert isinstance(state, ContextState)
-        tokens, begin = pending[:, None], start[:, None]
         if state.spans:
-            contexts = self._in_place(state, start, length, longest)
+            position, rest = blocks.position(blocks.length + 1), blocks.start[:, 0] >= state.slots
+            seen = self._by_layer(
+                blocks,
+                state.options.window,
+                lambda first, last: state.seen_spans(first, last, rest),
+            )
+            most = blocks.longest + blocks.length + 1
+            contexts: Sequence[Attend] = state.in_place(position, rest, most, seen)
         else:
-            context = state.read(longest, begin)
-            contexts = self._concatenated(*context, begin, length, state.options.window)
-        choices(self._blocks(state.weights, tokens, begin, length, state.rope, contexts)[:, 0], 0)
+            context = state.read(blocks.longest, blocks.start)
+            contexts = self._concatenated(*context, blocks, state.options.window)
+        choices(self._fill(state.weights, blocks, state.rope, contexts)[:, 0], 0)
 
     def _replay(
         self,
         state: DraftState,
-        lesson: Lesson,
-        length: int,
-        longest: int,
+        lesson: Lesson,  # noqa: ARG002
+        blocks: Blocks,
         unroll: bool,  # noqa: ARG002 - a block does not feed itself
     ) -> Tensor:
         assert isinstance(state, ContextState)
-        tokens, start = lesson.tokens[..., 0], lesson.start
-        context = state.read(longest, start)
-        contexts = self._concatenated(*context, start, length, state.options.window)
-        return self._blocks(state.weights, tokens, start, length, state.rope, contexts)
+        context = state.read(blocks.longest, blocks.start)
+        contexts = self._concatenated(*context, blocks, state.options.window)
+        return self._fill(state.weights, blocks, state.rope, contexts)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Logits of blocks over whole sequences, with gradients to all of `weights`.
@@ -206,8 +205,9 @@ class DFlash(FeatureDrafter):
         position = torch.arange(features.shape[1], device=features.device)[None]
         keys, values = self.context(self.weights, features)
         keys = [self.rope(k, position) for k in keys]
-        contexts = self._concatenated(keys, values, start, length, None)
-        return self._blocks(self.weights, tokens, start, length, self.rope, contexts)
+        blocks = Blocks(tokens, start, length, features.shape[1])
+        contexts = self._concatenated(keys, values, blocks, None)
+        return self._fill(self.weights, blocks, self.rope, contexts)
 
     def _trainable(self) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
@@ -216,59 +216,43 @@ class DFlash(FeatureDrafter):
     def _layer(self, index: int) -> str:
         return f"layers.{index}."
 
-    def _in_place(
-        self, state: ContextState, start: Tensor, length: int, longest: int
-    ) -> Sequence[Attend]:
-        """Each layer's context, behind which the keys of one block a row are written."""
-        rest, origin = start >= state.slots, start[:, None]
-        position = positions(start, length + 1)
-        end = (origin + length).expand_as(position)
+    def _by_layer(
+        self, blocks: Blocks, nearest: int | None, make: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[Tensor]:
+        """Made of the first and last positions, int64 [B, A * T], that tokens see in each layer."""
+        width = blocks.length + 1
+        position, origin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
         kinds = list(zip(self.windows, self.causal, strict=True))
-        seen = {
-            (window, causal): state.visible(
-                position, position if causal else end, rest, origin=origin, window=window
+        made = {
+            (window, causal): make(
+                first_seen(position, origin, nearest, window),
+                position if causal else origin + blocks.length,
             )
             for window, causal in set(kinds)
         }
-        return state.in_place(position, rest, longest + length + 1, [seen[k] for k in kinds])
+        return [made[kind] for kind in kinds]
 
     def _concatenated(
-        self,
-        keys: Tensor | Sequence[Tensor],
-        values: Tensor | Sequence[Tensor],
-        start: Tensor,
-        length: int,
-        nearest: int | None,
+        self, keys: Keys, values: Keys, blocks: Blocks, nearest: int | None
     ) -> Sequence[Attend]:
-        """Each layer's context, beside which A blocks that begin at start int64 [B, A] lie."""
-        width, reach = length + 1, keys[0].shape[2]
-        position = positions(start.flatten(), width).view(len(start), -1)
-        begin = start.repeat_interleave(width, dim=1)  # [B, A * T]
-        kinds = list(zip(self.windows, self.causal, strict=True))
-        masks = {}
-        for window, causal in set(kinds):
-            far = context_mask(
-                reach, begin, origin=begin, nearest=nearest, position=position, window=window
-            )
-            near = same_block(start.shape[1], width, start.device, causal=causal)
-            masks[window, causal] = torch.cat([far, near.expand(len(start), -1, -1)], dim=-1)
-        return [
-            ConcatenatedContext(keys[i], values[i], masks[kind]) for i, kind in enumerate(kinds)
-        ]
+        """Each layer's context, beside which the blocks lie."""
+        width, reach = blocks.length + 1, keys[0].shape[2]
+        position, begin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
+        same = same_block(blocks.start.shape[1], width, begin.device)
+        masks = self._by_layer(
+            blocks,
+            nearest,
+            lambda first, last: seen_mask(reach, begin, position, first, last, same),
+        )
+        return [ConcatenatedContext(keys[i], values[i], mask) for i, mask in enumerate(masks)]
 
-    def _blocks(
-        self,
-        weights: Weights,
-        tokens: Tensor,
-        start: Tensor,
-        length: int,
-        rope: Rope,
-        contexts: Sequence[Attend],
+    def _fill(
+        self, weights: Weights, blocks: Blocks, rope: Rope, contexts: Sequence[Attend]
     ) -> Tensor:
-        """Logits [B, A, length, V] of the masks of A blocks a row: tokens, start int64 [B, A]."""
-        offset = torch.arange(length + 1, device=tokens.device)
-        position = (start[..., None] + offset).flatten(1)
-        ids = torch.full((*tokens.shape, length + 1), self.mask_token, device=tokens.device)
+        """Logits [B, A, length, V] of the blocks' masks."""
+        width, tokens = blocks.length + 1, blocks.tokens
+        position = blocks.position(width)
+        ids = torch.full((*tokens.shape, width), self.mask_token, device=tokens.device)
         ids[..., 0] = tokens
         x = F.embedding(ids.flatten(1), self.embedding)
         for i, attend in enumerate(contexts):

@@ -18,8 +18,8 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choices, DraftState, Shapes, positions, row_index
-from ttspec.drafters.context import FeatureState, context_mask, feature_ring, same_block
+from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, positions, row_index
+from ttspec.drafters.context import FeatureState, feature_ring, first_seen, same_block, seen_mask
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
     Attend,
@@ -159,37 +159,20 @@ class Eagle3(FeatureDrafter):
         state.write(k[None], v[None], at.masked_fill(rest, state.slots), row)
         state.remember(features, position, row)
 
-    def _draft(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        choices: Choices,
-    ) -> Tensor:
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
         assert isinstance(state, FeatureState)
-        before = state.recall(start[:, None] - 1, row_index(start))  # [B, 1, W]
-        h, begin = self.fuse(state.weights, before), start[:, None]
+        before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, W]
+        h = self.fuse(state.weights, before)
         if state.spans:
-            contexts = self._in_place(state, begin, length, longest)
+            contexts = self._in_place(state, blocks)
         else:
-            contexts = _growing(*self._concatenated(state, begin, length, longest))
-        self._chain(
-            state.weights,
-            h,
-            pending[:, None],
-            begin - 1,
-            state.rope,
-            contexts,
-            lambda step, hidden: choices(self.logits(hidden), step),
-        )
+            contexts = _growing(self._concatenated(state, blocks), blocks.length)
+        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
+        self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
         return before[:, 0]
 
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks, unroll: bool) -> Tensor:
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
         outs: list[Tensor] = []
@@ -198,26 +181,20 @@ class Eagle3(FeatureDrafter):
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        pending, start = lesson.tokens[..., 0], lesson.start
+        length = blocks.length
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        context, own = self._concatenated(state, start, length, longest)
-        keys, values, far = context.keys, context.values, context.mask
-        chain = state.weights, h, pending, start - 1, state.rope, _growing(context, own), follow
+        contexts = _growing(self._concatenated(state, blocks), length)
+        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
         if unroll:
             self._chain(*chain)
             return self.logits(torch.stack(outs, dim=2))
         with torch.no_grad():  # what each step is fed, then all steps at once
             fed = self._chain(*chain)
-        rows, blocks = pending.shape
-        h = torch.cat([h[:, :, None], torch.stack(fed, dim=2)[:, :, 1:]], dim=2)
-        offset = torch.arange(length, device=start.device)
-        position = (start[..., None] - 1 + offset).flatten(1)  # [B, A * length]
-        near = same_block(blocks, length, start.device, causal=True).expand(rows, -1, -1)
-        mask = torch.cat([far.repeat_interleave(length, dim=1), near], dim=-1)
-        attend = ConcatenatedContext(keys, values, mask)
-        tokens = lesson.tokens[..., :length].flatten(1)
-        out, _ = self._step(state.weights, h.flatten(1, 2), tokens, position, state.rope, attend)
-        return self.logits(out.unflatten(1, (blocks, length)))
+        h = torch.cat([h[:, :, None], torch.stack(fed, dim=2)[:, :, 1:]], dim=2).flatten(1, 2)
+        tokens, position = lesson.tokens[..., :length].flatten(1), blocks.position(length - 1, -1)
+        attend = self._concatenated(state, blocks, length)
+        out, _ = self._step(state.weights, h, tokens, position, state.rope, attend)
+        return self.logits(out.unflatten(1, (-1, length)))
 
     def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
         """Training-time test over whole sequences (drafters.md 1d), with gradients to `weights`.
@@ -239,18 +216,11 @@ class Eagle3(FeatureDrafter):
             return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
 
         nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        context = ConcatenatedContext(nothing, nothing, nothing.new_empty(count, 0).bool())
-        causal = same_block(1, count, tokens.device, causal=True)
-        own = same_block(count, 1, tokens.device)
-        self._chain(
-            self.weights,
-            self.fuse(self.weights, features),
-            tokens.roll(-1, dims=1),
-            position.expand(rows, -1),
-            self.rope,
-            _growing(context, [causal, *[own] * (steps - 1)]),
-            follow,
-        )
+        causal = position <= position[:, None]
+        contexts = _growing(ConcatenatedContext(nothing, nothing, causal), steps)
+        h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
+        position = position.expand(rows, -1)
+        self._chain(self.weights, h, token, position, self.rope, contexts, follow)
         return outs
 
     def _trainable(self) -> list[str]:
@@ -271,26 +241,25 @@ class Eagle3(FeatureDrafter):
             features = torch.cat(normed, dim=-1)
         return project(weights, "fc", features)
 
-    def _in_place(
-        self, state: FeatureState, start: Tensor, length: int, longest: int
-    ) -> Iterator[Attend]:
+    def _in_place(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
         """The context at each step of one chain a row, whose keys are written behind it."""
-        rest, origin = start[:, 0] >= state.slots, start - 1
-        for step in range(length):
-            position = origin + step
-            seen = state.visible(position, position, rest, origin=origin)
-            yield from state.in_place(position, rest, longest + step, [seen])
+        origin, rest = blocks.start - 1, blocks.start[:, 0] >= state.slots
+        first = first_seen(origin, origin, state.options.window)
+        for step in range(blocks.length):
+            seen = state.seen_spans(first, origin + step, rest)
+            yield from state.in_place(origin + step, rest, blocks.longest + step, [seen])
 
     def _concatenated(
-        self, state: FeatureState, start: Tensor, length: int, longest: int
-    ) -> tuple[ConcatenatedContext, list[Tensor]]:
-        """The context of A chains a row, and what the keys of each step are seen by."""
-        begin = start - 1  # the chain's own first row
-        keys, values = state.read(longest, begin)
-        nearest = state.options.window
-        far = context_mask(keys.shape[3], begin, origin=begin, nearest=nearest)
-        own = same_block(start.shape[1], 1, start.device).expand(len(start), -1, -1)
-        return ConcatenatedContext(keys[0], values[0], far), [own] * length
+        self, state: FeatureState, blocks: Blocks, width: int = 1
+    ) -> ConcatenatedContext:
+        """The context of A chains a row, beside which the first `width` steps of each lie."""
+        begin = blocks.start.repeat_interleave(width, dim=1) - 1
+        position = blocks.position(width - 1, -1)
+        keys, values = state.read(blocks.longest, begin[:, :1])
+        first = first_seen(position, begin, state.options.window)
+        same = same_block(blocks.start.shape[1], width, begin.device)
+        mask = seen_mask(keys.shape[3], begin, position, first, position, same)
+        return ConcatenatedContext(keys[0], values[0], mask)
 
     def _chain(
         self,
@@ -368,10 +337,13 @@ class Eagle3(FeatureDrafter):
         return x, *self._keys_values(weights, ATTENTION, x)
 
 
-def _growing(context: ConcatenatedContext, masks: Iterable[Tensor]) -> Iterator[Attend]:
-    """A context that each step adds its keys to; who sees them, bool [B, A, A], comes first."""
-    for mask in masks:
-        context.mask = torch.cat([context.mask, mask], dim=-1)
+def _growing(context: ConcatenatedContext, steps: int) -> Iterator[Attend]:
+    """A context that each of A chains adds a key to in every step, to see it from then on."""
+    for step in range(steps):
+        if step:
+            own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
+            own = own.expand(*context.mask.shape[:-2], -1, -1)
+            context.mask = torch.cat([context.mask, own], dim=-1)
         yield context
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState
-from ttspec.records import Lesson, Proposal
+from ttspec.drafters.base import Choose, Drafter, DraftState, positions, row_index
+from ttspec.records import Proposal
 
 LONGEST = 3
 """Tokens that the end of the text must share with an earlier place, tried down to 1."""
@@ -63,10 +63,8 @@ class Ngram(Drafter):
     ) -> None:
         """Write verified tokens at their places."""
         assert isinstance(state, NgramState)
-        position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        slot = position.clamp(max=state.tokens.shape[1] - 1)
-        row = torch.arange(len(start), device=tokens.device) if subset is None else subset
-        state.tokens[row[:, None], slot] = tokens
+        slot = positions(start, tokens.shape[1]).clamp(max=state.tokens.shape[1] - 1)
+        state.tokens[row_index(start, subset)[:, None], slot] = tokens
 
     def propose(
         self,
@@ -98,12 +96,3 @@ class Ngram(Drafter):
         tokens = text.gather(1, (found[:, None] + column).clamp(min=0, max=slots - 1))
         known = (end - found).masked_fill(found < 0, 0)
         return Proposal(tokens=tokens, count=count.minimum(known))
-
-    def _replay(
-        self, state: DraftState, lesson: Lesson, length: int, longest: int, unroll: bool
-    ) -> Tensor:
-        raise NotImplementedError  # nothing to learn
-
-    def learnable(self, parameters: str) -> list[str]:  # noqa: ARG002
-        """None."""
-        return []

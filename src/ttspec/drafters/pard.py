@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.drafters.base import Choices, DraftState, Shapes, positions, row_index
-from ttspec.drafters.causal import Causal, CausalState
+from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, row_index
+from ttspec.drafters.causal import Causal, CausalState, Fed
 from ttspec.drafters.layers import Weights, linear
 from ttspec.errors import CheckpointError
 
@@ -77,28 +77,16 @@ class Pard(Causal):
                 "\nIts config.json and its weights must belong together."
             )
 
-    def _draft(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        choices: Choices,
-    ) -> Tensor | None:
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
         """Read the last tokens and the masks in one pass."""
         assert isinstance(state, CausalState)
-        ids, position = self._last_tokens(state, pending, start, length)
-        known = ids.shape[1]
-        masks = ids.new_full((len(ids), length - 1), self.mask_token)
-        after = positions(start, length, 1)
-        ids, position = torch.cat([ids, masks], dim=1), torch.cat([position, after], dim=1)
-        at = position.minimum(start[:, None])
-        before = self._features_before(state, at, row_index(start))
-        logits = self._append(
-            state, ids, position, start, longest, keep=length, known=known, before=before
-        )
-        choices(logits, 0)
+        last, masks = self._last_tokens(state, blocks), blocks.length - 1
+        mask_ids = last.ids.new_full((len(last.ids), masks), self.mask_token)
+        position = torch.cat([last.position, blocks.position(blocks.length, 1)], dim=1)
+        at = position.minimum(blocks.start)
+        before = self._features_before(state, at, row_index(at))
+        fed = Fed(torch.cat([last.ids, mask_ids], dim=1), position, before)
+        choices(self._append(state, fed, blocks, 0, masks), 0)
         return None if before is None else before[:, -1]
 
     def _trainable(self) -> list[str]:
@@ -112,8 +100,8 @@ class Pard(Causal):
     def _features_before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
         return state.recall(position - 1, row) if self._features else None
 
-    def _inputs(self, weights: Weights, ids: Tensor, before: Tensor | None) -> dict[str, Tensor]:
-        if before is None:
-            return super()._inputs(weights, ids, before)
-        embedded = F.embedding(ids, weights["model.embed_tokens.weight"])
-        return {"inputs_embeds": embedded + self.scale * linear(before, weights[PROJECTION])}
+    def _inputs(self, weights: Weights, fed: Fed) -> dict[str, Tensor]:
+        if fed.before is None:
+            return super()._inputs(weights, fed)
+        embedded = F.embedding(fed.ids, weights["model.embed_tokens.weight"])
+        return {"inputs_embeds": embedded + self.scale * linear(fed.before, weights[PROJECTION])}
