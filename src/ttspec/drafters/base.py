@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,13 +32,11 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
+from ttspec.drafters.blocks import Blocks, Choices, Choose, Text
 from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
-Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
-and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
 AFTER_ATTENTION = ("o_proj", ".mlp.", "post_attention_layernorm")
 """Parts of the names of weights that come after a layer's attention."""
@@ -64,48 +62,6 @@ class DraftState:
         """Bytes of the context."""
         held = [getattr(self, f.name) for f in fields(self)]
         return sum(t.nbytes for t in held if isinstance(t, Tensor))
-
-
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """What is to be drafted: A blocks a row, side by side."""
-
-    tokens: Tensor
-    """int64 [B, A], the known token that each begins with."""
-    start: Tensor
-    """int64 [B, A], its position; past the slots in rows at rest."""
-    length: int
-    """Tokens to draft in each."""
-    longest: int
-    """The largest start, known on the host."""
-
-    def position(self, end: int, begin: int = 0) -> Tensor:
-        """Start + begin to start + end - 1 of each block: int64 [B, A * (end - begin)]."""
-        offset = torch.arange(begin, end, device=self.start.device)
-        return (self.start[..., None] + offset).flatten(1)
-
-
-class Choices:
-    """The tokens of a draft, chosen piece by piece, and what each was drawn from."""
-
-    def __init__(self, choose: Choose) -> None:
-        """See `Drafter.propose`."""
-        self._choose = choose
-        self._tokens: list[Tensor] = []
-        self._q: list[Tensor] = []
-
-    def __call__(self, logits: Tensor, first: int) -> Tensor:
-        """Tokens int64 [B, g] for logits [B, g, V_draft] of the drafts from index `first` on."""
-        tokens, q = self._choose(logits, first)
-        self._tokens.append(tokens)
-        if q is not None:
-            self._q.append(q)
-        return tokens
-
-    def proposal(self, count: Tensor, before: Tensor | None) -> Proposal:
-        """All of them; see `Proposal`."""
-        q = torch.cat(self._q, dim=1) if self._q else None
-        return Proposal(tokens=torch.cat(self._tokens, dim=1), count=count, q=q, before=before)
 
 
 class Drafter(ABC):
@@ -170,7 +126,6 @@ class Drafter(ABC):
         """Whether a config.json, and the canonical names of its tensors, are of this kind."""
         return False
 
-    @abstractmethod
     def bind(
         self,
         embedding: Tensor,
@@ -185,12 +140,29 @@ class Drafter(ABC):
         Raises:
             CheckpointError: The drafter was made for another target.
         """
+        self.taps = self.taps or self._default_taps(layers)
+        self._check_target(embedding)
+        self._bind_taps(layers)
+        self._share(embedding, head, tokenizer)
+
+    def _default_taps(self, layers: int) -> tuple[int, ...]:  # noqa: ARG002
+        """Taps where the config names none, of a target of so many layers."""
+        return ()
+
+    def _check_target(self, embedding: Tensor) -> None:  # noqa: B027
+        """Refuse a target that does not fit."""
+
+    def _share(
+        self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        """Take what is the target's, and its device and dtype; see `bind`."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
         """An empty context for `rows` rows, with the anchor weights."""
 
-    @abstractmethod
+    @torch.no_grad()
     def extend(
         self,
         state: DraftState,
@@ -208,6 +180,12 @@ class Drafter(ABC):
             start: int64 [B], position of each row's first token.
             subset: int64 [B], the rows meant; None is all.
         """
+        text = Text.after(start, tokens, features, subset)
+        self._extend(state, self._live(state, subset), text)
+
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Make text of some rows context, with these weights of theirs."""
+        raise NotImplementedError
 
     @torch.no_grad()
     def propose(
@@ -374,16 +352,6 @@ class Drafter(ABC):
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""
         return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)
-
-
-def row_index(start: Tensor, subset: Tensor | None = None) -> Tensor:
-    """The rows meant, int64 [B]: `subset`, or all."""
-    return torch.arange(len(start), device=start.device) if subset is None else subset
-
-
-def positions(start: Tensor, end: int, begin: int = 0) -> Tensor:
-    """Positions start + begin to start + end - 1 of each row: int64 [B, end - begin]."""
-    return start[:, None] + torch.arange(begin, end, device=start.device)
 
 
 def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:

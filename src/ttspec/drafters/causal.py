@@ -14,27 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import (
-    Blocks,
-    Choices,
-    Drafter,
-    DraftState,
-    Shapes,
-    placed,
-    positions,
-    row_index,
-)
+from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
+from ttspec.drafters.blocks import Blocks, Choices, Text, positions, row_index
 from ttspec.drafters.context import (
     FeatureState,
     empty_context,
@@ -51,7 +41,7 @@ from ttspec.drafters.functional import (
     functional_model,
 )
 from ttspec.drafters.layers import Rope, Weights
-from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded
+from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.target import attention_windows
@@ -144,46 +134,39 @@ class Causal(Drafter):
         text = self.model_config.get_text_config()
         return [{"lm_head.weight": (text.vocab_size, text.hidden_size)}]
 
-    def bind(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
+    def _share(
+        self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
-        """Receive the target's embedding, head and tokenizer; map vocabularies.
+        """Map vocabularies, too.
 
         Raises:
-            CheckpointError: The vocabularies have too little in common.
+            CheckpointError: They have too little in common.
         """
-        self._bind_taps(layers)
         self.embedding = embedding
         tables = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
+        text = self.model_config.get_text_config()
         for name in self.rebuilt:  # bit copies of the target's
-            width = self.model_config.get_text_config().hidden_size
-            self._require("hidden size", width, embedding.shape[1])
+            self._require("hidden size", text.hidden_size, embedding.shape[1])
             self.weights[name] = tables[name]
         if self.model_config.tie_word_embeddings:
             self.weights.pop("lm_head.weight", None)
         self.weights = placed(self.weights, embedding)
         torch.nn.Module.to(self.model, embedding.device)
-        ours = int(self.model_config.get_text_config().vocab_size)
-        own = self._tokenizer()
+        ours, theirs, own = int(text.vocab_size), embedding.shape[0], tokenizer_of(self.path)
         if own is None:
-            self._require("vocabulary", ours, embedding.shape[0])
+            self._require("vocabulary", ours, theirs)
         if own is None or tokenizer is None or own.get_vocab() == tokenizer.get_vocab():
-            shared = padded(embedding.shape[0], ours)
+            shared = padded(theirs, ours)
         else:
-            shared = common(embedding.shape[0], ours, tokenizer, own)
-            self.interpretation["vocabulary"] = (
-                f"{shared.share:.0%} of the target's tokens are its own too"
-            )
+            shared = common(theirs, ours, tokenizer, own)
+            share = f"{shared.share:.0%} of the target's tokens"
+            self.interpretation["vocabulary"] = f"{share} are its own too"
             if shared.share < LEAST_SHARED:
                 raise CheckpointError(
-                    f"Drafter {self.name} knows only {shared.share:.0%} of the target's tokens.\n"
+                    f"Drafter {self.name} knows only {share}.\n"
                     "Give a draft model with the target's tokenizer."
                 )
-        self._shared = shared.on(embedding.device, embedding.shape[0], ours)
+        self._shared = shared.on(embedding.device, theirs, ours)
         self.draft_ids = self._shared.theirs
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
@@ -206,41 +189,32 @@ class Causal(Drafter):
             **feature_ring(rows, len(self.taps) * like.shape[1], like),
         )
 
-    @torch.no_grad()
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
-        """Read tokens, and those before that may not have been read; see `Drafter.extend`."""
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Read tokens, and those before that may not have been read."""
         assert isinstance(state, CausalState)
-        row = row_index(start, subset)
-        self._keep_tokens(state, tokens, features, start, row)
-        position = positions(start, tokens.shape[1], -self.length)
-        self._read_again(state, position, row, subset)
+        self._keep(state, text)
+        position = positions(text.position[:, 0], text.position.shape[1], -self.length)
+        self._read_again(state, weights, position, text.row)
 
     def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:
         """Read the last tokens before `start`; see `Drafter.catch_up`."""
         assert isinstance(state, CausalState)
-        row = row_index(start)
         rest = (start >= state.slots)[:, None]
         for begin in range(-count, 0, READ_AT_ONCE):
             position = positions(start, min(begin + READ_AT_ONCE, 0), begin)
-            self._read_again(state, position.masked_fill(rest, state.slots), row, None)
+            position = position.masked_fill(rest, state.slots)
+            self._read_again(state, state.weights, position, None)
 
     @torch.no_grad()
     def _read_again(
-        self, state: CausalState, position: Tensor, row: Tensor, subset: Tensor | None
+        self, state: CausalState, weights: Weights, position: Tensor, subset: Tensor | None
     ) -> None:
-        """Make keys and values of known tokens at position int64 [B, T] of rows int64 [B]."""
+        """Make keys and values of known tokens at position int64 [B, T] of some rows int64 [B]."""
+        row = row_index(position, subset)
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
         first = position[:, 0].clamp(min=0)
         first = first.masked_fill(first >= state.slots, 0)  # rows at rest
         fed = Fed(ids, position, self._features_before(state, position, row))
-        weights = self._live(state, subset)
         _, k, v = self._read(state, weights, fed, int(first.max()), row=subset, keep=1)
         state.write(k, v, position, row)
 
@@ -248,7 +222,7 @@ class Causal(Drafter):
         """Note what was verified; it is read when the next tokens are drafted."""
         assert isinstance(state, CausalState)
         v = verification
-        self._keep_tokens(state, v.fed, v.features, v.start, row_index(v.start))
+        self._keep(state, Text.after(v.start, v.fed, v.features))
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
         """Draft token by token."""
@@ -256,7 +230,7 @@ class Causal(Drafter):
         fed = self._last_tokens(state, blocks)
         for step in range(blocks.length):
             token = choices(self._append(state, fed, blocks, step), step)
-            fed = Fed(self._translate(token), blocks.start + step + 1)
+            fed = Fed(self._shared.translate(token), blocks.start + step + 1)
         return None
 
     def _replay(
@@ -287,20 +261,7 @@ class Causal(Drafter):
         Returns:
             [N, R, H], what the head reads.
         """
-        out = functional_call(
-            self.model,
-            self.weights,
-            (),
-            {
-                "input_ids": ids,
-                "position_ids": position,
-                "attention_mask": seen[:, None],
-                "use_cache": False,
-                "output_hidden_states": True,
-                "logits_to_keep": 1,
-            },
-        )
-        return out.hidden_states[-1]  # after the final norm
+        return self._function.hidden(self.weights, ids, position, seen)
 
     def _trainable(self) -> list[str]:
         """All but the tables."""
@@ -318,7 +279,7 @@ class Causal(Drafter):
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
         """What is fed to draft a block of target tokens [..., length] again."""
-        return self._translate(tokens)
+        return self._shared.translate(tokens)
 
     def _features_before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:  # noqa: ARG002
         """Features [B, N, W] to read along with tokens at `position`; see `Pard`."""
@@ -328,19 +289,17 @@ class Causal(Drafter):
         """What the model's forward is given."""
         return {"input_ids": fed.ids}
 
-    def _keep_tokens(
-        self, state: CausalState, tokens: Tensor, features: Tensor, start: Tensor, row: Tensor
-    ) -> None:
+    def _keep(self, state: CausalState, text: Text) -> None:
         """Write down verified tokens and their features."""
-        position = positions(start, tokens.shape[1])
-        state.tokens[row[:, None], position.clamp(max=state.slots)] = self._translate(tokens)
-        state.remember(features, position, row)
+        slot = text.position.clamp(max=state.slots)
+        state.tokens[text.row[:, None], slot] = self._shared.translate(text.tokens)
+        state.remember(text.features, text.position, text.row)
 
     def _last_tokens(self, state: CausalState, blocks: Blocks) -> Fed:
         """The pending token and the `length` before it, of which some may be unread."""
         position = blocks.position(1, -blocks.length)
         ids = state.tokens[row_index(position)[:, None], position.clamp(0, state.slots)]
-        ids[:, -1] = self._translate(blocks.tokens[:, 0])
+        ids[:, -1] = self._shared.translate(blocks.tokens[:, 0])
         return Fed(ids, position)
 
     def _append(
@@ -367,7 +326,7 @@ class Causal(Drafter):
         layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
         inputs, weights = self._inputs(state.weights, fed), self._with_rope(state, state.weights)
         cache = InPlaceCache(layers)
-        return self._drafted(self._function(weights, inputs, position, seen, cache, keep))
+        return self._shared.drafted(self._function(weights, inputs, position, seen, cache, keep))
 
     def _by_window(
         self, state: CausalState, position: Tensor, make: Callable[[Tensor], Tensor]
@@ -419,24 +378,9 @@ class Causal(Drafter):
         logits, k, v = self._function.concatenated(
             self._with_rope(state, weights), inputs, position, masks, keys, values, keep
         )
-        return self._drafted(logits), k, v
+        return self._shared.drafted(logits), k, v
 
     def _with_rope(self, state: CausalState, weights: Weights) -> Weights:
         """Weights, and rotary frequencies where they were overridden."""
         override = state.options.rope_base
         return {**weights, **self._function.rope_buffers(state.rope)} if override else weights
-
-    def _drafted(self, logits: Tensor) -> Tensor:
-        """Logits [B, N, V_draft] of what the target knows too."""
-        return logits if self._shared.ours is None else logits[..., self._shared.ours]
-
-    def _translate(self, tokens: Tensor) -> Tensor:
-        """The target's tokens in the drafter's own vocabulary."""
-        own = self._shared.own
-        return tokens if own is None else own[tokens]
-
-    def _tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The draft model's own tokenizer, if its folder has one."""
-        if self.path is None or not any(self.path.glob("tokenizer*")):
-            return None
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, positions, row_index
+from ttspec.drafters.base import DraftState, Shapes
+from ttspec.drafters.blocks import Blocks, Choices, Text
 from ttspec.drafters.context import ContextState, first_seen, same_block, seen_mask
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
@@ -127,6 +128,7 @@ class DFlash(FeatureDrafter):
         return whole
 
     def _check_target(self, embedding: Tensor) -> None:
+        super()._check_target(embedding)
         if not 0 <= self.mask_token < embedding.shape[0]:
             raise CheckpointError(
                 f"Drafter {self.name} masks with token {self.mask_token}, but the target embeds "
@@ -145,21 +147,12 @@ class DFlash(FeatureDrafter):
         pairs = [self._keys_values(layer, "self_attn.", fused) for layer in layers]
         return [k for k, _ in pairs], [v for _, v in pairs]
 
-    @torch.no_grad()
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,  # noqa: ARG002 - a DFlash context is features only
-        features: Tensor,
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
-        """Append keys and values of verified tokens; see `Drafter.extend`."""
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Append keys and values; a DFlash context is features only."""
         assert isinstance(state, ContextState)
-        position = positions(start, features.shape[1])
-        keys, values = self.context(self._live(state, subset), features)
-        keys = torch.stack([state.rope(k, position) for k in keys])
-        state.write(keys, torch.stack(values), position, row_index(start, subset))
+        keys, values = self.context(weights, text.features)
+        keys = torch.stack([state.rope(k, text.position) for k in keys])
+        state.write(keys, torch.stack(values), text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
         """Fill one block a row."""

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, positions, row_index
+from ttspec.drafters.base import DraftState, Shapes
+from ttspec.drafters.blocks import Blocks, Choices, Text, row_index
 from ttspec.drafters.context import FeatureState, feature_ring, first_seen, same_block, seen_mask
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
@@ -111,18 +111,11 @@ class Eagle3(FeatureDrafter):
             shapes["d2t"] = (self.draft_vocabulary,)
         return shapes
 
-    def bind(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """See `FeatureDrafter.bind`; taps that the config does not name depend on the target."""
-        self.taps = self.taps or default_taps(layers)
-        super().bind(embedding, head, layers, tokenizer)
+    def _default_taps(self, layers: int) -> tuple[int, ...]:
+        return default_taps(layers)
 
-    def _check_target(self, embedding: Tensor) -> None:  # noqa: ARG002
+    def _check_target(self, embedding: Tensor) -> None:
+        super()._check_target(embedding)
         own = "embed_tokens.weight" in self.weights
         if self.hidden != self.target_hidden and (not own or self.head_is_targets):
             raise CheckpointError(
@@ -135,29 +128,20 @@ class Eagle3(FeatureDrafter):
         ring = feature_ring(rows, 3 * self.target_hidden, self.embedding)
         return FeatureState(**self._context(rows, slots, options), **ring)
 
-    @torch.no_grad()
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
-        """Write keys and values of rows start - 1 onwards; see `Drafter.extend`.
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Write keys and values of rows start - 1 onwards.
 
         The row of the last token waits for the token after it, so each call begins one row back.
         """
         assert isinstance(state, FeatureState)
-        row, position = row_index(start, subset), positions(start, tokens.shape[1])
-        shifted = torch.cat([state.recall(position[:, :1] - 1, row), features[:, :-1]], dim=1)
-        weights = self._live(state, subset)
-        _, k, v = self._read(weights, self.fuse(weights, shifted), tokens)
-        at = position - 1  # a prompt's first token has no row
-        rest = position >= state.slots  # a row at rest begins past the last slot
+        before = state.recall(text.position[:, :1] - 1, text.row)
+        shifted = torch.cat([before, text.features[:, :-1]], dim=1)
+        _, k, v = self._read(weights, self.fuse(weights, shifted), text.tokens)
+        at = text.position - 1  # a prompt's first token has no row
         k = state.rope(k, at)
-        state.write(k[None], v[None], at.masked_fill(rest, state.slots), row)
-        state.remember(features, position, row)
+        rest = text.position >= state.slots  # a row at rest begins past the last slot
+        state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
+        state.remember(text.features, text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -271,16 +255,10 @@ class Eagle3(FeatureDrafter):
         contexts: Iterable[Attend],
         follow: Follow,
     ) -> list[Tensor]:
-        """Run A chains a row, one step a context; returns what each step was fed, [B, A, H].
+        """Run A chains a row from features h [B, A, H] and the token after, int64 [B, A].
 
-        Args:
-            weights: By published name.
-            h: [B, A, H], fused features.
-            token: int64 [B, A], the token after.
-            position: int64 [B, A], where the chains begin.
-            rope: Rotation.
-            contexts: Attention of each step.
-            follow: Told what a step gives; says the next token.
+        There is a step for every context; `position` int64 [B, A] is the first one's. `follow`
+        says each next token. Returns what each step was fed, [B, A, H].
         """
         fed = []
         for step, attend in enumerate(contexts):
@@ -339,10 +317,10 @@ class Eagle3(FeatureDrafter):
 
 def _growing(context: ConcatenatedContext, steps: int) -> Iterator[Attend]:
     """A context that each of A chains adds a key to in every step, to see it from then on."""
+    own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
+    own = own.expand(*context.mask.shape[:-2], -1, -1)
     for step in range(steps):
         if step:
-            own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
-            own = own.expand(*context.mask.shape[:-2], -1, -1)
             context.mask = torch.cat([context.mask, own], dim=-1)
         yield context
 

@@ -63,31 +63,22 @@ class FeatureDrafter(Drafter):
             whole.append({"d2t": (self.vocabulary,)})
         return whole
 
-    def bind(
+    def _check_target(self, embedding: Tensor) -> None:
+        self._require("hidden size", self.target_hidden, embedding.shape[1])
+        self._require("vocabulary", self.vocabulary, embedding.shape[0])
+
+    def _share(
         self,
         embedding: Tensor,
         head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002 - it has no text
+        tokenizer: PreTrainedTokenizerBase | None,  # noqa: ARG002 - it has no text
     ) -> None:
-        """Receive the target's embedding and head; refuse a target that does not fit.
-
-        Raises:
-            CheckpointError: Hidden size, vocabulary or taps are those of another target.
-        """
-        self._require("hidden size", self.target_hidden, embedding.shape[1])
-        self._require("vocabulary", self.vocabulary, embedding.shape[0])
-        self._bind_taps(layers)
-        self._check_target(embedding)
         self.weights = placed(self.weights, embedding)
         self.embedding = self.weights.get("embed_tokens.weight", embedding)
         self.draft_ids = ids_of(self.weights.get("d2t"), self.vocabulary)
         whole = self.draft_ids is None or "lm_head.weight" in self.weights
         self._target_head = head if whole else head[self.draft_ids]
         self.rope = self.rope.to(embedding.device)
-
-    def _check_target(self, embedding: Tensor) -> None:
-        """Refuse a target for reasons of the family's own."""
 
     @property
     def head(self) -> Tensor:

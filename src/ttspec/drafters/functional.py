@@ -64,10 +64,8 @@ class ConcatenatedCache(Cache):
         """Keep the new [B, kv heads, N, D]; return the context and them."""
         self.new_keys.append(key_states)
         self.new_values.append(value_states)
-        return (
-            torch.cat([self._keys[layer_idx], key_states], dim=2),
-            torch.cat([self._values[layer_idx], value_states], dim=2),
-        )
+        keys = torch.cat([self._keys[layer_idx], key_states], dim=2)
+        return keys, torch.cat([self._values[layer_idx], value_states], dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""
@@ -158,6 +156,19 @@ class ModelFunction:
             dims = (own, 0, 0, 0, 1, 1)
             logits, k, v = vmap(call, dims, (0, 1, 1))(named, *rows, values[:, :, None])
         return logits[:, 0], k[:, :, 0], v[:, :, 0]
+
+    def hidden(self, weights: Weights, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """What the head reads [N, R, H] of whole sequences; see `Causal.teach`."""
+        given = {
+            "input_ids": ids,
+            "position_ids": position,
+            "attention_mask": seen[:, None],
+            "use_cache": False,
+            "output_hidden_states": True,
+            "logits_to_keep": 1,
+        }
+        out = functional_call(self.model, dict(weights), (), given)
+        return out.hidden_states[-1]  # after the final norm
 
     def rope_buffers(self, rope: Rope) -> dict[str, Tensor]:
         """The model's rotary frequencies, to be replaced by others; empty if they do not fit."""

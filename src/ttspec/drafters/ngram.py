@@ -12,7 +12,9 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState, positions, row_index
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Choose, Text
+from ttspec.drafters.layers import Weights
 from ttspec.records import Proposal
 
 LONGEST = 3
@@ -38,14 +40,12 @@ class Ngram(Drafter):
         self.taps, self.length, self.weights, self.interpretation = (), length, {}, {}
         self._device = torch.device("cpu")
 
-    def bind(
+    def _share(
         self,
         embedding: Tensor,
         head: Tensor,  # noqa: ARG002
-        layers: int,  # noqa: ARG002
-        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002
+        tokenizer: PreTrainedTokenizerBase | None,  # noqa: ARG002
     ) -> None:
-        """Any target fits."""
         self._device = embedding.device
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> NgramState:
@@ -53,18 +53,11 @@ class Ngram(Drafter):
         tokens = torch.zeros(rows, slots + 1, dtype=torch.long, device=self._device)
         return NgramState(weights={}, options=options, tokens=tokens)
 
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,
-        features: Tensor,  # noqa: ARG002 - text is all it reads
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:  # noqa: ARG002
         """Write verified tokens at their places."""
         assert isinstance(state, NgramState)
-        slot = positions(start, tokens.shape[1]).clamp(max=state.tokens.shape[1] - 1)
-        state.tokens[row_index(start, subset)[:, None], slot] = tokens
+        slot = text.position.clamp(max=state.tokens.shape[1] - 1)
+        state.tokens[text.row[:, None], slot] = text.tokens
 
     def propose(
         self,

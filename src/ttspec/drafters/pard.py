@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.drafters.base import Blocks, Choices, DraftState, Shapes, row_index
+from ttspec.drafters.base import DraftState, Shapes
+from ttspec.drafters.blocks import Blocks, Choices, row_index
 from ttspec.drafters.causal import Causal, CausalState, Fed
 from ttspec.drafters.layers import Weights, linear
 from ttspec.errors import CheckpointError
@@ -55,21 +55,9 @@ class Pard(Causal):
             shapes[PROJECTION] = (self.model_config.get_text_config().hidden_size, self._features)
         return shapes
 
-    def bind(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Receive the target's embedding and head; refuse a target that does not fit.
-
-        Raises:
-            CheckpointError: Vocabulary or taps are those of another target.
-        """
+    def _check_target(self, embedding: Tensor) -> None:
         if self._features:
             self._require("feature width", self._features, len(self.taps) * embedding.shape[1])
-        super().bind(embedding, head, layers, tokenizer)
         rows = self.model_config.get_text_config().vocab_size
         if not 0 <= self.mask_token < rows:
             raise CheckpointError(
@@ -95,7 +83,7 @@ class Pard(Causal):
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
         masks = torch.full_like(tokens, self.mask_token)
-        return torch.cat([self._translate(tokens[..., :1]), masks[..., 1:]], dim=-1)
+        return torch.cat([self._shared.translate(tokens[..., :1]), masks[..., 1:]], dim=-1)
 
     def _features_before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
         return state.recall(position - 1, row) if self._features else None
