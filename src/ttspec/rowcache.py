@@ -81,7 +81,7 @@ class RowCache(Cache):
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
         self._reach = slots
-        self._told: dict[torch.device, tuple[Tensor | None, ...]] = {}
+        self._by_device: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
     def aim(
         self,
@@ -101,7 +101,7 @@ class RowCache(Cache):
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
         self._row, self._subset, self._reach = row[:, None], subset, reach
-        self._told.clear()
+        self._by_device.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
@@ -126,10 +126,10 @@ class RowCache(Cache):
 
     def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:
         """Rows, slots and subset that were aimed at, where a layer is."""
-        if device not in self._told:
+        if device not in self._by_device:
             aimed = self._row, self._slot, self._subset
-            self._told[device] = tuple(None if t is None else t.to(device) for t in aimed)
-        return self._told[device]
+            self._by_device[device] = tuple(None if t is None else t.to(device) for t in aimed)
+        return self._by_device[device]
 
     def layer(self, index: int) -> LayerCache:
         """One layer, where the next forward's tokens go, all rows and slots seen."""

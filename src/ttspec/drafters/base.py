@@ -6,9 +6,11 @@ drafter never holds the target; it is bound once to the target's embedding and h
 
 A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
 
-- `_configure`: what its config.json means; `taps`, `length` and `interpretation` among it.
-- `shapes`, `optional`: every tensor of its files; `aliases` and `recognises` if they are its own.
-- `bind`, `start`, `extend`: fit the target, make an empty context, make verified tokens context.
+- `recognises`, `_configure`: whether a config.json is its own, and what it means: `taps`, `length`
+  and `interpretation` among it.
+- `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
+- `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
+- `start`, `_extend`: an empty context, and how verified tokens become context.
 - `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
 - `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
 
@@ -72,6 +74,8 @@ class Drafter(ABC):
     path: Path | None
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
+    layers: int = 0
+    """Number of its decoder layers."""
     taps: tuple[int, ...] = ()
     """Hidden states to read, as indices into the target's `hidden_states` tuple. Final once
     bound: a default may depend on the target's number of layers."""
@@ -267,9 +271,6 @@ class Drafter(ABC):
             return [*after, *(n for n in full if n == "norm.weight")]
         part = {"layers": "", "attention": "attn", "mlp": "mlp"}[parameters]
         return [n for n in layers if part in n]
-
-    layers = 0
-    """Number of its decoder layers."""
 
     def _trainable(self) -> list[str]:
         """Names of all weights that may learn."""
