@@ -659,7 +659,7 @@ def test_eagle3_layer_ids_that_begin_with_1_leave_a_layer_and_others_enter_it(to
     key = "eagle_aux_hidden_state_layer_ids"
     drafter = make_kind("eagle3", eagle_config=nested and {key: nested}, **{key: top})
     assert bound(drafter, 32).taps == taps
-    assert "layer" in drafter.facts["taps"]
+    assert "layer" in drafter.interpretation["taps"]
 
 
 @pytest.mark.parametrize(
@@ -709,7 +709,7 @@ def test_the_rope_base_is_found_wherever_it_is_written(tmp_path, which, form):
     changes, base = ROPES[form]
     edit_config(folder, **changes)
     drafter = bound(load_drafter("d", folder))
-    assert float(drafter.facts["rope base"].split()[0]) == base
+    assert float(drafter.interpretation["rope base"].split()[0]) == base
     plain = base ** (-torch.arange(0, 16, 2) / 16)
     if drafter.kind in ("pard", "causal"):
         frequencies = dict(drafter.model.named_buffers())["model.rotary_emb.inv_freq"]

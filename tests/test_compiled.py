@@ -9,7 +9,7 @@ from toys import toy_engine
 from ttspec import compiled
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding.engine import Engine
-from ttspec.drafters import causal, dflash, eagle3
+from ttspec.drafters import context
 from ttspec.models import layers
 from ttspec.models.capture import Graphs
 
@@ -61,8 +61,8 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
 
     plain = say()
     monkeypatch.setattr(decoders, "Graphs", Compiled)
-    for room in (dflash, eagle3, causal):  # as on a GPU, where attention reads what is seen
-        monkeypatch.setattr(room, "reach_to_see", lambda length, keys: None)
+    # As on a GPU, where attention reads what is seen.
+    monkeypatch.setattr(context, "reach_to_see", lambda length, keys: None)
     assert say() == plain
     first = counters["stats"]["unique_graphs"]
     # The target's layers, the drafter's, and the draw over each of two widths at most.

@@ -835,7 +835,7 @@ def test_a_draft_model_with_another_tokenizer_drafts_common_tokens_only(target, 
     common = {i for t, i in theirs.items() if t in ours}
     assert len(common) == 200
     assert drafter.draft_ids.tolist() == sorted(common)
-    assert "77%" in drafter.facts["vocabulary"]
+    assert "77%" in drafter.interpretation["vocabulary"]
     assert assert_lossless_and_common(engine, common) > 0
     # Row n of the narrowed logits is the draft model's own row for that token.
     words = engine.tokenizer.convert_ids_to_tokens(drafter.draft_ids.tolist())

@@ -95,9 +95,9 @@ def test_every_tensor_is_where_its_layer_is(which: str, first: str, second: str)
             target.forward(cache, tokens[part], start[part], 0, subset=subset, counts=start[part])
             assert features.device == home
             assert logits is None or logits.device == home
-            for device, aimed in cache._told.items():
+            for device, aimed in cache._by_device.items():
                 assert all(t is None or t.device == device for t in aimed)
-            assert set(cache._told) == {keys.device for keys in cache.keys.values()}
+            assert set(cache._by_device) == {keys.device for keys in cache.keys.values()}
         places = [home, home, away, away]
         kept = {i: keys.device for i, keys in cache.keys.items()}
         kept |= {i: own.state.device for i, own in getattr(cache, "states", {}).items()}

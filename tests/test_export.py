@@ -334,7 +334,7 @@ def test_transformers_reads_draft_models(target, tmp_path, which):
         found = model(ids).logits
         wanted = torch.func.functional_call(engine.drafter.model, model_only, (ids,))
     torch.testing.assert_close(found, wanted.logits, atol=1e-5, rtol=1e-5)
-    assert drafter.facts.keys() == engine.drafter.facts.keys()
+    assert drafter.interpretation.keys() == engine.drafter.interpretation.keys()
 
 
 def test_a_draft_model_takes_its_own_tokenizer_along(target, tmp_path):

@@ -221,7 +221,7 @@ def test_twenty_small_steps_move_a_bfloat16_drafter_as_its_float32_twin():
     for dtype in (torch.bfloat16, torch.float32):
         drafter = bound_drafter(dtype=torch.bfloat16)
         drafter.weights = {n: w.to(dtype) for n, w in drafter.weights.items()}
-        drafter.embedding, drafter.head = drafter.embedding.to(dtype), drafter.head.to(dtype)
+        drafter.bind(drafter.embedding.to(dtype), drafter.head.to(dtype), 4)
         learner, drafter, state = make_learner(1, config, drafter)
         for n in range(20):
             v = fake_round(n, 1, dtype=torch.bfloat16)

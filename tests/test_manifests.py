@@ -84,7 +84,7 @@ def test_taps_and_rope_base_are_those_of_the_manifest(name):
     drafter, _ = described(manifest)
     bind_to_nothing(drafter, manifest["target"])
     assert drafter.taps == tuple(manifest["taps"])
-    assert float(drafter.facts["rope base"].split()[0]) == manifest["rope_theta"]
+    assert float(drafter.interpretation["rope base"].split()[0]) == manifest["rope_theta"]
 
 
 @each

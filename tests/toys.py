@@ -243,7 +243,7 @@ class Parrot(Drafter):
 
     def __init__(self, script: Sequence[int], length: int = 5, wrong: int = 0) -> None:
         self.script, self.length, self.wrong = list(script), length, wrong
-        self.config, self.weights, self.facts = {}, {}, {}
+        self.config, self.weights, self.interpretation = {}, {}, {}
 
     def bind(self, embedding, head, layers, tokenizer=None) -> None:
         pass

@@ -42,20 +42,26 @@ def unwritten(shape: Sequence[int], like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class LayerCache:
-    """One layer's part of a `RowCache` that was aimed: a layer's number is no part of its code."""
+    """One layer's keys and values, and where in them new ones go."""
 
     keys: Tensor
+    """[B, kv heads, slots + 1, D]; the last slot takes what falls outside."""
     values: Tensor
     row: Tensor
+    """int64 [B, 1]."""
     slot: Tensor
+    """int64 [B, N]."""
+    reach: int | None
+    """Slots to see; None is all."""
 
     def update(
         self, keys: Tensor, values: Tensor, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
-        """See `RowCache.update`."""
+        """Write the new [B, kv heads, N, D]; return everything in reach."""
         self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
         self.values[self.row, :, self.slot] = values.transpose(1, 2)
-        return self.keys[:, :, :-1], self.values[:, :, :-1]
+        end = -1 if self.reach is None else self.reach
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 class RowCache(Cache):
@@ -75,7 +81,7 @@ class RowCache(Cache):
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
         self._reach = slots
-        self._told: dict[torch.device, tuple[Tensor | None, ...]] = {}
+        self._by_device: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
     def aim(
         self,
@@ -95,7 +101,7 @@ class RowCache(Cache):
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
         self._row, self._subset, self._reach = row[:, None], subset, reach
-        self._told.clear()
+        self._by_device.clear()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
@@ -120,17 +126,17 @@ class RowCache(Cache):
 
     def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:
         """Rows, slots and subset that were aimed at, where a layer is."""
-        if device not in self._told:
+        if device not in self._by_device:
             aimed = self._row, self._slot, self._subset
-            self._told[device] = tuple(None if t is None else t.to(device) for t in aimed)
-        return self._told[device]
+            self._by_device[device] = tuple(None if t is None else t.to(device) for t in aimed)
+        return self._by_device[device]
 
     def layer(self, index: int) -> LayerCache:
         """One layer, where the next forward's tokens go, all rows and slots seen."""
         assert self._row is not None
         assert self._slot is not None
         keys, values = of_any_size(self.keys[index], 2), of_any_size(self.values[index], 2)
-        return LayerCache(keys, values, self._row, self._slot)
+        return LayerCache(keys, values, self._row, self._slot, None)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""
@@ -164,54 +170,3 @@ def causal_mask(position: Tensor, reach: int, window: int | None = None) -> Tens
     if window is not None:
         seen &= slot > position[..., None] - window
     return seen[:, None]
-
-
-class Beside(Cache):
-    """Old keys and values as they are, and new ones beside them; nothing is written."""
-
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
-        """Context [layers, B, kv heads, S, D]."""
-        super().__init__(layers=[])
-        self._keys, self._values = keys, values
-        self.new_keys: list[Tensor] = []
-        self.new_values: list[Tensor] = []
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Keep the new [B, kv heads, N, D]; return the context and them."""
-        self.new_keys.append(key_states)
-        self.new_values.append(value_states)
-        return (
-            torch.cat([self._keys[layer_idx], key_states], dim=2),
-            torch.cat([self._values[layer_idx], value_states], dim=2),
-        )
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """0: positions and masks are always given explicitly."""
-        return 0
-
-
-class InPlace(Cache):
-    """Old keys and values, into which new ones are written where they belong."""
-
-    def __init__(
-        self, keys: Tensor, values: Tensor, row: Tensor, slot: Tensor, reach: int | None
-    ) -> None:
-        """Context [layers, B, kv heads, S, D]; where to: int64 [B, 1] and [B, N]; slots to see."""
-        super().__init__(layers=[])
-        self._keys, self._values, self._row, self._slot = keys, values, row, slot
-        self._reach = -1 if reach is None else reach
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
-        """Write the new [B, kv heads, N, D]; return everything in reach."""
-        keys, values = self._keys[layer_idx], self._values[layer_idx]
-        keys[self._row, :, self._slot] = key_states.transpose(1, 2)
-        values[self._row, :, self._slot] = value_states.transpose(1, 2)
-        return keys[:, :, : self._reach], values[:, :, : self._reach]
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
-        """0: positions and masks are always given explicitly."""
-        return 0

@@ -130,7 +130,7 @@ def _body(drafter: Drafter) -> Mapping[str, Any]:
 def _vocabulary(target: Target, drafter: Drafter) -> Finding:
     size, known = int(target.config.vocab_size), len(target.tokenizer)
     said: list[tuple[Level, str]] = []
-    mapped = "vocabulary" in drafter.facts
+    mapped = "vocabulary" in drafter.interpretation
     try:
         own = _own_tokens(drafter)
     except (OSError, ValueError, KeyError) as error:

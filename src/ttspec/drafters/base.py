@@ -1,34 +1,47 @@
-"""What every drafter is: taps, weights by published name, and four verbs.
+"""What every drafter is: taps, weights by published name, and what is asked of them in a round.
 
 Weights are plain tensors in a dict. A weight is either shared by all rows, with its published
 shape, or one per row, with a leading row dimension: that is how many rows learn side by side. A
 drafter never holds the target; it is bound once to the target's embedding and head.
+
+A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
+
+- `recognises`, `_configure`: whether a config.json is its own, and what it means: `taps`, `length`
+  and `interpretation` among it.
+- `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
+- `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
+- `start`, `_extend`: an empty context, and how verified tokens become context.
+- `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
+- `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
+
+`features.FeatureDrafter` has most of it for layers that ttspec computes, `causal.Causal` for models
+that transformers computes, and `context.ContextState` keys and values for all. Entered in `CONFIGS`
+of `tests/toys.py`, a small config of it gets all of `tests/test_conformance.py`: texts are plain
+decoding's, rows do not touch each other, `replay` is `propose` with gradients, and so on.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
+from ttspec.drafters.blocks import Blocks, Choices, Choose, Text
 from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
-Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-"""(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
-and q [B, g, V] or None."""
 Shapes = dict[str, tuple[int, ...]]
-BEHIND = ("o_proj", ".mlp.", "post_attention_layernorm")
-"""Parts of the names of weights that lie behind a layer's attention."""
+AFTER_ATTENTION = ("o_proj", ".mlp.", "post_attention_layernorm")
+"""Parts of the names of weights that come after a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""
 
@@ -61,25 +74,62 @@ class Drafter(ABC):
     path: Path | None
     config: Mapping[str, Any]
     """The checkpoint's config.json."""
+    layers: int = 0
+    """Number of its decoder layers."""
     taps: tuple[int, ...] = ()
     """Hidden states to read, as indices into the target's `hidden_states` tuple. Final once
     bound: a default may depend on the target's number of layers."""
     length: int
-    """Tokens drafted a round unless told otherwise."""
+    """Tokens drafted a round by default."""
     learning_rate: float = 1e-4
-    """Of online learning unless told otherwise: what measured best (docs/experiments.md)."""
+    """Of online learning by default: what measured best (docs/experiments.md)."""
     lora_rate: float = 1e-3
     """The same where low-rank changes learn."""
     weights: dict[str, Tensor]
     """The anchor weights: what the checkpoint holds, under its names."""
-    facts: dict[str, str]
-    """How what a checkpoint leaves open was read, for `doctor`."""
+    interpretation: dict[str, str]
+    """What the checkpoint leaves open, and how it was read."""
     draft_ids: Tensor | None = None
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
+    aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """What its tensors are called elsewhere: patterns, and what replaces them."""
 
-    @abstractmethod
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        weights: dict[str, Tensor],
+        *,
+        name: str = "",
+        path: Path | None = None,
+        names: Collection[str] = (),
+    ) -> None:
+        """Read a config.json.
+
+        Args:
+            config: config.json.
+            weights: By canonical name.
+            name: What to call it.
+            path: Its folder.
+            names: Tensors that the files hold: some variants show there only.
+
+        Raises:
+            KeyError, TypeError, ValueError: The config is not complete.
+        """
+        self.config, self.weights, self.name, self.path = config, weights, name or self.kind, path
+        self.embedding, self.interpretation = torch.empty(0), {}
+        self._configure(names)
+
+    def _configure(self, names: Collection[str]) -> None:
+        """Read `config`; see `__init__`."""
+        raise NotImplementedError
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
+        """Whether a config.json, and the canonical names of its tensors, are of this kind."""
+        return False
+
     def bind(
         self,
         embedding: Tensor,
@@ -94,12 +144,29 @@ class Drafter(ABC):
         Raises:
             CheckpointError: The drafter was made for another target.
         """
+        self.taps = self.taps or self._default_taps(layers)
+        self._check_target(embedding)
+        self._bind_taps(layers)
+        self._share(embedding, head, tokenizer)
+
+    def _default_taps(self, layers: int) -> tuple[int, ...]:  # noqa: ARG002
+        """Taps where the config names none, of a target of so many layers."""
+        return ()
+
+    def _check_target(self, embedding: Tensor) -> None:  # noqa: B027
+        """Refuse a target that does not fit."""
+
+    def _share(
+        self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
+    ) -> None:
+        """Take what is the target's, and its device and dtype; see `bind`."""
+        raise NotImplementedError
 
     @abstractmethod
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
         """An empty context for `rows` rows, with the anchor weights."""
 
-    @abstractmethod
+    @torch.no_grad()
     def extend(
         self,
         state: DraftState,
@@ -117,8 +184,14 @@ class Drafter(ABC):
             start: int64 [B], position of each row's first token.
             subset: int64 [B], the rows meant; None is all.
         """
+        text = Text.after(start, tokens, features, subset)
+        self._extend(state, self._live(state, subset), text)
 
-    @abstractmethod
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Make text of some rows context, with these weights of theirs."""
+        raise NotImplementedError
+
+    @torch.no_grad()
     def propose(
         self,
         state: DraftState,
@@ -140,9 +213,18 @@ class Drafter(ABC):
             longest: The largest start, known on the host.
             choose: Turns logits into tokens, and says from what q.
         """
+        choices = Choices(choose)
+        blocks = Blocks(pending[:, None], start[:, None], length, longest)
+        before = self._draft(state, blocks, choices)
+        return choices.proposal(count, before)
 
-    @abstractmethod
-    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor: ...
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
+        """Hand the logits of one block a row to `choices`; returns `Proposal.before`."""
+        raise NotImplementedError
+
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+        """Logits [B, A, length, V_draft]; see `replay`."""
+        raise NotImplementedError
 
     def replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
         """Draft logits as `propose` would compute them now, with gradients to `state.weights`.
@@ -156,11 +238,14 @@ class Drafter(ABC):
         Returns:
             [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
-        if not state.options.rebase:
-            return self._replay(state, lesson, length, longest)
-        # Where a context token seems to be depends on the block: one block at a time.
-        parts = (lesson.part(i) for i in range(lesson.start.shape[1]))
-        return torch.cat([self._replay(state, p, length, longest) for p in parts], dim=1)
+        parts = [lesson]
+        if state.options.rebase:  # where a context token seems to be depends on the block
+            parts = [lesson.part(i) for i in range(lesson.start.shape[1])]
+        found = []
+        for part in parts:
+            blocks = Blocks(part.tokens[..., 0], part.start, length, longest)
+            found.append(self._replay(state, part, blocks))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def shapes(self) -> Shapes:
         """Every tensor that a checkpoint must hold, with its shape; known before loading."""
@@ -170,9 +255,23 @@ class Drafter(ABC):
         """What a checkpoint may hold besides."""
         return []
 
-    @abstractmethod
     def learnable(self, parameters: str) -> list[str]:
         """Names of the weights that learn under a `LearnConfig.parameters` choice."""
+        full = self._trainable()
+        if parameters == "full":
+            return full
+        # No keys and values change behind the last attention: the context stays what it is.
+        last = [n for n in full if self._layer(self.layers - 1) in n]
+        after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
+        return [*after, *(n for n in full if n == "norm.weight")]
+
+    def _trainable(self) -> list[str]:
+        """Names of all weights that may learn."""
+        return []
+
+    def _layer(self, index: int) -> str:
+        """What the names of a layer's weights have in common."""
+        raise NotImplementedError
 
     def matrices(self, parameters: str) -> list[str]:
         """Names of the learnable matrices that get low-rank changes, without `.weight`.
@@ -247,39 +346,6 @@ class Drafter(ABC):
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""
         return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)
-
-
-FEATURES_KEPT = 1024
-"""Features of so many last tokens are at hand: more than any prefill reads at once."""
-
-
-@dataclass(slots=True)
-class FeatureState(DraftState):
-    """Remembers the features of a row's last tokens, for drafters that set out from one."""
-
-    slots: int
-    features: Tensor
-    """[B, FEATURES_KEPT + 1, W], a ring by position; the last place takes what falls outside."""
-    held: Tensor
-    """int64 [B, FEATURES_KEPT + 1]: the position that each place holds; -1 for none."""
-
-    def remember(self, features: Tensor, position: Tensor, row: Tensor) -> None:
-        """Keep features [B, T, W] of the tokens at position int64 [B, T] of rows int64 [B]."""
-        place = (position % FEATURES_KEPT).masked_fill(position >= self.slots, FEATURES_KEPT)
-        self.features[row[:, None], place] = features
-        self.held[row[:, None], place] = position
-
-    def recall(self, position: Tensor, row: Tensor) -> Tensor:
-        """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
-        place = position % FEATURES_KEPT
-        there = self.held[row[:, None], place] == position
-        return self.features[row[:, None], place].masked_fill(~there[..., None], 0.0)
-
-
-def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Tensor]:
-    """The empty fields of a `FeatureState`."""
-    held = torch.full((rows, FEATURES_KEPT + 1), -1, dtype=torch.long, device=like.device)
-    return {"features": like.new_zeros(rows, FEATURES_KEPT + 1, width), "held": held}
 
 
 def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from huggingface_hub import save_torch_state_dict
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
@@ -31,12 +30,8 @@ from ttspec.errors import CheckpointError, TtspecError
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
-KINDS: dict[str, Callable[..., Drafter]] = {
-    "dflash": DFlash,
-    "eagle3": Eagle3,
-    "pard": Pard,
-    "causal": Causal,
-}
+KINDS: dict[str, type[Drafter]] = {c.kind: c for c in (Pard, DFlash, Eagle3, Causal)}
+"""In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 UNREADABLE = {
     "DFlash2": "DFlash2 (convolutions and a candidate selector)",
@@ -53,21 +48,6 @@ REFUSED_KEYS = (
     "sample_from_anchor",
 )
 """Config entries that change a drafter's arithmetic and that we do not implement."""
-
-_ALIASES = {
-    "dflash": [
-        (r"^model\.", ""),
-        (r"^encoder\.fc\.", "fc."),
-        (r"^encoder\.output_norm_enc\.", "hidden_norm."),
-    ],
-    "eagle3": [
-        (r"^model\.", ""),
-        (r"^layers\.0\.", "midlayer."),
-        (r"^aux_norm_low\.", "fc_norm.0."),
-        (r"^aux_norm_mid\.", "fc_norm.1."),
-        (r"^aux_norm_high\.", "fc_norm.2."),
-    ],
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,22 +182,15 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | Non
             )
     if config.get("speculators_model_type") in KINDS:
         return config["speculators_model_type"]
-    if "pard_token" in config or str(config.get("spd_type", "")).startswith("pard"):
-        return "pard"
-    if "dflash_config" in config or "DFlash" in architecture:
-        return "dflash"
-    # The official EAGLE-3 config calls itself a Llama; only its draft vocabulary gives it away.
-    plain = {canonical("eagle3", n) for n in names}
-    if "Eagle3" in architecture or "draft_vocab_size" in config or "fc.weight" in plain:
-        return "eagle3"
-    kind = str(config.get("model_type"))
-    known = kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
-    return "causal" if known else None
+    for kind, family in KINDS.items():
+        if family.recognises(config, {canonical(kind, n) for n in names}):
+            return kind
+    return None
 
 
 def canonical(kind: str, name: str) -> str:
     """A tensor's one name, whatever the file calls it."""
-    for pattern, plain in _ALIASES.get(kind, ()):
+    for pattern, plain in KINDS[kind].aliases:
         name = re.sub(pattern, plain, name)
     return name
 

@@ -8,106 +8,68 @@ from its own states is never kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.compiled import compiled, of_any_size
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import (
-    BEHIND,
-    Choose,
-    Drafter,
-    DraftState,
-    FeatureState,
-    Shapes,
-    feature_ring,
-    placed,
-)
+from ttspec.drafters.base import DraftState, Shapes
+from ttspec.drafters.blocks import Blocks, Choices, Text, row_index
+from ttspec.drafters.context import FeatureState, feature_ring, first_seen, same_block, seen_mask
+from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
-    Beside,
-    Look,
-    Onto,
+    Attend,
+    ConcatenatedContext,
     Rope,
     Weights,
     gated_mlp,
     project,
-    rebased,
     rms_norm,
 )
-from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson, Proposal
-from ttspec.rowcache import reach_of, unwritten
-from ttspec.spans import reach_to_see, spans
+from ttspec.records import Lesson
 
-QKV = "midlayer.self_attn."
+LAYER = "midlayer."
+ATTENTION = LAYER + "self_attn."
 Follow = Callable[[int, Tensor], Tensor]
 """(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
-@dataclass(slots=True)
-class Eagle3State(FeatureState):
-    """Context keys and values of the one layer."""
-
-    keys: Tensor
-    """[B, kv heads, slots + 1, head size], rotated; the last slot takes what falls outside."""
-    values: Tensor
-    rope: Rope
-
-    @property
-    def spans(self) -> bool:
-        """Re-based keys are turned for every chain, so they are not read where they lie."""
-        return not self.options.rebase
-
-
-class Eagle3(Drafter):
+class Eagle3(FeatureDrafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
     learning_rate = 3e-5
+    aliases = (
+        (r"^model\.", ""),
+        (r"^layers\.0\.", LAYER),
+        (r"^aux_norm_low\.", "fc_norm.0."),
+        (r"^aux_norm_mid\.", "fc_norm.1."),
+        (r"^aux_norm_high\.", "fc_norm.2."),
+    )
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        weights: dict[str, Tensor],
-        *,
-        name: str = "eagle3",
-        path: Path | None = None,
-        names: Collection[str] = (),
-    ) -> None:
-        """Read the published keys, original or speculators'.
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """The official config calls itself a Llama; only its draft vocabulary gives it away."""
+        named = "Eagle3" in str(config.get("architectures"))
+        return named or "draft_vocab_size" in config or "fc.weight" in names
 
-        Args:
-            config: config.json.
-            weights: By canonical name (`midlayer.`).
-            name: What to call it.
-            path: Its folder.
-            names: Tensors that the files hold: some variants show there only.
-        """
+    def _configure(self, names: Collection[str]) -> None:
+        """Read the published keys, original or speculators'."""
+        config = self.config
         body = config.get("transformer_layer_config") or config
-        speculators = "speculators_model_type" in config
-        self.config, self.weights, self.name, self.path = config, weights, name, path
         if int(body["num_hidden_layers"]) != 1:
             raise ValueError(f"num_hidden_layers is {body['num_hidden_layers']}; EAGLE-3 has 1")
-        self.hidden = int(body["hidden_size"])
+        self._read_body(body, body.get("num_key_value_heads") or body["num_attention_heads"])
         self.target_hidden = int(config.get("target_hidden_size") or self.hidden)
-        self.heads = int(body["num_attention_heads"])
-        self.kv_heads = int(body.get("num_key_value_heads") or self.heads)
-        self.head_dim = int(body.get("head_dim") or self.hidden // self.heads)
-        self.intermediate = int(body["intermediate_size"])
-        self.eps = float(body["rms_norm_eps"])
-        self.vocabulary = int(body["vocab_size"])
-        self.draft_vocabulary = int(config.get("draft_vocab_size") or self.vocabulary)
         if not 0 < self.draft_vocabulary <= self.vocabulary:
             raise ValueError(f"draft_vocab_size {self.draft_vocabulary} of {self.vocabulary}")
         # vLLM takes a speculators config without the key for true, an original one for false.
+        speculators = "speculators_model_type" in config
         self.residual_is_normed = bool(config.get("norm_before_residual", speculators))
         self.norm_output = bool(config.get("norm_output", False))
         self.norm_before_fc = bool(config.get("norm_before_fc")) or "input_norm.weight" in names
@@ -115,42 +77,30 @@ class Eagle3(Drafter):
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other")
         architecture = str(config.get("architectures"))
-        self.qk_norm = "Eagle3Qwen3" in architecture or f"{QKV}q_norm.weight" in names
+        self.qk_norm = "Eagle3Qwen3" in architecture or f"{ATTENTION}q_norm.weight" in names
         rebuilt = (config.get("ttspec") or {}).get("rebuilt") or []
         self.head_is_targets = "lm_head.weight" in rebuilt
         self.length = _length(config)
         self.taps, convention = _taps(config)
-        self._body, self.rope = body, Rope.of(body, self.head_dim)
         given = body.get("rope_theta") or (body.get("rope_parameters") or {}).get("rope_theta")
-        self.facts = {
+        self.interpretation = {
             "taps": convention,
             "rope base": f"{self.rope.base:g}"
             + ("" if given else " (no rope_theta: as the published training code)"),
             "norm_before_residual": str(self.residual_is_normed).lower()
             + ("" if "norm_before_residual" in config else " (not given)"),
         }
-        self.embedding = self._lent_head = torch.empty(0)
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
         h, d, wide = self.hidden, self.head_dim, 3 * self.target_hidden
-        q, kv, inner = self.heads * d, self.kv_heads * d, self.intermediate
-        shapes: Shapes = {
-            "fc.weight": (h, wide),
-            "midlayer.input_layernorm.weight": (h,),
-            "midlayer.hidden_norm.weight": (h,),
-            "midlayer.post_attention_layernorm.weight": (h,),
-            QKV + "q_proj.weight": (q, 2 * h),
-            QKV + "k_proj.weight": (kv, 2 * h),
-            QKV + "v_proj.weight": (kv, 2 * h),
-            QKV + "o_proj.weight": (h, q),
-            "midlayer.mlp.gate_proj.weight": (inner, h),
-            "midlayer.mlp.up_proj.weight": (inner, h),
-            "midlayer.mlp.down_proj.weight": (h, inner),
-            "norm.weight": (h,),
-        }
+        shapes: Shapes = {"fc.weight": (h, wide)}
+        for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
+            shapes[f"{LAYER}{norm}.weight"] = (h,)
+        shapes |= {LAYER + name: shape for name, shape in self._matrices(2 * h).items()}
+        shapes["norm.weight"] = (h,)
         if self.qk_norm:
-            shapes |= {QKV + "q_norm.weight": (d,), QKV + "k_norm.weight": (d,)}
+            shapes |= {ATTENTION + "q_norm.weight": (d,), ATTENTION + "k_norm.weight": (d,)}
         if self.norm_before_fc:
             shapes["input_norm.weight"] = (wide,)
         if self.fc_norm:
@@ -161,123 +111,53 @@ class Eagle3(Drafter):
             shapes["d2t"] = (self.draft_vocabulary,)
         return shapes
 
-    def optional(self) -> list[Shapes]:
-        """What a file may hold besides."""
-        whole: list[Shapes] = [{"embed_tokens.weight": (self.vocabulary, self.hidden)}]
-        whole.append({"t2d": (self.vocabulary,)})
-        if self.draft_vocabulary == self.vocabulary:
-            whole.append({"d2t": (self.vocabulary,)})
-        return whole
+    def _default_taps(self, layers: int) -> tuple[int, ...]:
+        return default_taps(layers)
 
-    def bind(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002 - it has no text
-    ) -> None:
-        """Receive the target's embedding and head; refuse a target that does not fit.
-
-        Raises:
-            CheckpointError: Hidden size, vocabulary or taps are those of another target.
-        """
-        self._require("target hidden size", self.target_hidden, embedding.shape[1])
-        self._require("vocabulary", self.vocabulary, embedding.shape[0])
-        if not self.taps:
-            self.taps = default_taps(layers)
-        self._bind_taps(layers)
+    def _check_target(self, embedding: Tensor) -> None:
+        super()._check_target(embedding)
         own = "embed_tokens.weight" in self.weights
         if self.hidden != self.target_hidden and (not own or self.head_is_targets):
             raise CheckpointError(
                 f"Drafter {self.name} is {self.hidden} wide, the target {self.target_hidden}, and "
                 "its files hold no embedding and head of their own.\nIts files are incomplete."
             )
-        self.weights = placed(self.weights, embedding)
-        self.embedding = self.weights.get("embed_tokens.weight", embedding)
-        self.draft_ids = ids_of(self.weights.get("d2t"), self.vocabulary)
-        if self.head_is_targets:
-            self._lent_head = head if self.draft_ids is None else head[self.draft_ids]
-        self.rope = self.rope.to(embedding.device)
 
-    def start(self, rows: int, slots: int, options: DraftConfig) -> Eagle3State:
+    def start(self, rows: int, slots: int, options: DraftConfig) -> FeatureState:
         """An empty context for `rows` rows, with the anchor weights."""
-        shape = (rows, self.kv_heads, slots + 1, self.head_dim)
-        rope = self.rope
-        if options.rope_base:
-            rope = Rope.of(self._body, self.head_dim, options.rope_base).to(rope.frequencies.device)
-        return Eagle3State(
-            weights=self.weights,
-            options=options,
-            slots=slots,
-            keys=unwritten(shape, self.embedding),
-            values=unwritten(shape, self.embedding),
-            rope=rope,
-            **feature_ring(rows, 3 * self.target_hidden, self.embedding),
-        )
+        ring = feature_ring(rows, 3 * self.target_hidden, self.embedding)
+        return FeatureState(**self._context(rows, slots, options), **ring)
 
-    @torch.no_grad()
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
-        """Write keys and values of rows start - 1 onwards; see `Drafter.extend`.
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Write keys and values of rows start - 1 onwards.
 
         The row of the last token waits for the token after it, so each call begins one row back.
         """
-        assert isinstance(state, Eagle3State)
-        row = torch.arange(len(start), device=start.device) if subset is None else subset
-        position = start[:, None] + torch.arange(tokens.shape[1], device=start.device)
-        shifted = torch.cat([state.recall(position[:, :1] - 1, row), features[:, :-1]], dim=1)
-        weights = self._live(state, subset)
-        _, k, v = self._read(weights, self.fuse(weights, shifted), tokens)
-        at = position - 1
-        # A prompt's first token has no row; a row at rest begins past the last slot.
-        slot = at.masked_fill((at < 0) | (position >= state.slots), state.slots)
-        state.keys[row[:, None], :, slot] = state.rope(k, at).transpose(1, 2)
-        state.values[row[:, None], :, slot] = v.transpose(1, 2)
-        state.remember(features, position, row)
+        assert isinstance(state, FeatureState)
+        before = state.recall(text.position[:, :1] - 1, text.row)
+        shifted = torch.cat([before, text.features[:, :-1]], dim=1)
+        _, k, v = self._read(weights, self.fuse(weights, shifted), text.tokens)
+        at = text.position - 1  # a prompt's first token has no row
+        k = state.rope(k, at)
+        rest = text.position >= state.slots  # a row at rest begins past the last slot
+        state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
+        state.remember(text.features, text.position, text.row)
 
-    @torch.no_grad()
-    def propose(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        count: Tensor,
-        length: int,
-        longest: int,
-        choose: Choose,
-    ) -> Proposal:
-        """Draft a chain; see `Drafter.propose`."""
-        assert isinstance(state, Eagle3State)
-        row = torch.arange(len(start), device=start.device)
-        before = state.recall(start[:, None] - 1, row)  # [B, 1, W]
-        tokens: list[Tensor] = []
-        qs: list[Tensor] = []
-
-        def follow(step: int, hidden: Tensor) -> Tensor:
-            token, q = choose(self.logits(hidden), step)
-            tokens.append(token)
-            if q is not None:
-                qs.append(q)
-            return token
-
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
+        """Draft a chain."""
+        assert isinstance(state, FeatureState)
+        before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, W]
         h = self.fuse(state.weights, before)
-        chain = self._chain_in_place if state.spans else self._chain
-        chain(state, h, pending[:, None], start[:, None], length, longest, follow)
-        return Proposal(
-            tokens=torch.cat(tokens, dim=1),
-            count=count,
-            q=torch.cat(qs, dim=1) if qs else None,
-            before=before[:, 0],
-        )
+        if state.spans:
+            contexts = self._in_place(state, blocks)
+        else:
+            contexts = _growing(self._concatenated(state, blocks), blocks.length)
+        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
+        self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
+        return before[:, 0]
 
-    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
-        assert isinstance(state, Eagle3State)
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+        assert isinstance(state, FeatureState)
         assert lesson.before is not None
         outs: list[Tensor] = []
 
@@ -285,9 +165,11 @@ class Eagle3(Drafter):
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        pending, start = lesson.tokens[..., 0], lesson.start
+        length = blocks.length
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        self._chain(state, h, pending, start, length, longest, follow)
+        contexts = _growing(self._concatenated(state, blocks), length)
+        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
+        self._chain(*chain)
         return self.logits(torch.stack(outs, dim=2))
 
     def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
@@ -301,29 +183,29 @@ class Eagle3(Drafter):
         Returns:
             For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
         """
-        count = tokens.shape[1]
-        index = torch.arange(count, device=tokens.device)
-        causal, own = index <= index[:, None], index == index[:, None]
-        h, outs = self.fuse(self.weights, features), []
-        keys = features.new_empty(len(tokens), self.kv_heads, 0, self.head_dim)
-        values = keys
-        for j in range(steps):
-            token = tokens.roll(-1 - j, dims=1)  # what wraps round is never taught
-            look = Beside(keys, values, torch.cat([causal] + [own] * j, dim=-1))
-            position = (index + j).expand(len(tokens), -1)
-            out, h = self._layer(self.weights, h, token, position, self.rope, look)
-            keys, values = look.keys, look.values
-            outs.append(out)
+        rows, count = tokens.shape
+        position = torch.arange(count, device=tokens.device)
+        outs: list[Tensor] = []
+
+        def follow(step: int, hidden: Tensor) -> Tensor:
+            outs.append(hidden)
+            return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
+
+        nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
+        causal = position <= position[:, None]
+        contexts = _growing(ConcatenatedContext(nothing, nothing, causal), steps)
+        h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
+        position = position.expand(rows, -1)
+        self._chain(self.weights, h, token, position, self.rope, contexts, follow)
         return outs
 
-    def learnable(self, parameters: str) -> list[str]:
+    def _trainable(self) -> list[str]:
         """All but the tables: embedding, head and vocabulary map."""
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
-        layer = [n for n in self.weights if n.startswith("midlayer.")]
-        return {
-            "full": [n for n in self.weights if n not in tables],
-            "last": [*(n for n in layer if any(p in n for p in BEHIND)), "norm.weight"],
-        }[parameters]
+        return [n for n in self.weights if n not in tables]
+
+    def _layer(self, index: int) -> str:  # noqa: ARG002 - there is one
+        return LAYER
 
     def fuse(self, weights: Weights, features: Tensor) -> Tensor:
         """The three taps [B, ..., 3 * target hidden] as one state [B, ..., H]."""
@@ -335,62 +217,51 @@ class Eagle3(Drafter):
             features = torch.cat(normed, dim=-1)
         return project(weights, "fc", features)
 
+    def _in_place(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
+        """The context at each step of one chain a row, whose keys are written behind it."""
+        origin, rest = blocks.start - 1, blocks.start[:, 0] >= state.slots
+        first = first_seen(origin, origin, state.options.window)
+        for step in range(blocks.length):
+            seen = state.seen_spans(first, origin + step, rest)
+            yield from state.in_place(origin + step, rest, blocks.longest + step, [seen])
+
+    def _concatenated(self, state: FeatureState, blocks: Blocks) -> ConcatenatedContext:
+        """The context of A chains a row, beside which the first step of each lies."""
+        begin = position = blocks.start - 1
+        keys, values = state.read(blocks.longest, begin[:, :1])
+        first = first_seen(position, begin, state.options.window)
+        same = same_block(blocks.start.shape[1], 1, begin.device)
+        mask = seen_mask(keys.shape[3], begin, position, first, position, same)
+        return ConcatenatedContext(keys[0], values[0], mask)
+
     def _chain(
         self,
-        state: Eagle3State,
+        weights: Weights,
         h: Tensor,
         token: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
+        position: Tensor,
+        rope: Rope,
+        contexts: Iterable[Attend],
         follow: Follow,
     ) -> None:
-        """Run A chains a row from fused features h [B, A, H]."""
-        keys, values = self._context(state, start, longest)
-        far = self._far(state, start, longest)
-        blocks = token.shape[1]
-        own = torch.eye(blocks, dtype=torch.bool, device=token.device).expand(len(token), -1, -1)
-        for step in range(length):
-            look = Beside(keys, values, torch.cat([far, *[own] * (step + 1)], dim=-1))
-            out, h = self._layer(state.weights, h, token, start - 1 + step, state.rope, look)
-            keys, values = look.keys, look.values
-            token = follow(step, out)
+        """Run A chains a row from features h [B, A, H] and the token after, int64 [B, A].
 
-    def _chain_in_place(
-        self,
-        state: Eagle3State,
-        h: Tensor,
-        token: Tensor,
-        start: Tensor,
-        length: int,
-        longest: int,
-        follow: Follow,
-    ) -> None:
-        """Run one chain a row, h [B, 1, H], whose keys are written past the context."""
-        rest = start[:, 0] >= state.slots
-        row = torch.arange(len(start), device=start.device)[:, None]
-        first = torch.zeros_like(start)
-        if state.options.window is not None:
-            first = start - 1 - state.options.window
-        keys, values = of_any_size(state.keys, 2), of_any_size(state.values, 2)
-        for step in range(length):
-            position = start - 1 + step
-            seen = spans(first, position.clamp(max=state.slots - 1), rest)
-            slot = position.clamp(max=state.slots).masked_fill(rest[:, None], state.slots)
-            reach = reach_to_see(longest + step, state.keys)
-            look = Onto(keys, values, row, slot, seen, reach)
-            out, h = self._layer(state.weights, h, token, position, state.rope, look)
+        There is a step for every context; `position` int64 [B, A] is the first one's. `follow`
+        says each next token.
+        """
+        for step, attend in enumerate(contexts):
+            out, h = self._step(weights, h, token, position + step, rope, attend)
             token = follow(step, out)
 
     @compiled
-    def _layer(
+    def _step(
         self,
         weights: Weights,
         h: Tensor,
         tokens: Tensor,
         position: Tensor,
         rope: Rope,
-        look: Look,
+        attend: Attend,
     ) -> tuple[Tensor, Tensor]:
         """The decoder layer and the final norm.
 
@@ -400,17 +271,15 @@ class Eagle3(Drafter):
             tokens: int64 [B, N], the tokens after.
             position: int64 [B, N].
             rope: Rotation.
-            look: Attention.
+            attend: Attention.
 
         Returns:
             What the head reads and what the next step is fed, [B, N, H].
         """
         x, k, v = self._read(weights, h, tokens)
-        q = project(weights, QKV + "q_proj", x).unflatten(-1, (self.heads, -1))
-        if self.qk_norm:
-            q = rms_norm(q, weights[QKV + "q_norm.weight"], self.eps)
-        out = look(rope(q.transpose(1, 2), position), rope(k, position), v)
-        out = project(weights, QKV + "o_proj", out)
+        q = self._heads(weights, ATTENTION + "q", x, self.heads)
+        out = attend(rope(q, position), rope(k, position), v)
+        out = project(weights, ATTENTION + "o_proj", out)
         if self.residual_is_normed:
             h = rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps)
         y = h + out
@@ -429,37 +298,17 @@ class Eagle3(Drafter):
             ],
             dim=-1,
         )
-        k = project(weights, QKV + "k_proj", x).unflatten(-1, (self.kv_heads, -1))
-        v = project(weights, QKV + "v_proj", x).unflatten(-1, (self.kv_heads, -1))
-        if self.qk_norm:
-            k = rms_norm(k, weights[QKV + "k_norm.weight"], self.eps)
-        return x, k.transpose(1, 2), v.transpose(1, 2)
+        return x, *self._keys_values(weights, ATTENTION, x)
 
-    def _context(self, state: Eagle3State, start: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        reach = reach_of(longest, state.slots)
-        keys, values = state.keys[:, :, :reach], state.values[:, :, :reach]
-        if state.options.rebase:
-            keys = rebased(keys, start - 1, state.options.rebase, state.rope)
-        return keys, values
 
-    def _far(self, state: Eagle3State, start: Tensor, longest: int) -> Tensor:
-        """Which context rows each chain sees: bool [B, A, reach]."""
-        slot = torch.arange(reach_of(longest, state.slots), device=start.device)
-        begin = start[..., None] - 1  # the chain's own first row
-        seen = slot < begin
-        if state.options.window is not None:
-            seen = seen & (slot >= begin - state.options.window)
-        return seen
-
-    @property
-    def head(self) -> Tensor:
-        """[V_draft, H], its own or rows of the target's."""
-        return self.weights.get("lm_head.weight", self._lent_head)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Draft logits [..., V_draft]."""
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
-        return flat.view(*hidden.shape[:-1], -1)
+def _growing(context: ConcatenatedContext, steps: int) -> Iterator[Attend]:
+    """A context that each of A chains adds a key to in every step, to see it from then on."""
+    own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
+    own = own.expand(*context.mask.shape[:-2], -1, -1)
+    for step in range(steps):
+        if step:
+            context.mask = torch.cat([context.mask, own], dim=-1)
+        yield context
 
 
 def default_taps(layers: int) -> tuple[int, int, int]:

@@ -16,10 +16,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ttspec.compiled import is_compiling
+from ttspec.rowcache import LayerCache
 from ttspec.spans import span_attention
 
 Weights = Mapping[str, Tensor]
-Look = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, new keys, new values, [B, (kv) heads, N, D]) -> attention over context and what is new,
 [B, N, heads * D]."""
 
@@ -84,7 +85,7 @@ def gated_mlp(weights: Weights, at: str, x: Tensor) -> Tensor:
     return project(weights, at + "down_proj", gate * project(weights, at + "up_proj", x))
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention in which query heads of one key head become query rows: no key is repeated.
 
     Args:
@@ -107,8 +108,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
 
 
 @dataclass(slots=True)
-class Beside:
-    """A layer's context, beside which new keys and values are laid to be seen with it.
+class ConcatenatedContext:
+    """A layer's context, to which new keys and values are concatenated.
 
     Nothing is written: gradients pass, and several blocks may lie side by side.
     """
@@ -120,34 +121,22 @@ class Beside:
     """bool [B, N, S + N] or [N, S + N]."""
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Look`."""
+        """See `Attend`."""
         self.keys = torch.cat([self.keys, keys], dim=2)
         self.values = torch.cat([self.values, values], dim=2)
-        return attend(query, self.keys, self.values, self.mask)
+        return grouped_attention(query, self.keys, self.values, self.mask)
 
 
 @dataclass(frozen=True, slots=True)
-class Onto:
-    """A layer's context, and where in it new keys and values go to be seen with it."""
+class InPlaceContext(LayerCache):
+    """A layer's context, into which new keys and values are written where they belong."""
 
-    keys: Tensor
-    """[B, kv heads, slots + 1, D]; the last slot takes what falls outside."""
-    values: Tensor
-    row: Tensor
-    """int64 [B, 1]."""
-    slot: Tensor
-    """int64 [B, N]."""
     seen: Tensor
     """int64 [B, 1, N, 2], from `spans.spans`."""
-    reach: int | None
-    """Slots to look at; None is all, where attention reads only what is seen."""
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """See `Look`; the next that come to these slots replace what is written now."""
-        self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
-        self.values[self.row, :, self.slot] = values.transpose(1, 2)
-        end = -1 if self.reach is None else self.reach
-        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        """See `Attend`; the next that come to these slots replace what is written now."""
+        keys, values = self.update(keys, values)
         return span_attention(query, keys, values, self.seen).flatten(2)
 
 
@@ -199,20 +188,3 @@ class Rope:
         cos, sin = cos.to(x.dtype), sin.to(x.dtype)
         a, b = x[..., :half], x[..., half : 2 * half]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], dim=-1)
-
-
-def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
-    """Turn rotated keys so that none looks further back than `rebase` from a block's start.
-
-    A shift of all positions by one number cancels in rotary attention, so only a change of
-    distances can help; here distances past `rebase` are clamped to it. Rotations add up.
-
-    Args:
-        keys: [B, kv heads, S, D], rotated by their slots.
-        begin: int64 [B, 1], where each row's block starts.
-        rebase: The largest distance.
-        rope: How they were rotated.
-    """
-    slot = torch.arange(keys.shape[2], device=keys.device)
-    turn = Rope(rope.frequencies, rope.base)
-    return turn(keys, (begin - rebase - slot).clamp(min=0))

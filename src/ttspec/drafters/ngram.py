@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Choose, Drafter, DraftState
-from ttspec.records import Lesson, Proposal
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Choose, Text
+from ttspec.drafters.layers import Weights
+from ttspec.records import Proposal
 
 LONGEST = 3
 """Tokens that the end of the text must share with an earlier place, tried down to 1."""
@@ -35,17 +37,15 @@ class Ngram(Drafter):
     def __init__(self, length: int = 7) -> None:
         """`length` is the number of tokens copied."""
         self.name, self.path, self.config = "ngram", None, {}
-        self.taps, self.length, self.weights, self.facts = (), length, {}, {}
+        self.taps, self.length, self.weights, self.interpretation = (), length, {}, {}
         self._device = torch.device("cpu")
 
-    def bind(
+    def _share(
         self,
         embedding: Tensor,
         head: Tensor,  # noqa: ARG002
-        layers: int,  # noqa: ARG002
-        tokenizer: PreTrainedTokenizerBase | None = None,  # noqa: ARG002
+        tokenizer: PreTrainedTokenizerBase | None,  # noqa: ARG002
     ) -> None:
-        """Any target fits."""
         self._device = embedding.device
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> NgramState:
@@ -53,20 +53,11 @@ class Ngram(Drafter):
         tokens = torch.zeros(rows, slots + 1, dtype=torch.long, device=self._device)
         return NgramState(weights={}, options=options, tokens=tokens)
 
-    def extend(
-        self,
-        state: DraftState,
-        tokens: Tensor,
-        features: Tensor,  # noqa: ARG002 - text is all it reads
-        start: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:  # noqa: ARG002
         """Write verified tokens at their places."""
         assert isinstance(state, NgramState)
-        position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        slot = position.clamp(max=state.tokens.shape[1] - 1)
-        row = torch.arange(len(start), device=tokens.device) if subset is None else subset
-        state.tokens[row[:, None], slot] = tokens
+        slot = text.position.clamp(max=state.tokens.shape[1] - 1)
+        state.tokens[text.row[:, None], slot] = text.tokens
 
     def propose(
         self,
@@ -98,10 +89,3 @@ class Ngram(Drafter):
         tokens = text.gather(1, (found[:, None] + column).clamp(min=0, max=slots - 1))
         known = (end - found).masked_fill(found < 0, 0)
         return Proposal(tokens=tokens, count=count.minimum(known))
-
-    def _replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
-        raise NotImplementedError  # nothing to learn
-
-    def learnable(self, parameters: str) -> list[str]:  # noqa: ARG002
-        """None."""
-        return []

@@ -8,19 +8,17 @@ before to each embedding; mask rows use those of the last known token.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.drafters.base import Choose, DraftState, Shapes
-from ttspec.drafters.causal import Causal, CausalState
+from ttspec.drafters.base import DraftState, Shapes
+from ttspec.drafters.blocks import Blocks, Choices, row_index
+from ttspec.drafters.causal import Causal, CausalState, Fed
 from ttspec.drafters.layers import Weights, linear
 from ttspec.errors import CheckpointError
-from ttspec.records import Proposal
 
 PROJECTION = "target_proj.weight"
 
@@ -31,26 +29,24 @@ class Pard(Causal):
     kind = "pard"
     default_length = 12
 
-    def __init__(
-        self,
-        config: Mapping[str, Any],
-        weights: dict[str, Tensor],
-        *,
-        name: str = "pard",
-        path: Path | None = None,
-        names: Collection[str] = (),
-    ) -> None:
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
+        """By its own keys in a stock config."""
+        return "pard_token" in config or str(config.get("spd_type", "")).startswith("pard")
+
+    def _configure(self, names: Collection[str]) -> None:
         """Read a transformers config with PARD's own keys."""
+        config = self.config
         if config.get("pard2"):
             self.default_length = 15
-        super().__init__(config, weights, name=name, path=path, names=names)
+        super()._configure(names)
         self.mask_token = int(config["pard_token"])
         self.scale = float(config.get("pard2_scale") or 0.02)
         self._features = int(config["pard2_target_dim"]) if config.get("pard2") else 0
         if self._features:
             layers = [int(k) for k in config["pard2_target_layers"]]
             self.taps = tuple(layers)  # of the hidden_states tuple; negative from its end
-            self.facts["taps"] = f"pard2_target_layers {layers} index hidden states"
+            self.interpretation["taps"] = f"pard2_target_layers {layers} index hidden states"
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
@@ -59,21 +55,9 @@ class Pard(Causal):
             shapes[PROJECTION] = (self.model_config.get_text_config().hidden_size, self._features)
         return shapes
 
-    def bind(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        layers: int,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Receive the target's embedding and head; refuse a target that does not fit.
-
-        Raises:
-            CheckpointError: Vocabulary or taps are those of another target.
-        """
+    def _check_target(self, embedding: Tensor) -> None:
         if self._features:
             self._require("feature width", self._features, len(self.taps) * embedding.shape[1])
-        super().bind(embedding, head, layers, tokenizer)
         rows = self.model_config.get_text_config().vocab_size
         if not 0 <= self.mask_token < rows:
             raise CheckpointError(
@@ -81,47 +65,31 @@ class Pard(Causal):
                 "\nIts config.json and its weights must belong together."
             )
 
-    @torch.no_grad()
-    def propose(
-        self,
-        state: DraftState,
-        pending: Tensor,
-        start: Tensor,
-        count: Tensor,
-        length: int,
-        longest: int,
-        choose: Choose,
-    ) -> Proposal:
-        """Read the last tokens and the masks in one pass; see `Drafter.propose`."""
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
+        """Read the last tokens and the masks in one pass."""
         assert isinstance(state, CausalState)
-        ids, position = self._last(state, pending, start, length)
-        known = ids.shape[1]
-        masks = ids.new_full((len(ids), length - 1), self.mask_token)
-        after = start[:, None] + torch.arange(1, length, device=start.device)
-        ids, position = torch.cat([ids, masks], dim=1), torch.cat([position, after], dim=1)
-        row = torch.arange(len(start), device=start.device)
-        before = self._before(state, position.minimum(start[:, None]), row)
-        logits = self._draft(
-            state, ids, position, start, longest, keep=length, known=known, before=before
-        )
-        tokens, q = choose(logits, 0)
-        last = None if before is None else before[:, -1]
-        return Proposal(tokens=tokens, count=count, q=q, before=last)
+        last, masks = self._last_tokens(state, blocks), blocks.length - 1
+        mask_ids = last.ids.new_full((len(last.ids), masks), self.mask_token)
+        position = torch.cat([last.position, blocks.position(blocks.length, 1)], dim=1)
+        at = position.minimum(blocks.start)
+        before = self._features_before(state, at, row_index(at))
+        fed = Fed(torch.cat([last.ids, mask_ids], dim=1), position, before)
+        choices(self._append(state, fed, blocks, 0, masks), 0)
+        return None if before is None else before[:, -1]
 
-    def learnable(self, parameters: str) -> list[str]:
-        """All but the tables."""
-        names = super().learnable(parameters)
-        return [*names, PROJECTION] if self._features and parameters == "full" else names
+    def _trainable(self) -> list[str]:
+        names = super()._trainable()
+        return [*names, PROJECTION] if self._features else names
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
         masks = torch.full_like(tokens, self.mask_token)
-        return torch.cat([self._own(tokens[..., :1]), masks[..., 1:]], dim=-1)
+        return torch.cat([self._shared.translate(tokens[..., :1]), masks[..., 1:]], dim=-1)
 
-    def _before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
+    def _features_before(self, state: CausalState, position: Tensor, row: Tensor) -> Tensor | None:
         return state.recall(position - 1, row) if self._features else None
 
-    def _inputs(self, weights: Weights, ids: Tensor, before: Tensor | None) -> dict[str, Tensor]:
-        if before is None:
-            return super()._inputs(weights, ids, before)
-        embedded = F.embedding(ids, weights["model.embed_tokens.weight"])
-        return {"inputs_embeds": embedded + self.scale * linear(before, weights[PROJECTION])}
+    def _inputs(self, weights: Weights, fed: Fed) -> dict[str, Tensor]:
+        if fed.before is None:
+            return super()._inputs(weights, fed)
+        embedded = F.embedding(fed.ids, weights["model.embed_tokens.weight"])
+        return {"inputs_embeds": embedded + self.scale * linear(fed.before, weights[PROJECTION])}

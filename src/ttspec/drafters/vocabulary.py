@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 LEAST_SHARED = 0.5
@@ -34,6 +36,21 @@ class Shared:
 
         own = None if self.own is None else self.own.to(device)
         return replace(self, theirs=kept(self.theirs, theirs), ours=kept(self.ours, ours), own=own)
+
+    def translate(self, tokens: Tensor) -> Tensor:
+        """The target's tokens in the draft model's vocabulary."""
+        return tokens if self.own is None else self.own[tokens]
+
+    def drafted(self, logits: Tensor) -> Tensor:
+        """Logits [..., V_draft] of what both know, of the draft model's own [..., V]."""
+        return logits if self.ours is None else logits[..., self.ours]
+
+
+def tokenizer_of(folder: Path | None) -> PreTrainedTokenizerBase | None:
+    """A draft model's own tokenizer, if its folder has one."""
+    if folder is None or not any(folder.glob("tokenizer*")):
+        return None
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def padded(theirs: int, ours: int) -> Shared:

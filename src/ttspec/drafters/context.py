@@ -1,0 +1,198 @@
+"""A drafter's context as keys and values: written at positions, read in place or copied.
+
+In place, a draft's own keys are written behind the context and every query reads a span of slots:
+nothing is copied. Else they are concatenated with the context, and a mask says what is seen: so
+gradients pass, several blocks lie side by side, and keys can be turned for the block that sees
+them. Both give the same logits, but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttspec.compiled import of_any_size
+from ttspec.drafters.base import DraftState
+from ttspec.drafters.layers import InPlaceContext, Rope
+from ttspec.rowcache import reach_of, unwritten
+from ttspec.spans import reach_to_see, spans
+
+
+@dataclass(slots=True)
+class ContextState(DraftState):
+    """Keys and values of every layer."""
+
+    keys: Tensor
+    """[layers, B, kv heads, slots + 1, D], rotated; the last slot takes what falls outside."""
+    values: Tensor
+    rope: Rope
+
+    @property
+    def slots(self) -> int:
+        """Tokens that a row can hold."""
+        return self.keys.shape[3] - 1
+
+    @property
+    def spans(self) -> bool:
+        """Re-based keys are turned anew for every block, so they are not read in place."""
+        return not self.options.rebase
+
+    def slot(self, position: Tensor, rest: Tensor | None = None) -> Tensor:
+        """Slots of tokens at position int64 [B, T]; the last one for rows at rest, bool [B]."""
+        slot = position.clamp(-1, self.slots)  # either end is the last slot
+        return slot if rest is None else slot.masked_fill(rest[:, None], self.slots)
+
+    def write(self, keys: Tensor, values: Tensor, position: Tensor, row: Tensor) -> None:
+        """Keep keys and values [layers, B, kv heads, T, D] of tokens at position int64 [B, T]."""
+        slot = self.slot(position)
+        for kept, new in ((self.keys, keys), (self.values, values)):
+            kept[:, row[:, None], :, slot] = new.permute(1, 3, 0, 2, 4)
+
+    def read(
+        self, longest: int, begin: Tensor, row: Tensor | None = None, near: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, B, kv heads, reach, D] for blocks that set out at `begin`.
+
+        Args:
+            longest: How far the context reaches, known on the host.
+            begin: int64 [B, 1], from where re-based distances count.
+            row: int64 [B], the rows meant, in this order; None is all.
+            near: Distances up to this stay as they are.
+        """
+        reach = reach_of(longest, self.slots)
+        keys, values = self.keys[:, :, :, :reach], self.values[:, :, :, :reach]
+        if row is not None:
+            keys, values = keys[:, row], values[:, row]
+        if self.options.rebase:
+            flat, begin = keys.flatten(0, 1), begin.repeat(len(keys), 1)
+            turned = rebased(flat, begin, max(self.options.rebase, near), self.rope)
+            keys = turned.unflatten(0, keys.shape[:2])
+        return keys, values
+
+    def seen_spans(self, first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
+        """Tokens that see positions first to last, int64 [B, N]; see `spans.spans`."""
+        return spans(first, last.clamp(max=self.slots - 1), rest)
+
+    def in_place(
+        self, position: Tensor, rest: Tensor, longest: int, seen: Sequence[Tensor]
+    ) -> list[InPlaceContext]:
+        """Each layer's context, in which new tokens at position int64 [B, N] are written.
+
+        Args:
+            position: Where the new tokens stand.
+            rest: bool [B], rows that take no part.
+            longest: Tokens to see at most, known on the host.
+            seen: What the new tokens see in each layer, from `seen_spans`.
+        """
+        row = torch.arange(len(position), device=position.device)[:, None]
+        slot, reach = self.slot(position, rest), reach_to_see(longest, self.keys)
+        made: list[InPlaceContext] = []
+        for i, sees in enumerate(seen):
+            keys, values = of_any_size(self.keys[i], 2), of_any_size(self.values[i], 2)
+            made.append(InPlaceContext(keys, values, row, slot, reach, sees))
+        return made
+
+
+def first_seen(
+    position: Tensor, origin: Tensor, nearest: int | None, window: int | None = None
+) -> Tensor:
+    """The first position that each token sees: int64 [B, N].
+
+    Args:
+        position: int64 [B, N], where the tokens stand.
+        origin: int64 [B, N]: no window hides what is here or later.
+        nearest: `DraftConfig.window`, which counts back from the origin; None is all.
+        window: The layer's own: a token sees so many tokens, itself included; None is all.
+    """
+    first = torch.zeros_like(position)
+    if nearest is not None:
+        first = first.maximum(origin - nearest)
+    if window is not None:
+        first = first.maximum(position - window + 1)
+    return first.minimum(origin)
+
+
+def seen_mask(
+    reach: int, begin: Tensor, position: Tensor, first: Tensor, last: Tensor, same: Tensor | None
+) -> Tensor:
+    """What each token sees of `reach` slots, and then of all tokens: bool [B, N, reach + N].
+
+    Args:
+        reach: Slots of the context.
+        begin: int64 [B, N], the first slot that is no context of the token.
+        position: int64 [B, N], where the tokens stand.
+        first: int64 [B, N], the first position that each token sees.
+        last: int64 [B, N], the last one.
+        same: bool [N, N], which tokens are of one block; None is all.
+    """
+    slot = torch.arange(reach, device=begin.device)
+    far = (slot < begin[..., None]) & (slot >= first[..., None])
+    near = (position[:, None] <= last[..., None]) & (position[:, None] >= first[..., None])
+    return torch.cat([far, near if same is None else near & same], dim=-1)
+
+
+def same_block(blocks: int, width: int, device: torch.device) -> Tensor:
+    """Which tokens are of one block, where blocks lie side by side: bool [N, N], N all tokens."""
+    index = torch.arange(blocks * width, device=device) // width
+    return index[:, None] == index
+
+
+def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
+    """Turn rotated keys so that none looks further back than `rebase` from a block's start.
+
+    A shift of all positions by one number cancels in rotary attention, so only a change of
+    distances can help; here distances past `rebase` are clamped to it. Rotations add up.
+
+    Args:
+        keys: [B, kv heads, S, D], rotated by their slots.
+        begin: int64 [B, 1], where each row's block starts.
+        rebase: The largest distance.
+        rope: How they were rotated.
+    """
+    slot = torch.arange(keys.shape[2], device=keys.device)
+    turn = Rope(rope.frequencies, rope.base)
+    return turn(keys, (begin - rebase - slot).clamp(min=0))
+
+
+def empty_context(
+    layers: int, rows: int, heads: int, slots: int, size: int, like: Tensor
+) -> dict[str, Tensor]:
+    """The empty `keys` and `values` of a `ContextState`."""
+    shape = (layers, rows, heads, slots + 1, size)
+    return {"keys": unwritten(shape, like), "values": unwritten(shape, like)}
+
+
+FEATURES_KEPT = 1024
+"""Features of so many last tokens are at hand: more than any prefill reads at once."""
+
+
+@dataclass(slots=True)
+class FeatureState(ContextState):
+    """Remembers the features of a row's last tokens, for drafters that set out from one."""
+
+    features: Tensor
+    """[B, FEATURES_KEPT + 1, W], a ring by position; the last place takes what falls outside."""
+    held: Tensor
+    """int64 [B, FEATURES_KEPT + 1]: the position that each place holds; -1 for none."""
+
+    def remember(self, features: Tensor, position: Tensor, row: Tensor) -> None:
+        """Keep features [B, T, W] of the tokens at position int64 [B, T] of rows int64 [B]."""
+        place = (position % FEATURES_KEPT).masked_fill(position >= self.slots, FEATURES_KEPT)
+        self.features[row[:, None], place] = features
+        self.held[row[:, None], place] = position
+
+    def recall(self, position: Tensor, row: Tensor) -> Tensor:
+        """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
+        place = position % FEATURES_KEPT
+        there = self.held[row[:, None], place] == position
+        return self.features[row[:, None], place].masked_fill(~there[..., None], 0.0)
+
+
+def feature_ring(rows: int, width: int, like: Tensor) -> dict[str, Any]:
+    """The empty fields of a `FeatureState` besides keys and values."""
+    held = torch.full((rows, FEATURES_KEPT + 1), -1, dtype=torch.long, device=like.device)
+    return {"features": like.new_zeros(rows, FEATURES_KEPT + 1, width), "held": held}

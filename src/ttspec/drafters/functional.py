@@ -1,0 +1,200 @@
+"""A transformers model as a function of its weights: one set for all rows, or one per row."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
+
+from ttspec.drafters.layers import Rope, Weights, low_rank
+from ttspec.models.attention import use_folded_attention
+from ttspec.models.target import attention_windows, cache_keyword
+from ttspec.rowcache import LayerCache
+
+Masks = dict[int | None, Tensor]
+"""What each token sees, by the window of a layer: bool [B, 1, N, S], or spans [B, 1, N, 2]."""
+
+
+class Projection(torch.nn.Linear):
+    """A matrix of the model, which may have a low-rank change, of all rows or of each."""
+
+    down: Tensor
+    up: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """X [B, ..., in] -> [B, ..., out]."""
+        y = super().forward(input)
+        return low_rank(y, input, self.down, self.up) if self.down.numel() else y
+
+
+def functional_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model whose own parameters are never used."""
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    model.tie_weights()  # no_init_weights leaves it out
+    for module in list(model.modules()):
+        if type(module) is torch.nn.Linear:
+            module.__class__ = Projection
+            for part in ("down", "up"):  # none; `functional_call` puts rows' own here
+                module.register_buffer(part, torch.empty(0, 0, 0), persistent=False)
+    use_folded_attention(model)
+    return model.eval().requires_grad_(False)
+
+
+class ConcatenatedCache(Cache):
+    """Old keys and values as they are, with which new ones are concatenated; nothing is written."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """Context [layers, B, kv heads, S, D]."""
+        super().__init__(layers=[])
+        self._keys, self._values = keys, values
+        self.new_keys: list[Tensor] = []
+        self.new_values: list[Tensor] = []
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keep the new [B, kv heads, N, D]; return the context and them."""
+        self.new_keys.append(key_states)
+        self.new_values.append(value_states)
+        keys = torch.cat([self._keys[layer_idx], key_states], dim=2)
+        return keys, torch.cat([self._values[layer_idx], value_states], dim=2)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0
+
+
+class InPlaceCache(Cache):
+    """Old keys and values, into which new ones are written where they belong."""
+
+    def __init__(self, layers: Sequence[LayerCache]) -> None:
+        """The context of each layer."""
+        super().__init__(layers=[])
+        self._layers = layers
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """See `LayerCache.update`."""
+        return self._layers[layer_idx].update(key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """0: positions and masks are always given explicitly."""
+        return 0
+
+
+class ModelFunction:
+    """Calls a model with weights by its own names; others are left out."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Made by `functional_model`."""
+        self.model, self.windows = model, attention_windows(model.config)
+        named = [*model.named_parameters(), *model.named_buffers()]
+        self._dims = {n: p.dim() for n, p in named}
+
+    def __call__(
+        self,
+        weights: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        cache: Cache,
+        keep: int,
+    ) -> Tensor:
+        """Logits of the last `keep` of tokens at position int64 [B, N]; 0 is all.
+
+        Weights of one row's own have that row's dimension, of size 1, or none.
+        """
+        weights = {n: w for n, w in weights.items() if n in self._dims}
+        weights = {n: w[0] if w.dim() > self._dims[n] else w for n, w in weights.items()}
+        return self._call(weights, inputs, position, masks, cache, keep)
+
+    def concatenated(
+        self,
+        weights: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same with context keys and values [layers, B, kv heads, S, D]; returns new ones too.
+
+        One call of the model, or one per row side by side where rows have their own weights.
+        """
+        named = {n: w for n, w in weights.items() if n in self._dims}
+        own = {n: 0 if w.dim() > self._dims[n] else None for n, w in named.items()}
+
+        def call(
+            named: Weights,
+            inputs: dict[str, Tensor],
+            position: Tensor,
+            masks: Masks,
+            keys: Tensor,
+            values: Tensor,
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            cache = ConcatenatedCache(keys, values)
+            logits = self._call(named, inputs, position, masks, cache, keep)
+            return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
+
+        if len(position) == 1 or all(dim is None for dim in own.values()):
+            named = {n: w if own[n] is None else w[0] for n, w in named.items()}
+            return call(named, inputs, position, masks, keys, values)
+        # A row is a batch of one. The fused kernels have no rule for rows' own batches.
+        with sdpa_kernel(SDPBackend.MATH):
+            rows = ({n: x[:, None] for n, x in inputs.items()}, position[:, None])
+            rows += ({w: m[:, None] for w, m in masks.items()}, keys[:, :, None])
+            dims = (own, 0, 0, 0, 1, 1)
+            logits, k, v = vmap(call, dims, (0, 1, 1))(named, *rows, values[:, :, None])
+        return logits[:, 0], k[:, :, 0], v[:, :, 0]
+
+    def hidden(self, weights: Weights, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+        """What the head reads [N, R, H] of whole sequences; see `Causal.teach`."""
+        given = {
+            "input_ids": ids,
+            "position_ids": position,
+            "attention_mask": seen[:, None],
+            "use_cache": False,
+            "output_hidden_states": True,
+            "logits_to_keep": 1,
+        }
+        out = functional_call(self.model, dict(weights), (), given)
+        return out.hidden_states[-1]  # after the final norm
+
+    def rope_buffers(self, rope: Rope) -> dict[str, Tensor]:
+        """The model's rotary frequencies, to be replaced by others; empty if they do not fit."""
+        found = {n: b for n, b in self.model.named_buffers() if n.endswith("rotary_emb.inv_freq")}
+        fits = all(b.shape == rope.frequencies.shape for b in found.values())
+        return dict.fromkeys(found, rope.frequencies) if fits else {}
+
+    def _call(
+        self,
+        named: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        cache: Cache,
+        keep: int,
+    ) -> Tensor:
+        mask: Any = masks[self.windows[0]]
+        if len(masks) > 1:
+            types = self.model.config.get_text_config().layer_types
+            mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
+        given = {
+            **inputs,
+            "position_ids": position.clamp(min=0),
+            "attention_mask": mask,
+            cache_keyword(self.model): cache,
+            "use_cache": True,
+            "logits_to_keep": keep,
+        }
+        return functional_call(self.model, dict(named), (), given).logits
