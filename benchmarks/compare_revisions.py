@@ -262,9 +262,10 @@ class Tree:
     def __init__(self, source: Path, settings: dict[str, Any]) -> None:
         """Start it; `source` is the folder that holds the package."""
         threads = str(settings["threads"])
+        first = os.pathsep.join([str(source), *filter(None, [os.environ.get("PYTHONPATH")])])
         self.process = subprocess.Popen(
             [sys.executable, __file__, "--probe"],
-            env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": threads},
+            env={**os.environ, "PYTHONPATH": first, "OMP_NUM_THREADS": threads},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
