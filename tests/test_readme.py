@@ -282,6 +282,24 @@ def test_speed_in_the_readme_is_that_of_the_committed_runs(where, file, count) -
     assert rows("README.md")[where] == wanted
 
 
+def test_speed_in_the_results_is_that_of_the_committed_runs() -> None:
+    arms = {"low-rank changes": "[weights=lora]", "window 512, 16 blocks": "[window=512,blocks=16]"}
+    found = {k: v for k, v in rows("docs/results.md").items() if v[-1].startswith("`speed")}
+    assert len(found) == 8
+    for where, (plain, static, learning, *ratios, file) in found.items():
+        count, _, which = where.split(", ", 2)
+        ((_, run),) = json.loads(text_of(f"docs/results/gpu/{file.strip('`')}")).items()
+        measured = run[count]["arms"]
+        learned = measured["learn-session" + arms.get(which, "")]
+        everything = (measured.get("plain"), measured["static"], learned)
+        speeds = [
+            f"{arm['all']['tokens_per_second']['value']:,.0f}" if arm else "–" for arm in everything
+        ]
+        assert [plain, static, learning] == speeds, where
+        stretches = (learned[stretch]["against static"] for stretch in ("all", "past_1000"))
+        assert ratios == [interval(ratio, 2) for ratio in stretches], where
+
+
 def interval(ratio: dict[str, float] | None, places: int) -> str:
     if ratio is None:
         return ""
