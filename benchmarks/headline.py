@@ -1,4 +1,4 @@
-"""The README's main figure and table, from nothing: `run` measures, `show` draws, `paste` writes.
+"""The main figure and tables, from nothing: `run` measures, `show` draws, `paste` writes.
 
 `run` starts one `ttspec bench run` per drafter and temperature, as many at a time as there are
 GPUs times `--each`, and may be stopped and repeated: it goes on where it was. Acceptance does not
@@ -140,13 +140,13 @@ def show(out: Path = Path("runs/headline"), *, to: Path = RESULTS) -> None:
 
 
 @app.command
-def paste(readme: Path = ROOT / "README.md", *, results: Path = RESULTS) -> None:
-    """Write the tables into the README, between their marks."""
-    readme.write_text(pasted(readme.read_text(encoding="utf-8"), results), encoding="utf-8")
+def paste(page: Path = ROOT / "docs" / "results.md", *, results: Path = RESULTS) -> None:
+    """Write the tables into docs/results.md, between their marks."""
+    page.write_text(pasted(page.read_text(encoding="utf-8"), results), encoding="utf-8")
 
 
 def pasted(text: str, results: Path = RESULTS) -> str:
-    """The README with every table as the committed summaries say it."""
+    """The page with every table as the committed summaries say it."""
     for folder in sorted(results.glob("temperature-*")):
         begin = BEGIN.format(folder.name)
         before, mark, rest = text.partition(begin)
