@@ -52,7 +52,7 @@ def described(manifest: dict[str, Any]) -> tuple[Drafter, Shapes]:
 
 
 def optional(drafter: Drafter) -> set[str]:
-    return {n for group in drafter.optional() for n in group} - drafter.shapes().keys()
+    return drafter.optional().keys() - drafter.shapes().keys()
 
 
 def bind_to_nothing(drafter: Drafter, target: dict[str, int]) -> None:
@@ -142,9 +142,7 @@ def small_config(manifest: dict[str, Any]) -> dict[str, Any]:
 
 def small_tensors(manifest: dict[str, Any], drafter: Drafter) -> dict[str, Tensor]:
     """Random weights in the published names and dtypes."""
-    known = drafter.shapes()
-    for group in drafter.optional():
-        known |= {n: s for n, s in group.items() if n not in known}
+    known = drafter.optional() | drafter.shapes()
     names = {n: canonical(drafter.kind, n) for n in manifest["tensors"]}
     names = {n: c for n, c in names.items() if c in known}
     weights = random_weights({c: known[c] for c in names.values() if c != "t2d"}, seed=1)

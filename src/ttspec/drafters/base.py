@@ -251,9 +251,9 @@ class Drafter(ABC):
         """Every tensor that a checkpoint must hold, with its shape; known before loading."""
         return {}
 
-    def optional(self) -> list[Shapes]:
+    def optional(self) -> Shapes:
         """What a checkpoint may hold besides."""
-        return []
+        return {}
 
     def learnable(self, parameters: str) -> list[str]:
         """Names of the weights that learn under a `LearnConfig.parameters` choice."""

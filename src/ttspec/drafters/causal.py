@@ -129,10 +129,10 @@ class Causal(Drafter):
             model = AutoModelForCausalLM.from_config(self.model_config)
         return {n: tuple(p.shape) for n, p in model.named_parameters() if n not in self.rebuilt}
 
-    def optional(self) -> list[Shapes]:
+    def optional(self) -> Shapes:
         """A tied head may be in the files all the same."""
         text = self.model_config.get_text_config()
-        return [{"lm_head.weight": (text.vocab_size, text.hidden_size)}]
+        return {"lm_head.weight": (text.vocab_size, text.hidden_size)}
 
     def _share(
         self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None

@@ -223,9 +223,7 @@ def missing_and_left_over(
         found: Shapes by canonical name.
     """
     needed = drafter.shapes()
-    known = dict(needed)
-    for group in drafter.optional():
-        known |= group
+    known = needed | drafter.optional()
     wrong = [n for n in sorted(found.keys() & known.keys()) if tuple(found[n]) != known[n]]
     return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
 
@@ -267,12 +265,10 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
             f"({len(extra)} tensors left over).\n{together}"
         )
     if wrong:
-        known = drafter.shapes()
-        for group in drafter.optional():
-            known |= group
         first = found[wrong[0]]
+        known = (drafter.shapes() | drafter.optional())[wrong[0]]
         raise CheckpointError(
-            f"{first} is {list(first.shape)}; config.json says {list(known[wrong[0]])}.\n{together}"
+            f"{first} is {list(first.shape)}; config.json says {list(known)}.\n{together}"
         )
     weights: dict[str, Tensor] = {}
     for name, tensor in found.items():

@@ -120,12 +120,12 @@ class DFlash(FeatureDrafter):
             shapes |= {"d2t": (self.draft_vocabulary,)}
         return shapes
 
-    def optional(self) -> list[Shapes]:
+    def optional(self) -> Shapes:
         """What a file may hold besides: tables that speculators copies from the target."""
-        whole = super().optional()
+        tables = super().optional()
         if self.draft_vocabulary == self.vocabulary:
-            whole.append({"lm_head.weight": (self.vocabulary, self.hidden)})
-        return whole
+            tables["lm_head.weight"] = (self.vocabulary, self.hidden)
+        return tables
 
     def _check_target(self, embedding: Tensor) -> None:
         super()._check_target(embedding)

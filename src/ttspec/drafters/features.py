@@ -53,15 +53,13 @@ class FeatureDrafter(Drafter):
             "mlp.down_proj.weight": (h, self.intermediate),
         }
 
-    def optional(self) -> list[Shapes]:
+    def optional(self) -> Shapes:
         """What a file may hold besides: tables that speculators copies from the target."""
-        whole: list[Shapes] = [
-            {"embed_tokens.weight": (self.vocabulary, self.hidden)},
-            {"t2d": (self.vocabulary,)},
-        ]
+        tables: Shapes = {"embed_tokens.weight": (self.vocabulary, self.hidden)}
+        tables["t2d"] = (self.vocabulary,)
         if self.draft_vocabulary == self.vocabulary:
-            whole.append({"d2t": (self.vocabulary,)})
-        return whole
+            tables["d2t"] = (self.vocabulary,)
+        return tables
 
     def _check_target(self, embedding: Tensor) -> None:
         self._require("hidden size", self.target_hidden, embedding.shape[1])
