@@ -183,7 +183,7 @@ def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None
 
     def stale(self, logits, proposal, noise):
         accepted, tokens = real(self, logits, proposal, noise)
-        return accepted, (tokens + self.number) % 250
+        return accepted, (tokens + self.round_number) % 250
 
     monkeypatch.setattr(Decoder, "accept", stale)
     monkeypatch.setattr(decoders, "Graphs", Tapes)

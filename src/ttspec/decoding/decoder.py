@@ -9,7 +9,7 @@ import torch
 
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
 from ttspec.decoding.rows import RowStates
@@ -111,7 +111,7 @@ class Decoder(SpeculativeRound):
         self.prompts = self.reads_prompts(
             target, self.cache, drafter, self.state, sampling, self.rows, self.deferred
         )
-        self.timer = RoundTimer(target.device)
+        self.timer, self.feedback = RoundTimer(target.device), PolicyFeedback(self.learner)
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
@@ -149,7 +149,7 @@ class Decoder(SpeculativeRound):
         """Be as new, with the caches and graphs there are."""
         for row in range(self.rows.count):
             self.clear(row)
-        self.number = 0
+        self.round_number = 0
         self.deferred.restart()
         self.timer.restart()
         if self.learner:

@@ -11,7 +11,12 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
+
+from ttspec.decoding.rows import RowOutcome
+from ttspec.decoding.timing import RoundTimer
+from ttspec.learning.learner import Learner
+from ttspec.learning.update_schedule import UpdateSchedule
 
 BEHIND = 4.0
 """Plain rounds by which drafting may be behind before it stops."""
@@ -55,6 +60,10 @@ class FixedDraftLength:
         """Draft length of the next round."""
         return self.length
 
+    def reported(self, length: int) -> int | None:  # noqa: ARG002 - there was no choice
+        """A round's length as the statistics have it."""
+        return None
+
     def observe(self, length: int, seconds: float, **costs: object) -> None:
         """Nothing follows from what a round took."""
 
@@ -96,6 +105,10 @@ class DraftPolicy:
         """Drafting rounds since a plain one, and how many are to be."""
         self._context = 0
         """Tokens of context that the last plain round had."""
+
+    def reported(self, length: int) -> int | None:
+        """A round's length as the statistics have it."""
+        return length
 
     def choose(self) -> int:
         """Draft length of the next round; 0 is plain decoding."""
@@ -238,3 +251,43 @@ class DraftPolicy:
     def _cost_of_plain(self) -> float:
         """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain."""
         return sorted(self._plain)[(len(self._plain) - 1) // 2]
+
+
+class PolicyFeedback:
+    """Tells an adaptive policy, and with it the learner, what a round took and brought."""
+
+    def __init__(self, learner: Learner | None) -> None:
+        """`learner` learns seldom where that does not pay."""
+        self._learner, self._schedule = learner, UpdateSchedule()
+
+    def observe(
+        self,
+        policy: DraftPolicy | FixedDraftLength,
+        timer: RoundTimer,
+        draft_length: int,
+        longest: int,
+        outcomes: dict[int, RowOutcome],
+    ) -> None:
+        """Take note of a round that is over.
+
+        Args:
+            policy: Chose its length.
+            timer: Timed it.
+            draft_length: Drafts that each row might have.
+            longest: An upper bound of the rows' lengths.
+            outcomes: What it did to the rows that took part.
+        """
+        if not policy.adaptive:
+            return
+        accepted = [outcome.accepted for outcome in outcomes.values()]
+        policy.observe(
+            draft_length,
+            timer.seconds,
+            emitted=fmean(len(outcome.tokens) for outcome in outcomes.values()),
+            accepted=accepted,
+            context=longest,
+            first=timer.captured,
+        )
+        if self._learner and draft_length and not timer.captured:
+            updated = any(outcome.updated for outcome in outcomes.values())
+            self._schedule.observe(timer.seconds, updated, fmean(accepted), self._learner)

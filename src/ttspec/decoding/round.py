@@ -3,11 +3,15 @@
 propose   the drafter drafts tokens
 verify    the target reads the pending token and the drafts in one forward
 accept    which drafts are kept, and which token comes after them
-commit    each row's length moves on the host; nothing is copied
-hand on   the drafter, the learner and the policy get the verification
+commit    each row's length moves on the host; no key or value is copied
+hand on   the learner gets the verification, the policy what the round took and brought; the
+          drafter has made it context already, on the device, right after the verdict
+
+A round is computed for all rows at once; what it says of rows that take no part is dead. Weights
+change in `learner.absorb` and nowhere else: what drafted a round is what it is judged by.
 
 What happens between rounds is a neighbour's job: `prefill.py` reads prompts, `deferred.py` what
-a drafter has not read yet, `policy.py` says how much is drafted, `decoder.py` puts it all together.
+a drafter has not read yet, `policy.py` says how much is drafted, `decoder.py` puts it together.
 """
 
 from __future__ import annotations
@@ -23,9 +27,9 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
-from ttspec.decoding.rows import RowOutcome, RowStates
+from ttspec.decoding.rows import RowOutcome, RowStates, RowVerdict
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.learning.learner import Learner
@@ -41,7 +45,7 @@ class RoundShape(NamedTuple):
     """What a round's tensors depend on; one captured graph of each stage serves a shape."""
 
     longest: int
-    """No row's pending token stands further back than this."""
+    """An upper bound of the rows' lengths. Stages read as many slots: few bounds, few graphs."""
     draft_length: int
 
 
@@ -60,16 +64,18 @@ class SpeculativeRound:
     deferred: DeferredContext
     prompts: PromptReader
     timer: RoundTimer
+    feedback: PolicyFeedback
     graphs: Graphs
     end_tokens: Tensor
     width: int
-    """Tokens that a verification reads at most; all read so many where `batch_invariant` is set."""
+    """Tokens that a verification reads at most; where `batch_invariant` is set, padded to it."""
     batch_invariant: bool
     target_reads_spans: bool
     """Whether the device knows how far each row reads, so that one graph serves any length."""
-    number: int = 0
+    round_number: int = 0
     """Rounds so far."""
     _proposed: tuple[Proposal, Tensor | None]
+    """What `propose` gave: a stage that may be captured as a graph is given its shape alone."""
 
     @torch.no_grad()
     def round(self) -> dict[int, RowOutcome]:
@@ -84,8 +90,8 @@ class SpeculativeRound:
         shape = RoundShape(self.rows.slots if self._reads_spans else longest, draft_length)
         self.deferred.before_round(active, draft_length)
         self.prompts.restore(active)
-        self.prompts.invalidate(active)  # until the round is whole
-        self.rows.upload(self.number)
+        self.prompts.invalidate(active)  # until they are committed
+        self.rows.upload(self.round_number)
 
         self._proposed = self.graphs(self.propose, shape)
         self.timer.lap()
@@ -93,29 +99,26 @@ class SpeculativeRound:
         verdict = verdict.tolist()  # the round's one wait for the device
         self.timer.lap()
 
-        self.number += 1
-        for row in active:
-            emitted, *_ = verdict[row]
+        self.round_number += 1
+        verdicts = {row: RowVerdict.of(verdict[row]) for row in active}
+        for row, of_row in verdicts.items():
             self.prompts.validate(row)
-            self.rows.commit(row, verdict[row][4 : 4 + emitted])
+            self.rows.commit(row, of_row.tokens)
         self.deferred.after_round(verification, active, draft_length)
         updated = [False] * self.rows.count
         if self.learner and draft_length:
             updated = self.learner.absorb(verification, longest, shape, active)
         seconds = self.timer.finish()
 
-        outcomes = {}
-        for row in active:
-            emitted, accepted, proposed, ended, *tokens = verdict[row]
-            chosen = draft_length if self.policy.adaptive else None
-            outcomes[row] = RowOutcome(
-                tokens[:emitted], proposed, accepted, bool(ended), updated[row], seconds, chosen
-            )
-        self.timer.report(self.policy, self.learner, draft_length, longest, outcomes)
+        outcomes = {
+            row: RowOutcome(*of_row, updated[row], seconds, self.policy.reported(draft_length))
+            for row, of_row in verdicts.items()
+        }
+        self.feedback.observe(self.policy, self.timer, draft_length, longest, outcomes)
         return outcomes
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
-        """Drafts of every row, and the target's noise at the positions they are for."""
+        """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         vocabulary = int(self.target.config.vocab_size)
         if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
@@ -159,7 +162,7 @@ class SpeculativeRound:
     def accept(
         self, logits: Tensor, proposal: Proposal, noise: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Accepted drafts int64 [B], and the tokens int64 [B, G+1] of which one more is emitted."""
+        """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
             return accept_equal(pick(logits, noise, self.sampling), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
@@ -168,7 +171,7 @@ class SpeculativeRound:
         return accept_rejection(p, proposal, u, fresh)
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-        """Logits and features of tokens [B, T]; batch-invariant, among others that are dead."""
+        """Logits and features of tokens [B, T]; batch-invariant, they are padded to one width."""
         width, spans = fed.shape[1], self.target_reads_spans
         if self.batch_invariant:
             fed = F.pad(fed, (0, self.width - width))

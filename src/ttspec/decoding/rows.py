@@ -7,6 +7,7 @@ leaves a row where it was, and what it wrote past the row's length is dead. Know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,23 @@ class RoundInputs:
     """int64 [1]: the round's number."""
     noise_key: Tensor
     """int64 [B]: key of all noise of the row's answer."""
+
+
+class RowVerdict(NamedTuple):
+    """What a verification says of one row, on the host."""
+
+    tokens: list[int]
+    """The tokens it emits."""
+    proposed: int
+    accepted: int
+    ended: bool
+    """The last one is an end token."""
+
+    @classmethod
+    def of(cls, values: list[int]) -> Self:
+        """From emitted, accepted and proposed, whether it ended, and all tokens."""
+        emitted, accepted, proposed, ended, *tokens = values
+        return cls(tokens[:emitted], proposed, accepted, bool(ended))
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,18 +1,13 @@
-"""How long the stages of a round took, and who wants to know what a round cost and brought."""
+"""How long the stages of a round took."""
 
 from __future__ import annotations
 
 import time
 from itertools import pairwise
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
-from ttspec.decoding.rows import RowOutcome
-from ttspec.learning.learner import Learner
-from ttspec.learning.update_schedule import UpdateSchedule
 from ttspec.models.capture import Graphs
 
 StageSeconds = tuple[float, float, float]
@@ -27,8 +22,9 @@ class RoundTimer:
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
         self._previous: list[Any] = []
-        self._began, self._captured, self._seconds = 0.0, 0, 0.0
-        self._schedule = UpdateSchedule()
+        self._began, self._captured = 0.0, 0
+        self.seconds = 0.0
+        """Of the last round, on the host."""
 
     def start(self) -> None:
         """Start a round's first stage."""
@@ -56,34 +52,14 @@ class RoundTimer:
         if not self._cuda:
             finished = self._marks
         spans = [a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairwise(finished)]
-        self._seconds = time.perf_counter() - self._began
+        self.seconds = time.perf_counter() - self._began
         return (spans[0], spans[1], spans[2]) if spans else (0.0, 0.0, 0.0)
+
+    @property
+    def captured(self) -> bool:
+        """Whether the last round captured a graph: it took longer than it will again."""
+        return Graphs.captured > self._captured
 
     def restart(self) -> None:
         """Forget the round before."""
         self._previous = []
-
-    def report(
-        self,
-        policy: DraftPolicy | FixedDraftLength,
-        learner: Learner | None,
-        draft_length: int,
-        longest: int,
-        outcomes: dict[int, RowOutcome],
-    ) -> None:
-        """Tell an adaptive policy, and through it the learner, what the round took and brought."""
-        if not policy.adaptive:
-            return
-        accepted = [outcome.accepted for outcome in outcomes.values()]
-        captured = Graphs.captured > self._captured  # it took longer than it will again
-        policy.observe(
-            draft_length,
-            self._seconds,
-            emitted=fmean(len(outcome.tokens) for outcome in outcomes.values()),
-            accepted=accepted,
-            context=longest,
-            first=captured,
-        )
-        if learner and draft_length and not captured:
-            updated = any(outcome.updated for outcome in outcomes.values())
-            self._schedule.observe(self._seconds, updated, fmean(accepted), learner)
