@@ -1,11 +1,14 @@
 """Requests in, events out: rows come and go, and nobody waits for a long prompt."""
 
+from dataclasses import replace
+
 import pytest
 from toys import plain, toy_engine
 
 from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.errors import OptionError
 from ttspec.records import Chunk, Result
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
@@ -144,3 +147,21 @@ def test_a_conversation_keeps_its_row_until_it_is_released(engine: Engine) -> No
     assert scheduler.step() == []
     scheduler.release(first)
     assert finish(scheduler)[waiting].token_ids == alone(engine, "and another")
+
+
+def test_requests_have_limits_and_stops_of_their_own(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=2)
+    short = replace(scheduler.config, max_new_tokens=5)
+    asked = [ask(scheduler, SHORT), ask(scheduler, SHORT, config=short)]
+    found = finish(scheduler)
+    whole = alone(engine, SHORT)
+    assert [found[request].token_ids for request in asked] == [whole, whole[:5]]
+
+
+def test_a_request_that_needs_another_decoder_is_refused(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=1)
+    with pytest.raises(
+        OptionError, match="temperature is 0.1; all rows"
+    ):
+        ask(scheduler, SHORT, config=replace(scheduler.config, temperature=0.1))
+    assert not scheduler.has_unfinished()

@@ -13,11 +13,17 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.prefill import Prompts
+from ttspec.errors import OptionError
 from ttspec.records import Chunk
 
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
 all rows, so in a large batch rows wait for company."""
+SHARED_OPTIONS = (
+    *("temperature", "top_k", "top_p", "min_p", "acceptance"),
+    *("draft", "learn", "ignore_eos", "deterministic"),
+)
+"""Options that all rows of a decoder have in common."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +40,9 @@ class Request:
     """Tokens that all turns together may have; None is no limit."""
     thinking: bool | None = None
     """What the chat template asked for; only told in the statistics."""
+    config: GenerateConfig | None = None
+    """Limits and stops of its own, each turn's; None is the scheduler's. All that the rows of a
+    decoder have in common must be alike: sampling, drafting, learning, end tokens."""
     keeps_row: bool = False
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
@@ -69,11 +78,22 @@ class Scheduler:
 
         Returns:
             Its id, which is never used again.
+
+        Raises:
+            OptionError: It asks for something that the decoder was not made for.
         """
+        config = request.config or self.config
+        for name in SHARED_OPTIONS:
+            given, ours = getattr(config, name), getattr(self.config, name)
+            if given != ours:
+                raise OptionError(
+                    f"A request's {name} is {given!r}; all rows of its scheduler have {ours!r}.\n"
+                    "Give it to a scheduler of its own."
+                )
         number, self._next_id = self._next_id, self._next_id + 1
         self._conversations[number] = Conversation(
             self.decoder,
-            self.config,
+            config,
             request.seed,
             occurrence=request.occurrence,
             quota=request.quota,

@@ -2,9 +2,8 @@
 
 A gated delta net sums its text up in one matrix a head, which cannot be cut back as keys can. So
 a forward of drafts does not write its state: it keeps what its tokens would add, and the next
-forward, by its `start`, says how many of them stayed. Those are added first, and the same forward
-twice is the same as once. What is kept of a token is what it writes (its delta): that hangs on no
-later token, so adding the first few to a state is one product, with nothing to solve for.
+forward, by its `start`, says how many of them stayed. Those are added first. What is kept of a
+token is what it writes (its delta), which depends on no later token: adding some is one product.
 """
 
 from __future__ import annotations
