@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ttspec.cli.demo_turns import LONG, SHORT
-from ttspec.cli.options import ModelFlags, SessionLearnFlags
+from ttspec.cli.options import ExactModelFlags, SessionLearnFlags
 from ttspec.cli.terminal import follow, say
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
@@ -28,7 +28,7 @@ SESSION_TOKENS = 1250
 
 def demo(
     *,
-    models: ModelFlags = ModelFlags(),
+    models: ExactModelFlags = ExactModelFlags(),
     long: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
     tokens: int | None = None,
     temperature: float = 0.7,
@@ -39,7 +39,8 @@ def demo(
     """Show what learning does: the same session plain, with a static and with a learning drafter.
 
     The arms take turns, so that a busy machine slows all of them alike. At the end come a table
-    and an HTML page with the plot and the text.
+    and an HTML page with the plot and the text. In float32, unless told otherwise, all arms write
+    the same text on any machine.
 
     Parameters
     ----------
