@@ -437,6 +437,7 @@ def test_a_repeated_text_is_learned(toy_target_dir):
         for layer in engine.target.model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
     options = {"max_new_tokens": 200, "seed": 1, "ignore_eos": True, "temperature": 0.0}
+    options["draft"] = DraftConfig(copy=False)
     static = engine.generate("hello", learn=None, **options)[0]
     learn = LearnConfig(stride=1, lr=1e-2, blocks=12)
     learned = engine.generate("hello", learn=learn, **options)[0]

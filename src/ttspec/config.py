@@ -108,6 +108,9 @@ class DraftConfig(_Options):
     """Context further back than this looks to the drafter as if it were this far back."""
     rope_base: float | None = None
     """The drafter's rotary base; None is what its checkpoint says."""
+    copy: bool = True
+    """Where the last tokens of a row stood before, verify what followed there instead of a draft,
+    up to 31 tokens, if that promises more."""
     adaptive: bool = False
     """Draft less, or not at all, where measured costs say that it does not pay: then no drafter
     makes decoding slower than plain decoding, but for a few tries."""

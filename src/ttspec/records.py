@@ -31,6 +31,8 @@ class Proposal:
     before: Tensor | None = None
     """[B, W]: the target's features of the token before the pending one, if the drafter sets out
     from them; a lesson about this proposal needs them."""
+    copied: Tensor | None = None
+    """bool [B]: rows whose tokens were copied, not drafted; None is no row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +108,10 @@ class Round:
     seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """Wall-clock seconds of drafting, verifying and learning, of all rows together."""
     length: int | None = None
-    """Drafts that an adaptive policy let the round have; None without one."""
+    """Drafts that an adaptive policy let the round have; None without one, or in a round in which
+    rows copied."""
+    copied: bool = False
+    """Its drafts were copied from the row's own text, without the drafter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +134,10 @@ class Stats:
     by_position: list[dict[str, float]]
     repeated_8grams: float
     """Share of the generated 8-grams that had occurred before."""
+    copied_rounds: int = 0
+    """Rounds whose drafts were copied from the text so far, without the drafter."""
+    copied_tokens: int = 0
+    """Tokens of such copies that were kept."""
     plain_rounds: int = 0
     """Rounds in which an adaptive policy let nothing be drafted."""
     draft_lengths: dict[str, int] = field(default_factory=dict)
@@ -235,6 +244,8 @@ def summarise(
         seconds_in=dict(zip(("draft", "verify", "learn"), stages, strict=True)),
         by_position=by_position(rounds),
         repeated_8grams=repeated_ngrams(token_ids),
+        copied_rounds=sum(r.copied for r in rounds),
+        copied_tokens=sum(r.accepted for r in rounds if r.copied),
         plain_rounds=lengths[0],
         draft_lengths={str(n): lengths[n] for n in sorted(lengths)},
         thinking=thinking,

@@ -16,12 +16,14 @@ WINDOW = REBASE = 512
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"length": 0},
     "ngram": {},
-    "static": {},
-    "static-window": {"window": WINDOW},
-    "static-rebased": {"rebase": REBASE},
-    "learn": {"scope": "request"},
-    "learn-session": {"scope": "session"},
-    "learn-shared": {"scope": "shared"},
+    "static": {"copy": False},
+    "static-window": {"window": WINDOW, "copy": False},
+    "static-rebased": {"rebase": REBASE, "copy": False},
+    "static-copy": {},
+    "learn": {"scope": "request", "copy": False},
+    "learn-session": {"scope": "session", "copy": False},
+    "learn-shared": {"scope": "shared", "copy": False},
+    "default": {"scope": "session"},
 }
 PEERS: dict[str, dict[str, type]] = {
     "hf": {},
@@ -104,7 +106,7 @@ def _parse(name: str) -> ArmSpec:
         names = ", ".join([*KINDS, *PEERS])
         raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
     draft, learn = get_type_hints(DraftConfig), get_type_hints(LearnConfig)
-    learns, is_peer = kind.startswith("learn"), kind in PEERS
+    learns, is_peer = "scope" in KINDS.get(kind, {}), kind in PEERS
     allowed = ({} if kind == "plain" else draft) | (learn if learns else {}) | {"drafter": str}
     allowed = PEERS[kind] if is_peer else {n: t for n, t in allowed.items() if n not in FIXED}
     if kind in ("plain", "ngram"):

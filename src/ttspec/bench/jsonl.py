@@ -48,6 +48,7 @@ def round_rows(arm: str, turn: Turn) -> Iterator[Row]:
             "round": number,
             **{name: getattr(r, name) for name in ROUND_FIELDS},
             **({} if r.length is None else {"length": r.length}),
+            **({"copied": True} if r.copied else {}),
             "milliseconds": dict(zip(STAGES, (round(1000 * s, 3) for s in r.seconds), strict=True)),
             "wait": None if waits is None else round(1000 * waits[number], 3),
         }
@@ -57,7 +58,8 @@ def to_round(row: Row) -> Round:
     """The round that a line holds."""
     draft, verify, learn = (row["milliseconds"][stage] / 1000 for stage in STAGES)
     values = {name: row[name] for name in ROUND_FIELDS}
-    return Round(**values, seconds=(draft, verify, learn), length=row.get("length"))
+    more = {"length": row.get("length"), "copied": bool(row.get("copied"))}
+    return Round(**values, seconds=(draft, verify, learn), **more)
 
 
 def turn_row(arm: str, turn: Turn) -> Row:

@@ -35,7 +35,8 @@ def _flags_of(record: type, *, without: tuple[str, ...] = ()) -> Any:
         note = " ".join((notes[field.name] or "").split())
         if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
             note += f" [default: {field.default}]"
-        no = None if types[field.name] == (bool | None) else ()  # None here: cyclopts' own, --no-
+        # None here: cyclopts' own, --no-
+        no = None if types[field.name] == (bool | None) or field.default is True else ()
         kind = Annotated[types[field.name] | None, Parameter(help=note, negative=no)]
         flags.append((field.name, kind, None))
     return make_dataclass(f"{record.__name__}Flags", flags, frozen=True, kw_only=True)

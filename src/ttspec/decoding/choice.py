@@ -1,4 +1,4 @@
-"""How draft logits become drafted tokens, and from what q they were drawn."""
+"""How draft logits become drafted tokens, from what q they were drawn, and copies beside them."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ttspec.config import SamplingConfig
 from ttspec.decoding.rows import RoundInputs
 from ttspec.drafters.base import Drafter
+from ttspec.records import Proposal
 from ttspec.sampling import DRAFT, draw, fold, gumbel, pick, process
 
 
@@ -50,3 +52,26 @@ class DraftChoice:
             tokens = draw(processed, noise if ids is None else noise[..., ids])
             q = self.drafter.widen(processed.softmax(-1), 0.0)
         return (tokens if ids is None else ids[tokens]), q
+
+
+def with_copies(drafts: Proposal, rows: RoundInputs, length: int, most: Tensor) -> Proposal:
+    """Copies instead of drafts, in the rows that copy.
+
+    Args:
+        drafts: Of every row; none where the drafter was not run.
+        rows: Has the copies.
+        length: Width of the copies, at least 1.
+        most: int64 [B], tokens that a row may propose.
+
+    Returns:
+        A proposal as wide as the wider of both. A copy is one-hot: it was drawn from a point mass.
+    """
+    copied, width = rows.copied > 0, max(length, drafts.tokens.shape[1])
+    drafted = F.pad(drafts.tokens, (0, width - drafts.tokens.shape[1]))
+    copies = F.pad(rows.copies[:, :length], (0, width - length))
+    tokens, q = torch.where(copied[:, None], copies, drafted), drafts.q
+    if q is not None:
+        q = F.pad(q, (0, 0, 0, width - q.shape[1])).masked_fill(copied[:, None, None], 0.0)
+        q.scatter_add_(-1, tokens[..., None], copied[:, None, None].expand(-1, width, 1).to(q))
+    count = torch.where(copied, rows.copied.minimum(most), drafts.count)
+    return Proposal(tokens=tokens, count=count, q=q, before=drafts.before, copied=copied)

@@ -109,6 +109,7 @@ class Conversation:
                 updates=int(outcome.updated),
                 seconds=outcome.seconds,
                 length=outcome.length,
+                copied=outcome.copied,
             )
         )
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.copying import LONGEST_COPY, Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
@@ -49,6 +50,8 @@ class Decoder(SpeculativeRound):
     ) -> None:
         """Allocate caches, and what learns.
 
+        `gamma` is then the number of tokens drafted a round at most.
+
         Args:
             target: Verifies.
             drafter: Drafts; None is plain decoding.
@@ -74,13 +77,8 @@ class Decoder(SpeculativeRound):
         }
         """Another request for the same may have this decoder, after `restart`."""
         self.target, self.drafter, self.sampling = target, drafter, sampling
-        self.gamma = 0 if drafter is None else drafter.length
-        """Tokens drafted a round at most."""
-        if drafter is not None and draft.length is not None:
-            self.gamma = min(draft.length, self.gamma)
-        self.width, self.batch_invariant = self.gamma + 1, batch_invariant
-        if batch_invariant:
-            self.width = -(-self.width // INVARIANT_WIDTH) * INVARIANT_WIDTH
+        self.gamma, copies, self.width = widths(drafter, draft, batch_invariant=batch_invariant)
+        self.batch_invariant = batch_invariant
         self.cache = target.cache(rows, slots, self.width)
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         # A graph belongs to one device: what a split target does is called, as on a CPU.
@@ -104,9 +102,14 @@ class Decoder(SpeculativeRound):
             # Another length would be compiled anew, for longer than most answers take.
             few = compile and self.graphs.on
             self.policy = policy or DraftPolicy(self.gamma, few=few)
+        self.copying = None
+        if copies:
+            # A graph is captured for each length.
+            lengths = sorted({min(self.gamma, copies), copies} - {0}) if self.graphs.on else None
+            self.copying = Copying(rows, copies, lengths)
         self.ends = frozenset(ends)
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
-        self.rows = RowStates(rows, slots, target.device)
+        self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
         self.prompts = self.reads_prompts(
             target, self.cache, drafter, self.state, sampling, self.rows, self.deferred
@@ -134,12 +137,16 @@ class Decoder(SpeculativeRound):
         """Take back what a row committed past `length`; `pending` is the token that comes next."""
         self.rows.crop(row, length, pending)
         self.prompts.crop(row, length)
+        if self.copying:
+            self.copying.crop(row, length)
         if self.learner:
             self.learner.forget(row, length)
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
         self.rows.clear(row)
+        if self.copying:
+            self.copying.clear(row)
         self.deferred.clear(row)
         self.prompts.clear(row)
         if self.learner:
@@ -154,3 +161,21 @@ class Decoder(SpeculativeRound):
         self.timer.restart()
         if self.learner:
             self.learner.restart()
+
+
+def widths(
+    drafter: Drafter | None, draft: DraftConfig, *, batch_invariant: bool
+) -> tuple[int, int, int]:
+    """Tokens that are drafted, copied and verified a round at most; plain decoding: 0, 0 and 1."""
+    if drafter is None or draft.length == 0:
+        drafted = copied = 0
+    elif not drafter.drafts:  # copies are all that it does
+        drafted, copied = 0, min(LONGEST_COPY, draft.length or LONGEST_COPY)
+    else:
+        drafted = min(drafter.length, draft.length or drafter.length)
+        copied = LONGEST_COPY if draft.copy else 0
+    if not batch_invariant:
+        return drafted, copied, max(drafted, copied) + 1
+    # A wide round is slower: beside a drafter copies take what room there is.
+    width = -(-((drafted or copied) + 1) // INVARIANT_WIDTH) * INVARIANT_WIDTH
+    return drafted, min(copied, width - 1), width

@@ -6,12 +6,13 @@ the last tokens again in every round, as many as it drafts: after shorter rounds
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ttspec.decoding.rows import RowStates
+from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.records import Verification
 
@@ -31,12 +32,12 @@ class DeferredContext:
         """Tokens, features and starts of the last plain rounds, not absorbed yet."""
         self._last: Verification
 
-    def before_round(self, active: list[int], draft_length: int) -> None:
-        """Let the drafter read what it needs for drafts of this length."""
-        if draft_length or len(self._plain) == PLAIN_ROUNDS:
+    def before_round(self, active: list[int], shape: RoundShape) -> None:
+        """Let the drafter read what it needs for a round of this shape."""
+        if shape.proposed or len(self._plain) == PLAIN_ROUNDS:
             self.flush()
-        if draft_length:
-            self._catch_up(active, draft_length)
+        if shape.draft_length:
+            self._catch_up(active, shape.draft_length)
 
     def before_prompt(self, rows: list[int]) -> None:
         """Let the drafter read what some rows hold, for more to follow."""
@@ -45,13 +46,27 @@ class DeferredContext:
             # Reading on goes back by as many tokens as a whole draft has.
             self._catch_up(rows, self._drafter.length)
 
-    def after_round(self, verification: Verification, active: list[int], length: int) -> None:
-        """Take note of a round of so many drafts; keep what a plain one leaves to be absorbed."""
+    def after_round(
+        self,
+        verification: Verification,
+        active: list[int],
+        shape: RoundShape,
+        copied: Mapping[int, int],
+    ) -> None:
+        """Take note of a round in which some rows copied; keep what a plain one leaves.
+
+        Args:
+            verification: Of the round.
+            active: Rows that took part.
+            shape: Of the round.
+            copied: Tokens emitted by each row that copied.
+        """
         if not self._state:
             return
         for row in active:
-            self._unread[row] = length or self._unread[row] + 1  # a plain round emits one token
-        if not length:  # what a graph returns is overwritten by its next replay
+            before = 0 if shape.draft_length else self._unread[row]
+            self._unread[row] = before + copied.get(row, shape.draft_length or 1)
+        if not shape.proposed:  # what a graph returns is overwritten by its next replay
             v = self._last = verification
             self._plain.append((v.fed.clone(), v.features.clone(), v.start.clone()))
 

@@ -190,6 +190,8 @@ class Engine:
             ResourceError: The caches or the learner's weights do not fit into memory.
         """
         config = config.resolved()
+        if self.random_weights:  # what is accepted is forced, and of drafts alone
+            config = replace(config, draft=replace(config.draft, copy=False))
         context = min(self.target.context, config.context or self.target.context)
         if longest_prompt >= context:
             raise OptionError(

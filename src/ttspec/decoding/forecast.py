@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.decoder import INVARIANT_WIDTH
+from ttspec.decoding.decoder import widths
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
@@ -63,11 +63,9 @@ def of_run(
 ) -> Forecast:
     """What a decoder will take besides the weights, every cache full, every row learning."""
     learn = config.learn
-    if drafter is not None and config.draft.length == 0:
+    drafted, _, width = widths(drafter, config.draft, batch_invariant=config.deterministic)
+    if not drafted:
         drafter = None
-    width = drafter.length + 1 if drafter else 1
-    if config.deterministic:
-        width = -(-width // INVARIANT_WIDTH) * INVARIANT_WIDTH
     return Forecast(
         target_cache=target_cache(target.config, rows, slots, target.dtype, width=width),
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,

@@ -51,6 +51,7 @@ class FixedDraftLength:
     """Every round drafts as many tokens."""
 
     adaptive = False
+    measures_plain = False
 
     def __init__(self, length: int) -> None:
         """`length` drafts a round; 0 is plain decoding."""
@@ -105,6 +106,11 @@ class DraftPolicy:
         """Drafting rounds since a plain one, and how many are to be."""
         self._context = 0
         """Tokens of context that the last plain round had."""
+
+    @property
+    def measures_plain(self) -> bool:
+        """Whether the next round must be a plain one, to know what it costs."""
+        return self._look > 0
 
     def reported(self, length: int) -> int | None:
         """A round's length as the statistics have it."""

@@ -1,6 +1,6 @@
 """One round of speculative decoding, straight down. Knows tokens, not text.
 
-propose   the drafter drafts tokens
+propose   the drafter drafts tokens; a row whose own text promises more copies them from there
 verify    the target reads the pending token and the drafts in one forward
 accept    which drafts are kept, and which token comes after them
 commit    each row's length moves on the host; no key or value is copied
@@ -11,13 +11,13 @@ A round is computed for all rows at once; what it says of rows that take no part
 change in `learner.absorb` and nowhere else: what drafted a round is what it is judged by.
 
 What happens between rounds is a neighbour's job: `prefill.py` reads prompts, `deferred.py` what
-a drafter has not read yet, `policy.py` says how much is drafted, `decoder.py` puts it together.
+a drafter has not read yet, `policy.py` says how much is drafted, `copying.py` which rows copy,
+`decoder.py` puts it together.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from torch.nn import functional as F
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import SamplingConfig
-from ttspec.decoding.choice import DraftChoice
+from ttspec.decoding.choice import DraftChoice, with_copies
+from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
-from ttspec.decoding.rows import RowOutcome, RowStates, RowVerdict
+from ttspec.decoding.rows import RoundShape, RowOutcome, RowStates, RowVerdict
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.learning.learner import Learner
@@ -39,14 +40,6 @@ from ttspec.records import Proposal, Verification
 from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import pick, position_noise, process, rejection_noise
 from ttspec.spans import batch_invariant
-
-
-class RoundShape(NamedTuple):
-    """What a round's tensors depend on; one captured graph of each stage serves a shape."""
-
-    longest: int
-    """An upper bound of the rows' lengths. Stages read as many slots: few bounds, few graphs."""
-    draft_length: int
 
 
 class SpeculativeRound:
@@ -60,6 +53,8 @@ class SpeculativeRound:
     sampling: SamplingConfig
     rows: RowStates
     policy: DraftPolicy | FixedDraftLength
+    copying: Copying | None
+    """None where no row ever copies."""
     learner: Learner | None
     deferred: DeferredContext
     prompts: PromptReader
@@ -85,13 +80,14 @@ class SpeculativeRound:
             What it did to each of them, by row.
         """
         self.timer.start()
-        active, draft_length = self.rows.active(), self.policy.choose()
-        longest = self._longest(active)
-        shape = RoundShape(self.rows.slots if self._reads_spans else longest, draft_length)
-        self.deferred.before_round(active, draft_length)
+        active = self.rows.active()
+        shape, longest, copies = self._plan(active)
+        self.deferred.before_round(active, shape)
         self.prompts.restore(active)
         self.prompts.invalidate(active)  # until they are committed
         self.rows.upload(self.round_number)
+        if copies:
+            self.rows.upload_copies(copies)
 
         self._proposed = self.graphs(self.propose, shape)
         self.timer.lap()
@@ -104,31 +100,57 @@ class SpeculativeRound:
         for row, of_row in verdicts.items():
             self.prompts.validate(row)
             self.rows.commit(row, of_row.tokens)
-        self.deferred.after_round(verification, active, draft_length)
+            if self.copying:
+                drafted = shape.draft_length > 0 and row not in copies
+                self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
+        copied = {row: len(verdicts[row].tokens) for row in copies}
+        self.deferred.after_round(verification, active, shape, copied)
         updated = [False] * self.rows.count
-        if self.learner and draft_length:
-            updated = self.learner.absorb(verification, longest, shape, active)
+        if self.learner and shape.proposed:
+            updated = self.learner.absorb(
+                verification, longest, shape, active, drafted=shape.draft_length > 0
+            )
         seconds = self.timer.finish()
 
+        reported = None if copies else self.policy.reported(shape.draft_length)
         outcomes = {
-            row: RowOutcome(*of_row, updated[row], seconds, self.policy.reported(draft_length))
+            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies)
             for row, of_row in verdicts.items()
         }
-        self.feedback.observe(self.policy, self.timer, draft_length, longest, outcomes)
+        if not copies:  # a round with copies says nothing of the drafter's costs
+            self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes)
         return outcomes
+
+    def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:
+        """The next round's shape, an upper bound of its rows' lengths, and what rows copy."""
+        draft_length, copies = self.policy.choose(), dict[int, list[int]]()
+        if self.copying and not self.policy.measures_plain:
+            drafts = draft_length > 0
+            copies = self.copying.choose(active, self.rows.tokens, drafts=drafts)
+        copy_length = self.copying.length(copies) if self.copying else 0
+        if len(copies) == len(active):  # nobody needs the drafter
+            draft_length = 0
+        longest = self._longest(active)
+        reach = self.rows.slots if self._reads_spans else longest
+        return RoundShape(reach, draft_length, copy_length), longest, copies
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         vocabulary = int(self.target.config.vocab_size)
         if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
-            noise = position_noise(rows.noise_key, rows.start + 1, length + 1, vocabulary)
-        count = (rows.budget - 1).clamp(min=0, max=length)
+            noise = position_noise(rows.noise_key, rows.start + 1, shape.proposed + 1, vocabulary)
+        most = (rows.budget - 1).clamp(min=0)
         if self.drafter is None or self.state is None or not length:
-            return Proposal(tokens=rows.pending.new_empty(self.rows.count, 0), count=count), noise
-        choose = DraftChoice(self.sampling, self.drafter, rows, vocabulary, noise)
-        asked = rows.pending, rows.start, count, length, shape.longest, choose
-        return self.drafter.propose(self.state, *asked), noise
+            none = rows.pending.new_empty(self.rows.count, 0)
+            proposal = Proposal(tokens=none, count=most.clamp(max=0))
+        else:
+            choose = DraftChoice(self.sampling, self.drafter, rows, vocabulary, noise)
+            asked = rows.pending, rows.start, most.clamp(max=length), length, shape.longest, choose
+            proposal = self.drafter.propose(self.state, *asked)
+        if shape.copy_length:
+            proposal = with_copies(proposal, rows, shape.copy_length, most)
+        return proposal, noise
 
     def verify_and_accept(self, shape: RoundShape) -> tuple[Verification, Tensor]:
         """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
@@ -154,7 +176,7 @@ class SpeculativeRound:
             emitted=emitted.masked_fill(resting, 0),
             ended=ended,
         )
-        if self.drafter and self.state and shape.draft_length:
+        if self.drafter and self.state and shape.proposed:
             self.drafter.absorb(self.state, verification)
         counts = (verification.emitted, verification.accepted, proposal.count, ended.long())
         return verification, torch.cat([torch.stack(counts, 1), tokens], dim=1)

@@ -6,11 +6,28 @@ leaves a row where it was, and what it wrote past the row's length is dead. Know
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+
+class RoundShape(NamedTuple):
+    """What a round's tensors depend on; one captured graph of each stage serves a shape."""
+
+    longest: int
+    """An upper bound of the rows' lengths. Stages read as many slots: few bounds, few graphs."""
+    draft_length: int
+    """Tokens that the drafter drafts; at 0 it is not run."""
+    copy_length: int = 0
+    """Tokens that rows copy at most; at 0 no row copies."""
+
+    @property
+    def proposed(self) -> int:
+        """Tokens of a proposal."""
+        return max(self.draft_length, self.copy_length)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +45,10 @@ class RoundInputs:
     """int64 [1]: the round's number."""
     noise_key: Tensor
     """int64 [B]: key of all noise of the row's answer."""
+    copies: Tensor
+    """int64 [B, C]: tokens to verify instead of a draft, in rows that copy."""
+    copied: Tensor
+    """int64 [B]: how many of them; 0 in a row that does not copy."""
 
 
 class RowVerdict(NamedTuple):
@@ -64,13 +85,15 @@ class RowOutcome:
     would wait for it."""
     length: int | None = None
     """Drafts that an adaptive policy let the round have; None without one."""
+    copied: bool = False
+    """Its drafts were copied from the row's own text."""
 
 
 class RowStates:
     """Lengths, pending tokens, budgets and tokens of `count` rows of `slots` tokens each."""
 
-    def __init__(self, count: int, slots: int, device: torch.device) -> None:
-        """All rows are empty."""
+    def __init__(self, count: int, slots: int, device: torch.device, copies: int = 0) -> None:
+        """All rows are empty; each may copy up to `copies` tokens a round."""
         self.count, self.slots = count, slots
         self.lengths = [0] * count
         """Committed tokens of each row that are in the cache: all but the pending one."""
@@ -87,6 +110,8 @@ class RowStates:
             budget=uploaded[2],
             number=uploaded[3, :1],
             noise_key=torch.zeros(count, dtype=torch.long, device=device),
+            copies=uploaded.new_zeros(count, copies),
+            copied=uploaded.new_zeros(count),
         )
 
     def active(self) -> list[int]:
@@ -99,6 +124,14 @@ class RowStates:
         start = [length if budget > 0 else self.slots for length, budget in pairs]
         numbers = [number] * self.count
         self._uploaded.copy_(torch.tensor([self.pending, start, self.budget, numbers]))
+
+    def upload_copies(self, copies: Mapping[int, list[int]]) -> None:
+        """Bring what some rows copy to the device; the others do not copy."""
+        most = self.inputs.copies.shape[1]
+        padded = [copies.get(row, []) for row in range(self.count)]
+        self.inputs.copied.copy_(torch.tensor([len(tokens) for tokens in padded]))
+        padded = [tokens + [0] * (most - len(tokens)) for tokens in padded]
+        self.inputs.copies.copy_(torch.tensor(padded))
 
     def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""

@@ -70,6 +70,8 @@ class Drafter(ABC):
     """Anything that proposes tokens and may learn to do it better."""
 
     kind: str
+    drafts: ClassVar[bool] = True
+    """False if nothing is asked of it in a round."""
     name: str
     path: Path | None
     config: Mapping[str, Any]

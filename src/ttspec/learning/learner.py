@@ -116,6 +116,8 @@ class Learner:
         longest: int,
         key: Hashable | None = None,
         active: Sequence[int] | None = None,
+        *,
+        drafted: bool = True,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
@@ -124,20 +126,24 @@ class Learner:
             longest: Its largest start, known on the host.
             key: Where it was captured, the key of its graph: its tensors are that graph's.
             active: Rows that took part; None is all.
+            drafted: Whether the drafter drafted. What was copied instead only tells what followed
+                its earlier blocks.
 
         Returns:
             For each row, whether it was updated.
         """
         rows = len(self.updates)
         if self._lessons is None:
+            if not drafted:
+                return [False] * rows
             self._lessons = Lessons(self.config, rows, self.length, verification)
         self._verification = verification
         key, changes = longest if key is None else key, self._lessons.changed_by_absorb
         self._run(self._keep_lesson, key, compile=False, changes=changes)
-        self._rounds += 1
+        self._rounds += drafted
         for row in range(rows) if active is None else active:
             self._active[0 if self.shared else row] = True
-        due = self._rounds % (self.stride * self.strides) == 0
+        due = drafted and self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()

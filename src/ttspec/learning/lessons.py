@@ -13,6 +13,9 @@ from torch import Tensor
 from ttspec.config import LearnConfig
 from ttspec.records import Lesson, Verification
 
+WIDEST = 32
+"""Tokens that a row may commit at once, which must find different places in the ring."""
+
 
 class Lessons:
     """Keeps verifications until the learner asks for a lesson."""
@@ -24,7 +27,9 @@ class Lessons:
         self.until_rejection = config.supervision == "accepted"
         # Blocks to replay, and those that wait: at one token a round one waits `length` rounds.
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)
-        self._ring = (self.blocks + 2) * (length + 1) if self.hindsight else 0
+        self._ring = 0
+        if self.hindsight:
+            self._ring = max(WIDEST, (self.blocks + 2) * (length + 1))
         before, size = like.proposal.before, like.logits.shape[-1]
         # By block, oldest first: [rows, kept, ...]; start -1 is no block.
         self._starts = torch.full((rows, self._kept), -1, device=like.logits.device)
@@ -51,12 +56,17 @@ class Lessons:
         return blocks if self._before is None else [*blocks, self._before]
 
     def absorb(self, v: Verification) -> None:
-        """Keep a round's verification; rows that take no part are left alone."""
+        """Keep a round's verification; rows that take no part are left alone.
+
+        Where a row copied there was no draft, and so there is no block to replay: what it committed
+        is what followed the blocks before.
+        """
         active, width = v.emitted > 0, v.logits.shape[1]
-        self._push(self._starts, v.start, active)
-        self._push(self._tokens, v.fed, active)
+        drafted = active if v.proposal.copied is None else active & ~v.proposal.copied
+        self._push(self._starts, v.start, drafted)
+        self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
         if v.proposal.before is not None and self._before is not None:
-            self._push(self._before, v.proposal.before, active)
+            self._push(self._before, v.proposal.before, drafted)
         self._committed.copy_(torch.where(active, v.start + v.emitted, self._committed))
         column = torch.arange(width, device=v.start.device)
         if self.hindsight:
@@ -69,15 +79,15 @@ class Lessons:
             self._ring_tokens[row, slot] = v.tokens
             self._ring_positions[row, slot] = position.masked_fill(~kept, -1)
             return
-        drafts = v.proposal.tokens.shape[1]
+        drafts = min(v.proposal.tokens.shape[1], self.length)
         column = column[:drafts]
         mask = column < v.proposal.count[:, None]
         if self.until_rejection:
             mask = mask & (column <= v.accepted[:, None])
         # Past an end token the target predicts a text that never is.
         mask = mask & (~v.ended[:, None] | (column < v.emitted[:, None]))
-        self._push(self._masks, mask, active)
-        self._push(self._logits, v.logits[:, :drafts], active)
+        self._push(self._masks, mask, drafted)
+        self._push(self._logits, v.logits[:, :drafts], drafted)
 
     def mark_used(self) -> None:
         """What `newest` gave last is no longer new."""

@@ -1,0 +1,195 @@
+"""Copying beside a drafter: what followed the place where the last tokens stood before.
+
+Known as prompt lookup or suffix decoding. A copy costs no forward of the drafter, is up to 31
+tokens long, and is verified as any draft is. A row copies where that promises more than a draft,
+by how often copies after a match of such a length were right lately; the row's own text says it
+for every token that is committed, copied or not. Runs on the host, between two rounds; decides by
+counts alone, no clock, so that a run repeats. Knows no tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LEAST_MATCH = 2
+"""Last tokens that must have stood at an earlier place; the newest such place is copied. To look
+for the longest match among older ones gained nothing (docs/experiments.md)."""
+LONGEST_COPY = 31
+"""Tokens copied in a round at most."""
+BUCKETS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
+"""The least length of match of each bucket whose copies are counted together."""
+LONGEST_MATCH = BUCKETS[-1]
+_BUCKET = [sum(n >= least for least in BUCKETS) - 1 for n in range(LONGEST_MATCH + 1)]
+CHANCES = (0.49, 0.59, 0.64, 0.68, 0.72, 0.77, 0.81, 0.86, 0.92)
+"""How often the next token of a copy was right, by bucket, on other text (docs/experiments.md):
+what is believed before a row has said otherwise."""
+BELIEF = 8.0
+"""Tokens for which that belief counts."""
+MEMORY = 64.0
+"""Tokens of a bucket that are remembered."""
+LEAST_CHANCE = 0.15
+"""A copy ends where the chance that a token of it is kept falls below this."""
+DRAFTED, DRAFTS_SEEN = 1.0, 16.0
+"""Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
+BLOCK_COST = 0.15
+"""What a drafter's block costs, in rounds without one: a copy may promise so much less."""
+
+
+class Copy(NamedTuple):
+    """Tokens that stood behind an earlier place."""
+
+    tokens: list[int]
+    promise: float
+    """How many of them are expected to be kept."""
+
+
+class SuffixIndex:
+    """One row's tokens, and where its last ones stood before."""
+
+    def __init__(self) -> None:
+        """No tokens yet."""
+        self._tokens: list[int] = []
+        self._newest: dict[tuple[int, ...], int] = {}
+        """By `LEAST_MATCH` tokens: where the token after their newest place stands."""
+        self._older: list[int] = []
+        """By place: the one before it with the same tokens in front, or 0."""
+        self._place = self._match = 0
+        """Where the next token stood before, and how many tokens before both places agree; 0 and 0
+        if nowhere."""
+        self._right = [BELIEF * chance for chance in CHANCES]
+        self._seen = [BELIEF] * len(CHANCES)
+
+    def __len__(self) -> int:
+        """Tokens it has."""
+        return len(self._tokens)
+
+    def extend(self, tokens: Sequence[int], *, count: bool) -> None:
+        """Append tokens; `count` whether copies of them would have been right."""
+        ours, newest, older = self._tokens, self._newest, self._older
+        for token in tokens:
+            place, match = self._place, self._match
+            is_next = place > 0 and ours[place] == token
+            if count and place:
+                bucket = _BUCKET[match]
+                if self._seen[bucket] >= MEMORY:
+                    self._seen[bucket] *= 1 - 1 / MEMORY
+                    self._right[bucket] *= 1 - 1 / MEMORY
+                self._seen[bucket] += 1
+                self._right[bucket] += is_next
+            ours.append(token)
+            end = len(ours)
+            gram = tuple(ours[-LEAST_MATCH:])
+            before = newest.get(gram, 0)
+            older.append(before)
+            if end >= LEAST_MATCH:
+                newest[gram] = end
+            if is_next:
+                self._place, self._match = place + 1, min(match + 1, LONGEST_MATCH)
+            else:
+                self._find(before)
+
+    def crop(self, length: int) -> None:
+        """Take back the tokens from `length` on."""
+        if length >= len(self._tokens):
+            return
+        for end in range(len(self._tokens), max(length, LEAST_MATCH - 1), -1):
+            gram = tuple(self._tokens[end - LEAST_MATCH : end])
+            before = self._older[end - 1]
+            if before:
+                self._newest[gram] = before
+            else:
+                del self._newest[gram]
+        del self._tokens[length:], self._older[length:]
+        self._find(self._older[-1] if length else 0)
+
+    def copy(self, most: int) -> Copy:
+        """Up to `most` tokens that may come next, as many as are likely to be kept."""
+        place, match, ours = self._place, self._match, self._tokens
+        chance, promise, copied = 1.0, 0.0, list[int]()
+        if not place:
+            return Copy(copied, promise)
+        period = len(ours) - place
+        for i in range(most):
+            bucket = _BUCKET[min(match + i, LONGEST_MATCH)]
+            chance *= self._right[bucket] / self._seen[bucket]
+            if chance < LEAST_CHANCE:
+                break
+            promise += chance
+            copied.append(ours[place + i % period])  # past the end: what was copied goes on
+        return Copy(copied, promise)
+
+    def _find(self, place: int) -> None:
+        """Take an earlier place, if there is one, and count the tokens that agree before it."""
+        self._place, self._match = place, 0
+        if not place:
+            return
+        ours, end = self._tokens, len(self._tokens)
+        match, most = LEAST_MATCH, min(place, LONGEST_MATCH)
+        while match < most and ours[place - match - 1] == ours[end - match - 1]:
+            match += 1
+        self._match = match
+
+
+class Copying:
+    """The copies of all rows, and which rows copy instead of drafting."""
+
+    def __init__(self, rows: int, most: int, lengths: Sequence[int] | None = None) -> None:
+        """No row has tokens.
+
+        Args:
+            rows: How many there are.
+            most: Tokens copied in a round at most.
+            lengths: Where a round may not have any length, those it may have; ascending.
+        """
+        self.most, self._lengths = most, lengths
+        self._rows = [SuffixIndex() for _ in range(rows)]
+        self._accepted = [DRAFTED] * rows
+        """Drafts of the drafter that were accepted a round, on average."""
+
+    def choose(
+        self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
+    ) -> dict[int, list[int]]:
+        """Copies of the rows that copy in the next round.
+
+        Args:
+            active: Rows that take part.
+            tokens: Each row's committed tokens and its pending one.
+            drafts: Whether there is a drafter, which drafts for the others.
+        """
+        chosen = {}
+        for row in active:
+            index = self._rows[row]
+            index.extend(tokens[row][len(index) :], count=False)  # a prompt
+            copied, promise = index.copy(self.most)
+            drafted = (1 + self._accepted[row]) / (1 + BLOCK_COST) - 1 if drafts else 0.0
+            if copied and promise > drafted:
+                chosen[row] = copied
+        return chosen
+
+    def length(self, copies: dict[int, list[int]]) -> int:
+        """Width of a round's copies: the longest of them, or the next length that is allowed."""
+        longest = max(map(len, copies.values()), default=0)
+        if not longest or self._lengths is None:
+            return longest
+        return next(length for length in self._lengths if length >= longest)
+
+    def commit(self, row: int, tokens: Sequence[int], accepted: int | None) -> None:
+        """Take note of what a round emitted.
+
+        Args:
+            row: Which row.
+            tokens: What it emitted.
+            accepted: Drafts that it kept of the drafter's; None where the drafter drafted none.
+        """
+        self._rows[row].extend(tokens, count=True)
+        if accepted is not None:
+            self._accepted[row] += (accepted - self._accepted[row]) / DRAFTS_SEEN
+
+    def crop(self, row: int, length: int) -> None:
+        """A row goes back to `length` tokens."""
+        self._rows[row].crop(length)
+
+    def clear(self, row: int) -> None:
+        """Another request has the row."""
+        self._rows[row], self._accepted[row] = SuffixIndex(), DRAFTED

@@ -1,0 +1,359 @@
+"""Copying beside a drafter: what is copied, when, and that it never changes a text."""
+
+import random
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from test_conformance import FEW, NOW, SMALL, engine_of, small  # noqa: F401 - a fixture
+from toys import (
+    CONFIGS,
+    VOCABULARY,
+    chi_square,
+    make_kind,
+    plain,
+    random_weights,
+    toy_engine,
+    twin,
+)
+
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.choice import with_copies
+from ttspec.decoding.copying import LEAST_MATCH, LONGEST_COPY, LONGEST_MATCH, Copying, SuffixIndex
+from ttspec.decoding.decoder import Decoder, widths
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.rows import RowStates
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.checkpoint import make_drafter
+from ttspec.drafters.ngram import Ngram
+from ttspec.records import Proposal
+
+# What is copied.
+
+
+def expected(ids: list[int], followed: int) -> tuple[int, int]:
+    """Place and match by their definition: the place followed so far, or else the newest one."""
+
+    def match(place: int) -> int:
+        n = 0
+        while n < min(place, LONGEST_MATCH) and ids[place - n - 1] == ids[-n - 1]:
+            n += 1
+        return n
+
+    if followed and ids[followed] == ids[-1]:
+        return followed + 1, match(followed + 1)
+    end = ids[-LEAST_MATCH:]
+    places = [p for p in range(LEAST_MATCH, len(ids)) if ids[p - LEAST_MATCH : p] == end]
+    return (places[-1], match(places[-1])) if places else (0, 0)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 3, 8])
+def test_it_follows_a_place_while_it_is_right_and_else_takes_the_newest(vocabulary: int) -> None:
+    rng = random.Random(vocabulary)
+    for _ in range(60):
+        index, ids, place = SuffixIndex(), [], 0
+        for _ in range(80):
+            ids.append(rng.randrange(vocabulary))
+            index.extend(ids[-1:], count=True)
+            # What was followed may have been longer than the match is counted.
+            place, match = expected(ids, place)
+            assert (index._place, index._match) == (place, match)
+            if rng.random() < 0.1:
+                keep = rng.randrange(len(ids) + 1)
+                del ids[keep:]
+                index.crop(keep)
+                fresh = SuffixIndex()
+                fresh.extend(ids, count=False)
+                assert index._newest == fresh._newest
+                assert index._older == fresh._older
+                place = index._place
+
+
+def test_a_copy_is_what_followed_and_goes_round_in_a_loop() -> None:
+    index = SuffixIndex()
+    index.extend([7, 1, 2, 3, 4, 5, 9, 1, 2], count=False)
+    assert index.copy(3).tokens == [3, 4, 5]
+    assert 0.5 < index.copy(3).promise < 3
+    loop = SuffixIndex()
+    loop.extend([1, 2, 3] * 40, count=True)
+    assert loop.copy(LONGEST_COPY).tokens == ([1, 2, 3] * 11)[:LONGEST_COPY]
+    assert loop.copy(LONGEST_COPY).promise > 0.8 * LONGEST_COPY
+    assert SuffixIndex().copy(5) == ([], 0.0)
+
+
+def test_copies_that_were_wrong_lately_promise_less() -> None:
+    """The same two tokens, with another one behind them each time."""
+    index = SuffixIndex()
+    index.extend([t for i in range(100) for t in (1, 2, 10 + i)], count=True)
+    index.extend([1, 2], count=True)
+    assert index.copy(LONGEST_COPY).promise < 0.2
+
+
+def test_a_row_copies_where_that_promises_more_than_its_drafter() -> None:
+    copying = Copying(2, 8)
+    loop, new = [1, 2, 3] * 12, list(range(20))
+    assert list(copying.choose([0, 1], [loop, new], drafts=True)) == [0]
+    for _ in range(200):  # a drafter that gets all of a longer block right
+        copying.commit(0, [loop[len(copying._rows[0]) % 3]], accepted=15)
+    text = [loop[i % 3] for i in range(len(copying._rows[0]))]
+    assert copying.choose([0], [text], drafts=True) == {}
+    assert list(copying.choose([0], [text], drafts=False)) == [0]
+    copying.clear(0)
+    assert copying.choose([0], [new], drafts=False) == {}
+
+
+def test_lengths_where_only_some_are_captured() -> None:
+    copying = Copying(1, 31, [7, 31])
+    assert [copying.length({0: [0] * n}) for n in (1, 7, 8, 31)] == [7, 7, 31, 31]
+    assert copying.length({}) == 0
+    assert Copying(1, 31).length({0: [0] * 9}) == 9
+
+
+def test_widths_of_rounds() -> None:
+    drafter = make_kind("dflash")
+    length = drafter.length
+    assert widths(None, DraftConfig(), batch_invariant=False) == (0, 0, 1)
+    assert widths(drafter, DraftConfig(length=0), batch_invariant=False) == (0, 0, 1)
+    assert widths(drafter, DraftConfig(), batch_invariant=False) == (length, 31, 32)
+    assert widths(drafter, DraftConfig(copy=False), batch_invariant=False)[1:] == (0, length + 1)
+    assert widths(drafter, DraftConfig(), batch_invariant=True) == (length, 15, 16)
+    assert widths(Ngram(), DraftConfig(length=5), batch_invariant=False) == (0, 5, 6)
+
+
+# The text is the target's.
+
+PROMPTS = [
+    "abcabcabc",
+    "a",
+    "hello there",
+    "count to ten, please, and count to ten again, please",
+    "the cat and the dog and the cat and the",
+    "x = 1\nx = 1\nx = ",
+    "zz",
+    "one two three one two four",
+    "la la la la",
+    "to be or not to be",
+    "((()))((()",
+    "0123456789012345",
+    "def f(x):\n    return f(x",
+    "never say never say",
+    "q",
+    "what what in the what what",
+]
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    """A target that says six letters and little else: what it writes has stood there before."""
+    target = toy_engine(toy_target_dir).target
+    with torch.no_grad():
+        head = target.head
+        letters = target.tokenizer.encode("etaoin", add_special_tokens=False)
+        few = head[letters].clone()
+        head.mul_(0.02)
+        head[letters] = 6 * few
+    return target
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "causal", "ngram"])
+def test_sixteen_prompts_are_answered_as_plainly(target, which: str, temperature: float) -> None:
+    options = {"max_new_tokens": 28, "seed": 3, "ignore_eos": True, "temperature": temperature}
+    wanted = Engine(twin(target), None).generate(PROMPTS, learn=None, **options)
+    engine = engine_of(target, which)
+    for learn in (None, NOW, replace(NOW, supervision="hindsight")):
+        found = engine.generate(PROMPTS, learn=learn, **options)
+        assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
+        copied = sum(r.stats.copied_tokens for r in found)
+        rounds = sum(r.stats.copied_rounds for r in found)
+        assert copied > 20
+        assert 0 < rounds < sum(r.stats.rounds for r in found)
+        if learn and which != "ngram":
+            assert sum(r.stats.updates for r in found) > 16
+
+
+class WrongCopies(Decoder):
+    """Copies tokens that the target never says there."""
+
+    def __init__(self, *args, **options) -> None:
+        super().__init__(*args, **options)
+        assert self.copying is not None
+        choose = self.copying.choose
+        self.planted = 0
+
+        def planted(active, tokens, *, drafts):
+            chosen = choose(active, tokens, drafts=drafts)
+            self.planted += len(chosen)
+            return {row: [(t + 1) % VOCABULARY for t in copy] for row, copy in chosen.items()}
+
+        self.copying.choose = planted  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "ngram"])
+def test_planted_wrong_copies_are_rejected(target, which: str) -> None:
+    options = {"max_new_tokens": 28, "seed": 3, "ignore_eos": True, "temperature": 0.0}
+    wanted = Engine(twin(target), None).generate(PROMPTS, learn=None, **options)
+    engine, made = engine_of(target, which), []
+    engine.make_decoder = lambda *args, **kw: made.append(WrongCopies(*args, **kw)) or made[-1]
+    found = engine.generate(PROMPTS, learn=None, **options)
+    assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
+    assert made[0].planted > 10
+
+
+def test_rows_choose_for_themselves(target) -> None:
+    """Rounds in which some rows copy and others draft, of drafts shorter than the copies."""
+    decoder = decoder_of(target, "eagle3", rows=3)
+    shapes, propose = [], decoder.propose
+
+    def watched(shape):
+        shapes.append((shape.draft_length, shape.copy_length))
+        return propose(shape)
+
+    decoder.propose = watched  # type: ignore[method-assign]
+    while any(decoder.rows.budget):
+        decoder.round()
+    both = [s for s in shapes if all(s)]
+    assert any(copied > drafted for drafted, copied in both)
+    assert any(drafted and not copied for drafted, copied in shapes)
+
+
+def decoder_of(target, which: str, rows: int, **options) -> Decoder:
+    engine = engine_of(target, which)
+    config = GenerateConfig(
+        max_new_tokens=60, temperature=0.0, learn=None, ignore_eos=True, **options
+    )
+    decoder = engine.decoder(config, rows, 60, sessions=False)
+    prompts = [engine.tokenizer.encode(text) for text in ("abcabcabcabcabcabc", "q", "hello")]
+    decoder.prefill(list(range(rows)), prompts[:rows], list(range(rows)), [60] * rows)
+    return decoder
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal"])
+def test_drafts_after_copies_are_those_of_who_never_copied(target, which: str) -> None:
+    """A drafter whose rows copied has read what they copied when it drafts again."""
+    options = {"max_new_tokens": 60, "temperature": 0.0, "ignore_eos": True, "learn": None}
+    engine, made = engine_of(target, which), {}
+    propose = engine.drafter.propose
+
+    def watched(state, pending, start, *rest):
+        proposal = propose(state, pending, start, *rest)
+        made[int(start[0])] = proposal.tokens[0].tolist()
+        return proposal
+
+    engine.drafter.propose = watched
+    result = engine.generate("abcabcab", **options)[0]
+    copied = [r.copied for r in result.rounds]
+    assert any(a and not b for a, b in pairwise(copied)), "no draft comes after a copy"
+    ids, drafts = result.prompt_ids + result.token_ids, dict(made)
+    assert len(drafts) > 4
+    for start, tokens in list(drafts.items())[-6:]:
+        made.clear()
+        engine.generate([ids[:start]], draft=DraftConfig(copy=False), **options)
+        budget = len(result.token_ids) - (start - len(result.prompt_ids)) - 1
+        assert made[start][:budget] == tokens[:budget], start
+
+
+def test_a_session_copies_from_its_earlier_turns_and_not_past_a_stop(target) -> None:
+    options = {"temperature": 0.0, "max_new_tokens": 30, "ignore_eos": True, "raw": True}
+    engines = engine_of(target, "ngram"), Engine(twin(target), None)
+    text = plain(engines[0], "tattoo", **options).text
+    stop = next(text[i : i + 3] for i in range(12, 27) if text.find(text[i : i + 3]) == i)
+    said = []
+    for engine in engines:
+        session = engine.session(context=400, stop=(stop,), **options)
+        said.append([session.send(t).text for t in ("tattoo", "to to", "eat")])
+    assert said[0] == said[1]
+    assert said[0][0] == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3"])
+def test_deterministic_rounds_have_one_width(target, which: str) -> None:
+    engine = engine_of(target, which)
+    config = {"max_new_tokens": 60, "temperature": 0.0, "ignore_eos": True, "deterministic": True}
+    runs = [engine.generate("abcabcabc", **config)[0] for _ in range(2)]
+    rounds = [[(r.copied, r.proposed, r.accepted) for r in run.rounds] for run in runs]
+    assert rounds[0] == rounds[1]
+    assert max(r.proposed for r in runs[0].rounds) <= 15
+
+
+# Both rules of acceptance.
+
+
+def test_a_copy_is_one_hot_and_leaves_other_rows_their_q() -> None:
+    rows = decoder_rows(copied=[2, 0, 3])
+    q = torch.rand(3, 2, 5).softmax(-1)
+    drafts = Proposal(tokens=torch.tensor([[1, 2], [3, 4], [0, 1]]), count=torch.tensor([2, 1, 2]))
+    most = torch.tensor([9, 9, 2])
+    made = with_copies(replace(drafts, q=q), rows, 3, most)
+    assert made.tokens.tolist() == [[4, 3, 0], [3, 4, 0], [1, 2, 3]]
+    assert made.count.tolist() == [2, 1, 2]
+    assert made.q is not None
+    assert torch.equal(made.q[1, :2], q[1])
+    for row in (0, 2):
+        hot = torch.nn.functional.one_hot(made.tokens[row], 5).float()
+        assert torch.equal(made.q[row], hot)
+    none = Proposal(tokens=torch.empty(3, 0, dtype=torch.long), count=torch.zeros(3).long())
+    alone = with_copies(none, rows, 3, most)
+    assert alone.q is None
+    assert alone.count.tolist() == [2, 0, 2]
+
+
+def decoder_rows(copied: list[int]):
+    rows = RowStates(len(copied), 20, torch.device("cpu"), copies=4)
+    tokens = {0: [4, 3], 1: [], 2: [1, 2, 3]}
+    rows.upload_copies({row: tokens[row] for row, n in enumerate(copied) if n})
+    return rows.inputs
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "invariant"])
+@pytest.mark.parametrize("which", ["eagle3", "ngram"])
+def test_sampled_texts_with_copies_follow_the_targets_law(
+    small,  # noqa: F811
+    which: str,
+    acceptance: str,
+) -> None:
+    """Texts of three tokens in many rows, some of which copy: against the target's own softmax."""
+    rows, prompt = (
+        2000,
+        [0, 0, 1, 0, 2, 0, 3, 0, 4, 1, 1, 2, 1, 3, 1, 4, 2, 2, 3, 2, 4, 3, 3, 4, 4, 0],
+    )
+    assert len(set(pairwise(prompt))) == FEW * FEW  # whatever comes next has stood there
+    drafter = small_drafter(which)
+    target = Engine(twin(small.target), drafter).target
+    decoder = Decoder(
+        target,
+        drafter,
+        rows=rows,
+        slots=40,
+        sampling=SamplingConfig(temperature=1.0, acceptance=acceptance),
+        draft=DraftConfig(),
+        learn=LearnConfig(stride=1, lr=0.05) if which != "ngram" else None,
+        ends=(),
+    )
+    decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [3] * rows)
+    copied = 0
+    while any(decoder.rows.budget):
+        copied += sum(outcome.copied for outcome in decoder.round().values())
+    assert copied > rows / 4
+    texts = torch.tensor([decoder.rows.tokens[row][len(prompt) :] for row in range(rows)])
+    law = torch.zeros(FEW, FEW, FEW)
+    for a in range(FEW):
+        for b in range(FEW):
+            ids = torch.tensor([[*prompt, a, b]])
+            logits = target.model(ids).logits[0, -3:].float().softmax(-1)
+            law[a, b] = logits[0, a] * logits[1, b] * logits[2]
+    counts = torch.bincount(texts @ torch.tensor([FEW * FEW, FEW, 1]), minlength=FEW**3)
+    assert chi_square(counts, law.flatten()) > 1e-3
+
+
+def small_drafter(which: str) -> Drafter:
+    """A drafter of random weights for a vocabulary of five tokens."""
+    if which == "ngram":
+        return Ngram()
+    kind, config = CONFIGS[which]
+    config = {**config, **SMALL, "ttspec": {"length": 2}, "draft_vocab_size": 4}
+    drafter = make_drafter(kind, config)
+    drafter.weights = random_weights(drafter.shapes(), 1)
+    drafter.weights["d2t"] = torch.tensor([0, 0, 1, 1])  # all but token 2
+    return drafter
