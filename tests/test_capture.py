@@ -142,17 +142,17 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
     assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
 
 
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard2", "causal", "ngram"])
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard2", "causal"])
 def test_captured_rounds_of_changing_lengths_do_what_the_rounds_do(target, which, monkeypatch):
     """A draft, its verification and its lesson are recorded once for each length."""
     monkeypatch.setattr(rounds, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: which != "eagle3")
-    for learn in (None, NOW) if which != "ngram" else (None,):
+    for learn in (None, NOW):
         arms = []
         for graphs in (Tapes, Graphs):
             monkeypatch.setattr(decoders, "Graphs", graphs)
             made = scheduled(engine_of(target, which), [9, 1, 0, 0, 2, 9, 0, 0, 0, 0, 0, 0])
-            arms.append(say(made, learn=learn, max_new_tokens=40 if which == "ngram" else 24))
+            arms.append(say(made, learn=learn, max_new_tokens=24))
         assert arms[0] == arms[1]
         assert {0, 1, 2} <= {proposed for _, each in arms[0] for proposed, *_ in each}
 

@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from toys import toy_engine
 
 from ttspec import compiled
+from ttspec.config import DraftConfig
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding.engine import Engine
 from ttspec.drafters import context
@@ -51,7 +52,8 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
         """The first tokens of answers that may have so many."""
         engine = engine_of(target, which) if which != "none" else Engine(target, None)
         said: list[list[int]] = [[], []]
-        run = engine.run([[p] for p in PROMPTS], max_new_tokens=new, ignore_eos=True, learn=None)
+        options = {"max_new_tokens": new, "ignore_eos": True, "learn": None}
+        run = engine.run([[p] for p in PROMPTS], draft=DraftConfig(copy=False), **options)
         for index, chunk in run:
             said[index] += chunk.token_ids
             if min(map(len, said)) >= 16:

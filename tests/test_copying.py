@@ -103,11 +103,11 @@ def test_a_row_copies_where_that_promises_more_than_its_drafter() -> None:
     assert copying.choose([0], [new], drafts=False) == {}
 
 
-def test_lengths_where_only_some_are_captured() -> None:
-    copying = Copying(1, 31, [7, 31])
-    assert [copying.length({0: [0] * n}) for n in (1, 7, 8, 31)] == [7, 7, 31, 31]
-    assert copying.length({}) == 0
-    assert Copying(1, 31).length({0: [0] * 9}) == 9
+def test_rounds_are_as_wide_as_the_longest_copy_or_all_alike() -> None:
+    copies = {0: [0] * 9, 1: [0] * 4}
+    assert Copying(2, 31).length(copies) == 9
+    assert Copying(2, 31, one_length=True).length(copies) == 31
+    assert Copying(2, 31).length({}) == Copying(2, 31, one_length=True).length({}) == 0
 
 
 def test_widths_of_rounds() -> None:

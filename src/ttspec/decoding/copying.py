@@ -134,15 +134,15 @@ class SuffixIndex:
 class Copying:
     """The copies of all rows, and which rows copy instead of drafting."""
 
-    def __init__(self, rows: int, most: int, lengths: Sequence[int] | None = None) -> None:
+    def __init__(self, rows: int, most: int, *, one_length: bool = False) -> None:
         """No row has tokens.
 
         Args:
             rows: How many there are.
             most: Tokens copied in a round at most.
-            lengths: Where a round may not have any length, those it may have; ascending.
+            one_length: Rounds in which rows copy are all as wide.
         """
-        self.most, self._lengths = most, lengths
+        self.most, self._one_length = most, one_length
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -168,11 +168,10 @@ class Copying:
         return chosen
 
     def length(self, copies: dict[int, list[int]]) -> int:
-        """Width of a round's copies: the longest of them, or the next length that is allowed."""
-        longest = max(map(len, copies.values()), default=0)
-        if not longest or self._lengths is None:
-            return longest
-        return next(length for length in self._lengths if length >= longest)
+        """Width of a round's copies."""
+        if copies and self._one_length:
+            return self.most
+        return max(map(len, copies.values()), default=0)
 
     def commit(self, row: int, tokens: Sequence[int], accepted: int | None) -> None:
         """Take note of what a round emitted.

@@ -13,7 +13,7 @@ from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
-from ttspec.decoding.rows import RowStates
+from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
@@ -104,9 +104,8 @@ class Decoder(SpeculativeRound):
             self.policy = policy or DraftPolicy(self.gamma, few=few)
         self.copying = None
         if copies:
-            # A graph is captured for each length.
-            lengths = sorted({min(self.gamma, copies), copies} - {0}) if self.graphs.on else None
-            self.copying = Copying(rows, copies, lengths)
+            # A graph is captured for each width.
+            self.copying = Copying(rows, copies, one_length=self.graphs.on)
         self.ends = frozenset(ends)
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
         self.rows = RowStates(rows, slots, target.device, copies)
@@ -115,6 +114,35 @@ class Decoder(SpeculativeRound):
             target, self.cache, drafter, self.state, sampling, self.rows, self.deferred
         )
         self.timer, self.feedback = RoundTimer(target.device), PolicyFeedback(self.learner)
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture the graphs that rounds of any shape need, before the first answer.
+
+        Rounds in which nobody takes part do it. Where stages must know how far back a row reads,
+        there are too many shapes: their graphs are captured when they are met.
+        """
+        if not (self.graphs.on and self._reads_spans):
+            return
+        self.rows.upload(0)
+        nowhere = self.rows.inputs.start  # a first forward makes the cache
+        self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
+        slots, lengths, shapes = self.rows.slots, [0], list[RoundShape]()
+        if self.gamma:
+            lengths = [0, *getattr(self.policy, "lengths", [self.gamma])]
+        for drafted in lengths:
+            if drafted or self.policy.adaptive or not self.gamma:
+                shapes.append(RoundShape(slots, drafted))
+            if self.copying and (not drafted or self.rows.count > 1):
+                shapes.append(RoundShape(slots, drafted, self.copying.most))
+        # Drafts first: what is kept of a round is as wide as theirs.
+        for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
+            self._proposed = self.graphs(self.propose, shape)
+            verification, _ = self.graphs(self.verify_and_accept, shape)
+            if self.learner and shape.proposed:
+                self.learner.capture(verification, shape)
+        if self.learner:
+            self.learner.capture_updates(slots)
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]

@@ -241,6 +241,7 @@ class Engine:
             ) from error
         if isinstance(decoder.policy, DraftPolicy):
             self._policies[known] = decoder.policy
+        decoder.capture()
         return decoder
 
     def _find_shared_weights(self, config: GenerateConfig) -> LiveWeights | None:

@@ -133,13 +133,9 @@ class Learner:
             For each row, whether it was updated.
         """
         rows = len(self.updates)
-        if self._lessons is None:
-            if not drafted:
-                return [False] * rows
-            self._lessons = Lessons(self.config, rows, self.length, verification)
-        self._verification = verification
-        key, changes = longest if key is None else key, self._lessons.changed_by_absorb
-        self._run(self._keep_lesson, key, compile=False, changes=changes)
+        if self._lessons is None and not drafted:
+            return [False] * rows
+        self._keep(verification, longest if key is None else key)
         self._rounds += drafted
         for row in range(rows) if active is None else active:
             self._active[0 if self.shared else row] = True
@@ -152,6 +148,27 @@ class Learner:
             if self._publish == "now":
                 updated = self.publish()
         return updated
+
+    def capture(self, verification: Verification, key: Hashable) -> None:
+        """Capture what a round in which nobody takes part would have the learner do.
+
+        Args:
+            verification: Of such a round, in which the drafter drafted.
+            key: See `absorb`.
+        """
+        self._keep(verification, key)
+
+    def capture_updates(self, slots: int) -> None:
+        """Capture updates of rows of up to `slots` tokens; without lessons they change nothing."""
+        reaches = [MIN_CONTEXT]
+        while reaches[-1] < slots:
+            reaches.append(2 * reaches[-1])
+        for longest in reaches:
+            self._enqueue_update(longest, compare=self.config.guard > 0)
+            self._enqueue_update(longest, compare=False)
+        if self._update_over:
+            self._update_over.synchronize()
+        self._pending = None
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
         """One step on a given lesson, published at once.
@@ -238,9 +255,15 @@ class Learner:
         if self._lessons is not None:
             self._lessons.clear(row)
 
+    def _keep(self, verification: Verification, key: Hashable) -> None:
+        """Keep a round's verification, for what it teaches."""
+        if self._lessons is None:
+            self._lessons = Lessons(self.config, len(self.updates), self.length, verification)
+        self._verification, changes = verification, self._lessons.changed_by_absorb
+        self._run(self._keep_lesson, key, compile=False, changes=changes)
+
     def _begin_update(self, longest: int) -> None:
-        """Start an update on the newest lessons, beside the next rounds where it has a stream."""
-        assert self._lessons is not None
+        """Start an update on the newest lessons, if any copy may learn."""
         before, self._resting = self._resting, self.guard.resting()
         due = self.guard.due(self._active)
         self._active = [False] * len(due)
@@ -253,16 +276,21 @@ class Learner:
             self._compared.copy_(torch.tensor(due)[:, None])
         if self._run.on:  # few graphs: they read at most twice the context that is there
             longest = max(MIN_CONTEXT, 1 << (longest - 1).bit_length())
+        self._enqueue_update(longest, compare=any(due))
+
+    def _enqueue_update(self, longest: int, *, compare: bool) -> None:
+        """Update from the newest lessons, beside the next rounds where it has a stream."""
+        assert self._lessons is not None
         self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             # Compiling the way back takes half a minute and gains a fifth (docs/experiments.md).
-            work = self._compute_gradients_and_compare if any(due) else self._compute_gradients
+            work = self._compute_gradients_and_compare if compare else self._compute_gradients
             self._run_update(work, longest, compile=False)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
-            if any(due):
+            if compare:
                 self._run_update(self._compare_candidate, longest, compile=False)
             self._pending = self._report
             if self._stream and self._update_over:
