@@ -16,13 +16,13 @@ WINDOW = REBASE = 512
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"length": 0},
     "ngram": {},
-    "static": {"copy": False},
+    "static": {"copy": False, "context": "whole"},
     "static-window": {"window": WINDOW, "copy": False},
     "static-rebased": {"rebase": REBASE, "copy": False},
     "static-copy": {},
-    "learn": {"scope": "request", "copy": False},
-    "learn-session": {"scope": "session", "copy": False},
-    "learn-shared": {"scope": "shared", "copy": False},
+    "learn": {"scope": "request", "copy": False, "context": "whole"},
+    "learn-session": {"scope": "session", "copy": False, "context": "whole"},
+    "learn-shared": {"scope": "shared", "copy": False, "context": "whole"},
     "default": {"scope": "session"},
 }
 PEERS: dict[str, dict[str, type]] = {

@@ -192,6 +192,8 @@ class Engine:
         config = config.resolved()
         if self.random_weights:  # what is accepted is forced, and of drafts alone
             config = replace(config, draft=replace(config.draft, copy=False))
+        if self.drafter is not None:
+            config = replace(config, draft=self.drafter.with_context(config.draft))
         context = min(self.target.context, config.context or self.target.context)
         if longest_prompt >= context:
             raise OptionError(

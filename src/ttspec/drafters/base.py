@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +83,9 @@ class Drafter(ABC):
     bound: a default may depend on the target's number of layers."""
     length: int
     """Tokens drafted a round by default."""
+    window: int | None = None
+    """Last tokens that a drafter of this kind sees unless told otherwise: what measured best on
+    long texts (docs/experiments.md); None is all."""
     learning_rate: float = 1e-4
     """Of online learning by default: what measured best (docs/experiments.md)."""
     lora_rate: float = 1e-3
@@ -163,6 +166,11 @@ class Drafter(ABC):
     ) -> None:
         """Take what is the target's, and its device and dtype; see `bind`."""
         raise NotImplementedError
+
+    def with_context(self, options: DraftConfig) -> DraftConfig:
+        """The same, with what is left open about the context chosen for this kind."""
+        chosen = options.context == "whole" or options.window or options.rebase
+        return options if chosen else replace(options, window=self.window)
 
     @abstractmethod
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:

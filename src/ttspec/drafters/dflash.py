@@ -50,6 +50,7 @@ class DFlash(FeatureDrafter):
     """A DFlash drafter, from its config.json and its weights by published name."""
 
     kind = "dflash"
+    window = 512
     aliases = (
         (r"^model\.", ""),
         (r"^encoder\.fc\.", "fc."),

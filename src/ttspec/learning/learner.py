@@ -164,11 +164,9 @@ class Learner:
         while reaches[-1] < slots:
             reaches.append(2 * reaches[-1])
         for longest in reaches:
-            self._enqueue_update(longest, compare=self.config.guard > 0)
-            self._enqueue_update(longest, compare=False)
-        if self._update_over:
-            self._update_over.synchronize()
-        self._pending = None
+            for compare in (False, True) if self.config.guard else (False,):
+                self._enqueue_update(longest, compare=compare)
+                self.publish()  # the next one writes where this one reads
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
         """One step on a given lesson, published at once.
