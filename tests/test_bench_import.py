@@ -11,6 +11,7 @@ from ttspec import load
 from ttspec.bench.importing import import_run
 from ttspec.bench.store import read_run
 from ttspec.cli import main
+from ttspec.config import DraftConfig
 from ttspec.errors import DataError
 from ttspec.records import Round, acceptance_length
 
@@ -93,6 +94,7 @@ def test_ttspec_does_the_same_round_by_round(smollm2_dir, tmp_path: Path) -> Non
         max_new_tokens=64,
         temperature=0.0,
         learn=None,
+        draft=DraftConfig(copy=False, context="whole"),
     )
     for turn, result in zip(arm.turns, found, strict=True):
         assert turn.result.token_ids == result.token_ids

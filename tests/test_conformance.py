@@ -606,12 +606,13 @@ class LateUpdate(Decoder):
         if not hasattr(self, "_learn"):
             self._learn, learner.absorb = learner.absorb, self._wait
         else:
-            assert any(self._learn(*self._waiting)), "no weight moved"
+            waiting, options = self._waiting
+            assert any(self._learn(*waiting, **options)), "no weight moved"
             self._proposed = self._judged(proposal, shape.longest), noise
         return super().verify_and_accept(shape)
 
-    def _wait(self, *round_: Any) -> list[bool]:
-        self._waiting = round_
+    def _wait(self, *round_: Any, **options: Any) -> list[bool]:
+        self._waiting = round_, options
         return [False] * self.rows.count
 
     def _judged(self, proposal: Proposal, longest: int) -> Proposal:

@@ -25,7 +25,14 @@ from ttspec.learning.delta import Delta, difference, read_delta, weights_sha256
 FULL = LearnConfig(stride=1, lr=1e-2, scope="session", blocks=2, guard=0)
 LORA = replace(FULL, weights="lora", rank=3)
 LEARNS = {"full": FULL, "lora": LORA}
-SAID = {"seed": 3, "temperature": 0.9, "max_new_tokens": 30, "context": 200, "ignore_eos": True}
+SAID = {
+    "seed": 3,
+    "temperature": 0.9,
+    "max_new_tokens": 30,
+    "context": 200,
+    "ignore_eos": True,
+    "draft": DraftConfig(copy=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +162,8 @@ def test_where_copies_cannot_begin_there_the_drafter_is_multiplied_out(
 def test_the_text_stays_that_of_plain_decoding(target, saved, how: str):
     _, path = saved("eagle3", how)
     options = {**SAID, "temperature": 0.7}
-    plain = fresh(target, "eagle3").session(learn=None, draft=DraftConfig(length=0), **options)
+    plainly = {**options, "learn": None, "draft": DraftConfig(length=0)}
+    plain = fresh(target, "eagle3").session(**plainly)
     wanted = plain.send("tell me").token_ids
     for learn in (LEARNS[how], None, FULL):
         session = fresh(target, "eagle3").session(resume=path, learn=learn, **options)

@@ -55,7 +55,13 @@ class Loop:
         self.q = first.expand(len(keys), LONG, V).clone()
         zeros = torch.zeros(len(keys), dtype=torch.long)
         self.inputs = RoundInputs(
-            pending=zeros, start=zeros, budget=zeros, number=zeros[:1].clone(), noise_key=keys
+            pending=zeros,
+            start=zeros,
+            budget=zeros,
+            number=zeros[:1].clone(),
+            noise_key=keys,
+            copies=zeros[:, None],
+            copied=zeros,
         )
         # What the decoder's `accept` looks at.
         self.rows = SimpleNamespace(inputs=self.inputs)

@@ -420,8 +420,8 @@ def test_deterministic_leaves_no_choice_to_a_clock(engine) -> None:
 
 def test_arms_name_the_policy() -> None:
     (arm,) = parse_arms("static[adaptive=true,window=64]")
-    assert arm.draft == DraftConfig(adaptive=True, window=64, copy=False)
-    assert parse_arms("learn[adaptive=false]")[0].draft == WHOLE
+    assert arm.draft == DraftConfig(adaptive=True, window=64, copy=False, context="whole")
+    assert parse_arms("learn[adaptive=false]")[0].draft == replace(WHOLE, context="whole")
     with pytest.raises(OptionError, match="true, false"):
         parse_arms("static[adaptive=yes]")
 

@@ -131,7 +131,7 @@ def measure(
     length = 0
     if drafter is not None:
         length = drafter.length if draft.length is None else min(draft.length, drafter.length)
-    if not length:
+    if not length and (drafter is None or drafter.drafts):
         drafter = None
     parts = r.parts_of(drafter, length, draft.window) if drafter else None
     learn = _counted(learn, drafter, rows)

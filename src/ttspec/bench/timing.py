@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import torch
@@ -78,7 +78,7 @@ def timed(
         max_new_tokens=plan.tokens,
         temperature=temperature,
         ignore_eos=True,
-        draft=draft,
+        draft=replace(draft, copy=False),  # the text is random, and a copy would hide the stages
         learn=learn,
     )
     try:

@@ -32,8 +32,6 @@ LEAST_CHANCE = 0.15
 """A copy ends where the chance that a token of it is kept falls below this."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
-BLOCK_COST = 0.15
-"""What a drafter's block costs, in rounds without one: a copy may promise so much less."""
 
 
 class Copy(NamedTuple):
@@ -134,15 +132,19 @@ class SuffixIndex:
 class Copying:
     """The copies of all rows, and which rows copy instead of drafting."""
 
-    def __init__(self, rows: int, most: int, *, one_length: bool = False) -> None:
+    def __init__(
+        self, rows: int, most: int, *, block_cost: float = 0.0, one_length: bool = False
+    ) -> None:
         """No row has tokens.
 
         Args:
             rows: How many there are.
             most: Tokens copied in a round at most.
+            block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
+                much less. From the weights that it reads, not from a clock.
             one_length: Rounds in which rows copy are all as wide.
         """
-        self.most, self._one_length = most, one_length
+        self.most, self._block_cost, self._one_length = most, block_cost, one_length
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -162,7 +164,7 @@ class Copying:
             index = self._rows[row]
             index.extend(tokens[row][len(index) :], count=False)  # a prompt
             copied, promise = index.copy(self.most)
-            drafted = (1 + self._accepted[row]) / (1 + BLOCK_COST) - 1 if drafts else 0.0
+            drafted = (1 + self._accepted[row]) / (1 + self._block_cost) - 1 if drafts else 0.0
             if copied and promise > drafted:
                 chosen[row] = copied
         return chosen

@@ -105,7 +105,11 @@ class Decoder(SpeculativeRound):
         self.copying = None
         if copies:
             # A graph is captured for each width.
-            self.copying = Copying(rows, copies, one_length=self.graphs.on)
+            block_cost = 0.0
+            if drafter and self.gamma:
+                weights = sum(w.numel() for w in target.model.parameters())
+                block_cost = drafter.weights_read(self.gamma) / weights
+            self.copying = Copying(rows, copies, block_cost=block_cost, one_length=self.graphs.on)
         self.ends = frozenset(ends)
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
         self.rows = RowStates(rows, slots, target.device, copies)

@@ -72,6 +72,8 @@ class Drafter(ABC):
     kind: str
     drafts: ClassVar[bool] = True
     """False if nothing is asked of it in a round."""
+    at_once: ClassVar[bool] = False
+    """Whether a block is drafted by one pass, not by one for each token."""
     name: str
     path: Path | None
     config: Mapping[str, Any]
@@ -316,6 +318,14 @@ class Drafter(ABC):
             start: int64 [B], where each row's pending token stands; past the slots in rows at rest.
             count: Tokens before it of which some may be unread.
         """
+
+    def weights_read(self, length: int) -> int:
+        """Weights that are read to draft a block of `length` tokens, the head's among them."""
+        own = sum(w.numel() for n, w in self.weights.items() if "embed_tokens" not in n)
+        if "lm_head.weight" not in self.weights:
+            rows, hidden = self.embedding.shape
+            own += hidden * (rows if self.draft_ids is None else len(self.draft_ids))
+        return own * (1 if self.at_once else length)
 
     @property
     def parameters(self) -> int:

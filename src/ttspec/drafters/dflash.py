@@ -50,6 +50,7 @@ class DFlash(FeatureDrafter):
     """A DFlash drafter, from its config.json and its weights by published name."""
 
     kind = "dflash"
+    at_once = True
     window = 512
     aliases = (
         (r"^model\.", ""),

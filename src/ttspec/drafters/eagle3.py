@@ -43,7 +43,7 @@ class Eagle3(FeatureDrafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
-    window = 1024
+    window = 512
     learning_rate = 3e-5
     aliases = (
         (r"^model\.", ""),

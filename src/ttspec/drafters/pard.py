@@ -27,6 +27,7 @@ class Pard(Causal):
     """A PARD or PARD-2 drafter: a stock config with `pard_token`."""
 
     kind = "pard"
+    at_once = True
     window = 512
     default_length = 12
 
