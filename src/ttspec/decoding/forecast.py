@@ -145,9 +145,9 @@ def learning_row(drafter: Drafter, config: LearnConfig) -> int:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be taken on a device; None if that cannot be told."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept  # torch keeps what was freed, and gives it again
+        # Torch keeps what was freed for what is like it; other streams and graphs get none of it.
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
     meminfo = _fields(Path("/proc/meminfo"))

@@ -33,7 +33,7 @@ from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
 from ttspec.learning.update_report import UpdateReport
-from ttspec.models.capture import Graphs
+from ttspec.models.capture import Graphs, Streams
 from ttspec.records import Lesson, Verification
 
 COMPARED, HELD_OUT = 4, 2
@@ -108,7 +108,8 @@ class Learner:
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
             self._run_update = Graphs(drafter.embedding.device)
-            self._stream, self._update_over = torch.cuda.Stream(), torch.cuda.Event()
+            self._stream = Streams.lend(drafter.embedding.device, self)
+            self._update_over = torch.cuda.Event()
 
     def absorb(
         self,
@@ -247,7 +248,7 @@ class Learner:
             self._compared.copy_(torch.tensor(due)[:, None])
         if self._run.on:  # few graphs: they read at most twice the context that is there
             longest = max(MIN_CONTEXT, 1 << (longest - 1).bit_length())
-        self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
+        self._lesson = self._run_update(self._newest_lesson, 0, compile=False, pin=True)
         self._lessons.mark_used()
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
