@@ -4,7 +4,6 @@ What a graph cannot do, the tape cannot either: wait for the device, read Python
 follow a tensor that was replaced by another.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
