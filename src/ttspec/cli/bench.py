@@ -16,7 +16,11 @@ from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
 
-bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
+bench = App(
+    name="bench",
+    help="Measure arms on a suite of requests, report, compare.",
+    help_format="markdown",
+)
 bench.command(replay)
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
