@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 
@@ -45,6 +46,10 @@ from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError
 from ttspec.models.target import find_target, wrap_target
+from ttspec.training import memory as training_memory
+from ttspec.training.answers import write_answers
+from ttspec.training.config import TrainConfig
+from ttspec.training.memory import require_training, step_bytes, step_notice
 
 CPU = torch.device("cpu")
 TARGETS = {
@@ -377,6 +382,54 @@ def test_bench_says_so_before_it_begins(toy_target_dir: Path, tmp_path: Path, mo
     assert "learn: 30 rows of 512 tokens take" in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+# Training.
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("dflash", 0), ("pard", 1000)])
+def test_training_that_does_not_fit_is_refused_with_numbers(
+    engine: Engine, monkeypatch, kind, trained
+):
+    config = TrainConfig(prompts=Path("p"), out=Path("o"), kind=kind, max_length=100, batch=2)
+    config = replace(config, anchors=10, block=5)
+    drafted = 10 * 4 if kind == "dflash" else 60
+    step = 2 * 4 * (60 * 5 * 64 + 3 * 260 * drafted)
+    assert step_bytes(engine.target, config, 60) == step
+    weights, need = [torch.zeros(trained)], step + 16 * trained
+    monkeypatch.setattr(training_memory, "free_memory", lambda _: need)
+    require_training(engine.target, config, weights, 60)
+    monkeypatch.setattr(training_memory, "free_memory", lambda _: need - 1)
+    with pytest.raises(ResourceError, match=r"a step on 2 dialogues of up to 60 tokens") as caught:
+        require_training(engine.target, config, weights, 60)
+    assert "--batch" in str(caught.value).splitlines()[1]
+    told = step_notice(engine.target, config)  # answers may be shorter
+    assert told is not None
+    assert told.startswith("A step on 2 dialogues of 100 tokens takes")
+
+
+def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path, monkeypatch):
+    engine, counts = load(str(toy_target_dir), None, device="cpu", dtype="float32"), []
+    real = Engine.decoder
+
+    def decoder(self, config, rows, *given, **more):
+        counts.append(rows)
+        return real(self, config, rows, *given, **more)
+
+    monkeypatch.setattr(Engine, "decoder", decoder)
+    config = GenerateConfig(
+        max_new_tokens=5, context=60, draft=DraftConfig(length=0), learn=None, temperature=0.8
+    )
+    room = int(of_run(engine.target, None, config, 3, 60).total / forecast.SPARE) + 1
+    monkeypatch.setattr(forecast, "free_memory", lambda _: room)
+    texts = []
+    for rows in (None, 2):
+        out = tmp_path / f"{rows}.jsonl"
+        options = {"max_answer": 5, "max_length": 60, "temperature": 0.8, "seed": 0}
+        write_answers(engine, [["hello"]] * 6, out, rows=rows, **options)
+        texts.append(sorted(out.read_text().splitlines()))
+    assert counts == [3, 2]
+    assert texts[0] == texts[1]
 
 
 def test_a_shared_drafter_learns_once(engine: Engine):

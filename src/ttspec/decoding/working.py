@@ -11,7 +11,7 @@ from dataclasses import replace
 from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.prefill import AT_ONCE, PIECE
 from ttspec.drafters.base import Drafter
-from ttspec.learning.distillation import AT_ONCE as LOGITS_AT_ONCE
+from ttspec.learning.distillation import blocks_at_once
 from ttspec.losses import LOGITS_AT_ONCE as LOSSES_AT_ONCE
 from ttspec.losses import LOGITS_AT_ONCE_ON_A_CPU as LOSSES_AT_ONCE_ON_A_CPU
 from ttspec.models.target import Target
@@ -89,7 +89,7 @@ def updating(target: Target, drafter: Drafter, learn: LearnConfig, rows: int, dr
     vocabulary, size = int(target.config.vocab_size), target.dtype.itemsize
     of_block = rows * drafts * vocabulary
     lesson = of_block * learn.blocks * size
-    at_once = min(learn.blocks, max(1, LOGITS_AT_ONCE // max(of_block, 1)))
+    at_once = min(learn.blocks, blocks_at_once(rows, drafts, vocabulary))
     drafted = len(drafter.draft_ids) if drafter.draft_ids is not None else vocabulary
     again = rows * drafts * drafted * at_once
     covered = size if drafter.draft_ids is not None else 0

@@ -26,6 +26,11 @@ AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
 
 
+def blocks_at_once(rows: int, length: int, vocabulary: int) -> int:
+    """Blocks of each row that are replayed together, at least one: so many logits that is."""
+    return max(1, AT_ONCE // max(1, rows * length * vocabulary))
+
+
 class Distillation:
     """The loss that brings a drafter's q nearer to the target's p, on blocks drafted again."""
 
@@ -89,7 +94,7 @@ class Distillation:
 
     def _blocks_at_once(self, lesson: Lesson) -> int:
         """Blocks of each row that are replayed together."""
-        return max(1, AT_ONCE // (len(lesson.start) * self.length * lesson.logits.shape[-1]))
+        return blocks_at_once(len(lesson.start), self.length, lesson.logits.shape[-1])
 
     def _variation(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
         """Total variation of each drafted row, some at a time: probabilities are wide."""
