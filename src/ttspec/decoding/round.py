@@ -93,7 +93,7 @@ class SpeculativeRound:
         self.prompts.invalidate(active)  # until they are committed
         self.rows.upload(self.round_number)
 
-        self._proposed = self.graphs(self.propose, shape)
+        self._proposed = self.graphs(self.propose, shape, first=True)
         self.timer.lap()
         verification, verdict = self.graphs(self.verify_and_accept, shape)
         verdict = verdict.tolist()  # the round's one wait for the device

@@ -14,6 +14,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.learning.distillation import blocks_at_once
 from ttspec.losses import LOGITS_AT_ONCE as LOSSES_AT_ONCE
 from ttspec.losses import LOGITS_AT_ONCE_ON_A_CPU as LOSSES_AT_ONCE_ON_A_CPU
+from ttspec.models.capture import FEW
 from ttspec.models.target import Target
 
 FLOAT, LONG = 4, 8
@@ -47,8 +48,9 @@ def working(
     update = updating(target, drafter, learn, rows, drafts) if drafter and learn else 0
     if target.device.type != "cuda":
         return max(piece, verification, update)
-    # Graphs keep what they need; a prompt's comes from elsewhere.
-    return piece + verification + update
+    # Graphs keep what they need, those of some shapes what they return; a prompt's is elsewhere.
+    others = (FEW - 1) * returned(target, config, rows * width) if config.draft.adaptive else 0
+    return piece + verification + update + others
 
 
 def reading(target: Target, tokens: int) -> int:
@@ -72,6 +74,14 @@ def choosing(target: Target, config: GenerateConfig, positions: int) -> int:
             # Noise, logits, scaled; sorted, where from, and two sums over them.
             each = target.dtype.itemsize + 3 * FLOAT + LONG + 3 * FLOAT
     return positions * int(target.config.vocab_size) * each
+
+
+def returned(target: Target, config: GenerateConfig, positions: int) -> int:
+    """Of what the graphs of one shape of round return: logits, features, and noise if there is."""
+    size, sampling = target.dtype.itemsize, replace(config, seed=0).sampling(target.defaults)
+    noise = FLOAT if sampling.temperature > 0 and sampling.acceptance == "invariant" else 0
+    features = len(target.taps) * int(target.config.hidden_size) * size
+    return positions * (int(target.config.vocab_size) * (size + noise) + features)
 
 
 def lessons(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:

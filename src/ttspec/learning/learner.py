@@ -248,7 +248,7 @@ class Learner:
             self._compared.copy_(torch.tensor(due)[:, None])
         if self._run.on:  # few graphs: they read at most twice the context that is there
             longest = max(MIN_CONTEXT, 1 << (longest - 1).bit_length())
-        self._lesson = self._run_update(self._newest_lesson, 0, compile=False, pin=True)
+        self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())

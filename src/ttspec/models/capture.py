@@ -19,8 +19,8 @@ from ttspec.compiled import compiling
 
 T = TypeVar("T")
 Key = TypeVar("Key", bound=Hashable)
-MOST = 64
-"""Shapes of a round that are kept at most: a graph takes memory of the driver's too."""
+MOST, FEW = 64, 4
+"""Shapes of which graphs are kept at most, and whatever they take: three draft lengths and none."""
 SHARE = 16
 """What graphs return, and so keep, may take one part in so many of a device's memory."""
 TIGHT = 4
@@ -49,8 +49,10 @@ class Streams:
 class Graphs:
     """One graph per function and key, made when that pair is first seen; off a GPU plain calls.
 
-    What a graph returns stays in memory as long as the graph. So of keys that come and go, as the
-    shapes of rounds do, only some are kept: of those that were not seen for longest, all graphs go.
+    What a graph returns stays in memory as long as the graph. So when graphs of too many keys were
+    made, as of shapes of rounds that come and go, all are forgotten and made anew as they are asked
+    for. All, since newer torch gives back the scratch memory of a stream with the first graph that
+    was captured there and goes, be there others.
     """
 
     captured: ClassVar[int] = 0
@@ -60,13 +62,11 @@ class Graphs:
         """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
         self.on, self.compile = device.type == "cuda", compile
         self.most, self.room = MOST, 0
-        """Keys that come and go, and bytes of what their graphs return, of which more are not kept
-        beside those of the newest key."""
+        """Keys, and past `FEW` of them bytes of what their graphs return, of which no more are
+        kept."""
         self._device = device
         self._made: dict[Hashable, dict[str, tuple[Any, Any]]] = {}
-        """By key, the one seen last at the end: graphs and what they return, by function."""
-        self._pinned: set[Hashable] = set()
-        """Keys that do not go."""
+        """By key and function: graphs and what they return."""
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         if self.on:
@@ -94,7 +94,7 @@ class Graphs:
         compile: bool = True,
         changes: Sequence[Tensor] = (),
         warm: bool = True,
-        pin: bool = False,
+        first: bool = False,
     ) -> T:
         """What `work(key)` returns; a later call with this key overwrites it.
 
@@ -106,35 +106,25 @@ class Graphs:
             compile: Whether it gains from being compiled.
             changes: What a run changes for good; put back after those two.
             warm: Whether it runs before it is captured; else its kernels must have run before.
-            pin: Keep it: graphs of other keys read what it returns. Without, only those of its own
-                key may.
+            first: Nothing that any graph returned is read after this, so graphs may be forgotten.
         """
         if not self.on:
             return work(key)
+        if first and key not in self._made:
+            self._make_room()
         made = self._made.setdefault(key, {})
-        if next(reversed(self._made)) != key:  # seen last: at the end
-            self._made[key] = self._made.pop(key)
-        if pin:
-            self._pinned.add(key)
         if work.__name__ not in made:
-            self._let_go(key)
             made[work.__name__] = self._capture(work, key, changes, compile=compile, warm=warm)
             Graphs.captured += 1
         graph, out = made[work.__name__]
         graph.replay()
         return out
 
-    def _let_go(self, key: Hashable) -> None:
-        """Before a graph of this key is made, forget what is too much of others."""
-        going = [old for old in self._made if old != key and old not in self._pinned]
-        sizes = {old: _returned(self._made[old]) for old in going}
-        number, size = len(going) + 1, sum(sizes.values())
-        for old in going:
-            if number <= self.most and size <= self.room:
-                return
-            self._wait()  # none of its graphs may be under way
-            del self._made[old]
-            number, size = number - 1, size - sizes[old]
+    def _make_room(self) -> None:
+        """Forget all graphs if there are too many."""
+        if self.keys >= self.most or (self.keys >= FEW and self.nbytes > self.room):
+            self._wait()  # none may be under way
+            self._made.clear()
 
     def _wait(self) -> None:
         torch.cuda.synchronize(self._device)
