@@ -4,7 +4,6 @@ What a graph cannot do, the tape cannot either: wait for the device, read Python
 follow a tensor that was replaced by another.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +36,7 @@ class Tape(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.steps: list[tuple[Any, tuple, dict, Any]] = []
+        self.has_run = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         assert not any(wait in str(func) for wait in WAITS), f"{func} waits for the device"
@@ -53,6 +53,10 @@ class Tape(TorchDispatchMode):
         return out
 
     def replay(self) -> None:
+        if self.has_run:  # a recording has, unlike a graph
+            self.has_run = False
+            return
+        Tapes.replayed += 1
         for func, args, kwargs, out in self.steps:
             returns = func._schema.returns
             alias = returns[0].alias_info if returns else None
@@ -67,39 +71,27 @@ class Tape(TorchDispatchMode):
 class Tapes(Graphs):
     """`Graphs` with tapes in the place of CUDA graphs."""
 
-    made = replayed = 0
+    made = replayed = waited = 0
+    kept = 1 << 40
 
     def __init__(self, device: torch.device, *, compile: bool = False) -> None:
         super().__init__(device, compile=compile)
-        self.on = True
-        self.tapes: dict[tuple[str, int], tuple[Tape, Any]] = {}
+        self.on, self.room = True, Tapes.kept
 
-    def __call__(
-        self,
-        work: Callable[[int], Any],
-        key: int,
-        *,
-        compile: bool = True,
-        changes=(),
-        warm: bool = True,
-    ) -> Any:
-        at = work.__name__, key
-        if at not in self.tapes:
-            before = [x.clone() for x in changes]
-            for _ in range(2 if warm else 0):
-                work(key)
-            with Tape() as tape:
-                out = work(key)
-            for tensor, old in zip(changes, before, strict=True):
-                tensor.copy_(old)
-            self.tapes[at] = tape, out
-            Tapes.made += 1
-            if not warm:
-                return out  # a recording has run, unlike a graph's
-        tape, out = self.tapes[at]
-        tape.replay()
-        Tapes.replayed += 1
-        return out
+    def _capture(self, work, key, changes, *, compile: bool, warm: bool):
+        before = [x.clone() for x in changes]
+        for _ in range(2 if warm else 0):
+            work(key)
+        with Tape() as tape:
+            out = work(key)
+        for tensor, old in zip(changes, before, strict=True):
+            tensor.copy_(old)
+        tape.has_run = not warm
+        Tapes.made += 1
+        return tape, out
+
+    def _wait(self) -> None:
+        Tapes.waited += 1
 
 
 @pytest.fixture(scope="module")

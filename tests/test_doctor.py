@@ -248,8 +248,8 @@ def test_memory_of_a_run_is_rows_times_context(engine):
     one, many = memory(engine, 1, 1000), memory(engine, 3, 2000)
     fixed = one["target_weights"] + one["drafter_weights"]
     cache = one["target_cache_per_1000_tokens"] + one["drafter_cache_per_1000_tokens"]
-    assert one["total"] == fixed + cache + one["learning_per_row"]
-    assert many["total"] == fixed + 3 * (2 * cache + one["learning_per_row"])
+    assert one["total"] == fixed + cache + one["learning_per_row"] + one["work"]
+    assert many["total"] == fixed + 3 * (2 * cache + one["learning_per_row"]) + many["work"]
     cpu = torch.device("cpu")
     assert judge(many, cpu).level == "ok"
     short = judge(many | {"total": 2**60}, cpu)

@@ -1,11 +1,15 @@
 """What is forecast is what is taken; too little memory is told before it is touched."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
+from torch.profiler import ProfilerActivity, profile
 from toys import CONFIGS, PLAIN, make_drafter, make_kind, toy_engine
 from transformers import (
     Gemma2Config,
@@ -29,6 +33,7 @@ from ttspec.decoding.forecast import (
     Forecast,
     drafter_cache,
     drafter_weights,
+    fitting_rows,
     free_memory,
     learning,
     of_run,
@@ -41,6 +46,10 @@ from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError
 from ttspec.models.target import find_target, wrap_target
+from ttspec.training import memory as training_memory
+from ttspec.training.answers import write_answers
+from ttspec.training.config import TrainConfig
+from ttspec.training.memory import require_training, step_bytes, step_notice
 
 CPU = torch.device("cpu")
 TARGETS = {
@@ -232,7 +241,7 @@ def test_on_a_cpu_caches_that_may_never_be_full_are_a_notice(toy_target_dir: Pat
     engine.notify = said.append
     has(1 << 20)
     options = {"max_new_tokens": 4, "ignore_eos": True, **PLAIN}
-    assert len(engine.generate([[1, 2]] * 9, **options)) == 9
+    assert len(engine.generate([[1, 2]] * 9, rows=9, **options)) == 9
     assert len(said) == 1
     assert said[0].startswith("9 rows of 256 tokens take")
     assert "unless they are filled" in said[0]
@@ -273,6 +282,154 @@ def test_doctor_says_what_was_forecast(toy_target_dir: Path, tmp_path: Path, cap
             assert near(size, out["memory"][name]), name
     assert main(command) == 0
     assert "forecast     target 0.7 MiB + " in capsys.readouterr().out
+
+
+# What comes and goes.
+
+
+def height(work: Callable[[], object]) -> int:
+    """The most bytes that torch held at once while something ran, above those before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    events = profiled.profiler.kineto_results.events()
+    sizes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(accumulate(size for _, size in sizes))
+
+
+@pytest.mark.parametrize("which", ["none", "dflash", "pard"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"learn": None, "temperature": 0.8},
+        {"learn": None, "temperature": 0.8, "top_p": 0.9},
+        {"learn": LearnConfig(stride=1, blocks=4, publish="now")},
+        {"learn": LearnConfig(stride=1, blocks=2, supervision="block"), "temperature": 0.8},
+    ],
+    ids=["sampled", "nucleus", "learning", "learning from blocks"],
+)
+def test_what_rounds_take_is_near_the_forecast(which: str, options: dict):
+    vocabulary, rows, drafter = 20_000, 6, None
+    config = LlamaConfig(**{**SHAPE, "vocab_size": vocabulary})
+    target = wrap_target(LlamaForCausalLM(config), byte_tokenizer())
+    if which != "none":
+        drafter = make_kind(which, vocab_size=vocabulary)
+    if drafter is None and options["learn"]:
+        pytest.skip("nothing learns")
+    engine = Engine(target, drafter)
+    chosen = GenerateConfig(
+        seed=0, max_new_tokens=24, ignore_eos=True, draft=DraftConfig(adaptive=False), **options
+    )
+    decoder = engine.decoder(chosen, rows, 20, sessions=False)
+    need = of_run(target, drafter, chosen, rows, decoder.rows.slots, prompt=20)
+
+    def work() -> None:
+        numbers = [*range(rows)]
+        decoder.prefill(numbers, [[5] * 20] * rows, numbers, [24] * rows)
+        for _ in range(8):
+            decoder.round()
+
+    measured = height(work)
+    assert 0.7 * measured < (need.working or 0) + (need.lessons or 0) < 1.5 * measured
+
+
+# How many rows.
+
+
+def test_rows_are_as_many_as_fit_and_fewer_are_told(toy_target_dir: Path, monkeypatch):
+    options = {"max_new_tokens": 4, "ignore_eos": True, "seed": 1, "learn": LearnConfig()}
+    engine, said = toy_engine(toy_target_dir), []
+    wanted = [r.token_ids for r in engine.generate([[1, 2]] * 9, **options)]
+    engine = engine.sibling()  # without the caches of nine
+    engine.notify = said.append
+    pair, config = (engine.target, engine.drafter), GenerateConfig(**options)
+    five, six = (of_run(*pair, config, n, 256, prompt=2).total for n in (5, 6))
+    counts, real = [], Engine.decoder
+
+    def decoder(self, config, rows, *given, **more):
+        counts.append(rows)
+        return real(self, config, rows, *given, **more)
+
+    monkeypatch.setattr(Engine, "decoder", decoder)
+    monkeypatch.setattr(forecast, "free_memory", lambda _: int((five + six) / 2 / forecast.SPARE))
+    for _ in range(2):
+        assert [r.token_ids for r in engine.generate([[1, 2]] * 9, **options)] == wanted
+    assert counts == [5, 5]
+    assert said == [
+        "5 of 9 requests fit into memory side by side, at 256 tokens each; the others follow."
+    ]
+    monkeypatch.setattr(forecast, "free_memory", lambda _: None)
+    assert fitting_rows(engine.target, engine.drafter, config, 256, 1000) == 1000
+
+
+def test_rows_that_were_asked_for_are_never_fewer(toy_target_dir: Path, monkeypatch):
+    engine = toy_engine(toy_target_dir)
+    options = {"max_new_tokens": 4, "ignore_eos": True, "learn": LearnConfig()}
+    config = GenerateConfig(**options)
+    need = of_run(engine.target, engine.drafter, config, 9, 256, prompt=2)
+    monkeypatch.setattr(forecast, "free_memory", lambda _: need.at_once - 1)
+    with pytest.raises(ResourceError, match=r"9 rows of 256 tokens take"):
+        list(engine.run([[[1, 2]]] * 9, rows=9, **options))
+
+
+def test_bench_says_so_before_it_begins(toy_target_dir: Path, tmp_path: Path, monkeypatch, capsys):
+    drafter, suite = make_drafter(tmp_path / "drafter"), tmp_path / "suite.jsonl"
+    suite.write_text('{"prompt": "hello"}\n' * 30)
+    command = ["bench", "run", "--suite", str(suite), "--target", str(toy_target_dir), "--drafter"]
+    command += [str(drafter), "--rows", "30", "--arms", "plain,learn", "--out"]
+    monkeypatch.setattr(forecast, "free_memory", lambda _: 4 << 20)
+    assert main([*command, str(tmp_path / "run"), "--dtype", "float32"]) == 1
+    error = capsys.readouterr().err
+    assert "learn: 30 rows of 512 tokens take" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+# Training.
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("dflash", 0), ("pard", 1000)])
+def test_training_that_does_not_fit_is_refused_with_numbers(
+    engine: Engine, monkeypatch, kind, trained
+):
+    config = TrainConfig(prompts=Path("p"), out=Path("o"), kind=kind, max_length=100, batch=2)
+    config = replace(config, anchors=10, block=5)
+    drafted = 10 * 4 if kind == "dflash" else 60
+    step = 2 * 4 * (60 * 5 * 64 + 3 * 260 * drafted)
+    assert step_bytes(engine.target, config, 60) == step
+    weights, need = [torch.zeros(trained)], step + 16 * trained
+    monkeypatch.setattr(training_memory, "free_memory", lambda _: need)
+    require_training(engine.target, config, weights, 60)
+    monkeypatch.setattr(training_memory, "free_memory", lambda _: need - 1)
+    with pytest.raises(ResourceError, match=r"a step on 2 dialogues of up to 60 tokens") as caught:
+        require_training(engine.target, config, weights, 60)
+    assert "--batch" in str(caught.value).splitlines()[1]
+    told = step_notice(engine.target, config)  # answers may be shorter
+    assert told is not None
+    assert told.startswith("A step on 2 dialogues of 100 tokens takes")
+
+
+def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path, monkeypatch):
+    engine, counts = load(str(toy_target_dir), None, device="cpu", dtype="float32"), []
+    real = Engine.decoder
+
+    def decoder(self, config, rows, *given, **more):
+        counts.append(rows)
+        return real(self, config, rows, *given, **more)
+
+    monkeypatch.setattr(Engine, "decoder", decoder)
+    config = GenerateConfig(
+        max_new_tokens=5, context=60, draft=DraftConfig(length=0), learn=None, temperature=0.8
+    )
+    room = int(of_run(engine.target, None, config, 3, 60).total / forecast.SPARE) + 1
+    monkeypatch.setattr(forecast, "free_memory", lambda _: room)
+    texts = []
+    for rows in (None, 2):
+        out = tmp_path / f"{rows}.jsonl"
+        options = {"max_answer": 5, "max_length": 60, "temperature": 0.8, "seed": 0}
+        write_answers(engine, [["hello"]] * 6, out, rows=rows, **options)
+        texts.append(sorted(out.read_text().splitlines()))
+    assert counts == [3, 2]
+    assert texts[0] == texts[1]
 
 
 def test_a_shared_drafter_learns_once(engine: Engine):

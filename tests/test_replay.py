@@ -14,6 +14,8 @@ from ttspec.bench.replay import check_replayed, open_source, prepare
 from ttspec.bench.store import read_run
 from ttspec.cli import main
 from ttspec.decoding import decoder as decoders
+from ttspec.decoding import engine as engines
+from ttspec.decoding import forecast, loading
 from ttspec.decoding import round as rounds
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.errors import DataError
@@ -104,6 +106,33 @@ def test_a_round_of_a_replay_can_be_captured(pairs, run, tmp_path, monkeypatch) 
     assert replay(pairs["eagle3"], run, tmp_path / "b", arms) == 0
     assert Tapes.replayed > before
     assert told(tmp_path / "a") == told(tmp_path / "b")
+
+
+def test_rows_are_as_many_as_fit_and_the_same_when_it_goes_on(
+    pairs, run, tmp_path, monkeypatch, capsys
+) -> None:
+    """Scope request: what a row accepts does not hang on the rows beside it."""
+    arms = f"static,learn[{LEARN}]"
+    assert replay(pairs["eagle3"], run, tmp_path / "a", arms) == 0
+    assert json.loads((tmp_path / "a" / "manifest.json").read_text())["rows"] == 3
+    free = {"bytes": 0}
+
+    def none_but_two(target, drafter, config, rows, slots, prompt=None):
+        return forecast.Forecast(target_cache=rows * 1000)
+
+    monkeypatch.setattr(loading, "require_weights", lambda *a, **k: None)
+    for module in (forecast, engines):
+        monkeypatch.setattr(module, "of_run", none_but_two)
+    monkeypatch.setattr(forecast, "free_memory", lambda _: free["bytes"])
+    free["bytes"] = 2500
+    capsys.readouterr()
+    assert replay(pairs["eagle3"], run, tmp_path / "b", arms) == 0
+    assert "2 of 3 requests fit into memory side by side" in capsys.readouterr().err
+    assert told(tmp_path / "a") == told(tmp_path / "b")
+    free["bytes"] = 1200  # less than before
+    assert replay(pairs["eagle3"], run, tmp_path / "b", arms + ",plain") == 0
+    assert json.loads((tmp_path / "b" / "manifest.json").read_text())["rows"] == 2
+    assert len(told(tmp_path / "b")) > len(told(tmp_path / "a"))
 
 
 def test_in_bfloat16_the_text_is_the_recorded_one(pairs, run, tmp_path) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,8 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.errors import OptionError
+from ttspec.learning import distillation
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.target import Target
 
 QWEN3_8B: dict[str, Any] = {
@@ -204,6 +207,34 @@ def test_an_update_computes_what_torch_counts(which: str) -> None:
         torch.autograd.grad(logits.sum(), list(leaves.values()))
     found = r.update(drafter, parts, 260, 4, learn, batch).operations
     assert found == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize(("room", "calls"), [(1, 5), (2, 3), (4, 2), (5, 1), (1000, 1)])
+def test_an_update_is_as_many_calls_as_the_learner_makes(monkeypatch, room: int, calls: int):
+    """Of `room` blocks each, by their logits: rows x drafts x vocabulary."""
+    drafter, state, parts, batch = toy("dflash", 40)
+    monkeypatch.setattr(distillation, "AT_ONCE", room * 2 * 4 * 260)
+    learn, seen, real = LearnConfig(blocks=5), [], drafter.replay
+
+    def replay(*given):
+        seen.append(given[1].start.shape[1])
+        return real(*given)
+
+    monkeypatch.setattr(drafter, "replay", replay)
+    before = random_features(2, 5, 64 * len(drafter.taps))
+    blocks = blocks_of(torch.ones(2, 5, 5, dtype=torch.long), [[39] * 5] * 2, before)
+    live = LiveWeights(replace(learn, weights="full"), drafter, 2)
+    state.weights = {**drafter.weights, **live.published}
+    distillation.Distillation(learn, drafter, state, 4, False).backward(live, blocks, 40)
+    assert (len(seen), sum(seen)) == (calls, 5)
+    whole = r.update(drafter, parts, 260, 4, learn, batch).moved
+    monkeypatch.setattr(distillation, "AT_ONCE", 1 << 28)
+    at_once = r.update(drafter, parts, 260, 4, learn, batch).moved
+    learned = 2 * r.elements(drafter, drafter.learnable("full"))
+    one, some = (r.replay(drafter, parts, 4, 5 / n, learn, batch).moved for n in (1, calls))
+    added = 2 * (calls - 1) * learned * batch.item
+    assert whole - at_once == pytest.approx(calls * some + added - one)
+    assert (whole > at_once) == (calls > 1)
 
 
 def test_a_verification_computes_what_torch_counts(engine) -> None:

@@ -23,11 +23,12 @@ from ttspec.bench.tables import kind
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.forecast import free_memory, mib
 from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.recorded import Answer, Recording, use_recording
 from ttspec.decoding.text import next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
-from ttspec.errors import DataError, OptionError
+from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
@@ -86,9 +87,11 @@ def record(
         raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
     size = sum(len(ids) for ids, _ in conversations.values())
-    like = target.head.new_empty(0, target.head.shape[1])
-    tokens = torch.empty(size, dtype=torch.long, device=target.device)
-    hidden = like.new_empty(size, like.shape[1])
+    shape, dtype = (size, int(target.head.shape[1])), target.dtype
+    _require_host(shape[0] * shape[1] * dtype.itemsize * (1 + len(taps)), size)
+    # On the host: of many conversations it is more than a GPU has.
+    tokens = torch.empty(size, dtype=torch.long)
+    hidden = torch.empty(shape, dtype=dtype)
     states = {tap: torch.empty_like(hidden) for tap in taps}
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
@@ -97,9 +100,9 @@ def record(
         with sdpa_kernel(ATTENTION):
             features, read = reader.read(fed)
         here = slice(first, first + len(ids))
-        tokens[here], hidden[here] = fed[0], read[0]
+        tokens[here], hidden[here] = fed[0].cpu(), read[0].cpu()
         for table, part in zip(states.values(), features[0].chunk(len(taps) or 1, 1), strict=False):
-            table[here] = part
+            table[here] = part.cpu()
         for turn, begin in zip(source.units[request, seed], begins, strict=False):
             written = turn.result.token_ids
             key = noise_key(seed, ids[: begins[0]], turn=turn.turn)
@@ -117,6 +120,15 @@ def record(
         f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
     )
     return Recording(tokens, hidden, states, answers), set(conversations), notes
+
+
+def _require_host(need: int, tokens: int) -> None:
+    free = free_memory(torch.device("cpu"))
+    if free is not None and need > free:
+        raise ResourceError(
+            f"What the target says of {tokens:,} tokens takes {mib(need)} of the machine's memory; "
+            f"{mib(free)} are free.\nReplay a run of fewer requests."
+        )
 
 
 def _conversations(
@@ -206,8 +218,18 @@ def prepare(
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter],
     rows: int | None = None,
+    *,
+    at_most: int | None = None,
 ) -> Replay:
     """Let an engine replay a run: its target becomes its recorded reading of the run's text.
+
+    Args:
+        engine: Of the run's target.
+        source: The run.
+        arms: What is to be measured.
+        drafters: Those that arms name, by name.
+        rows: Side by side, in the run's own batches; None is conversations of all seeds.
+        at_most: So many of those; None is all that fit into memory.
 
     Raises:
         DataError: It is not the run's target.
@@ -233,7 +255,9 @@ def prepare(
     seeds = old["seeds"]
     if rows is None:
         everything = sorted(units)
-        batches = [[Measured(arm, *unit) for unit in everything] for arm in arms]
+        rows = at_most or _fitting_rows(engine, source, arms, drafters, everything, options)
+        groups = [everything[i : i + rows] for i in range(0, len(everything), rows)]
+        batches = [[Measured(arm, *unit) for unit in group] for group in groups for arm in arms]
     else:
         batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
         batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
@@ -251,6 +275,25 @@ def prepare(
     }
     options["quota"] = old["session_tokens"]
     return Replay(manifest, requests, [batch for batch in batches if batch], options)
+
+
+def _fitting_rows(
+    engine: Engine,
+    source: Source,
+    arms: Sequence[ArmSpec],
+    drafters: Mapping[str, Drafter],
+    units: Sequence[Unit],
+    options: Mapping[str, Any],
+) -> int:
+    """Conversations that every arm may have side by side."""
+    turns = [source.units[unit] for unit in units]
+    longest = max(first.result.stats.prompt_tokens for first, *_ in turns)
+    sessions = max(map(len, turns)) > 1
+    rows = len(units)
+    for arm, own in zip(arms, engines_for(engine, arms, drafters).values(), strict=True):
+        config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
+        rows = own.rows_for(config, rows, longest, sessions=sessions)
+    return rows
 
 
 class TimelessStore(Store):

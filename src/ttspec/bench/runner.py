@@ -20,11 +20,12 @@ from ttspec.bench.arms import ArmSpec
 from ttspec.bench.runs import Arm, Turn
 from ttspec.bench.store import Store
 from ttspec.bench.suites import Request, is_tokens, text_of
+from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.loading import find_drafter
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, ResourceError
 from ttspec.records import Result
 
 if TYPE_CHECKING:
@@ -147,6 +148,43 @@ def engines_for(
     return engines
 
 
+def require_rows(
+    engines: Mapping[str, Engine],
+    arms: Sequence[ArmSpec],
+    requests: Sequence[Request],
+    rows: int,
+    **options: Any,
+) -> list[str]:
+    """Refuse rows that do not fit, before anything is measured.
+
+    Args:
+        engines: By arm.
+        arms: Those of ours.
+        requests: The suite.
+        rows: Side by side.
+        **options: Fields of `GenerateConfig` for all arms.
+
+    Returns:
+        What should be told all the same.
+
+    Raises:
+        ResourceError: An arm's caches, or its learner, do not fit into memory.
+    """
+    sessions, told = max(map(len, requests)) > 1, []
+    for arm in arms:
+        engine = engines[arm.name]
+        config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
+        lengths = [len(engine.first_turn_ids(config, cast("Prompt", r[0]))) for r in requests]
+        context = min(engine.target.context, config.context or engine.target.context)
+        longest = max((n for n in lengths if n < context), default=1)  # others fail by themselves
+        try:
+            notice = engine.require_rows(config, rows, longest, sessions=sessions)
+        except ResourceError as error:
+            raise ResourceError(f"{arm.name}: {error}") from error
+        told += [f"{arm.name}: {notice}"] if notice else []
+    return told
+
+
 def measure_all(
     engine: Engine,
     batches: Sequence[Batch],
@@ -224,7 +262,7 @@ def _warm_up(engine: Engine, request: Request, rows: int, **options: Any) -> Non
     """Generate in the shape of what is measured, uncounted."""
     turn = request[0] if is_tokens(request[0]) else "Hello"
     hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * rows
-    for _, chunk in engine.run(hello, **{**options, "stream": False, "seed": 0}):
+    for _, chunk in engine.run(hello, **{**options, "rows": rows, "stream": False, "seed": 0}):
         _stop_if_cancelled(chunk.result)
 
 
@@ -251,7 +289,8 @@ def measure(
     began, last = [time.time()] * len(batch), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[unit.request]) for unit in batch]
     options |= {"seeds": [unit.seed for unit in batch]}
-    for row, chunk in engine.run(dialogues, stream=False, quota=quota, **options):
+    options |= {"rows": len(batch), "stream": False, "quota": quota}
+    for row, chunk in engine.run(dialogues, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()

@@ -128,6 +128,16 @@ def different_settings(a: Row, b: Row) -> str | None:
     return next((name for name in SETTINGS if a.get(name) != b.get(name)), None)
 
 
+def rows_of(folder: Path) -> int | None:
+    """Requests side by side of a run that was begun in a folder; None where none was."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    rows = manifest.get("rows") if isinstance(manifest, dict) else None
+    return rows if isinstance(rows, int) and rows > 0 else None
+
+
 def write_run(folder: Path, manifest: Row, arms: Iterable[Arm]) -> None:
     """Write a whole run folder."""
     write_json(folder / MANIFEST, manifest, indent=2)

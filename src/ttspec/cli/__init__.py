@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from cyclopts import App, CycloptsError
 
@@ -40,9 +41,12 @@ app = App(
     version=_version,
     help="Speculative decoding whose drafter learns while it generates.",
     suppress_keyboard_interrupt=False,
+    help_format="plaintext",  # the list of commands comes at once, without a renderer
 )
 for _name, _help in COMMANDS.items():
-    app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help)
+    # `bench` has commands of its own, and says so itself.
+    _format: dict[str, Any] = {} if _name == "bench" else {"help_format": "markdown"}
+    app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help, **_format)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,11 @@ from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
 
-bench = App(name="bench", help="Measure arms on a suite of requests, report, compare.")
+bench = App(
+    name="bench",
+    help="Measure arms on a suite of requests, report, compare.",
+    help_format="markdown",
+)
 bench.command(replay)
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
@@ -74,7 +78,7 @@ def run(
     ignore_eos
         Go on past end tokens.
     """
-    from ttspec.bench.arms import check_forced, parse_arms
+    from ttspec.bench.arms import PEERS, check_forced, parse_arms
     from ttspec.bench.suites import load_suites, random_suite
 
     for name, given in (
@@ -97,7 +101,7 @@ def run(
 
     from ttspec.bench.manifest import describe, describe_drafter, forced, forced_sentence
     from ttspec.bench.peers import open_peers
-    from ttspec.bench.runner import engines_for, find_drafters, measure_all, plan
+    from ttspec.bench.runner import engines_for, find_drafters, measure_all, plan, require_rows
     from ttspec.bench.store import Store
 
     if asked is None:
@@ -106,6 +110,11 @@ def run(
     drafters = find_drafters(specs, say)
     sampling = config.sampling(engine.target.defaults)
     engines = engines_for(engine, specs, drafters)  # complains before the folder is made
+    ours = [spec for spec in specs if spec.kind not in PEERS]
+    at_once = min(rows, len(asked.requests))
+    memory = {"ignore_eos": ignore_eos, **options}
+    for notice in require_rows(engines, ours, asked.requests, at_once, **memory):
+        say(notice)
     peers, skipped = open_peers(
         engines,
         specs,

@@ -36,7 +36,7 @@ def replay(
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
     rows
         Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
-        of all seeds]
+        of all seeds, or as many as fit into memory]
     """
     if rows is not None and rows < 1:
         raise OptionError(f"--rows is {rows}; allowed is 1 or more.")
@@ -45,12 +45,14 @@ def replay(
     from ttspec.bench.manifest import mark_sentence
     from ttspec.bench.replay import TimelessStore, check_replayed, open_source, prepare
     from ttspec.bench.runner import find_drafters, measure_all
+    from ttspec.bench.store import rows_of
 
     specs = check_replayed(parse_arms(arms))
     source = open_source(folder, text)
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
-    made = prepare(engine, source, specs, drafters, rows)
+    # What fits may be another number today: a replay goes on in the rows that it had.
+    made = prepare(engine, source, specs, drafters, rows, at_most=rows_of(out))
     say(mark_sentence(made.manifest))
     for note in made.manifest["notes"]:
         say(note)

@@ -26,7 +26,7 @@ def train(
     keep_least: float = 0.2,
     batch: int = 32,
     anchors: int = 64,
-    rows: int = 32,
+    rows: int | None = None,
     lr: float = 6e-4,
     loss: Literal["ce", "kl"] = "kl",
     temperature: float = 0.8,
@@ -77,7 +77,7 @@ def train(
     anchors
         dflash, eagle3: blocks a dialogue and step.
     rows
-        Dialogues answered side by side.
+        Dialogues answered side by side. [default: 32, or as many of them as fit into memory]
     lr
         Peak learning rate.
     loss

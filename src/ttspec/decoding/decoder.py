@@ -141,7 +141,7 @@ class Decoder(SpeculativeRound):
                 shapes.append(RoundShape(slots, drafted, self.copying.most))
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
-            self._proposed = self.graphs(self.propose, shape)
+            self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
             if self.learner and shape.proposed:
                 self.learner.capture(verification, shape)

@@ -14,7 +14,7 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.forecast import of_run, require_room
+from ttspec.decoding.forecast import fitting_rows, of_run, require_room
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
@@ -53,6 +53,8 @@ class Engine:
         """Whether rounds are compiled on a GPU; see `loading.load`."""
         self.notify: Notify | None = None
         """Told what may not fit into memory."""
+        self._told: set[str] = set()
+        """What it was told."""
         self.random_weights: dict[str, Any] | None = None
         """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
@@ -128,7 +130,7 @@ class Engine:
 
         Args:
             dialogues: Turns, answered one after the other; a row that is done takes the next.
-            rows: Conversations at a time; None is all of them.
+            rows: Conversations at a time; None is all of them, or as many as fit into memory.
             stream: Without it, text comes only with the result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
             seeds: One for each dialogue; None is `seed` for all.
@@ -145,9 +147,12 @@ class Engine:
         prompts = [self.first_turn_ids(config, d[0]) for d in dialogues]
         if not prompts:
             return
-        rows = min(rows or len(prompts), len(prompts))
-        sessions = max(map(len, dialogues)) > 1
-        decoder = self.decoder(config, rows, max(map(len, prompts)), sessions=sessions)
+        sessions, longest = max(map(len, dialogues)) > 1, max(map(len, prompts))
+        wanted = len(prompts)
+        rows = (
+            min(rows, wanted) if rows else self.rows_for(config, wanted, longest, sessions=sessions)
+        )
+        decoder = self.decoder(config, rows, longest, sessions=sessions)
         scheduler = Scheduler(decoder, config, stream=stream)
         asked_before: Counter[tuple[int, ...]] = Counter()  # by seed and prompt
         for ids, seed in zip(prompts, seeds, strict=True):  # a request's id is its place
@@ -189,23 +194,11 @@ class Engine:
             OptionError: The longest prompt leaves no room for an answer.
             ResourceError: The caches or the learner's weights do not fit into memory.
         """
-        config = config.resolved()
-        if self.random_weights:  # what is accepted is forced, and of drafts alone
-            config = replace(config, draft=replace(config.draft, copy=False))
-        if self.drafter is not None:
-            config = replace(config, draft=self.drafter.with_context(config.draft))
-        context = min(self.target.context, config.context or self.target.context)
-        if longest_prompt >= context:
-            raise OptionError(
-                f"The prompt has {longest_prompt} tokens; the context has room for {context}, the "
-                "answer included.\nShorten the prompt."
-            )
-        need = longest_prompt + config.max_new_tokens
-        if sessions:
-            need = max(need, config.context or SESSION_CONTEXT)
+        config = self._resolved(config)
+        slots = self._slots(config, longest_prompt, sessions=sessions)
         made_for: dict[str, Any] = {
             "rows": rows,
-            "slots": min(reach_of(need, need + BUCKET, BUCKET), context),
+            "slots": slots,
             "sampling": replace(config, seed=0).sampling(self.target.defaults),
             "draft": config.draft,
             "learn": config.learn,
@@ -217,15 +210,7 @@ class Engine:
             spare.restart()
             return spare
         del spare  # before the new caches are made
-        slots = made_for["slots"]
-        need = of_run(self.target, self.drafter, config, rows, slots)
-        if (config.learn, config.draft) in self._shared_weights:  # they are there already
-            need = replace(need, learning=0)
-        notice = require_room(
-            need, self.target.device, rows=rows, slots=slots, split=self.target.is_split
-        )
-        if notice and self.notify:
-            self.notify(notice)
+        self._tell(self._require_room(config, rows, slots, None if sessions else longest_prompt))
         known = rows, config.draft, config.learn, made_for["sampling"], self.compile
         try:
             decoder = self.make_decoder(
@@ -245,6 +230,91 @@ class Engine:
             self._policies[known] = decoder.policy
         decoder.capture()
         return decoder
+
+    def rows_for(
+        self, config: GenerateConfig, wanted: int, longest_prompt: int, *, sessions: bool
+    ) -> int:
+        """How many of `wanted` conversations fit into memory side by side, caches full; at least 1.
+
+        Fewer than wanted are told to `notify`: their answers are the same, and come later.
+
+        Raises:
+            OptionError: The longest prompt leaves no room for an answer.
+        """
+        config = self._resolved(config)
+        slots = self._slots(config, longest_prompt, sessions=sessions)
+        spare = self._spare
+        if wanted == 1 or (spare and (spare.rows.count, spare.rows.slots) == (wanted, slots)):
+            return wanted  # they are there
+        learns = (config.learn, config.draft) not in self._shared_weights
+        self._spare = spare = None  # its memory may be had
+        rows = fitting_rows(
+            self.target,
+            self.drafter,
+            config,
+            slots,
+            wanted,
+            prompt=None if sessions else longest_prompt,
+            learns=learns,
+        )
+        if rows < wanted:
+            self._tell(
+                f"{rows} of {wanted} requests fit into memory side by side, at {slots:,} tokens "
+                "each; the others follow."
+            )
+        return rows
+
+    def require_rows(
+        self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
+    ) -> str | None:
+        """Refuse rows that do not fit, before anything is made; what should be told all the same.
+
+        Raises:
+            OptionError: The longest prompt leaves no room for an answer.
+            ResourceError: The caches, the learner's weights or a round do not fit into memory.
+        """
+        config = self._resolved(config)
+        slots = self._slots(config, longest_prompt, sessions=sessions)
+        prompt = None if sessions else longest_prompt
+        return self._require_room(config, rows, slots, prompt)
+
+    def _require_room(
+        self, config: GenerateConfig, rows: int, slots: int, prompt: int | None
+    ) -> str | None:
+        need = of_run(self.target, self.drafter, config, rows, slots, prompt)
+        if (config.learn, config.draft) in self._shared_weights:  # they are there already
+            need = replace(need, learning=0)
+        split = self.target.is_split
+        return require_room(need, self.target.device, rows=rows, slots=slots, split=split)
+
+    def _resolved(self, config: GenerateConfig) -> GenerateConfig:
+        """The same, with what is left open chosen for this pair."""
+        config = config.resolved()
+        draft = config.draft
+        if self.random_weights:  # what is accepted is forced, and of drafts alone
+            draft = replace(draft, copy=False)
+        if self.drafter is not None:
+            draft = self.drafter.with_context(draft)
+        return replace(config, draft=draft)
+
+    def _slots(self, config: GenerateConfig, longest_prompt: int, *, sessions: bool) -> int:
+        """Tokens that a row must have room for."""
+        context = min(self.target.context, config.context or self.target.context)
+        if longest_prompt >= context:
+            raise OptionError(
+                f"The prompt has {longest_prompt} tokens; the context has room for {context}, the "
+                "answer included.\nShorten the prompt."
+            )
+        need = longest_prompt + config.max_new_tokens
+        if sessions:
+            need = max(need, config.context or SESSION_CONTEXT)
+        return min(reach_of(need, need + BUCKET, BUCKET), context)
+
+    def _tell(self, notice: str | None) -> None:
+        """Say what may not fit, once."""
+        if notice and self.notify and notice not in self._told:
+            self._told.add(notice)
+            self.notify(notice)
 
     def _find_shared_weights(self, config: GenerateConfig) -> LiveWeights | None:
         learn, drafter = config.learn, self.drafter

@@ -1,7 +1,7 @@
 """What target, drafter, caches and learning take in memory, told before any of it is taken.
 
 Weights come from the files' headers, caches from shapes. What cannot be told is None, and nothing
-is refused for it. Temporary tensors of a round are not counted: they come and go.
+is refused for it. `working` tells what comes and goes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import widths
+from ttspec.decoding.working import lessons, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
@@ -23,6 +24,8 @@ from ttspec.models.target import ORDINARY, RECURRENT, Target
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
 """Config entries with which layers' keys differ in ways that are not told here."""
+SPARE = 0.9
+"""Share of what is free that rows may be chosen for: not all that is taken is told."""
 LESS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
 SMALLER = "Use another --dtype, a quantised or smaller target, --device-map auto or more memory."
 
@@ -36,11 +39,18 @@ class Forecast:
     target_cache: int | None = None
     drafter_cache: int | None = None
     learning: int | None = None
+    lessons: int | None = None
+    working: int | None = None
 
     @property
     def total(self) -> int:
         """Of all that is known."""
         return sum(size for _, size in self._parts())
+
+    @property
+    def at_once(self) -> int:
+        """Of what is taken before a cache is full."""
+        return (self.learning or 0) + (self.lessons or 0) + (self.working or 0)
 
     def __str__(self) -> str:
         """The parts that take anything, and their sum."""
@@ -54,23 +64,81 @@ class Forecast:
             "target's cache": self.target_cache,
             "drafter's cache": self.drafter_cache,
             "learning": self.learning,
+            "lessons": self.lessons,
+            "work": self.working,
         }
         return [(name, size) for name, size in named.items() if size is not None]
 
 
 def of_run(
-    target: Target, drafter: Drafter | None, config: GenerateConfig, rows: int, slots: int
+    target: Target,
+    drafter: Drafter | None,
+    config: GenerateConfig,
+    rows: int,
+    slots: int,
+    prompt: int | None = None,
 ) -> Forecast:
-    """What a decoder will take besides the weights, every cache full, every row learning."""
+    """What a decoder will take besides the weights, every cache full, every row learning.
+
+    `prompt` are the tokens of the longest one; None is as many as a row has slots.
+    """
     learn = config.learn
-    drafted, _, width = widths(drafter, config.draft, batch_invariant=config.deterministic)
-    if not drafted:
+    drafts, _, width = widths(drafter, config.draft, batch_invariant=config.deterministic)
+    if not drafts:
         drafter = None
+    if drafter is None or not drafter.weights:
+        learn = None
+    if drafter and learn:
+        learn = resolve_learn_config(learn, drafter, rows)
+    shape = {"rows": rows, "prompt": prompt or slots, "drafts": drafts, "width": width}
+    cache = target_cache(target.config, rows, slots, target.dtype, width=width)
+    if own := getattr(target, "cache_bytes", None):  # it keeps something else
+        cache = own(rows, slots)
     return Forecast(
-        target_cache=target_cache(target.config, rows, slots, target.dtype, width=width),
+        target_cache=cache,
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
         learning=learning(drafter, learn, rows) if drafter and learn else 0,
+        lessons=lessons(target, learn, rows, drafts),
+        working=working(target, drafter, config, learn, **shape),
     )
+
+
+def fitting_rows(
+    target: Target,
+    drafter: Drafter | None,
+    config: GenerateConfig,
+    slots: int,
+    most: int,
+    *,
+    prompt: int | None = None,
+    learns: bool = True,
+) -> int:
+    """How many rows fit, caches full: 1 to `most`; `most` where nothing can be told.
+
+    Args:
+        target: As in `of_run`, like `drafter`, `config` and `slots`.
+        drafter: See `target`.
+        config: See `target`.
+        slots: See `target`.
+        most: Rows that are wanted.
+        prompt: See `target`.
+        learns: Whether what learns must be made yet.
+    """
+    free = free_memory(target.device)
+    if free is None or target.is_split:
+        return most
+
+    def fit(rows: int) -> bool:
+        need = of_run(target, drafter, config, rows, slots, prompt)
+        return need.total - (0 if learns else need.learning or 0) <= SPARE * free
+
+    if fit(most):
+        return most
+    low, high = 1, most  # `low` fits, or is the least there is
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fit(middle) else (low, middle)
+    return low
 
 
 def target_cache(
@@ -143,9 +211,9 @@ def learning_row(drafter: Drafter, config: LearnConfig) -> int:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that may still be taken on a device; None if that cannot be told."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + kept  # torch keeps what was freed, and gives it again
+        # Torch keeps what was freed for what is like it; other streams and graphs get none of it.
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None
     meminfo = _fields(Path("/proc/meminfo"))
@@ -192,14 +260,14 @@ def require_room(
     """Refuse caches and learning that do not fit, before they are made.
 
     On a CPU a cache takes memory only as it is filled, and most are never full: there only what
-    learning takes at once is refused. Returns and raises as `require_weights`.
+    learning and a round take at once is refused. Returns and raises as `require_weights`.
     """
     free = free_memory(device)
     if free is None or need.total <= free:
         return None
     lines = f"{rows} row{'s' if rows > 1 else ''} of {slots:,} tokens take {need}"
     text = f"{lines}; {device.type}: {mib(free)} free."
-    if split or (device.type == "cpu" and (need.learning or 0) <= free):
+    if split or (device.type == "cpu" and need.at_once <= free):
         return f"{text} It will do unless they are filled. {LESS}"
     raise ResourceError(f"{text}\n{LESS}")
 

@@ -21,6 +21,8 @@ from ttspec.sampling import draw, position_noise, process
 
 PIECE = 512
 """Prompt tokens of a row read at once."""
+AT_ONCE = 32 * PIECE
+"""The same of all rows: more together are no faster, and every layer's states take memory."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 LOST = -1
@@ -175,6 +177,15 @@ class PromptReader:
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
     ) -> Tensor | None:
         """Read prompt tokens; returns the logits [B, 1, V] of the last column, if asked for."""
+        some = max(1, AT_ONCE // max(map(len, parts)))
+        groups = [slice(i, i + some) for i in range(0, len(rows), some)]
+        read = [self._feed_some(rows[g], parts[g], at[g], logits=logits) for g in groups]
+        return torch.cat([part for part in read if part is not None]) if logits else None
+
+    def _feed_some(
+        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool
+    ) -> Tensor | None:
+        """As `_feed`, all at once."""
         tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             with sdpa_kernel(ATTENTION):

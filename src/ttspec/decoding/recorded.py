@@ -1,12 +1,14 @@
 """Rounds over a text that is known, whose target has read it before: exact acceptance, cheaply.
 
 The text is a function of target and noise, whatever drafts. So what the head reads and the tapped
-features of every token lie in tables, and a round looks up what its verification would compute.
+features of every token lie in tables on the host; those of a row's conversation are brought to the
+device when it begins, and a round looks up what its verification would compute.
 Behind a rejected draft the target would have read another text: nothing may look there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -19,7 +21,7 @@ from ttspec.decoding.prefill import PromptReader, Prompts
 from ttspec.errors import DataError
 from ttspec.models.target import Target
 from ttspec.records import Proposal
-from ttspec.rowcache import RowCache
+from ttspec.rowcache import RowCache, unwritten
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +37,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """What the target said of P tokens, conversation after conversation."""
+    """What the target said of P tokens, conversation after conversation; kept on the host."""
 
     tokens: Tensor
     """int64 [P]."""
@@ -46,24 +48,54 @@ class Recording:
     answers: dict[int, Answer]
     """By noise key, which tells seed, first prompt and turn."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest conversation."""
+        return max((a.last - a.first + 1 for a in self.answers.values()), default=1)
 
-class Places(RowCache):
-    """Where each row's conversation lies in the tables: what a replay has instead of keys."""
 
-    def __init__(self, rows: int, slots: int, device: torch.device) -> None:
-        """No row has one yet."""
+class RecordedRows(RowCache):
+    """What the target said of each row's conversation: what a replay has instead of keys."""
+
+    def __init__(
+        self, rows: int, slots: int, recording: Recording, taps: Sequence[int], device: torch.device
+    ) -> None:
+        """No row has a conversation yet."""
         super().__init__(rows, slots)
+        self._recording, size = recording, min(slots + 1, recording.longest)
         # Made here and never replaced: a captured graph reads them where they are.
-        self.first = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = torch.zeros_like(self.first)
+        self.last = torch.zeros(rows, dtype=torch.long, device=device)
+        self.tokens = torch.zeros(rows, size, dtype=torch.long, device=device)
+        like = recording.hidden.new_empty(0, device=device)
+        shape = rows, size, recording.hidden.shape[1]
+        self.hidden = unwritten(shape, like)
+        self.states = [unwritten(shape, like) for _ in taps]
+        self._tables = [recording.states[tap] for tap in taps]
+        self._held: list[int | None] = [None] * rows
 
-    def of(self, start: Tensor, width: int, subset: Tensor | None = None) -> Tensor:
-        """Places int64 [B, width] from position `start` int64 [B] on; past its end the last one."""
-        first, last = self.first, self.last
-        if subset is not None:
-            first, last = first[subset], last[subset]
-        column = torch.arange(width, device=start.device)
-        return ((first + start)[:, None] + column).minimum(last[:, None])
+    def load(self, row: int, answer: Answer) -> None:
+        """Let a row have the conversation of an answer."""
+        if self._held[row] == answer.first:
+            return
+        part = slice(answer.first, min(answer.last + 1, answer.first + self.tokens.shape[1]))
+        size = part.stop - part.start
+        self.tokens[row, :size] = self._recording.tokens[part].to(self.tokens)
+        pairs = zip(
+            (self.hidden, *self.states), (self._recording.hidden, *self._tables), strict=True
+        )
+        for table, said in pairs:
+            table[row, :size] = said[part].to(table)
+        self.last[row], self._held[row] = size - 1, answer.first
+
+    def at(self, start: Tensor, width: int, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Where tables have the positions from `start` int64 [B] on: rows [B, 1] and [B, width].
+
+        Past a conversation's end it is the last one.
+        """
+        last = self.last if subset is None else self.last[subset]
+        row = torch.arange(self.rows, device=start.device) if subset is None else subset
+        column = start[:, None] + torch.arange(width, device=start.device)
+        return row[:, None], column.minimum(last[:, None])
 
 
 @dataclass(slots=True, kw_only=True)
@@ -78,8 +110,14 @@ class RecordedTarget(Target):
         return True
 
     def cache(self, rows: int, slots: int, width: int = 1) -> RowCache:  # noqa: ARG002
-        """Places for so many rows."""
-        return Places(rows, slots, self.device)
+        """What was said of so many rows."""
+        return RecordedRows(rows, slots, self.recording, self.taps, self.device)
+
+    def cache_bytes(self, rows: int, slots: int) -> int:
+        """Bytes of `cache`."""
+        hidden = self.recording.hidden
+        each = (1 + len(self.taps)) * hidden.shape[1] * hidden.element_size() + 8
+        return rows * min(slots + 1, self.recording.longest) * each
 
     @torch.no_grad()
     def forward(
@@ -95,14 +133,13 @@ class RecordedTarget(Target):
         spans: bool = False,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor]:
         """What `Target.forward` says, as long as `tokens` are the recorded ones."""
-        assert isinstance(cache, Places)
-        at = cache.of(start, tokens.shape[1], subset)
-        read = self.recording
-        none = read.hidden.new_empty(*at.shape, 0)
-        features = torch.cat([none, *(read.states[tap][at] for tap in self.taps)], dim=-1)
+        assert isinstance(cache, RecordedRows)
+        row, at = cache.at(start, tokens.shape[1], subset)
+        none = cache.hidden.new_empty(*at.shape, 0)
+        features = torch.cat([none, *(table[row, at] for table in cache.states)], dim=-1)
         if logits == 0:
             return None, features
-        hidden = read.hidden[at[:, -(logits or 0) :]]
+        hidden = cache.hidden[row, at[:, -(logits or 0) :]]
         return self.judge(hidden), features
 
 
@@ -110,7 +147,7 @@ class RecordedPrompts(PromptReader):
     """Finds the recorded answers of prompts, and begins them as they were."""
 
     _target: RecordedTarget
-    _cache: Places
+    _cache: RecordedRows
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -127,9 +164,8 @@ class RecordedPrompts(PromptReader):
                 "A replay was asked for an answer that was not recorded.\n"
                 "Ask what the run was asked, under its seeds."
             )
-        subset = torch.tensor(rows, device=self._target.device)
-        self._cache.first[subset] = subset.new_tensor([answer.first for answer in found])
-        self._cache.last[subset] = subset.new_tensor([answer.last for answer in found])
+        for row, answer in zip(rows, found, strict=True):
+            self._cache.load(row, answer)
         # Where rounding decides, the text is the recorded one all the same.
         pairs = zip(found, budgets, strict=True)
         budgets = [len(answer.tokens) if answer.cut else n for answer, n in pairs]
@@ -152,11 +188,10 @@ class ReplayDecoder(Decoder):
         noise: Tensor | None,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         """Those that equal the recorded tokens."""
-        target, cache = self.target, self.cache
-        assert isinstance(target, RecordedTarget)
-        assert isinstance(cache, Places)
-        at = cache.of(self.rows.inputs.start + 1, proposal.tokens.shape[1] + 1)
-        return accept_equal(target.recording.tokens[at], proposal)
+        cache = self.cache
+        assert isinstance(cache, RecordedRows)
+        row, at = cache.at(self.rows.inputs.start + 1, proposal.tokens.shape[1] + 1)
+        return accept_equal(cache.tokens[row, at], proposal)
 
 
 def use_recording(engine: Engine, recording: Recording) -> None:

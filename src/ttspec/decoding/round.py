@@ -89,7 +89,7 @@ class SpeculativeRound:
         if copies:
             self.rows.upload_copies(copies)
 
-        self._proposed = self.graphs(self.propose, shape)
+        self._proposed = self.graphs(self.propose, shape, first=True)
         self.timer.lap()
         verification, verdict = self.graphs(self.verify_and_accept, shape)
         verdict = verdict.tolist()  # the round's one wait for the device

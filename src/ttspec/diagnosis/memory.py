@@ -50,7 +50,9 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     ):
         learning = parts["learning_per_row_lora"]
     row = caches * context // STRETCH + states + learning
-    total = parts["target_weights"] + parts["drafter_weights"] + rows * row
+    need = of_run(target, drafter, GenerateConfig(), rows, context)
+    parts["work"] = (need.lessons or 0) + (need.working or 0)
+    total = parts["target_weights"] + parts["drafter_weights"] + rows * row + parts["work"]
     return parts | {"rows": rows, "context": context, "total": total}
 
 
@@ -88,6 +90,7 @@ def forecast(engine: Engine, rows: int, context: int) -> dict[str, int | None]:
         "drafter_weights": parts.drafter,
         "target_cache_per_1000_tokens": parts.target_cache,
         "drafter_cache_per_1000_tokens": parts.drafter_cache,
+        "work": (need.lessons or 0) + (need.working or 0),
         "total": need.total + (weights or 0) + (parts.drafter or 0),
         "free": free_memory(target.device),
     }

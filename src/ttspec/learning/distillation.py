@@ -13,6 +13,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.losses import (
+    LOGITS_AT_ONCE,
     expected_length,
     forward_kl,
     position_weights,
@@ -23,6 +24,11 @@ from ttspec.records import Lesson
 
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
+
+
+def blocks_at_once(rows: int, length: int, vocabulary: int) -> int:
+    """Blocks of each row that are replayed together, at least one: so many logits that is."""
+    return max(1, AT_ONCE // max(1, rows * length * vocabulary))
 
 
 class Distillation:
@@ -45,7 +51,7 @@ class Distillation:
         """
         leaves = {name: w.detach().requires_grad_() for name, w in live.published.items()}
         rows, blocks = lesson.start.shape
-        some = max(1, AT_ONCE // (rows * self.length * lesson.logits.shape[-1]))
+        some = self._blocks_at_once(lesson)
         total = torch.zeros(rows, device=lesson.start.device)
         for i in range(0, blocks, some):
             part = lesson.part(i, some)
@@ -68,7 +74,7 @@ class Distillation:
         it cannot teach a row about tokens that it cannot draft.
         """
         if self.config.loss == "tv":
-            return total_variation(self._target(lesson), q_logits.float().softmax(-1))
+            return total_variation(self._target(lesson.logits), q_logits.float().softmax(-1))
         p_logits, ids = lesson.logits, self.drafter.draft_ids
         if ids is None:
             return forward_kl(p_logits, q_logits)
@@ -78,8 +84,28 @@ class Distillation:
 
     def expected_drafts(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [B, A]."""
-        q = self._replay(weights, lesson, longest).float().softmax(-1)
-        return expected_length(1 - total_variation(self._target(lesson), q), lesson.mask)
+        blocks, found = lesson.start.shape[1], []
+        some = self._blocks_at_once(lesson)
+        for i in range(0, blocks, some):
+            part = lesson.part(i, some)
+            q_logits = self._replay(weights, part, longest)
+            found.append(expected_length(1 - self._variation(part, q_logits), part.mask))
+        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+    def _blocks_at_once(self, lesson: Lesson) -> int:
+        """Blocks of each row that are replayed together."""
+        return blocks_at_once(len(lesson.start), self.length, lesson.logits.shape[-1])
+
+    def _variation(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+        """Total variation of each drafted row, some at a time: probabilities are wide."""
+        some = max(1, LOGITS_AT_ONCE // lesson.logits.shape[-1])
+        pairs = zip(
+            lesson.logits.flatten(0, -2).split(some),
+            q_logits.flatten(0, -2).split(some),
+            strict=True,
+        )
+        found = [total_variation(self._target(p), q.float().softmax(-1)) for p, q in pairs]
+        return torch.cat(found).view(q_logits.shape[:-1])
 
     def _replay(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Logits [B, A, G, V_draft] of blocks drafted with `weights`."""
@@ -89,7 +115,7 @@ class Distillation:
         finally:
             self.state.weights = live
 
-    def _target(self, lesson: Lesson) -> Tensor:
-        """P [B, A, G, V_draft] of what can be drafted, among all tokens."""
-        log_p, ids = lesson.logits.float().log_softmax(-1), self.drafter.draft_ids
+    def _target(self, logits: Tensor) -> Tensor:
+        """P [..., V_draft] of what can be drafted, among all tokens, of logits [..., V]."""
+        log_p, ids = logits.float().log_softmax(-1), self.drafter.draft_ids
         return (log_p if ids is None else log_p[..., ids]).exp()

@@ -33,7 +33,7 @@ from ttspec.learning.guard import Guard
 from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
 from ttspec.learning.update_report import UpdateReport
-from ttspec.models.capture import Graphs
+from ttspec.models.capture import Graphs, Streams
 from ttspec.records import Lesson, Verification
 
 COMPARED, HELD_OUT = 4, 2
@@ -108,7 +108,8 @@ class Learner:
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
             self._run_update = Graphs(drafter.embedding.device)
-            self._stream, self._update_over = torch.cuda.Stream(), torch.cuda.Event()
+            self._stream = Streams.lend(drafter.embedding.device, self)
+            self._update_over = torch.cuda.Event()
 
     def absorb(
         self,

@@ -111,6 +111,8 @@ class LiveWeights:
             # As a gradient scaler does: fused Adam divides, and skips, on the device.
             optimiser.found_inf, optimiser.grad_scale = skip, divisor  # type: ignore[attr-defined]
             optimiser.step()
+            # They may lie in the memory of a graph, which these weights may outlive.
+            del optimiser.found_inf, optimiser.grad_scale  # type: ignore[attr-defined]
 
     def publish(self) -> None:
         """Let the masters draft: in place, whoever holds the published weights sees it."""

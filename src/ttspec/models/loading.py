@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
@@ -17,9 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import OptionError, ResourceError, TargetError
-from ttspec.models.gguf import GgufFile, load_gguf, read_gguf
 from ttspec.models.source import Source
 from ttspec.models.unfit import softcap_of
+
+if TYPE_CHECKING:
+    from ttspec.models.gguf import GgufFile
 
 DeviceMap = str | dict[str, Any]
 """\"auto\" spreads layers over all GPUs; or a device for each module, as accelerate takes it."""
@@ -62,6 +64,8 @@ class Files:
         if device_map is not None:
             _check_map(device_map, self.gguf)
         if self.gguf:
+            from ttspec.models.gguf import load_gguf
+
             return load_gguf(self.gguf, device, dtype)
         spread = device_map
         if self.quantised and device.type != "cpu":  # packed weights cannot be moved later
@@ -93,6 +97,8 @@ def open_files(source: Source) -> Files:
             quantised in a way that was not tried.
     """
     if source.origin == "gguf":
+        from ttspec.models.gguf import read_gguf  # here, for the gguf package takes a while
+
         file = read_gguf(source.path)
         return Files(source=source, config=file.config, gguf=file)
     try:

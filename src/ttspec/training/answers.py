@@ -17,6 +17,8 @@ from ttspec.decoding.text import answer_ids, next_turn_ids, prompt_ids, written_
 from ttspec.errors import DataError
 from ttspec.records import Result, repeated_ngrams
 
+ROWS = 32
+"""Dialogues side by side, where there is room."""
 LONGEST_WRITTEN_TURN = 200
 MOST_REPETITION = 0.3
 """Answers that repeat more of their 8-grams than this are loops, and teach loops."""
@@ -73,7 +75,7 @@ def write_answers(
     dialogues: Sequence[Turns],
     out: Path,
     *,
-    rows: int,
+    rows: int | None,
     max_answer: int,
     max_length: int,
     temperature: float,
@@ -86,7 +88,7 @@ def write_answers(
         engine: Its target decodes; no drafter is used.
         dialogues: User turns.
         out: JSON lines {"n": dialogue, "ids": tokens, "spans": answers}.
-        rows: Dialogues side by side.
+        rows: Dialogues side by side; None is `ROWS`, or as many of them as fit into memory.
         max_answer: Tokens of an answer at most.
         max_length: Tokens of a dialogue at most; a longer one ends with its last whole answer.
         temperature: Of answers and written turns.
@@ -109,6 +111,8 @@ def write_answers(
         draft=DraftConfig(length=0),
         learn=None,
     )
+    if rows is None:
+        rows = engine.rows_for(config, min(ROWS, len(todo)), 1, sessions=True)
     decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
     scheduler = Scheduler(decoder, config, stream=False)
     going: dict[int, tuple[int, Script]] = {}  # by request: which dialogue

@@ -45,8 +45,8 @@ class TrainConfig:
     """Dialogues a step."""
     anchors: int = 64
     """DFlash, EAGLE-3: blocks a dialogue and step."""
-    rows: int = 32
-    """Dialogues answered side by side."""
+    rows: int | None = None
+    """Dialogues answered side by side; None is `ROWS`, or as many of them as fit into memory."""
     lr: float = 6e-4
     """Peak learning rate of AdamW, after a warm-up of 4 %, on a cosine to 0."""
     clip: float = 1.0

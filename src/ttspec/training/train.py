@@ -30,6 +30,7 @@ from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import make_batch, read_examples
 from ttspec.training.config import TrainConfig
+from ttspec.training.memory import require_training, step_notice
 from ttspec.training.recipes import RECIPES
 
 SAVE_EVERY = 60.0
@@ -69,6 +70,8 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
     if config.init is not None:
         _go_on(config)  # and so does this
     _claim(config)
+    if engine.notify and (notice := step_notice(engine.target, config)):
+        engine.notify(notice)
     answers = config.out / "answers.jsonl"
     begun = time.monotonic()
 
@@ -101,6 +104,8 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
     )
     target.taps = drafter.taps
     lent = dict(drafter.weights)
+    longest = max(len(ids) for ids, _ in examples)
+    require_training(target, config, [lent[n] for n in recipe.trained(drafter)], longest)
     masters = {n: lent[n].float().clone().requires_grad_() for n in recipe.trained(drafter)}
     optimiser = torch.optim.AdamW(masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0)
     step, spent = _load_state(config, masters, optimiser)

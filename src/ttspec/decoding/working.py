@@ -1,0 +1,108 @@
+"""What rounds, prompts and updates take in memory while they are computed, told from shapes.
+
+Only what grows with rows and vocabulary or with the model's width is counted; the rest is small.
+Everything is in bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.decoding.prefill import AT_ONCE, PIECE
+from ttspec.drafters.base import Drafter
+from ttspec.learning.distillation import blocks_at_once
+from ttspec.losses import LOGITS_AT_ONCE as LOSSES_AT_ONCE
+from ttspec.losses import LOGITS_AT_ONCE_ON_A_CPU as LOSSES_AT_ONCE_ON_A_CPU
+from ttspec.models.capture import FEW
+from ttspec.models.target import Target
+
+FLOAT, LONG = 4, 8
+
+
+def working(
+    target: Target,
+    drafter: Drafter | None,
+    config: GenerateConfig,
+    learn: LearnConfig | None,
+    *,
+    rows: int,
+    prompt: int,
+    drafts: int,
+    width: int,
+) -> int:
+    """Bytes at the height of a prompt's piece, a round or an update.
+
+    Args:
+        target: Verifies.
+        drafter: Drafts; None is plain decoding.
+        config: How tokens are chosen.
+        learn: As resolved for these rows; None where nothing learns.
+        rows: Side by side.
+        prompt: Tokens of the longest one.
+        drafts: Tokens drafted a round at most.
+        width: Tokens of a verification.
+    """
+    piece = reading(target, min(rows * min(PIECE, prompt), AT_ONCE))
+    verification = reading(target, rows * width) + choosing(target, config, rows * width)
+    update = updating(target, drafter, learn, rows, drafts) if drafter and learn else 0
+    if target.device.type != "cuda":
+        return max(piece, verification, update)
+    # Graphs keep what they need, those of some shapes what they return; a prompt's is elsewhere.
+    others = (FEW - 1) * returned(target, config, rows * width) if config.draft.adaptive else 0
+    return piece + verification + update + others
+
+
+def reading(target: Target, tokens: int) -> int:
+    """Of a forward pass: states between layers, of which all are kept where some are features."""
+    text = target.config
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    states = (layers + 1 + len(target.taps)) * hidden if target.taps else 2 * hidden
+    inner = int(getattr(text, "intermediate_size", 0) or 0)
+    experts = int(getattr(text, "num_experts_per_tok", 0) or 0)
+    inner = max(inner, experts * int(getattr(text, "moe_intermediate_size", 0) or 0))
+    return tokens * target.dtype.itemsize * (states + 2 * hidden + 2 * inner)
+
+
+def choosing(target: Target, config: GenerateConfig, positions: int) -> int:
+    """Of logits and of what makes tokens of them."""
+    each = target.dtype.itemsize + (FLOAT if target.dtype.itemsize < FLOAT else 0)
+    sampling = replace(config, seed=0).sampling(target.defaults)
+    if sampling.temperature > 0:
+        each = 2 * LONG + FLOAT  # noise while it is made
+        if sampling.top_p < 1:
+            # Noise, logits, scaled; sorted, where from, and two sums over them.
+            each = target.dtype.itemsize + 3 * FLOAT + LONG + 3 * FLOAT
+    return positions * int(target.config.vocab_size) * each
+
+
+def returned(target: Target, config: GenerateConfig, positions: int) -> int:
+    """Of what the graphs of one shape of round return: logits, features, and noise if there is."""
+    size, sampling = target.dtype.itemsize, replace(config, seed=0).sampling(target.defaults)
+    noise = FLOAT if sampling.temperature > 0 and sampling.acceptance == "invariant" else 0
+    features = len(target.taps) * int(target.config.hidden_size) * size
+    return positions * (int(target.config.vocab_size) * (size + noise) + features)
+
+
+def lessons(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
+    """Of the target's logits that `Lessons` keeps, which stay."""
+    if learn is None or not drafts:
+        return 0
+    kept = learn.blocks * drafts
+    if learn.supervision == "hindsight":
+        kept = (learn.blocks + 2) * (drafts + 1) + 1
+    return rows * kept * int(target.config.vocab_size) * target.dtype.itemsize
+
+
+def updating(target: Target, drafter: Drafter, learn: LearnConfig, rows: int, drafts: int) -> int:
+    """Of a lesson's logits, those of the blocks that are drafted again, and their gradients."""
+    vocabulary, size = int(target.config.vocab_size), target.dtype.itemsize
+    of_block = rows * drafts * vocabulary
+    lesson = of_block * learn.blocks * size
+    at_once = min(learn.blocks, blocks_at_once(rows, drafts, vocabulary))
+    drafted = len(drafter.draft_ids) if drafter.draft_ids is not None else vocabulary
+    again = rows * drafts * drafted * at_once
+    covered = size if drafter.draft_ids is not None else 0
+    on_cpu = target.device.type == "cpu"
+    loss = min(LOSSES_AT_ONCE_ON_A_CPU if on_cpu else LOSSES_AT_ONCE, again)
+    return lesson + again * (3 * size + covered) + 5 * FLOAT * loss
