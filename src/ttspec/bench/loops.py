@@ -24,7 +24,7 @@ from ttspec.bench.watch import Watch
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Rope
+from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, cache_keyword

@@ -40,7 +40,8 @@ from ttspec.drafters.functional import (
     Projection,
     functional_model,
 )
-from ttspec.drafters.layers import Rope, Weights
+from ttspec.drafters.layers import Weights
+from ttspec.drafters.rotary import Rope
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import NAME as FOLDED
