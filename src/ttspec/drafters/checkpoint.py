@@ -47,8 +47,14 @@ UNREADABLE = {
     "mtp": "a native MTP head",
 }
 """Relatives that would load in part and draft badly, by a pattern of their architecture's name."""
-EAGLE3_ONLY = {"midlayer.hidden_norm.weight", "lm_head.weight", "d2t", "norm.weight"}
-"""Tensors of EAGLE-3; of those before it the official files have none."""
+SINCE_EAGLE3 = {
+    "d2t",
+    "hidden_norm.weight",
+    "lm_head.weight",
+    "midlayer.hidden_norm.weight",
+    "norm.weight",
+}
+"""Tensors of EAGLE-3 and DFlash; the official files of EAGLE-1 and EAGLE-2 have none of them."""
 IGNORED = re.compile(
     r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"  # computed from the config
     r"|^verifier_(norm|lm_head)\.weight$"  # copies of the target's, for training
@@ -195,7 +201,7 @@ def _relative(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     found = next((what for p, what in UNREADABLE.items() if re.search(p, named)), None)
     if "mask_hidden" in names:
         return P_EAGLE
-    if found is None and "fc.weight" in names and EAGLE3_ONLY.isdisjoint(names):
+    if found is None and "fc.weight" in names and SINCE_EAGLE3.isdisjoint(names):
         return EAGLE
     if found is None and asked is not None and asked not in KINDS:
         return f"of speculators_model_type {asked!r}"

@@ -64,18 +64,23 @@ class Eagle3(FeatureDrafter):
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
         said, body["num_hidden_layers"] = int(body["num_hidden_layers"]), 1
-        held = {int(n.split(".")[1]) for n in names if re.match(r"layers\.\d+\.", n)}
+        held = {
+            int(n.split(".")[1]) for n in names if re.match(r"layers\.\d+\.self_attn\.q_proj", n)
+        }
         if held or (said != 1 and not names) or said < 1:
-            raise ValueError(
-                f"it has {1 + max(held) if held else said} layers; an EAGLE-3 drafter of more than "
-                "one is not implemented"
+            raise CheckpointError(
+                f"It has {1 + max(held) if held else said} layers; an EAGLE-3 drafter has one here."
+                "\nGive one of one layer."
             )
         if said != 1:  # of the target: the files hold one, and code that trains a head makes one
             body.pop("layer_types", None)
         kv_heads = body.get("num_key_value_heads") or body["num_attention_heads"]
         self._read_body(body, kv_heads, "eagle_config", names)
         if "sliding_attention" in self._layer_kinds() or self._one(("use_sliding_window",)):
-            raise ValueError("its attention slides, which is not implemented for EAGLE-3")
+            raise CheckpointError(
+                "Its attention slides (layer_types, use_sliding_window), which ttspec does not "
+                "implement for EAGLE-3.\nGive one with full attention."
+            )
         self.target_hidden = int(self._one(("target_hidden_size",)) or self.hidden)
         if not 0 < self.draft_vocabulary <= self.vocabulary:
             raise ValueError(f"draft_vocab_size {self.draft_vocabulary} of {self.vocabulary}")

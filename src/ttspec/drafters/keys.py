@@ -251,7 +251,8 @@ def _written_by_transformers() -> frozenset[str]:
 def _of_transformers(kind: str, config: Mapping[str, Any]) -> Known:
     """What a model of transformers has: whatever its own config does, which its own code reads."""
     family = CONFIG_MAPPING[config["model_type"]]
-    used = _keys_of(family) | family.sub_configs.keys() | (PARD if kind == "pard" else set())
+    used = _keys_of(family) | family.sub_configs.keys() | {"head_dim"}  # undeclared in Qwen2's
+    used |= PARD if kind == "pard" else set()
     inside = {**_ropes(ROPE), **_OURS}
     text = family.sub_configs.get("text_config")
     if text is not None:
