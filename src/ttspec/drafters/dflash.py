@@ -89,20 +89,11 @@ class DFlash(FeatureDrafter):
         self.interpretation = {
             "taps": f"hidden states {list(self.taps)} ({convention})",
             "rope base": f"{self.rope.base:g}",
+            **self._unusual(),
         }
         self._of_layer = [*self._layer_shapes()]
         matrices = [n.removesuffix(".weight") for n in self._of_layer if n.endswith("proj.weight")]
         self._low_rank = [name + part for name in matrices for part in (DOWN, UP)]
-
-    def _layer_kinds(self) -> list[str]:
-        """See `FeatureDrafter`; the older way to say it is Qwen3's `max_window_layers`."""
-        body = self._body
-        if body.get("layer_types") or not body.get("use_sliding_window"):
-            return super()._layer_kinds()
-        full = (
-            int(body.get("max_window_layers") or 0) if body.get("sliding_window") else self.layers
-        )
-        return ["full_attention" if i < full else "sliding_attention" for i in range(self.layers)]
 
     def _read_windows(self, own: Mapping[str, Any]) -> None:
         """How far each layer sees, and whether within a block it sees back only."""
@@ -116,7 +107,7 @@ class DFlash(FeatureDrafter):
         window = own.get("swa_window_size") or own.get("sliding_window")
         window = window or self._body.get("sliding_window")
         if own.get("use_swa") and not any(sliding):  # windows, but not causal (MiMo)
-            sliding = [True] * self.layers
+            self.kinds, sliding = ["sliding_attention"] * self.layers, [True] * self.layers
             window = window or 0
         if any(sliding) and window is not None and int(window) < 1:
             raise ValueError(f"sliding_window is {window}, and {sum(sliding)} layers slide")

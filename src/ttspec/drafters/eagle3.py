@@ -64,9 +64,8 @@ class Eagle3(FeatureDrafter):
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
         said, body["num_hidden_layers"] = int(body["num_hidden_layers"]), 1
-        held = {
-            int(n.split(".")[1]) for n in names if re.match(r"layers\.\d+\.self_attn\.q_proj", n)
-        }
+        more = re.compile(r"layers\.[1-9]\d*\.self_attn\.")
+        held = {int(n.split(".")[1]) for n in names if more.match(n)}
         if held or (said != 1 and not names) or said < 1:
             raise CheckpointError(
                 f"It has {1 + max(held) if held else said} layers; an EAGLE-3 drafter has one here."
@@ -76,11 +75,11 @@ class Eagle3(FeatureDrafter):
             body.pop("layer_types", None)
         kv_heads = body.get("num_key_value_heads") or body["num_attention_heads"]
         self._read_body(body, kv_heads, "eagle_config", names)
-        if "sliding_attention" in self._layer_kinds() or self._one(("use_sliding_window",)):
-            raise CheckpointError(
-                "Its attention slides (layer_types, use_sliding_window), which ttspec does not "
-                "implement for EAGLE-3.\nGive one with full attention."
-            )
+        self.kinds = self._layer_kinds()
+        window = body.get("sliding_window") if "sliding_attention" in self.kinds else None
+        self.windows = (None if window is None else int(window),)
+        if window is not None and int(window) < 1:
+            raise ValueError(f"sliding_window is {window}, and its layer slides")
         self.target_hidden = int(self._one(("target_hidden_size",)) or self.hidden)
         if not 0 < self.draft_vocabulary <= self.vocabulary:
             raise ValueError(f"draft_vocab_size {self.draft_vocabulary} of {self.vocabulary}")
@@ -117,6 +116,7 @@ class Eagle3(FeatureDrafter):
             + ("" if given else " (no rope_theta: as the published training code)"),
             "norm_before_residual": str(self.residual_is_normed).lower()
             + (" (not given)" if normed is None else ""),
+            **self._unusual(),
         }
         if said != 1:
             self.interpretation["layers"] = f"1, as in its files; config.json says {said}"
@@ -178,10 +178,7 @@ class Eagle3(FeatureDrafter):
         assert isinstance(state, FeatureState)
         before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, W]
         h = self.fuse(state.weights, before)
-        if state.spans:
-            contexts = self._in_place(state, blocks)
-        else:
-            contexts = _growing(self._concatenated(state, blocks), blocks.length)
+        contexts = self._in_place(state, blocks) if state.spans else self._growing(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
         return before[:, 0]
@@ -195,9 +192,8 @@ class Eagle3(FeatureDrafter):
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        length = blocks.length
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        contexts = _growing(self._concatenated(state, blocks), length)
+        contexts = self._growing(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
         self._chain(*chain)
         return self.logits(torch.stack(outs, dim=2))
@@ -222,8 +218,10 @@ class Eagle3(FeatureDrafter):
             return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
 
         nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        causal = position <= position[:, None]
-        contexts = _growing(ConcatenatedContext(nothing, nothing, causal), steps)
+        first = first_seen(position, position, None, self.windows[0])
+        causal = (position <= position[:, None]) & (position >= first[:, None])
+        context = ConcatenatedContext(nothing, nothing, causal)
+        contexts = _growing(context, steps, count, position, self.windows[0])
         h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
         position = position.expand(rows, -1)
         self._chain(self.weights, h, token, position, self.rope, contexts, follow)
@@ -250,19 +248,20 @@ class Eagle3(FeatureDrafter):
     def _in_place(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
         """The context at each step of one chain a row, whose keys are written behind it."""
         origin, rest = blocks.start - 1, blocks.start[:, 0] >= state.slots
-        first = first_seen(origin, origin, state.options.window)
         for step in range(blocks.length):
+            first = first_seen(origin + step, origin, state.options.window, self.windows[0])
             seen = state.seen_spans(first, origin + step, rest)
             yield from state.in_place(origin + step, rest, blocks.longest + step, [seen])
 
-    def _concatenated(self, state: FeatureState, blocks: Blocks) -> ConcatenatedContext:
-        """The context of A chains a row, beside which the first step of each lies."""
+    def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
+        """The context of A chains a row at each step, beside which the chains lie."""
         begin = position = blocks.start - 1
         keys, values = state.read(blocks.longest, begin[:, :1])
-        first = first_seen(position, begin, state.options.window)
+        first = first_seen(position, begin, state.options.window, self.windows[0])
         same = same_block(blocks.start.shape[1], 1, begin.device)
         mask = seen_mask(keys.shape[3], begin, position, first, position, same)
-        return ConcatenatedContext(keys[0], values[0], mask)
+        context = ConcatenatedContext(keys[0], values[0], mask)
+        return _growing(context, blocks.length, keys.shape[3], begin, self.windows[0])
 
     def _chain(
         self,
@@ -331,13 +330,27 @@ class Eagle3(FeatureDrafter):
         return x, *self._keys_values(weights, ATTENTION, x)
 
 
-def _growing(context: ConcatenatedContext, steps: int) -> Iterator[Attend]:
-    """A context that each of A chains adds a key to in every step, to see it from then on."""
+def _growing(
+    context: ConcatenatedContext, steps: int, slots: int, origin: Tensor, window: int | None
+) -> Iterator[Attend]:
+    """A context that each of A chains adds a key to in every step, to see it from then on.
+
+    Args:
+        context: As the first step sees it.
+        steps: How often to yield it.
+        slots: Of its first keys, which stand at positions 0, 1 and so on.
+        origin: int64 [..., A], where the chains begin; what they add is never hidden.
+        window: The layer's own.
+    """
+    slot = torch.arange(slots, device=origin.device)
     own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
     own = own.expand(*context.mask.shape[:-2], -1, -1)
     for step in range(steps):
         if step:
             context.mask = torch.cat([context.mask, own], dim=-1)
+        if step and window is not None:
+            first = first_seen(origin + step, origin, None, window)
+            context.mask[..., :slots] &= slot >= first[..., None]
         yield context
 
 

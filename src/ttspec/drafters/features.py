@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Qwen3Config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
@@ -57,13 +58,14 @@ class FeatureDrafter(Drafter):
         )
         self.vocabulary = int(body["vocab_size"])
         self.draft_vocabulary = int(self.config.get("draft_vocab_size") or self.vocabulary)
-        self.activation = activation_of(self._one(ACT_KEYS) or "silu")
+        self.activation_name = self._one(ACT_KEYS) or "silu"
+        self.activation = activation_of(self.activation_name)
         self.embedding_scale = float(self._one(EMBEDDING_SCALES) or 1)
         self.logit_scale = float(self._one(LOGIT_SCALES) or 1)
         cap = self._one(("final_logit_softcapping",))
         self.softcap = None if cap is None else float(cap)
         self.rope = self._rope()
-        self._biased = self._with_bias(names)
+        self.biased = self._with_bias(names)
         self._target_head = torch.empty(0)
         self._tied = False
         sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
@@ -74,6 +76,16 @@ class FeatureDrafter(Drafter):
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"final_logit_softcapping is {self.softcap}; it is above 0, or null")
+
+    def _unusual(self) -> dict[str, str]:
+        """What is not as in most checkpoints, for `interpretation`."""
+        found = {"rope layout": "neighbours, not halves" if self.rope.interleaved else ""}
+        found["activation"] = "" if self.activation_name == "silu" else self.activation_name
+        found["biases"] = ", ".join(sorted(self.biased))
+        scales = {"embedding": self.embedding_scale, "logits": self.logit_scale}
+        found["scales"] = ", ".join(f"{k} {v:g}" for k, v in scales.items() if v != 1)
+        found["softcap"] = f"{self.softcap:g}" if self.softcap else ""
+        return {k: v for k, v in found.items() if v}
 
     def _one(self, keys: Sequence[str]) -> Any:
         """What the config says under one of some names of a thing; None for nothing.
@@ -96,10 +108,17 @@ class FeatureDrafter(Drafter):
     def _layer_kinds(self) -> list[str]:
         """Of each layer: full or sliding attention.
 
+        The older way to say it is Qwen3's: a switch, and the number of layers that do not slide.
+
         Raises:
             ValueError: The config names others, or not one for each layer.
         """
-        kinds = self._body.get("layer_types") or ["full_attention"] * self.layers
+        body, full = self._body, self.layers
+        if body.get("use_sliding_window") and body.get("sliding_window"):
+            given = body.get("max_window_layers")
+            full = Qwen3Config.max_window_layers if given is None else int(given)
+        sliding = ["full_attention"] * full + ["sliding_attention"] * self.layers
+        kinds = body.get("layer_types") or sliding[: self.layers]
         if odd := set(kinds) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types names {', '.join(sorted(map(str, odd)))}")
         if len(kinds) != self.layers:
@@ -128,7 +147,7 @@ class FeatureDrafter(Drafter):
             "mlp.down_proj.weight": (h, self.intermediate),
         }
         for name, (rows, _) in list(shapes.items()):
-            if name.split(".")[1] in self._biased:
+            if name.split(".")[1] in self.biased:
                 shapes[name.replace(".weight", ".bias")] = (rows,)
         return shapes
 

@@ -161,7 +161,7 @@ class Known:
 
 def _ropes(keys: frozenset[str]) -> dict[str, Known]:
     """Both names of a table of rotary positions, which may have one for each kind of layer."""
-    kinds = dict.fromkeys(("full_attention", "sliding_attention"), Known(keys))
+    kinds = {kind: Known(keys) for kind in ("full_attention", "sliding_attention")}
     return dict.fromkeys(("rope_parameters", "rope_scaling"), Known(keys, kinds))
 
 
@@ -250,7 +250,7 @@ def _written_by_transformers() -> frozenset[str]:
 
 def _of_transformers(kind: str, config: Mapping[str, Any]) -> Known:
     """What a model of transformers has: whatever its own config does, which its own code reads."""
-    family = CONFIG_MAPPING[config["model_type"]]
+    family: Any = CONFIG_MAPPING[config["model_type"]]
     used = _keys_of(family) | family.sub_configs.keys() | {"head_dim"}  # undeclared in Qwen2's
     used |= PARD if kind == "pard" else set()
     inside = {**_ropes(ROPE), **_OURS}
