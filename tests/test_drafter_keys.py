@@ -555,6 +555,16 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
             "initializer_range": 0.04,
         },
     ),
+    "EleutherAI": (
+        "causal",
+        {
+            "attention_bias": True,
+            "model_type": "gpt_neox",
+            "rotary_emb_base": 10000,
+            "rotary_pct": 0.25,
+            "use_parallel_residual": True,
+        },
+    ),
     "unsloth": ("causal", {"unsloth_fixed": True, "unsloth_version": "2025.1", "use_cache": True}),
 }
 """Keys that are in files of these publishers, with values of theirs."""

@@ -9,7 +9,7 @@ transformers is asked of transformers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -103,6 +103,10 @@ ROPE = _keys(
     "alpha"
 )
 """Of `rope_parameters` and `rope_scaling`; over text the axes of mrope are one and the same."""
+ROPE_OF_MODELS = ROPE | _keys(
+    "short_factor long_factor llama_4_scaling_beta max_position_embeddings"
+)
+"""The same where transformers' own code reads it."""
 LAYOUT = frozenset({"is_neox_style", "rope_interleave", "rope_interleaved"})
 """Which dimensions of a head rotate together."""
 SPECULATORS = _keys(
@@ -154,7 +158,7 @@ class Known:
 
     used: frozenset[str]
     inside: Mapping[str, Known] = field(default_factory=dict)
-    """The tables in it."""
+    """The tables in it, by key; `*` is any other."""
     whole: bool = False
     """It describes a model, so that what is written beside may be in it."""
 
@@ -166,6 +170,10 @@ def _ropes(keys: frozenset[str]) -> dict[str, Known]:
 
 
 _OURS = {"ttspec": Known(TTSPEC)}
+_ROPES_OF_MODELS = {
+    key: Known(ROPE_OF_MODELS, {"*": Known(ROPE_OF_MODELS)})
+    for key in ("rope_parameters", "rope_scaling")
+}
 _LAYERS = Known(LAYER | SCALES, _ropes(ROPE | LAYOUT), whole=True)
 _INSIDE = {**_LAYERS.inside, **_OURS, "transformer_layer_config": _LAYERS}
 TABLES = {
@@ -214,13 +222,16 @@ def _refuse(kind: str, table: Mapping[str, Any], known: Known, where: str, at: s
                 f"{where} sets {at}{key} to {value!r}; it is true or false.\n"
                 "Compare it with the published config.json."
             )
-        if key in known.inside:
+        table_of = known.inside.get(key) or (
+            known.inside.get("*") if isinstance(value, Mapping) else None
+        )
+        if table_of is not None:
             if not isinstance(value, Mapping):
                 raise CheckpointError(
                     f"{where} sets {at}{key} to {value!r}, which is no table of keys.\n"
                     "Compare it with the published config.json."
                 )
-            _refuse(kind, value, known.inside[key], where, f"{at}{key}.")
+            _refuse(kind, value, table_of, where, f"{at}{key}.")
         elif not (
             key in known.used or key in NO_EFFECT or (known.whole and _is_written_beside(key))
         ):
@@ -249,17 +260,28 @@ def _written_by_transformers() -> frozenset[str]:
 
 
 def _of_transformers(kind: str, config: Mapping[str, Any]) -> Known:
-    """What a model of transformers has: whatever its own config does, which its own code reads."""
-    family: Any = CONFIG_MAPPING[config["model_type"]]
-    used = _keys_of(family) | family.sub_configs.keys() | {"head_dim"}  # undeclared in Qwen2's
-    used |= PARD if kind == "pard" else set()
-    inside = {**_ropes(ROPE), **_OURS}
-    text = family.sub_configs.get("text_config")
-    if text is not None:
-        inside["text_config"] = Known(_keys_of(text), _ropes(ROPE), whole=True)
-    return Known(used, inside, whole=True)
+    """What a model of transformers has: what its own config knows, which its own code reads."""
+    made: Any = CONFIG_MAPPING[config["model_type"]]
+    made = made.from_dict({k: v for k, v in config.items() if k not in ("ttspec", "auto_map")})
+    inside, text = {**_ROPES_OF_MODELS, **_OURS}, made.get_text_config()
+    if text is not made and isinstance(part := config.get("text_config"), Mapping):
+        inside["text_config"] = Known(_known_to(text, part), _ROPES_OF_MODELS, whole=True)
+    used = _known_to(made, config) | made.sub_configs.keys()
+    return Known(used | (PARD if kind == "pard" else set()), inside, whole=True)
+
+
+def _known_to(made: Any, config: Mapping[str, Any]) -> frozenset[str]:
+    """The keys that a config of transformers declares, adds, or takes and turns into others.
+
+    A key that it does not know it keeps as it came.
+    """
+    declared = _keys_of(type(made))
+    plain = type(made).from_dict({k: v for k, v in config.items() if k in declared})
+    taken = config.keys() - made.to_dict().keys()
+    return declared | plain.to_dict().keys() | taken | {"head_dim"}  # Qwen2's code reads it too
 
 
 def _keys_of(family: Any) -> frozenset[str]:
-    """The keys of a class of configs, and their other names."""
-    return frozenset({"model_type", *(f.name for f in fields(family)), *family.attribute_map})
+    """The keys that a class of configs declares, and their other names."""
+    declared = getattr(family, "__dataclass_fields__", ())
+    return frozenset({"model_type", *declared, *family.attribute_map})
