@@ -42,7 +42,7 @@ def quick(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("which", ["none", "dflash", "eagle3", "pard"])
+@pytest.mark.parametrize("which", ["none", "dflash", "dflash-unusual", "eagle3", "pard"])
 def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     toy_target_dir, which, monkeypatch, quick
 ):

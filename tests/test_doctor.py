@@ -114,7 +114,10 @@ PITFALLS: list[tuple[str, str, tuple[str, ...], dict[str, Any], dict[str, Any], 
     ("window", "dflash-sliding", (), {"use_sliding_window": False}, {}, "warning", "say one thing"),
     ("window", "dflash-sliding", (), {}, {}, "note", "1 of 2 layers see the last 8 tokens only"),
     ("window", "eagle3", (), {"layer_types": ["sliding_attention"], "sliding_window": 64}, {},
-     "warning", "give --draft.window 64"),
+     "note", "1 of 1 layers see the last 64 tokens only"),
+    ("window", "eagle3", (), {"sliding_window": 64}, {}, "note", "try --draft.window 64"),
+    ("rope base", "dflash", (), {"rope_parameters": {"rope_theta": 1e6}}, {}, "warning",
+     "1000000 (given)"),
     ("vocabulary", "eagle3", (), {}, {}, "note", "120 of 260 target tokens (46%) can be drafted"),
 ]  # fmt: skip
 

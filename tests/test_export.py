@@ -147,6 +147,13 @@ CHANGES = {
     "causal": {"is_causal": True, **SLIDING},
     "not causal": {"is_causal": False, **SLIDING},
     "causal everywhere": {"is_causal": True},
+    "activation": {"hidden_act": "gelu"},
+    "rotary layout": {"is_neox_style": False},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+    "biases of q, k and v": {"qkv_bias": True},
+    "scales": {"embed_scale": 3.0, "logit_scale": 0.5, "final_logit_softcapping": 20.0},
+    "a stale base": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "mrope": {"rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
 }
 
 
@@ -154,6 +161,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("which", ["dflash", "eagle3"])
 def test_what_a_config_says_survives_both_formats(target, tmp_path, which, change, form):
+    if which == "eagle3" and "causal" in change:
+        return  # it always is
     engine = engine_of(target, which, **CHANGES[change])
     other = "published" if form == "speculators" else "speculators"
     first = exported(engine, form, tmp_path / "1")

@@ -23,7 +23,7 @@ from ttspec.drafters.checkpoint import (
     make_drafter,
     missing_and_left_over,
 )
-from ttspec.drafters.layers import Rope
+from ttspec.drafters.rotary import Rope
 
 FOLDER = Path(__file__).parent / "manifests"
 MANIFESTS = {p.stem: json.loads(p.read_text()) for p in sorted(FOLDER.glob("*.json"))}

@@ -66,12 +66,28 @@ EAGLE3 = {
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
     "ttspec": {"length": 4},
 }
+UNUSUAL: dict[str, Any] = {
+    "attention_bias": True,
+    "embed_scale": 2.0,
+    "final_logit_softcapping": 20.0,
+    "hidden_act": "gelu_pytorch_tanh",
+    "is_neox_style": False,
+    "logit_scale": 0.5,
+    "mlp_bias": True,
+    "partial_rotary_factor": 0.5,
+}
+"""What a layer may do otherwise than most."""
 MODEL = {**BODY, "model_type": "llama", "num_hidden_layers": 2, "ttspec": {"length": 4}}
 PARD = {**MODEL, "architectures": ["LlamaForCausalLM"], "pard_token": MASK, "spd_type": "pard"}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", CONFIG),
     "dflash-sliding": ("dflash", {**CONFIG, **SLIDING}),
+    "dflash-unusual": ("dflash", {**CONFIG, **UNUSUAL}),
     "eagle3": ("eagle3", EAGLE3),
+    "eagle3-unusual": (
+        "eagle3",
+        {**EAGLE3, **UNUSUAL, "layer_types": ["sliding_attention"], "sliding_window": 8},
+    ),
     "eagle3-normed-residual": ("eagle3", {**EAGLE3, "norm_before_residual": True}),
     "eagle3.1": ("eagle3", {**EAGLE3, "fc_norm": True, "norm_output": True}),
     "eagle3-norm-before-fc": ("eagle3", {**EAGLE3, "norm_before_fc": True}),

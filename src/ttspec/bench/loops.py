@@ -24,7 +24,7 @@ from ttspec.bench.watch import Watch
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Rope
+from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, cache_keyword
@@ -188,9 +188,12 @@ def _transformers_dflash(drafter: DFlash) -> nn.Module:
         raise SkippedError(reason) from None
     plain = Rope.of({"rope_theta": drafter.rope.base}, drafter.head_dim).frequencies
     scaled = not torch.equal(drafter.rope.frequencies.cpu(), plain)
-    if scaled or any(drafter.causal):
+    unusual = drafter.rope.interleaved or drafter.biased or drafter.activation_name != "silu"
+    unusual = unusual or drafter.softcap or drafter.embedding_scale * drafter.logit_scale != 1
+    if unusual or scaled or any(drafter.causal):
         raise SkippedError(
-            "transformers' DFlash model has neither scaled RoPE nor layers that look back only"
+            "transformers' DFlash model has neither scaled or interleaved RoPE, nor layers that "
+            "look back only, nor biases, scales or another activation than silu"
         )
     config = MuseGlimmerAssistantConfig(
         hidden_size=drafter.hidden,

@@ -211,7 +211,7 @@ def eagle3_parts(drafter: Eagle3, length: int) -> Parts:
         block=length,
         hidden=drafter.hidden,
         vocabulary=drafter.draft_vocabulary,
-        attention=_attention(drafter, (None,), drafter.heads),
+        attention=_attention(drafter, drafter.windows, drafter.heads),
     )
 
 

@@ -21,6 +21,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.text import thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import default_taps
+from ttspec.drafters.rotary import DEFAULT_BASE, PLAIN, rope_parameters
 from ttspec.models.target import Target
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -33,7 +34,6 @@ TAP_KEYS = {
     "pard": ("pard2_target_layers",),
 }
 """Where a config.json names its taps, by kind; the first that is there counts."""
-DEFAULT_BASE = 10000.0
 FAR = 8.0
 """Rotary bases further apart than this factor are told."""
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
@@ -80,11 +80,10 @@ class Rotary:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Rotary:
         """From a config's keys, old or new; of several kinds of layers the full ones count."""
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        rope = rope.get("full_attention") or rope
-        base = config.get("rope_theta") or rope.get("rope_theta")
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        return cls(float(base) if base else None, str(kind), rope.get("factor"))
+        rope = rope_parameters(config)
+        base = rope.get("rope_theta")
+        kind = "default" if rope["rope_type"] in PLAIN else str(rope["rope_type"])
+        return cls(float(base) if base else None, kind, rope.get("factor"))
 
     def __str__(self) -> str:
         """Its scaling."""
@@ -314,10 +313,12 @@ def _window(target: Target, drafter: Drafter) -> Finding:
         said.append(
             ("warning", f"{sliding} layers slide, but no sliding_window says how far: {full}")
         )
+    elif size and not read and drafter.kind == "eagle3":
+        text = f"sliding_window {size:,} without layer_types is not read, as where it was trained"
+        said.append(("note", f"{text}: full attention; try --draft.window {size} past it"))
     elif size and not read:
-        what = "is not read for this kind" if sliding else "has no layer_types beside it"
-        cure = f"; give --draft.window {size}" if sliding else "; add layer_types"
-        said.append(("warning", f"sliding_window {size:,} {what}: {full}{cure}"))
+        what = "has no layer_types beside it"
+        said.append(("warning", f"sliding_window {size:,} {what}: {full}; add layer_types"))
     if read and min(read) < target.context and not any(target.windows):
         text = f"{len(read)} of {len(windows)} layers see the last {min(read):,} tokens only"
         said.append(("note", text))

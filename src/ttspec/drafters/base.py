@@ -8,6 +8,7 @@ A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says
 
 - `recognises`, `_configure`: whether a config.json is its own, and what it means: `taps`, `length`
   and `interpretation` among it.
+- `keys.TABLES`: every key that its config.json may have.
 - `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
 - `start`, `_extend`: an empty context, and how verified tokens become context.

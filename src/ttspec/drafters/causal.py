@@ -8,6 +8,7 @@ were drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,7 +41,8 @@ from ttspec.drafters.functional import (
     Projection,
     functional_model,
 )
-from ttspec.drafters.layers import Rope, Weights
+from ttspec.drafters.layers import Weights, activation_of
+from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import NAME as FOLDED
@@ -111,8 +113,12 @@ class Causal(Drafter):
         ttspec = self.config.get("ttspec") or {}
         self.rebuilt = set(ttspec.get("rebuilt") or [])
         self.length = int(ttspec.get("length") or self.default_length)
-        self.interpretation["rope base"] = f"{Rope.of(self.config, self.head_dim).base:g}"
+        base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
+        self._plain_rope = Rope.of({"rope_theta": base}, self.head_dim)
+        self.interpretation["rope base"] = f"{self._plain_rope.base:g}"
         self._shared = Shared()
+        if isinstance(act := getattr(text, "hidden_act", None), str):
+            activation_of(act)
 
     @cached_property
     def model(self) -> PreTrainedModel:
@@ -172,21 +178,29 @@ class Causal(Drafter):
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
         like = self.embedding
-        rope = Rope.of(self.config, self.head_dim, options.rope_base).to(like.device)
-        if (options.rope_base or options.rebase) and not self._function.rope_buffers(rope):
-            raise OptionError(
-                f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and "
-                "rebase are not possible.\nUse draft.window instead."
-            )
         return CausalState(
             weights=self.weights,
             options=options,
-            rope=rope,
+            rope=self._rope(options).to(like.device),
             tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=like.device),
             anchor=self.weights,
             takes_spans=self.model.config._attn_implementation == FOLDED,
             **empty_context(self.layers, rows, self.kv_heads, slots, self.head_dim, like),
             **feature_ring(rows, len(self.taps) * like.shape[1], like),
+        )
+
+    def _rope(self, options: DraftConfig) -> Rope:
+        """The model's rotation where positions are changed; else it is not looked at."""
+        if not options.rope_base and not options.rebase:
+            return self._plain_rope
+        text = self.model_config.get_text_config().to_dict()
+        with suppress(KeyError, TypeError, ValueError):
+            rope = Rope.of(text, self.head_dim, options.rope_base)
+            if self._function.rope_buffers(rope):
+                return rope
+        raise OptionError(
+            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
+            "are not possible.\nUse draft.window instead."
         )
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:

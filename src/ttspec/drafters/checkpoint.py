@@ -23,6 +23,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.keys import refuse_keys
 from ttspec.drafters.pard import Pard
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError
@@ -33,21 +34,32 @@ DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 KINDS: dict[str, type[Drafter]] = {c.kind: c for c in (Pard, DFlash, Eagle3, Causal)}
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+P_EAGLE = "P-EAGLE"
+EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no head of its own)"
 UNREADABLE = {
-    "DFlash2": "DFlash2 (convolutions and a candidate selector)",
-    "DSpark": "DSpark (a Markov head)",
-    "Domino": "Domino",
-    "peagle": "P-EAGLE",
+    "dflash2": "DFlash2 (convolutions and a candidate selector)",
+    "dflare": "DFlare (each layer mixes the taps for itself)",
+    "dspark": "DSpark (a Markov head)",
+    "domino": "Domino",
+    "jetspec": "JetSpec (a causal block that is fed real tokens)",
+    "p-?eagle": P_EAGLE,
+    "eagle(?!-?3)": EAGLE,
     "mtp": "a native MTP head",
 }
-"""Relatives that would load in part and draft badly, by a piece of their architecture's name."""
-REFUSED_KEYS = (
-    "attention_sink_bias",
-    "attention_value_scale",
-    "add_swa_attention_sink_bias",
-    "sample_from_anchor",
+"""Relatives that would load in part and draft badly, by a pattern of their architecture's name."""
+SINCE_EAGLE3 = {
+    "d2t",
+    "hidden_norm.weight",
+    "lm_head.weight",
+    "midlayer.hidden_norm.weight",
+    "norm.weight",
+}
+"""Tensors of EAGLE-3 and DFlash; the official files of EAGLE-1 and EAGLE-2 have none of them."""
+IGNORED = re.compile(
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$"  # computed from the config
+    r"|^verifier_(norm|lm_head)\.weight$"  # copies of the target's, for training
 )
-"""Config entries that change a drafter's arithmetic and that we do not implement."""
+"""Names of tensors that are in some files and that nobody needs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +99,8 @@ def load_drafter(name: str, folder: Path) -> Drafter:
         )
     found: dict[str, Stored] = {}
     for key, tensor in stored.items():
+        if IGNORED.search(key):
+            continue
         first = found.setdefault(canonical(kind, key), tensor)
         if first is not tensor:
             raise CheckpointError(
@@ -113,19 +127,15 @@ def make_drafter(
         CheckpointError: The config is not complete.
     """
     where = path / "config.json" if path else "The config"
-    own = config.get("dflash_config")
-    own = own if isinstance(own, Mapping) else {}
-    for key in REFUSED_KEYS:
-        if config.get(key) or own.get(key):
-            raise CheckpointError(
-                f"{where} sets {key}, which ttspec does not implement.\n"
-                "Give a drafter without it: this one would draft badly, not fail."
-            )
     try:
+        refuse_keys(kind, config, str(where))
         drafter = KINDS[kind](config, {}, name=name or kind, path=path, names=names)
         drafter.shapes()
     except TtspecError as error:
-        raise CheckpointError(f"{where}: {error}") from error
+        message = str(error)
+        if not message.startswith(str(where)):
+            message = f"{where}: {message}"
+        raise CheckpointError(message) from error
     except (
         KeyError,
         TypeError,
@@ -171,21 +181,31 @@ def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | Non
     Raises:
         CheckpointError: It is a relative of a known kind that would load in part only.
     """
-    architecture = f"{config.get('architectures')} {config.get('speculators_model_type')}"
-    p_eagle = any(canonical("eagle3", n) == "mask_hidden" for n in names)
-    for piece, what in UNREADABLE.items():
-        if p_eagle or piece.lower() in architecture.lower():
-            what = "P-EAGLE" if p_eagle else what
-            raise CheckpointError(
-                f"{config.get('architectures')} is {what}, which ttspec does not read.\n"
-                f"Known kinds: {', '.join(KINDS)}."
-            )
-    if config.get("speculators_model_type") in KINDS:
+    if relative := _relative(config, {canonical("eagle3", n) for n in names}):
+        raise CheckpointError(
+            f"{config.get('architectures')} is {relative}, which ttspec does not read.\n"
+            f"Known kinds: {', '.join(KINDS)}."
+        )
+    if config.get("speculators_model_type") is not None:
         return config["speculators_model_type"]
     for kind, family in KINDS.items():
         if family.recognises(config, {canonical(kind, n) for n in names}):
             return kind
     return None
+
+
+def _relative(config: Mapping[str, Any], names: Collection[str]) -> str | None:
+    """What it is, if it is of the family of a known kind, but not it; names are EAGLE-3's."""
+    asked = config.get("speculators_model_type")
+    named = f"{config.get('architectures')} {asked}".lower()
+    found = next((what for p, what in UNREADABLE.items() if re.search(p, named)), None)
+    if "mask_hidden" in names:
+        return P_EAGLE
+    if found is None and "fc.weight" in names and SINCE_EAGLE3.isdisjoint(names):
+        return EAGLE
+    if found is None and asked is not None and asked not in KINDS:
+        return f"of speculators_model_type {asked!r}"
+    return found
 
 
 def canonical(kind: str, name: str) -> str:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ttspec.compiled import of_any_size
 from ttspec.drafters.base import DraftState
-from ttspec.drafters.layers import InPlaceContext, Rope
+from ttspec.drafters.layers import InPlaceContext
+from ttspec.drafters.rotary import Rope
 from ttspec.rowcache import reach_of, unwritten
 from ttspec.spans import reach_to_see, spans
 
@@ -154,7 +155,7 @@ def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
         rope: How they were rotated.
     """
     slot = torch.arange(keys.shape[2], device=keys.device)
-    turn = Rope(rope.frequencies, rope.base)
+    turn = Rope(rope.frequencies, rope.base, interleaved=rope.interleaved)
     return turn(keys, (begin - rebase - slot).clamp(min=0))
 
 

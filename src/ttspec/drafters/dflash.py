@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
@@ -25,13 +24,13 @@ from ttspec.drafters.layers import (
     UP,
     Attend,
     ConcatenatedContext,
-    Rope,
     Weights,
     gated_mlp,
     linear,
     project,
     rms_norm,
 )
+from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
 
@@ -63,45 +62,58 @@ class DFlash(FeatureDrafter):
         """By its own table in the config, or its architecture."""
         return "dflash_config" in config or "DFlash" in str(config.get("architectures"))
 
-    def _configure(self, names: Collection[str]) -> None:  # noqa: ARG002 - the config says it all
+    def _configure(self, names: Collection[str]) -> None:
         """Read the published keys, z-lab's or speculators'."""
         config = self.config
         own = config.get("dflash_config") or {}
         body = config.get("transformer_layer_config") or config
-        self._read_body(body, body["num_key_value_heads"])
+        self._read_body(body, body["num_key_value_heads"], "dflash_config", names)
         self.block = int(own.get("block_size") or config["block_size"])
-        mask = own.get("mask_token_id")
+        mask = self._one(("mask_token_id",))
         self.mask_token = int(config["mask_token_id"] if mask is None else mask)
         entered = config.get("aux_hidden_state_layer_ids")  # speculators
         if entered is not None:
             self.taps = tuple(int(k) for k in entered)
             convention = "aux_hidden_state_layer_ids enter a layer"
         else:
-            ids = own.get("target_layer_ids") or default_taps(
+            ids = self._one(("target_layer_ids",)) or default_taps(
                 self.layers, int(config["num_target_layers"])
             )
             self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
             convention = "target_layer_ids leave a layer: + 1"
         self.length = self.block - 1
-        kinds = body.get("layer_types") or ["full_attention"] * self.layers
-        if len(kinds) != self.layers or self.block < 2:
-            raise ValueError(f"layer_types {kinds} and block_size {self.block} cannot be")
-        if odd := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise ValueError(f"layer_types names {', '.join(sorted(odd))}")
-        sliding = [kind == "sliding_attention" for kind in kinds]
-        window = body.get("sliding_window")
-        self.windows = [int(window) if s and window else None for s in sliding]
-        causal = config.get("is_causal", own.get("causal"))
-        if causal is None and config.get("sliding_window_non_causal"):
-            causal = False
-        self.causal = [s if causal is None else bool(causal) for s in sliding]
+        if self.block < 2 or not self.taps:
+            raise ValueError(f"block_size {self.block} and taps {list(self.taps)} cannot be")
+        width = int(config.get("target_hidden_size") or self.hidden)
+        if width != self.hidden:
+            raise ValueError(f"target_hidden_size is {width} and hidden_size {self.hidden}")
+        self._read_windows(own)
         self.interpretation = {
             "taps": f"hidden states {list(self.taps)} ({convention})",
             "rope base": f"{self.rope.base:g}",
+            **self._unusual(),
         }
         self._of_layer = [*self._layer_shapes()]
         matrices = [n.removesuffix(".weight") for n in self._of_layer if n.endswith("proj.weight")]
         self._low_rank = [name + part for name in matrices for part in (DOWN, UP)]
+
+    def _read_windows(self, own: Mapping[str, Any]) -> None:
+        """How far each layer sees, and whether within a block it sees back only."""
+        self.kinds = self._layer_kinds()
+        sliding = [kind == "sliding_attention" for kind in self.kinds]
+        causal = own.get("causal")
+        causal = causal if self.config.get("is_causal") is None else self.config["is_causal"]
+        if causal is None and self.config.get("sliding_window_non_causal"):
+            causal = False
+        self.causal = [s if causal is None else bool(causal) for s in sliding]
+        window = own.get("swa_window_size") or own.get("sliding_window")
+        window = window or self._body.get("sliding_window")
+        if own.get("use_swa") and not any(sliding):  # windows, but not causal (MiMo)
+            self.kinds, sliding = ["sliding_attention"] * self.layers, [True] * self.layers
+            window = window or 0
+        if any(sliding) and window is not None and int(window) < 1:
+            raise ValueError(f"sliding_window is {window}, and {sum(sliding)} layers slide")
+        self.windows = [int(window) if s and window else None for s in sliding]
 
     def _layer_shapes(self) -> Shapes:
         h, d = (self.hidden,), (self.head_dim,)
@@ -248,7 +260,7 @@ class DFlash(FeatureDrafter):
         position = blocks.position(width)
         ids = torch.full((*tokens.shape, width), self.mask_token, device=tokens.device)
         ids[..., 0] = tokens
-        x = F.embedding(ids.flatten(1), self.embedding)
+        x = self.embed(ids.flatten(1))
         for i, attend in enumerate(contexts):
             x = self.layer(self._layer_weights(weights, i), x, position, rope, attend)
         x = rms_norm(x, weights["norm.weight"], self.eps)
@@ -282,4 +294,4 @@ class DFlash(FeatureDrafter):
         out = attend(rope(q, position), rope(k, position), v)
         x = x + project(weights, "self_attn.o_proj", out)
         y = rms_norm(x, weights["post_attention_layernorm.weight"], self.eps)
-        return x + gated_mlp(weights, "mlp.", y)
+        return x + gated_mlp(weights, "mlp.", y, self.activation)

@@ -20,6 +20,8 @@ from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.keys import LAYOUT
+from ttspec.drafters.rotary import PLAIN, rope_parameters
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.target import Target
 
@@ -109,9 +111,11 @@ def _published_dflash(drafter: DFlash, target: Target) -> Written:
             },
         }
         if drafter.draft_ids is not None:
-            config["draft_vocab_size"] = drafter.draft_vocabulary
+            config["draft_vocab_size"] = len(drafter.head)
         if drafter.causal != _sliding(config):  # what readers take for granted
             config["dflash_config"]["causal"] = drafter.causal[0]
+    elif drafter.vocabulary != len(drafter.embedding):  # tables that were padded otherwise
+        config |= {"vocab_size": len(drafter.embedding), "draft_vocab_size": len(drafter.head)}
     config.pop("ttspec", None)
     weights = _own_weights(drafter, target)
     if drafter.draft_ids is None and _is(drafter.head, target.head):
@@ -143,7 +147,7 @@ def _published_eagle3(drafter: Eagle3, target: Target) -> Written:
         **_body(drafter, target, "qwen3" if drafter.qk_norm else "llama"),
         **_published_rope(drafter),
         "architectures": [architecture],
-        "draft_vocab_size": drafter.draft_vocabulary,
+        "draft_vocab_size": len(drafter.head),
         # At the top level vLLM reads them as we do; nested in eagle_config, a layer early.
         "eagle_aux_hidden_state_layer_ids": _eagle3_taps(drafter),
         "norm_before_residual": drafter.residual_is_normed,
@@ -208,7 +212,7 @@ def _speculators(
         "architectures": [architecture],
         "speculators_model_type": drafter.kind,
         "speculators_version": SPECULATORS_VERSION,
-        "draft_vocab_size": drafter.draft_vocabulary,
+        "draft_vocab_size": len(drafter.head),
         "dtype": None,
         "tie_word_embeddings": False,
         "transformer_layer_config": {**body, "rope_parameters": _rope(drafter)},
@@ -233,9 +237,8 @@ def _body(drafter: DFlash | Eagle3, target: Target, model_type: str) -> dict[str
     given = drafter.config.get("transformer_layer_config") or drafter.config
     body: dict[str, Any] = {
         "model_type": model_type,
-        "attention_bias": False,
         "head_dim": drafter.head_dim,
-        "hidden_act": "silu",
+        "hidden_act": drafter.activation_name,
         "hidden_size": drafter.hidden,
         "intermediate_size": drafter.intermediate,
         "max_position_embeddings": given.get("max_position_embeddings") or target.context,
@@ -244,16 +247,38 @@ def _body(drafter: DFlash | Eagle3, target: Target, model_type: str) -> dict[str
         "num_key_value_heads": drafter.kv_heads,
         "rms_norm_eps": drafter.eps,
         "tie_word_embeddings": False,
-        "vocab_size": drafter.vocabulary,
+        "vocab_size": len(drafter.embedding),
+        **_arithmetic(drafter, model_type),
     }
-    if model_type == "llama":
-        body["mlp_bias"] = False
     if isinstance(drafter, DFlash):
         body["num_hidden_layers"] = drafter.layers
-        body["layer_types"] = given.get("layer_types") or ["full_attention"] * drafter.layers
+    if isinstance(drafter, DFlash) or any(drafter.windows):
+        body["layer_types"] = drafter.kinds
         if any(_sliding(body)):
-            body |= {"sliding_window": given.get("sliding_window"), "use_sliding_window": True}
+            window = next((w for w in drafter.windows if w), None)
+            body |= {"sliding_window": window, "use_sliding_window": True}
     return body
+
+
+def _arithmetic(drafter: DFlash | Eagle3, model_type: str) -> dict[str, Any]:
+    """Biases, rotary layout and scales: what says them, where they are not the usual ones."""
+    attention = {n for n in drafter.biased if n[0] in "qkvo"}
+    said: dict[str, Any] = {"attention_bias": "o_proj" in attention}
+    if bool(attention) != said["attention_bias"]:  # as Qwen2's: none after attention
+        said["qkv_bias"] = "q_proj" in attention
+    mlp = "up_proj" in drafter.biased
+    if mlp or model_type == "llama":
+        said["mlp_bias"] = mlp
+    if drafter.rope.interleaved:
+        said["is_neox_style"] = False
+    for key, value in (
+        ("input_embedding_scale", drafter.embedding_scale),
+        ("logit_scale", drafter.logit_scale),
+        ("final_logit_softcapping", drafter.softcap),
+    ):
+        if value not in (None, 1):
+            said[key] = value
+    return said
 
 
 def _sliding(body: dict[str, Any]) -> list[bool]:
@@ -263,12 +288,12 @@ def _sliding(body: dict[str, Any]) -> list[bool]:
 def _rope(drafter: DFlash | Eagle3) -> dict[str, Any]:
     """The rotary embedding as `rope_parameters`, whatever keys it came under."""
     given = drafter.config.get("transformer_layer_config") or drafter.config
-    rope = dict(given.get("rope_parameters") or given.get("rope_scaling") or {})
-    old = rope.pop("type", None)
-    if part := given.get("partial_rotary_factor"):
-        rope.setdefault("partial_rotary_factor", part)
-    kind = rope.get("rope_type") or old or "default"
-    return {**rope, "rope_type": kind, "rope_theta": drafter.rope.base}
+    rope = rope_parameters(given, drafter.kinds)
+    if rope["rope_type"] in PLAIN:  # the axes of mrope are one and the same over text
+        part = {k: v for k, v in rope.items() if k == "partial_rotary_factor"}
+        rope = {"rope_type": "default", **part}
+    rope = {k: v for k, v in rope.items() if k not in LAYOUT}
+    return {**rope, "rope_theta": drafter.rope.base}
 
 
 def _published_rope(drafter: DFlash | Eagle3) -> dict[str, Any]:
@@ -302,8 +327,10 @@ def _own_weights(drafter: DFlash | Eagle3, target: Target) -> dict[str, Tensor]:
     if drafter.draft_ids is None:
         weights.pop("d2t", None)
     else:
-        drafted = torch.zeros(drafter.vocabulary, dtype=torch.bool, device=drafter.draft_ids.device)
-        weights["t2d"] = drafted.index_fill(0, drafter.draft_ids, True)
+        ids = drafter.draft_ids
+        drafted = torch.zeros(len(drafter.embedding), dtype=torch.bool, device=ids.device)
+        weights["t2d"] = drafted.index_fill(0, ids, True)
+        weights["d2t"] = ids - torch.arange(len(ids), device=ids.device)
     return weights
 
 

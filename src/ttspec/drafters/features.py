@@ -6,27 +6,46 @@ the parts of a Llama layer, under its published names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import Qwen3Config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, Shapes, placed
 from ttspec.drafters.context import empty_context
-from ttspec.drafters.layers import Rope, Weights, project, rms_norm
+from ttspec.drafters.layers import Weights, activation_of, project, rms_norm
+from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
+
+EPS_KEYS = ("rms_norm_eps", "norm_eps")
+ACT_KEYS = ("hidden_act", "hidden_activation")
+EMBEDDING_SCALES = ("input_embedding_scale", "embed_scale", "scale_emb", "embedding_multiplier")
+LOGIT_SCALES = ("output_multiplier", "logit_scale")
+PADDING = 0.01
+"""Of a target's vocabulary: tables of one tokenizer are padded to sizes that differ by less."""
 
 
 class FeatureDrafter(Drafter):
     """A drafter of Llama's or Qwen3's decoder layers."""
 
-    def _read_body(self, body: Mapping[str, Any], kv_heads: Any) -> None:
-        """Sizes of the layers, from the part of the config that describes them."""
+    def _read_body(
+        self, body: Mapping[str, Any], kv_heads: Any, own: str, names: Collection[str]
+    ) -> None:
+        """Sizes and arithmetic of the layers.
+
+        Args:
+            body: The part of the config that describes the layers.
+            kv_heads: Of each layer.
+            own: The key of the kind's own table in the config.
+            names: Tensors that the files hold.
+        """
         self._body = body
+        self._places = (self.config.get(own) or {}, self.config, body)
         self.layers = int(body["num_hidden_layers"])
         self.hidden = int(body["hidden_size"])
         self.target_hidden = self.hidden
@@ -34,16 +53,91 @@ class FeatureDrafter(Drafter):
         self.kv_heads = int(kv_heads)
         self.head_dim = int(body.get("head_dim") or self.hidden // self.heads)
         self.intermediate = int(body["intermediate_size"])
-        self.eps = float(body["rms_norm_eps"])
+        self.eps = float(
+            body["rms_norm_eps"] if self._one(EPS_KEYS) is None else self._one(EPS_KEYS)
+        )
         self.vocabulary = int(body["vocab_size"])
         self.draft_vocabulary = int(self.config.get("draft_vocab_size") or self.vocabulary)
-        self.rope = Rope.of(body, self.head_dim)
+        self.activation_name = self._one(ACT_KEYS) or "silu"
+        self.activation = activation_of(self.activation_name)
+        self.embedding_scale = float(self._one(EMBEDDING_SCALES) or 1)
+        self.logit_scale = float(self._one(LOGIT_SCALES) or 1)
+        cap = self._one(("final_logit_softcapping",))
+        self.softcap = None if cap is None else float(cap)
+        self.rope = self._rope()
+        self.biased = self._with_bias(names)
         self._target_head = torch.empty(0)
+        self._tied = False
+        sizes = (self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate)
+        if min(sizes) < 1 or self.heads % self.kv_heads or not 0 < self.eps < 1:
+            raise ValueError(
+                f"{self.heads} heads, {self.kv_heads} key heads, sizes {self.hidden}, "
+                f"{self.head_dim} and {self.intermediate} and rms_norm_eps {self.eps:g} cannot be"
+            )
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"final_logit_softcapping is {self.softcap}; it is above 0, or null")
+
+    def _unusual(self) -> dict[str, str]:
+        """What is not as in most checkpoints, for `interpretation`."""
+        found = {"rope layout": "neighbours, not halves" if self.rope.interleaved else ""}
+        found["activation"] = "" if self.activation_name == "silu" else self.activation_name
+        found["biases"] = ", ".join(sorted(self.biased))
+        scales = {"embedding": self.embedding_scale, "logits": self.logit_scale}
+        found["scales"] = ", ".join(f"{k} {v:g}" for k, v in scales.items() if v != 1)
+        found["softcap"] = f"{self.softcap:g}" if self.softcap else ""
+        return {k: v for k, v in found.items() if v}
+
+    def _one(self, keys: Sequence[str]) -> Any:
+        """What the config says under one of some names of a thing; None for nothing.
+
+        Raises:
+            ValueError: It says two things.
+        """
+        said = [p[key] for p in self._places for key in keys if p.get(key) is not None]
+        if any(value != said[0] for value in said):
+            raise ValueError(f"{' and '.join(keys)} are given as {', '.join(map(str, said))}")
+        return said[0] if said else None
+
+    def _rope(self, base: float | None = None) -> Rope:
+        """Rotation, as the config says or with another base."""
+        tables = [self._body.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+        interleaved = is_interleaved(*self._places, *tables)
+        kinds = self._layer_kinds()
+        return Rope.of(self._body, self.head_dim, base, kinds, interleaved=interleaved)
+
+    def _layer_kinds(self) -> list[str]:
+        """Of each layer: full or sliding attention.
+
+        The older way to say it is Qwen3's: a switch, and the number of layers that do not slide.
+
+        Raises:
+            ValueError: The config names others, or not one for each layer.
+        """
+        body, full = self._body, self.layers
+        if body.get("use_sliding_window") and body.get("sliding_window"):
+            given = body.get("max_window_layers")
+            full = Qwen3Config.max_window_layers if given is None else int(given)
+        sliding = ["full_attention"] * full + ["sliding_attention"] * self.layers
+        kinds = body.get("layer_types") or sliding[: self.layers]
+        if odd := set(kinds) - {"full_attention", "sliding_attention"}:
+            raise ValueError(f"layer_types names {', '.join(sorted(map(str, odd)))}")
+        if len(kinds) != self.layers:
+            raise ValueError(f"layer_types names {len(kinds)} layers of {self.layers}")
+        return list(kinds)
+
+    def _with_bias(self, names: Collection[str]) -> set[str]:
+        """Matrices of a layer that have one: as the config says, else as the files do."""
+        attention, qkv = self._one(("attention_bias",)), self._one(("qkv_bias",))
+        qkv = attention if qkv is None else qkv
+        said = {"o_proj": attention, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv)}
+        said |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self._one(("mlp_bias",)))
+        held = {n.split(".")[-2] for n in names if n.endswith("_proj.bias")}
+        return {n for n, flag in said.items() if (n in held if flag is None else flag)}
 
     def _matrices(self, width: int) -> Shapes:
-        """Shapes of a layer's matrices, whose attention reads states of this width."""
+        """Shapes of a layer's matrices and biases, whose attention reads states of this width."""
         h, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
+        shapes: Shapes = {
             "self_attn.q_proj.weight": (q, width),
             "self_attn.k_proj.weight": (kv, width),
             "self_attn.v_proj.weight": (kv, width),
@@ -52,6 +146,10 @@ class FeatureDrafter(Drafter):
             "mlp.up_proj.weight": (self.intermediate, h),
             "mlp.down_proj.weight": (h, self.intermediate),
         }
+        for name, (rows, _) in list(shapes.items()):
+            if name.split(".")[1] in self.biased:
+                shapes[name.replace(".weight", ".bias")] = (rows,)
+        return shapes
 
     def optional(self) -> Shapes:
         """What a file may hold besides: tables that speculators copies from the target."""
@@ -63,31 +161,45 @@ class FeatureDrafter(Drafter):
 
     def _check_target(self, embedding: Tensor) -> None:
         self._require("hidden size", self.target_hidden, embedding.shape[1])
-        self._require("vocabulary", self.vocabulary, embedding.shape[0])
 
     def _share(
         self,
         embedding: Tensor,
         head: Tensor,
-        tokenizer: PreTrainedTokenizerBase | None,  # noqa: ARG002 - it has no text
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> None:
+        """Tables are of the target's size after that, however the drafter's are padded."""
+        ours, theirs = self.vocabulary, embedding.shape[0]
+        known = 0 if tokenizer is None else len(tokenizer)
+        same = ours == known or abs(ours - theirs) <= PADDING * theirs
+        if not (same and 0 < known <= min(ours, theirs)):
+            self._require("vocabulary", ours, theirs)
         self.weights = placed(self.weights, embedding)
-        self.embedding = self.weights.get("embed_tokens.weight", embedding)
-        self.draft_ids = ids_of(self.weights.get("d2t"), self.vocabulary)
+        own = self.weights.get("embed_tokens.weight")
+        if own is not None:
+            missing = own.new_zeros(max(0, theirs - ours), own.shape[1])
+            own = own[:theirs] if not len(missing) else torch.cat([own, missing])
+        self.embedding = embedding if own is None else own
+        self.draft_ids = ids_of(self.weights.get("d2t"), ours)
+        if self.draft_ids is None and "lm_head.weight" in self.weights and ours < theirs:
+            self.draft_ids = torch.arange(ours, device=embedding.device)
+        if ours > theirs and self.draft_ids is not None and int(self.draft_ids.max()) >= theirs:
+            self._require("vocabulary", ours, theirs)
+        table = self.embedding if self._tied else head
         whole = self.draft_ids is None or "lm_head.weight" in self.weights
-        self._target_head = head if whole else head[self.draft_ids]
+        self._target_head = table if whole else table[self.draft_ids]
         self.rope = self.rope.to(embedding.device)
 
     @property
     def head(self) -> Tensor:
         """[V_draft, H], its own or rows of the target's."""
-        return self.weights.get("lm_head.weight", self._target_head)
+        own = self.weights.get("lm_head.weight")
+        return self._target_head if own is None else own[: self.embedding.shape[0]]
 
     def _context(self, rows: int, slots: int, options: DraftConfig) -> dict[str, Any]:
         """The fields of an empty `ContextState`."""
-        rope, like = self.rope, self.embedding
-        if options.rope_base:
-            rope = Rope.of(self._body, self.head_dim, options.rope_base)
+        like = self.embedding
+        rope = self._rope(options.rope_base) if options.rope_base else self.rope
         empty = empty_context(self.layers, rows, self.kv_heads, slots, self.head_dim, like)
         return {"weights": self.weights, "options": options, "rope": rope.to(like.device), **empty}
 
@@ -102,7 +214,16 @@ class FeatureDrafter(Drafter):
         k = self._heads(weights, at + "k", x, self.kv_heads)
         return k, self._heads(weights, at + "v", x, self.kv_heads)
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Embeddings [..., H] of tokens int64 [...]."""
+        embedded = F.embedding(tokens, self.embedding)
+        return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., V_draft] of hidden [..., H]; one product, not one per block."""
         flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        if self.logit_scale != 1:
+            flat = flat * self.logit_scale
+        if self.softcap is not None:
+            flat = self.softcap * torch.tanh(flat / self.softcap)
         return flat.view(*hidden.shape[:-1], -1)

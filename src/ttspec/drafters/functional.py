@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
-from ttspec.drafters.layers import Rope, Weights, low_rank
+from ttspec.drafters.layers import Weights, low_rank
+from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import attention_windows, cache_keyword
 from ttspec.rowcache import LayerCache

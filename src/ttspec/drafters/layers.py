@@ -1,4 +1,4 @@
-"""The arithmetic that drafters share: products with one weight or one per row, norms, rotation.
+"""The arithmetic that drafters share: products with one weight or one per row, norms, attention.
 
 Pure functions on tensors; no drafter is known by name.
 """
@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.activations import ACT2FN
 
 from ttspec.compiled import is_compiling
 from ttspec.rowcache import LayerCache
 from ttspec.spans import span_attention
 
 Weights = Mapping[str, Tensor]
+Activation = Callable[[Tensor], Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(query, new keys, new values, [B, (kv) heads, N, D]) -> attention over context and what is new,
 [B, N, heads * D]."""
@@ -39,9 +38,12 @@ DOWN, UP = ".down", ".up"
 
 
 def project(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """X [B, ..., in] times the matrix `{name}.weight`, with its low-rank change if it has one."""
+    """X [B, ..., in] times `{name}.weight`, with its bias and low-rank change if it has them."""
     y, down = linear(x, weights[name + ".weight"]), weights.get(name + DOWN)
-    return y if down is None else low_rank(y, x, down, weights[name + UP])
+    if down is not None:
+        y = low_rank(y, x, down, weights[name + UP])
+    bias = weights.get(name + ".bias")
+    return y if bias is None else y + per_row(bias, x)
 
 
 def low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -74,14 +76,33 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if weight.dim() == 2:
-        weight = weight.view(weight.shape[0], *[1] * (x.dim() - 2), -1)
-    return weight * wide.to(x.dtype)
+    return per_row(weight, x) * wide.to(x.dtype)
 
 
-def gated_mlp(weights: Weights, at: str, x: Tensor) -> Tensor:
-    """SwiGLU under the published names `{at}gate_proj.weight` and so on."""
-    gate = F.silu(project(weights, at + "gate_proj", x))
+def per_row(vector: Tensor, x: Tensor) -> Tensor:
+    """A vector [H], or one per row [B, H], of a shape that goes with x [B, ..., any]."""
+    return vector if vector.dim() == 1 else vector.view(len(vector), *[1] * (x.dim() - 2), -1)
+
+
+def activation_of(name: str) -> Activation:
+    """What a config.json calls `hidden_act`.
+
+    Raises:
+        ValueError: transformers has none of that name.
+    """
+    if name in ("silu", "swish"):
+        return F.silu
+    if name not in ACT2FN:
+        raise ValueError(f"hidden_act is {name!r}; known are {', '.join(sorted(ACT2FN))}")
+    activation = ACT2FN[name].eval()
+    if any(True for _ in activation.parameters()):
+        raise ValueError(f"hidden_act is {name!r}, which has weights of its own")
+    return activation
+
+
+def gated_mlp(weights: Weights, at: str, x: Tensor, activation: Activation = F.silu) -> Tensor:
+    """A gated MLP under the published names `{at}gate_proj.weight` and so on."""
+    gate = activation(project(weights, at + "gate_proj", x))
     return project(weights, at + "down_proj", gate * project(weights, at + "up_proj", x))
 
 
@@ -138,53 +159,3 @@ class InPlaceContext(LayerCache):
         """See `Attend`; the next that come to these slots replace what is written now."""
         keys, values = self.update(keys, values)
         return span_attention(query, keys, values, self.seen).flatten(2)
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """Rotary embedding in the half-rotation form. Angles are computed: no table is too short."""
-
-    frequencies: Tensor
-    """float32 [R / 2], of the R leading dimensions of a head that rotate."""
-    base: float
-    factor: float = 1.0
-    """Scales rotated keys and queries; only YaRN's is not 1."""
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], head_dim: int, base: float | None = None) -> Rope:
-        """What a config.json asks for, old keys or new; `base` overrides its rope_theta.
-
-        Without a rope_theta the base is 10000, as published EAGLE-3 heads were trained
-        (drafters.md 6.2). Scaled kinds (llama3, linear, yarn, dynamic) are transformers' own.
-        """
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = float(base or config.get("rope_theta") or rope.get("rope_theta") or 10000.0)
-        kind = rope.get("rope_type") or rope.get("type") or "default"
-        if kind == "default":
-            part = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-            size = int(head_dim * part)
-            steps = torch.arange(0, size, 2, dtype=torch.float32) / size
-            return cls(theta**-steps, theta)
-        own = LlamaRotaryEmbedding(
-            LlamaConfig(
-                hidden_size=head_dim,
-                num_attention_heads=1,
-                head_dim=head_dim,
-                max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-                rope_parameters={**rope, "rope_type": kind, "rope_theta": theta},
-            )
-        )
-        return cls(own.inv_freq.float(), theta, float(own.attention_scaling))
-
-    def to(self, device: torch.device) -> Rope:
-        """The same on another device."""
-        return Rope(self.frequencies.to(device), self.base, self.factor)
-
-    def __call__(self, x: Tensor, position: Tensor) -> Tensor:
-        """Rotate x [B, heads, T, D] by position int64 [B, T]."""
-        half = self.frequencies.shape[0]
-        angle = position[:, None, :, None].float() * self.frequencies  # [B, 1, T, R/2]
-        cos, sin = self.factor * angle.cos(), self.factor * angle.sin()
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-        a, b = x[..., :half], x[..., half : 2 * half]
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], dim=-1)

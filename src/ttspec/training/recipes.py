@@ -21,6 +21,7 @@ from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.eagle3 import default_taps as eagle3_taps
+from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError
 from ttspec.losses import cross_entropy, forward_kl, position_weights
 from ttspec.models.target import Target
@@ -68,7 +69,7 @@ class Recipe(ABC, Generic[D]):
             "num_key_value_heads": int(c.num_key_value_heads),
             "head_dim": int(getattr(c, "head_dim", None) or c.hidden_size // heads),
             "rms_norm_eps": float(c.rms_norm_eps),
-            "rope_theta": float((c.rope_parameters or {}).get("rope_theta", 10000.0)),
+            "rope_theta": float(rope_parameters(c.to_dict()).get("rope_theta", DEFAULT_BASE)),
             "max_position_embeddings": int(c.max_position_embeddings),
             "vocab_size": int(c.vocab_size),
             "tie_word_embeddings": False,
