@@ -24,6 +24,7 @@ from ttspec.errors import TargetError
 from ttspec.models.gguf_config import ROPE_FACTORS, config_of, sampling_of
 from ttspec.models.gguf_parts import read_parts
 from ttspec.models.gguf_tokenizer import end_tokens, gguf_tokenizer
+from ttspec.models.weights import require_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,8 @@ class GgufFile:
         """Every weight by transformers' name, float32 [as transformers has it], one at a time.
 
         Raises:
-            TargetError: A tensor is missing or of another shape, or the file holds one that the
-                model has no place for.
+            TargetError: A tensor is missing, of another shape or no numbers, or the file holds one
+                that the model has no place for.
         """
         with torch.device("meta"):
             wanted = AutoModelForCausalLM.from_config(self.config).state_dict()
@@ -71,6 +72,7 @@ class GgufFile:
                 own = [names.get_name(key, try_suffixes=(".weight", ".bias")) or key]
             weight = torch.cat([self._unpacked(name) for name in own], dim=-2 if own[1:] else 0)
             left -= set(own)
+            require_finite(self.path, own[0], weight)
             if self.architecture == "llama" and ("q_proj" in key or "k_proj" in key):
                 # A Llama's file interleaves the halves of each head for its own RoPE.
                 half = int(self.config.head_dim) // 2
