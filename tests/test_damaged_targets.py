@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from toys import complaint
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from ttspec import load
+from ttspec.cli import main
 from ttspec.config import LearnConfig
 from ttspec.errors import TargetError, TtspecError
 
@@ -150,6 +152,21 @@ def test_a_damaged_folder_ends_in_a_right_run_or_one_clear_error(
         assert str(folder) in str(answer) or name.partition(" ")[0] in str(answer)
     else:
         assert answer == theirs(folder), name
+
+
+@pytest.mark.parametrize("command", ["generate hi --drafter none", "doctor"])
+def test_commands_say_it_in_two_lines(
+    command: str, whole: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "model"
+    shutil.copytree(whole["llama"], folder)
+    name = damage_tensor(folder, "missing", random.Random(0))
+    first, *more = command.split()
+    place = [str(folder)] if first == "doctor" else [*more, "--target", str(folder)]
+    assert main([first, *place]) == 2
+    lines = complaint(capsys)
+    assert len(lines) == 2
+    assert f"has no tensor {name}" in lines[0]
 
 
 def replaced(name: str, text: bytes):

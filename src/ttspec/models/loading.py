@@ -75,13 +75,14 @@ class Files:
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # configs and tokenizers of others raise whatever they like
             raise _not_loaded(path, error) from error
+        model, found = loaded
         require_whole(path, found)
         _refuse_offloaded(path, model)
         if self.quantised:
