@@ -273,6 +273,14 @@ def test_bfloat16_tensors_are_read_bit_for_bit(tmp_path: Path):
         assert torch.equal(target.model.state_dict()[name], weight.bfloat16()), name
 
 
+def test_a_tensor_that_is_no_number_is_refused_by_name(tmp_path: Path):
+    model = made(LlamaForCausalLM, LlamaConfig)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    path = write_gguf(tmp_path / "toy.gguf", model)
+    with pytest.raises(TargetError, match=r"blk.1.ffn_up.weight holds NaN in float32"):
+        load_target(str(path), **CPU)
+
+
 def with_type(path: Path, name: str, kind: int) -> Path:
     """Say that a tensor is of another type; sizes are no longer what they should be."""
     field = next(t.field for t in GGUFReader(path).tensors if t.name == name)
