@@ -38,6 +38,11 @@ def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
     assert "no config.json" in refused(str(tmp_path))
 
 
+def test_a_folder_of_gguf_files_is_refused_with_the_advice_to_give_one(tmp_path: Path) -> None:
+    (tmp_path / "model-Q4_K_M.gguf").touch()
+    assert "the file itself: model-Q4_K_M.gguf" in refused(str(tmp_path))
+
+
 def test_a_folder_without_weights_is_refused(toy_target_dir: Path, tmp_path: Path) -> None:
     model = copy_of(toy_target_dir, tmp_path)
     (model / "model.safetensors").unlink()

@@ -23,7 +23,8 @@ from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import TargetError
 from ttspec.models.recurrent import StateCache
-from ttspec.models.target import Target, attention_windows, load_target, wrap_target
+from ttspec.models.target import Target, load_target, wrap_target
+from ttspec.models.unfit import attention_windows
 from ttspec.rowcache import RowCache
 
 WIDTH, SLOTS = 6, 500

@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from ttspec import DraftConfig, load
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME, folded_attention
-from ttspec.models.target import Target, attention_windows, load_target, wrap_target
+from ttspec.models.target import Target, load_target, wrap_target
+from ttspec.models.unfit import attention_windows
 
 PLAIN = {"learn": None, "draft": DraftConfig(length=0)}
 WINDOWED = {

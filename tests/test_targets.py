@@ -18,7 +18,8 @@ from ttspec.errors import ResourceError, TargetError
 from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
 from ttspec.models.attention import folded_attention
-from ttspec.models.target import attention_windows, wrap_target
+from ttspec.models.target import wrap_target
+from ttspec.models.unfit import attention_windows
 
 CPU = torch.device("cpu")
 UNFIT = {

@@ -20,7 +20,8 @@ from ttspec.decoding.working import lessons, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
-from ttspec.models.target import ORDINARY, RECURRENT, Target
+from ttspec.models.target import Target
+from ttspec.models.unfit import ORDINARY, RECURRENT
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
 """Config entries with which layers' keys differ in ways that are not told here."""

@@ -16,6 +16,7 @@ from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.models.target import Target
+from ttspec.models.weights import not_finite
 from ttspec.rowcache import RowCache
 from ttspec.sampling import draw, position_noise, process
 
@@ -123,7 +124,10 @@ class PromptReader:
         logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
-        prompts.first_tokens = self._draw(logits, prompts)
+        first_tokens = self._draw(logits, prompts)
+        if not logits.amax(-1).isfinite().all():  # the draw has waited for the device already
+            raise not_finite(self._target.name, self._target.dtype)
+        prompts.first_tokens = first_tokens
         for row, length, ids, token, budget in zip(
             prompts.rows,
             prompts.position,

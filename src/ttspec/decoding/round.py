@@ -36,10 +36,14 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
+from ttspec.models.weights import not_finite
 from ttspec.records import Proposal, Verification
 from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import pick, position_noise, process, rejection_noise
 from ttspec.spans import batch_invariant
+
+BROKEN = 2
+"""Added to whether a row ended, where its target's logits are no numbers."""
 
 
 class SpeculativeRound:
@@ -94,6 +98,8 @@ class SpeculativeRound:
         verification, verdict = self.graphs(self.verify_and_accept, shape)
         verdict = verdict.tolist()  # the round's one wait for the device
         self.timer.lap()
+        if any(verdict[row][3] >= BROKEN for row in active):
+            raise not_finite(self.target.name, self.target.dtype)
 
         self.round_number += 1
         verdicts = {row: RowVerdict.of(verdict[row]) for row in active}
@@ -157,7 +163,8 @@ class SpeculativeRound:
 
         Returns:
             The verification; and for the host int64 [B, 4 + G+1]: emitted, accepted and proposed
-            tokens, whether an end token is the last one, and the tokens.
+            tokens, whether an end token is the last one (`BROKEN` more if the logits of an emitted
+            token are not finite), and the tokens.
         """
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
@@ -178,7 +185,12 @@ class SpeculativeRound:
         )
         if self.drafter and self.state and shape.proposed:
             self.drafter.absorb(self.state, verification)
-        counts = (verification.emitted, verification.accepted, proposal.count, ended.long())
+        # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
+        picked = logits.gather(-1, tokens[..., None])[..., 0]
+        given = torch.arange(tokens.shape[1], device=tokens.device) < verification.emitted[:, None]
+        broken = (given & ~picked.isfinite()).any(1)
+        ends = ended.long() + BROKEN * broken
+        counts = (verification.emitted, verification.accepted, proposal.count, ends)
         return verification, torch.cat([torch.stack(counts, 1), tokens], dim=1)
 
     def accept(

@@ -46,7 +46,7 @@ from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.attention import NAME as FOLDED
-from ttspec.models.target import attention_windows
+from ttspec.models.unfit import attention_windows
 from ttspec.records import Lesson, Verification
 
 READ_AT_ONCE = 512

@@ -16,7 +16,8 @@ from transformers.initialization import no_init_weights
 from ttspec.drafters.layers import Weights, low_rank
 from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import use_folded_attention
-from ttspec.models.target import attention_windows, cache_keyword
+from ttspec.models.target import cache_keyword
+from ttspec.models.unfit import attention_windows, last_position
 from ttspec.rowcache import LayerCache
 
 Masks = dict[int | None, Tensor]
@@ -192,7 +193,7 @@ class ModelFunction:
             mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
         given = {
             **inputs,
-            "position_ids": position.clamp(min=0),
+            "position_ids": position.clamp(0, last_position(self.model.config)),
             "attention_mask": mask,
             cache_keyword(self.model): cache,
             "use_cache": True,

@@ -19,6 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.errors import OptionError, ResourceError, TargetError
 from ttspec.models.source import Source
 from ttspec.models.unfit import softcap_of
+from ttspec.models.weights import require_finite_weights, require_whole
 
 if TYPE_CHECKING:
     from ttspec.models.gguf import GgufFile
@@ -74,18 +75,25 @@ class Files:
         options: dict[str, Any] = {} if spread is None else {"device_map": spread}
         if softcap_of(self.config):  # transformers 5.17's other attention drops the cap
             options["attn_implementation"] = "eager"
+        # Of another shape than the config's, or missing: refused by name, rather than drawn.
+        options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
-        except (OSError, ValueError, KeyError, ImportError, json.JSONDecodeError) as error:
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # configs and tokenizers of others raise whatever they like
             raise _not_loaded(path, error) from error
+        model, found = loaded
+        require_whole(path, found)
         _refuse_offloaded(path, model)
         if self.quantised:
             _require_plain(path, model)
         elif device_map is None:
             model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
+        require_finite_weights(path, model)
         return model, tokenizer
 
 
@@ -101,9 +109,11 @@ def open_files(source: Source) -> Files:
 
         file = read_gguf(source.path)
         return Files(source=source, config=file.config, gguf=file)
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        _require_json(source.path / name)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+    except Exception as error:  # strict configs have errors of their own
         if "trust_remote_code" in str(error):
             raise TargetError(
                 f"{source.path} is a model with Python code of its own (auto_map in config.json), "
@@ -132,11 +142,37 @@ def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
 
 
 def _not_loaded(path: Path, error: Exception) -> TargetError:
-    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    reason = lines[0] if lines else repr(error)
+    if reason.startswith(("Validation error", "Class validation error")) and lines[1:]:
+        reason = "config.json: " + lines[1].partition(": ")[2]  # the line that names the key
+    elif isinstance(error, KeyError) and error.args:
+        reason = f"it knows no {error.args[0]!r}{_where(path, error.args[0])}"
     return TargetError(
-        f"{path} is not a causal language model that transformers can load: {first}\n"
+        f"{path} is not a causal language model that transformers can load: {reason}\n"
         "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
     )
+
+
+def _require_json(path: Path) -> None:
+    """Refuse what transformers would pass over, as a generation config that is no JSON."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError):
+        given = None
+    if not isinstance(given, dict):
+        raise TargetError(f"{path} is no JSON object.\nCopy or download it again.")
+
+
+def _where(path: Path, value: object) -> str:
+    """Which key of config.json has a value, if that can be told."""
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        inner = [part for part in config.values() if isinstance(part, dict)]
+        pairs = [pair for part in (config, *inner) for pair in part.items()]
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return next((f" ({key} in config.json)" for key, given in pairs if given == value), "")
 
 
 def _refuse_untried(path: Path, config: Any) -> None:

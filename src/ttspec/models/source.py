@@ -115,7 +115,9 @@ def cache_dir() -> Path:
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that is not a complete model in safetensors."""
     if not (folder / "config.json").is_file():
-        raise TargetError(f"{folder} has no config.json.\nGive a folder that transformers saved.")
+        files = sorted(path.name for path in folder.glob("*.gguf"))
+        what = f"the file itself: {files[0]}" if files else "a folder that transformers saved"
+        raise TargetError(f"{folder} has no config.json.\nGive {what}.")
     shards = {path.name for path in folder.glob("*.safetensors")}
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if not shards and pickles:

@@ -27,14 +27,11 @@ from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
-from ttspec.models.unfit import refuse_config, refuse_model
+from ttspec.models.unfit import attention_windows, last_position, refuse_generation, refuse_model
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
 
-ORDINARY = {"full_attention", "sliding_attention"}
-RECURRENT = "linear_attention"
-"""What a config calls a gated delta net, and some other layers that `use_states` refuses."""
 UNSUPPORTED = (
     "repetition_penalty",
     "encoder_repetition_penalty",
@@ -182,6 +179,8 @@ class Target:
                 w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
                 for w, m in masks.items()
             }
+        if (last := last_position(self.config)) is not None:
+            position = position.clamp(max=last)  # what is past all slots is dead, and in no table
         mask: Any = masks.get(self.windows[0])
         if self.recurrent or len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
@@ -318,6 +317,7 @@ def wrap_target(
         )
     model.eval().requires_grad_(False)
     generation = model.generation_config
+    refuse_generation(generation)
     _refuse_unsupported(generation)
     ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     ends = set(ends if isinstance(ends, Sequence) else [] if ends is None else [ends])
@@ -359,34 +359,6 @@ def _keeps_logits(kind: type[torch.nn.Module]) -> bool:
 @functools.cache
 def _cache_keyword(kind: type[torch.nn.Module]) -> str:
     return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
-
-
-def attention_windows(config: Any, *, states: bool = False) -> tuple[int | None, ...]:
-    """The window of each layer, None where all is seen; with `states`, 0 where it is recurrent.
-
-    Raises:
-        TargetError: A layer is of a kind that cannot be rolled back.
-    """
-    refuse_config(config)
-    text = config.get_text_config()
-    layers = getattr(text, "num_hidden_layers", 0)
-    types = getattr(text, "layer_types", None) or ["full_attention"] * layers
-    gated = {RECURRENT} if states and hasattr(text, "linear_key_head_dim") else set()
-    odd = sorted(set(types) - ORDINARY - gated)
-    if odd or not layers or not hasattr(text, "num_attention_heads"):
-        kinds = ", ".join(sorted(ORDINARY)) + (", gated delta nets" if states else "")
-        raise TargetError(
-            f"The {'target' if states else 'model'}'s layers are "
-            f"{', '.join(odd) or 'not attention layers'}; supported are {kinds}.\n"
-            "Other state than keys and values cannot be rolled back; use another model."
-        )
-    window = getattr(text, "sliding_window", None)
-    if getattr(text, "use_sliding_window", True) is False:
-        window = None
-    if getattr(text, "layer_types", None) is None and window is not None:
-        types = ["sliding_attention"] * layers  # as Mistral: one window for all layers
-    windows = {"sliding_attention": window, RECURRENT: 0}
-    return tuple(windows.get(kind) for kind in types)
 
 
 def _refuse_unsupported(generation: Any) -> None:

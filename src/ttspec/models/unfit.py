@@ -17,6 +17,25 @@ from ttspec.errors import TargetError
 CHANGING = ("dynamic", "longrope")
 """Kinds of rotary positions whose frequencies depend on the longest text that is read."""
 
+ORDINARY = {"full_attention", "sliding_attention"}
+RECURRENT = "linear_attention"
+"""What a config calls a gated delta net, and some other layers that `use_states` refuses."""
+
+COUNTS = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("hidden_size", "vocab_size", "max_position_embeddings"),
+)
+"""Config entries that are sizes; not every config class looks at those that it does not know."""
+
+NUMBERS: dict[str, tuple[type, ...]] = {
+    "eos_token_id": (int,),
+    "temperature": (int, float),
+    "top_k": (int,),
+    "top_p": (int, float),
+    "min_p": (int, float),
+}
+"""Entries of generation_config.json that are read, and their types; token ids may be a list."""
+
 _CAUSAL = "Give a causal language model: tokens see only those before them."
 
 
@@ -27,6 +46,16 @@ def refuse_config(config: Any) -> None:
         TargetError: Names what cannot be right.
     """
     text = config.get_text_config()
+    for name in COUNTS:
+        try:
+            value = getattr(text, name, None)
+        except Exception:  # Gemma 4 has one for each layer, and asks for that
+            continue
+        if value is not None and (type(value) is not int or value < 1):
+            raise TargetError(
+                f"config.json has {name} = {value!r}; it must be a whole number from 1 up.\n"
+                "Correct it, or fetch the model again."
+            )
     if getattr(config, "is_encoder_decoder", False):
         raise TargetError(f"The target ({config.model_type}) has an encoder.\n{_CAUSAL}")
     kinds = _rope_kinds(getattr(text, "rope_parameters", None) or {})
@@ -52,6 +81,23 @@ def refuse_config(config: Any) -> None:
             "The target's attention is biased by distance (alibi), which it counts by itself.\n"
             "Supported are models that take position_ids; use another target."
         )
+
+
+def refuse_generation(generation: Any) -> None:
+    """Refuse entries of generation_config.json that are of another type than they must be.
+
+    Raises:
+        TargetError: Names the entry.
+    """
+    for name, kinds in NUMBERS.items():
+        value = getattr(generation, name, None)
+        of_each = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        if any(each is not None and type(each) not in kinds for each in of_each):
+            what = "a number" if float in kinds else "a whole number"
+            raise TargetError(
+                f"generation_config.json sets {name} = {value!r}; it must be {what}.\n"
+                "Correct it there, or fetch the model again."
+            )
 
 
 def refuse_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> None:
@@ -89,6 +135,43 @@ def refuse_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> Non
             f"The target softcaps attention (attn_logit_softcapping = {softcap:g}), which {kind} "
             'attention leaves out.\nLoad the model with attn_implementation="eager".'
         )
+
+
+def attention_windows(config: Any, *, states: bool = False) -> tuple[int | None, ...]:
+    """The window of each layer, None where all is seen; with `states`, 0 where it is recurrent.
+
+    Raises:
+        TargetError: A layer is of a kind that cannot be rolled back.
+    """
+    refuse_config(config)
+    text = config.get_text_config()
+    layers = getattr(text, "num_hidden_layers", 0)
+    types = getattr(text, "layer_types", None) or ["full_attention"] * layers
+    gated = {RECURRENT} if states and hasattr(text, "linear_key_head_dim") else set()
+    odd = sorted(set(types) - ORDINARY - gated)
+    if odd or not layers or not hasattr(text, "num_attention_heads"):
+        kinds = ", ".join(sorted(ORDINARY)) + (", gated delta nets" if states else "")
+        raise TargetError(
+            f"The {'target' if states else 'model'}'s layers are "
+            f"{', '.join(odd) or 'not attention layers'}; supported are {kinds}.\n"
+            "Other state than keys and values cannot be rolled back; use another model."
+        )
+    window = getattr(text, "sliding_window", None)
+    if getattr(text, "use_sliding_window", True) is False:
+        window = None
+    if getattr(text, "layer_types", None) is None and window is not None:
+        types = ["sliding_attention"] * layers  # as Mistral: one window for all layers
+    windows = {"sliding_attention": window, RECURRENT: 0}
+    return tuple(windows.get(kind) for kind in types)
+
+
+def last_position(config: Any) -> int | None:
+    """The last position of a model that looks them up; None where any position can be computed."""
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None):
+        return None
+    known = getattr(text, "max_position_embeddings", None)
+    return None if known is None else int(known) - 1
 
 
 def softcap_of(config: Any) -> float | None:

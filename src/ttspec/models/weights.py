@@ -1,0 +1,90 @@
+"""What must hold of a target once its weights are read: all are there, they fit, they are numbers.
+
+transformers draws at random what a file lacks, and loads a NaN like any number.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ttspec.errors import TargetError
+
+_AGAIN = "Copy or download the model again."
+
+
+def require_whole(path: Path, found: dict[str, Any]) -> None:
+    """Refuse weights that were drawn at random in place of the model's.
+
+    Args:
+        path: Where they were read from.
+        found: transformers' loading info: `missing_keys`, `mismatched_keys` as (name, shape in the
+            files, shape of the model), and `unexpected_keys`.
+
+    Raises:
+        TargetError: Names a tensor that is not there, or of another shape than the config says.
+    """
+    odd = sorted(found["mismatched_keys"])
+    if odd:
+        name, stored, wanted = odd[0]
+        more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
+        advice = _AGAIN
+        if list(stored[1:]) == list(wanted[1:]) and ("embed" in name or "head" in name):
+            advice = f"If the vocabulary was resized, set vocab_size to {stored[0]} there."
+        raise TargetError(
+            f"{path} has {name}{more} of {list(stored)}; its config.json makes {list(wanted)}.\n"
+            f"{advice}"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if missing[1:] else ""
+        near = sorted(found["unexpected_keys"])
+        extra = f"; it has {near[0]}, for which the model has no place" if near else ""
+        raise TargetError(
+            f"{path} has no tensor {missing[0]}{more}, which its config.json asks for{extra}.\n"
+            f"{_AGAIN}"
+        )
+
+
+def require_finite(path: Path, name: str, weight: Tensor) -> None:
+    """Refuse a weight that is no number: all that is computed from it would be none either.
+
+    Raises:
+        TargetError: Names the tensor and its dtype.
+    """
+    # One pass that takes no memory: a NaN is both the least and the greatest.
+    ends = torch.stack(torch.aminmax(weight)) if weight.numel() else weight
+    if ends.isfinite().all():
+        return
+    what = "NaN" if ends.isnan().any() else "infinity"
+    kind = str(weight.dtype).removeprefix("torch.")
+    raise TargetError(
+        f"{path}: {name} holds {what} in {kind}.\n"
+        + (f"Try --dtype bfloat16 or float32. {_AGAIN}" if kind == "float16" else _AGAIN)
+    )
+
+
+def require_finite_weights(path: Path, model: nn.Module) -> None:
+    """The same of all weights that are not packed.
+
+    Raises:
+        TargetError: Names the first.
+    """
+    for name, weight in model.named_parameters():
+        if type(weight) is nn.Parameter and weight.is_floating_point():
+            require_finite(path, name, weight)
+
+
+def not_finite(name: str, dtype: torch.dtype) -> TargetError:
+    """What to say of a target whose logits are NaN: every token would be the same one."""
+    kind = str(dtype).removeprefix("torch.")
+    reason = (
+        "its numbers grow past 65504, the largest there.\nUse --dtype bfloat16 or float32."
+        if dtype == torch.float16
+        else "its weights or its config.json cannot be right.\nTry --dtype float32, or fetch the "
+        "model again."
+    )
+    return TargetError(f"The logits of {name} are no numbers (NaN) in {kind}: {reason}")
