@@ -86,7 +86,7 @@ class Drafter(ABC):
     bound: a default may depend on the target's number of layers."""
     length: int
     """Tokens drafted a round by default."""
-    window: int | None = None
+    default_window: int | None = None
     """Last tokens that a drafter of this kind sees unless told otherwise: what measured best on
     long texts (docs/experiments.md); None is all."""
     learning_rate: float = 1e-4
@@ -173,7 +173,7 @@ class Drafter(ABC):
     def with_context(self, options: DraftConfig) -> DraftConfig:
         """The same, with what is left open about the context chosen for this kind."""
         chosen = options.context == "whole" or options.window or options.rebase
-        return options if chosen else replace(options, window=self.window)
+        return options if chosen else replace(options, window=self.default_window)
 
     @abstractmethod
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:

@@ -50,7 +50,7 @@ class DFlash(FeatureDrafter):
 
     kind = "dflash"
     at_once = True
-    window = 512
+    default_window = 512
     aliases = (
         (r"^model\.", ""),
         (r"^encoder\.fc\.", "fc."),

@@ -44,7 +44,7 @@ class Eagle3(FeatureDrafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
-    window = 512
+    default_window = 512
     learning_rate = 3e-5
     aliases = (
         (r"^model\.", ""),

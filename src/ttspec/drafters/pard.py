@@ -28,7 +28,7 @@ class Pard(Causal):
 
     kind = "pard"
     at_once = True
-    window = 512
+    default_window = 512
     default_length = 12
 
     @classmethod
