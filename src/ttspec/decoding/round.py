@@ -27,6 +27,7 @@ from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.rows import RowOutcome, RowStates, RowVerdict
@@ -58,6 +59,8 @@ class SpeculativeRound:
     state: DraftState | None
     """The drafter's context; None where nothing is ever drafted."""
     sampling: SamplingConfig
+    penalties: RowPenalties | None
+    """What the text so far makes of logits; None where nothing is penalised."""
     rows: RowStates
     policy: DraftPolicy | FixedDraftLength
     learner: Learner | None
@@ -126,7 +129,10 @@ class SpeculativeRound:
         count = (rows.budget - 1).clamp(min=0, max=length)
         if self.drafter is None or self.state is None or not length:
             return Proposal(tokens=rows.pending.new_empty(self.rows.count, 0), count=count), noise
-        choose = DraftChoice(self.sampling, self.drafter, rows, vocabulary, noise)
+        if self.penalties:
+            self.penalties.write(rows.pending[:, None], rows.start)
+        known = self.drafter, rows, vocabulary, noise, self.penalties, shape.longest
+        choose = DraftChoice(self.sampling, *known)
         asked = rows.pending, rows.start, count, length, shape.longest, choose
         return self.drafter.propose(self.state, *asked), noise
 
@@ -140,7 +146,11 @@ class SpeculativeRound:
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        accepted, tokens = self.accept(logits, proposal, noise)
+        penalised = logits
+        if self.penalties:
+            self.penalties.write(fed, rows.start)
+            penalised = self.penalties(logits, rows.start + 1, shape.longest + 1)
+        accepted, tokens = self.accept(penalised, proposal, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self.end_tokens)
         resting = rows.budget <= 0
         verification = Verification(
