@@ -280,7 +280,7 @@ class GenerateConfig:
     frequency_penalty: float | None = None
     """Taken from them once for each time that the answer has them, from -2 to 2."""
     logit_bias: dict[int, float] | None = None
-    """Added to the scores of tokens, each from -100 to 100."""
+    """Added to the scores of tokens, from -100 to 100: {198: -5.0}."""
     no_repeat_ngram_size: int | None = None
     """No run of so many tokens comes twice, prompt included; 0 lets them come."""
     bad_words: tuple[str, ...] = ()
