@@ -120,18 +120,18 @@ class SamplingConfig:
         _require(0 < p <= 1, "top_p", p, "above 0 and at most 1")
         _require(0 <= m <= 1, "min_p", m, "from 0 to 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        repetition = self.repetition_penalty
-        _require(
-            0 < repetition < math.inf, "repetition_penalty", repetition, "above 0; 1 is no penalty"
-        )
+        r = self.repetition_penalty
+        ok = isinstance(r, int | float) and 0 < r < math.inf
+        _require(ok, "repetition_penalty", r, "a number above 0; 1 is no penalty")
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(-2 <= value <= 2, name, value, "from -2 to 2")
+            ok = isinstance(value, int | float) and -2 <= value <= 2
+            _require(ok, name, value, "from -2 to 2")
         for token, bias in self.logit_bias:
             _require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "from -100 to 100")
         for name in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):
             value = getattr(self, name)
-            _require(isinstance(value, int) and value >= 0, name, value, "0 or more")
+            _require(isinstance(value, int) and value >= 0, name, value, "a whole number from 0 up")
         _require(all(self.bad_words_ids), "bad_words_ids", self.bad_words_ids, "no empty word")
         for name, tokens in self.tokens_named().items():
             for token in tokens:
@@ -359,23 +359,29 @@ class GenerateConfig:
         given = {f.name: getattr(self, f.name, None) for f in fields(SamplingConfig)}
         del given["draft"]  # is the drafter's here
         chosen = {**defaults, **{n: v for n, v in given.items() if v is not None}}
-        words = (*chosen.get("bad_words_ids", ()), *bad_words)
-        try:
-            chosen |= {
-                "logit_bias": _pairs(chosen.get("logit_bias", ())),
-                "bad_words_ids": tuple(tuple(word) for word in words),
-            }
-            for name in ("suppress_tokens", "begin_suppress_tokens"):
-                chosen[name] = tuple(chosen.get(name, ()))
-        except (TypeError, ValueError):
-            raise OptionError(
-                "logit_bias is no dictionary of tokens and numbers, or bad_words_ids, suppress_tokens "
-                "or begin_suppress_tokens no list.\n"
-                "Give them as in logit_bias={198: -5.0}, bad_words_ids=[[1, 2], [3]]."
-            ) from None
+        for name, (made, form) in _FORMS.items():
+            value = chosen.get(name, ())
+            try:
+                chosen[name] = made(value)
+            except (TypeError, ValueError):
+                raise OptionError(f"{name} is {value!r}; allowed is as in {form}.") from None
+        chosen["bad_words_ids"] += _words(bad_words)
         return SamplingConfig(**chosen)
 
 
 def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
     """Biases of a dictionary, or of pairs, as a manifest has them."""
     return tuple(sorted((int(token), float(bias)) for token, bias in dict(biases).items()))
+
+
+def _words(words: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(word) for word in words)
+
+
+_FORMS: dict[str, tuple[Any, str]] = {
+    "logit_bias": (_pairs, "{198: -5.0, 11: 2.0}"),
+    "bad_words_ids": (_words, "[[11, 12], [198]]"),
+    "suppress_tokens": (tuple, "[11, 198]"),
+    "begin_suppress_tokens": (tuple, "[11, 198]"),
+}
+"""Options that are lists: what makes them fit to compare and to hash, and how they are given."""

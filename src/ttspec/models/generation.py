@@ -61,7 +61,7 @@ def sampling_defaults(generation: Any, vocabulary: int) -> dict[str, Any]:
     given = {name: getattr(generation, name, None) for name in ALWAYS}
     try:
         sampling = GenerateConfig().sampling({n: v for n, v in given.items() if v is not None})
-    except (OptionError, TypeError) as error:
+    except OptionError as error:
         first = str(error).splitlines()[0]
         raise TargetError(
             f"The target's generation_config.json cannot be followed: {first}\nMend it there."
