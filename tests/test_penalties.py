@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
 from hybrids import random_hybrid
+from test_capture import Tapes
 from torch import Tensor
 from toys import LEARN, Parrot, chi_square, make_kind, plain, twin
 from transformers import (
@@ -21,12 +22,17 @@ from transformers import (
 )
 
 from ttspec import load
+from ttspec.bench.store import read_run
+from ttspec.cli import WRONG_INPUT, main
 from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.decoding import decoder as decoders
+from ttspec.decoding import round as rounds
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, TargetError
+from ttspec.models import target as targets
 from ttspec.models.target import Target, wrap_target
 from ttspec.penalties import Rules, penalise
 
@@ -199,8 +205,7 @@ def test_greedy_tokens_are_those_of_transformers(engines, model, name, which, le
 @pytest.mark.parametrize("which", ["twin", "dflash", "eagle3"])
 @pytest.mark.parametrize("name", SETTINGS)
 def test_200_greedy_tokens_are_those_of_transformers(engines, model, name, which, learn) -> None:
-    accepted = check_setting(engines, model, name, which, learn, 200)
-    print(f"{name} {which} {learn}: {accepted:.2f}")
+    check_setting(engines, model, name, which, learn, 200)
 
 
 # Drafts, batches, turns.
@@ -446,6 +451,25 @@ def test_the_compiler_can_follow_it() -> None:
     assert torch.equal(found, penalise(logits, text, end, answer, rules))
 
 
+@pytest.mark.parametrize("which", ["twin", "dflash"])
+@pytest.mark.parametrize("spans", [False, True])
+def test_captured_rounds_do_what_the_rounds_do(engines, monkeypatch, which, spans) -> None:
+    """Nothing waits for the device, and nothing is read from the host again."""
+    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(targets, "has_kernel", lambda dtype: spans)
+    options = {**LAW, "no_repeat_ngram_size": 9, "suppress_tokens": (1,), "learn": None, "seed": 2}
+    options |= {"max_new_tokens": 16, "min_length": 12, "acceptance": "rejection"}
+
+    def say() -> list[list[int]]:
+        fresh = Engine(twin(engines[which].target), engines[which].drafter)
+        return [r.token_ids for r in fresh.generate([PROMPT, ASKED], **options)]
+
+    want, replayed = say(), Tapes.replayed
+    monkeypatch.setattr(decoders, "Graphs", Tapes)
+    assert say() == want
+    assert Tapes.replayed > replayed + 4
+
+
 # What may be asked, and where it comes from.
 
 
@@ -466,7 +490,10 @@ def test_without_penalties_there_is_nothing_of_them(engines) -> None:
         ({"logit_bias": {5: 101.0}}, "logit_bias of token 5 is 101.0; allowed is from -100 to"),
         ({"logit_bias": 5}, "logit_bias is 5; allowed is as in {198: -5.0"),
         ({"logit_bias": {300: 1.0}}, "logit_bias names the token 300; the target has 260"),
-        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size is -1; allowed is a whole number from 0"),
+        (
+            {"no_repeat_ngram_size": -1},
+            "no_repeat_ngram_size is -1; allowed is a whole number from 0",
+        ),
         ({"bad_words": "word"}, "bad_words is 'word'; allowed is a list of texts"),
         ({"bad_words": ("",)}, "bad_words is "),
         ({"bad_words_ids": [[]]}, "bad_words_ids is "),
@@ -488,7 +515,7 @@ def test_rows_of_a_scheduler_have_one_penalty(engines) -> None:
     config = GenerateConfig(repetition_penalty=1.1, max_new_tokens=4)
     scheduler = Scheduler(engines["twin"].decoder(config, 1, 9, sessions=False), config)
     other = GenerateConfig(repetition_penalty=1.2, max_new_tokens=4)
-    with pytest.raises(OptionError, match="repetition_penalty is 1.2; all rows"):
+    with pytest.raises(OptionError, match=r"repetition_penalty is 1\.2; all rows"):
         scheduler.add_request(Request(ids=PROMPT, seed=1, config=other))
 
 
@@ -537,6 +564,32 @@ def test_a_folders_own_penalties_hold_until_an_option_says_otherwise(model, tmp_
     some = {"repetition_penalty": 1.5, "suppress_tokens": ()}
     want = theirs(model, PROMPT, 40, **OWN | some | {"suppress_tokens": None})
     assert engine.generate([PROMPT], **some, **options)[0].token_ids == want
+
+
+def test_a_run_tells_its_penalties_and_peers_and_replays_have_them(
+    model, tmp_path, capsys, monkeypatch
+) -> None:
+    own = OWN | {"min_new_tokens": 8}
+    target = with_own(model, tmp_path / "target", **own)
+    suite, out = tmp_path / "suite.jsonl", tmp_path / "out"
+    suite.write_text('{"prompt": "abc"}\n')
+    pair = ["--target", target, "--dtype", "float32", "--device", "cpu"]
+    flags = ["--suite", str(suite), *pair, "--drafter", "none", "--max-new-tokens", "24"]
+    command = ["bench", "run", *flags, "--arms", "plain,ngram,hf", "--out", str(out)]
+    assert main(command) == 0
+    manifest, arms = read_run(out)
+    assert own.items() <= manifest["sampling"].items()
+    texts = [[t.result.token_ids for turns in arm.units.values() for t in turns] for arm in arms]
+    assert texts[0] == texts[1] == texts[2]
+    again = ["bench", "replay", str(out), *pair, "--drafter", "none", "--arms", "ngram"]
+    assert main([*again, "--out", str(tmp_path / "replay")]) == 0
+    assert read_run(tmp_path / "replay")[0]["notes"] == [
+        "24 of 24 recorded tokens are what the target draws on this reading."
+    ]
+    capsys.readouterr()
+    with_own(model, tmp_path / "target", **own | {"repetition_penalty": 1.3})
+    assert main(command) == WRONG_INPUT  # not the same run any more
+    assert "another repetition_penalty" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

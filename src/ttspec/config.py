@@ -85,7 +85,7 @@ class SamplingConfig:
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the most likely one."""
     repetition_penalty: float = 1.0
-    """Scores of tokens that are there, prompt included, are divided by it, negative ones multiplied."""
+    """Divides the scores of tokens that are there, prompt included; multiplies negative ones."""
     presence_penalty: float = 0.0
     """Taken from the scores of tokens that were generated."""
     frequency_penalty: float = 0.0

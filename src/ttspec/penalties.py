@@ -124,7 +124,7 @@ def penalise(logits: Tensor, text: Tensor, end: Tensor, answer: Tensor, rules: R
 
 
 def _seen(text: Tensor, at: Tensor, size: int) -> Tensor:
-    """bool [B, T, V]: which tokens stand before each position `at` [B, T]."""
+    """Which tokens stand before each position `at` [B, T]: bool [B, T, V]."""
     first, later = _before(text, at, at.new_zeros(len(at)), size)
     seen = torch.zeros(len(at), size + 1, dtype=torch.bool, device=at.device)
     seen = seen.scatter_(1, first, True)[:, None].repeat(1, at.shape[1], 1)
@@ -132,7 +132,7 @@ def _seen(text: Tensor, at: Tensor, size: int) -> Tensor:
 
 
 def _counts(text: Tensor, at: Tensor, answer: Tensor, size: int) -> Tensor:
-    """float32 [B, T, V]: how often each token stands between `answer` [B] and `at` [B, T]."""
+    """How often each token stands between `answer` [B] and `at` [B, T]: float32 [B, T, V]."""
     first, later = _before(text, at, answer, size)
     counts = torch.zeros(len(at), size + 1, device=at.device)
     counts = counts.scatter_add_(1, first, torch.ones_like(first, dtype=counts.dtype))

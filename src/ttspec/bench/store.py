@@ -128,9 +128,7 @@ def different_settings(a: Row, b: Row) -> str | None:
             if mine[name] != other[name]:
                 return f"{what} {name}"
     neutral = asdict(SamplingConfig())  # older runs had fewer options
-    mine, other = (
-        json.loads(json.dumps(neutral | (m.get("sampling") or {}))) for m in (a, b)
-    )
+    mine, other = (json.loads(json.dumps(neutral | (m.get("sampling") or {}))) for m in (a, b))
     changed = [name for name in mine if mine[name] != other.get(name)]
     return next((n for n in SETTINGS if a.get(n) != b.get(n)), changed[0] if changed else None)
 
