@@ -146,7 +146,7 @@ class SpeculativeRound:
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        penalised = logits
+        penalised = logits  # for the verdict; the learner is told the target's own
         if self.penalties:
             self.penalties.write(fed, rows.start)
             penalised = self.penalties(logits, rows.start + 1, shape.longest + 1)
