@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from ttspec.errors import OptionError
 
 Scope = Literal["request", "session", "shared"]
 
+PENALTIES = (
+    *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
+    *("no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "min_length"),
+    *("suppress_tokens", "begin_suppress_tokens"),
+)
+"""Options of sampling that look at the text so far, or at single tokens; all are off by default."""
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
 
@@ -77,6 +84,26 @@ class SamplingConfig:
     """Keep the smallest set of tokens whose probability reaches this."""
     min_p: float = 0.0
     """Keep tokens at least this likely relative to the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divides the scores of tokens that are there, prompt included; multiplies negative ones."""
+    presence_penalty: float = 0.0
+    """Taken from the scores of tokens that were generated."""
+    frequency_penalty: float = 0.0
+    """Taken from them as often as they were generated."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to their scores."""
+    no_repeat_ngram_size: int = 0
+    """No run of so many tokens comes twice, prompt included; 0 lets all."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Runs of tokens that never come."""
+    min_new_tokens: int = 0
+    """Tokens of an answer before an end token may come."""
+    min_length: int = 0
+    """The same, prompt included; without meaning beside `min_new_tokens`."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that never come."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that no answer begins with."""
     seed: int = 0
     """One seed gives one text, for every drafter, learner, stride and batch (float32)."""
     acceptance: Literal["invariant", "rejection"] = "invariant"
@@ -93,6 +120,37 @@ class SamplingConfig:
         _require(0 < p <= 1, "top_p", p, "above 0 and at most 1")
         _require(0 <= m <= 1, "min_p", m, "from 0 to 1")
         _require(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
+        r = self.repetition_penalty
+        ok = isinstance(r, int | float) and 0 < r < math.inf
+        _require(ok, "repetition_penalty", r, "a number above 0; 1 is no penalty")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            ok = isinstance(value, int | float) and -2 <= value <= 2
+            _require(ok, name, value, "from -2 to 2")
+        for token, bias in self.logit_bias:
+            _require(-100 <= bias <= 100, f"logit_bias of token {token}", bias, "from -100 to 100")
+        for name in ("no_repeat_ngram_size", "min_new_tokens", "min_length"):
+            value = getattr(self, name)
+            _require(isinstance(value, int) and value >= 0, name, value, "a whole number from 0 up")
+        _require(all(self.bad_words_ids), "bad_words_ids", self.bad_words_ids, "no empty word")
+        for name, tokens in self.tokens_named().items():
+            for token in tokens:
+                _require(isinstance(token, int) and token >= 0, name, token, "tokens from 0 up")
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the text so far, or a list of tokens, changes what may come next."""
+        neutral = SamplingConfig.__dataclass_fields__
+        return any(getattr(self, name) != neutral[name].default for name in PENALTIES)
+
+    def tokens_named(self) -> dict[str, list[int]]:
+        """The tokens that options name, by option."""
+        return {
+            "logit_bias": [token for token, _ in self.logit_bias],
+            "bad_words_ids": [token for word in self.bad_words_ids for token in word],
+            "suppress_tokens": list(self.suppress_tokens),
+            "begin_suppress_tokens": list(self.begin_suppress_tokens),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +277,30 @@ class GenerateConfig:
     """Keep the smallest set of tokens whose probability reaches this."""
     min_p: float | None = None
     """Keep tokens at least this likely relative to the most likely one."""
+    repetition_penalty: float | None = None
+    """Above 1, tokens that are there already, prompt included, become less likely: their scores are
+    divided by it, negative ones multiplied. 1 is no penalty; None is the target's
+    generation_config, here and for all limits and bans below."""
+    presence_penalty: float | None = None
+    """Taken from the scores of tokens that the answer has, from -2 to 2."""
+    frequency_penalty: float | None = None
+    """Taken from them once for each time that the answer has them, from -2 to 2."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the scores of tokens, from -100 to 100: {198: -5.0}."""
+    no_repeat_ngram_size: int | None = None
+    """No run of so many tokens comes twice, prompt included; 0 lets them come."""
+    bad_words: tuple[str, ...] = ()
+    """Texts that never come, as they stand or after a space, as the tokenizer cuts them."""
+    bad_words_ids: tuple[tuple[int, ...], ...] | None = None
+    """The same as tokens."""
+    min_new_tokens: int | None = None
+    """Tokens generated (in a session: a turn) before an end token may come."""
+    min_length: int | None = None
+    """The same, prompt included; without meaning beside min_new_tokens."""
+    suppress_tokens: tuple[int, ...] | None = None
+    """Tokens that never come."""
+    begin_suppress_tokens: tuple[int, ...] | None = None
+    """Tokens that no answer begins with."""
     seed: int | None = None
     """None draws one; it is reported in the statistics."""
     stop: tuple[str, ...] = ()
@@ -256,8 +338,11 @@ class GenerateConfig:
                 "Drop one of the two."
             )
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
-        defaults = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
-        self.sampling(defaults)  # refuses what SamplingConfig refuses
+        are_texts = not isinstance(self.bad_words, str) and all(self.bad_words)
+        _require(are_texts, "bad_words", self.bad_words, "a list of texts, none of them empty")
+        self.sampling({})  # refuses what SamplingConfig refuses
+        least, most = self.min_new_tokens or 0, self.max_new_tokens
+        _require(least <= most, "min_new_tokens", least, f"0 to max_new_tokens, which is {most}")
 
     def resolved(self) -> Self:
         """The same without what a clock decides, if it is to be deterministic."""
@@ -268,10 +353,41 @@ class GenerateConfig:
             learn = replace(learn, publish="stride")
         return replace(self, draft=replace(self.draft, adaptive=False), learn=learn)
 
-    def sampling(self, defaults: dict[str, float | int]) -> SamplingConfig:
-        """The sampling options, with what is None taken from `defaults`."""
-        chosen = {
-            name: value if (value := getattr(self, name)) is not None else default
-            for name, default in defaults.items()
-        }
-        return SamplingConfig(acceptance=self.acceptance, **chosen)  # type: ignore[arg-type]
+    def sampling(
+        self, defaults: Mapping[str, Any], *, bad_words: Collection[Sequence[int]] = ()
+    ) -> SamplingConfig:
+        """The sampling options, with what is None taken from `defaults`.
+
+        Args:
+            defaults: By name; what is not there either is `SamplingConfig`'s.
+            bad_words: Tokens of this config's `bad_words`.
+        """
+        given = {f.name: getattr(self, f.name, None) for f in fields(SamplingConfig)}
+        del given["draft"]  # is the drafter's here
+        chosen = {**defaults, **{n: v for n, v in given.items() if v is not None}}
+        for name, (made, form) in _FORMS.items():
+            value = chosen.get(name, ())
+            try:
+                chosen[name] = made(value)
+            except (TypeError, ValueError):
+                raise OptionError(f"{name} is {value!r}; allowed is as in {form}.") from None
+        chosen["bad_words_ids"] += _words(bad_words)
+        return SamplingConfig(**chosen)
+
+
+def _pairs(biases: Any) -> tuple[tuple[int, float], ...]:
+    """Biases of a dictionary, or of pairs, as a manifest has them."""
+    return tuple(sorted((int(token), float(bias)) for token, bias in dict(biases).items()))
+
+
+def _words(words: Any) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(word) for word in words)
+
+
+_FORMS: dict[str, tuple[Any, str]] = {
+    "logit_bias": (_pairs, "{198: -5.0, 11: 2.0}"),
+    "bad_words_ids": (_words, "[[11, 12], [198]]"),
+    "suppress_tokens": (tuple, "[11, 198]"),
+    "begin_suppress_tokens": (tuple, "[11, 198]"),
+}
+"""Options that are lists: what makes them fit to compare and to hash, and how they are given."""

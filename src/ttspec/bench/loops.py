@@ -122,6 +122,21 @@ def _config(target: Target, ask: Ask) -> dict[str, Any]:
         "pad_token_id": padding if padding is not None else (list(target.ends) or [0])[0],
         "do_sample": sampling.temperature > 0,
     }
+    for name in ("presence_penalty", "frequency_penalty"):
+        if getattr(sampling, name):
+            raise SkippedError(f"transformers has no {name}")
+    if sampling.penalises:
+        asked = {
+            "repetition_penalty": float(sampling.repetition_penalty),
+            "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
+            "min_new_tokens": sampling.min_new_tokens,
+            "min_length": sampling.min_length,
+            "sequence_bias": [[[token], bias] for token, bias in sampling.logit_bias],
+            "bad_words_ids": [list(word) for word in sampling.bad_words_ids],
+            "suppress_tokens": list(sampling.suppress_tokens),
+            "begin_suppress_tokens": list(sampling.begin_suppress_tokens),
+        }
+        chosen |= {name: value for name, value in asked.items() if value}
     if sampling.temperature > 0:
         names = ("temperature", "top_k", "top_p")
         chosen |= {name: getattr(sampling, name) for name in names}
@@ -242,6 +257,8 @@ def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, ask: Ask)
     sampling = ask.sampling
     if sampling.temperature > 0 and sampling.min_p:
         raise SkippedError("the package dflash has no min_p")
+    if sampling.penalises:
+        raise SkippedError("the package dflash has no penalties")
     if drafter.path is None:
         raise SkippedError(f"the package dflash reads folders, and {drafter.name} has none")
     own, report = DFlashDraftModel.from_pretrained(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,14 @@ from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import free_memory, mib
+from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.recorded import Answer, Recording, use_recording
 from ttspec.decoding.text import next_turn_ids, prompt_ids
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
+from ttspec.penalties import Rules, penalise
 from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
 
@@ -167,9 +169,13 @@ def _drawn(
 ) -> int:
     """How many tokens ids[begin:end] are what the target draws after hidden [L, H] before them."""
     same = 0
+    rules = Rules.of(s, target.ends, int(target.config.vocab_size), ids.device)
     for at in range(begin, end, SOME):
         upto = min(at + SOME, end)
         logits = target.judge(hidden[None, at - 1 : upto - 1])
+        if rules:
+            places = ids.new_tensor([[at], [begin]])
+            logits = penalise(logits, ids[None, :upto], places[0], places[1], rules)
         noise = None
         if s.temperature > 0:
             keys, start = ids.new_tensor([key]), ids.new_tensor([at])
@@ -246,8 +252,9 @@ def prepare(
         )
     taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
     options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
-    options |= {name: old["sampling"][name] for name in engine.target.defaults}
-    sampling = GenerateConfig(**options, seed=0).sampling(engine.target.defaults)
+    recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
+    options |= {name: recorded[name] for name in engine.target.defaults}
+    sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
     recording, units, notes = record(engine.target, sorted(taps), source, sampling)
     use_recording(engine, recording)
 

@@ -13,6 +13,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ttspec.bench import integrity, jsonl
 from ttspec.bench.integrity import MANIFEST, REQUESTS, ROUNDS
 from ttspec.bench.jsonl import Key, Row, append, replace_file, to_lines, turn_key, write_json
 from ttspec.bench.runs import Arm, Turn
+from ttspec.config import SamplingConfig
 from ttspec.errors import DataError, ResourceError
 
 SETTINGS = (
@@ -125,7 +127,10 @@ def different_settings(a: Row, b: Row) -> str | None:
         for name in mine.keys() & other.keys():
             if mine[name] != other[name]:
                 return f"{what} {name}"
-    return next((name for name in SETTINGS if a.get(name) != b.get(name)), None)
+    neutral = asdict(SamplingConfig())  # older runs had fewer options
+    mine, other = (json.loads(json.dumps(neutral | (m.get("sampling") or {}))) for m in (a, b))
+    changed = [name for name in mine if mine[name] != other.get(name)]
+    return next((n for n in SETTINGS if a.get(n) != b.get(n)), changed[0] if changed else None)
 
 
 def rows_of(folder: Path) -> int | None:

@@ -103,12 +103,13 @@ def run(
     from ttspec.bench.peers import open_peers
     from ttspec.bench.runner import engines_for, find_drafters, measure_all, plan, require_rows
     from ttspec.bench.store import Store
+    from ttspec.decoding.penalties import sampling_of
 
     if asked is None:
         vocabulary = int(engine.target.config.vocab_size)
         asked = random_suite(requests or 8, prompt_tokens or 256, vocabulary)
     drafters = find_drafters(specs, say)
-    sampling = config.sampling(engine.target.defaults)
+    sampling = sampling_of(config, engine.target)
     engines = engines_for(engine, specs, drafters)  # complains before the folder is made
     ours = [spec for spec in specs if spec.kind not in PEERS]
     at_once = min(rows, len(asked.requests))

@@ -151,7 +151,8 @@ def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateCo
 
     key = noise_key(expected.stats.seed, expected.prompt_ids)
     ids = [*expected.prompt_ids, *expected.token_ids]
-    return engine.margin(ids, len(expected.prompt_ids) + position, key, **_options(plain))
+    answer = len(expected.prompt_ids)
+    return engine.margin(ids, answer + position, key, answer=answer, **_options(plain))
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:

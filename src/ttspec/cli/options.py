@@ -24,9 +24,15 @@ DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def _flags_of(record: type, *, without: tuple[str, ...] = ()) -> Any:
-    """A twin of an options record in which None means "not given"; its help is the record's."""
-    types = get_type_hints(record)
+def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> Any:
+    """A twin of an options record in which None means "not given"; its help is the record's.
+
+    Args:
+        record: The options.
+        without: Those that are no flags.
+        **kinds: Types of flags whose field has one that no command line can hold.
+    """
+    types = get_type_hints(record) | kinds
     notes = {p.arg_name: p.description for p in docstring_parser.parse_from_object(record).params}
     flags = []
     for field in fields(record):
@@ -89,12 +95,30 @@ class SessionLearnFlags(LearnFlags):
 
 
 @Parameter(name="*")
-class GenerateFlags(_flags_of(GenerateConfig, without=("draft", "learn"))):
+class GenerateFlags(
+    _flags_of(
+        GenerateConfig,
+        without=("draft", "learn"),
+        logit_bias=dict[str, float],
+        bad_words_ids=tuple[str, ...],
+    )
+):
     """`--temperature` and so on, as they stand at the top level of a command."""
 
     def options(self) -> dict[str, Any]:
         """What was given, as fields of `GenerateConfig`."""
-        return _given(self)
+        given = _given(self)
+        try:
+            if words := given.get("bad_words_ids"):
+                given["bad_words_ids"] = tuple(tuple(map(int, w.split(","))) for w in words)
+            if biases := given.get("logit_bias"):
+                given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
+        except ValueError as error:
+            raise OptionError(
+                f"--logit-bias or --bad-words-ids names what is no token: {error}.\n"
+                "Allowed is as in --logit-bias.198 -5 and --bad-words-ids 11,12,198."
+            ) from error
+        return given
 
 
 @Parameter(name="*")

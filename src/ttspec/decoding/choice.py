@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttspec.config import SamplingConfig
+from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.rows import RoundInputs
 from ttspec.drafters.base import Drafter
 from ttspec.records import Proposal
@@ -27,6 +28,10 @@ class DraftChoice:
     noise: Tensor | None
     """[B, G+1, V] the target's own noise where sampling is drafter-invariant: with the same noise
     both agree more often. None where drafts are greedy or have noise of their own."""
+    penalties: RowPenalties | None = None
+    """The target's own, which make drafts likelier to be kept. They know the pending token."""
+    longest: int = 0
+    """The largest start of a row, known on the host."""
 
     def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         """Choose some drafts of every row.
@@ -38,7 +43,23 @@ class DraftChoice:
         Returns:
             Tokens int64 [B, g], and q float32 [B, g, V] that they were drawn from; None is one-hot.
         """
-        ids, width, q = self.drafter.draft_ids, logits.shape[1], None
+        if self.penalties is None:
+            return self._choose(logits, first, self.drafter.draft_ids)
+        # One after the other, though drafted at once: each is penalised for those before it.
+        chosen = []
+        for column, one in enumerate(self.drafter.widen(logits.float()).split(1, dim=1), first):
+            at = self.rows.start + 1 + column
+            penalised = self.penalties(one, at, self.longest + 1 + column)
+            chosen.append(self._choose(penalised, column, None))
+            self.penalties.write(chosen[-1][0], at)
+        tokens, q = zip(*chosen, strict=True)
+        return torch.cat(tokens, 1), None if q[0] is None else torch.cat(q, 1)
+
+    def _choose(
+        self, logits: Tensor, first: int, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same without penalties; `ids` are the target's tokens that the logits are of."""
+        width, q = logits.shape[1], None
         if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
             tokens = pick(logits, None, self.sampling)
         elif self.noise is not None:
@@ -50,7 +71,8 @@ class DraftChoice:
             key = fold(key, torch.arange(first, first + width, device=key.device))
             noise = gumbel(key, self.vocabulary)
             tokens = draw(processed, noise if ids is None else noise[..., ids])
-            q = self.drafter.widen(processed.softmax(-1), 0.0)
+            q = processed.softmax(-1)
+            q = q if ids is None else self.drafter.widen(q, 0.0)
         return (tokens if ids is None else ids[tokens]), q
 
 

@@ -10,6 +10,7 @@ import torch
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.copying import LONGEST_COPY, Copying
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
@@ -114,9 +115,9 @@ class Decoder(SpeculativeRound):
         self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
         self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
-        self.prompts = self.reads_prompts(
-            target, self.cache, drafter, self.state, sampling, self.rows, self.deferred
-        )
+        self.penalties = RowPenalties.of(sampling, target, rows, slots)
+        known = sampling, self.rows, self.deferred, self.penalties
+        self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
         self.timer, self.feedback = RoundTimer(target.device), PolicyFeedback(self.learner)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ import torch
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.forecast import fitting_rows, of_run, require_room
+from ttspec.decoding.penalties import RowPenalties, sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
@@ -199,7 +200,7 @@ class Engine:
         made_for: dict[str, Any] = {
             "rows": rows,
             "slots": slots,
-            "sampling": replace(config, seed=0).sampling(self.target.defaults),
+            "sampling": sampling_of(replace(config, seed=0), self.target),
             "draft": config.draft,
             "learn": config.learn,
             "ends": () if config.ignore_eos else self.target.ends,
@@ -325,25 +326,38 @@ class Engine:
             self._shared_weights[key] = LiveWeights(learn, drafter, 1)
         return self._shared_weights[key]
 
-    def margin(self, ids: Sequence[int], at: int, key: int | None = None, **options: Any) -> float:
+    def margin(
+        self,
+        ids: Sequence[int],
+        at: int,
+        key: int | None = None,
+        *,
+        answer: int = 0,
+        **options: Any,
+    ) -> float:
         """How clear-cut a token was: best minus second best score, recomputed in one row.
 
         Args:
             ids: Prompt and answer.
             at: Index into `ids` of the token in question.
             key: Its noise key; None is greedy.
+            answer: Where in `ids` the answer begins.
             **options: Fields of `GenerateConfig`, for the sampling.
 
         Returns:
             The gap in processed logits, noise included.
         """
-        sampling = replace(make_config(options), seed=0).sampling(self.target.defaults)
+        sampling = sampling_of(replace(make_config(options), seed=0), self.target)
         cache = self.target.cache(1, at + 1)
         tokens = torch.tensor([list(ids[:at])], device=self.target.device)
         start = torch.zeros(1, dtype=torch.long, device=self.target.device)
         row = torch.zeros_like(start)
         logits, _ = self.target.forward(cache, tokens, start, 0, subset=row, counts=start + at)
         assert logits is not None
+        if penalties := RowPenalties.of(sampling, self.target, 1, at):
+            penalties.begin([0], [ids[:answer]])
+            penalties.write(tokens[:, answer:], start + answer)
+            logits = penalties(logits[:, -1:], start + at, at)
         scores = process(logits[0, -1], sampling)
         if key is not None and sampling.temperature > 0:
             keys = torch.tensor([key], device=start.device)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.config import SamplingConfig
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.models.target import Target
@@ -71,10 +72,12 @@ class PromptReader:
         sampling: SamplingConfig,
         rows: RowStates,
         deferred: DeferredContext,
+        penalties: RowPenalties | None,
     ) -> None:
         """Nothing is read yet."""
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
+        self._penalties = penalties
         self._recurrent = [0] * rows.count
         """The least length to which a row's recurrent states can go back, or `LOST`."""
 
@@ -124,6 +127,10 @@ class PromptReader:
         logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
+        if self._penalties:
+            ends = zip(prompts.rows, prompts.position, prompts.ids, strict=True)
+            before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
+            self._penalties.begin(prompts.rows, before)
         first_tokens = self._draw(logits, prompts)
         if not logits.amax(-1).isfinite().all():  # the draw has waited for the device already
             raise not_finite(self._target.name, self._target.dtype)
@@ -171,9 +178,12 @@ class PromptReader:
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
         noise = None
+        start = torch.tensor(prompts.position, device=logits.device)
+        rows = torch.tensor(prompts.rows, device=logits.device)
+        if self._penalties:
+            logits = self._penalties(logits, start, max(prompts.position), rows)
         if self._sampling.temperature > 0:
-            start = torch.tensor(prompts.position, device=logits.device)
-            key = self._rows.inputs.noise_key[torch.tensor(prompts.rows, device=logits.device)]
+            key = self._rows.inputs.noise_key[rows]
             noise = position_noise(key, start, 1, int(self._target.config.vocab_size))
         return draw(process(logits, self._sampling), noise)[:, 0].tolist()
 

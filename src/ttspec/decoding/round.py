@@ -28,6 +28,7 @@ from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.rows import RoundShape, RowOutcome, RowStates, RowVerdict
@@ -55,6 +56,8 @@ class SpeculativeRound:
     state: DraftState | None
     """The drafter's context; None where nothing is ever drafted."""
     sampling: SamplingConfig
+    penalties: RowPenalties | None
+    """What the text so far makes of logits; None where nothing is penalised."""
     rows: RowStates
     policy: DraftPolicy | FixedDraftLength
     copying: Copying | None
@@ -151,7 +154,10 @@ class SpeculativeRound:
             none = rows.pending.new_empty(self.rows.count, 0)
             proposal = Proposal(tokens=none, count=most.clamp(max=0))
         else:
-            choose = DraftChoice(self.sampling, self.drafter, rows, vocabulary, noise)
+            if self.penalties:
+                self.penalties.write(rows.pending[:, None], rows.start)
+            known = self.drafter, rows, vocabulary, noise, self.penalties, shape.longest
+            choose = DraftChoice(self.sampling, *known)
             asked = rows.pending, rows.start, most.clamp(max=length), length, shape.longest, choose
             proposal = self.drafter.propose(self.state, *asked)
         if shape.copy_length:
@@ -169,7 +175,11 @@ class SpeculativeRound:
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        accepted, tokens = self.accept(logits, proposal, noise)
+        penalised = logits  # for the verdict; the learner is told the target's own
+        if self.penalties:
+            self.penalties.write(fed, rows.start)
+            penalised = self.penalties(logits, rows.start + 1, shape.longest + 1)
+        accepted, tokens = self.accept(penalised, proposal, noise)
         emitted, ended = cut_at_end(tokens, accepted + 1, self.end_tokens)
         resting = rows.budget <= 0
         verification = Verification(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from ttspec.config import GenerateConfig
+from ttspec.config import PENALTIES, GenerateConfig
 from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.prefill import Prompts
@@ -20,7 +20,7 @@ ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
 all rows, so in a large batch rows wait for company."""
 SHARED_OPTIONS = (
-    *("temperature", "top_k", "top_p", "min_p", "acceptance"),
+    *("temperature", "top_k", "top_p", "min_p", "acceptance", *PENALTIES, "bad_words"),
     *("draft", "learn", "ignore_eos", "deterministic"),
 )
 """Options that all rows of a decoder have in common."""

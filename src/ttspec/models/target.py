@@ -23,6 +23,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
+from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.recurrent import StateCache, use_states
@@ -31,33 +32,6 @@ from ttspec.models.unfit import attention_windows, last_position, refuse_generat
 from ttspec.rowcache import RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel
 from ttspec.spans import spans as spans_of
-
-UNSUPPORTED = (
-    "repetition_penalty",
-    "encoder_repetition_penalty",
-    "no_repeat_ngram_size",
-    "bad_words_ids",
-    "sequence_bias",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "top_h",
-    "penalty_alpha",
-    "num_beams",
-    "forced_bos_token_id",
-    "forced_eos_token_id",
-    "suppress_tokens",
-    "begin_suppress_tokens",
-    "exponential_decay_length_penalty",
-    "min_length",
-    "min_new_tokens",
-    "guidance_scale",
-    "watermarking_config",
-    "stop_strings",
-    "encoder_no_repeat_ngram_size",
-)
-"""generation_config entries that change the output and that we do not implement."""
-NEUTRAL = (None, False, 0, 0.0, 1, 1.0, [], {})
 
 
 @dataclass(slots=True)
@@ -73,8 +47,8 @@ class Target:
     """Positions the model was made for."""
     ends: tuple[int, ...]
     """End tokens."""
-    defaults: dict[str, float | int]
-    """Sampling defaults, from generation_config.json."""
+    defaults: dict[str, Any]
+    """Sampling defaults by field of `SamplingConfig`, from generation_config.json."""
     windows: tuple[int | None, ...]
     """Attention window of each layer; None sees everything, 0 is a recurrent layer's."""
     taps: tuple[int, ...] = ()
@@ -318,7 +292,7 @@ def wrap_target(
     model.eval().requires_grad_(False)
     generation = model.generation_config
     refuse_generation(generation)
-    _refuse_unsupported(generation)
+    defaults = sampling_defaults(generation, int(config.vocab_size))
     ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id
     ends = set(ends if isinstance(ends, Sequence) else [] if ends is None else [ends])
     if tokenizer.eos_token_id is not None:
@@ -328,11 +302,6 @@ def wrap_target(
             f"The tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size}.\n"
             "Give the tokenizer that the model was trained with."
         )
-    defaults: dict[str, float | int] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
-    if generation.do_sample:
-        defaults["temperature"] = 1.0
-        given = {key: getattr(generation, key, None) for key in defaults}
-        defaults |= {key: value for key, value in given.items() if value is not None}
     return Target(
         model=model,
         tokenizer=tokenizer,
@@ -359,13 +328,3 @@ def _keeps_logits(kind: type[torch.nn.Module]) -> bool:
 @functools.cache
 def _cache_keyword(kind: type[torch.nn.Module]) -> str:
     return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
-
-
-def _refuse_unsupported(generation: Any) -> None:
-    for name in UNSUPPORTED:
-        value = getattr(generation, name, None)
-        if value not in NEUTRAL:
-            raise TargetError(
-                f"The target's generation_config.json sets {name} = {value!r}, which ttspec does "
-                f"not implement.\nRemove it there, knowing that the output changes."
-            )
