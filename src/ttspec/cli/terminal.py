@@ -53,6 +53,8 @@ def summary(stats: Stats) -> str:
     if stats.rounds:
         parts.append(f"acceptance length {stats.acceptance_length:.2f}")
     parts.append(f"{stats.updates} updates")
+    if stats.reread_tokens:
+        parts.append(f"{stats.reread_tokens} tokens read again")
     return " · ".join(parts)
 
 
