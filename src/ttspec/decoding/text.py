@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+_BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+"""A token that is one byte of a character: such decoders read a whole run of them, or none."""
+_CLEANED = 4
+"""The longest end of a text that transformers' cleaning of spaces may still change, as " n't"."""
+
 
 class TextStream:
-    """Decodes tokens one by one; holds back half characters and what may become a stop text."""
+    """Decodes tokens one by one; its text is what they decode to together.
+
+    Holds back half characters and what may become a stop text.
+    """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, stops: Sequence[str], ends: Sequence[int]
     ) -> None:
         """`ends` are end tokens, which have no text."""
         self._tokenizer, self._stops, self._ends = tokenizer, tuple(stops), set(ends)
+        # What is cleaned may change what was decoded before: then all is decoded, every time.
+        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
         self._ids: list[int] = []
         self._before = 0  # a token's text can depend on those before it: decode from here
         self._decoded = 0  # ids whose text is in `text`
         self._shown = 0
+        self._in_bytes = False
         self.text = ""
         self.stopped = False
 
@@ -26,6 +38,7 @@ class TextStream:
         """Take one token; True when a stop text is complete, which then ends `text`."""
         if token not in self._ends:
             self._ids.append(token)
+            self._follow_bytes(token)
             self._decode(final=False)
         found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
         if found:
@@ -41,12 +54,28 @@ class TextStream:
         return new
 
     def _decode(self, *, final: bool) -> None:
+        if self._in_bytes and not final:
+            return
         before = self._string(self._ids[self._before : self._decoded])
         after = self._string(self._ids[self._before :])
         if after.endswith("\ufffd") and not final:
             return  # the rest of the character is still to come
+        if self._cleans:
+            self.text = after if final else after[: max(len(after) - _CLEANED, len(self.text))]
+            return
         self.text += after[len(before) :]
-        self._before, self._decoded = self._decoded, len(self._ids)
+        # Many decoders take a space off the first text: what is decoded from must have some.
+        if len(after) > len(before):
+            self._before = self._decoded
+        self._decoded = len(self._ids)
+
+    def _follow_bytes(self, token: int) -> None:
+        """Note whether a token is one byte, and so its text depends on the next one."""
+        name = self._tokenizer.convert_ids_to_tokens(token)
+        if isinstance(name, str) and _BYTE.fullmatch(name):
+            self._in_bytes = True
+        elif self._in_bytes:  # special tokens, which have no text, do not end a run
+            self._in_bytes = not self._string([token])
 
     def _string(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
