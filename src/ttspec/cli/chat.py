@@ -168,7 +168,7 @@ class Conversation:
 def _read_line(at_terminal: bool) -> str | None:
     """The next line; None at the end of the input."""
     try:
-        line = input("> ") if at_terminal else sys.stdin.readline()
+        line = input("> ") if at_terminal else sys.stdin.readline().removeprefix("\ufeff")
     except EOFError:
         say("")
         return None
