@@ -121,6 +121,23 @@ def test_the_row_holds_what_the_template_writes_and_the_text_is_a_fresh_requests
     assert (reread > 0) == (which in REREADS)
 
 
+def test_an_end_token_that_the_history_has_otherwise_is_read_by_no_later_turn(typist):
+    """As gpt-oss, whose answers end with one token and whose history has another."""
+    engine = engine_with(typist.target, OTHER_END, "dflash")
+    options: dict[str, Any] = {"max_new_tokens": ANSWER, "temperature": 0.0}
+    letter = plain(engine, TURNS[0], **options).token_ids[9]
+    engine.target.ends = (258, letter)
+    session, ended = engine.session(**options, context=512, **LEARN), 0
+    for messages, result in talk(session):
+        whole = rendered(engine, messages)
+        assert session.conversation.decoder.rows.tokens[0] == whole + result.token_ids
+        assert result.token_ids == plain(engine, [messages], **options).token_ids
+        assert result.stats.reread_tokens == 0  # the end was pending: nothing had read it
+        assert engine.tokenizer.decode(letter) not in result.text
+        ended += result.finish_reason == "eos"
+    assert ended >= 1
+
+
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal", "ngram"])
 def test_drafts_after_going_back_are_those_of_a_fresh_request(typist, which, monkeypatch):
     """Nothing of what was taken back is in a drafter's context, and nothing is missing."""

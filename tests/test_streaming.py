@@ -132,6 +132,15 @@ def test_a_space_after_a_special_token_is_shown_at_once(kind: str) -> None:
     assert shown == ["the", "", " sea", " is"]
 
 
+def test_one_space_is_taken_off_a_text_and_not_two() -> None:
+    tokenizer = sentencepiece()
+    ids = tokenizer.convert_tokens_to_ids(["▁", "▁sea", "▁is"])
+    stream = TextStream(tokenizer, (), ())
+    for token in ids:
+        stream.push(token)
+    assert stream.take(final=True) == " sea is" == tokenizer.decode(ids)
+
+
 def test_a_character_of_several_byte_tokens_waits_until_it_is_whole() -> None:
     tokenizer = sentencepiece()
     names = [f"<0x{byte:02X}>" for byte in "👍".encode()]

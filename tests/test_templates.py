@@ -154,6 +154,32 @@ def test_tool_calls_and_answers_are_the_templates() -> None:
         written(forgets, said)
 
 
+def test_arguments_of_calls_are_an_object_or_a_text_as_the_template_wants_them() -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": {"at": "Oslo"}}}
+    said = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "user", "content": "And?"},
+    ]
+    joins = CHATML.replace(
+        "+ '<|im_end|>",
+        "+ (message.tool_calls[0].function.arguments + '!' if message.tool_calls else '')"
+        " + '<|im_end|>",
+    )
+    for arguments in ({"at": "Oslo"}, '{"at": "Oslo"}'):
+        call["function"]["arguments"] = arguments
+        assert 'assistant\n{"at": "Oslo"}!<|im_end|>' in written(joins, said)
+
+
+def test_each_role_is_given_as_the_template_reads_it() -> None:
+    """As Mistral Small 3.1's, which takes the system message as parts and others as text."""
+    mixed = CHATML.replace(
+        "message['content'] +",
+        "(message['content'][0]['text'] if message['role'] == 'system' else message['content']) +",
+    )
+    assert written(mixed, "hi", system="Be kind.") == written(CHATML, "hi", system="Be kind.")
+
+
 def test_a_begun_answer_is_gone_on_with() -> None:
     said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Well, "}]
     assert written(CHATML, said).endswith("<|im_start|>assistant\nWell, ")

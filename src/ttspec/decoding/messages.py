@@ -75,6 +75,19 @@ def text_of_content(content: Any) -> str:
     return "".join(texts)
 
 
+def with_text_arguments(message: Message) -> Message:
+    """The message with the arguments of its tool calls as JSON text, as OpenAI has them."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        match call:
+            case {"function": {"arguments": dict(arguments)} as function}:
+                text = json.dumps(arguments, ensure_ascii=False)
+                calls.append({**call, "function": {**function, "arguments": text}})
+            case _:
+                calls.append(call)
+    return {**message, "tool_calls": calls} if calls else message
+
+
 def read_text(path: Path) -> str:
     """A file's text, in UTF-8, or as its byte-order mark says.
 

@@ -7,11 +7,13 @@ is shown a marker in each role, as text and as a list of parts, and gets message
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import product
 from typing import Any, Literal, cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.decoding.messages import Message
+from ttspec.decoding.messages import Message, with_text_arguments
 from ttspec.errors import DataError, OptionError
 
 SWITCHES = ("enable_thinking", "thinking")
@@ -88,9 +90,13 @@ class ChatTemplate:
             self._require(role)
         shaped = [self._shaped(message) for message in whole]
         proceed = reply and whole[-1]["role"] == "assistant"
+        how = {"reply": reply and not proceed, "proceed": proceed}
         try:
-            return self._apply(shaped, reply=reply and not proceed, proceed=proceed)
+            return self._apply(shaped, **how)
         except Exception as error:  # a program of others may raise whatever there is
+            if any("tool_calls" in m for m in shaped):  # most want an object, some a text
+                with suppress(Exception):
+                    return self._apply([with_text_arguments(m) for m in shaped], **how)
             raise self._explained(error, shaped) from error
 
     def before_user_turn(self, messages: Sequence[Message]) -> list[int]:
@@ -154,9 +160,10 @@ class ChatTemplate:
         form: Form = "unknown"
         # Some templates do not begin without a system message.
         for first in ([], [{"role": "system", "content": "-"}]):
-            for tried in FORMS:
-                marked = {"role": role, "content": _MARKER}
-                probe = [_given(m, tried) for m in (*first, *before, marked, *after)]
+            for others, tried in product(FORMS, FORMS):
+                marked = _given({"role": role, "content": _MARKER}, tried)
+                around = [[_given(m, others) for m in part] for part in ([*first, *before], after)]
+                probe = [*around[0], marked, *around[1]]
                 try:
                     text = self._apply(probe, reply=role != "assistant")
                 except Exception:  # another form may do; if none, it says why later

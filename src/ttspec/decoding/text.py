@@ -31,6 +31,8 @@ class TextStream:
         self._decoded = 0  # ids whose text is in `text`
         self._shown = 0
         self._in_bytes = False
+        byte = tokenizer.convert_tokens_to_ids("<0x0A>")  # an unknown token's, if there is none
+        self._has_bytes = byte is not None and tokenizer.convert_ids_to_tokens(byte) == "<0x0A>"
         self.text = ""
         self.stopped = False
 
@@ -38,7 +40,8 @@ class TextStream:
         """Take one token; True when a stop text is complete, which then ends `text`."""
         if token not in self._ends:
             self._ids.append(token)
-            self._follow_bytes(token)
+            if self._has_bytes:
+                self._follow_bytes(token)
             self._decode(final=False)
         found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
         if found:
