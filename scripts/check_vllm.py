@@ -33,7 +33,7 @@ FOUND = "ours.json"
 def ours(a: argparse.Namespace) -> int:
     """Export, decode with ttspec, and write what `vllm` compares with."""
     import ttspec
-    from ttspec.decoding.text import prompt_ids
+    from ttspec.decoding.history import prompt_ids
     from ttspec.drafters.export import export_drafter
 
     engine = ttspec.load(a.target, a.drafter, device="cpu", dtype="float32")

@@ -369,14 +369,15 @@ def test_suites_can_be_joined_and_cut(suite) -> None:
     ("line", "said"),
     [
         ("{", "is no JSON"),
-        ("[]", "none of them"),
+        ("[]", "has no requests"),
+        ("[3]", "row 1 has none of them"),
         ('{"text": "x"}', "none of them"),
         ('{"prompt": "x", "turns": ["y"]}', "prompt and turns"),
         ('{"prompt": " "}', "prompt is not"),
         ('{"turns": []}', "turns is not"),
         ('{"turns": ["a", 1]}', "turns is not"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "messages is not"),
-        ('{"messages": [{"role": "user", "content": ["x"]}]}', "messages is not"),
+        ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "of type text only"),
         ("", "has no requests"),
     ],
 )

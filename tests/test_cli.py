@@ -399,3 +399,24 @@ def test_a_sparkline_goes_from_one_to_four() -> None:
     assert sparkline([1] * 5, width=10) == ""
     assert sparkline([1, 4], width=2) == "▁█"
     assert len(sparkline(list(range(100)), width=20)) == 20
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_what_standard_output_cannot_encode_ends_in_no_traceback(pair, monkeypatch, encoding):
+    """The toy target writes bytes that are no text, which become a character beyond both."""
+
+    def run(command: str, *flags: str, lines: str = "") -> str:
+        shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, "stdout", shown)
+        monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+        given = [*pair, "--max-new-tokens", "12", "--ignore-eos", "--temperature", "0", *flags]
+        assert main([command, *(["-"] if command == "generate" else []), *given]) == 0
+        shown.flush()
+        return shown.buffer.getvalue().decode(encoding)
+
+    text = json.loads(run("generate", "--json", lines="\ufeffhello\n"))["text"]
+    assert "\ufffd" in text
+    seen = text.encode(encoding, "replace").decode(encoding)
+    assert "?" in seen
+    assert run("generate", lines="hello") == seen + "\n"
+    assert run("chat", lines="\ufeffhello\n") == seen + "\n"

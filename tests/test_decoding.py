@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from toys import LEARN, PLAIN, finish, parrot, plain
 from transformers import AutoTokenizer
 
-from ttspec.decoding.text import TextStream, prompt_ids
+from ttspec.decoding.history import prompt_ids
+from ttspec.decoding.text import TextStream
 from ttspec.errors import DataError, OptionError
 
 ENDING = {"seed": 3, "temperature": 0.8, "max_new_tokens": 80}
@@ -262,7 +263,8 @@ def test_the_statistics_are_those_of_the_rounds(engine, options):
 
 
 def test_positions_of_a_session_count_over_its_turns(engine):
-    session = engine.session(max_new_tokens=140, ignore_eos=True, context=400, learn=None)
+    options = {"max_new_tokens": 140, "ignore_eos": True, "context": 400, "raw": True}
+    session = engine.session(**options, learn=None)
     first, second = session.send("hello"), session.send("again")
     assert second.rounds[0].position == len(first.token_ids) + 1
     assert [b["from"] for b in second.stats.by_position] == [0, 256]

@@ -141,7 +141,7 @@ def test_a_conversation_keeps_its_row_until_it_is_released(engine: Engine) -> No
     while not (events := dict(scheduler.step())) or not events[first].result:
         assert waiting not in events
     row = scheduler.conversation(first).row
-    scheduler.add_turn(first, [scheduler.decoder.rows.pending[row], *b" go on"])
+    scheduler.add_turn(first, [*scheduler.decoder.rows.tokens[row], *b" go on"])
     while not (events := dict(scheduler.step())) or not events[first].result:
         assert waiting not in events
     assert scheduler.step() == []

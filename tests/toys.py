@@ -440,6 +440,17 @@ def assert_goes_on(engine: Engine, before: list[int], result: Result) -> None:
     assert fresh.token_ids == result.token_ids
 
 
+def assert_is_fresh(engine: Engine, said: Sequence[str], result: Result, **options: Any) -> None:
+    """A greedy turn is what a fresh request with the whole conversation says.
+
+    `said` are texts of the user and of the target in turn, the user's last.
+    """
+    roles = ["user", "assistant"] * len(said)
+    messages = [{"role": r, "content": text} for r, text in zip(roles, said, strict=False)]
+    fresh = plain(engine, [messages], **options, max_new_tokens=len(result.token_ids) or 1)
+    assert fresh.token_ids == result.token_ids
+
+
 # What commands are given.
 
 DRAFTER = {

@@ -332,11 +332,12 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
         _require(self.context is None or self.context >= 2, "context", self.context, "2 or more")
-        if self.raw and self.thinking is not None:
-            raise OptionError(
-                "thinking was given together with raw, which uses no chat template.\n"
-                "Drop one of the two."
-            )
+        for name in ("thinking", "system"):
+            if self.raw and getattr(self, name) is not None:
+                raise OptionError(
+                    f"{name} was given together with raw, which uses no chat template.\n"
+                    "Drop one of the two."
+                )
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
         are_texts = not isinstance(self.bad_words, str) and all(self.bad_words)
         _require(are_texts, "bad_words", self.bad_words, "a list of texts, none of them empty")

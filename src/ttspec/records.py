@@ -144,6 +144,9 @@ class Stats:
     """Rounds by the draft length that an adaptive policy chose."""
     thinking: bool | None = None
     """Whether the chat template asked the target to think; None where it has no such switch."""
+    reread_tokens: int = 0
+    """In a later turn, positions of the conversation that had been read and are read anew: the
+    template writes what was said otherwise by now, or a recurrent state was lost."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, under the names of the design page."""
@@ -223,6 +226,7 @@ def summarise(
     seconds: float,
     reverts: int = 0,
     thinking: bool | None = None,
+    reread_tokens: int = 0,
 ) -> Stats:
     """The statistics of one answer from its rounds."""
     longest = max((r.proposed for r in rounds), default=0)
@@ -249,4 +253,5 @@ def summarise(
         plain_rounds=lengths[0],
         draft_lengths={str(n): lengths[n] for n in sorted(lengths)},
         thinking=thinking,
+        reread_tokens=reread_tokens,
     )

@@ -89,6 +89,7 @@ def to_turn(row: Row, round_rows: list[Row]) -> Turn:
     """
     rounds, stats = [to_round(r) for r in round_rows], row["stats"]
     given = {name: stats[name] for name in ("prompt_tokens", "seconds", "reverts")}
+    given["reread_tokens"] = stats.get("reread_tokens", 0)
     made = summarise(rounds, token_ids=row["token_ids"], seed=row["seed"], **given)
     if _hash(row["text"]) != row.get("text_hash", _hash(row["text"])):
         raise ValueError("the text is not the one that was written (text_hash)")

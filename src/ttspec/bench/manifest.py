@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttspec.decoding.text import thinking_of
+from ttspec.decoding.template import thinking_of
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine

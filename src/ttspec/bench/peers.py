@@ -23,7 +23,8 @@ from ttspec.bench.watch import Watch, rounds_from
 from ttspec.config import SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import SESSION_CONTEXT, Engine
-from ttspec.decoding.text import next_turn_ids, prompt_ids
+from ttspec.decoding.history import ChatHistory, prompt_ids
+from ttspec.decoding.template import ChatTemplate
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.records import FinishReason, Result, summarise
@@ -60,12 +61,10 @@ class Peer:
         ids: list[int] = []
         first: list[int] = []
         generated = 0
+        history = ChatHistory(ChatTemplate(self.target.tokenizer))
         for turn in request:
-            if turns:
-                new = next_turn_ids(self.target.tokenizer, str(turn), ids[-1])
-                ids = ids[:-1] + new
-            else:
-                ids = first = prompt_ids(self.target.tokenizer, turn)
+            ids = history.ask(turn)
+            first = first or ids
             room, most = self.ask.slots - len(ids), self.ask.max_new_tokens
             if quota is not None:
                 most = min(most, quota - generated)
@@ -77,8 +76,9 @@ class Peer:
             turns.append(
                 Turn(request=number, user=text_of(turn), turn=len(turns), **answer)  # type: ignore[arg-type]
             )
-            tokens = turns[-1].result.token_ids
-            ids, generated = ids + tokens, generated + len(tokens)
+            result = turns[-1].result
+            history.answer(result.text, result.token_ids)
+            generated += len(result.token_ids)
         if not turns:
             raise OptionError(
                 f"The prompt has {len(ids)} tokens; the context has room for {self.ask.slots}, the "

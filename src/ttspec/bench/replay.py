@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from ttspec.bench.runs import Turn, Unit
 from ttspec.bench.store import Store, read_run
 from ttspec.bench.tables import kind
 from ttspec.config import GenerateConfig, SamplingConfig
-from ttspec.decoding.conversation import noise_key
+from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import free_memory, mib
+from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.recorded import Answer, Recording, use_recording
-from ttspec.decoding.text import next_turn_ids, prompt_ids
+from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
@@ -72,6 +73,15 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
     return Source(folder, manifest, name, ours[name].units)
 
 
+@dataclass(frozen=True, slots=True)
+class Told:
+    """A text that some turns of a conversation share."""
+
+    ids: list[int] = field(default_factory=list)
+    begins: dict[int, int] = field(default_factory=dict)
+    """Where each turn's answer begins in it, by the turn's number."""
+
+
 @torch.no_grad()
 def record(
     target: Target, taps: Sequence[int], source: Source, sampling: SamplingConfig
@@ -88,7 +98,7 @@ def record(
     if not conversations:
         raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
-    size = sum(len(ids) for ids, _ in conversations.values())
+    size = sum(len(text.ids) for texts in conversations.values() for text in texts)
     shape, dtype = (size, int(target.head.shape[1])), target.dtype
     _require_host(shape[0] * shape[1] * dtype.itemsize * (1 + len(taps)), size)
     # On the host: of many conversations it is more than a GPU has.
@@ -97,22 +107,28 @@ def record(
     states = {tap: torch.empty_like(hidden) for tap in taps}
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
-    for (request, seed), (ids, begins) in conversations.items():
-        fed = torch.tensor([ids], device=target.device)
-        with sdpa_kernel(ATTENTION):
-            features, read = reader.read(fed)
-        here = slice(first, first + len(ids))
-        tokens[here], hidden[here] = fed[0].cpu(), read[0].cpu()
-        for table, part in zip(states.values(), features[0].chunk(len(taps) or 1, 1), strict=False):
-            table[here] = part.cpu()
-        for turn, begin in zip(source.units[request, seed], begins, strict=False):
-            written = turn.result.token_ids
-            key = noise_key(seed, ids[: begins[0]], turn=turn.turn)
-            cut = turn.result.finish_reason in ("length", "context")
-            answers[key] = Answer(first, first + len(ids) - 1, written, cut)
-            drawn += _drawn(target, read[0], fed[0], key, begin, begin + len(written), sampling)
-            count += len(written)
-        first += len(ids)
+    for (request, seed), texts in conversations.items():
+        turns = {turn.turn: turn for turn in source.units[request, seed]}
+        start = texts[0].ids[: min(texts[0].begins.values())]
+        for text in texts:
+            ids, last = text.ids, first + len(text.ids) - 1
+            fed = torch.tensor([ids], device=target.device)
+            with sdpa_kernel(ATTENTION):
+                features, read = reader.read(fed)
+            here = slice(first, last + 1)
+            tokens[here], hidden[here] = fed[0].cpu(), read[0].cpu()
+            parts = features[0].chunk(len(taps) or 1, 1)
+            for table, part in zip(states.values(), parts, strict=False):
+                table[here] = part.cpu()
+            for number, begin in text.begins.items():
+                result = turns[number].result
+                written, cut = result.token_ids, result.finish_reason in ("length", "context")
+                key = noise_key(seed, start, turn=number)
+                answers[key] = Answer(first, last, written, cut)
+                end = begin + len(written)
+                drawn += _drawn(target, read[0], fed[0], key, begin, end, sampling)
+                count += len(written)
+            first = last + 1
     if drawn < AGREE * count:
         raise DataError(
             f"Of {count} recorded tokens of {source.folder} the target would write {drawn}.\n"
@@ -135,32 +151,38 @@ def _require_host(need: int, tokens: int) -> None:
 
 def _conversations(
     source: Source, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[Unit, tuple[list[int], list[int]]], list[str]]:
-    """Of each unit its tokens, and where its answers begin; what is left out, in sentences."""
-    found: dict[Unit, tuple[list[int], list[int]]] = {}
+) -> tuple[dict[Unit, list[Told]], list[str]]:
+    """Of each unit its texts; what is left out, in sentences."""
+    found: dict[Unit, list[Told]] = {}
     starts: set[tuple[int, ...]] = set()
     notes = []
+    template = ChatTemplate(tokenizer)
     for (request, seed), turns in sorted(source.units.items()):
-        ids: list[int] = []
-        begins: list[int] = []
+        history, texts = ChatHistory(template), []
         for turn in turns:
-            fed = prompt_ids(tokenizer, turn.user)
-            if ids:
-                fed = next_turn_ids(tokenizer, turn.user, ids[-1])
-            if len(fed) != turn.result.stats.prompt_tokens:
+            ids, answer = history.ask(turn.user), turn.result
+            known = texts[-1].ids if texts else []
+            kept = min(shared_prefix(known, ids), max(len(known) - 1, 0), len(ids) - 1)
+            if len(ids) - kept != answer.stats.prompt_tokens:
                 notes.append(f"Request {request} is left out: its prompt was more than its text.")
                 break
-            if turn.result.token_ids:
-                ids += fed[1:] if ids else fed  # the pending token is there
-                begins.append(len(ids))
-                ids += turn.result.token_ids
+            if not answer.token_ids:
+                continue
+            if not texts or kept < len(known) - 1:  # the template writes it otherwise now
+                texts.append(Told())
+            text = texts[-1]
+            text.ids[:] = ids
+            text.begins[turn.turn] = len(ids)
+            text.ids.extend(answer.token_ids)
+            history.answer(answer.text, answer.token_ids)
         else:
-            start = seed, *ids[: begins[0] if begins else 0]
+            begins = texts[0].begins if texts else {}
+            start = seed, *(texts[0].ids[: min(begins.values())] if begins else [])
             if start in starts:  # side by side they had other noise
                 notes.append(f"Request {request} is left out: an earlier one begins like it.")
-            elif begins:
+            elif texts:
                 starts.add(start)
-                found[request, seed] = ids, begins
+                found[request, seed] = texts
     return found, list(dict.fromkeys(notes))
 
 
@@ -321,6 +343,7 @@ def _timeless(turn: Turn) -> Turn:
         seed=result.stats.seed,
         seconds=0.0,
         reverts=result.stats.reverts,
+        reread_tokens=result.stats.reread_tokens,
     )
     known = {name: getattr(turn, name) for name in ("request", "user", "turn")}
     return Turn(**known, result=replace(result, rounds=rounds, stats=stats), seconds=0.0)

@@ -22,10 +22,12 @@ from ttspec.bench.store import Store
 from ttspec.bench.suites import Request, is_tokens, text_of
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
+from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
-from ttspec.errors import OptionError, ResourceError
+from ttspec.errors import OptionError, ResourceError, TtspecError
 from ttspec.records import Result
 
 if TYPE_CHECKING:
@@ -174,7 +176,8 @@ def require_rows(
     for arm in arms:
         engine = engines[arm.name]
         config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
-        lengths = [len(engine.first_turn_ids(config, cast("Prompt", r[0]))) for r in requests]
+        template = engine.chat_template(config)
+        lengths = [_tokens_of(template, cast("Prompt", request[0])) for request in requests]
         context = min(engine.target.context, config.context or engine.target.context)
         longest = max((n for n in lengths if n < context), default=1)  # others fail by themselves
         try:
@@ -183,6 +186,14 @@ def require_rows(
             raise ResourceError(f"{arm.name}: {error}") from error
         told += [f"{arm.name}: {notice}"] if notice else []
     return told
+
+
+def _tokens_of(template: ChatTemplate, prompt: Prompt) -> int:
+    """Tokens of a first prompt; 1 of one that will fail by itself."""
+    try:
+        return len(ChatHistory(template).ask(prompt))
+    except TtspecError:
+        return 1
 
 
 def measure_all(

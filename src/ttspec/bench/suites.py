@@ -10,12 +10,12 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from ttspec.decoding.messages import FORMS, Message, decode, request_of, rows_of, text_of_content
 from ttspec.errors import DataError
 
 BUILT_IN = Path(__file__).with_name("suites")
-FIELDS = ("prompt", "messages", "turns")
-Request = list[str] | list[list[dict[str, str]]] | list[list[int]]
-"""What a user says, turn by turn: texts, or one turn of messages or tokens."""
+Request = list[str] | list[list[Message]] | list[str | list[Message]] | list[list[int]]
+"""What a user says, turn by turn: texts or messages, or one turn of tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,26 +64,27 @@ def load_suite(name: str) -> Suite:
     """A built-in suite by name, or a file of JSON lines.
 
     A line is {"prompt": text}, {"messages": [{"role", "content"}, ...]}, or {"turns": [text, ...]},
-    answered one after the other in one session. Other fields are notes.
+    answered one after the other in one session; or a form of data sets, see `request_of` of
+    `decoding/messages.py`. Other fields are notes.
 
     Raises:
-        DataError: There is no such suite, or a line is none of the three.
+        DataError: There is no such suite, or a line is of none of the forms.
     """
     path = BUILT_IN / f"{name}.jsonl"
     if not path.is_file():
         path = Path(name)
     try:
         data = path.read_bytes()
-        lines = data.decode("utf-8").split("\n")
+        text = decode(data)
     except (OSError, ValueError) as error:
         names = ", ".join(sorted(p.stem for p in BUILT_IN.glob("*.jsonl")))
         raise DataError(
             f"{name} is no suite: {getattr(error, 'strerror', None) or error}.\n"
             f"Give a built-in one ({names}) or a UTF-8 file of JSON lines."
         ) from error
-    requests = [_request(f"{name}, line {n}", s) for n, s in enumerate(lines, 1) if s.strip()]
+    requests = [_request(row, where) for where, row in rows_of(text, name)]
     if not requests:
-        raise DataError(f"{name} has no requests.\nWrite one JSON object a line: {_SHAPES}.")
+        raise DataError(f"{name} has no requests.\nWrite one JSON object a line: {FORMS}.")
     return Suite(
         name=path.stem,
         sha256=hashlib.sha256(data).hexdigest(),
@@ -109,7 +110,7 @@ def text_of(turn: Any) -> str:
     """A turn as one text, for records: the prompt, or the last message."""
     if is_tokens(turn):
         return f"{len(turn)} random tokens"
-    return turn if isinstance(turn, str) else turn[-1]["content"]
+    return turn if isinstance(turn, str) else text_of_content(turn[-1]["content"])
 
 
 def is_tokens(turn: Any) -> bool:
@@ -117,34 +118,11 @@ def is_tokens(turn: Any) -> bool:
     return not isinstance(turn, str) and isinstance(turn[0], int)
 
 
-def _request(where: str, line: str) -> Request:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where} is no JSON: {error}.\nOne object a line: {_SHAPES}.") from error
-    given = [name for name in FIELDS if isinstance(row, dict) and name in row]
-    if len(given) != 1:
-        found = " and ".join(given) or "none of them"
-        raise DataError(f"{where} has {found}; allowed is exactly one of {', '.join(FIELDS)}.")
-    value = row[given[0]]
-    match given[0], value:
-        case "prompt", str() if value.strip():
-            return [value]
-        case "turns", [*texts] if texts and all(isinstance(t, str) and t.strip() for t in texts):
-            return texts
-        case "messages", [*_, {"role": "user"}] if all(map(_is_message, value)):
-            return [[{"role": m["role"], "content": m["content"]} for m in value]]
-    raise DataError(f"{where}: {given[0]} is not what it should be.\nAllowed are {_SHAPES}.")
-
-
-def _is_message(value: Any) -> bool:
-    match value:
-        case {"role": "system" | "user" | "assistant", "content": str()}:
-            return True
-    return False
-
-
-_SHAPES = (
-    '{"prompt": text}, {"turns": [text, ...]} or {"messages": [{"role", "content"}, ..., the '
-    "last one the user's]}"
-)
+def _request(row: Any, where: str) -> Request:
+    turns = request_of(row, where)
+    if any(turn is None for turn in turns):
+        raise DataError(
+            f"{where}: a turn is null, which asks the target to write it; that is for training.\n"
+            "Leave it out."
+        )
+    return turns  # type: ignore[return-value]

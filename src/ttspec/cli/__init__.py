@@ -4,6 +4,7 @@ Commands are named by import path, and a command imports torch when it runs, so 
 complaints about arguments come at once.
 """
 
+import io
 import os
 import sys
 import warnings
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; the exit code is 0, 1, 2 or 130, as the errors below say."""
     tokens = list(sys.argv[1:] if arguments is None else arguments)
     _quieten_libraries()
+    _show_what_can_be_shown()
     try:
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
@@ -92,6 +94,13 @@ def _old_option(tokens: Sequence[str]) -> str | None:
 def _reason(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     return f"{where}{error.strerror or error}"
+
+
+def _show_what_can_be_shown() -> None:
+    """Let no character end a command that a terminal or a pipe cannot encode: it becomes a `?`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="replace")
 
 
 def _quieten_libraries() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,7 @@ from cyclopts import App, Parameter
 from ttspec.cli.options import DraftFlags, LearnFlags, ShapeFlags
 from ttspec.cli.progress import show_progress
 from ttspec.cli.replay import replay
-from ttspec.cli.terminal import say
+from ttspec.cli.terminal import say, to_json
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
 
@@ -321,7 +320,7 @@ def roofline(
     options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}
     found = measure(engine, **options)
     if as_json:
-        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        print(to_json(found.to_dict()))
     else:
         found.table().print(table_console())
     return 0

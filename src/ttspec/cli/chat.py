@@ -160,14 +160,15 @@ class Conversation:
             f"session: {len(stats)} turns · {tokens} tokens · {tokens / max(seconds, 1e-9):.1f} "
             f"tokens/s · acceptance length {acceptance_length(rounds):.2f} · "
             f"{sum(s.updates for s in stats)} updates · "
-            f"{learning / max(seconds, 1e-9):.0%} of the time learning"
+            f"{learning / max(seconds, 1e-9):.0%} of the time learning · "
+            f"{sum(s.reread_tokens for s in stats)} tokens read again"
         )
 
 
 def _read_line(at_terminal: bool) -> str | None:
     """The next line; None at the end of the input."""
     try:
-        line = input("> ") if at_terminal else sys.stdin.readline()
+        line = input("> ") if at_terminal else sys.stdin.readline().removeprefix("\ufeff")
     except EOFError:
         say("")
         return None

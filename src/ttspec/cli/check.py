@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from ttspec.cli.options import ExactModelFlags, LearnFlags
-from ttspec.cli.terminal import say
+from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.errors import OptionError
 
@@ -105,7 +104,7 @@ def check(
     code = verdict(findings, dtype, strict=strict)
     if as_json:
         rows = [asdict(finding) for finding in findings]
-        print(json.dumps({"ok": code == 0, "dtype": dtype, "findings": rows}, ensure_ascii=False))
+        print(to_json({"ok": code == 0, "dtype": dtype, "findings": rows}))
     else:
         print(conclusion(findings, dtype, ok=code == 0, strict=strict))
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from ttspec.cli.options import Device, DeviceMap, Dtype, ModelFlags
-from ttspec.cli.terminal import say
+from ttspec.cli.terminal import say, to_json
 from ttspec.errors import CheckpointError, OptionError
 
 if TYPE_CHECKING:
@@ -88,7 +87,7 @@ def doctor(
     elif probe:
         told |= _probe(engine, told["findings"])
     if as_json:
-        print(json.dumps(told, ensure_ascii=False))
+        print(to_json(told))
     else:
         print("\n".join(lines(told)))
     return int(any(f["level"] == "problem" for f in told["findings"]))
@@ -220,7 +219,7 @@ def _targets(device: Device, *, as_json: bool) -> int:
             print("\n".join(target_lines(row)), flush=True)
     counts = Counter(row["status"] for row in rows)
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False))
+        print(to_json(rows))
     else:
         print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} refused by name")
     return int(counts["fail"] > 0)

@@ -1,6 +1,5 @@
 """`ttspec generate`: one answer to one prompt."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +8,15 @@ from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
 from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
-from ttspec.cli.terminal import follow, low_acceptance, say, show_nothing, show_text, summary
+from ttspec.cli.terminal import (
+    follow,
+    low_acceptance,
+    say,
+    show_nothing,
+    show_text,
+    summary,
+    to_json,
+)
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError
 
@@ -54,7 +61,7 @@ def generate(
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     result = follow(chunks, show_nothing if as_json else show_text)
     if as_json:
-        print(json.dumps(result.to_dict(), ensure_ascii=False))
+        print(to_json(result.to_dict()))
     else:
         print(flush=True)
     if sys.stderr.isatty():
@@ -74,6 +81,6 @@ def read_prompt(prompt: str) -> str:
     if prompt != "-":
         return prompt
     try:
-        return sys.stdin.read().removesuffix("\n")
+        return sys.stdin.read().removeprefix("\ufeff").removesuffix("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"standard input is not UTF-8 text: {error.reason}.") from error

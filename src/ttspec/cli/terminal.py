@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ttspec.records import Chunk, Result, Stats
@@ -22,6 +23,16 @@ def show_text(chunk: Chunk) -> None:
     """Print a chunk's text at once."""
     if chunk.text:
         print(chunk.text, end="", flush=True)
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON that standard output can encode whole."""
+    plain = json.dumps(value, ensure_ascii=False)
+    try:
+        plain.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return plain
 
 
 def show_nothing(_: Chunk) -> None:
@@ -53,6 +64,8 @@ def summary(stats: Stats) -> str:
     if stats.rounds:
         parts.append(f"acceptance length {stats.acceptance_length:.2f}")
     parts.append(f"{stats.updates} updates")
+    if stats.reread_tokens:
+        parts.append(f"{stats.reread_tokens} tokens read again")
     return " · ".join(parts)
 
 

@@ -41,7 +41,8 @@ def train(
     Parameters
     ----------
     prompts
-        JSON lines: {"prompt"}, {"turns"} (null: the target writes the turn) or {"messages"}.
+        JSON lines: {"prompt"}, {"turns"} (null: the target writes the turn), {"messages"} or
+        {"conversations"}.
     out
         Folder for answers, state and drafter; new, or an interrupted run's with --resume.
     target

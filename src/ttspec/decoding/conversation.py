@@ -50,6 +50,9 @@ class Conversation:
         self.tokens: list[int] = []
         self.rounds: list[Round] = []
         self.prompt_ids: list[int] = []
+        """What the last answer's prompt had to be read of: all that the row did not hold."""
+        self.reread_tokens = 0
+        """Tokens that the row had held and that are read again; see `Stats`."""
         self._stream = stream or bool(config.stop)
         self._occurrence = occurrence
         self._first_prompt: list[int] = []
@@ -67,22 +70,25 @@ class Conversation:
         return noise_key(self.seed, self._first_prompt, self._occurrence, turn=self.turn)
 
     def open(self, ids: list[int]) -> int:
-        """Begin an answer to `ids`.
+        """Begin an answer to `ids`, the whole conversation up to it.
+
+        What the row holds of it stays, as far as it is the same; the rest is taken back.
 
         Returns:
             Tokens that it may have; 0 if none, and then it is over.
         """
         decoder, row = self.decoder, self.row
-        self._start = decoder.rows.lengths[row], decoder.rows.pending[row]
         if not self.turn:
             self._first_prompt = ids
         self._reset()
-        self.prompt_ids = ids
+        held, length = decoder.rows.tokens[row], decoder.rows.lengths[row]
+        kept = min(shared_prefix(held, ids), length, len(ids) - 1)
+        self.prompt_ids = ids[kept:]
         learner = decoder.learner
         if learner and self.turn and learner.config.scope == "request":
             learner.reset(row)
         self._reverts = learner.reverts[row] if learner else 0
-        room = decoder.rows.slots - decoder.rows.lengths[row] - len(ids)
+        room = decoder.rows.slots - len(ids)
         most = self.config.max_new_tokens
         if self.quota is not None:
             most = min(most, self.quota - self.generated)
@@ -90,6 +96,13 @@ class Conversation:
         budget = max(0, min(most, room))
         if not budget:
             self._close(self._limit)
+            return 0
+        if kept < length:
+            decoder.crop(row, kept, held[kept])
+            self.reread_tokens = min(length, len(ids)) - kept
+        if decoder.prompts.is_lost(row):
+            self.reread_tokens += kept
+        self._start = kept, held[kept] if held else ids[0]
         return budget
 
     def begin(self, token: int) -> None:
@@ -120,7 +133,7 @@ class Conversation:
         """
         if ids is not None:
             self._reset()
-            self.prompt_ids = ids
+            self.prompt_ids = list(ids)
         elif self.row >= 0:
             length, pending = self._start
             if self.tokens:
@@ -146,7 +159,7 @@ class Conversation:
         self.finish, self.tokens, self.rounds = None, [], []
         target = self.decoder.target
         self._text = TextStream(target.tokenizer, self.config.stop, target.ends)
-        self._shown = self._reverts = 0
+        self._shown = self._reverts = self.reread_tokens = 0
         self._began = time.perf_counter()
 
     def _take(self, tokens: list[int], *, ended: bool) -> int:
@@ -192,6 +205,7 @@ class Conversation:
             seconds=self._seconds,
             reverts=learner.reverts[self.row] - self._reverts if learner and self.row >= 0 else 0,
             thinking=self.thinking,
+            reread_tokens=self.reread_tokens,
         )
         return Result(
             text=text,  # type: ignore[arg-type]
@@ -201,6 +215,12 @@ class Conversation:
             rounds=list(self.rounds),
             prompt_ids=list(self.prompt_ids),
         )
+
+
+def shared_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts begin with alike."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def noise_key(seed: int, first_prompt: Sequence[int], occurrence: int = 0, *, turn: int = 0) -> int:

@@ -87,6 +87,13 @@ class SuffixIndex:
             else:
                 self._find(before)
 
+    def follow(self, text: Sequence[int]) -> None:
+        """Take what a row holds: a prompt more, whose first token may replace the last one here."""
+        ours = self._tokens
+        if ours and (len(text) < len(ours) or text[len(ours) - 1] != ours[-1]):
+            self.crop(min(len(text), len(ours) - 1))
+        self.extend(text[len(ours) :], count=False)
+
     def crop(self, length: int) -> None:
         """Take back the tokens from `length` on."""
         if length >= len(self._tokens):
@@ -162,7 +169,7 @@ class Copying:
         chosen = {}
         for row in active:
             index = self._rows[row]
-            index.extend(tokens[row][len(index) :], count=False)  # a prompt
+            index.follow(tokens[row])
             copied, promise = index.copy(self.most)
             drafted = (1 + self._accepted[row]) / (1 + self._block_cost) - 1 if drafts else 0.0
             if copied and promise > drafted:

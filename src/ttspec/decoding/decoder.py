@@ -168,6 +168,7 @@ class Decoder(SpeculativeRound):
 
     def crop(self, row: int, length: int, pending: int) -> None:
         """Take back what a row committed past `length`; `pending` is the token that comes next."""
+        self.deferred.crop(row, self.rows.lengths[row] - length)
         self.rows.crop(row, length, pending)
         self.prompts.crop(row, length)
         if self.copying:

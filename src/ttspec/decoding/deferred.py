@@ -84,6 +84,10 @@ class DeferredContext:
         joined = {"fed": torch.cat(fed, 1), "features": torch.cat(features, 1)}
         self._drafter.absorb(self._state, replace(self._last, **joined, start=starts[0]))
 
+    def crop(self, row: int, dropped: int) -> None:
+        """So many of a row's last tokens were taken back."""
+        self._unread[row] = max(0, self._unread[row] - dropped)
+
     def clear(self, row: int) -> None:
         """A row is empty, or all it holds was read."""
         self._unread[row] = 0

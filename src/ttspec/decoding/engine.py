@@ -15,11 +15,12 @@ import torch
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.forecast import fitting_rows, of_run, require_room
+from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.penalties import RowPenalties, sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
-from ttspec.decoding.text import Message, next_turn_ids, prompt_ids, thinking_of
+from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
 from ttspec.learning.live_weights import LiveWeights
@@ -30,7 +31,6 @@ from ttspec.sampling import position_noise, process
 
 SESSION_CONTEXT = 8192
 """Tokens a session makes room for unless told otherwise; the target's context if that is less."""
-Prompt = str | Sequence[Message] | Sequence[int]
 Notify = Callable[[str], None]
 
 
@@ -145,7 +145,9 @@ class Engine:
             seed = secrets.randbits(31) if config.seed is None else config.seed
             seeds = [seed] * len(dialogues)
         thinking = self.thinking(config)
-        prompts = [self.first_turn_ids(config, d[0]) for d in dialogues]
+        template = self.chat_template(config)
+        histories = [ChatHistory(template) for _ in dialogues]
+        prompts = [h.ask(d[0]) for h, d in zip(histories, dialogues, strict=True)]
         if not prompts:
             return
         sessions, longest = max(map(len, dialogues)) > 1, max(map(len, prompts))
@@ -177,9 +179,9 @@ class Engine:
                         if talk.is_over(turns=len(dialogues[index])):
                             scheduler.release(index)
                         else:
-                            pending = decoder.rows.pending[talk.row]
-                            turn = dialogues[index][talk.turn]
-                            ids = self.next_turn_ids(config, str(turn), pending)
+                            history = histories[index]
+                            history.answer(chunk.result.text, chunk.result.token_ids)
+                            ids = history.ask(dialogues[index][talk.turn])
                             scheduler.add_turn(index, ids)
                     yield index, chunk
             self._spare = decoder
@@ -370,15 +372,14 @@ class Engine:
         how: dict[str, Any] = {"system": config.system, "raw": config.raw}
         return thinking_of(self.tokenizer, config.thinking, **how)
 
-    def first_turn_ids(self, config: GenerateConfig, turn: Prompt) -> list[int]:
-        """Tokens of a conversation's first prompt."""
-        how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
-        return prompt_ids(self.tokenizer, turn, system=config.system, **how)
+    def chat_template(self, config: GenerateConfig) -> ChatTemplate:
+        """What writes prompts under `config`.
 
-    def next_turn_ids(self, config: GenerateConfig, turn: str, pending: int) -> list[int]:
-        """Tokens to feed for a later turn, the pending token first."""
+        Raises:
+            OptionError: There is a system message and no template to write it.
+        """
         how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
-        return next_turn_ids(self.tokenizer, turn, pending, **how)
+        return ChatTemplate(self.tokenizer, system=config.system, **how)
 
 
 def make_config(options: dict[str, Any]) -> GenerateConfig:

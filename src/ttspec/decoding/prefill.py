@@ -16,6 +16,7 @@ from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.context import FeatureState
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.rowcache import RowCache
@@ -80,6 +81,8 @@ class PromptReader:
         self._penalties = penalties
         self._recurrent = [0] * rows.count
         """The least length to which a row's recurrent states can go back, or `LOST`."""
+        self._cropped: set[int] = set()
+        """Rows that went back: features may be gone that their drafter sets out from."""
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -93,6 +96,8 @@ class PromptReader:
             budgets: Tokens that each answer may have, at least 1.
         """
         self.restore(rows)
+        self._deferred.flush()
+        self._restore_features(rows)
         self._deferred.before_prompt(rows)
         device = self._target.device
         subset = torch.tensor(rows, device=device)
@@ -157,14 +162,20 @@ class PromptReader:
         """A round of this row is whole: its states go back to where it began, no further."""
         self._recurrent[row] = self._rows.lengths[row]
 
+    def is_lost(self, row: int) -> bool:
+        """Whether all that a row holds is read again before it goes on."""
+        return self._recurrent[row] == LOST
+
     def crop(self, row: int, length: int) -> None:
         """A row goes back to `length`, further perhaps than its states do."""
+        self._cropped.add(row)
         if length < self._recurrent[row]:
             self.invalidate([row])
 
     def clear(self, row: int) -> None:
         """A row is empty."""
         self._recurrent[row] = 0
+        self._cropped.discard(row)
 
     def restore(self, rows: list[int]) -> None:
         """Read the texts of rows again whose states are lost; keys, values and features are not."""
@@ -173,8 +184,31 @@ class PromptReader:
                 continue
             text = self._rows.tokens[row][: self._rows.lengths[row]]
             for begin in range(0, len(text), PIECE):
-                self._read([row], [text[begin : begin + PIECE]], [begin])
+                self._read_again(row, text[begin : begin + PIECE], begin)
             self._recurrent[row] = self._rows.lengths[row]
+
+    def _restore_features(self, rows: list[int]) -> None:
+        """Have the features of the last tokens of rows that went back further than they are kept.
+
+        A drafter sets out from those of the last token, or reads a draft's length of tokens again.
+        """
+        cropped = [row for row in rows if row in self._cropped]
+        self._cropped.difference_update(cropped)
+        if not isinstance(self._state, FeatureState) or self._drafter is None:
+            return
+        for row in cropped:
+            length = self._rows.lengths[row]
+            begin = max(0, length - self._drafter.length - 1)
+            if length and not self._state.holds(row, begin, length):
+                self._read_again(row, self._rows.tokens[row][begin:length], begin)
+
+    def _read_again(self, row: int, text: list[int], begin: int) -> None:
+        """Let the target read what it has read before; its features are kept."""
+        _, start, subset, _, features = self._read([row], [text], [begin])
+        if isinstance(self._state, FeatureState):
+            position = start[:, None] + torch.arange(len(text), device=start.device)
+            at = start.new_tensor([row]) if subset is None else subset
+            self._state.remember(features, position, at)
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
         noise = None

@@ -105,7 +105,13 @@ class Scheduler:
         return number
 
     def add_turn(self, request: int, ids: list[int]) -> None:
-        """Queue the next turn of a conversation that keeps its row; `ids` begin as the row ends."""
+        """Queue the next turn of a conversation that keeps its row.
+
+        Args:
+            request: Which one.
+            ids: The whole conversation up to the answer. What its row holds of it is not read
+                again, up to the first token that is another.
+        """
         self._ids[request] = ids
         self._ready.append(request)
 
@@ -188,15 +194,15 @@ class Scheduler:
         requests, self._ready = self._ready, []
         asked = [(r, self._conversations[r], self._ids.pop(r)) for r in requests]
         budgets = {r: talk.open(ids) for r, talk, ids in asked}
-        live = [(r, talk, ids) for r, talk, ids in asked if budgets[r]]
+        live = [(r, talk) for r, talk, _ in asked if budgets[r]]
         if live:
             prompts = self.decoder.prompts.begin(
-                [talk.row for _, talk, _ in live],
-                [ids for *_, ids in live],
-                [talk.noise_key() for _, talk, _ in live],
-                [budgets[r] for r, *_ in live],
+                [talk.row for _, talk in live],
+                [talk.prompt_ids for _, talk in live],
+                [talk.noise_key() for _, talk in live],
+                [budgets[r] for r, _ in live],
             )
-            self._reading = prompts, [r for r, *_ in live]
+            self._reading = prompts, [r for r, _ in live]
         return [r for r in requests if not budgets[r]]
 
     def _read_piece(self) -> list[int]:

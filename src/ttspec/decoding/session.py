@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
@@ -19,7 +20,7 @@ from ttspec.learning.delta import difference, read_delta, write_delta
 from ttspec.records import Chunk, Result
 
 if TYPE_CHECKING:
-    from ttspec.decoding.engine import Engine, Prompt
+    from ttspec.decoding.engine import Engine
 
 
 class Session:
@@ -46,6 +47,7 @@ class Session:
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
         self._scheduler: Scheduler | None = None
         self._request = 0
+        self._history: ChatHistory
 
     def send(self, text: Prompt) -> Result:
         """Answer a user turn."""
@@ -59,12 +61,15 @@ class Session:
         try:
             while scheduler.has_unfinished():
                 for _, chunk in scheduler.step():
+                    self._note(chunk)
                     yield chunk
         except KeyboardInterrupt:
             if last := scheduler.abort(self._request):
+                self._note(last)
                 yield last
         finally:
-            scheduler.abort(self._request)
+            if last := scheduler.abort(self._request):
+                self._note(last)
 
     @property
     def conversation(self) -> Conversation | None:
@@ -125,15 +130,12 @@ class Session:
     def _ask(self, text: Prompt) -> Scheduler:
         """Queue a turn."""
         engine, config, scheduler = self.engine, self.config, self._scheduler
-        if scheduler is not None and scheduler.decoder.rows.lengths[0]:
-            pending = scheduler.decoder.rows.pending[0]
-            scheduler.add_turn(self._request, engine.next_turn_ids(config, str(text), pending))
+        if scheduler is not None:
+            scheduler.add_turn(self._request, self._history.ask(text))
             return scheduler
         thinking = engine.thinking(config)
-        ids = engine.first_turn_ids(config, text)
-        if scheduler is not None:  # nothing of the first turn was kept
-            scheduler.add_turn(self._request, ids)
-            return scheduler
+        self._history = ChatHistory(engine.chat_template(config))
+        ids = self._history.ask(text)
         decoder = engine.decoder(config, 1, len(ids), sessions=True)
         if self._start is not None and decoder.learner:
             decoder.learner.weights.start_from(self._start)
@@ -142,6 +144,10 @@ class Session:
             Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
         )
         return self._scheduler
+
+    def _note(self, chunk: Chunk) -> None:
+        if chunk.result:
+            self._history.answer(chunk.result.text, chunk.result.token_ids)
 
 
 def resumed_session(engine: Engine, config: GenerateConfig, path: Path) -> Session:

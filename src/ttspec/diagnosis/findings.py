@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.text import thinking_of
+from ttspec.decoding.template import thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import default_taps
 from ttspec.drafters.rotary import DEFAULT_BASE, PLAIN, rope_parameters

@@ -186,6 +186,11 @@ class FeatureState(ContextState):
         self.features[row[:, None], place] = features
         self.held[row[:, None], place] = position
 
+    def holds(self, row: int, begin: int, end: int) -> bool:
+        """Whether the features of a row's tokens from position `begin` up to `end` are at hand."""
+        position = torch.arange(begin, end, device=self.held.device)
+        return bool((self.held[row, position % FEATURES_KEPT] == position).all())
+
     def recall(self, position: Tensor, row: Tensor) -> Tensor:
         """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""
         place = position % FEATURES_KEPT

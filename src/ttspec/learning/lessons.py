@@ -136,6 +136,10 @@ class Lessons:
         positions, starts = self._ring_positions[row], self._starts[row]
         self._ring_positions[row] = torch.where(positions > length, -1, positions)
         self._starts[row] = torch.where(starts >= length, -1, starts)
+        # What will stand there is new, though later blocks have taught.
+        for newest in (self._used, self._newest):
+            newest[row].clamp_(max=length - 1)
+        self._committed[row].clamp_(max=length)
 
     @staticmethod
     def _push(store: Tensor, new: Tensor, rows: Tensor) -> None:

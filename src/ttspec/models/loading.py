@@ -79,6 +79,7 @@ class Files:
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            add_template(tokenizer, path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
@@ -122,6 +123,27 @@ def open_files(source: Source) -> Files:
         raise _not_loaded(source.path, error) from error
     _refuse_untried(source.path, config)
     return Files(source=source, config=config)
+
+
+def add_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Give a tokenizer the chat template of `chat_template.json`, which processors alone read.
+
+    Raises:
+        TargetError: The file is damaged.
+    """
+    file = folder / "chat_template.json"
+    if tokenizer.chat_template is not None or not file.is_file():
+        return
+    try:
+        given = json.loads(file.read_text(encoding="utf-8-sig"))["chat_template"]
+        if isinstance(given, list):  # several, each with its name
+            given = {each["name"]: each["template"] for each in given}
+    except (ValueError, KeyError, TypeError) as error:
+        raise TargetError(
+            f"{file.parent}: chat_template.json has no chat template: {error!r}.\n"
+            'It is {"chat_template": TEXT}; mend it or delete it.'
+        ) from error
+    tokenizer.chat_template = given
 
 
 def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:

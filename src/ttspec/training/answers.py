@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.messages import FORMS, Turn, read_text, request_of, rows_of, user_turns
 from ttspec.decoding.scheduler import Request, Scheduler
-from ttspec.decoding.text import answer_ids, next_turn_ids, prompt_ids, written_turn_ids
+from ttspec.decoding.template import ChatTemplate
 from ttspec.errors import DataError
 from ttspec.records import Result, repeated_ngrams
 
@@ -23,51 +26,27 @@ LONGEST_WRITTEN_TURN = 200
 MOST_REPETITION = 0.3
 """Answers that repeat more of their 8-grams than this are loops, and teach loops."""
 
-Turns = Sequence[str | None]
+Turns = Sequence[Turn]
 
 
 def read_dialogues(path: Path) -> list[Turns]:
-    """Prompts from JSON lines: {"prompt"}, {"turns"} (null: written by the target) or {"messages"}.
+    """Prompts of a file of JSON lines, in the forms of `messages.request_of`, as user turns.
+
+    A turn of null is written by the target.
 
     Raises:
-        DataError: The file cannot be read or a line is not of this form.
+        DataError: The file cannot be read or a line is not of such a form.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}.\nGive a file of JSON lines.") from error
-    dialogues: list[Turns] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            turns = _turns(json.loads(line))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DataError(
-                f"{path}, line {number} is no prompt: {error!r}.\n"
-                'A line is {"prompt": TEXT}, {"turns": [TEXT or null, ...]} or {"messages": [...]}.'
-            ) from error
-        dialogues.append(turns)
+    dialogues = [_turns(row, where) for where, row in rows_of(read_text(path), str(path))]
     if not dialogues:
-        raise DataError(f"{path} has no prompts.\nEach line is a JSON object.")
+        raise DataError(f"{path} has no prompts.\nEach line is a JSON object: {FORMS}.")
     return dialogues
 
 
-def _turns(record: dict) -> Turns:
-    """User turns of one line; raises what the caller makes a message of."""
-    if "messages" in record:
-        turns = [m["content"] for m in record["messages"] if m["role"] == "user"]
-    else:
-        turns = record["turns"] if "turns" in record else [record["prompt"]]
-        if record.get("prompt", "") is None:
-            raise TypeError("the prompt is null")
-    if (
-        not isinstance(turns, list)
-        or not turns
-        or not all(t is None or isinstance(t, str) for t in turns)
-    ):
-        raise TypeError("a turn is neither text nor null")
-    return turns
+def _turns(row: Any, where: str) -> Turns:
+    turns = request_of(row, where)
+    # What others answered is of no use: of one turn of messages, the target answers each one.
+    return user_turns(turns[0]) if isinstance(turns[0], list) and len(turns) == 1 else turns
 
 
 def write_answers(
@@ -113,6 +92,7 @@ def write_answers(
     )
     if rows is None:
         rows = engine.rows_for(config, min(ROWS, len(todo)), 1, sessions=True)
+    template = engine.chat_template(config)
     decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
     scheduler = Scheduler(decoder, config, stream=False)
     going: dict[int, tuple[int, Script]] = {}  # by request: which dialogue
@@ -121,7 +101,7 @@ def write_answers(
         while todo or going:
             while todo and len(going) < decoder.rows.count:
                 n = todo.pop()
-                script = Script(engine, dialogues[n])
+                script = Script(template, dialogues[n])
                 ids = script.next(None)
                 # A prompt as long as a whole dialogue may be is no example.
                 if ids and len(ids) < decoder.rows.slots:
@@ -133,12 +113,11 @@ def write_answers(
                 n, script = going[request]
                 tokens += len(chunk.result.token_ids)
                 ids = script.next(chunk.result)
-                length = decoder.rows.lengths[scheduler.conversation(request).row]
-                if ids and length + len(ids) < decoder.rows.slots:
+                if ids and len(ids) < decoder.rows.slots:
                     scheduler.add_turn(request, ids)
                     continue
-                line = {"n": n, "ids": script.ids[: script.end], "spans": script.spans}
-                file.write(json.dumps(line) + "\n")
+                for example in script.examples:
+                    file.write(json.dumps({"n": n, **example.to_dict()}) + "\n")
                 done.add(n)
                 del going[request]
                 scheduler.release(request)
@@ -146,51 +125,62 @@ def write_answers(
                 progress(len(done), tokens)
 
 
-class Script:
-    """A dialogue as it grows: which tokens come next, and where the answers are."""
+class Example:
+    """One text and where the answers are in it."""
 
-    def __init__(self, engine: Engine, turns: Turns) -> None:
-        """`turns` are the user's; None is written by the target."""
-        self.tokenizer, self.turns = engine.tokenizer, turns
+    def __init__(self) -> None:
+        """Empty."""
         self.ids: list[int] = []
         self.spans: list[tuple[int, int]] = []
         """Where the answers are: [start, end), end tokens included."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written of it, up to the end of the last answer."""
+        return {"ids": self.ids[: self.spans[-1][1]] if self.spans else [], "spans": self.spans}
+
+
+class Script:
+    """A dialogue as it grows: which tokens come next, and where the answers are."""
+
+    def __init__(self, template: ChatTemplate, turns: Turns) -> None:
+        """`turns` are the user's; None is written by the target."""
+        self.turns = turns
+        self.examples = [Example()]
+        """A template that writes the past otherwise than it was makes another text of it."""
+        self._history = ChatHistory(template)
         self._turn = 0
         self._writing = False
 
-    @property
-    def end(self) -> int:
-        """Where the last answer ends."""
-        return self.spans[-1][1] if self.spans else 0
-
     def next(self, result: Result | None) -> list[int] | None:
-        """Tokens to feed after the last result; None when the dialogue is over."""
+        """The whole dialogue after the last result, to be gone on from; None when it is over."""
         if result is not None:
             tokens, whole = result.token_ids, result.finish_reason == "eos"
             if self._writing:
                 if not whole or not 1 < len(tokens) <= LONGEST_WRITTEN_TURN:
                     return None
-                self.ids += tokens
                 self._writing = False
-                return self._fed(answer_ids(self.tokenizer, tokens[-1]))
+                return self._fed(self._history.ask(result.text))
             if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
                 return None
-            self.spans.append((len(self.ids), len(self.ids) + len(tokens)))
-            self.ids += tokens
+            text = self.examples[-1]
+            text.spans.append((len(text.ids), len(text.ids) + len(tokens)))
+            text.ids += tokens
+            self._history.answer(result.text, tokens)
             if not whole:
                 return None
         if self._turn == len(self.turns):
             return None
         turn = self.turns[self._turn]
         self._turn += 1
-        pending = self.ids[-1] if self.ids else None
         if turn is None:
             self._writing = True
-            return self._fed(written_turn_ids(self.tokenizer, pending))
-        if pending is None:
-            return self._fed(prompt_ids(self.tokenizer, turn))
-        return self._fed(next_turn_ids(self.tokenizer, turn, pending))
+            return self._history.ask_for_turn()
+        return self._fed(self._history.ask(turn))
 
     def _fed(self, ids: list[int]) -> list[int]:
-        self.ids += ids[1:] if self.ids else ids  # the pending token is there already
+        text = self.examples[-1]
+        if ids[: len(text.ids)] != text.ids:
+            text = Example()
+            self.examples.append(text)
+        text.ids[:] = ids
         return ids

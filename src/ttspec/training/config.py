@@ -12,7 +12,7 @@ class TrainConfig:
     """How a drafter is trained."""
 
     prompts: Path
-    """JSON lines: {"prompt"}, {"turns"} or {"messages"}."""
+    """JSON lines: {"prompt"}, {"turns"}, {"messages"} or {"conversations"}."""
     out: Path
     """Folder for the answers, the state and the drafter."""
     kind: Kind = "dflash"
