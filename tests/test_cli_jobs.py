@@ -12,21 +12,22 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.records import Result
 
 
-def test_demo_runs_three_arms_on_the_same_session(pair, capsys, tmp_path) -> None:
+def test_demo_runs_four_arms_on_the_same_session(pair, capsys, tmp_path) -> None:
     out = tmp_path / "run"
     assert main(["demo", *pair, "--tokens", "60", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    for text in ("plain decoding", "static drafter", "learning drafter", "speed against plain"):
+    for text in ("plain decoding", "static drafter", "with copies", "default: learning"):
         assert text in printed
-    assert printed.count("as plain") == 2
+    assert "tokens copied" in printed
+    assert printed.count("as plain") == 3
     assert (out / "report" / "index.html").is_file()
     assert (out / "report" / "acceptance.png").is_file()
     turns = [json.loads(line) for line in (out / "requests.jsonl").read_text().splitlines()]
     texts = {
         arm: [t["text"] for t in turns if t["arm"] == arm] for arm in {t["arm"] for t in turns}
     }
-    assert set(texts) == {"plain", "static", "learn-session"}
-    assert texts["plain"] == texts["static"] == texts["learn-session"]
+    assert set(texts) == {"plain", "static", "static-copy", "default"}
+    assert len(set(map(tuple, texts.values()))) == 1
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["seed"] == 0
     assert len(manifest["drafter"]["sha256"]) == 64

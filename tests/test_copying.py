@@ -18,6 +18,7 @@ from toys import (
     twin,
 )
 
+from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import with_copies
 from ttspec.decoding.copying import LEAST_MATCH, LONGEST_COPY, LONGEST_MATCH, Copying, SuffixIndex
@@ -27,6 +28,7 @@ from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.ngram import Ngram
+from ttspec.models.capture import Graphs
 from ttspec.records import Proposal
 
 # What is copied.
@@ -357,3 +359,31 @@ def small_drafter(which: str) -> Drafter:
     drafter.weights = random_weights(drafter.shapes(), 1)
     drafter.weights["d2t"] = torch.tensor([0, 0, 1, 1])  # all but token 2
     return drafter
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "ngram"])
+def test_nothing_is_captured_within_an_answer(toy_target_dir, which: str, rows: int) -> None:
+    """Whatever rounds come: drafts, copies, both, updates with comparisons and without."""
+    drafter = Ngram() if which == "ngram" else make_kind(which)
+    engine = load(str(toy_target_dir), drafter, device="cuda", dtype="float32")
+    captured: list[int] = []
+
+    class Counting(Decoder):
+        def capture(self) -> None:
+            super().capture()
+            captured.append(Graphs.captured)
+
+    engine.make_decoder = Counting
+    learn = None if which == "ngram" else LearnConfig(stride=2, blocks=4)
+    options = {"max_new_tokens": 400, "ignore_eos": True, "temperature": 0.0}
+    found = engine.generate(PROMPTS[:rows], learn=learn, **options)
+    assert len(captured) == 1
+    assert captured[0] == Graphs.captured > 0
+    assert sum(r.stats.copied_rounds for r in found) > 0
+    wanted = Engine(twin(engine.target), None).generate(PROMPTS[:rows], learn=None, **options)
+    assert [r.token_ids for r in found] == [r.token_ids for r in wanted]

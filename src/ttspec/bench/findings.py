@@ -15,7 +15,8 @@ EARLY, LATE = 512, 1024
 LABELS = {
     "plain": "plain decoding",
     "static": "static drafter",
-    "learn-session": "learning drafter",
+    "static-copy": "with copies",
+    "default": "default: learning",
 }
 """What `ttspec demo` calls its arms; a benchmark's arms go by their own names."""
 
@@ -36,6 +37,9 @@ def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
         "acceptance length": lambda arm: number(arm.acceptance()),
         f"  first {EARLY} tokens": lambda arm: number(arm.acceptance(0, EARLY)),
         f"  after {LATE:,} tokens": lambda arm: number(arm.acceptance(LATE)),
+        "tokens copied": lambda arm: (
+            f"{arm.copied_tokens / arm.tokens:.1%}" if arm.tokens else EMPTY
+        ),
         "updates": lambda arm: f"{arm.updates:,}",
         "share of time learning": lambda arm: number(
             arm.learning_share if arm.updates else None, ".1%"
@@ -49,27 +53,23 @@ def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
 
 
 def findings(arms: Sequence[Arm]) -> list[str]:
-    """The comparison between learning and static in sentences, whichever way it went."""
+    """What copying and learning brought, in sentences, whichever way it went."""
     by_name = {arm.name: arm for arm in arms}
-    static, learning = by_name.get("static"), by_name.get("learn-session")
-    if static is None or learning is None:
-        return []
+    pairs = (("static-copy", "static", "Copying"), ("default", "static-copy", "Learning"))
     sentences = []
-    for low, high, where in (
-        (LATE, 1 << 62, f"After token {LATE:,}"),
-        (0, EARLY, f"In the first {EARLY} tokens"),
-    ):
-        before, after = static.acceptance(low, high), learning.acceptance(low, high)
-        if before and after:
+    for name, other, what in pairs:
+        if name not in by_name or other not in by_name:
+            continue
+        after, before = by_name[name], by_name[other]
+        accepted = after.acceptance(LATE), before.acceptance(LATE)
+        if all(accepted):
             sentences.append(
-                f"{where} a target forward yields {after:.2f} tokens with the learning drafter and "
-                f"{before:.2f} with the static one: {after / before:.2f} times as many."
+                f"{what}: after token {LATE:,} a target forward yields {accepted[0]:.2f} tokens, "
+                f"without it {accepted[1]:.2f}."
             )
-    if static.tokens_per_second > 0:
-        ratio = learning.tokens_per_second / static.tokens_per_second
-        sentences.append(
-            f"Learning ran at {ratio:.2f} times the static drafter's speed, its updates included."
-        )
+        if before.tokens_per_second > 0:
+            ratio = after.tokens_per_second / before.tokens_per_second
+            sentences.append(f"{what}: {ratio:.2f} times the speed without it, everything counted.")
     return sentences
 
 

@@ -138,6 +138,11 @@ class Arm:
         return sum(r.updates for r in self.rounds)
 
     @property
+    def copied_tokens(self) -> int:
+        """Tokens that were copied from the text so far, and kept."""
+        return sum(r.accepted for r in self.rounds if r.copied)
+
+    @property
     def repeated_8grams(self) -> float:
         """Share of the generated 8-grams that had occurred before in their unit; the mean."""
         texts = [token_ids(turns) for turns in self.units.values()]

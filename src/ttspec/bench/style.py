@@ -23,9 +23,11 @@ COLOURS = {
     "static": "#d55e00",
     "static-window": "#e69f00",
     "static-rebased": "#cc79a7",
+    "static-copy": "#009e73",
     "learn": "#56b4e9",
     "learn-session": "#0072b2",
     "learn-shared": "#5a3e99",
+    "default": "#0072b2",
 }
 SPARE_COLOURS = (
     *("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d"),

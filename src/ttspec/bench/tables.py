@@ -122,6 +122,10 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     return Table(title="Speed", note=note, head=tuple(columns), rows=rows)
 
 
+LEARNING = ("learn", "default")
+"""How the kinds of arms that learn begin."""
+
+
 def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     """Who is compared with whom: all with plain and static, learning also with the best static.
 
@@ -133,7 +137,7 @@ def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
         statics = [other for other in own if kind(other).startswith("static")]
         others = [other for other in own if kind(other) == "plain"]
         others += [other for other in statics if kind(other) == "static"][:1]
-        if kind(arm).startswith("learn") and statics:
+        if kind(arm).startswith(LEARNING) and statics:
             others.append(max(statics, key=lambda other: other.acceptance() or 0.0))
         if kind(arm) != "plain":
             names = {other.name: other for other in others if other.name != arm.name}
@@ -143,7 +147,8 @@ def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
 
 def learning_pairs(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     """Those of `pairs_of` that compare a learning arm with a drafting one."""
-    return [(a, b) for a, b in pairs_of(arms) if kind(a).startswith("learn") and kind(b) != "plain"]
+    pairs = pairs_of(arms)
+    return [(a, b) for a, b in pairs if kind(a).startswith(LEARNING) and kind(b) != "plain"]
 
 
 def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:

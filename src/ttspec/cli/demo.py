@@ -1,4 +1,4 @@
-"""`ttspec demo`: one session, decoded plainly, with a static and with a learning drafter."""
+"""`ttspec demo`: one session, decoded plainly, with a drafter, with copies, and by default."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def demo(
     learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
     out: Path | None = None,
 ) -> int:
-    """Show what learning does: the same session plain, with a static and with a learning drafter.
+    """Show what drafting, copying and learning do: the same session in four ways.
+
+    Plain; with a static drafter; with copies beside it; and by default, where it also learns.
 
     The arms take turns, so that a busy machine slows all of them alike. At the end come a table
     and an HTML page with the plot and the text, which all arms write alike: in float32, or in
@@ -84,7 +86,7 @@ def demo(
     arms, interrupted = run_session(engine, turns, goal, shared, learn, console)
     if not all(arm.turns for arm in arms):
         return 130
-    manifest = describe(engine, title="ttspec demo: a drafter that learns while it generates")
+    manifest = describe(engine, title="ttspec demo: drafted, copied, learned")
     manifest |= shared | {"learning": str(learn), "interrupted": interrupted or None}
     write_run(folder, manifest, arms)
     page = write_report(folder)
@@ -117,8 +119,9 @@ def run_session(
 
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"draft": DraftConfig(length=0), "learn": None},
-        "static": {"learn": None},
-        "learn-session": {"learn": learn},
+        "static": {"draft": DraftConfig(copy=False, context="whole"), "learn": None},
+        "static-copy": {"learn": None},
+        "default": {"learn": learn},
     }
     arms = [Arm(name=name) for name in kinds]
     labels = [label(arm.name) for arm in arms]
@@ -204,7 +207,7 @@ def print_setting(console: Any, engine: Engine, goal: int, temperature: float, s
     console.print(
         f"target {target.name}, drafter {drafter.name} (drafts {drafter.length} tokens), "
         f"{str(target.dtype).removeprefix('torch.')} on {target.device}\n"
-        f"{goal:,} tokens in each of three arms, temperature {temperature:g}, seed {seed}"
+        f"{goal:,} tokens in each of four arms, temperature {temperature:g}, seed {seed}"
     )
     if str(target.dtype) != "torch.float32":
         console.print(
@@ -214,7 +217,7 @@ def print_setting(console: Any, engine: Engine, goal: int, temperature: float, s
 
 
 def print_table(console: Any, arms: Sequence[Arm]) -> None:
-    """The three arms side by side, and what follows from it."""
+    """The arms side by side, and what follows from it."""
     from rich.table import Table
 
     from ttspec.bench.findings import findings, label, table
