@@ -181,7 +181,7 @@ def test_json_is_one_object_with_the_names_of_the_design_page(pair, capsys) -> N
         "seed", "prompt_tokens", "emitted_tokens", "rounds", "acceptance_length", "accepted_at",
         "updates", "reverts", "seconds", "tokens_per_second", "seconds_in", "by_position",
         "repeated_8grams", "copied_rounds", "copied_tokens", "plain_rounds", "draft_lengths",
-        "thinking",
+        "thinking", "reread_tokens",
     }  # fmt: skip
     assert stats["seed"] == 3
     assert set(stats["seconds_in"]) == {"draft", "verify", "learn"}

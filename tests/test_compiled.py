@@ -24,7 +24,7 @@ class Compiled(Graphs):
         super().__init__(device, compile=compile)
         self.on = True
 
-    def __call__(self, work, key, *, compile=True, changes=()):
+    def __call__(self, work, key, *, compile=True, changes=(), first=False):
         with compiled.compiling():
             return work(key)
 

@@ -891,7 +891,7 @@ def test_a_draft_model_that_is_the_target_is_always_right(request, folder: str, 
     assert drafter.kind == "causal"
     engine = load(str(path), drafter, device="cpu", dtype="float32")
     options = {"max_new_tokens": 31, "seed": 2, "temperature": temperature, "ignore_eos": True}
-    for result in engine.generate(PROMPTS, learn=None, **options):
+    for result in engine.generate(PROMPTS, learn=None, draft=WHOLE, **options):
         assert drafter.length == 5
         assert accepted(result) == [(5, 5)] * 5
         assert result.stats.acceptance_length == 6.0

@@ -173,7 +173,8 @@ def test_a_drafter_learns_on_after_its_row_went_back(typist, supervision):
     engine = engine_with(typist.target, dropped, "dflash")
     how = {"supervision": supervision, "publish": "now", "guard": 0}
     learn = LearnConfig(stride=1, lr=1e-3, scope="session", **how)
-    session = engine.session(max_new_tokens=50, temperature=0.0, context=512, learn=learn)
+    options = {"max_new_tokens": 50, "temperature": 0.0, "draft": DraftConfig(copy=False)}
+    session = engine.session(context=512, learn=learn, **options)
     results = [result for _, result in talk(session, turns=2)]
     assert results[1].stats.reread_tokens > 30
     for r in results:

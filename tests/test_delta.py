@@ -17,6 +17,7 @@ from toys import complaint, make_drafter, make_kind, toy_engine, twin
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.session import Session
 from ttspec.drafters.export import export_drafter
 from ttspec.errors import CheckpointError, OptionError, TtspecError
@@ -112,6 +113,8 @@ def test_its_first_proposals_are_those_of_the_live_session(target, saved, how: s
         0,
         0,
     )  # a new conversation, what it knows
+    session._history = ChatHistory(session.engine.chat_template(session.config))
+    session._scheduler.decoder.rows.tokens[0] = []
     resumed = fresh(target, "dflash").session(resume=path, learn=still, **SAID)
     static = fresh(target, "dflash").session(learn=None, **SAID)
     wanted = first(session)

@@ -317,7 +317,7 @@ def test_what_rounds_take_is_near_the_forecast(which: str, options: dict):
         pytest.skip("nothing learns")
     engine = Engine(target, drafter)
     chosen = GenerateConfig(
-        seed=0, max_new_tokens=24, ignore_eos=True, draft=DraftConfig(adaptive=False), **options
+        seed=0, max_new_tokens=24, ignore_eos=True, draft=DraftConfig(copy=False), **options
     )
     decoder = engine.decoder(chosen, rows, 20, sessions=False)
     need = of_run(target, drafter, chosen, rows, decoder.rows.slots, prompt=20)

@@ -24,7 +24,7 @@ from transformers import (
 from ttspec import load
 from ttspec.bench.store import read_run
 from ttspec.cli import WRONG_INPUT, main
-from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
 from ttspec.decoding.engine import Engine
@@ -223,7 +223,8 @@ def double(model, target) -> Engine:
 def test_a_draft_is_penalised_as_the_target_is(double, acceptance: str) -> None:
     """So a drafter that is the target is right always, under both rules."""
     sampled = {"temperature": 0.9, "seed": 3, "acceptance": acceptance}
-    options = {**SETTINGS["all"][0], "learn": None} | (sampled if acceptance != "greedy" else {})
+    options = {**SETTINGS["all"][0], "learn": None, "draft": DraftConfig(copy=False)}
+    options |= sampled if acceptance != "greedy" else {}
     found = double.generate([PROMPT], max_new_tokens=41, **options)[0]
     assert [r.accepted for r in found.rounds] == [r.proposed for r in found.rounds] == [4] * 8
 
@@ -242,12 +243,13 @@ def test_a_later_turn_is_a_request_with_the_whole_conversation(engines, model) -
     ours = ours | {"repetition_penalty": 1.2, "no_repeat_ngram_size": 5, "min_new_tokens": 4}
     other = other | {"repetition_penalty": 1.2, "no_repeat_ngram_size": 5, "min_new_tokens": 4}
     session = engines["twin"].session(max_new_tokens=14, context=300, **ours, **LEARN)
-    before: list[int] = []
     for turn in ("ab cab", "abc", "a"):
         found = session.send(turn)
-        ids = [*before[:-1], *found.prompt_ids]
+        assert session.conversation is not None
+        text = session.conversation.decoder.rows.tokens[0]
+        ids = text[: len(text) - len(found.token_ids)]
+        assert text[len(ids) :] == found.token_ids
         assert found.token_ids == theirs(model, ids, 14, **other), turn
-        before = ids + found.token_ids
 
 
 def test_what_is_taken_back_counts_no_more(engines, model, target) -> None:

@@ -17,7 +17,8 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from ttspec.config import LearnConfig
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
@@ -320,13 +321,13 @@ def test_a_row_cut_back_by_many_rounds_reads_its_text_again(typist, back):
 def test_memory_counts_states_once_a_row(typist):
     told = memory(typist, 1, 1000), memory(typist, 3, 2000)
     assert told[0]["target_cache_per_1000_tokens"] == 2 * 2 * 16 * 1000 * 4
-    width = typist.drafter.length + 1
+    width = widths(typist.drafter, DraftConfig(), batch_invariant=False)[-1]
     channels, size = 2 * 32 + 96, 4 * 16 * 24
     kept = width * (channels + 2 * 16 + 4 * 24 + 4)
     assert told[0]["target_state_per_row"] == 3 * (8 + 4 * (size + 3 * channels + kept))
     each = "target_state_per_row", "learning_per_row"
     caches = "target_cache_per_1000_tokens", "drafter_cache_per_1000_tokens"
-    more = told[1]["total"] - told[0]["total"]
+    more = told[1]["total"] - told[0]["total"] - (told[1]["work"] - told[0]["work"])
     assert more == sum(2 * told[0][k] for k in each) + sum(5 * told[0][k] for k in caches)
 
 

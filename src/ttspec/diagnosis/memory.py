@@ -7,6 +7,7 @@ import os
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import (
     Forecast,
@@ -31,7 +32,8 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     """Bytes of the parts, and in all for `rows` learning rows of `context` tokens."""
     target, drafter = engine.target, engine.drafter
     full, lora = LearnConfig(weights="full"), LearnConfig(weights="lora")
-    cache, states = _target_cache(target, drafter.length + 1 if drafter else 1)
+    width = widths(drafter, DraftConfig(), batch_invariant=False)[-1]
+    cache, states = _target_cache(target, width)
     parts = {
         "target_weights": sum(p.nbytes for p in target.model.parameters()),
         "target_cache_per_1000_tokens": cache,

@@ -322,6 +322,8 @@ class Drafter(ABC):
 
     def weights_read(self, length: int) -> int:
         """Weights that are read to draft a block of `length` tokens, the head's among them."""
+        if not self.weights:
+            return 0
         own = sum(w.numel() for n, w in self.weights.items() if "embed_tokens" not in n)
         if "lm_head.weight" not in self.weights:
             rows, hidden = self.embedding.shape

@@ -6,9 +6,10 @@ addresses it was captured with: what it reads and writes must stay where it is.
 
 from __future__ import annotations
 
+import gc
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -152,7 +153,8 @@ class Graphs:
                 # One pool for all: they never run at the same time, and nothing outlives its round.
                 graph.capture_begin(pool=self._pool)
                 try:
-                    out = work(key)
+                    with _no_collection():
+                        out = work(key)
                 finally:
                     graph.capture_end()
             return graph, out
@@ -185,3 +187,15 @@ def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, list | tuple):
         return [tensor for part in value for tensor in _tensors(part)]
     return []
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the collector from freeing device objects: that would spoil a capture under way."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
