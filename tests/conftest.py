@@ -21,6 +21,29 @@ from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
 from ttspec.models.source import resolve
 
+VARIANTS = (
+    *("eagle3-normed-residual", "eagle3.1", "eagle3-norm-before-fc", "eagle3-qk-norm"),
+    *("pard-qwen3", "causal-qwen2", "dflash-sliding"),
+)
+"""Differ from another kind inside a layer only, which tests of drafts and gradients show."""
+OF_ROUNDS = (
+    "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
+    "test_a_captured_round_does_what_the_round_does",
+    "test_rows_of_a_batch_write_and_accept_what_each_does_alone",
+    "test_a_row_that_rested_while_another_went_on_continues_as_alone",
+    "test_an_export_of_an_export_and_back_has_the_same_tensors",
+)
+"""Look at what lies around a layer: for variants they are slow tests."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        name, _, variant = item.name.partition("[")
+        if name in OF_ROUNDS and variant.startswith(VARIANTS):
+            item.add_marker(pytest.mark.slow)
+
+
 torch.set_num_threads(1)  # two threads on a busy machine are slower than one
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]

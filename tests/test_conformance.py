@@ -82,9 +82,7 @@ def accepted(result: Result) -> list[tuple[int, int]]:
 LORA = dataclasses.replace(NOW, weights="lora", rank=3)
 ARMS = {
     "static": {"learn": None, "draft": WHOLE},
-    "static, copies": {"learn": None},
     "learning": {"learn": NOW, "draft": WHOLE},
-    "learning, copies": {"learn": NOW},
     "learning low-rank changes": {"learn": LORA, "draft": WHOLE},
     "learning, window": {"learn": NOW, "draft": WINDOW},
     "learning, rebase": {"learn": NOW, "draft": REBASE},

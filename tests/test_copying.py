@@ -158,8 +158,10 @@ def target(toy_target_dir):
     return target
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "causal", "ngram"])
+@pytest.mark.parametrize(
+    ("which", "temperature"),
+    [("dflash", 0.0), ("eagle3", 0.0), ("pard", 0.0), ("eagle3", 0.7), ("ngram", 0.7)],
+)
 def test_sixteen_prompts_are_answered_as_plainly(target, which: str, temperature: float) -> None:
     options = {"max_new_tokens": 28, "seed": 3, "ignore_eos": True, "temperature": temperature}
     wanted = Engine(twin(target), None).generate(PROMPTS, learn=None, **options)
@@ -249,7 +251,7 @@ def test_drafts_after_copies_are_those_of_who_never_copied(target, which: str) -
     assert any(a and not b for a, b in pairwise(copied)), "no draft comes after a copy"
     ids, drafts = result.prompt_ids + result.token_ids, dict(made)
     assert len(drafts) > 4
-    for start, tokens in list(drafts.items())[-6:]:
+    for start, tokens in list(drafts.items())[-3:]:
         made.clear()
         engine.generate([ids[:start]], draft=DraftConfig(copy=False), **options)
         budget = len(result.token_ids) - (start - len(result.prompt_ids)) - 1

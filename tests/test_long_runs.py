@@ -94,8 +94,9 @@ class Forgetful(Tapes):
         Forgetful.most_seen = max(Forgetful.most_seen, self.keys + 1)
 
 
-@pytest.mark.parametrize(("which", "publish"), [("dflash", "now"), ("eagle3", "stride")])
-@pytest.mark.parametrize("bound", ["most", "room"])
+@pytest.mark.parametrize(
+    ("which", "publish", "bound"), [("dflash", "now", "most"), ("eagle3", "stride", "room")]
+)
 def test_graphs_of_few_shapes_are_kept_and_the_text_stays(
     target, monkeypatch, which: str, publish: str, bound: str
 ):

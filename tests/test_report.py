@@ -163,12 +163,18 @@ def test_a_text_that_is_the_same_is_said_to_be_so() -> None:
     assert a.first_difference(b) == 5
 
 
-def test_findings_name_both_arms_and_the_ratio(arms: list[Arm]) -> None:
-    late, early, speed = findings(arms)
-    assert late.startswith("After token 1,024")
-    assert early.startswith("In the first 512 tokens")
-    assert "static drafter's speed" in speed
+def test_findings_say_what_copying_and_learning_brought(arms: list[Arm]) -> None:
+    _, copying, learning = arms
+    copying.name, learning.name = "static-copy", "default"
+    late, speed = findings(arms)
+    assert late.startswith("Learning: after token 1,024 a target forward yields ")
+    accepted = learning.acceptance(1024), copying.acceptance(1024)
+    assert f"{accepted[0]:.2f} tokens, without it {accepted[1]:.2f}." in late
+    ratio = learning.tokens_per_second / copying.tokens_per_second
+    assert speed == f"Learning: {ratio:.2f} times the speed without it, everything counted."
     assert findings(arms[:2]) == []
+    arms[0].name = "static"
+    assert findings(arms[:2])[0].startswith("Copying: ")
 
 
 def test_an_arm_without_rounds_still_makes_a_page() -> None:

@@ -76,7 +76,7 @@ LEARN = LearnConfig(stride=1, blocks=2)
 # fewer updates.
 @pytest.mark.parametrize(
     ("learn", "temperature", "tokens"),
-    [(None, 0.7, 32), (LEARN, 0.0, 40), (LEARN, 0.7, 32)],
+    [(None, 0.7, 24), (LEARN, 0.0, 32), (LEARN, 0.7, 24)],
     ids=["static-0.7", "learning-0.0", "learning-0.7"],
 )
 def test_the_bundled_drafter_writes_what_plain_decoding_writes(
@@ -89,7 +89,7 @@ def test_the_bundled_drafter_writes_what_plain_decoding_writes(
     for wanted, found in zip(plain(temperature, tokens), results, strict=True):
         assert_same(engine, wanted, found.token_ids, temperature)
     if learn:
-        assert all(r.stats.updates > 5 for r in results)
+        assert all(r.stats.updates > 3 for r in results)
         assert not any(r.stats.reverts for r in results)
 
 

@@ -15,6 +15,7 @@ EARLY, LATE = 512, 1024
 LABELS = {
     "plain": "plain decoding",
     "static": "static drafter",
+    "learn-session": "learning drafter",
     "static-copy": "with copies",
     "default": "default: learning",
 }

@@ -27,7 +27,7 @@ COLOURS = {
     "learn": "#56b4e9",
     "learn-session": "#0072b2",
     "learn-shared": "#5a3e99",
-    "default": "#0072b2",
+    "default": "#332288",
 }
 SPARE_COLOURS = (
     *("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d"),
