@@ -28,7 +28,10 @@ EAGLE = "eagle_aux_hidden_state_layer_ids"
 
 @pytest.fixture(scope="module")
 def plain_target() -> Target:
-    return wrap_target(LlamaForCausalLM(LlamaConfig(**SHAPE)), byte_tokenizer())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # another one in every run would meet near-ties now and then
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    return wrap_target(model, byte_tokenizer())
 
 
 @pytest.mark.parametrize("which", ["dflash", "dflash-sliding", "eagle3", "pard", "pard2", "causal"])
