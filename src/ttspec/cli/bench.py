@@ -58,8 +58,8 @@ def run(
     prompt_tokens
         With random weights: random tokens of each prompt. [default: 256]
     arms
-        Of plain, ngram, static, static-window, static-rebased, learn, learn-session, learn-shared,
-        with options in brackets, as in static,static-window[window=256],learn[stride=4,lr=3e-5];
+        Of plain, ngram, static, static-window, static-rebased, static-copy, learn, learn-session,
+        learn-shared, default, with options in brackets, as in static,default[stride=4,lr=3e-5];
         static[drafter=FOLDER] has a drafter of its own. Other implementations, where they are
         installed: hf, hf-compiled, hf-lookup, hf-assisted[model=FOLDER] and hf-dflash are
         transformers' own `generate`, dflash is the package of that name.

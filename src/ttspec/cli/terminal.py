@@ -60,7 +60,10 @@ def follow(stream: Iterator[Chunk], show: Callable[[Chunk], None]) -> Result:
 
 def summary(stats: Stats) -> str:
     """One line of figures."""
-    parts = [f"{stats.emitted_tokens} tokens", f"{stats.tokens_per_second:.1f} tokens/s"]
+    parts = [f"{stats.emitted_tokens} tokens"]
+    if stats.copied_tokens:
+        parts.append(f"{stats.copied_tokens} of them copied")
+    parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
     if stats.rounds:
         parts.append(f"acceptance length {stats.acceptance_length:.2f}")
     parts.append(f"{stats.updates} updates")
