@@ -271,6 +271,19 @@ def test_a_session_copies_from_its_earlier_turns_and_not_past_a_stop(target) -> 
     assert said[0][0] == text[: text.index(stop)]
 
 
+def test_an_adaptive_policy_goes_on_beside_copies(target) -> None:
+    """Its plain rounds are plain, and a round with copies says nothing of the drafter's costs."""
+    options = {"max_new_tokens": 120, "temperature": 0.0, "ignore_eos": True, "learn": None}
+    engine = engine_of(target, "eagle3")
+    wanted = Engine(twin(target), None).generate(PROMPTS[0], **options)[0]
+    found = engine.generate(PROMPTS[0], draft=DraftConfig(adaptive=True), **options)[0]
+    assert found.token_ids == wanted.token_ids
+    assert found.stats.copied_rounds > 3
+    assert all(r.length is None for r in found.rounds if r.copied)
+    assert found.stats.plain_rounds == sum(r.length == 0 for r in found.rounds) > 0
+    assert all(r.proposed == 0 for r in found.rounds if r.length == 0)
+
+
 @pytest.mark.parametrize("which", ["dflash", "eagle3"])
 def test_deterministic_rounds_have_one_width(target, which: str) -> None:
     engine = engine_of(target, which)
