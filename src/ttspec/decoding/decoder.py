@@ -132,10 +132,8 @@ class Decoder(SpeculativeRound):
         self.rows.upload(0)
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
-        slots, lengths, shapes = self.rows.slots, [0], list[RoundShape]()
-        if self.gamma:
-            lengths = [0, *getattr(self.policy, "lengths", [self.gamma])]
-        for drafted in lengths:
+        slots, shapes = self.rows.slots, list[RoundShape]()
+        for drafted in {0, *self.policy.lengths}:
             if drafted or self.policy.adaptive or not self.gamma:
                 shapes.append(RoundShape(slots, drafted))
             if self.copying and (not drafted or self.rows.count > 1):
@@ -145,7 +143,7 @@ class Decoder(SpeculativeRound):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
             if self.learner and shape.proposed:
-                self.learner.capture(verification, shape)
+                self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)
 

@@ -55,7 +55,7 @@ class FixedDraftLength:
 
     def __init__(self, length: int) -> None:
         """`length` drafts a round; 0 is plain decoding."""
-        self.length = length
+        self.length, self.lengths = length, [length]
 
     def choose(self) -> int:
         """Draft length of the next round."""

@@ -136,7 +136,7 @@ class Learner:
         rows = len(self.updates)
         if self._lessons is None and not drafted:
             return [False] * rows
-        self._keep(verification, longest if key is None else key)
+        self.keep(verification, longest if key is None else key)
         self._rounds += drafted
         for row in range(rows) if active is None else active:
             self._active[0 if self.shared else row] = True
@@ -149,15 +149,6 @@ class Learner:
             if self._publish == "now":
                 updated = self.publish()
         return updated
-
-    def capture(self, verification: Verification, key: Hashable) -> None:
-        """Capture what a round in which nobody takes part would have the learner do.
-
-        Args:
-            verification: Of such a round, in which the drafter drafted.
-            key: See `absorb`.
-        """
-        self._keep(verification, key)
 
     def capture_updates(self, slots: int) -> None:
         """Capture updates of rows of up to `slots` tokens; without lessons they change nothing."""
@@ -254,8 +245,8 @@ class Learner:
         if self._lessons is not None:
             self._lessons.clear(row)
 
-    def _keep(self, verification: Verification, key: Hashable) -> None:
-        """Keep a round's verification, for what it teaches."""
+    def keep(self, verification: Verification, key: Hashable) -> None:
+        """Keep a round's verification, for what it teaches; `key` as in `absorb`."""
         if self._lessons is None:
             self._lessons = Lessons(self.config, len(self.updates), self.length, verification)
         self._verification, changes = verification, self._lessons.changed_by_absorb
