@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from ttspec import load
+from ttspec.config import DraftConfig
 from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
 from ttspec.models.source import resolve
@@ -44,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
 
 
+DraftConfig.__init__.__kwdefaults__["adaptive"] = False  # no busy machine's clock decides in a test
 torch.set_num_threads(1)  # two threads on a busy machine are slower than one
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]

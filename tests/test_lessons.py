@@ -1,6 +1,7 @@
 """Lessons: which rows teach, when, and with which labels."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -110,9 +111,12 @@ def listen(learner: Learner, taught: list[Lesson]) -> None:
     """Note the lessons that a learner is given."""
     distil = learner._distil
 
-    def noted(lesson: Lesson, longest: int) -> None:
+    def noted(longest: int, held_out: torch.Tensor | None = None) -> torch.Tensor | None:
+        lesson = learner._lesson
+        if held_out is not None:
+            lesson = replace(lesson, mask=lesson.mask & ~held_out[..., None])
         taught.append(lesson)
-        distil(lesson, longest)
+        return distil(longest, held_out)
 
     learner._distil = noted
 

@@ -215,9 +215,15 @@ class Schedule(DraftPolicy):
         super().__init__(longest)
         self._turn = cycle(lengths)
         self.told: list[int] = []
+        self._next = 0
+
+    @property
+    def pauses(self) -> bool:
+        return not self._next  # each plain round is one of a pause
 
     def choose(self) -> int:
-        return min(next(self._turn), self.longest)
+        self._next = min(next(self._turn), self.longest)
+        return self._next
 
     def observe(self, length, seconds, **facts) -> None:
         assert seconds > 0
@@ -309,7 +315,7 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
     target, which, draft, monkeypatch
 ) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
-    monkeypatch.setattr("ttspec.decoding.deferred.PLAIN_ROUNDS", 8)
+    monkeypatch.setattr("ttspec.decoding.deferred.AT_ONCE", 8)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)
@@ -398,8 +404,9 @@ def test_what_was_found_out_lasts_for_requests_of_other_sizes(engine, monkeypatc
     assert bad.sibling()._policies == {}
 
 
-def test_without_the_option_nothing_is_gated(engine) -> None:
-    result = engine.generate("hello there", max_new_tokens=20, learn=None)[0]
+def test_without_it_every_round_drafts(engine) -> None:
+    draft = DraftConfig(adaptive=False)
+    result = engine.generate("hello there", max_new_tokens=20, learn=None, draft=draft)[0]
     assert result.stats.draft_lengths == {}
     assert result.stats.plain_rounds == 0
     assert all(r.length is None for r in result.rounds)
@@ -408,7 +415,7 @@ def test_without_the_option_nothing_is_gated(engine) -> None:
 def test_deterministic_leaves_no_choice_to_a_clock(engine) -> None:
     config = GenerateConfig(deterministic=True, draft=DraftConfig(adaptive=True, window=9))
     resolve_learn_config = config.resolved()
-    assert resolve_learn_config.draft == DraftConfig(window=9)
+    assert resolve_learn_config.draft == DraftConfig(adaptive=True, window=9)
     assert resolve_learn_config.learn is not None
     assert resolve_learn_config.learn.publish == "stride"
     assert GenerateConfig(learn=None, deterministic=True).resolved().learn is None
@@ -421,7 +428,8 @@ def test_deterministic_leaves_no_choice_to_a_clock(engine) -> None:
 def test_arms_name_the_policy() -> None:
     (arm,) = parse_arms("static[adaptive=true,window=64]")
     assert arm.draft == DraftConfig(adaptive=True, window=64, copy=False, context="whole")
-    assert parse_arms("learn[adaptive=false]")[0].draft == replace(WHOLE, context="whole")
+    assert parse_arms("learn")[0].draft == DraftConfig(adaptive=False, copy=False, context="whole")
+    assert DraftConfig.__dataclass_fields__["adaptive"].default is True
     with pytest.raises(OptionError, match="true, false"):
         parse_arms("static[adaptive=yes]")
 

@@ -12,7 +12,9 @@ from ttspec.learning.update_schedule import MAX_STRIDES, TRIAL, UpdateSchedule
 
 def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
     """A learner at stride 8 after so many rounds of 1 s, an update costing `cost` s more."""
-    learner = SimpleNamespace(stride=8, strides=1, guard=SimpleNamespace(gain=lambda: gain))
+    learner = SimpleNamespace(
+        stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: gain)
+    )
     pace = UpdateSchedule()
     for number in range(1, rounds + 1):
         updated = number % (8 * learner.strides) == 0
@@ -34,6 +36,46 @@ def test_what_pays_is_done_as_often_as_the_stride_says():
 def test_a_small_gain_pays_for_so_many_updates(cost: float, least: int, most: int):
     """A tenth more drafts is 4.8 % more tokens; at stride 8 an update of 0.4 rounds costs 5 %."""
     assert least <= learned(50_000, cost=cost * 0.9, gain=1.1).strides <= most
+
+
+def test_what_rounds_take_longer_beside_an_update_is_its_cost():
+    """Published 4 rounds after it began, each 0.5 s longer: as dear as 2 s at once."""
+    for slower, strides in ((0.5, MAX_STRIDES), (0.0, 1)):
+        learner = SimpleNamespace(
+            stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: 1.05)
+        )
+        pace, left = UpdateSchedule(), 0
+        for number in range(1, 50_000):
+            seconds = 1.0 + slower * (left > 0)
+            left -= 1
+            if number % (8 * learner.strides) == 0:
+                left = 4
+            learner.is_updating = left > 0
+            pace.observe(seconds, left == 0, 1.0, learner)  # type: ignore[arg-type]
+        assert learner.strides == pytest.approx(strides, rel=0.76), slower
+
+
+def test_where_every_round_is_slowed_down_there_are_fewer_updates():
+    learner = SimpleNamespace(
+        stride=4, strides=1, is_updating=True, guard=SimpleNamespace(gain=lambda: 1.0)
+    )
+    pace = UpdateSchedule()
+    for number in range(1, 4 * TRIAL + 1):
+        seconds = 1.3 if number > 1 else 1.0  # none is ever free of one again
+        pace.observe(seconds, number % 4 == 0, 1.0, learner)  # type: ignore[arg-type]
+    assert learner.strides == 2
+
+
+def test_without_a_clock_seconds_say_nothing():
+    for seconds in (1.0, 50.0):
+        learner = SimpleNamespace(
+            stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: 1.0)
+        )
+        pace = UpdateSchedule(clock=False)
+        for number in range(1, 8 * TRIAL + 1):
+            updated = number % 8 == 0
+            pace.observe(seconds * updated, updated, 1.0, learner)  # type: ignore[arg-type]
+        assert learner.strides == 2
 
 
 def test_a_gain_that_comes_late_is_taken():

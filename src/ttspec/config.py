@@ -172,9 +172,11 @@ class DraftConfig(_Options):
     copy: bool = True
     """Where the last tokens of a row stood before, verify what followed there instead of a draft,
     up to 31 tokens, if that promises more."""
-    adaptive: bool = False
-    """Draft less, or not at all, where measured costs say that it does not pay: then no drafter
-    makes decoding slower than plain decoding, but for a few tries."""
+    adaptive: bool = True
+    """Draft less, or not at all, where measured costs say that it does not pay, and learn seldom
+    where learning does not: then no drafter makes decoding slower than plain decoding, but for a
+    few tries. Where lengths by the clock would change what a seed writes (acceptance rejection,
+    deterministic), every round drafts."""
 
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
@@ -352,7 +354,7 @@ class GenerateConfig:
         learn = self.learn
         if learn and learn.publish == "ready":
             learn = replace(learn, publish="stride")
-        return replace(self, draft=replace(self.draft, adaptive=False), learn=learn)
+        return replace(self, learn=learn)
 
     def sampling(
         self, defaults: Mapping[str, Any], *, bad_words: Collection[Sequence[int]] = ()

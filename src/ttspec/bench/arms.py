@@ -13,16 +13,18 @@ from ttspec.errors import OptionError
 
 WINDOW = REBASE = 512
 """What static-window and static-rebased mean without options: what measured best."""
+FIXED_RECIPE: dict[str, Any] = {"copy": False, "adaptive": False}
+"""The drafter alone, in every round."""
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"length": 0},
     "ngram": {},
-    "static": {"copy": False, "context": "whole"},
-    "static-window": {"window": WINDOW, "copy": False},
-    "static-rebased": {"rebase": REBASE, "copy": False},
-    "static-copy": {},
-    "learn": {"scope": "request", "copy": False, "context": "whole"},
-    "learn-session": {"scope": "session", "copy": False, "context": "whole"},
-    "learn-shared": {"scope": "shared", "copy": False, "context": "whole"},
+    "static": FIXED_RECIPE | {"context": "whole"},
+    "static-window": FIXED_RECIPE | {"window": WINDOW},
+    "static-rebased": FIXED_RECIPE | {"rebase": REBASE},
+    "static-copy": {"adaptive": False},
+    "learn": FIXED_RECIPE | {"scope": "request", "context": "whole"},
+    "learn-session": FIXED_RECIPE | {"scope": "session", "context": "whole"},
+    "learn-shared": FIXED_RECIPE | {"scope": "shared", "context": "whole"},
     "default": {"scope": "session"},
 }
 PEERS: dict[str, dict[str, type]] = {

@@ -207,7 +207,7 @@ def _drawn(
 
 
 def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
-    """Arms as they are replayed: no round takes long, so what is published when ready is so now.
+    """Arms as they are replayed: no clock decides, and what is published when ready is so now.
 
     Raises:
         OptionError: An arm needs more than the text that was written, or is no arm of ours.
@@ -222,12 +222,13 @@ def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "
                 "rejected draft, which a text does not hold.\nRun it live, with `ttspec bench run`."
             )
-    return [
-        replace(arm, learn=replace(arm.learn, publish="now"))
-        if arm.learn and arm.learn.publish == "ready"
-        else arm
-        for arm in arms
-    ]
+    replayed = []
+    for arm in arms:
+        learn = arm.learn
+        if learn and learn.publish == "ready":
+            learn = replace(learn, publish="now")
+        replayed.append(replace(arm, learn=learn, draft=replace(arm.draft, adaptive=False)))
+    return replayed
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.update_schedule import AFTER
+from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 
@@ -99,9 +99,13 @@ class Decoder(SpeculativeRound):
                 after=AFTER if draft.adaptive else 0,
             )
         self.policy = FixedDraftLength(self.gamma)
-        if draft.adaptive and self.state is not None:
-            # Another length would be compiled anew, for longer than most answers take.
-            few = compile and self.graphs.on
+        # Of the rejection rule's noise a round has its own: lengths by the clock would change texts.
+        repeats = batch_invariant or sampling.acceptance == "rejection"
+        by_clock = draft.adaptive and not repeats
+        if by_clock and self.state is not None:
+            # Where a graph is launched a shorter block saves nothing, and another length of a chain
+            # would be compiled anew, for longer than most answers take.
+            few = self.graphs.on and (compile or (drafter is not None and drafter.at_once))
             self.policy = policy or DraftPolicy(self.gamma, few=few)
         self.copying = None
         if copies:
@@ -118,7 +122,9 @@ class Decoder(SpeculativeRound):
         self.penalties = RowPenalties.of(sampling, target, rows, slots)
         known = sampling, self.rows, self.deferred, self.penalties
         self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
-        self.timer, self.feedback = RoundTimer(target.device), PolicyFeedback(self.learner)
+        self.timer = RoundTimer(target.device)
+        schedule = UpdateSchedule(clock=by_clock) if draft.adaptive else None
+        self.feedback = PolicyFeedback(self.learner, schedule)
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -132,17 +138,22 @@ class Decoder(SpeculativeRound):
         self.rows.upload(0)
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
-        slots, shapes = self.rows.slots, list[RoundShape]()
+        slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
+        shapes = list[RoundShape]()
+        copied = self.copying.most if self.copying else 0
         for drafted in {0, *self.policy.lengths}:
-            if drafted or self.policy.adaptive or not self.gamma:
+            if drafted or adaptive or not self.gamma:
                 shapes.append(RoundShape(slots, drafted))
-            if self.copying and (not drafted or self.rows.count > 1):
-                shapes.append(RoundShape(slots, drafted, self.copying.most))
+            if copied and not (drafted and one):
+                shapes.append(RoundShape(slots, drafted, copied))
+        if adaptive:  # while the drafter pauses
+            shapes.append(RoundShape(slots, 0, 0, absorbs=False))
+            shapes.extend([RoundShape(slots, 0, copied, absorbs=False)] * (one and copied > 0))
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and shape.proposed:
+            if self.learner and shape.proposed and shape.absorbs:
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)

@@ -16,8 +16,9 @@ from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.records import Verification
 
-PLAIN_ROUNDS = 32
-"""Plain rounds whose tokens a drafter absorbs together: alone, each costs 2 % of its round."""
+AT_ONCE = 32
+"""Tokens of rounds without drafts that a drafter absorbs together: alone, one costs 2 % of its
+round."""
 
 
 class DeferredContext:
@@ -28,13 +29,13 @@ class DeferredContext:
         self._drafter, self._state, self._rows = drafter, state, rows
         self._unread = [0] * rows.count
         """Committed tokens of each row, the last ones, that the drafter may not have read."""
-        self._plain: list[tuple[Tensor, Tensor, Tensor]] = []
-        """Tokens, features and starts of the last plain rounds, not absorbed yet."""
+        self._rounds: list[tuple[Tensor, Tensor, Tensor]] = []
+        """Tokens, features and starts of the last rounds, not absorbed yet."""
         self._last: Verification
 
     def before_round(self, active: list[int], shape: RoundShape) -> None:
         """Let the drafter read what it needs for a round of this shape."""
-        if shape.proposed or len(self._plain) == PLAIN_ROUNDS:
+        if shape.absorbs or sum(fed.shape[1] for fed, _, _ in self._rounds) >= AT_ONCE:
             self.flush()
         if shape.draft_length:
             self._catch_up(active, shape.draft_length)
@@ -53,7 +54,7 @@ class DeferredContext:
         shape: RoundShape,
         copied: Mapping[int, int],
     ) -> None:
-        """Take note of a round in which some rows copied; keep what a plain one leaves.
+        """Take note of a round in which some rows copied; keep what one leaves that is deferred.
 
         Args:
             verification: Of the round.
@@ -66,21 +67,23 @@ class DeferredContext:
         for row in active:
             before = 0 if shape.draft_length else self._unread[row]
             self._unread[row] = before + copied.get(row, shape.draft_length or 1)
-        if not shape.proposed:  # what a graph returns is overwritten by its next replay
-            v = self._last = verification
-            self._plain.append((v.fed.clone(), v.features.clone(), v.start.clone()))
+        if not shape.absorbs:  # what a graph returns is overwritten by its next replay
+            v, count = verification, max(copied.values(), default=1)
+            self._last = v
+            fed, features = v.fed[:, :count].clone(), v.features[:, :count].clone()
+            self._rounds.append((fed, features, v.start.clone()))
 
     def flush(self) -> None:
-        """Make what plain rounds committed context.
+        """Make what the deferred rounds committed context.
 
         A row that came to rest meanwhile gets what lies past its length, where it is dead.
         """
-        if not self._plain:
+        if not self._rounds:
             return
         assert self._drafter is not None
         assert self._state is not None
-        fed, features, starts = zip(*self._plain, strict=True)
-        self._plain.clear()
+        fed, features, starts = zip(*self._rounds, strict=True)
+        self._rounds.clear()
         joined = {"fed": torch.cat(fed, 1), "features": torch.cat(features, 1)}
         self._drafter.absorb(self._state, replace(self._last, **joined, start=starts[0]))
 
@@ -95,7 +98,7 @@ class DeferredContext:
     def restart(self) -> None:
         """All rows are empty."""
         self._unread = [0] * self._rows.count
-        self._plain.clear()
+        self._rounds.clear()
 
     def _catch_up(self, rows: list[int], most: int) -> None:
         """Read what is unread of some rows, if any has more of it than `most` tokens."""

@@ -3,15 +3,14 @@
 The account says by how many plain rounds drafting is behind plain decoding. While that is little,
 the drafter drafts; when it is overdrawn, rounds are plain until it has drafted off again, at a few
 tokens in a thousand, and a pause that doubles with every failure is over. So the promise holds for
-any drafter and any text, as far as the clock can be believed. Knows no tensors and no clock: it is
-told what a round took, after it, so that no draft of a round has a say in how many there are.
+any drafter and any text, as far as the clock can be believed. Rows that copy do so in either case.
+Knows no tensors and no clock: it is told what a round took, after it, so that no draft of a round
+has a say in how many there are. It is asked in every round, so it reckons in few of them.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from statistics import fmean, median
 
 from ttspec.decoding.rows import RowOutcome
 from ttspec.decoding.timing import RoundTimer
@@ -36,7 +35,7 @@ RECENT = 16
 GAIN = 1.04
 """Tokens a second that another length must promise: less may be noise."""
 STAY = 4
-"""Rounds for which a length is kept at least."""
+"""Drafting rounds between two looks at what is known, and for which a length is kept at least."""
 MEMORY = 1 / 32
 """Share of what is known about acceptance that a round replaces."""
 FORGET = 1 / 8
@@ -45,13 +44,15 @@ HOPE = 0.7
 """Chance of a first draft, as long as nothing is known."""
 SPIKE = 4.0
 """Times its length's usual cost that a round is charged at most: more is another process's."""
+PLAIN_SEEN, COSTS_SEEN = 3, 5
+"""Rounds of a kind whose middle time counts."""
 
 
 class FixedDraftLength:
     """Every round drafts as many tokens."""
 
     adaptive = False
-    measures_plain = False
+    pauses = False
 
     def __init__(self, length: int) -> None:
         """`length` drafts a round; 0 is plain decoding."""
@@ -73,7 +74,8 @@ class DraftPolicy:
     """Chooses each round's draft length from what past rounds took and accepted.
 
     All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
-    changes none of them.
+    changes none of them. Rounds in which rows copy are read wider: such ones are compared with each
+    other.
     """
 
     adaptive = True
@@ -83,20 +85,23 @@ class DraftPolicy:
         halves = {longest} if few else {longest, longest // 2, longest // 4}
         self.lengths = sorted(halves - {0})
         self.longest = longest
-        self._plain: deque[float] = deque(maxlen=3)
-        """Seconds of the last plain rounds."""
-        self._costs: dict[int, deque[float]] = {n: deque(maxlen=5) for n in self.lengths}
+        self._plain: tuple[list[float], list[float]] = ([], [])
+        """Seconds of the last plain rounds, and of the last ones in which rows copied."""
+        self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
+        self._usual: dict[int, float] = {}
+        """Their medians, by length."""
         self._extra = 0.0
         """What a drafting round costs on average above the median, as every few rounds for an
         update."""
         self._reached, self._kept = [0.0] * longest, [0.0] * longest
         """How often, lately, all drafts before the i-th were right, and how often it was too."""
+        self._counted = [0] * (longest + 1)
+        """Rows by accepted drafts, in the rounds of this length that are not in there yet."""
         self._account = 0.0
         self._won = 0.0
         """Plain rounds that the present try has gained."""
         self._length = longest
         """Of drafting rounds; 0 while they pause."""
-        self._stay = 0
         self._failures, self._pause = 0, 0
         self._look = 2
         """Plain rounds to take next, to know what they cost."""
@@ -104,13 +109,17 @@ class DraftPolicy:
         """Cost of a plain round before it was measured again, to judge a drafter by."""
         self._since, self._until = 0, SOON
         """Drafting rounds since a plain one, and how many are to be."""
+        self._unseen = 0
+        """Drafting rounds since the last look at what is known."""
         self._context = 0
         """Tokens of context that the last plain round had."""
+        self._copying = False
+        """Whether rows copied in the last drafting round."""
 
     @property
-    def measures_plain(self) -> bool:
-        """Whether the next round must be a plain one, to know what it costs."""
-        return self._look > 0
+    def pauses(self) -> bool:
+        """Whether the drafter is not to draft for long."""
+        return not self._length
 
     def reported(self, length: int) -> int | None:
         """A round's length as the statistics have it."""
@@ -128,6 +137,7 @@ class DraftPolicy:
         emitted: float,
         accepted: Sequence[int],
         context: int = 0,
+        copying: bool = False,
         first: bool = False,
     ) -> None:
         """Take note of a round.
@@ -135,22 +145,29 @@ class DraftPolicy:
         Args:
             length: Its draft length.
             seconds: What it took, learning included.
-            emitted: Tokens that it committed, mean over the rows that took part.
-            accepted: Drafts that each of these rows kept.
+            emitted: Tokens that it committed, for each that it would have without drafts.
+            accepted: Drafts that each row kept for which the drafter drafted.
             context: Tokens in the longest row.
+            copying: Whether rows copied.
             first: It did what is done once, as to capture a graph: its time says nothing.
         """
         if length:
-            self._count(length, accepted)
-            if not first and self._plain:
-                self._charge(length, seconds / self._cost_of_plain, emitted)
+            for n in accepted:
+                self._counted[n] += 1
+            self._copying = copying
+            if not first and (plain := self._cost_of_plain):
+                self._charge(length, seconds / plain, emitted)
             self._since += 1
-            self._stay += 1
+            self._unseen += 1
             self._go_on(context)
-        else:
+            return
+        if not first:
+            times = self._plain[copying]
+            times.append(seconds)
+            del times[:-PLAIN_SEEN]
+        if copying == self._copying:
             self._look = max(0, self._look - (not first))
             if not first:
-                self._plain.append(seconds)
                 self._since, self._context = 0, context
             self._book(0.0, emitted)
             self._wait()
@@ -158,10 +175,12 @@ class DraftPolicy:
     def _charge(self, length: int, cost: float, emitted: float) -> None:
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
         costs = self._costs[length]
-        if len(costs) == costs.maxlen:
-            cost = min(cost, SPIKE * median(costs))
+        if len(costs) == COSTS_SEEN:
+            cost = min(cost, SPIKE * self._usual[length])
         costs.append(cost)
-        self._extra += (max(0.0, cost - median(costs)) - self._extra) * MEMORY
+        del costs[:-COSTS_SEEN]
+        usual = self._usual[length] = _middle(costs)
+        self._extra += (max(0.0, cost - usual) - self._extra) * MEMORY
         self._won += emitted - cost
         if self._won >= BEHIND:
             self._failures = 0
@@ -179,16 +198,19 @@ class DraftPolicy:
             if self._since < RECENT:
                 self._fail()
             else:  # plain rounds may be slower by now, too
-                self._look, self._doubt = 3, self._cost_of_plain
+                self._look, self._doubt = PLAIN_SEEN, self._cost_of_plain
             return
-        ease = EASE if self.speed(self._length) > SAFE else 1
+        if self._unseen < STAY and self._since < self._until:
+            return
+        self._count()
+        best = max(self.lengths, key=self.speed)
+        now = self.speed(self._length)
+        ease = EASE if now > SAFE else 1
         grown = abs(context - self._context)
         if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
             self._look, self._until = 1, min(4 * self._until, REFRESH)
-        if self._stay >= STAY:
-            best = max(self.lengths, key=self.speed)
-            if best != self._length and self.speed(best) > GAIN * self.speed(self._length):
-                self._length, self._stay = best, 0
+        if best != self._length and self.speed(best) > GAIN * now:
+            self._length = best
 
     def _wait(self) -> None:
         """After a plain round: what comes next."""
@@ -203,28 +225,39 @@ class DraftPolicy:
                 self._fail()
         elif not self._length:
             self._pause -= 1
+            if self._pause > 0:
+                return
             length = max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
-            if self._pause <= 0 and self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
-                self._length, self._stay, self._won = length, 0, 0.0
+            if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
+                self._length, self._won = length, 0.0
                 self._until = REFRESH  # it is known well by now
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]
 
     def _fail(self) -> None:
+        self._count()
         self._length = 0
         self._pause = min(PAUSE << self._failures, LONGEST_PAUSE)
         self._failures = min(self._failures + 1, 10)
 
-    def _count(self, length: int, accepted: Sequence[int]) -> None:
+    def _count(self) -> None:
+        """Add what was counted since the last time to what is known about acceptance."""
+        rows, rounds = sum(self._counted), self._unseen
+        self._unseen = 0
+        if not rows:
+            return
+        share, reached = rounds / rows, rows
         for i in range(self.longest):
-            lost = MEMORY if i < length else FORGET
-            self._reached[i] *= 1 - lost
-            self._kept[i] *= 1 - lost
-            if i < length:
-                self._reached[i] += sum(n >= i for n in accepted) / len(accepted)
-                self._kept[i] += sum(n > i for n in accepted) / len(accepted)
+            left = (1 - (MEMORY if i < self._length else FORGET)) ** rounds
+            self._reached[i] *= left
+            self._kept[i] *= left
+            if i < self._length:
+                self._reached[i] += share * reached
+                reached -= self._counted[i]
+                self._kept[i] += share * reached
+        self._counted = [0] * (self.longest + 1)
 
     def tokens(self, length: int) -> float:
         """Tokens a row that a round with so many drafts commits, as far as is known.
@@ -247,7 +280,9 @@ class DraftPolicy:
 
     def _cost(self, length: int) -> float:
         """Of a round, in plain rounds; from its neighbours where it was not measured."""
-        known = [(0, 1.0), *((n, median(c)) for n, c in self._costs.items() if c)]
+        if length in self._usual:
+            return self._usual[length] + self._extra
+        known = [(0, 1.0), *self._usual.items()]
         below, left = max(pair for pair in known if pair[0] <= length)
         above, right = min((pair for pair in known if pair[0] >= length), default=(below, left))
         share = (length - below) / (above - below) if above > below else 0.0
@@ -255,16 +290,25 @@ class DraftPolicy:
 
     @property
     def _cost_of_plain(self) -> float:
-        """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain."""
-        return sorted(self._plain)[(len(self._plain) - 1) // 2]
+        """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain.
+
+        Of rounds in which rows copied if they did in the last drafting one; 0 if none was seen.
+        """
+        times = self._plain[self._copying] or self._plain[not self._copying]
+        return sorted(times)[(len(times) - 1) // 2] if times else 0.0
+
+
+def _middle(values: Sequence[float]) -> float:
+    ordered, half = sorted(values), len(values) // 2
+    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
 class PolicyFeedback:
-    """Tells an adaptive policy, and with it the learner, what a round took and brought."""
+    """Tells an adaptive policy, and the schedule of updates, what a round took and brought."""
 
-    def __init__(self, learner: Learner | None) -> None:
-        """`learner` learns seldom where that does not pay."""
-        self._learner, self._schedule = learner, UpdateSchedule()
+    def __init__(self, learner: Learner | None, schedule: UpdateSchedule | None) -> None:
+        """By `schedule` the learner learns seldom where that does not pay."""
+        self._learner, self._schedule = learner, schedule
 
     def observe(
         self,
@@ -283,17 +327,25 @@ class PolicyFeedback:
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
         """
-        if not policy.adaptive:
+        if not (policy.adaptive or self._schedule):
             return
-        accepted = [outcome.accepted for outcome in outcomes.values()]
+        emitted = without = 0
+        accepted = []
+        for outcome in outcomes.values():
+            emitted += len(outcome.tokens)
+            without += len(outcome.tokens) if outcome.copied else 1
+            if not outcome.copied:
+                accepted.append(outcome.accepted)
         policy.observe(
             draft_length,
             timer.seconds,
-            emitted=fmean(len(outcome.tokens) for outcome in outcomes.values()),
+            emitted=emitted / without,
             accepted=accepted,
             context=longest,
+            copying=len(accepted) < len(outcomes),
             first=timer.captured,
         )
-        if self._learner and draft_length and not timer.captured:
+        if self._learner and self._schedule and accepted and draft_length and not timer.captured:
             updated = any(outcome.updated for outcome in outcomes.values())
-            self._schedule.observe(timer.seconds, updated, fmean(accepted), self._learner)
+            mean = sum(accepted) / len(accepted)
+            self._schedule.observe(timer.seconds, updated, mean, self._learner)

@@ -115,7 +115,7 @@ class SpeculativeRound:
         copied = {row: len(verdicts[row].tokens) for row in copies}
         self.deferred.after_round(verification, active, shape, copied)
         updated = [False] * self.rows.count
-        if self.learner and shape.proposed:
+        if self.learner and shape.proposed and shape.absorbs:
             updated = self.learner.absorb(
                 verification, longest, shape, active, drafted=shape.draft_length > 0
             )
@@ -126,14 +126,13 @@ class SpeculativeRound:
             row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies)
             for row, of_row in verdicts.items()
         }
-        if not copies:  # a round with copies says nothing of the drafter's costs
-            self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes)
+        self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes)
         return outcomes
 
     def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:
         """The next round's shape, an upper bound of its rows' lengths, and what rows copy."""
         draft_length, copies = self.policy.choose(), dict[int, list[int]]()
-        if self.copying and not self.policy.measures_plain:
+        if self.copying:
             drafts = draft_length > 0
             copies = self.copying.choose(active, self.rows.tokens, drafts=drafts)
         copy_length = self.copying.length(copies) if self.copying else 0
@@ -141,7 +140,9 @@ class SpeculativeRound:
             draft_length = 0
         longest = self._longest(active)
         reach = self.rows.slots if self._reads_spans else longest
-        return RoundShape(reach, draft_length, copy_length), longest, copies
+        # Of rows that commit unlike many tokens the rounds cannot be joined.
+        absorbs = not self.policy.pauses or (bool(copies) and self.rows.count > 1)
+        return RoundShape(reach, draft_length, copy_length, absorbs), longest, copies
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
@@ -193,7 +194,7 @@ class SpeculativeRound:
             emitted=emitted.masked_fill(resting, 0),
             ended=ended,
         )
-        if self.drafter and self.state and shape.proposed:
+        if self.drafter and self.state and shape.absorbs:
             self.drafter.absorb(self.state, verification)
         # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
         picked = logits.gather(-1, tokens[..., None])[..., 0]

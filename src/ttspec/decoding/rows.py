@@ -23,6 +23,8 @@ class RoundShape(NamedTuple):
     """Tokens that the drafter drafts; at 0 it is not run."""
     copy_length: int = 0
     """Tokens that rows copy at most; at 0 no row copies."""
+    absorbs: bool = True
+    """Whether the drafter makes context of what is committed, or does so some rounds later."""
 
     @property
     def proposed(self) -> int:

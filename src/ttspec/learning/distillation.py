@@ -41,18 +41,26 @@ class Distillation:
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
         self.compile = compile
 
-    def backward(self, live: LiveWeights, lesson: Lesson, longest: int) -> Tensor:
-        """Set the gradients of a lesson's loss in `live`; returns each row's loss, float32 [B].
+    def backward(
+        self, live: LiveWeights, lesson: Lesson, longest: int, held_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Set the gradients of a lesson's loss in `live`.
 
         Args:
             live: Whose published weights the gradients are of.
             lesson: A blocks a row.
             longest: Its largest start, or more.
+            held_out: bool [B, A], blocks that do not teach; None if nothing is compared.
+
+        Returns:
+            Each row's loss, float32 [B]; and where something is compared, how many drafts of each
+            block `live` would get accepted, on average, float32 [B, A].
         """
         leaves = {name: w.detach().requires_grad_() for name, w in live.published.items()}
         rows, blocks = lesson.start.shape
         some = self._blocks_at_once(lesson)
-        total = torch.zeros(rows, device=lesson.start.device)
+        total, expected = torch.zeros(rows, device=lesson.start.device), list[Tensor]()
+        mask = lesson.mask if held_out is None else lesson.mask & ~held_out[..., None]
         for i in range(0, blocks, some):
             part = lesson.part(i, some)
             with torch.enable_grad():
@@ -60,12 +68,14 @@ class Distillation:
                 with compiling() if self.compile else nullcontext():
                     loss = self.loss(part, q_logits)
                 weights = position_weights(self.length, self.config.decay, q_logits.device)
-                loss = weighted_mean(loss, weights, part.mask)
+                loss = weighted_mean(loss, weights, mask[:, i : i + some])
                 loss = loss.sum(-1) / part.count.clamp(min=1)  # [B]
                 gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
             live.set_gradients(list(gradients), add=i > 0)
             total += loss.detach()
-        return total
+            if held_out is not None:
+                expected.append(self._expected(part, q_logits.detach()))
+        return total, torch.cat(expected, dim=1) if expected else None
 
     def loss(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
         """Of each drafted row, float32 [B, A, G].
@@ -88,16 +98,15 @@ class Distillation:
         some = self._blocks_at_once(lesson)
         for i in range(0, blocks, some):
             part = lesson.part(i, some)
-            q_logits = self._replay(weights, part, longest)
-            found.append(expected_length(1 - self._variation(part, q_logits), part.mask))
+            found.append(self._expected(part, self._replay(weights, part, longest)))
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def _blocks_at_once(self, lesson: Lesson) -> int:
         """Blocks of each row that are replayed together."""
         return blocks_at_once(len(lesson.start), self.length, lesson.logits.shape[-1])
 
-    def _variation(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
-        """Total variation of each drafted row, some at a time: probabilities are wide."""
+    def _expected(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+        """Drafts of each block, float32 [B, A]; some rows at a time: probabilities are wide."""
         some = max(1, LOGITS_AT_ONCE // lesson.logits.shape[-1])
         pairs = zip(
             lesson.logits.flatten(0, -2).split(some),
@@ -105,7 +114,8 @@ class Distillation:
             strict=True,
         )
         found = [total_variation(self._target(p), q.float().softmax(-1)) for p, q in pairs]
-        return torch.cat(found).view(q_logits.shape[:-1])
+        agreement = 1 - torch.cat(found).view(q_logits.shape[:-1])
+        return expected_length(agreement, lesson.mask)
 
     def _replay(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Logits [B, A, G, V_draft] of blocks drafted with `weights`."""

@@ -21,9 +21,9 @@ told by `forget`, a row that gets another request by `reset`.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
@@ -39,8 +39,16 @@ from ttspec.records import Lesson, Verification
 COMPARED, HELD_OUT = 4, 2
 """Blocks, the newest, over which weights are compared; and those of them that then do not teach, by
 which what an update makes is judged before it drafts."""
+CHAIN = 4
+"""Drafts of a block that teach a drafter which drafts one after the other: the others would nearly
+double an update's cost and gained nothing (docs/experiments.md)."""
 MIN_CONTEXT = 512
 """Tokens of context that an update captured as a graph reads at least."""
+
+
+def taught(drafter: Drafter, length: int) -> int:
+    """Drafts of a block of `length` that teach."""
+    return length if drafter.at_once else min(length, CHAIN)
 
 
 class Learner:
@@ -76,7 +84,8 @@ class Learner:
             after: A row's first rounds, which teach it nothing yet.
         """
         config = resolve_learn_config(config, drafter, rows)
-        self.config, self.drafter, self.state, self.length = config, drafter, state, length
+        self.config, self.drafter, self.state = config, drafter, state
+        self.length = taught(drafter, length)
         self.stride, self.strides = config.stride or 1, 1
         """Rounds, and how many times so many, between updates."""
         self.shared = config.scope == "shared"
@@ -84,7 +93,7 @@ class Learner:
         state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
         self._run = run or Graphs(torch.device("cpu"))
-        self._distillation = Distillation(config, drafter, state, length, self._run.compile)
+        self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
         self._lessons: Lessons | None = None
         self._verification: Verification
         self._lesson: Lesson
@@ -149,6 +158,11 @@ class Learner:
             if self._publish == "now":
                 updated = self.publish()
         return updated
+
+    @property
+    def is_updating(self) -> bool:
+        """Whether an update is under way, or over and not yet published."""
+        return self._pending is not None
 
     def capture_updates(self, slots: int) -> None:
         """Capture updates of rows of up to `slots` tokens; without lessons they change nothing."""
@@ -299,15 +313,14 @@ class Learner:
         return self._lessons.newest()
 
     def _compute_gradients(self, longest: int) -> None:
-        self._distil(self._lesson, longest)
+        self._distil(longest)
 
     def _compute_gradients_and_compare(self, longest: int) -> None:
         """The same without held-out blocks, and live weights compared with the anchor's."""
         blocks = torch.arange(self.config.blocks, device=self._compared.device)
-        mask = self._lesson.mask & ~((blocks < self._held_out) & self._compared)[..., None]
-        self._distil(replace(self._lesson, mask=mask), longest)
-        newest = self._lesson.part(0, COMPARED)
-        live = self._distillation.expected_drafts(self.state.weights, newest, longest)
+        live = self._distil(longest, (blocks < self._held_out) & self._compared)
+        assert live is not None
+        newest, live = self._lesson.part(0, COMPARED), live[:, :COMPARED]
         anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
         self._report.live.copy_((live * newest.fresh * self._compared).sum(-1))
         self._report.anchor.copy_((anchor * newest.fresh * self._compared).sum(-1))
@@ -319,15 +332,19 @@ class Learner:
 
     @torch.no_grad()
     def _compare_candidate(self, longest: int) -> None:
+        if not self._held_out:
+            return
         weights = {**self.drafter.weights, **self.weights.candidate()}
-        newest = self._lesson.part(0, COMPARED)
-        drafts = self._distillation.expected_drafts(weights, newest, longest)
-        self._report.after.copy_((drafts[:, : self._held_out] * self._compared).sum(-1))
+        held_out = self._lesson.part(0, self._held_out)
+        drafts = self._distillation.expected_drafts(weights, held_out, longest)
+        self._report.after.copy_((drafts * self._compared).sum(-1))
 
     @torch.no_grad()
-    def _distil(self, lesson: Lesson, longest: int) -> None:
-        report = self._report
+    def _distil(self, longest: int, held_out: Tensor | None = None) -> Tensor | None:
+        report, lesson = self._report, self._lesson
         report.table.zero_()
         report.blocks.copy_(lesson.count)
-        report.loss.copy_(self._distillation.backward(self.weights, lesson, longest))
+        loss, live = self._distillation.backward(self.weights, lesson, longest, held_out)
+        report.loss.copy_(loss)
         report.norm.copy_(self.weights.gradient_norms())
+        return live

@@ -1,6 +1,7 @@
 """How often to learn: as often as the learner's stride says where that pays, seldom where not.
 
-Costs come from the clock, gains from the learner's own comparison of live with anchor weights.
+Costs come from the clock, or are assumed where no clock may decide; gains come from the learner's
+own comparison of live with anchor weights.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from ttspec.learning.learner import Learner
 
 AFTER = 64
 """Rounds that a row answers before its first update: short answers pay nothing."""
-TRIAL = 32
+TRIAL = 16
 """Updates before learning must pay for itself: it takes some to gain anything."""
 MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
@@ -22,38 +23,52 @@ PATIENCE = 8
 """Updates between two changes."""
 
 
+ASSUMED = 1.0
+"""Rounds that an update is taken to cost where no clock may decide. Measured: 0.9 to 1.6 on two
+cores of a CPU (docs/experiments.md)."""
+
+
 class UpdateSchedule:
     """Doubles the stride while an update costs more than all of them gain, and halves it again."""
 
-    def __init__(self) -> None:
-        """Nothing is known."""
+    def __init__(self, *, clock: bool = True) -> None:
+        """Nothing is known; without a `clock` an update costs `ASSUMED` rounds."""
+        self._clock = clock
         self._seconds: deque[float] = deque(maxlen=RECENT)
-        """Of rounds without an update."""
-        self._cost = self._accepted = 0.0
-        """Seconds of an update and drafts accepted a round, both on average."""
-        self._updates = self._since_change = 0
+        """Of rounds that no update slowed down."""
+        self._extra = self._cost = self._accepted = 0.0
+        """Seconds that the update under way has cost; seconds of an update, and drafts accepted a
+        round, both on average."""
+        self._rounds = self._updates = self._since_change = 0
+        self._beside = False
+        """Whether an update runs beside the next round."""
 
     def observe(self, seconds: float, updated: bool, accepted: float, learner: Learner) -> None:
         """Take note of a drafting round, and set the learner's `strides`.
 
         Args:
             seconds: What the round took.
-            updated: Whether an update is in that. Where updates run beside the rounds little of
-                them is: there they are thought to be as cheap as that.
-            accepted: Drafts, mean over the rows that took part.
+            updated: Whether an update was published after it, which may have run beside some rounds
+                before: all that these took more is its cost.
+            accepted: Drafts, mean over the rows for which the drafter drafted.
             learner: Whose gain is asked, and whose `strides` are set.
         """
-        self._accepted += (accepted - self._accepted) / RECENT
-        if not updated:
+        self._rounds = min(self._rounds + 1, RECENT)
+        self._accepted += (accepted - self._accepted) / self._rounds
+        if not self._clock:
+            seconds = 1.0 + ASSUMED * updated
+        beside, self._beside = self._beside, learner.is_updating
+        if not (updated or beside):
             self._seconds.append(seconds)
             return
-        if not self._seconds:
+        usual = median(self._seconds) if self._seconds else seconds
+        self._extra += max(0.0, seconds - usual)
+        if not updated:
             return
-        usual = median(self._seconds)
         self._updates += 1
         self._since_change += 1
-        extra = max(0.0, seconds - usual)
-        self._cost += (extra - self._cost) * (1 / min(self._updates, PATIENCE))
+        self._cost += (self._extra - self._cost) * (1 / min(self._updates, PATIENCE))
+        self._extra = 0.0
         if self._updates < TRIAL or self._since_change < PATIENCE:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
