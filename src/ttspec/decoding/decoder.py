@@ -99,7 +99,7 @@ class Decoder(SpeculativeRound):
                 after=AFTER if draft.adaptive else 0,
             )
         self.policy = FixedDraftLength(self.gamma)
-        # Of the rejection rule's noise a round has its own: lengths by the clock would change texts.
+        # A round has noise of its own for the rejection rule: its length would change the text.
         repeats = batch_invariant or sampling.acceptance == "rejection"
         by_clock = draft.adaptive and not repeats
         if by_clock and self.state is not None:
