@@ -509,6 +509,41 @@ def test_where_bans_leave_nothing_the_grammar_rules(engine) -> None:
         assert result.finish_reason == "eos"
 
 
+class Failing(WordsMask):
+    """Fails when it is asked for the nth time."""
+
+    def __init__(self, words: Words, at: int) -> None:
+        super().__init__(words)
+        self.at = at
+
+    def fill(self, bitmask: Tensor, text: Sequence[int], drafted: Sequence[int]) -> None:
+        if len(self.asked) == self.at:
+            raise ValueError("a grammar that fails")
+        super().fill(bitmask, text, drafted)
+
+
+@pytest.mark.parametrize("at", [0, 2], ids=["first token", "round"])
+def test_a_mask_that_fails_leaves_the_others_as_they_were(engine, at) -> None:
+    config = GenerateConfig(max_new_tokens=14, temperature=0.9, **HOW["copies"])
+    scheduler = Scheduler(engine.decoder(config, 2, 40, sessions=False), config)
+    other = scheduler.add_request(Request(ids=PROMPT, seed=1))
+    failing = Failing(words().words, at)
+    broken = scheduler.add_request(Request(ids=PROMPT[1:], seed=1, mask=failing))
+    found: dict[int, Result] = {}
+    failures = 0
+    while scheduler.has_unfinished():
+        try:
+            events = scheduler.step()
+        except ValueError:
+            failures += 1
+            scheduler.abort(broken)
+        else:
+            found |= {request: chunk.result for request, chunk in events if chunk.result}
+    assert failures == 1
+    options = {"temperature": 0.9}
+    assert said(found[other]) == said(run(engine, [(PROMPT, 1, options, None)], 1, **PLAIN)[0])
+
+
 def test_a_later_turn_has_options_and_a_grammar_of_its_own(engine) -> None:
     config = GenerateConfig(max_new_tokens=12, **HOW["copies"])
     scheduler = Scheduler(engine.decoder(config, 2, 100, sessions=True), config)

@@ -126,6 +126,9 @@ class PromptReader:
                 prompts.position[i] += len(parts[i])
             prompts.read += PIECE
             return
+        masks = self._sampling.masks
+        if masks and (masked := masks.masked(prompts.rows)):  # one that fails changes nothing
+            masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         ends = [ids[-last:] for ids in prompts.ids]
         logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
         assert logits is not None
@@ -212,9 +215,6 @@ class PromptReader:
         noise, steps = None, self._sampling.steps(prompts.rows)
         start = torch.tensor(prompts.position, device=logits.device)
         rows = torch.tensor(prompts.rows, device=logits.device)
-        masks = self._sampling.masks
-        if masks and (masked := masks.masked(prompts.rows)):
-            masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         logits = self._sampling.change(logits, start, max(prompts.position), steps, rows)
         sampling = self._sampling.tensors(steps, rows)
         if sampling.temperature is not None:
