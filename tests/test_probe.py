@@ -39,7 +39,7 @@ def plain_target() -> Target:
 def test_a_first_draft_is_what_a_round_would_propose(plain_target, which, base):
     drafter = make_kind(which)
     engine = Engine(twin(plain_target), drafter)
-    texts = write(engine, ["abc", "Some words."], 14)
+    texts = write(engine, ["abc", "Some words."], 18)
     reading = Reading(name="it", taps=drafter.taps, rope_base=base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "readings", lambda _: [reading])
