@@ -532,8 +532,8 @@ def small() -> Engine:
     return load((model, PreTrainedTokenizerFast(tokenizer_object=backend)), None)
 
 
-def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = Decoder) -> float:
-    """How well texts of three tokens, written by a decoder that learns, follow the target's law."""
+def small_drafter(which: str) -> Drafter:
+    """A drafter of random weights for that target."""
     kind, config = CONFIGS[which]
     changes = {
         "dflash": {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
@@ -545,7 +545,12 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
     drafter.weights = random_weights(drafter.shapes(), 1)
     if "d2t" in drafter.weights:
         drafter.weights["d2t"] = torch.tensor([0, 0, 1, 1])  # all but token 2
-    rows = 1200
+    return drafter
+
+
+def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = Decoder) -> float:
+    """How well texts of three tokens, written by a decoder that learns, follow the target's law."""
+    drafter, rows = small_drafter(which), 1200
     target = Engine(twin(small.target), drafter).target
     decoder = kind_of(
         target,

@@ -209,13 +209,13 @@ OPTIONS = {"max_new_tokens": 16, "seed": 5, "ignore_eos": True}
 @pytest.mark.parametrize("kind", KINDS)
 def test_greedy_tokens_are_those_of_generate(targets, kind):
     target = twin(targets[kind])
-    options = {"max_new_tokens": 24, "temperature": 0.0, "raw": True, "learn": None}
+    options = {"max_new_tokens": 12, "temperature": 0.0, "raw": True, "learn": None}
     engine = Engine(target, make_kind("dflash"))
     prompts = ["hello there", LONG, "a"]  # longer than what is read at once
     together = engine.generate(prompts, **options)
     for prompt, drafted in zip(prompts, together, strict=True):
         ids = torch.tensor([drafted.prompt_ids])
-        config = GenerationConfig(max_new_tokens=24, pad_token_id=256, eos_token_id=258)
+        config = GenerationConfig(max_new_tokens=12, pad_token_id=256, eos_token_id=258)
         model: Any = target.model
         wanted = model.generate(ids, generation_config=config)[0, ids.shape[1] :].tolist()
         assert plain(engine, prompt, **options).token_ids == wanted
