@@ -1,30 +1,29 @@
-"""Toy models that behave like real ones in seconds, and the real built-in target."""
+"""Toy models that behave like real ones in seconds, and the real built-in target.
+
+The process that hands out the tests reads this file before the others start, and runs none:
+what loads torch is imported where it is used.
+"""
+
+from __future__ import annotations
 
 import os
 import string
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from toys import make_drafter, toy_drafter, toy_engine
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from ttspec import load
 from ttspec.config import DraftConfig
-from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
-from ttspec.models.source import resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from ttspec.decoding.engine import Engine
 
 VARIANTS = (
     *("eagle3-normed-residual", "eagle3.1", "eagle3-norm-before-fc", "eagle3-qk-norm"),
-    *("pard-qwen3", "causal-qwen2", "dflash-sliding"),
+    *("pard-qwen3", "causal-qwen2", "dflash-sliding", "dflash-unusual", "eagle3-unusual"),
 )
 """Differ from another kind inside a layer only, which tests of drafts and gradients show."""
 OF_ROUNDS = (
@@ -39,6 +38,9 @@ OF_ROUNDS = (
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    torch.set_num_threads(1)  # two threads on a busy machine are slower than one
     for item in items:
         name, _, variant = item.name.partition("[")
         if name in OF_ROUNDS and variant.startswith(VARIANTS):
@@ -46,7 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 DraftConfig.__init__.__kwdefaults__["adaptive"] = False  # no busy machine's clock decides in a test
-torch.set_num_threads(1)  # two threads on a busy machine are slower than one
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|mask|>"]
 CHATML = (
@@ -75,6 +76,9 @@ SHAPE = {
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte, then the special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({byte: i for i, byte in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -92,6 +96,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture(scope="session")
 def toy_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Llama of 4 layers with a byte tokenizer; the same weights every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("toy-llama")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -103,6 +110,9 @@ def toy_target_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same as a Qwen3, which normalises queries and keys."""
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     folder = tmp_path_factory.mktemp("toy-qwen3")
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -114,6 +124,8 @@ def toy_qwen_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smollm2_dir() -> Path:
     """The built-in target, from the user's own cache; fetched on first use."""
+    from ttspec.models.source import resolve
+
     try:
         return resolve("smollm2-135m").path
     except ResourceError as error:
@@ -124,13 +136,18 @@ def smollm2_dir() -> Path:
 
 @pytest.fixture(scope="module")
 def engine(toy_target_dir) -> Engine:
+    from toys import toy_engine
+
     return toy_engine(toy_target_dir)
 
 
 @pytest.fixture(scope="module")
 def typist(toy_target_dir) -> Engine:
     """A target that writes printable ASCII: other tokens have a logit of 0."""
-    engine = load(str(toy_target_dir), toy_drafter(), device="cpu", dtype="float32")
+    import torch
+    from toys import toy_engine
+
+    engine = toy_engine(toy_target_dir)
     symbols = string.ascii_letters + string.digits + ".,;!?"
     kept = torch.tensor(engine.tokenizer.convert_tokens_to_ids(list(symbols)))
     with torch.no_grad():
@@ -144,5 +161,7 @@ def typist(toy_target_dir) -> Engine:
 @pytest.fixture(scope="session")
 def pair(toy_target_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags that name the toy target and a random drafter for it."""
+    from toys import make_drafter
+
     drafter = make_drafter(tmp_path_factory.mktemp("toy-drafter") / "dflash")
     return ["--target", str(toy_target_dir), "--drafter", str(drafter), "--dtype", "float32"]

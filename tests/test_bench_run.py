@@ -46,7 +46,7 @@ def keys(out: Path) -> list[tuple]:
 
 def test_every_arm_runs_on_every_request_and_says_the_same(pair, suite, tmp_path, capsys) -> None:
     out = tmp_path / "run"
-    assert bench_run(pair, suite, out, EVERY, "12", "--seeds", "3") == 0
+    assert bench_run(pair, suite, out, EVERY, "8", "--seeds", "3") == 0
     capsys.readouterr()
     manifest, arms = read_run(out)
     assert [arm.name for arm in arms] == [spec.name for spec in parse_arms(EVERY)]

@@ -372,14 +372,15 @@ HARM: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-# What a value or a dtype may be does not depend on the variant; which shapes there are does.
+# What a value or a dtype may be depends neither on the tensor nor on the variant; shapes do.
 @pytest.mark.parametrize(
     ("which", "harm"), [(w, h) for w in MANY for h in HARM if w in KINDS or h in ("longer", "NaN")]
 )
 def test_a_bad_tensor_is_refused_with_its_file_and_name(tmp_path, which, harm):
     folder = write(tmp_path / "d", which)
     weights = load_file(folder / "model.safetensors")
-    for name, weight in list(weights.items())[:: 1 if which in KINDS else 3]:
+    every = which in KINDS and harm == "longer"
+    for name, weight in list(weights.items())[:: 1 if every else 3]:
         if name == "d2t":
             continue
         save_file({**weights, name: HARM[harm](weight)}, folder / "model.safetensors")

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -238,9 +239,24 @@ def test_a_drafter_that_hardly_helps_is_reported_with_the_way_to_look_closer(pai
     assert capsys.readouterr().err == ""
 
 
-def test_a_reader_that_leaves_early_is_no_error(pair) -> None:
-    command = [sys.executable, "-m", "ttspec.cli", "generate", "hi", *pair]
-    command += ["--ignore-eos", "--max-new-tokens", "32"]
+def test_a_reader_that_leaves_early_ends_the_answer(pair, capsys, monkeypatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert main(["generate", "hi", *pair, "--ignore-eos", "--max-new-tokens", "32"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_whose_reader_leaves_early_ends_without_a_word() -> None:
+    """Python itself would complain when it flushes at exit."""
+    script = """
+import sys
+from ttspec.cli import app, main
+app.command(lambda: print("some text", flush=True), name="talk")
+sys.exit(main(["talk"]))
+"""
+    command = [sys.executable, "-c", script]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -6,27 +6,22 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_conformance import FEW, NOW, SMALL, engine_of, small  # noqa: F401 - a fixture
-from toys import (
-    CONFIGS,
-    VOCABULARY,
-    chi_square,
-    make_kind,
-    plain,
-    random_weights,
-    toy_engine,
-    twin,
-)
+from test_conformance import FEW, NOW, engine_of, small, small_drafter  # noqa: F401 - a fixture
+from toys import VOCABULARY, chi_square, make_kind, plain, toy_engine, twin
 
 from ttspec import load
-from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
+from ttspec.config import (
+    LONGEST_COPY,
+    DraftConfig,
+    GenerateConfig,
+    LearnConfig,
+    SamplingConfig,
+)
 from ttspec.decoding.choice import with_copies
-from ttspec.decoding.copying import LEAST_MATCH, LONGEST_COPY, LONGEST_MATCH, Copying, SuffixIndex
+from ttspec.decoding.copying import LEAST_MATCH, LONGEST_MATCH, Copying, SuffixIndex
 from ttspec.decoding.decoder import Decoder, widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RowStates
-from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
 from ttspec.records import Proposal
@@ -96,9 +91,10 @@ def test_a_row_copies_where_that_promises_more_than_its_drafter() -> None:
     copying = Copying(2, 8)
     loop, new = [1, 2, 3] * 12, list(range(20))
     assert list(copying.choose([0, 1], [loop, new], drafts=True)) == [0]
+    text = list(loop)
     for _ in range(200):  # a drafter that gets all of a longer block right
-        copying.commit(0, [loop[len(copying._rows[0]) % 3]], accepted=15)
-    text = [loop[i % 3] for i in range(len(copying._rows[0]))]
+        text.append(loop[len(text) % 3])
+        copying.commit(0, text[-1:], accepted=15)
     assert copying.choose([0], [text], drafts=True) == {}
     assert list(copying.choose([0], [text], drafts=False)) == [0]
     copying.clear(0)
@@ -166,7 +162,9 @@ def test_sixteen_prompts_are_answered_as_plainly(target, which: str, temperature
     options = {"max_new_tokens": 28, "seed": 3, "ignore_eos": True, "temperature": temperature}
     wanted = Engine(twin(target), None).generate(PROMPTS, learn=None, **options)
     engine = engine_of(target, which)
-    for learn in (None, NOW, replace(NOW, supervision="hindsight")):
+    hindsight = replace(NOW, supervision="hindsight")
+    ways = {"dflash": (None, NOW, hindsight), "ngram": (None,)}  # what never learns, once
+    for learn in ways.get(which, (NOW, hindsight)):
         found = engine.generate(PROMPTS, learn=learn, **options)
         assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
         copied = sum(r.stats.copied_tokens for r in found)
@@ -336,7 +334,7 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
         [0, 0, 1, 0, 2, 0, 3, 0, 4, 1, 1, 2, 1, 3, 1, 4, 2, 2, 3, 2, 4, 3, 3, 4, 4, 0],
     )
     assert len(set(pairwise(prompt))) == FEW * FEW  # whatever comes next has stood there
-    drafter = small_drafter(which)
+    drafter = Ngram() if which == "ngram" else small_drafter(which)
     target = Engine(twin(small.target), drafter).target
     decoder = Decoder(
         target,
@@ -362,18 +360,6 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
             law[a, b] = logits[0, a] * logits[1, b] * logits[2]
     counts = torch.bincount(texts @ torch.tensor([FEW * FEW, FEW, 1]), minlength=FEW**3)
     assert chi_square(counts, law.flatten()) > 1e-3
-
-
-def small_drafter(which: str) -> Drafter:
-    """A drafter of random weights for a vocabulary of five tokens."""
-    if which == "ngram":
-        return Ngram()
-    kind, config = CONFIGS[which]
-    config = {**config, **SMALL, "ttspec": {"length": 2}, "draft_vocab_size": 4}
-    drafter = make_drafter(kind, config)
-    drafter.weights = random_weights(drafter.shapes(), 1)
-    drafter.weights["d2t"] = torch.tensor([0, 0, 1, 1])  # all but token 2
-    return drafter
 
 
 # On a GPU.

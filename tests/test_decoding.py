@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.text import TextStream
 from ttspec.errors import DataError, OptionError
+from ttspec.records import Result
 
 ENDING = {"seed": 3, "temperature": 0.8, "max_new_tokens": 80}
 """Under these options the toy target ends its answer to "hello there" by itself."""
@@ -19,10 +20,20 @@ ENDING = {"seed": 3, "temperature": 0.8, "max_new_tokens": 80}
 # Ends.
 
 
+@pytest.fixture(scope="module")
+def ended(engine) -> Result:
+    return plain(engine, "hello there", **ENDING)
+
+
+@pytest.fixture(scope="module")
+def beyond(engine) -> Result:
+    """What follows the end token, if it is ignored."""
+    return plain(engine, "hello there", **ENDING, ignore_eos=True)
+
+
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 8])
-def test_an_end_token_inside_a_block_ends_the_answer(engine, length: int):
-    wanted = plain(engine, "hello there", **ENDING)
-    beyond = plain(engine, "hello there", **ENDING, ignore_eos=True)
+def test_an_end_token_inside_a_block_ends_the_answer(engine, ended, beyond, length: int):
+    wanted = ended
     assert wanted.finish_reason == "eos"
     assert beyond.token_ids[: len(wanted.token_ids)] == wanted.token_ids
     assert len(beyond.token_ids) > len(wanted.token_ids) + length  # drafts after it would fit
@@ -35,20 +46,18 @@ def test_an_end_token_inside_a_block_ends_the_answer(engine, length: int):
     assert all(r.accepted <= r.emitted for r in result.rounds)
 
 
-def test_an_end_token_is_counted_and_not_shown(engine):
-    result = plain(engine, "hello there", **ENDING)
-    assert result.token_ids[-1] in engine.target.ends
-    assert result.stats.emitted_tokens == len(result.token_ids)
-    assert "<|im_end|>" not in result.text
+def test_an_end_token_is_counted_and_not_shown(engine, ended):
+    assert ended.token_ids[-1] in engine.target.ends
+    assert ended.stats.emitted_tokens == len(ended.token_ids)
+    assert "<|im_end|>" not in ended.text
 
 
-def test_ignore_eos_goes_on_past_end_tokens(engine):
-    short = plain(engine, "hello there", **ENDING)
+def test_ignore_eos_goes_on_past_end_tokens(engine, ended):
     long = engine.generate("hello there", **ENDING, ignore_eos=True)[0]
     assert long.finish_reason == "length"
     assert len(long.token_ids) == 80
-    assert long.token_ids[: len(short.token_ids)] == short.token_ids
-    assert long.text.startswith(short.text.rstrip("\ufffd"))
+    assert long.token_ids[: len(ended.token_ids)] == ended.token_ids
+    assert long.text.startswith(ended.text.rstrip("\ufffd"))
 
 
 def test_a_prompt_may_be_read_in_any_parts(engine, monkeypatch):
@@ -61,9 +70,14 @@ def test_a_prompt_may_be_read_in_any_parts(engine, monkeypatch):
             assert [r.token_ids for r in results] == wanted
 
 
+@pytest.fixture(scope="module")
+def typed(typist) -> Result:
+    return plain(typist, "hello", max_new_tokens=30)
+
+
 @pytest.mark.parametrize("limit", range(1, 15))
-def test_the_token_limit_may_fall_anywhere_in_a_block(typist, limit: int):
-    wanted = plain(typist, "hello", max_new_tokens=15)
+def test_the_token_limit_may_fall_anywhere_in_a_block(typist, typed, limit: int):
+    wanted = typed
     result = parrot(typist, wanted).generate("hello", max_new_tokens=limit)[0]
     assert result.token_ids == wanted.token_ids[:limit]
     assert result.finish_reason == "length"
@@ -73,8 +87,8 @@ def test_the_token_limit_may_fall_anywhere_in_a_block(typist, limit: int):
 
 @pytest.mark.parametrize("width", [1, 2, 5, 9])
 @pytest.mark.parametrize("at", [0, 1, 6, 7, 10, 12])
-def test_a_stop_text_may_lie_anywhere(typist, at: int, width: int):
-    full = plain(typist, "hello", max_new_tokens=30)
+def test_a_stop_text_may_lie_anywhere(typist, typed, at: int, width: int):
+    full = typed
     stop = full.text[at : at + width]
     cut = full.text.index(stop)
     result_tokens = full.token_ids[: cut + len(stop)]  # one character a token
@@ -85,11 +99,11 @@ def test_a_stop_text_may_lie_anywhere(typist, at: int, width: int):
         assert tokens == result.token_ids == result_tokens
         assert result.finish_reason == "stop"
         assert 1 + sum(r.emitted for r in result.rounds) == len(tokens)
-        assert maker.generate("hello", **options)[0].text == text
+    assert maker.generate("hello", **options)[0].text == text
 
 
-def test_of_several_stop_texts_the_first_in_the_text_counts(typist):
-    full = plain(typist, "hello", max_new_tokens=30)
+def test_of_several_stop_texts_the_first_in_the_text_counts(typist, typed):
+    full = typed
     stops = full.text[9:12], full.text[4:6]
     result = typist.generate("hello", max_new_tokens=30, stop=stops)[0]
     assert result.text == full.text[: min(map(full.text.index, stops))]
@@ -104,8 +118,8 @@ def test_what_could_become_a_stop_text_is_shown_when_it_did_not(typist):
 
 
 @pytest.mark.parametrize("room", [1, 2, 4, 7])
-def test_an_answer_ends_where_the_context_does(typist, room: int):
-    wanted = plain(typist, "hello", max_new_tokens=20)
+def test_an_answer_ends_where_the_context_does(typist, typed, room: int):
+    wanted = typed
     context = len(wanted.prompt_ids) + room
     for maker in (typist, parrot(typist, wanted)):
         result = maker.generate("hello", max_new_tokens=20, context=context)[0]
@@ -278,7 +292,7 @@ def test_positions_of_a_session_count_over_its_turns(engine):
 FIVE = [["hello", "and then?"], ["good day"], ["hello", "why?", "so?"], ["hi"], ["hello"]]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_more_dialogues_than_rows_are_answered_as_alone(typist, temperature: float):
     options = {"max_new_tokens": 14, "temperature": temperature, "seed": 6, "context": 300}
 

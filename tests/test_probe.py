@@ -39,7 +39,7 @@ def plain_target() -> Target:
 def test_a_first_draft_is_what_a_round_would_propose(plain_target, which, base):
     drafter = make_kind(which)
     engine = Engine(twin(plain_target), drafter)
-    texts = write(engine, ["abc", "Some words."], 24)
+    texts = write(engine, ["abc", "Some words."], 18)
     reading = Reading(name="it", taps=drafter.taps, rope_base=base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "readings", lambda _: [reading])
@@ -175,7 +175,7 @@ def test_a_bad_best_and_too_little_text_are_told():
 @pytest.fixture(scope="module")
 def bundled(smollm2_dir) -> tuple[Target, list]:
     engine = load("smollm2-135m", device="cpu", dtype="float32")
-    return engine.target, write(engine, probes.PROMPTS, 28)
+    return engine.target, write(engine, probes.PROMPTS[::2], 28)
 
 
 def copied(to: Path, **config: Any) -> Path:

@@ -20,6 +20,9 @@ PENALTIES = (
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
 
+LONGEST_COPY = 31
+"""Tokens copied from the text in a round at most."""
+
 OLD_OPTIONS = {
     "draft.gate": "is called draft.adaptive now.",
     "learn.rows": "is called learn.supervision now.",

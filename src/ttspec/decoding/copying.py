@@ -15,8 +15,6 @@ from typing import NamedTuple
 LEAST_MATCH = 2
 """Last tokens that must have stood at an earlier place; the newest such place is copied. To look
 for the longest match among older ones gained nothing (docs/experiments.md)."""
-LONGEST_COPY = 31
-"""Tokens copied in a round at most."""
 BUCKETS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
 """The least length of match of each bucket whose copies are counted together."""
 LONGEST_MATCH = BUCKETS[-1]
@@ -57,10 +55,6 @@ class SuffixIndex:
         if nowhere."""
         self._right = [BELIEF * chance for chance in CHANCES]
         self._seen = [BELIEF] * len(CHANCES)
-
-    def __len__(self) -> int:
-        """Tokens it has."""
-        return len(self._tokens)
 
     def extend(self, tokens: Sequence[int], *, count: bool) -> None:
         """Append tokens; `count` whether copies of them would have been right."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.copying import LONGEST_COPY, Copying
+from ttspec.config import LONGEST_COPY, DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader

@@ -10,11 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttspec.config import LearnConfig
+from ttspec.config import LONGEST_COPY, LearnConfig
 from ttspec.records import Lesson, Verification
-
-WIDEST = 32
-"""Tokens that a row may commit at once, which must find different places in the ring."""
 
 
 class Lessons:
@@ -29,7 +26,8 @@ class Lessons:
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)
         self._ring = 0
         if self.hindsight:
-            self._ring = max(WIDEST, (self.blocks + 2) * (length + 1))
+            # What a row may commit at once must find different places.
+            self._ring = max(LONGEST_COPY + 1, (self.blocks + 2) * (length + 1))
         before, size = like.proposal.before, like.logits.shape[-1]
         # By block, oldest first: [rows, kept, ...]; start -1 is no block.
         self._starts = torch.full((rows, self._kept), -1, device=like.logits.device)
