@@ -43,6 +43,8 @@ class Request:
     config: GenerateConfig | None = None
     """Limits and stops of its own, each turn's; None is the scheduler's. All that the rows of a
     decoder have in common must be alike: sampling, drafting, learning, end tokens."""
+    tenant: str | None = None
+    """Whose it is; None is whose its config says. In scope shared all must be one tenant's."""
     keeps_row: bool = False
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
@@ -90,6 +92,7 @@ class Scheduler:
                     f"A request's {name} is {given!r}; all rows of its scheduler have {ours!r}.\n"
                     "Give it to a scheduler of its own."
                 )
+        self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
         self._conversations[number] = Conversation(
             self.decoder,
@@ -181,6 +184,16 @@ class Scheduler:
         del self._keeps_row[request]
         if talk.row >= 0:
             self._free.append(talk.row)
+
+    def _check_tenant(self, tenant: str | None) -> None:
+        """Refuse a tenant that would draft with, and teach, another one's weights."""
+        learner, ours = self.decoder.learner, self.decoder.tenant
+        if learner and learner.shared and tenant != ours:
+            raise OptionError(
+                f"A request is of tenant {tenant!r}, and all rows of its scheduler share the "
+                f"weights of tenant {ours!r}.\nGive it to a scheduler of its own: with learn.scope "
+                "shared there is one for each tenant."
+            )
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
