@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.context import ContextState
 from ttspec.drafters.layers import Weights
@@ -117,18 +118,17 @@ class HeldOut:
             self._bytes -= self.passages.popleft().nbytes
 
     @torch.no_grad()
-    def score(self, passage: Passage, weights: Weights, state: ContextState, length: int) -> float:
+    def score(self, passage: Passage, weights: Weights, options: DraftConfig) -> float:
         """Drafts of a passage's blocks that `weights` would get accepted, on average, in sum.
 
         Args:
             passage: One of `passages`.
             weights: All of a drafter's, as a state has them.
-            state: Of any rows: only its options count.
-            length: Drafts a block.
+            options: How the drafter is run.
         """
         lesson, size = passage.lesson, passage.keys.shape[2]
-        end = passage.begin + size
-        alone = self.drafter.start(1, end + length + 1, state.options)
+        end, length = passage.begin + size, lesson.mask.shape[-1]
+        alone = self.drafter.start(1, end + length + 1, options)
         assert isinstance(alone, ContextState)
         alone.weights = weights
         here = slice(passage.begin, end)

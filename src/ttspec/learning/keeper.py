@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import ContextState
 from ttspec.errors import OptionError
@@ -88,8 +89,7 @@ class Keeper:
         # On the host: another thread may not touch a GPU while graphs are captured.
         self._anchor = {n: w.to("cpu") for n, w in live.anchor.items()}
         self._parent, self._news, self._tried = ANCHOR, False, time.monotonic()
-        self._state: ContextState | None = None
-        self._length = drafter.length
+        self._options: DraftConfig | None = None
         try:
             if found := self.store.current():
                 self._begin_at(*found)
@@ -104,10 +104,10 @@ class Keeper:
             return None
         return RowsHeldOut(rows, length, self.drafter.embedding.device)
 
-    def divide(self, rows: RowsHeldOut, lesson: Lesson, state: DraftState, length: int) -> None:
+    def divide(self, rows: RowsHeldOut, lesson: Lesson, state: DraftState) -> None:
         """Take what is held out from a lesson that is about to teach, in place."""
         assert isinstance(state, ContextState)
-        self._state, self._length = state, length
+        self._options = state.options  # not the state: its rows are many, and may go
         rows.divide(lesson, state, self.held_out)
 
     def note(self, updated: Sequence[bool], updates: Sequence[int]) -> None:
@@ -128,7 +128,7 @@ class Keeper:
     def make_version(self) -> bool:
         """Judge what was learned and have it written, unless it is worse; says whether it is."""
         self._tried = time.monotonic()
-        if not self._news:
+        if not (self._news or self.writer.failed):
             return False
         self.judgement = self._judge()
         if not self.judgement.is_kept:
@@ -160,7 +160,8 @@ class Keeper:
         if not self.store.is_open:
             return
         try:
-            if self._news and not self.make_version():
+            self.writer.flush()
+            if (self._news or self.writer.failed) and not self.make_version():
                 self._tell_why_not()
             self.writer.close()
         finally:
@@ -186,7 +187,7 @@ class Keeper:
 
     def _judge(self) -> Judgement:
         """Score the live weights, and what has no score yet of those they are compared with."""
-        if self._state is None or not self.held_out.passages:
+        if self._options is None or not self.held_out.passages:
             return Judgement(0)
         sets = {"live": self.live.published, "before": self._before, "anchor": {}}
         totals = dict.fromkeys(sets, 0.0)
@@ -194,9 +195,7 @@ class Keeper:
             for name, changed in sets.items():
                 if name == "live" or name not in passage.scores:
                     weights = {**self.drafter.weights, **changed}
-                    passage.scores[name] = self.held_out.score(
-                        passage, weights, self._state, self._length
-                    )
+                    passage.scores[name] = self.held_out.score(passage, weights, self._options)
                 totals[name] += passage.scores[name]
         blocks = self.held_out.blocks
         return Judgement(blocks, **{name: total / blocks for name, total in totals.items()})

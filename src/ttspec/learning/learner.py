@@ -280,7 +280,7 @@ class Learner:
         self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
         if self.keeper and self._held_out_rows and self._rounds:  # no round yet: graphs are made
-            self.keeper.divide(self._held_out_rows, self._lesson, self.state, self.length)
+            self.keeper.divide(self._held_out_rows, self._lesson, self.state)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
