@@ -23,7 +23,10 @@ PAGES += sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.
 LOG = "docs/experiments.md"
 """Says what was true at the time, with the names of the time."""
 NOW = [page for page in PAGES if page != LOG]
-BENCH = ("run", "report", "compare", "replay", "roofline", "import")
+GROUPS = {
+    "bench": ("run", "report", "compare", "replay", "roofline", "import"),
+    "learned": ("list", "show", "export", "revert"),
+}
 OTHERS = {
     "--no-deps",  # pip
     "--per-request-spec-decode-metrics",  # vllm serve
@@ -110,7 +113,9 @@ def test_the_map_of_the_rooms_names_files_that_exist() -> None:
 def options() -> set[str]:
     """Every option of every command."""
     found = set(OTHERS)
-    every = [[name] for name in COMMANDS] + [["bench", name] for name in BENCH]
+    every = [[name] for name in COMMANDS] + [
+        [group, name] for group, names in GROUPS.items() for name in names
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "400")  # no name is broken
         for command in every:

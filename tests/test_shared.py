@@ -70,12 +70,12 @@ def test_the_text_is_that_of_plain_decoding(target, which: str, temperature: flo
 def test_the_next_request_begins_where_the_last_one_ended(target) -> None:
     engine = engine_of(target, "dflash")
     first, again = say(engine, SHARED), say(engine, SHARED)
-    (live_weights,) = engine._shared_weights.values()
+    (live_weights,) = engine._shared_weights._live.values()
     assert any(not w.equal(engine.drafter.weights[n]) for n, w in live_weights.published.items())
     assert rounds(again) != rounds(first), "it has learned this very text"
     assert sum(map(len, rounds(again))) < sum(map(len, rounds(first)))
     say(engine, SHARED, max_new_tokens=400)  # another shape, another decoder, the same weights
-    assert list(engine._shared_weights.values()) == [live_weights]
+    assert list(engine._shared_weights._live.values()) == [live_weights]
 
 
 @pytest.mark.parametrize("learn", [None, LearnConfig(stride=1, lr=3e-3)])
@@ -109,7 +109,7 @@ def test_a_session_can_hand_out_what_all_have_taught(target) -> None:
     say(engine, SHARED)
     session = engine.session(learn=SHARED, seed=1, max_new_tokens=8)
     session.send("hello")
-    (live_weights,) = engine._shared_weights.values()
+    (live_weights,) = engine._shared_weights._live.values()
     learned = session.learned()
     for name, weight in live_weights.published.items():
         assert learned.weights[name].equal(weight), name

@@ -229,6 +229,9 @@ class LearnConfig(_Options):
     guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
+    keep: str | None = None
+    """In scope shared, a folder for what was learned: learning goes on from its newest version and
+    writes versions that held-out lessons find no worse; None forgets with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that
@@ -247,6 +250,8 @@ class LearnConfig(_Options):
         check("beta1", 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")
+        keeps = self.keep is None or (bool(self.keep) and self.scope == "shared")
+        check("keep", keeps, "a folder, and only with learn.scope shared")
 
     @classmethod
     def paper(cls) -> Self:
@@ -328,6 +333,8 @@ class GenerateConfig:
     """How the drafter is run."""
     learn: LearnConfig | None = field(default_factory=LearnConfig)
     """How the drafter learns; None is a static drafter."""
+    tenant: str | None = None
+    """Whose requests these are: in scope shared, they teach weights that no other tenant has."""
     deterministic: bool = False
     """Let neither a clock nor the width of a verification decide anything: a run repeats bit for
     bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. Drafting is not
@@ -343,6 +350,7 @@ class GenerateConfig:
                     f"{name} was given together with raw, which uses no chat template.\n"
                     "Drop one of the two."
                 )
+        _require(self.tenant != "", "tenant", self.tenant, "a name of at least one character")
         _require(all(self.stop), "stop", self.stop, "texts of at least one character")
         are_texts = not isinstance(self.bad_words, str) and all(self.bad_words)
         _require(are_texts, "bad_words", self.bad_words, "a list of texts, none of them empty")

@@ -240,33 +240,39 @@ def measure_all(
     progress.done = total - progress.units_left
     yield progress
     warm: set[str] = set()
-    while progress.left:
-        batch, arm = progress.left[0], progress.left[0][0].arm
-        chosen = {**options, "draft": arm.draft, "learn": arm.learn}
-        peer = (peers or {}).get(arm.name)
-        try:
-            if arm.name not in warm and warm_up:
+    try:
+        while progress.left:
+            batch, arm = progress.left[0], progress.left[0][0].arm
+            chosen = {**options, "draft": arm.draft, "learn": arm.learn}
+            peer = (peers or {}).get(arm.name)
+            try:
+                if arm.name not in warm and warm_up:
+                    if peer:
+                        peer.warm_up(warm_up)
+                    else:
+                        request = requests[batch[0].request]
+                        _warm_up(engines[arm.name], request, len(batch), quota=warm_up, **chosen)
+                warm.add(arm.name)
                 if peer:
-                    peer.warm_up(warm_up)
+                    units = [
+                        peer.measure(requests[u.request], u.request, u.seed, quota) for u in batch
+                    ]
                 else:
-                    request = requests[batch[0].request]
-                    _warm_up(engines[arm.name], request, len(batch), quota=warm_up, **chosen)
-            warm.add(arm.name)
-            if peer:
-                units = [peer.measure(requests[u.request], u.request, u.seed, quota) for u in batch]
+                    units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
+            except Exception as error:  # whatever it is, the other units are worth having
+                _note(store, progress, batch, error)
+                if notify:
+                    notify(f"{_where(batch)}: {_one_line(error)}")
             else:
-                units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
-        except Exception as error:  # whatever it is, the other units are worth having
-            _note(store, progress, batch, error)
-            if notify:
-                notify(f"{_where(batch)}: {_one_line(error)}")
-        else:
-            for turns in units:
-                store.add(arm.name, turns)
-            progress.done += len(batch)
-        progress.measured += len(batch)
-        del progress.left[0]
-        yield progress
+                for turns in units:
+                    store.add(arm.name, turns)
+                progress.done += len(batch)
+            progress.measured += len(batch)
+            del progress.left[0]
+            yield progress
+    finally:
+        for each in engines.values():
+            each.close()  # what arms keep on disk is whole
 
 
 def _warm_up(engine: Engine, request: Request, rows: int, **options: Any) -> None:

@@ -26,8 +26,11 @@ COMMANDS = {
     "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
     "bench": "Measure arms on a suite of requests, report, compare.",
     "train": "Build a drafter for a target.",
+    "adapt": "Let a drafter learn offline from recorded traffic.",
+    "learned": "List, show, export and revert what --learn.keep has written.",
     "export": "Write a drafter for vLLM and other tools.",
 }
+GROUPS = ("bench", "learned")
 
 
 def _version() -> str:
@@ -45,8 +48,8 @@ app = App(
     help_format="plaintext",  # the list of commands comes at once, without a renderer
 )
 for _name, _help in COMMANDS.items():
-    # `bench` has commands of its own, and says so itself.
-    _format: dict[str, Any] = {} if _name == "bench" else {"help_format": "markdown"}
+    # Those with commands of their own say so themselves.
+    _format: dict[str, Any] = {} if _name in GROUPS else {"help_format": "markdown"}
     app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help, **_format)
 
 

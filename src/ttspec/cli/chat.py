@@ -69,6 +69,7 @@ def chat(
         return conversation.run(at_terminal=sys.stdin.isatty())
     finally:
         save_learned(conversation.session, save_drafter)
+        engine.close()
 
 
 class Conversation:

@@ -71,6 +71,7 @@ def generate(
         say(warning)
     if session:
         save_learned(session, save_drafter)
+    engine.close()
     return 130 if result.finish_reason == "cancelled" else 0
 
 

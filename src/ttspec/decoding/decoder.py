@@ -32,6 +32,8 @@ class Decoder(SpeculativeRound):
     """`count` rows that decode side by side, each with its own length, budget and noise."""
 
     reads_prompts: type[PromptReader] = PromptReader
+    tenant: str | None = None
+    """Whose requests its rows may have, where they all teach the same weights."""
 
     def __init__(
         self,

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 
-from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.forecast import fitting_rows, of_run, require_room
 from ttspec.decoding.history import ChatHistory, Prompt
@@ -20,10 +20,10 @@ from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
+from ttspec.decoding.shared import SharedWeights
 from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
-from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
 from ttspec.records import Chunk, Result
@@ -61,15 +61,15 @@ class Engine:
         """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
-        self._shared_weights: dict[tuple[LearnConfig, DraftConfig], LiveWeights] = {}
-        """What learns from all requests, by how it learns and what it sees."""
+        self._shared_weights = SharedWeights()
+        """What learns from all requests."""
         self._policies: dict[tuple[Any, ...], DraftPolicy] = {}
         """What earlier requests found out about costs, by what they may depend on."""
 
     def sibling(self) -> Engine:
         """An engine of the same pair, which learns and keeps caches for itself."""
         other = copy.copy(self)
-        other._spare, other._shared_weights, other._policies = None, {}, {}
+        other._spare, other._shared_weights, other._policies = None, SharedWeights(), {}
         return other
 
     def with_drafter(self, drafter: Drafter) -> Engine:
@@ -210,18 +210,20 @@ class Engine:
             "batch_invariant": config.deterministic,
         }
         spare, self._spare = self._spare, None
-        if spare is not None and spare.made_for == made_for:
+        if spare is not None and (spare.made_for, spare.tenant) == (made_for, config.tenant):
             spare.restart()
             return spare
         del spare  # before the new caches are made
         self._tell(self._require_room(config, rows, slots, None if sessions else longest_prompt))
-        known = rows, config.draft, config.learn, made_for["sampling"], self.compile
+        how = config.draft, config.learn, made_for["sampling"], self.compile
+        known = rows, config.tenant, *how
         try:
+            live_weights = self._shared_weights.find(config, self.target, self.drafter, self.notify)
             decoder = self.make_decoder(
                 self.target,
                 self.drafter,
                 **made_for,
-                live_weights=self._find_shared_weights(config),
+                live_weights=live_weights,
                 policy=self._policies.get(known),
                 compile=self.compile,
             )
@@ -230,6 +232,7 @@ class Engine:
                 f"{rows} rows of {slots} tokens do not fit into memory.\n"
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
+        decoder.tenant = config.tenant
         if isinstance(decoder.policy, DraftPolicy):
             self._policies[known] = decoder.policy
         decoder.capture()
@@ -250,7 +253,7 @@ class Engine:
         spare = self._spare
         if wanted == 1 or (spare and (spare.rows.count, spare.rows.slots) == (wanted, slots)):
             return wanted  # they are there
-        learns = (config.learn, config.draft) not in self._shared_weights
+        learns = config not in self._shared_weights
         self._spare = spare = None  # its memory may be had
         rows = fitting_rows(
             self.target,
@@ -286,7 +289,7 @@ class Engine:
         self, config: GenerateConfig, rows: int, slots: int, prompt: int | None
     ) -> str | None:
         need = of_run(self.target, self.drafter, config, rows, slots, prompt)
-        if (config.learn, config.draft) in self._shared_weights:  # they are there already
+        if config in self._shared_weights:  # they are there already
             need = replace(need, learning=0)
         split = self.target.is_split
         return require_room(need, self.target.device, rows=rows, slots=slots, split=split)
@@ -320,14 +323,14 @@ class Engine:
             self._told.add(notice)
             self.notify(notice)
 
-    def _find_shared_weights(self, config: GenerateConfig) -> LiveWeights | None:
-        learn, drafter = config.learn, self.drafter
-        if learn is None or learn.scope != "shared" or drafter is None or not drafter.weights:
-            return None
-        key = learn, config.draft
-        if key not in self._shared_weights:
-            self._shared_weights[key] = LiveWeights(learn, drafter, 1)
-        return self._shared_weights[key]
+    def close(self) -> None:
+        """Keep what `learn.keep` asks to be kept, and let other processes have its folder.
+
+        The engine can be used again, and then begins at what was kept. Without `learn.keep` there
+        is nothing to do.
+        """
+        if self._shared_weights.close():
+            self._spare = None
 
     def margin(
         self,

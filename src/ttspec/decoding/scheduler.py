@@ -43,6 +43,8 @@ class Request:
     must be alike."""
     mask: LogitMask | None = None
     """What the first answer may be, as a grammar says."""
+    tenant: str | None = None
+    """Whose it is; None is whose its config says. In scope shared all must be one tenant's."""
     keeps_row: bool = False
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
@@ -87,6 +89,7 @@ class Scheduler:
         """
         config = request.config or self.config
         sampling = self._sampling_of(config)
+        self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
         self._conversations[number] = Conversation(
             self.decoder,
@@ -215,6 +218,16 @@ class Scheduler:
         if config is self.config:
             return self.decoder.sampling
         return sampling_of(replace(config, seed=0), self.decoder.target)
+
+    def _check_tenant(self, tenant: str | None) -> None:
+        """Refuse a tenant that would draft with, and teach, another one's weights."""
+        learner, ours = self.decoder.learner, self.decoder.tenant
+        if learner and learner.shared and tenant != ours:
+            raise OptionError(
+                f"A request is of tenant {tenant!r}, and all rows of its scheduler share the "
+                f"weights of tenant {ours!r}.\nGive it to a scheduler of its own: with learn.scope "
+                "shared there is one for each tenant."
+            )
 
     def _give_rows(self) -> None:
         while self._free and self._queue:

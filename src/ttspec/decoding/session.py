@@ -174,7 +174,6 @@ def resumed_session(engine: Engine, config: GenerateConfig, path: Path) -> Sessi
     start = delta.start(drafter, config.learn)
     if start is not None:
         return Session(engine, config, start=start)
-    new, other = copy.copy(drafter), engine.sibling()
-    whole = {n: w.to(drafter.weights[n]) for n, w in delta.applied(drafter.weights).items()}
-    new.weights, other.drafter = {**drafter.weights, **whole}, new
+    other = engine.sibling()
+    other.drafter = delta.changed(drafter)
     return Session(other, config, origin=drafter)

@@ -6,11 +6,12 @@ learned themselves the file has the float32 differences. Pickles are never read.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -112,6 +113,19 @@ class Delta:
                 whole[name] = flat.view_as(new)
         return whole
 
+    def changed(self, drafter: Drafter | None) -> Drafter:
+        """A drafter of its own, with the change in its weights.
+
+        Raises:
+            OptionError, CheckpointError: See `require`.
+        """
+        self.require(drafter)
+        assert drafter is not None
+        whole = {n: w.to(drafter.weights[n]) for n, w in self.applied(drafter.weights).items()}
+        new = copy.copy(drafter)
+        new.weights = {**drafter.weights, **whole}
+        return new
+
     def start(self, drafter: Drafter, learn: LearnConfig | None) -> dict[str, Tensor] | None:
         """Where copies that learn so begin; None where the drafter itself must have the change."""
         if learn is None:
@@ -182,14 +196,7 @@ def write_delta(
     if path.suffix != SUFFIX:
         raise OptionError(f"{path} does not end in {SUFFIX}.\nGive a new file's name that does.")
     require_new(path)
-    metadata = {
-        "format": "pt",
-        "ttspec_delta": FORMAT,
-        "kind": drafter.kind,
-        "drafter": _name(drafter),
-        "sha256": weights_sha256(drafter.weights),
-        "learn": json.dumps(asdict(learn), sort_keys=True),
-    }
+    metadata = delta_metadata(drafter, learn)
     tensors = {n: w.detach().to("cpu", copy=True).contiguous() for n, w in changes.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -203,6 +210,18 @@ def write_delta(
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def delta_metadata(drafter: Drafter, learn: LearnConfig) -> dict[str, str]:
+    """What the file of a change says of it: arguments as in `write_delta`."""
+    return {
+        "format": "pt",
+        "ttspec_delta": FORMAT,
+        "kind": drafter.kind,
+        "drafter": _name(drafter),
+        "sha256": weights_sha256(drafter.weights),
+        "learn": json.dumps(asdict(replace(learn, keep=None)), sort_keys=True),
+    }
 
 
 def read_delta(path: Path) -> Delta:

@@ -92,6 +92,8 @@ class Learner:
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
+        keeper = self.keeper = self.weights.keeper
+        self._held_out_rows = keeper.rows(rows, state, length) if keeper else None
         self._run = run or Graphs(torch.device("cpu"))
         self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
         self._lessons: Lessons | None = None
@@ -157,6 +159,8 @@ class Learner:
             self._begin_update(longest)
             if self._publish == "now":
                 updated = self.publish()
+        if self.keeper:
+            self.keeper.note(updated, self.updates)
         return updated
 
     @property
@@ -242,6 +246,8 @@ class Learner:
             self.weights.reset(row)
             self.guard.reset(row)
         self._clear_lessons(row)
+        if self._held_out_rows:
+            self._held_out_rows.reset(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
@@ -287,6 +293,8 @@ class Learner:
         assert self._lessons is not None
         self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
+        if self.keeper and self._held_out_rows and self._rounds:  # no round yet: graphs are made
+            self.keeper.divide(self._held_out_rows, self._lesson, self.state)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,9 @@ from torch import Tensor
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.update_report import UpdateReport
+
+if TYPE_CHECKING:
+    from ttspec.learning.keeper import Keeper
 
 SMALL = 4 << 30
 """Bytes that all copies may take for `weights="auto"` to mean the weights themselves."""
@@ -48,6 +52,9 @@ class LiveWeights:
     `master`, `gradient` and `published` are views of such tables by the weights' names,
     [copies, ...]; in `published`, which drafts, without that dimension where all rows share a copy.
     """
+
+    keeper: Keeper | None = None
+    """Writes versions of them to disk, if anything does."""
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""

@@ -1,0 +1,175 @@
+"""`ttspec adapt`: let a drafter learn offline from recorded traffic, as it would in use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from cyclopts import Parameter
+
+from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.terminal import say
+from ttspec.errors import DataError, OptionError, TrainingError
+
+if TYPE_CHECKING:
+    from ttspec.config import GenerateConfig
+    from ttspec.decoding.engine import Engine, Prompt
+    from ttspec.records import Result
+
+OFTEN = 50
+"""Answers between two lines about how far it is."""
+
+
+def adapt(
+    traffic: Path,
+    *,
+    out: Path | None = None,
+    models: ModelFlags = ModelFlags(),
+    options: GenerateFlags = GenerateFlags(),
+    draft: DraftFlags = DraftFlags(),
+    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    rows: int = 8,
+) -> int:
+    """Let a drafter learn from recorded traffic, with the learner that learns in use.
+
+    What a file asks is answered anew, for a drafter learns what its target says; the text of a run
+    folder is there already and is read once. Ctrl-C keeps what was learned so far.
+
+    Parameters
+    ----------
+    traffic
+        A file of JSON lines: {"prompt"}, {"messages"} or {"turns"}, or forms of data sets, as for
+        `train --prompts`; or a run folder of `ttspec bench run`.
+    out
+        A new or empty folder for the drafter. Left out, --learn.keep gets a version and that is
+        all.
+    rows
+        Requests side by side.
+    """
+    keep, scope = (getattr(learning, name) for name in ("keep", "scope"))
+    if scope not in (None, "shared"):
+        raise OptionError(
+            f"--learn.scope is {scope}; what is adapted is one drafter for all requests.\nDrop it."
+        )
+    if out is None and keep is None:
+        raise OptionError(
+            "adapt would keep nothing.\nGive --out, a folder for the drafter, or --learn.keep, one "
+            "for versions of it, or both."
+        )
+    if rows < 1:
+        raise OptionError(f"--rows is {rows}; allowed is 1 or more.")
+    if out is not None:
+        from ttspec.drafters.export import require_empty
+
+        require_empty(out)
+    with TemporaryDirectory(prefix="ttspec-adapt-") as work:
+        learn = replace(learning, scope="shared", keep=keep or work).config()
+        settings = {**options.options(), "draft": draft.config(), "learn": learn}
+        return _adapt(traffic, out, models, {"seed": 0} | settings, rows)
+
+
+def _adapt(
+    traffic: Path, out: Path | None, models: ModelFlags, settings: dict[str, Any], rows: int
+) -> int:
+    from ttspec.decoding.engine import make_config
+    from ttspec.training.answers import read_dialogues
+
+    config, is_run = make_config(settings), (traffic / "manifest.json").is_file()
+    dialogues = [] if is_run else read_dialogues(traffic)  # complains before a model is loaded
+    if any(turn is None for turns in dialogues for turn in turns):
+        raise DataError(
+            f"{traffic} has a turn that is null, which asks the target to write it; that is for "
+            "training.\nLeave it out."
+        )
+    engine = models.load(notify=say)
+    if engine.drafter is None or not engine.drafter.weights:
+        raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
+    if is_run:
+        answers = _replayed(engine, traffic, config, rows)
+    else:
+        answers = _answered(engine, cast("list[list[Prompt]]", dialogues), config, rows)
+    try:
+        interrupted = _follow(answers)
+    finally:
+        engine.close()  # the last version is written
+    _export(engine, config, out)
+    return 130 if interrupted else 0
+
+
+def _answered(
+    engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, rows: int
+) -> Iterator[Result]:
+    """The target's answers to what was asked."""
+    from dataclasses import fields
+
+    options = {f.name: getattr(config, f.name) for f in fields(config)}
+    for _, chunk in engine.run(dialogues, rows=rows, stream=False, **options):
+        if chunk.result:
+            yield chunk.result
+
+
+def _replayed(engine: Engine, folder: Path, config: GenerateConfig, rows: int) -> Iterator[Result]:
+    """The answers of a run, which are read and not written."""
+    from ttspec.bench.arms import ArmSpec
+    from ttspec.bench.replay import check_replayed, open_source, prepare
+    from ttspec.bench.runner import measure
+
+    arm = ArmSpec(name="adapt", kind="learn-shared", draft=config.draft, learn=config.learn)
+    (arm,) = check_replayed([arm])
+    made = prepare(engine, open_source(folder), [arm], {}, rows)
+    for note in made.manifest["notes"]:
+        say(note)
+    chosen = {**made.options, "draft": arm.draft, "learn": config.learn, "tenant": config.tenant}
+    for batch in made.batches:
+        for turns in measure(engine, batch, made.requests, **chosen):
+            yield from (turn.result for turn in turns)
+
+
+def _follow(answers: Iterator[Result]) -> bool:
+    """Say how far it is and what the drafter gains; whether it was interrupted."""
+    from ttspec.records import acceptance_length
+
+    lengths, rounds = list[float](), []
+    try:
+        for count, result in enumerate(answers, 1):
+            if result.finish_reason == "cancelled":
+                return True
+            rounds += result.rounds
+            if count % OFTEN == 0:
+                lengths.append(acceptance_length(rounds))
+                say(f"{count} answers; acceptance length of the last {OFTEN}: {lengths[-1]:.3f}")
+                rounds = []
+    except KeyboardInterrupt:
+        return True
+    if not lengths and rounds:
+        say(f"Acceptance length: {acceptance_length(rounds):.3f}")
+    return False
+
+
+def _export(engine: Engine, config: GenerateConfig, out: Path | None) -> None:
+    from ttspec.decoding.shared import fingerprint
+    from ttspec.drafters.export import export_drafter
+    from ttspec.learning.delta import weights_sha256
+    from ttspec.learning.versions import current_of, place_of
+
+    assert engine.drafter is not None
+    assert config.learn is not None
+    root = Path(str(config.learn.keep)).expanduser()
+    pair = fingerprint(engine.target), weights_sha256(engine.drafter.weights)
+    found = current_of(place_of(root, *pair, config.tenant))
+    if found is None:
+        raise TrainingError(
+            "Nothing was learned that is known to draft as well as the drafter does; nothing was "
+            "written.\nGive more traffic."
+        )
+    accepted = found.manifest["held_out"]["accepted"]
+    say(
+        f"On {found.manifest['held_out']['blocks']} held-out blocks {accepted['version']:.3f} "
+        f"drafts are accepted, {accepted['anchor']:.3f} of the drafter as it was."
+    )
+    if out is not None:
+        export_drafter(found.delta().changed(engine.drafter), engine.target, "published", out)
+        say(f"{out} holds the drafter: --drafter {out}")

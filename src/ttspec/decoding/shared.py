@@ -1,0 +1,74 @@
+"""Weights that learn from all requests of a tenant, and where they are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ttspec.config import GenerateConfig
+from ttspec.drafters.base import Drafter
+from ttspec.learning.keeper import Keeper
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.versions import sampled_sha256
+from ttspec.models.target import Target
+
+
+class SharedWeights:
+    """The shared weights of an engine: one for each way of learning, of drafting, and tenant."""
+
+    def __init__(self) -> None:
+        """None yet."""
+        self._live: dict[tuple[Any, ...], LiveWeights] = {}
+
+    def __contains__(self, config: GenerateConfig) -> bool:
+        """Whether requests under `config` share weights that are there already."""
+        return _key(config) in self._live
+
+    def find(
+        self,
+        config: GenerateConfig,
+        target: Target,
+        drafter: Drafter | None,
+        notify: Callable[[str], None] | None,
+    ) -> LiveWeights | None:
+        """Those of requests under `config`, made or read from disk at first; None in other scopes.
+
+        Raises:
+            ResourceError: Another process keeps what it learns in the same folder.
+            OptionError, CheckpointError: What is there does not fit.
+        """
+        learn = config.learn
+        if learn is None or learn.scope != "shared" or drafter is None or not drafter.weights:
+            return None
+        key = _key(config)
+        if key not in self._live:
+            live = LiveWeights(learn, drafter, 1)
+            if learn.keep:
+                live.keeper = Keeper(
+                    Path(learn.keep).expanduser(),
+                    drafter,
+                    live,
+                    target={"name": target.name, "sha256": fingerprint(target)},
+                    tenant=config.tenant,
+                    notify=notify,
+                )
+            self._live[key] = live
+        return self._live[key]
+
+    def close(self) -> bool:
+        """Keep what is to be kept, and forget it here; whether there was anything."""
+        kept = [key for key, live in self._live.items() if live.keeper]
+        for key in kept:
+            if keeper := self._live.pop(key).keeper:
+                keeper.close()
+        return bool(kept)
+
+
+def fingerprint(target: Target) -> str:
+    """What tells a target's weights from any others."""
+    return sampled_sha256(dict(target.model.named_parameters()))
+
+
+def _key(config: GenerateConfig) -> tuple[Any, ...]:
+    return config.learn, config.draft, config.tenant

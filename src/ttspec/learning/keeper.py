@@ -1,0 +1,223 @@
+"""Keeps what all requests taught: begins at the newest version on disk, and writes better ones.
+
+A version is written only if held-out lessons find that it drafts no worse than the anchor weights,
+and no worse than the version before it. Judging and copying to the host happen between rounds;
+files are written beside them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.context import ContextState
+from ttspec.errors import OptionError
+from ttspec.learning.delta import Delta, delta_metadata, difference
+from ttspec.learning.held_out import LEAST_BLOCKS, HeldOut, RowsHeldOut
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.version_writer import VersionWriter
+from ttspec.learning.versions import ANCHOR, Version, VersionStore, place_of
+from ttspec.records import Lesson
+
+SECONDS = 60.0
+"""Between two tries to make a version."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Expected accepted drafts a block, of three sets of weights on the same held-out blocks."""
+
+    blocks: int
+    live: float = 0.0
+    anchor: float = 0.0
+    before: float = 0.0
+    """Of the version before; the anchor's where there is none."""
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is enough to go by, and the live weights are behind neither."""
+        return self.blocks >= LEAST_BLOCKS and self.live >= max(self.anchor, self.before)
+
+
+class Keeper:
+    """What connects weights that learn with a store of versions of them."""
+
+    def __init__(
+        self,
+        root: Path,
+        drafter: Drafter,
+        live: LiveWeights,
+        *,
+        target: Mapping[str, str],
+        tenant: str | None = None,
+        notify: Callable[[str], None] | None = None,
+    ) -> None:
+        """Begin at the newest version.
+
+        Args:
+            root: The user's folder, for all pairs and tenants.
+            drafter: Has the anchor weights.
+            live: Shared by all rows.
+            target: Its `name` and `sha256`, from `sampled_sha256`.
+            tenant: Whose requests teach.
+            notify: Told what a user should know.
+
+        Raises:
+            ResourceError: Another process has the pair's folder, or it cannot be made.
+            OptionError: The newest version is of weights that do not learn here.
+            CheckpointError: It is of another drafter.
+        """
+        self.drafter, self.live = drafter, live
+        self._metadata = delta_metadata(drafter, live.config)
+        place = place_of(root, target["sha256"], self._metadata["sha256"], tenant)
+        self.store = VersionStore(place, notify=notify)
+        self.writer, self.held_out = VersionWriter(notify), HeldOut(drafter)
+        self.updates = self.requests = self.refused = 0
+        """Since the process began: updates, requests that taught, and what was found worse."""
+        self.judgement = Judgement(0)
+        """The last one."""
+        self._notify = notify
+        known = {name: self._metadata[name] for name in ("kind", "drafter")}
+        self._facts: dict[str, Any] = {"target": dict(target), "tenant": tenant, **known}
+        # On the host: another thread may not touch a GPU while graphs are captured.
+        self._anchor = {n: w.to("cpu") for n, w in live.anchor.items()}
+        self._parent, self._news, self._tried = ANCHOR, False, time.monotonic()
+        self._options: DraftConfig | None = None
+        try:
+            if found := self.store.current():
+                self._begin_at(*found)
+        except BaseException:
+            self.store.close()
+            raise
+        self._before = self._drafting()
+
+    def rows(self, rows: int, state: DraftState, length: int) -> RowsHeldOut | None:
+        """What is held out of a learner's rows; None where a drafter's context cannot be kept."""
+        if not isinstance(state, ContextState):
+            return None
+        return RowsHeldOut(rows, length, self.drafter.embedding.device)
+
+    def divide(self, rows: RowsHeldOut, lesson: Lesson, state: DraftState) -> None:
+        """Take what is held out from a lesson that is about to teach, in place."""
+        assert isinstance(state, ContextState)
+        self._options = state.options  # not the state: its rows are many, and may go
+        rows.divide(lesson, state, self.held_out)
+
+    def note(self, updated: Sequence[bool], updates: Sequence[int]) -> None:
+        """An update is over; now and then, make a version.
+
+        Args:
+            updated: Rows that it taught.
+            updates: How many each request had so far, this one among them.
+        """
+        if not any(updated) or not self.store.is_open:
+            return
+        self._news = True
+        self.updates += 1
+        self.requests += sum(had and n == 1 for had, n in zip(updated, updates, strict=True))
+        if time.monotonic() - self._tried >= SECONDS:
+            self.make_version()
+
+    def make_version(self) -> bool:
+        """Judge what was learned and have it written, unless it is worse; says whether it is."""
+        self._tried = time.monotonic()
+        if not (self._news or self.writer.failed):
+            return False
+        self.judgement = self._judge()
+        if not self.judgement.is_kept:
+            self.refused += self.judgement.blocks >= LEAST_BLOCKS
+            return False
+        self._news, self._before = False, self._drafting()
+        for passage in self.held_out.passages:
+            passage.scores["before"] = passage.scores["live"]
+        masters = {n: w[0].to("cpu", copy=True) for n, w in self.live.master.items()}
+        facts = {
+            **self._facts,
+            "updates": self.updates,
+            "requests": self.requests,
+            "refused": self.refused,
+            "held_out": {
+                "blocks": self.judgement.blocks,
+                "accepted": {
+                    "version": round(self.judgement.live, 4),
+                    "anchor": round(self.judgement.anchor, 4),
+                    "before": round(self.judgement.before, 4),
+                },
+            },
+        }
+        self.writer.submit(lambda: self._write(masters, facts))
+        return True
+
+    def close(self) -> None:
+        """Keep what is worth it, wait until it is written, and let others have the folder."""
+        if not self.store.is_open:
+            return
+        try:
+            self.writer.flush()
+            if (self._news or self.writer.failed) and not self.make_version():
+                self._tell_why_not()
+            self.writer.close()
+        finally:
+            self.store.close()
+
+    def _begin_at(self, version: Version, delta: Delta) -> None:
+        delta.require(self.drafter)
+        config = replace(self.live.config, keep=None)
+        start = delta.start(self.drafter, config)
+        if start is None:
+            raise OptionError(
+                f"{version.path} is a change of other weights than learn.weights "
+                f"{config.weights}, learn.rank {config.rank} and learn.parameters "
+                f"{config.parameters} name.\nGive the options that it was learned with "
+                "(ttspec learned show), or another folder."
+            )
+        self.live.start_from(start)
+        self._parent = version.number
+
+    def _drafting(self) -> dict[str, Tensor]:
+        """A copy of the weights that draft now."""
+        return {name: weight.detach().clone() for name, weight in self.live.published.items()}
+
+    def _judge(self) -> Judgement:
+        """Score the live weights, and what has no score yet of those they are compared with."""
+        if self._options is None or not self.held_out.passages:
+            return Judgement(0)
+        sets = {"live": self.live.published, "before": self._before, "anchor": {}}
+        totals = dict.fromkeys(sets, 0.0)
+        for passage in self.held_out.passages:
+            for name, changed in sets.items():
+                if name == "live" or name not in passage.scores:
+                    weights = {**self.drafter.weights, **changed}
+                    passage.scores[name] = self.held_out.score(passage, weights, self._options)
+                totals[name] += passage.scores[name]
+        blocks = self.held_out.blocks
+        return Judgement(blocks, **{name: total / blocks for name, total in totals.items()})
+
+    def _write(self, masters: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:
+        """On the writer's thread: what was learned, as a change of the anchor weights."""
+        full = self.live.config.weights == "full"
+        changes = difference(masters, self._anchor) if full else masters
+        tensors = {name: change.contiguous() for name, change in changes.items()}
+        version = self.store.write(tensors, self._metadata, {**facts, "parent": self._parent})
+        self._parent = version.number
+        return version
+
+    def _tell_why_not(self) -> None:
+        found = self.judgement
+        if self._notify is None:
+            return
+        if found.blocks < LEAST_BLOCKS:
+            why = f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
+        else:
+            why = (
+                f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
+                f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"
+            )
+        self._notify(f"What was learned last is not kept in {self.store.folder}: {why}.")

@@ -1,0 +1,256 @@
+"""What all requests of a tenant taught, kept on disk and gone on from; whose lessons go where."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from toys import make_kind, make_learner, toy_engine, twin
+
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.errors import OptionError, ResourceError
+from ttspec.learning.held_out import HeldOut, RowsHeldOut
+from ttspec.learning.keeper import Judgement
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.versions import numbers_in, stores_in
+from ttspec.records import Lesson
+
+PROMPTS = ["hello there", "count to ten, please"]
+SHARED = {"scope": "shared", "stride": 2, "lr": 3e-3, "blocks": 4}
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+def fresh(target, which: str = "dflash") -> Engine:
+    engine = Engine(twin(target), make_kind(which))
+    engine.told = []
+    engine.notify = engine.told.append
+    return engine
+
+
+def say(engine: Engine, learn: LearnConfig | None, prompts=PROMPTS, **options):
+    options = {"max_new_tokens": 130, "seed": 5, "temperature": 0.9, **options}
+    return engine.generate(prompts, ignore_eos=True, learn=learn, **options)
+
+
+def rounds(results) -> list[list[tuple[int, int]]]:
+    return [[(r.position, r.accepted) for r in result.rounds] for result in results]
+
+
+def live(engine: Engine) -> LiveWeights:
+    (found,) = engine._shared_weights._live.values()
+    return found
+
+
+# Kept.
+
+
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_learning_goes_on_from_the_bits_that_were_kept(target, tmp_path, weights: str) -> None:
+    learn = LearnConfig(**SHARED, keep=str(tmp_path), weights=weights)
+    engine = fresh(target)
+    say(engine, learn)
+    weights_then = {n: w.clone() for n, w in live(engine).master.items()}
+    keeper = live(engine).keeper
+    engine.close()
+    assert keeper.judgement.is_kept, keeper.judgement
+    assert engine.told == []
+    (store,) = stores_in(tmp_path)
+    assert numbers_in(store) == [1]
+    again = fresh(target)
+    decoder = again.decoder(GenerateConfig(learn=learn), 1, 5, sessions=False)
+    for name, weight in decoder.learner.weights.master.items():
+        assert weight.equal(weights_then[name]), name
+    again.close()
+    few = {"max_new_tokens": 30}
+    better, static = say(fresh(target), learn, **few), say(fresh(target), None, **few)
+    assert [r.token_ids for r in better] == [r.token_ids for r in static]
+    assert sum(map(len, rounds(better))) < sum(map(len, rounds(static))), "it knows this text"
+
+
+@pytest.fixture(scope="module")
+def kept(target, tmp_path_factory) -> Path:
+    """A folder with two versions of a tenant."""
+    folder = tmp_path_factory.mktemp("kept")
+    engine = fresh(target)
+    engine.drafter.name = str(folder)  # replaced by the commands' own
+    learn = LearnConfig(**SHARED, keep=str(folder))
+    say(engine, learn, tenant="acme")
+    keeper = live(engine).keeper
+    assert keeper.make_version()
+    keeper.writer.flush()
+    keeper.judgement = Judgement(0)
+    keeper._news = True
+    for passage in keeper.held_out.passages:  # the same weights again are no worse
+        passage.scores["before"] = 0.0
+    engine.close()
+    (store,) = stores_in(folder)
+    assert numbers_in(store) == [1, 2]
+    return folder
+
+
+def test_an_engine_that_is_used_has_its_folder_alone(target, kept: Path) -> None:
+    learn = LearnConfig(**SHARED, keep=str(kept))
+    first, second = fresh(target), fresh(target)
+    say(first, learn, tenant="acme", max_new_tokens=2)
+    with pytest.raises(ResourceError, match="is in use"):
+        say(second, learn, tenant="acme", max_new_tokens=2)
+    say(second, learn, tenant="other", max_new_tokens=2)
+    first.close()
+    second.close()
+    say(second, learn, tenant="acme", max_new_tokens=2)
+    second.close()
+
+
+def test_other_weights_than_those_that_were_kept_are_refused(target, kept: Path) -> None:
+    learn = LearnConfig(**SHARED, keep=str(kept), weights="lora", rank=3)
+    with pytest.raises(OptionError, match=r"learn.rank 3 .*\n.*learned show"):
+        say(fresh(target), learn, tenant="acme")
+
+
+def test_keep_is_for_shared_weights_only() -> None:
+    for scope in ("request", "session"):
+        with pytest.raises(OptionError, match=r"learn.keep is 'here'; allowed is a folder, and"):
+            LearnConfig(scope=scope, keep="here")
+
+
+# Never worse.
+
+
+def test_worse_weights_are_not_kept_and_the_reason_is_told(target, tmp_path: Path) -> None:
+    engine = fresh(target)
+    say(engine, LearnConfig(**SHARED, keep=str(tmp_path)))
+    weights = live(engine)
+    for name, master in weights.master.items():  # the other way from the anchor
+        master.copy_(weights.anchor[name] - 3 * (master - weights.anchor[name]))
+    weights.publish()
+    engine.close()
+    found = weights.keeper.judgement
+    assert found.live < found.anchor
+    assert found.blocks > 16
+    (told,) = engine.told
+    assert "is not kept" in told
+    assert f"the anchor {found.anchor:.3f}" in told
+    assert stores_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "figures", "good"),
+    [
+        (16, (1.0, 0.9, 0.9), True),
+        (15, (1.0, 0.9, 0.9), False),
+        (99, (1.0, 1.01, 0.9), False),
+        (99, (1.0, 0.9, 1.01), False),
+        (99, (1.0, 1.0, 1.0), True),
+    ],
+)
+def test_a_version_must_be_behind_neither(blocks: int, figures, good: bool) -> None:
+    assert Judgement(blocks, *figures).is_kept is good
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard"])
+def test_a_stored_passage_scores_as_the_row_did_and_outlives_it(which: str, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.learning.held_out.LIKELY", 1000)  # the whole distribution
+    from test_learning import taught
+
+    learner, drafter, given = taught(which, LearnConfig(stride=1))
+    wanted = learner._distillation.expected_drafts(drafter.weights, given, 31)
+    held = HeldOut(drafter)
+    blocks = torch.arange(given.start.shape[1])
+    for row in range(len(given.start)):
+        held.add(learner.state, row, given, blocks)
+    learner.state.keys.zero_()  # the row is gone
+    learner.state.values.zero_()
+    for row, passage in enumerate(held.passages):
+        found = held.score(passage, drafter.weights, learner.state.options)
+        assert found == pytest.approx(float(wanted[row].sum()), rel=1e-4)
+
+
+def test_what_is_held_out_never_teaches_and_is_stored_once() -> None:
+    _, drafter, state = make_learner(1)
+    length, span = 4, 64
+    rows, held = RowsHeldOut(1, length, drafter.embedding.device), HeldOut(drafter)
+    taught, stored = set(), []
+    state = drafter.start(1, 2500, DraftConfig())
+    for begin in range(40, 2400, 3):  # one new block, and one that was seen before
+        start = torch.tensor([[begin, max(begin - 3, 40)]])
+        lesson = Lesson(
+            tokens=torch.zeros(1, 2, length + 1, dtype=torch.long),
+            start=start,
+            before=None,
+            logits=torch.zeros(1, 2, length, 260),
+            mask=torch.ones(1, 2, length, dtype=torch.bool),
+            fresh=torch.ones(1, 2, dtype=torch.bool),
+            count=torch.tensor([2]),
+        )
+        before = len(held.passages)
+        rows.divide(lesson, state, held)
+        for place in start[0, lesson.mask[0].any(-1)].tolist():
+            taught |= set(range(place + 1, place + length + 1))
+        assert int(lesson.count) == int(lesson.mask.any(-1).sum())
+        for passage in list(held.passages)[before:]:
+            stored += passage.lesson.start[0].tolist()
+    assert len(stored) == len(set(stored)), "once each"
+    judged = {place for s in stored for place in range(s + 1, s + length + 1)}
+    assert judged
+    assert not judged & taught, "no token that is judged by was taught"
+    spans = {s // span for s in stored}
+    assert spans == {1, 17, 33}, "one of sixteen, the first one soon"
+    assert len(taught) > 0.85 * 2300
+
+
+# Whose text.
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_what_one_tenant_asks_changes_no_draft_of_another(target, tmp_path, keeps: bool) -> None:
+    def learn(folder: str) -> LearnConfig:
+        return LearnConfig(**SHARED, keep=str(tmp_path / folder) if keeps else None)
+
+    few = {"max_new_tokens": 30}
+    alone = rounds(say(fresh(target), learn("alone"), tenant="b", **few))
+    both, ours = fresh(target), learn("both")
+    first = rounds(say(both, ours, tenant="a", **few))
+    again = rounds(say(both, ours, tenant="a", **few))
+    assert first == alone, "the same requests, and nothing was learned before"
+    assert again != alone, "a drafts with what a taught"
+    assert rounds(say(both, ours, **few)) == alone, "who names no tenant is none of them"
+    assert rounds(say(both, ours, tenant="b", **few)) == alone
+    assert rounds(say(both, ours, **few)) != alone, "requests that name no tenant share"
+    both.close()
+
+
+def test_a_batch_of_shared_weights_refuses_another_tenant(target) -> None:
+    engine = fresh(target)
+    config = GenerateConfig(learn=LearnConfig(**SHARED), tenant="a", max_new_tokens=4, seed=0)
+    scheduler = Scheduler(engine.decoder(config, 2, 5, sessions=False), config)
+    scheduler.add_request(Request(ids=[1, 2, 3], seed=0))
+    scheduler.add_request(Request(ids=[1, 2, 3], seed=0, tenant="a"))
+    with pytest.raises(OptionError, match=r"is of tenant 'b', and all rows .* tenant 'a'"):
+        scheduler.add_request(Request(ids=[1, 2, 3], seed=0, tenant="b"))
+
+
+def test_rows_that_learn_for_themselves_take_any_tenant(target) -> None:
+    """A row's weights are its request's: side by side, b drafts as it does alone."""
+    learn = LearnConfig(stride=2, lr=3e-3, blocks=4)
+
+    def run(tenants: dict[str, str]) -> dict[str, list]:
+        engine = fresh(target)
+        config = GenerateConfig(learn=learn, max_new_tokens=40, seed=0, ignore_eos=True)
+        scheduler = Scheduler(engine.decoder(config, 2, 20, sessions=False), config)
+        asked = {
+            scheduler.add_request(Request(ids=list(text.encode()), seed=0, tenant=who)): who
+            for who, text in tenants.items()
+        }
+        found: dict[str, list] = {}
+        while scheduler.has_unfinished():
+            for request, chunk in scheduler.step():
+                if chunk.result:
+                    found[asked[request]] = [(r.position, r.accepted) for r in chunk.result.rounds]
+        return found
+
+    assert run({"b": "hello there"})["b"] == run({"a": "count to ten", "b": "hello there"})["b"]
