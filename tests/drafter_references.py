@@ -143,26 +143,29 @@ def eagle3(
         parts = [norm(x, weights[f"fc_norm.{i}.weight"], truth.eps) for i, x in parts]
         features = torch.cat(parts, dim=-1)
     states = matrix(features, weights, "fc")
-    at = "midlayer."
-    own = {k.removeprefix(at): w for k, w in weights.items() if k.startswith(at)}
+    layers = ["midlayer.", *(f"layers.{i}." for i in range(1, len(truth.windows)))]
+    layers = [at for at in layers if f"{at}mlp.up_proj.weight" in weights]
     head = weights.get("lm_head.weight", tables[1])
     found = []
     for _ in range(steps):  # row i reads token i + 1; all but the last are context
-        h = states
+        y = h = states
         embedded = tables[0][tokens[1 : len(h) + 1]] * truth.embedding_scale
-        normed = norm(h, own["hidden_norm.weight"], truth.eps)
-        x = torch.cat([norm(embedded, own["input_layernorm.weight"], truth.eps), normed], dim=-1)
         position = torch.arange(len(h))
-        q = rotate(heads(x, own, "self_attn.q", truth), position, truth)
-        k = rotate(heads(x, own, "self_attn.k", truth), position, truth)
-        v = heads(x, own, "self_attn.v", truth)
-        seen = position <= position[:, None]
-        if window := truth.windows[0]:  # of the context; a chain sees all of itself
-            seen &= (position[:, None] - position < window) | (position >= n - 1)
-        out = attention(q, k, v, seen)
-        y = (normed if truth.normed_residual else h) + matrix(out, own, "self_attn.o_proj")
-        z = norm(y, own["post_attention_layernorm.weight"], truth.eps)
-        y = y + mlp(z, own, "mlp.", truth)
+        for at, window in zip(layers, truth.windows, strict=False):
+            own = {k.removeprefix(at): w for k, w in weights.items() if k.startswith(at)}
+            x = norm(y if y is not h else embedded, own["input_layernorm.weight"], truth.eps)
+            if y is h:
+                normed = norm(h, own["hidden_norm.weight"], truth.eps)
+                x, y = torch.cat([x, normed], dim=-1), normed if truth.normed_residual else y
+            q = rotate(heads(x, own, "self_attn.q", truth), position, truth)
+            k = rotate(heads(x, own, "self_attn.k", truth), position, truth)
+            v = heads(x, own, "self_attn.v", truth)
+            seen = position <= position[:, None]
+            if window:  # of the context; a chain sees all of itself
+                seen &= (position[:, None] - position < window) | (position >= n - 1)
+            y = y + matrix(attention(q, k, v, seen), own, "self_attn.o_proj")
+            z = norm(y, own["post_attention_layernorm.weight"], truth.eps)
+            y = y + mlp(z, own, "mlp.", truth)
         last = norm(y, weights["norm.weight"], truth.eps)[-1:]
         found.append(logits(last, head, truth))
         states = torch.cat([states, last if truth.normed_output else y[-1:]])

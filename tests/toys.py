@@ -88,6 +88,16 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "eagle3",
         {**EAGLE3, **UNUSUAL, "layer_types": ["sliding_attention"], "sliding_window": 8},
     ),
+    "eagle3-layers": (
+        "eagle3",
+        {
+            **EAGLE3,
+            "num_hidden_layers": 2,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3]},
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+    ),
     "eagle3-normed-residual": ("eagle3", {**EAGLE3, "norm_before_residual": True}),
     "eagle3.1": ("eagle3", {**EAGLE3, "fc_norm": True, "norm_output": True}),
     "eagle3-norm-before-fc": ("eagle3", {**EAGLE3, "norm_before_fc": True}),

@@ -195,18 +195,17 @@ def dflash_parts(drafter: DFlash, length: int) -> Parts:
 
 
 def eagle3_parts(drafter: Eagle3, length: int) -> Parts:
-    """G passes of one token each, over the layer and the head of the reduced vocabulary.
+    """G passes of one token each, over the layers and the head of the reduced vocabulary.
 
-    `fc` is read once a draft, and again for the context, with keys and values (drafters.md 1a).
+    `fc` is read once a draft, and again for the context, with keys and values (drafters.md 1a), or
+    with all of several layers.
     """
-    layer, fuse = (
-        _starting(drafter, "midlayer."),
-        _starting(drafter, "fc.", "fc_norm.", "input_norm."),
-    )
+    layers = _starting(drafter, "midlayer.", "layers.")
+    fuse = _starting(drafter, "fc.", "fc_norm.", "input_norm.")
     return Parts(
         once=fuse,
-        body=[*layer, "norm.weight"],
-        context=[*fuse, *_keys_values(layer)],
+        body=[*layers, "norm.weight"],
+        context=[*fuse, *(layers if drafter.layers > 1 else _keys_values(layers))],
         passes=[(1, 1)] * length,
         block=length,
         hidden=drafter.hidden,

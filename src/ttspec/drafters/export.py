@@ -159,7 +159,13 @@ def _published_eagle3(drafter: Eagle3, target: Target) -> Written:
         config["target_hidden_size"] = drafter.target_hidden
     if "speculators_config" in drafter.config or _length(drafter):
         config["ttspec"] = {"length": drafter.length}
-    return config, _own_weights(drafter, target) | {"lm_head.weight": drafter.head}
+    weights = _own_weights(drafter, target) | {"lm_head.weight": drafter.head}
+    return config, _numbered(weights) if drafter.layers > 1 else weights
+
+
+def _numbered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer of EAGLE-3 called as the others are."""
+    return {name.replace("midlayer.", "layers.0."): weight for name, weight in weights.items()}
 
 
 def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
@@ -176,10 +182,7 @@ def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
         "embed_requires_grad": False,
         "eagle_aux_hidden_state_layer_ids": _eagle3_taps(drafter),
     }
-    weights = {
-        name.replace("midlayer.", "layers.0."): weight
-        for name, weight in _own_weights(drafter, target).items()
-    }
+    weights = _numbered(_own_weights(drafter, target))
     weights |= {"embed_tokens.weight": drafter.embedding, "lm_head.weight": drafter.head}
     return config, weights
 
@@ -243,15 +246,13 @@ def _body(drafter: DFlash | Eagle3, target: Target, model_type: str) -> dict[str
         "intermediate_size": drafter.intermediate,
         "max_position_embeddings": given.get("max_position_embeddings") or target.context,
         "num_attention_heads": drafter.heads,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": drafter.layers,
         "num_key_value_heads": drafter.kv_heads,
         "rms_norm_eps": drafter.eps,
         "tie_word_embeddings": False,
         "vocab_size": len(drafter.embedding),
         **_arithmetic(drafter, model_type),
     }
-    if isinstance(drafter, DFlash):
-        body["num_hidden_layers"] = drafter.layers
     if isinstance(drafter, DFlash) or any(drafter.windows):
         body["layer_types"] = drafter.kinds
         if any(_sliding(body)):
