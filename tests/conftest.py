@@ -23,7 +23,7 @@ from ttspec.models.source import resolve
 
 VARIANTS = (
     *("eagle3-normed-residual", "eagle3.1", "eagle3-norm-before-fc", "eagle3-qk-norm"),
-    *("pard-qwen3", "causal-qwen2", "dflash-sliding"),
+    *("pard-qwen3", "causal-qwen2", "dflash-sliding", "mtp-gated", "mtp-experts"),
 )
 """Differ from another kind inside a layer only, which tests of drafts and gradients show."""
 OF_ROUNDS = (

@@ -20,6 +20,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
@@ -167,7 +168,7 @@ def parts_of(drafter: Drafter, length: int, window: int | None = None) -> Parts:
     if counted is None:
         raise OptionError(
             f"Drafter {drafter.name} is of kind {drafter.kind}, whose bytes are not counted; "
-            "counted are dflash, eagle3, pard and causal.\nUse one of those, or --drafter none."
+            "counted are dflash, eagle3, mtp, pard and causal.\nUse one of them, or --drafter none."
         )
     parts = counted(drafter, length)
     windows = (
@@ -214,6 +215,24 @@ def eagle3_parts(drafter: Eagle3, length: int) -> Parts:
     )
 
 
+def mtp_parts(drafter: Mtp, length: int) -> Parts:
+    """G passes of one token each, over the whole head; context is made by a pass too.
+
+    Of experts all are counted, not those alone that a token is sent to.
+    """
+    body = list(drafter.weights)
+    return Parts(
+        once=[],
+        body=body,
+        context=body,
+        passes=[(1, 1)] * length,
+        block=length,
+        hidden=drafter.hidden,
+        vocabulary=drafter.vocabulary,
+        attention=_attention(drafter, drafter.windows, drafter.model_config.num_attention_heads),
+    )
+
+
 def causal_parts(drafter: Causal, length: int) -> Parts:
     """PARD: one pass over the G + 1 last tokens and G - 1 masks (drafters.md 3).
 
@@ -237,6 +256,7 @@ def causal_parts(drafter: Causal, length: int) -> Parts:
 COUNTED: dict[type[Drafter], Callable[..., Parts]] = {
     DFlash: dflash_parts,
     Eagle3: eagle3_parts,
+    Mtp: mtp_parts,
     Causal: causal_parts,
 }
 
@@ -347,7 +367,7 @@ def replay(
     attention threefold.
     """
     rows, s = batch.rows, batch.item
-    steps, block = (length, 1) if isinstance(drafter, Eagle3) else (1, parts.block)
+    steps, block = (length, 1) if isinstance(drafter, Eagle3 | Mtp) else (1, parts.block)
 
     def attention(tokens: int) -> Work:
         return parts.attention.work(rows, tokens, batch.filled, s, blocks)

@@ -184,11 +184,18 @@ def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
 
 
 def empty_context(
-    layers: int, rows: int, heads: int, slots: int, size: int, like: Tensor
+    layers: int,
+    rows: int,
+    heads: int,
+    slots: int,
+    size: int,
+    like: Tensor,
+    value_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """The empty `keys` and `values` of a `ContextState`."""
-    shape = (layers, rows, heads, slots + 1, size)
-    return {"keys": unwritten(shape, like), "values": unwritten(shape, like)}
+    """The empty `keys` and `values` of a `ContextState`; values are of the same size by default."""
+    shape = (layers, rows, heads, slots + 1)
+    values = unwritten((*shape, value_size or size), like)
+    return {"keys": unwritten((*shape, size), like), "values": values}
 
 
 FEATURES_KEPT = 1024

@@ -9,7 +9,7 @@ never kept. Of several layers, those after the first are ordinary ones.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import DraftState, Shapes
-from ttspec.drafters.blocks import Blocks, Choices, Text, row_index
+from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
     FeatureState,
     feature_ring,
@@ -44,8 +44,6 @@ from ttspec.records import Lesson
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
-Follow = Callable[[int, Tensor], Tensor]
-"""(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
 class Eagle3(FeatureDrafter):
