@@ -315,7 +315,7 @@ def changed(folders: dict[str, Path], to: Path, change) -> Path:
 def test_what_cannot_be_a_head_is_refused_in_two_lines(folders, toy_target_dir, tmp_path):
     assert "has no MTP head" in refusal(str(toy_target_dir))
     engine = with_own(folders, "qwen3_5")
-    assert "loaded already" in refusal((engine.target.model, byte_tokenizer()))
+    assert "no folder of the target" in refusal((engine.target.model, byte_tokenizer()))
     second = {f"mtp.layers.1.{n}": torch.ones(4) for n in ("a", "b")}
     several = changed(folders, tmp_path / "several", lambda w: w | second)
     assert "2 layers" in refusal(str(several))

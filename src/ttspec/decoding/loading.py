@@ -123,10 +123,10 @@ def find_drafter(
 def _native(target: Files | None) -> Drafter:
     """The head that a target was published with."""
     if target is None or target.gguf:
-        what = "a GGUF file, of which no head is read" if target else "loaded already"
+        what = "the target is a GGUF file" if target else "no folder of the target is known here"
         raise CheckpointError(
-            f"drafter is mtp, the target's own head, and the target is {what}.\n"
-            "Give the target's folder or hub id."
+            f"drafter is mtp, the head in the target's own files, and {what}.\n"
+            "Give the target's folder or hub id, or another drafter."
         )
     head = load_native_head("mtp", target.source.path, target.config.get_text_config())
     if head is None:
