@@ -204,7 +204,7 @@ def _published_mtp(drafter: Mtp, target: Target) -> Written:  # noqa: ARG001 - i
 
 def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
     config, _ = drafter.published()
-    config.pop("ttspec"), config.pop("architectures")
+    config = {k: v for k, v in config.items() if k not in ("ttspec", "architectures")}
     written = {
         "architectures": ["MTPDraftModel"],
         "transformer_layer_config": config,
