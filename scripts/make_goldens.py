@@ -29,7 +29,7 @@ so a hook on its `lm_head` keeps the logits. It pads shifted tokens with zeros: 
 the T that are kept, then padding up to the block of flex attention (document -1, as in training).
 No kept row sees these rows. Their features are zeros.
 
-    features [T, 3H]    target taps of tokens 0 to T-1
+    features [T, W]     target taps of tokens 0 to T-1
     tokens [T+K+1]      row i of step j reads token i+1+j
     logits [K, T, D]    of the draft vocabulary; RoPE position i+j, teacher forced
 
@@ -77,6 +77,7 @@ EAGLE3 = {  # variant: transformer layer, options
     "3.1": (LLAMA, {"fc_norm": True, "norm_output": True, "aux": [2, 4, 5]}),
     "norm-before-fc": (LLAMA, {"norm_before_fc": True, "aux": [2, 4, 5]}),
     "qwen3": (QWEN3, {"norm_before_residual": True, "aux": [2, 4, 5]}),
+    "layers": ({**LLAMA, "num_hidden_layers": 3}, {"norm_before_residual": True, "aux": [2, 5]}),
 }
 DFLASH = {
     "full": {
@@ -122,8 +123,9 @@ def make_eagle3(
     from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
 
     options = dict(options)
+    taps = len(options.get("aux") or "abc")
     config = Eagle3SpeculatorConfig(
-        transformer_layer_config={**LAYER, **layer, "num_hidden_layers": 1},
+        transformer_layer_config={"num_hidden_layers": 1, **LAYER, **layer},
         draft_vocab_size=DRAFT_VOCABULARY,
         eagle_aux_hidden_state_layer_ids=options.pop("aux", None),
         speculators_config=SpeculatorsConfig(
@@ -150,7 +152,7 @@ def make_eagle3(
     assert not report.unexpected_keys, report
     assert all(name.startswith("verifier_") for name in report.missing_keys), report
     logits = kept_outputs(model.lm_head)
-    features = torch.randn(TOKENS, 3 * LAYER["hidden_size"], generator=generator)
+    features = torch.randn(TOKENS, taps * LAYER["hidden_size"], generator=generator)
     tokens = torch.randint(VOCABULARY, (TOKENS + STEPS + 1,), generator=generator)
     rows = torch.arange(FLEX_BLOCK)
     model(

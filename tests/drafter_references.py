@@ -143,30 +143,80 @@ def eagle3(
         parts = [norm(x, weights[f"fc_norm.{i}.weight"], truth.eps) for i, x in parts]
         features = torch.cat(parts, dim=-1)
     states = matrix(features, weights, "fc")
-    at = "midlayer."
-    own = {k.removeprefix(at): w for k, w in weights.items() if k.startswith(at)}
+    layers = ["midlayer.", *(f"layers.{i}." for i in range(1, len(truth.windows)))]
+    layers = [at for at in layers if f"{at}mlp.up_proj.weight" in weights]
     head = weights.get("lm_head.weight", tables[1])
     found = []
     for _ in range(steps):  # row i reads token i + 1; all but the last are context
-        h = states
+        y = h = states
         embedded = tables[0][tokens[1 : len(h) + 1]] * truth.embedding_scale
-        normed = norm(h, own["hidden_norm.weight"], truth.eps)
-        x = torch.cat([norm(embedded, own["input_layernorm.weight"], truth.eps), normed], dim=-1)
         position = torch.arange(len(h))
-        q = rotate(heads(x, own, "self_attn.q", truth), position, truth)
-        k = rotate(heads(x, own, "self_attn.k", truth), position, truth)
-        v = heads(x, own, "self_attn.v", truth)
-        seen = position <= position[:, None]
-        if window := truth.windows[0]:  # of the context; a chain sees all of itself
-            seen &= (position[:, None] - position < window) | (position >= n - 1)
-        out = attention(q, k, v, seen)
-        y = (normed if truth.normed_residual else h) + matrix(out, own, "self_attn.o_proj")
-        z = norm(y, own["post_attention_layernorm.weight"], truth.eps)
-        y = y + mlp(z, own, "mlp.", truth)
+        for at, window in zip(layers, truth.windows, strict=False):
+            own = {k.removeprefix(at): w for k, w in weights.items() if k.startswith(at)}
+            x = norm(y if y is not h else embedded, own["input_layernorm.weight"], truth.eps)
+            if y is h:
+                normed = norm(h, own["hidden_norm.weight"], truth.eps)
+                x, y = torch.cat([x, normed], dim=-1), normed if truth.normed_residual else y
+            q = rotate(heads(x, own, "self_attn.q", truth), position, truth)
+            k = rotate(heads(x, own, "self_attn.k", truth), position, truth)
+            v = heads(x, own, "self_attn.v", truth)
+            seen = position <= position[:, None]
+            if window:  # of the context; a chain sees all of itself
+                seen &= (position[:, None] - position < window) | (position >= n - 1)
+            y = y + matrix(attention(q, k, v, seen), own, "self_attn.o_proj")
+            z = norm(y, own["post_attention_layernorm.weight"], truth.eps)
+            y = y + mlp(z, own, "mlp.", truth)
         last = norm(y, weights["norm.weight"], truth.eps)[-1:]
         found.append(logits(last, head, truth))
         states = torch.cat([states, last if truth.normed_output else y[-1:]])
     assert len(states) == n + steps
+    return torch.cat(found)
+
+
+def mtp(
+    weights: Weights, tables: Tensor, features: Tensor, tokens: Tensor, steps: int, part: float
+) -> Tensor:
+    """Logits [G, V] of the chain of a Qwen3.5 head, under the names of its files.
+
+    Written from the published model: norms of 1 + weight, queries with a gate beside each, the
+    first `part` of a head rotated with base 10,000, heads of 16, an epsilon of 1e-6.
+    Features [n, H] are the target's.
+    """
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        share = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return share * (1 + weights[f"mtp.{name}.weight"])
+
+    def of(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"mtp.{name}.weight"].T
+
+    def turned(x: Tensor) -> Tensor:
+        """X [T, heads, 16]."""
+        size = int(16 * part) // 2
+        angle = torch.arange(len(x))[:, None, None] * 1e4 ** (-torch.arange(size) / size)
+        a, b, rest = x[..., :size], x[..., size : 2 * size], x[..., 2 * size :]
+        cos, sin = angle.cos(), angle.sin()
+        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
+
+    states, found = features, []
+    for _ in range(steps):  # row i reads token i + 1; all but the last are context
+        n, at = len(states), "layers.0.self_attn."
+        embedded = normed(tables[0][tokens[1 : n + 1]], "pre_fc_norm_embedding")
+        x = of(torch.cat([embedded, normed(states, "pre_fc_norm_hidden")], dim=-1), "fc")
+        y = normed(x, "layers.0.input_layernorm")
+        q, gate = of(y, at + "q_proj").view(n, -1, 32).chunk(2, dim=-1)
+        k, v = (of(y, f"{at}{name}_proj").view(n, -1, 16) for name in ("k", "v"))
+        q, k = turned(normed(q, at + "q_norm")), turned(normed(k, at + "k_norm"))
+        k, v = (part_.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part_ in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 4
+        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
+        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v) * gate.sigmoid()
+        x = x + of(out.flatten(1), at + "o_proj")
+        y, mlp = normed(x, "layers.0.post_attention_layernorm"), "layers.0.mlp."
+        gated = nn.functional.silu(of(y, mlp + "gate_proj")) * of(y, mlp + "up_proj")
+        last = normed(x + of(gated, mlp + "down_proj"), "norm")[-1:]
+        found.append(last @ tables[1].T)
+        states = torch.cat([states, last])
     return torch.cat(found)
 
 

@@ -1,7 +1,11 @@
 """Random targets whose layers are gated delta nets, but for the last."""
 
+from pathlib import Path
+
 import torch
-from conftest import SHAPE
+from conftest import SHAPE, byte_tokenizer
+from safetensors.torch import load_file, save_file
+from toys import random_weights
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -10,6 +14,9 @@ from transformers import (
     Qwen3NextConfig,
 )
 from transformers.models.olmo_hybrid import OlmoHybridConfig
+
+from ttspec.drafters.checkpoint import make_drafter
+from ttspec.drafters.mtp_names import published_names, unstacked
 
 DENSE = SHAPE | {
     "max_position_embeddings": 2048,
@@ -49,3 +56,17 @@ def random_hybrid(kind: str) -> PreTrainedModel:
                 weight.normal_(0, 0.5)
         model.lm_head.weight.mul_(0.5)
     return model
+
+
+def write_with_head(folder: Path, model: PreTrainedModel) -> Path:
+    """A target's folder whose files hold a random MTP head too, under its family's names."""
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    config = model.config.get_text_config().to_dict()
+    shapes = make_drafter("mtp", {**config, "architectures": ["MTP"]}).shapes()
+    head = published_names(config, unstacked(random_weights(shapes, 5)))
+    weights = load_file(folder / "model.safetensors")
+    assert not head.keys() & weights.keys()
+    head = {n: w.contiguous().clone() for n, w in head.items()}
+    save_file(weights | head, folder / "model.safetensors", {"format": "pt"})
+    return folder

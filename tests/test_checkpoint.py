@@ -627,8 +627,6 @@ def test_attention_sinks_inside_dflash_config_are_refused(tmp_path):
         ("dflash", {"architectures": ["DominoDraftModel"]}, "Domino"),
         ("eagle3", {"speculators_model_type": "peagle"}, "P-EAGLE"),
         ("eagle3", {"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
-        ("causal", {"architectures": ["Qwen3_5MTP"]}, "MTP"),
-        ("causal", {"speculators_model_type": "mtp"}, "MTP"),
     ],
 )
 def test_a_relative_is_refused_by_its_name(tmp_path, which, changes, named):

@@ -52,6 +52,7 @@ from ttspec.sampling import SamplingTensors, process
 
 ALL = [*CONFIGS, "ngram"]
 EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind == "eagle3"]
+HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]
 MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
 WHOLE = DraftConfig(copy=False)
 WINDOW, REBASE = DraftConfig(window=7, copy=False), DraftConfig(rebase=6, copy=False)
@@ -326,7 +327,7 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
     drafter = bound_kind(which)
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, wanted = drafts(drafter, state)
-    assert (taught.before is None) == (which not in (*EAGLES, "pard2"))
+    assert (taught.before is None) == (which not in (*EAGLES, *HEADS, "pard2"))
     found = drafter.replay(state, taught, drafter.length, 30)
     if which in MODELS and seen == "rebase":  # what a proposal read again has moved with it
         parts = []
@@ -362,7 +363,7 @@ def test_replay_gives_every_learnable_weight_a_finite_gradient(which: str, seen:
     state = read(drafter, *text_of(drafter, 2, 30), SEEN[seen])
     taught, _ = drafts(drafter, state)
     found = gradients(drafter, state, taught)
-    if which in EAGLES:
+    if which in (*EAGLES, *HEADS):
         assert "fc.weight" in found
     for name, gradient in found.items():
         assert torch.isfinite(gradient).all(), name
@@ -377,7 +378,9 @@ def test_a_learnable_weight_is_its_drafters_own_and_no_table(which: str):
     assert any("mlp" in name for name in last)
     assert last < full
     assert not any(p in n for n in last for p in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"))
-    tables = [n for n in drafter.weights if "embed" in n or "lm_head" in n or n in ("d2t", "t2d")]
+    tables = [
+        n for n in drafter.weights if "embed_tokens" in n or "lm_head" in n or n in ("d2t", "t2d")
+    ]
     assert not full & set(tables)
 
 
@@ -587,7 +590,7 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
 @pytest.mark.parametrize(
     ("which", "coupled"),
     [
-        *((which, "coupled") for which in ("dflash", "eagle3", "pard", "pard2", "causal")),
+        *((which, "coupled") for which in ("dflash", "eagle3", "mtp", "pard", "pard2", "causal")),
         ("dflash", "greedy"),
         ("eagle3", "greedy"),
     ],

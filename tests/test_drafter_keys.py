@@ -611,13 +611,45 @@ def test_the_number_of_layers_is_that_of_the_files(tmp_path):
     torch.testing.assert_close(drafted(drafter), wanted, atol=2e-4, rtol=1e-4)
 
 
-def test_more_than_one_layer_is_refused_by_its_number(tmp_path):
+SEVERAL: dict[str, Change] = {
+    "three": ({"num_hidden_layers": 3}, {}),
+    "two of four taps": (
+        {
+            "num_hidden_layers": 2,
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 3, 3, 4]},
+            "norm_before_residual": True,
+            "norm_output": True,
+            "fc_norm": True,
+        },
+        {"normed_residual": True, "normed_output": True},
+    ),
+    "of a kind each": (
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 5,
+            "mlp_bias": True,
+        },
+        {"windows": (None, 5, None)},
+    ),
+}
+
+
+@pytest.mark.parametrize("which", SEVERAL)
+def test_every_layer_after_the_first_reads_what_the_one_before_it_says(tmp_path, which):
+    changes, truth = SEVERAL[which]
+    layers = (None,) * changes["num_hidden_layers"]
+    config = {**base("eagle3"), **changes}
+    assert_reads(tmp_path, "eagle3", config, replace(Truth(windows=layers), **truth))
+
+
+def test_a_layer_that_is_not_whole_is_refused_by_what_it_lacks(tmp_path):
     config = base("eagle3")
     weights = write(tmp_path, config)
     second = {"layers.1.self_attn.q_proj.weight": torch.ones(64, 64)}
     save_file(weights | second, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    assert "2 layers" in refusal(tmp_path)
+    assert "layers.1." in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

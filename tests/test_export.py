@@ -32,9 +32,10 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError
 
 BLOCKS = [name for name, (kind, _) in CONFIGS.items() if kind in ("dflash", "eagle3")]
-MODELS = [name for name in CONFIGS if name not in BLOCKS]
+MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
+HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]
 BOTH = [(name, form) for name in BLOCKS for form in ("published", "speculators")]
-EVERY = [*BOTH, *[(name, "published") for name in MODELS]]
+EVERY = [*BOTH, *[(name, "published") for name in (*MODELS, *HEADS)]]
 LAYERS = [1, 3, 4]
 """Taps that no reader mistakes for another convention's."""
 REDUCED = {"draft_vocab_size": 120}

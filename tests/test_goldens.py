@@ -78,7 +78,7 @@ def absorb(
 def test_eagle3_taught_over_a_sequence_says_what_speculators_says(tmp_path, name):
     drafter, expected = golden(name, tmp_path)
     assert isinstance(drafter, Eagle3)
-    assert drafter.taps == (2, 4, 5)
+    assert drafter.taps == ((2, 5) if drafter.layers > 1 else (2, 4, 5))
     steps, count, _ = expected["logits"].shape
     features = torch.nn.functional.pad(expected["features"], (0, 0, 0, steps))[None]
     with torch.no_grad():

@@ -23,6 +23,7 @@ from ttspec.drafters.checkpoint import (
     make_drafter,
     missing_and_left_over,
 )
+from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.rotary import Rope
 
 FOLDER = Path(__file__).parent / "manifests"
@@ -57,7 +58,8 @@ def optional(drafter: Drafter) -> set[str]:
 
 def bind_to_nothing(drafter: Drafter, target: dict[str, int]) -> None:
     """Bind to a target of that size without a byte of memory."""
-    if isinstance(drafter, Causal):  # would build its model
+    if isinstance(drafter, Causal | Mtp):  # would build its model
+        drafter.taps = drafter.taps or drafter._default_taps(target["layers"])
         drafter._bind_taps(target["layers"])
         return
     drafter.weights = {
@@ -69,7 +71,7 @@ def bind_to_nothing(drafter: Drafter, target: dict[str, int]) -> None:
 
 
 def test_there_is_a_manifest_of_every_kind():
-    assert {m["kind"] for m in MANIFESTS.values()} == {"eagle3", "dflash", "pard", "causal"}
+    assert {m["kind"] for m in MANIFESTS.values()} == {"eagle3", "dflash", "mtp", "pard", "causal"}
 
 
 @each
@@ -119,6 +121,10 @@ def small_config(manifest: dict[str, Any]) -> dict[str, Any]:
         "bos_token_id": 257,
         "eos_token_id": 258,
         "pad_token_id": 256,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
     }.items():
         if body.get(key) is not None:
             body[key] = value

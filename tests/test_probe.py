@@ -69,7 +69,7 @@ def test_the_recommended_setting_reads_the_shifted_taps(plain_target, which, shi
     engine = Engine(twin(plain_target), drafter)
     taps = tuple(t + shift for t in drafter.taps)
     found = [r for r in readings(engine) if r.taps == taps and taps]
-    if not drafter.taps or not all(0 <= t <= 4 for t in taps):
+    if drafter.kind == "mtp" or not drafter.taps or not all(0 <= t <= 4 for t in taps):
         assert not found
         return
     place, ids = tap_ids(drafter, taps)  # type: ignore[misc]

@@ -24,8 +24,8 @@ from ttspec.training.config import TrainConfig
 from ttspec.training.recipes import RECIPES, frequent_tokens
 from ttspec.training.train import Progress, fit
 
-KINDS = ["eagle3", "pard", "causal"]
-"""test_training.py trains the fourth."""
+KINDS = ["eagle3", "mtp", "pard", "causal"]
+"""test_training.py trains the fifth."""
 DRAFTED = 120
 """Of 260 tokens, by EAGLE-3."""
 TINY = {

@@ -20,6 +20,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
@@ -168,7 +169,7 @@ def parts_of(drafter: Drafter, length: int, window: int | None = None) -> Parts:
     if counted is None:
         raise OptionError(
             f"Drafter {drafter.name} is of kind {drafter.kind}, whose bytes are not counted; "
-            "counted are dflash, eagle3, pard and causal.\nUse one of those, or --drafter none."
+            "counted are dflash, eagle3, mtp, pard and causal.\nUse one of them, or --drafter none."
         )
     parts = counted(drafter, length)
     windows = (
@@ -196,23 +197,40 @@ def dflash_parts(drafter: DFlash, length: int) -> Parts:
 
 
 def eagle3_parts(drafter: Eagle3, length: int) -> Parts:
-    """G passes of one token each, over the layer and the head of the reduced vocabulary.
+    """G passes of one token each, over the layers and the head of the reduced vocabulary.
 
-    `fc` is read once a draft, and again for the context, with keys and values (drafters.md 1a).
+    `fc` is read once a draft, and again for the context, with keys and values (drafters.md 1a), or
+    with all of several layers.
     """
-    layer, fuse = (
-        _starting(drafter, "midlayer."),
-        _starting(drafter, "fc.", "fc_norm.", "input_norm."),
-    )
+    layers = _starting(drafter, "midlayer.", "layers.")
+    fuse = _starting(drafter, "fc.", "fc_norm.", "input_norm.")
     return Parts(
         once=fuse,
-        body=[*layer, "norm.weight"],
-        context=[*fuse, *_keys_values(layer)],
+        body=[*layers, "norm.weight"],
+        context=[*fuse, *(layers if drafter.layers > 1 else _keys_values(layers))],
         passes=[(1, 1)] * length,
         block=length,
         hidden=drafter.hidden,
         vocabulary=drafter.draft_vocabulary,
         attention=_attention(drafter, drafter.windows, drafter.heads),
+    )
+
+
+def mtp_parts(drafter: Mtp, length: int) -> Parts:
+    """G passes of one token each, over the whole head; context is made by a pass too.
+
+    Of experts all are counted, not those alone that a token is sent to.
+    """
+    body = list(drafter.weights)
+    return Parts(
+        once=[],
+        body=body,
+        context=body,
+        passes=[(1, 1)] * length,
+        block=length,
+        hidden=drafter.hidden,
+        vocabulary=drafter.vocabulary,
+        attention=_attention(drafter, drafter.windows, drafter.model_config.num_attention_heads),
     )
 
 
@@ -239,6 +257,7 @@ def causal_parts(drafter: Causal, length: int) -> Parts:
 COUNTED: dict[type[Drafter], Callable[..., Parts]] = {
     DFlash: dflash_parts,
     Eagle3: eagle3_parts,
+    Mtp: mtp_parts,
     Causal: causal_parts,
 }
 
@@ -350,7 +369,7 @@ def replay(
     attention threefold.
     """
     rows, s = batch.rows, batch.item
-    steps, block = (length, 1) if isinstance(drafter, Eagle3) else (1, parts.block)
+    steps, block = (length, 1) if isinstance(drafter, Eagle3 | Mtp) else (1, parts.block)
 
     def attention(tokens: int) -> Work:
         return parts.attention.work(rows, tokens, batch.filled, s, blocks)

@@ -11,7 +11,7 @@ def train(
     prompts: Path,
     out: Path,
     target: str = "smollm2-135m",
-    kind: Literal["dflash", "eagle3", "pard", "causal"] = "dflash",
+    kind: Literal["dflash", "eagle3", "mtp", "pard", "causal"] = "dflash",
     init: str | None = None,
     max_length: int = 768,
     max_answer: int = 512,
@@ -60,7 +60,7 @@ def train(
     epochs
         Passes over the answers at most.
     layers
-        Draft layers; default is 3 for dflash, 6 of the target's for pard and causal, 1 for eagle3.
+        Draft layers; default is 3 for dflash, 6 of the target's for pard and causal; others have 1.
     block
         Tokens drafted in training, and the known one.
     taps
@@ -76,7 +76,7 @@ def train(
     batch
         Dialogues a step.
     anchors
-        dflash, eagle3: blocks a dialogue and step.
+        dflash, eagle3, mtp: blocks a dialogue and step.
     rows
         Dialogues answered side by side. [default: 32, or as many of them as fit into memory]
     lr

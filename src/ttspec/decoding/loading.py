@@ -11,7 +11,12 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.decoding.engine import Engine, Notify
 from ttspec.decoding.forecast import SMALLER, drafter_weights, require_weights
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter
+from ttspec.drafters.checkpoint import (
+    BUNDLED,
+    DEFAULT_DRAFTERS,
+    load_drafter,
+    load_native_head,
+)
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
 from ttspec.models.loading import DeviceMap, Files
@@ -34,8 +39,8 @@ def load(
     Args:
         target: Built-in name, local folder, .gguf file, hub id, or a loaded (model, tokenizer).
         drafter: Built-in name, local folder, hub id or a drafter; "ngram" copies from the text;
-            "auto" is the bundled one for the target, if there is one; "none" or None is plain
-            decoding.
+            "mtp" is the target's own head; "auto" is the bundled one for the target, else its own
+            head, if there is one; "none" or None is plain decoding.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
         compile: On a GPU, let torch compile a round's models when they are first run: about 20
@@ -51,9 +56,10 @@ def load(
     files = find_target(target, notify) if isinstance(target, str) else None
     loaded = None if isinstance(target, str) else wrap_target(*target)
     if drafter == "auto":
-        drafter = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
+        named = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
+        drafter = named or _native_if_any(files, notify)
     if isinstance(drafter, str):
-        drafter = find_drafter(drafter, notify)
+        drafter = find_drafter(drafter, notify, files)
     if files is not None:
         kind = dtype_of(dtype, place)
         loaded = _read(files, drafter, place, kind, device_map, notify)
@@ -97,15 +103,50 @@ def _read(
         ) from error
 
 
-def find_drafter(name: str, notify: Notify | None = None) -> Drafter | None:
+def find_drafter(
+    name: str, notify: Notify | None = None, target: Files | None = None
+) -> Drafter | None:
     """A drafter by built-in name, local folder or hub id; None for "none".
+
+    "mtp" is the head in the files of `target`.
 
     Raises:
         CheckpointError: There is none, or its files are not what they should be.
     """
     if name == "none":
         return None
+    if name == "mtp":
+        return _native(target)
     return Ngram() if name == "ngram" else load_drafter(name, drafter_folder(name, notify))
+
+
+def _native(target: Files | None) -> Drafter:
+    """The head that a target was published with."""
+    if target is None or target.gguf:
+        what = "the target is a GGUF file" if target else "no folder of the target is known here"
+        raise CheckpointError(
+            f"drafter is mtp, the head in the target's own files, and {what}.\n"
+            "Give the target's folder or hub id, or another drafter."
+        )
+    head = load_native_head("mtp", target.source.path, target.config.get_text_config())
+    if head is None:
+        raise CheckpointError(
+            f"drafter is mtp, and {target.source.name} has no MTP head in its files.\n"
+            "Train one with `ttspec train --kind mtp`, or give another drafter."
+        )
+    return head
+
+
+def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | None:
+    """The same for `auto`: a head that cannot be read is told, and left."""
+    if target is None or target.gguf:
+        return None
+    try:
+        return load_native_head("mtp", target.source.path, target.config.get_text_config())
+    except CheckpointError as error:
+        if notify:
+            notify(f"{str(error).splitlines()[0]} It is not used.")
+        return None
 
 
 def drafter_folder(name: str, notify: Notify | None = None) -> Path:
@@ -123,7 +164,7 @@ def drafter_folder(name: str, notify: Notify | None = None) -> Path:
         return found.path
     except TargetError as error:
         bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
-        built_in = ", ".join(["ngram", "none", *bundled])
+        built_in = ", ".join(["mtp", "ngram", "none", *bundled])
         first = str(error).splitlines()[0]
         raise CheckpointError(
             f"{first}\nGive a drafter's folder, a hub id, or a built-in one: {built_in}."

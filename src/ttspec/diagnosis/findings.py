@@ -190,6 +190,8 @@ def _mask_token(target: Target, drafter: Drafter) -> Finding | None:
 def _taps(drafter: Drafter, layers: int) -> Finding | None:
     if not drafter.taps:
         return None
+    if drafter.kind not in TAP_KEYS:
+        return Finding(name="taps", level="ok", text=drafter.interpretation["taps"])
     key, ids = given_taps(drafter)
     reads = f"hidden states {list(drafter.taps)} of 0 to {layers}"
     said: list[tuple[Level, str]] = []

@@ -195,7 +195,7 @@ def readings(engine: Engine) -> list[Reading]:
     assert drafter is not None
     layers = int(engine.target.config.num_hidden_layers)
     found = [Reading(name="as read", taps=drafter.taps)]
-    for shift in (-1, 1) if drafter.taps else ():
+    for shift in (-1, 1) if drafter.kind in TAP_KEYS and drafter.taps else ():
         taps = tuple(t + shift for t in drafter.taps)
         if all(0 <= t <= layers for t in taps):
             name = f"taps {'+' if shift > 0 else '-'} 1"

@@ -13,6 +13,8 @@ from ttspec.records import Proposal
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V] or None."""
+Follow = Callable[[int, Tensor], Tensor]
+"""(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +29,16 @@ class Text:
     """int64 [B, T]; past the slots in rows at rest."""
     row: Tensor
     """int64 [B], the rows meant."""
+    is_all: bool
+    """Whether these are all rows, in their order."""
 
     @classmethod
     def after(
         cls, start: Tensor, tokens: Tensor, features: Tensor, subset: Tensor | None = None
     ) -> Text:
         """Of which each row's first token is at position `start` int64 [B]."""
-        return cls(tokens, features, positions(start, tokens.shape[1]), row_index(start, subset))
+        position, row = positions(start, tokens.shape[1]), row_index(start, subset)
+        return cls(tokens, features, position, row, subset is None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,6 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
 from ttspec.drafters.blocks import Blocks, Choices, Text, positions, row_index
 from ttspec.drafters.context import (
-    FeatureState,
     empty_context,
     feature_ring,
     first_seen,
@@ -35,6 +34,7 @@ from ttspec.drafters.context import (
     seen_mask,
 )
 from ttspec.drafters.functional import (
+    FunctionalState,
     InPlaceCache,
     Masks,
     ModelFunction,
@@ -54,23 +54,11 @@ READ_AT_ONCE = 512
 
 
 @dataclass(slots=True)
-class CausalState(FeatureState):
+class CausalState(FunctionalState):
     """The rows' tokens too, in the drafter's own vocabulary."""
 
     tokens: Tensor
     """int64 [B, slots + 1]; the last slot takes what falls outside."""
-    anchor: Weights
-    """The drafter's own, of published shapes."""
-    takes_spans: bool
-    """Whether the model's attention can be told what is seen from slot to slot."""
-
-    @property
-    def spans(self) -> bool:
-        """As for every drafter; and `vmap` over rows' own weights cannot write in place."""
-        own = len(self.tokens) > 1 and any(
-            w.dim() > self.anchor[n].dim() for n, w in self.weights.items() if n in self.anchor
-        )
-        return self.takes_spans and not self.options.rebase and not own
 
 
 @dataclass(frozen=True, slots=True)

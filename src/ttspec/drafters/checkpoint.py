@@ -24,6 +24,8 @@ from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.keys import refuse_keys
+from ttspec.drafters.mtp import Mtp
+from ttspec.drafters.mtp_names import native_names
 from ttspec.drafters.pard import Pard
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError
@@ -31,7 +33,7 @@ from ttspec.errors import CheckpointError, TtspecError
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
-KINDS: dict[str, type[Drafter]] = {c.kind: c for c in (Pard, DFlash, Eagle3, Causal)}
+KINDS: dict[str, type[Drafter]] = {c.kind: c for c in (Mtp, Pard, DFlash, Eagle3, Causal)}
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 P_EAGLE = "P-EAGLE"
@@ -44,7 +46,6 @@ UNREADABLE = {
     "jetspec": "JetSpec (a causal block that is fed real tokens)",
     "p-?eagle": P_EAGLE,
     "eagle(?!-?3)": EAGLE,
-    "mtp": "a native MTP head",
 }
 """Relatives that would load in part and draft badly, by a pattern of their architecture's name."""
 SINCE_EAGLE3 = {
@@ -97,6 +98,34 @@ def load_drafter(name: str, folder: Path) -> Drafter:
             " that ttspec knows.\n"
             f"Known kinds: {', '.join(KINDS)}, in original or speculators form."
         )
+    return _load(kind, config, stored, name, folder)
+
+
+def load_native_head(name: str, folder: Path, config: Any) -> Drafter | None:
+    """Read the MTP head that a target was published with; None if its files hold none.
+
+    Args:
+        name: What to call it.
+        folder: The target's.
+        config: Its text config.
+
+    Raises:
+        CheckpointError: There is one of a form that ttspec does not read, or it is damaged.
+    """
+    stored = _read_headers(folder)
+    names = native_names(config, stored)
+    if not names:
+        return None
+    body = {**config.to_dict(), "architectures": ["MTPDraftModel"]}
+    for key in ("_name_or_path", "transformers_version"):
+        body.pop(key, None)
+    return _load("mtp", body, {n: stored[n] for n in names}, name, folder)
+
+
+def _load(
+    kind: str, config: Mapping[str, Any], stored: Mapping[str, Stored], name: str, folder: Path
+) -> Drafter:
+    """A drafter of a known kind with its weights."""
     found: dict[str, Stored] = {}
     for key, tensor in stored.items():
         if IGNORED.search(key):

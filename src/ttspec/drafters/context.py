@@ -8,7 +8,7 @@ them. Both give the same logits, but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ttspec.compiled import of_any_size
 from ttspec.drafters.base import DraftState
-from ttspec.drafters.layers import InPlaceContext
+from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext
 from ttspec.drafters.rotary import Rope
 from ttspec.rowcache import reach_of, unwritten
 from ttspec.spans import reach_to_see, spans
@@ -142,6 +142,30 @@ def same_block(blocks: int, width: int, device: torch.device) -> Tensor:
     return index[:, None] == index
 
 
+def growing(
+    context: ConcatenatedContext, steps: int, slots: int, origin: Tensor, window: int | None
+) -> Iterator[Attend]:
+    """A context that each of A chains adds a key to in every step, to see it from then on.
+
+    Args:
+        context: As the first step sees it.
+        steps: How often to yield it.
+        slots: Of its first keys, which stand at positions 0, 1 and so on.
+        origin: int64 [..., A], where the chains begin; what they add is never hidden.
+        window: The layer's own.
+    """
+    slot = torch.arange(slots, device=origin.device)
+    own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
+    own = own.expand(*context.mask.shape[:-2], -1, -1)
+    for step in range(steps):
+        if step:
+            context.mask = torch.cat([context.mask, own], dim=-1)
+        if step and window is not None:
+            first = first_seen(origin + step, origin, None, window)
+            context.mask[..., :slots] &= slot >= first[..., None]
+        yield context
+
+
 def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
     """Turn rotated keys so that none looks further back than `rebase` from a block's start.
 
@@ -160,11 +184,18 @@ def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
 
 
 def empty_context(
-    layers: int, rows: int, heads: int, slots: int, size: int, like: Tensor
+    layers: int,
+    rows: int,
+    heads: int,
+    slots: int,
+    size: int,
+    like: Tensor,
+    value_size: int | None = None,
 ) -> dict[str, Tensor]:
-    """The empty `keys` and `values` of a `ContextState`."""
-    shape = (layers, rows, heads, slots + 1, size)
-    return {"keys": unwritten(shape, like), "values": unwritten(shape, like)}
+    """The empty `keys` and `values` of a `ContextState`; values are of the same size by default."""
+    shape = (layers, rows, heads, slots + 1)
+    values = unwritten((*shape, value_size or size), like)
+    return {"keys": unwritten((*shape, size), like), "values": values}
 
 
 FEATURES_KEPT = 1024

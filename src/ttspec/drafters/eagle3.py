@@ -1,15 +1,16 @@
-"""EAGLE-3: one decoder layer that reads fused taps, mostly three, and feeds itself its own state.
+"""EAGLE-3: decoder layers, mostly one, that read fused taps and feed themselves their own state.
 
 Row i pairs the target's features of token i with the embedding of token i + 1, stands at position
 i and predicts token i + 2 (drafters.md 1; public code: SafeAILab/EAGLE `eagle/model/cnets.py`).
-With one layer, a context row is keys and values only, made from real features; what a chain makes
-from its own states is never kept.
+A context row is keys and values made from real features; what a chain makes from its own states is
+never kept. Of several layers, those after the first are ordinary ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,8 +19,15 @@ from torch import Tensor
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import DraftState, Shapes
-from ttspec.drafters.blocks import Blocks, Choices, Text, row_index
-from ttspec.drafters.context import FeatureState, feature_ring, first_seen, same_block, seen_mask
+from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
+from ttspec.drafters.context import (
+    FeatureState,
+    feature_ring,
+    first_seen,
+    growing,
+    same_block,
+    seen_mask,
+)
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import (
     Attend,
@@ -30,14 +38,12 @@ from ttspec.drafters.layers import (
     rms_norm,
 )
 from ttspec.drafters.rotary import Rope, rope_parameters
+from ttspec.drafters.taps import TAP_KEY, default_taps, taps_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
-TAP_KEY = "eagle_aux_hidden_state_layer_ids"
-Follow = Callable[[int, Tensor], Tensor]
-"""(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
 class Eagle3(FeatureDrafter):
@@ -64,23 +70,23 @@ class Eagle3(FeatureDrafter):
         """Read the published keys, original or speculators'."""
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
-        said, body["num_hidden_layers"] = int(body["num_hidden_layers"]), 1
+        said = int(body["num_hidden_layers"])
+        if said < 1:
+            raise ValueError(f"num_hidden_layers is {said}")
         more = re.compile(r"layers\.[1-9]\d*\.self_attn\.")
-        held = {int(n.split(".")[1]) for n in names if more.match(n)}
-        if held or (said != 1 and not names) or said < 1:
-            raise CheckpointError(
-                f"It has {1 + max(held) if held else said} layers; an EAGLE-3 drafter has one here."
-                "\nGive one of one layer."
-            )
-        if said != 1:  # of the target: the files hold one, and code that trains a head makes one
+        held = {0, *(int(n.split(".")[1]) for n in names if more.match(n))}
+        layers = 1 + max(held) if names else said
+        body["num_hidden_layers"] = layers
+        if said != layers:  # of the target: code that trains a head of one layer copies it
             body.pop("layer_types", None)
         kv_heads = body.get("num_key_value_heads") or body["num_attention_heads"]
         self._read_body(body, kv_heads, "eagle_config", names)
         self.kinds = self._layer_kinds()
         window = body.get("sliding_window") if "sliding_attention" in self.kinds else None
-        self.windows = (None if window is None else int(window),)
         if window is not None and int(window) < 1:
-            raise ValueError(f"sliding_window is {window}, and its layer slides")
+            raise ValueError(f"sliding_window is {window}, and a layer slides")
+        slides = [kind == "sliding_attention" for kind in self.kinds]
+        self.windows = tuple(None if window is None or not s else int(window) for s in slides)
         self.target_hidden = int(self._one(("target_hidden_size",)) or self.hidden)
         if not 0 < self.draft_vocabulary <= self.vocabulary:
             raise ValueError(f"draft_vocab_size {self.draft_vocabulary} of {self.vocabulary}")
@@ -104,7 +110,7 @@ class Eagle3(FeatureDrafter):
         tied = self.head_is_targets and config.get("tie_word_embeddings")
         self._tied = bool(tied) and "embed_tokens.weight" in names
         self.length = _length(config)
-        self.taps, convention = _taps(config)
+        self.taps, convention = taps_of(config)
         self.tap_count = int(self._one(("num_aux_hidden_states",)) or len(self.taps) or 3)
         if self.tap_count != (len(self.taps) or 3):
             raise ValueError(
@@ -119,19 +125,21 @@ class Eagle3(FeatureDrafter):
             + (" (not given)" if normed is None else ""),
             **self._unusual(),
         }
-        if said != 1:
-            self.interpretation["layers"] = f"1, as in its files; config.json says {said}"
+        if said != layers:
+            self.interpretation["layers"] = f"{layers}, as in its files; config.json says {said}"
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
         h, d, wide = self.hidden, self.head_dim, self.tap_count * self.target_hidden
         shapes: Shapes = {"fc.weight": (h, wide)}
-        for norm in ("input_layernorm", "hidden_norm", "post_attention_layernorm"):
-            shapes[f"{LAYER}{norm}.weight"] = (h,)
-        shapes |= {LAYER + name: shape for name, shape in self._matrices(2 * h).items()}
-        shapes["norm.weight"] = (h,)
-        if self.qk_norm:
-            shapes |= {ATTENTION + "q_norm.weight": (d,), ATTENTION + "k_norm.weight": (d,)}
+        shapes |= {"norm.weight": (h,), f"{LAYER}hidden_norm.weight": (h,)}
+        for i in range(self.layers):
+            at, width = self._layer(i), h if i else 2 * h
+            for norm in ("input_layernorm", "post_attention_layernorm"):
+                shapes[f"{at}{norm}.weight"] = (h,)
+            shapes |= {at + name: shape for name, shape in self._matrices(width).items()}
+            if self.qk_norm:
+                shapes |= {f"{at}self_attn.{n}_norm.weight": (d,) for n in ("q", "k")}
         if self.norm_before_fc:
             shapes["input_norm.weight"] = (wide,)
         if self.fc_norm:
@@ -167,12 +175,34 @@ class Eagle3(FeatureDrafter):
         assert isinstance(state, FeatureState)
         before = state.recall(text.position[:, :1] - 1, text.row)
         shifted = torch.cat([before, text.features[:, :-1]], dim=1)
-        _, k, v = self._read(weights, self.fuse(weights, shifted), text.tokens)
+        h = self.fuse(weights, shifted)
         at = text.position - 1  # a prompt's first token has no row
-        k = state.rope(k, at)
-        rest = text.position >= state.slots  # a row at rest begins past the last slot
-        state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
+        if self.layers > 1:
+            self._extend_layers(state, weights, h, text)
+        else:
+            _, k, v = self._read(weights, h, text.tokens)
+            k = state.rope(k, at)
+            rest = text.position >= state.slots  # a row at rest begins past the last slot
+            state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
+
+    def _extend_layers(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
+        """Write keys and values of all layers, each of which reads what the one before it says.
+
+        A context row sees as far back as the window of the draft lets the first of a chain see.
+        Where it seems to be is never changed: only a chain sees a re-based context.
+        """
+        whole = state
+        if not text.is_all:
+            kept = whole.keys[:, text.row], whole.values[:, text.row]
+            state = replace(whole, keys=kept[0], values=kept[1])
+        at, rest = text.position - 1, text.position[:, 0] >= state.slots
+        longest = int(at.max().clamp(max=state.slots)) + 1 if at.is_cpu else state.slots
+        seen = self._spans(state, at, at, rest)
+        contexts = state.in_place(at, rest, longest, seen)
+        self._step(weights, h, text.tokens, at, state.rope, contexts)
+        if not text.is_all:
+            whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -219,10 +249,13 @@ class Eagle3(FeatureDrafter):
             return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
 
         nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        first = first_seen(position, position, None, self.windows[0])
-        causal = (position <= position[:, None]) & (position >= first[:, None])
-        context = ConcatenatedContext(nothing, nothing, causal)
-        contexts = _growing(context, steps, count, position, self.windows[0])
+        grown: list[Iterator[Attend]] = []
+        for window in self.windows:
+            first = first_seen(position, position, None, window)
+            causal = (position <= position[:, None]) & (position >= first[:, None])
+            context = ConcatenatedContext(nothing, nothing, causal)
+            grown.append(growing(context, steps, count, position, window))
+        contexts = zip(*grown, strict=True)
         h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
         position = position.expand(rows, -1)
         self._chain(self.weights, h, token, position, self.rope, contexts, follow)
@@ -233,8 +266,8 @@ class Eagle3(FeatureDrafter):
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
         return [n for n in self.weights if n not in tables]
 
-    def _layer(self, index: int) -> str:  # noqa: ARG002 - there is one
-        return LAYER
+    def _layer(self, index: int) -> str:
+        return f"layers.{index}." if index else LAYER
 
     def fuse(self, weights: Weights, features: Tensor) -> Tensor:
         """The taps [B, ..., taps * target hidden] as one state [B, ..., H]."""
@@ -246,23 +279,35 @@ class Eagle3(FeatureDrafter):
             features = torch.cat(normed, dim=-1)
         return project(weights, "fc", features)
 
-    def _in_place(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
+    def _spans(
+        self, state: FeatureState, position: Tensor, origin: Tensor, rest: Tensor
+    ) -> list[Tensor]:
+        """What tokens at position int64 [B, N] see in each layer, themselves included."""
+        nearest = state.options.window
+        return [
+            state.seen_spans(first_seen(position, origin, nearest, window), position, rest)
+            for window in self.windows
+        ]
+
+    def _in_place(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
         """The context at each step of one chain a row, whose keys are written behind it."""
         origin, rest = blocks.start - 1, blocks.start[:, 0] >= state.slots
         for step in range(blocks.length):
-            first = first_seen(origin + step, origin, state.options.window, self.windows[0])
-            seen = state.seen_spans(first, origin + step, rest)
-            yield from state.in_place(origin + step, rest, blocks.longest + step, [seen])
+            seen = self._spans(state, origin + step, origin, rest)
+            yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
-    def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Attend]:
+    def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
         """The context of A chains a row at each step, beside which the chains lie."""
         begin = position = blocks.start - 1
         keys, values = state.read(blocks.longest, begin[:, :1])
-        first = first_seen(position, begin, state.options.window, self.windows[0])
         same = same_block(blocks.start.shape[1], 1, begin.device)
-        mask = seen_mask(keys.shape[3], begin, position, first, position, same)
-        context = ConcatenatedContext(keys[0], values[0], mask)
-        return _growing(context, blocks.length, keys.shape[3], begin, self.windows[0])
+        grown: list[Iterator[Attend]] = []
+        for k, v, window in zip(keys, values, self.windows, strict=True):
+            first = first_seen(position, begin, state.options.window, window)
+            mask = seen_mask(k.shape[2], begin, position, first, position, same)
+            context = ConcatenatedContext(k, v, mask)
+            grown.append(growing(context, blocks.length, k.shape[2], begin, window))
+        return zip(*grown, strict=True)
 
     def _chain(
         self,
@@ -271,7 +316,7 @@ class Eagle3(FeatureDrafter):
         token: Tensor,
         position: Tensor,
         rope: Rope,
-        contexts: Iterable[Attend],
+        contexts: Iterable[Sequence[Attend]],
         follow: Follow,
     ) -> None:
         """Run A chains a row from features h [B, A, H] and the token after, int64 [B, A].
@@ -279,8 +324,8 @@ class Eagle3(FeatureDrafter):
         There is a step for every context; `position` int64 [B, A] is the first one's. `follow`
         says each next token.
         """
-        for step, attend in enumerate(contexts):
-            out, h = self._step(weights, h, token, position + step, rope, attend)
+        for step, layers in enumerate(contexts):
+            out, h = self._step(weights, h, token, position + step, rope, layers)
             token = follow(step, out)
 
     @compiled
@@ -291,35 +336,42 @@ class Eagle3(FeatureDrafter):
         tokens: Tensor,
         position: Tensor,
         rope: Rope,
-        attend: Attend,
+        contexts: Sequence[Attend],
     ) -> tuple[Tensor, Tensor]:
-        """The decoder layer and the final norm.
+        """The decoder layers and the final norm.
 
         Args:
             weights: By published name.
-            h: [B, N, H], fused features or the layer's own states.
+            h: [B, N, H], fused features or the last layer's own states.
             tokens: int64 [B, N], the tokens after.
             position: int64 [B, N].
             rope: Rotation.
-            attend: Attention.
+            contexts: Attention of each layer.
 
         Returns:
             What the head reads and what the next step is fed, [B, N, H].
         """
-        x, k, v = self._read(weights, h, tokens)
-        q = self._heads(weights, ATTENTION + "q", x, self.heads)
-        out = attend(rope(q, position), rope(k, position), v)
-        out = project(weights, ATTENTION + "o_proj", out)
-        if self.residual_is_normed:
-            h = rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps)
-        y = h + out
-        z = rms_norm(y, weights["midlayer.post_attention_layernorm.weight"], self.eps)
-        y = y + gated_mlp(weights, "midlayer.mlp.", z, self.activation)
+        y = h
+        for i, attend in enumerate(contexts):
+            at = self._layer(i)
+            if i:
+                x = rms_norm(y, weights[f"{at}input_layernorm.weight"], self.eps)
+                k, v = self._keys_values(weights, f"{at}self_attn.", x)
+            else:
+                x, k, v = self._read(weights, h, tokens)
+            q = self._heads(weights, f"{at}self_attn.q", x, self.heads)
+            out = attend(rope(q, position), rope(k, position), v)
+            out = project(weights, f"{at}self_attn.o_proj", out)
+            if self.residual_is_normed and not i:
+                y = rms_norm(y, weights[f"{LAYER}hidden_norm.weight"], self.eps)
+            y = y + out
+            z = rms_norm(y, weights[f"{at}post_attention_layernorm.weight"], self.eps)
+            y = y + gated_mlp(weights, f"{at}mlp.", z, self.activation)
         out = rms_norm(y, weights["norm.weight"], self.eps)
         return out, out if self.norm_output else y
 
     def _read(self, weights: Weights, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The layer's input [B, N, 2H], and its keys (not rotated) and values [B, kv, N, D]."""
+        """The first layer's input [B, N, 2H]; keys (not rotated) and values [B, kv, N, D]."""
         embedded = self.embed(tokens)
         x = torch.cat(
             [
@@ -331,49 +383,8 @@ class Eagle3(FeatureDrafter):
         return x, *self._keys_values(weights, ATTENTION, x)
 
 
-def _growing(
-    context: ConcatenatedContext, steps: int, slots: int, origin: Tensor, window: int | None
-) -> Iterator[Attend]:
-    """A context that each of A chains adds a key to in every step, to see it from then on.
-
-    Args:
-        context: As the first step sees it.
-        steps: How often to yield it.
-        slots: Of its first keys, which stand at positions 0, 1 and so on.
-        origin: int64 [..., A], where the chains begin; what they add is never hidden.
-        window: The layer's own.
-    """
-    slot = torch.arange(slots, device=origin.device)
-    own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)
-    own = own.expand(*context.mask.shape[:-2], -1, -1)
-    for step in range(steps):
-        if step:
-            context.mask = torch.cat([context.mask, own], dim=-1)
-        if step and window is not None:
-            first = first_seen(origin + step, origin, None, window)
-            context.mask[..., :slots] &= slot >= first[..., None]
-        yield context
-
-
-def default_taps(layers: int) -> tuple[int, int, int]:
-    """Hidden states that a head without layer ids reads (drafters.md 0.1)."""
-    return 2, layers // 2, layers - 3
-
-
 def _length(config: Mapping[str, Any]) -> int:
     """Drafts a round: what the config says, or 5."""
     methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
     own = (config.get("ttspec") or {}).get("length")
     return int(own or methods[0].get("speculative_tokens") or 5)
-
-
-def _taps(config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
-    """Hidden states to read, and how the config's ids were understood (drafters.md 0.1)."""
-    key, table = TAP_KEY, config.get("eagle_config") or {}
-    top, nested = config.get(key), table.get(key)
-    ids = [int(k) for k in top or nested or ()]
-    if not ids:
-        return (), f"no {key}: 2, L / 2 and L - 3 of a target of L layers"
-    if ids[0] == 2 or (top and ids[0] != 1):
-        return tuple(ids), f"{key} {ids} enter a layer: as they are"
-    return tuple(k + 1 for k in ids), f"{key} {ids} leave a layer: + 1"

@@ -21,6 +21,8 @@ from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.keys import LAYOUT
+from ttspec.drafters.mtp import Mtp
+from ttspec.drafters.mtp_names import speculators_names
 from ttspec.drafters.rotary import PLAIN, rope_parameters
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.target import Target
@@ -159,7 +161,13 @@ def _published_eagle3(drafter: Eagle3, target: Target) -> Written:
         config["target_hidden_size"] = drafter.target_hidden
     if "speculators_config" in drafter.config or _length(drafter):
         config["ttspec"] = {"length": drafter.length}
-    return config, _own_weights(drafter, target) | {"lm_head.weight": drafter.head}
+    weights = _own_weights(drafter, target) | {"lm_head.weight": drafter.head}
+    return config, _numbered(weights) if drafter.layers > 1 else weights
+
+
+def _numbered(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The first layer of EAGLE-3 called as the others are."""
+    return {name.replace("midlayer.", "layers.0."): weight for name, weight in weights.items()}
 
 
 def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
@@ -176,10 +184,7 @@ def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
         "embed_requires_grad": False,
         "eagle_aux_hidden_state_layer_ids": _eagle3_taps(drafter),
     }
-    weights = {
-        name.replace("midlayer.", "layers.0."): weight
-        for name, weight in _own_weights(drafter, target).items()
-    }
+    weights = _numbered(_own_weights(drafter, target))
     weights |= {"embed_tokens.weight": drafter.embedding, "lm_head.weight": drafter.head}
     return config, weights
 
@@ -193,9 +198,26 @@ def _published_model(drafter: Causal, target: Target) -> Written:  # noqa: ARG00
     return config, dict(drafter.weights)
 
 
+def _published_mtp(drafter: Mtp, target: Target) -> Written:  # noqa: ARG001 - it is the target's
+    return drafter.published()
+
+
+def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
+    config, _ = drafter.published()
+    config = {k: v for k, v in config.items() if k not in ("ttspec", "architectures")}
+    written = {
+        "architectures": ["MTPDraftModel"],
+        "transformer_layer_config": config,
+        "num_nextn_predict_layers": 1,
+        **_speculators_head(drafter, target),
+    }
+    return written, speculators_names(drafter.weights)
+
+
 FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "dflash": {"published": _published_dflash, "speculators": _speculators_dflash},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
+    "mtp": {"published": _published_mtp, "speculators": _speculators_mtp},
     "pard": {"published": _published_model},
     "causal": {"published": _published_model},
 }
@@ -205,17 +227,24 @@ def _speculators(
     drafter: DFlash | Eagle3, target: Target, architecture: str, model_type: str
 ) -> dict[str, Any]:
     """What a speculators config says of every kind."""
-    given = drafter.config.get("speculators_config") or {}
-    verifier = {"name_or_path": target.name, "architectures": [type(target.model).__name__]}
     body = _body(drafter, target, model_type)
     return {
         "architectures": [architecture],
-        "speculators_model_type": drafter.kind,
-        "speculators_version": SPECULATORS_VERSION,
         "draft_vocab_size": len(drafter.head),
         "dtype": None,
         "tie_word_embeddings": False,
         "transformer_layer_config": {**body, "rope_parameters": _rope(drafter)},
+        **_speculators_head(drafter, target),
+    }
+
+
+def _speculators_head(drafter: Drafter, target: Target) -> dict[str, Any]:
+    """What a speculators config says of how to draft, and for whom."""
+    given = drafter.config.get("speculators_config") or {}
+    verifier = {"name_or_path": target.name, "architectures": [type(target.model).__name__]}
+    return {
+        "speculators_model_type": drafter.kind,
+        "speculators_version": SPECULATORS_VERSION,
         "speculators_config": {
             "algorithm": drafter.kind,
             "default_proposal_method": "greedy",
@@ -243,15 +272,13 @@ def _body(drafter: DFlash | Eagle3, target: Target, model_type: str) -> dict[str
         "intermediate_size": drafter.intermediate,
         "max_position_embeddings": given.get("max_position_embeddings") or target.context,
         "num_attention_heads": drafter.heads,
-        "num_hidden_layers": 1,
+        "num_hidden_layers": drafter.layers,
         "num_key_value_heads": drafter.kv_heads,
         "rms_norm_eps": drafter.eps,
         "tie_word_embeddings": False,
         "vocab_size": len(drafter.embedding),
         **_arithmetic(drafter, model_type),
     }
-    if isinstance(drafter, DFlash):
-        body["num_hidden_layers"] = drafter.layers
     if isinstance(drafter, DFlash) or any(drafter.windows):
         body["layer_types"] = drafter.kinds
         if any(_sliding(body)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
+from ttspec.drafters.context import FeatureState
 from ttspec.drafters.layers import Weights, low_rank
 from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import use_folded_attention
@@ -20,6 +22,7 @@ from ttspec.models.target import cache_keyword
 from ttspec.models.unfit import attention_windows, last_position
 from ttspec.rowcache import LayerCache
 
+Module = TypeVar("Module", bound=torch.nn.Module)
 Masks = dict[int | None, Tensor]
 """What each token sees, by the window of a layer: bool [B, 1, N, S], or spans [B, 1, N, 2]."""
 
@@ -31,9 +34,15 @@ class Projection(torch.nn.Linear):
     up: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
-        """X [B, ..., in] -> [B, ..., out]."""
+        """X [B, ..., in] -> [B, ..., out]; or all tokens of all rows in one, beside experts."""
         y = super().forward(input)
-        return low_rank(y, input, self.down, self.up) if self.down.numel() else y
+        if not self.down.numel():
+            return y
+        if input.dim() == 2 and self.down.dim() == 3:
+            rows = len(self.down)
+            x = input.unflatten(0, (rows, -1))
+            return low_rank(y.unflatten(0, (rows, -1)), x, self.down, self.up).flatten(0, 1)
+        return low_rank(y, input, self.down, self.up)
 
 
 def functional_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -41,13 +50,36 @@ def functional_model(config: PretrainedConfig) -> PreTrainedModel:
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     model.tie_weights()  # no_init_weights leaves it out
+    use_folded_attention(model)
+    return as_function(model)
+
+
+def as_function(model: Module) -> Module:
+    """The same, whose matrices may have low-rank changes."""
     for module in list(model.modules()):
         if type(module) is torch.nn.Linear:
             module.__class__ = Projection
             for part in ("down", "up"):  # none; `functional_call` puts rows' own here
                 module.register_buffer(part, torch.empty(0, 0, 0), persistent=False)
-    use_folded_attention(model)
     return model.eval().requires_grad_(False)
+
+
+@dataclass(slots=True)
+class FunctionalState(FeatureState):
+    """The context of a drafter that transformers computes."""
+
+    anchor: Weights
+    """The drafter's own, of published shapes."""
+    takes_spans: bool
+    """Whether the model's attention can be told what is seen from slot to slot."""
+
+    @property
+    def spans(self) -> bool:
+        """As for every drafter; and `vmap` over rows' own weights cannot write in place."""
+        own = self.keys.shape[1] > 1 and any(
+            w.dim() > self.anchor[n].dim() for n, w in self.weights.items() if n in self.anchor
+        )
+        return self.takes_spans and not self.options.rebase and not own
 
 
 class ConcatenatedCache(Cache):
@@ -96,9 +128,10 @@ class InPlaceCache(Cache):
 class ModelFunction:
     """Calls a model with weights by its own names; others are left out."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        """Made by `functional_model`."""
-        self.model, self.windows = model, attention_windows(model.config)
+    def __init__(self, model: Any, windows: tuple[int | None, ...] | None = None) -> None:
+        """Made by `functional_model`; `windows` of its layers are by default the config's."""
+        self.model = model
+        self.windows = attention_windows(model.config) if windows is None else windows
         named = [*model.named_parameters(), *model.named_buffers()]
         self._dims = {n: p.dim() for n, p in named}
 
@@ -135,6 +168,38 @@ class ModelFunction:
         """
         named = {n: w for n, w in weights.items() if n in self._dims}
         own = {n: 0 if w.dim() > self._dims[n] else None for n, w in named.items()}
+        if len(position) == 1 or all(dim is None for dim in own.values()):
+            named = {n: w if own[n] is None else w[0] for n, w in named.items()}
+            return self._beside(named, inputs, position, masks, keys, values, keep)
+        return self._rows_apart(named, own, inputs, position, masks, keys, values, keep)
+
+    def _beside(
+        self,
+        named: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`concatenated` with one set of weights."""
+        cache = ConcatenatedCache(keys, values)
+        logits = self._call(named, inputs, position, masks, cache, keep)
+        return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
+
+    def _rows_apart(
+        self,
+        named: Weights,
+        own: dict[str, int | None],
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`concatenated` with weights of which some are one per row: `own` is 0 for those."""
 
         def call(
             named: Weights,
@@ -144,13 +209,8 @@ class ModelFunction:
             keys: Tensor,
             values: Tensor,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            cache = ConcatenatedCache(keys, values)
-            logits = self._call(named, inputs, position, masks, cache, keep)
-            return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
+            return self._beside(named, inputs, position, masks, keys, values, keep)
 
-        if len(position) == 1 or all(dim is None for dim in own.values()):
-            named = {n: w if own[n] is None else w[0] for n, w in named.items()}
-            return call(named, inputs, position, masks, keys, values)
         # A row is a batch of one. The fused kernels have no rule for rows' own batches.
         with sdpa_kernel(SDPBackend.MATH):
             rows = ({n: x[:, None] for n, x in inputs.items()}, position[:, None])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["dflash", "eagle3", "pard", "causal"]
+Kind = Literal["dflash", "eagle3", "mtp", "pard", "causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,9 +28,9 @@ class TrainConfig:
     epochs: int = 6
     """Passes over the answers at most."""
     layers: int | None = None
-    """Draft layers: None is 3 (dflash), or 6 of the target's (pard, causal); EAGLE-3 has one."""
+    """Draft layers: None is 3 (dflash), or 6 of the target's (pard, causal); others have one."""
     block: int = 8
-    """Tokens drafted in training, and one: a block of DFlash, PARD's masks, EAGLE-3's steps."""
+    """Tokens drafted in training, and one: DFlash's block, PARD's masks, EAGLE-3's, MTP's steps."""
     taps: int | None = None
     """How many hidden states of the target DFlash reads; None is one per layer."""
     draft_vocabulary: int = 32000
@@ -44,7 +44,7 @@ class TrainConfig:
     batch: int = 32
     """Dialogues a step."""
     anchors: int = 64
-    """DFlash, EAGLE-3: blocks a dialogue and step."""
+    """DFlash, EAGLE-3, MTP: blocks a dialogue and step."""
     rows: int | None = None
     """Dialogues answered side by side; None is `ROWS`, or as many of them as fit into memory."""
     lr: float = 6e-4

@@ -1,8 +1,8 @@
 """One recipe a kind of drafter: how a new one begins, and what a step's loss is.
 
-All follow the published training (drafters.md 1d, 2d, 3d): EAGLE-3 runs its own chain over whole
-sequences (training-time test), DFlash fills blocks at random anchors, PARD reads mask tokens after
-every token, fewer of them the deeper they are. A draft model is PARD without masks.
+All follow the published training (drafters.md 1d, 2d, 3d): EAGLE-3 and MTP run their own chain over
+whole sequences (training-time test), DFlash fills blocks at random anchors, PARD reads mask tokens
+after every token, fewer of them the deeper they are. A draft model is PARD without masks.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.eagle3 import default_taps as eagle3_taps
+from ttspec.drafters.mtp import Mtp
+from ttspec.drafters.mtp_layer import one_layer, sizes_of
 from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError
 from ttspec.losses import cross_entropy, forward_kl, position_weights
@@ -29,6 +31,7 @@ from ttspec.training.batches import Batch, Example, anchors, masked_rows
 from ttspec.training.config import TrainConfig
 
 D = TypeVar("D", bound=Drafter)
+C = TypeVar("C", Eagle3, Mtp)
 
 
 class Recipe(ABC, Generic[D]):
@@ -155,8 +158,32 @@ class DFlashRecipe(Recipe[DFlash]):
         return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
 
 
-class Eagle3Recipe(Recipe[Eagle3]):
+class ChainRecipe(Recipe[C]):
     """Training-time test: block - 1 steps over whole sequences (drafters.md 1d)."""
+
+    def loss(self, drafter: C, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Sum over steps, step j weighed 0.8^j, at random anchors of every dialogue."""
+        steps = self.config.block - 1
+        blocks = anchors(batch, self.config.anchors, steps)
+        features, states = self.target.read(batch.ids)
+        outs = drafter.teach(features, batch.ids, steps)
+        row = torch.arange(len(states), device=states.device)[:, None]
+        total, right = states.new_zeros((), dtype=torch.float32), []
+        for j, out in enumerate(outs):
+            labels, learned = blocks.labels[..., j], blocks.mask[..., j]
+            at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
+            # The row before the anchor reads the anchor's token and predicts the one after.
+            logits = drafter.logits(out[row, blocks.start - 1])
+            values = self.judge(logits, states[row, at], labels, drafter.draft_ids)
+            total = total + 0.8**j * (values * learned).sum() / learned.numel()
+            best = logits.argmax(-1)
+            best = best if drafter.draft_ids is None else drafter.draft_ids[best]
+            right.append(((best == labels) & learned).sum() / learned.sum().clamp(min=1))
+        return total, torch.stack(right)
+
+
+class Eagle3Recipe(ChainRecipe[Eagle3]):
+    """One layer over three taps, and a head for the most frequent tokens."""
 
     def new(self, examples: list[Example]) -> Eagle3:
         """A random layer; the head is the target's, cut to the most frequent tokens."""
@@ -196,25 +223,44 @@ class Eagle3Recipe(Recipe[Eagle3]):
         names = super().trained(drafter)
         return [*names, "lm_head.weight"] if "lm_head.weight" in drafter.weights else names
 
-    def loss(self, drafter: Eagle3, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Sum over steps, step j weighed 0.8^j, at random anchors of every dialogue."""
-        steps = self.config.block - 1
-        blocks = anchors(batch, self.config.anchors, steps)
-        features, states = self.target.read(batch.ids)
-        outs = drafter.teach(features, batch.ids, steps)
-        row = torch.arange(len(states), device=states.device)[:, None]
-        total, right = states.new_zeros((), dtype=torch.float32), []
-        for j, out in enumerate(outs):
-            labels, learned = blocks.labels[..., j], blocks.mask[..., j]
-            at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
-            # The row before the anchor reads the anchor's token and predicts the one after.
-            logits = drafter.logits(out[row, blocks.start - 1])
-            values = self.judge(logits, states[row, at], labels, drafter.draft_ids)
-            total = total + 0.8**j * (values * learned).sum() / learned.numel()
-            best = logits.argmax(-1)
-            best = best if drafter.draft_ids is None else drafter.draft_ids[best]
-            right.append(((best == labels) & learned).sum() / learned.sum().clamp(min=1))
-        return total, torch.stack(right)
+
+class MtpRecipe(ChainRecipe[Mtp]):
+    """A layer of the target's own family, which begins as the target's last one."""
+
+    def __init__(self, target: Target, config: TrainConfig) -> None:
+        """Train for `target`."""
+        super().__init__(target, config)
+        try:
+            sizes_of(one_layer(target.config))
+        except Exception as error:  # whatever a family's code raises
+            raise OptionError(
+                f"A layer of the target's family ({target.config.model_type}) does not run alone, "
+                "as an MTP head's must.\nTrain another kind, such as eagle3."
+            ) from error
+
+    def new(self, examples: list[Example]) -> Mtp:  # noqa: ARG002
+        """What the first step reads is the target's last state; the next token is learned."""
+        config = self.target.config.to_dict()
+        config.pop("_name_or_path", None)  # a path of this machine
+        config["architectures"] = ["MTPDraftModel"]
+        config["ttspec"] = {"length": self.config.block - 1}
+        drafter = make_drafter("mtp", config)
+        assert isinstance(drafter, Mtp)
+        own = dict(drafter.layer.named_parameters())  # norms are neutral from the start
+        drafter.weights = {n: w for n, w in own.items() if w.dim() == 1 and "norm" in n}
+        drafter.weights = {n: w.detach().float().clone() for n, w in drafter.weights.items()}
+        model: Any = self.target.model.get_decoder()
+        full = [i for i, window in enumerate(self.target.windows) if window != 0]
+        last = {f"layers.0.{n}": w for n, w in model.layers[full[-1]].state_dict().items()}
+        last |= {f"norm.{n}": w for n, w in model.norm.state_dict().items()}
+        shapes = drafter.shapes()
+        fits = {n: w for n, w in last.items() if tuple(w.shape) == shapes.get(n)}
+        drafter.weights |= {n: w.detach().float().cpu().clone() for n, w in fits.items()}
+        left = {n: shape for n, shape in shapes.items() if n not in drafter.weights}
+        drafter.weights |= self.random(left)
+        size = drafter.hidden
+        drafter.weights["fc.weight"][:, size:] += torch.eye(size)
+        return drafter
 
 
 class PardRecipe(Recipe[Causal]):
@@ -290,6 +336,7 @@ class CausalRecipe(PardRecipe):
 RECIPES: dict[str, type[Recipe[Any]]] = {
     "dflash": DFlashRecipe,
     "eagle3": Eagle3Recipe,
+    "mtp": MtpRecipe,
     "pard": PardRecipe,
     "causal": CausalRecipe,
 }

@@ -1,0 +1,353 @@
+"""MTP: the head for multi-token prediction that a target was trained with, applied in a chain.
+
+Row i pairs the target's last hidden state at token i with the embedding of token i + 1, stands at
+position i and predicts token i + 2, as in EAGLE-3. Both are normed and projected to one state,
+which goes through one decoder layer of the target's own kind and a norm. That state is what the
+target's head reads and what the next step is fed (DeepSeek-V3, arXiv 2412.19437, 2.2; drafters.md
+5.2; transformers `MtpModel`, vLLM `qwen3_5_mtp.py`). The layer is transformers' code; embedding
+and head are the target's, and are not trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import suppress
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CONFIG_MAPPING
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
+from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
+from ttspec.drafters.context import (
+    empty_context,
+    feature_ring,
+    first_seen,
+    same_block,
+    seen_mask,
+)
+from ttspec.drafters.functional import FunctionalState, InPlaceCache, Projection, as_function
+from ttspec.drafters.layers import Weights
+from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
+from ttspec.drafters.mtp_names import (
+    ALIASES,
+    EXPERT,
+    STACKED,
+    published_names,
+    stacked,
+    unstacked,
+)
+from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
+from ttspec.errors import OptionError
+from ttspec.models.attention import NAME as FOLDED
+from ttspec.records import Lesson
+
+OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
+"""Parts of the names of matrices that make keys and values of the context."""
+
+
+class Mtp(Drafter):
+    """An MTP head from its target's config.json and its weights by the names of `MtpLayer`."""
+
+    kind = "mtp"
+    layers = 1
+    learning_rate = 3e-5
+    default_length = 3
+    """Drafts a round where the config says nothing: a head was mostly trained to predict one."""
+    windows = (None,)
+    aliases = ALIASES
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        """By its norms, or its architecture where no names are known; a whole model is none."""
+        if names:
+            own = "pre_fc_norm_hidden.weight" in names
+            return own and not any("embed_tokens" in name for name in names)
+        return "MTP" in str(config.get("architectures"))
+
+    def _configure(self, names: Collection[str]) -> None:
+        """Read a target's config of transformers, or what speculators makes of it."""
+        given = self.config.get("transformer_layer_config") or self.config
+        own = {k: v for k, v in given.items() if k not in ("ttspec", "auto_map")}
+        self.model_config = one_layer(CONFIG_MAPPING[own["model_type"]].from_dict(own))
+        text = self.model_config
+        self.hidden, self.vocabulary = int(text.hidden_size), int(own["vocab_size"])
+        self.kv_heads, self.key_size, self.value_size = sizes_of(text)
+        self.head_dim = self.key_size
+        heads = [n for n in ("mtp_num_hidden_layers", "num_nextn_predict_layers") if n in own]
+        if any(own[n] not in (None, 0, 1) for n in heads):
+            raise ValueError(f"{heads[0]} is {own[heads[0]]}; heads of one layer can be read")
+        self.apart = any(EXPERT.match(name) for name in names)
+        methods = (self.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        length = (self.config.get("ttspec") or {}).get("length")
+        length = length or methods[0].get("speculative_tokens") or self.default_length
+        self.length = int(length)
+        base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
+        self._plain_rope = Rope.of({"rope_theta": base}, 2)
+        self.interpretation = {
+            "taps": "the target's last hidden state, after its final norm",
+            "rope base": f"{self._plain_rope.base:g}",
+        }
+
+    @cached_property
+    def layer(self) -> MtpLayer:
+        """The head as a module; its own parameters are never used."""
+        return as_function(MtpLayer(self.model_config))
+
+    @cached_property
+    def _function(self) -> HeadFunction:
+        return HeadFunction(self.layer)
+
+    def shapes(self) -> Shapes:
+        """Every tensor that must be there, with its shape; experts as the files have them."""
+        with torch.device("meta"):
+            shapes = MtpLayer(self.model_config).shapes()
+        if not self.apart:
+            return shapes
+        for name in [n for n in shapes if ".mlp.experts." in n]:
+            count, rows, columns = shapes.pop(name)
+            at, part = name.rsplit(".", 1)
+            parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+            for i in range(count):
+                for each in parts:
+                    shapes[f"{at}.{i}.{each}.weight"] = (rows // len(parts), columns)
+        return shapes
+
+    def _default_taps(self, layers: int) -> tuple[int, ...]:
+        return (layers,)
+
+    def _check_target(self, embedding: Tensor) -> None:
+        self._require("hidden size", self.hidden, embedding.shape[1])
+        self._require("vocabulary", self.vocabulary, embedding.shape[0])
+
+    def _share(
+        self,
+        embedding: Tensor,
+        head: Tensor,
+        tokenizer: PreTrainedTokenizerBase | None,  # noqa: ARG002 - it is the target's
+    ) -> None:
+        self.embedding, self.head = embedding, head
+        self.weights = placed(stacked(self.weights), embedding)
+        self.layer.to(embedding.device)
+
+    def start(self, rows: int, slots: int, options: DraftConfig) -> FunctionalState:
+        """An empty context for `rows` rows, with the anchor weights."""
+        like = self.embedding
+        folded = self.layer.config._attn_implementation == FOLDED
+        sizes = self.kv_heads, slots, self.key_size, like, self.value_size
+        return FunctionalState(
+            weights=self.weights,
+            options=options,
+            rope=self._rope(options).to(like.device),
+            anchor=self.weights,
+            takes_spans=folded and self.key_size == self.value_size,
+            **empty_context(self.layers, rows, *sizes),
+            **feature_ring(rows, self.hidden, like),
+        )
+
+    def _rope(self, options: DraftConfig) -> Rope:
+        """The layer's rotation where positions are changed; else it is not looked at."""
+        if not options.rope_base and not options.rebase:
+            return self._plain_rope
+        if self.key_size == self.value_size:  # else only the end of a key is rotated
+            with suppress(KeyError, TypeError, ValueError):
+                rope = Rope.of(self.model_config.to_dict(), self.key_size, options.rope_base)
+                if self._function.rope_buffers(rope):
+                    return rope
+        raise OptionError(
+            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
+            "are not possible.\nUse draft.window instead."
+        )
+
+    def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
+        """Write keys and values of rows start - 1 onwards.
+
+        The row of the last token waits for the token after it, so each call begins one row back.
+        They are made of real states alone, so what such a row attends to does not matter.
+        """
+        assert isinstance(state, FunctionalState)
+        before = state.recall(text.position[:, :1] - 1, text.row)
+        hidden = torch.cat([before, text.features[:, :-1]], dim=1)
+        at = text.position - 1  # a prompt's first token has no row
+        count = at.shape[1]
+        itself = torch.eye(count, dtype=torch.bool, device=at.device).expand(len(at), 1, -1, -1)
+        nothing = state.keys[:, text.row, :, :0], state.values[:, text.row, :, :0]
+        _, k, v = self._run(state, weights, text.tokens, hidden, at, itself, *nothing)
+        rest = text.position >= state.slots  # a row at rest begins past the last slot
+        state.write(k, v, at.masked_fill(rest, state.slots), text.row)
+        state.remember(text.features, text.position, text.row)
+
+    def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
+        """Draft a chain."""
+        assert isinstance(state, FunctionalState)
+        before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, H]
+        chain = self._in_place if state.spans else self._beside
+        chain(state, blocks, before, lambda step, hidden: choices(self._logits(hidden), step))
+        return before[:, 0]
+
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+        assert isinstance(state, FunctionalState)
+        assert lesson.before is not None
+        outs: list[Tensor] = []
+
+        def follow(step: int, hidden: Tensor) -> Tensor:
+            outs.append(hidden)
+            return lesson.tokens[..., step + 1]
+
+        self._beside(state, blocks, lesson.before, follow)
+        return self._logits(torch.stack(outs, dim=2))
+
+    def _in_place(
+        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, follow: Follow
+    ) -> None:
+        """Run one chain a row, whose keys are written behind the context."""
+        token, origin, rest = blocks.tokens, blocks.start - 1, blocks.start[:, 0] >= state.slots
+        weights = self._with_rope(state, state.weights)
+        for step in range(blocks.length):
+            position = origin + step
+            first = first_seen(position, origin, state.options.window)
+            seen = state.seen_spans(first, position, rest)
+            cache = InPlaceCache(state.in_place(position, rest, blocks.longest + step, [seen]))
+            inputs = self._inputs(token, hidden)
+            hidden = self._function(weights, inputs, position, {None: seen}, cache, 0)
+            token = follow(step, hidden)
+
+    def _beside(
+        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, follow: Follow
+    ) -> None:
+        """Run A chains a row, which lie beside the context and do not see each other."""
+        begin = blocks.start - 1
+        keys, values = state.read(blocks.longest, begin[:, :1])
+        first = first_seen(begin, begin, state.options.window)
+        same = same_block(begin.shape[1], 1, begin.device)
+        mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
+        chain = state, state.weights, blocks.tokens, hidden, begin, mask, keys, values
+        self._chain(*chain, blocks.length, follow)
+
+    def _chain(
+        self,
+        state: FunctionalState | None,
+        weights: Weights,
+        token: Tensor,
+        hidden: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        steps: int,
+        follow: Follow,
+    ) -> None:
+        """Feed A chains a row their own state for some steps; each sees itself from then on.
+
+        Args:
+            state: Says how keys are rotated; None is as the config does.
+            weights: By the names of `MtpLayer`.
+            token: int64 [B, A], the token after the one of `hidden`.
+            hidden: [B, A, H], the target's.
+            position: int64 [B, A], of the first step.
+            mask: bool [B, 1, A, S + A], what the first step sees.
+            keys: [1, B, kv heads, S, D], the context.
+            values: [1, B, kv heads, S, D].
+            steps: Tokens to draft.
+            follow: Says each next token.
+        """
+        own = torch.eye(mask.shape[-2], dtype=torch.bool, device=mask.device)
+        own = own.expand(*mask.shape[:-1], -1)
+        for step in range(steps):
+            if step:
+                mask = torch.cat([mask, own], dim=-1)
+            given = token, hidden, position + step, mask, keys, values
+            hidden, k, v = self._run(state, weights, *given)
+            keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
+            token = follow(step, hidden)
+
+    def _run(
+        self,
+        state: FunctionalState | None,
+        weights: Weights,
+        tokens: Tensor,
+        hidden: Tensor,
+        position: Tensor,
+        mask: Tensor,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One step beside a context: what the head reads [B, N, H], and new keys and values."""
+        if state is not None:
+            weights = self._with_rope(state, weights)
+        inputs = self._inputs(tokens, hidden)
+        return self._function.concatenated(weights, inputs, position, {None: mask}, keys, values, 0)
+
+    def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
+        """Training-time test over whole sequences, as of EAGLE-3 (drafters.md 1d), with gradients.
+
+        Args:
+            features: [N, L, H] of the sequences.
+            tokens: int64 [N, L].
+            steps: How often the layer is fed its own state.
+
+        Returns:
+            For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
+        """
+        rows, count = tokens.shape
+        position = torch.arange(count, device=tokens.device)
+        mask = (position <= position[:, None]).expand(rows, 1, -1, -1)
+        keys = features.new_empty(1, rows, self.kv_heads, 0, self.key_size)
+        values = features.new_empty(1, rows, self.kv_heads, 0, self.value_size)
+        outs: list[Tensor] = []
+
+        def follow(step: int, hidden: Tensor) -> Tensor:
+            outs.append(hidden)
+            return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
+
+        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), mask, keys, values
+        self._chain(None, self.weights, *given, steps, follow)
+        return outs
+
+    def published(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """config.json and weights under the names of the target's own files.
+
+        In whose place they can be put.
+        """
+        given = self.config.get("transformer_layer_config") or self.config
+        config = {**given, "architectures": ["MTPDraftModel"], "ttspec": {"length": self.length}}
+        weights = dict(self.weights)
+        if self.apart or config["model_type"] not in STACKED:
+            weights = unstacked(weights)
+        return config, published_names(config, weights)
+
+    def _trainable(self) -> list[str]:
+        """All of its parameters; what balances experts is none."""
+        own = dict(self.layer.named_parameters())
+        return [n for n in self.weights if n in own]
+
+    def _layer(self, index: int) -> str:
+        return f"layers.{index}."
+
+    def matrices(self, parameters: str) -> list[str]:
+        """See `Drafter.matrices`; a matrix that transformers lays out otherwise gets no change."""
+        plain = {n for n, m in self.layer.named_modules() if isinstance(m, Projection)}
+        names = [n.removesuffix(".weight") for n in self.learnable(parameters)]
+        makes = {n for n in plain if n.split(".")[-1].startswith(OF_CONTEXT)}
+        return [n for n in names if n in plain - makes]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Draft logits [..., V] of hidden [..., H]."""
+        return self._logits(hidden)
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        return flat.view(*hidden.shape[:-1], -1)
+
+    def _inputs(self, tokens: Tensor, hidden: Tensor) -> dict[str, Tensor]:
+        return {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
+
+    def _with_rope(self, state: FunctionalState, weights: Weights) -> Weights:
+        """Weights, and rotary frequencies where they were overridden."""
+        override = state.options.rope_base
+        return {**weights, **self._function.rope_buffers(state.rope)} if override else weights

@@ -1,0 +1,164 @@
+"""The module of an MTP head: norms, a projection, and a decoder layer of the target's own family.
+
+The layer, its norm and its rotation are transformers' classes, so a head of any family is right as
+far as its target is.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import AutoModel, PretrainedConfig
+from transformers.cache_utils import Cache
+from transformers.initialization import no_init_weights
+
+from ttspec.drafters.functional import Masks, ModelFunction
+from ttspec.drafters.layers import Weights
+from ttspec.models.attention import use_folded_attention
+from ttspec.models.target import cache_keyword
+
+ROUTING = ".e_score_correction_bias"
+"""What balances experts: no parameter, and in the files all the same."""
+
+
+def one_layer(config: PretrainedConfig) -> Any:
+    """A config of one layer with full attention, and with experts if the model has them."""
+    text = copy.deepcopy(config.get_text_config())
+    text.num_hidden_layers = 1
+    for name, value in {
+        "layer_types": ["full_attention"],
+        "mlp_layer_types": ["sparse"],
+        "first_k_dense_replace": 0,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    }.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    text.vocab_size, text.pad_token_id = 1, None  # tables are the target's
+    return text
+
+
+class _Cached(Exception):
+    """Carries what a layer would cache."""
+
+
+class _Watch(Cache):
+    """Stops a layer where it caches its keys and values."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Any:
+        """See `sizes_of`."""
+        raise _Cached(key_states.shape, value_states.shape)
+
+
+def sizes_of(config: Any) -> tuple[int, int, int]:
+    """Heads of what a layer caches, and the sizes of its keys and values.
+
+    Asked of the layer itself: DeepSeek's are compressed in some versions of transformers.
+    """
+    with torch.device("meta"):
+        layer = MtpLayer(config)
+        state, position = torch.empty(1, 1, config.hidden_size), torch.zeros(1, 1).long()
+        try:
+            layer(state, state, position, None, _Watch(layers=[]))
+        except _Cached as found:
+            keys, values = found.args
+            return keys[1], keys[3], values[3]
+    raise ValueError(f"a layer of {config.model_type} caches no keys and values")
+
+
+class MtpLayer(nn.Module):
+    """State of a token and embedding of the next one to the state of the next one."""
+
+    def __init__(self, config: Any) -> None:
+        """A head of a target of this config, of one layer."""
+        super().__init__()
+        with no_init_weights():
+            model: Any = AutoModel.from_config(config)
+            self.fc = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        use_folded_attention(model)
+        self.config = model.config
+        self.pre_fc_norm_embedding = copy.deepcopy(model.norm)
+        self.pre_fc_norm_hidden = copy.deepcopy(model.norm)
+        self.layers, self.norm, self.rotary_emb = model.layers, model.norm, model.rotary_emb
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what a checkpoint holds."""
+        routing = {n: b for n, b in self.named_buffers() if n.endswith(ROUTING)}
+        return {n: tuple(p.shape) for n, p in {**dict(self.named_parameters()), **routing}.items()}
+
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, position: Tensor, mask: Tensor | None, cache: Cache
+    ) -> Tensor:
+        """What the target's head reads.
+
+        Args:
+            embedded: [B, N, H], of the next tokens.
+            hidden: [B, N, H], of the tokens.
+            position: int64 [B, N].
+            mask: What each sees, as attention takes it.
+            cache: Keys and values so far.
+
+        Returns:
+            [B, N, H].
+        """
+        both = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
+        x = self.fc(torch.cat(both, dim=-1))
+        layer = self.layers[0]
+        out = layer(
+            x,
+            attention_mask=mask,
+            position_ids=position,
+            position_embeddings=self.rotary_emb(x, position_ids=position),
+            **{cache_keyword(layer): cache},
+        )
+        return self.norm(out[0] if isinstance(out, tuple) else out)
+
+
+class HeadFunction(ModelFunction):
+    """An `MtpLayer` as a function of its weights."""
+
+    def __init__(self, layer: MtpLayer) -> None:
+        """Of a layer made by `as_function`."""
+        super().__init__(layer, (None,))
+        self._routes = any(".experts." in name for name, _ in layer.named_parameters())
+
+    def _rows_apart(
+        self,
+        named: Weights,
+        own: dict[str, int | None],
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Which experts a row reads is told by its tokens: no rule of `vmap` goes through that."""
+        if not self._routes:
+            return super()._rows_apart(named, own, inputs, position, masks, keys, values, keep)
+        found = []
+        for i in range(len(position)):
+            row = slice(i, i + 1)
+            mine = {n: w if own[n] is None else w[i] for n, w in named.items()}
+            parts = {n: x[row] for n, x in inputs.items()}
+            seen = {window: mask[row] for window, mask in masks.items()}
+            context = keys[:, row], values[:, row]
+            found.append(self._beside(mine, parts, position[row], seen, *context, keep))
+        outs, new_keys, new_values = zip(*found, strict=True)
+        return torch.cat(outs), torch.cat(new_keys, dim=1), torch.cat(new_values, dim=1)
+
+    def _call(
+        self,
+        named: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        cache: Cache,
+        keep: int,  # noqa: ARG002 - of all tokens
+    ) -> Tensor:
+        given = inputs["embedded"], inputs["hidden"], position.clamp(min=0), masks[None], cache
+        return functional_call(self.model, dict(named), given)

@@ -1,0 +1,25 @@
+"""Which of the target's hidden states an EAGLE-3 drafter reads (drafters.md 0.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TAP_KEY = "eagle_aux_hidden_state_layer_ids"
+
+
+def default_taps(layers: int) -> tuple[int, int, int]:
+    """Hidden states that a head without layer ids reads."""
+    return 2, layers // 2, layers - 3
+
+
+def taps_of(config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
+    """Hidden states to read, and how the config's ids were understood."""
+    key, table = TAP_KEY, config.get("eagle_config") or {}
+    top, nested = config.get(key), table.get(key)
+    ids = [int(k) for k in top or nested or ()]
+    if not ids:
+        return (), f"no {key}: 2, L / 2 and L - 3 of a target of L layers"
+    if ids[0] == 2 or (top and ids[0] != 1):
+        return tuple(ids), f"{key} {ids} enter a layer: as they are"
+    return tuple(k + 1 for k in ids), f"{key} {ids} leave a layer: + 1"
