@@ -220,8 +220,13 @@ class EngineLearner:
             ended=torch.zeros_like(rests),
         )
         self.drafter.absorb(self.state, verification)
+        # What a draft model reads when it drafts, up to the pending token: nobody drafts here.
+        self.drafter.catch_up(self.state, start + 1, width)
         self._figures += torch.stack([emitted.sum(), (~rests).sum()])
-        longest = max(step.ends[i] - self.rows.taken[step.ids[i]].begin for _, i in verified)
+        longest = max(
+            step.ends[i] - step.drafts[i] - 1 - self.rows.taken[step.ids[i]].begin
+            for _, i in verified
+        )
         before_reverts = list(self.learner.reverts)
         if self.share.allows:
             updated = self.learner.absorb(
