@@ -5,9 +5,9 @@
 
 `run` starts one server after the other, as an operator does: one that learns, one that drafts with
 the same drafter and does not, one without speculation. To each it sends the same requests of two
-kinds by the `openai` client, some at a time, greedily. It fails when a text differs from the
-server's without speculation, or when the last third of the requests that taught got no more tokens
-a round than without learning. What each request did is in FOLDER, one JSON line each.
+kinds by the `openai` client, some at a time, greedily; what FOLDER has already is not asked again.
+It fails when a text differs from the server's without speculation, or when the last third of the
+requests got no more tokens a round than without learning.
 
 EXPORT is what `ttspec export` writes. Set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND as usual.
 """
@@ -36,18 +36,18 @@ KINDS = (
     "Describe a {} as a JSON object with the keys name, color, material, price and use.",
     "Write a short note to a friend about the {} that you saw yesterday.",
 )
-THINGS = (
-    "anchor apple arrow badge bag ball banner barrel basket bell bench bicycle blanket boat book "
-    "bottle bowl box bracelet bread bridge broom brush bucket button cabinet cable cake camera "
-    "candle canoe cap card carpet chain chair clock coat coin comb compass cradle crown cup "
-    "curtain desk dish door drum engine fan feather fence flag flute fork fountain glass glove "
-    "guitar hammer harp hat helmet jacket jar kettle key kite knife ladder lamp lantern lock "
-    "mask mat mirror mug nail necklace needle net notebook oar oven paddle pan pencil piano pillow "
-    "pipe pitcher plate plough pot purse quilt rack radio raft rake ring robe rope ruler saddle "
-    "sail scarf scissors shelf shield ship shirt shoe shovel sled sock sofa spoon stamp statue "
-    "stool stove sword table tent ticket tile torch towel toy train tray truck trumpet umbrella "
-    "vase violin wagon wallet watch wheel whistle window wrench yacht"
-).split()
+THINGS = """
+    anchor apple arrow badge bag ball banner barrel basket bell bench bicycle blanket boat book
+    bottle bowl box bracelet bread bridge broom brush bucket button cabinet cable cake camera
+    candle canoe cap card carpet chain chair clock coat coin comb compass cradle crown cup
+    curtain desk dish door drum engine fan feather fence flag flute fork fountain glass glove
+    guitar hammer harp hat helmet jacket jar kettle key kite knife ladder lamp lantern lock
+    mask mat mirror mug nail necklace needle net notebook oar oven paddle pan pencil piano pillow
+    pipe pitcher plate plough pot purse quilt rack radio raft rake ring robe rope ruler saddle
+    sail scarf scissors shelf shield ship shirt shoe shovel sled sock sofa spoon stamp statue
+    stool stove sword table tent ticket tile torch towel toy train tray truck trumpet umbrella
+    vase violin wagon wallet watch wheel whistle window wrench yacht
+""".split()  # noqa: SIM905 - a list of quoted words is no easier to read
 
 
 def env(a: argparse.Namespace) -> int:
@@ -62,7 +62,9 @@ def env(a: argparse.Namespace) -> int:
 def prompts(count: int) -> list[str]:
     """So many different requests, of each kind in turn."""
     pairs = [(kind, thing) for thing in THINGS for kind in KINDS]
-    old = [(kind, f"{age} {thing}") for age in ("old", "tiny") for thing in THINGS for kind in KINDS]
+    old = [
+        (kind, f"{age} {thing}") for age in ("old", "tiny") for thing in THINGS for kind in KINDS
+    ]
     random.Random(0).shuffle(pairs)
     return [kind.format(thing) for kind, thing in (pairs + old)[:count]]
 
@@ -126,6 +128,7 @@ def ask_all(server: Server, a: argparse.Namespace, name: str) -> list[dict[str, 
     """Send every request, so many at a time; returns what each did, in order."""
     from openai import OpenAI
 
+    file = a.out / f"{name}.jsonl"
     client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
     began = time.monotonic()
 
@@ -146,14 +149,21 @@ def ask_all(server: Server, a: argparse.Namespace, name: str) -> list[dict[str, 
             "seconds": time.monotonic() - began,
         }
 
-    with ThreadPoolExecutor(a.at_once) as pool, (a.out / f"{name}.jsonl").open("w") as file:
-        found = []
+    found = []
+    with ThreadPoolExecutor(a.at_once) as pool, file.open("w") as lines:
         for one in pool.map(ask, range(a.requests), prompts(a.requests)):
             found.append(one)
-            file.write(json.dumps(one) + "\n")
-            file.flush()
+            lines.write(json.dumps(one) + "\n")
+            lines.flush()
     print(f"{name}: {a.requests} requests in {time.monotonic() - began:.0f} s", flush=True)
     return found
+
+
+def done_before(a: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """What an earlier run has of a server, if it is all that is asked for."""
+    file = a.out / f"{name}.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return found[: a.requests] if len(found) >= a.requests else []
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:
@@ -172,6 +182,9 @@ def run(a: argparse.Namespace) -> int:
     learns += ["--worker-extension-cls", "ttspec.vllm.Control"]
     found: dict[str, list[dict[str, Any]]] = {}
     for name, options in {"learning": drafts + learns, "static": drafts, "plain": []}.items():
+        if done := done_before(a, name):
+            found[name] = done
+            continue
         server = Server(a, name, options)
         try:
             found[name] = ask_all(server, a, name)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from test_conformance import engine_of
-from toys import bound_kind, random_features, toy_engine
 from torch import Tensor
+from toys import bound_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
@@ -245,6 +245,6 @@ def test_without_time_left_lessons_are_kept_and_nothing_is_updated() -> None:
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
     assert learner.updates == 0
     learner.share.share = 1.0
-    for i in range(4):
+    for _ in range(4):
         teach(learner, a_step(["a"], 5, 20, drafts=4))
     assert learner.updates > 0

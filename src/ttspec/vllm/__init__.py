@@ -18,7 +18,7 @@ from typing import Any
 
 
 def register() -> None:
-    """Let every worker of vLLM ask for its hooks once it has a model runner; may be called twice."""
+    """Let every worker of vLLM get its hooks once it has a model runner; may be called twice."""
     from ttspec.vllm.plugin import watch_workers
 
     watch_workers()

@@ -7,6 +7,7 @@ installed, before anything is wrapped: a name or an argument that is missing is 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -85,11 +86,9 @@ def vllm_folder() -> Path | None:
 def version_of(folder: Path) -> str:
     """The version that vLLM's own files name; empty if they name none."""
     file = folder / "_version.py"
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))) if file.is_file() else ():
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant):
-            if any(isinstance(t, ast.Name) and t.id == "__version__" for t in node.targets):
-                return str(node.value.value)
-    return ""
+    text = file.read_text("utf-8") if file.is_file() else ""
+    found = re.search(r"^__version__ = .*?'([^']+)'", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
 def unknown_version(version: str) -> str | None:
@@ -106,7 +105,9 @@ def missing_hooks(folder: Path, runner: str) -> list[str]:
         arguments = _arguments(folder / hook.file, hook)
         if arguments is None:
             found.append(str(hook))
-        found += [f"argument {a} of {hook}" for a in hook.arguments if arguments and a not in arguments]
+        found += [
+            f"argument {a} of {hook}" for a in hook.arguments if arguments and a not in arguments
+        ]
     return found
 
 

@@ -38,7 +38,7 @@ class LearningMetrics(StatLoggerBase):
         self._asked = isinstance(given, dict) and given.get("ttspec") is not None
         self._path, self._engine, self._read = status_file(vllm_config), str(engine_index), 0.0
 
-    def record(self, *args: Any, **kwargs: Any) -> None:
+    def record(self, *_: Any, **__: Any) -> None:
         """Called every step: look at the file now and then."""
         now = time.monotonic()
         if not self._asked or now - self._read < READ_EVERY:

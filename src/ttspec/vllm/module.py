@@ -97,6 +97,7 @@ def save_learned(source: Path, kind: str, learned: Mapping[str, Tensor], folder:
                 for key in tensors:
                     tensors[key] = learned.get(canonical(kind, key), tensors[key]).contiguous()
                 save_file(tensors, part / file.name, metadata={"format": "pt"})
+                (part / file.name).chmod(0o644)  # written for its owner alone
             elif file.is_file() and file.suffix not in PICKLES:
                 shutil.copyfile(file, part / file.name)
         part.rename(folder)

@@ -68,8 +68,10 @@ def _asked(config: Any) -> Any:
 
 
 def _keep_weights_readable() -> None:
-    """On a CPU vLLM packs every matrix for oneDNN and reads the copy: what is learned would do
-    nothing. So it must not pack."""
+    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
+
+    What is learned would have no effect.
+    """
     from vllm import _custom_ops  # type: ignore[import-not-found]
     from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
@@ -160,6 +162,10 @@ class WorkerLearning:
         model = self.runner.get_model()
         text = self.config.model_config.hf_text_config
         dtype = self.config.model_config.dtype
+        if not hasattr(getattr(model, "model", None), "embed_tokens"):
+            raise TtspecError(
+                f"{type(model).__name__} has its embedding elsewhere than text models"
+            )
         embedding = self._gathered(model.model.embed_tokens.weight, text.vocab_size)
         tied = getattr(text, "tie_word_embeddings", False) or not hasattr(model, "lm_head")
         head = embedding if tied else self._gathered(model.lm_head.weight, text.vocab_size)
@@ -248,10 +254,9 @@ class WorkerLearning:
             self._row.copy_(flat(weights, self._row.dtype))
         else:
             load_in_place(self.module, weights)
-        count = sum(learner.updates[:1])
-        if self.settings.save and count and self.learner:
-            if self.learner.publications % self.settings.save_every == 0:
-                self.save(self.settings.save / f"{self.learner.publications:06d}", weights)
+        version = self.learner.publications if self.learner else 0
+        if self.settings.save and version and version % self.settings.save_every == 0:
+            self.save(self.settings.save / f"{version:06d}", weights)
 
     # Asked by an operator.
 

@@ -128,10 +128,12 @@ class EngineLearner:
 
     @torch.no_grad()
     def absorb(self, step: EngineStep) -> None:
-        """Read a step: context for the shadow, lessons, maybe an update, which is then published."""
+        """Read a step: context for the shadow, lessons, maybe an update, published at once."""
         self.share.tick()
         began = time.perf_counter()
-        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)  # length: row, request, from
+        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(
+            list
+        )  # length: row, request, from
         verified: list[tuple[int, int]] = []
         for i, request in enumerate(step.ids):
             row = self._row_of(step, i)
@@ -174,7 +176,7 @@ class EngineLearner:
         return row.index
 
     def _read(self, step: EngineStep, size: int, pieces: list[tuple[int, int, int]]) -> None:
-        """Make tokens that no drafts were among context; of one request in order, piece by piece."""
+        """Make tokens context that no drafts were among; a request's pieces in order."""
         later: list[tuple[int, int, int]] = []
         now: dict[int, tuple[int, int, int]] = {}
         for piece in pieces:
@@ -248,6 +250,6 @@ class EngineLearner:
 
     def _index(self, numbers: Sequence[int] | Sequence[list[int]]) -> Tensor:
         """Indices on the device; the copy waits for nothing."""
-        if not self.device.type == "cuda":
+        if self.device.type != "cuda":
             return torch.tensor(numbers, device=self.device)
         return torch.tensor(numbers, pin_memory=True).to(self.device, non_blocking=True)

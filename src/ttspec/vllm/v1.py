@@ -98,8 +98,11 @@ def step(
 
 
 def teaches(sampling: Any, lora: Any, media: Any) -> bool:
-    """Whether a request may teach: one in plain words, whose target is the target, and that was
-    not sent with `"vllm_xargs": {"ttspec": 0}`."""
+    """Whether a request may teach.
+
+    It is plain text, without grammar or adapter, and was not sent with `"vllm_xargs": {"ttspec":
+    0}`.
+    """
     if sampling is None or lora is not None or media:
         return False
     asked = (sampling.extra_args or {}).get("ttspec", True)

@@ -30,6 +30,7 @@ class WatchedSampler:
         self.__dict__.update(sampler=sampler, learning=learning)
 
     def __call__(self, logits: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample, after the logits were shown."""
         drafts = drafts_of(input_batch)
         if any(drafts):
             ids = input_batch.req_ids
