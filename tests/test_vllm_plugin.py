@@ -135,14 +135,14 @@ def test_only_plain_requests_that_did_not_refuse_teach() -> None:
     def sampling(**extra):
         return SimpleNamespace(structured_outputs=None, extra_args=None, **extra)
 
-    assert teaches(sampling(), None, [])
-    assert not teaches(None, None, [])
-    assert not teaches(sampling(), object(), [])
-    assert not teaches(sampling(), None, [object()])
+    assert teaches(sampling(), None, False)
+    assert not teaches(None, None, False)
+    assert not teaches(sampling(), object(), False)
+    assert not teaches(sampling(), None, True)
     refuses, grammar = sampling(), sampling()
     refuses.extra_args, grammar.structured_outputs = {"ttspec": 0}, object()
-    assert not teaches(refuses, None, [])
-    assert not teaches(grammar, None, [])
+    assert not teaches(refuses, None, False)
+    assert not teaches(grammar, None, False)
 
 
 def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:

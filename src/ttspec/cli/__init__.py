@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "Measure arms on a suite of requests, report, compare.",
     "train": "Build a drafter for a target.",
     "export": "Write a drafter for vLLM and other tools.",
+    "vllm": "Learn inside vLLM: check what fits.",
 }
 
 
@@ -45,8 +46,8 @@ app = App(
     help_format="plaintext",  # the list of commands comes at once, without a renderer
 )
 for _name, _help in COMMANDS.items():
-    # `bench` has commands of its own, and says so itself.
-    _format: dict[str, Any] = {} if _name == "bench" else {"help_format": "markdown"}
+    # `bench` and `vllm` have commands of their own, and say so themselves.
+    _format: dict[str, Any] = {} if _name in ("bench", "vllm") else {"help_format": "markdown"}
     app.command(f"ttspec.cli.{_name}:{_name}", name=_name, help=_help, **_format)
 
 

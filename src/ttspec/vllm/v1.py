@@ -22,7 +22,8 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
 
     def may_teach(request: str) -> bool:
         known = runner.requests[request]
-        return teaches(known.sampling_params, known.lora_request, known.mm_features)
+        other = bool(known.mm_features) or known.prompt_embeds is not None
+        return teaches(known.sampling_params, known.lora_request, other)
 
     def update_states_and_forget(scheduler_output: Any) -> Any:
         gone = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
@@ -97,13 +98,15 @@ def step(
     )
 
 
-def teaches(sampling: Any, lora: Any, media: Any) -> bool:
-    """Whether a request may teach.
+def teaches(sampling: Any, lora: Any, other: bool) -> bool:
+    """Whether a request may teach: tokens only, no grammar, no adapter, and it did not refuse.
 
-    It is plain text, without grammar or adapter, and was not sent with `"vllm_xargs": {"ttspec":
-    0}`.
+    Args:
+        sampling: Its `SamplingParams`; `"vllm_xargs": {"ttspec": 0}` in the request refuses.
+        lora: Its adapter.
+        other: Whether its prompt is more than tokens.
     """
-    if sampling is None or lora is not None or media:
+    if sampling is None or lora is not None or other:
         return False
     asked = (sampling.extra_args or {}).get("ttspec", True)
     return bool(asked) and sampling.structured_outputs is None

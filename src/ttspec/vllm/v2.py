@@ -62,8 +62,9 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
 
     def look_and_add(scheduler_output: Any) -> None:
         for new in scheduler_output.scheduled_new_reqs:
-            made_up = new.req_id.startswith(WARM_UP)
-            if made_up or not teaches(new.sampling_params, new.lora_request, new.mm_features):
+            other = bool(new.mm_features) or new.prompt_embeds is not None
+            other = other or new.req_id.startswith(WARM_UP)
+            if not teaches(new.sampling_params, new.lora_request, other):
                 barred.add(new.req_id)
         add(scheduler_output)
 
