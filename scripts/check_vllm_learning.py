@@ -192,6 +192,7 @@ def learning_options(a: argparse.Namespace) -> list[str]:
 def run(a: argparse.Namespace) -> int:
     """One server after the other, the same requests to each."""
     a.out.mkdir(parents=True, exist_ok=True)
+    a.cache_mb = a.cache_mb or 512
     found: dict[str, list[dict[str, Any]]] = {}
     arms = {"learning": learning_options(a), "static": draft_options(a), "plain": []}
     for name, options in arms.items():
@@ -217,6 +218,7 @@ def stress(a: argparse.Namespace) -> int:
     Texts are compared with those of a server without speculation that is treated alike.
     """
     a.out.mkdir(parents=True, exist_ok=True)
+    a.cache_mb = a.cache_mb or 24
     texts: dict[str, list[str | None]] = {}
     for name, options in {"learning": learning_options(a), "plain": []}.items():
         server = Server(a, name, options)
@@ -310,14 +312,14 @@ def main() -> int:
     two.add_argument("--requests", type=int, default=300)
     two.add_argument("--at-once", type=int, default=8)
     two.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
-    two.add_argument("--cache-mb", type=int, default=512, help="vLLM's key/value cache")
+    two.add_argument("--cache-mb", type=int, help="vLLM's key/value cache; default: 512, stress 24")
     two.add_argument("--settings", default='{"share": 0.5}', help="of ttspec, as JSON")
     two.add_argument("--server", default="", help="more options of vLLM, for all three servers")
     two.set_defaults(run=run)
     three = commands.add_parser(
         "stress", parents=[two], add_help=False, help="aborted and preempted requests"
     )
-    three.set_defaults(run=stress, cache_mb=24)
+    three.set_defaults(run=stress)
     a = parser.parse_args()
     return a.run(a)
 
