@@ -5,7 +5,8 @@ is started with `--additional-config '{"ttspec": {...}}'` (docs/vllm.md). Nothin
 before vLLM itself runs.
 
 hooks.py       what must be there in which version of vLLM, and when there is no learning
-plugin.py      after a worker has its model runner: check, load the drafter, put the hooks in
+workers.py     asks every worker, once it has its model runner
+plugin.py      a worker's learning: check, load the drafter, put the hooks in, and what may fail
 v1.py, v2.py   the two model runners: what a step's tensors are called there
 steps.py       a step as any engine could tell it, made a `Verification` for the `Learner`
 rows.py        which request has which row
@@ -19,7 +20,7 @@ from typing import Any
 
 def register() -> None:
     """Let every worker of vLLM get its hooks once it has a model runner; may be called twice."""
-    from ttspec.vllm.plugin import watch_workers
+    from ttspec.vllm.workers import watch_workers
 
     watch_workers()
 

@@ -13,7 +13,7 @@ from typing import Any
 from prometheus_client import Gauge  # type: ignore[import-not-found]
 from vllm.v1.metrics.loggers import StatLoggerBase  # type: ignore[import-not-found]
 
-from ttspec.vllm.plugin import status_file
+from ttspec.vllm.settings import status_file
 
 READ_EVERY = 2.0
 """Seconds."""

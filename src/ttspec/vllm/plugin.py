@@ -6,10 +6,9 @@ A worker is asked once, when it has made its model runner. Without `"ttspec"` in
 
 from __future__ import annotations
 
-import functools
+import atexit
 import json
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -33,50 +32,11 @@ from ttspec.vllm.module import (
     save_learned,
     unflattened,
 )
-from ttspec.vllm.settings import Settings
+from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner
 
 STATUS_EVERY = 2.0
 """Seconds between two writings of the figures that /metrics shows."""
-
-
-def watch_workers() -> None:
-    """Attach to every worker of this process, once it has its model runner."""
-    from vllm.v1.worker.worker_base import WorkerWrapperBase  # type: ignore[import-not-found]
-
-    original = WorkerWrapperBase.init_device
-    if hasattr(original, "wrapped_by_ttspec"):
-        return
-
-    @functools.wraps(original)
-    def init_device(self: Any) -> None:
-        asked = _asked(self.vllm_config)
-        if asked is not None:
-            _keep_weights_readable()
-        original(self)
-        if asked is not None:
-            attach(self.worker, asked)
-
-    init_device.wrapped_by_ttspec = True  # type: ignore[attr-defined]
-    WorkerWrapperBase.init_device = init_device
-
-
-def _asked(config: Any) -> Any:
-    """What the engine was told about ttspec; None for nothing."""
-    given = config.additional_config
-    return given.get("ttspec") if isinstance(given, dict) else None
-
-
-def _keep_weights_readable() -> None:
-    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
-
-    What is learned would have no effect.
-    """
-    from vllm import _custom_ops  # type: ignore[import-not-found]
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
-
-    if current_platform.is_cpu():
-        _custom_ops._supports_onednn = False
 
 
 def attach(worker: Any, given: Any) -> None:
@@ -107,7 +67,8 @@ class WorkerLearning:
         self.ranks: int = self.config.parallel_config.tensor_parallel_size
         self.state, self.reason = "off", ""
         self._drafted_steps = 0
-        self._broadcasts = False
+        self._all_learn = self._sends = False
+        """Whether several ranks share weights, and whether they do so now."""
         self._status_written = 0.0
         self._saving: threading.Thread | None = None
 
@@ -146,14 +107,19 @@ class WorkerLearning:
 
         def load_then_learn(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
+            failed = ""
             try:
                 with torch.inference_mode(False):
                     self._bind()
                 front.wrap(self.runner, self)
             except TtspecError as error:
-                self.stop(str(error))
+                failed = str(error)
             except Exception as error:
-                self.stop(f"{type(error).__name__}: {error}")
+                failed = f"{type(error).__name__}: {error}"
+            if self._any_rank(bool(failed)):  # else some would wait for the others for ever
+                self.stop(failed or "another rank does not")
+            else:
+                self._sends = self._all_learn = self.ranks > 1
 
         self.runner.load_model = load_then_learn
 
@@ -175,13 +141,9 @@ class WorkerLearning:
         self.names = learned_names(self.drafter, str(learn.weights), learn.parameters)
         self.shapes = {n: tuple(self.drafter.weights[n].shape) for n in self.names}
         self.stride = learn.stride or 1
-        self._broadcasts = self.ranks > 1
-        like = embedding
-        size = sum(torch.Size(s).numel() for s in self.shapes.values())
-        self._row = torch.zeros(size if self._broadcasts else 0, dtype=dtype, device=like.device)
-        if self._broadcasts:
-            row = flat({n: self.drafter.weights[n] for n in self.names}, dtype)
-            self._row.copy_(row)
+        if self.ranks > 1:
+            first = {n: self.drafter.weights[n] for n in self.names}
+            self._row = flat(first, dtype).to(embedding.device)
         if self.rank == 0:
             self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
             self.learner = EngineLearner(
@@ -200,7 +162,19 @@ class WorkerLearning:
                 self.settings.rows,
                 (self.learner.state.nbytes + self.learner.learner.weights.nbytes) / 1e6,
             )
+            atexit.register(status_file(self.config).unlink, missing_ok=True)
         self.state = "learning"
+
+    def _any_rank(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        if self.ranks == 1:
+            return here
+        from vllm.distributed import (  # type: ignore[import-not-found]
+            tensor_model_parallel_all_reduce,
+        )
+
+        device = self.runner.device
+        return bool(tensor_model_parallel_all_reduce(torch.tensor([float(here)], device=device)))
 
     def _gathered(self, weight: Tensor, vocabulary: int) -> Tensor:
         """A table of the target, of which every rank has a part."""
@@ -230,7 +204,7 @@ class WorkerLearning:
 
     def end_step(self, *, drafted: bool) -> None:
         """A step was read: let all ranks have the same weights, and write figures."""
-        if self._broadcasts and self.state != "paused" and drafted:
+        if self._sends and drafted:
             self._drafted_steps += 1
             if self._drafted_steps % self.stride == 0:
                 self._send()
@@ -245,12 +219,15 @@ class WorkerLearning:
 
         with torch.inference_mode(False), torch.no_grad():
             get_tp_group().broadcast(self._row, src=0)
-            load_in_place(self.module, unflattened(self._row, self.names, self.shapes))
+            try:
+                load_in_place(self.module, unflattened(self._row, self.names, self.shapes))
+            except Exception as error:  # the other ranks go on sending, and so must this one
+                self.stop(f"{type(error).__name__}: {error}")
 
     def _publish(self, learner: Learner) -> None:
         """Let vLLM's drafter have what was learned."""
         weights = learned_weights(learner)
-        if self._broadcasts:
+        if self.ranks > 1:
             self._row.copy_(flat(weights, self._row.dtype))
         else:
             load_in_place(self.module, weights)
@@ -267,7 +244,8 @@ class WorkerLearning:
         self.write_status()
 
     def pause(self) -> None:
-        """Learn nothing until `resume`; the weights stay as they are."""
+        """Learn nothing until `resume`; the weights stay as they are. All ranks are asked."""
+        self._sends = False
         if self.state == "learning":
             self.state = "paused"
             if self.learner:
@@ -276,6 +254,7 @@ class WorkerLearning:
 
     def resume(self) -> None:
         """Go on learning; requests that were under way teach from where they are."""
+        self._sends = self._all_learn
         if self.state == "paused":
             self.state = "learning"
             self.write_status()
@@ -301,8 +280,8 @@ class WorkerLearning:
         def write() -> None:
             try:
                 save_learned(self.source, self.drafter.kind, copies, folder)
-            except OSError as error:
-                self.log.warning("ttspec saved nothing in %s: %s", folder, error.strerror or error)
+            except Exception as error:
+                self.log.warning("ttspec saved nothing in %s: %s", folder, error)
 
         self._saving = threading.Thread(target=write, daemon=True)
         self._saving.start()
@@ -337,9 +316,3 @@ class WorkerLearning:
             part.replace(path)
         except OSError as error:
             self.log.debug("ttspec wrote no figures: %s", error)
-
-
-def status_file(config: Any) -> Path:
-    """Where the figures of an engine are, which all its processes know."""
-    rank = config.parallel_config.data_parallel_rank
-    return Path(tempfile.gettempdir()) / f"ttspec-{config.instance_id}-{rank}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -63,3 +64,9 @@ class Settings:
     def for_engine(self, requests: int, longest: int) -> Settings:
         """The same, with no more rows and tokens than an engine has at all."""
         return replace(self, rows=min(self.rows, requests), tokens=min(self.tokens, longest))
+
+
+def status_file(config: Any) -> Path:
+    """Where the figures of an engine are, which all its processes know."""
+    rank = config.parallel_config.data_parallel_rank
+    return Path(tempfile.gettempdir()) / f"ttspec-{config.instance_id}-{rank}.json"
