@@ -17,13 +17,18 @@ def watch_workers() -> None:
     @functools.wraps(original)
     def init_device(self: Any) -> None:
         asked = _asked(self.vllm_config)
-        if asked is not None:
-            _keep_weights_readable()
+        if asked is None:
+            return original(self)
+        _keep_weights_readable()
         original(self)
-        if asked is not None:
+        try:
             from ttspec.vllm.plugin import attach
+        except ImportError as error:
+            from vllm.logger import init_logger  # type: ignore[import-not-found]
 
-            attach(self.worker, asked)
+            init_logger("vllm.ttspec").warning("ttspec does not learn: %s", error)
+            return None
+        return attach(self.worker, asked)
 
     init_device.wrapped_by_ttspec = True  # type: ignore[attr-defined]
     WorkerWrapperBase.init_device = init_device
