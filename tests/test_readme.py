@@ -32,6 +32,9 @@ OTHERS = {
     "--per-request-spec-decode-metrics",  # vllm serve
     "--enable-per-request-metrics",
     "--speculative",  # scripts/record_vllm.py
+    "--additional-config",  # vllm serve
+    "--speculative-config",
+    "--worker-extension-cls",
     "--small",  # benchmarks/headline.py
     "--help",
 }
@@ -69,7 +72,7 @@ def ttspec_lines(page: str) -> list[list[str]]:
 
 def name_of(words: list[str]) -> str:
     """`generate`, `bench run` and so on."""
-    return " ".join(words[: 2 if words[0] == "bench" else 1])
+    return " ".join(words[: 2 if words[0] in ("bench", "vllm") else 1])
 
 
 def headings(page: Path) -> set[str]:

@@ -207,12 +207,17 @@ class Eagle3(FeatureDrafter):
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
         assert isinstance(state, FeatureState)
-        before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, W]
-        h = self.fuse(state.weights, before)
+        before = self.features_before(state, blocks.start[:, 0])
+        h = self.fuse(state.weights, before[:, None])
         contexts = self._in_place(state, blocks) if state.spans else self._growing(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
-        return before[:, 0]
+        return before
+
+    def features_before(self, state: DraftState, start: Tensor) -> Tensor:
+        """Features [B, W] of the token before `start` int64 [B]."""
+        assert isinstance(state, FeatureState)
+        return state.recall(start[:, None] - 1, row_index(start))[:, 0]
 
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)

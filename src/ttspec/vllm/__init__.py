@@ -1,0 +1,33 @@
+"""A learner inside vLLM: a stock server learns its drafter from its own traffic.
+
+`register` is the entry point of the group `vllm.general_plugins`. It does nothing unless the engine
+is started with `--additional-config '{"ttspec": {...}}'` (docs/vllm.md). Nothing here imports vLLM
+before vLLM itself runs.
+
+hooks.py       what must be there in which version of vLLM, and when there is no learning
+workers.py     asks every worker, once it has its model runner
+plugin.py      a worker's learning: check, load the drafter, put the hooks in, and what may fail
+v1.py, v2.py   the two model runners: what a step's tensors are called there
+steps.py       a step as any engine could tell it, made a `Verification` for the `Learner`
+rows.py        which request has which row
+module.py      what was learned, put into vLLM's own draft module
+control.py     pause, resume, status: called by `collective_rpc`
+metrics.py     figures beside vLLM's own at /metrics
+"""
+
+from typing import Any
+
+
+def register() -> None:
+    """Let every worker of vLLM get its hooks once it has a model runner; may be called twice."""
+    from ttspec.vllm.workers import watch_workers
+
+    watch_workers()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Control":
+        from ttspec.vllm.control import Control
+
+        return Control
+    raise AttributeError(f"module 'ttspec.vllm' has no attribute {name!r}")

@@ -1,0 +1,61 @@
+"""Figures beside vLLM's own at /metrics: entry point of the group `vllm.stat_logger_plugins`.
+
+vLLM makes one in its API server. What the worker that learns leaves in a file is read every few
+seconds. Without ttspec in the engine's `additional_config` there is no file, and no figure.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from prometheus_client import Gauge  # type: ignore[import-not-found]
+from vllm.v1.metrics.loggers import StatLoggerBase  # type: ignore[import-not-found]
+
+from ttspec.vllm.settings import status_file
+
+READ_EVERY = 2.0
+"""Seconds."""
+FIGURES = {
+    "learning": "1 while the drafter learns, 0 while it is paused or off.",
+    "updates": "Updates of the drafter.",
+    "reverts": "Times that the drafter got its first weights back.",
+    "version": "Times that vLLM's drafter got new weights.",
+    "acceptance_length": "Tokens a verified round, of requests that teach.",
+    "accepted_to_anchor": "Drafts accepted of live weights, for one of the first weights.",
+    "share": "Share of the engine's time that went into learning.",
+}
+_gauges: dict[str, Any] = {}
+
+
+class LearningMetrics(StatLoggerBase):
+    """Gauges `ttspec:*` of one engine."""
+
+    def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
+        """Nothing is shown before the engine says something."""
+        given = vllm_config.additional_config
+        self._asked = isinstance(given, dict) and given.get("ttspec") is not None
+        self._path, self._engine, self._read = status_file(vllm_config), str(engine_index), 0.0
+
+    def record(self, *_: Any, **__: Any) -> None:
+        """Called every step: look at the file now and then."""
+        now = time.monotonic()
+        if not self._asked or now - self._read < READ_EVERY:
+            return
+        self._read = now
+        try:
+            status = json.loads(self._path.read_text())
+        except (OSError, ValueError):
+            return
+        status["learning"] = float(status["state"] == "learning")
+        for name, meaning in FIGURES.items():
+            if name not in _gauges:
+                _gauges[name] = Gauge(
+                    f"ttspec:{name}", meaning, ["engine"], multiprocess_mode="mostrecent"
+                )
+            if name in status:
+                _gauges[name].labels(self._engine).set(status[name])
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""

@@ -1,0 +1,318 @@
+"""One worker of vLLM: whether it learns, its learner, and what happens when something fails.
+
+A worker is asked once, when it has made its model runner. Without `"ttspec"` in the engine's
+`additional_config`, or where something does not fit, nothing is wrapped and vLLM is what it is.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.checkpoint import load_drafter
+from ttspec.errors import TtspecError
+from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import resolve_learn_config
+from ttspec.vllm import hooks
+from ttspec.vllm.module import (
+    flat,
+    learned_names,
+    learned_weights,
+    load_in_place,
+    save_learned,
+    unflattened,
+)
+from ttspec.vllm.settings import Settings, status_file
+from ttspec.vllm.steps import EngineLearner
+
+STATUS_EVERY = 2.0
+"""Seconds between two writings of the figures that /metrics shows."""
+
+
+def attach(worker: Any, given: Any) -> None:
+    """Let a worker learn if all fits; else say why not, in one line."""
+    worker.ttspec = learning = WorkerLearning(worker)
+    try:
+        learning.prepare(given)
+    except TtspecError as error:
+        learning.stop(str(error))
+    except Exception as error:
+        learning.stop(f"{type(error).__name__}: {error}")
+
+
+class WorkerLearning:
+    """A worker's learning: off, paused, or under way."""
+
+    learner: EngineLearner | None = None
+    """On the rank that learns."""
+    drafter: Drafter
+
+    def __init__(self, worker: Any) -> None:
+        """Nothing is wrapped yet."""
+        from vllm.logger import init_logger  # type: ignore[import-not-found]
+
+        self.log = init_logger("vllm.ttspec")
+        self.worker, self.runner, self.config = worker, worker.model_runner, worker.vllm_config
+        self.rank: int = worker.rank % self.config.parallel_config.tensor_parallel_size
+        self.ranks: int = self.config.parallel_config.tensor_parallel_size
+        self.state, self.reason = "off", ""
+        self._drafted_steps = 0
+        self._all_learn = self._sends = False
+        """Whether several ranks share weights, and whether they do so now."""
+        self._status_written = 0.0
+        self._saving: threading.Thread | None = None
+
+    def prepare(self, given: Any) -> None:
+        """Check what can be checked before the models are loaded, and wait for them.
+
+        Raises:
+            TtspecError: Something does not fit.
+        """
+        homes = [kind.__module__ for kind in type(self.runner).__mro__]
+        runner = "V2" if "vllm.v1.worker.gpu.model_runner" in homes else "V1"
+        folder = hooks.vllm_folder()
+        assert folder is not None
+        reason = hooks.unknown_version(hooks.version_of(folder))
+        missing = hooks.missing_hooks(folder, runner) if not reason else []
+        reason = reason or (f"this vLLM has no {missing[0]}" if missing else None)
+        reason = reason or hooks.unfit_config(self.config)
+        if reason:
+            raise TtspecError(reason)
+        engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
+        self.settings = Settings.of(given if isinstance(given, dict) else {}).for_engine(*engine)
+        speculative = self.config.speculative_config
+        self.source = Path(speculative.draft_model_config.model)
+        if not self.source.is_dir():
+            from huggingface_hub import snapshot_download
+
+            self.source = Path(snapshot_download(str(self.source), local_files_only=True))
+        self.length = int(speculative.num_speculative_tokens)
+        self.drafter = load_drafter(self.source.name, self.source)
+        front: Any
+        if runner == "V2":
+            from ttspec.vllm import v2 as front
+        else:
+            from ttspec.vllm import v1 as front
+        load_model = self.runner.load_model
+
+        def load_then_learn(*args: Any, **kwargs: Any) -> None:
+            load_model(*args, **kwargs)
+            failed = ""
+            try:
+                with torch.inference_mode(False):
+                    self._bind()
+                front.wrap(self.runner, self)
+            except TtspecError as error:
+                failed = str(error)
+            except Exception as error:
+                failed = f"{type(error).__name__}: {error}"
+            if self._any_rank(bool(failed)):  # else some would wait for the others for ever
+                self.stop(failed or "another rank does not")
+            else:
+                self._sends = self._all_learn = self.ranks > 1
+
+        self.runner.load_model = load_then_learn
+
+    def _bind(self) -> None:
+        """Bind the shadow to the target, on the rank that learns; take all memory now."""
+        model = self.runner.get_model()
+        text = self.config.model_config.hf_text_config
+        dtype = self.config.model_config.dtype
+        if not hasattr(getattr(model, "model", None), "embed_tokens"):
+            raise TtspecError(
+                f"{type(model).__name__} has its embedding elsewhere than text models"
+            )
+        embedding = self._gathered(model.model.embed_tokens.weight, text.vocab_size)
+        tied = getattr(text, "tie_word_embeddings", False) or not hasattr(model, "lm_head")
+        head = embedding if tied else self._gathered(model.lm_head.weight, text.vocab_size)
+        self.module = self.runner.get_draft_model()
+        self.drafter.embedding = embedding[:0].to(dtype)
+        learn = resolve_learn_config(self.settings.learn, self.drafter, 1)
+        self.names = learned_names(self.drafter, str(learn.weights), learn.parameters)
+        self.shapes = {n: tuple(self.drafter.weights[n].shape) for n in self.names}
+        self.stride = learn.stride or 1
+        if self.ranks > 1:
+            first = {n: self.drafter.weights[n] for n in self.names}
+            self._row = flat(first, dtype).to(embedding.device)
+        if self.rank == 0:
+            self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
+            self.learner = EngineLearner(
+                self.settings,
+                self.drafter,
+                self.length,
+                self._publish,
+                may_teach=lambda request: self.may_teach(request),
+            )
+            taps = ", taps " + ", ".join(map(str, self.drafter.taps)) if self.drafter.taps else ""
+            self.log.info(
+                "ttspec learns: %s drafter %s%s, %d requests at a time, %.0f MB",
+                self.drafter.kind,
+                self.source.name,
+                taps,
+                self.settings.rows,
+                (self.learner.state.nbytes + self.learner.learner.weights.nbytes) / 1e6,
+            )
+            atexit.register(status_file(self.config).unlink, missing_ok=True)
+        self.state = "learning"
+
+    def _any_rank(self, here: bool) -> bool:
+        """Whether something is so on any rank."""
+        if self.ranks == 1:
+            return here
+        from vllm.distributed import (  # type: ignore[import-not-found]
+            tensor_model_parallel_all_reduce,
+        )
+
+        device = self.runner.device
+        return bool(tensor_model_parallel_all_reduce(torch.tensor([float(here)], device=device)))
+
+    def _gathered(self, weight: Tensor, vocabulary: int) -> Tensor:
+        """A table of the target, of which every rank has a part."""
+        if self.ranks > 1:
+            from vllm.distributed import (  # type: ignore[import-not-found]
+                tensor_model_parallel_all_gather,
+            )
+
+            weight = tensor_model_parallel_all_gather(weight.detach(), dim=0)
+        return weight.detach()[:vocabulary]
+
+    # Called by the hooks.
+
+    may_teach: Callable[[str], bool]
+    """Set by the model runner's front end."""
+
+    def run(self, work: Callable[[EngineLearner], None]) -> None:
+        """Do some of learning's work; a failure ends learning and nothing else."""
+        if self.state != "learning" or self.learner is None:
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                work(self.learner)
+        except Exception as error:
+            self.stop(f"{type(error).__name__}: {error}")
+            self.log.debug("ttspec failed", exc_info=True)
+
+    def end_step(self, *, drafted: bool) -> None:
+        """A step was read: let all ranks have the same weights, and write figures."""
+        if self._sends and drafted:
+            self._drafted_steps += 1
+            if self._drafted_steps % self.stride == 0:
+                self._send()
+        now = time.monotonic()
+        if self.rank == 0 and now - self._status_written > STATUS_EVERY:
+            self._status_written = now
+            self.write_status()
+
+    def _send(self) -> None:
+        """Give every rank what rank 0 has, at a step that all of them count."""
+        from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
+
+        with torch.inference_mode(False), torch.no_grad():
+            get_tp_group().broadcast(self._row, src=0)
+            try:
+                load_in_place(self.module, unflattened(self._row, self.names, self.shapes))
+            except Exception as error:  # the other ranks go on sending, and so must this one
+                self.stop(f"{type(error).__name__}: {error}")
+
+    def _publish(self, learner: Learner) -> None:
+        """Let vLLM's drafter have what was learned."""
+        weights = learned_weights(learner)
+        if self.ranks > 1:
+            self._row.copy_(flat(weights, self._row.dtype))
+        else:
+            load_in_place(self.module, weights)
+        version = self.learner.publications if self.learner else 0
+        if self.settings.save and version and version % self.settings.save_every == 0:
+            self.save(self.settings.save / f"{version:06d}", weights)
+
+    # Asked by an operator.
+
+    def stop(self, reason: str) -> None:
+        """Learn no more; what was learned stays. One line says why."""
+        self.state, self.reason = "off", " ".join(reason.split())
+        self.log.warning("ttspec does not learn: %s", self.reason)
+        self.write_status()
+
+    def pause(self) -> None:
+        """Learn nothing until `resume`; the weights stay as they are. All ranks are asked."""
+        self._sends = False
+        if self.state == "learning":
+            self.state = "paused"
+            if self.learner:
+                self.learner.forget_all()
+            self.write_status()
+
+    def resume(self) -> None:
+        """Go on learning; requests that were under way teach from where they are."""
+        self._sends = self._all_learn
+        if self.state == "paused":
+            self.state = "learning"
+            self.write_status()
+
+    def revert(self) -> None:
+        """Give the drafter back the weights that it came with."""
+        if self.learner is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self.learner.learner.revert(0)
+            self._publish(self.learner.learner)
+
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
+        if self.learner is None:
+            return
+        if self._saving and self._saving.is_alive():
+            return
+        weights = learned_weights(self.learner.learner) if weights is None else weights
+        dtype = self.drafter.embedding.dtype
+        copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
+
+        def write() -> None:
+            try:
+                save_learned(self.source, self.drafter.kind, copies, folder)
+            except Exception as error:
+                self.log.warning("ttspec saved nothing in %s: %s", folder, error)
+
+        self._saving = threading.Thread(target=write, daemon=True)
+        self._saving.start()
+
+    def status(self) -> dict[str, Any]:
+        """What an operator wants to know; plain values."""
+        found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
+        if self.learner is not None:
+            learner, share = self.learner.learner, self.learner.share
+            emitted, rounds = self.learner.acceptance()
+            found |= {
+                "requests": len(self.learner.rows.taken),
+                "updates": self.learner.updates,
+                "reverts": max(learner.reverts),
+                "version": self.learner.publications,
+                "verified_rounds": rounds,
+                "acceptance_length": emitted / rounds if rounds else 0.0,
+                "accepted_to_anchor": learner.guard.gain(),
+                "seconds": share.spent,
+                "share": share.spent / share.worked if share.worked else 0.0,
+            }
+        return found
+
+    def write_status(self) -> None:
+        """Leave the figures where the API server's /metrics finds them; best effort."""
+        if self.rank:
+            return
+        path = status_file(self.config)
+        try:
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_text(json.dumps(self.status()))
+            part.replace(path)
+        except OSError as error:
+            self.log.debug("ttspec wrote no figures: %s", error)

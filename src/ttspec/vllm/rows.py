@@ -1,0 +1,53 @@
+"""Which request has which row of the shadow drafter, and for how long. Knows no engine.
+
+A request begins at position 0 of its row wherever it is in its text: what was not seen of it, as
+a prompt that a prefix cache had, is not there. Rotary attention knows distances only, so nothing
+else needs to know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Row:
+    """One request's row."""
+
+    index: int
+    begin: int
+    """Upper bound of the position at which the request was first seen."""
+
+
+class RequestRows:
+    """At most so many requests have a row; a row is free again when its request is gone."""
+
+    def __init__(self, count: int, tokens: int) -> None:
+        """`tokens` a row at most, those of a round included."""
+        self.count, self.tokens = count, tokens
+        self.taken: dict[str, Row] = {}
+        self._free = list(range(count))[::-1]
+        self._too_long: set[str] = set()
+
+    def give(self, request: str, begin: int) -> Row | None:
+        """A free row for a request; None if there is none, or it was too long before."""
+        if not self._free or request in self._too_long:
+            return None
+        row = self.taken[request] = Row(self._free.pop(), begin)
+        return row
+
+    def end_too_long(self, request: str) -> int:
+        """Take the row of a request that outgrew it; it gets none again. Returns the row."""
+        self._too_long.add(request)
+        return self._release(request)
+
+    def forget(self, requests: Collection[str]) -> list[int]:
+        """Requests that ended, were aborted or preempted; returns the rows that they had."""
+        self._too_long.difference_update(requests)
+        return [self._release(r) for r in requests if r in self.taken]
+
+    def _release(self, request: str) -> int:
+        row = self.taken.pop(request)
+        self._free.append(row.index)
+        return row.index

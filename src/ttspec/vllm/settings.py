@@ -1,0 +1,72 @@
+"""What an operator can set: `--additional-config '{"ttspec": {"share": 0.2}}'`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ttspec.config import LearnConfig
+from ttspec.errors import OptionError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a server learns."""
+
+    rows: int = 8
+    """Requests that teach at the same time, at most; the others are served all the same."""
+    tokens: int = 4096
+    """Tokens of a request after which it teaches no more: what bounds the memory of a row."""
+    share: float = 0.1
+    """Of the time in which the engine works, at most so much goes into learning."""
+    save: Path | None = None
+    """A folder for learned drafters, as vLLM loads them; None saves nothing by itself."""
+    save_every: int = 200
+    """Updates between two saved drafters."""
+    learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))
+    """How; one drafter learns from all requests."""
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Settings:
+        """Read the table that the engine was started with.
+
+        Raises:
+            OptionError: A key is unknown, or a value is not allowed.
+        """
+        known = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionError(f"ttspec.{name} is no setting; settings are {', '.join(known)}.")
+        chosen = dict(given)
+        learn = chosen.get("learn") or {}
+        if not isinstance(learn, Mapping):
+            raise OptionError(f"ttspec.learn is {learn!r}; allowed is a table of LearnConfig.")
+        chosen["learn"] = LearnConfig(**{"scope": "shared", **learn})
+        if chosen["learn"].scope != "shared":
+            raise OptionError(
+                f"ttspec.learn.scope is {chosen['learn'].scope!r}; allowed is shared: vLLM has one "
+                "drafter for all requests."
+            )
+        if chosen.get("save") is not None:
+            chosen["save"] = Path(str(chosen["save"]))
+        settings = cls(**chosen)
+        for name, least in (("rows", 1), ("tokens", 64), ("save_every", 1)):
+            value = getattr(settings, name)
+            if not isinstance(value, int) or value < least:
+                raise OptionError(f"ttspec.{name} is {value!r}; allowed is {least} or more.")
+        if not isinstance(settings.share, int | float) or not 0 < settings.share <= 1:
+            raise OptionError(f"ttspec.share is {settings.share!r}; allowed is above 0, at most 1.")
+        return settings
+
+    def for_engine(self, requests: int, longest: int) -> Settings:
+        """The same, with no more rows and tokens than an engine has at all."""
+        return replace(self, rows=min(self.rows, requests), tokens=min(self.tokens, longest))
+
+
+def status_file(config: Any) -> Path:
+    """Where the figures of an engine are, which all its processes know."""
+    rank = config.parallel_config.data_parallel_rank
+    return Path(tempfile.gettempdir()) / f"ttspec-{config.instance_id}-{rank}.json"

@@ -1,0 +1,112 @@
+"""vLLM's V1 model runner: where a step's tensors are, and what is called when.
+
+Wrapped are methods of this one runner, and of each only what comes before or after it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ttspec.vllm.steps import EngineStep
+
+if TYPE_CHECKING:
+    from ttspec.vllm.plugin import WorkerLearning
+
+
+def wrap(runner: Any, learning: WorkerLearning) -> None:
+    """Let a runner that has its models tell `learning` of every step."""
+    update_states, sample = runner._update_states, runner._sample
+    propose = runner.propose_draft_token_ids
+
+    def may_teach(request: str) -> bool:
+        known = runner.requests[request]
+        other = bool(known.mm_features) or known.prompt_embeds is not None
+        return teaches(known.sampling_params, known.lora_request, other)
+
+    def update_states_and_forget(scheduler_output: Any) -> Any:
+        gone = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
+        gone |= scheduler_output.scheduled_cached_reqs.resumed_req_ids
+        if gone:
+            learning.run(lambda learner: learner.forget(gone))
+        return update_states(scheduler_output)
+
+    def keep_logits_and_sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+            assert logits is not None
+            ids, drafts = runner.input_batch.req_ids, spec_decode_metadata.num_draft_tokens
+            learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
+        return sample(logits, spec_decode_metadata)
+
+    def learn_and_propose(
+        scheduler_output: Any,
+        sampled_token_ids: Any,
+        sampling_metadata: Any,
+        hidden_states: Tensor,
+        sample_hidden_states: Tensor,
+        aux_hidden_states: list[Tensor] | None,
+        spec_decode_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None
+        if learning.state == "learning":
+            learning.run(
+                lambda learner: learner.absorb(
+                    step(runner, scheduler_output, sampled_token_ids, aux_hidden_states, drafts)
+                )
+            )
+        learning.end_step(drafted=bool(drafts) and any(drafts))
+        return propose(
+            scheduler_output,
+            sampled_token_ids,
+            sampling_metadata,
+            hidden_states,
+            sample_hidden_states,
+            aux_hidden_states,
+            spec_decode_metadata,
+            *args,
+            **kwargs,
+        )
+
+    learning.may_teach = may_teach
+    runner._update_states = update_states_and_forget
+    runner._sample = keep_logits_and_sample
+    runner.propose_draft_token_ids = learn_and_propose
+
+
+def step(
+    runner: Any, scheduler_output: Any, sampled: Tensor, aux: list[Tensor] | None, drafts: Any
+) -> EngineStep:
+    """The step that a runner has just sampled."""
+    batch = runner.input_batch
+    count = batch.num_reqs
+    ids = list(batch.req_ids[:count])
+    bounds = [0]
+    for request in ids:
+        bounds.append(bounds[-1] + scheduler_output.num_scheduled_tokens[request])
+    return EngineStep(
+        ids=ids,
+        bounds=bounds,
+        drafts=list(drafts) if drafts else [0] * count,
+        ends=runner.optimistic_seq_lens_cpu[:count].tolist(),
+        tokens=runner.input_ids.gpu,
+        positions=runner._get_positions(bounds[-1]),
+        features=aux or (),
+        sampled=sampled,
+    )
+
+
+def teaches(sampling: Any, lora: Any, other: bool) -> bool:
+    """Whether a request may teach: tokens only, no grammar, no adapter, and it did not refuse.
+
+    Args:
+        sampling: Its `SamplingParams`; `"vllm_xargs": {"ttspec": 0}` in the request refuses.
+        lora: Its adapter.
+        other: Whether its prompt is more than tokens.
+    """
+    if sampling is None or lora is not None or other:
+        return False
+    asked = (sampling.extra_args or {}).get("ttspec", True)
+    return bool(asked) and sampling.structured_outputs is None

@@ -1,0 +1,116 @@
+"""vLLM's V2 model runner: where a step's tensors are, and what is called when.
+
+Wrapped are methods of this one runner, its rejection sampler and its speculator, and of each only
+what comes before or after it. Steps that only warm up are not looked at.
+"""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ttspec.vllm.steps import EngineStep
+from ttspec.vllm.v1 import teaches
+
+if TYPE_CHECKING:
+    from ttspec.vllm.plugin import WorkerLearning
+
+WARM_UP = "_"
+"""How ids of requests begin that vLLM makes up itself."""
+
+
+class WatchedSampler:
+    """A rejection sampler that shows the logits before it changes them."""
+
+    def __init__(self, sampler: Any, learning: WorkerLearning) -> None:
+        """Be `sampler` in all else."""
+        self.__dict__.update(sampler=sampler, learning=learning)
+
+    def __call__(self, logits: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """Sample, after the logits were shown."""
+        drafts = drafts_of(input_batch)
+        if any(drafts):
+            ids = input_batch.req_ids
+            self.learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
+        return self.sampler(logits, input_batch, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.sampler, name, value)
+
+
+def wrap(runner: Any, learning: WorkerLearning) -> None:
+    """Let a runner that has its models tell `learning` of every step."""
+    finish, add, sample = runner.finish_requests, runner.add_requests, runner.sample
+    propose = runner.speculator.propose
+    arguments_of = signature(propose)
+    barred: set[str] = set()
+    """Requests that must not teach."""
+    verdicts: dict[str, Any] = {}
+
+    def finish_and_forget(scheduler_output: Any) -> None:
+        gone = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
+        if gone:
+            barred.difference_update(gone)
+            learning.run(lambda learner: learner.forget(gone))
+        finish(scheduler_output)
+
+    def look_and_add(scheduler_output: Any) -> None:
+        for new in scheduler_output.scheduled_new_reqs:
+            other = bool(new.mm_features) or new.prompt_embeds is not None
+            other = other or new.req_id.startswith(WARM_UP)
+            if not teaches(new.sampling_params, new.lora_request, other):
+                barred.add(new.req_id)
+        add(scheduler_output)
+
+    def sample_and_keep(*args: Any, **kwargs: Any) -> Any:
+        verdicts["output"], *_ = found = sample(*args, **kwargs)
+        return found
+
+    def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
+        given = arguments_of.bind(*args, **kwargs).arguments
+        output = verdicts.pop("output", None)
+        if output is not None and not given.get("dummy_run"):
+            batch = given["input_batch"]
+            drafts = drafts_of(batch)
+            learning.run(
+                lambda learner: learner.absorb(
+                    step(batch, output, given["num_sampled"], given["aux_hidden_states"])
+                )
+            )
+            learning.end_step(drafted=any(drafts))
+        return propose(*args, **kwargs)
+
+    learning.may_teach = lambda request: request not in barred
+    runner.finish_requests, runner.add_requests = finish_and_forget, look_and_add
+    runner.sample = sample_and_keep
+    runner.speculator.propose = learn_and_propose
+    if runner.rejection_sampler is not None:
+        runner.rejection_sampler = WatchedSampler(runner.rejection_sampler, learning)
+
+
+def drafts_of(batch: Any) -> list[int]:
+    """Drafts of each request of an `InputBatch`."""
+    per_request = batch.num_draft_tokens_per_req
+    return [0] * batch.num_reqs if per_request is None else per_request[: batch.num_reqs].tolist()
+
+
+def step(batch: Any, output: Any, num_sampled: Tensor, aux: list[Tensor] | None) -> EngineStep:
+    """The step of an `InputBatch` that was just sampled."""
+    count, sampled = batch.num_reqs, output.sampled_token_ids
+    column = torch.arange(sampled.shape[1], device=sampled.device)
+    return EngineStep(
+        ids=batch.req_ids,
+        bounds=batch.query_start_loc_np[: count + 1].tolist(),
+        drafts=drafts_of(batch),
+        ends=batch.seq_lens_cpu_upper_bound[:count].tolist(),
+        tokens=batch.input_ids,
+        positions=batch.positions,
+        features=aux or (),
+        sampled=sampled.masked_fill(column >= num_sampled[:, None], -1),
+    )

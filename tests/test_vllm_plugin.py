@@ -1,0 +1,240 @@
+"""What keeps the plugin from learning in vLLM, and how weights get in and out. No vLLM here."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from toys import bound_kind, make_kind
+
+from ttspec.drafters.checkpoint import load_drafter, save_drafter
+from ttspec.errors import OptionError
+from ttspec.vllm import hooks
+from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
+from ttspec.vllm.settings import Settings
+from ttspec.vllm.share import TimeShare
+from ttspec.vllm.v1 import teaches
+
+
+def source_tree(folder: Path, version: str = "0.33.0") -> Path:
+    """Files that have every hook of the table, and nothing else."""
+    (folder / "_version.py").parent.mkdir(parents=True, exist_ok=True)
+    (folder / "_version.py").write_text(f"__version__ = version = '{version}'\n")
+    owners: dict[str, dict[str, list[hooks.Hook]]] = {}
+    for hook in {h for table in hooks.HOOKS.values() for h in table}:
+        owners.setdefault(hook.file, {}).setdefault(hook.owner, []).append(hook)
+    for name, classes in owners.items():
+        text = ""
+        for owner, methods in classes.items():
+            text += f"class {owner}:\n"
+            for m in methods:
+                text += f"    def {m.name}(self, {', '.join(m.arguments)}): ...\n"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_an_engine_with_all_hooks_of_a_known_version_fits(tmp_path: Path) -> None:
+    folder = source_tree(tmp_path)
+    assert hooks.version_of(folder) == "0.33.0"
+    assert hooks.unknown_version("0.33.0") is None
+    assert hooks.missing_hooks(folder, "V1") == hooks.missing_hooks(folder, "V2") == []
+
+
+@pytest.mark.parametrize("version", ["0.34.0", "0.3", "0.330", ""])
+def test_another_version_does_not_fit(version: str) -> None:
+    assert "0.26, 0.32, 0.33" in (hooks.unknown_version(version) or "")
+
+
+def test_a_missing_method_or_argument_is_named(tmp_path: Path) -> None:
+    folder = source_tree(tmp_path)
+    file = folder / hooks.V1_FILE
+    file.write_text(file.read_text().replace("_sample(self, logits, ", "_sample(self, scores, "))
+    assert hooks.missing_hooks(folder, "V1") == [
+        "argument logits of GPUModelRunner._sample in vllm/v1/worker/gpu_model_runner.py"
+    ]
+    (folder / hooks.V2_SPECULATOR).unlink()
+    assert hooks.missing_hooks(folder, "V2") == [
+        "BaseSpeculator.propose in vllm/v1/worker/gpu/spec_decode/speculator.py"
+    ]
+
+
+def config(**changes: object) -> SimpleNamespace:
+    """The parts of a `VllmConfig` that are asked."""
+    speculative = {"method": "eagle3", "draft_model_config": SimpleNamespace(quantization=None)}
+    parallel = {"pipeline_parallel_size": 1}
+    top = {"lora_config": None, "model_config": SimpleNamespace()}
+    for name, value in changes.items():
+        table = next((t for t in (parallel, top) if name in t), speculative)
+        (parallel if name.startswith(("prefill", "enable_batch")) else table)[name] = value
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(**speculative),
+        parallel_config=SimpleNamespace(**parallel),
+        **top,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("method", "ngram", "ngram drafts otherwise"),
+        ("rejection_sample_method", "fly", "lossy"),
+        ("draft_model_config", SimpleNamespace(quantization="fp8"), "quantised"),
+        ("use_heterogeneous_vocab", True, "another vocabulary"),
+        ("disable_padded_drafter_batch", True, "verdicts"),
+        ("lora_config", object(), "LoRA"),
+        ("pipeline_parallel_size", 2, "pipeline stages"),
+        ("prefill_context_parallel_size", 2, "context parallelism"),
+        ("enable_batch_sharded_sampling", True, "splits the logits"),
+        ("model_config", SimpleNamespace(enable_sleep_mode=True), "sleep mode"),
+        ("model_config", SimpleNamespace(uses_mrope=True), "several dimensions"),
+    ],
+)
+def test_where_it_must_not_learn_one_sentence_says_why(name, value, reason) -> None:
+    assert hooks.unfit_config(config()) is None
+    said = hooks.unfit_config(config(**{name: value}))
+    assert said is not None
+    assert reason in said
+
+
+def test_without_a_drafter_there_is_nothing_to_learn() -> None:
+    nothing = SimpleNamespace(speculative_config=None, parallel_config=None)
+    assert "--speculative-config" in (hooks.unfit_config(nothing) or "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"row": 3}, "ttspec.row is no setting"),
+        ({"rows": 0}, "ttspec.rows is 0"),
+        ({"share": 0}, "ttspec.share is 0"),
+        ({"tokens": "many"}, "ttspec.tokens is 'many'"),
+        ({"learn": {"lr": -1}}, "learn.lr is -1"),
+        ({"learn": {"speed": 1}}, "learn.speed is no option"),
+        ({"learn": {"scope": "request"}}, "allowed is shared"),
+        ({"learn": 3}, "ttspec.learn is 3"),
+    ],
+)
+def test_a_wrong_setting_is_named(given, said: str) -> None:
+    with pytest.raises(OptionError, match=re.escape(said)):
+        Settings.of(given)
+
+
+def test_settings_are_no_larger_than_the_engine() -> None:
+    settings = Settings.of({"rows": 4, "learn": {"stride": 3}}).for_engine(2, 512)
+    assert (settings.rows, settings.tokens, settings.learn.stride) == (2, 512, 3)
+
+
+def test_only_plain_requests_that_did_not_refuse_teach() -> None:
+    def sampling(**extra):
+        return SimpleNamespace(structured_outputs=None, extra_args=None, **extra)
+
+    assert teaches(sampling(), None, False)
+    assert not teaches(None, None, False)
+    assert not teaches(sampling(), object(), False)
+    assert not teaches(sampling(), None, True)
+    refuses, grammar = sampling(), sampling()
+    refuses.extra_args, grammar.structured_outputs = {"ttspec": 0}, object()
+    assert not teaches(refuses, None, False)
+    assert not teaches(grammar, None, False)
+
+
+def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    share = TimeShare(0.1)
+    share.spend(0.6)  # of 0.5 saved
+    assert not share.allows
+    for _ in range(5):
+        now[0] += 0.15
+        share.tick()
+    assert not share.allows
+    now[0] += 3600  # counts as one second
+    share.tick()
+    assert share.allows
+    assert share.worked == pytest.approx(1.75)
+    share.spend(5.0)
+    assert not share.admits
+
+
+class Fused(nn.Module):
+    """Makes one tensor of its weights at every load, as vLLM's DFlash does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.weight = nn.Parameter(torch.zeros(2, 3))
+        self.inner.fused = torch.zeros(4, 3)
+
+    @torch.no_grad()
+    def load_weights(self, weights) -> None:
+        for name, weight in weights:
+            self.get_parameter(name).copy_(weight)
+        self.inner.fused = self.inner.weight.detach().repeat(2, 1)
+
+
+def test_new_weights_reach_the_tensors_that_a_graph_has_captured() -> None:
+    module = Fused()
+    weight, fused = module.inner.weight.data_ptr(), module.inner.fused.data_ptr()
+    new = torch.arange(6.0).view(2, 3)
+    load_in_place(module, {"inner.weight": new})
+    assert module.inner.weight.data_ptr() == weight
+    assert module.inner.fused.data_ptr() == fused
+    assert torch.equal(module.inner.fused, torch.cat([new, new]))
+
+
+@pytest.mark.parametrize("which", ["eagle3", "dflash", "causal"])
+def test_tables_that_are_the_targets_are_never_given_to_vllm(which: str) -> None:
+    drafter = bound_kind(which)
+    for weights in ("full", "lora"):
+        names = learned_names(drafter, weights, "full")
+        assert names
+        assert all(n in drafter.weights for n in names)
+        assert not any("embed_tokens" in n or "lm_head" in n or "d2t" in n for n in names)
+
+
+def test_ranks_send_weights_as_one_row() -> None:
+    weights = {"a": torch.randn(2, 3), "b": torch.randn(4)}
+    shapes = {n: tuple(w.shape) for n, w in weights.items()}
+    back = unflattened(flat(weights, torch.float32), list(weights), shapes)
+    assert all(torch.equal(back[n], w) for n, w in weights.items())
+
+
+def test_a_saved_drafter_is_the_old_one_with_what_was_learned(tmp_path: Path) -> None:
+    drafter = make_kind("eagle3")
+    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
+    (tmp_path / "old" / "notes.txt").write_text("kept")
+    name = "midlayer.self_attn.q_proj.weight"
+    learned = {name: drafter.weights[name] + 1}
+    save_learned(tmp_path / "old", "eagle3", learned, tmp_path / "new" / "000200")
+    new = load_drafter("new", tmp_path / "new" / "000200")
+    for key, weight in drafter.weights.items():
+        assert torch.equal(new.weights[key], weight + 1 if key == name else weight)
+    assert (tmp_path / "new" / "000200" / "notes.txt").read_text() == "kept"
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
+    drafter = make_kind("eagle3")
+    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ttspec.vllm.module.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
+    assert load_file(next((tmp_path / "old").glob("*.safetensors")))
+
+
+def test_ttspec_and_its_entry_point_import_no_vllm() -> None:
+    code = "import ttspec, ttspec.vllm, ttspec.vllm.steps, sys; print('vllm' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert out.stdout.split() == [b"False"]
