@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttspec.records import Chunk, Result
+from ttspec.records import Chunk, Result, acceptance_length
 from ttspec.serving import reports
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
 from ttspec.serving.schema import ChatRequest, Sampled
 from ttspec.serving.thoughts import ThoughtSplitter
 from ttspec.serving.worker import Job, Worker
+
+log = logging.getLogger("ttspec.serving")
 
 
 @dataclass(eq=False)
@@ -45,7 +48,7 @@ class Answers:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        self.is_chat = isinstance(self.body, ChatRequest)
+        self.is_chat, self.failed = isinstance(self.body, ChatRequest), False
         self.choices = [
             Choice(
                 job,
@@ -91,8 +94,28 @@ class Answers:
         yield "data: [DONE]\n\n"
 
     def give_up(self) -> None:
-        """Cancel what is not over."""
-        self.worker.cancel([choice.job for choice in self.choices if choice.result is None])
+        """Cancel what is not over, and write the request to the log."""
+        missing = [choice.job for choice in self.choices if choice.result is None]
+        self.worker.cancel(missing)
+        ended = "failed" if self.failed else "cancelled" if missing else "done"
+        log.info(ended, extra={"event": "request", "fields": self._account()})
+
+    def _account(self) -> dict[str, Any]:
+        """The request in figures; none of its texts."""
+        first = [job.first_token - job.queued for job in self.jobs if job.first_token]
+        rounds = [r for choice in self.choices if choice.result for r in choice.result.rounds]
+        return {
+            "id": self.id,
+            "tenant": self.jobs[0].tenant,
+            "chat": self.is_chat,
+            "stream": self.body.stream,
+            "answers": len(self.jobs),
+            "prompt_tokens": len(self.jobs[0].ids),
+            "completion_tokens": sum(choice.tokens for choice in self.choices),
+            "first_token_seconds": round(min(first), 4) if first else None,
+            "seconds": round(time.monotonic() - self.jobs[0].queued, 4),
+            "acceptance_length": round(acceptance_length(rounds), 3),
+        }
 
     async def _pieces(self) -> AsyncIterator[tuple[Choice, str, str, Chunk]]:
         """(choice, thoughts, text, chunk) as they come, until all answers are over."""
@@ -100,6 +123,7 @@ class Answers:
         while missing:
             job, event = await self.events.get()
             if isinstance(event, Problem):
+                self.failed = True
                 raise event
             choice = self.choices[job.index]
             choice.tokens += len(event.token_ids)

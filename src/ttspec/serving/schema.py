@@ -167,7 +167,7 @@ class Sampled(Strict):
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     min_tokens: Annotated[int, Ge(0)] | None = None
     return_token_ids: bool = False
 

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,7 +36,26 @@ def serve(
     model: str,
     say: Callable[[str], None],
 ) -> int:
-    """Serve until told to stop.
+    """Serve until told to stop; arguments and errors as in `make_server`.
+
+    Returns:
+        0, once all is over.
+
+    Raises:
+        ResourceError: The address is taken.
+        TtspecError: What loading says.
+    """
+    return make_server(load, config, options, model, say).run_to_the_end()
+
+
+def make_server(
+    load: Callable[[], Engine],
+    config: GenerateConfig,
+    options: ServeOptions,
+    model: str,
+    say: Callable[[str], None],
+) -> Server:
+    """A server that has not begun.
 
     Args:
         load: Gives the pair; called in the engine's thread, while the server already listens.
@@ -44,13 +64,8 @@ def serve(
         model: Its name in the API.
         say: Shows a line to whoever started it.
 
-    Returns:
-        0; 1 if the engine could not go on.
-
     Raises:
         OptionError, DataError: Keys are missing, or their file is unusable.
-        ResourceError: The address is taken.
-        TtspecError: What loading says.
     """
     options.require_keys()
     keys = read_keys(options.api_key_file) if options.api_key_file else None
@@ -70,28 +85,35 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=5,  # answers have ended by then
         limit_concurrency=4 * (options.queue + options.rows) + 64,
         h11_max_incomplete_event_size=32 * 1024,
     )
-    server = _Server(settings, worker, say)
-    try:
-        asyncio.run(server.serve())
-    finally:
-        worker.stop()
-    if isinstance(worker.failure, Exception):
-        raise worker.failure
-    return 0
+    return Server(settings, worker, say)
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Uvicorn that lets answers end first, and exits with 0 when it was asked to end."""
 
     def __init__(self, config: uvicorn.Config, worker: Worker, say: Callable[[str], None]) -> None:
         super().__init__(config)
-        self._worker, self._say = worker, say
+        self.worker, self._say = worker, say
         self._signals = 0
+        self.address = ""
+        """Where it listens, once it does."""
+
+    def run_to_the_end(self) -> int:
+        """Listen, load, answer, drain; see `serve`."""
+        try:
+            asyncio.run(self.serve())
+        finally:
+            self.worker.stop()
+        if isinstance(self.worker.failure, Exception):
+            raise self.worker.failure
+        return 0
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Listen, and begin to load."""
         try:
             await super().startup(sockets)
         except SystemExit as error:  # uvicorn's way to say that it cannot listen
@@ -100,16 +122,17 @@ class _Server(uvicorn.Server):
                 "Give another --port or --host."
             ) from error
         loop = asyncio.get_running_loop()
-        self._worker.start(loop, self._worker_stopped)
-        address = self.servers[0].sockets[0].getsockname()
-        host = f"[{address[0]}]" if ":" in address[0] else address[0]
-        self._say(f"Listening at http://{host}:{address[1]} while the models load.")
+        self.worker.start(loop, self._tell_state)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._say(f"Listening at {self.address} while the models load.")
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Handle signals without raising them again at the end, which would be the exit code."""
         loop = asyncio.get_running_loop()
-        handled = (signal.SIGTERM, signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGTERM, signal.SIGINT) if main else ()
         for one in handled:
             loop.add_signal_handler(one, self._end)
         try:
@@ -119,24 +142,30 @@ class _Server(uvicorn.Server):
                 loop.remove_signal_handler(one)
 
     def _end(self) -> None:
+        """A signal: drain. Another one: end at once."""
         self._signals += 1
         if self._signals > 1:
             self.should_exit = self.force_exit = True
             return
-        self._worker.drain()
+        self.worker.drain()
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         """Let what was begun end, while the server still tells that it is draining."""
-        until = time.monotonic() + self._worker.options.drain
-        while sum(self._worker.load) and time.monotonic() < until:
+        until = time.monotonic() + self.worker.options.drain
+        while sum(self.worker.load) and time.monotonic() < until:
             await asyncio.sleep(0.05)
-        if sum(self._worker.load):
-            await asyncio.to_thread(self._worker.stop)
+        if sum(self.worker.load):
+            await asyncio.to_thread(self.worker.stop)
         self.should_exit = True
 
-    def _worker_stopped(self) -> None:
-        self.should_exit = True
+    def _tell_state(self) -> None:
+        """The worker is ready, or over."""
+        if self.worker.state == "stopped":
+            self.should_exit = True
+        elif self.worker.state == "ready":
+            rows, slots = self.worker.rows, self.worker.slots
+            self._say(f"Ready: {rows} rows of {slots:,} tokens. To chat: {self.address}/")
 
 
 class JsonLines(logging.Formatter):

@@ -84,7 +84,7 @@ class Worker:
         self.slots = self.rows = self.draft_length = 0
         """Tokens of a row, rows, and tokens that a round verifies at most, once loaded."""
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._when_stopped: Callable[[], None] = lambda: None
+        self._notify: Callable[[], None]
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
@@ -96,9 +96,9 @@ class Worker:
 
     # What the event loop calls.
 
-    def start(self, loop: asyncio.AbstractEventLoop, when_stopped: Callable[[], None]) -> None:
-        """Begin to load; `when_stopped` is called in the loop when the thread ends."""
-        self._loop, self._when_stopped = loop, when_stopped
+    def start(self, loop: asyncio.AbstractEventLoop, notify: Callable[[], None]) -> None:
+        """Begin to load; `notify` is called in the loop when it is ready, and when it ends."""
+        self._loop, self._notify = loop, notify
         self._thread.start()
 
     def submit(self, jobs: Sequence[Job]) -> None:
@@ -153,10 +153,9 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread; what is not finished fails. Waits for it."""
-        loading = self.state == "loading"
         self.drain()
         self._commands.put(self._stop)
-        if not loading:  # which may take minutes, and nobody's answer
+        if self.rows and self._thread.is_alive():  # loading may take minutes, and nobody's answer
             self._thread.join()
 
     # What the thread does.
@@ -167,6 +166,7 @@ class Worker:
             self._begin()
             if self.state == "loading":
                 self.state = "ready"
+                self._tell(self._notify)
             while not self._stopping:
                 self._step()
             self._end_all(_ended())
@@ -174,7 +174,7 @@ class Worker:
             self.state, self.failure = "stopped", error
             self._end_all(Problem(500, FAILED))
         self.state = "stopped"
-        self._tell(self._when_stopped)
+        self._tell(self._notify)
 
     def _begin(self) -> None:
         """Make rows, as many as fit."""
