@@ -427,3 +427,31 @@ def test_a_server_for_others_needs_keys_and_a_file_of_keys_is_checked(tmp_path) 
         add_key(path, "bob")
     with pytest.raises(OptionError):
         add_key(tmp_path / "new", "a name")
+
+
+def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
+    asked = [
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+        {"temperature": 1.2, "top_k": 20, "min_p": 0.05, "seed": 6},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"logit_bias": {"65": 5.0, "66": -100.0}, "repetition_penalty": 1.3},
+    ]
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        response = chat(client, max_tokens=16, return_token_ids=True, **asked[number])
+        found[number] = response.json()["choices"][0]["token_ids"]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, options in enumerate(asked):
+        if biases := options.get("logit_bias"):
+            options = {**options, "logit_bias": {int(t): b for t, b in biases.items()}}
+        (alone,) = engine.generate([HELLO], max_new_tokens=16, **PLAIN, **options)
+        assert found[number] == alone.token_ids, options
+    refused = complete(client, logit_bias={"9999": 1.0})
+    assert refused.status_code == 400
+    assert complete(client, max_tokens=2).status_code == 200

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttspec.records import Chunk, Result, acceptance_length
+from ttspec.records import Chunk, Result, Round, acceptance_length
 from ttspec.serving import reports
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
@@ -31,6 +31,7 @@ class Choice:
     thoughts: str = ""
     text: str = ""
     tokens: int = 0
+    rounds: list[Round] = field(default_factory=list)
     result: Result | None = None
 
 
@@ -103,7 +104,7 @@ class Answers:
     def _account(self) -> dict[str, Any]:
         """The request in figures; none of its texts."""
         first = [job.first_token - job.queued for job in self.jobs if job.first_token]
-        rounds = [r for choice in self.choices if choice.result for r in choice.result.rounds]
+        rounds = [r for choice in self.choices for r in choice.rounds]
         return {
             "id": self.id,
             "tenant": self.jobs[0].tenant,
@@ -127,6 +128,8 @@ class Answers:
                 raise event
             choice = self.choices[job.index]
             choice.tokens += len(event.token_ids)
+            if event.round:
+                choice.rounds.append(event.round)
             final = event.result is not None
             thoughts, text = choice.splitter.push(event.text, final=final)
             choice.thoughts += thoughts

@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Literal
@@ -23,7 +23,7 @@ from typing import Literal
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import SPARE, free_memory, target_cache
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import SHARED_OPTIONS, Request, Scheduler
 from ttspec.errors import TtspecError
 from ttspec.records import Chunk
 from ttspec.serving.meter import Meter
@@ -88,7 +88,7 @@ class Worker:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
-        self._scheduler: Scheduler
+        self._scheduler: Scheduler | None = None
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
         self._stopping = False
@@ -163,7 +163,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self.engine = self._load()
-            self._begin()
+            self._begin(self.config)
             if self.state == "loading":
                 self.state = "ready"
                 self._tell(self._notify)
@@ -176,21 +176,23 @@ class Worker:
         self.state = "stopped"
         self._tell(self._notify)
 
-    def _begin(self) -> None:
-        """Make rows, as many as fit."""
+    def _begin(self, config: GenerateConfig) -> None:
+        """Make rows for requests like this one, as many as fit."""
+        self._scheduler = None
         engine, longest = self.engine, 1
-        rows = engine.rows_for(self.config, self.options.rows, longest, sessions=True)
-        decoder = engine.decoder(self.config, rows, longest, sessions=True)
+        config = replace(config, max_new_tokens=1, stop=(), seed=None)
+        rows = engine.rows_for(config, self.options.rows, longest, sessions=True)
+        decoder = engine.decoder(config, rows, longest, sessions=True)
         self.rows, self.slots = rows, decoder.rows.slots
         copies = decoder.copying.most if decoder.copying else 0
         self.draft_length = max(decoder.gamma, copies)
-        self._scheduler = Scheduler(decoder, self.config)
+        self._scheduler = Scheduler(decoder, config)
 
     def _step(self) -> None:
         self._obey()
         self._expire()
         self._admit()
-        if not self._scheduler.has_unfinished():
+        if self._scheduler is None or not self._scheduler.has_unfinished():
             return
         try:
             events = self._scheduler.step()
@@ -230,11 +232,14 @@ class Worker:
         """Give free rows to those who wait, as far as memory allows."""
         while self._waiting and len(self._running) < self.rows and not self._stopping:
             job = self._waiting[0]
-            if self._running and not self._has_room(job):
+            if self._running and not (self._suits(job) and self._has_room(job)):
                 return
             self._waiting.popleft()
             job.started = time.monotonic()
             try:
+                if not self._suits(job):
+                    self._begin(job.config)
+                assert self._scheduler is not None
                 request = self._scheduler.add_request(
                     Request(
                         ids=job.ids,
@@ -249,6 +254,13 @@ class Worker:
                 continue
             self._running[request] = job
             self.meter.started(job.started - job.queued)
+
+    def _suits(self, job: Job) -> bool:
+        """Whether the rows there are were made for what a job asks for."""
+        if self._scheduler is None:
+            return False
+        ours = self._scheduler.config
+        return all(getattr(ours, n) == getattr(job.config, n) for n in SHARED_OPTIONS)
 
     def _has_room(self, job: Job) -> bool:
         """Whether memory is left for a row of this length. A GPU has all rows' from the start."""
@@ -270,6 +282,7 @@ class Worker:
         if job in self._waiting:
             self._waiting.remove(job)
         for request in [r for r, other in self._running.items() if other is job]:
+            assert self._scheduler is not None
             self._scheduler.abort(request)
             del self._running[request]
 
@@ -281,10 +294,10 @@ class Worker:
         lost = list(self._running.values())
         self._running.clear()
         self._fail(lost, Problem(500, FAILED, code="round_failed"))
-        del self._scheduler
+        self._scheduler = None
         self.engine = self.engine.sibling()
         gc.collect()
-        self._begin()
+        self._begin(self.config)
 
     def _hand_out(self, events: list[tuple[Job, Chunk]]) -> None:
         now = time.monotonic()
