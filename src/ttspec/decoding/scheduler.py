@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from ttspec.config import PENALTIES, GenerateConfig
-from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.conversation import Conversation, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.prefill import Prompts
 from ttspec.errors import OptionError
@@ -43,6 +43,9 @@ class Request:
     config: GenerateConfig | None = None
     """Limits and stops of its own, each turn's; None is the scheduler's. All that the rows of a
     decoder have in common must be alike: sampling, drafting, learning, end tokens."""
+    tenant: str | None = None
+    """Whose it is. Where a free row holds the beginning of its prompt, from a request of the same
+    tenant, that is not read again; None finds no such row."""
     keeps_row: bool = False
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
@@ -64,6 +67,9 @@ class Scheduler:
         """Requests without a row."""
         self._conversations: dict[int, Conversation] = {}
         self._keeps_row: dict[int, bool] = {}
+        self._tenants: dict[int, str | None] = {}
+        self._left_by: dict[int, str | None] = {}
+        """Whose text a free row holds."""
         self._ids: dict[int, list[int]] = {}
         """What requests ask that were not begun."""
         self._ready: list[int] = []
@@ -101,6 +107,7 @@ class Scheduler:
             stream=self._stream,
         )
         self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
+        self._tenants[number] = request.tenant
         self._queue.append(number)
         return number
 
@@ -179,15 +186,35 @@ class Scheduler:
         """Forget a conversation that is over; its row is free."""
         talk = self._conversations.pop(request)
         del self._keeps_row[request]
+        tenant = self._tenants.pop(request)
         if talk.row >= 0:
             self._free.append(talk.row)
+            self._left_by[talk.row] = tenant
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
-            request, row = self._queue.popleft(), self._free.pop()
-            self.decoder.clear(row)
+            request = self._queue.popleft()
+            row = self._row_left_for(request)
+            if row is None:  # the one that was left longest ago, if there are tenants
+                row = self._free[0 if self._tenants[request] is not None else -1]
+                self.decoder.clear(row)
+            self._free.remove(row)
             self._conversations[request].row = row
             self._ready.append(request)
+
+    def _row_left_for(self, request: int) -> int | None:
+        """The free row whose text a request of the same tenant goes on from, if any."""
+        tenant, ids, best = self._tenants[request], self._ids[request], (0, -1)
+        for row in self._free if tenant is not None else ():
+            length = self.decoder.rows.lengths[row]
+            if self._left_by.get(row) == tenant and length:
+                alike = shared_prefix(self.decoder.rows.tokens[row][:length], ids)
+                if 2 * alike >= length:  # not just the same system message
+                    best = max(best, (alike, row))
+        learner = self.decoder.learner
+        if best[0] and learner and learner.config.scope == "request":
+            learner.reset(best[1])
+        return best[1] if best[0] else None
 
     def _begin(self) -> list[int]:
         """Begin to read what is ready; requests whose answers are over before they begin."""

@@ -245,6 +245,7 @@ class Worker:
                         ids=job.ids,
                         seed=job.seed,
                         occurrence=job.occurrence,
+                        tenant=job.tenant,
                         thinking=job.thinking,
                         config=job.config,
                     )
