@@ -34,7 +34,8 @@ def streams(client: openai.OpenAI, model: str) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content, (text, whole)
     last = chunks[-1].usage
-    assert last and whole.usage
+    assert last
+    assert whole.usage
     assert last.total_tokens == whole.usage.total_tokens
 
 

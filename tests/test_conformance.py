@@ -48,7 +48,7 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
 from ttspec.records import Lesson, Proposal, Result
-from ttspec.sampling import process
+from ttspec.sampling import SamplingTensors, process
 
 ALL = [*CONFIGS, "ngram"]
 EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind == "eagle3"]
@@ -150,7 +150,6 @@ def test_rows_of_a_batch_write_and_accept_what_each_does_alone(target, which: st
         config = engine.session(max_new_tokens=20, **options).config
         ids = [engine.tokenizer.encode(p) for p in prompts]
         decoder = engine.decoder(config, len(ids), max(map(len, ids)), sessions=False)
-        decoder.sampling = dataclasses.replace(decoder.sampling, temperature=1.5)
         keys = [200 + len(p) for p in prompts]
         first = decoder.prefill(list(range(len(ids))), ids, keys, limits)
         texts, rounds = [[t] for t in first], [[] for _ in ids]
@@ -923,7 +922,8 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     if sampling == {}:
         noise = position_noise(decoder.rows.inputs.noise_key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
-        choose = DraftChoice(decoder.sampling, drafter, decoder.rows.inputs, VOCABULARY, noise)
+        asked = SamplingTensors.of(decoder.sampling, logits.device)
+        choose = DraftChoice(asked, False, drafter, decoder.rows.inputs, VOCABULARY, noise)
         given.append(choose(logits, 0))
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)

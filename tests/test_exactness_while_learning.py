@@ -26,6 +26,7 @@ from ttspec.sampling import (
     ACCEPT,
     DRAFT,
     RESIDUAL,
+    SamplingTensors,
     draw,
     exponential,
     fold,
@@ -69,13 +70,15 @@ class Loop:
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
         )
+        self.asked = SamplingTensors.of(self.sampling, keys.device)
         self.draft_ids = None
 
     def widen(self, values: Tensor, other: float) -> Tensor:
         return values
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        choose = DraftChoice(self.sampling, self, self.inputs, V, noise)  # type: ignore[arg-type]
+        known = self, self.inputs, V, noise
+        choose = DraftChoice(self.asked, self.sampling.draft == "greedy", *known)  # type: ignore[arg-type]
         tokens, q = choose(self.drafted(start), 0)
         return Proposal(tokens=tokens, count=count, q=q)
 
@@ -85,7 +88,7 @@ class Loop:
         return self.q[torch.arange(self.count)[:, None], at]
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        return Decoder.accept(self, logits, proposal, noise)  # type: ignore[arg-type]
+        return Decoder.accept(self, logits, proposal, noise, self.asked)  # type: ignore[arg-type]
 
     def length(self, proposal: Proposal) -> Tensor:
         """How many drafts are verified: the decoder's answer, a matter of the budget alone."""

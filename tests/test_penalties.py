@@ -28,7 +28,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.penalties import sampling_of
+from ttspec.decoding.penalties import penalises, sampling_of
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, TargetError
@@ -300,7 +300,7 @@ def test_a_hybrid_target_is_penalised_alike() -> None:
     options = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     script = theirs(model, PROMPT, 24, **options)
     engine = Engine(wrap_target(model, byte_tokenizer()), Parrot(PROMPT + script, 4, wrong=3))
-    found = engine.generate([PROMPT], max_new_tokens=24, learn=None, **options)[0]
+    found = engine.generate([PROMPT], max_new_tokens=30, learn=None, **options)[0]
     assert found.token_ids == script
     assert found.stats.acceptance_length > 1.2
 
@@ -479,7 +479,7 @@ def test_without_penalties_there_is_nothing_of_them(engines) -> None:
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "logit_bias": {}}
     config = GenerateConfig(**neutral, bad_words_ids=(), min_new_tokens=0, no_repeat_ngram_size=0)
     decoder = engines["twin"].decoder(config, 1, 4, sessions=False)
-    assert decoder.penalties is None
+    assert not penalises(decoder.row_sampling.steps([0]))
     assert decoder.sampling == sampling_of(GenerateConfig(seed=0), engines["twin"].target)
 
 
@@ -513,12 +513,20 @@ def test_what_makes_no_sense_is_refused(engines, options: dict[str, Any], said: 
     assert len(str(told.value).splitlines()) <= 2
 
 
-def test_rows_of_a_scheduler_have_one_penalty(engines) -> None:
-    config = GenerateConfig(repetition_penalty=1.1, max_new_tokens=4)
-    scheduler = Scheduler(engines["twin"].decoder(config, 1, 9, sessions=False), config)
-    other = GenerateConfig(repetition_penalty=1.2, max_new_tokens=4)
-    with pytest.raises(OptionError, match=r"repetition_penalty is 1\.2; all rows"):
-        scheduler.add_request(Request(ids=PROMPT, seed=1, config=other))
+def test_rows_of_a_scheduler_have_penalties_of_their_own(engines, model) -> None:
+    config = GenerateConfig(max_new_tokens=30, learn=None)
+    scheduler = Scheduler(engines["twin"].decoder(config, 3, len(PROMPT), sessions=False), config)
+    want = {}
+    for name, (ours, other) in SETTINGS.items():  # more than rows: some come when others leave
+        own = GenerateConfig(max_new_tokens=30, learn=None, **ours)
+        request = scheduler.add_request(Request(ids=PROMPT, seed=1, config=own))
+        want[request] = name, theirs(model, PROMPT, 30, **other)
+    while scheduler.has_unfinished():
+        for request, chunk in scheduler.step():
+            if chunk.result:
+                name, tokens = want.pop(request)
+                assert chunk.result.token_ids == tokens, name
+    assert not want
 
 
 def test_a_bad_word_is_banned_as_it_stands_and_after_a_space(engines, target) -> None:

@@ -160,8 +160,8 @@ def test_requests_have_limits_and_stops_of_their_own(engine: Engine) -> None:
 
 def test_a_request_that_needs_another_decoder_is_refused(engine: Engine) -> None:
     scheduler = scheduler_of(engine, rows=1)
-    with pytest.raises(OptionError, match=r"temperature is 0\.1; all rows"):
-        ask(scheduler, SHORT, config=replace(scheduler.config, temperature=0.1))
+    with pytest.raises(OptionError, match="acceptance is 'rejection'; all rows"):
+        ask(scheduler, SHORT, config=replace(scheduler.config, acceptance="rejection"))
     assert not scheduler.has_unfinished()
 
 

@@ -455,3 +455,33 @@ def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
     refused = complete(client, logit_bias={"9999": 1.0})
     assert refused.status_code == 400
     assert complete(client, max_tokens=2).status_code == 200
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
+    "required": ["on", "n"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+
+
+def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engine, client) -> None:
+    for temperature in (0.0, 1.0):
+        asked = {"max_tokens": 120, "temperature": temperature, "seed": 3, "ignore_eos": False}
+        found = chat(client, response_format=FORM, n=2, **asked).json()
+        for choice in found["choices"]:
+            assert choice["finish_reason"] == "stop"
+            said = json.loads(choice["message"]["content"])
+            assert set(said) == {"on", "n"}
+            assert isinstance(said["on"], bool)
+            assert isinstance(said["n"], int)
+
+
+def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
+    for schema in ({"not": {"type": "string"}}, {"type": "king"}, {"$ref": "http://x/y"}):
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        response = chat(client, max_tokens=5, response_format=form)
+        assert response.status_code == 400, schema
+        assert response.json()["error"]["param"] == "response_format"
+    assert chat(client, response_format={"type": "json_schema"}).status_code == 400

@@ -69,18 +69,23 @@ def accept_rejection(
     return accepted, tokens.scatter(1, accepted[:, None], final[:, None])
 
 
-def cut_at_end(tokens: Tensor, emitted: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+def cut_at_end(
+    tokens: Tensor, emitted: Tensor, ends: Tensor, heeded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """End a row's emission with its first end token.
 
     Args:
         tokens: int64 [B, G+1], of which `emitted` are emitted.
         emitted: int64 [B].
         ends: int64 [E], the end tokens; may be empty.
+        heeded: bool [B], rows that an end token ends; None is all.
 
     Returns:
         emitted int64 [B], and ended bool [B].
     """
     within = torch.arange(tokens.shape[1], device=tokens.device) < emitted[:, None]
+    if heeded is not None:
+        within = within & heeded[:, None]
     is_end = torch.isin(tokens, ends) & within
     before = _prefix(~is_end)
     ended = is_end.any(-1)

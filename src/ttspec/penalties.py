@@ -19,34 +19,44 @@ from torch import Tensor
 from ttspec.compiled import compiled
 from ttspec.config import SamplingConfig
 
-_ANY, _NONE = -1, -2
+ANY, _NONE = -1, -2
 """In place of a token: one that equals all, and one that equals no token."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What a `SamplingConfig` asks for beyond temperature and filters, ready for the device."""
+    """What rows ask for beyond temperature and filters, on the device.
 
-    repetition: float
-    presence: float
-    frequency: float
-    ngram: int
-    least_new: int
-    """Tokens of an answer before an end token may come."""
-    least: int
-    """The same, prompt included."""
-    bias: Tensor | None
-    """float32 [V]."""
+    B is the rows, or 1 for all alike. A rule that no row has is None; a row without it has the
+    value that changes none of its bits.
+    """
+
+    repetition: Tensor | None = None
+    """float32 [B, 1, 1]."""
+    presence: Tensor | None = None
+    """float32 [B, 1, 1]; there if `frequency` is."""
+    frequency: Tensor | None = None
+    """float32 [B, 1, 1]."""
+    ngram: Tensor | None = None
+    """int64 [B, 1, 1]; 0 lets all come."""
+    most_ngram: int = 0
+    """No row's `ngram` is larger."""
+    least_new: Tensor | None = None
+    """int64 [B, 1, 1], tokens of an answer before an end token may come; there if `least` is."""
+    least: Tensor | None = None
+    """int64 [B, 1, 1], the same, prompt included."""
+    bias: Tensor | None = None
+    """float32 [B, 1, V]."""
     ends: Tensor
     """bool [V], the end tokens."""
-    never: Tensor | None
-    """bool [V], tokens that are never drawn."""
-    not_first: Tensor | None
-    """bool [V], tokens that no answer begins with."""
-    words: Tensor | None
-    """int64 [N, L], of banned words of several tokens all but the last one, padded in front."""
-    word_ends: Tensor | None
-    """int64 [N], their last tokens."""
+    never: Tensor | None = None
+    """bool [B, 1, V], tokens that are never drawn."""
+    not_first: Tensor | None = None
+    """bool [B, 1, V], tokens that no answer begins with."""
+    words: Tensor | None = None
+    """int64 [B, N, L], of banned words of several tokens all but the last one, padded in front."""
+    word_ends: Tensor | None = None
+    """int64 [B, N], their last tokens; V is no word."""
 
     @classmethod
     def of(
@@ -56,7 +66,7 @@ class Rules:
         vocabulary: int,
         device: torch.device,
     ) -> Self | None:
-        """The rules of a decoder whose end tokens are `ends`; None if there are none."""
+        """The rules of one request, where the end tokens are `ends`; None if there are none."""
         if not sampling.penalises:
             return None
         # As in transformers: an end token alone is no word.
@@ -64,32 +74,40 @@ class Rules:
         never = {*sampling.suppress_tokens, *(w[0] for w in words if len(w) == 1)}
         longer = [w for w in words if len(w) > 1]
         size = max(map(len, longer), default=1) - 1
-        padded = [[_ANY] * (size + 1 - len(w)) + list(w[:-1]) for w in longer]
+        padded = [[ANY] * (size + 1 - len(w)) + list(w[:-1]) for w in longer]
+
+        def number(value: float) -> Tensor:
+            return torch.tensor([[[value]]], device=device)
 
         def marked(tokens: Collection[int]) -> Tensor:
-            mask = torch.zeros(vocabulary, dtype=torch.bool)
-            mask[[t for t in tokens if t < vocabulary]] = True
+            mask = torch.zeros(1, 1, vocabulary, dtype=torch.bool)
+            mask[..., [t for t in tokens if t < vocabulary]] = True
             return mask.to(device)
 
-        bias = torch.zeros(vocabulary)
-        for token, value in sampling.logit_bias:
-            bias[token] = value
-        return cls(
-            repetition=sampling.repetition_penalty,
-            presence=sampling.presence_penalty,
-            frequency=sampling.frequency_penalty,
-            ngram=sampling.no_repeat_ngram_size,
-            least_new=sampling.min_new_tokens,
-            least=0 if sampling.min_new_tokens else sampling.min_length,
-            bias=bias.to(device) if sampling.logit_bias else None,
-            ends=marked(ends),
-            never=marked(never) if never else None,
-            not_first=(
-                marked(sampling.begin_suppress_tokens) if sampling.begin_suppress_tokens else None
-            ),
-            words=torch.tensor(padded, device=device) if longer else None,
-            word_ends=torch.tensor([w[-1] for w in longer], device=device) if longer else None,
-        )
+        s, given = sampling, dict[str, Tensor]()
+        if s.repetition_penalty != 1:
+            given["repetition"] = number(float(s.repetition_penalty))
+        if s.presence_penalty or s.frequency_penalty:
+            given["presence"] = number(float(s.presence_penalty))
+            given["frequency"] = number(float(s.frequency_penalty))
+        if s.no_repeat_ngram_size:
+            given["ngram"] = number(s.no_repeat_ngram_size)
+        if s.min_new_tokens or s.min_length:
+            given["least_new"] = number(s.min_new_tokens)
+            given["least"] = number(0 if s.min_new_tokens else s.min_length)
+        if s.logit_bias:
+            bias = torch.zeros(1, 1, vocabulary)
+            for token, value in s.logit_bias:
+                bias[..., token] = value
+            given["bias"] = bias.to(device)
+        if never:
+            given["never"] = marked(never)
+        if s.begin_suppress_tokens:
+            given["not_first"] = marked(s.begin_suppress_tokens)
+        if longer:
+            given["words"] = torch.tensor([padded], device=device)
+            given["word_ends"] = torch.tensor([[w[-1] for w in longer]], device=device)
+        return cls(**given, most_ngram=s.no_repeat_ngram_size, ends=marked(ends)[0, 0])
 
 
 @compiled
@@ -112,10 +130,10 @@ def penalise(logits: Tensor, text: Tensor, end: Tensor, answer: Tensor, rules: R
     at = end[:, None] + column  # [B, T]
     if rules.bias is not None:
         x = x + rules.bias
-    if rules.repetition != 1:
+    if rules.repetition is not None:
         seen = _seen(text, at, size)
         x = torch.where(seen, torch.where(x < 0, x * rules.repetition, x / rules.repetition), x)
-    if rules.presence or rules.frequency:
+    if rules.presence is not None and rules.frequency is not None:
         counts = _counts(text, at, answer, size)
         x = x - rules.frequency * counts - rules.presence * (counts > 0)
     for ban in _bans(text, at, answer, rules, size):
@@ -162,12 +180,12 @@ def _bans(text: Tensor, at: Tensor, answer: Tensor, rules: Rules, size: int) -> 
     position = at[..., None]
     if rules.not_first is not None:
         bans.append(rules.not_first & (position == answer[:, None, None]))
-    if rules.least_new or rules.least:
+    if rules.least_new is not None and rules.least is not None:
         early = (position < answer[:, None, None] + rules.least_new) | (position < rules.least)
         bans.append(rules.ends & early)
     ended: list[Tensor] = []
-    if rules.ngram and text.shape[1] >= rules.ngram:
-        ended.append(_repeating(text, at, rules.ngram, size))
+    if rules.ngram is not None:
+        ended.append(_repeating(text, at, rules.ngram, rules.most_ngram, size))
     if rules.words is not None and rules.word_ends is not None:
         ended.append(_ending_words(text, at, rules.words, rules.word_ends, size))
     if ended:
@@ -176,22 +194,25 @@ def _bans(text: Tensor, at: Tensor, answer: Tensor, rules: Rules, size: int) -> 
     return bans
 
 
-def _repeating(text: Tensor, at: Tensor, n: int, size: int) -> Tensor:
-    """Tokens int64 [B, T, S - n + 1] that would end an n-gram which was there; `size` is none."""
+def _repeating(text: Tensor, at: Tensor, n: Tensor, most: int, size: int) -> Tensor:
+    """Tokens int64 [B, T, S] that would end an n-gram which was there; `size` is none.
+
+    `n` int64 [B, 1, 1] is at most `most`, and 0 in rows where all may come.
+    """
     slots = text.shape[1]
-    last = torch.arange(n - 1, slots, device=text.device)  # an earlier n-gram's last token
-    same = last < at[..., None]
-    for back in range(1, n):
+    last = torch.arange(slots, device=text.device)  # an earlier n-gram's last token
+    same = (last < at[..., None]) & (last >= n - 1) & (n > 0)
+    for back in range(1, min(most, slots)):
         ours = text.gather(1, (at - back).clamp(min=0, max=slots - 1))
-        same = same & (text[:, None, n - 1 - back : slots - back] == ours[..., None])
-    ends = text[:, None, n - 1 :].clamp(max=size).expand_as(same)
-    return ends.masked_fill(~same, size)
+        is_same = text.roll(back, 1)[:, None] == ours[..., None]
+        same = same & (is_same | (n <= back))
+    return text[:, None].clamp(max=size).expand_as(same).masked_fill(~same, size)
 
 
 def _ending_words(text: Tensor, at: Tensor, words: Tensor, ends: Tensor, size: int) -> Tensor:
     """Last tokens int64 [B, T, N] of the words of which all else is there; `size` is none."""
-    place = at[..., None] + torch.arange(-words.shape[1], 0, device=text.device)  # [B, T, L]
+    place = at[..., None] + torch.arange(-words.shape[2], 0, device=text.device)  # [B, T, L]
     tail = text.gather(1, place.flatten(1).clamp(min=0, max=text.shape[1] - 1)).view_as(place)
     tail = tail.masked_fill(place < 0, _NONE)
-    same = ((words == tail[:, :, None]) | (words == _ANY)).all(-1)
-    return ends.expand_as(same).masked_fill(~same, size)
+    same = ((words[:, None] == tail[:, :, None]) | (words[:, None] == ANY)).all(-1)
+    return ends[:, None].expand_as(same).masked_fill(~same, size)

@@ -10,12 +10,33 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 POSITION_BINS = (0, 256, 512, 1024, 2048, 4096, 8192)
+
+
+class LogitMask(Protocol):
+    """Says which tokens may come in one row's answer: a grammar, for one.
+
+    It belongs to one answer, and is asked once for the first token and once a round. There is
+    nothing to take back: what it is asked about next begins with what was really accepted.
+    """
+
+    def fill(self, bitmask: Tensor, text: Sequence[int], drafted: Sequence[int]) -> None:
+        """Mark what may follow each of some texts.
+
+        Args:
+            bitmask: int32 [n + 1, ceil(V / 32)] on the host, all bits set: row j is about the token
+                after `text` and n `drafted` tokens' first j. Bit t % 32 of word t // 32 is token t,
+                as in xgrammar and llguidance. Behind a drafted token that may not come nothing is
+                looked at. A row without a bit lets end tokens come.
+            text: The answer so far, of which the last token is pending; the prompt is not in it.
+            drafted: n tokens that may follow.
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

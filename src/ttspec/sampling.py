@@ -4,13 +4,70 @@ All noise is a hash of what it is for, so a token's draw depends on its key and 
 not on the batch, the device's generator, or how many draws came before.
 """
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ttspec.compiled import compiled
 from ttspec.config import SamplingConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingTensors:
+    """Temperature and filters on the device: of each row [B, 1, 1], or of all alike [].
+
+    A step that no row asks for is None. What a row does not ask for changes none of its bits:
+    it writes the same text beside rows that do.
+    """
+
+    temperature: Tensor | None = None
+    """float32, 1 in a greedy row; None where all rows are greedy."""
+    sampled: Tensor | None = None
+    """float32, 1 in a row that samples and 0 in a greedy one: its noise is multiplied by it."""
+    greedy: Tensor | None = None
+    """bool, rows to whose most likely token p is confined; None where no p is asked for."""
+    top_k: Tensor | None = None
+    """int64; 0 keeps all."""
+    most_k: int = 0
+    """No row's top_k is larger."""
+    top_p: Tensor | None = None
+    """float32; infinity keeps all."""
+    min_p: Tensor | None = None
+    """float32, its logarithm; minus infinity keeps all."""
+
+    @classmethod
+    def of(cls, sampling: SamplingConfig, device: torch.device) -> SamplingTensors:
+        """What one request asks for, of any number of rows."""
+        names = steps_of(sampling)
+        values = values_of(sampling)
+        given = {n: torch.tensor(values[n], device=device) for n in values if n in names}
+        return cls(**given, most_k=sampling.top_k)
+
+
+def steps_of(sampling: SamplingConfig) -> frozenset[str]:
+    """Fields of `SamplingTensors` without which a request would get another text."""
+    if sampling.temperature == 0:
+        return frozenset()
+    steps = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_p": sampling.min_p > 0}
+    return frozenset({"temperature", "sampled", *(name for name, on in steps.items() if on)})
+
+
+def values_of(sampling: SamplingConfig) -> dict[str, float]:
+    """A row's values of `SamplingTensors`: what changes nothing for a step it does not ask for."""
+    steps = steps_of(sampling)
+    return {
+        "temperature": float(sampling.temperature) if steps else 1.0,
+        "sampled": 1.0 if steps else 0.0,
+        "greedy": not steps,
+        "top_k": sampling.top_k if steps else 0,
+        "top_p": float(sampling.top_p) if "top_p" in steps else math.inf,
+        "min_p": math.log(sampling.min_p) if "min_p" in steps else -math.inf,
+    }
+
 
 DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
 """Purposes of noise under the rejection rule; drafter-invariant noise has purpose 0."""
@@ -101,9 +158,10 @@ def exponential(key: Tensor, size: int) -> Tensor:
     return u.add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
-def gumbel(key: Tensor, size: int) -> Tensor:
-    """Independent standard Gumbels, float32 `[*key.shape, size]`."""
-    return exponential(key, size).log_().neg_()
+def gumbel(key: Tensor, size: int, sampled: Tensor | None = None) -> Tensor:
+    """Independent standard Gumbels, float32 `[*key.shape, size]`; 0 where `sampled` is 0."""
+    logs = exponential(key, size).log_()
+    return logs.neg_() if sampled is None else logs.mul_(-sampled)
 
 
 def argmax(scores: Tensor) -> Tensor:
@@ -116,32 +174,47 @@ def argmax(scores: Tensor) -> Tensor:
     return scores.argmax(dim=-1)
 
 
-def process(logits: Tensor, sampling: SamplingConfig) -> Tensor:
+def process(logits: Tensor, sampling: SamplingConfig | SamplingTensors) -> Tensor:
     """Temperature, top-k, top-p and min-p, in this order.
 
     Args:
-        logits: `[..., V]`, any floating dtype.
-        sampling: With `temperature` 0 the logits are only made float32.
+        logits: `[..., V]`, any floating dtype; `[B, T, V]` where rows differ.
+        sampling: A greedy row's logits are only made float32.
 
     Returns:
         float32 `[..., V]`, -inf where a filter removed a token. A softmax gives p.
     """
     x = logits.float()
-    if sampling.temperature == 0:
+    s = sampling
+    if isinstance(s, SamplingConfig):
+        s = SamplingTensors.of(s, logits.device)
+    if s.temperature is None:
         return x
-    x = x / sampling.temperature
-    if 0 < sampling.top_k < x.shape[-1]:
-        x = x.masked_fill(x < x.topk(sampling.top_k).values[..., -1:], -math.inf)
-    if sampling.top_p < 1:
+    x = x / s.temperature
+    if s.top_k is not None:
+        best = x.topk(min(s.most_k, x.shape[-1])).values
+        last = s.top_k.clamp(min=1, max=best.shape[-1]) - 1
+        least = best.gather(-1, last.expand(*best.shape[:-1], 1))
+        x = x.masked_fill(x < least.masked_fill(s.top_k == 0, -math.inf), -math.inf)
+    if s.top_p is not None:
         ordered, index = x.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
         before[..., 0] = 0  # the most likely token always stays
         x = torch.full_like(x, -math.inf).scatter(
-            -1, index, ordered.masked_fill(before >= sampling.top_p, -math.inf)
+            -1, index, ordered.masked_fill(before >= s.top_p, -math.inf)
         )
-    if sampling.min_p > 0:
-        x = x.masked_fill(x < x.amax(-1, keepdim=True) + math.log(sampling.min_p), -math.inf)
+    if s.min_p is not None:
+        x = x.masked_fill(x < x.amax(-1, keepdim=True) + s.min_p, -math.inf)
     return x
+
+
+def probabilities(processed: Tensor, sampling: SamplingTensors) -> Tensor:
+    """P, float32 [B, T, V], of processed logits; a greedy row's most likely token has all of it."""
+    p = processed.softmax(-1)
+    if sampling.greedy is None:
+        return p
+    best = torch.zeros_like(p).scatter_(-1, argmax(processed)[..., None], 1.0)
+    return torch.where(sampling.greedy, best, p)
 
 
 def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
@@ -158,7 +231,9 @@ def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
 
 
 @compiled
-def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> Tensor:
+def position_noise(
+    key: Tensor, first: Tensor, count: int, vocabulary: int, sampled: Tensor | None = None
+) -> Tensor:
     """Drafter-invariant noise: Gumbels [B, count, V] for the positions first..first + count - 1.
 
     Args:
@@ -166,13 +241,16 @@ def position_noise(key: Tensor, first: Tensor, count: int, vocabulary: int) -> T
         first: int64 [B].
         count: Positions.
         vocabulary: The target's.
+        sampled: float32 [B, 1, 1], 0 in rows that shall have none; None is in no row.
     """
     position = first[:, None] + torch.arange(count, device=first.device)
-    return gumbel(fold(key[:, None], 0, position), vocabulary)
+    return gumbel(fold(key[:, None], 0, position), vocabulary, sampled)
 
 
 @compiled
-def pick(logits: Tensor, noise: Tensor | None, sampling: SamplingConfig) -> Tensor:
+def pick(
+    logits: Tensor, noise: Tensor | None, sampling: SamplingConfig | SamplingTensors
+) -> Tensor:
     """Tokens int64 [B, T] drawn from logits [B, T, V] with noise of the same shape, or the best."""
     return draw(process(logits, sampling), noise)
 

@@ -14,7 +14,7 @@ from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError, ResourceError
 from ttspec.serving.options import ServeOptions
 
-NEEDED = "fastapi, uvicorn and prometheus-client"
+NEEDED = "fastapi, uvicorn, llguidance and prometheus-client"
 
 
 def serve(

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.config import SamplingConfig
 from ttspec.decoding.penalties import RowPenalties
-from ttspec.decoding.rows import RoundInputs
+from ttspec.decoding.rows import RoundInputs, SamplingSteps
 from ttspec.drafters.base import Drafter
 from ttspec.records import Proposal
-from ttspec.sampling import DRAFT, draw, fold, gumbel, pick, process
+from ttspec.sampling import (
+    DRAFT,
+    SamplingTensors,
+    draw,
+    fold,
+    gumbel,
+    pick,
+    probabilities,
+    process,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class DraftChoice:
     """What a drafter calls to turn logits into tokens of the target's vocabulary."""
 
-    sampling: SamplingConfig
+    sampling: SamplingTensors
+    greedy: bool
+    """Drafts are q's most likely tokens, also in rows that sample."""
     drafter: Drafter
     rows: RoundInputs
     vocabulary: int
@@ -30,6 +40,7 @@ class DraftChoice:
     both agree more often. None where drafts are greedy or have noise of their own."""
     penalties: RowPenalties | None = None
     """The target's own, which make drafts likelier to be kept. They know the pending token."""
+    steps: SamplingSteps = field(default_factory=SamplingSteps)
     longest: int = 0
     """The largest start of a row, known on the host."""
 
@@ -49,7 +60,7 @@ class DraftChoice:
         chosen = []
         for column, one in enumerate(self.drafter.widen(logits.float()).split(1, dim=1), first):
             at = self.rows.start + 1 + column
-            penalised = self.penalties(one, at, self.longest + 1 + column)
+            penalised = self.penalties(one, at, self.longest + 1 + column, self.steps)
             chosen.append(self._choose(penalised, column, None))
             self.penalties.write(chosen[-1][0], at)
         tokens, q = zip(*chosen, strict=True)
@@ -60,7 +71,7 @@ class DraftChoice:
     ) -> tuple[Tensor, Tensor | None]:
         """The same without penalties; `ids` are the target's tokens that the logits are of."""
         width, q = logits.shape[1], None
-        if self.sampling.draft == "greedy" or self.sampling.temperature == 0:
+        if self.greedy or self.sampling.temperature is None:
             tokens = pick(logits, None, self.sampling)
         elif self.noise is not None:
             noise = self.noise[:, first : first + width]
@@ -69,9 +80,9 @@ class DraftChoice:
             processed = process(logits, self.sampling)
             key = fold(self.rows.noise_key[:, None], DRAFT, self.rows.number)
             key = fold(key, torch.arange(first, first + width, device=key.device))
-            noise = gumbel(key, self.vocabulary)
+            noise = gumbel(key, self.vocabulary, self.sampling.sampled)
             tokens = draw(processed, noise if ids is None else noise[..., ids])
-            q = processed.softmax(-1)
+            q = probabilities(processed, self.sampling)
             q = q if ids is None else self.drafter.widen(q, 0.0)
         return (tokens if ids is None else ids[tokens]), q
 

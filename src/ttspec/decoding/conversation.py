@@ -107,7 +107,8 @@ class Conversation:
 
     def begin(self, token: int) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
-        self._take([token], ended=token in self.decoder.ends)
+        ends = () if self.config.ignore_eos else self.decoder.target.ends
+        self._take([token], ended=token in ends)
 
     def advance(self, outcome: RowOutcome) -> None:
         """Take what a round emitted."""

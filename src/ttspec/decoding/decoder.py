@@ -10,10 +10,10 @@ import torch
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.copying import LONGEST_COPY, Copying
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
+from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter
@@ -58,10 +58,10 @@ class Decoder(SpeculativeRound):
             drafter: Drafts; None is plain decoding.
             rows: Rows side by side.
             slots: Tokens that each may have.
-            sampling: How tokens are chosen.
+            sampling: How tokens are chosen, in rows without options of their own (`row_sampling`).
             draft: How the drafter is run.
             learn: How it learns; None is a static drafter.
-            ends: End tokens.
+            ends: End tokens; none where rows go on past them, unless one has options of its own.
             live_weights: In scope shared, the weights that learn from all requests.
             policy: What an adaptive policy knows already.
             batch_invariant: Every verification reads the same number of tokens.
@@ -111,12 +111,12 @@ class Decoder(SpeculativeRound):
                 weights = sum(w.numel() for w in target.model.parameters())
                 block_cost = drafter.weights_read(self.gamma) / weights
             self.copying = Copying(rows, copies, block_cost=block_cost, one_length=self.graphs.on)
-        self.ends = frozenset(ends)
-        self.end_tokens = torch.tensor(sorted(ends), dtype=torch.long, device=target.device)
         self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
-        self.penalties = RowPenalties.of(sampling, target, rows, slots)
-        known = sampling, self.rows, self.deferred, self.penalties
+        self.row_sampling = RowSampling(
+            sampling, target, rows=rows, slots=slots, width=self.width, ends=ends
+        )
+        known = self.row_sampling, self.rows, self.deferred
         self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
         self.timer, self.feedback = RoundTimer(target.device), PolicyFeedback(self.learner)
 
@@ -133,11 +133,12 @@ class Decoder(SpeculativeRound):
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
         slots, shapes = self.rows.slots, list[RoundShape]()
+        steps = self.row_sampling.steps(range(self.rows.count))
         for drafted in {0, *self.policy.lengths}:
             if drafted or self.policy.adaptive or not self.gamma:
-                shapes.append(RoundShape(slots, drafted))
+                shapes.append(RoundShape(slots, drafted, steps=steps))
             if self.copying and (not drafted or self.rows.count > 1):
-                shapes.append(RoundShape(slots, drafted, self.copying.most))
+                shapes.append(RoundShape(slots, drafted, self.copying.most, steps))
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
@@ -177,6 +178,7 @@ class Decoder(SpeculativeRound):
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
         self.rows.clear(row)
+        self.row_sampling.set(row)
         if self.copying:
             self.copying.clear(row)
         self.deferred.clear(row)

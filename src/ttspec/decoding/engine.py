@@ -16,7 +16,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.forecast import fitting_rows, of_run, require_room
 from ttspec.decoding.history import ChatHistory, Prompt
-from ttspec.decoding.penalties import RowPenalties, sampling_of
+from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
@@ -25,6 +25,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.target import Target
+from ttspec.penalties import Rules, penalise
 from ttspec.records import Chunk, Result
 from ttspec.rowcache import BUCKET, reach_of
 from ttspec.sampling import position_noise, process
@@ -356,10 +357,8 @@ class Engine:
         row = torch.zeros_like(start)
         logits, _ = self.target.forward(cache, tokens, start, 0, subset=row, counts=start + at)
         assert logits is not None
-        if penalties := RowPenalties.of(sampling, self.target, 1, at):
-            penalties.begin([0], [ids[:answer]])
-            penalties.write(tokens[:, answer:], start + answer)
-            logits = penalties(logits[:, -1:], start + at, at)
+        if rules := Rules.of(sampling, self.target.ends, logits.shape[-1], tokens.device):
+            logits = penalise(logits[:, -1:], tokens, start + at, start + answer, rules)
         scores = process(logits[0, -1], sampling)
         if key is not None and sampling.temperature > 0:
             keys = torch.tensor([key], device=start.device)

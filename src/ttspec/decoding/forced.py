@@ -19,6 +19,7 @@ from ttspec.decoding.loading import device_of, dtype_of
 from ttspec.errors import OptionError, ResourceError
 from ttspec.models import shapes
 from ttspec.records import Proposal
+from ttspec.sampling import SamplingTensors
 
 
 class ForcedDecoder(Decoder):
@@ -38,10 +39,10 @@ class ForcedDecoder(Decoder):
         self._offset = torch.arange(self.rows.count, device=device)
 
     def accept(
-        self, logits: Tensor, proposal: Proposal, noise: Tensor | None
+        self, logits: Tensor, proposal: Proposal, noise: Tensor | None, sampling: SamplingTensors
     ) -> tuple[Tensor, Tensor]:
         """As many as the schedule says."""
-        _, tokens = super().accept(logits, proposal, noise)
+        _, tokens = super().accept(logits, proposal, noise, sampling)
         turn = (self.rows.inputs.number + self._offset) % len(self._schedule)
         kept = self._schedule[turn].minimum(proposal.count)
         length = proposal.tokens.shape[1]

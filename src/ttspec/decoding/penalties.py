@@ -8,44 +8,63 @@ that could be counted wrong: what a round needs to know of its text it reads fro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from ttspec.compiled import of_any_size
 from ttspec.config import GenerateConfig, SamplingConfig
+from ttspec.decoding.rows import SamplingSteps
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
-from ttspec.penalties import Rules, penalise
+from ttspec.penalties import ANY, Rules, penalise
 
 
 class RowPenalties:
-    """What the rules of a decoder make of logits, row by row."""
+    """What each row's own rules make of its logits.
 
-    def __init__(self, rules: Rules, rows: int, slots: int, device: torch.device) -> None:
-        """All rows are empty."""
-        self._rules = rules
-        # Made here and never replaced: captured graphs read them where they are.
-        self._text = torch.zeros(rows, slots + 1, dtype=torch.long, device=device)
-        """By position; the last place takes what falls outside."""
-        self._answer = torch.zeros(rows, dtype=torch.long, device=device)
-        """Where each row's answer begins."""
+    Tensors are made when a row first has such a rule and stay where they are: captured graphs read
+    them there.
+    """
 
-    @classmethod
-    def of(
-        cls, sampling: SamplingConfig, target: Target, rows: int, slots: int
-    ) -> RowPenalties | None:
-        """For a decoder; None where nothing is penalised."""
-        rules = Rules.of(sampling, target.ends, int(target.config.vocab_size), target.device)
-        return None if rules is None else cls(rules, rows, slots, target.device)
+    def __init__(self, target: Target, rows: int, slots: int) -> None:
+        """No row has a rule."""
+        self._ends, self._size = target.ends, int(target.config.vocab_size)
+        self._rows, self._slots, self._device = rows, slots, target.device
+        self._of_row: list[Rules | None] = [None] * rows
+        self._tensors: dict[str, Tensor] = {}
+        self._end_mask: Tensor
+        self.words = 0, 0
+        """Words that a row may have, and their tokens but the last: never less than before."""
+        self._text: Tensor
+        """int64 [B, slots + 1], by position; the last place takes what falls outside."""
+        self._answer: Tensor
+        """int64 [B], where each row's answer begins."""
+
+    def set(self, row: int, sampling: SamplingConfig) -> None:
+        """Let a row have a request's rules."""
+        rules = Rules.of(sampling, self._ends, self._size, self._device)
+        before, self._of_row[row] = self._of_row[row], rules
+        if rules is not None and not self._tensors:
+            self._end_mask = rules.ends
+            self._text = self._end_mask.new_zeros(self._rows, self._slots + 1, dtype=torch.long)
+            self._answer = self._text.new_zeros(self._rows)
+        if rules is not None and rules.words is not None:
+            self._make_room(*rules.words.shape[1:])
+        for name in names_of(before) | names_of(rules):
+            self._write(name, row)
+
+    def names(self, row: int) -> frozenset[str]:
+        """Rules that a row has."""
+        return names_of(self._of_row[row])
 
     def begin(self, rows: list[int], texts: Sequence[Sequence[int]]) -> None:
         """Answers begin after these texts: all that their rows hold, earlier turns too."""
-        device = self._text.device
         for row, text in zip(rows, texts, strict=True):
-            self._text[row, : len(text)] = torch.tensor(text, device=device)
-        self._answer[torch.tensor(rows, device=device)] = torch.tensor(
-            [len(text) for text in texts], device=device
+            self._text[row, : len(text)] = torch.tensor(text, device=self._device)
+        self._answer[torch.tensor(rows, device=self._device)] = torch.tensor(
+            [len(text) for text in texts], device=self._device
         )
 
     def write(self, tokens: Tensor, first: Tensor) -> None:
@@ -57,7 +76,12 @@ class RowPenalties:
         self._text.scatter_(1, position.clamp(max=self._text.shape[1] - 1), tokens)
 
     def __call__(
-        self, logits: Tensor, end: Tensor, longest: int, subset: Tensor | None = None
+        self,
+        logits: Tensor,
+        end: Tensor,
+        longest: int,
+        steps: SamplingSteps,
+        subset: Tensor | None = None,
     ) -> Tensor:
         """Penalised logits.
 
@@ -65,15 +89,63 @@ class RowPenalties:
             logits: [B, T, V]: column j is about the token at position end + j.
             end: int64 [B]; what stands before it is known.
             longest: The largest end, known on the host.
+            steps: What is done.
             subset: int64 [B], the rows meant; None is all.
 
         Returns:
             float32 [B, T, V].
         """
         text, answer = self._text[:, : longest + logits.shape[1] - 1], self._answer
+        of_rows = {n: tensor for n, tensor in self._tensors.items() if n in steps.names}
         if subset is not None:
             text, answer = text[subset], answer[subset]
-        return penalise(logits, of_any_size(text, 1), end, answer, self._rules)
+            of_rows = {n: tensor[subset] for n, tensor in of_rows.items()}
+        rules = Rules(**of_rows, most_ngram=steps.most_ngram, ends=self._end_mask)
+        return penalise(logits, of_any_size(text, 1), end, answer, rules)
+
+    def _write(self, name: str, row: int) -> None:
+        """Bring one of a row's values to its place; without it, what changes nothing."""
+        rules, neutral = (
+            self._of_row[row],
+            self._size if name == "word_ends" else NEUTRAL.get(name, 0),
+        )
+        value = None if rules is None else getattr(rules, name)
+        if name not in self._tensors:
+            assert value is not None
+            shape = {"words": self.words, "word_ends": self.words[:1]}.get(name, value.shape[1:])
+            self._tensors[name] = value.new_full((self._rows, *shape), neutral)
+        place = self._tensors[name][row].fill_(neutral)
+        if value is not None:
+            many = tuple(slice(size) for size in value.shape[1:2])
+            last = tuple(slice(-size, None) for size in value.shape[2:])
+            place[many + last] = value[0]
+
+    def _make_room(self, words: int, tokens: int) -> None:
+        """Have room for so many banned words of so many tokens; graphs of less are done with."""
+        room = max(self.words[0], words), max(self.words[1], tokens)
+        if room == self.words:
+            return
+        self.words = 1 << (room[0] - 1).bit_length(), 1 << (room[1] - 1).bit_length()
+        for name in self._tensors.keys() & {"words", "word_ends"}:
+            del self._tensors[name]
+        for row, rules in enumerate(self._of_row):
+            for name in names_of(rules) & {"words", "word_ends"}:
+                self._write(name, row)
+
+
+NEUTRAL = {"repetition": 1.0, "words": ANY}
+"""What changes nothing, where it is not 0."""
+RULES = frozenset(field.name for field in fields(Rules)) - {"most_ngram", "ends"}
+
+
+def names_of(rules: Rules | None) -> frozenset[str]:
+    """Rules that a request has."""
+    return frozenset(name for name in RULES if getattr(rules, name, None) is not None)
+
+
+def penalises(steps: SamplingSteps) -> bool:
+    """Whether some row has a rule."""
+    return not RULES.isdisjoint(steps.names)
 
 
 def sampling_of(config: GenerateConfig, target: Target) -> SamplingConfig:

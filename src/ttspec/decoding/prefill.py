@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ttspec.config import SamplingConfig
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.penalties import RowPenalties
+from ttspec.decoding.penalties import penalises
+from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
@@ -70,15 +70,13 @@ class PromptReader:
         cache: RowCache,
         drafter: Drafter | None,
         state: DraftState | None,
-        sampling: SamplingConfig,
+        sampling: RowSampling,
         rows: RowStates,
         deferred: DeferredContext,
-        penalties: RowPenalties | None,
     ) -> None:
         """Nothing is read yet."""
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
-        self._penalties = penalties
         self._recurrent = [0] * rows.count
         """The least length to which a row's recurrent states can go back, or `LOST`."""
         self._cropped: set[int] = set()
@@ -132,10 +130,10 @@ class PromptReader:
         logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
-        if self._penalties:
+        if penalises(self._sampling.steps(prompts.rows)):
             ends = zip(prompts.rows, prompts.position, prompts.ids, strict=True)
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
-            self._penalties.begin(prompts.rows, before)
+            self._sampling.penalties.begin(prompts.rows, before)
         first_tokens = self._draw(logits, prompts)
         if not logits.amax(-1).isfinite().all():  # the draw has waited for the device already
             raise not_finite(self._target.name, self._target.dtype)
@@ -211,15 +209,18 @@ class PromptReader:
             self._state.remember(features, position, at)
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
-        noise = None
+        noise, steps = None, self._sampling.steps(prompts.rows)
         start = torch.tensor(prompts.position, device=logits.device)
         rows = torch.tensor(prompts.rows, device=logits.device)
-        if self._penalties:
-            logits = self._penalties(logits, start, max(prompts.position), rows)
-        if self._sampling.temperature > 0:
-            key = self._rows.inputs.noise_key[rows]
-            noise = position_noise(key, start, 1, int(self._target.config.vocab_size))
-        return draw(process(logits, self._sampling), noise)[:, 0].tolist()
+        masks = self._sampling.masks
+        if masks and (masked := masks.masked(prompts.rows)):
+            masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
+        logits = self._sampling.change(logits, start, max(prompts.position), steps, rows)
+        sampling = self._sampling.tensors(steps, rows)
+        if sampling.temperature is not None:
+            key, size = self._rows.inputs.noise_key[rows], int(self._target.config.vocab_size)
+            noise = position_noise(key, start, 1, size, sampling.sampled)
+        return draw(process(logits, sampling), noise)[:, 0].tolist()
 
     def _feed(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False

@@ -22,6 +22,7 @@ from ttspec.errors import DataError
 from ttspec.models.target import Target
 from ttspec.records import Proposal
 from ttspec.rowcache import RowCache, unwritten
+from ttspec.sampling import SamplingTensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ class ReplayDecoder(Decoder):
         logits: Tensor,  # noqa: ARG002
         proposal: Proposal,
         noise: Tensor | None,  # noqa: ARG002
+        sampling: SamplingTensors,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor]:
         """Those that equal the recorded tokens."""
         cache = self.cache

@@ -28,9 +28,10 @@ from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.penalties import RowPenalties
+from ttspec.decoding.penalties import penalises
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
 from ttspec.decoding.prefill import PromptReader
+from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowOutcome, RowStates, RowVerdict
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter, DraftState
@@ -40,7 +41,14 @@ from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.records import Proposal, Verification
 from ttspec.rowcache import BUCKET, RowCache, reach_of
-from ttspec.sampling import pick, position_noise, process, rejection_noise
+from ttspec.sampling import (
+    SamplingTensors,
+    pick,
+    position_noise,
+    probabilities,
+    process,
+    rejection_noise,
+)
 from ttspec.spans import batch_invariant
 
 BROKEN = 2
@@ -56,8 +64,9 @@ class SpeculativeRound:
     state: DraftState | None
     """The drafter's context; None where nothing is ever drafted."""
     sampling: SamplingConfig
-    penalties: RowPenalties | None
-    """What the text so far makes of logits; None where nothing is penalised."""
+    """Of a row without its own; how drafts are made and accepted is the same in all rows."""
+    row_sampling: RowSampling
+    """How each row's tokens are chosen."""
     rows: RowStates
     policy: DraftPolicy | FixedDraftLength
     copying: Copying | None
@@ -68,7 +77,6 @@ class SpeculativeRound:
     timer: RoundTimer
     feedback: PolicyFeedback
     graphs: Graphs
-    end_tokens: Tensor
     width: int
     """Tokens that a verification reads at most; where `batch_invariant` is set, padded to it."""
     batch_invariant: bool
@@ -98,6 +106,7 @@ class SpeculativeRound:
 
         self._proposed = self.graphs(self.propose, shape, first=True)
         self.timer.lap()
+        self._ask_masks(active, shape)
         verification, verdict = self.graphs(self.verify_and_accept, shape)
         verdict = verdict.tolist()  # the round's one wait for the device
         self.timer.lap()
@@ -141,23 +150,39 @@ class SpeculativeRound:
             draft_length = 0
         longest = self._longest(active)
         reach = self.rows.slots if self._reads_spans else longest
-        return RoundShape(reach, draft_length, copy_length), longest, copies
+        steps = self.row_sampling.steps(active)
+        return RoundShape(reach, draft_length, copy_length, steps), longest, copies
+
+    def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
+        """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""
+        masks = self.row_sampling.masks
+        if masks is None or not (rows := masks.masked(active)):
+            return
+        drafts: list[list[int]] = [[] for _ in rows]
+        if shape.proposed:
+            proposal, _ = self._proposed
+            drafted = torch.cat([proposal.count[:, None], proposal.tokens], dim=1).tolist()
+            drafts = [drafted[row][1 : 1 + drafted[row][0]] for row in rows]
+        masks.ask(rows, [self.rows.answer(row) for row in rows], drafts)
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         vocabulary = int(self.target.config.vocab_size)
-        if self.sampling.acceptance == "invariant" and self.sampling.temperature > 0:
-            noise = position_noise(rows.noise_key, rows.start + 1, shape.proposed + 1, vocabulary)
+        sampling = self.row_sampling.tensors(shape.steps)
+        if self.sampling.acceptance == "invariant" and sampling.temperature is not None:
+            asked = rows.noise_key, rows.start + 1, shape.proposed + 1, vocabulary
+            noise = position_noise(*asked, sampling.sampled)
         most = (rows.budget - 1).clamp(min=0)
         if self.drafter is None or self.state is None or not length:
             none = rows.pending.new_empty(self.rows.count, 0)
             proposal = Proposal(tokens=none, count=most.clamp(max=0))
         else:
-            if self.penalties:
-                self.penalties.write(rows.pending[:, None], rows.start)
-            known = self.drafter, rows, vocabulary, noise, self.penalties, shape.longest
-            choose = DraftChoice(self.sampling, *known)
+            penalties = self.row_sampling.penalties if penalises(shape.steps) else None
+            if penalties:
+                penalties.write(rows.pending[:, None], rows.start)
+            known = self.drafter, rows, vocabulary, noise, penalties, shape.steps, shape.longest
+            choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
             asked = rows.pending, rows.start, most.clamp(max=length), length, shape.longest, choose
             proposal = self.drafter.propose(self.state, *asked)
         if shape.copy_length:
@@ -175,12 +200,13 @@ class SpeculativeRound:
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        penalised = logits  # for the verdict; the learner is told the target's own
-        if self.penalties:
-            self.penalties.write(fed, rows.start)
-            penalised = self.penalties(logits, rows.start + 1, shape.longest + 1)
-        accepted, tokens = self.accept(penalised, proposal, noise)
-        emitted, ended = cut_at_end(tokens, accepted + 1, self.end_tokens)
+        options = self.row_sampling
+        if penalises(shape.steps):
+            options.penalties.write(fed, rows.start)
+        # For the verdict; the learner is told the target's own.
+        changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.steps)
+        accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.steps))
+        emitted, ended = cut_at_end(tokens, accepted + 1, options.ends, options.heeded)
         resting = rows.budget <= 0
         verification = Verification(
             proposal=proposal,
@@ -204,14 +230,14 @@ class SpeculativeRound:
         return verification, torch.cat([torch.stack(counts, 1), tokens], dim=1)
 
     def accept(
-        self, logits: Tensor, proposal: Proposal, noise: Tensor | None
+        self, logits: Tensor, proposal: Proposal, noise: Tensor | None, sampling: SamplingTensors
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
-        if self.sampling.acceptance == "invariant" or self.sampling.temperature == 0:
-            return accept_equal(pick(logits, noise, self.sampling), proposal)
+        if self.sampling.acceptance == "invariant" or sampling.temperature is None:
+            return accept_equal(pick(logits, noise, sampling), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
-        p = process(logits, self.sampling).softmax(-1)
+        p = probabilities(process(logits, sampling), sampling)
         return accept_rejection(p, proposal, u, fresh)
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:

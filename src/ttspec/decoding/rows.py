@@ -14,6 +14,17 @@ import torch
 from torch import Tensor
 
 
+class SamplingSteps(NamedTuple):
+    """What is done to logits before a token is taken: what some row asks for, and no more."""
+
+    names: frozenset[str] = frozenset()
+    """Fields of `SamplingTensors` and `Rules` that some row needs; "mask" where one has a mask."""
+    most_k: int = 0
+    most_ngram: int = 0
+    words: tuple[int, int] = (0, 0)
+    """Banned words of several tokens that a row may have, and their tokens but the last."""
+
+
 class RoundShape(NamedTuple):
     """What a round's tensors depend on; one captured graph of each stage serves a shape."""
 
@@ -23,6 +34,8 @@ class RoundShape(NamedTuple):
     """Tokens that the drafter drafts; at 0 it is not run."""
     copy_length: int = 0
     """Tokens that rows copy at most; at 0 no row copies."""
+    steps: SamplingSteps = SamplingSteps()
+    """How tokens are chosen. The values are in tensors that graphs read."""
 
     @property
     def proposed(self) -> int:
@@ -102,6 +115,8 @@ class RowStates:
         """Tokens that a row may still emit; 0 for a row that takes no part."""
         self.tokens: list[list[int]] = [[] for _ in range(count)]
         """Each row's committed tokens and its pending one."""
+        self._answers = [0] * count
+        """Where each row's answer begins."""
         uploaded = torch.zeros(4, count, dtype=torch.long, device=device)
         self._uploaded = uploaded
         self.inputs = RoundInputs(
@@ -137,6 +152,7 @@ class RowStates:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""
         self.lengths[row], self.pending[row], self.budget[row] = length, first, budget
         self.tokens[row] = [*self.tokens[row][: length - len(ids)], *ids, first]
+        self._answers[row] = length
 
     def commit(self, row: int, emitted: list[int]) -> None:
         """Move a row on by the tokens that a round emitted; the last one is pending."""
@@ -144,6 +160,10 @@ class RowStates:
         self.lengths[row] += len(emitted)
         self.pending[row] = emitted[-1]
         self.budget[row] -= len(emitted)
+
+    def answer(self, row: int) -> list[int]:
+        """Tokens of a row's answer so far."""
+        return self.tokens[row][self._answers[row] :]
 
     def crop(self, row: int, length: int, pending: int) -> None:
         """Take back what was committed past `length`; `pending` is the token that comes next."""

@@ -7,22 +7,20 @@ prompt holds up nobody for longer than a piece of it. Whoever serves adds a queu
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from ttspec.config import PENALTIES, GenerateConfig
+from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import Conversation, shared_prefix
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import Prompts
 from ttspec.errors import OptionError
-from ttspec.records import Chunk
+from ttspec.records import Chunk, LogitMask
 
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
 all rows, so in a large batch rows wait for company."""
-SHARED_OPTIONS = (
-    *("temperature", "top_k", "top_p", "min_p", "acceptance", *PENALTIES, "bad_words"),
-    *("draft", "learn", "ignore_eos", "deterministic"),
-)
+SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
 
 
@@ -41,8 +39,10 @@ class Request:
     thinking: bool | None = None
     """What the chat template asked for; only told in the statistics."""
     config: GenerateConfig | None = None
-    """Limits and stops of its own, each turn's; None is the scheduler's. All that the rows of a
-    decoder have in common must be alike: sampling, drafting, learning, end tokens."""
+    """Sampling, limits and stops of its own, each turn's; None is the scheduler's. `SHARED_OPTIONS`
+    must be alike."""
+    mask: LogitMask | None = None
+    """What the first answer may be, as a grammar says."""
     tenant: str | None = None
     """Whose it is. Where a free row holds the beginning of its prompt, from a request of the same
     tenant, that is not read again; None finds no such row."""
@@ -51,14 +51,14 @@ class Request:
 
 
 class Scheduler:
-    """Gives the rows of one decoder to requests, which all have its sampling options."""
+    """Gives the rows of one decoder to requests."""
 
     def __init__(self, decoder: Decoder, config: GenerateConfig, *, stream: bool = True) -> None:
         """No request yet.
 
         Args:
             decoder: Its rows are this scheduler's alone.
-            config: Of all requests; limits hold for each turn.
+            config: Of requests without their own; limits hold for each turn.
             stream: Without it, text comes only with a result.
         """
         self.decoder, self.config, self._stream = decoder, config, stream
@@ -70,6 +70,8 @@ class Scheduler:
         self._tenants: dict[int, str | None] = {}
         self._left_by: dict[int, str | None] = {}
         """Whose text a free row holds."""
+        self._sampling: dict[int, SamplingConfig] = {}
+        self._masks: dict[int, LogitMask | None] = {}
         self._ids: dict[int, list[int]] = {}
         """What requests ask that were not begun."""
         self._ready: list[int] = []
@@ -86,16 +88,11 @@ class Scheduler:
             Its id, which is never used again.
 
         Raises:
-            OptionError: It asks for something that the decoder was not made for.
+            OptionError: It asks for something that the decoder was not made for, or names a token
+                that the target does not have.
         """
         config = request.config or self.config
-        for name in SHARED_OPTIONS:
-            given, ours = getattr(config, name), getattr(self.config, name)
-            if given != ours:
-                raise OptionError(
-                    f"A request's {name} is {given!r}; all rows of its scheduler have {ours!r}.\n"
-                    "Give it to a scheduler of its own."
-                )
+        sampling = self._sampling_of(config)
         number, self._next_id = self._next_id, self._next_id + 1
         self._conversations[number] = Conversation(
             self.decoder,
@@ -108,17 +105,34 @@ class Scheduler:
         )
         self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
         self._tenants[number] = request.tenant
+        self._sampling[number], self._masks[number] = sampling, request.mask
         self._queue.append(number)
         return number
 
-    def add_turn(self, request: int, ids: list[int]) -> None:
+    def add_turn(
+        self,
+        request: int,
+        ids: list[int],
+        *,
+        config: GenerateConfig | None = None,
+        mask: LogitMask | None = None,
+    ) -> None:
         """Queue the next turn of a conversation that keeps its row.
 
         Args:
             request: Which one.
             ids: The whole conversation up to the answer. What its row holds of it is not read
                 again, up to the first token that is another.
+            config: From now on; None is as before.
+            mask: What this answer may be.
+
+        Raises:
+            OptionError: As `add_request`.
         """
+        if config is not None:
+            self._sampling[request] = self._sampling_of(config)
+            self._conversations[request].config = config
+        self._masks[request] = mask
         self._ids[request] = ids
         self._ready.append(request)
 
@@ -185,11 +199,28 @@ class Scheduler:
     def release(self, request: int) -> None:
         """Forget a conversation that is over; its row is free."""
         talk = self._conversations.pop(request)
-        del self._keeps_row[request]
+        del self._keeps_row[request], self._sampling[request], self._masks[request]
         tenant = self._tenants.pop(request)
         if talk.row >= 0:
             self._free.append(talk.row)
             self._left_by[talk.row] = tenant
+
+    def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
+        """How a request's tokens are chosen.
+
+        Raises:
+            OptionError: The decoder was not made for it.
+        """
+        for name in SHARED_OPTIONS:
+            given, ours = getattr(config, name), getattr(self.config, name)
+            if given != ours:
+                raise OptionError(
+                    f"A request's {name} is {given!r}; all rows of its scheduler have {ours!r}.\n"
+                    "Give it to a scheduler of its own."
+                )
+        if config is self.config:
+            return self.decoder.sampling
+        return sampling_of(replace(config, seed=0), self.decoder.target)
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
@@ -222,6 +253,13 @@ class Scheduler:
         asked = [(r, self._conversations[r], self._ids.pop(r)) for r in requests]
         budgets = {r: talk.open(ids) for r, talk, ids in asked}
         live = [(r, talk) for r, talk, _ in asked if budgets[r]]
+        for request, talk in live:
+            self.decoder.row_sampling.set(
+                talk.row,
+                self._sampling[request],
+                ignore_eos=talk.config.ignore_eos,
+                mask=self._masks[request],
+            )
         if live:
             prompts = self.decoder.prompts.begin(
                 [talk.row for _, talk in live],

@@ -104,6 +104,7 @@ class Api:
                         thinking=written.thinking,
                         deadline=time.monotonic() + worker.options.deadline,
                         index=len(jobs),
+                        mask=written.mask.copy() if written.mask else None,
                         events=events,
                     )
                 )

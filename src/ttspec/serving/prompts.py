@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
@@ -17,6 +17,9 @@ from ttspec.errors import TtspecError
 from ttspec.serving.problems import refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest
 from ttspec.serving.thoughts import CLOSE, OPEN
+
+if TYPE_CHECKING:
+    from ttspec.serving.grammar import GrammarMask, Grammars
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +31,8 @@ class Written:
     """As `thinking_of`."""
     marks_thoughts: bool = False
     begins_in_thought: bool = False
+    mask: GrammarMask | None = None
+    """What answers may be made of."""
 
 
 class PromptWriter:
@@ -38,6 +43,8 @@ class PromptWriter:
         self._tokenizer: Any = copy.deepcopy(engine.tokenizer)
         self._vocabulary = int(engine.target.config.vocab_size)
         self._templates: dict[bool | None, tuple[ChatTemplate, bool | None]] = {}
+        self._ends = engine.target.ends
+        self._grammars: Grammars | None = None
         self._marks = CLOSE in str(self._tokenizer.chat_template or "")
 
     def chat(self, body: ChatRequest) -> Written:
@@ -61,7 +68,8 @@ class PromptWriter:
         except TtspecError as error:
             raise refused(str(error), "messages") from error
         end = self._tokenizer.decode(ids[-8:]).rstrip() if self._marks else ""
-        return Written([ids], thinking, self._marks, end.endswith(OPEN))
+        begun = end.endswith(OPEN)
+        return Written([ids], thinking, self._marks, begun, self._mask(body, in_thought=begun))
 
     def completion(self, body: CompletionRequest) -> Written:
         """The prompts as they are.
@@ -73,6 +81,30 @@ class PromptWriter:
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
         return Written([self._ids(prompt) for prompt in given])
+
+    def _mask(self, body: ChatRequest, *, in_thought: bool) -> GrammarMask | None:
+        form, after = body.response_format, None
+        if form is None or form.type == "text":
+            return None
+        if (form.type == "json_schema") != (form.json_schema is not None):
+            raise refused(
+                "response_format.json_schema is for response_format.type json_schema, and needed "
+                "there.",
+                "response_format",
+            )
+        if in_thought:
+            after = self._tokenizer.convert_tokens_to_ids(CLOSE)
+            if after is None or self._tokenizer.convert_ids_to_tokens(after) != CLOSE:
+                raise refused(
+                    f"This target thinks first, and has no token {CLOSE} after which an answer "
+                    "could be masked. Switch thinking off.",
+                    "response_format",
+                )
+        if self._grammars is None:
+            from ttspec.serving.grammar import Grammars
+
+            self._grammars = Grammars(self._tokenizer, self._vocabulary, self._ends)
+        return self._grammars.mask(form, after)
 
     def _template(self, body: ChatRequest) -> tuple[ChatTemplate, bool | None]:
         asked = None

@@ -15,20 +15,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import SPARE, free_memory, target_cache
-from ttspec.decoding.scheduler import SHARED_OPTIONS, Request, Scheduler
+from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import TtspecError
 from ttspec.records import Chunk
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.problems import FAILED, Problem, refused
+
+if TYPE_CHECKING:
+    from ttspec.serving.grammar import GrammarMask
 
 State = Literal["loading", "ready", "draining", "stopped"]
 PATIENCE = 0.05
@@ -50,6 +53,8 @@ class Job:
     """When it is over, in `time.monotonic`'s seconds."""
     index: int
     """Its place among the answers of its request."""
+    mask: GrammarMask | None = None
+    """What it may be made of."""
     events: asyncio.Queue[tuple[Job, Chunk | Problem]]
     """Of all answers of its request: chunks, the last one with the result; or what went wrong."""
     queued: float = field(default_factory=time.monotonic)
@@ -88,7 +93,7 @@ class Worker:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
-        self._scheduler: Scheduler | None = None
+        self._scheduler: Scheduler
         self._waiting: deque[Job] = deque()
         self._running: dict[int, Job] = {}
         self._stopping = False
@@ -163,7 +168,7 @@ class Worker:
     def _run(self) -> None:
         try:
             self.engine = self._load()
-            self._begin(self.config)
+            self._begin()
             if self.state == "loading":
                 self.state = "ready"
                 self._tell(self._notify)
@@ -176,23 +181,21 @@ class Worker:
         self.state = "stopped"
         self._tell(self._notify)
 
-    def _begin(self, config: GenerateConfig) -> None:
-        """Make rows for requests like this one, as many as fit."""
-        self._scheduler = None
+    def _begin(self) -> None:
+        """Make rows, as many as fit."""
         engine, longest = self.engine, 1
-        config = replace(config, max_new_tokens=1, stop=(), seed=None)
-        rows = engine.rows_for(config, self.options.rows, longest, sessions=True)
-        decoder = engine.decoder(config, rows, longest, sessions=True)
+        rows = engine.rows_for(self.config, self.options.rows, longest, sessions=True)
+        decoder = engine.decoder(self.config, rows, longest, sessions=True)
         self.rows, self.slots = rows, decoder.rows.slots
         copies = decoder.copying.most if decoder.copying else 0
         self.draft_length = max(decoder.gamma, copies)
-        self._scheduler = Scheduler(decoder, config)
+        self._scheduler = Scheduler(decoder, self.config)
 
     def _step(self) -> None:
         self._obey()
         self._expire()
         self._admit()
-        if self._scheduler is None or not self._scheduler.has_unfinished():
+        if not self._scheduler.has_unfinished():
             return
         try:
             events = self._scheduler.step()
@@ -203,6 +206,10 @@ class Worker:
         for request, chunk in events:
             if chunk.result:
                 del self._running[request]
+        lost = [job for job in self._running.values() if job.mask and job.mask.failed]
+        for job in lost:
+            self._drop(job)
+        self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
 
     def _obey(self) -> None:
         """Take commands; wait for some where there is nothing else to do."""
@@ -232,20 +239,18 @@ class Worker:
         """Give free rows to those who wait, as far as memory allows."""
         while self._waiting and len(self._running) < self.rows and not self._stopping:
             job = self._waiting[0]
-            if self._running and not (self._suits(job) and self._has_room(job)):
+            if self._running and not self._has_room(job):
                 return
             self._waiting.popleft()
             job.started = time.monotonic()
             try:
-                if not self._suits(job):
-                    self._begin(job.config)
-                assert self._scheduler is not None
                 request = self._scheduler.add_request(
                     Request(
                         ids=job.ids,
                         seed=job.seed,
                         occurrence=job.occurrence,
                         tenant=job.tenant,
+                        mask=job.mask,
                         thinking=job.thinking,
                         config=job.config,
                     )
@@ -255,13 +260,6 @@ class Worker:
                 continue
             self._running[request] = job
             self.meter.started(job.started - job.queued)
-
-    def _suits(self, job: Job) -> bool:
-        """Whether the rows there are were made for what a job asks for."""
-        if self._scheduler is None:
-            return False
-        ours = self._scheduler.config
-        return all(getattr(ours, n) == getattr(job.config, n) for n in SHARED_OPTIONS)
 
     def _has_room(self, job: Job) -> bool:
         """Whether memory is left for a row of this length. A GPU has all rows' from the start."""
@@ -283,7 +281,6 @@ class Worker:
         if job in self._waiting:
             self._waiting.remove(job)
         for request in [r for r, other in self._running.items() if other is job]:
-            assert self._scheduler is not None
             self._scheduler.abort(request)
             del self._running[request]
 
@@ -295,10 +292,10 @@ class Worker:
         lost = list(self._running.values())
         self._running.clear()
         self._fail(lost, Problem(500, FAILED, code="round_failed"))
-        self._scheduler = None
+        del self._scheduler
         self.engine = self.engine.sibling()
         gc.collect()
-        self._begin(self.config)
+        self._begin()
 
     def _hand_out(self, events: list[tuple[Job, Chunk]]) -> None:
         now = time.monotonic()

@@ -1,0 +1,145 @@
+"""How each row's tokens are chosen: its request's options on the device, and its grammar.
+
+Rows of one round may ask for different things. A round does what some row asks for, for all rows
+at once; what a row did not ask for changes none of its bits. The values lie in tensors that stay
+where they are, so a captured round serves any of them; what it does is part of its shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch import Tensor
+
+from ttspec.config import SamplingConfig
+from ttspec.decoding.masks import RowMasks
+from ttspec.decoding.penalties import RowPenalties, penalises
+from ttspec.decoding.rows import SamplingSteps
+from ttspec.models.target import Target
+from ttspec.records import LogitMask
+from ttspec.sampling import SamplingTensors, steps_of, values_of
+
+
+class RowSampling:
+    """The sampling options of `rows` rows."""
+
+    def __init__(
+        self,
+        default: SamplingConfig,
+        target: Target,
+        *,
+        rows: int,
+        slots: int,
+        width: int,
+        ends: Collection[int],
+    ) -> None:
+        """All rows have the default.
+
+        Args:
+            default: Also says what all rows have in common: the rule of acceptance.
+            target: Whose tokens are chosen.
+            rows: How many there are.
+            slots: Tokens that each may have.
+            width: Tokens that a round reads at most.
+            ends: End tokens; none where rows go on past them unless told otherwise.
+        """
+        self._target, self._default, self._rows, self._width = target, default, rows, width
+        self._heeds_ends = bool(ends)
+        device = target.device
+        self.ends = torch.tensor(sorted({*ends, *target.ends}), dtype=torch.long, device=device)
+        self.heeded = torch.full((rows,), self._heeds_ends, device=device)
+        """bool [B], rows that an end token ends."""
+        self._of_row: list[tuple[SamplingConfig, bool]] = [(default, not ends)] * rows
+        self._tensors = {
+            name: torch.tensor([value] * rows, device=device)[:, None, None]
+            for name, value in values_of(default).items()
+        }
+        self.penalties = RowPenalties(target, rows, slots)
+        if default.penalises:
+            for row in range(rows):
+                self.penalties.set(row, default)
+        self.masks: RowMasks | None = None
+        """None where no row ever had one."""
+        self._steps = [self._steps_of(row) for row in range(rows)]
+
+    def set(
+        self,
+        row: int,
+        sampling: SamplingConfig | None = None,
+        *,
+        ignore_eos: bool | None = None,
+        mask: LogitMask | None = None,
+    ) -> None:
+        """Let a row have a request's options.
+
+        Args:
+            row: Which row; it takes no part in a round.
+            sampling: How its tokens are chosen; None is the default.
+            ignore_eos: Whether it goes on past end tokens; None is the default.
+            mask: What its answer may be.
+        """
+        sampling = sampling or self._default
+        ignores = not self._heeds_ends if ignore_eos is None else ignore_eos
+        if mask is not None and self.masks is None:
+            size = int(self._target.config.vocab_size)
+            self.masks = RowMasks(
+                self._rows, self._width, size, self._target.ends, self._target.device
+            )
+        if self.masks:
+            self.masks.set(row, mask)
+        if self._of_row[row] != (sampling, ignores):
+            self._of_row[row] = sampling, ignores
+            self.heeded[row] = not ignores
+            for name, value in values_of(sampling).items():
+                self._tensors[name][row] = value
+            self.penalties.set(row, sampling)
+        self._steps[row] = self._steps_of(row)
+
+    def steps(self, rows: Iterable[int]) -> SamplingSteps:
+        """What is done where some rows take part."""
+        asked = {self._steps[row] for row in rows}
+        steps = asked.pop()
+        for other in asked:
+            steps = SamplingSteps(
+                steps.names | other.names,
+                max(steps.most_k, other.most_k),
+                max(steps.most_ngram, other.most_ngram),
+            )
+        return steps._replace(words=self.penalties.words) if "words" in steps.names else steps
+
+    def _steps_of(self, row: int) -> SamplingSteps:
+        """What a row asks for."""
+        sampling, _ = self._of_row[row]
+        names = steps_of(sampling) | self.penalties.names(row)
+        if self._default.acceptance == "rejection" and sampling.temperature == 0:
+            names |= {"greedy"}
+        if self.masks and self.masks.masked([row]):
+            names |= {"mask"}
+        most_k = sampling.top_k if "top_k" in names else 0
+        most_k = most_k and 1 << (most_k - 1).bit_length()  # few sizes, few graphs
+        return SamplingSteps(names, most_k, sampling.no_repeat_ngram_size)
+
+    def tensors(self, steps: SamplingSteps, subset: Tensor | None = None) -> SamplingTensors:
+        """What temperature and filters read; of the rows `subset` int64 [B], or of all."""
+        values = {n: tensor for n, tensor in self._tensors.items() if n in steps.names}
+        if subset is not None:
+            values = {n: tensor[subset] for n, tensor in values.items()}
+        return SamplingTensors(**values, most_k=steps.most_k)
+
+    def change(
+        self,
+        logits: Tensor,
+        end: Tensor,
+        longest: int,
+        steps: SamplingSteps,
+        subset: Tensor | None = None,
+    ) -> Tensor:
+        """The target's logits as penalties, bans and masks change them; see `RowPenalties`."""
+        changed = logits
+        if penalises(steps):
+            changed = self.penalties(logits, end, longest, steps, subset)
+        if "mask" in steps.names:
+            assert self.masks is not None
+            changed = self.masks(logits, changed, subset)
+        return changed
