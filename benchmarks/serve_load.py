@@ -42,7 +42,9 @@ class Tally:
         self.memory: list[int] = []
 
 
-async def one(client: httpx.AsyncClient, rng: random.Random, tally: Tally, good: bool) -> None:
+async def one(
+    client: httpx.AsyncClient, rng: random.Random, tally: Tally, *, good: bool, most: int
+) -> None:
     """One request of a random kind."""
     kind = "good" if good else rng.choices(["good", "cancelled", "malformed"], [8, 1, 1])[0]
     headers = {"Content-Type": "application/json"}
@@ -54,7 +56,7 @@ async def one(client: httpx.AsyncClient, rng: random.Random, tally: Tally, good:
     words = " ".join(rng.choice(TOPICS) for _ in range(rng.randint(1, 60)))
     asked = {
         "messages": [{"role": "user", "content": f"Write about {words}."}],
-        "max_tokens": rng.choice((8, 16, 32, 64)),
+        "max_tokens": rng.randint(1, most),
         "seed": rng.randrange(1000),
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -103,6 +105,7 @@ async def main() -> None:
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--pid", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only-good", action="store_true")
@@ -114,7 +117,7 @@ async def main() -> None:
         limits = httpx.Timeout(600)
         async with httpx.AsyncClient(base_url=given.url, timeout=limits) as client:
             while time.monotonic() - begin < 60 * given.minutes:
-                await one(client, rng, tally, given.only_good)
+                await one(client, rng, tally, good=given.only_good, most=given.max_tokens)
 
     watching = asyncio.ensure_future(watch(given.pid, tally))
     await asyncio.gather(*(client(n) for n in range(given.clients)))

@@ -485,3 +485,27 @@ def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
         assert response.status_code == 400, schema
         assert response.json()["error"]["param"] == "response_format"
     assert chat(client, response_format={"type": "json_schema"}).status_code == 400
+
+
+def test_a_conversation_that_comes_back_is_read_from_where_it_changed_by_its_tenant_only(
+    engine, tmp_path
+) -> None:
+    path = tmp_path / "keys"
+    keys = {name: add_key(path, name) for name in ("alice", "bob")}
+    with running(engine, api_key_file=path) as (client, _):
+
+        def ask(name: str, messages: list[Any]) -> Any:
+            client.headers["Authorization"] = f"Bearer {keys[name]}"
+            return chat(client, messages=messages, max_tokens=12, return_token_ids=True).json()
+
+        first = ask("alice", HELLO)
+        said = first["choices"][0]["message"]
+        later = [*HELLO, {"role": "assistant", "content": said["content"]}, *HELLO]
+        held = {}
+        for name in ("bob", "alice"):
+            answer = ask(name, later)
+            held[name] = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            (alone,) = engine.generate([later], max_new_tokens=12, **PLAIN)
+            assert answer["choices"][0]["token_ids"] == alone.token_ids
+        assert held["bob"] == 0
+        assert held["alice"] >= first["usage"]["prompt_tokens"]
