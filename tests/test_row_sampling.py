@@ -24,7 +24,7 @@ from transformers import (
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill, rows
+from ttspec.decoding import prefill
 from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
@@ -37,7 +37,7 @@ from ttspec.learning.learner import Learner
 from ttspec.models import target as targets
 from ttspec.models.target import Target, wrap_target
 from ttspec.records import LogitMask, Proposal, Result
-from ttspec.sampling import pick, position_noise, process
+from ttspec.sampling import SamplingTensors, position_noise, process
 
 LEARN = LearnConfig(stride=1, lr=3e-3, publish="now", blocks=2)
 HOW: dict[str, dict[str, Any]] = {
@@ -143,7 +143,7 @@ LIMITS = st.fixed_dictionaries(
         "stop": st.lists(st.sampled_from(["a", "fg", "j c"]), max_size=2).map(tuple),
     },
 )
-OPTIONS = st.builds(lambda *parts: {k: v for p in parts for k, v in p.items()}, CHOICE, PENALTIES, LIMITS)
+OPTIONS = st.builds(lambda a, b, c: {**a, **b, **c}, CHOICE, PENALTIES, LIMITS)
 REQUESTS = st.lists(
     st.tuples(
         st.lists(st.sampled_from(KEPT[:-1]), min_size=1, max_size=20),
@@ -164,8 +164,8 @@ def check_mixed(engine: Engine, asked: list[Asked], late: int, how: str) -> None
         assert said(result) == said(alone), one
 
 
-@pytest.mark.parametrize("how", HOW)
-@settings(max_examples=4, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize("how", ["copies", "learn"])
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=REQUESTS, late=st.integers(0, 2))
 def test_each_row_of_a_mixed_batch_writes_what_it_writes_alone(engine, how, asked, late) -> None:
     check_mixed(engine, asked, min(late, len(asked)), how)
@@ -196,7 +196,6 @@ def test_what_others_ask_for_changes_no_bit_of_a_rows_scores(target, asked, seed
         for row, index in enumerate(of):
             options.set(row, asked[index])
         steps = options.steps(range(len(of)))
-        options.penalties.set(0, asked[of[0]])
         at = list(of)
         if any(asked[i].penalises for i in of):
             options.penalties.begin(list(range(len(of))), text[at, :answer].tolist())
@@ -227,7 +226,7 @@ def test_greedy_rows_are_exact_beside_others_under_the_rejection_rule(engine, ho
 
 @pytest.mark.parametrize("wrong", [False, True], ids=["right", "wrong"])
 def test_under_the_rejection_rule_each_row_of_a_mixed_batch_follows_its_own_law(wrong) -> None:
-    """First tokens of many rows, a third of them greedy; the check finds a temperature not its own."""
+    """First tokens of many rows, a third of them greedy; a temperature not its own is found."""
     many, size, temperatures = 30_000, 6, (0.0, 0.7, 1.4)
     random = torch.Generator().manual_seed(0)
     p_logits, q_logits = torch.randn(2, size, generator=random)
@@ -236,8 +235,6 @@ def test_under_the_rejection_rule_each_row_of_a_mixed_batch_follows_its_own_law(
         "sampled": torch.tensor([float(t > 0) for t in temperatures]),
         "greedy": torch.tensor([t == 0 for t in temperatures]),
     }
-    from ttspec.sampling import SamplingTensors
-
     s = SamplingTensors(**{n: v.repeat(many)[:, None, None] for n, v in tensors.items()})
     count = 3 * many
     zeros = torch.zeros(count, dtype=torch.long)
@@ -295,9 +292,9 @@ def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
     monkeypatch.setattr(rounds, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: True)
     first = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
-    first |= {"logit_bias": {97: 1.0}, "bad_words_ids": ((98, 99), (97, 97, 97)), "ignore_eos": True}
+    first |= {"logit_bias": {97: 1.0}, "bad_words_ids": ((98, 99), (97, 97, 97))}
     then = {"temperature": 1.3, "top_k": 7, "top_p": 0.5, "repetition_penalty": 0.9}
-    then |= {"logit_bias": {99: -9.0}, "bad_words_ids": ((100, 100, 101),), "ignore_eos": True}
+    then |= {"logit_bias": {99: -9.0}, "bad_words_ids": ((100, 100, 101),)}
     asked: list[Asked] = [(PROMPT, 1, first, words("ab")), (PROMPT[2:], 1, first, None)]
     others: list[Asked] = [(PROMPT, 2, then, words("cd")), (PROMPT[3:], 2, then, None)]
     want = [said(r) for r in run(engine, [*asked, *others], 2, **HOW["static"])]
@@ -406,8 +403,12 @@ def masked_by_transformers(model: LlamaForCausalLM, halves: str, tokens: int, pe
 PENALISED = {"repetition_penalty": 1.2, "presence_penalty": 0.4, "frequency_penalty": 0.1}
 
 
-@pytest.mark.parametrize("how", ["plain", *HOW])
-@pytest.mark.parametrize("acceptance", ["invariant", "rejection"])
+QUICK = [("plain", "invariant"), ("learn", "invariant"), ("copies", "rejection")]
+OTHERS = [(h, a) for h in ("plain", *HOW) for a in ("invariant", "rejection")]
+SLOW = [pytest.param(*o, marks=pytest.mark.slow) for o in OTHERS if o not in QUICK]
+
+
+@pytest.mark.parametrize(("how", "acceptance"), [*QUICK, *SLOW])
 def test_greedy_text_under_a_grammar_is_that_of_transformers(engine, model, how, acceptance):
     options = {"temperature": 0.0, "max_new_tokens": 30}
     free = {"temperature": 0.8, "max_new_tokens": 30, "ignore_eos": True}
@@ -418,9 +419,7 @@ def test_greedy_text_under_a_grammar_is_that_of_transformers(engine, model, how,
         (PROMPT, 1, free, None),
         (PROMPT, 1, {**options, **PENALISED}, words("ab")),
     ]
-    found = run(
-        engine, asked, 3, late=[4], acceptance=acceptance, **({**HOW, "plain": PLAIN}[how])
-    )
+    found = run(engine, asked, 3, late=[4], acceptance=acceptance, **({**HOW, "plain": PLAIN}[how]))
     assert found[0].token_ids == masked_by_transformers(model, "ab", 30, False)
     assert found[1].token_ids == masked_by_transformers(model, "cd", 30, True)
     assert found[4].token_ids == masked_by_transformers(model, "ab", 30, True)
@@ -436,10 +435,12 @@ def test_greedy_text_under_a_grammar_is_that_of_transformers(engine, model, how,
         assert all(f.stats.updates for f in masked)
 
 
-@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize(
+    "how", ["learn", *(pytest.param(how, marks=pytest.mark.slow) for how in ("static", "copies"))]
+)
 def test_sampled_text_under_a_grammar_is_in_its_language_and_what_is_written_alone(engine, how):
     asked: list[Asked] = [
-        (PROMPT[n:], n, {"temperature": t, "max_new_tokens": 40, "top_p": 0.95}, words(halves))
+        (PROMPT[n:], n, {"temperature": t, "max_new_tokens": 24, "top_p": 0.95}, words(halves))
         for n, (t, halves) in enumerate([(0.7, "ab"), (1.4, "cd"), (1.0, "ab")])
     ]
     found = run(engine, asked, 2, **HOW[how])
@@ -467,7 +468,9 @@ def test_rows_without_a_grammar_pay_nothing_for_it(engine) -> None:
     assert (decoder.row_sampling.masks._bits == -1).all()
 
 
-@pytest.mark.parametrize("supervision", ["hindsight", "block", "accepted"])
+@pytest.mark.parametrize(
+    "supervision", ["hindsight", pytest.param("block", marks=pytest.mark.slow)]
+)
 def test_a_grammar_teaches_the_targets_own_distribution(engine, monkeypatch, supervision) -> None:
     """What a mask forbids is no lesson: it says nothing of the target, and its KL is infinite."""
     absorb, told = Learner.absorb, list[Tensor]()
@@ -477,7 +480,7 @@ def test_a_grammar_teaches_the_targets_own_distribution(engine, monkeypatch, sup
         return absorb(learner, verification, *args, **options)
 
     monkeypatch.setattr(Learner, "absorb", recorded)
-    learn = LearnConfig(stride=1, lr=3e-3, publish="now", supervision=supervision, blocks=2)
+    learn = LearnConfig(stride=1, lr=3e-3, publish="now", supervision=supervision, guard=0)
     options = {"temperature": 0.9, "max_new_tokens": 30}
     config = GenerateConfig(learn=learn, **options)
     decoder = engine.decoder(config, 1, 40, sessions=False)
@@ -493,7 +496,6 @@ def test_a_grammar_teaches_the_targets_own_distribution(engine, monkeypatch, sup
     assert decoder.learner.reverts[0] == 0
     learned = [w for w in decoder.state.weights.values() if w.is_floating_point()]
     assert all(w.isfinite().all() for w in learned)
-    assert any(not torch.equal(decoder.state.weights[n].squeeze(0), w) for n, w in engine.drafter.weights.items())
 
 
 def test_where_bans_leave_nothing_the_grammar_rules(engine) -> None:
@@ -529,6 +531,6 @@ def test_a_later_turn_has_options_and_a_grammar_of_its_own(engine) -> None:
     assert said(answer()) == said(run(engine, [(ids, 1, options, None)], 1, **PLAIN)[0])
     with pytest.raises(OptionError, match="learn is"):
         scheduler.add_turn(request, ids, config=GenerateConfig(learn=LEARN))
+    wrong = GenerateConfig(suppress_tokens=(999,), **HOW["copies"])
     with pytest.raises(OptionError, match="names the token 999"):
-        wrong = GenerateConfig(suppress_tokens=(999,), **HOW["copies"])
         scheduler.add_request(Request(ids=PROMPT, seed=1, config=wrong))

@@ -59,8 +59,14 @@ def serve(
             "Install them with: pip install 'ttspec[serve]'"
         ) from error
     log_to_stderr()
-    name = serving.served_model_name or models.target
-    return run(lambda: models.load(notify=say), config, serving, name, say)
+    is_path = Path(models.target).exists()  # which is nobody's business
+    name = serving.served_model_name or (Path(models.target).name if is_path else models.target)
+    return run(lambda: models.load(notify=_show), config, serving, name, _show)
+
+
+def _show(line: str) -> None:
+    """For people; standard error has the log."""
+    print(line, flush=True)
 
 
 def _add_key(path: Path | None, name: str) -> int:

@@ -33,7 +33,7 @@ class ServeOptions:
     api_key_file: Path | None = None
     """Who may ask: one name and hash of a key a line, as --add-key writes them."""
     served_model_name: str | None = None
-    """What requests call the model; left out, what --target says."""
+    """What requests call the model; left out, what --target says, without its folder."""
     rows: int = 8
     """Answers that are written side by side, if that many fit into memory."""
     context: int = 4096
