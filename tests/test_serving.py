@@ -509,3 +509,12 @@ def test_a_conversation_that_comes_back_is_read_from_where_it_changed_by_its_ten
             assert answer["choices"][0]["token_ids"] == alone.token_ids
         assert held["bob"] == 0
         assert held["alice"] >= first["usage"]["prompt_tokens"]
+
+
+def test_a_grammar_that_fails_takes_only_its_own_answer(engine, client, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.serving.grammar.GrammarMask._take", lambda mask, _: mask._fail())
+    found: list[int] = []
+    other = in_background(lambda: chat(client, max_tokens=60), found)
+    assert chat(client, max_tokens=60, response_format=FORM).status_code == 500
+    other.join()
+    assert found == [200]

@@ -202,14 +202,15 @@ class Worker:
         except Exception as error:  # a fault of ours, or of the machine
             self._recover(error)
             return
-        self._hand_out([(self._running[request], chunk) for request, chunk in events])
+        moved = [(self._running[request], chunk) for request, chunk in events]
+        lost = [job for job in self._running.values() if job.mask and job.mask.failed]
         for request, chunk in events:
             if chunk.result:
                 del self._running[request]
-        lost = [job for job in self._running.values() if job.mask and job.mask.failed]
         for job in lost:
             self._drop(job)
         self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
+        self._hand_out([(job, chunk) for job, chunk in moved if job not in lost])
 
     def _obey(self) -> None:
         """Take commands; wait for some where there is nothing else to do."""
@@ -257,6 +258,10 @@ class Worker:
                 )
             except TtspecError as error:
                 self._fail([job], refused(str(error)))
+                continue
+            except Exception:  # no request may end the thread
+                log.exception("request failed", extra={"event": "request_failed"})
+                self._fail([job], Problem(500, FAILED))
                 continue
             self._running[request] = job
             self.meter.started(job.started - job.queued)
