@@ -472,7 +472,7 @@ def test_rows_without_a_grammar_pay_nothing_for_it(engine) -> None:
     "supervision", ["hindsight", pytest.param("block", marks=pytest.mark.slow)]
 )
 def test_a_grammar_teaches_the_targets_own_distribution(engine, monkeypatch, supervision) -> None:
-    """What a mask forbids is no lesson: it says nothing of the target, and its KL is infinite."""
+    """What a mask forbids here may be right elsewhere; and a law with zeros has logits of -inf."""
     absorb, told = Learner.absorb, list[Tensor]()
 
     def recorded(learner, verification, *args, **options):
@@ -529,6 +529,11 @@ def test_a_later_turn_has_options_and_a_grammar_of_its_own(engine) -> None:
     scheduler.add_turn(request, ids, config=then)
     options = {"repetition_penalty": 1.3, "max_new_tokens": 12}
     assert said(answer()) == said(run(engine, [(ids, 1, options, None)], 1, **PLAIN)[0])
+    once_more = [*ids, *b"a bd"]
+    warm = {"temperature": 0.9, "max_new_tokens": 12, "stop": (" ",)}
+    own = GenerateConfig(**warm, **HOW["copies"])
+    scheduler.add_turn(request, once_more, config=own, seed=5)
+    assert said(answer()) == said(run(engine, [(once_more, 5, warm, None)], 1, **PLAIN)[0])
     with pytest.raises(OptionError, match="learn is"):
         scheduler.add_turn(request, ids, config=GenerateConfig(learn=LEARN))
     wrong = GenerateConfig(suppress_tokens=(999,), **HOW["copies"])

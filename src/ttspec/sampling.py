@@ -199,7 +199,7 @@ def process(logits: Tensor, sampling: SamplingConfig | SamplingTensors) -> Tenso
     if s.top_p is not None:
         ordered, index = x.sort(dim=-1, descending=True, stable=True)
         before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-        before[..., 0] = 0  # the most likely token always stays
+        before[..., :1].zero_()  # the most likely token always stays
         x = torch.full_like(x, -math.inf).scatter(
             -1, index, ordered.masked_fill(before >= s.top_p, -math.inf)
         )

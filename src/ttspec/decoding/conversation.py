@@ -56,6 +56,7 @@ class Conversation:
         self._stream = stream or bool(config.stop)
         self._occurrence = occurrence
         self._first_prompt: list[int] = []
+        self._first_turn = 0
         self._start = 0, 0
         self._limit: FinishReason = "length"
         self._reset()
@@ -67,7 +68,21 @@ class Conversation:
 
     def noise_key(self) -> int:
         """Noise key of this turn; see `noise_key`."""
-        return noise_key(self.seed, self._first_prompt, self._occurrence, turn=self.turn)
+        turn = self.turn - self._first_turn
+        return noise_key(self.seed, self._first_prompt, self._occurrence, turn=turn)
+
+    def renew(self, config: GenerateConfig | None, seed: int | None) -> None:
+        """From the next turn on, be told something else.
+
+        Args:
+            config: Limits and stops; None is as before.
+            seed: With one, noise is that of a conversation that begins with the next turn.
+        """
+        if config is not None:
+            self.config = config
+            self._stream = self._stream or bool(config.stop)
+        if seed is not None:
+            self.seed, self._first_turn = seed, self.turn
 
     def open(self, ids: list[int]) -> int:
         """Begin an answer to `ids`, the whole conversation up to it.
@@ -78,7 +93,7 @@ class Conversation:
             Tokens that it may have; 0 if none, and then it is over.
         """
         decoder, row = self.decoder, self.row
-        if not self.turn:
+        if self.turn == self._first_turn:
             self._first_prompt = ids
         self._reset()
         held, length = decoder.rows.tokens[row], decoder.rows.lengths[row]

@@ -133,7 +133,7 @@ class Decoder(SpeculativeRound):
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
         slots, shapes = self.rows.slots, list[RoundShape]()
-        steps = self.row_sampling.steps(range(self.rows.count))
+        steps = self.row_sampling.captured(self.row_sampling.steps(range(self.rows.count)))
         for drafted in {0, *self.policy.lengths}:
             if drafted or self.policy.adaptive or not self.gamma:
                 shapes.append(RoundShape(slots, drafted, steps=steps))

@@ -105,10 +105,8 @@ class RowPenalties:
 
     def _write(self, name: str, row: int) -> None:
         """Bring one of a row's values to its place; without it, what changes nothing."""
-        rules, neutral = (
-            self._of_row[row],
-            self._size if name == "word_ends" else NEUTRAL.get(name, 0),
-        )
+        rules = self._of_row[row]
+        neutral = self._size if name == "word_ends" else NEUTRAL.get(name, 0)
         value = None if rules is None else getattr(rules, name)
         if name not in self._tensors:
             assert value is not None

@@ -151,6 +151,8 @@ class SpeculativeRound:
         longest = self._longest(active)
         reach = self.rows.slots if self._reads_spans else longest
         steps = self.row_sampling.steps(active)
+        if self.graphs.on:
+            steps = self.row_sampling.captured(steps)
         return RoundShape(reach, draft_length, copy_length, steps), longest, copies
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:

@@ -7,6 +7,7 @@ where they are, so a captured round serves any of them; what it does is part of 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 import torch
@@ -19,6 +20,9 @@ from ttspec.decoding.rows import SamplingSteps
 from ttspec.models.target import Target
 from ttspec.records import LogitMask
 from ttspec.sampling import SamplingTensors, steps_of, values_of
+
+PATIENCE = 64
+"""Rounds that do more than their rows ask for, before what they ask for is captured."""
 
 
 class RowSampling:
@@ -61,6 +65,8 @@ class RowSampling:
                 self.penalties.set(row, default)
         self.masks: RowMasks | None = None
         """None where no row ever had one."""
+        self._met: Counter[SamplingSteps] = Counter()
+        self._captured: set[SamplingSteps] = set()
         self._steps = [self._steps_of(row) for row in range(rows)]
 
     def set(
@@ -108,6 +114,20 @@ class RowSampling:
             )
         return steps._replace(words=self.penalties.words) if "words" in steps.names else steps
 
+    def captured(self, steps: SamplingSteps) -> SamplingSteps:
+        """The same, or more that has graphs already: so few are captured, and seldom.
+
+        Rows that come and go make ever new combinations; what is more changes no bit. One that is
+        met often gets graphs of its own.
+        """
+        self._met[steps] += 1
+        if steps not in self._captured:
+            others = [other for other in self._captured if includes(other, steps)]
+            if others and self._met[steps] <= PATIENCE:
+                return min(others, key=lambda other: (len(other.names), other.most_k))
+            self._captured.add(steps)
+        return steps
+
     def _steps_of(self, row: int) -> SamplingSteps:
         """What a row asks for."""
         sampling, _ = self._of_row[row]
@@ -117,8 +137,7 @@ class RowSampling:
         if self.masks and self.masks.masked([row]):
             names |= {"mask"}
         most_k = sampling.top_k if "top_k" in names else 0
-        most_k = most_k and 1 << (most_k - 1).bit_length()  # few sizes, few graphs
-        return SamplingSteps(names, most_k, sampling.no_repeat_ngram_size)
+        return SamplingSteps(names, rounded(most_k), rounded(sampling.no_repeat_ngram_size))
 
     def tensors(self, steps: SamplingSteps, subset: Tensor | None = None) -> SamplingTensors:
         """What temperature and filters read; of the rows `subset` int64 [B], or of all."""
@@ -143,3 +162,14 @@ class RowSampling:
             assert self.masks is not None
             changed = self.masks(logits, changed, subset)
         return changed
+
+
+def rounded(size: int) -> int:
+    """The next power of two: few sizes, few graphs."""
+    return size and 1 << (size - 1).bit_length()
+
+
+def includes(more: SamplingSteps, steps: SamplingSteps) -> bool:
+    """Whether all that `steps` does is done."""
+    sizes = more.most_k >= steps.most_k and more.most_ngram >= steps.most_ngram
+    return more.names >= steps.names and sizes and steps.words in (more.words, (0, 0))

@@ -115,6 +115,7 @@ class Scheduler:
         ids: list[int],
         *,
         config: GenerateConfig | None = None,
+        seed: int | None = None,
         mask: LogitMask | None = None,
     ) -> None:
         """Queue the next turn of a conversation that keeps its row.
@@ -124,6 +125,8 @@ class Scheduler:
             ids: The whole conversation up to the answer. What its row holds of it is not read
                 again, up to the first token that is another.
             config: From now on; None is as before.
+            seed: With one, the answer is what a new request of this seed for `ids` would get; None
+                goes on with the noise of the conversation.
             mask: What this answer may be.
 
         Raises:
@@ -131,8 +134,8 @@ class Scheduler:
         """
         if config is not None:
             self._sampling[request] = self._sampling_of(config)
-            self._conversations[request].config = config
         self._masks[request] = mask
+        self._conversations[request].renew(config, seed)
         self._ids[request] = ids
         self._ready.append(request)
 
