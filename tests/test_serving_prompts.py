@@ -168,3 +168,14 @@ def test_the_command_refuses_what_is_not_safe_and_makes_keys(tmp_path, capsys) -
 def test_a_pair_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path, capsys) -> None:
     assert main(["serve", str(tmp_path / "nothing"), "--port", "0"]) == 2
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vocabulary", [260, 288])
+def test_a_mask_has_as_many_bits_as_the_target_has_tokens(engine, vocabulary) -> None:
+    form = ResponseFormat(type="json_object")
+    mask = Grammars(engine.tokenizer, vocabulary, engine.target.ends).mask(form)
+    bitmask = torch.full((1, -(-vocabulary // 32)), -1, dtype=torch.int32)
+    mask.fill(bitmask, [], [])
+    token = torch.arange(vocabulary)
+    allowed = (bitmask[0, token // 32] >> (token % 32) & 1).nonzero().flatten().tolist()
+    assert engine.tokenizer.decode(allowed) == "{"

@@ -86,7 +86,7 @@ class GrammarMask:
         begun, taken = self._begun, 0
         for row, token in enumerate([*drafted, None]):
             if self._begun:
-                bitmask[row] = self._allowed()
+                bitmask[row] = self._allowed()[: bitmask.shape[1]]  # it may have a word more
             if token is None:
                 break
             if self._begun:
