@@ -10,13 +10,7 @@ from test_conformance import FEW, NOW, engine_of, small, small_drafter  # noqa: 
 from toys import VOCABULARY, chi_square, make_kind, plain, toy_engine, twin
 
 from ttspec import load
-from ttspec.config import (
-    LONGEST_COPY,
-    DraftConfig,
-    GenerateConfig,
-    LearnConfig,
-    SamplingConfig,
-)
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import with_copies
 from ttspec.decoding.copying import LEAST_MATCH, LONGEST_MATCH, Copying, SuffixIndex
 from ttspec.decoding.decoder import Decoder, widths
@@ -24,7 +18,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
-from ttspec.records import Proposal
+from ttspec.records import LONGEST_COPY, Proposal
 
 # What is copied.
 

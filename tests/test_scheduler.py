@@ -163,3 +163,42 @@ def test_a_request_that_needs_another_decoder_is_refused(engine: Engine) -> None
     with pytest.raises(OptionError, match="acceptance is 'rejection'; all rows"):
         ask(scheduler, SHORT, config=replace(scheduler.config, acceptance="rejection"))
     assert not scheduler.has_unfinished()
+
+
+@pytest.mark.parametrize("scope", ["request", "session"])
+def test_who_comes_back_finds_its_text_in_a_row_and_nobody_elses(engine, scope) -> None:
+    learn = replace(LEARN, scope=scope)
+    scheduler = scheduler_of(engine, rows=2, learn=learn)
+    first = finish_one(scheduler, LONG, seed=1, tenant="alice")
+    said = engine.tokenizer.encode(LONG) + first.token_ids
+    further = said + engine.tokenizer.encode(" and what then?")
+    for tenant, read in (("bob", len(further)), ("alice", len(further) - len(said) + 1)):
+        request = scheduler.add_request(Request(ids=further, seed=3, tenant=tenant))
+        found = finish(scheduler)[request]
+        assert len(found.prompt_ids) == read, tenant
+        assert found.token_ids == plain(engine, further, seed=3, **OPTIONS).token_ids, tenant
+
+
+def test_a_row_is_not_taken_over_for_a_common_beginning(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=2)
+    finish_one(scheduler, LONG, seed=1, tenant="alice")
+    other = finish_one(scheduler, LONG[:30] + " but otherwise", seed=2, tenant="alice")
+    assert len(other.prompt_ids) == 30 + len(" but otherwise")
+    again = finish_one(scheduler, LONG, seed=1, tenant="alice")
+    assert len(again.prompt_ids) == 1
+
+
+def test_a_row_whose_answer_was_cancelled_goes_on_as_it_should(engine: Engine) -> None:
+    scheduler = scheduler_of(engine, rows=1)
+    request = ask(scheduler, LONG, seed=1, tenant="alice")
+    for _ in range(4):
+        scheduler.step()
+    assert scheduler.abort(request)
+    again = finish_one(scheduler, LONG, seed=1, tenant="alice")
+    assert len(again.prompt_ids) == 1
+    assert again.token_ids == alone(engine, LONG, seed=1)
+
+
+def finish_one(scheduler: Scheduler, prompt: str, **options) -> Result:
+    request = ask(scheduler, prompt, **options)
+    return finish(scheduler)[request]

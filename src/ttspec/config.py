@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_
 from ttspec.errors import OptionError
 
 Scope = Literal["request", "session", "shared"]
-
 PENALTIES = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias"),
     *("no_repeat_ngram_size", "bad_words_ids", "min_new_tokens", "min_length"),
@@ -19,9 +18,6 @@ PENALTIES = (
 """Options of sampling that look at the text so far, or at single tokens; all are off by default."""
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
-
-LONGEST_COPY = 31
-"""Tokens copied from the text in a round at most."""
 
 OLD_OPTIONS = {
     "draft.gate": "is called draft.adaptive now.",
@@ -33,10 +29,8 @@ OLD_OPTIONS = {
     "learn.clip": "is gone: gradients are always clipped at norm 1 (docs/options.md).",
     "learn.eps": "is gone: Adam's epsilon is always 1e-8 (docs/options.md).",
 }
-OLD_OPTIONS |= dict.fromkeys(
-    ("learn.emphasis", "learn.proximal", "learn.warmup", "learn.cap"),
-    "is gone: no measurement shows a gain (docs/options.md).",
-)
+_NO_GAIN = "is gone: no measurement shows a gain (docs/options.md)."
+OLD_OPTIONS |= {f"learn.{n}": _NO_GAIN for n in ("emphasis", "proximal", "warmup", "cap")}
 """Options of earlier versions, and what became of them."""
 
 
@@ -177,9 +171,8 @@ class DraftConfig(_Options):
     up to 31 tokens, if that promises more."""
     adaptive: bool = True
     """Draft less, or not at all, where measured costs say that it does not pay, and learn seldom
-    where learning does not: then no drafter makes decoding slower than plain decoding, but for a
-    few tries. Where lengths by the clock would change what a seed writes (acceptance rejection,
-    deterministic), every round drafts."""
+    where learning does not: so no drafter is slower than plain decoding, but for a few tries. Where
+    a clock would change what a seed writes (rejection, deterministic), every round drafts."""
 
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
@@ -230,8 +223,8 @@ class LearnConfig(_Options):
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
     ones that are worse are put back, and rest. 0 never compares."""
     keep: str | None = None
-    """In scope shared, a folder for what was learned: learning goes on from its newest version and
-    writes versions that held-out lessons find no worse; None forgets with the process."""
+    """In scope shared, a folder of versions that held-out lessons find no worse: learning goes on
+    from the newest; None forgets with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
     """Which round is the first to draft with what an update made. A GPU updates beside the rounds
     and the next one after it is over has it (ready); stride: the first of the next stride, so that

@@ -16,6 +16,8 @@ from torch import Tensor
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 POSITION_BINS = (0, 256, 512, 1024, 2048, 4096, 8192)
+LONGEST_COPY = 31
+"""Tokens of a proposal that is copied, at most."""
 
 
 class LogitMask(Protocol):

@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "Show what learning does: one session in three arms, with a table and a page.",
     "generate": "Answer one prompt.",
     "chat": "Talk with the target; the drafter learns over the whole conversation.",
+    "serve": "Serve OpenAI's API from this machine, with a page to chat and to look on.",
     "check": "Check that a drafter, learning or not, changes no token of the target's own text.",
     "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
     "bench": "Measure arms on a suite of requests, report, compare.",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ttspec.config import LONGEST_COPY, DraftConfig, LearnConfig, SamplingConfig
+from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
@@ -22,6 +22,7 @@ from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
+from ttspec.records import LONGEST_COPY
 
 INVARIANT_WIDTH = 16
 """Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix

@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, replace
 
 from ttspec.config import GenerateConfig, SamplingConfig
-from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.conversation import Conversation, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import Prompts
@@ -44,7 +44,9 @@ class Request:
     mask: LogitMask | None = None
     """What the first answer may be, as a grammar says."""
     tenant: str | None = None
-    """Whose it is; None is whose its config says. In scope shared all must be one tenant's."""
+    """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
+    free row holds the beginning of its prompt, from a request of the same tenant, that is not read
+    again; None finds no such row."""
     keeps_row: bool = False
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
@@ -66,6 +68,9 @@ class Scheduler:
         """Requests without a row."""
         self._conversations: dict[int, Conversation] = {}
         self._keeps_row: dict[int, bool] = {}
+        self._tenants: dict[int, str | None] = {}
+        self._left_by: dict[int, str | None] = {}
+        """Whose text a free row holds."""
         self._sampling: dict[int, SamplingConfig] = {}
         self._masks: dict[int, LogitMask | None] = {}
         self._ids: dict[int, list[int]] = {}
@@ -101,6 +106,7 @@ class Scheduler:
             stream=self._stream,
         )
         self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
+        self._tenants[number] = request.tenant
         self._sampling[number], self._masks[number] = sampling, request.mask
         self._queue.append(number)
         return number
@@ -199,8 +205,10 @@ class Scheduler:
         """Forget a conversation that is over; its row is free."""
         talk = self._conversations.pop(request)
         del self._keeps_row[request], self._sampling[request], self._masks[request]
+        tenant = self._tenants.pop(request)
         if talk.row >= 0:
             self._free.append(talk.row)
+            self._left_by[talk.row] = tenant
 
     def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
         """How a request's tokens are chosen.
@@ -231,10 +239,28 @@ class Scheduler:
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
-            request, row = self._queue.popleft(), self._free.pop()
-            self.decoder.clear(row)
+            request = self._queue.popleft()
+            row = self._row_left_for(request)
+            if row is None:  # the one that was left longest ago, if there are tenants
+                row = self._free[0 if self._tenants[request] is not None else -1]
+                self.decoder.clear(row)
+            self._free.remove(row)
             self._conversations[request].row = row
             self._ready.append(request)
+
+    def _row_left_for(self, request: int) -> int | None:
+        """The free row whose text a request of the same tenant goes on from, if any."""
+        tenant, ids, best = self._tenants[request], self._ids[request], (0, -1)
+        for row in self._free if tenant is not None else ():
+            length = self.decoder.rows.lengths[row]
+            if self._left_by.get(row) == tenant and length:
+                alike = shared_prefix(self.decoder.rows.tokens[row][:length], ids)
+                if 2 * alike >= length:  # not just the same system message
+                    best = max(best, (alike, row))
+        learner = self.decoder.learner
+        if best[0] and learner and learner.config.scope == "request":
+            learner.reset(best[1])
+        return best[1] if best[0] else None
 
     def _begin(self) -> list[int]:
         """Begin to read what is ready; requests whose answers are over before they begin."""

@@ -74,12 +74,19 @@ class ChatTemplate:
         """Tokens of a whole conversation, up to where the target answers; see `render`."""
         return token_ids(self.tokenizer, self.render(messages))
 
-    def render(self, messages: Sequence[Message], *, reply: bool = True) -> str:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        reply: bool = True,
+        tools: Sequence[dict[str, Any]] = (),
+    ) -> str:
         """What the template writes, up to where the target answers.
 
         Args:
             messages: With text as content; a last one of the assistant is to be continued.
             reply: Without it, what follows the last message is left out.
+            tools: What the target may call, as OpenAI's API has them.
 
         Raises:
             OptionError: The template refuses the system message, or leaves it out.
@@ -90,7 +97,8 @@ class ChatTemplate:
             self._require(role)
         shaped = [self._shaped(message) for message in whole]
         proceed = reply and whole[-1]["role"] == "assistant"
-        how = {"reply": reply and not proceed, "proceed": proceed}
+        how: dict[str, Any] = {"reply": reply and not proceed, "proceed": proceed}
+        how["tools"] = list(tools) or None
         try:
             return self._apply(shaped, **how)
         except Exception as error:  # a program of others may raise whatever there is
@@ -137,11 +145,13 @@ class ChatTemplate:
         reply: bool,
         proceed: bool = False,
         thinking: bool | Literal["as asked"] | None = "as asked",
+        tools: list[dict[str, Any]] | None = None,
     ) -> str:
         value = self.thinking if thinking == "as asked" else thinking
         switches: dict[str, Any] = {} if value is None else dict.fromkeys(SWITCHES, value)
         text = self.tokenizer.apply_chat_template(
             messages,
+            tools=tools,  # type: ignore[arg-type]
             tokenize=False,
             add_generation_prompt=reply,
             continue_final_message=proceed,

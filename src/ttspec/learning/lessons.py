@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttspec.config import LONGEST_COPY, LearnConfig
-from ttspec.records import Lesson, Verification
+from ttspec.config import LearnConfig
+from ttspec.records import LONGEST_COPY, Lesson, Verification
 
 
 class Lessons:

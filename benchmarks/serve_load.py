@@ -1,0 +1,156 @@
+"""Load on `ttspec serve`: many clients, some go away, some talk nonsense.
+
+    ttspec serve --rows 8 --queue 64 --port 8000
+    python benchmarks/serve_load.py --clients 32 --minutes 10 --pid PID_OF_THE_SERVER
+
+Prints one JSON object. Needs httpx. `--only-good` leaves out what goes wrong on purpose, to measure
+tokens per second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
+MALFORMED = (
+    b'{"messages": [',
+    b'{"messages": "\xff\xfe"}',
+    b'{"messages": [{"role": "king", "content": "x"}]}',
+    b'{"messages": [{"role": "user", "content": "x"}], "temperature": "warm"}',
+    b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 10000000}',
+    b'{"messages": [{"role": "user", "content": "x"}], "echo": true}',
+)
+
+
+class Tally:
+    """What happened."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self.first: list[float] = []
+        self.gaps: list[float] = []
+        self.tokens = 0
+        self.memory: list[int] = []
+
+
+async def one(
+    client: httpx.AsyncClient, rng: random.Random, tally: Tally, *, good: bool, most: int
+) -> None:
+    """One request of a random kind."""
+    kind = "good" if good else rng.choices(["good", "cancelled", "malformed"], [8, 1, 1])[0]
+    headers = {"Content-Type": "application/json"}
+    if kind == "malformed":
+        body = rng.choice(MALFORMED)
+        response = await client.post("/v1/chat/completions", content=body, headers=headers)
+        tally.outcomes[f"malformed: {response.status_code}"] += 1
+        return
+    words = " ".join(rng.choice(TOPICS) for _ in range(rng.randint(1, 60)))
+    asked = {
+        "messages": [{"role": "user", "content": f"Write about {words}."}],
+        "max_tokens": rng.randint(1, most),
+        "seed": rng.randrange(1000),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if not good and rng.random() < 0.5:
+        asked |= {"temperature": 0.8, "top_p": 0.95}
+    begin, before, leave = time.monotonic(), None, rng.randint(1, 4)
+    async with client.stream("POST", "/v1/chat/completions", json=asked) as response:
+        if response.status_code != 200:
+            tally.outcomes[f"{kind}: {response.status_code}"] += 1
+            await response.aread()
+            if response.status_code == 429:
+                await asyncio.sleep(float(response.headers["retry-after"]) * rng.random())
+            return
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line[6:])
+            if "error" in event:
+                tally.outcomes[f"{kind}: {event['error']['code']}"] += 1
+                return
+            if usage := event.get("usage"):
+                tally.tokens += usage["completion_tokens"]
+            elif event["choices"][0]["delta"].get("content"):
+                now = time.monotonic()
+                (tally.first if before is None else tally.gaps).append(now - (before or begin))
+                before, leave = now, leave - 1
+                if kind == "cancelled" and not leave:
+                    tally.outcomes["cancelled: by the client"] += 1
+                    return
+    tally.outcomes[f"{kind}: 200"] += 1
+
+
+async def watch(pid: int | None, tally: Tally) -> None:
+    """Note the server's memory, every few seconds."""
+    while pid:
+        status = Path(f"/proc/{pid}/status").read_text()
+        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
+        tally.memory.append(int(line.split()[1]) // 1024)
+        await asyncio.sleep(5)
+
+
+async def main() -> None:
+    """Run the clients, and print what happened."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--pid", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only-good", action="store_true")
+    given = parser.parse_args()
+    tally, begin = Tally(), time.monotonic()
+
+    async def client(number: int) -> None:
+        rng = random.Random(given.seed * 1000 + number)
+        limits = httpx.Timeout(600)
+        async with httpx.AsyncClient(base_url=given.url, timeout=limits) as client:
+            while time.monotonic() - begin < 60 * given.minutes:
+                await one(client, rng, tally, good=given.only_good, most=given.max_tokens)
+
+    watching = asyncio.ensure_future(watch(given.pid, tally))
+    await asyncio.gather(*(client(n) for n in range(given.clients)))
+    watching.cancel()
+    seconds = time.monotonic() - begin
+    print(json.dumps(report(tally, seconds) | {"clients": given.clients}, indent=1))
+
+
+def report(tally: Tally, seconds: float) -> dict[str, Any]:
+    """Figures of a run."""
+    return {
+        "seconds": round(seconds, 1),
+        "outcomes": dict(sorted(tally.outcomes.items())),
+        "tokens_per_second": round(tally.tokens / seconds, 2),
+        "first_token_seconds": spread(tally.first),
+        "between_chunks_seconds": spread(tally.gaps),
+        "memory_mib": {
+            "first": tally.memory[:1],
+            "middle": tally.memory[len(tally.memory) // 2 :][:1],
+            "last": tally.memory[-1:],
+            "most": max(tally.memory, default=None),
+        },
+    }
+
+
+def spread(values: list[float]) -> dict[str, float] | None:
+    """Median, 99th percentile and the largest."""
+    ordered = sorted(values)
+    if not ordered:
+        return None
+    at = {"p50": 0.5, "p99": 0.99, "most": 1.0}
+    return {name: round(ordered[int(q * (len(ordered) - 1))], 3) for name, q in at.items()}
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,1 @@
+"""An OpenAI server for one machine: one thread decodes, an event loop talks."""

@@ -1,0 +1,214 @@
+"""One request's answers: whole, or as a stream of server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from ttspec.records import Chunk, Result, Round, acceptance_length
+from ttspec.serving import reports
+from ttspec.serving.problems import Problem
+from ttspec.serving.prompts import Written
+from ttspec.serving.schema import ChatRequest, Sampled
+from ttspec.serving.thoughts import ThoughtSplitter
+from ttspec.serving.worker import Job, Worker
+
+log = logging.getLogger("ttspec.serving")
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer so far."""
+
+    job: Job
+    splitter: ThoughtSplitter
+    thoughts: str = ""
+    text: str = ""
+    tokens: int = 0
+    rounds: list[Round] = field(default_factory=list)
+    result: Result | None = None
+
+
+@dataclass(eq=False)
+class Answers:
+    """The answers of one request, which its jobs write."""
+
+    body: Sampled
+    worker: Worker
+    model: str
+    written: Written
+    jobs: list[Job]
+    events: asyncio.Queue[tuple[Job, Chunk | Problem]]
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.is_chat, self.failed = isinstance(self.body, ChatRequest), False
+        self.choices = [
+            Choice(
+                job,
+                ThoughtSplitter(
+                    marks=self.written.marks_thoughts, begun=self.written.begins_in_thought
+                ),
+            )
+            for job in self.jobs
+        ]
+
+    async def whole(self) -> dict[str, Any]:
+        """The response.
+
+        Raises:
+            Problem: An answer failed; the others are given up.
+        """
+        try:
+            async for _ in self._pieces():
+                pass
+        finally:
+            self.give_up()
+        said = {"choices": [self._finished(choice) for choice in self.choices]}
+        return self._envelope(streams=False) | said | self._usage() | self._metrics()
+
+    async def stream(self) -> AsyncIterator[str]:
+        """Server-sent events; whoever sends them calls `give_up` at the end."""
+        options = getattr(self.body, "stream_options", None)
+        counts = bool(options and options.continuous_usage_stats)
+        try:
+            if self.is_chat:
+                for choice in self.choices:
+                    delta = {"role": "assistant", "content": ""}
+                    yield self._event([_part(choice, delta=delta)], counts=counts)
+            async for choice, thoughts, text, chunk in self._pieces():
+                part = self._part(choice, thoughts, text, chunk)
+                if part:
+                    yield self._event([part], counts=counts)
+            if options and options.include_usage:
+                last = self._envelope(streams=True) | {"choices": []}
+                yield _sse(last | self._usage() | self._metrics())
+        except Problem as problem:
+            yield _sse(problem.body())
+        yield "data: [DONE]\n\n"
+
+    def give_up(self) -> None:
+        """Cancel what is not over, and write the request to the log."""
+        missing = [choice.job for choice in self.choices if choice.result is None]
+        self.worker.cancel(missing)
+        ended = "failed" if self.failed else "cancelled" if missing else "done"
+        log.info(ended, extra={"event": "request", "fields": self._account()})
+
+    def _account(self) -> dict[str, Any]:
+        """The request in figures; none of its texts."""
+        first = [job.first_token - job.queued for job in self.jobs if job.first_token]
+        rounds = [r for choice in self.choices for r in choice.rounds]
+        return {
+            "id": self.id,
+            "tenant": self.jobs[0].tenant,
+            "chat": self.is_chat,
+            "stream": self.body.stream,
+            "answers": len(self.jobs),
+            "prompt_tokens": len(self.jobs[0].ids),
+            "completion_tokens": sum(choice.tokens for choice in self.choices),
+            "first_token_seconds": round(min(first), 4) if first else None,
+            "seconds": round(time.monotonic() - self.jobs[0].queued, 4),
+            "acceptance_length": round(acceptance_length(rounds), 3),
+        }
+
+    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, str, Chunk]]:
+        """(choice, thoughts, text, chunk) as they come, until all answers are over."""
+        missing = len(self.choices)
+        while missing:
+            job, event = await self.events.get()
+            if isinstance(event, Problem):
+                self.failed = True
+                raise event
+            choice = self.choices[job.index]
+            choice.tokens += len(event.token_ids)
+            if event.round:
+                choice.rounds.append(event.round)
+            final = event.result is not None
+            thoughts, text = choice.splitter.push(event.text, final=final)
+            choice.thoughts += thoughts
+            choice.text += text
+            if final:
+                choice.result = event.result
+                missing -= 1
+            yield choice, thoughts, text, event
+
+    def _part(
+        self, choice: Choice, thoughts: str, text: str, chunk: Chunk
+    ) -> dict[str, Any] | None:
+        """What a stream says of a chunk, if anything."""
+        ids = {"token_ids": list(chunk.token_ids)} if self.body.return_token_ids else {}
+        end = _end(chunk.result) if chunk.result else {}
+        if not (thoughts or text or end or ids.get("token_ids")):
+            return None
+        if not self.is_chat:
+            return _part(choice, text=text) | end | ids
+        delta = {"reasoning_content": thoughts} if thoughts else {}
+        delta |= {"content": text} if text else {}
+        return _part(choice, delta=delta) | end | ids
+
+    def _finished(self, choice: Choice) -> dict[str, Any]:
+        result = choice.result
+        assert result is not None
+        ids: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
+        if not self.is_chat:
+            return _part(choice, text=choice.text) | _end(result) | ids
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        if self.written.marks_thoughts:
+            message["reasoning_content"] = choice.thoughts or None
+        return _part(choice, message=message) | _end(result) | ids
+
+    def _event(self, choices: list[dict[str, Any]], *, counts: bool) -> str:
+        said = self._envelope(streams=True) | {"choices": choices}
+        return _sse(said | self._usage() if counts else said)
+
+    def _envelope(self, *, streams: bool) -> dict[str, Any]:
+        if self.is_chat:
+            prefix, kind = "chatcmpl-", "chat.completion.chunk" if streams else "chat.completion"
+        else:
+            prefix, kind = "cmpl-", "text_completion"
+        return {
+            "id": prefix + self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+        }
+
+    def _usage(self) -> dict[str, Any]:
+        held = {
+            id(c.job.ids): len(c.job.ids) - len(c.result.prompt_ids)
+            for c in self.choices
+            if c.result
+        }
+        done = [(choice.job, choice.tokens) for choice in self.choices]
+        return {"usage": reports.usage(done, sum(held.values()))}
+
+    def _metrics(self) -> dict[str, Any]:
+        """As in vLLM, of a single answer only."""
+        if len(self.choices) > 1:
+            return {"metrics": None}
+        (choice,) = self.choices
+        assert choice.result is not None
+        level = self.worker.options.per_request_spec_decode_metrics
+        told = reports.metrics(choice.job, choice.result, level, self.worker.draft_length)
+        return {"metrics": told}
+
+
+def _part(choice: Choice, **said: Any) -> dict[str, Any]:
+    return {"index": choice.job.index, **said, "logprobs": None, "finish_reason": None}
+
+
+def _end(result: Result) -> dict[str, Any]:
+    return {"finish_reason": reports.finish_reason(result)}
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"

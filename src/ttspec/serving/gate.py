@@ -1,0 +1,106 @@
+"""What stands before all routes: whose host name was asked, and how large and slow a body may be.
+
+Plain ASGI, so that a stream passes as it comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ttspec.serving.options import BODY_SECONDS
+from ttspec.serving.problems import Problem
+
+
+class Gate:
+    """Refuses what no route should see."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] | None,
+        most: Callable[[], int],
+        refused: Callable[[int], None],
+    ) -> None:
+        """Stand before `app`.
+
+        Args:
+            app: What is asked in the end.
+            hosts: Names that the server may be called by; None is any. Without keys, a web page
+                could else reach a server on its reader's machine under a name of its own.
+            most: Bytes of a body.
+            refused: Told of the status of each request that is refused here.
+        """
+        self._app, self._hosts, self._most, self._refused = app, hosts, most, refused
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            body = await self._body(Headers(scope=scope), scope["method"], receive)
+        except Problem as problem:
+            self._refused(problem.status)
+            headers = {**problem.headers, "Connection": "close"}
+            response = JSONResponse(problem.body(), problem.status, headers)
+            await response(scope, receive, send)
+            return
+        except _GoneError:
+            return
+        await self._app(scope, _replayed(body, receive), send)
+
+    async def _body(self, headers: Headers, method: str, receive: Receive) -> bytes:
+        host = _host(headers.get("host", ""))
+        if self._hosts is not None and host not in self._hosts:
+            raise Problem(403, f"This server is not called {host[:80]!r}.", code="unknown_host")
+        if method not in ("POST", "PUT", "PATCH"):
+            return b""
+        most = self._most()
+        large = Problem(
+            413, f"The body is larger than {most} bytes, which is all a row has room for."
+        )
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length) > most:
+            raise large
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise _GoneError
+                    body += message.get("body", b"")
+                    if len(body) > most:
+                        raise large
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise Problem(408, f"The body did not come within {BODY_SECONDS} seconds.") from None
+
+
+class _GoneError(Exception):
+    """The client went away."""
+
+
+def _host(header: str) -> str:
+    """The name without a port; an IPv6 address keeps its brackets off."""
+    if header.startswith("["):
+        return header[1:].partition("]")[0].lower()
+    return header.partition(":")[0].lower()
+
+
+def _replayed(body: bytes, receive: Receive) -> Receive:
+    """A channel that gives the body at once, and then what comes."""
+    first: list[Any] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def channel() -> Message:
+        return first.pop() if first else await receive()
+
+    return channel

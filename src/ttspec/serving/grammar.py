@@ -1,0 +1,122 @@
+"""Answers that are JSON of a given schema: what may come next, token by token.
+
+llguidance was chosen over xgrammar because it refuses by name what it cannot keep to; measured in
+docs/experiments.md. Runs where prompts are written (compiling) and in the engine's thread (masks).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.hf import from_tokenizer
+from torch import Tensor
+
+from ttspec.serving.problems import Problem, refused
+from ttspec.serving.schema import ResponseFormat
+
+WHITE_SPACE = r"[ \n\r\t]{0,12}"
+"""Between two parts of an answer. Without a bound, small models write spaces for ever."""
+log = logging.getLogger("ttspec.serving")
+
+
+class Grammars:
+    """Compiles schemas for one tokenizer."""
+
+    def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
+        """Read the tokenizer's vocabulary, which takes a second.
+
+        Args:
+            tokenizer: A fast one.
+            vocabulary: Of the target's logits.
+            ends: End tokens, which may come once an answer is whole.
+        """
+        self._tokenizer: LLTokenizer = from_tokenizer(
+            tokenizer, n_vocab=vocabulary, eos_token=sorted(ends)
+        )
+
+    def mask(self, form: ResponseFormat, begins_after: int | None = None) -> GrammarMask:
+        """What an answer of this form may be made of.
+
+        Args:
+            form: Asks for an object, or for what a schema says.
+            begins_after: A token before which nothing is masked: the end of a thought.
+
+        Raises:
+            Problem: The schema is none, or says what cannot be kept to.
+        """
+        schema: dict[str, Any] = {"type": "object"}
+        if form.json_schema is not None:
+            schema = form.json_schema.schema_
+        options: Any = {"whitespace_pattern": WHITE_SPACE}
+        try:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
+        except (ValueError, RecursionError) as error:
+            raise _cannot(str(error)) from error
+        matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise _cannot(matcher.get_error())
+        return GrammarMask(matcher, begins_after)
+
+
+class GrammarMask:
+    """One answer's `LogitMask`. Its state is that of the accepted text; drafts leave no trace."""
+
+    def __init__(self, matcher: LLMatcher, begins_after: int | None = None) -> None:
+        """Nothing was written; arguments as in `Grammars.mask`."""
+        self._matcher, self._begins_after = matcher, begins_after
+        self._read = 0
+        """Tokens of the text that the matcher has read, or that came before it begins."""
+        self._begun = begins_after is None
+        self.failed = False
+        """Whether the grammar could not be followed: what comes then is nothing."""
+
+    def copy(self) -> GrammarMask:
+        """The same for another answer, of which nothing was written."""
+        return GrammarMask(self._matcher.deep_copy(), self._begins_after)
+
+    def fill(self, bitmask: Tensor, text: Sequence[int], drafted: Sequence[int]) -> None:
+        """See `ttspec.records.LogitMask`."""
+        for token in text[self._read :]:
+            self._take(token)
+        self._read = len(text)
+        begun, taken = self._begun, 0
+        for row, token in enumerate([*drafted, None]):
+            if self._begun:
+                bitmask[row] = self._allowed()[: bitmask.shape[1]]  # it may have a word more
+            if token is None:
+                break
+            if self._begun:
+                if self._matcher.try_consume_tokens([token]) != 1:
+                    break
+                taken += 1
+            self._begun = self._begun or token == self._begins_after
+        if taken and not self._matcher.rollback(taken):
+            self._fail()
+        self._begun = begun
+
+    def _take(self, token: int) -> None:
+        if self._begun and not self._matcher.consume_token(token):
+            self._fail()
+        self._begun = self._begun or token == self._begins_after
+
+    def _allowed(self) -> Tensor:
+        bits = bytearray(self._matcher.compute_bitmask())
+        if self._matcher.is_error():
+            self._fail()
+        row = torch.frombuffer(bits, dtype=torch.int32)
+        return torch.zeros_like(row) if self.failed else row
+
+    def _fail(self) -> None:
+        """No exception: it would end the round of all rows."""
+        if not self.failed:
+            log.error("a grammar failed", extra={"event": "grammar_failed"})
+        self.failed = True
+
+
+def _cannot(reason: str) -> Problem:
+    first = next(iter(reason.strip().splitlines()), "it is no JSON schema")
+    return refused(f"The schema cannot be kept to: {first[:300]}.", "response_format")

@@ -1,0 +1,62 @@
+"""What goes wrong with a request, as OpenAI's clients know it: a status and an error object."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Problem(Exception):
+    """A request that is answered with an error; its message is for the client."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        """Say what was given, what is allowed, what to do.
+
+        Args:
+            status: Of HTTP.
+            message: For people.
+            param: The field that is wrong.
+            code: For programs.
+            retry_after: Seconds after which to try again.
+        """
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers: dict[str, str] = {}
+        if retry_after is not None:
+            self.headers["Retry-After"] = str(retry_after)
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's name for errors of this status."""
+        named = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+        named[429] = "rate_limit_error"
+        fallback = "server_error" if self.status >= 500 else "invalid_request_error"
+        return named.get(self.status, fallback)
+
+    def body(self) -> dict[str, Any]:
+        """The error object."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+def refused(message: str, param: str | None = None, code: str | None = None) -> Problem:
+    """A request that can never be answered as it is."""
+    return Problem(400, " ".join(message.split()), param=param, code=code)
+
+
+FAILED = "The server failed while it wrote this answer. It goes on; send the request again."

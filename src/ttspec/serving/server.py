@@ -1,0 +1,195 @@
+"""From the command line to the last answer: load, listen, drain, exit."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.engine import Engine
+from ttspec.errors import OptionError, ResourceError
+from ttspec.serving.app import make_app
+from ttspec.serving.keys import read_keys
+from ttspec.serving.meter import Meter
+from ttspec.serving.options import ServeOptions
+from ttspec.serving.worker import Worker
+
+KEEP_ALIVE = 15
+"""Seconds that an idle connection stays."""
+log = logging.getLogger("ttspec.serving")
+
+
+def serve(
+    load: Callable[[], Engine],
+    config: GenerateConfig,
+    options: ServeOptions,
+    model: str,
+    say: Callable[[str], None],
+) -> int:
+    """Serve until told to stop; arguments and errors as in `make_server`.
+
+    Returns:
+        0, once all is over.
+
+    Raises:
+        ResourceError: The address is taken.
+        TtspecError: What loading says.
+    """
+    return make_server(load, config, options, model, say).run_to_the_end()
+
+
+def make_server(
+    load: Callable[[], Engine],
+    config: GenerateConfig,
+    options: ServeOptions,
+    model: str,
+    say: Callable[[str], None],
+) -> Server:
+    """A server that has not begun.
+
+    Args:
+        load: Gives the pair; called in the engine's thread, while the server already listens.
+        config: What all requests have in common.
+        options: The server's.
+        model: Its name in the API.
+        say: Shows a line to whoever started it.
+
+    Raises:
+        OptionError, DataError: Keys are missing, or their file is unusable.
+    """
+    options.require_keys()
+    keys = read_keys(options.api_key_file) if options.api_key_file else None
+    if keys and keys.tenants > 1 and config.learn and config.learn.scope == "shared":
+        raise OptionError(
+            "learn.scope is shared, and there are keys of several names: what one writes would "
+            "change how fast the others' answers come.\nUse learn.scope request or session."
+        )
+    meter = Meter(model)
+    worker = Worker(load, config, options, meter)
+    app = make_app(worker, keys, meter, model)
+    settings = uvicorn.Config(
+        app,
+        host=options.host,
+        port=options.port,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=5,  # answers have ended by then
+        limit_concurrency=4 * (options.queue + options.rows) + 64,
+        h11_max_incomplete_event_size=32 * 1024,
+    )
+    return Server(settings, worker, say)
+
+
+class Server(uvicorn.Server):
+    """Uvicorn that lets answers end first, and exits with 0 when it was asked to end."""
+
+    def __init__(self, config: uvicorn.Config, worker: Worker, say: Callable[[str], None]) -> None:
+        super().__init__(config)
+        self.worker, self._say = worker, say
+        self._signals = 0
+        self.address = ""
+        """Where it listens, once it does."""
+
+    def run_to_the_end(self) -> int:
+        """Listen, load, answer, drain; see `serve`."""
+        try:
+            asyncio.run(self.serve())
+        finally:
+            self.worker.stop()
+        if isinstance(self.worker.failure, Exception):
+            raise self.worker.failure
+        return 0
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Listen, and begin to load."""
+        try:
+            await super().startup(sockets)
+        except SystemExit as error:  # uvicorn's way to say that it cannot listen
+            raise ResourceError(
+                f"Nothing can listen at {self.config.host}:{self.config.port}; is it taken?\n"
+                "Give another --port or --host."
+            ) from error
+        loop = asyncio.get_running_loop()
+        self.worker.start(loop, self._tell_state)
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self._say(f"Listening at {self.address} while the models load.")
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle signals without raising them again at the end, which would be the exit code."""
+        loop = asyncio.get_running_loop()
+        main = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGTERM, signal.SIGINT) if main else ()
+        for one in handled:
+            loop.add_signal_handler(one, self._end)
+        try:
+            yield
+        finally:
+            for one in handled:
+                loop.remove_signal_handler(one)
+
+    def _end(self) -> None:
+        """A signal: drain. Another one: end at once."""
+        self._signals += 1
+        if self._signals > 1:
+            self.should_exit = self.force_exit = True
+            return
+        self.worker.drain()
+        self._drained = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        """Let what was begun end, while the server still tells that it is draining."""
+        until = time.monotonic() + self.worker.options.drain
+        while sum(self.worker.load) and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        if sum(self.worker.load):
+            await asyncio.to_thread(self.worker.stop)
+        self.should_exit = True
+
+    def _tell_state(self) -> None:
+        """The worker is ready, or over."""
+        if self.worker.state == "stopped":
+            self.should_exit = True
+        elif self.worker.state == "ready":
+            rows, slots = self.worker.rows, self.worker.slots
+            self._say(f"Ready: {rows} rows of {slots:,} tokens. To chat: {self.address}/")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a record: time, level, event and its fields; never a text of a request."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A line."""
+        told: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "event": getattr(record, "event", record.name),
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(told)
+
+
+def log_to_stderr() -> None:
+    """Write all records of the server and of uvicorn as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    for name, level in (("ttspec.serving", logging.INFO), ("uvicorn", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(level)

@@ -1,0 +1,351 @@
+"""One thread that owns the engine and its scheduler. All torch work is done there.
+
+The event loop hands it jobs and is told of every chunk. The thread looks for new and cancelled
+jobs before every step, so who goes away frees a row within a round. A round that fails takes the
+answers of its rows with it; those that wait begin on a new scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Literal
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.forecast import SPARE, free_memory, target_cache
+from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.errors import TtspecError
+from ttspec.records import Chunk
+from ttspec.serving.meter import Meter
+from ttspec.serving.options import ServeOptions
+from ttspec.serving.problems import FAILED, Problem, refused
+
+if TYPE_CHECKING:
+    from ttspec.serving.grammar import GrammarMask
+
+State = Literal["loading", "ready", "draining", "stopped"]
+PATIENCE = 0.05
+"""Seconds between looks at what waits for time or memory."""
+log = logging.getLogger("ttspec.serving")
+
+
+@dataclass(eq=False, kw_only=True)
+class Job:
+    """One answer that is asked for. The thread writes the times, the event loop reads."""
+
+    ids: list[int]
+    config: GenerateConfig
+    seed: int
+    occurrence: int
+    tenant: str
+    thinking: bool | None
+    deadline: float
+    """When it is over, in `time.monotonic`'s seconds."""
+    index: int
+    """Its place among the answers of its request."""
+    mask: GrammarMask | None = None
+    """What it may be made of."""
+    events: asyncio.Queue[tuple[Job, Chunk | Problem]]
+    """Of all answers of its request: chunks, the last one with the result; or what went wrong."""
+    queued: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    first_token: float | None = None
+    ended: float | None = None
+
+
+class Worker:
+    """The thread, what waits for it, and what it works on."""
+
+    def __init__(
+        self,
+        load: Callable[[], Engine],
+        config: GenerateConfig,
+        options: ServeOptions,
+        meter: Meter,
+    ) -> None:
+        """Nothing is loaded before `start`.
+
+        Args:
+            load: Gives the pair; called in the thread.
+            config: What all requests have in common; a request changes limits and sampling.
+            options: The server's.
+            meter: Told of all that happens.
+        """
+        self._load, self.config, self.options, self.meter = load, config, options, meter
+        self.state: State = "loading"
+        self.failure: BaseException | None = None
+        """Why the thread ended, if nobody asked it to."""
+        self.engine: Engine
+        self.slots = self.rows = self.draft_length = 0
+        """Tokens of a row, rows, and tokens that a round verifies at most, once loaded."""
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._notify: Callable[[], None]
+        self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._in_flight = 0
+        self._scheduler: Scheduler
+        self._waiting: deque[Job] = deque()
+        self._running: dict[int, Job] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="ttspec-engine", daemon=True)
+
+    # What the event loop calls.
+
+    def start(self, loop: asyncio.AbstractEventLoop, notify: Callable[[], None]) -> None:
+        """Begin to load; `notify` is called in the loop when it is ready, and when it ends."""
+        self._loop, self._notify = loop, notify
+        self._thread.start()
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs, all or none.
+
+        Raises:
+            Problem: The server does not take any, or too many wait.
+        """
+        self.require_ready()
+        most = self.rows + self.options.queue
+        if len(jobs) > most:
+            raise refused(f"The request asks for {len(jobs)} answers; allowed are {most}.", "n")
+        with self._lock:
+            if self._in_flight + len(jobs) > most:
+                raise Problem(
+                    429,
+                    f"{self._in_flight} answers are being written or wait; this server takes "
+                    f"{most}. Try again later.",
+                    code="queue_full",
+                    retry_after=self.meter.seconds_until_free(self.rows),
+                )
+            self._in_flight += len(jobs)
+        for job in jobs:
+            self._commands.put(partial(self._waiting.append, job))
+
+    def require_ready(self) -> None:
+        """Refuse work while there is nobody to do it.
+
+        Raises:
+            Problem: It is loading, draining or stopped.
+        """
+        if self.state != "ready":
+            wait = 5 if self.state == "loading" else self.options.drain
+            message = f"The server is {self.state}. Try again later."
+            raise Problem(503, message, code=self.state, retry_after=max(1, round(wait)))
+
+    def cancel(self, jobs: Sequence[Job]) -> None:
+        """Give up jobs; those that are over stay so."""
+        for job in jobs:
+            self._commands.put(partial(self._cancel, job))
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """Answers that have a row, and that wait for one."""
+        running = len(self._running)
+        return running, max(0, self._in_flight - running)
+
+    def drain(self) -> None:
+        """Take no more jobs."""
+        if self.state in ("loading", "ready"):
+            self.state = "draining"
+
+    def stop(self) -> None:
+        """End the thread; what is not finished fails. Waits for it."""
+        self.drain()
+        self._commands.put(self._stop)
+        if self.rows and self._thread.is_alive():  # loading may take minutes, and nobody's answer
+            self._thread.join()
+
+    # What the thread does.
+
+    def _run(self) -> None:
+        try:
+            self.engine = self._load()
+            self._begin()
+            if self.state == "loading":
+                self.state = "ready"
+                self._tell(self._notify)
+            while not self._stopping:
+                self._step()
+            self._end_all(_ended())
+        except BaseException as error:  # told to whoever runs the server
+            self.state, self.failure = "stopped", error
+            self._end_all(Problem(500, FAILED))
+        self.state = "stopped"
+        self._tell(self._notify)
+
+    def _begin(self) -> None:
+        """Make rows, as many as fit."""
+        engine, longest = self.engine, 1
+        rows = engine.rows_for(self.config, self.options.rows, longest, sessions=True)
+        decoder = engine.decoder(self.config, rows, longest, sessions=True)
+        self.rows, self.slots = rows, decoder.rows.slots
+        copies = decoder.copying.most if decoder.copying else 0
+        self.draft_length = max(decoder.gamma, copies)
+        self._scheduler = Scheduler(decoder, self.config)
+
+    def _step(self) -> None:
+        self._obey()
+        self._expire()
+        self._admit()
+        if not self._scheduler.has_unfinished():
+            return
+        try:
+            events = self._scheduler.step()
+        except Exception as error:  # a fault of ours, or of the machine
+            self._recover(error)
+            return
+        moved = [(self._running[request], chunk) for request, chunk in events]
+        lost = [job for job in self._running.values() if job.mask and job.mask.failed]
+        for request, chunk in events:
+            if chunk.result:
+                del self._running[request]
+        for job in lost:
+            self._drop(job)
+        self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
+        self._hand_out([(job, chunk) for job, chunk in moved if job not in lost])
+
+    def _obey(self) -> None:
+        """Take commands; wait for some where there is nothing else to do."""
+        timeout = None
+        if self._running:
+            timeout = 0.0
+        elif self._waiting:
+            timeout = PATIENCE
+        with suppress(Empty):
+            self._commands.get(timeout=timeout, block=timeout != 0.0)()
+            while True:
+                self._commands.get_nowait()()
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        late = [j for j in (*self._running.values(), *self._waiting) if j.deadline < now]
+        for job in late:
+            self._drop(job)
+        seconds = f"{self.options.deadline:g}"
+        problem = Problem(504, f"The answer took more than {seconds} seconds.", code="deadline")
+        self._fail(late, problem)
+
+    def _admit(self) -> None:
+        """Give free rows to those who wait, as far as memory allows."""
+        while self._waiting and len(self._running) < self.rows and not self._stopping:
+            job = self._waiting[0]
+            if self._running and not self._has_room(job):
+                return
+            self._waiting.popleft()
+            job.started = time.monotonic()
+            try:
+                request = self._scheduler.add_request(
+                    Request(
+                        ids=job.ids,
+                        seed=job.seed,
+                        occurrence=job.occurrence,
+                        tenant=job.tenant,
+                        mask=job.mask,
+                        thinking=job.thinking,
+                        config=job.config,
+                    )
+                )
+            except TtspecError as error:
+                self._fail([job], refused(str(error)))
+                continue
+            except Exception:  # no request may end the thread
+                log.exception("request failed", extra={"event": "request_failed"})
+                self._fail([job], Problem(500, FAILED))
+                continue
+            self._running[request] = job
+            self.meter.started(job.started - job.queued)
+
+    def _has_room(self, job: Job) -> bool:
+        """Whether memory is left for a row of this length. A GPU has all rows' from the start."""
+        target = self.engine.target
+        if target.device.type != "cpu" or (free := free_memory(target.device)) is None:
+            return True
+        slots = min(self.slots, len(job.ids) + job.config.max_new_tokens)
+        need = target_cache(target.config, 1, slots, target.dtype)
+        return need is None or need <= SPARE * free
+
+    def _cancel(self, job: Job) -> None:
+        if job.ended is None:
+            self._drop(job)
+            self._end([job])
+            self.meter.cancelled()
+
+    def _drop(self, job: Job) -> None:
+        """Take a job out; its row is free."""
+        if job in self._waiting:
+            self._waiting.remove(job)
+        for request in [r for r, other in self._running.items() if other is job]:
+            self._scheduler.abort(request)
+            del self._running[request]
+
+    def _recover(self, error: Exception) -> None:
+        """Fail what had a row, and go on with new rows."""
+        log.exception("round failed", extra={"event": "round_failed"})
+        error.__traceback__ = None  # it holds the old caches
+        self.meter.crashed()
+        lost = list(self._running.values())
+        self._running.clear()
+        self._fail(lost, Problem(500, FAILED, code="round_failed"))
+        del self._scheduler
+        self.engine = self.engine.sibling()
+        gc.collect()
+        self._begin()
+
+    def _hand_out(self, events: list[tuple[Job, Chunk]]) -> None:
+        now = time.monotonic()
+        for job, chunk in events:
+            if job.first_token is None and chunk.token_ids:
+                job.first_token = now
+        self.meter.step([chunk for _, chunk in events])
+        self._end([job for job, chunk in events if chunk.result])
+        for job, chunk in events:
+            if chunk.result:
+                self.meter.finished(job, chunk)
+        self._send(events)
+
+    def _fail(self, jobs: Sequence[Job], problem: Problem) -> None:
+        live = [job for job in jobs if job.ended is None]
+        self._end(live)
+        self._send([(job, problem) for job in live])
+
+    def _end_all(self, problem: Problem) -> None:
+        with suppress(Empty):
+            while True:
+                self._commands.get_nowait()()
+        self._fail([*self._running.values(), *self._waiting], problem)
+
+    def _end(self, jobs: Sequence[Job]) -> None:
+        now = time.monotonic()
+        for job in jobs:
+            job.ended = now
+        with self._lock:
+            self._in_flight -= len(jobs)
+
+    def _send(self, events: Sequence[tuple[Job, Chunk | Problem]]) -> None:
+        if events:
+            self._tell(partial(_deliver, events))
+
+    def _tell(self, what: Callable[[], None]) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            self._loop.call_soon_threadsafe(what)
+
+
+def _deliver(events: Sequence[tuple[Job, Chunk | Problem]]) -> None:
+    for job, event in events:
+        job.events.put_nowait((job, event))
+
+
+def _ended() -> Problem:
+    return Problem(503, "The server stops. Send the request to another, or later.", code="stopped")

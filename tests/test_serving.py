@@ -1,0 +1,520 @@
+"""`ttspec serve`: a real server on a free port, with the toy target."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from toys import toy_engine
+
+from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.errors import DataError, OptionError
+from ttspec.serving import gate
+from ttspec.serving.keys import add_key, read_keys
+from ttspec.serving.options import ServeOptions
+from ttspec.serving.server import Server, make_server
+
+CONTEXT = 300
+LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
+PLAIN: dict[str, Any] = {"learn": None, "ignore_eos": True}
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir: Path) -> Engine:
+    return toy_engine(toy_target_dir)
+
+
+@contextmanager
+def running(engine: Engine, **options: Any) -> Iterator[tuple[httpx.Client, Server]]:
+    """A server in a thread, and a client of it."""
+    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=LEARN, ignore_eos=True)
+    given = {"port": 0, "rows": 2, "queue": 4, "context": CONTEXT, "drain": 5.0, **options}
+    server = make_server(engine.sibling, config, ServeOptions(**given), "toy", lambda line: None)
+    thread = threading.Thread(target=server.run_to_the_end)
+    thread.start()
+    try:
+        until(lambda: server.address)
+        with httpx.Client(base_url=server.address, timeout=60) as client:
+            until(lambda: client.get("/health").status_code == 200)
+            yield client, server
+    finally:
+        server.should_exit = True
+        thread.join(30)
+    assert not thread.is_alive()
+
+
+def until(what: Callable[[], Any], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[httpx.Client]:
+    with running(engine) as (client, _):
+        yield client
+
+
+def chat(client: httpx.Client, **body: Any) -> httpx.Response:
+    return client.post("/v1/chat/completions", json={"messages": HELLO, **body})
+
+
+def complete(client: httpx.Client, **body: Any) -> httpx.Response:
+    return client.post("/v1/completions", json={"prompt": "hello", **body})
+
+
+def events(response: httpx.Response) -> list[Any]:
+    """What a stream sent; the last line must say that it is over."""
+    lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def test_an_answer_is_what_generate_writes_alone_or_among_others_streamed_or_not(
+    engine, client
+) -> None:
+    (alone,) = engine.generate([HELLO], max_new_tokens=30, seed=7, **PLAIN)
+    whole = chat(client, max_tokens=30, seed=7, return_token_ids=True).json()
+    choice = whole["choices"][0]
+    assert choice["token_ids"] == alone.token_ids
+    assert choice["message"] == {"role": "assistant", "content": alone.text}
+    assert choice["finish_reason"] == "length"
+    assert whole["usage"]["completion_tokens"] == len(alone.token_ids)
+    found: list[Any] = []
+
+    def ask(seed: int) -> None:
+        body = {"messages": HELLO, "max_tokens": 30, "seed": seed, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            parts = [event["choices"][0]["delta"] for event in events(response)]
+            assert parts[0] == {"role": "assistant", "content": ""}
+            found.append("".join(part.get("content", "") for part in parts))
+
+    threads = [threading.Thread(target=ask, args=(7,)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [alone.text] * 4
+
+
+def test_choices_differ_as_equal_prompts_of_one_call_do(engine, client) -> None:
+    ids = engine.tokenizer.encode("hello")
+    wanted = engine.generate([ids, ids], max_new_tokens=12, seed=3, **PLAIN)
+    found = complete(client, n=2, max_tokens=12, seed=3, return_token_ids=True).json()
+    assert [c["token_ids"] for c in found["choices"]] == [r.token_ids for r in wanted]
+    assert [c["index"] for c in found["choices"]] == [0, 1]
+    assert found["usage"]["prompt_tokens"] == len(ids)
+    assert found["metrics"] is None  # as in vLLM, it is of one answer only
+
+
+def test_prompts_may_be_texts_or_tokens_and_several(engine, client) -> None:
+    ids = engine.tokenizer.encode("hello")
+    texts = complete(client, prompt=["hello", "bye"], max_tokens=5, return_token_ids=True).json()
+    tokens = complete(client, prompt=ids, max_tokens=5, return_token_ids=True).json()
+    assert texts["choices"][0]["prompt_token_ids"] == ids
+    assert texts["choices"][0]["token_ids"] == tokens["choices"][0]["token_ids"]
+    assert len(texts["choices"]) == 2
+
+
+def test_a_stop_text_ends_an_answer_and_is_not_part_of_it(engine, client) -> None:
+    (whole,) = engine.generate([HELLO], max_new_tokens=30, **PLAIN)
+    stop = whole.text[5:8]
+    found = chat(client, max_tokens=30, stop=[stop]).json()["choices"][0]
+    assert found["message"]["content"] == whole.text[: whole.text.index(stop)]
+    assert found["finish_reason"] == "stop"
+
+
+def test_usage_and_metrics_come_at_the_end_of_a_stream_that_asks_for_them(client) -> None:
+    body = {"messages": HELLO, "max_tokens": 20, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        *chunks, last = events(response)
+    assert all("usage" not in chunk for chunk in chunks)
+    assert last["choices"] == []
+    assert last["usage"]["completion_tokens"] == 20
+    told = last["metrics"]["speculative_decoding"]
+    histogram = told["acceptance_histogram"]
+    assert len(histogram) == told["num_spec_tokens"] + 1
+    assert sum(histogram) == told["num_spec_steps"]
+    assert sum(i * n for i, n in enumerate(histogram)) == told["num_accepted_draft_tokens"]
+    rows = told["acceptance_histogram_by_draft_length"]
+    assert sum(int(k) * sum(row) for k, row in rows.items()) == told["num_draft_tokens"]
+
+
+def test_models_and_metrics_are_told(client) -> None:
+    chat(client, max_tokens=5)
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("toy", CONTEXT)
+    lines = client.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    assert float(values['vllm:generation_tokens_total{model_name="toy"}']) >= 5
+    assert float(values['vllm:num_requests_running{model_name="toy"}']) == 0
+    assert client.get("/live").json()["rows"] == 2
+    assert "<html" in client.get("/").text
+
+
+REFUSED = [
+    ({"echo": True}, "echo"),
+    ({"suffix": "x"}, "suffix"),
+    ({"what": 1}, "what"),
+    ({"prompt": 7}, "prompt"),
+    ({"prompt": []}, "prompt"),
+    ({"prompt": [300]}, "prompt"),
+    ({"prompt": "x" * 290, "max_tokens": 20}, "prompt"),
+    ({"temperature": "0.5"}, "temperature"),
+    ({"temperature": -1}, "temperature"),
+    ({"max_tokens": 0}, "max_tokens"),
+    ({"max_tokens": True}, "max_tokens"),
+    ({"n": 1000}, "n"),
+    ({"n": 20}, "n"),
+    ({"stop": [1]}, "stop"),
+    ({"stop": ""}, "stop"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"prompt": "\ud800"}, "prompt"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), REFUSED, ids=[str(body)[:40] for body, _ in REFUSED])
+def test_what_cannot_be_answered_is_refused_by_name(client, body, param) -> None:
+    content = json.dumps({"prompt": "hello", **body})
+    headers = {"Content-Type": "application/json"}
+    response = client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert (error["param"] or "").startswith(param)
+
+
+def test_harmless_fields_and_nulls_are_ignored(client) -> None:
+    body = {"user": "me", "store": False, "echo": False, "best_of": 1, "logit_bias": None}
+    assert complete(client, max_tokens=2, **body).status_code == 200
+    said = {"role": "assistant", "content": "hi", "refusal": None, "annotations": []}
+    messages = [*HELLO, said, *HELLO]
+    assert chat(client, max_tokens=2, messages=messages).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b'{"prompt": "x"', "application/json", 400),
+        (b'{"prompt": "\xff"}', "application/json", 400),
+        (b"[" * 5000, "application/json", 400),
+        (b'{"prompt": "x", "temperature": NaN}', "application/json", 400),
+        (b"[1]", "application/json", 400),
+        (b"", "application/json", 400),
+        (b'{"prompt": "x"}', "text/plain", 400),
+        (b"x" * 200_000, "application/json", 413),
+    ],
+)
+def test_bodies_that_are_no_request_are_refused(client, content, kind, status) -> None:
+    headers = {"Content-Type": kind}
+    response = client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == status
+    assert response.json()["error"]["message"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=6,
+)
+FIELDS = (
+    *("prompt", "messages", "n", "stop", "seed", "temperature", "top_p", "top_k", "min_p"),
+    *("max_tokens", "logit_bias", "stream", "stream_options", "tools", "response_format"),
+    *("presence_penalty", "model", "return_token_ids", "chat_template_kwargs", "min_tokens"),
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(st.sampled_from(["chat/", ""]), st.sampled_from(FIELDS), JSON)
+def test_any_value_of_a_field_is_answered_or_refused(client, kind, name, value) -> None:
+    body: dict[str, Any] = {"max_tokens": 1, "prompt": "x"}
+    if kind:
+        body = {"max_tokens": 1, "messages": HELLO}
+    content = json.dumps({**body, name: value})
+    headers = {"Content-Type": "application/json"}
+    response = client.post(f"/v1/{kind}completions", content=content, headers=headers)
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert client.get("/health").json() == {"status": "ready"}
+
+
+def test_a_client_that_goes_away_frees_its_row(engine) -> None:
+    with running(engine, rows=1) as (client, server):
+        body = {"messages": HELLO, "stream": True, "max_tokens": 200}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(response.iter_lines())
+            assert sum(server.worker.load) == 1
+        until(lambda: sum(server.worker.load) == 0)
+        with pytest.raises(httpx.ReadTimeout):
+            client.post(
+                "/v1/chat/completions", json={"messages": HELLO, "max_tokens": 200}, timeout=0.05
+            )
+        until(lambda: sum(server.worker.load) == 0)
+        assert "requests_cancelled_total" in client.get("/metrics").text
+        assert chat(client, max_tokens=3).status_code == 200
+
+
+@contextmanager
+def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Rounds wait for the event."""
+    go, real = threading.Event(), Decoder.round
+
+    def slow(decoder: Decoder) -> Any:
+        go.wait(30)
+        return real(decoder)
+
+    monkeypatch.setattr(Decoder, "round", slow)
+    try:
+        yield go
+    finally:
+        go.set()
+
+
+def in_background(ask: Callable[[], httpx.Response], found: list[int]) -> threading.Thread:
+    thread = threading.Thread(target=lambda: found.append(ask().status_code))
+    thread.start()
+    return thread
+
+
+def test_who_comes_when_the_queue_is_full_is_told_when_to_come_again(engine, monkeypatch) -> None:
+    found: list[int] = []
+    with (
+        running(engine, rows=1, queue=1) as (client, server),
+        held_up(monkeypatch) as go,
+    ):
+        threads = [in_background(lambda: chat(client, max_tokens=5), found) for _ in range(2)]
+        until(lambda: sum(server.worker.load) == 2)
+        response = chat(client, max_tokens=5)
+        assert response.status_code == 429
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert response.json()["error"]["code"] == "queue_full"
+        go.set()
+        for thread in threads:
+            thread.join()
+    assert found == [200, 200]
+
+
+def test_an_answer_that_takes_too_long_fails(engine, monkeypatch) -> None:
+    with running(engine, deadline=0.2) as (client, _), held_up(monkeypatch) as go:
+        threading.Timer(0.5, go.set).start()
+        assert chat(client, max_tokens=50).status_code == 504
+
+
+def test_a_round_that_fails_takes_its_answers_with_it_and_no_others(engine, monkeypatch) -> None:
+    broken, real, found = threading.Event(), Decoder.round, list[int]()
+    broken.set()
+
+    def fails_once(decoder: Decoder) -> Any:
+        if broken.is_set():
+            until(lambda: sum(server.worker.load) == 2)
+            broken.clear()
+            raise RuntimeError("the machine did something")
+        return real(decoder)
+
+    monkeypatch.setattr(Decoder, "round", fails_once)
+    with running(engine, rows=1) as (client, server):
+        first = in_background(lambda: chat(client, max_tokens=5), found)
+        until(lambda: sum(server.worker.load) == 1)
+        second = in_background(lambda: chat(client, max_tokens=5), found)
+        first.join()
+        second.join()
+        assert found == [500, 200]
+        assert client.get("/health").json() == {"status": "ready"}
+        assert 'rounds_failed_total{model_name="toy"} 1.0' in client.get("/metrics").text
+
+
+def test_sigterm_lets_answers_end_refuses_new_ones_and_exits_with_0(engine, monkeypatch) -> None:
+    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=LEARN, ignore_eos=True)
+    options = ServeOptions(port=0, rows=1, context=CONTEXT, drain=20)
+    server = make_server(engine.sibling, config, options, "toy", lambda line: None)
+    seen: dict[str, Any] = {}
+
+    def talk() -> None:
+        until(lambda: server.address)
+        with (
+            httpx.Client(base_url=server.address, timeout=30) as client,
+            held_up(monkeypatch) as go,
+        ):
+            until(lambda: client.get("/health").status_code == 200)
+            found: list[int] = []
+            thread = in_background(lambda: chat(client, max_tokens=5), found)
+            until(lambda: sum(server.worker.load) == 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: client.get("/health").json()["status"] == "draining")
+            seen["refused"] = chat(client, max_tokens=5).status_code
+            go.set()
+            thread.join()
+            seen["found"] = found
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    assert server.run_to_the_end() == 0
+    talker.join()
+    assert seen == {"refused": 503, "found": [200]}
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch) -> None:
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.1)
+
+    def slow() -> Iterator[bytes]:
+        yield b'{"prompt": '
+        time.sleep(0.5)
+        yield b'"x"}'
+
+    headers = {"Content-Type": "application/json"}
+    response = client.post("/v1/completions", content=slow(), headers=headers)
+    assert response.status_code == 408
+
+
+def test_a_page_elsewhere_cannot_use_a_server_without_keys(client) -> None:
+    assert client.get("/v1/models", headers={"Host": "evil.example"}).status_code == 403
+    assert client.get("/v1/models", headers={"Host": "localhost:80"}).status_code == 200
+
+
+def test_only_who_has_a_key_is_answered(engine, tmp_path) -> None:
+    path = tmp_path / "keys"
+    key = add_key(path, "alice")
+    other = add_key(path, "bob")
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert key not in path.read_text()
+    keys = read_keys(path)
+    assert (keys.tenant(key), keys.tenant(other), keys.tenant(key[:-1])) == ("alice", "bob", None)
+    with running(engine, api_key_file=path) as (client, _):
+        for header in ({}, {"Authorization": "Bearer x"}, {"Authorization": key}):
+            response = client.post("/v1/completions", json={"prompt": "x"}, headers=header)
+            assert response.status_code == 401
+            assert response.json()["error"]["code"] == "invalid_api_key"
+            assert client.get("/metrics", headers=header).status_code == 401
+        client.headers["Authorization"] = f"Bearer {key}"
+        assert complete(client, max_tokens=2).status_code == 200
+        assert client.get("/", headers={"Host": "any.example"}).status_code == 200
+
+
+def test_a_server_for_others_needs_keys_and_a_file_of_keys_is_checked(tmp_path) -> None:
+    for host in ("0.0.0.0", "::", "192.168.0.4", "example.org"):
+        with pytest.raises(OptionError, match="there are no API keys"):
+            ServeOptions(host=host).require_keys()
+    for host in ("127.0.0.1", "::1", "localhost"):
+        ServeOptions(host=host).require_keys()
+    path = tmp_path / "keys"
+    path.write_text("alice sk-mine\n")
+    with pytest.raises(DataError, match="line 1 is no key") as error:
+        read_keys(path)
+    assert "sk-mine" not in str(error.value)
+    with pytest.raises(DataError):
+        add_key(path, "bob")
+    with pytest.raises(OptionError):
+        add_key(tmp_path / "new", "a name")
+
+
+def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
+    asked = [
+        {"temperature": 0.8, "top_p": 0.9, "seed": 5},
+        {"temperature": 1.2, "top_k": 20, "min_p": 0.05, "seed": 6},
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5},
+        {"logit_bias": {"65": 5.0, "66": -100.0}, "repetition_penalty": 1.3},
+    ]
+    found: dict[int, list[int]] = {}
+
+    def ask(number: int) -> None:
+        response = chat(client, max_tokens=16, return_token_ids=True, **asked[number])
+        found[number] = response.json()["choices"][0]["token_ids"]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(len(asked))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, options in enumerate(asked):
+        if biases := options.get("logit_bias"):
+            options = {**options, "logit_bias": {int(t): b for t, b in biases.items()}}
+        (alone,) = engine.generate([HELLO], max_new_tokens=16, **PLAIN, **options)
+        assert found[number] == alone.token_ids, options
+    refused = complete(client, logit_bias={"9999": 1.0})
+    assert refused.status_code == 400
+    assert complete(client, max_tokens=2).status_code == 200
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
+    "required": ["on", "n"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+
+
+def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engine, client) -> None:
+    for temperature in (0.0, 1.0):
+        asked = {"max_tokens": 120, "temperature": temperature, "seed": 3, "ignore_eos": False}
+        found = chat(client, response_format=FORM, n=2, **asked).json()
+        for choice in found["choices"]:
+            assert choice["finish_reason"] == "stop"
+            said = json.loads(choice["message"]["content"])
+            assert set(said) == {"on", "n"}
+            assert isinstance(said["on"], bool)
+            assert isinstance(said["n"], int)
+
+
+def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
+    for schema in ({"not": {"type": "string"}}, {"type": "king"}, {"$ref": "http://x/y"}):
+        form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+        response = chat(client, max_tokens=5, response_format=form)
+        assert response.status_code == 400, schema
+        assert response.json()["error"]["param"] == "response_format"
+    assert chat(client, response_format={"type": "json_schema"}).status_code == 400
+
+
+def test_a_conversation_that_comes_back_is_read_from_where_it_changed_by_its_tenant_only(
+    engine, tmp_path
+) -> None:
+    path = tmp_path / "keys"
+    keys = {name: add_key(path, name) for name in ("alice", "bob")}
+    with running(engine, api_key_file=path) as (client, _):
+
+        def ask(name: str, messages: list[Any]) -> Any:
+            client.headers["Authorization"] = f"Bearer {keys[name]}"
+            return chat(client, messages=messages, max_tokens=12, return_token_ids=True).json()
+
+        first = ask("alice", HELLO)
+        said = first["choices"][0]["message"]
+        later = [*HELLO, {"role": "assistant", "content": said["content"]}, *HELLO]
+        held = {}
+        for name in ("bob", "alice"):
+            answer = ask(name, later)
+            held[name] = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+            (alone,) = engine.generate([later], max_new_tokens=12, **PLAIN)
+            assert answer["choices"][0]["token_ids"] == alone.token_ids
+        assert held["bob"] == 0
+        assert held["alice"] >= first["usage"]["prompt_tokens"]
+
+
+def test_a_grammar_that_fails_takes_only_its_own_answer(engine, client, monkeypatch) -> None:
+    monkeypatch.setattr("ttspec.serving.grammar.GrammarMask._take", lambda mask, _: mask._fail())
+    found: list[int] = []
+    other = in_background(lambda: chat(client, max_tokens=60), found)
+    assert chat(client, max_tokens=60, response_format=FORM).status_code == 500
+    other.join()
+    assert found == [200]
