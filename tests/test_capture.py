@@ -114,11 +114,11 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
     monkeypatch.setattr(rounds, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: acceptance == "invariant")
     arms: list[dict] = [{"learn": None}]
-    if which in VARIANTS:
+    if which in VARIANTS or acceptance == "rejection":
         arms = [{"learn": NOW}]
     elif which not in ("none", "ngram"):
         arms += [{"learn": NOW}, {"learn": None, "draft": DraftConfig(window=9, rebase=5)}]
-    if which in ("dflash", "eagle3", "pard"):
+    if which in ("dflash", "eagle3", "pard") and acceptance != "rejection":
         arms += [{"learn": replace(NOW, stride=2, publish="stride")}]
     made, replayed = Tapes.made, Tapes.replayed
     for options in arms:

@@ -211,7 +211,9 @@ def test_the_probe_finds_the_taps_it_was_trained_on(bundled, tmp_path, shift):
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [1000.0, 1e7])
 def test_the_probe_finds_the_rotary_base_it_was_trained_with(bundled, tmp_path, base):
-    finding = judged(bundled, copied(tmp_path, rope_theta=base))
+    target, _ = bundled
+    texts = write(Engine(twin(target), None), probes.PROMPTS, 28)  # half of them tell too little
+    finding = judged((target, texts), copied(tmp_path, rope_theta=base))
     assert finding.level == "warning"
     assert "rope base 100000 (target's) drafts better" in finding.text
     assert "run with --draft.rope-base 100000" in finding.text.split(" (the nats")[0]
