@@ -108,7 +108,11 @@ def say(engine: Engine, **options) -> list:
 SOME = [("dflash", "rejection"), ("eagle3", "rejection"), ("causal", "rejection")]
 
 
-@pytest.mark.parametrize(("which", "acceptance"), [(w, "invariant") for w in ["none", *ALL]] + SOME)
+# EAGLE-3 of several layers asks how far it reads, on a CPU only.
+INVARIANT = [(w, "invariant") for w in ["none", *ALL] if w != "eagle3-layers"]
+
+
+@pytest.mark.parametrize(("which", "acceptance"), INVARIANT + SOME)
 def test_a_captured_round_does_what_the_round_does(target, which, acceptance, monkeypatch) -> None:
     """What is seen is told as spans, but where re-based keys or rows' own weights need a mask."""
     monkeypatch.setattr(rounds, "BUCKET", 16)
@@ -173,8 +177,8 @@ def test_a_round_that_waits_is_found(target, monkeypatch, wait: str) -> None:
 def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None:
     real = Decoder.accept
 
-    def stale(self, logits, proposal, noise):
-        accepted, tokens = real(self, logits, proposal, noise)
+    def stale(self, *given):
+        accepted, tokens = real(self, *given)
         return accepted, (tokens + self.round_number) % 250
 
     monkeypatch.setattr(Decoder, "accept", stale)

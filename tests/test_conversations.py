@@ -139,7 +139,15 @@ def test_an_end_token_that_the_history_has_otherwise_is_read_by_no_later_turn(ty
     assert ended >= 1
 
 
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal", "ngram"])
+@pytest.mark.parametrize(
+    "which",
+    [
+        "dflash",
+        "eagle3",
+        "pard2",
+        *(pytest.param(w, marks=pytest.mark.slow) for w in ("pard", "causal", "ngram")),
+    ],
+)
 def test_drafts_after_going_back_are_those_of_a_fresh_request(typist, which, monkeypatch):
     """Nothing of what was taken back is in a drafter's context, and nothing is missing."""
     monkeypatch.setattr("ttspec.drafters.context.FEATURES_KEPT", 16)  # gone after such an answer
@@ -186,7 +194,9 @@ def test_a_drafter_learns_on_after_its_row_went_back(typist, supervision):
     assert learner.updates[0] == sum(r.stats.updates for r in results)
 
 
-@pytest.mark.parametrize("which", ["thinking", "default system"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("thinking", marks=pytest.mark.slow), "default system"]
+)
 def test_a_recurrent_target_reads_again_from_its_last_state(typist, which):
     hybrid = wrap_target(random_hybrid("qwen3_5"), byte_tokenizer())
     engine = engine_with(hybrid, TEMPLATES[which][0], "eagle3")

@@ -300,7 +300,7 @@ def test_a_hybrid_target_is_penalised_alike() -> None:
     options = {"repetition_penalty": 1.2, "no_repeat_ngram_size": 2}
     script = theirs(model, PROMPT, 24, **options)
     engine = Engine(wrap_target(model, byte_tokenizer()), Parrot(PROMPT + script, 4, wrong=3))
-    found = engine.generate([PROMPT], max_new_tokens=30, learn=None, **options)[0]
+    found = engine.generate([PROMPT], max_new_tokens=24, learn=None, **options)[0]
     assert found.token_ids == script
     assert found.stats.acceptance_length > 1.2
 

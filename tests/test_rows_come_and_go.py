@@ -77,7 +77,7 @@ def come_and_go(engine: Engine, learn: LearnConfig, turn: int) -> int:
     return 2 * len(many) + len(prompts) + 5
 
 
-@pytest.mark.parametrize("weights", LEARNED)
+@pytest.mark.parametrize("weights", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_a_thousand_rows_leave_no_memory_behind(target, weights: str):
     engine = Engine(twin(target), make_kind("dflash"))
     learn = learning(weights, publish="stride")

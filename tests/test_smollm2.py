@@ -76,8 +76,11 @@ LEARN = LearnConfig(stride=1, blocks=2)
 # fewer updates.
 @pytest.mark.parametrize(
     ("learn", "temperature", "tokens"),
-    [(None, 0.7, 24), (LEARN, 0.0, 32), (LEARN, 0.7, 24)],
-    ids=["static-0.7", "learning-0.0", "learning-0.7"],
+    [
+        pytest.param(None, 0.7, 24, marks=pytest.mark.slow, id="static-0.7"),
+        pytest.param(LEARN, 0.0, 32, marks=pytest.mark.slow, id="learning-0.0"),
+        pytest.param(LEARN, 0.7, 24, id="learning-0.7"),
+    ],
 )
 def test_the_bundled_drafter_writes_what_plain_decoding_writes(
     engine, plain, learn, temperature, tokens

@@ -194,7 +194,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("stage", ["answers", "training"])
+@pytest.mark.parametrize("stage", ["answers", pytest.param("training", marks=pytest.mark.slow)])
 def test_a_run_that_was_interrupted_ends_with_the_same_drafter(
     run, engine, prompts, tmp_path, monkeypatch, stage
 ):

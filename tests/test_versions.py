@@ -146,7 +146,10 @@ for _ in sys.stdin:
 """
 
 
-def test_after_thirty_kills_nothing_is_lost_that_was_said_to_be_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lives", [6, pytest.param(30, marks=pytest.mark.slow)])
+def test_after_kills_nothing_is_lost_that_was_said_to_be_written(
+    tmp_path: Path, lives: int
+) -> None:
     """A process writes version after version; each is killed at a moment of its own."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     process = subprocess.Popen(
@@ -160,7 +163,7 @@ def test_after_thirty_kills_nothing_is_lost_that_was_said_to_be_written(tmp_path
     assert process.stdout
     rng, last, halves, longest = random.Random(19), 0, 0, 0.0
     with process:
-        for life in range(30):
+        for life in range(lives):
             process.stdin.write("live\n")
             process.stdin.flush()
             pid, said = 0, []
@@ -183,8 +186,9 @@ def test_after_thirty_kills_nothing_is_lost_that_was_said_to_be_written(tmp_path
                 last = int(line.removeprefix("wrote "))
             halves += any(p.name.startswith(".partial") for p in tmp_path.iterdir())
         process.stdin.close()
-    assert last > 10, "it wrote next to nothing"
-    assert halves > 3, "no kill came in the middle of a version"
+    if lives > 20:
+        assert last > 10, "it wrote next to nothing"
+        assert halves > 3, "no kill came in the middle of a version"
     told: list[str] = []
     store = VersionStore(tmp_path, notify=told.append)
     assert now(store) in (last, last + 1)
