@@ -28,6 +28,8 @@ VARIANTS = (
 )
 """Differ from another kind inside a layer only, which tests of drafts and gradients show."""
 OF_ROUNDS = (
+    "test_a_text_is_that_of_plain_decoding",
+    "test_a_context_read_in_parts_is_one_read_at_once",
     "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
     "test_a_captured_round_does_what_the_round_does",
     "test_rows_of_a_batch_write_and_accept_what_each_does_alone",

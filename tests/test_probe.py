@@ -191,6 +191,7 @@ def judged(bundled, folder: Path | str) -> Finding:
     return probes.judge(measure(Engine(twin(target), drafter), texts))
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_bundled_pair_is_read_as_it_was_trained(bundled):
     assert judged(bundled, "smollm2-135m-dflash").level == "ok"

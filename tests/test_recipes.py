@@ -134,7 +134,9 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [KINDS[0], *(pytest.param(k, marks=pytest.mark.slow) for k in KINDS[1:])]
+)
 def test_training_that_was_interrupted_ends_with_the_same_weights(
     runs, engine, answers, tmp_path, monkeypatch, kind
 ):

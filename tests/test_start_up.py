@@ -53,6 +53,7 @@ def test_help_of_a_command_loads_no_torch(command):
     assert not modules & ({"torch", "transformers", "numpy"} | DRAWING | ROOMS)
 
 
+@pytest.mark.slow
 def test_an_answer_loads_no_more_than_it_takes(toy_target_dir: Path, tmp_path: Path):
     """Beside what transformers loads for its own `generate`, which is most of it."""
     drafter = make_drafter(tmp_path / "drafter")

@@ -146,7 +146,7 @@ for _ in sys.stdin:
 """
 
 
-@pytest.mark.parametrize("lives", [6, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lives", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_after_kills_nothing_is_lost_that_was_said_to_be_written(
     tmp_path: Path, lives: int
 ) -> None:

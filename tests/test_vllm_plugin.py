@@ -233,6 +233,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     assert load_file(next((tmp_path / "old").glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_ttspec_and_its_entry_point_import_no_vllm() -> None:
     code = "import ttspec, ttspec.vllm, ttspec.vllm.steps, sys; print('vllm' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -19,7 +19,7 @@ from ttspec.errors import ResourceError, TrainingError, TtspecError
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 COMMANDS = {
-    "demo": "Show what learning does: one session in three arms, with a table and a page.",
+    "demo": "Show what learning does: one session in four ways, with a table and a page.",
     "generate": "Answer one prompt.",
     "chat": "Talk with the target; the drafter learns over the whole conversation.",
     "serve": "Serve OpenAI's API from this machine, with a page to chat and to look on.",
