@@ -37,6 +37,28 @@ OF_ROUNDS = (
     "test_an_export_of_an_export_and_back_has_the_same_tensors",
 )
 """Look at what lies around a layer: for variants they are slow tests."""
+ONE_CASE = (
+    "test_a_replay_does_round_for_round_what_the_run_did",
+    "test_a_row_of_a_batch_writes_what_it_writes_alone",
+    "test_acceptance_follows_the_schedule",
+    "test_captured_rounds_of_changing_lengths_do_what_the_rounds_do",
+    "test_drafts_after_copies_are_those_of_who_never_copied",
+    "test_every_learning_drafter_writes_what_plain_decoding_writes",
+    "test_many_requests_leave_memory_where_few_left_it",
+    "test_nothing_that_one_tenant_taught_reaches_the_next_one",
+    "test_texts_follow_the_targets_law_while_the_drafter_learns",
+    "test_the_loss_falls_and_the_drafter_is_better_than_an_untrained_one",
+    "test_the_text_is_that_of_plain_decoding",
+    "test_two_turns_of_a_session_are_the_same_for_every_drafter",
+)
+"""Costly tests of what all drafters share: the first case runs, the others are slow tests."""
+FOUR_KINDS = (
+    "test_a_captured_round_does_what_the_round_does",
+    "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
+    "test_rows_of_a_batch_write_and_accept_what_each_does_alone",
+)
+OTHERS = ("none", "ngram", "pard2", "mtp")
+"""Kinds whose rounds are like another kind's: in `FOUR_KINDS` they are slow tests."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -44,9 +66,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)  # two threads on a busy machine are slower than one
+    seen = set[tuple[Path, str]]()
     for item in items:
         name, _, variant = item.name.partition("[")
-        if name in OF_ROUNDS and variant.startswith(VARIANTS):
+        again = name in ONE_CASE and (item.path, name) in seen
+        if item.get_closest_marker("slow") is None:
+            seen.add((item.path, name))
+        of_rounds = name in OF_ROUNDS and variant.startswith(VARIANTS)
+        if again or of_rounds or (name in FOUR_KINDS and variant.startswith(OTHERS)):
             item.add_marker(pytest.mark.slow)
 
 
