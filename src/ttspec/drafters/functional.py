@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -200,17 +201,7 @@ class ModelFunction:
         keep: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`concatenated` with weights of which some are one per row: `own` is 0 for those."""
-
-        def call(
-            named: Weights,
-            inputs: dict[str, Tensor],
-            position: Tensor,
-            masks: Masks,
-            keys: Tensor,
-            values: Tensor,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            return self._beside(named, inputs, position, masks, keys, values, keep)
-
+        call = partial(self._beside, keep=keep)
         # A row is a batch of one. The fused kernels have no rule for rows' own batches.
         with sdpa_kernel(SDPBackend.MATH):
             rows = ({n: x[:, None] for n, x in inputs.items()}, position[:, None])

@@ -93,7 +93,7 @@ class Learner:
         state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
         keeper = self.keeper = self.weights.keeper
-        self._held_out_rows = keeper.rows(rows, state, length) if keeper else None
+        self._held_out_rows = keeper.rows(rows, state, self.length) if keeper else None
         self._run = run or Graphs(torch.device("cpu"))
         self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
         self._lessons: Lessons | None = None
