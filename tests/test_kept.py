@@ -3,18 +3,15 @@
 from pathlib import Path
 
 import pytest
-import torch
-from toys import make_kind, make_learner, toy_engine, twin
+from toys import make_kind, toy_engine, twin
 
-from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError, ResourceError
-from ttspec.learning.held_out import HeldOut, RowsHeldOut
 from ttspec.learning.keeper import Judgement
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import numbers_in, stores_in
-from ttspec.records import Lesson
 
 PROMPTS = ["hello there", "count to ten, please"]
 SHARED = {"scope": "shared", "stride": 2, "lr": 3e-3, "blocks": 4}
@@ -54,7 +51,7 @@ def test_learning_goes_on_from_the_bits_that_were_kept(target, tmp_path, weights
     learn = LearnConfig(**SHARED, keep=str(tmp_path), weights=weights)
     engine = fresh(target)
     say(engine, learn)
-    weights_then = {n: w.clone() for n, w in live(engine).master.items()}
+    weights_then = {n: w.clone() for n, w in live(engine).learned.items()}
     keeper = live(engine).keeper
     engine.close()
     assert keeper.judgement.is_kept, keeper.judgement
@@ -85,8 +82,6 @@ def kept(target, tmp_path_factory) -> Path:
     keeper.writer.flush()
     keeper.judgement = Judgement(0)
     keeper._news = True
-    for passage in keeper.held_out.passages:  # the same weights again are no worse
-        passage.scores["before"] = 0.0
     engine.close()
     (store,) = stores_in(folder)
     assert numbers_in(store) == [1, 2]
@@ -125,8 +120,8 @@ def test_worse_weights_are_not_kept_and_the_reason_is_told(target, tmp_path: Pat
     engine = fresh(target)
     say(engine, LearnConfig(**SHARED, keep=str(tmp_path)))
     weights = live(engine)
-    for name, master in weights.master.items():  # the other way from the anchor
-        master.copy_(weights.anchor[name] - 3 * (master - weights.anchor[name]))
+    for name, learned in weights.learned.items():  # the other way from the anchor
+        learned.copy_(weights.anchor[name] - 3 * (learned - weights.anchor[name]))
     weights.publish()
     engine.close()
     found = weights.keeper.judgement
@@ -150,57 +145,6 @@ def test_worse_weights_are_not_kept_and_the_reason_is_told(target, tmp_path: Pat
 )
 def test_a_version_must_be_behind_neither(blocks: int, figures, good: bool) -> None:
     assert Judgement(blocks, *figures).is_kept is good
-
-
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard"])
-def test_a_stored_passage_scores_as_the_row_did_and_outlives_it(which: str, monkeypatch) -> None:
-    monkeypatch.setattr("ttspec.learning.held_out.LIKELY", 1000)  # the whole distribution
-    from test_learning import taught
-
-    learner, drafter, given = taught(which, LearnConfig(stride=1))
-    wanted = learner._distillation.expected_drafts(drafter.weights, given, 31)
-    held = HeldOut(drafter)
-    blocks = torch.arange(given.start.shape[1])
-    for row in range(len(given.start)):
-        held.add(learner.state, row, given, blocks)
-    learner.state.keys.zero_()  # the row is gone
-    learner.state.values.zero_()
-    for row, passage in enumerate(held.passages):
-        found = held.score(passage, drafter.weights, learner.state.options)
-        assert found == pytest.approx(float(wanted[row].sum()), rel=1e-4)
-
-
-def test_what_is_held_out_never_teaches_and_is_stored_once() -> None:
-    _, drafter, state = make_learner(1)
-    length, span = 4, 64
-    rows, held = RowsHeldOut(1, length, drafter.embedding.device), HeldOut(drafter)
-    taught, stored = set(), []
-    state = drafter.start(1, 2500, DraftConfig())
-    for begin in range(40, 2400, 3):  # one new block, and one that was seen before
-        start = torch.tensor([[begin, max(begin - 3, 40)]])
-        lesson = Lesson(
-            tokens=torch.zeros(1, 2, length + 1, dtype=torch.long),
-            start=start,
-            before=None,
-            logits=torch.zeros(1, 2, length, 260),
-            mask=torch.ones(1, 2, length, dtype=torch.bool),
-            fresh=torch.ones(1, 2, dtype=torch.bool),
-            count=torch.tensor([2]),
-        )
-        before = len(held.passages)
-        rows.divide(lesson, state, held)
-        for place in start[0, lesson.mask[0].any(-1)].tolist():
-            taught |= set(range(place + 1, place + length + 1))
-        assert int(lesson.count) == int(lesson.mask.any(-1).sum())
-        for passage in list(held.passages)[before:]:
-            stored += passage.lesson.start[0].tolist()
-    assert len(stored) == len(set(stored)), "once each"
-    judged = {place for s in stored for place in range(s + 1, s + length + 1)}
-    assert judged
-    assert not judged & taught, "no token that is judged by was taught"
-    spans = {s // span for s in stored}
-    assert spans == {1, 17, 33}, "one of sixteen, the first one soon"
-    assert len(taught) > 0.85 * 2300
 
 
 # Whose text.

@@ -13,7 +13,7 @@ from ttspec.learning.update_schedule import MAX_STRIDES, TRIAL, UpdateSchedule
 def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
     """A learner at stride 8 after so many rounds of 1 s, an update costing `cost` s more."""
     learner = SimpleNamespace(
-        stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: gain)
+        stride=8, strides=1, is_updating=False, study=None, guard=SimpleNamespace(gain=lambda: gain)
     )
     pace = UpdateSchedule()
     for number in range(1, rounds + 1):
@@ -42,7 +42,11 @@ def test_what_rounds_take_longer_beside_an_update_is_its_cost():
     """Published 4 rounds after it began, each 0.5 s longer: as dear as 2 s at once."""
     for slower, strides in ((0.5, MAX_STRIDES), (0.0, 1)):
         learner = SimpleNamespace(
-            stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: 1.05)
+            stride=8,
+            strides=1,
+            is_updating=False,
+            study=None,
+            guard=SimpleNamespace(gain=lambda: 1.05),
         )
         pace, left = UpdateSchedule(), 0
         for number in range(1, 50_000):
@@ -57,7 +61,7 @@ def test_what_rounds_take_longer_beside_an_update_is_its_cost():
 
 def test_where_every_round_is_slowed_down_there_are_fewer_updates():
     learner = SimpleNamespace(
-        stride=4, strides=1, is_updating=True, guard=SimpleNamespace(gain=lambda: 1.0)
+        stride=4, strides=1, is_updating=True, study=None, guard=SimpleNamespace(gain=lambda: 1.0)
     )
     pace = UpdateSchedule()
     for number in range(1, 4 * TRIAL + 1):
@@ -69,7 +73,11 @@ def test_where_every_round_is_slowed_down_there_are_fewer_updates():
 def test_without_a_clock_seconds_say_nothing():
     for seconds in (1.0, 50.0):
         learner = SimpleNamespace(
-            stride=8, strides=1, is_updating=False, guard=SimpleNamespace(gain=lambda: 1.0)
+            stride=8,
+            strides=1,
+            is_updating=False,
+            study=None,
+            guard=SimpleNamespace(gain=lambda: 1.0),
         )
         pace = UpdateSchedule(clock=False)
         for number in range(1, 8 * TRIAL + 1):

@@ -198,8 +198,8 @@ class LearnConfig(_Options):
     """Of low-rank changes."""
     lr: float | None = None
     """Adam's learning rate; None is what measured best for the kind of drafter and of weights."""
-    beta1: float = 0.0
-    """Adam's decay of the first moment; replayed blocks smooth the gradient already."""
+    beta1: float | None = None
+    """Adam's decay of the first moment; None is 0, and 0.9 in scope shared."""
     beta2: float = 0.99
     """Adam's decay of the second moment."""
     supervision: Literal["block", "accepted", "hindsight"] = "hindsight"
@@ -240,7 +240,7 @@ class LearnConfig(_Options):
         check("rank", self.rank >= 1, "1 or more")
         check("guard", 0 <= self.guard < math.inf, "0 (none) or more")
         check("lr", lr is None or (math.isfinite(lr) and lr > 0), "above 0")
-        check("beta1", 0 <= self.beta1 < 1, "from 0 to below 1")
+        check("beta1", self.beta1 is None or 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")
         keeps = self.keep is None or (bool(self.keep) and self.scope == "shared")

@@ -63,6 +63,25 @@ def _kl_and_gradient(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor
     return torch.linalg.vecdot(p, log_p - log_q), (log_q.exp() - p).to(q_logits.dtype)
 
 
+def likely_kl(likely: Tensor, p: Tensor, rest: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) per row of which p's likeliest tokens are known, and the others all together.
+
+    Args:
+        likely: int64 [..., K], places of those in q's vocabulary.
+        p: [..., K] their probabilities.
+        rest: [...] that of all others.
+        q_logits: [..., V] the drafter's.
+
+    Returns:
+        float32 [...].
+    """
+    p, rest = p.float(), rest.float()
+    log_q = q_logits.gather(-1, likely).float() - q_logits.logsumexp(-1, keepdim=True).float()
+    others = (1 - log_q.exp().sum(-1)).clamp(min=1e-4)
+    known = (p * (p.clamp(min=1e-8).log() - log_q)).sum(-1)
+    return known + rest * (rest.clamp(min=1e-8).log() - others.log())
+
+
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """1 - sum of min(p, q) per row: the share of drafts that rejection sampling would refuse.
 

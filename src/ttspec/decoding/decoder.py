@@ -125,6 +125,7 @@ class Decoder(SpeculativeRound):
         )
         known = self.row_sampling, self.rows, self.deferred
         self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
+        self.prompts.learner = self.learner
         self.timer = RoundTimer(target.device)
         schedule = UpdateSchedule(clock=by_clock) if draft.adaptive else None
         self.feedback = PolicyFeedback(self.learner, schedule)

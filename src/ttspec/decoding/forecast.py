@@ -19,7 +19,7 @@ from ttspec.decoding.decoder import widths
 from ttspec.decoding.working import lessons, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
-from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
+from ttspec.learning.live_weights import bytes_of_copy, learned_numbers, resolve_learn_config
 from ttspec.models.target import Target
 from ttspec.models.unfit import ORDINARY, RECURRENT
 
@@ -205,8 +205,8 @@ def learning_row(drafter: Drafter, config: LearnConfig) -> int:
     """Bytes a copy: float32 master, gradient and two moments, the live copy and its gradient."""
     if not drafter.weights:
         return 0
-    size = drafter.embedding.element_size()
-    return bytes_of_copy(config, drafter, config.weights) // (16 + size) * (16 + 2 * size)
+    gradient = learned_numbers(config, drafter, config.weights) * drafter.embedding.element_size()
+    return bytes_of_copy(config, drafter, config.weights) + gradient
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -17,6 +17,7 @@ from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
+from ttspec.learning.learner import Learner
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.rowcache import RowCache
@@ -63,6 +64,9 @@ class Prompts:
 
 class PromptReader:
     """Feeds rows, to the target and to its drafter."""
+
+    learner: Learner | None = None
+    """Told what the rows read."""
 
     def __init__(
         self,
@@ -121,7 +125,8 @@ class PromptReader:
             parts = [ids[:-last][piece] for ids in prompts.ids]
             live = [i for i, part in enumerate(parts) if part]
             at = [prompts.position[i] for i in live]
-            self._feed([prompts.rows[i] for i in live], [parts[i] for i in live], at)
+            left = [len(prompts.ids[i]) - prompts.read - len(parts[i]) for i in live]
+            self._feed([prompts.rows[i] for i in live], [parts[i] for i in live], at, left)
             for i in live:
                 prompts.position[i] += len(parts[i])
             prompts.read += PIECE
@@ -130,7 +135,8 @@ class PromptReader:
         if masks and (masked := masks.masked(prompts.rows)):  # one that fails changes nothing
             masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         ends = [ids[-last:] for ids in prompts.ids]
-        logits = self._feed(prompts.rows, ends, prompts.position, logits=True)
+        none = [0] * len(ends)
+        logits = self._feed(prompts.rows, ends, prompts.position, none, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
         if penalises(self._sampling.steps(prompts.rows)):
@@ -223,22 +229,42 @@ class PromptReader:
         return draw(process(logits, sampling), noise)[:, 0].tolist()
 
     def _feed(
-        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
+        self,
+        rows: list[int],
+        parts: list[list[int]],
+        at: list[int],
+        left: list[int],
+        *,
+        logits: bool = False,
     ) -> Tensor | None:
-        """Read prompt tokens; returns the logits [B, 1, V] of the last column, if asked for."""
+        """Read prompt tokens, of which `left` are still to come behind them.
+
+        Returns:
+            The logits [B, 1, V] of the last column, if asked for.
+        """
         some = max(1, AT_ONCE // max(map(len, parts)))
         groups = [slice(i, i + some) for i in range(0, len(rows), some)]
-        read = [self._feed_some(rows[g], parts[g], at[g], logits=logits) for g in groups]
+        read = [self._feed_some(rows[g], parts[g], at[g], left[g], logits=logits) for g in groups]
         return torch.cat([part for part in read if part is not None]) if logits else None
 
     def _feed_some(
-        self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool
+        self,
+        rows: list[int],
+        parts: list[list[int]],
+        at: list[int],
+        left: list[int],
+        *,
+        logits: bool,
     ) -> Tensor | None:
         """As `_feed`, all at once."""
         tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, tokens, features, start, subset)
+        if self.learner:  # what is far from an answer would only fill its memory
+            near = [len(p) if n <= PIECE else 0 for p, n in zip(parts, left, strict=True)]
+            count = torch.tensor(near, device=start.device)
+            self.learner.read(tokens, features, start, count, subset)
         return out
 
     def _read(

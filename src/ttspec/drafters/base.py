@@ -91,6 +91,8 @@ class Drafter(ABC):
     long texts (docs/experiments.md); None is all."""
     learning_rate: float = 1e-4
     """Of online learning by default: what measured best (docs/experiments.md)."""
+    memory_rate: float | None = None
+    """The same where a memory of all requests teaches; None is no other."""
     lora_rate: float = 1e-3
     """The same where low-rank changes learn."""
     weights: dict[str, Tensor]

@@ -52,6 +52,7 @@ class Eagle3(FeatureDrafter):
     kind = "eagle3"
     default_window = 512
     learning_rate = 3e-5
+    memory_rate = 2e-4
     aliases = (
         (r"^model\.", ""),
         (r"^layers\.0\.", LAYER),

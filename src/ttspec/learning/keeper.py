@@ -15,19 +15,20 @@ from typing import Any
 
 from torch import Tensor
 
-from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, DraftState
-from ttspec.drafters.context import ContextState
+from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
 from ttspec.learning.delta import Delta, delta_metadata, difference
-from ttspec.learning.held_out import LEAST_BLOCKS, HeldOut, RowsHeldOut
 from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.study import MemoryStudy
 from ttspec.learning.version_writer import VersionWriter
 from ttspec.learning.versions import ANCHOR, Version, VersionStore, place_of
-from ttspec.records import Lesson
 
 SECONDS = 60.0
 """Between two tries to make a version."""
+LEAST_BLOCKS = 16
+"""Held-out blocks without which nothing can be said."""
+MOST_PAGES = 32
+"""Held-out pages that judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,9 @@ class Judgement:
 
 class Keeper:
     """What connects weights that learn with a store of versions of them."""
+
+    study: MemoryStudy | None = None
+    """Has what is held out; a learner's, once there is one."""
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class Keeper:
         self._metadata = delta_metadata(drafter, live.config)
         place = place_of(root, target["sha256"], self._metadata["sha256"], tenant)
         self.store = VersionStore(place, notify=notify)
-        self.writer, self.held_out = VersionWriter(notify), HeldOut(drafter)
+        self.writer = VersionWriter(notify)
         self.updates = self.requests = self.refused = 0
         """Since the process began: updates, requests that taught, and what was found worse."""
         self.judgement = Judgement(0)
@@ -89,7 +93,6 @@ class Keeper:
         # On the host: another thread may not touch a GPU while graphs are captured.
         self._anchor = {n: w.to("cpu") for n, w in live.anchor.items()}
         self._parent, self._news, self._tried = ANCHOR, False, time.monotonic()
-        self._options: DraftConfig | None = None
         try:
             if found := self.store.current():
                 self._begin_at(*found)
@@ -97,18 +100,6 @@ class Keeper:
             self.store.close()
             raise
         self._before = self._drafting()
-
-    def rows(self, rows: int, state: DraftState, length: int) -> RowsHeldOut | None:
-        """What is held out of a learner's rows; None where a drafter's context cannot be kept."""
-        if not isinstance(state, ContextState):
-            return None
-        return RowsHeldOut(rows, length, self.drafter.embedding.device)
-
-    def divide(self, rows: RowsHeldOut, lesson: Lesson, state: DraftState) -> None:
-        """Take what is held out from a lesson that is about to teach, in place."""
-        assert isinstance(state, ContextState)
-        self._options = state.options  # not the state: its rows are many, and may go
-        rows.divide(lesson, state, self.held_out)
 
     def note(self, updated: Sequence[bool], updates: Sequence[int]) -> None:
         """An update is over; now and then, make a version.
@@ -135,9 +126,7 @@ class Keeper:
             self.refused += self.judgement.blocks >= LEAST_BLOCKS
             return False
         self._news, self._before = False, self._drafting()
-        for passage in self.held_out.passages:
-            passage.scores["before"] = passage.scores["live"]
-        masters = {n: w[0].to("cpu", copy=True) for n, w in self.live.master.items()}
+        learned = {n: w[0].to("cpu", copy=True) for n, w in self.live.learned.items()}
         facts = {
             **self._facts,
             "updates": self.updates,
@@ -152,7 +141,7 @@ class Keeper:
                 },
             },
         }
-        self.writer.submit(lambda: self._write(masters, facts))
+        self.writer.submit(lambda: self._write(learned, facts))
         return True
 
     def close(self) -> None:
@@ -186,24 +175,17 @@ class Keeper:
         return {name: weight.detach().clone() for name, weight in self.live.published.items()}
 
     def _judge(self) -> Judgement:
-        """Score the live weights, and what has no score yet of those they are compared with."""
-        if self._options is None or not self.held_out.passages:
+        """Score the live weights, and those they are compared with."""
+        if self.study is None:
             return Judgement(0)
         sets = {"live": self.live.published, "before": self._before, "anchor": {}}
-        totals = dict.fromkeys(sets, 0.0)
-        for passage in self.held_out.passages:
-            for name, changed in sets.items():
-                if name == "live" or name not in passage.scores:
-                    weights = {**self.drafter.weights, **changed}
-                    passage.scores[name] = self.held_out.score(passage, weights, self._options)
-                totals[name] += passage.scores[name]
-        blocks = self.held_out.blocks
-        return Judgement(blocks, **{name: total / blocks for name, total in totals.items()})
+        blocks, drafts = self.study.judge(sets, MOST_PAGES)
+        return Judgement(blocks, **drafts)
 
-    def _write(self, masters: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:
+    def _write(self, learned: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:
         """On the writer's thread: what was learned, as a change of the anchor weights."""
         full = self.live.config.weights == "full"
-        changes = difference(masters, self._anchor) if full else masters
+        changes = difference(learned, self._anchor) if full else learned
         tensors = {name: change.contiguous() for name, change in changes.items()}
         version = self.store.write(tensors, self._metadata, {**facts, "parent": self._parent})
         self._parent = version.number

@@ -1,7 +1,8 @@
 """When a drafter learns, and from when on it drafts with what it learned. Knows no drafter by name.
 
-Every row learns for itself: live weights, moments and reverts are a row's own, so that rows of a
-batch cannot touch each other, unless scope "shared" asks for one drafter that learns from all.
+Every row learns for itself from its newest blocks: live weights, moments and reverts are a row's
+own, so that rows of a batch cannot touch each other. In scope "shared" one drafter learns for all,
+from a memory of their texts.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
 reads a copy of the lessons, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
@@ -30,8 +31,9 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
-from ttspec.learning.lessons import Lessons
+from ttspec.learning.lessons import Lessons, taught
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
+from ttspec.learning.study import MemoryStudy
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 from ttspec.records import Lesson, Verification
@@ -39,16 +41,8 @@ from ttspec.records import Lesson, Verification
 COMPARED, HELD_OUT = 4, 2
 """Blocks, the newest, over which weights are compared; and those of them that then do not teach, by
 which what an update makes is judged before it drafts."""
-CHAIN = 4
-"""Drafts of a block that teach a drafter which drafts one after the other: the others would nearly
-double an update's cost and gained nothing (docs/experiments.md)."""
 MIN_CONTEXT = 512
 """Tokens of context that an update captured as a graph reads at least."""
-
-
-def taught(drafter: Drafter, length: int) -> int:
-    """Drafts of a block of `length` that teach."""
-    return length if drafter.at_once else min(length, CHAIN)
 
 
 class Learner:
@@ -92,8 +86,13 @@ class Learner:
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
-        keeper = self.keeper = self.weights.keeper
-        self._held_out_rows = keeper.rows(rows, state, self.length) if keeper else None
+        self.keeper = self.weights.keeper
+        self.study: MemoryStudy | None = None
+        """Where a memory teaches."""
+        if memory := self.weights.memory:
+            self.study = MemoryStudy(memory, drafter, rows, state.options, self.length)
+        if self.keeper:
+            self.keeper.study = self.study
         self._run = run or Graphs(torch.device("cpu"))
         self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
         self._lessons: Lessons | None = None
@@ -102,9 +101,11 @@ class Learner:
         device, copies = drafter.embedding.device, len(self.weights.resting)
         self._report = UpdateReport.empty(rows, device)
         self.guard = Guard(config.guard, self.stride, copies, after)
-        self._held_out = HELD_OUT if config.blocks >= 2 * HELD_OUT else 0
+        self._held_out = HELD_OUT if config.blocks >= 2 * HELD_OUT and not self.study else 0
         self._active = [False] * copies
         """Copies that had rounds since the last update."""
+        self._taught = [False] * rows
+        """Rows that had, where all share one."""
         self._resting, self._due = [False] * copies, [False] * copies
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
@@ -112,7 +113,7 @@ class Learner:
         self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
-        if self.shared or (config.publish == "ready" and not beside):
+        if (self.shared and not self.study) or (config.publish == "ready" and not beside):
             self._publish = "now"
         self._run_update = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
@@ -150,7 +151,9 @@ class Learner:
         self.keep(verification, longest if key is None else key)
         self._rounds += drafted
         for row in range(rows) if active is None else active:
-            self._active[0 if self.shared else row] = True
+            self._active[0 if self.shared else row] = self._taught[row] = True
+        if self.study and drafted and self._rounds % self.stride == 0:
+            self.study.remember(self._lessons)
         due = drafted and self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
@@ -191,7 +194,7 @@ class Learner:
         Returns:
             For each row, whether it was updated.
         """
-        self._lesson = lesson
+        self._lesson, self._taught = lesson, (lesson.count > 0).tolist()
         self._compute_gradients(longest)
         self._step_weights(0)
         self._pending = self._report
@@ -208,6 +211,9 @@ class Learner:
         may_step = self.weights.may_step(report).tolist()
         steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
         taught = (report.blocks > 0).tolist()
+        if self.study:
+            taught = [any(taught) and row for row in self._taught]
+            self._taught = [False] * len(taught)
         # The update was made from the weights that were compared.
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         for copy, comparison in enumerate(comparisons.tolist()):
@@ -233,7 +239,7 @@ class Learner:
     def learned(self, row: int) -> Weights:
         """What learns, as a row has it now, float32; with the update under way."""
         self.publish()
-        return {n: w[0 if self.shared else row] for n, w in self.weights.master.items()}
+        return {n: w[0 if self.shared else row] for n, w in self.weights.learned.items()}
 
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""
@@ -242,18 +248,20 @@ class Learner:
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
         self.publish()
+        if self.study:
+            self.study.forget(row, self._lessons)
         if not self.shared:
             self.weights.reset(row)
             self.guard.reset(row)
         self._clear_lessons(row)
-        if self._held_out_rows:
-            self._held_out_rows.reset(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
         """Drop the lessons about what a row's crop to `length` took back."""
         self.publish()  # it reads what will be overwritten
         if self._lessons is not None:
+            if self.study:
+                self.study.forget(row, self._lessons)
             self._lessons.clear_above(row, length)
 
     def __del__(self) -> None:
@@ -268,9 +276,23 @@ class Learner:
     def keep(self, verification: Verification, key: Hashable) -> None:
         """Keep a round's verification, for what it teaches; `key` as in `absorb`."""
         if self._lessons is None:
-            self._lessons = Lessons(self.config, len(self.updates), self.length, verification)
+            rows, features = len(self.updates), self.study is not None
+            new = Lessons(self.config, rows, self.length, verification, features=features)
+            self._lessons = new
         self._verification, changes = verification, self._lessons.changed_by_absorb
         self._run(self._keep_lesson, key, compile=False, changes=changes)
+
+    def read(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        start: Tensor,
+        count: Tensor,
+        subset: Tensor | None = None,
+    ) -> None:
+        """Note a piece of some rows' prompts; arguments as in `MemoryRows.write`."""
+        if self.study:
+            self.study.rows.write(tokens, features, start, count, None, subset)
 
     def _begin_update(self, longest: int) -> None:
         """Start an update on the newest lessons, if any copy may learn."""
@@ -293,17 +315,20 @@ class Learner:
         assert self._lessons is not None
         self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
-        if self.keeper and self._held_out_rows and self._rounds:  # no round yet: graphs are made
-            self.keeper.divide(self._held_out_rows, self._lesson, self.state)
+        work = self._compute_gradients_and_compare if compare else self._compute_gradients
+        if self.study:
+            work = self._study_texts
+            self.study.choose()
+            self.study.texts = self._run_update(self.study.read_texts, 0, compile=False)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             # Compiling the way back takes half a minute and gains a fifth (docs/experiments.md).
-            work = self._compute_gradients_and_compare if compare else self._compute_gradients
-            self._run_update(work, longest, compile=False)
+            self._run_update(work, 0 if self.study else longest, compile=False)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
             if compare:
-                self._run_update(self._compare_candidate, longest, compile=False)
+                compare_too = self._compare_newest if self.study else self._compare_candidate
+                self._run_update(compare_too, longest, compile=False)
             self._pending = self._report
             if self._stream and self._update_over:
                 self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
@@ -328,11 +353,25 @@ class Learner:
         blocks = torch.arange(self.config.blocks, device=self._compared.device)
         live = self._distil(longest, (blocks < self._held_out) & self._compared)
         assert live is not None
-        newest, live = self._lesson.part(0, COMPARED), live[:, :COMPARED]
+        self._compare(live[:, :COMPARED], longest)
+        self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
+
+    def _study_texts(self, key: int) -> None:  # noqa: ARG002
+        assert self.study
+        self.study.compute_gradients(self.weights, self._report)
+
+    @torch.no_grad()
+    def _compare_newest(self, longest: int) -> None:
+        """Compare what drafts now with the anchor, on blocks that hardly taught yet."""
+        newest = self._lesson.part(0, COMPARED)
+        weights = {**self.drafter.weights, **self.weights.published}
+        self._compare(self._distillation.expected_drafts(weights, newest, longest), longest)
+
+    def _compare(self, live: Tensor, longest: int) -> None:
+        newest = self._lesson.part(0, COMPARED)
         anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
         self._report.live.copy_((live * newest.fresh * self._compared).sum(-1))
         self._report.anchor.copy_((anchor * newest.fresh * self._compared).sum(-1))
-        self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
     @torch.no_grad()
     def _step_weights(self, key: int) -> None:  # noqa: ARG002

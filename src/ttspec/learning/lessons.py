@@ -11,14 +11,35 @@ import torch
 from torch import Tensor
 
 from ttspec.config import LearnConfig
+from ttspec.drafters.base import Drafter
 from ttspec.records import LONGEST_COPY, Lesson, Verification
+
+CHAIN = 4
+"""Drafts of a block that teach a drafter which drafts one after the other: the others would nearly
+double an update's cost and gained nothing (docs/experiments.md)."""
+
+
+def taught(drafter: Drafter, length: int) -> int:
+    """Drafts of a block of `length` that teach."""
+    return length if drafter.at_once else min(length, CHAIN)
 
 
 class Lessons:
     """Keeps verifications until the learner asks for a lesson."""
 
-    def __init__(self, config: LearnConfig, rows: int, length: int, like: Verification) -> None:
-        """Room for `rows` rows of blocks of `length` drafts, of verifications `like` this one."""
+    def __init__(
+        self,
+        config: LearnConfig,
+        rows: int,
+        length: int,
+        like: Verification,
+        *,
+        features: bool = False,
+    ) -> None:
+        """Room for `rows` rows of blocks of `length` drafts, of verifications `like` this one.
+
+        With `features`, for `newest_text` too.
+        """
         self.length, self.blocks = length, config.blocks
         self.hindsight = config.supervision == "hindsight"
         self.until_rejection = config.supervision == "accepted"
@@ -43,6 +64,11 @@ class Lessons:
         # By slot of the ring, whose last takes what is not to be kept. Position -1 is nothing.
         self._ring_positions = self._starts.new_full((rows, self._ring + 1), -1)
         self._ring_tokens = torch.zeros_like(self._ring_positions)
+        self._ring_fed = torch.zeros_like(self._ring_positions)
+        self._ring_features = None
+        if features:
+            shape = rows, self._ring + 1, like.features.shape[-1]
+            self._ring_features = like.features.new_zeros(shape)
         slots = (self._ring + 1,) if self.hindsight else (self._kept, length)
         self._logits = like.logits.new_zeros(rows, *slots, size)
 
@@ -51,7 +77,8 @@ class Lessons:
         """What `absorb` writes to, for capturing it."""
         ring = [self._ring_positions, self._ring_tokens, self._logits]
         blocks = [self._starts, self._tokens, self._committed, *ring, self._masks]
-        return blocks if self._before is None else [*blocks, self._before]
+        some = (self._before, self._ring_features, self._ring_fed)
+        return [*blocks, *(tensor for tensor in some if tensor is not None)]
 
     def absorb(self, v: Verification) -> None:
         """Keep a round's verification; rows that take no part are left alone.
@@ -76,6 +103,9 @@ class Lessons:
             self._logits[row, slot] = v.logits
             self._ring_tokens[row, slot] = v.tokens
             self._ring_positions[row, slot] = position.masked_fill(~kept, -1)
+            if self._ring_features is not None:
+                self._ring_fed[row, slot] = v.fed
+                self._ring_features[row, slot] = v.features
             return
         drafts = min(v.proposal.tokens.shape[1], self.length)
         column = column[:drafts]
@@ -123,9 +153,31 @@ class Lessons:
             count=mask.any(-1).sum(-1),
         )
 
+    def newest_text(self, end: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What every row committed at and behind `end` int64 [B], as far back as it is known.
+
+        Returns:
+            What `LessonMemory.write` takes: tokens, features, start, count and logits.
+        """
+        assert self._ring_features is not None
+        row = torch.arange(len(end), device=end.device)[:, None]
+        column = torch.arange(self._ring, device=end.device)
+        start = end.maximum(self._committed - self._ring).clamp(min=0)
+        for _ in range(2):  # the second time behind the last one that is not known
+            position = start[:, None] + column
+            slot = (position + 1) % self._ring
+            inside = position < self._committed[:, None]
+            lost = inside & (self._ring_positions[row, slot] != position + 1)
+            start = start + torch.where(lost, column + 1, 0).amax(1)
+        count = (self._committed - start).clamp(min=0)
+        slot = (start[:, None] + column + 1) % self._ring
+        tokens, features = self._ring_fed[row, slot], self._ring_features[row, slot]
+        return tokens, features, start, count, self._logits[row, slot]
+
     def clear(self, row: int) -> None:
         """Forget a row: another request has it, or its weights were reverted."""
         self._starts[row] = self._used[row] = self._newest[row] = -1
+        self._committed[row] = 0
         self._ring_positions[row] = -1
         self._masks[row] = False
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
+from ttspec.learning.memory import LessonMemory
 from ttspec.learning.update_report import UpdateReport
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ MAX_NORM = 1.0
 """Longer gradients of a row are clipped."""
 EPSILON = 1e-8
 """Adam's."""
+MOMENTUM = 0.9
+"""Adam's decay of the first moment where the memory teaches: its lessons are drawn at random."""
+AVERAGED = 0.98
+"""Where the memory teaches, drafts come from the mean of the weights after the last updates; this
+is what an update weighs after the next one."""
 
 
 def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> LearnConfig:
@@ -31,18 +37,33 @@ def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> Le
         small = copies * bytes_of_copy(config, drafter, "full") <= SMALL
         weights = "full" if small or not drafter.matrices(config.parameters) else "lora"
     stride = config.stride or (8 if weights == "full" else 16)
-    return replace(config, weights=weights, stride=stride)
+    beta1 = config.beta1
+    if beta1 is None:  # replayed blocks smooth a gradient by themselves
+        beta1 = MOMENTUM if remembers(config) else 0.0
+    return replace(config, weights=weights, stride=stride, beta1=beta1)
+
+
+def remembers(config: LearnConfig) -> bool:
+    """Whether a memory of all requests teaches."""
+    return config.scope == "shared" and config.supervision == "hindsight"
+
+
+def learned_numbers(config: LearnConfig, drafter: Drafter, weights: str) -> int:
+    """Numbers that a copy learns."""
+    if weights == "full":
+        return sum(drafter.weights[n].numel() for n in drafter.learnable(config.parameters))
+    names = drafter.matrices(config.parameters)
+    return config.rank * sum(sum(drafter.weights[n + ".weight"].shape) for n in names)
 
 
 def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
-    """Bytes of a copy: float32 master, gradient and two moments, and the published weights."""
-    if weights == "full":
-        names = drafter.learnable(config.parameters)
-        count = sum(drafter.weights[n].numel() for n in names)
-    else:
-        names = drafter.matrices(config.parameters)
-        count = config.rank * sum(sum(drafter.weights[n + ".weight"].shape) for n in names)
-    return count * (16 + drafter.embedding.element_size())
+    """Bytes of a copy: float32 master, gradient and two moments, and the published weights.
+
+    And the mean and the memory, where there are such.
+    """
+    count = learned_numbers(config, drafter, weights)
+    size = count * (16 + drafter.embedding.element_size())
+    return size + 4 * count + LessonMemory.bytes_for(drafter) if remembers(config) else size
 
 
 class LiveWeights:
@@ -55,6 +76,8 @@ class LiveWeights:
 
     keeper: Keeper | None = None
     """Writes versions of them to disk, if anything does."""
+    memory: LessonMemory | None = None
+    """Of what all requests taught, if it teaches."""
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""
@@ -65,6 +88,8 @@ class LiveWeights:
         else:
             names = drafter.learnable(config.parameters)
             self.anchor, rate = {n: drafter.weights[n] for n in names}, drafter.learning_rate
+            if remembers(config):
+                rate = drafter.memory_rate or rate
         self.rate = rate if config.lr is None else config.lr
         self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
         self._start = self._anchor
@@ -74,8 +99,16 @@ class LiveWeights:
         dtype = next(iter(self.anchor.values())).dtype
         beside = config.publish == "ready" and self._anchor.is_cuda
         waits = not self.shared and (beside or config.publish == "stride")
+        mean = None
+        if remembers(config):
+            self.memory, waits, mean = LessonMemory(drafter), True, self._master.clone()
+        self._mean = self._master if mean is None else mean
+        """What is published: the masters, or the mean of them after the last updates."""
+        self._steps = self._master.new_zeros(len(self._master), 1)
         self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
+        self.learned = self._views(self._mean)
+        """What drafts once it is published, float32."""
         self.published = {n: self._for_drafter(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
@@ -87,7 +120,9 @@ class LiveWeights:
     def nbytes(self) -> int:
         """Bytes held: master, gradient and two moments, 16 a learned weight, and what drafts."""
         published = 0 if self._published is self._master else self._published.nbytes
-        return 4 * self._master.nbytes + published
+        mean = 0 if self._mean is self._master else self._mean.nbytes
+        memory = self.memory.nbytes if self.memory else 0
+        return 4 * self._master.nbytes + published + mean + memory
 
     def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
         """Take gradients of the published weights, or `add` them to those there are."""
@@ -120,14 +155,19 @@ class LiveWeights:
             optimiser.step()
             # They may lie in the memory of a graph, which these weights may outlive.
             del optimiser.found_inf, optimiser.grad_scale  # type: ignore[attr-defined]
+        if self._mean is not self._master:
+            stepped = steps.float()[:, None]
+            self._steps.add_(stepped)
+            weight = ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # short at first
+            self._mean.add_((1 - weight) * stepped * (self._master - self._mean))
 
     def publish(self) -> None:
         """Let the masters draft: in place, whoever holds the published weights sees it."""
         if self._published is not self._master:
-            self._published.copy_(self._master)
+            self._published.copy_(self._mean)
 
     def candidate(self) -> dict[str, Tensor]:
-        """What `publish` would let draft."""
+        """The masters as what drafts is rounded."""
         return {n: self._for_drafter(w).to(self.published[n].dtype) for n, w in self.master.items()}
 
     def start_from(self, start: Mapping[str, Tensor]) -> None:
@@ -145,14 +185,15 @@ class LiveWeights:
         self._set(copy, self._anchor)
 
     def _set(self, copy: int, weights: Tensor) -> None:
-        self._master[copy] = weights
+        self._master[copy] = self._mean[copy] = weights
+        self._steps[copy] = 0
         self._published[copy] = weights.to(self._published.dtype)
         for state in self._optimisers[copy].state.values():
             for moment in state.values():
                 moment.zero_()
 
     def _make_optimiser(self, copy: int) -> torch.optim.Adam:
-        weights, betas = self._master[copy], (self.config.beta1, self.config.beta2)
+        weights, betas = self._master[copy], (self.config.beta1 or 0.0, self.config.beta2)
         weights.grad, cuda = self._gradient[copy], weights.is_cuda
         return torch.optim.Adam([weights], self.rate, betas, EPSILON, fused=True, capturable=cuda)
 

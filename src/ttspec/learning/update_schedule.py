@@ -19,6 +19,10 @@ MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
 RECENT = 64
 """Rounds whose median time is known."""
+AT_FIRST = 256
+"""Updates of a drafter that all requests teach in which it learns most."""
+SHARE_AT_FIRST, SHARE = 0.2, 0.05
+"""Of the time that these may take, and all later ones."""
 PATIENCE = 8
 """Updates between two changes."""
 
@@ -72,6 +76,11 @@ class UpdateSchedule:
         if self._updates < TRIAL or self._since_change < PATIENCE:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
+        if learner.study:  # what it learns pays for as long as it is kept
+            most = SHARE_AT_FIRST if self._updates < AT_FIRST else SHARE
+            if cost > most and learner.strides < MAX_STRIDES:
+                learner.strides, self._since_change = 2 * learner.strides, 0
+            return
         static = self._accepted / max(learner.guard.gain(), 1e-3)
         gain = (1 + self._accepted) / (1 + static) - 1
         if gain < cost and learner.strides < MAX_STRIDES:

@@ -1,0 +1,247 @@
+"""A bounded memory of texts: their tokens, what the target saw in them, and what it said of them.
+
+Texts of all rows and requests lie in pages of one table; a row that needs a page takes the oldest.
+Nothing is asked of the device, and no text leaves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ttspec.drafters.base import Drafter
+from ttspec.losses import LOGITS_AT_ONCE
+
+PAGES = 512
+"""Pages of a memory, the newest: a fifth of that taught as well (docs/experiments.md)."""
+PAGE = 64
+"""Tokens of a page."""
+LIKELY = 64
+"""Tokens of the target's distribution that are kept."""
+HELD_OUT = 16
+"""One page of so many, of each text, teaches nothing."""
+FIRST, STEP = 1, 5
+"""Which page of the first text, and how many later in the next one: of short answers some do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """N pieces of texts, each of L tokens at most, from its first slot on."""
+
+    tokens: Tensor
+    """int64 [N, L]."""
+    features: Tensor
+    """[N, L, W] of the same tokens."""
+    judged: Tensor
+    """bool [N, L]: whether it is known what the target said after the token."""
+    held_out: Tensor
+    """bool [N, L]: which of those shall not teach."""
+    likely: Tensor
+    """int64 [N, L, K]: the likeliest tokens after it, as places in the draft vocabulary."""
+    p: Tensor
+    """float [N, L, K]: their probabilities."""
+    rest: Tensor
+    """float [N, L]: the probability of all others that can be drafted."""
+
+
+class LessonMemory:
+    """Pages of texts."""
+
+    def __init__(self, drafter: Drafter, pages: int = PAGES) -> None:
+        """Room for what teaches a drafter."""
+        like, self.pages, self.draft_ids = drafter.embedding, pages, drafter.draft_ids
+        here, device = (pages + 1, PAGE), like.device  # the last page takes what is kept nowhere
+        self.tokens = torch.zeros(here, dtype=torch.long, device=device)
+        self.features = like.new_zeros(*here, feature_width(drafter))
+        self.judged = torch.zeros(here, dtype=torch.bool, device=device)
+        self.likely = torch.zeros(*here, likely_tokens(drafter), dtype=torch.int32, device=device)
+        self.p = torch.zeros(self.likely.shape, dtype=torch.float16, device=device)
+        self.rest = torch.zeros(here, dtype=torch.float16, device=device)
+        # By page: which text it is of, which page of that text, and the page before.
+        self.text = torch.zeros(here[:1], dtype=torch.long, device=device)
+        self.number, self.before = torch.zeros_like(self.text), torch.zeros_like(self.text)
+        self._next_page = torch.zeros((), dtype=torch.long, device=device)
+        self._texts = torch.zeros((), dtype=torch.long, device=device)
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    @staticmethod
+    def bytes_for(drafter: Drafter, pages: int = PAGES) -> int:
+        """Bytes that a memory takes."""
+        token = 8 + 1 + 2 + 6 * likely_tokens(drafter)
+        token += feature_width(drafter) * drafter.embedding.element_size()
+        return (pages + 1) * (PAGE * token + 3 * 8)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        tables = (self.tokens, self.features, self.judged, self.likely, self.p, self.rest)
+        return sum(table.nbytes for table in (*tables, self.text, self.number, self.before))
+
+    @torch.no_grad()
+    def sample(self, count: int, length: int) -> tuple[Tensor, Tensor]:
+        """Pages int64 [count], by how much of them the target judged; and chances [count, L].
+
+        Args:
+            count: How many.
+            length: Pages of the texts that will be read up to them.
+        """
+        weight = self.judged.sum(1).float() + 1e-9  # an empty memory gives what teaches nothing
+        pages = torch.multinomial(weight, count, replacement=True, generator=self._generator)
+        device, shape = weight.device, (count, length * PAGE)
+        return pages, torch.rand(shape, generator=self._generator, device=device)
+
+    @torch.no_grad()
+    def held_out_pages(self, most: int) -> Tensor:
+        """The newest held-out pages, int64 [at most `most`]; waits for the device."""
+        held_out = self.is_held_out() & self.judged.any(1)
+        age = self._next_page - 1 - torch.arange(self.pages + 1, device=held_out.device)
+        pages = held_out[:-1].nonzero()[:, 0]
+        return pages[(age[pages] % self.pages).argsort()[:most]]
+
+    def is_held_out(self) -> Tensor:
+        """Which pages shall not teach, bool [pages + 1]."""
+        return (self.number - FIRST - STEP * (self.text - 1)) % HELD_OUT == 0
+
+    @torch.no_grad()
+    def read(self, pages: Tensor, length: int) -> Texts:
+        """The texts up to some pages, int64 [N], of `length` pages at most."""
+        chain, there = [pages], [torch.ones_like(pages, dtype=torch.bool)]
+        for _ in range(1, length):
+            page, before = chain[-1], self.before[chain[-1]]
+            follows = (self.number[before] == self.number[page] - 1) & (self.number[page] > 0)
+            there.append(there[-1] & follows & (self.text[before] == self.text[page]))
+            chain.append(before)
+        count = torch.stack(there).sum(0)[:, None]
+        slot = torch.arange(length, device=pages.device)
+        page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
+        page = page.masked_fill(slot >= count, self.pages)
+        judged = self.judged[page]
+        return Texts(
+            tokens=self.tokens[page].flatten(1, 2),
+            features=self.features[page].flatten(1, 2),
+            judged=judged.flatten(1, 2),
+            held_out=(judged & self.is_held_out()[page][..., None]).flatten(1, 2),
+            likely=self.likely[page].flatten(1, 2).long(),
+            p=self.p[page].flatten(1, 2),
+            rest=self.rest[page].flatten(1, 2),
+        )
+
+    def take(self, text: Tensor, taken: Tensor, last: Tensor, own: Tensor, most: int) -> Tensor:
+        """Give rows pages, oldest first, one row after the other; returns their first ones.
+
+        Args:
+            text: int64 [B], each row's text.
+            taken: int64 [B], how many pages each takes.
+            last: int64 [B], the number of its page before them.
+            own: int64 [B], that page.
+            most: The most that any takes.
+        """
+        first = self._next_page + taken.cumsum(0) - taken
+        before = own
+        for i in range(most):
+            page = ((first + i) % self.pages).masked_fill(i >= taken, self.pages)
+            self.text[page], self.number[page], self.before[page] = text, last + 1 + i, before
+            self.judged[page] = False
+            before = page
+        self._next_page.copy_((self._next_page + taken.sum()) % self.pages)
+        return first
+
+    def put(
+        self, at: tuple[Tensor, Tensor], tokens: Tensor, features: Tensor, logits: Tensor | None
+    ) -> None:
+        """Write tokens int64 [B, T], their features and logits to pages and slots [B, T]."""
+        self.tokens[at], self.features[at], self.judged[at] = tokens, features, logits is not None
+        if logits is not None:
+            some = max(1, LOGITS_AT_ONCE // logits.shape[-1])
+            parts = [self.summary(part) for part in logits.flatten(0, 1).split(some)]
+            likely, p, rest = (torch.cat(found) for found in zip(*parts, strict=True))
+            size = *tokens.shape, -1
+            self.likely[at], self.p[at] = likely.view(size), p.view(size)
+            self.rest[at] = rest.view(tokens.shape)
+        self.text[self.pages] = 0
+        self.judged[self.pages] = False
+
+    def summary(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The likeliest tokens, their p and that of the others [R, ...] of logits [R, V]."""
+        mass = logits.float().logsumexp(-1, keepdim=True)
+        covered = logits if self.draft_ids is None else logits[..., self.draft_ids]
+        values, ids = covered.topk(self.likely.shape[-1], sorted=False)
+        p = (values.float() - mass).exp()
+        others = (covered.float().logsumexp(-1) - mass[..., 0]).exp() - p.sum(-1)
+        return ids.int(), p.half(), others.clamp(min=0).half()
+
+
+class MemoryRows:
+    """Where the texts of some rows go on."""
+
+    def __init__(self, memory: LessonMemory, rows: int) -> None:
+        """No row has a text."""
+        self.memory, device = memory, memory.tokens.device
+        self._text = torch.zeros(rows, dtype=torch.long, device=device)
+        self._begin, self.end = torch.zeros_like(self._text), torch.full_like(self._text, -1)
+        """`end` is the position of what comes next; -1 is another text."""
+        self._page = torch.full_like(self._text, memory.pages)
+        self._last = torch.full_like(self._text, -1)
+        """A row's last page, and its number."""
+
+    def forget(self, row: int) -> None:
+        """A row's next tokens are another text."""
+        self.end[row] = -1
+
+    @torch.no_grad()
+    def write(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        start: Tensor,
+        count: Tensor,
+        logits: Tensor | None = None,
+        subset: Tensor | None = None,
+    ) -> None:
+        """Remember tokens of some rows; a text begins where they do not go on from the last ones.
+
+        Args:
+            tokens: int64 [B, T].
+            features: [B, T, W].
+            start: int64 [B], position of each row's first token.
+            count: int64 [B], how many of them are meant.
+            logits: [B, T, V] of the target after each token; None where that is not known.
+            subset: int64 [B], the rows meant; None is all.
+        """
+        memory, width = self.memory, tokens.shape[1]
+        row = torch.arange(len(tokens), device=tokens.device) if subset is None else subset
+        column = torch.arange(width, device=tokens.device)
+        some, end = count > 0, start + count
+        mine = memory.text[self._page[row]] == self._text[row]  # nobody else took it meanwhile
+        new = some & ~((start == self.end[row]) & mine)
+        text = torch.where(new, memory._texts + new.cumsum(0), self._text[row])
+        begin = torch.where(new, start, self._begin[row])
+        last = self._last[row].masked_fill(new, -1)
+        own = self._page[row].masked_fill(new, memory.pages)
+        upto = torch.where(some, (end - 1 - begin) // PAGE, last)
+        most = -(-width // PAGE) + 1
+        first = memory.take(text, upto - last, last, own, most)
+        offset = start[:, None] + column - begin[:, None]
+        number = offset // PAGE
+        page = (first[:, None] + number - last[:, None] - 1) % memory.pages
+        page = torch.where(number == last[:, None], own[:, None], page)
+        page = page.masked_fill(column >= count[:, None], memory.pages)
+        memory.put((page, offset % PAGE), tokens, features, logits)
+        memory._texts.add_(new.sum())
+        self._text[row], self._begin[row], self._last[row] = text, begin, upto
+        newest = (first + upto - last - 1) % memory.pages
+        self._page[row] = torch.where(upto > last, newest, own)
+        self.end[row] = torch.where(some, end, self.end[row])
+
+
+def feature_width(drafter: Drafter) -> int:
+    """Features of a token."""
+    return len(drafter.taps) * int(drafter.embedding.shape[1])
+
+
+def likely_tokens(drafter: Drafter) -> int:
+    """Tokens of the target's distribution that are kept."""
+    ids = drafter.draft_ids
+    return min(LIKELY, int(drafter.embedding.shape[0]) if ids is None else len(ids))

@@ -1,0 +1,188 @@
+"""Learning from remembered texts: their blocks are drafted again, over context made anew.
+
+Keys and values of the context come from the texts' features and the weights as they are now, and
+gradients reach what makes them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.blocks import Text
+from ttspec.drafters.layers import Weights
+from ttspec.learning.lessons import Lessons
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.memory import PAGE, LessonMemory, MemoryRows, Texts
+from ttspec.learning.update_report import UpdateReport
+from ttspec.losses import expected_length, likely_kl, position_weights
+from ttspec.records import Lesson
+
+TEXTS, BLOCKS, WINDOW = 16, 32, 8
+"""Of an update: texts, blocks of each, and pages that a text has at most."""
+FEW_TEXTS, FEW_BLOCKS = 4, 16
+"""The same off a GPU, where an update has far less time."""
+HELD_OUT_BLOCKS = 24
+"""Of a held-out page."""
+DECAY = 1.5
+"""The first drafts of a block weigh most: the others count only where those were right."""
+
+
+class Study:
+    """Drafts again what a drafter of these options would draft."""
+
+    def __init__(self, drafter: Drafter, options: DraftConfig, length: int) -> None:
+        """Blocks of `length` drafts."""
+        self.drafter, self.options, self.length = drafter, options, length
+
+    def backward(self, live: LiveWeights, texts: Texts, lesson: Lesson) -> Tensor:
+        """Set the gradients of a lesson's loss in `live`: its mean over the drafts that teach.
+
+        Args:
+            live: Whose masters the gradients are of.
+            texts: N texts.
+            lesson: A blocks of each, as from `blocks`.
+
+        Returns:
+            The loss.
+        """
+        leaves = {n: w.detach().requires_grad_() for n, w in live.candidate().items()}
+        with torch.enable_grad():
+            q_logits = self._draft({**self.drafter.weights, **leaves}, texts, lesson)
+            loss = likely_kl(*self._target(texts, lesson), q_logits)
+            weight = position_weights(self.length, DECAY, loss.device) * lesson.mask
+            total = (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+            gradients = torch.autograd.grad(total, list(leaves.values()))
+        live.set_gradients(list(gradients), add=False)
+        return total.detach()
+
+    @torch.no_grad()
+    def expected_drafts(self, weights: Weights, texts: Texts, lesson: Lesson) -> Tensor:
+        """Drafts of each block that `weights` would get accepted, on average, float32 [N, A]."""
+        q = self._draft(weights, texts, lesson).float().softmax(-1)
+        likely, p, _ = self._target(texts, lesson)
+        return expected_length(q.gather(-1, likely).minimum(p.float()).sum(-1), lesson.mask)
+
+    @torch.no_grad()
+    def blocks(self, texts: Texts, may: Tensor, chance: Tensor, count: int) -> Lesson:
+        """Some blocks of each text, at random.
+
+        Args:
+            texts: N texts.
+            may: bool [N, L], which drafts may be looked at, by the token before.
+            chance: float32 [N, L], random.
+            count: How many of each text.
+        """
+        rows, size = texts.tokens.shape
+        # A block's token has one before it, of which something may be read.
+        chance = chance.masked_fill(~may, -1.0)
+        chance[:, 0] = -1.0
+        found, start = chance.topk(count, dim=1)
+        at = start[..., None] + torch.arange(self.length + 1, device=start.device)
+        inside, at = at < size, at.clamp(max=size - 1)
+        row = torch.arange(rows, device=start.device)[:, None]
+        mask = (may[row[..., None], at] & inside)[..., :-1].long().cumprod(-1).bool()
+        mask = mask & (found > 0)[..., None]
+        return Lesson(
+            tokens=texts.tokens[row[..., None], at],
+            start=start,
+            before=texts.features[row, start - 1] if texts.features.shape[-1] else None,
+            logits=texts.p.new_empty(rows, count, 0),
+            mask=mask,
+            fresh=mask.any(-1),
+            count=mask.any(-1).sum(-1),
+        )
+
+    def _draft(self, weights: Weights, texts: Texts, lesson: Lesson) -> Tensor:
+        """Logits [N, A, G, V_draft] of a lesson's blocks."""
+        rows, size = texts.tokens.shape
+        state = self.drafter.start(rows, size + self.length + 1, self.options)
+        state.weights = weights
+        begin = lesson.start.new_zeros(rows)
+        self.drafter._extend(state, weights, Text.after(begin, texts.tokens, texts.features))
+        return self.drafter.replay(state, lesson, self.length, size)
+
+    def _target(self, texts: Texts, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
+        """What the target said of a lesson's drafts: likely tokens, their p, the others'."""
+        size = texts.tokens.shape[1]
+        at = lesson.start[..., None] + torch.arange(self.length, device=lesson.start.device)
+        row = torch.arange(len(at), device=at.device)[:, None, None]
+        at = at.clamp(max=size - 1)
+        return texts.likely[row, at], texts.p[row, at], texts.rest[row, at]
+
+
+class MemoryStudy(Study):
+    """What the rows of a learner remember, and its updates from the memory of all."""
+
+    texts: Texts
+    """Those of the update that begins."""
+
+    def __init__(
+        self, memory: LessonMemory, drafter: Drafter, rows: int, options: DraftConfig, length: int
+    ) -> None:
+        """Of `rows` rows; the rest as in `Study`."""
+        super().__init__(drafter, options, length)
+        self.memory, self.rows = memory, MemoryRows(memory, rows)
+        device = memory.tokens.device
+        texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
+        self._pages = torch.zeros(texts, dtype=torch.long, device=device)
+        self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
+
+    def remember(self, lessons: Lessons | None) -> None:
+        """Note what rows have committed since the memory was last told."""
+        if lessons is not None:
+            self.rows.write(*lessons.newest_text(self.rows.end))
+
+    def forget(self, row: int, lessons: Lessons | None) -> None:
+        """A row's text is over; it stays in the memory."""
+        self.remember(lessons)
+        self.rows.forget(row)
+
+    def choose(self) -> None:
+        """Choose what the next update learns from."""
+        pages, chances = self.memory.sample(len(self._pages), WINDOW)
+        self._pages.copy_(pages)
+        self._chances.copy_(chances)
+
+    # What may be captured as a graph: the key says nothing.
+
+    def read_texts(self, key: int) -> Texts:  # noqa: ARG002
+        """What was chosen, out of reach of rows that write on."""
+        return self.memory.read(self._pages, WINDOW)
+
+    def compute_gradients(self, live: LiveWeights, report: UpdateReport) -> None:
+        """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
+        teach = self.texts.judged & ~self.texts.held_out
+        lesson = self.blocks(self.texts, teach, self._chances, self.count)
+        report.table.zero_()
+        report.loss[:1].copy_(self.backward(live, self.texts, lesson))
+        report.blocks[:1].copy_(lesson.count.sum())
+        report.norm[:1].copy_(live.gradient_norms())
+
+    @torch.no_grad()
+    def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
+        """How well sets of weights draft what is held out, the newest; waits for the device.
+
+        Args:
+            sets: What each changes of the drafter's weights, by name.
+            most: Held-out pages at most.
+
+        Returns:
+            Blocks, and by name the drafts of one that would be accepted, on average.
+        """
+        device = self._pages.device
+        pages, count = self.memory.held_out_pages(most), 0
+        totals = dict.fromkeys(sets, 0.0)
+        for part in pages.split(FEW_TEXTS) if len(pages) else ():
+            texts = self.memory.read(part, WINDOW)
+            order = torch.Generator(device).manual_seed(0)  # the same blocks for all
+            chances = torch.rand(texts.judged.shape, generator=order, device=device)
+            lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+            whole = lesson.mask.all(-1)
+            count += int(whole.sum())
+            for name, changed in sets.items():
+                drafts = self.expected_drafts({**self.drafter.weights, **changed}, texts, lesson)
+                totals[name] += float((drafts * whole).sum())
+        return count, {name: total / max(count, 1) for name, total in totals.items()}

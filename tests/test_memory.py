@@ -1,0 +1,219 @@
+"""What all requests taught: pages of texts, and updates from them."""
+
+import random
+
+import pytest
+import torch
+from toys import make_kind, random_features, toy_engine
+
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.learning.learner import Learner
+from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
+from ttspec.learning.study import BLOCKS, Study
+from ttspec.losses import forward_kl, likely_kl
+from ttspec.records import Lesson
+
+VOCABULARY = 260
+KINDS = ["dflash", "eagle3", "causal", "pard", "mtp"]
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir):
+    return toy_engine(toy_target_dir)
+
+
+def bound(engine, which: str):
+    drafter = make_kind(which)
+    target = engine.target
+    layers = int(target.config.num_hidden_layers)
+    drafter.bind(target.embedding, target.head, layers, target.tokenizer)
+    return drafter
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_page_holds_what_a_row_wrote(engine, seed: int) -> None:
+    """Rows that come, go, rest and take each other's oldest pages, in pieces of any size."""
+    drafter, rng = bound(engine, "dflash"), random.Random(seed)
+    torch.manual_seed(seed)
+    memory, rows = LessonMemory(drafter, pages=24), 3
+    writer, width = MemoryRows(memory, rows), memory.features.shape[-1]
+    texts: list[dict] = [{"ids": [], "logits": {}} for _ in range(rows)]
+    over: list[dict] = []
+    for _ in range(120):
+        size = rng.choice([1, 4, 9, PAGE + 7, 3 * PAGE])
+        for row in range(rows):
+            if rng.random() < 0.05:
+                writer.forget(row)
+                over.append(texts[row])
+                texts[row] = {"ids": [], "logits": {}}
+        subset = torch.tensor(rng.sample(range(rows), rng.choice([1, rows])))
+        ids = torch.randint(0, VOCABULARY, (len(subset), size))
+        features = ids[..., None].float() + torch.arange(width) / width
+        logits = torch.randn(*ids.shape, VOCABULARY) if rng.random() < 0.7 else None
+        count = torch.tensor([rng.randint(0, size) for _ in subset])
+        start = torch.tensor([7 * int(r) + len(texts[r]["ids"]) for r in subset])
+        writer.write(ids, features, start, count, logits, subset)
+        for i, row in enumerate(subset.tolist()):
+            text = texts[row]
+            if logits is not None:
+                at = len(text["ids"])
+                text["logits"] |= {at + j: logits[i, j] for j in range(count[i])}
+            text["ids"] += ids[i, : count[i]].tolist()
+    over += texts
+    used = memory.text[:-1].nonzero()[:, 0]
+    seen = 0
+    for page in used.tolist():
+        found = memory.read(torch.tensor([page]), 3)
+        known = found.judged[0].nonzero()[:, 0].tolist()
+        if not known:
+            continue
+        end = known[-1] + 1
+        ids = found.tokens[0, :end].tolist()
+        hits = [
+            (text, k)
+            for text in over
+            for k in range(0, len(text["ids"]), PAGE)
+            if text["ids"][k : k + end] == ids
+        ]
+        assert hits, page
+        text, k = hits[0]
+        assert known == [at for at in range(end) if k + at in text["logits"]]
+        p = torch.stack([text["logits"][k + at] for at in known]).softmax(-1)
+        likely = found.likely[0, known]
+        assert torch.equal(likely.sort(-1)[0], p.topk(likely.shape[-1])[1].sort(-1)[0])
+        torch.testing.assert_close(
+            found.p[0, known].float(), p.gather(-1, likely), atol=1e-3, rtol=0
+        )
+        others = 1 - p.gather(-1, likely).sum(-1)
+        torch.testing.assert_close(found.rest[0, known].float(), others, atol=1e-3, rtol=0)
+        wanted = found.tokens[0, :end, None].float() + torch.arange(width) / width
+        assert torch.equal(found.features[0, :end], wanted)
+        seen += 1
+    assert seen > 8
+
+
+def test_a_full_memory_takes_no_more_and_keeps_the_newest(engine) -> None:
+    drafter = bound(engine, "dflash")
+    memory = LessonMemory(drafter, pages=8)
+    rows, nbytes = MemoryRows(memory, 1), memory.nbytes
+    width = memory.features.shape[-1]
+    for begin in range(0, 20 * PAGE, 32):
+        ids = torch.full((1, 32), begin // PAGE)
+        logits = torch.zeros(1, 32, VOCABULARY)
+        features = torch.zeros(1, 32, width)
+        rows.write(ids, features, torch.tensor([begin]), torch.tensor([32]), logits)
+    assert memory.nbytes == nbytes
+    assert nbytes == pytest.approx(LessonMemory.bytes_for(drafter, 8), rel=0.01)
+    assert set(memory.tokens[:-1].flatten().tolist()) == set(range(12, 20))
+    assert len(memory.held_out_pages(99)) == sum(n % HELD_OUT == 1 for n in range(12, 20))
+
+
+@pytest.mark.parametrize("which", KINDS)
+def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> None:
+    drafter = bound(engine, which)
+    memory, size = LessonMemory(drafter), 40
+    width, rows = memory.features.shape[-1], MemoryRows(memory, 2)
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY - 4, (2, size), generator=generator)
+    features = random_features(2, size, width)
+    logits = 4 * torch.randn(2, size, VOCABULARY, generator=generator)
+    zero, all_of_it = torch.zeros(2, dtype=torch.long), torch.full((2,), size)
+    rows.write(ids, features, zero, all_of_it, logits)
+    options, length = drafter.with_context(DraftConfig()), 3
+    study = Study(drafter, options, length)
+    texts = memory.read(torch.tensor([0, 1]), 1)
+    chance = torch.rand(2, PAGE, generator=generator)
+    lesson = study.blocks(texts, texts.judged, chance, 5)
+    assert lesson.mask.any(-1).all()
+
+    state = drafter.start(2, 64, options)
+    drafter.extend(state, ids, features, zero)
+    at = lesson.start[..., None] + torch.arange(length)
+    row = torch.arange(2)[:, None]
+    before = features[row, lesson.start - 1] if width else None
+    own = Lesson(
+        tokens=torch.cat([ids, ids], 1)[row[..., None], torch.cat([at, at[..., -1:] + 1], -1)],
+        start=lesson.start,
+        before=before,
+        logits=logits[row[..., None], at.clamp(max=size - 1)],
+        mask=at < size,
+        fresh=lesson.fresh,
+        count=lesson.count,
+    )
+    assert torch.equal(own.mask, lesson.mask)
+    learner = Learner(LearnConfig(stride=1), drafter, state, 2, length)
+    q_logits = drafter.replay(state, own, length, size)
+    p = learner._distillation._target(own.logits)
+    q = q_logits.float().softmax(-1)
+    agreement = torch.minimum(p, q).sum(-1)
+    found = study.expected_drafts(drafter.weights, texts, lesson)
+    wanted = (agreement * own.mask).cumprod(-1).sum(-1)
+    # 64 of 260 tokens are known: what the others would add is not counted.
+    assert ((wanted - found) > -1e-3).all()
+    torch.testing.assert_close(found, wanted, atol=0.06, rtol=0)
+
+
+def test_the_loss_is_kl_where_all_tokens_are_known() -> None:
+    torch.manual_seed(0)
+    p_logits, q_logits = torch.randn(4, 50), torch.randn(4, 50, requires_grad=True)
+    p = p_logits.softmax(-1)
+    values, likely = p.topk(50)
+    wanted = forward_kl(p_logits, q_logits)
+    found = likely_kl(likely, values, torch.zeros(4), q_logits)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
+    gradient = torch.autograd.grad(found.sum(), q_logits)[0]
+    torch.testing.assert_close(gradient, (q_logits.softmax(-1) - p).detach(), atol=1e-3, rtol=1e-2)
+    values, likely = p.topk(10)
+    found = likely_kl(likely, values, 1 - values.sum(-1), q_logits)
+    assert (found <= wanted + 1e-5).all(), "tokens that are told together are told apart no more"
+    assert (found > 0).all()
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> None:
+    """The mean of the weights drafts better than the anchor on the texts it was taught."""
+    from ttspec.decoding.engine import Engine
+
+    own = Engine(engine.target, make_kind(which))
+    learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    prompts = ["hello there", "count to ten, please"]
+    static = own.generate(prompts, learn=None, **asked)
+    taught = own.generate(prompts, learn=learn, **asked)
+    again = own.generate(prompts, learn=learn, **asked)
+    assert [r.token_ids for r in again] == [r.token_ids for r in static]
+    assert [r.token_ids for r in taught] == [r.token_ids for r in static]
+    assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
+    (live,) = own._shared_weights._live.values()
+    texts = live.memory.read(torch.arange(2), 1)
+    words = [r.token_ids for r in static]
+    found = [
+        t[: int(j.nonzero().max()) + 1].tolist()
+        for t, j in zip(texts.tokens, texts.judged, strict=True)
+    ]
+    for row, answer in enumerate(words):
+        assert any(answer[:20] == f[k : k + 20] for f in found for k in range(len(f))), row
+
+
+def test_an_update_leaves_alone_what_is_held_out(engine) -> None:
+    drafter = bound(engine, "dflash")
+    memory = LessonMemory(drafter)
+    rows, width = MemoryRows(memory, 1), memory.features.shape[-1]
+    length = 20 * PAGE
+    ids = torch.randint(0, VOCABULARY, (1, length))
+    logits = torch.randn(1, length, VOCABULARY)
+    where = torch.tensor([0]), torch.tensor([length])
+    rows.write(ids, random_features(1, length, width), *where, logits)
+    pages = memory.held_out_pages(9)
+    assert memory.number[pages].tolist() == [17, 1]
+    study = Study(drafter, DraftConfig(), 4)
+    texts = memory.read(pages[:1], 8)
+    assert texts.held_out.sum() == PAGE
+    teach = texts.judged & ~texts.held_out
+    chance = torch.rand(teach.shape)
+    lesson = study.blocks(texts, teach, chance, BLOCKS)
+    at = (lesson.start[..., None] + torch.arange(4))[lesson.mask]
+    assert not texts.held_out[0, at].any()
+    held = study.blocks(texts, texts.held_out, chance, 8)
+    at = (held.start[..., None] + torch.arange(4))[held.mask]
+    assert texts.held_out[0, at].all()
