@@ -538,11 +538,15 @@ def small_drafter(which: str) -> Drafter:
     """A drafter of random weights for that target."""
     kind, config = CONFIGS[which]
     changes = {
-        "dflash": {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
+        **dict.fromkeys(
+            ("dflash", "dspark"),
+            {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
+        ),
         "eagle3": {"draft_vocab_size": 4},
         "pard": {"pard_token": 4, "pard2_target_dim": 48},
     }
-    length = {"block_size": 3} if kind == "dflash" else {"ttspec": {"length": 2}}
+    blocks = {"dflash": 3, "dspark": 2}
+    length = {"block_size": blocks[kind]} if kind in blocks else {"ttspec": {"length": 2}}
     drafter = make_drafter(kind, {**config, **SMALL, **length, **changes.get(kind, {})})
     drafter.weights = random_weights(drafter.shapes(), 1)
     if "d2t" in drafter.weights:
@@ -587,10 +591,13 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
     return chi_square(torch.bincount(cells, minlength=FEW**3), share)
 
 
+DRAWN = ("dflash", "dspark", "eagle3", "mtp", "pard", "pard2", "causal")
+
+
 @pytest.mark.parametrize(
     ("which", "coupled"),
     [
-        *((which, "coupled") for which in ("dflash", "eagle3", "mtp", "pard", "pard2", "causal")),
+        *((which, "coupled") for which in DRAWN),
         ("dflash", "greedy"),
         ("eagle3", "greedy"),
     ],
@@ -637,7 +644,7 @@ class LateQ(LateUpdate):
         return dataclasses.replace(proposal, q=self.drafter.widen(q, 0.0))
 
 
-@pytest.mark.parametrize("which", ["dflash", "eagle3"])
+@pytest.mark.parametrize("which", ["dflash", "dspark", "eagle3"])
 def test_drafts_judged_by_a_q_that_did_not_draft_them_are_found(small, which: str):
     assert written(small, which, "coupled", LateUpdate) > 1e-3
     assert written(small, which, "coupled", LateQ) < 1e-6

@@ -101,6 +101,8 @@ class Drafter(ABC):
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
+    behind: ClassVar[tuple[str, ...]] = ("norm.weight",)
+    """How names of weights begin that come after all layers."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
 
@@ -276,7 +278,7 @@ class Drafter(ABC):
         # No keys and values change behind the last attention: the context stays what it is.
         last = [n for n in full if self._layer(self.layers - 1) in n]
         after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
-        return [*after, *(n for n in full if n == "norm.weight")]
+        return [*after, *(n for n in full if n.startswith(self.behind))]
 
     def _trainable(self) -> list[str]:
         """Names of all weights that may learn."""

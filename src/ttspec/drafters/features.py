@@ -220,10 +220,20 @@ class FeatureDrafter(Drafter):
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Draft logits [..., V_draft] of hidden [..., H]; one product, not one per block."""
+        """Draft logits [..., V_draft] of hidden [..., H]."""
+        return self.scaled(self.scores(hidden))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """What the head says of hidden [..., H], before `scaled`; one product, not one per block.
+
+        Returns:
+            [..., V_draft].
+        """
         flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
-        if self.logit_scale != 1:
-            flat = flat * self.logit_scale
-        if self.softcap is not None:
-            flat = self.softcap * torch.tanh(flat / self.softcap)
         return flat.view(*hidden.shape[:-1], -1)
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Logits [..., V_draft], scaled and capped as the config says."""
+        if self.logit_scale != 1:
+            scores = scores * self.logit_scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)

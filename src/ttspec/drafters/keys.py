@@ -33,7 +33,7 @@ def _keys(names: str) -> frozenset[str]:
 NO_EFFECT: Values = {
     # attention
     "add_swa_attention_sink_bias": (False,),
-    "attention_mode": ("gqa",),
+    "attention_mode": ("gqa", "mha"),
     "attention_sink_bias": (False,),
     "attention_value_scale": (1,),
     "attn_logit_softcapping": (),
@@ -74,7 +74,7 @@ NO_EFFECT: Values = {
     "parallel_draft_step": (0, 1),
     "parallel_drafting": (False,),
     "sample_from_anchor": (False,),
-    "projector_type": ("dflash",),
+    "projector_type": ("dflash", "dspark"),
     "pure_draft_prefix_len": (0,),
     "shift_label": (False,),
     "markov_rank": (0,),
@@ -121,7 +121,12 @@ EAGLE_CONFIG = EAGLE3 | {"next_layer_regular", "parallel_draft_heads_num_layers"
 """With what Model-Optimizer writes of layers and heads that it does not add."""
 DFLASH = _keys(
     "block_size mask_token_id target_layer_ids num_target_layers aux_hidden_state_layer_ids "
-    "is_causal causal sliding_window_non_causal use_swa swa_window_size sliding_window"
+    "is_causal causal causal_head sliding_window_non_causal use_swa swa_window_size sliding_window "
+    "sample_from_anchor"
+)
+DSPARK = DFLASH | _keys(
+    "markov_rank markov_head_type enable_confidence_head use_confidence_head "
+    "confidence_head_with_markov confidence_head_alpha"
 )
 PARD = _keys("pard_token spd_type pard2 pard2_scale pard2_target_dim pard2_target_layers")
 TTSPEC = frozenset({"length", "rebuilt", "layers_of_target"})
@@ -147,7 +152,8 @@ TRANSFORMERS_4 = _keys(
 FLAGS = _keys(
     "attention_bias qkv_bias mlp_bias is_neox_style rope_interleave rope_interleaved is_causal "
     "causal use_swa use_sliding_window norm_before_residual norm_before_fc fc_norm norm_output "
-    "sliding_window_non_causal tie_word_embeddings pard2"
+    "sliding_window_non_causal tie_word_embeddings pard2 causal_head sample_from_anchor "
+    "enable_confidence_head use_confidence_head confidence_head_with_markov"
 )
 """Keys that are true or false, and not the text "false"."""
 
@@ -185,6 +191,11 @@ TABLES = {
     "dflash": Known(
         LAYER | SCALES | SPECULATORS | DFLASH,
         {**_INSIDE, "dflash_config": Known(DFLASH | SCALES)},
+        whole=True,
+    ),
+    "dspark": Known(
+        LAYER | SCALES | SPECULATORS | DSPARK,
+        {**_INSIDE, "dflash_config": Known(DSPARK | SCALES)},
         whole=True,
     ),
 }
