@@ -538,13 +538,11 @@ def small_drafter(which: str) -> Drafter:
     """A drafter of random weights for that target."""
     kind, config = CONFIGS[which]
     changes = {
-        **dict.fromkeys(
-            ("dflash", "dspark"),
-            {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
-        ),
+        "dflash": {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
         "eagle3": {"draft_vocab_size": 4},
         "pard": {"pard_token": 4, "pard2_target_dim": 48},
     }
+    changes["dspark"] = changes["dflash"]
     blocks = {"dflash": 3, "dspark": 2}
     length = {"block_size": blocks[kind]} if kind in blocks else {"ttspec": {"length": 2}}
     drafter = make_drafter(kind, {**config, **SMALL, **length, **changes.get(kind, {})})

@@ -176,6 +176,10 @@ class DFlash(FeatureDrafter):
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
         """Fill one block a row."""
         assert isinstance(state, ContextState)
+        self._choose(state.weights, self.states(state, blocks), blocks.tokens, choices)
+
+    def states(self, state: ContextState, blocks: Blocks) -> Tensor:
+        """What the head reads of one block a row: [B, 1, length, H]."""
         if state.spans:
             width = self._width(blocks)
             position, rest = blocks.position(width), blocks.start[:, 0] >= state.slots
@@ -189,8 +193,7 @@ class DFlash(FeatureDrafter):
         else:
             context = state.read(blocks.longest, blocks.start)
             contexts = self._concatenated(*context, blocks, state.options.window)
-        states = self._fill(state.weights, blocks, state.rope, contexts)
-        self._choose(state.weights, states, blocks.tokens, choices)
+        return self._fill(state.weights, blocks, state.rope, contexts)
 
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:  # noqa: ARG002
         """Choose all drafts of one block a row.
@@ -219,7 +222,7 @@ class DFlash(FeatureDrafter):
     def _replay(
         self,
         state: DraftState,
-        lesson: Lesson,  # noqa: ARG002
+        lesson: Lesson,
         blocks: Blocks,
     ) -> Tensor:
         assert isinstance(state, ContextState)

@@ -131,7 +131,8 @@ class FeatureDrafter(Drafter):
         qkv = attention if qkv is None else qkv
         said = {"o_proj": attention, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv)}
         said |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self._one(("mlp_bias",)))
-        held = {n.split(".")[-2] for n in names if n.endswith("_proj.bias")}
+        layers = [n for n in names if ".self_attn." in n or ".mlp." in n]
+        held = {n.split(".")[-2] for n in layers if n.endswith("_proj.bias")}
         return {n for n, flag in said.items() if (n in held if flag is None else flag)}
 
     def _matrices(self, width: int) -> Shapes:

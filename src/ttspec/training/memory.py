@@ -23,7 +23,7 @@ def step_bytes(target: Target, config: TrainConfig, longest: int) -> int:
     text, size = target.config, target.dtype.itemsize
     states = (int(text.num_hidden_layers) + 1) * int(text.hidden_size)
     drafted = longest
-    if config.kind in ("dflash", "eagle3", "mtp"):
+    if config.kind not in ("pard", "causal"):
         drafted = min(config.anchors, longest) * max(config.block - 1, 1)
     logits = 3 * int(text.vocab_size) * drafted
     return config.batch * size * (longest * states + logits)
