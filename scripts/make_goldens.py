@@ -17,6 +17,7 @@ DFlash:
     /tmp/golden-dflash/bin/pip install transformers==5.15.0 safetensors==0.8.0 numpy==2.4.6
     /tmp/golden-dflash/bin/pip install --no-deps dflash==0.1.0
     /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash
+    /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash2
 
 DSpark, whose authors publish no package but their repository:
 
@@ -54,6 +55,13 @@ logits. Rejected tokens get features that must not be seen again.
     start, pending, accepted    [3] position and id of each round's pending token, drafts accepted
     logits [3, block-1, V]      of draft rows 1 to block-1
 
+DFlash2, dflash2-*: the same at temperature 1, where the selector says what it draws from. The
+target is certain, so that drafts are kept as the script says.
+
+    logits [3, block-1, V]                  of the head alone
+    drafts [3, block-1]                     as they were drawn
+    candidates, q [3, block-1, k]           their ids, and what the drafts were drawn from
+
 DSpark, dspark-*: the model and its Markov head are DeepSpec's, called as its evaluator calls them;
 that one wants a whole target. Drafts are the likeliest tokens.
 
@@ -76,6 +84,7 @@ VOCABULARY, DRAFT_VOCABULARY, MASK, BLOCK = 260, 100, 259, 5
 TOKENS, STEPS = 24, 4  # of EAGLE-3
 FLEX_BLOCK = 128  # flex attention reads whole blocks of rows
 PROMPT, ACCEPTED = 12, (2, 0, 4)  # of DFlash
+CERTAIN = 1e4  # logit of what a scripted target says
 
 LAYER = {
     "hidden_size": 32,
@@ -115,6 +124,27 @@ DFLASH = {
     },
 }
 
+SELECTOR = {
+    "dflash_config": {
+        "conv_group_size": 8,
+        "conv_kernel_size": 2,
+        "mask_token_id": MASK,
+        "selector_rank": 8,
+        "selector_top_k": 6,
+        "target_layer_ids": [0, 2],
+    },
+    "layer_types": ["full_attention", "full_attention"],
+    "rope_theta": 1000000,
+}
+DFLASH2 = {
+    "plain": {"block_size": BLOCK, "is_causal": False},
+    "sliding": {
+        "block_size": BLOCK,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "sliding_window": 8,
+        "use_sliding_window": True,
+    },
+}
 DSPARK = {
     "vanilla": {"confidence_head_with_markov": True, "enable_confidence_head": True},
     "gated": {"confidence_head_with_markov": False, "enable_confidence_head": True},
@@ -230,17 +260,20 @@ class ScriptedTarget(nn.Module):
         states = {layer + 1: part for layer, part in zip(self.layer_ids, parts, strict=True)}
         row = torch.zeros(1, 1, len(says), 1)
         past_key_values.update(row, row, 0)  # only its length is looked at
-        logits = nn.functional.one_hot(says, VOCABULARY).float()[None]
+        logits = CERTAIN * nn.functional.one_hot(says, VOCABULARY).float()[None]
         return SimpleNamespace(logits=logits[:, -logits_to_keep:], hidden_states=states)
 
 
-def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict[str, Tensor]:
-    """The checkpoint of one variant; what is expected of it."""
-    from dflash.model import DFlashDraftModel, dflash_generate
+def make_dflash(
+    folder: Path, options: dict, generator: torch.Generator, *, second: bool = False
+) -> dict[str, Tensor]:
+    """The checkpoint of one variant of DFlash, or of DFlash2; what is expected of it."""
+    from dflash.model import DFlash2DraftModel, DFlashDraftModel, dflash_generate
     from transformers import AutoConfig
 
+    kind = DFlash2DraftModel if second else DFlashDraftModel
     config = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [kind.__name__],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
@@ -257,11 +290,13 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    shapes = DFlashDraftModel(AutoConfig.from_pretrained(folder)).state_dict()
+    shapes = kind(AutoConfig.from_pretrained(folder)).state_dict()
     weights = random_weights(shapes, generator)
+    # As published; the package reads them by another name.
+    weights = {n.replace("codebook.weight", "codebook"): w for n, w in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    model, report = DFlashDraftModel.from_pretrained(
+    model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     assert not any(report.values()), report
@@ -273,8 +308,16 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
     prompt = torch.randint(VOCABULARY - 1, (1, PROMPT), generator=generator)
     target = ScriptedTarget(model.target_layer_ids, features, embedding, head)
     logits = kept_outputs(target.lm_head)
-    tokens = dflash_generate(model.eval(), target, prompt, produced + 1, stop_token_ids=None)[0]
+    proposals: list[tuple[Tensor, ...]] = []
+    if second:
+        propose = model.propose
+        model.propose = lambda *given: proposals.append(propose(*given)) or proposals[-1]
+    options = {"stop_token_ids": None, "temperature": float(second)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = dflash_generate(model.eval(), target, prompt, produced + 1, **options)[0]
     assert len(tokens) == len(features) + 1
+    drawn = zip(("drafts", "candidates", "q"), zip(*proposals, strict=True), strict=False)
     return {
         "embedding": embedding.contiguous(),
         "head": head,
@@ -284,6 +327,7 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
         "pending": torch.tensor(target.pending[1:]),
         "accepted": torch.tensor(ACCEPTED),
         "logits": torch.stack(logits),
+        **{name: torch.cat(parts) for name, parts in drawn},
     }
 
 
@@ -360,12 +404,15 @@ def main() -> None:
     """Write the goldens of one family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "family", choices=["eagle3", "dflash", "dspark"], help="whose environment this is"
+        "family",
+        choices=["eagle3", "dflash", "dflash2", "dspark"],
+        help="whose environment this is",
     )
     parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipes = {"eagle3": EAGLE3, "dflash": DFLASH, "dspark": DSPARK}[args.family]
+    recipes = {"eagle3": EAGLE3, "dflash": DFLASH, "dflash2": DFLASH2, "dspark": DSPARK}
+    recipes = recipes[args.family]
     for seed, (variant, recipe) in enumerate(recipes.items()):
         folder = args.out / f"{args.family}-{variant}"
         generator = torch.Generator().manual_seed(seed)
@@ -374,7 +421,9 @@ def main() -> None:
         elif args.family == "dspark":
             expected = make_dspark(folder, variant, generator)
         else:
-            expected = make_dflash(folder, recipe, generator)
+            recipe = recipe if args.family == "dflash" else {**SELECTOR, **recipe}
+            second = args.family == "dflash2"
+            expected = make_dflash(folder, recipe, generator, second=second)
         save_file(expected, folder / "expected.safetensors")
         print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
 

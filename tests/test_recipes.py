@@ -24,7 +24,7 @@ from ttspec.training.config import TrainConfig
 from ttspec.training.recipes import RECIPES, frequent_tokens
 from ttspec.training.train import Progress, fit
 
-KINDS = ["dspark", "jetspec", "eagle3", "mtp", "pard", "causal"]
+KINDS = ["dspark", "dflash2", "jetspec", "eagle3", "mtp", "pard", "causal"]
 """test_training.py trains the other one."""
 MADE = {"jetspec": "dflash"}
 """Kinds whose drafter is of another kind."""

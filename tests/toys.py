@@ -87,6 +87,14 @@ DSPARK = {
     "markov_head_type": "vanilla",
     "markov_rank": 8,
 }
+DFLASH2 = {
+    **CONFIG,
+    "architectures": ["DFlash2DraftModel"],
+    "conv_group_size": 16,
+    "conv_kernel_size": 2,
+    "selector_rank": 8,
+    "selector_top_k": 120,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", CONFIG),
     "dflash-sliding": ("dflash", {**CONFIG, **SLIDING}),
@@ -105,6 +113,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "markov_head_type": "rnn",
             "sample_from_anchor": False,
         },
+    ),
+    "dflash2": ("dflash2", DFLASH2),
+    "dflash2-sliding": (
+        "dflash2",
+        {**DFLASH2, **SLIDING, "conv_kernel_size": 3, "sample_from_anchor": True, "block_size": 4},
     ),
     "eagle3": ("eagle3", EAGLE3),
     "eagle3-unusual": (

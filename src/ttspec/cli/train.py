@@ -11,7 +11,9 @@ def train(
     prompts: Path,
     out: Path,
     target: str = "smollm2-135m",
-    kind: Literal["dflash", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"] = "dflash",
+    kind: Literal[
+        "dflash", "dflash2", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
+    ] = "dflash",
     init: str | None = None,
     max_length: int = 768,
     max_answer: int = 512,

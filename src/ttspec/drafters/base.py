@@ -41,7 +41,7 @@ from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
 Shapes = dict[str, tuple[int, ...]]
-AFTER_ATTENTION = ("o_proj", ".mlp.", "post_attention_layernorm")
+AFTER_ATTENTION = ("o_proj", ".mlp.", "mlp_conv", "post_attention_layernorm")
 """Parts of the names of weights that come after a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""

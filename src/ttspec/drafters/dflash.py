@@ -94,8 +94,9 @@ class DFlash(FeatureDrafter):
             "rope base": f"{self.rope.base:g}",
             **self._unusual(),
         }
-        self._of_layer = [*self._layer_shapes()]
-        matrices = [n.removesuffix(".weight") for n in self._of_layer if n.endswith("proj.weight")]
+        layer = self._layer_shapes()
+        self._of_layer = [*layer]
+        matrices = [n.removesuffix(".weight") for n, shape in layer.items() if len(shape) == 2]
         self._low_rank = [name + part for name in matrices for part in (DOWN, UP)]
 
     def _predicts_from_anchor(self) -> bool:
@@ -301,7 +302,7 @@ class DFlash(FeatureDrafter):
         ids[..., 0] = tokens
         x = self.embed(ids.flatten(1))
         for i, attend in enumerate(contexts):
-            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend)
+            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
         x = rms_norm(x, weights["norm.weight"], self.eps)
         return x.unflatten(1, (tokens.shape[1], -1))[:, :, width - blocks.length :]
 
@@ -312,7 +313,13 @@ class DFlash(FeatureDrafter):
 
     @compiled
     def layer(
-        self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, attend: Attend
+        self,
+        weights: Weights,
+        x: Tensor,
+        position: Tensor,
+        rope: Rope,
+        attend: Attend,
+        width: int,
     ) -> Tensor:
         """A decoder layer.
 
@@ -322,14 +329,44 @@ class DFlash(FeatureDrafter):
             position: int64 [B, N].
             rope: Rotation.
             attend: Attention.
+            width: Rows of a block.
 
         Returns:
             [B, N, H].
         """
+
+        def attention(y: Tensor) -> Tensor:
+            q = self._heads(weights, "self_attn.q", y, self.heads)
+            k, v = self._keys_values(weights, "self_attn.", y)
+            out = attend(rope(q, position), rope(k, position), v)
+            return project(weights, "self_attn.o_proj", out)
+
+        def mlp(y: Tensor) -> Tensor:
+            return gated_mlp(weights, "mlp.", y, self.activation)
+
         y = rms_norm(x, weights["input_layernorm.weight"], self.eps)
-        q = self._heads(weights, "self_attn.q", y, self.heads)
-        k, v = self._keys_values(weights, "self_attn.", y)
-        out = attend(rope(q, position), rope(k, position), v)
-        x = x + project(weights, "self_attn.o_proj", out)
+        x = x + self._around(weights, "attention", y, width, attention)
         y = rms_norm(x, weights["post_attention_layernorm.weight"], self.eps)
-        return x + gated_mlp(weights, "mlp.", y, self.activation)
+        return x + self._around(weights, "mlp", y, width, mlp)
+
+    def _around(
+        self,
+        weights: Weights,  # noqa: ARG002
+        at: str,  # noqa: ARG002
+        x: Tensor,
+        width: int,  # noqa: ARG002
+        inner: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """A part of a layer, and what a kind puts around it.
+
+        Args:
+            weights: The layer's.
+            at: attention or mlp.
+            x: [B, N, H], what it reads.
+            width: Rows of a block.
+            inner: The part.
+
+        Returns:
+            [B, N, H].
+        """
+        return inner(x)

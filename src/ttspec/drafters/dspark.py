@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttspec.drafters.base import Shapes
 from ttspec.drafters.blocks import Choices
 from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Weights, lookup, project
+from ttspec.drafters.layers import Weights, fitted, lookup, project
 
 MARKOV, CONFIDENCE = "markov_head.", "confidence_head."
 INNER = {"gated": ("gate_proj", 1, 1), "rnn": ("joint_proj", 2, 3)}
@@ -150,8 +149,7 @@ class DSpark(DFlash):
     def _biased(self, weights: Weights, scores: Tensor, latent: Tensor) -> Tensor:
         """Logits of scores [B, A, T, V_draft] and what the Markov head says of latent [..., r]."""
         bias = project(weights, f"{MARKOV}markov_w2", latent)
-        missing = scores.shape[-1] - bias.shape[-1]  # where tables are padded otherwise
-        return self.scaled(scores + (F.pad(bias, (0, missing)) if missing else bias))
+        return self.scaled(scores + fitted(bias, scores.shape[-1]))
 
     def confidence(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """How likely each draft is to be kept if those before it are, by the confidence head.

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.dflash2 import PREDECESSORS, SUCCESSORS, DFlash2
 from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.export_parts import (
     Written,
@@ -36,6 +37,15 @@ def published_dflash(drafter: DFlash, target: Target) -> Written:
         if drafter.causal != sliding(config):  # what readers take for granted
             own["causal"] = drafter.causal[0]
     return _with_tables(config, drafter, target)
+
+
+def published_dflash2(drafter: DFlash2, target: Target) -> Written:
+    """As z-lab publishes it."""
+    config, weights = published_dflash(drafter, target)
+    if "transformer_layer_config" in drafter.config:
+        config["architectures"] = ["DFlash2DraftModel"]
+        config["dflash_config"] |= _selector(drafter)
+    return config, weights
 
 
 def published_dspark(drafter: DSpark, target: Target) -> Written:
@@ -106,6 +116,22 @@ def speculators_dspark(drafter: DSpark, target: Target) -> Written:
     return {**config, **_heads(drafter), "architectures": ["DSparkSpeculator"]}, weights
 
 
+def speculators_dflash2(drafter: DFlash2, target: Target) -> Written:
+    """In the format of speculators."""
+    config, weights = speculators_dflash(drafter, target)
+    return {**config, **_selector(drafter), "architectures": ["DFlash2DraftModel"]}, weights
+
+
+def _selector(drafter: DFlash2) -> dict[str, Any]:
+    """What is said of convolutions and selector."""
+    return {
+        "conv_group_size": drafter.group,
+        "conv_kernel_size": drafter.taps_of_convolution,
+        "selector_rank": drafter.rank,
+        "selector_top_k": drafter.candidates,
+    }
+
+
 def _heads(drafter: DSpark) -> dict[str, Any]:
     """What is said of the Markov head and the confidence head."""
     return {
@@ -119,8 +145,9 @@ def _heads(drafter: DSpark) -> dict[str, Any]:
 def _own(drafter: DFlash, target: Target) -> dict[str, Tensor]:
     """What is not the target's; tables of tokens as long as the target's."""
     weights = own_weights(drafter, target)
-    for name, table in (("w1", drafter.embedding), ("w2", drafter.head)):
-        if (whole := f"markov_head.markov_{name}.weight") in weights:
-            own = weights[whole][: len(table)]
-            weights[whole] = F.pad(own, (0, 0, 0, len(table) - len(own)))
+    tables = {"markov_head.markov_w1.weight": drafter.embedding, PREDECESSORS: drafter.embedding}
+    tables |= {"markov_head.markov_w2.weight": drafter.head, SUCCESSORS: drafter.head}
+    for name in tables.keys() & weights.keys():
+        own, size = weights[name], len(tables[name])
+        weights[name] = F.pad(own[:size], (0, 0, 0, max(0, size - len(own))))
     return weights

@@ -128,6 +128,7 @@ DSPARK = DFLASH | _keys(
     "markov_rank markov_head_type enable_confidence_head use_confidence_head "
     "confidence_head_with_markov confidence_head_alpha"
 )
+DFLASH2 = DFLASH | _keys("conv_kernel_size conv_group_size selector_rank selector_top_k")
 PARD = _keys("pard_token spd_type pard2 pard2_scale pard2_target_dim pard2_target_layers")
 TTSPEC = frozenset({"length", "rebuilt", "layers_of_target"})
 WRITTEN_BESIDE = _keys(
@@ -188,16 +189,14 @@ TABLES = {
         {**_INSIDE, "eagle_config": Known(EAGLE_CONFIG | SCALES)},
         whole=True,
     ),
-    "dflash": Known(
-        LAYER | SCALES | SPECULATORS | DFLASH,
-        {**_INSIDE, "dflash_config": Known(DFLASH | SCALES)},
-        whole=True,
-    ),
-    "dspark": Known(
-        LAYER | SCALES | SPECULATORS | DSPARK,
-        {**_INSIDE, "dflash_config": Known(DSPARK | SCALES)},
-        whole=True,
-    ),
+    **{
+        kind: Known(
+            LAYER | SCALES | SPECULATORS | keys,
+            {**_INSIDE, "dflash_config": Known(keys | SCALES)},
+            whole=True,
+        )
+        for kind, keys in (("dflash", DFLASH), ("dflash2", DFLASH2), ("dspark", DSPARK))
+    },
 }
 """Of the kinds whose layers ttspec computes."""
 

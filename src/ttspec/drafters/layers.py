@@ -42,6 +42,12 @@ def lookup(table: Tensor, ids: Tensor) -> Tensor:
     return table[row, ids]
 
 
+def fitted(x: Tensor, size: int) -> Tensor:
+    """X [..., n] cut to `size`, or filled up with zeros: tables are padded to sizes that differ."""
+    missing = size - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
 DOWN, UP = ".down", ".up"
 """After a matrix's name: the two factors [r, in] and [out, r] of a low-rank change of it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar, cast
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash, default_taps
+from ttspec.drafters.dflash2 import DFlash2
 from ttspec.drafters.dspark import DSpark
 from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
 from ttspec.training.batches import Batch, Example, anchors
@@ -62,8 +64,7 @@ class BlockRecipe(Recipe[B]):
             values = forward_kl(p, logits)
         else:
             values = cross_entropy(blocks.labels, logits)
-        if p is not None:
-            values = values + self.beside(drafter, hidden.detach(), text, p, logits.detach())
+        values = values + self.beside(drafter, hidden, text, p, logits)
         weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
         right = (logits.argmax(-1) == blocks.labels) & blocks.mask
         accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
@@ -79,10 +80,18 @@ class BlockRecipe(Recipe[B]):
         drafter: B,  # noqa: ARG002
         hidden: Tensor,
         text: Tensor,  # noqa: ARG002
-        p: Tensor,  # noqa: ARG002
-        q: Tensor,  # noqa: ARG002
+        p: Tensor | None,  # noqa: ARG002
+        logits: Tensor,  # noqa: ARG002
     ) -> Tensor:
-        """What else is learned of each row; see `loss`."""
+        """What else is learned of each row, float32 [N, A, length] or one number.
+
+        Args:
+            drafter: Learns.
+            hidden: [N, A, length, H], what its head reads.
+            text: int64 [N, A, length + 1], the known token and those after it.
+            p: [N, A, length, V], logits of the target; None where they are not asked for.
+            logits: The same of the drafter.
+        """
         return hidden.new_zeros((), dtype=torch.float32)
 
 
@@ -127,9 +136,51 @@ class DSparkRecipe(BlockRecipe[DSpark]):
         """The confidence head is taught by what the target would keep."""
         return True
 
-    def beside(self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor, q: Tensor) -> Tensor:
+    def beside(
+        self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor | None, logits: Tensor
+    ) -> Tensor:
         """KL of the confidence to the share of drafts that would be kept."""
-        kept = agreement(p, q).clamp(0.0, 1.0)
-        said = drafter.confidence(drafter.weights, hidden, text)
+        assert p is not None
+        kept = agreement(p, logits).clamp(0.0, 1.0)
+        said = drafter.confidence(drafter.weights, hidden.detach(), text)
         least = F.binary_cross_entropy(kept, kept, reduction="none")
         return F.binary_cross_entropy_with_logits(said, kept, reduction="none") - least
+
+
+class DFlash2Recipe(BlockRecipe[DFlash2]):
+    """The head learns alone, too: it chooses the candidates among which the selector does."""
+
+    kind = "dflash2"
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As z-lab's."""
+        own = {
+            **config["dflash_config"],
+            "conv_group_size": math.gcd(16, int(self.target.config.hidden_size)),
+            "conv_kernel_size": 2,
+            "selector_rank": min(256, int(self.target.config.hidden_size) // 4),
+            "selector_top_k": 16,
+        }
+        return {**config, "architectures": ["DFlash2DraftModel"], "dflash_config": own}
+
+    def random(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Convolutions that change nothing yet."""
+        weights = super().random(shapes)
+        for name, weight in weights.items():
+            if name.endswith("base_kernel"):
+                weight[:] = torch.eye(2)[0][:, None]
+            elif name.endswith("kernel_projection.weight"):
+                weight.zero_()
+        return weights
+
+    def beside(
+        self,
+        drafter: DFlash2,
+        hidden: Tensor,
+        text: Tensor,
+        p: Tensor | None,
+        logits: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """The same loss of the head without the selector."""
+        alone = drafter.logits(hidden)
+        return cross_entropy(text[..., 1:], alone) if p is None else forward_kl(p, alone)

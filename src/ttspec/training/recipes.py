@@ -24,7 +24,7 @@ from ttspec.drafters.mtp_layer import one_layer, sizes_of
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
-from ttspec.training.blocks import DFlashRecipe, DSparkRecipe, JetSpecRecipe
+from ttspec.training.blocks import DFlash2Recipe, DFlashRecipe, DSparkRecipe, JetSpecRecipe
 from ttspec.training.config import TrainConfig
 from ttspec.training.recipe import Recipe, mask_token
 
@@ -212,6 +212,7 @@ class CausalRecipe(PardRecipe):
 
 RECIPES: dict[str, type[Recipe[Any]]] = {
     "dflash": DFlashRecipe,
+    "dflash2": DFlash2Recipe,
     "dspark": DSparkRecipe,
     "jetspec": JetSpecRecipe,
     "eagle3": Eagle3Recipe,
