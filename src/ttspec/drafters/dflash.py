@@ -304,7 +304,8 @@ class DFlash(FeatureDrafter):
         for i, attend in enumerate(contexts):
             x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
         x = rms_norm(x, weights["norm.weight"], self.eps)
-        return x.unflatten(1, (tokens.shape[1], -1))[:, :, width - blocks.length :]
+        first = 0 if self.from_anchor else 1
+        return x.unflatten(1, (tokens.shape[1], -1))[:, :, first : first + blocks.length]
 
     def _layer_weights(self, weights: Weights, i: int) -> Weights:
         at = f"layers.{i}."

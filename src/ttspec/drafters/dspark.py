@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Shapes
-from ttspec.drafters.blocks import Choices
+from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.layers import Weights, fitted, lookup, project
 
@@ -97,17 +97,27 @@ class DSpark(DFlash):
         table = sizes[f"{MARKOV}markov_w1.weight"]
         return super().weights_read(length) - table + (length - 1) * (sum(sizes.values()) - table)
 
+    def _width(self, blocks: Blocks) -> int:
+        """Rows of a block: all that there may be where the confidence head says how many to read.
+
+        Then the first drafts are the same, however many are read.
+        """
+        length = max(self.length, blocks.length) if self.confident else blocks.length
+        return length + (not self.from_anchor)
+
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
         """Choose one draft after the other: what was chosen last has a say in the next one."""
+        text = [tokens]
         if not self.rank:
-            super()._choose(weights, states, tokens, choices)
-            return
+            text.append(choices(self.logits(states)[:, 0], 0))
         scores, memory = self.scores(states), None
-        for i in range(states.shape[2]):
+        for i in range(states.shape[2] if self.rank else 0):
             at = slice(i, i + 1)
-            latent, memory = self._latent(weights, states[:, :, at], tokens[..., None], memory)
-            logits = self._biased(weights, scores[:, :, at], latent)
-            tokens = choices(logits[:, 0], i)
+            latent, memory = self._latent(weights, states[:, :, at], text[-1][..., None], memory)
+            text.append(choices(self._biased(weights, scores[:, :, at], latent)[:, 0], i))
+        if self.confident:
+            said = self.confidence(weights, states, torch.cat(text, dim=1)[:, None])
+            choices.confidence = said[:, 0].sigmoid()
 
     def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.following`."""
