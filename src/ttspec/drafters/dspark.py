@@ -62,7 +62,7 @@ class DSpark(DFlash):
 
     def _predicts_from_anchor(self) -> bool:
         """By default so, but not in older files of speculators, as vLLM reads them."""
-        said = self._one(("sample_from_anchor",))
+        said = self._one(("sample_from_anchor", "shift_label"))  # Model-Optimizer's
         return "speculators_model_type" not in self.config if said is None else bool(said)
 
     def shapes(self) -> Shapes:

@@ -115,7 +115,7 @@ SPECULATORS = _keys(
 )
 EAGLE3 = _keys(
     "norm_before_residual norm_before_fc fc_norm norm_output target_hidden_size draft_vocab_size "
-    "num_aux_hidden_states eagle_aux_hidden_state_layer_ids"
+    "num_aux_hidden_states eagle_aux_hidden_state_layer_ids target_layer_ids ttt_length"
 )
 EAGLE_CONFIG = EAGLE3 | {"next_layer_regular", "parallel_draft_heads_num_layers"}
 """With what Model-Optimizer writes of layers and heads that it does not add."""
@@ -126,7 +126,7 @@ DFLASH = _keys(
 )
 DSPARK = DFLASH | _keys(
     "markov_rank markov_head_type enable_confidence_head use_confidence_head "
-    "confidence_head_with_markov confidence_head_alpha"
+    "confidence_head_with_markov confidence_head_alpha shift_label"
 )
 DFLASH2 = DFLASH | _keys("conv_kernel_size conv_group_size selector_rank selector_top_k")
 PARD = _keys("pard_token spd_type pard2 pard2_scale pard2_target_dim pard2_target_layers")
@@ -137,6 +137,7 @@ WRITTEN_BESIDE = _keys(
     "embd_pdrop resid_pdrop original_max_position_embeddings "
     # training and publishing
     "attention_backend dflasher loss_decay_gamma max_anchors modal_type num_anchors "
+    "draft_num_hidden_layers num_target_layers step_loss_decay target_model_name_or_path "
     "target_model_type unused_tokenids unsloth_fixed unsloth_version model_max_length "
     # of targets whose config was copied: their vocabulary, classifiers and vision
     "add_classification_head attention_head_dim cla_share_factor class_num dense_list im_end_id "
@@ -154,7 +155,7 @@ FLAGS = _keys(
     "attention_bias qkv_bias mlp_bias is_neox_style rope_interleave rope_interleaved is_causal "
     "causal use_swa use_sliding_window norm_before_residual norm_before_fc fc_norm norm_output "
     "sliding_window_non_causal tie_word_embeddings pard2 causal_head sample_from_anchor "
-    "enable_confidence_head use_confidence_head confidence_head_with_markov"
+    "enable_confidence_head use_confidence_head confidence_head_with_markov shift_label"
 )
 """Keys that are true or false, and not the text "false"."""
 
