@@ -19,16 +19,6 @@ DFlash:
     /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash
     /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash2
 
-DSpark, whose authors publish no package but their repository:
-
-    python3.11 -m venv /tmp/golden-dspark
-    /tmp/golden-dspark/bin/pip install torch==2.13.0
-    /tmp/golden-dspark/bin/pip install transformers==5.10.2 safetensors==0.7.0 numpy==2.4.4 \
-        pyyaml tqdm
-    git clone https://github.com/deepseek-ai/DeepSpec /tmp/DeepSpec
-    git -C /tmp/DeepSpec checkout afdfa7c9382a3341a3e6f17756dd816da79f132c
-    PYTHONPATH=/tmp/DeepSpec /tmp/golden-dspark/bin/python scripts/make_goldens.py dspark
-
 `--no-deps` leaves out what model code never imports (torchvision and torchaudio, data sets for
 benchmarks). Nothing in the packages is patched. Run twice, the files have the same bytes; another
 kind of processor may change the last bits of `logits`.
@@ -61,13 +51,6 @@ target is certain, so that drafts are kept as the script says.
     logits [3, block-1, V]                  of the head alone
     drafts [3, block-1]                     as they were drawn
     candidates, q [3, block-1, k]           their ids, and what the drafts were drawn from
-
-DSpark, dspark-*: the model and its Markov head are DeepSpec's, called as its evaluator calls them;
-that one wants a whole target. Drafts are the likeliest tokens.
-
-    features [T, W], tokens [T+1], start [3], accepted [3]      as above
-    drafts, logits [3, block(, V)]                              all rows of a block predict
-    confidence [3, block]                                       logits, where there is a head
 """
 
 import argparse
@@ -144,12 +127,6 @@ DFLASH2 = {
         "sliding_window": 8,
         "use_sliding_window": True,
     },
-}
-DSPARK = {
-    "vanilla": {"confidence_head_with_markov": True, "enable_confidence_head": True},
-    "gated": {"confidence_head_with_markov": False, "enable_confidence_head": True},
-    "rnn": {"enable_confidence_head": False},
-    "dflash": {"enable_confidence_head": False, "markov_rank": 0},
 }
 
 
@@ -331,102 +308,31 @@ def make_dflash(
     }
 
 
-@torch.no_grad()
-def make_dspark(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:
-    """The checkpoint of one variant; what is expected of it."""
-    from deepspec.modeling.dspark.qwen3 import Qwen3DSparkModel
-    from transformers import DynamicCache, Qwen3Config
-
-    config = Qwen3Config(
-        **{
-            "architectures": ["Qwen3DSparkModel"],
-            "block_size": BLOCK - 1,
-            "layer_types": ["full_attention", "full_attention"],
-            "markov_head_type": "vanilla" if variant == "dflash" else variant,
-            "markov_rank": 8,
-            "mask_token_id": MASK,
-            "num_anchors": 16,
-            "num_hidden_layers": 2,
-            "num_target_layers": 4,
-            "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
-            "target_layer_ids": [0, 2],
-            "tie_word_embeddings": False,
-            **LAYER,
-            **DSPARK[variant],
-        }
-    )
-    model = Qwen3DSparkModel(config)
-    weights = random_weights(model.state_dict(), generator)
-    weights["lm_head.weight"] = 1.5 * weights["lm_head.weight"]
-    model.load_state_dict(weights)
-    model.save_pretrained(folder)
-    model = Qwen3DSparkModel.from_pretrained(folder, attn_implementation="sdpa").eval()
-
-    produced, width = sum(ACCEPTED) + len(ACCEPTED), 2 * LAYER["hidden_size"]
-    features = torch.randn(PROMPT + produced, width, generator=generator)
-    tokens = torch.randint(MASK, (PROMPT + produced + 1,), generator=generator)
-    cache, start, known = DynamicCache(), PROMPT, 0
-    told: dict[str, list[Tensor]] = {name: [] for name in ("start", "drafts", "logits")}
-    if model.confidence_head is not None:
-        told["confidence"] = []
-    for accepted in ACCEPTED:
-        block = torch.full((1, model.block_size), MASK)
-        block[:, 0] = tokens[start]
-        states = model._forward_backbone(
-            position_ids=torch.arange(known, start + model.block_size)[None],
-            noise_embedding=model.embed_tokens(block),
-            target_hidden_states=features[None, known:start],
-            past_key_values=cache,
-            use_cache=True,
-            is_causal=False,
-        )
-        cache.crop(start)
-        drafts, logits = model.sample_draft_tokens(
-            model.compute_logits(states), first_prev_token_ids=block[:, 0], hidden_states=states
-        )
-        told["start"].append(torch.tensor(start))
-        told["drafts"].append(drafts[0])
-        told["logits"].append(logits[0])
-        if model.confidence_head is not None:
-            before = torch.cat([block[:, :1], drafts[:, :-1]], dim=1)
-            told["confidence"].append(model.predict_confidence_step(states, before)[0])
-        tokens[start + 1 : start + 1 + accepted] = drafts[0, :accepted]
-        known, start = start, start + accepted + 1
-    return {
-        "features": features,
-        "tokens": tokens,
-        "accepted": torch.tensor(ACCEPTED),
-        **{name: torch.stack(each) for name, each in told.items()},
-    }
-
-
 def main() -> None:
     """Write the goldens of one family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "family",
-        choices=["eagle3", "dflash", "dflash2", "dspark"],
-        help="whose environment this is",
-    )
+    parser.add_argument("family", choices=list(FAMILIES), help="whose environment this is")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipes = {"eagle3": EAGLE3, "dflash": DFLASH, "dflash2": DFLASH2, "dspark": DSPARK}
-    recipes = recipes[args.family]
-    for seed, (variant, recipe) in enumerate(recipes.items()):
+    variants, make = FAMILIES[args.family]
+    for seed, variant in enumerate(variants):
         folder = args.out / f"{args.family}-{variant}"
-        generator = torch.Generator().manual_seed(seed)
-        if args.family == "eagle3":
-            expected = make_eagle3(folder, *recipe, generator)
-        elif args.family == "dspark":
-            expected = make_dspark(folder, variant, generator)
-        else:
-            recipe = recipe if args.family == "dflash" else {**SELECTOR, **recipe}
-            second = args.family == "dflash2"
-            expected = make_dflash(folder, recipe, generator, second=second)
+        expected = make(folder, variant, torch.Generator().manual_seed(seed))
         save_file(expected, folder / "expected.safetensors")
         print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
 
+
+FAMILIES = {  # variants, and what makes one
+    "eagle3": (EAGLE3, lambda folder, name, noise: make_eagle3(folder, *EAGLE3[name], noise)),
+    "dflash": (DFLASH, lambda folder, name, noise: make_dflash(folder, DFLASH[name], noise)),
+    "dflash2": (
+        DFLASH2,
+        lambda folder, name, noise: make_dflash(
+            folder, {**SELECTOR, **DFLASH2[name]}, noise, second=True
+        ),
+    ),
+}
 
 if __name__ == "__main__":
     main()

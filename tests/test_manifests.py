@@ -75,6 +75,13 @@ def test_there_is_a_manifest_of_every_kind():
     assert {m["kind"] for m in MANIFESTS.values()} == set(KINDS)
 
 
+def test_the_table_in_the_docs_has_a_row_of_each():
+    text = (FOLDER.parents[1] / "docs" / "drafters.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    listed = [cells[-2].strip(" `") for cells in rows if cells[-2].strip(" `") in MANIFESTS]
+    assert sorted(listed) == sorted(MANIFESTS)
+
+
 @each
 def test_every_published_tensor_has_its_place_and_none_is_missing(name):
     drafter, found = described(MANIFESTS[name])
