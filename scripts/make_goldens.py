@@ -17,6 +17,7 @@ DFlash:
     /tmp/golden-dflash/bin/pip install transformers==5.15.0 safetensors==0.8.0 numpy==2.4.6
     /tmp/golden-dflash/bin/pip install --no-deps dflash==0.1.0
     /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash
+    /tmp/golden-dflash/bin/python scripts/make_goldens.py dflash2
 
 `--no-deps` leaves out what model code never imports (torchvision and torchaudio, data sets for
 benchmarks). Nothing in the packages is patched. Run twice, the files have the same bytes; another
@@ -43,6 +44,13 @@ logits. Rejected tokens get features that must not be seen again.
     tokens [T+1]                prompt, then what three rounds committed, then the pending token
     start, pending, accepted    [3] position and id of each round's pending token, drafts accepted
     logits [3, block-1, V]      of draft rows 1 to block-1
+
+DFlash2, dflash2-*: the same at temperature 1, where the selector says what it draws from. The
+target is certain, so that drafts are kept as the script says.
+
+    logits [3, block-1, V]                  of the head alone
+    drafts [3, block-1]                     as they were drawn
+    candidates, q [3, block-1, k]           their ids, and what the drafts were drawn from
 """
 
 import argparse
@@ -59,6 +67,7 @@ VOCABULARY, DRAFT_VOCABULARY, MASK, BLOCK = 260, 100, 259, 5
 TOKENS, STEPS = 24, 4  # of EAGLE-3
 FLEX_BLOCK = 128  # flex attention reads whole blocks of rows
 PROMPT, ACCEPTED = 12, (2, 0, 4)  # of DFlash
+CERTAIN = 1e4  # logit of what a scripted target says
 
 LAYER = {
     "hidden_size": 32,
@@ -93,6 +102,28 @@ DFLASH = {
         "dflash_config": {"block_size": BLOCK, "mask_token_id": MASK, "target_layer_ids": [0, 2]},
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"rope_theta": 10000000, "rope_type": "default"},
+        "sliding_window": 8,
+        "use_sliding_window": True,
+    },
+}
+
+SELECTOR = {
+    "dflash_config": {
+        "conv_group_size": 8,
+        "conv_kernel_size": 2,
+        "mask_token_id": MASK,
+        "selector_rank": 8,
+        "selector_top_k": 6,
+        "target_layer_ids": [0, 2],
+    },
+    "layer_types": ["full_attention", "full_attention"],
+    "rope_theta": 1000000,
+}
+DFLASH2 = {
+    "plain": {"block_size": BLOCK, "is_causal": False},
+    "sliding": {
+        "block_size": BLOCK,
+        "layer_types": ["sliding_attention", "sliding_attention"],
         "sliding_window": 8,
         "use_sliding_window": True,
     },
@@ -206,17 +237,20 @@ class ScriptedTarget(nn.Module):
         states = {layer + 1: part for layer, part in zip(self.layer_ids, parts, strict=True)}
         row = torch.zeros(1, 1, len(says), 1)
         past_key_values.update(row, row, 0)  # only its length is looked at
-        logits = nn.functional.one_hot(says, VOCABULARY).float()[None]
+        logits = CERTAIN * nn.functional.one_hot(says, VOCABULARY).float()[None]
         return SimpleNamespace(logits=logits[:, -logits_to_keep:], hidden_states=states)
 
 
-def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict[str, Tensor]:
-    """The checkpoint of one variant; what is expected of it."""
-    from dflash.model import DFlashDraftModel, dflash_generate
+def make_dflash(
+    folder: Path, options: dict, generator: torch.Generator, *, second: bool = False
+) -> dict[str, Tensor]:
+    """The checkpoint of one variant of DFlash, or of DFlash2; what is expected of it."""
+    from dflash.model import DFlash2DraftModel, DFlashDraftModel, dflash_generate
     from transformers import AutoConfig
 
+    kind = DFlash2DraftModel if second else DFlashDraftModel
     config = {
-        "architectures": ["DFlashDraftModel"],
+        "architectures": [kind.__name__],
         "attention_bias": False,
         "attention_dropout": 0.0,
         "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
@@ -233,11 +267,13 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    shapes = DFlashDraftModel(AutoConfig.from_pretrained(folder)).state_dict()
+    shapes = kind(AutoConfig.from_pretrained(folder)).state_dict()
     weights = random_weights(shapes, generator)
+    # As published; the package reads them by another name.
+    weights = {n.replace("codebook.weight", "codebook"): w for n, w in weights.items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
-    model, report = DFlashDraftModel.from_pretrained(
+    model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
     )
     assert not any(report.values()), report
@@ -249,8 +285,16 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
     prompt = torch.randint(VOCABULARY - 1, (1, PROMPT), generator=generator)
     target = ScriptedTarget(model.target_layer_ids, features, embedding, head)
     logits = kept_outputs(target.lm_head)
-    tokens = dflash_generate(model.eval(), target, prompt, produced + 1, stop_token_ids=None)[0]
+    proposals: list[tuple[Tensor, ...]] = []
+    if second:
+        propose = model.propose
+        model.propose = lambda *given: proposals.append(propose(*given)) or proposals[-1]
+    options = {"stop_token_ids": None, "temperature": float(second)}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        tokens = dflash_generate(model.eval(), target, prompt, produced + 1, **options)[0]
     assert len(tokens) == len(features) + 1
+    drawn = zip(("drafts", "candidates", "q"), zip(*proposals, strict=True), strict=False)
     return {
         "embedding": embedding.contiguous(),
         "head": head,
@@ -260,27 +304,35 @@ def make_dflash(folder: Path, options: dict, generator: torch.Generator) -> dict
         "pending": torch.tensor(target.pending[1:]),
         "accepted": torch.tensor(ACCEPTED),
         "logits": torch.stack(logits),
+        **{name: torch.cat(parts) for name, parts in drawn},
     }
 
 
 def main() -> None:
     """Write the goldens of one family."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=["eagle3", "dflash"], help="whose environment this is")
+    parser.add_argument("family", choices=list(FAMILIES), help="whose environment this is")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    recipes = EAGLE3 if args.family == "eagle3" else DFLASH
-    for seed, (variant, recipe) in enumerate(recipes.items()):
+    variants, make = FAMILIES[args.family]
+    for seed, variant in enumerate(variants):
         folder = args.out / f"{args.family}-{variant}"
-        generator = torch.Generator().manual_seed(seed)
-        if args.family == "eagle3":
-            expected = make_eagle3(folder, *recipe, generator)
-        else:
-            expected = make_dflash(folder, recipe, generator)
+        expected = make(folder, variant, torch.Generator().manual_seed(seed))
         save_file(expected, folder / "expected.safetensors")
         print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
 
+
+FAMILIES = {  # variants, and what makes one
+    "eagle3": (EAGLE3, lambda folder, name, noise: make_eagle3(folder, *EAGLE3[name], noise)),
+    "dflash": (DFLASH, lambda folder, name, noise: make_dflash(folder, DFLASH[name], noise)),
+    "dflash2": (
+        DFLASH2,
+        lambda folder, name, noise: make_dflash(
+            folder, {**SELECTOR, **DFLASH2[name]}, noise, second=True
+        ),
+    ),
+}
 
 if __name__ == "__main__":
     main()

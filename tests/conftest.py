@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 VARIANTS = (
     *("eagle3-normed-residual", "eagle3.1", "eagle3-norm-before-fc", "eagle3-qk-norm"),
     *("pard-qwen3", "causal-qwen2", "dflash-sliding", "dflash-unusual", "eagle3-unusual"),
-    *("mtp-gated", "mtp-experts", "eagle3-layers"),
+    *("mtp-gated", "mtp-experts", "eagle3-layers", "dspark-gated", "dspark-rnn"),
+    "dflash2-sliding",
 )
 """Differ from another kind inside a layer only, which tests of drafts and gradients show."""
 OF_ROUNDS = (

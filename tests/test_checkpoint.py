@@ -587,7 +587,7 @@ def test_a_config_of_odd_values_is_refused(tmp_path, which, key, value):
         ("dflash", {"layer_types": ["full_attention"]}, "layer_types"),
         ("dflash", {"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ("dflash", {"block_size": 1}, "block_size"),
-        ("dflash", {"sample_from_anchor": True}, "sample_from_anchor"),
+        ("eagle3", {"sample_from_anchor": True}, "sample_from_anchor"),
         ("dflash", {"attention_sink_bias": True}, "attention_sink_bias"),
         ("dflash", {"add_swa_attention_sink_bias": True}, "add_swa_attention_sink_bias"),
         ("eagle3", {"attention_value_scale": 0.5}, "attention_value_scale"),
@@ -621,9 +621,8 @@ def test_attention_sinks_inside_dflash_config_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("which", "changes", "named"),
     [
-        ("dflash", {"architectures": ["DFlash2DraftModel"]}, "DFlash2"),
-        ("dflash", {"architectures": ["Qwen3DSparkModel"]}, "DSpark"),
-        ("dflash", {"speculators_model_type": "dspark"}, "DSpark"),
+        ("dflash", {"architectures": ["Gemma4DSparkModel"]}, "DSpark on layers of another family"),
+        ("dflash", {"architectures": ["DSparkV41DraftModel"]}, "DSpark on layers"),
         ("dflash", {"architectures": ["DominoDraftModel"]}, "Domino"),
         ("eagle3", {"speculators_model_type": "peagle"}, "P-EAGLE"),
         ("eagle3", {"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
@@ -768,7 +767,8 @@ def test_the_rope_base_can_be_overridden(which):
 
 @pytest.mark.parametrize("which", EVERY)
 def test_positions_are_not_limited_by_max_position_embeddings(which):
-    drafter = bound_kind(which, max_position_embeddings=2048)
+    candidates = {"selector_top_k": VOCABULARY} if which.startswith("dflash2") else {}
+    drafter = bound_kind(which, max_position_embeddings=2048, **candidates)
     options = DraftConfig(window=12)  # what is before the first token is not looked at
     near = proposal_logits(drafter, options, first=100)
     far = proposal_logits(drafter, options, first=3000)

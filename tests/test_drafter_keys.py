@@ -24,6 +24,7 @@ from ttspec.drafters.keys import LAYER, NO_EFFECT, SCALES, refuse_keys
 from ttspec.errors import CheckpointError, TtspecError
 
 KINDS = ("dflash", "eagle3", "pard", "causal")
+KEYED = (*KINDS, "dflash2", "dspark")
 PREFIX = 14
 TABLES = torch.randn(2, VOCABULARY, 64, generator=torch.Generator().manual_seed(1000)) * 0.3
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -362,7 +363,7 @@ INVALID: dict[str, dict[str, Any]] = {
     "longrope": {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
     "kv_lora_rank": {"kv_lora_rank": 64},
     "attention_sink_bias": {"attention_sink_bias": True},
-    "sample_from_anchor": {"sample_from_anchor": True},
+    "shift_label": {"shift_label": True},
     "markov_rank": {"markov_rank": 256},
     "quantization_config": {"quantization_config": {"quant_method": "fp8"}},
     "speculators_model_type": {"speculators_model_type": "of another planet"},
@@ -381,11 +382,15 @@ def test_15_generated_invalid_checkpoints_are_refused_in_two_lines(tmp_path, kin
         assert said in message or name.startswith(known), message
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KEYED)
 def test_no_unknown_key_is_loaded_wherever_it_stands(tmp_path, kind):
     config = base(kind)
     write(tmp_path, config)
-    nested = {"dflash": ["dflash_config"], "eagle3": ["eagle_config"]}.get(kind, [])
+    nested = {
+        "dflash": ["dflash_config"],
+        "dflash2": ["dflash_config"],
+        "eagle3": ["eagle_config"],
+    }.get(kind, [])
     places: list[Callable[[str, Any], dict[str, Any]]] = [
         lambda key, value: {**config, key: value},
         lambda key, value: {**config, "rope_parameters": {"rope_theta": 1e4, key: value}},
@@ -408,7 +413,7 @@ WRONG = (None, True, -1, 0, 0.5, "x", [-1], {"a": 1})
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")  # of a size of 0, then refused
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KEYED)
 def test_no_value_of_any_key_ends_in_a_traceback(tmp_path, kind):
     """It drafts, or is refused as a user's mistake."""
     changed = (
@@ -712,7 +717,7 @@ def test_heads_of_the_first_two_eagles_are_called_what_they_are(tmp_path, archit
         ({"speculators_model_type": "jetspec"}, "JetSpec"),
         ({"speculators_model_type": "mlp_speculator"}, "mlp_speculator"),
         ({"architectures": ["QwenDFlareDraftModel"]}, "DFlare"),
-        ({"dflash_config": {"mask_token_id": MASK, "projector_type": "dspark"}}, "projector_type"),
+        ({"dflash_config": {"mask_token_id": MASK, "projector_type": "domino"}}, "projector_type"),
     ],
 )
 def test_relatives_of_dflash_are_refused_by_name(tmp_path, changes, named):

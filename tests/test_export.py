@@ -31,7 +31,9 @@ from ttspec.drafters.export import export_drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError
 
-BLOCKS = [name for name, (kind, _) in CONFIGS.items() if kind in ("dflash", "eagle3")]
+BLOCKS = [
+    name for name, (kind, _) in CONFIGS.items() if kind in ("dflash", "dflash2", "dspark", "eagle3")
+]
 MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
 HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]
 BOTH = [(name, form) for name in BLOCKS for form in ("published", "speculators")]

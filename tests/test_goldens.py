@@ -1,4 +1,7 @@
-"""Drafters against logits that their authors' own packages computed (scripts/make_goldens.py)."""
+"""Drafters against logits that their authors' own code computed.
+
+By `scripts/make_goldens.py` and `scripts/make_authors_goldens.py`.
+"""
 
 import math
 import shutil
@@ -12,13 +15,20 @@ from toys import SLOTS, verification
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.checkpoint import load_drafter
+from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.dflash2 import DFlash2
+from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.eagle3 import Eagle3
 
 GOLDENS = Path(__file__).parent / "goldens"
 EAGLE3 = sorted(p.name for p in GOLDENS.glob("eagle3-*"))
 DFLASH = sorted(p.name for p in GOLDENS.glob("dflash-*"))
-LAYERS = {"eagle3": 8, "dflash": 4}
+DFLASH2 = sorted(p.name for p in GOLDENS.glob("dflash2-*"))
+DSPARK = sorted(p.name for p in GOLDENS.glob("dspark-*"))
+JETSPEC = sorted(p.name for p in GOLDENS.glob("jetspec-*"))
+LAYERS = {"eagle3": 8, "dflash": 4, "dflash2": 4, "dspark": 4}
 """Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
 PROMPT, ACCEPTED = 9, (2, 0, 4)
 """Of EAGLE-3; a DFlash golden brings its own."""
@@ -105,7 +115,7 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])
-@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH])
+@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH, *DFLASH2, *DSPARK, *JETSPEC])
 def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
     drafter, expected = golden(name, tmp_path)
     whole = propose(drafter, read_prompt(drafter, expected, PROMPT), expected["tokens"], PROMPT)
@@ -127,5 +137,50 @@ def test_dflash_drafting_in_rounds_says_what_its_authors_package_says(tmp_path, 
         assert pending == expected["tokens"][start]
         logits = propose(drafter, state, expected["tokens"], start)
         torch.testing.assert_close(logits, expected["logits"][number], atol=1e-4, rtol=0)
+        absorb(drafter, state, expected, start, accepted)
+    assert expected["accepted"].tolist() == list(ACCEPTED)
+
+
+@pytest.mark.parametrize("name", DFLASH2)
+def test_dflash2_draws_from_what_its_authors_package_draws_from(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert isinstance(drafter, DFlash2)
+    state = read_prompt(drafter, expected, int(expected["start"][0]))
+    rounds = zip(*(expected[k].tolist() for k in ("start", "accepted")), strict=True)
+    for number, (start, accepted) in enumerate(rounds):
+        text = torch.cat([expected["tokens"][: start + 1], expected["drafts"][number]])
+        logits = propose(drafter, state, text, start)
+        among, q = expected["candidates"][number], expected["q"][number]
+        torch.testing.assert_close(logits.softmax(-1).gather(-1, among), q, atol=1e-4, rtol=0)
+        assert (logits == -math.inf).sum(-1).eq(logits.shape[-1] - among.shape[-1]).all()
+        blocks = Blocks(text[None, [start]], torch.tensor([[start]]), drafter.length, start)
+        alone = drafter.logits(drafter.states(state, blocks))[0, 0]
+        torch.testing.assert_close(alone, expected["logits"][number], atol=1e-4, rtol=0)
+        absorb(drafter, state, expected, start, accepted)
+    assert expected["accepted"].tolist() == list(ACCEPTED)
+
+
+@pytest.mark.parametrize("name", [*DSPARK, *JETSPEC])
+def test_drafting_in_rounds_says_what_its_authors_code_says(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert isinstance(drafter, DSpark if name in DSPARK else DFlash)
+    assert all(drafter.causal) == (name in JETSPEC)
+    confident = isinstance(drafter, DSpark) and drafter.confident
+    assert confident == ("confidence" in expected)
+    state = read_prompt(drafter, expected, int(expected["start"][0]))
+    for number, (start, accepted) in enumerate(
+        zip(expected["start"].tolist(), ACCEPTED, strict=True)
+    ):
+        text = torch.cat([expected["tokens"][: start + 1], expected["drafts"][number]])
+        logits = propose(drafter, state, text, start)
+        torch.testing.assert_close(logits, expected["logits"][number], atol=1e-4, rtol=0)
+        assert torch.equal(logits.argmax(-1), expected["drafts"][number])
+        if confident:
+            blocks = Blocks(text[None, [start]], torch.tensor([[start]]), drafter.length, start)
+            states = drafter.states(state, blocks)
+            said = drafter.confidence(state.weights, states, text[None, None, start:])
+            torch.testing.assert_close(
+                said[0, 0], expected["confidence"][number], atol=1e-4, rtol=0
+            )
         absorb(drafter, state, expected, start, accepted)
     assert expected["accepted"].tolist() == list(ACCEPTED)

@@ -17,6 +17,7 @@ from ttspec import load
 from ttspec.drafters.base import Drafter, Shapes
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import (
+    KINDS,
     canonical,
     kind_of,
     load_drafter,
@@ -71,7 +72,14 @@ def bind_to_nothing(drafter: Drafter, target: dict[str, int]) -> None:
 
 
 def test_there_is_a_manifest_of_every_kind():
-    assert {m["kind"] for m in MANIFESTS.values()} == {"eagle3", "dflash", "mtp", "pard", "causal"}
+    assert {m["kind"] for m in MANIFESTS.values()} == set(KINDS)
+
+
+def test_the_table_in_the_docs_has_a_row_of_each():
+    text = (FOLDER.parents[1] / "docs" / "drafters.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    listed = [cells[-2].strip(" `") for cells in rows if cells[-2].strip(" `") in MANIFESTS]
+    assert sorted(listed) == sorted(MANIFESTS)
 
 
 @each

@@ -79,10 +79,46 @@ UNUSUAL: dict[str, Any] = {
 """What a layer may do otherwise than most."""
 MODEL = {**BODY, "model_type": "llama", "num_hidden_layers": 2, "ttspec": {"length": 4}}
 PARD = {**MODEL, "architectures": ["LlamaForCausalLM"], "pard_token": MASK, "spd_type": "pard"}
+DSPARK = {
+    **CONFIG,
+    "architectures": ["Qwen3DSparkModel"],
+    "block_size": 4,
+    "confidence_head_with_markov": True,
+    "markov_head_type": "vanilla",
+    "markov_rank": 8,
+}
+DFLASH2 = {
+    **CONFIG,
+    "architectures": ["DFlash2DraftModel"],
+    "conv_group_size": 16,
+    "conv_kernel_size": 2,
+    "selector_rank": 8,
+    "selector_top_k": 120,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", CONFIG),
     "dflash-sliding": ("dflash", {**CONFIG, **SLIDING}),
     "dflash-unusual": ("dflash", {**CONFIG, **UNUSUAL}),
+    "dspark": ("dspark", {**DSPARK, "enable_confidence_head": True}),
+    "dspark-gated": (
+        "dspark",
+        {**DSPARK, **SLIDING, **UNUSUAL, "markov_head_type": "gated"},
+    ),
+    "dspark-rnn": (
+        "dspark",
+        {
+            **DSPARK,
+            "block_size": 5,
+            "draft_vocab_size": 120,
+            "markov_head_type": "rnn",
+            "sample_from_anchor": False,
+        },
+    ),
+    "dflash2": ("dflash2", DFLASH2),
+    "dflash2-sliding": (
+        "dflash2",
+        {**DFLASH2, **SLIDING, "conv_kernel_size": 3, "sample_from_anchor": True, "block_size": 4},
+    ),
     "eagle3": ("eagle3", EAGLE3),
     "eagle3-unusual": (
         "eagle3",

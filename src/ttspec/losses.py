@@ -95,6 +95,30 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return 1 - p.minimum(q).sum(-1)
 
 
+def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """Share of drafts of q that rejection sampling keeps, per row; of a part of them at a time.
+
+    Args:
+        p_logits: [..., V] the target's logits.
+        q_logits: [..., V] the drafter's.
+
+    Returns:
+        float32 [...], without a gradient.
+    """
+    size = q_logits.shape[-1]
+    some = max(1, LOGITS_AT_ONCE // size)
+    with torch.no_grad():
+        parts = zip(
+            p_logits.reshape(-1, size).split(some),
+            q_logits.reshape(-1, size).split(some),
+            strict=True,
+        )
+        found = [
+            1 - total_variation(p.float().softmax(-1), q.float().softmax(-1)) for p, q in parts
+        ]
+    return torch.cat(found).view(q_logits.shape[:-1])
+
+
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
     """Expected number of accepted drafts of a block.
 

@@ -11,7 +11,9 @@ def train(
     prompts: Path,
     out: Path,
     target: str = "smollm2-135m",
-    kind: Literal["dflash", "eagle3", "mtp", "pard", "causal"] = "dflash",
+    kind: Literal[
+        "dflash", "dflash2", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
+    ] = "dflash",
     init: str | None = None,
     max_length: int = 768,
     max_answer: int = 512,
@@ -60,11 +62,12 @@ def train(
     epochs
         Passes over the answers at most.
     layers
-        Draft layers; default is 3 for dflash, 6 of the target's for pard and causal; others have 1.
+        Draft layers; default is 3 for dflash and its kin, 6 of the target's for pard and causal,
+        else 1.
     block
         Tokens drafted in training, and the known one.
     taps
-        dflash: hidden states of the target that the drafter reads; default is one per layer.
+        dflash and its kin: hidden states of the target that are read; default is one per layer.
     draft_vocabulary
         eagle3: how many tokens it can draft, the most frequent of the answers.
     head
@@ -76,7 +79,7 @@ def train(
     batch
         Dialogues a step.
     anchors
-        dflash, eagle3, mtp: blocks a dialogue and step.
+        All but pard and causal: blocks a dialogue and step.
     rows
         Dialogues answered side by side. [default: 32, or as many of them as fit into memory]
     lr

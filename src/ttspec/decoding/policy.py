@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ttspec.decoding.draft_word import DraftWord
 from ttspec.decoding.rows import RowOutcome
 from ttspec.decoding.timing import RoundTimer
 from ttspec.learning.learner import Learner
@@ -66,6 +67,10 @@ class FixedDraftLength:
         """A round's length as the statistics have it."""
         return None
 
+    def worth(self, likely: Sequence[Sequence[float]]) -> int:  # noqa: ARG002 - no choice
+        """All drafts are read."""
+        return self.length
+
     def observe(self, length: int, seconds: float, **costs: object) -> None:
         """Nothing follows from what a round took."""
 
@@ -115,6 +120,8 @@ class DraftPolicy:
         """Tokens of context that the last plain round had."""
         self._copying = False
         """Whether rows copied in the last drafting round."""
+        self._word: DraftWord | None = None
+        """What the drafter says of its drafts, if it does."""
 
     @property
     def pauses(self) -> bool:
@@ -128,6 +135,20 @@ class DraftPolicy:
     def choose(self) -> int:
         """Draft length of the next round; 0 is plain decoding."""
         return 0 if self._look else self._length
+
+    def worth(self, likely: Sequence[Sequence[float]]) -> int:
+        """How many of a round's drafts the target should read.
+
+        Args:
+            likely: By row and draft, what the drafter says: how likely it is kept, if those before
+                it are. It is believed as far as it was right (`draft_word.py`).
+        """
+        self._word = self._word or DraftWord(self.longest)
+        tokens = self._word.tokens(likely)
+        if not self._costs[self.longest]:
+            return self.longest
+        possible = [n for n in self.lengths if n < len(tokens)]
+        return max(possible, key=lambda n: tokens[n] / self._cost(n))
 
     def observe(
         self,
@@ -154,6 +175,8 @@ class DraftPolicy:
         if length:
             for n in accepted:
                 self._counted[n] += 1
+            if self._word:
+                self._word.observe(length, accepted)
             self._copying = copying
             if not first and (plain := self._cost_of_plain):
                 self._charge(length, seconds / plain, emitted)
@@ -209,7 +232,7 @@ class DraftPolicy:
         grown = abs(context - self._context)
         if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
             self._look, self._until = 1, min(4 * self._until, REFRESH)
-        if best != self._length and self.speed(best) > GAIN * now:
+        if not self._word and best != self._length and self.speed(best) > GAIN * now:
             self._length = best
 
     def _wait(self) -> None:
@@ -227,7 +250,7 @@ class DraftPolicy:
             self._pause -= 1
             if self._pause > 0:
                 return
-            length = max(self.lengths, key=self.speed)
+            length = self.longest if self._word else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
                 self._length, self._won = length, 0.0

@@ -105,6 +105,7 @@ class SpeculativeRound:
             self.rows.upload_copies(copies)
 
         self._proposed = self.graphs(self.propose, shape, first=True)
+        shape = self._worth_reading(active, shape)
         self.timer.lap()
         self._ask_masks(active, shape)
         verification, verdict = self.graphs(self.verify_and_accept, shape)
@@ -155,6 +156,19 @@ class SpeculativeRound:
         # Of rows that commit unlike many tokens the rounds cannot be joined.
         absorbs = not self.policy.pauses or (bool(copies) and self.rows.count > 1)
         return RoundShape(reach, draft_length, copy_length, steps, absorbs), longest, copies
+
+    def _worth_reading(self, active: list[int], shape: RoundShape) -> RoundShape:
+        """The shape of a round whose target reads no more drafts than pay, by the drafter's word.
+
+        Not where graphs are captured: they are of one width.
+        """
+        (proposal, noise), policy = self._proposed, self.policy
+        said = proposal.confidence
+        if said is None or shape.copy_length or self.graphs.on or not policy.adaptive:
+            return shape
+        length = policy.worth(said[active].tolist())
+        self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
+        return shape._replace(draft_length=length)
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""

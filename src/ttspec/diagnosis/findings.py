@@ -20,7 +20,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.template import thinking_of
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.dflash import default_taps
+from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.rotary import DEFAULT_BASE, PLAIN, rope_parameters
 from ttspec.models.target import Target
 
@@ -28,8 +28,11 @@ Level = Literal["ok", "note", "warning", "problem"]
 LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "problem")
 BOUNDARY_IDS = "aux_hidden_state_layer_ids"
 EAGLE_IDS = "eagle_aux_hidden_state_layer_ids"
+BLOCKS = (BOUNDARY_IDS, "dflash_config.target_layer_ids")
 TAP_KEYS = {
-    "dflash": (BOUNDARY_IDS, "dflash_config.target_layer_ids"),
+    "dflash": BLOCKS,
+    "dflash2": BLOCKS,
+    "dspark": (BOUNDARY_IDS, "target_layer_ids", "dflash_config.target_layer_ids"),
     "eagle3": (EAGLE_IDS, f"eagle_config.{EAGLE_IDS}"),
     "pard": ("pard2_target_layers",),
 }
@@ -205,10 +208,10 @@ def _taps(drafter: Drafter, layers: int) -> Finding | None:
     after = ids[0] >= 0 and drafter.taps[0] == ids[0] + 1
     rule = "outputs of layers, so k + 1" if after else "hidden states, as they are"
     fine = f"{key} {ids} read as {rule}: {reads}"
-    usual = default_taps(len(ids), layers) if drafter.kind == "dflash" else []
+    usual = default_taps(len(ids), layers) if isinstance(drafter, DFlash) else []
     odd = {
         BOUNDARY_IDS: ids == usual,
-        "dflash_config.target_layer_ids": ids == [k + 1 for k in usual],
+        **dict.fromkeys(TAP_KEYS["dspark"][1:], ids == [k + 1 for k in usual]),
         EAGLE_IDS: after,
         f"eagle_config.{EAGLE_IDS}": not after,
     }

@@ -41,7 +41,7 @@ from ttspec.errors import CheckpointError
 from ttspec.records import Lesson, Proposal, Verification
 
 Shapes = dict[str, tuple[int, ...]]
-AFTER_ATTENTION = ("o_proj", ".mlp.", "post_attention_layernorm")
+AFTER_ATTENTION = ("o_proj", ".mlp.", "mlp_conv", "post_attention_layernorm")
 """Parts of the names of weights that come after a layer's attention."""
 CONTEXT = ("k_proj.", "v_proj.", "fc.", "target_proj.")
 """Parts of the names of matrices that make keys and values of the context."""
@@ -103,6 +103,8 @@ class Drafter(ABC):
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
+    behind: ClassVar[tuple[str, ...]] = ("norm.weight",)
+    """How names of weights begin that come after all layers."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
 
@@ -278,7 +280,7 @@ class Drafter(ABC):
         # No keys and values change behind the last attention: the context stays what it is.
         last = [n for n in full if self._layer(self.layers - 1) in n]
         after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
-        return [*after, *(n for n in full if n == "norm.weight")]
+        return [*after, *(n for n in full if n.startswith(self.behind))]
 
     def _trainable(self) -> list[str]:
         """Names of all weights that may learn."""

@@ -22,6 +22,8 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.dflash2 import DFlash2
+from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.keys import refuse_keys
 from ttspec.drafters.mtp import Mtp
@@ -33,17 +35,18 @@ from ttspec.errors import CheckpointError, TtspecError
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
-KINDS: dict[str, type[Drafter]] = {c.kind: c for c in (Mtp, Pard, DFlash, Eagle3, Causal)}
+KINDS: dict[str, type[Drafter]] = {
+    c.kind: c for c in (Mtp, Pard, DSpark, DFlash2, DFlash, Eagle3, Causal)
+}
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 P_EAGLE = "P-EAGLE"
 EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no head of its own)"
 UNREADABLE = {
-    "dflash2": "DFlash2 (convolutions and a candidate selector)",
     "dflare": "DFlare (each layer mixes the taps for itself)",
-    "dspark": "DSpark (a Markov head)",
+    "(gemma4|k3|qwen3omni)dspark|dsparkv": "DSpark on layers of another family than Qwen3's",
     "domino": "Domino",
-    "jetspec": "JetSpec (a causal block that is fed real tokens)",
+    "jetspec": "JetSpec of speculators (a causal block that is fed real tokens)",
     "p-?eagle": P_EAGLE,
     "eagle(?!-?3)": EAGLE,
 }

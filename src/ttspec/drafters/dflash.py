@@ -81,8 +81,9 @@ class DFlash(FeatureDrafter):
             )
             self.taps = tuple(int(k) + 1 for k in ids)  # output of layer k enters layer k + 1
             convention = "target_layer_ids leave a layer: + 1"
-        self.length = self.block - 1
-        if self.block < 2 or not self.taps:
+        self.from_anchor = self._predicts_from_anchor()
+        self.length = self.block - (not self.from_anchor)
+        if self.length < 1 or not self.taps:
             raise ValueError(f"block_size {self.block} and taps {list(self.taps)} cannot be")
         width = int(config.get("target_hidden_size") or self.hidden)
         if width != self.hidden:
@@ -93,15 +94,20 @@ class DFlash(FeatureDrafter):
             "rope base": f"{self.rope.base:g}",
             **self._unusual(),
         }
-        self._of_layer = [*self._layer_shapes()]
-        matrices = [n.removesuffix(".weight") for n in self._of_layer if n.endswith("proj.weight")]
+        layer = self._layer_shapes()
+        self._of_layer = [*layer]
+        matrices = [n.removesuffix(".weight") for n, shape in layer.items() if len(shape) == 2]
         self._low_rank = [name + part for name in matrices for part in (DOWN, UP)]
+
+    def _predicts_from_anchor(self) -> bool:
+        """Whether a block's first row predicts the next token; else masks alone predict."""
+        return bool(self._one(("sample_from_anchor",)))
 
     def _read_windows(self, own: Mapping[str, Any]) -> None:
         """How far each layer sees, and whether within a block it sees back only."""
         self.kinds = self._layer_kinds()
         sliding = [kind == "sliding_attention" for kind in self.kinds]
-        causal = own.get("causal")
+        causal = own.get("causal_head") if own.get("causal") is None else own["causal"]  # JetSpec's
         causal = causal if self.config.get("is_causal") is None else self.config["is_causal"]
         if causal is None and self.config.get("sliding_window_non_causal"):
             causal = False
@@ -171,33 +177,63 @@ class DFlash(FeatureDrafter):
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
         """Fill one block a row."""
         assert isinstance(state, ContextState)
+        self._choose(state.weights, self.states(state, blocks), blocks.tokens, choices)
+
+    def states(self, state: ContextState, blocks: Blocks) -> Tensor:
+        """What the head reads of one block a row: [B, 1, length, H]."""
         if state.spans:
-            position, rest = blocks.position(blocks.length + 1), blocks.start[:, 0] >= state.slots
+            width = self._width(blocks)
+            position, rest = blocks.position(width), blocks.start[:, 0] >= state.slots
             seen = self._by_layer(
                 blocks,
                 state.options.window,
                 lambda first, last: state.seen_spans(first, last, rest),
             )
-            most = blocks.longest + blocks.length + 1
+            most = blocks.longest + width
             contexts: Sequence[Attend] = state.in_place(position, rest, most, seen)
         else:
             context = state.read(blocks.longest, blocks.start)
             contexts = self._concatenated(*context, blocks, state.options.window)
-        choices(self._fill(state.weights, blocks, state.rope, contexts)[:, 0], 0)
+        return self._fill(state.weights, blocks, state.rope, contexts)
+
+    def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:  # noqa: ARG002
+        """Choose all drafts of one block a row.
+
+        Args:
+            weights: The live ones.
+            states: [B, 1, length, H] that the head reads.
+            tokens: int64 [B, 1], the known token.
+            choices: Takes logits.
+        """
+        choices(self.logits(states)[:, 0], 0)
+
+    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
+        """Logits of drafts, each as if those before it were what `tokens` say.
+
+        Args:
+            weights: The live ones.
+            states: [B, A, length, H] that the head reads.
+            tokens: int64 [B, A, length or more], the known token and those after it.
+
+        Returns:
+            [B, A, length, V_draft].
+        """
+        return self.logits(states)
 
     def _replay(
         self,
         state: DraftState,
-        lesson: Lesson,  # noqa: ARG002
+        lesson: Lesson,
         blocks: Blocks,
     ) -> Tensor:
         assert isinstance(state, ContextState)
         context = state.read(blocks.longest, blocks.start)
         contexts = self._concatenated(*context, blocks, state.options.window)
-        return self._fill(state.weights, blocks, state.rope, contexts)
+        states = self._fill(state.weights, blocks, state.rope, contexts)
+        return self.following(state.weights, states, lesson.tokens)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
-        """Logits of blocks over whole sequences, with gradients to all of `weights`.
+        """What the head reads of blocks over whole sequences, with gradients to all of `weights`.
 
         Args:
             features: [N, L, W] of the sequences.
@@ -206,7 +242,7 @@ class DFlash(FeatureDrafter):
             length: Drafted rows per block.
 
         Returns:
-            [N, A, length, V].
+            [N, A, length, H], for `following`.
         """
         position = torch.arange(features.shape[1], device=features.device)[None]
         keys, values = self.context(self.weights, features)
@@ -222,17 +258,21 @@ class DFlash(FeatureDrafter):
     def _layer(self, index: int) -> str:
         return f"layers.{index}."
 
+    def _width(self, blocks: Blocks) -> int:
+        """Rows of a block."""
+        return blocks.length + (not self.from_anchor)
+
     def _by_layer(
         self, blocks: Blocks, nearest: int | None, make: Callable[[Tensor, Tensor], Tensor]
     ) -> list[Tensor]:
         """Made of the first and last positions, int64 [B, A * T], that tokens see in each layer."""
-        width = blocks.length + 1
+        width = self._width(blocks)
         position, origin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
         kinds = list(zip(self.windows, self.causal, strict=True))
         made = {
             (window, causal): make(
                 first_seen(position, origin, nearest, window),
-                position if causal else origin + blocks.length,
+                position if causal else origin + width - 1,
             )
             for window, causal in set(kinds)
         }
@@ -242,7 +282,7 @@ class DFlash(FeatureDrafter):
         self, keys: Keys, values: Keys, blocks: Blocks, nearest: int | None
     ) -> Sequence[Attend]:
         """Each layer's context, beside which the blocks lie."""
-        width, reach = blocks.length + 1, keys[0].shape[2]
+        width, reach = self._width(blocks), keys[0].shape[2]
         position, begin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
         same = same_block(blocks.start.shape[1], width, begin.device)
         masks = self._by_layer(
@@ -255,17 +295,17 @@ class DFlash(FeatureDrafter):
     def _fill(
         self, weights: Weights, blocks: Blocks, rope: Rope, contexts: Sequence[Attend]
     ) -> Tensor:
-        """Logits [B, A, length, V] of the blocks' masks."""
-        width, tokens = blocks.length + 1, blocks.tokens
+        """What the head reads, [B, A, length, H], of the blocks' rows that predict."""
+        width, tokens = self._width(blocks), blocks.tokens
         position = blocks.position(width)
         ids = torch.full((*tokens.shape, width), self.mask_token, device=tokens.device)
         ids[..., 0] = tokens
         x = self.embed(ids.flatten(1))
         for i, attend in enumerate(contexts):
-            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend)
+            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
         x = rms_norm(x, weights["norm.weight"], self.eps)
-        # The known token's row predicts nothing.
-        return self.logits(x.unflatten(1, (tokens.shape[1], -1))[:, :, 1:])
+        first = 0 if self.from_anchor else 1
+        return x.unflatten(1, (tokens.shape[1], -1))[:, :, first : first + blocks.length]
 
     def _layer_weights(self, weights: Weights, i: int) -> Weights:
         at = f"layers.{i}."
@@ -274,7 +314,13 @@ class DFlash(FeatureDrafter):
 
     @compiled
     def layer(
-        self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, attend: Attend
+        self,
+        weights: Weights,
+        x: Tensor,
+        position: Tensor,
+        rope: Rope,
+        attend: Attend,
+        width: int,
     ) -> Tensor:
         """A decoder layer.
 
@@ -284,14 +330,44 @@ class DFlash(FeatureDrafter):
             position: int64 [B, N].
             rope: Rotation.
             attend: Attention.
+            width: Rows of a block.
 
         Returns:
             [B, N, H].
         """
+
+        def attention(y: Tensor) -> Tensor:
+            q = self._heads(weights, "self_attn.q", y, self.heads)
+            k, v = self._keys_values(weights, "self_attn.", y)
+            out = attend(rope(q, position), rope(k, position), v)
+            return project(weights, "self_attn.o_proj", out)
+
+        def mlp(y: Tensor) -> Tensor:
+            return gated_mlp(weights, "mlp.", y, self.activation)
+
         y = rms_norm(x, weights["input_layernorm.weight"], self.eps)
-        q = self._heads(weights, "self_attn.q", y, self.heads)
-        k, v = self._keys_values(weights, "self_attn.", y)
-        out = attend(rope(q, position), rope(k, position), v)
-        x = x + project(weights, "self_attn.o_proj", out)
+        x = x + self._around(weights, "attention", y, width, attention)
         y = rms_norm(x, weights["post_attention_layernorm.weight"], self.eps)
-        return x + gated_mlp(weights, "mlp.", y, self.activation)
+        return x + self._around(weights, "mlp", y, width, mlp)
+
+    def _around(
+        self,
+        weights: Weights,  # noqa: ARG002
+        at: str,  # noqa: ARG002
+        x: Tensor,
+        width: int,  # noqa: ARG002
+        inner: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """A part of a layer, and what a kind puts around it.
+
+        Args:
+            weights: The layer's.
+            at: attention or mlp.
+            x: [B, N, H], what it reads.
+            width: Rows of a block.
+            inner: The part.
+
+        Returns:
+            [B, N, H].
+        """
+        return inner(x)

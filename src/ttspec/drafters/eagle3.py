@@ -393,4 +393,4 @@ def _length(config: Mapping[str, Any]) -> int:
     """Drafts a round: what the config says, or 5."""
     methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
     own = (config.get("ttspec") or {}).get("length")
-    return int(own or methods[0].get("speculative_tokens") or 5)
+    return int(own or methods[0].get("speculative_tokens") or config.get("ttt_length") or 5)

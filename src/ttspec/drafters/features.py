@@ -131,7 +131,8 @@ class FeatureDrafter(Drafter):
         qkv = attention if qkv is None else qkv
         said = {"o_proj": attention, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv)}
         said |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self._one(("mlp_bias",)))
-        held = {n.split(".")[-2] for n in names if n.endswith("_proj.bias")}
+        layers = [n for n in names if ".self_attn." in n or ".mlp." in n]
+        held = {n.split(".")[-2] for n in layers if n.endswith("_proj.bias")}
         return {n for n, flag in said.items() if (n in held if flag is None else flag)}
 
     def _matrices(self, width: int) -> Shapes:
@@ -220,10 +221,20 @@ class FeatureDrafter(Drafter):
         return embedded if self.embedding_scale == 1 else embedded * self.embedding_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Draft logits [..., V_draft] of hidden [..., H]; one product, not one per block."""
+        """Draft logits [..., V_draft] of hidden [..., H]."""
+        return self.scaled(self.scores(hidden))
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """What the head says of hidden [..., H], before `scaled`; one product, not one per block.
+
+        Returns:
+            [..., V_draft].
+        """
         flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
-        if self.logit_scale != 1:
-            flat = flat * self.logit_scale
-        if self.softcap is not None:
-            flat = self.softcap * torch.tanh(flat / self.softcap)
         return flat.view(*hidden.shape[:-1], -1)
+
+    def scaled(self, scores: Tensor) -> Tensor:
+        """Logits [..., V_draft], scaled and capped as the config says."""
+        if self.logit_scale != 1:
+            scores = scores * self.logit_scale
+        return scores if self.softcap is None else self.softcap * torch.tanh(scores / self.softcap)

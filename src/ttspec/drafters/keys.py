@@ -33,7 +33,7 @@ def _keys(names: str) -> frozenset[str]:
 NO_EFFECT: Values = {
     # attention
     "add_swa_attention_sink_bias": (False,),
-    "attention_mode": ("gqa",),
+    "attention_mode": ("gqa", "mha"),
     "attention_sink_bias": (False,),
     "attention_value_scale": (1,),
     "attn_logit_softcapping": (),
@@ -74,7 +74,7 @@ NO_EFFECT: Values = {
     "parallel_draft_step": (0, 1),
     "parallel_drafting": (False,),
     "sample_from_anchor": (False,),
-    "projector_type": ("dflash",),
+    "projector_type": ("dflash", "dspark"),
     "pure_draft_prefix_len": (0,),
     "shift_label": (False,),
     "markov_rank": (0,),
@@ -115,14 +115,20 @@ SPECULATORS = _keys(
 )
 EAGLE3 = _keys(
     "norm_before_residual norm_before_fc fc_norm norm_output target_hidden_size draft_vocab_size "
-    "num_aux_hidden_states eagle_aux_hidden_state_layer_ids"
+    "num_aux_hidden_states eagle_aux_hidden_state_layer_ids target_layer_ids ttt_length"
 )
 EAGLE_CONFIG = EAGLE3 | {"next_layer_regular", "parallel_draft_heads_num_layers"}
 """With what Model-Optimizer writes of layers and heads that it does not add."""
 DFLASH = _keys(
     "block_size mask_token_id target_layer_ids num_target_layers aux_hidden_state_layer_ids "
-    "is_causal causal sliding_window_non_causal use_swa swa_window_size sliding_window"
+    "is_causal causal causal_head sliding_window_non_causal use_swa swa_window_size sliding_window "
+    "sample_from_anchor"
 )
+DSPARK = DFLASH | _keys(
+    "markov_rank markov_head_type enable_confidence_head use_confidence_head "
+    "confidence_head_with_markov confidence_head_alpha shift_label"
+)
+DFLASH2 = DFLASH | _keys("conv_kernel_size conv_group_size selector_rank selector_top_k")
 PARD = _keys("pard_token spd_type pard2 pard2_scale pard2_target_dim pard2_target_layers")
 TTSPEC = frozenset({"length", "rebuilt", "layers_of_target"})
 WRITTEN_BESIDE = _keys(
@@ -131,6 +137,7 @@ WRITTEN_BESIDE = _keys(
     "embd_pdrop resid_pdrop original_max_position_embeddings "
     # training and publishing
     "attention_backend dflasher loss_decay_gamma max_anchors modal_type num_anchors "
+    "draft_num_hidden_layers num_target_layers step_loss_decay target_model_name_or_path "
     "target_model_type unused_tokenids unsloth_fixed unsloth_version model_max_length "
     # of targets whose config was copied: their vocabulary, classifiers and vision
     "add_classification_head attention_head_dim cla_share_factor class_num dense_list im_end_id "
@@ -147,7 +154,8 @@ TRANSFORMERS_4 = _keys(
 FLAGS = _keys(
     "attention_bias qkv_bias mlp_bias is_neox_style rope_interleave rope_interleaved is_causal "
     "causal use_swa use_sliding_window norm_before_residual norm_before_fc fc_norm norm_output "
-    "sliding_window_non_causal tie_word_embeddings pard2"
+    "sliding_window_non_causal tie_word_embeddings pard2 causal_head sample_from_anchor "
+    "enable_confidence_head use_confidence_head confidence_head_with_markov shift_label"
 )
 """Keys that are true or false, and not the text "false"."""
 
@@ -182,11 +190,14 @@ TABLES = {
         {**_INSIDE, "eagle_config": Known(EAGLE_CONFIG | SCALES)},
         whole=True,
     ),
-    "dflash": Known(
-        LAYER | SCALES | SPECULATORS | DFLASH,
-        {**_INSIDE, "dflash_config": Known(DFLASH | SCALES)},
-        whole=True,
-    ),
+    **{
+        kind: Known(
+            LAYER | SCALES | SPECULATORS | keys,
+            {**_INSIDE, "dflash_config": Known(keys | SCALES)},
+            whole=True,
+        )
+        for kind, keys in (("dflash", DFLASH), ("dflash2", DFLASH2), ("dspark", DSPARK))
+    },
 }
 """Of the kinds whose layers ttspec computes."""
 

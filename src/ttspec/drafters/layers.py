@@ -33,6 +33,21 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(x.flatten(1, -2), weight.mT).unflatten(1, x.shape[1:-1])
 
 
+def lookup(table: Tensor, ids: Tensor) -> Tensor:
+    """Rows [B, ..., r] of one table [V, r], or of one per row [B, V, r], for ids int64 [B, ...]."""
+    ids = ids.clamp(max=table.shape[-2] - 1)  # tables are padded to sizes that differ
+    if table.dim() == 2:
+        return F.embedding(ids, table)
+    row = torch.arange(len(ids), device=ids.device).view(-1, *[1] * (ids.dim() - 1))
+    return table[row, ids]
+
+
+def fitted(x: Tensor, size: int) -> Tensor:
+    """X [..., n] cut to `size`, or filled up with zeros: tables are padded to sizes that differ."""
+    missing = size - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
+
+
 DOWN, UP = ".down", ".up"
 """After a matrix's name: the two factors [r, in] and [out, r] of a low-rank change of it."""
 

@@ -15,6 +15,8 @@ def default_taps(layers: int) -> tuple[int, int, int]:
 
 def taps_of(config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     """Hidden states to read, and how the config's ids were understood."""
+    if left := config.get("target_layer_ids"):  # DeepSpec's
+        return tuple(int(k) + 1 for k in left), f"target_layer_ids {left} leave a layer: + 1"
     key, table = TAP_KEY, config.get("eagle_config") or {}
     top, nested = config.get(key), table.get(key)
     ids = [int(k) for k in top or nested or ()]

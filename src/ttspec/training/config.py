@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["dflash", "eagle3", "mtp", "pard", "causal"]
+Kind = Literal["dflash", "dflash2", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +28,12 @@ class TrainConfig:
     epochs: int = 6
     """Passes over the answers at most."""
     layers: int | None = None
-    """Draft layers: None is 3 (dflash), or 6 of the target's (pard, causal); others have one."""
+    """Draft layers: None is 3 (DFlash and kin), or 6 of the target's (PARD, causal); others have
+    one."""
     block: int = 8
     """Tokens drafted in training, and one: DFlash's block, PARD's masks, EAGLE-3's, MTP's steps."""
     taps: int | None = None
-    """How many hidden states of the target DFlash reads; None is one per layer."""
+    """How many hidden states of the target DFlash and its kin read; None is one per layer."""
     draft_vocabulary: int = 32000
     """Tokens that EAGLE-3 drafts: the most frequent of the answers."""
     head: Literal["frozen", "trained"] = "frozen"
@@ -44,7 +45,7 @@ class TrainConfig:
     batch: int = 32
     """Dialogues a step."""
     anchors: int = 64
-    """DFlash, EAGLE-3, MTP: blocks a dialogue and step."""
+    """All but PARD and causal: blocks a dialogue and step."""
     rows: int | None = None
     """Dialogues answered side by side; None is `ROWS`, or as many of them as fit into memory."""
     lr: float = 6e-4
@@ -52,7 +53,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm."""
     decay: float = 4.0
-    """DFlash: row j weighs exp(-(j - 1) / decay)."""
+    """DFlash and kin: row j weighs exp(-(j - 1) / decay)."""
     loss: Literal["ce", "kl"] = "kl"
     """Cross entropy to the tokens, as published, or KL to the target's distribution."""
     temperature: float = 0.8

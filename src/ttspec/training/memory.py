@@ -23,9 +23,10 @@ def step_bytes(target: Target, config: TrainConfig, longest: int) -> int:
     text, size = target.config, target.dtype.itemsize
     states = (int(text.num_hidden_layers) + 1) * int(text.hidden_size)
     drafted = longest
-    if config.kind in ("dflash", "eagle3", "mtp"):
+    if config.kind not in ("pard", "causal"):
         drafted = min(config.anchors, longest) * max(config.block - 1, 1)
-    logits = 3 * int(text.vocab_size) * drafted
+    tensors = {"dspark": 5, "dflash2": 6}.get(config.kind, 3)  # a second head adds its own
+    logits = tensors * int(text.vocab_size) * drafted
     return config.batch * size * (longest * states + logits)
 
 

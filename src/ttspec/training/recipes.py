@@ -1,161 +1,34 @@
 """One recipe a kind of drafter: how a new one begins, and what a step's loss is.
 
 All follow the published training (drafters.md 1d, 2d, 3d): EAGLE-3 and MTP run their own chain over
-whole sequences (training-time test), DFlash fills blocks at random anchors, PARD reads mask tokens
-after every token, fewer of them the deeper they are. A draft model is PARD without masks.
+whole sequences (training-time test), DFlash and its kin fill blocks at random anchors (blocks.py),
+PARD reads mask tokens after every token, fewer of them the deeper they are. A draft model is PARD
+without masks.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections import Counter
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import make_drafter
-from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.eagle3 import default_taps as eagle3_taps
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_layer import one_layer, sizes_of
-from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError
-from ttspec.losses import cross_entropy, forward_kl, position_weights
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
+from ttspec.training.blocks import DFlash2Recipe, DFlashRecipe, DSparkRecipe, JetSpecRecipe
 from ttspec.training.config import TrainConfig
+from ttspec.training.recipe import Recipe, mask_token
 
-D = TypeVar("D", bound=Drafter)
 C = TypeVar("C", Eagle3, Mtp)
-
-
-class Recipe(ABC, Generic[D]):
-    """How one kind is trained."""
-
-    def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
-        self.target, self.config = target, config
-        self.layers = int(target.config.num_hidden_layers)
-        if self.layers < 5 or config.block < 2:
-            raise OptionError("A drafter needs a block of 2 and a target of 5 layers or more.")
-        for name in ("keep", "keep_least"):
-            value = getattr(config, name)
-            if not 0 < value <= 1:
-                raise OptionError(f"{name} is {value}; allowed is above 0, at most 1.")
-
-    @abstractmethod
-    def new(self, examples: list[Example]) -> D:
-        """A drafter that knows nothing yet."""
-
-    @abstractmethod
-    def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and per drafted position the share of right most likely tokens."""
-
-    def trained(self, drafter: D) -> list[str]:
-        """Names of the weights that train: all but what the target lends."""
-        lent = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
-        return [n for n in drafter.weights if not n.endswith(lent)]
-
-    def body(self) -> dict[str, Any]:
-        """Config entries of a layer shaped like the target's."""
-        c = self.target.config
-        heads = int(c.num_attention_heads)
-        return {
-            "hidden_size": int(c.hidden_size),
-            "intermediate_size": int(c.intermediate_size),
-            "num_attention_heads": heads,
-            "num_key_value_heads": int(c.num_key_value_heads),
-            "head_dim": int(getattr(c, "head_dim", None) or c.hidden_size // heads),
-            "rms_norm_eps": float(c.rms_norm_eps),
-            "rope_theta": float(rope_parameters(c.to_dict()).get("rope_theta", DEFAULT_BASE)),
-            "max_position_embeddings": int(c.max_position_embeddings),
-            "vocab_size": int(c.vocab_size),
-            "tie_word_embeddings": False,
-            "attention_bias": False,
-            "hidden_act": "silu",
-            "torch_dtype": "bfloat16",
-        }
-
-    def random(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-        """First weights: norms of 1, the rest small."""
-        generator = torch.Generator().manual_seed(self.config.seed)
-        return {
-            name: torch.ones(shape)
-            if len(shape) == 1
-            else 0.02 * torch.randn(shape, generator=generator)
-            for name, shape in shapes.items()
-        }
-
-    def judge(self, q: Tensor, states: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
-        """Loss per row.
-
-        Args:
-            q: Draft logits [..., V_draft].
-            states: What the target's head reads, [..., H], at the token before.
-            labels: int64 [...], the tokens of the text.
-            ids: The target's token for each draft token; None is the same.
-        """
-        if self.config.loss == "ce" and ids is None:
-            return cross_entropy(labels, q)
-        p = self.target.judge(states)
-        if ids is None:
-            return forward_kl(p, q)
-        # Over the tokens that can be drafted, weighed by the target's probability of those.
-        covered = p[..., ids]
-        share = (covered.float().logsumexp(-1) - p.float().logsumexp(-1)).exp()
-        if self.config.loss == "kl":
-            return forward_kl(covered, q) * share
-        place = torch.searchsorted(ids, labels.contiguous()).clamp(max=len(ids) - 1)
-        return cross_entropy(place, q) * (ids[place] == labels)
-
-
-class DFlashRecipe(Recipe[DFlash]):
-    """Blocks at random anchors (drafters.md 2d)."""
-
-    def new(self, examples: list[Example]) -> DFlash:  # noqa: ARG002
-        """Random layers of the target's width."""
-        c = self.config
-        layers = c.layers or 3
-        config = {
-            **self.body(),
-            "architectures": ["DFlashDraftModel"],
-            "model_type": "qwen3",
-            "num_hidden_layers": layers,
-            "block_size": c.block,
-            "num_target_layers": self.layers,
-            "layer_types": ["full_attention"] * layers,
-            "dflash_config": {
-                "mask_token_id": _mask_token(self.target),
-                "target_layer_ids": default_taps(c.taps or layers, self.layers),
-            },
-        }
-        drafter = make_drafter("dflash", config)
-        assert isinstance(drafter, DFlash)
-        drafter.weights = self.random(drafter.shapes())
-        return drafter
-
-    def loss(self, drafter: DFlash, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Rows of all blocks, weighed by their place in the block."""
-        length = self.config.block - 1
-        blocks = anchors(batch, self.config.anchors, length)
-        features, states = self.target.read(batch.ids)
-        logits = drafter.teach(features, blocks.tokens, blocks.start, length)
-        row = torch.arange(len(states), device=states.device)[:, None, None]
-        at = blocks.start[..., None] + torch.arange(length, device=states.device)
-        at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
-        if self.config.loss == "kl":
-            values = forward_kl(self.target.judge(states[row, at]), logits)
-        else:
-            values = cross_entropy(blocks.labels, logits)
-        weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
-        right = (logits.argmax(-1) == blocks.labels) & blocks.mask
-        accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
-        return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
 
 
 class ChainRecipe(Recipe[C]):
@@ -184,6 +57,8 @@ class ChainRecipe(Recipe[C]):
 
 class Eagle3Recipe(ChainRecipe[Eagle3]):
     """One layer over three taps, and a head for the most frequent tokens."""
+
+    kind = "eagle3"
 
     def new(self, examples: list[Example]) -> Eagle3:
         """A random layer; the head is the target's, cut to the most frequent tokens."""
@@ -226,6 +101,8 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
 
 class MtpRecipe(ChainRecipe[Mtp]):
     """A layer of the target's own family, which begins as the target's last one."""
+
+    kind = "mtp"
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
         """Train for `target`."""
@@ -293,7 +170,7 @@ class PardRecipe(Recipe[Causal]):
             tables.append("lm_head.weight")
         config["ttspec"] = {"rebuilt": tables, "layers_of_target": kept}
         if self.kind == "pard":
-            config |= {"spd_type": "pard", "pard_token": _mask_token(self.target)}
+            config |= {"spd_type": "pard", "pard_token": mask_token(self.target)}
             config["ttspec"]["length"] = c.block - 1
         drafter = make_drafter(self.kind, config)
         assert isinstance(drafter, Causal)
@@ -335,6 +212,9 @@ class CausalRecipe(PardRecipe):
 
 RECIPES: dict[str, type[Recipe[Any]]] = {
     "dflash": DFlashRecipe,
+    "dflash2": DFlash2Recipe,
+    "dspark": DSparkRecipe,
+    "jetspec": JetSpecRecipe,
     "eagle3": Eagle3Recipe,
     "mtp": MtpRecipe,
     "pard": PardRecipe,
@@ -350,14 +230,3 @@ def frequent_tokens(examples: list[Example], size: int, vocabulary: int) -> Tens
     counts = Counter(t for ids, spans in examples for b, e in spans for t in ids[b:e])
     ranked = sorted(range(vocabulary), key=lambda t: (-counts[t], t))
     return torch.tensor(sorted(ranked[:size]))
-
-
-def _mask_token(target: Target) -> int:
-    """A token that never occurs in text: padding rows first, then unused special tokens."""
-    size = int(target.config.vocab_size)
-    if len(target.tokenizer) < size:
-        return size - 1
-    special = set(target.tokenizer.all_special_ids) | set(target.ends)
-    added = sorted(target.tokenizer.added_tokens_decoder)
-    free = [token for token in added if token not in special]
-    return free[-1] if free else max(special)

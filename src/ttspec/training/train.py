@@ -167,14 +167,15 @@ def _go_on(config: TrainConfig) -> Drafter:
     """The drafter that training begins with."""
     name = str(config.init)
     drafter = load_drafter(name, drafter_folder(name))
-    if drafter.kind != config.kind:
+    if drafter.kind != RECIPES[config.kind].kind:
         raise OptionError(
             f"init is {name}, which is of kind {drafter.kind}; kind is {config.kind}.\n"
             "Give both the same kind."
         )
-    if isinstance(drafter, DFlash) and drafter.block != config.block:
+    if isinstance(drafter, DFlash) and drafter.length + 1 != config.block:
+        block = drafter.length + 1
         raise OptionError(
-            f"block is {config.block}; {name} has blocks of {drafter.block}.\nGive that block."
+            f"block is {config.block}; {name} has blocks of {block}.\nGive that block."
         )
     return drafter
 

@@ -1,0 +1,192 @@
+"""Write goldens of drafters whose authors publish their code as a repository, not as a package.
+
+    python3.11 -m venv /tmp/golden-authors
+    /tmp/golden-authors/bin/pip install torch==2.13.0  # the CPU build
+    /tmp/golden-authors/bin/pip install transformers==5.10.2 safetensors==0.7.0 numpy==2.4.4
+    /tmp/golden-authors/bin/pip install pyyaml tqdm
+    git clone https://github.com/deepseek-ai/DeepSpec /tmp/DeepSpec
+    git -C /tmp/DeepSpec checkout afdfa7c9382a3341a3e6f17756dd816da79f132c
+    PYTHONPATH=/tmp/DeepSpec /tmp/golden-authors/bin/python scripts/make_authors_goldens.py dspark
+    git clone https://github.com/hao-ai-lab/JetSpec /tmp/JetSpec
+    git -C /tmp/JetSpec checkout 2c7b3fae75690dfe9a188a37d7fdfd43ee0e032f
+    PYTHONPATH=/tmp/JetSpec /tmp/golden-authors/bin/python scripts/make_authors_goldens.py jetspec
+
+Nothing of theirs is patched. Run twice, the files have the same bytes.
+
+DSpark, dspark-*: the model and its Markov head are DeepSpec's, called as its evaluator calls them;
+that one wants a whole target. JetSpec, jetspec-*: its authors' draft head, called as their adapter
+does, one pass over masks. Drafts are the likeliest tokens. Features of three rounds:
+
+    features [T, W]             target taps, by position
+    tokens [T+1]                prompt, then what three rounds committed, then the pending token
+    start, accepted [3]         position of each round's pending token, drafts that were kept
+    drafts, logits [3, G(, V)]
+    confidence [3, G]           DSpark's, logits, where there is a head
+    embedding, head [V, H]      of the target, where the drafter has none
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from make_goldens import (
+    ACCEPTED,
+    BLOCK,
+    LAYER,
+    MASK,
+    PROMPT,
+    REPOSITORY,
+    VOCABULARY,
+    random_weights,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+DSPARK = {
+    "vanilla": {"confidence_head_with_markov": True, "enable_confidence_head": True},
+    "gated": {"confidence_head_with_markov": False, "enable_confidence_head": True},
+    "rnn": {"enable_confidence_head": False},
+    "dflash": {"enable_confidence_head": False, "markov_rank": 0},
+}
+BODY = {
+    "num_hidden_layers": 2,
+    "num_target_layers": 4,
+    "rope_parameters": {"rope_theta": 1000000.0, "rope_type": "default"},
+    "tie_word_embeddings": False,
+    **LAYER,
+}
+
+
+@torch.no_grad()
+def make_dspark(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """The checkpoint of one variant; what is expected of it."""
+    from deepspec.modeling.dspark.qwen3 import Qwen3DSparkModel
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(
+        **{
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": BLOCK - 1,
+            "layer_types": ["full_attention", "full_attention"],
+            "markov_head_type": "vanilla" if variant == "dflash" else variant,
+            "markov_rank": 8,
+            "mask_token_id": MASK,
+            "num_anchors": 16,
+            "target_layer_ids": [0, 2],
+            **BODY,
+            **DSPARK[variant],
+        }
+    )
+    model = Qwen3DSparkModel(config)
+    weights = random_weights(model.state_dict(), generator)
+    weights["lm_head.weight"] = 1.5 * weights["lm_head.weight"]
+    model.load_state_dict(weights)
+    model.save_pretrained(folder)
+    model = Qwen3DSparkModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+    def draft(block: Tensor, positions: Tensor, features: Tensor, cache: object) -> list[Tensor]:
+        states = model._forward_backbone(
+            position_ids=positions,
+            noise_embedding=model.embed_tokens(block),
+            target_hidden_states=features,
+            past_key_values=cache,
+            use_cache=True,
+            is_causal=False,
+        )
+        drafts, logits = model.sample_draft_tokens(
+            model.compute_logits(states), first_prev_token_ids=block[:, 0], hidden_states=states
+        )
+        if model.confidence_head is None:
+            return [drafts, logits]
+        before = torch.cat([block[:, :1], drafts[:, :-1]], dim=1)
+        return [drafts, logits, model.predict_confidence_step(states, before)]
+
+    return rounds(draft, model.block_size, generator)
+
+
+@torch.no_grad()
+def make_jetspec(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG001
+    """The checkpoint of JetSpec's own draft head; what is expected of it."""
+    from jetspec.models.draft_head import DFlashDraftModel
+    from transformers import Qwen3Config
+
+    own = {"causal_head": True, "mask_token_id": MASK, "target_layer_ids": [0, 2]}
+    config = Qwen3Config(
+        **{
+            "architectures": ["DFlashDraftModel"],
+            "block_size": BLOCK,
+            "dflash_config": own,
+            **BODY,
+        }
+    )
+    model = DFlashDraftModel(config)
+    model.load_state_dict(random_weights(model.state_dict(), generator))
+    model.save_pretrained(folder)
+    model = DFlashDraftModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    head = 0.3 * head
+
+    def draft(block: Tensor, positions: Tensor, features: Tensor, cache: object) -> list[Tensor]:
+        states = model(
+            position_ids=positions,
+            noise_embedding=nn.functional.embedding(block, embedding),
+            target_hidden=features,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits = nn.functional.linear(states[:, 1:], head)
+        return [logits.argmax(-1), logits]
+
+    tables = {"embedding": embedding.contiguous(), "head": head}
+    return {**tables, **rounds(draft, model.block_size, generator)}
+
+
+def rounds(draft: Callable, block_size: int, generator: torch.Generator) -> dict[str, Tensor]:
+    """A prompt and three rounds of a drafter of two taps, whose drafts are partly kept."""
+    from transformers import DynamicCache
+
+    produced, width = sum(ACCEPTED) + len(ACCEPTED), 2 * LAYER["hidden_size"]
+    features = torch.randn(PROMPT + produced, width, generator=generator)
+    tokens = torch.randint(MASK, (PROMPT + produced + 1,), generator=generator)
+    cache, start, known = DynamicCache(), PROMPT, 0
+    starts, told = [], []
+    for accepted in ACCEPTED:
+        block = torch.full((1, block_size), MASK)
+        block[:, 0] = tokens[start]
+        positions = torch.arange(known, start + block_size)[None]
+        told.append(draft(block, positions, features[None, known:start], cache))
+        cache.crop(start)
+        starts.append(start)
+        tokens[start + 1 : start + 1 + accepted] = told[-1][0][0, :accepted]
+        known, start = start, start + accepted + 1
+    named = zip(("drafts", "logits", "confidence"), zip(*told, strict=True), strict=False)
+    return {
+        "features": features,
+        "tokens": tokens,
+        "start": torch.tensor(starts),
+        "accepted": torch.tensor(ACCEPTED),
+        **{name: torch.cat(each) for name, each in named},
+    }
+
+
+FAMILIES = {"dspark": (DSPARK, make_dspark), "jetspec": (("plain",), make_jetspec)}
+
+
+def main() -> None:
+    """Write the goldens of one family."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("family", choices=list(FAMILIES), help="whose code there is")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    variants, make = FAMILIES[args.family]
+    for seed, variant in enumerate(variants):
+        folder = args.out / f"{args.family}-{variant}"
+        expected = make(folder, variant, torch.Generator().manual_seed(seed))
+        save_file(expected, folder / "expected.safetensors")
+        print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
+
+
+if __name__ == "__main__":
+    main()

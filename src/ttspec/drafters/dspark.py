@@ -1,0 +1,179 @@
+"""DSpark: DFlash's body, and a small head by which each draft depends on the one before it.
+
+The body says of all places in a block at once what may stand there. The Markov head then goes from
+left to right: the token that was chosen last adds a bias of low rank to the next one's logits
+(arXiv 2607.05147; public code: deepseek-ai/DeepSpec `markov_head.py`, vLLM `qwen3_dspark.py`). So
+what a draft is drawn from is known only when those before it are drawn, and is what it is judged
+by. A confidence head says how likely each draft is to be kept. With `markov_rank` 0 it is DFlash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttspec.drafters.base import Shapes
+from ttspec.drafters.blocks import Blocks, Choices
+from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.layers import Weights, fitted, lookup, project
+
+MARKOV, CONFIDENCE = "markov_head.", "confidence_head."
+INNER = {"gated": ("gate_proj", 1, 1), "rnn": ("joint_proj", 2, 3)}
+"""By type of head: its inner matrix, and how many ranks go in (beside a hidden state) and out."""
+
+
+class DSpark(DFlash):
+    """A DSpark drafter, from its config.json and its weights by published name."""
+
+    kind = "dspark"
+    behind = (*DFlash.behind, MARKOV)
+
+    @classmethod
+    def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
+        """By its architecture, or its name in DFlash's table."""
+        own = config.get("dflash_config") or {}
+        named = isinstance(own, Mapping) and own.get("projector_type") == "dspark"
+        return named or "DSpark" in str(config.get("architectures"))
+
+    def _configure(self, names: Collection[str]) -> None:
+        """Read the published keys: DeepSpec's, SpecForge's or speculators'."""
+        super()._configure(names)
+        self.rank = int(self._one(("markov_rank",)) or 0)
+        self.head_type = str(self._one(("markov_head_type",)) or "vanilla").lower()
+        if self.rank < 0 or self.head_type not in ("vanilla", *INNER):
+            raise ValueError(
+                f"markov_rank {self.rank} and markov_head_type {self.head_type!r} cannot be; "
+                f"types are vanilla, {', '.join(INNER)}"
+            )
+        said = self._one(("enable_confidence_head", "use_confidence_head"))
+        held = any(name.startswith(CONFIDENCE) for name in names)
+        # Some files leave it out, as it is not needed to draft.
+        self.confident = held if said is None else bool(said) and (held or not names)
+        self.confidence_reads_token = bool(self._one(("confidence_head_with_markov",)))
+        self._confidence_bias = f"{CONFIDENCE}proj.bias" in names or not names
+        if self.confident and self.confidence_reads_token and not self.rank:
+            raise ValueError("confidence_head_with_markov needs a markov_rank above 0")
+        first = "the known token's row predicts" if self.from_anchor else "masks alone predict"
+        self.interpretation["first slot"] = first
+        self.interpretation["head"] = f"{self.head_type}, rank {self.rank}" if self.rank else "none"
+
+    def _predicts_from_anchor(self) -> bool:
+        """By default so, but not in older files of speculators, as vLLM reads them."""
+        said = self._one(("sample_from_anchor", "shift_label"))  # Model-Optimizer's
+        return "speculators_model_type" not in self.config if said is None else bool(said)
+
+    def shapes(self) -> Shapes:
+        """Every published tensor name with its shape."""
+        shapes, h, r = super().shapes(), self.hidden, self.rank
+        if r:
+            shapes[f"{MARKOV}markov_w1.weight"] = (self.vocabulary, r)
+            shapes[f"{MARKOV}markov_w2.weight"] = (self.draft_vocabulary, r)
+        if r and self.head_type in INNER:
+            name, into, out = INNER[self.head_type]
+            shapes[f"{MARKOV}{name}.weight"] = (out * r, into * r + h)
+            shapes[f"{MARKOV}{name}.bias"] = (out * r,)
+        if self.confident:
+            shapes[f"{CONFIDENCE}proj.weight"] = (1, h + r * self.confidence_reads_token)
+            if self._confidence_bias:
+                shapes[f"{CONFIDENCE}proj.bias"] = (1,)
+        return shapes
+
+    def _trainable(self) -> list[str]:
+        """The body's and the Markov head's; confidence is of what the body says."""
+        return [*super()._trainable(), *(n for n in self.weights if n.startswith(MARKOV))]
+
+    def matrices(self, parameters: str) -> list[str]:
+        """See `Drafter.matrices`; a table is no product."""
+        return [n for n in super().matrices(parameters) if n != f"{MARKOV}markov_w1"]
+
+    def weights_read(self, length: int) -> int:
+        """See `Drafter.weights_read`; the head's matrices are read for each token."""
+        if not self.rank:
+            return super().weights_read(length)
+        sizes = {n: w.numel() for n, w in self.weights.items() if n.startswith(MARKOV)}
+        table = sizes[f"{MARKOV}markov_w1.weight"]
+        return super().weights_read(length) - table + (length - 1) * (sum(sizes.values()) - table)
+
+    def _width(self, blocks: Blocks) -> int:
+        """Rows of a block: all that there may be where the confidence head says how many to read.
+
+        Then the first drafts are the same, however many are read.
+        """
+        length = max(self.length, blocks.length) if self.confident else blocks.length
+        return length + (not self.from_anchor)
+
+    def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
+        """Choose one draft after the other: what was chosen last has a say in the next one."""
+        text = [tokens]
+        if not self.rank:
+            text.append(choices(self.logits(states)[:, 0], 0))
+        scores, memory = self.scores(states), None
+        for i in range(states.shape[2] if self.rank else 0):
+            at = slice(i, i + 1)
+            latent, memory = self._latent(weights, states[:, :, at], text[-1][..., None], memory)
+            text.append(choices(self._biased(weights, scores[:, :, at], latent)[:, 0], i))
+        if self.confident:
+            said = self.confidence(weights, states, torch.cat(text, dim=1)[:, None])
+            choices.confidence = said[:, 0].sigmoid()
+
+    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
+        """See `DFlash.following`."""
+        if not self.rank:
+            return super().following(weights, states, tokens)
+        length, memory, latents = states.shape[2], None, list[Tensor]()
+        slots = [slice(i, i + 1) for i in range(length)]
+        for at in slots if self.head_type == "rnn" else [slice(0, length)]:
+            latent, memory = self._latent(weights, states[:, :, at], tokens[..., at], memory)
+            latents.append(latent)
+        return self._biased(weights, self.scores(states), torch.cat(latents, dim=2))
+
+    def _latent(
+        self, weights: Weights, states: Tensor, previous: Tensor, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the last product of the Markov head reads, and what a recurrent head remembers.
+
+        Args:
+            weights: The live ones.
+            states: [B, A, T, H] that the target's head reads.
+            previous: int64 [B, A, T], the tokens before.
+            memory: [B, A, T, r] of the slot before; None at the first slot.
+
+        Returns:
+            Both [B, A, T, r].
+        """
+        embedded = lookup(weights[f"{MARKOV}markov_w1.weight"], previous)
+        if self.head_type == "vanilla":
+            return embedded, None
+        if self.head_type == "gated":
+            read = torch.cat([states, embedded], dim=-1)
+            return torch.sigmoid(project(weights, f"{MARKOV}gate_proj", read)) * embedded, None
+        memory = torch.zeros_like(embedded) if memory is None else memory
+        read = torch.cat([memory, embedded, states], dim=-1)
+        gate, new, out = project(weights, f"{MARKOV}joint_proj", read).chunk(3, dim=-1)
+        gate = torch.sigmoid(gate)
+        return torch.tanh(out), gate * memory + (1 - gate) * torch.tanh(new)
+
+    def _biased(self, weights: Weights, scores: Tensor, latent: Tensor) -> Tensor:
+        """Logits of scores [B, A, T, V_draft] and what the Markov head says of latent [..., r]."""
+        bias = project(weights, f"{MARKOV}markov_w2", latent)
+        return self.scaled(scores + fitted(bias, scores.shape[-1]))
+
+    def confidence(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
+        """How likely each draft is to be kept if those before it are, by the confidence head.
+
+        Args:
+            weights: The live ones.
+            states: [B, A, length, H] that the target's head reads.
+            tokens: int64 [B, A, length or more], the known token and those after it.
+
+        Returns:
+            Logits of the probabilities, float32 [B, A, length].
+        """
+        if self.confidence_reads_token:
+            table = weights[f"{MARKOV}markov_w1.weight"]
+            embedded = lookup(table, tokens[..., : states.shape[2]])
+            states = torch.cat([states, embedded], dim=-1)
+        return project(weights, f"{CONFIDENCE}proj", states)[..., 0].float()

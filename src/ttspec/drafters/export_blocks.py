@@ -1,0 +1,153 @@
+"""Exports of DFlash and its kin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.dflash2 import PREDECESSORS, SUCCESSORS, DFlash2
+from ttspec.drafters.dspark import DSpark
+from ttspec.drafters.export_parts import (
+    Written,
+    is_table,
+    layer_config,
+    of_speculators,
+    own_weights,
+    published_rope,
+    sliding,
+)
+from ttspec.models.target import Target
+
+
+def published_dflash(drafter: DFlash, target: Target) -> Written:
+    """As z-lab publishes it."""
+    config = dict(drafter.config)
+    if "transformer_layer_config" in config:
+        own: dict[str, Any] = {
+            "mask_token_id": drafter.mask_token,
+            "target_layer_ids": [tap - 1 for tap in drafter.taps],
+        }
+        config = {**_block(drafter, target), "architectures": ["DFlashDraftModel"]}
+        config["dflash_config"] = own
+        if drafter.from_anchor:
+            own["sample_from_anchor"] = True
+        if drafter.causal != sliding(config):  # what readers take for granted
+            own["causal"] = drafter.causal[0]
+    return _with_tables(config, drafter, target)
+
+
+def published_dflash2(drafter: DFlash2, target: Target) -> Written:
+    """As z-lab publishes it."""
+    config, weights = published_dflash(drafter, target)
+    if "transformer_layer_config" in drafter.config:
+        config["architectures"] = ["DFlash2DraftModel"]
+        config["dflash_config"] |= _selector(drafter)
+    return config, weights
+
+
+def published_dspark(drafter: DSpark, target: Target) -> Written:
+    """As DeepSpec publishes it; its own code has no word for masks alone that predict, vLLM has."""
+    config = dict(drafter.config)
+    if "transformer_layer_config" in config:
+        config = {
+            **_block(drafter, target),
+            **_heads(drafter),
+            "architectures": ["Qwen3DSparkModel"],
+            "mask_token_id": drafter.mask_token,
+            "target_layer_ids": [tap - 1 for tap in drafter.taps],
+            "num_anchors": 512,  # of training; its code asks for it
+        }
+        if not drafter.from_anchor:
+            config["sample_from_anchor"] = False
+        if drafter.causal != sliding(config):
+            config["is_causal"] = drafter.causal[0]
+    return _with_tables(config, drafter, target)
+
+
+def _block(drafter: DFlash, target: Target) -> dict[str, Any]:
+    """The layers, the block and its vocabulary, as they are published."""
+    config = {
+        **layer_config(drafter, target, "qwen3"),
+        **published_rope(drafter),
+        "block_size": drafter.block,
+        "num_target_layers": int(target.config.num_hidden_layers),
+    }
+    if drafter.draft_ids is not None:
+        config["draft_vocab_size"] = len(drafter.head)
+    return config
+
+
+def _with_tables(config: dict[str, Any], drafter: DFlash, target: Target) -> Written:
+    """With the weights, but for a head that is the target's."""
+    if drafter.vocabulary != len(drafter.embedding):  # tables that were padded otherwise
+        config |= {"vocab_size": len(drafter.embedding), "draft_vocab_size": len(drafter.head)}
+    config.pop("ttspec", None)
+    weights = _own(drafter, target)
+    if drafter.draft_ids is None and is_table(drafter.head, target.head):
+        weights.pop("lm_head.weight", None)
+    return config, weights
+
+
+def speculators_dflash(drafter: DFlash, target: Target) -> Written:
+    """In the format of speculators."""
+    config = {
+        **of_speculators(drafter, target, "DFlashDraftModel", "qwen3"),
+        "block_size": drafter.block,
+        "mask_token_id": drafter.mask_token,
+        "aux_hidden_state_layer_ids": list(drafter.taps),
+        "sample_from_anchor": drafter.from_anchor,
+        # vLLM 0.32.0 takes it for all layers: one that is causal only where it slides drafts less
+        # well there than here.
+        "sliding_window_non_causal": not any(drafter.causal),
+    }
+    if all(drafter.causal) and not all(sliding(config["transformer_layer_config"])):
+        config["is_causal"] = True
+    weights = _own(drafter, target)
+    weights |= {"embed_tokens.weight": drafter.embedding, "lm_head.weight": drafter.head}
+    return config, weights
+
+
+def speculators_dspark(drafter: DSpark, target: Target) -> Written:
+    """In the format of speculators."""
+    config, weights = speculators_dflash(drafter, target)
+    return {**config, **_heads(drafter), "architectures": ["DSparkSpeculator"]}, weights
+
+
+def speculators_dflash2(drafter: DFlash2, target: Target) -> Written:
+    """In the format of speculators."""
+    config, weights = speculators_dflash(drafter, target)
+    return {**config, **_selector(drafter), "architectures": ["DFlash2DraftModel"]}, weights
+
+
+def _selector(drafter: DFlash2) -> dict[str, Any]:
+    """What is said of convolutions and selector."""
+    return {
+        "conv_group_size": drafter.group,
+        "conv_kernel_size": drafter.taps_of_convolution,
+        "selector_rank": drafter.rank,
+        "selector_top_k": drafter.candidates,
+    }
+
+
+def _heads(drafter: DSpark) -> dict[str, Any]:
+    """What is said of the Markov head and the confidence head."""
+    return {
+        "markov_rank": drafter.rank,
+        "markov_head_type": drafter.head_type,
+        "enable_confidence_head": drafter.confident,
+        "confidence_head_with_markov": drafter.confidence_reads_token,
+    }
+
+
+def _own(drafter: DFlash, target: Target) -> dict[str, Tensor]:
+    """What is not the target's; tables of tokens as long as the target's."""
+    weights = own_weights(drafter, target)
+    tables = {"markov_head.markov_w1.weight": drafter.embedding, PREDECESSORS: drafter.embedding}
+    tables |= {"markov_head.markov_w2.weight": drafter.head, SUCCESSORS: drafter.head}
+    for name in tables.keys() & weights.keys():
+        own, size = weights[name], len(tables[name])
+        weights[name] = F.pad(own[:size], (0, 0, 0, max(0, size - len(own))))
+    return weights

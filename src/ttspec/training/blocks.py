@@ -1,0 +1,186 @@
+"""Recipes of drafters that fill blocks: DFlash and its kin, at random anchors (drafters.md 2d)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttspec.drafters.checkpoint import make_drafter
+from ttspec.drafters.dflash import DFlash, default_taps
+from ttspec.drafters.dflash2 import DFlash2
+from ttspec.drafters.dspark import DSpark
+from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
+from ttspec.training.batches import Batch, Example, anchors
+from ttspec.training.recipe import Recipe, mask_token
+
+B = TypeVar("B", bound=DFlash)
+
+
+class BlockRecipe(Recipe[B]):
+    """Blocks at random anchors (drafters.md 2d)."""
+
+    def new(self, examples: list[Example]) -> B:  # noqa: ARG002
+        """Random layers of the target's width."""
+        c = self.config
+        layers = c.layers or 3
+        config = {
+            **self.body(),
+            "architectures": ["DFlashDraftModel"],
+            "model_type": "qwen3",
+            "num_hidden_layers": layers,
+            "block_size": c.block,
+            "num_target_layers": self.layers,
+            "layer_types": ["full_attention"] * layers,
+            "dflash_config": {
+                "mask_token_id": mask_token(self.target),
+                "target_layer_ids": default_taps(c.taps or layers, self.layers),
+            },
+        }
+        drafter = make_drafter(self.kind, self.described(config))
+        drafter.weights = self.random(drafter.shapes())
+        return cast(B, drafter)
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """A DFlash config.json as this kind has it."""
+        return config
+
+    def loss(self, drafter: B, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Rows of all blocks, weighed by their place in the block."""
+        length = self.config.block - 1
+        blocks = anchors(batch, self.config.anchors, length)
+        features, states = self.target.read(batch.ids)
+        hidden = drafter.teach(features, blocks.tokens, blocks.start, length)
+        text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
+        logits = drafter.following(drafter.weights, hidden, text)
+        row = torch.arange(len(states), device=states.device)[:, None, None]
+        at = blocks.start[..., None] + torch.arange(length, device=states.device)
+        at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
+        p = self.target.judge(states[row, at]) if self.asks_target else None
+        if p is not None and self.config.loss == "kl":
+            values = forward_kl(p, logits)
+        else:
+            values = cross_entropy(blocks.labels, logits)
+        values = values + self.beside(drafter, hidden, text, p, logits)
+        weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
+        right = (logits.argmax(-1) == blocks.labels) & blocks.mask
+        accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
+        return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
+
+    @property
+    def asks_target(self) -> bool:
+        """Whether the loss needs the target's logits."""
+        return self.config.loss == "kl"
+
+    def beside(
+        self,
+        drafter: B,  # noqa: ARG002
+        hidden: Tensor,
+        text: Tensor,  # noqa: ARG002
+        p: Tensor | None,  # noqa: ARG002
+        logits: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """What else is learned of each row, float32 [N, A, length] or one number.
+
+        Args:
+            drafter: Learns.
+            hidden: [N, A, length, H], what its head reads.
+            text: int64 [N, A, length + 1], the known token and those after it.
+            p: [N, A, length, V], logits of the target; None where they are not asked for.
+            logits: The same of the drafter.
+        """
+        return hidden.new_zeros((), dtype=torch.float32)
+
+
+class DFlashRecipe(BlockRecipe[DFlash]):
+    """DFlash as published."""
+
+    kind = "dflash"
+
+
+class JetSpecRecipe(BlockRecipe[DFlash]):
+    """DFlash whose blocks see back only (arXiv 2606.18394)."""
+
+    kind = "dflash"
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Under JetSpec's key."""
+        return {**config, "dflash_config": {**config["dflash_config"], "causal_head": True}}
+
+
+class DSparkRecipe(BlockRecipe[DSpark]):
+    """The Markov head learns with the body; the confidence head, how many drafts are kept."""
+
+    kind = "dspark"
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As DeepSpec's; the known token's row predicts, so a block is a row shorter."""
+        own = config.pop("dflash_config")
+        return {
+            **config,
+            **own,
+            "architectures": ["Qwen3DSparkModel"],
+            "block_size": self.config.block - 1,
+            "enable_confidence_head": True,
+            "confidence_head_with_markov": True,
+            "markov_head_type": "vanilla",
+            # DeepSpec's ratio to an ordinary hidden size, at most its rank.
+            "markov_rank": min(256, int(self.target.config.hidden_size) // 4),
+        }
+
+    @property
+    def asks_target(self) -> bool:
+        """The confidence head is taught by what the target would keep."""
+        return True
+
+    def beside(
+        self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor | None, logits: Tensor
+    ) -> Tensor:
+        """KL of the confidence to the share of drafts that would be kept."""
+        assert p is not None
+        kept = agreement(p, logits).clamp(0.0, 1.0)
+        said = drafter.confidence(drafter.weights, hidden.detach(), text)
+        least = F.binary_cross_entropy(kept, kept, reduction="none")
+        return F.binary_cross_entropy_with_logits(said, kept, reduction="none") - least
+
+
+class DFlash2Recipe(BlockRecipe[DFlash2]):
+    """The head learns alone, too: it chooses the candidates among which the selector does."""
+
+    kind = "dflash2"
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As z-lab's."""
+        own = {
+            **config["dflash_config"],
+            "conv_group_size": math.gcd(16, int(self.target.config.hidden_size)),
+            "conv_kernel_size": 2,
+            "selector_rank": min(256, int(self.target.config.hidden_size) // 4),
+            "selector_top_k": 16,
+        }
+        return {**config, "architectures": ["DFlash2DraftModel"], "dflash_config": own}
+
+    def random(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """Convolutions that change nothing yet."""
+        weights = super().random(shapes)
+        for name, weight in weights.items():
+            if name.endswith("base_kernel"):
+                weight[:] = torch.eye(2)[0][:, None]
+            elif name.endswith("kernel_projection.weight"):
+                weight.zero_()
+        return weights
+
+    def beside(
+        self,
+        drafter: DFlash2,
+        hidden: Tensor,
+        text: Tensor,
+        p: Tensor | None,
+        logits: Tensor,  # noqa: ARG002
+    ) -> Tensor:
+        """The same loss of the head without the selector."""
+        alone = drafter.logits(hidden)
+        return cross_entropy(text[..., 1:], alone) if p is None else forward_kl(p, alone)

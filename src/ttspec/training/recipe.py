@@ -1,0 +1,113 @@
+"""What a recipe of training is: how a new drafter begins, and what a step's loss is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
+from ttspec.errors import OptionError
+from ttspec.losses import cross_entropy, forward_kl
+from ttspec.models.target import Target
+from ttspec.training.batches import Batch, Example
+from ttspec.training.config import TrainConfig
+
+D = TypeVar("D", bound=Drafter)
+
+
+class Recipe(ABC, Generic[D]):
+    """How one kind is trained."""
+
+    kind: ClassVar[str]
+    """Of the drafter."""
+
+    def __init__(self, target: Target, config: TrainConfig) -> None:
+        """Train for `target`."""
+        self.target, self.config = target, config
+        self.layers = int(target.config.num_hidden_layers)
+        if self.layers < 5 or config.block < 2:
+            raise OptionError("A drafter needs a block of 2 and a target of 5 layers or more.")
+        for name in ("keep", "keep_least"):
+            value = getattr(config, name)
+            if not 0 < value <= 1:
+                raise OptionError(f"{name} is {value}; allowed is above 0, at most 1.")
+
+    @abstractmethod
+    def new(self, examples: list[Example]) -> D:
+        """A drafter that knows nothing yet."""
+
+    @abstractmethod
+    def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of a batch, and per drafted position the share of right most likely tokens."""
+
+    def trained(self, drafter: D) -> list[str]:
+        """Names of the weights that train: all but what the target lends."""
+        lent = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
+        return [n for n in drafter.weights if not n.endswith(lent)]
+
+    def body(self) -> dict[str, Any]:
+        """Config entries of a layer shaped like the target's."""
+        c = self.target.config
+        heads = int(c.num_attention_heads)
+        return {
+            "hidden_size": int(c.hidden_size),
+            "intermediate_size": int(c.intermediate_size),
+            "num_attention_heads": heads,
+            "num_key_value_heads": int(c.num_key_value_heads),
+            "head_dim": int(getattr(c, "head_dim", None) or c.hidden_size // heads),
+            "rms_norm_eps": float(c.rms_norm_eps),
+            "rope_theta": float(rope_parameters(c.to_dict()).get("rope_theta", DEFAULT_BASE)),
+            "max_position_embeddings": int(c.max_position_embeddings),
+            "vocab_size": int(c.vocab_size),
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "torch_dtype": "bfloat16",
+        }
+
+    def random(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """First weights: norms of 1, the rest small."""
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return {
+            name: torch.ones(shape)
+            if len(shape) == 1
+            else 0.02 * torch.randn(shape, generator=generator)
+            for name, shape in shapes.items()
+        }
+
+    def judge(self, q: Tensor, states: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+        """Loss per row.
+
+        Args:
+            q: Draft logits [..., V_draft].
+            states: What the target's head reads, [..., H], at the token before.
+            labels: int64 [...], the tokens of the text.
+            ids: The target's token for each draft token; None is the same.
+        """
+        if self.config.loss == "ce" and ids is None:
+            return cross_entropy(labels, q)
+        p = self.target.judge(states)
+        if ids is None:
+            return forward_kl(p, q)
+        # Over the tokens that can be drafted, weighed by the target's probability of those.
+        covered = p[..., ids]
+        share = (covered.float().logsumexp(-1) - p.float().logsumexp(-1)).exp()
+        if self.config.loss == "kl":
+            return forward_kl(covered, q) * share
+        place = torch.searchsorted(ids, labels.contiguous()).clamp(max=len(ids) - 1)
+        return cross_entropy(place, q) * (ids[place] == labels)
+
+
+def mask_token(target: Target) -> int:
+    """A token that never occurs in text: padding rows first, then unused special tokens."""
+    size = int(target.config.vocab_size)
+    if len(target.tokenizer) < size:
+        return size - 1
+    special = set(target.tokenizer.all_special_ids) | set(target.ends)
+    added = sorted(target.tokenizer.added_tokens_decoder)
+    free = [token for token in added if token not in special]
+    return free[-1] if free else max(special)
