@@ -7,8 +7,6 @@ A worker is asked once, when it has made its model runner. Without `"ttspec"` in
 from __future__ import annotations
 
 import atexit
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +19,11 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
+from ttspec.learning.keeper import Keeper
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import resolve_learn_config
-from ttspec.vllm import hooks
+from ttspec.vllm import hooks, status
+from ttspec.vllm.kept import kept_weights
 from ttspec.vllm.module import (
     flat,
     learned_names,
@@ -35,8 +35,15 @@ from ttspec.vllm.module import (
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner
 
-STATUS_EVERY = 2.0
-"""Seconds between two writings of the figures that /metrics shows."""
+
+def _folder(model: Any) -> Path:
+    """Where the files of a `ModelConfig` are, which vLLM has loaded or is about to load."""
+    folder = Path(model.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(folder), revision=model.revision, local_files_only=True))
 
 
 def attach(worker: Any, given: Any) -> None:
@@ -70,7 +77,9 @@ class WorkerLearning:
         self._all_learn = self._sends = False
         """Whether several ranks share weights, and whether they do so now."""
         self._status_written = 0.0
+        self._warned = False
         self._saving: threading.Thread | None = None
+        self._keeper: Keeper | None = None
 
     def prepare(self, given: Any) -> None:
         """Check what can be checked before the models are loaded, and wait for them.
@@ -91,11 +100,7 @@ class WorkerLearning:
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
         self.settings = Settings.of(given if isinstance(given, dict) else {}).for_engine(*engine)
         speculative = self.config.speculative_config
-        self.source = Path(speculative.draft_model_config.model)
-        if not self.source.is_dir():
-            from huggingface_hub import snapshot_download
-
-            self.source = Path(snapshot_download(str(self.source), local_files_only=True))
+        self.source = _folder(speculative.draft_model_config)
         self.length = int(speculative.num_speculative_tokens)
         self.drafter = load_drafter(self.source.name, self.source)
         front: Any
@@ -120,6 +125,7 @@ class WorkerLearning:
                 self.stop(failed or "another rank does not")
             else:
                 self._sends = self._all_learn = self.ranks > 1
+                self.state = "learning"
 
         self.runner.load_model = load_then_learn
 
@@ -146,13 +152,26 @@ class WorkerLearning:
             self._row = flat(first, dtype).to(embedding.device)
         if self.rank == 0:
             self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
+            live = kept_weights(
+                self.settings.learn,
+                self.drafter,
+                _folder(self.config.model_config) if learn.keep else Path(),
+                tied=tied,
+                engine=self.config.parallel_config.data_parallel_rank,
+                notify=self.log.info,
+            )
+            self._keeper = live.keeper
             self.learner = EngineLearner(
                 self.settings,
                 self.drafter,
                 self.length,
                 self._publish,
+                live=live,
                 may_teach=lambda request: self.may_teach(request),
             )
+            if self._keeper:
+                self._publish(self.learner.learner)
+                self._close_with_worker()
             taps = ", taps " + ", ".join(map(str, self.drafter.taps)) if self.drafter.taps else ""
             self.log.info(
                 "ttspec learns: %s drafter %s%s, %d requests at a time, %.0f MB",
@@ -163,7 +182,26 @@ class WorkerLearning:
                 (self.learner.state.nbytes + self.learner.learner.weights.nbytes) / 1e6,
             )
             atexit.register(status_file(self.config).unlink, missing_ok=True)
-        self.state = "learning"
+
+    def _close_with_worker(self) -> None:
+        """Let the last version be written when the worker ends in an orderly way."""
+        shutdown = self.worker.shutdown
+
+        def close_and_shutdown(*args: Any, **kwargs: Any) -> None:
+            self._close()
+            shutdown(*args, **kwargs)
+
+        self.worker.shutdown = close_and_shutdown
+
+    def _close(self) -> None:
+        if self._keeper is None:
+            return
+        keeper, self._keeper = self._keeper, None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                keeper.close()
+        except Exception as error:
+            self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
 
     def _any_rank(self, here: bool) -> bool:
         """Whether something is so on any rank."""
@@ -209,7 +247,7 @@ class WorkerLearning:
             if self._drafted_steps % self.stride == 0:
                 self._send()
         now = time.monotonic()
-        if self.rank == 0 and now - self._status_written > STATUS_EVERY:
+        if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
             self.write_status()
 
@@ -231,9 +269,6 @@ class WorkerLearning:
             self._row.copy_(flat(weights, self._row.dtype))
         else:
             load_in_place(self.module, weights)
-        version = self.learner.publications if self.learner else 0
-        if self.settings.save and version and version % self.settings.save_every == 0:
-            self.save(self.settings.save / f"{version:06d}", weights)
 
     # Asked by an operator.
 
@@ -267,13 +302,14 @@ class WorkerLearning:
             self.learner.learner.revert(0)
             self._publish(self.learner.learner)
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path) -> None:
         """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
         if self.learner is None:
             return
         if self._saving and self._saving.is_alive():
+            self.log.warning("ttspec saved nothing in %s: it still writes another", folder)
             return
-        weights = learned_weights(self.learner.learner) if weights is None else weights
+        weights = learned_weights(self.learner.learner)
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
 
@@ -289,30 +325,19 @@ class WorkerLearning:
     def status(self) -> dict[str, Any]:
         """What an operator wants to know; plain values."""
         found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
-        if self.learner is not None:
-            learner, share = self.learner.learner, self.learner.share
-            emitted, rounds = self.learner.acceptance()
-            found |= {
-                "requests": len(self.learner.rows.taken),
-                "updates": self.learner.updates,
-                "reverts": max(learner.reverts),
-                "version": self.learner.publications,
-                "verified_rounds": rounds,
-                "acceptance_length": emitted / rounds if rounds else 0.0,
-                "accepted_to_anchor": learner.guard.gain(),
-                "seconds": share.spent,
-                "share": share.spent / share.worked if share.worked else 0.0,
-            }
-        return found
+        return found | (status.figures(self.learner) if self.learner else {})
 
     def write_status(self) -> None:
         """Leave the figures where the API server's /metrics finds them; best effort."""
         if self.rank:
             return
-        path = status_file(self.config)
+        found = self.status()
         try:
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(self.status()))
-            part.replace(path)
+            status.write(status_file(self.config), found)
         except OSError as error:
             self.log.debug("ttspec wrote no figures: %s", error)
+        if self.learner and not self._warned:
+            expected = self.learner.learner.guard.expected()
+            if why := status.why_nothing_is_accepted(found, expected):
+                self._warned = True
+                self.log.warning("ttspec: %s", why)

@@ -22,12 +22,8 @@ class Settings:
     """Tokens of a request after which it teaches no more: what bounds the memory of a row."""
     share: float = 0.1
     """Of the time in which the engine works, at most so much goes into learning."""
-    save: Path | None = None
-    """A folder for learned drafters, as vLLM loads them; None saves nothing by itself."""
-    save_every: int = 200
-    """Updates between two saved drafters."""
     learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))
-    """How; one drafter learns from all requests."""
+    """How; one drafter learns from all requests. With `keep`, a folder, versions stay on disk."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Settings:
@@ -50,10 +46,8 @@ class Settings:
                 f"ttspec.learn.scope is {chosen['learn'].scope!r}; allowed is shared: vLLM has one "
                 "drafter for all requests."
             )
-        if chosen.get("save") is not None:
-            chosen["save"] = Path(str(chosen["save"]))
         settings = cls(**chosen)
-        for name, least in (("rows", 1), ("tokens", 64), ("save_every", 1)):
+        for name, least in (("rows", 1), ("tokens", 64)):
             value = getattr(settings, name)
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"ttspec.{name} is {value!r}; allowed is {least} or more.")
