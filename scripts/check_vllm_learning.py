@@ -11,6 +11,9 @@ The one that does not learn is asked the last third only: it does not depend on 
 It fails when a text differs from the server's without speculation, or when the last third of the
 requests got less than 1.1 times the tokens a round of the server that does not learn.
 
+`stress` drops every second request, and takes a cache so small that others are preempted. It fails
+when a text differs, when the learner ended, or when the server's memory went on growing.
+
 EXPORT is what `ttspec export` writes. Set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND as usual.
 """
 
@@ -116,6 +119,18 @@ class Server:
         )
         with urllib.request.urlopen(request, timeout=60) as answer:
             return json.loads(answer.read())["results"]
+
+    def memory(self) -> int:
+        """Bytes that it and its workers hold, pages that they share counted once."""
+        held = 0
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                if int(file.read_text().rpartition(")")[2].split()[2]) == self.process.pid:
+                    text = (file.parent / "smaps_rollup").read_text()
+                    held += 1024 * int(text.partition("\nPss:")[2].split()[0])
+            except OSError:  # it has just ended
+                continue
+        return held
 
     def stop(self) -> None:
         """End it and its workers."""
@@ -225,41 +240,47 @@ def stress(a: argparse.Namespace) -> int:
     a.out.mkdir(parents=True, exist_ok=True)
     a.cache_mb = a.cache_mb or 24
     texts: dict[str, list[str | None]] = {}
-    state = "off"
+    state, failed = "off", False
     for name, options in {"learning": learning_options(a), "plain": []}.items():
         server = Server(a, name, options)
         try:
-            texts[name] = ask_and_drop(server, a)
+            texts[name], held = ask_and_drop(server, a)
             figures = server.get("/metrics").splitlines()
             wanted = ("vllm:num_preemptions_total", "vllm:request_success_total", "ttspec:")
             print(name, *(line for line in figures if line.startswith(wanted)), sep="\n")
+            print("MB held after each fifth:", *(f"{size / 1e6:.0f}" for size in held), flush=True)
             if name == "learning":
                 status = server.rpc("ttspec_status")[0]
                 print(json.dumps(status), flush=True)
-                state = status["state"]
+                state, failed = status["state"], held[-1] > 1.05 * held[1]
         finally:
             server.stop()
     kept = [pair for pair in zip(*texts.values(), strict=True) if pair[0] is not None]
     same = sum(ours == plain for ours, plain in kept)
     print(f"{a.requests - len(kept)} requests dropped, {same} of {len(kept)} other texts equal")
-    failed = same < len(kept) or state != "learning"
+    failed |= same < len(kept) or state != "learning"
     print("FAILED" if failed else "passed")
     return int(failed)
 
 
-def ask_and_drop(server: Server, a: argparse.Namespace) -> list[str | None]:
-    """Send every request; of every second one read the first pieces only: None."""
+def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None], list[int]]:
+    """Send every request; of every second one read the first pieces only: None.
+
+    Returns what the others got, and the server's memory after each fifth of them.
+    """
     from openai import OpenAI
 
     client = OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
+    asked = prompts(a.requests)
 
-    def ask(number: int, prompt: str) -> str | None:
+    def ask(number: int) -> str | None:
         stream = client.chat.completions.create(
             model="target",
-            messages=[{"role": "user", "content": prompt}],
+            messages=[{"role": "user", "content": asked[number % len(asked)]}],
             max_tokens=a.tokens,
             temperature=0.0,
             stream=True,
+            extra_body={"ignore_eos": True},
         )
         text = ""
         for count, piece in enumerate(stream):
@@ -269,8 +290,14 @@ def ask_and_drop(server: Server, a: argparse.Namespace) -> list[str | None]:
                 return None
         return text
 
+    texts: list[str | None] = []
+    held: list[int] = []
     with ThreadPoolExecutor(a.at_once) as pool:
-        return list(pool.map(ask, range(a.requests), prompts(a.requests)))
+        for fifth in range(5):
+            begin, end = (a.requests * n // 5 for n in (fifth, fifth + 1))
+            texts += pool.map(ask, range(begin, end))
+            held.append(server.memory())
+    return texts, held
 
 
 def judge(found: dict[str, list[dict[str, Any]]], a: argparse.Namespace) -> int:
