@@ -46,6 +46,18 @@ def _folder(model: Any) -> Path:
     return Path(snapshot_download(str(folder), revision=model.revision, local_files_only=True))
 
 
+def _keep_weights_readable() -> None:
+    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
+
+    What is learned would have no effect. Before the models are loaded.
+    """
+    from vllm import _custom_ops  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+
+    if current_platform.is_cpu():
+        _custom_ops._supports_onednn = False
+
+
 def attach(worker: Any, given: Any) -> None:
     """Let a worker learn if all fits; else say why not, in one line."""
     worker.ttspec = learning = WorkerLearning(worker)
@@ -98,7 +110,7 @@ class WorkerLearning:
         if reason:
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
-        self.settings = Settings.of(given if isinstance(given, dict) else {}).for_engine(*engine)
+        self.settings = Settings.of(given).for_engine(*engine)
         speculative = self.config.speculative_config
         self.source = _folder(speculative.draft_model_config)
         self.length = int(speculative.num_speculative_tokens)
@@ -128,6 +140,7 @@ class WorkerLearning:
                 self.state = "learning"
 
         self.runner.load_model = load_then_learn
+        _keep_weights_readable()
 
     def _bind(self) -> None:
         """Bind the shadow to the target, on the rank that learns; take all memory now."""
@@ -295,12 +308,13 @@ class WorkerLearning:
             self.write_status()
 
     def revert(self) -> None:
-        """Give the drafter back the weights that it came with."""
-        if self.learner is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.learner.learner.revert(0)
-            self._publish(self.learner.learner)
+        """Give the drafter back the weights that it came with. All ranks are asked."""
+        if self.learner:
+            with torch.inference_mode(False), torch.no_grad():
+                self.learner.learner.revert(0)
+                self._publish(self.learner.learner)
+        if self._all_learn:
+            self._send()
 
     def save(self, folder: Path) -> None:
         """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
@@ -331,11 +345,12 @@ class WorkerLearning:
         """Leave the figures where the API server's /metrics finds them; best effort."""
         if self.rank:
             return
-        found = self.status()
         try:
+            found = self.status()
             status.write(status_file(self.config), found)
-        except OSError as error:
+        except Exception as error:  # a step must not end by it
             self.log.debug("ttspec wrote no figures: %s", error)
+            return
         if self.learner and not self._warned:
             expected = self.learner.learner.guard.expected()
             if why := status.why_nothing_is_accepted(found, expected):

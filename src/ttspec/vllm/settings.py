@@ -26,12 +26,15 @@ class Settings:
     """How; one drafter learns from all requests. With `keep`, a folder, versions stay on disk."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Settings:
-        """Read the table that the engine was started with.
+    def of(cls, given: Mapping[str, Any] | Any) -> Settings:
+        """Read the table that the engine was started with; True is an empty one.
 
         Raises:
-            OptionError: A key is unknown, or a value is not allowed.
+            OptionError: It is no table, a key is unknown, or a value is not allowed.
         """
+        given = {} if given is True else given
+        if not isinstance(given, Mapping):
+            raise OptionError(f"ttspec is {given!r}; allowed is a table of settings, such as {{}}.")
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
