@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_vllm_steps import LEARN, PROMPTS, feed, prompt_step, record, target  # noqa: F401
+from test_vllm_steps import (  # noqa: F401
+    LEARN,
+    PROMPTS,
+    feed,
+    learner_of,
+    prompt_step,
+    record,
+    round_step,
+    target,
+)
 from toys import bound_kind
 
 from ttspec.cli import main
@@ -15,7 +24,7 @@ from ttspec.errors import CheckpointError, OptionError, ResourceError
 from ttspec.learning.versions import VersionStore, stores_in
 from ttspec.vllm.kept import fingerprint, kept_weights
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.status import figures, why_nothing_is_accepted
+from ttspec.vllm.status import figures, is_never_accepted, why_never_accepted
 from ttspec.vllm.steps import EngineLearner
 
 
@@ -78,19 +87,40 @@ def test_a_target_is_known_by_its_files_as_by_its_weights(target, toy_target_dir
         fingerprint(tmp_path / "nowhere", tied=False)
 
 
-@pytest.mark.parametrize(
-    ("rounds", "length", "expected", "said"),
-    [
-        (199, 1.0, 0.0, None),
-        (200, 1.3, 0.0, None),
-        (200, 1.0, 0.0, "hardly this target's"),
-        (900, 1.01, 2.4, "expects 2.4 drafts a comparison: vLLM runs it in another way"),
-    ],
-)
-def test_where_no_draft_is_accepted_one_line_says_why(rounds, length, expected, said) -> None:
-    status = {"verified_rounds": rounds, "acceptance_length": length}
-    why = why_nothing_is_accepted(status, expected)
-    assert (why is None) if said is None else (said in why and f"{rounds} rounds" in why)
+def test_where_no_draft_is_accepted_one_line_says_why() -> None:
+    def status(rounds: int, length: float) -> dict[str, float]:
+        return {"verified_rounds": rounds, "acceptance_length": length}
+
+    assert not is_never_accepted(status(199, 1.0))
+    assert not is_never_accepted(status(200, 1.3))
+    assert is_never_accepted(status(200, 1.01))
+    assert "200 rounds" in why_never_accepted(status(200, 1.0), 0.1)
+    assert "hardly this target's" in why_never_accepted(status(200, 1.0), 0.1)
+    said = why_never_accepted(status(900, 1.0), 0.8)
+    assert "expects 0.8 a round: vLLM runs it in another way" in said
+
+
+def test_what_should_be_accepted_is_the_overlap_of_both_distributions(
+    target,  # noqa: F811
+    monkeypatch,
+) -> None:
+    found = record("eagle3", target, PROMPTS[:1], monkeypatch, tokens=60)
+    learner, _ = learner_of(found, rows=1)
+    assert learner.expected_drafts() is None
+    learner.absorb(prompt_step(found))
+    for v in found.rounds[:5]:  # the last one has taught nothing yet
+        step, logits = round_step(v, [0])
+        learner.keep_logits(step.ids, step.drafts, logits)
+        learner.absorb(step)
+    got = learner.expected_drafts()
+    lesson, drafter = learner.learner._lessons.newest(), learner.drafter
+    learner.state.weights = drafter.weights
+    q = drafter.replay(learner.state, lesson, learner.length, 100).softmax(-1)
+    p = lesson.logits.softmax(-1)
+    p = p if drafter.draft_ids is None else p[..., drafter.draft_ids]
+    chain = (torch.minimum(p, q).sum(-1) * lesson.mask).cumprod(-1).sum(-1)
+    assert got == pytest.approx(float(chain[lesson.mask.any(-1)].mean()), rel=1e-4)
+    assert got > 0
 
 
 def test_a_folder_of_versions_that_is_a_file_is_refused(tmp_path: Path, toy_target_dir) -> None:

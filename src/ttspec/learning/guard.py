@@ -120,11 +120,6 @@ class Guard:
         anchor = sum(copy.anchor for copy in self._copies)
         return sum(copy.live for copy in self._copies) / anchor if anchor else 1.0
 
-    def expected(self) -> float:
-        """Drafts of anchor weights that a comparison expects to be accepted, lately, in all."""
-        count = sum(copy.count for copy in self._copies)
-        return sum(copy.anchor for copy in self._copies) / count if count else 0.0
-
     def record_revert(self, copy: int) -> None:
         """The copy has its anchor weights again: let it rest, if there is a guard at all."""
         if self.every:

@@ -263,6 +263,7 @@ class WorkerLearning:
         if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
             self.write_status()
+            self.run(self._warn_once)
 
     def _send(self) -> None:
         """Give every rank what rank 0 has, at a step that all of them count."""
@@ -350,9 +351,12 @@ class WorkerLearning:
             status.write(status_file(self.config), found)
         except Exception as error:  # a step must not end by it
             self.log.debug("ttspec wrote no figures: %s", error)
-            return
-        if self.learner and not self._warned:
-            expected = self.learner.learner.guard.expected()
-            if why := status.why_nothing_is_accepted(found, expected):
+
+    def _warn_once(self, learner: EngineLearner) -> None:
+        """Say so, and why, where no draft is ever accepted."""
+        figures = status.figures(learner)
+        if not self._warned and status.is_never_accepted(figures):
+            expected = learner.expected_drafts()
+            if expected is not None:
                 self._warned = True
-                self.log.warning("ttspec: %s", why)
+                self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))

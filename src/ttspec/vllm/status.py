@@ -15,8 +15,8 @@ EVERY = 2.0
 """Seconds between two writings of the figures that /metrics shows."""
 NOTHING, ENOUGH = 1.02, 200
 """Tokens a round that mean no draft is ever accepted, and rounds that are enough to say so."""
-HOPE = 0.5
-"""Drafts that ttspec's own reading expects to be accepted at a comparison, of several blocks."""
+HOPE = 0.3
+"""Drafts a round, expected by ttspec's own reading of the drafter, that speak for the drafter."""
 
 
 def figures(learner: EngineLearner) -> dict[str, Any]:
@@ -50,20 +50,23 @@ def write(path: Path, status: Mapping[str, Any]) -> None:
     part.replace(path)
 
 
-def why_nothing_is_accepted(status: Mapping[str, Any], expected: float) -> str | None:
-    """One sentence where no draft is ever accepted: learning rarely mends that. None elsewhere.
+def is_never_accepted(status: Mapping[str, Any]) -> bool:
+    """Whether `figures` say that no draft is ever right: learning rarely mends that."""
+    return status["verified_rounds"] >= ENOUGH and status["acceptance_length"] <= NOTHING
+
+
+def why_never_accepted(status: Mapping[str, Any], expected: float) -> str:
+    """One sentence for the log.
 
     Args:
         status: Of `figures`.
-        expected: Drafts that a comparison expects to be accepted, of `Guard.expected`.
+        expected: Of `EngineLearner.expected_drafts`.
     """
-    if status["verified_rounds"] < ENOUGH or status["acceptance_length"] > NOTHING:
-        return None
     why = "the drafter is hardly this target's, or its config.json says it wrongly"
     if expected > HOPE:
         why = (
-            f"ttspec, which reads the same drafter in its own way, expects {expected:.1f} drafts "
-            "a comparison: vLLM runs it in another way (taps, rotary layout, norms)"
+            f"ttspec, which reads the same drafter in its own way, expects {expected:.1f} a round: "
+            "vLLM runs it in another way (taps, rotary layout, norms)"
         )
     return (
         f"{status['acceptance_length']:.2f} tokens a round over {status['verified_rounds']} "

@@ -157,6 +157,10 @@ class EngineLearner:
         self._drafted.clear()
         self.share.spend(time.perf_counter() - began)
 
+    def expected_drafts(self) -> float | None:
+        """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
+        return self.learner.expected_drafts(self._slots - self.length - 1)
+
     def acceptance(self) -> tuple[int, int]:
         """Tokens that verifications emitted, and how many verifications; waits for the device."""
         emitted, rounds = self._figures.tolist()
