@@ -184,7 +184,7 @@ class WorkerLearning:
             )
             if self._keeper:
                 self._publish(self.learner.learner)
-                self._close_with_worker()
+            self._close_with_worker()
             taps = ", taps " + ", ".join(map(str, self.drafter.taps)) if self.drafter.taps else ""
             self.log.info(
                 "ttspec learns: %s drafter %s%s, %d requests at a time, %.0f MB",
@@ -197,7 +197,7 @@ class WorkerLearning:
             atexit.register(status_file(self.config).unlink, missing_ok=True)
 
     def _close_with_worker(self) -> None:
-        """Let the last version be written when the worker ends in an orderly way."""
+        """Let what is to be written be written when the worker ends in an orderly way."""
         shutdown = self.worker.shutdown
 
         def close_and_shutdown(*args: Any, **kwargs: Any) -> None:
@@ -207,6 +207,8 @@ class WorkerLearning:
         self.worker.shutdown = close_and_shutdown
 
     def _close(self) -> None:
+        if self._saving:
+            self._saving.join()
         if self._keeper is None:
             return
         keeper, self._keeper = self._keeper, None
@@ -276,6 +278,7 @@ class WorkerLearning:
             except Exception as error:  # the other ranks go on sending, and so must this one
                 self.stop(f"{type(error).__name__}: {error}")
 
+    @torch.no_grad()
     def _publish(self, learner: Learner) -> None:
         """Let vLLM's drafter have what was learned."""
         weights = learned_weights(learner)
