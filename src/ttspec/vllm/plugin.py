@@ -58,15 +58,23 @@ def _keep_weights_readable() -> None:
         _custom_ops._supports_onednn = False
 
 
+def _failure_of(part: Callable[[], None]) -> str:
+    """Do a part of the preparations; what went wrong, or nothing."""
+    try:
+        with torch.inference_mode(False):
+            part()
+    except TtspecError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def attach(worker: Any, given: Any) -> None:
     """Let a worker learn if all fits; else say why not, in one line."""
     worker.ttspec = learning = WorkerLearning(worker)
-    try:
-        learning.prepare(given)
-    except TtspecError as error:
-        learning.stop(str(error))
-    except Exception as error:
-        learning.stop(f"{type(error).__name__}: {error}")
+    if failed := _failure_of(lambda: learning.prepare(given)):
+        learning.stop(failed)
 
 
 class WorkerLearning:
@@ -94,7 +102,7 @@ class WorkerLearning:
         self._keeper: Keeper | None = None
 
     def prepare(self, given: Any) -> None:
-        """Check what can be checked before the models are loaded, and wait for them.
+        """Check what all ranks find alike, and wait for the models.
 
         Raises:
             TtspecError: Something does not fit.
@@ -111,10 +119,6 @@ class WorkerLearning:
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
         self.settings = Settings.of(given).for_engine(*engine)
-        speculative = self.config.speculative_config
-        self.source = _folder(speculative.draft_model_config)
-        self.length = int(speculative.num_speculative_tokens)
-        self.drafter = load_drafter(self.source.name, self.source)
         front: Any
         if runner == "V2":
             from ttspec.vllm import v2 as front
@@ -124,23 +128,21 @@ class WorkerLearning:
 
         def load_then_learn(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
-            failed = ""
-            try:
-                with torch.inference_mode(False):
-                    self._bind()
-                front.wrap(self.runner, self)
-            except TtspecError as error:
-                failed = str(error)
-            except Exception as error:
-                failed = f"{type(error).__name__}: {error}"
-            if self._any_rank(bool(failed)):  # else some would wait for the others for ever
-                self.stop(failed or "another rank does not")
-            else:
-                self._sends = self._all_learn = self.ranks > 1
-                self.state = "learning"
+            for part in (self._read_drafter, self._bind, lambda: front.wrap(self.runner, self)):
+                failed = _failure_of(part)
+                if self._any_rank(bool(failed)):  # else some would wait for the others for ever
+                    return self.stop(failed or "another rank does not")
+            self._sends = self._all_learn = self.ranks > 1
+            self.state = "learning"
+            return None
 
         self.runner.load_model = load_then_learn
         _keep_weights_readable()
+
+    def _read_drafter(self) -> None:
+        """The drafter's own files, as vLLM has just loaded them."""
+        self.source = _folder(self.config.speculative_config.draft_model_config)
+        self.drafter = load_drafter(self.source.name, self.source)
 
     def _bind(self) -> None:
         """Bind the shadow to the target, on the rank that learns; take all memory now."""
@@ -177,7 +179,7 @@ class WorkerLearning:
             self.learner = EngineLearner(
                 self.settings,
                 self.drafter,
-                self.length,
+                int(self.config.speculative_config.num_speculative_tokens),
                 self._publish,
                 live=live,
                 may_teach=lambda request: self.may_teach(request),
