@@ -20,6 +20,7 @@ from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned,
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
 from ttspec.vllm.v1 import teaches
+from ttspec.vllm.workers import asked_of
 
 
 def source_tree(folder: Path, version: str = "0.33.0") -> Path:
@@ -119,11 +120,21 @@ def test_without_a_drafter_there_is_nothing_to_learn() -> None:
         ({"learn": {"speed": 1}}, "learn.speed is no option"),
         ({"learn": {"scope": "request"}}, "allowed is shared"),
         ({"learn": 3}, "ttspec.learn is 3"),
+        ("yes", "ttspec is 'yes'; allowed is a table"),
     ],
 )
 def test_a_wrong_setting_is_named(given, said: str) -> None:
     with pytest.raises(OptionError, match=re.escape(said)):
         Settings.of(given)
+
+
+@pytest.mark.parametrize(
+    ("additional", "asked"),
+    [({}, None), (None, None), ({"ttspec": False}, None), ({"ttspec": {}}, {}), ({"a": 1}, None)],
+)
+def test_only_who_asked_for_ttspec_gets_it(additional, asked) -> None:
+    assert asked_of(SimpleNamespace(additional_config=additional)) == asked
+    assert Settings.of(True) == Settings.of({})
 
 
 def test_settings_are_no_larger_than_the_engine() -> None:
@@ -226,6 +237,10 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
+    (tmp_path / "new").mkdir()
+    with pytest.raises(OSError, match="is there already"):
+        save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")
+    (tmp_path / "new").rmdir()
     monkeypatch.setattr("ttspec.vllm.module.save_file", full)
     with pytest.raises(OSError, match="No space left"):
         save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")

@@ -34,7 +34,7 @@ class Recorded:
     drafter: Drafter | None = None
 
 
-def record(which: str, target, prompts: list[str], monkeypatch) -> Recorded:
+def record(which: str, target, prompts: list[str], monkeypatch, tokens: int = 30) -> Recorded:
     """Let ttspec itself learn, and write down what it saw."""
     found, extend, absorb = Recorded(), Drafter.extend, Learner.absorb
     done: list[int] = []
@@ -65,7 +65,7 @@ def record(which: str, target, prompts: list[str], monkeypatch) -> Recorded:
             draft=DraftConfig(context="whole", copy=False),
             ignore_eos=True,
             temperature=0.0,
-            max_new_tokens=30,
+            max_new_tokens=tokens,
         )
     found.drafter = engine_of(target, which).drafter
     return found

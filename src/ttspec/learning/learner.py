@@ -241,6 +241,20 @@ class Learner:
         self.publish()
         return {n: w[0 if self.shared else row] for n, w in self.weights.learned.items()}
 
+    @torch.no_grad()
+    def expected_drafts(self, longest: int) -> float | None:
+        """Drafts a block that the anchor weights would get accepted; None without new lessons.
+
+        Args:
+            longest: The largest start of a lesson, or more.
+        """
+        if self._lessons is None:
+            return None
+        lesson = self._lessons.newest()
+        found = self._distillation.expected_drafts(self.drafter.weights, lesson, longest)
+        blocks = int(lesson.count.sum())
+        return float(found.sum()) / blocks if blocks else None
+
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""
         self._rounds = 0

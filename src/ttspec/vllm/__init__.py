@@ -9,8 +9,10 @@ workers.py     asks every worker, once it has its model runner
 plugin.py      a worker's learning: check, load the drafter, put the hooks in, and what may fail
 v1.py, v2.py   the two model runners: what a step's tensors are called there
 steps.py       a step as any engine could tell it, made a `Verification` for the `Learner`
+status.py      the figures of a worker that learns, and a warning
 rows.py        which request has which row
 module.py      what was learned, put into vLLM's own draft module
+kept.py        versions of it on disk, as ttspec's own engine keeps them
 control.py     pause, resume, status: called by `collective_rpc`
 metrics.py     figures beside vLLM's own at /metrics
 """

@@ -36,10 +36,13 @@ class Hook:
 
 V1_FILE, V2_FILE = "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
-WORKER = Hook("v1/worker/worker_base.py", "WorkerWrapperBase", "init_device")
+WORKERS = (
+    Hook("v1/worker/worker_base.py", "WorkerWrapperBase", "init_device"),
+    Hook("v1/worker/worker_base.py", "WorkerBase", "shutdown"),
+)
 HOOKS: dict[str, tuple[Hook, ...]] = {
     "V1": (
-        WORKER,
+        *WORKERS,
         Hook(V1_FILE, "GPUModelRunner", "load_model"),
         Hook(V1_FILE, "GPUModelRunner", "get_draft_model"),
         Hook(V1_FILE, "GPUModelRunner", "_get_positions", ("num_tokens",)),
@@ -53,7 +56,7 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
         ),
     ),
     "V2": (
-        WORKER,
+        *WORKERS,
         Hook(V2_FILE, "GPUModelRunner", "load_model"),
         Hook(V2_FILE, "GPUModelRunner", "get_draft_model"),
         Hook(V2_FILE, "GPUModelRunner", "finish_requests", ("scheduler_output",)),

@@ -14,6 +14,7 @@ from prometheus_client import Gauge  # type: ignore[import-not-found]
 from vllm.v1.metrics.loggers import StatLoggerBase  # type: ignore[import-not-found]
 
 from ttspec.vllm.settings import status_file
+from ttspec.vllm.workers import asked_of
 
 READ_EVERY = 2.0
 """Seconds."""
@@ -24,6 +25,7 @@ FIGURES = {
     "version": "Times that vLLM's drafter got new weights.",
     "acceptance_length": "Tokens a verified round, of requests that teach.",
     "accepted_to_anchor": "Drafts accepted of live weights, for one of the first weights.",
+    "kept": "The newest version on disk.",
     "share": "Share of the engine's time that went into learning.",
 }
 _gauges: dict[str, Any] = {}
@@ -34,8 +36,7 @@ class LearningMetrics(StatLoggerBase):
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
         """Nothing is shown before the engine says something."""
-        given = vllm_config.additional_config
-        self._asked = isinstance(given, dict) and given.get("ttspec") is not None
+        self._asked = asked_of(vllm_config) is not None
         self._path, self._engine, self._read = status_file(vllm_config), str(engine_index), 0.0
 
     def record(self, *_: Any, **__: Any) -> None:

@@ -7,6 +7,7 @@ with the target, embedding and head, is never given, for then the text would cha
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,12 @@ def save_learned(source: Path, kind: str, learned: Mapping[str, Tensor], folder:
         folder: Must not be there.
 
     Raises:
-        OSError: The disk is full, or may not be written to.
+        OSError: It is there, the disk is full, or it may not be written to.
     """
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         for file in sorted(source.iterdir()):
             if file.suffix == ".safetensors":
@@ -100,6 +102,7 @@ def save_learned(source: Path, kind: str, learned: Mapping[str, Tensor], folder:
                 (part / file.name).chmod(0o644)  # written for its owner alone
             elif file.is_file() and file.suffix not in PICKLES:
                 shutil.copyfile(file, part / file.name)
+        part.chmod(0o755)  # made for its owner alone
         part.rename(folder)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)

@@ -7,8 +7,6 @@ A worker is asked once, when it has made its model runner. Without `"ttspec"` in
 from __future__ import annotations
 
 import atexit
-import json
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +19,11 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
+from ttspec.learning.keeper import Keeper
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import resolve_learn_config
-from ttspec.vllm import hooks
+from ttspec.vllm import hooks, status
+from ttspec.vllm.kept import kept_weights
 from ttspec.vllm.module import (
     flat,
     learned_names,
@@ -35,19 +35,46 @@ from ttspec.vllm.module import (
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner
 
-STATUS_EVERY = 2.0
-"""Seconds between two writings of the figures that /metrics shows."""
+
+def _folder(model: Any) -> Path:
+    """Where the files of a `ModelConfig` are, which vLLM has loaded or is about to load."""
+    folder = Path(model.model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(folder), revision=model.revision, local_files_only=True))
+
+
+def _keep_weights_readable() -> None:
+    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
+
+    What is learned would have no effect. Before the models are loaded.
+    """
+    from vllm import _custom_ops  # type: ignore[import-not-found]
+    from vllm.platforms import current_platform  # type: ignore[import-not-found]
+
+    if current_platform.is_cpu():
+        _custom_ops._supports_onednn = False
+
+
+def _failure_of(part: Callable[[], None]) -> str:
+    """Do a part of the preparations; what went wrong, or nothing."""
+    try:
+        with torch.inference_mode(False):
+            part()
+    except TtspecError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def attach(worker: Any, given: Any) -> None:
     """Let a worker learn if all fits; else say why not, in one line."""
     worker.ttspec = learning = WorkerLearning(worker)
-    try:
-        learning.prepare(given)
-    except TtspecError as error:
-        learning.stop(str(error))
-    except Exception as error:
-        learning.stop(f"{type(error).__name__}: {error}")
+    if failed := _failure_of(lambda: learning.prepare(given)):
+        learning.stop(failed)
 
 
 class WorkerLearning:
@@ -70,10 +97,12 @@ class WorkerLearning:
         self._all_learn = self._sends = False
         """Whether several ranks share weights, and whether they do so now."""
         self._status_written = 0.0
+        self._warned = False
         self._saving: threading.Thread | None = None
+        self._keeper: Keeper | None = None
 
     def prepare(self, given: Any) -> None:
-        """Check what can be checked before the models are loaded, and wait for them.
+        """Check what all ranks find alike, and wait for the models.
 
         Raises:
             TtspecError: Something does not fit.
@@ -89,15 +118,7 @@ class WorkerLearning:
         if reason:
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
-        self.settings = Settings.of(given if isinstance(given, dict) else {}).for_engine(*engine)
-        speculative = self.config.speculative_config
-        self.source = Path(speculative.draft_model_config.model)
-        if not self.source.is_dir():
-            from huggingface_hub import snapshot_download
-
-            self.source = Path(snapshot_download(str(self.source), local_files_only=True))
-        self.length = int(speculative.num_speculative_tokens)
-        self.drafter = load_drafter(self.source.name, self.source)
+        self.settings = Settings.of(given).for_engine(*engine)
         front: Any
         if runner == "V2":
             from ttspec.vllm import v2 as front
@@ -107,21 +128,21 @@ class WorkerLearning:
 
         def load_then_learn(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
-            failed = ""
-            try:
-                with torch.inference_mode(False):
-                    self._bind()
-                front.wrap(self.runner, self)
-            except TtspecError as error:
-                failed = str(error)
-            except Exception as error:
-                failed = f"{type(error).__name__}: {error}"
-            if self._any_rank(bool(failed)):  # else some would wait for the others for ever
-                self.stop(failed or "another rank does not")
-            else:
-                self._sends = self._all_learn = self.ranks > 1
+            for part in (self._read_drafter, self._bind, lambda: front.wrap(self.runner, self)):
+                failed = _failure_of(part)
+                if self._any_rank(bool(failed)):  # else some would wait for the others for ever
+                    return self.stop(failed or "another rank does not")
+            self._sends = self._all_learn = self.ranks > 1
+            self.state = "learning"
+            return None
 
         self.runner.load_model = load_then_learn
+        _keep_weights_readable()
+
+    def _read_drafter(self) -> None:
+        """The drafter's own files, as vLLM has just loaded them."""
+        self.source = _folder(self.config.speculative_config.draft_model_config)
+        self.drafter = load_drafter(self.source.name, self.source)
 
     def _bind(self) -> None:
         """Bind the shadow to the target, on the rank that learns; take all memory now."""
@@ -146,13 +167,26 @@ class WorkerLearning:
             self._row = flat(first, dtype).to(embedding.device)
         if self.rank == 0:
             self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
+            live = kept_weights(
+                self.settings.learn,
+                self.drafter,
+                _folder(self.config.model_config) if learn.keep else Path(),
+                tied=tied,
+                engine=self.config.parallel_config.data_parallel_rank,
+                notify=self.log.info,
+            )
+            self._keeper = live.keeper
             self.learner = EngineLearner(
                 self.settings,
                 self.drafter,
-                self.length,
+                int(self.config.speculative_config.num_speculative_tokens),
                 self._publish,
+                live=live,
                 may_teach=lambda request: self.may_teach(request),
             )
+            if self._keeper:
+                self._publish(self.learner.learner)
+            self._close_with_worker()
             taps = ", taps " + ", ".join(map(str, self.drafter.taps)) if self.drafter.taps else ""
             self.log.info(
                 "ttspec learns: %s drafter %s%s, %d requests at a time, %.0f MB",
@@ -163,7 +197,28 @@ class WorkerLearning:
                 (self.learner.state.nbytes + self.learner.learner.weights.nbytes) / 1e6,
             )
             atexit.register(status_file(self.config).unlink, missing_ok=True)
-        self.state = "learning"
+
+    def _close_with_worker(self) -> None:
+        """Let what is to be written be written when the worker ends in an orderly way."""
+        shutdown = self.worker.shutdown
+
+        def close_and_shutdown(*args: Any, **kwargs: Any) -> None:
+            self._close()
+            shutdown(*args, **kwargs)
+
+        self.worker.shutdown = close_and_shutdown
+
+    def _close(self) -> None:
+        if self._saving:
+            self._saving.join()
+        if self._keeper is None:
+            return
+        keeper, self._keeper = self._keeper, None
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                keeper.close()
+        except Exception as error:
+            self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
 
     def _any_rank(self, here: bool) -> bool:
         """Whether something is so on any rank."""
@@ -209,9 +264,10 @@ class WorkerLearning:
             if self._drafted_steps % self.stride == 0:
                 self._send()
         now = time.monotonic()
-        if self.rank == 0 and now - self._status_written > STATUS_EVERY:
+        if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
             self.write_status()
+            self.run(self._warn_once)
 
     def _send(self) -> None:
         """Give every rank what rank 0 has, at a step that all of them count."""
@@ -224,6 +280,7 @@ class WorkerLearning:
             except Exception as error:  # the other ranks go on sending, and so must this one
                 self.stop(f"{type(error).__name__}: {error}")
 
+    @torch.no_grad()
     def _publish(self, learner: Learner) -> None:
         """Let vLLM's drafter have what was learned."""
         weights = learned_weights(learner)
@@ -231,9 +288,6 @@ class WorkerLearning:
             self._row.copy_(flat(weights, self._row.dtype))
         else:
             load_in_place(self.module, weights)
-        version = self.learner.publications if self.learner else 0
-        if self.settings.save and version and version % self.settings.save_every == 0:
-            self.save(self.settings.save / f"{version:06d}", weights)
 
     # Asked by an operator.
 
@@ -260,20 +314,22 @@ class WorkerLearning:
             self.write_status()
 
     def revert(self) -> None:
-        """Give the drafter back the weights that it came with."""
-        if self.learner is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.learner.learner.revert(0)
-            self._publish(self.learner.learner)
+        """Give the drafter back the weights that it came with. All ranks are asked."""
+        if self.learner:
+            with torch.inference_mode(False), torch.no_grad():
+                self.learner.learner.revert(0)
+                self._publish(self.learner.learner)
+        if self._all_learn:
+            self._send()
 
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    def save(self, folder: Path) -> None:
         """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
         if self.learner is None:
             return
         if self._saving and self._saving.is_alive():
+            self.log.warning("ttspec saved nothing in %s: it still writes another", folder)
             return
-        weights = learned_weights(self.learner.learner) if weights is None else weights
+        weights = learned_weights(self.learner.learner)
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
 
@@ -289,30 +345,23 @@ class WorkerLearning:
     def status(self) -> dict[str, Any]:
         """What an operator wants to know; plain values."""
         found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
-        if self.learner is not None:
-            learner, share = self.learner.learner, self.learner.share
-            emitted, rounds = self.learner.acceptance()
-            found |= {
-                "requests": len(self.learner.rows.taken),
-                "updates": self.learner.updates,
-                "reverts": max(learner.reverts),
-                "version": self.learner.publications,
-                "verified_rounds": rounds,
-                "acceptance_length": emitted / rounds if rounds else 0.0,
-                "accepted_to_anchor": learner.guard.gain(),
-                "seconds": share.spent,
-                "share": share.spent / share.worked if share.worked else 0.0,
-            }
-        return found
+        return found | (status.figures(self.learner) if self.learner else {})
 
     def write_status(self) -> None:
         """Leave the figures where the API server's /metrics finds them; best effort."""
         if self.rank:
             return
-        path = status_file(self.config)
         try:
-            part = path.with_suffix(f".{os.getpid()}")
-            part.write_text(json.dumps(self.status()))
-            part.replace(path)
-        except OSError as error:
+            found = self.status()
+            status.write(status_file(self.config), found)
+        except Exception as error:  # a step must not end by it
             self.log.debug("ttspec wrote no figures: %s", error)
+
+    def _warn_once(self, learner: EngineLearner) -> None:
+        """Say so, and why, where no draft is ever accepted."""
+        figures = status.figures(learner)
+        if not self._warned and status.is_never_accepted(figures):
+            expected = learner.expected_drafts()
+            if expected is not None:
+                self._warned = True
+                self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))

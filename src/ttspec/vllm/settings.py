@@ -22,20 +22,19 @@ class Settings:
     """Tokens of a request after which it teaches no more: what bounds the memory of a row."""
     share: float = 0.1
     """Of the time in which the engine works, at most so much goes into learning."""
-    save: Path | None = None
-    """A folder for learned drafters, as vLLM loads them; None saves nothing by itself."""
-    save_every: int = 200
-    """Updates between two saved drafters."""
     learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))
-    """How; one drafter learns from all requests."""
+    """How; one drafter learns from all requests. With `keep`, a folder, versions stay on disk."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Settings:
-        """Read the table that the engine was started with.
+    def of(cls, given: Mapping[str, Any] | Any) -> Settings:
+        """Read the table that the engine was started with; True is an empty one.
 
         Raises:
-            OptionError: A key is unknown, or a value is not allowed.
+            OptionError: It is no table, a key is unknown, or a value is not allowed.
         """
+        given = {} if given is True else given
+        if not isinstance(given, Mapping):
+            raise OptionError(f"ttspec is {given!r}; allowed is a table of settings, such as {{}}.")
         known = [f.name for f in fields(cls)]
         for name in given:
             if name not in known:
@@ -50,10 +49,8 @@ class Settings:
                 f"ttspec.learn.scope is {chosen['learn'].scope!r}; allowed is shared: vLLM has one "
                 "drafter for all requests."
             )
-        if chosen.get("save") is not None:
-            chosen["save"] = Path(str(chosen["save"]))
         settings = cls(**chosen)
-        for name, least in (("rows", 1), ("tokens", 64), ("save_every", 1)):
+        for name, least in (("rows", 1), ("tokens", 64)):
             value = getattr(settings, name)
             if not isinstance(value, int) or value < least:
                 raise OptionError(f"ttspec.{name} is {value!r}; allowed is {least} or more.")

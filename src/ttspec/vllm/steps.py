@@ -24,6 +24,7 @@ from torch import Tensor
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.records import Proposal, Verification
 from ttspec.vllm.rows import RequestRows
 from ttspec.vllm.settings import Settings
@@ -64,6 +65,7 @@ class EngineLearner:
         length: int,
         publish: Callable[[Learner], None],
         *,
+        live: LiveWeights | None = None,
         may_teach: Callable[[str], bool] = lambda _: True,
     ) -> None:
         """Take all memory that is ever needed, but for that of an update.
@@ -73,6 +75,7 @@ class EngineLearner:
             drafter: Bound to the target.
             length: Drafts a round at most.
             publish: Called between a verification and the next drafts, when weights changed.
+            live: What learns, where it does not begin at the drafter's own weights.
             may_teach: Whether a request may; asked when it is first seen.
         """
         self.settings, self.length = settings, length
@@ -82,7 +85,9 @@ class EngineLearner:
         self._slots = settings.tokens + length + 1
         whole = DraftConfig(context="whole")  # vLLM's drafter sees all
         self.state = drafter.start(settings.rows, self._slots, whole)
-        self.learner = Learner(settings.learn, drafter, self.state, settings.rows, length)
+        self.learner = Learner(
+            settings.learn, drafter, self.state, settings.rows, length, live_weights=live
+        )
         self.rows = RequestRows(settings.rows, settings.tokens)
         self.share = TimeShare(settings.share)
         self._begin = torch.zeros(settings.rows, dtype=torch.long, device=self.device)
@@ -131,9 +136,8 @@ class EngineLearner:
         """Read a step: context for the shadow, lessons, maybe an update, published at once."""
         self.share.tick()
         began = time.perf_counter()
-        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(
-            list
-        )  # length: row, request, from
+        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
+        """By length: row, request, first token."""
         verified: list[tuple[int, int]] = []
         for i, request in enumerate(step.ids):
             row = self._row_of(step, i)
@@ -152,6 +156,10 @@ class EngineLearner:
         self._logits = None
         self._drafted.clear()
         self.share.spend(time.perf_counter() - began)
+
+    def expected_drafts(self) -> float | None:
+        """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
+        return self.learner.expected_drafts(self._slots - self.length - 1)
 
     def acceptance(self) -> tuple[int, int]:
         """Tokens that verifications emitted, and how many verifications; waits for the device."""

@@ -16,11 +16,10 @@ def watch_workers() -> None:
 
     @functools.wraps(original)
     def init_device(self: Any) -> None:
-        asked = _asked(self.vllm_config)
-        if asked is None:
-            return original(self)
-        _keep_weights_readable()
         original(self)
+        asked = asked_of(self.vllm_config)
+        if asked is None:
+            return None
         try:
             from ttspec.vllm.plugin import attach
         except ImportError as error:
@@ -34,19 +33,8 @@ def watch_workers() -> None:
     WorkerWrapperBase.init_device = init_device
 
 
-def _asked(config: Any) -> Any:
-    """What the engine was told about ttspec; None for nothing."""
+def asked_of(config: Any) -> Any:
+    """What an engine of this `VllmConfig` was told about ttspec; None for nothing, or false."""
     given = config.additional_config
-    return given.get("ttspec") if isinstance(given, dict) else None
-
-
-def _keep_weights_readable() -> None:
-    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
-
-    What is learned would have no effect.
-    """
-    from vllm import _custom_ops  # type: ignore[import-not-found]
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
-
-    if current_platform.is_cpu():
-        _custom_ops._supports_onednn = False
+    asked = given.get("ttspec") if isinstance(given, dict) else None
+    return None if asked is False else asked
