@@ -118,6 +118,8 @@ class SpeculativeRound:
 
         self.round_number += 1
         verdicts = {row: RowVerdict.of(verdict[row]) for row in active}
+        tell = self.row_sampling.logprobs.of
+        told = {row: tell(row, verification.logits, row, v.tokens) for row, v in verdicts.items()}
         for row, of_row in verdicts.items():
             self.prompts.validate(row)
             self.rows.commit(row, of_row.tokens)
@@ -135,7 +137,7 @@ class SpeculativeRound:
 
         reported = None if copies else self.policy.reported(shape.draft_length)
         outcomes = {
-            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies)
+            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies, told[row])
             for row, of_row in verdicts.items()
         }
         some = self._verified
