@@ -83,14 +83,14 @@ GERMAN = phrases("""
 """)
 GERMAN_OF = phrases("""
     Radfahren in der Stadt; Mülltrennung; Brotbacken; Wochenmarkt; Feuerwehr; Homeoffice;
-    Obstgarten; Kehrwoche; Wandern; Straßenbahn; Adventskranz; Schrebergarten; Energiewende; Sportverein;
-    Volkshochschule; Pfandflaschen; Kindergarten; Krankenversicherung; Fahrkarten; Bücherei;
-    Mietvertrag; Ehrenamt; Berufsschule; Stromzähler; Nachtruhe; Schwimmbad; Waldspaziergang; Ostsee;
-    Oktoberfest; Käsekuchen; Steuererklärung; Deutschlandticket; Tierarzt; Landwirtschaft; Handwerk;
-    Flohmarkt; Apotheke; Klavierunterricht; Winterdienst; Wärmepumpe; Fernsehen; Dialekte;
-    Jugendherberge; Tempolimit; Datenschutz; Bäckerei; Grundgesetz; Elternabend; Autobahn;
-    Hochwasser; Weinbau; Bahnverspätung; Sparbuch; Nussknacker; Nordsee; Kleingeld; Hausarzt; Blaskapelle;
-    Freibad; Kompost
+    Obstgarten; Kehrwoche; Wandern; Straßenbahn; Adventskranz; Schrebergarten; Energiewende;
+    Sportverein; Volkshochschule; Pfandflaschen; Kindergarten; Krankenversicherung; Fahrkarten;
+    Bücherei; Mietvertrag; Ehrenamt; Berufsschule; Stromzähler; Nachtruhe; Schwimmbad;
+    Waldspaziergang; Ostsee; Oktoberfest; Käsekuchen; Steuererklärung; Deutschlandticket;
+    Tierarzt; Landwirtschaft; Handwerk; Flohmarkt; Apotheke; Klavierunterricht; Winterdienst;
+    Wärmepumpe; Fernsehen; Dialekte; Jugendherberge; Tempolimit; Datenschutz; Bäckerei;
+    Grundgesetz; Elternabend; Autobahn; Hochwasser; Weinbau; Bahnverspätung; Sparbuch;
+    Nussknacker; Nordsee; Kleingeld; Hausarzt; Blaskapelle; Freibad; Kompost
 """)
 SUPPORT = phrases("""
     A customer writes: "{x}" Write the reply of our support team.;

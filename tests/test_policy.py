@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import cycle, pairwise
+from itertools import cycle, pairwise, takewhile
 
 import pytest
 import torch
@@ -175,6 +175,24 @@ def test_a_machine_that_slows_down_is_not_the_drafter_s_fault() -> None:
     decode(600, block(7, 1.4), steady(0.7), policy=policy)
     _, lengths = decode(600, [1.6 * c for c in block(7, 1.4)], steady(0.7), policy=policy)
     assert sum(n == 0 for n in lengths) <= 10
+
+
+def test_rounds_of_few_rows_are_not_compared_with_those_of_many() -> None:
+    """A round costs as its rows do: of one row 1, of eight rows 3, with drafts half as much more.
+
+    Against the plain rounds of one row, drafting rounds of eight would seem three times as dear.
+    """
+    policy, plain = DraftPolicy(7), 0
+    rng = random.Random(0)
+    for position in range(600):
+        rows = 8 if position // 40 % 2 else 1
+        length, dear = policy.choose(), 1.0 if rows == 1 else 3.0
+        plain += length == 0
+        kept = [sum(1 for _ in takewhile(lambda _: rng.random() < 0.6, range(length)))] * rows
+        took = dear * (1.5 if length else 1.0)
+        emitted = 1 + sum(kept) / rows
+        policy.observe(length, took, emitted=emitted, accepted=kept, context=position, rows=rows)
+    assert plain < 60
 
 
 def test_one_slow_round_stops_nobody() -> None:

@@ -1,5 +1,7 @@
 """Rows of different lengths in one cache say what each says alone."""
 
+import random
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -99,6 +101,28 @@ def test_attention_reaches_past_a_bucket(target):
     close(logits[0], by_itself(target, ids[: STEP + 2])[STEP - 3 :])
     logits = feed(target, cache, [ids[STEP + 2 :]], [STEP + 2])
     close(logits[0], by_itself(target, ids)[STEP + 2 :])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_are_laid_together_say_what_each_says_alone(target, seed: int):
+    draw = random.Random(seed)
+    cache, texts = target.cache(5, 64), [list[int]() for _ in range(5)]
+    for step in range(25):
+        fed = draw.sample(range(5), draw.randint(1, 5))
+        if draw.random() < 0.7:
+            fed = cache.lay_together(fed)
+        for row in fed:  # back a little, as after a rejection, or to the beginning
+            texts[row] = texts[row][: max(0, len(texts[row]) - draw.choice([0, 0, 2, 60]))]
+            texts[row] = texts[row][:50]
+        start = torch.tensor([len(texts[row]) for row in fed])
+        new = [text(100 * step + row, 4) for row in fed]
+        rows = None if fed == list(range(5)) else torch.tensor(fed)
+        logits, _ = target.forward(
+            cache, torch.tensor(new), start, int(start.max()), subset=rows, counts=None
+        )
+        for place, row in enumerate(fed):
+            texts[row] += new[place]
+            close(logits[place], by_itself(target, texts[row])[-4:])
 
 
 def test_the_cache_counts_its_bytes(target):

@@ -3,13 +3,16 @@
 from dataclasses import replace
 
 import pytest
+from torch import Tensor
 from toys import plain, toy_engine
 
 from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError
+from ttspec.models.target import Target
 from ttspec.records import Chunk, Result
+from ttspec.rowcache import RowCache
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
 LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
@@ -54,6 +57,37 @@ def test_requests_that_come_and_go_write_what_each_writes_alone(engine: Engine) 
     found = finish(scheduler)
     for n, (request, prompt) in enumerate(zip(asked, prompts, strict=True)):
         assert found[request].token_ids == alone(engine, prompt, seed=n), prompt
+
+
+def test_the_target_reads_only_rows_that_take_part(engine: Engine, monkeypatch) -> None:
+    scheduler, read = scheduler_of(engine, rows=5), []
+    forward = Target.forward
+
+    def spied(target: Target, cache: RowCache, tokens: Tensor, *args, **kwargs):
+        read.append(len(tokens))
+        return forward(target, cache, tokens, *args, **kwargs)
+
+    sizes = [3, 30, 7, 18, 12]
+    asked = [
+        ask(
+            scheduler,
+            SHORT,
+            seed=n,
+            config=replace(scheduler.config, max_new_tokens=size),
+        )
+        for n, size in enumerate(sizes)
+    ]
+    scheduler.step()  # reads the prompts
+    monkeypatch.setattr(Target, "forward", spied)
+    found, taking_part = {}, []
+    while scheduler.has_unfinished():
+        taking_part.append(len(sizes) - len(found))
+        found |= {r: chunk.result for r, chunk in scheduler.step() if chunk.result}
+    assert read == taking_part
+    assert set(read) == {1, 2, 3, 4, 5}
+    for n, (request, size) in enumerate(zip(asked, sizes, strict=True)):
+        wanted = alone(engine, SHORT, seed=n, max_new_tokens=size)
+        assert found[request].token_ids == wanted
 
 
 @pytest.mark.parametrize("piece", [7, 16])

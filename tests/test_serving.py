@@ -14,21 +14,19 @@ import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from servers import CONTEXT, HELLO, LEARN, chat, complete, events, running, until
 from toys import toy_engine
 
-from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError
 from ttspec.serving import gate
 from ttspec.serving.keys import add_key, read_keys
 from ttspec.serving.options import ServeOptions
-from ttspec.serving.server import Server, make_server
+from ttspec.serving.server import make_server
 
-CONTEXT = 300
-LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
 PLAIN: dict[str, Any] = {"learn": None, "ignore_eos": True}
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 @pytest.fixture(scope="module")
@@ -36,52 +34,10 @@ def engine(toy_target_dir: Path) -> Engine:
     return toy_engine(toy_target_dir)
 
 
-@contextmanager
-def running(engine: Engine, **options: Any) -> Iterator[tuple[httpx.Client, Server]]:
-    """A server in a thread, and a client of it."""
-    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=LEARN, ignore_eos=True)
-    given = {"port": 0, "rows": 2, "queue": 4, "context": CONTEXT, "drain": 5.0, **options}
-    server = make_server(engine.sibling, config, ServeOptions(**given), "toy", lambda line: None)
-    thread = threading.Thread(target=server.run_to_the_end)
-    thread.start()
-    try:
-        until(lambda: server.address)
-        with httpx.Client(base_url=server.address, timeout=60) as client:
-            until(lambda: client.get("/health").status_code == 200)
-            yield client, server
-    finally:
-        server.should_exit = True
-        thread.join(30)
-    assert not thread.is_alive()
-
-
-def until(what: Callable[[], Any], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.01)
-
-
 @pytest.fixture(scope="module")
 def client(engine: Engine) -> Iterator[httpx.Client]:
     with running(engine) as (client, _):
         yield client
-
-
-def chat(client: httpx.Client, **body: Any) -> httpx.Response:
-    return client.post("/v1/chat/completions", json={"messages": HELLO, **body})
-
-
-def complete(client: httpx.Client, **body: Any) -> httpx.Response:
-    return client.post("/v1/completions", json={"prompt": "hello", **body})
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """What a stream sent; the last line must say that it is over."""
-    lines = [line for line in response.iter_lines() if line]
-    assert all(line.startswith("data: ") for line in lines)
-    assert lines[-1] == "data: [DONE]"
-    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
 
 
 def test_an_answer_is_what_generate_writes_alone_or_among_others_streamed_or_not(

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -39,6 +39,15 @@ class LogitMask(Protocol):
             drafted: n tokens that may follow.
         """
         ...
+
+
+class TokenLogprobs(NamedTuple):
+    """What the target says of one token of an answer."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple[tuple[int, float], ...]
+    """The likeliest tokens in its place and their own, from the likeliest on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +226,8 @@ class Chunk:
     round: Round | None
     result: Result | None = None
     """Set in the last chunk."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each of the tokens, where the request asks for them."""
 
 
 def acceptance_length(rounds: Sequence[Round]) -> float:

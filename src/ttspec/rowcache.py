@@ -80,6 +80,12 @@ class RowCache(Cache):
         self._row: Tensor | None = None
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
+        self._side_by_side: slice | None = None
+        """Where the rows that are fed lie, if they lie side by side: then no key is copied."""
+        self._place = list(range(rows))
+        """Where each row lies; all are where they were until `lay_together`."""
+        self._written = [0] * rows
+        """Slots that a row may need; known on a CPU only."""
         self._reach = slots
         self._by_device: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
@@ -98,10 +104,42 @@ class RowCache(Cache):
             subset: int64 [B], which rows are fed; None is all of them.
             counts: int64 [B], how many of a row's tokens stay, if that is known. Keys do without.
         """
+        if slot.device.type == "cpu":
+            subset = self._find(slot, subset)
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
         self._row, self._subset, self._reach = row[:, None], subset, reach
         self._by_device.clear()
+
+    def lay_together(self, rows: Sequence[int]) -> list[int]:
+        """Let some rows lie side by side, for forwards of them alone. On a CPU only.
+
+        Costs something when other rows than before are asked for: two rows change places.
+
+        Returns:
+            The rows in the order in which they lie.
+        """
+        holder = {place: row for row, place in enumerate(self._place)}
+        there = [place for place in range(len(rows)) if holder[place] not in rows]
+        away = [row for row in rows if self._place[row] >= len(rows)]
+        for row, place in zip(away, there, strict=True):
+            other, old = holder[place], self._place[row]
+            end = max(self._written[row], self._written[other])
+            for kept in (*self.keys.values(), *self.values.values()):
+                kept[[place, old], :, :end] = kept[[old, place], :, :end]
+            self._place[row], self._place[other] = place, old
+        return sorted(rows, key=lambda row: self._place[row])
+
+    def _find(self, slot: Tensor, subset: Tensor | None) -> Tensor | None:
+        """Where rows lie, which are about to be fed at slot int64 [B, T]; None is all in order."""
+        rows = list(range(self.rows)) if subset is None else subset.tolist()
+        for row, start in zip(rows, slot[:, 0].tolist(), strict=True):
+            if start < self.slots:  # else it takes no part
+                self._written[row] = min(start + slot.shape[1], self.slots)
+        places = [self._place[row] for row in rows]
+        first, end = places[0], places[0] + len(places)
+        self._side_by_side = slice(first, end) if places == list(range(first, end)) else None
+        return None if places == list(range(self.rows)) else torch.tensor(places)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
@@ -115,13 +153,17 @@ class RowCache(Cache):
                 shape = self.rows, new.shape[1], self.slots + 1, new.shape[3]
                 # Zeros: a masked slot must not hold a NaN, which would survive a weight of 0.
                 store[layer_idx] = unwritten(shape, new)
-            kept = store[layer_idx]
-            if self.rows == 1 and kept.is_cpu:  # takes half as long there
-                kept.index_copy_(2, slot[0], new)
+            kept, near = store[layer_idx], self._side_by_side
+            if near and len(new) == 1 and kept.is_cpu:  # takes half as long there
+                kept[near].index_copy_(2, slot[0], new)
             else:
                 kept[row, :, slot] = new.transpose(1, 2)
             seen = kept[:, :, : self._reach]
-            out.append(seen if subset is None else seen[subset])
+            if near:
+                seen = seen[near]
+            elif subset is not None:
+                seen = seen[subset]
+            out.append(seen)
         return out[0], out[1]
 
     def _on(self, device: torch.device) -> tuple[Tensor | None, ...]:

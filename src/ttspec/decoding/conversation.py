@@ -10,7 +10,7 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.rows import RowOutcome
 from ttspec.decoding.text import TextStream
-from ttspec.records import Chunk, FinishReason, Result, Round, summarise
+from ttspec.records import Chunk, FinishReason, Result, Round, TokenLogprobs, summarise
 
 
 class Conversation:
@@ -120,8 +120,9 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def begin(self, token: int) -> None:
+    def begin(self, token: int, told: Sequence[TokenLogprobs] = ()) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
+        self._logprobs += told
         ends = () if self.config.ignore_eos else self.decoder.target.ends
         self._take([token], ended=token in ends)
 
@@ -129,6 +130,7 @@ class Conversation:
         """Take what a round emitted."""
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
+        self._logprobs += outcome.logprobs[:kept]
         self.rounds.append(
             Round(
                 position=position,
@@ -160,19 +162,23 @@ class Conversation:
 
     def chunk(self) -> Chunk:
         """What is new since the last chunk; with the result if the answer is over."""
-        new = self.tokens[self._shown :]
+        new, told = self.tokens[self._shown :], tuple(self._logprobs)
         self._shown = len(self.tokens)
+        self._logprobs.clear()
         text = self._text.take(final=self.finish is not None) if self._stream else ""
         return Chunk(
             text=text,
             token_ids=tuple(new),
             round=self.rounds[-1] if self.rounds and new else None,
             result=self._result() if self.finish else None,
+            logprobs=told,
         )
 
     def _reset(self) -> None:
         """Nothing is written of the next answer."""
         self.finish, self.tokens, self.rounds = None, [], []
+        self._logprobs: list[TokenLogprobs] = []
+        """Of what was not given out yet."""
         target = self.decoder.target
         self._text = TextStream(target.tokenizer, self.config.stop, target.ends)
         self._shown = self._reverts = self.reread_tokens = 0

@@ -90,8 +90,8 @@ class DraftPolicy:
         halves = {longest} if few else {longest, longest // 2, longest // 4}
         self.lengths = sorted(halves - {0})
         self.longest = longest
-        self._plain: tuple[list[float], list[float]] = ([], [])
-        """Seconds of the last plain rounds, and of the last ones in which rows copied."""
+        self._plain: dict[tuple[int, bool], list[float]] = {}
+        """Seconds of the last plain rounds, by rows that cost something and whether any copied."""
         self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
         self._usual: dict[int, float] = {}
         """Their medians, by length."""
@@ -120,6 +120,8 @@ class DraftPolicy:
         """Tokens of context that the last plain round had."""
         self._copying = False
         """Whether rows copied in the last drafting round."""
+        self._rows = 1
+        """Rows that cost something in it."""
         self._word: DraftWord | None = None
         """What the drafter says of its drafts, if it does."""
 
@@ -159,6 +161,7 @@ class DraftPolicy:
         accepted: Sequence[int],
         context: int = 0,
         copying: bool = False,
+        rows: int = 1,
         first: bool = False,
     ) -> None:
         """Take note of a round.
@@ -170,6 +173,7 @@ class DraftPolicy:
             accepted: Drafts that each row kept for which the drafter drafted.
             context: Tokens in the longest row.
             copying: Whether rows copied.
+            rows: Rows that cost something.
             first: It did what is done once, as to capture a graph: its time says nothing.
         """
         if length:
@@ -177,15 +181,17 @@ class DraftPolicy:
                 self._counted[n] += 1
             if self._word:
                 self._word.observe(length, accepted)
-            self._copying = copying
+            self._copying, self._rows = copying, rows
             if not first and (plain := self._cost_of_plain):
                 self._charge(length, seconds / plain, emitted)
             self._since += 1
             self._unseen += 1
             self._go_on(context)
+            if not self._look and self._length and all(n != rows for n, _ in self._plain):
+                self._look = 1
             return
         if not first:
-            times = self._plain[copying]
+            times = self._plain.setdefault((rows, copying), [])
             times.append(seconds)
             del times[:-PLAIN_SEEN]
         if copying == self._copying:
@@ -315,10 +321,14 @@ class DraftPolicy:
     def _cost_of_plain(self) -> float:
         """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain.
 
-        Of rounds in which rows copied if they did in the last drafting one; 0 if none was seen.
+        Of rounds like the last drafting one: of as many rows, in which some copied if they did
+        there. Of others where none such was seen; 0 if none at all.
         """
-        times = self._plain[self._copying] or self._plain[not self._copying]
-        return sorted(times)[(len(times) - 1) // 2] if times else 0.0
+        if not self._plain:
+            return 0.0
+        near = min(self._plain, key=lambda k: (abs(k[0] - self._rows), k[1] != self._copying))
+        times = self._plain[near]
+        return sorted(times)[(len(times) - 1) // 2]
 
 
 def _middle(values: Sequence[float]) -> float:
@@ -340,6 +350,7 @@ class PolicyFeedback:
         draft_length: int,
         longest: int,
         outcomes: dict[int, RowOutcome],
+        rows: int,
     ) -> None:
         """Take note of a round that is over.
 
@@ -349,6 +360,7 @@ class PolicyFeedback:
             draft_length: Drafts that each row might have.
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
+            rows: Rows that cost something.
         """
         if not (policy.adaptive or self._schedule):
             return
@@ -366,6 +378,7 @@ class PolicyFeedback:
             accepted=accepted,
             context=longest,
             copying=len(accepted) < len(outcomes),
+            rows=rows,
             first=timer.captured,
         )
         if self._learner and self._schedule and accepted and draft_length and not timer.captured:

@@ -20,6 +20,7 @@ from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
+from ttspec.records import TokenLogprobs
 from ttspec.rowcache import RowCache
 from ttspec.sampling import draw, position_noise, process
 
@@ -49,6 +50,8 @@ class Prompts:
     """Tokens of the longest one that were read."""
     first_tokens: list[int] = field(default_factory=list)
     """The first token of each answer, once all is read."""
+    logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
+    """Of each first token, where they are asked for."""
 
     @property
     def is_read(self) -> bool:
@@ -146,6 +149,9 @@ class PromptReader:
         first_tokens = self._draw(logits, prompts)
         if not logits.amax(-1).isfinite().all():  # the draw has waited for the device already
             raise not_finite(self._target.name, self._target.dtype)
+        tell = self._sampling.logprobs.of
+        first = enumerate(zip(prompts.rows, first_tokens, strict=True))
+        prompts.logprobs = [tell(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
         for row, length, ids, token, budget in zip(
             prompts.rows,

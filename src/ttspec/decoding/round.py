@@ -86,6 +86,8 @@ class SpeculativeRound:
     """Rounds so far."""
     _proposed: tuple[Proposal, Tensor | None]
     """What `propose` gave: a stage that may be captured as a graph is given its shape alone."""
+    _verified: Tensor | None = None
+    """int64, the rows that the target reads in this round, as they lie; None is all."""
 
     @torch.no_grad()
     def round(self) -> dict[int, RowOutcome]:
@@ -104,6 +106,7 @@ class SpeculativeRound:
         if copies:
             self.rows.upload_copies(copies)
 
+        self._verified = self._rows_to_verify(active)
         self._proposed = self.graphs(self.propose, shape, first=True)
         shape = self._worth_reading(active, shape)
         self.timer.lap()
@@ -116,6 +119,8 @@ class SpeculativeRound:
 
         self.round_number += 1
         verdicts = {row: RowVerdict.of(verdict[row]) for row in active}
+        tell = self.row_sampling.logprobs.of
+        told = {row: tell(row, verification.logits, row, v.tokens) for row, v in verdicts.items()}
         for row, of_row in verdicts.items():
             self.prompts.validate(row)
             self.rows.commit(row, of_row.tokens)
@@ -133,10 +138,12 @@ class SpeculativeRound:
 
         reported = None if copies else self.policy.reported(shape.draft_length)
         outcomes = {
-            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies)
+            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies, told[row])
             for row, of_row in verdicts.items()
         }
-        self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes)
+        some = self._verified
+        cost = self.rows.count if some is None else len(some)
+        self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes, cost)
         return outcomes
 
     def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:
@@ -259,15 +266,34 @@ class SpeculativeRound:
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Logits and features of tokens [B, T]; batch-invariant, they are padded to one width."""
-        width, spans = fed.shape[1], self.target_reads_spans
+        width, spans, some = fed.shape[1], self.target_reads_spans, self._verified
+        start = self.rows.inputs.start
+        if some is not None:
+            fed, start = fed[some], start[some]
         if self.batch_invariant:
             fed = F.pad(fed, (0, self.width - width))
         with batch_invariant() if self.batch_invariant else nullcontext():
             logits, features = self.target.forward(
-                self.cache, fed, self.rows.inputs.start, longest, spans=spans
+                self.cache, fed, start, longest, subset=some, spans=spans
             )
         assert logits is not None
+        if some is not None:
+            logits, features = (self._spread(part, some) for part in (logits, features))
         return logits[:, :width], features[:, :width]
+
+    def _rows_to_verify(self, active: list[int]) -> Tensor | None:
+        """The rows that take part, where the others would cost something: not on a GPU.
+
+        Batch-invariant, products are always of as many rows; recurrent states stay where they are.
+        """
+        if self.target.device.type != "cpu" or self.batch_invariant or self.target.recurrent:
+            return None
+        rows = self.cache.lay_together(active)
+        return None if rows == list(range(self.rows.count)) else torch.tensor(rows)
+
+    def _spread(self, part: Tensor, rows: Tensor) -> Tensor:
+        """What was read of some rows [R, ...], as of all [B, ...]; zeros for the others."""
+        return part.new_zeros(self.rows.count, *part.shape[1:]).index_copy_(0, rows, part)
 
     @property
     def _reads_spans(self) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ttspec.config import SamplingConfig
+from ttspec.decoding.logprobs import RowLogprobs
 from ttspec.decoding.masks import RowMasks
 from ttspec.decoding.penalties import RowPenalties, penalises
 from ttspec.decoding.rows import SamplingSteps
@@ -63,6 +64,7 @@ class RowSampling:
         if default.penalises:
             for row in range(rows):
                 self.penalties.set(row, default)
+        self.logprobs = RowLogprobs(rows)
         self.masks: RowMasks | None = None
         """None where no row ever had one."""
         self._met: Counter[SamplingSteps] = Counter()
@@ -76,6 +78,7 @@ class RowSampling:
         *,
         ignore_eos: bool | None = None,
         mask: LogitMask | None = None,
+        logprobs: int | None = None,
     ) -> None:
         """Let a row have a request's options.
 
@@ -84,7 +87,9 @@ class RowSampling:
             sampling: How its tokens are chosen; None is the default.
             ignore_eos: Whether it goes on past end tokens; None is the default.
             mask: What its answer may be.
+            logprobs: See `RowLogprobs.set`.
         """
+        self.logprobs.set(row, logprobs)
         sampling = sampling or self._default
         ignores = not self._heeds_ends if ignore_eos is None else ignore_eos
         if mask is not None and self.masks is None:

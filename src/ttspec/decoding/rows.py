@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from ttspec.records import TokenLogprobs
+
 
 class SamplingSteps(NamedTuple):
     """What is done to logits before a token is taken: what some row asks for, and no more."""
@@ -102,6 +104,8 @@ class RowOutcome:
     """Drafts that an adaptive policy let the round have; None without one."""
     copied: bool = False
     """Its drafts were copied from the row's own text."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Of each of the tokens, where they are asked for."""
 
 
 class RowStates:

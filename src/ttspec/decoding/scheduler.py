@@ -43,6 +43,9 @@ class Request:
     must be alike."""
     mask: LogitMask | None = None
     """What the first answer may be, as a grammar says."""
+    logprobs: int | None = None
+    """Tell of each token what the target says of it, and of the so many likeliest in its place;
+    None tells nothing."""
     tenant: str | None = None
     """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
     free row holds the beginning of its prompt, from a request of the same tenant, that is not read
@@ -73,6 +76,7 @@ class Scheduler:
         """Whose text a free row holds."""
         self._sampling: dict[int, SamplingConfig] = {}
         self._masks: dict[int, LogitMask | None] = {}
+        self._logprobs: dict[int, int | None] = {}
         self._ids: dict[int, list[int]] = {}
         """What requests ask that were not begun."""
         self._ready: list[int] = []
@@ -108,6 +112,7 @@ class Scheduler:
         self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
         self._tenants[number] = request.tenant
         self._sampling[number], self._masks[number] = sampling, request.mask
+        self._logprobs[number] = request.logprobs
         self._queue.append(number)
         return number
 
@@ -204,7 +209,8 @@ class Scheduler:
     def release(self, request: int) -> None:
         """Forget a conversation that is over; its row is free."""
         talk = self._conversations.pop(request)
-        del self._keeps_row[request], self._sampling[request], self._masks[request]
+        del self._keeps_row[request], self._sampling[request]
+        del self._masks[request], self._logprobs[request]
         tenant = self._tenants.pop(request)
         if talk.row >= 0:
             self._free.append(talk.row)
@@ -274,6 +280,7 @@ class Scheduler:
                 self._sampling[request],
                 ignore_eos=talk.config.ignore_eos,
                 mask=self._masks[request],
+                logprobs=self._logprobs[request],
             )
         if live:
             prompts = self.decoder.prompts.begin(
@@ -292,8 +299,9 @@ class Scheduler:
         self.decoder.prompts.read_piece(prompts)
         if not prompts.is_read:
             return []
-        for request, token in zip(requests, prompts.first_tokens, strict=True):
-            self._conversations[request].begin(token)
+        first = zip(requests, prompts.first_tokens, prompts.logprobs, strict=True)
+        for request, token, told in first:
+            self._conversations[request].begin(token, told)
         self._end_reading()
         self._decoding += [r for r in requests if not self._conversations[r].finish]
         return requests

@@ -7,12 +7,12 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttspec.records import Chunk, Result, Round, acceptance_length
-from ttspec.serving import reports
+from ttspec.records import Chunk, Result, Round, TokenLogprobs, acceptance_length
+from ttspec.serving import logprobs, reports
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
 from ttspec.serving.schema import ChatRequest, Sampled
@@ -30,7 +30,11 @@ class Choice:
     splitter: ThoughtSplitter
     thoughts: str = ""
     text: str = ""
-    tokens: int = 0
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the tokens, where they are asked for."""
+    offset: int = 0
+    """Characters of the tokens whose log-probabilities were told."""
     rounds: list[Round] = field(default_factory=list)
     result: Result | None = None
 
@@ -112,7 +116,7 @@ class Answers:
             "stream": self.body.stream,
             "answers": len(self.jobs),
             "prompt_tokens": len(self.jobs[0].ids),
-            "completion_tokens": sum(choice.tokens for choice in self.choices),
+            "completion_tokens": sum(len(choice.tokens) for choice in self.choices),
             "first_token_seconds": round(min(first), 4) if first else None,
             "seconds": round(time.monotonic() - self.jobs[0].queued, 4),
             "acceptance_length": round(acceptance_length(rounds), 3),
@@ -127,7 +131,8 @@ class Answers:
                 self.failed = True
                 raise event
             choice = self.choices[job.index]
-            choice.tokens += len(event.token_ids)
+            choice.tokens += event.token_ids
+            choice.logprobs += event.logprobs
             if event.round:
                 choice.rounds.append(event.round)
             final = event.result is not None
@@ -145,13 +150,27 @@ class Answers:
         """What a stream says of a chunk, if anything."""
         ids = {"token_ids": list(chunk.token_ids)} if self.body.return_token_ids else {}
         end = _end(chunk.result) if chunk.result else {}
-        if not (thoughts or text or end or ids.get("token_ids")):
+        told = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
+        if not (thoughts or text or end or ids.get("token_ids") or chunk.logprobs):
             return None
         if not self.is_chat:
-            return _part(choice, text=text) | end | ids
+            return _part(choice, text=text) | told | end | ids
         delta = {"reasoning_content": thoughts} if thoughts else {}
         delta |= {"content": text} if text else {}
-        return _part(choice, delta=delta) | end | ids
+        return _part(choice, delta=delta) | told | end | ids
+
+    def _logprobs(
+        self, choice: Choice, tokens: Sequence[int], told: Sequence[TokenLogprobs]
+    ) -> dict[str, Any]:
+        """What is told of the next tokens of an answer, if anything is asked."""
+        bytes_of = self.written.bytes_of
+        if bytes_of is None:
+            return {}
+        if self.is_chat:
+            return {"logprobs": logprobs.of_chat(tokens, told, bytes_of)}
+        said = logprobs.of_completion(tokens, told, bytes_of, choice.offset)
+        choice.offset += sum(map(len, said["tokens"]))
+        return {"logprobs": said}
 
     def _finished(self, choice: Choice) -> dict[str, Any]:
         result = choice.result
@@ -159,12 +178,13 @@ class Answers:
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
+        told = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
-            return _part(choice, text=choice.text) | _end(result) | ids
+            return _part(choice, text=choice.text) | told | _end(result) | ids
         message: dict[str, Any] = {"role": "assistant", "content": choice.text}
         if self.written.marks_thoughts:
             message["reasoning_content"] = choice.thoughts or None
-        return _part(choice, message=message) | _end(result) | ids
+        return _part(choice, message=message) | told | _end(result) | ids
 
     def _event(self, choices: list[dict[str, Any]], *, counts: bool) -> str:
         said = self._envelope(streams=True) | {"choices": choices}
@@ -188,7 +208,7 @@ class Answers:
             for c in self.choices
             if c.result
         }
-        done = [(choice.job, choice.tokens) for choice in self.choices]
+        done = [(choice.job, len(choice.tokens)) for choice in self.choices]
         return {"usage": reports.usage(done, sum(held.values()))}
 
     def _metrics(self) -> dict[str, Any]:

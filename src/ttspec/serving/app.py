@@ -26,7 +26,12 @@ from ttspec.serving.answers import Answers
 from ttspec.serving.gate import Gate
 from ttspec.serving.keys import ANYBODY, Keys
 from ttspec.serving.meter import Meter
-from ttspec.serving.options import BODY_BYTES, BODY_BYTES_PER_TOKEN, MAX_CHOICES
+from ttspec.serving.options import (
+    BODY_BYTES,
+    BODY_BYTES_PER_TOKEN,
+    MAX_CHOICES,
+    SLOW_READER_SECONDS,
+)
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.prompts import PromptWriter, Written
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
@@ -49,7 +54,7 @@ class Api:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="ttspec-prompts")
         self._writer: PromptWriter | None = None
 
-    def tenant(self, request: Request) -> str:
+    async def tenant(self, request: Request) -> str:
         """Who asks.
 
         Raises:
@@ -105,6 +110,7 @@ class Api:
                         deadline=time.monotonic() + worker.options.deadline,
                         index=len(jobs),
                         mask=written.mask.copy() if written.mask else None,
+                        logprobs=body.told_logprobs,
                         events=events,
                     )
                 )
@@ -261,10 +267,14 @@ class _EventStream(StreamingResponse):
         self._answers = answers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
+        answers = self._answers
+        try:  # a client that does not read holds a connection, though its answer is over
+            async with asyncio.timeout(answers.worker.options.deadline + SLOW_READER_SECONDS):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a client did not read", extra={"event": "slow_reader"})
         finally:
-            self._answers.give_up()
+            answers.give_up()
 
 
 async def _left(request: Request) -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger("ttspec.serving")
 
 
 class Grammars:
-    """Compiles schemas for one tokenizer."""
+    """Compiles schemas for one tokenizer, and knows the bytes of its tokens."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
         """Read the tokenizer's vocabulary, which takes a second.
@@ -37,6 +37,10 @@ class Grammars:
         self._tokenizer: LLTokenizer = from_tokenizer(
             tokenizer, n_vocab=vocabulary, eos_token=sorted(ends)
         )
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token stands for; half a character, perhaps."""
+        return self._tokenizer.decode_bytes([token])
 
     def mask(self, form: ResponseFormat, begins_after: int | None = None) -> GrammarMask:
         """What an answer of this form may be made of.

@@ -39,9 +39,9 @@ class Keys:
         return found
 
     @property
-    def tenants(self) -> int:
-        """How many there are."""
-        return len({name for name, _ in self.entries})
+    def names(self) -> list[str]:
+        """Of the tenants."""
+        return list(dict.fromkeys(name for name, _ in self.entries))
 
 
 def read_keys(path: Path) -> Keys:

@@ -12,10 +12,14 @@ from ttspec.errors import OptionError
 MAX_CHOICES = 64
 """Answers of one request: prompts times `n`."""
 MAX_MESSAGES = 2048
+MAX_LOGPROBS = 20
+"""Likely tokens that are told of beside one that came."""
 MAX_STOPS = 16
 MAX_TOOLS = 128
 BODY_SECONDS = 20
 """In which a request's body must have come."""
+SLOW_READER_SECONDS = 60
+"""That a client has, after the deadline, to read its stream."""
 BODY_BYTES = 64 * 1024
 """Of a request's body, whatever the context."""
 BODY_BYTES_PER_TOKEN = 32

@@ -6,7 +6,9 @@ Its tokenizer is a copy: the engine's thread decodes with its own at the same ti
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ttspec.decoding.engine import Engine
@@ -15,7 +17,7 @@ from ttspec.decoding.messages import as_messages
 from ttspec.decoding.template import ChatTemplate, thinking_of, token_ids
 from ttspec.errors import TtspecError
 from ttspec.serving.problems import refused
-from ttspec.serving.schema import ChatRequest, CompletionRequest
+from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.thoughts import CLOSE, OPEN
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class Written:
     begins_in_thought: bool = False
     mask: GrammarMask | None = None
     """What answers may be made of."""
+    bytes_of: Callable[[int], bytes] | None = None
+    """What a token stands for, where log-probabilities are asked for."""
 
 
 class PromptWriter:
@@ -44,7 +48,6 @@ class PromptWriter:
         self._vocabulary = int(engine.target.config.vocab_size)
         self._templates: dict[bool | None, tuple[ChatTemplate, bool | None]] = {}
         self._ends = engine.target.ends
-        self._grammars: Grammars | None = None
         self._marks = CLOSE in str(self._tokenizer.chat_template or "")
 
     def chat(self, body: ChatRequest) -> Written:
@@ -69,7 +72,8 @@ class PromptWriter:
             raise refused(str(error), "messages") from error
         end = self._tokenizer.decode(ids[-8:]).rstrip() if self._marks else ""
         begun = end.endswith(OPEN)
-        return Written([ids], thinking, self._marks, begun, self._mask(body, in_thought=begun))
+        mask = self._mask(body, in_thought=begun)
+        return Written([ids], thinking, self._marks, begun, mask, self._bytes_of(body))
 
     def completion(self, body: CompletionRequest) -> Written:
         """The prompts as they are.
@@ -80,7 +84,10 @@ class PromptWriter:
         given = body.prompt
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
-        return Written([self._ids(prompt) for prompt in given])
+        return Written([self._ids(prompt) for prompt in given], bytes_of=self._bytes_of(body))
+
+    def _bytes_of(self, body: Sampled) -> Callable[[int], bytes] | None:
+        return None if body.told_logprobs is None else self._grammars.bytes_of
 
     def _mask(self, body: ChatRequest, *, in_thought: bool) -> GrammarMask | None:
         form, after = body.response_format, None
@@ -100,11 +107,13 @@ class PromptWriter:
                     "could be masked. Switch thinking off.",
                     "response_format",
                 )
-        if self._grammars is None:
-            from ttspec.serving.grammar import Grammars
-
-            self._grammars = Grammars(self._tokenizer, self._vocabulary, self._ends)
         return self._grammars.mask(form, after)
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from ttspec.serving.grammar import Grammars
+
+        return Grammars(self._tokenizer, self._vocabulary, self._ends)
 
     def _template(self, body: ChatRequest) -> tuple[ChatTemplate, bool | None]:
         asked = None

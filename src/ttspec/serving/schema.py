@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Le, Len
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
-from ttspec.serving.options import MAX_CHOICES, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
+from ttspec.serving.options import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
 
 HARMLESS = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
@@ -192,6 +192,11 @@ class Sampled(Strict):
         return self
 
     @property
+    def told_logprobs(self) -> int | None:
+        """Likely tokens to tell of beside each token of an answer; None tells nothing at all."""
+        raise NotImplementedError
+
+    @property
     def stops(self) -> tuple[str, ...]:
         """Texts that end an answer."""
         if self.stop is None:
@@ -202,6 +207,9 @@ class Sampled(Strict):
 class ChatRequest(Sampled):
     """Body of /v1/chat/completions."""
 
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Ge(0), Le(MAX_LOGPROBS)] | None = None
+
     messages: Annotated[list[Message], Len(1, MAX_MESSAGES)]
     max_completion_tokens: Annotated[int, Ge(1)] | None = None
     tools: Annotated[list[Tool], Len(0, MAX_TOOLS)] | None = None
@@ -209,9 +217,22 @@ class ChatRequest(Sampled):
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateOptions | None = None
 
+    @model_validator(mode="after")
+    def _require_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs is for requests with logprobs true; leave it out")
+        return self
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """See `Sampled.told_logprobs`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
 
 class CompletionRequest(Sampled):
     """Body of /v1/completions."""
+
+    logprobs: Annotated[int, Ge(0), Le(MAX_LOGPROBS)] | None = None
 
     prompt: (
         str
@@ -219,3 +240,8 @@ class CompletionRequest(Sampled):
         | Annotated[list[Annotated[StrictInt, Ge(0)]], Len(1)]
         | Annotated[list[Annotated[list[Annotated[StrictInt, Ge(0)]], Len(1)]], Len(1, MAX_CHOICES)]
     )
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """See `Sampled.told_logprobs`."""
+        return self.logprobs

@@ -17,9 +17,9 @@ import uvicorn
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.errors import OptionError, ResourceError
+from ttspec.errors import ResourceError
 from ttspec.serving.app import make_app
-from ttspec.serving.keys import read_keys
+from ttspec.serving.keys import ANYBODY, read_keys
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.worker import Worker
@@ -69,13 +69,8 @@ def make_server(
     """
     options.require_keys()
     keys = read_keys(options.api_key_file) if options.api_key_file else None
-    if keys and keys.tenants > 1 and config.learn and config.learn.scope == "shared":
-        raise OptionError(
-            "learn.scope is shared, and there are keys of several names: what one writes would "
-            "change how fast the others' answers come.\nUse learn.scope request or session."
-        )
-    meter = Meter(model)
-    worker = Worker(load, config, options, meter)
+    meter, tenant = Meter(model), keys.names[0] if keys else ANYBODY
+    worker = Worker(load, config, options, meter, tenant)
     app = make_app(worker, keys, meter, model)
     settings = uvicorn.Config(
         app,

@@ -1,8 +1,9 @@
-"""One thread that owns the engine and its scheduler. All torch work is done there.
+"""One thread that owns the engine and its schedulers. All torch work is done there.
 
 The event loop hands it jobs and is told of every chunk. The thread looks for new and cancelled
 jobs before every step, so who goes away frees a row within a round. A round that fails takes the
-answers of its rows with it; those that wait begin on a new scheduler.
+answers of its rows with it; those that wait begin on new ones. There is one scheduler, unless all
+rows teach the same weights (scope shared): then every tenant has its own, with weights of its own.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Literal
@@ -24,8 +25,9 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forecast import SPARE, free_memory, target_cache
 from ttspec.decoding.scheduler import Request, Scheduler
-from ttspec.errors import TtspecError
+from ttspec.errors import ResourceError, TtspecError
 from ttspec.records import Chunk
+from ttspec.serving.keys import ANYBODY
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.problems import FAILED, Problem, refused
@@ -55,6 +57,8 @@ class Job:
     """Its place among the answers of its request."""
     mask: GrammarMask | None = None
     """What it may be made of."""
+    logprobs: int | None = None
+    """As in `ttspec.decoding.scheduler.Request`."""
     events: asyncio.Queue[tuple[Job, Chunk | Problem]]
     """Of all answers of its request: chunks, the last one with the result; or what went wrong."""
     queued: float = field(default_factory=time.monotonic)
@@ -72,6 +76,7 @@ class Worker:
         config: GenerateConfig,
         options: ServeOptions,
         meter: Meter,
+        tenant: str = ANYBODY,
     ) -> None:
         """Nothing is loaded before `start`.
 
@@ -80,6 +85,7 @@ class Worker:
             config: What all requests have in common; a request changes limits and sampling.
             options: The server's.
             meter: Told of all that happens.
+            tenant: One of those who may ask.
         """
         self._load, self.config, self.options, self.meter = load, config, options, meter
         self.state: State = "loading"
@@ -93,9 +99,12 @@ class Worker:
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
-        self._scheduler: Scheduler
+        self._first_tenant = tenant
+        self._by_tenant = config.learn is not None and config.learn.scope == "shared"
+        self._schedulers: dict[str | None, Scheduler] = {}
+        """By tenant; of None where one serves all."""
         self._waiting: deque[Job] = deque()
-        self._running: dict[int, Job] = {}
+        self._running: dict[tuple[Scheduler, int], Job] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="ttspec-engine", daemon=True)
 
@@ -112,11 +121,11 @@ class Worker:
         Raises:
             Problem: The server does not take any, or too many wait.
         """
-        self.require_ready()
         most = self.rows + self.options.queue
         if len(jobs) > most:
             raise refused(f"The request asks for {len(jobs)} answers; allowed are {most}.", "n")
         with self._lock:
+            self.require_ready()  # nobody looks at what comes after `_end_all`
             if self._in_flight + len(jobs) > most:
                 raise Problem(
                     429,
@@ -126,8 +135,8 @@ class Worker:
                     retry_after=self.meter.seconds_until_free(self.rows),
                 )
             self._in_flight += len(jobs)
-        for job in jobs:
-            self._commands.put(partial(self._waiting.append, job))
+            for job in jobs:
+                self._commands.put(partial(self._waiting.append, job))
 
     def require_ready(self) -> None:
         """Refuse work while there is nobody to do it.
@@ -175,38 +184,61 @@ class Worker:
             while not self._stopping:
                 self._step()
             self._end_all(_ended())
+            self.engine.close()
         except BaseException as error:  # told to whoever runs the server
-            self.state, self.failure = "stopped", error
+            self.failure = error
             self._end_all(Problem(500, FAILED))
+            if hasattr(self, "engine"):
+                self._keep_what_was_learned()
         self.state = "stopped"
+        # Who made the server may live on, and FastAPI keeps its routes for good.
+        self.__dict__.pop("engine", None)
+        self._schedulers.clear()
+        del self._load
         self._tell(self._notify)
 
     def _begin(self) -> None:
         """Make rows, as many as fit."""
-        engine, longest = self.engine, 1
-        rows = engine.rows_for(self.config, self.options.rows, longest, sessions=True)
-        decoder = engine.decoder(self.config, rows, longest, sessions=True)
-        self.rows, self.slots = rows, decoder.rows.slots
+        decoder = self._scheduler_of(self._first_tenant).decoder
+        self.rows, self.slots = decoder.rows.count, decoder.rows.slots
         copies = decoder.copying.most if decoder.copying else 0
         self.draft_length = max(decoder.gamma, copies)
-        self._scheduler = Scheduler(decoder, self.config)
+
+    def _scheduler_of(self, tenant: str) -> Scheduler:
+        """Whose rows a tenant's answers have; its own are made when it asks for the first time.
+
+        Raises:
+            TtspecError: They do not fit, or another process keeps what it learns in their folder.
+        """
+        whose = tenant if self._by_tenant else None
+        if whose not in self._schedulers:
+            engine, longest = self.engine, 1
+            config = replace(self.config, tenant=None if whose == ANYBODY else whose)
+            rows = engine.rows_for(config, self.rows or self.options.rows, longest, sessions=True)
+            decoder = engine.decoder(config, rows, longest, sessions=True)
+            decoder.tenant = whose
+            self._schedulers[whose] = Scheduler(decoder, config)
+        return self._schedulers[whose]
 
     def _step(self) -> None:
         self._obey()
         self._expire()
         self._admit()
-        if not self._scheduler.has_unfinished():
-            return
         try:
-            events = self._scheduler.step()
+            events = [
+                ((scheduler, request), chunk)
+                for scheduler in self._schedulers.values()
+                if scheduler.has_unfinished()
+                for request, chunk in scheduler.step()
+            ]
         except Exception as error:  # a fault of ours, or of the machine
             self._recover(error)
             return
-        moved = [(self._running[request], chunk) for request, chunk in events]
+        moved = [(self._running[key], chunk) for key, chunk in events]
         lost = [job for job in self._running.values() if job.mask and job.mask.failed]
-        for request, chunk in events:
+        for key, chunk in events:
             if chunk.result:
-                del self._running[request]
+                del self._running[key]
         for job in lost:
             self._drop(job)
         self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
@@ -245,17 +277,22 @@ class Worker:
             self._waiting.popleft()
             job.started = time.monotonic()
             try:
-                request = self._scheduler.add_request(
+                scheduler = self._scheduler_of(job.tenant)
+                request = scheduler.add_request(
                     Request(
                         ids=job.ids,
                         seed=job.seed,
                         occurrence=job.occurrence,
                         tenant=job.tenant,
                         mask=job.mask,
+                        logprobs=job.logprobs,
                         thinking=job.thinking,
                         config=job.config,
                     )
                 )
+            except ResourceError as error:
+                self._fail([job], Problem(503, str(error), code="no_room", retry_after=60))
+                continue
             except TtspecError as error:
                 self._fail([job], refused(str(error)))
                 continue
@@ -263,7 +300,7 @@ class Worker:
                 log.exception("request failed", extra={"event": "request_failed"})
                 self._fail([job], Problem(500, FAILED))
                 continue
-            self._running[request] = job
+            self._running[scheduler, request] = job
             self.meter.started(job.started - job.queued)
 
     def _has_room(self, job: Job) -> bool:
@@ -285,9 +322,10 @@ class Worker:
         """Take a job out; its row is free."""
         if job in self._waiting:
             self._waiting.remove(job)
-        for request in [r for r, other in self._running.items() if other is job]:
-            self._scheduler.abort(request)
-            del self._running[request]
+        for key in [key for key, other in self._running.items() if other is job]:
+            scheduler, request = key
+            scheduler.abort(request)
+            del self._running[key]
 
     def _recover(self, error: Exception) -> None:
         """Fail what had a row, and go on with new rows."""
@@ -297,10 +335,18 @@ class Worker:
         lost = list(self._running.values())
         self._running.clear()
         self._fail(lost, Problem(500, FAILED, code="round_failed"))
-        del self._scheduler
+        self._schedulers.clear()
+        self._keep_what_was_learned()
         self.engine = self.engine.sibling()
         gc.collect()
         self._begin()
+
+    def _keep_what_was_learned(self) -> None:
+        """After a fault: it must not be a second one."""
+        try:
+            self.engine.close()
+        except Exception:
+            log.exception("learned weights not kept", extra={"event": "keep_failed"})
 
     def _hand_out(self, events: list[tuple[Job, Chunk]]) -> None:
         now = time.monotonic()
@@ -320,6 +366,8 @@ class Worker:
         self._send([(job, problem) for job in live])
 
     def _end_all(self, problem: Problem) -> None:
+        with self._lock:
+            self.state = "draining"
         with suppress(Empty):
             while True:
                 self._commands.get_nowait()()

@@ -1,0 +1,49 @@
+"""What the target itself says of the tokens of an answer: log-probabilities.
+
+They are of the target's own logits, before penalties, bans, masks, temperature and filters, as
+OpenAI and vLLM (`raw_logprobs`) tell them: so they do not hang on how tokens are chosen, nor on
+what was drafted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ttspec.records import TokenLogprobs
+
+
+class RowLogprobs:
+    """Which rows are to be told of, and how many likely tokens beside each that came."""
+
+    def __init__(self, rows: int) -> None:
+        """None is."""
+        self._most: list[int | None] = [None] * rows
+
+    def set(self, row: int, most: int | None) -> None:
+        """Tell of a row's tokens and of the `most` likeliest in each one's place; None: do not."""
+        self._most[row] = most
+
+    def of(
+        self, row: int, logits: Tensor, at: int, tokens: Sequence[int]
+    ) -> tuple[TokenLogprobs, ...]:
+        """What is told of some tokens of a row; nothing if nothing is asked.
+
+        Args:
+            row: Which row.
+            logits: [B, T, V] of the target: each token was chosen from one, in order.
+            at: Which of B are the row's.
+            tokens: Those that came.
+        """
+        most = self._most[row]
+        if most is None or not tokens:
+            return ()
+        told = logits[at, : len(tokens)].float().log_softmax(-1)
+        chosen = told.gather(-1, told.new_tensor(tokens).long()[:, None])[:, 0].tolist()
+        best = told.topk(most, dim=-1)
+        pairs = zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True)
+        return tuple(
+            TokenLogprobs(value, tuple(zip(ids, values, strict=True)))
+            for value, ids, values in pairs
+        )

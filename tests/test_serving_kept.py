@@ -1,0 +1,79 @@
+"""What a server's requests taught is kept when it ends: each tenant's in a folder of its own."""
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from servers import running, until
+from toys import make_kind, toy_engine, twin
+
+from ttspec.config import LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.learning.versions import numbers_in, stores_in
+from ttspec.serving.keys import add_key
+
+
+@pytest.fixture(scope="module")
+def engine(toy_target_dir: Path) -> Engine:
+    return Engine(twin(toy_engine(toy_target_dir).target), make_kind("dflash"))
+
+
+def shared(folder: Path | None) -> LearnConfig:
+    keep = None if folder is None else str(folder)
+    return LearnConfig(scope="shared", stride=2, lr=3e-3, blocks=4, keep=keep)
+
+
+def ask(client: httpx.Client, tokens: int, **body: Any) -> dict[str, Any]:
+    asked = {"prompt": "hello there", "max_tokens": tokens, "seed": 5, "temperature": 0.9}
+    response = client.post("/v1/completions", json={**asked, "return_token_ids": True, **body})
+    assert response.status_code == 200, response.text
+    found = response.json()
+    return {"ids": found["choices"][0]["token_ids"], **found["metrics"]["ttspec"]}
+
+
+def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path) -> None:
+    path, kept = tmp_path / "keys", tmp_path / "kept"
+    keys = {name: add_key(path, name) for name in ("alice", "bob")}
+    first: dict[str, Any] = {}
+    with running(engine, shared(kept), api_key_file=path) as (client, _):
+        for name in ("alice", "bob", "alice"):
+            client.headers["Authorization"] = f"Bearer {keys[name]}"
+            told = ask(client, 140 if name == "alice" else 20)
+            first.setdefault(name, told)
+    folders = {folder.name: numbers_in(folder) for folder in stores_in(kept)}
+    assert folders == {"tenant-alice": [1]}, "of bob there was too little to judge"
+    with running(engine, shared(kept), api_key_file=path) as (client, _):
+        for name, wanted in (("bob", first["bob"]["rounds"]), ("alice", None)):
+            client.headers["Authorization"] = f"Bearer {keys[name]}"
+            told = ask(client, 20)
+            assert told["ids"] == first["bob"]["ids"], "one seed, one text"
+            if wanted:
+                assert told["rounds"] == wanted, "bob drafts as on his first day"
+            else:
+                assert told["rounds"] < first["bob"]["rounds"], "alice's drafter knows this text"
+
+
+def test_without_keys_all_share_and_a_fault_loses_nothing(engine, tmp_path, monkeypatch) -> None:
+    real, broken = Decoder.round, []
+
+    def fails_once(decoder: Decoder) -> Any:
+        if len(broken) == 1:
+            broken.append(None)
+            raise RuntimeError("the machine did something")
+        return real(decoder)
+
+    monkeypatch.setattr(Decoder, "round", fails_once)
+    with running(engine, shared(tmp_path)) as (client, _):
+        before = ask(client, 140)
+        ask(client, 140)  # enough to judge by
+        broken.append(None)
+        with pytest.raises(AssertionError, match="round_failed"):
+            ask(client, 5)
+        until(lambda: stores_in(tmp_path))
+        (store,) = stores_in(tmp_path)
+        assert (store.name, numbers_in(store)) == ("everyone", [1])
+        after = ask(client, 140)
+    assert after["ids"] == before["ids"]
+    assert after["rounds"] < before["rounds"]
