@@ -50,6 +50,10 @@ def record(which: str, target, prompts: list[str], monkeypatch, tokens: int = 30
         if verification.proposal.count.min() == 0:  # near a limit ttspec drafts nothing
             done.append(1)
         updated = absorb(self, verification, *args, **options)
+        if not found.rounds:  # what the round itself made context is no prompt
+            for row, (read, seen) in found.prompts.items():
+                begin = int(verification.start[row])
+                found.prompts[row] = read[:begin], seen[:begin]
         if not done:
             found.rounds.append(verification)
             found.learned = {n: w.clone() for n, w in self.learned(0).items()}

@@ -7,16 +7,9 @@ Weights change only between rounds, in `absorb`. On a GPU an update may run besi
 reads a copy of the lessons, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-No engine is needed. Whoever verifies drafts, a round, a replay or another engine, feeds it so:
-
-    state = drafter.start(rows, slots, DraftConfig())  # and drafter.extend with the prompts
-    learner = Learner(LearnConfig(), drafter, state, rows, drafter.length)
-    for verification in ...:                           # a `Verification` of every row
-        drafter.absorb(state, verification)            # what was committed becomes context
-        learner.absorb(verification, longest=int(verification.start.max()))
-
-`drafter.propose(state, ...)` then drafts with the weights that learned. A row that is cropped is
-told by `forget`, a row that gets another request by `reset`.
+No engine is needed. Whoever verifies drafts, a round, a replay or another engine, calls
+`drafter.absorb`, so that what was committed becomes context, and then `learner.absorb`. A row that
+is cropped is told by `forget`, a row that gets another request by `reset`.
 """
 
 from __future__ import annotations

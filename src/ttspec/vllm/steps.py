@@ -195,9 +195,9 @@ class EngineLearner:
         at = self._index([list(range(p[2], p[2] + size)) for p in now.values()])
         rows = self._index(list(now))
         start = step.positions[at[:, 0]].long() - self._begin[rows]
-        self.drafter.extend(
-            self.state, step.tokens[at].long(), self._features(step, at), start, rows
-        )
+        tokens, features = step.tokens[at].long(), self._features(step, at)
+        self.drafter.extend(self.state, tokens, features, start, rows)
+        self.learner.read(tokens, features, start, start.new_full(start.shape, size), rows)
         if later:
             self._read(step, size, later)
 
