@@ -157,7 +157,7 @@ class LessonMemory:
             some = max(1, LOGITS_AT_ONCE // logits.shape[-1])
             parts = [self.summary(part) for part in logits.flatten(0, 1).split(some)]
             likely, p, rest = (torch.cat(found) for found in zip(*parts, strict=True))
-            size = *tokens.shape, -1
+            size = *tokens.shape, self.p.shape[-1]
             self.likely[at], self.p[at] = likely.view(size), p.view(size)
             self.rest[at] = rest.view(tokens.shape)
         for table in (self.features, self.judged, self.p, self.rest, self.text):
