@@ -76,7 +76,7 @@ def read(target: Target, texts: Tensor, how: Reading) -> Tensor:
         spans = run.on and target.reads_spans
 
         def forward(longest: int) -> Any:
-            return target.forward(cache, fed, start, longest, spans=spans)[0]  # noqa: B023
+            return target.forward(cache, fed, start, longest, spans=spans)[0]
 
         kept = texts.new_zeros(rows, length, target.head.shape[0], dtype=target.dtype)
         at, rng = [0] * rows, Random(7)

@@ -65,13 +65,13 @@ def run(
         results = []
 
         def generate() -> None:
-            results[:] = engine.generate(  # noqa: B023
+            results[:] = engine.generate(
                 prompts,
                 max_new_tokens=tokens,
                 temperature=temperature,
                 seed=1,
-                learn=LearnConfig() if learn else None,  # noqa: B023
-                draft=DraftConfig(length=0) if name == "plain" else DraftConfig(),  # noqa: B023
+                learn=LearnConfig() if learn else None,
+                draft=DraftConfig(length=0) if name == "plain" else DraftConfig(),
             )
 
         seconds = common.timed(engine.target.device, generate)

@@ -15,7 +15,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.losses import LOGITS_AT_ONCE
 
 PAGES = 512
-"""Pages of a memory, the newest: a fifth of that taught as well (docs/experiments.md)."""
+"""Pages of a memory, the newest: half of that taught as well (docs/experiments.md)."""
 PAGE = 64
 """Tokens of a page."""
 LIKELY = 64

@@ -22,7 +22,7 @@ from ttspec.records import Lesson
 
 TEXTS, BLOCKS, WINDOW = 16, 32, 8
 """Of an update: texts, blocks of each, and pages that a text has at most."""
-FEW_TEXTS, FEW_BLOCKS = 4, 16
+FEW_TEXTS, FEW_BLOCKS = 2, 16
 """The same off a GPU, where an update has far less time."""
 HELD_OUT_BLOCKS = 24
 """Of a held-out page."""
