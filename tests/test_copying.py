@@ -225,7 +225,9 @@ def decoder_of(target, which: str, rows: int, **options) -> Decoder:
     return decoder
 
 
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal"])
+@pytest.mark.parametrize(
+    "which", ["dflash", "eagle3", "pard", "pard2", "causal", "dspark", "dflash2"]
+)
 def test_drafts_after_copies_are_those_of_who_never_copied(target, which: str) -> None:
     """A drafter whose rows copied has read what they copied when it drafts again."""
     options = {"max_new_tokens": 60, "temperature": 0.0, "ignore_eos": True, "learn": None}

@@ -228,7 +228,10 @@ def test_greedy_tokens_are_those_of_generate(targets, kind):
     [
         *((kind, 0.7) for kind in ("dflash", "eagle3", "pard", "causal", "ngram", "parrot")),
         *((kind, 0.0) for kind in ("dflash", "ngram", "parrot")),
-        *(pytest.param(kind, 0.0, marks=pytest.mark.slow) for kind in ("eagle3", "pard", "causal")),
+        *(
+            pytest.param(kind, 0.0, marks=pytest.mark.slow)
+            for kind in ("dflash2", "dspark", "eagle3", "pard", "causal")
+        ),
     ],
 )
 def test_every_learning_drafter_writes_what_plain_decoding_writes(target, kind, temperature):

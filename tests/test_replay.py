@@ -39,7 +39,7 @@ def suite(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(toy_target_dir, tmp_path_factory) -> dict[str, list[str]]:
     found = {}
-    for which in ("dflash", "eagle3", "pard"):
+    for which in ("dflash", "eagle3", "pard", "dspark", "dflash2"):
         folder = tmp_path_factory.mktemp(which)
         save_drafter(folder, CONFIGS[which][1], make_kind(which).weights)
         found[which] = ["--target", str(toy_target_dir), "--drafter", str(folder)]
@@ -81,7 +81,7 @@ def run(pairs, suite, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "0.7"])
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard"])
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "dspark", "dflash2"])
 def test_a_replay_does_round_for_round_what_the_run_did(
     pairs, suite, tmp_path, monkeypatch, which: str, temperature: str
 ) -> None:

@@ -44,8 +44,9 @@ class DFlash2(DFlash):
 
     def _configure(self, names: Collection[str]) -> None:
         """Read the published keys, z-lab's or speculators'."""
-        own = self.config.get("dflash_config") or {}
-        sizes = {key: int({**self.config, **own}[key]) for key in SIZES}
+        given = {**self.config, **(self.config.get("dflash_config") or {})}
+        given = {key: size for key, size in given.items() if size is not None}
+        sizes = {key: int(given[key]) for key in SIZES}
         self.taps_of_convolution, self.group, self.rank, self.candidates = sizes.values()
         super()._configure(names)
         if min(sizes.values()) < 1 or self.hidden % self.group:

@@ -127,7 +127,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
             "enable_confidence_head": True,
             "confidence_head_with_markov": True,
             "markov_head_type": "vanilla",
-            # DeepSpec's ratio to an ordinary hidden size, at most its rank.
+            # DeepSpec's 256 is of targets 2,560 wide and wider.
             "markov_rank": min(256, int(self.target.config.hidden_size) // 4),
         }
 

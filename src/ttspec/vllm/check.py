@@ -50,7 +50,9 @@ def examine_pair(target: Path, drafter: Drafter, settings: Settings) -> list[Lin
     config = json.loads((target / "config.json").read_text("utf-8"))
     text = config.get("text_config") or config
     if drafter.kind not in METHOD_OF:
-        return [Line("drafter", False, f"{drafter.kind} has no weights that could learn")]
+        return [
+            Line("drafter", False, f"the plugin learns {', '.join(METHOD_OF)}; no {drafter.kind}")
+        ]
     lines = [Line("drafter", True, f"{drafter.kind}: method {METHOD_OF[drafter.kind]} of vLLM")]
     quantised = bool(drafter.config.get("quantization_config"))
     if quantised:
