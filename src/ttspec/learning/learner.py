@@ -66,7 +66,7 @@ class Learner:
             state: The rows' context.
             rows: How many there are.
             length: Drafts a block at most.
-            live_weights: What all rows share, where other learners share it too.
+            live_weights: What other learners share too.
             run: Graphs of the rounds that feed it.
             after: A row's first rounds, which teach it nothing yet.
         """
@@ -81,7 +81,6 @@ class Learner:
         self.updates, self.reverts = [0] * rows, [0] * rows
         self.keeper = self.weights.keeper
         self.study: MemoryStudy | None = None
-        """Where a memory teaches."""
         if memory := self.weights.memory:
             self.study = MemoryStudy(memory, drafter, rows, state.options, self.length)
         if self.keeper:
@@ -95,10 +94,8 @@ class Learner:
         self._report = UpdateReport.empty(rows, device)
         self.guard = Guard(config.guard, self.stride, copies, after)
         self._held_out = HELD_OUT if config.blocks >= 2 * HELD_OUT and not self.study else 0
-        self._active = [False] * copies
-        """Copies that had rounds since the last update."""
-        self._taught = [False] * rows
-        """Rows that had, where all share one."""
+        self._active, self._taught = [False] * copies, [False] * rows
+        """Copies, and rows, that had rounds since the last update."""
         self._resting, self._due = [False] * copies, [False] * copies
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
@@ -283,9 +280,8 @@ class Learner:
     def keep(self, verification: Verification, key: Hashable) -> None:
         """Keep a round's verification, for what it teaches; `key` as in `absorb`."""
         if self._lessons is None:
-            rows, features = len(self.updates), self.study is not None
-            new = Lessons(self.config, rows, self.length, verification, features=features)
-            self._lessons = new
+            made_for = self.config, len(self.updates), self.length, verification
+            self._lessons = Lessons(*made_for, features=self.study is not None)
         self._verification, changes = verification, self._lessons.changed_by_absorb
         self._run(self._keep_lesson, key, compile=False, changes=changes)
 
