@@ -246,6 +246,11 @@ class WorkerLearning:
     may_teach: Callable[[str], bool]
     """Set by the model runner's front end."""
 
+    @property
+    def watches(self) -> bool:
+        """Whether steps are of interest: not where it is off or paused."""
+        return self.state == "learning" or self._sends
+
     def run(self, work: Callable[[EngineLearner], None]) -> None:
         """Do some of learning's work; a failure ends learning and nothing else."""
         if self.state != "learning" or self.learner is None:

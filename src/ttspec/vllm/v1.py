@@ -33,9 +33,10 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         return update_states(scheduler_output)
 
     def keep_logits_and_sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is not None and any(spec_decode_metadata.num_draft_tokens):
+        drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
+        if learning.watches and any(drafts):
             assert logits is not None
-            ids, drafts = runner.input_batch.req_ids, spec_decode_metadata.num_draft_tokens
+            ids = runner.input_batch.req_ids
             learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
         return sample(logits, spec_decode_metadata)
 

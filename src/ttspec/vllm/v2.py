@@ -31,10 +31,10 @@ class WatchedSampler:
 
     def __call__(self, logits: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample, after the logits were shown."""
-        drafts = drafts_of(input_batch)
-        if any(drafts):
-            ids = input_batch.req_ids
-            self.learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
+        if self.learning.watches:
+            ids, drafts = input_batch.req_ids, drafts_of(input_batch)
+            if any(drafts):
+                self.learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
         return self.sampler(logits, input_batch, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -73,9 +73,11 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         return found
 
     def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
-        given = arguments_of.bind(*args, **kwargs).arguments
         output = verdicts.pop("output", None)
-        if output is not None and not given.get("dummy_run"):
+        if output is None or not learning.watches:
+            return propose(*args, **kwargs)
+        given = arguments_of.bind(*args, **kwargs).arguments
+        if not given.get("dummy_run"):
             batch = given["input_batch"]
             drafts = drafts_of(batch)
             learning.run(
