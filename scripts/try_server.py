@@ -113,7 +113,7 @@ def schemas(client: openai.OpenAI, model: str, count: int) -> dict[str, int]:
         form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         found = client.chat.completions.create(
             model=model,
-            messages=[{"role": "user", "content": f"Fill this in: {json.dumps(schema)}"}],
+            messages=[{"role": "user", "content": f"Fill in: {json.dumps(schema)[:160]}"}],
             max_tokens=160,
             seed=number,
             temperature=1.0,

@@ -11,7 +11,7 @@ from toys import make_kind, toy_engine, twin
 from ttspec.config import LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.learning.versions import numbers_in, stores_in
+from ttspec.learning.versions import VersionStore, numbers_in, stores_in
 from ttspec.serving.keys import add_key
 
 
@@ -35,13 +35,20 @@ def ask(client: httpx.Client, tokens: int, **body: Any) -> dict[str, Any]:
 
 def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path) -> None:
     path, kept = tmp_path / "keys", tmp_path / "kept"
-    keys = {name: add_key(path, name) for name in ("alice", "bob")}
+    keys = {name: add_key(path, name) for name in ("alice", "bob", "carol")}
     first: dict[str, Any] = {}
     with running(engine, shared(kept), api_key_file=path) as (client, _):
         for name in ("alice", "bob", "alice"):
             client.headers["Authorization"] = f"Bearer {keys[name]}"
             told = ask(client, 140 if name == "alice" else 20)
             first.setdefault(name, told)
+        (pair,) = kept.iterdir()
+        theirs = VersionStore(pair / "tenant-carol")  # another process has it
+        client.headers["Authorization"] = f"Bearer {keys['carol']}"
+        response = client.post("/v1/completions", json={"prompt": "x", "max_tokens": 2})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "no_room")
+        assert str(tmp_path) not in response.text
+        theirs.close()
     folders = {folder.name: numbers_in(folder) for folder in stores_in(kept)}
     assert folders == {"tenant-alice": [1]}, "of bob there was too little to judge"
     with running(engine, shared(kept), api_key_file=path) as (client, _):

@@ -59,4 +59,5 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
     return Problem(400, " ".join(message.split()), param=param, code=code)
 
 
+NO_ROOM = "The server has no room for answers of this tenant. Try again later."
 FAILED = "The server failed while it wrote this answer. It goes on; send the request again."

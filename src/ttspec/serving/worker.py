@@ -30,7 +30,7 @@ from ttspec.records import Chunk
 from ttspec.serving.keys import ANYBODY
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
-from ttspec.serving.problems import FAILED, Problem, refused
+from ttspec.serving.problems import FAILED, NO_ROOM, Problem, refused
 
 if TYPE_CHECKING:
     from ttspec.serving.grammar import GrammarMask
@@ -290,8 +290,9 @@ class Worker:
                         config=job.config,
                     )
                 )
-            except ResourceError as error:
-                self._fail([job], Problem(503, str(error), code="no_room", retry_after=60))
+            except ResourceError:  # which may name a folder: for the log only
+                log.exception("no rows", extra={"event": "no_rows"})
+                self._fail([job], Problem(503, NO_ROOM, code="no_room", retry_after=60))
                 continue
             except TtspecError as error:
                 self._fail([job], refused(str(error)))
