@@ -41,10 +41,12 @@ OF_ROUNDS = (
 ONE_CASE = (
     "test_a_replay_does_round_for_round_what_the_run_did",
     "test_a_row_of_a_batch_writes_what_it_writes_alone",
+    "test_a_shared_drafter_learns_its_requests_by_heart",
     "test_acceptance_follows_the_schedule",
     "test_captured_rounds_of_changing_lengths_do_what_the_rounds_do",
     "test_drafts_after_copies_are_those_of_who_never_copied",
     "test_every_learning_drafter_writes_what_plain_decoding_writes",
+    "test_init_goes_on_with_a_drafter_of_the_same_kind",
     "test_many_requests_leave_memory_where_few_left_it",
     "test_nothing_that_one_tenant_taught_reaches_the_next_one",
     "test_texts_follow_the_targets_law_while_the_drafter_learns",
@@ -58,7 +60,7 @@ FOUR_KINDS = (
     "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
     "test_rows_of_a_batch_write_and_accept_what_each_does_alone",
 )
-OTHERS = ("none", "ngram", "pard2", "mtp")
+OTHERS = ("none", "ngram", "pard2", "mtp", "dspark", "dflash2")
 """Kinds whose rounds are like another kind's: in `FOUR_KINDS` they are slow tests."""
 
 

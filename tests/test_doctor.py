@@ -149,7 +149,8 @@ def test_nobody_cries_wolf_over_a_published_drafter(path):
         drafter.taps = tuple(manifest["taps"])
     drafter.weights, drafter.embedding = {"fc.weight": torch.empty(1)}, torch.empty(0)
     llama = "llama" in path.stem
-    base = 5e5 if llama else 1e7 if "qwen3.5" in path.stem or "3.6" in path.stem else 1e6
+    newer = any(name in path.stem for name in ("qwen3.5", "3.6", "qwen3.8"))
+    base = 5e5 if llama else 1e7 if newer else 1e6
     rope: dict[str, Any] = {"rope_theta": base}
     if llama:
         scaled = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

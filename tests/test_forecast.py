@@ -45,6 +45,7 @@ from ttspec.diagnosis.memory import forecast as told
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.target import find_target, wrap_target
 from ttspec.training import memory as training_memory
 from ttspec.training.answers import write_answers
@@ -433,5 +434,9 @@ def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path,
 
 
 def test_a_shared_drafter_learns_once(engine: Engine):
-    many = learning(engine.drafter, LearnConfig(scope="shared", weights="full"), 5)
-    assert many == learning(engine.drafter, LearnConfig(weights="full"), 1)
+    shared = LearnConfig(scope="shared", weights="full")
+    many = learning(engine.drafter, shared, 5)
+    assert many == learning(engine.drafter, shared, 1)
+    made = LiveWeights(shared, engine.drafter, 1)
+    published = sum(w.nbytes for w in made.published.values())  # and its gradient
+    assert many == pytest.approx(made.nbytes + published, rel=1e-3)

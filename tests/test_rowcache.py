@@ -107,6 +107,7 @@ def test_attention_reaches_past_a_bucket(target):
 def test_rows_that_are_laid_together_say_what_each_says_alone(target, seed: int):
     draw = random.Random(seed)
     cache, texts = target.cache(5, 64), [list[int]() for _ in range(5)]
+    cache.moves_rows = True
     for step in range(25):
         fed = draw.sample(range(5), draw.randint(1, 5))
         if draw.random() < 0.7:

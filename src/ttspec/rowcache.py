@@ -80,12 +80,14 @@ class RowCache(Cache):
         self._row: Tensor | None = None
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
-        self._side_by_side: slice | None = None
+        self.moves_rows = False
+        """Whether `lay_together` may be asked for: then it is known where rows lie, on a CPU."""
+        self._side_by_side = slice(0, 1) if rows == 1 else None
         """Where the rows that are fed lie, if they lie side by side: then no key is copied."""
         self._place = list(range(rows))
         """Where each row lies; all are where they were until `lay_together`."""
         self._written = [0] * rows
-        """Slots that a row may need; known on a CPU only."""
+        """Slots that a row may need; known where rows move."""
         self._reach = slots
         self._by_device: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
@@ -104,7 +106,7 @@ class RowCache(Cache):
             subset: int64 [B], which rows are fed; None is all of them.
             counts: int64 [B], how many of a row's tokens stay, if that is known. Keys do without.
         """
-        if slot.device.type == "cpu":
+        if self.moves_rows:
             subset = self._find(slot, subset)
         self._slot = slot.clamp(max=self.slots)
         row = torch.arange(self.rows, device=slot.device) if subset is None else subset
@@ -112,7 +114,7 @@ class RowCache(Cache):
         self._by_device.clear()
 
     def lay_together(self, rows: Sequence[int]) -> list[int]:
-        """Let some rows lie side by side, for forwards of them alone. On a CPU only.
+        """Let some rows lie side by side, for forwards of them alone. Where `moves_rows` is set.
 
         Costs something when other rows than before are asked for: two rows change places.
 

@@ -19,7 +19,12 @@ from ttspec.decoding.decoder import widths
 from ttspec.decoding.working import lessons, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
-from ttspec.learning.live_weights import bytes_of_copy, learned_numbers, resolve_learn_config
+from ttspec.learning.live_weights import (
+    bytes_of_copy,
+    bytes_of_memory,
+    learned_numbers,
+    resolve_learn_config,
+)
 from ttspec.models.target import Target
 from ttspec.models.unfit import ORDINARY, RECURRENT
 
@@ -198,7 +203,8 @@ def learning(drafter: Drafter, config: LearnConfig, rows: int) -> int:
         return 0
     config = resolve_learn_config(config, drafter, rows)
     copies = 1 if config.scope == "shared" else rows
-    return copies * learning_row(drafter, config)
+    beside = bytes_of_memory(config, drafter, config.weights)
+    return copies * learning_row(drafter, config) + beside
 
 
 def learning_row(drafter: Drafter, config: LearnConfig) -> int:

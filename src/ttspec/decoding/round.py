@@ -282,11 +282,8 @@ class SpeculativeRound:
         return logits[:, :width], features[:, :width]
 
     def _rows_to_verify(self, active: list[int]) -> Tensor | None:
-        """The rows that take part, where the others would cost something: not on a GPU.
-
-        Batch-invariant, products are always of as many rows; recurrent states stay where they are.
-        """
-        if self.target.device.type != "cpu" or self.batch_invariant or self.target.recurrent:
+        """The rows that take part, where the others would cost something: not on a GPU."""
+        if not self.cache.moves_rows:
             return None
         rows = self.cache.lay_together(active)
         return None if rows == list(range(self.rows.count)) else torch.tensor(rows)

@@ -57,13 +57,15 @@ def learned_numbers(config: LearnConfig, drafter: Drafter, weights: str) -> int:
 
 
 def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
-    """Bytes of a copy: float32 master, gradient and two moments, and the published weights.
+    """Bytes of a copy: float32 master, gradient and two moments, and the published weights."""
+    return learned_numbers(config, drafter, weights) * (16 + drafter.embedding.element_size())
 
-    And the mean and the memory, where there are such.
-    """
-    count = learned_numbers(config, drafter, weights)
-    size = count * (16 + drafter.embedding.element_size())
-    return size + 4 * count + LessonMemory.bytes_for(drafter) if remembers(config) else size
+
+def bytes_of_memory(config: LearnConfig, drafter: Drafter, weights: str) -> int:
+    """Bytes that scope shared takes besides: the mean of the weights in float32, and the memory."""
+    if not remembers(config):
+        return 0
+    return 4 * learned_numbers(config, drafter, weights) + LessonMemory.bytes_for(drafter)
 
 
 class LiveWeights:

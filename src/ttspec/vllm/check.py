@@ -13,7 +13,7 @@ import torch
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.errors import TtspecError
-from ttspec.learning.live_weights import bytes_of_copy, resolve_learn_config
+from ttspec.learning.live_weights import bytes_of_copy, bytes_of_memory, resolve_learn_config
 from ttspec.vllm import hooks
 from ttspec.vllm.module import learned_names
 from ttspec.vllm.settings import Settings
@@ -79,6 +79,7 @@ def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> 
     row = (small + (settings.tokens - 64) * token) * size // element
     learn = resolve_learn_config(settings.learn, drafter, 1)
     weights = bytes_of_copy(learn, drafter, str(learn.weights))
+    weights += bytes_of_memory(learn, drafter, str(learn.weights))
     count = len(learned_names(drafter, str(learn.weights), learn.parameters))
     return Line(
         "memory",
