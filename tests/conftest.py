@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import string
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,22 +40,46 @@ OF_ROUNDS = (
 )
 """Look at what lies around a layer: for variants they are slow tests."""
 ONE_CASE = (
+    "test_a_batch_is_gone_before_the_next_one_is_made",
     "test_a_replay_does_round_for_round_what_the_run_did",
     "test_a_row_of_a_batch_writes_what_it_writes_alone",
     "test_a_shared_drafter_learns_its_requests_by_heart",
+    "test_a_table_of_positions_is_enough_to_the_last_token",
+    "test_a_text_is_the_same_however_often_lengths_change",
     "test_acceptance_follows_the_schedule",
     "test_captured_rounds_of_changing_lengths_do_what_the_rounds_do",
+    "test_compiled_rounds_say_the_same_and_layers_share_their_code",
     "test_drafts_after_copies_are_those_of_who_never_copied",
+    "test_drafts_after_going_back_are_those_of_a_fresh_request",
+    "test_drafts_judged_by_a_q_that_did_not_draft_them_are_found",
     "test_every_learning_drafter_writes_what_plain_decoding_writes",
+    "test_every_tensor_is_where_its_layer_is",
+    "test_greedy_tokens_are_those_of_transformers",
     "test_init_goes_on_with_a_drafter_of_the_same_kind",
+    "test_learning_goes_on_from_the_bits_that_were_kept",
     "test_many_requests_leave_memory_where_few_left_it",
     "test_nothing_that_one_tenant_taught_reaches_the_next_one",
+    "test_sampled_answers_follow_the_law",
+    "test_sixteen_prompts_are_answered_as_plainly",
+    "test_static_and_learning_drafters_write_what_plain_decoding_writes",
     "test_texts_follow_the_targets_law_while_the_drafter_learns",
     "test_the_loss_falls_and_the_drafter_is_better_than_an_untrained_one",
+    "test_the_row_holds_what_the_template_writes_and_the_text_is_a_fresh_requests",
     "test_the_text_is_that_of_plain_decoding",
     "test_two_turns_of_a_session_are_the_same_for_every_drafter",
+    "test_what_one_tenant_asks_changes_no_draft_of_another",
+    "test_what_rounds_take_is_near_the_forecast",
+    "test_what_the_target_says_is_the_same_to_the_last_bit",
 )
 """Costly tests of what all drafters share: the first case runs, the others are slow tests."""
+MANY_CASES = (
+    "test_a_bad_tensor_is_refused_with_its_file_and_name",
+    "test_a_small_model_of_the_same_configuration_drafts_and_changes_no_text",
+    "test_after_any_verdict_the_context_is_that_of_the_committed_tokens",
+    "test_an_architecture_is_right_or_refused_by_name",
+    "test_an_export_drafts_what_its_source_drafts",
+)
+"""Dozens of cases that are much alike: of every four the first runs, the others are slow tests."""
 FOUR_KINDS = (
     "test_a_captured_round_does_what_the_round_does",
     "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
@@ -69,13 +94,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
     torch.set_num_threads(1)  # two threads on a busy machine are slower than one
-    seen = set[tuple[Path, str]]()
+    seen, counts = set[tuple[Path, str]](), Counter[str]()
     for item in items:
         name, _, variant = item.name.partition("[")
         again = name in ONE_CASE and (item.path, name) in seen
         if item.get_closest_marker("slow") is None:
             seen.add((item.path, name))
         of_rounds = name in OF_ROUNDS and variant.startswith(VARIANTS)
+        counts[name] += 1
+        again = again or (name in MANY_CASES and counts[name] % 4 != 1)
         if again or of_rounds or (name in FOUR_KINDS and variant.startswith(OTHERS)):
             item.add_marker(pytest.mark.slow)
 
