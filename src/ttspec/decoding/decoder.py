@@ -89,7 +89,7 @@ class Decoder(SpeculativeRound):
         captures = torch.device("cpu") if target.is_split else target.device
         self.compile, self.graphs = compile, Graphs(captures, compile=compile)
         self.target_reads_spans = self.graphs.on and target.reads_spans
-        # Batch-invariant, products are of as many rows always; recurrent states stay where they are.
+        # Batch-invariant, products are of as many rows always; recurrent states stay in place.
         stays = self.graphs.on or target.is_split or batch_invariant or target.recurrent
         self.cache.moves_rows = target.device.type == "cpu" and not stays
         self.learner = None
