@@ -267,7 +267,9 @@ class PromptReader:
         if self._drafter and self._state:
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, tokens, features, start, subset)
-        if self.learner:  # what is far from an answer would only fill its memory
+        if (
+            self.learner and self.learner.study
+        ):  # what is far from an answer would only fill its memory
             near = [len(p) if n <= PIECE else 0 for p, n in zip(parts, left, strict=True)]
             count = torch.tensor(near, device=start.device)
             self.learner.read(tokens, features, start, count, subset)

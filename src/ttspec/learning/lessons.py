@@ -14,6 +14,8 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.records import LONGEST_COPY, Lesson, Verification
 
+AT_ONCE = 1 << 27
+"""Logits that are copied together: more only take more memory."""
 CHAIN = 4
 """Drafts of a block that teach a drafter which drafts one after the other: the others would nearly
 double an update's cost and gained nothing (docs/experiments.md)."""
@@ -71,6 +73,11 @@ class Lessons:
             self._ring_features = like.features.new_zeros(shape)
         slots = (self._ring + 1,) if self.hindsight else (self._kept, length)
         self._logits = like.logits.new_zeros(rows, *slots, size)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose newest text is asked for together: their logits are copied."""
+        return max(1, AT_ONCE // (self._ring * self._logits.shape[-1]))
 
     @property
     def changed_by_absorb(self) -> list[Tensor]:
@@ -153,23 +160,25 @@ class Lessons:
             count=mask.any(-1).sum(-1),
         )
 
-    def newest_text(self, end: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What every row committed at and behind `end` int64 [B], as far back as it is known.
+    def newest_text(
+        self, end: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What some rows int64 [R] committed at and behind `end` int64 [R], as far as it is known.
 
         Returns:
-            What `LessonMemory.write` takes: tokens, features, start, count and logits.
+            What `MemoryRows.write` takes: tokens, features, start, count and logits.
         """
         assert self._ring_features is not None
-        row = torch.arange(len(end), device=end.device)[:, None]
+        row, committed = rows[:, None], self._committed[rows]
         column = torch.arange(self._ring, device=end.device)
-        start = end.maximum(self._committed - self._ring).clamp(min=0)
+        start = end.maximum(committed - self._ring).clamp(min=0)
         for _ in range(2):  # the second time behind the last one that is not known
             position = start[:, None] + column
             slot = (position + 1) % self._ring
-            inside = position < self._committed[:, None]
+            inside = position < committed[:, None]
             lost = inside & (self._ring_positions[row, slot] != position + 1)
             start = start + torch.where(lost, column + 1, 0).amax(1)
-        count = (self._committed - start).clamp(min=0)
+        count = (committed - start).clamp(min=0)
         slot = (start[:, None] + column + 1) % self._ring
         tokens, features = self._ring_fed[row, slot], self._ring_features[row, slot]
         return tokens, features, start, count, self._logits[row, slot]

@@ -132,8 +132,11 @@ class MemoryStudy(Study):
 
     def remember(self, lessons: Lessons | None) -> None:
         """Note what rows have committed since the memory was last told."""
-        if lessons is not None:
-            self.rows.write(*lessons.newest_text(self.rows.end))
+        if lessons is None:
+            return
+        end = self.rows.end
+        for rows in torch.arange(len(end), device=end.device).split(lessons.rows_at_once):
+            self.rows.write(*lessons.newest_text(end[rows], rows), subset=rows)
 
     def forget(self, row: int, lessons: Lessons | None) -> None:
         """A row's text is over; it stays in the memory."""
