@@ -1,15 +1,15 @@
 """Write goldens of drafters whose authors publish their code as a repository, not as a package.
 
-    python3.11 -m venv /tmp/golden-authors
-    /tmp/golden-authors/bin/pip install torch==2.13.0  # the CPU build
-    /tmp/golden-authors/bin/pip install transformers==5.10.2 safetensors==0.7.0 numpy==2.4.4
-    /tmp/golden-authors/bin/pip install pyyaml tqdm
-    git clone https://github.com/deepseek-ai/DeepSpec /tmp/DeepSpec
-    git -C /tmp/DeepSpec checkout afdfa7c9382a3341a3e6f17756dd816da79f132c
-    PYTHONPATH=/tmp/DeepSpec /tmp/golden-authors/bin/python scripts/make_authors_goldens.py dspark
-    git clone https://github.com/hao-ai-lab/JetSpec /tmp/JetSpec
-    git -C /tmp/JetSpec checkout 2c7b3fae75690dfe9a188a37d7fdfd43ee0e032f
-    PYTHONPATH=/tmp/JetSpec /tmp/golden-authors/bin/python scripts/make_authors_goldens.py jetspec
+    python3.11 -m venv golden-authors
+    golden-authors/bin/pip install torch==2.13.0  # the CPU build
+    golden-authors/bin/pip install transformers==5.10.2 safetensors==0.7.0 numpy==2.4.4
+    golden-authors/bin/pip install pyyaml tqdm
+    git clone https://github.com/deepseek-ai/DeepSpec DeepSpec
+    git -C DeepSpec checkout afdfa7c9382a3341a3e6f17756dd816da79f132c
+    PYTHONPATH=DeepSpec golden-authors/bin/python scripts/make_authors_goldens.py dspark
+    git clone https://github.com/hao-ai-lab/JetSpec JetSpec
+    git -C JetSpec checkout 2c7b3fae75690dfe9a188a37d7fdfd43ee0e032f
+    PYTHONPATH=JetSpec golden-authors/bin/python scripts/make_authors_goldens.py jetspec
 
 Nothing of theirs is patched. Run twice, the files have the same bytes.
 
