@@ -25,7 +25,6 @@ does, one pass over masks. Drafts are the likeliest tokens. Features of three ro
     embedding, head [V, H]      of the target, where the drafter has none
 """
 
-import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,11 +35,10 @@ from make_goldens import (
     LAYER,
     MASK,
     PROMPT,
-    REPOSITORY,
     VOCABULARY,
     random_weights,
+    write_family,
 )
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 DSPARK = {
@@ -172,21 +170,5 @@ def rounds(draft: Callable, block_size: int, generator: torch.Generator) -> dict
 
 FAMILIES = {"dspark": (DSPARK, make_dspark), "jetspec": (("plain",), make_jetspec)}
 
-
-def main() -> None:
-    """Write the goldens of one family."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=list(FAMILIES), help="whose code there is")
-    parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    variants, make = FAMILIES[args.family]
-    for seed, variant in enumerate(variants):
-        folder = args.out / f"{args.family}-{variant}"
-        expected = make(folder, variant, torch.Generator().manual_seed(seed))
-        save_file(expected, folder / "expected.safetensors")
-        print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
-
-
 if __name__ == "__main__":
-    main()
+    write_family(FAMILIES, __doc__)

@@ -308,14 +308,14 @@ def make_dflash(
     }
 
 
-def main() -> None:
-    """Write the goldens of one family."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("family", choices=list(FAMILIES), help="whose environment this is")
+def write_family(families: dict, about: str) -> None:
+    """Write the goldens of the family that the command names: of all variants, in order."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    parser.add_argument("family", choices=list(families), help="whose environment this is")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "tests" / "goldens")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    variants, make = FAMILIES[args.family]
+    variants, make = families[args.family]
     for seed, variant in enumerate(variants):
         folder = args.out / f"{args.family}-{variant}"
         expected = make(folder, variant, torch.Generator().manual_seed(seed))
@@ -335,4 +335,4 @@ FAMILIES = {  # variants, and what makes one
 }
 
 if __name__ == "__main__":
-    main()
+    write_family(FAMILIES, __doc__)

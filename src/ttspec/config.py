@@ -226,25 +226,25 @@ class LearnConfig(_Options):
     """In scope shared, a folder of versions that held-out lessons find no worse: learning goes on
     from the newest; None forgets with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
-    """Which round is the first to draft with what an update made. A GPU updates beside the rounds
-    and the next one after it is over has it (ready); stride: the first of the next stride, so that
-    runs repeat exactly; now: the next one, which waits. Off a GPU, or shared, ready is now."""
+    """Which round first drafts with what an update made: the next after it is over (ready; a GPU
+    updates beside the rounds), the next stride's first, so that runs repeat (stride), or the next
+    one, which waits (now)."""
 
     def __post_init__(self) -> None:
         def check(name: str, ok: bool, allowed: str) -> None:
             _require(ok, f"learn.{name}", getattr(self, name), allowed)
 
-        lr = self.lr
         check("stride", self.stride is None or self.stride >= 1, "1 or more")
         check("blocks", self.blocks >= 1, "1 or more")
         check("rank", self.rank >= 1, "1 or more")
         check("guard", 0 <= self.guard < math.inf, "0 (none) or more")
-        check("lr", lr is None or (math.isfinite(lr) and lr > 0), "above 0")
+        check("lr", self.lr is None or 0 < self.lr < math.inf, "above 0")
         check("beta1", self.beta1 is None or 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")
-        keeps = self.keep is None or (bool(self.keep) and self.scope == "shared")
-        check("keep", keeps, "a folder, and only with learn.scope shared")
+        shared = (self.scope, self.supervision) == ("shared", "hindsight")
+        keeps = self.keep is None or bool(shared and self.keep)
+        check("keep", keeps, "a folder, and only with learn.scope shared, supervision hindsight")
 
     @classmethod
     def paper(cls) -> Self:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ttspec.config import GenerateConfig
 from ttspec.drafters.base import Drafter
-from ttspec.learning.keeper import Keeper
+from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import sampled_sha256
 from ttspec.models.target import Target
@@ -43,17 +42,11 @@ class SharedWeights:
             return None
         key = _key(config)
         if key not in self._live:
-            live = LiveWeights(learn, drafter, 1)
-            if learn.keep:
-                live.keeper = Keeper(
-                    Path(learn.keep).expanduser(),
-                    drafter,
-                    live,
-                    target={"name": target.name, "sha256": fingerprint(target)},
-                    tenant=config.tenant,
-                    notify=notify,
-                )
-            self._live[key] = live
+
+            def known() -> dict[str, str]:
+                return {"name": target.name, "sha256": fingerprint(target)}
+
+            self._live[key] = tenants_weights(learn, drafter, known, config.tenant, notify)
         return self._live[key]
 
     def close(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
 from ttspec.learning.delta import Delta, delta_metadata, difference
@@ -45,6 +46,33 @@ class Judgement:
     def is_kept(self) -> bool:
         """Whether there is enough to go by, and the live weights are behind neither."""
         return self.blocks >= LEAST_BLOCKS and self.live >= max(self.anchor, self.before)
+
+
+def tenants_weights(
+    learn: LearnConfig,
+    drafter: Drafter,
+    target: Callable[[], Mapping[str, str]],
+    tenant: str | None,
+    notify: Callable[[str], None] | None,
+) -> LiveWeights:
+    """Weights that all requests of a tenant teach; of the newest version where `learn.keep` is set.
+
+    Args:
+        learn: How, in scope shared.
+        drafter: Has the anchor weights.
+        target: Tells the target's `name` and `sha256`; asked only where something is kept.
+        tenant: Whose requests teach.
+        notify: Told what a user should know.
+
+    Raises:
+        ResourceError: Another process keeps what it learns in the same folder.
+        OptionError, CheckpointError: What is there does not fit.
+    """
+    live = LiveWeights(learn, drafter, 1)
+    if learn.keep:
+        known = {"target": target(), "tenant": tenant, "notify": notify}
+        live.keeper = Keeper(Path(learn.keep).expanduser(), drafter, live, **known)
+    return live
 
 
 class Keeper:

@@ -120,14 +120,14 @@ class LiveWeights:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: master, gradient and two moments, 16 a learned weight, and what drafts."""
+        """Bytes held: master, gradient and two moments, what drafts, the mean and the memory."""
         published = 0 if self._published is self._master else self._published.nbytes
         mean = 0 if self._mean is self._master else self._mean.nbytes
         memory = self.memory.nbytes if self.memory else 0
         return 4 * self._master.nbytes + published + mean + memory
 
     def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
-        """Take gradients of the published weights, or `add` them to those there are."""
+        """Take gradients, or `add` them to those there are."""
         for own, given in zip(self.gradient.values(), gradients, strict=True):
             own = self._for_drafter(own)
             own.add_(given) if add else own.copy_(given)

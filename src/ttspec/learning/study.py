@@ -23,7 +23,7 @@ from ttspec.records import Lesson
 TEXTS, BLOCKS, WINDOW = 16, 32, 8
 """Of an update: texts, blocks of each, and pages that a text has at most."""
 FEW_TEXTS, FEW_BLOCKS = 2, 16
-"""The same off a GPU, where an update has far less time."""
+"""The same off a GPU, where an update has far less time; not measured."""
 HELD_OUT_BLOCKS = 24
 """Of a held-out page."""
 DECAY = 1.5

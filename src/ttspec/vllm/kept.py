@@ -15,7 +15,7 @@ from torch import Tensor
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.errors import CheckpointError
-from ttspec.learning.keeper import Keeper
+from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import sampled_sha256
 
@@ -43,17 +43,11 @@ def kept_weights(
         ResourceError: Another process has the versions, or they cannot be written.
         OptionError, CheckpointError: They do not fit, or the target has no safetensors.
     """
-    live = LiveWeights(learn, drafter, 1)
-    if learn.keep:
-        live.keeper = Keeper(
-            Path(learn.keep).expanduser(),
-            drafter,
-            live,
-            target={"name": str(target), "sha256": fingerprint(target, tied=tied)},
-            tenant=f"engine-{engine}" if engine else None,
-            notify=notify,
-        )
-    return live
+
+    def known() -> dict[str, str]:
+        return {"name": str(target), "sha256": fingerprint(target, tied=tied)}
+
+    return tenants_weights(learn, drafter, known, f"engine-{engine}" if engine else None, notify)
 
 
 def fingerprint(target: Path, *, tied: bool) -> str:
