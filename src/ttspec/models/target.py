@@ -23,6 +23,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
+from ttspec.models.fused import Fused
 from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
@@ -55,6 +56,8 @@ class Target:
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
     _together: list[list[Together]] | None = None
     """Of each layer, once it was compiled."""
+    _fused: Fused | None = None
+    """Its forward of few tokens, once it was compiled and if there is one."""
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +138,15 @@ class Target:
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
         """
+        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
+        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
+        fast = spans and is_compiling() and whole
+        if fast and self._together is None:
+            layers = self.model.base_model.layers
+            self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
+            self._fused = Fused.of(self.model, self._together, self.windows)
+        if fast and self._fused and self._fused.takes(cache, tokens):
+            return self._fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)
@@ -161,15 +173,13 @@ class Target:
             mask = {kind: masks.get(window) for kind, window in types}
         reader = self.model.base_model if logits == 0 else self.model
         keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
-        layers: Any = nullcontext()
-        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
-        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        if spans and is_compiling() and whole:
-            own = self.model.base_model
-            if self._together is None:
-                self._together = [lay_together(layer) for layer in own.layers]  # type: ignore[union-attr]
-            layers = compiled_layers(own, self._together, cache, cache_keyword(reader))
-        with layers:
+        own: Any = nullcontext()
+        if fast:
+            assert self._together is not None
+            own = compiled_layers(
+                self.model.base_model, self._together, cache, cache_keyword(reader)
+            )
+        with own:
             out = reader(
                 input_ids=tokens,
                 attention_mask=mask,
