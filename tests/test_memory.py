@@ -17,7 +17,7 @@ from ttspec.losses import forward_kl, likely_kl
 from ttspec.records import Lesson
 
 VOCABULARY = 260
-KINDS = ["dflash", "eagle3", "causal", "pard", "mtp"]
+KINDS = ["dflash", "eagle3", "eagle3-layers", "causal", "pard", "mtp"]
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,10 @@ def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> No
     q = q_logits.float().softmax(-1)
     agreement = torch.minimum(p, q).sum(-1)
     found = study.expected_drafts(drafter.weights, texts, lesson)
+    drafts = [study._draft(drafter.weights, texts, lesson)]
+    with torch.no_grad():
+        drafts.append(study._draft(drafter.weights, texts, lesson))
+    torch.testing.assert_close(*drafts, atol=1e-4, rtol=1e-4)
     wanted = (agreement * own.mask).cumprod(-1).sum(-1)
     # 64 of 260 tokens are known: what the others would add is not counted.
     assert ((wanted - found) > -1e-3).all()

@@ -145,6 +145,8 @@ class Decoder(SpeculativeRound):
         self.rows.upload(0)
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
+        if self.rows.count > 1 and not (self.batch_invariant or self.target.recurrent):
+            self.prompts.capture(self.graphs)
         slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
         steps = self.row_sampling.captured(self.row_sampling.steps(range(self.rows.count)))
         copied = self.copying.most if self.copying else 0

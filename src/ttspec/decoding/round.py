@@ -132,7 +132,12 @@ class SpeculativeRound:
         updated = [False] * self.rows.count
         if self.learner and self.teaches(shape):
             updated = self.learner.absorb(
-                verification, longest, shape, active, drafted=shape.draft_length > 0
+                verification,
+                longest,
+                shape,
+                active,
+                drafted=shape.draft_length > 0,
+                emitted={row: len(v.tokens) for row, v in verdicts.items()},
             )
         seconds = self.timer.finish()
 

@@ -161,7 +161,7 @@ class LessonMemory:
             self.likely[at], self.p[at] = likely.view(size), p.view(size)
             self.rest[at] = rest.view(tokens.shape)
         for table in (self.features, self.judged, self.p, self.rest, self.text):
-            table[self.pages] = 0  # it is read where a text has no page, and weighs nothing
+            table[self.pages :].zero_()  # it is read where a text has no page, and weighs nothing
 
     def summary(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest tokens, their p and that of the others [R, ...] of logits [R, V]."""

@@ -260,8 +260,9 @@ def tiles_of(width: int, outputs: int, gated: bool) -> Tiles:
     if outputs > 16384:
         return Tiles(64, 4, 64, 3, 4)
     if width <= 1024:
-        splits = 8 if gated else 4
-        return Tiles(16, splits, (1 << (width - 1).bit_length()) // splits, 1, splits)
+        whole = 1 << (width - 1).bit_length()
+        splits = min(8 if gated else 4, whole // 16)  # a product of fewer is none
+        return Tiles(16, splits, whole // splits, 1, splits)
     return Tiles(16, 8, 64, 4, 8)
 
 

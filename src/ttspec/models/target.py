@@ -115,7 +115,7 @@ class Target:
         *,
         subset: Tensor | None = None,
         counts: Tensor | None = None,
-        logits: int | None = None,
+        logits: int | Tensor | None = None,
         spans: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """Read tokens at their rows' positions; write their keys and values.
@@ -131,9 +131,10 @@ class Target:
             subset: int64 [B], the cache rows that are fed; None is all.
             counts: int64 [B], how many of each row's tokens are text, the rest padding; None where
                 the next forward's start will say how many were.
-            logits: Of so many last tokens; 0 skips the head, None is all T.
+            logits: Of so many last tokens, or of those in these columns, int64 [N]; 0 skips the
+                head, None is all T.
             spans: Say what is seen from slot to slot, on the device, instead of by a mask. Needs
-                `reads_spans`, and all rows.
+                `reads_spans`, and a `longest` of all slots.
 
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
@@ -145,7 +146,12 @@ class Target:
             layers = self.model.base_model.layers
             self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
             self._fused = Fused.of(self.model, self._together, self.windows)
-        if fast and self._fused and self._fused.takes(cache, tokens):
+        if (
+            fast
+            and self._fused
+            and not isinstance(logits, Tensor)
+            and self._fused.takes(cache, tokens)
+        ):
             return self._fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
@@ -171,8 +177,10 @@ class Target:
         if self.recurrent or len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
             mask = {kind: masks.get(window) for kind, window in types}
-        reader = self.model.base_model if logits == 0 else self.model
-        keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
+        none = not isinstance(logits, Tensor) and logits == 0
+        reader, keep = self.model.base_model if none else self.model, {}
+        if not none and logits is not None and _keeps_logits(type(reader)):
+            keep = {"logits_to_keep": logits}
         own: Any = nullcontext()
         if fast:
             assert self._together is not None
@@ -195,9 +203,12 @@ class Target:
             features = torch.cat(taken, dim=-1)
         else:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
-        if logits == 0:
+        if none:
             return None, features
-        return out.logits[:, -(logits or 0) :].to(tokens.device), features
+        told = out.logits
+        if not keep and logits is not None:
+            told = told[:, logits if isinstance(logits, Tensor) else slice(-logits, None)]
+        return told.to(tokens.device), features
 
     @staticmethod
     def _spans(position: Tensor, slots: int, window: int | None) -> Tensor:

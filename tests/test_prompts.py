@@ -1,0 +1,52 @@
+"""Prompts read as padded pieces, as on a GPU where that is captured: nothing else may follow."""
+
+import pytest
+import torch
+from toys import make_kind, toy_engine
+
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.models.capture import Graphs
+
+
+class Padding(Decoder):
+    """Pads as a GPU would."""
+
+    padded = 0
+
+    def capture(self) -> None:
+        super().capture()
+        self.prompts.capture(Graphs(torch.device("cpu")))
+        read = self.prompts._read_padded
+
+        def counted(width: int):
+            Padding.padded += 1
+            return read(width)
+
+        self.prompts._read_padded = counted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "dspark"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> None:
+    """Of one length and many, in one turn and several, beside rows that decode."""
+    learn = LearnConfig(scope="shared", stride=2, lr=3e-3) if shared else None
+    options = {"max_new_tokens": 12, "seed": 3, "temperature": 0.9, "ignore_eos": True}
+    options |= {"learn": learn, "draft": DraftConfig(adaptive=False), "context": 500}
+    talks = [["hello"], ["x" * 40, "and then?", "y" * 33], ["z" * 300], ["count to ten", "again"]]
+
+    def said(engine: Engine) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        run = engine.run(talks, rows=3, **options)
+        results = [chunk.result for _, chunk in run if chunk.result]
+        return [(r.token_ids, [(n.position, n.accepted) for n in r.rounds]) for r in results]
+
+    plain, padded = Engine(target, make_kind(which)), Engine(target, make_kind(which))
+    padded.make_decoder, Padding.padded = Padding, 0
+    assert said(padded) == said(plain)
+    assert Padding.padded > 6
