@@ -14,6 +14,7 @@ from ttspec.bench.store import read_run
 from ttspec.bench.suites import BUILT_IN, load_suite, load_suites
 from ttspec.cli import main
 from ttspec.config import LearnConfig
+from ttspec.decoding.decoder import Decoder
 from ttspec.errors import DataError, OptionError
 
 EVERY = (
@@ -229,6 +230,25 @@ def test_rows_side_by_side_write_what_one_at_a_time_writes(pair, suite, tmp_path
     assert all(t.seconds > 0 and t.waits for arm in beside for t in arm.turns)
     assert main(["bench", "report", str(tmp_path / "2")]) == 0
     assert "2 requests side by side" in (tmp_path / "2" / "report" / "tables.md").read_text()
+
+
+@pytest.mark.parametrize(("free", "decoders"), [(1 << 40, 2), (0, 4)])
+def test_an_arm_keeps_its_caches_between_batches_if_all_fit(
+    pair, suite, tmp_path, monkeypatch, free: int, decoders: int
+) -> None:
+    made, start = [], Decoder.__init__
+
+    def count(decoder, *args, **options):
+        made.append(options["draft"])
+        start(decoder, *args, **options)
+
+    monkeypatch.setattr(Decoder, "__init__", count)
+    monkeypatch.setattr(runner, "free_memory", lambda _: free)
+    monkeypatch.setitem(runner.measure_all.__kwdefaults__, "warm_up", 0)
+    # In this order the arms take turns: both, both.
+    flags = ("8", "--rows", "2", "--requests", "2", "--seeds", "0,1")
+    assert bench_run(pair, suite, tmp_path / "run", "static,static-window", *flags) == 0
+    assert len(made) == decoders
 
 
 def test_units_of_a_batch_have_one_arm_and_seed() -> None:

@@ -22,6 +22,7 @@ from ttspec.bench.store import Store
 from ttspec.bench.suites import Request, is_tokens, text_of
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.forecast import SPARE, free_memory
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
 from ttspec.decoding.template import ChatTemplate
@@ -172,20 +173,48 @@ def require_rows(
     Raises:
         ResourceError: An arm's caches, or its learner, do not fit into memory.
     """
-    sessions, told = max(map(len, requests)) > 1, []
+    told = []
     for arm in arms:
         engine = engines[arm.name]
-        config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
-        template = engine.chat_template(config)
-        lengths = [_tokens_of(template, cast("Prompt", request[0])) for request in requests]
-        context = min(engine.target.context, config.context or engine.target.context)
-        longest = max((n for n in lengths if n < context), default=1)  # others fail by themselves
+        config, lengths = _asked(engine, arm, requests, **options)
         try:
-            notice = engine.require_rows(config, rows, longest, sessions=sessions)
+            notice = engine.require_rows(config, rows, **lengths)
         except ResourceError as error:
             raise ResourceError(f"{arm.name}: {error}") from error
         told += [f"{arm.name}: {notice}"] if notice else []
     return told
+
+
+def fit_side_by_side(
+    engines: Mapping[str, Engine],
+    arms: Sequence[ArmSpec],
+    requests: Sequence[Request],
+    rows: int,
+    **options: Any,
+) -> bool:
+    """Whether all arms' caches, learners and rounds fit into memory at the same time.
+
+    Arguments as of `require_rows`. False where free memory cannot be told.
+    """
+    need = 0
+    for arm in arms:
+        config, lengths = _asked(engines[arm.name], arm, requests, **options)
+        need += engines[arm.name].forecast(config, rows, **lengths).total
+    free = free_memory(next(iter(engines.values())).target.device)
+    return free is not None and need <= SPARE * free
+
+
+def _asked(
+    engine: Engine, arm: ArmSpec, requests: Sequence[Request], **options: Any
+) -> tuple[GenerateConfig, dict[str, Any]]:
+    """An arm's options, and what of the suite says how long its rows are."""
+    config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
+    template = engine.chat_template(config)
+    lengths = [_tokens_of(template, cast("Prompt", request[0])) for request in requests]
+    context = min(engine.target.context, config.context or engine.target.context)
+    longest = max((n for n in lengths if n < context), default=1)  # others fail by themselves
+    sessions = max(map(len, requests)) > 1
+    return config, {"longest_prompt": longest, "sessions": sessions}
 
 
 def _tokens_of(template: ChatTemplate, prompt: Prompt) -> int:
@@ -231,9 +260,12 @@ def measure_all(
         OSError: The disk is full, say; what was stored before stays.
     """
     arms = list({unit.arm.name: unit.arm for batch in batches for unit in batch}.values())
-    # One at a time, each arm keeps the caches and graphs of its last request for its next one.
-    apart = max(map(len, batches), default=1) == 1
-    engines = engines_for(engine, arms, drafters, apart=apart)
+    engines = engines_for(engine, arms, drafters)
+    rows = max(map(len, batches), default=1)
+    ours = [arm for arm in arms if arm.name not in (peers or {})]
+    # Each arm keeps the caches and graphs of its last requests for its next ones, if they fit.
+    if rows == 1 or fit_side_by_side(engines, ours, requests, rows, **options):
+        engines = engines_for(engine, arms, drafters, apart=True)
     total = sum(map(len, batches))
     left = [[unit for unit in batch if unit.key not in store.done] for batch in batches]
     progress = Progress(units=total, left=[batch for batch in left if batch])

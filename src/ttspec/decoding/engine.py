@@ -14,7 +14,7 @@ import torch
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.forecast import fitting_rows, of_run, require_room
+from ttspec.decoding.forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
@@ -214,7 +214,7 @@ class Engine:
             spare.restart()
             return spare
         del spare  # before the new caches are made
-        self._tell(self._require_room(config, rows, slots, None if sessions else longest_prompt))
+        self._tell(self.require_rows(config, rows, longest_prompt, sessions=sessions))
         how = config.draft, config.learn, made_for["sampling"], self.compile
         known = rows, config.tenant, *how
         try:
@@ -280,19 +280,20 @@ class Engine:
             OptionError: The longest prompt leaves no room for an answer.
             ResourceError: The caches, the learner's weights or a round do not fit into memory.
         """
-        config = self._resolved(config)
+        need = self.forecast(config, rows, longest_prompt, sessions=sessions)
         slots = self._slots(config, longest_prompt, sessions=sessions)
-        prompt = None if sessions else longest_prompt
-        return self._require_room(config, rows, slots, prompt)
+        where = self.target.device
+        return require_room(need, where, rows=rows, slots=slots, split=self.target.is_split)
 
-    def _require_room(
-        self, config: GenerateConfig, rows: int, slots: int, prompt: int | None
-    ) -> str | None:
+    def forecast(
+        self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
+    ) -> Forecast:
+        """What a decoder for these rows would take; raises as `require_rows` an `OptionError`."""
+        slots = self._slots(config, longest_prompt, sessions=sessions)
+        prompt, config = None if sessions else longest_prompt, self._resolved(config)
         need = of_run(self.target, self.drafter, config, rows, slots, prompt)
-        if config in self._shared_weights:  # they are there already
-            need = replace(need, learning=0)
-        split = self.target.is_split
-        return require_room(need, self.target.device, rows=rows, slots=slots, split=split)
+        # What all requests teach is there already.
+        return replace(need, learning=0) if config in self._shared_weights else need
 
     def _resolved(self, config: GenerateConfig) -> GenerateConfig:
         """The same, with what is left open chosen for this pair."""
