@@ -7,6 +7,9 @@ import torch
 from toys import make_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.policy import FixedDraftLength
 from ttspec.learning.learner import Learner
 from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
 from ttspec.learning.study import BLOCKS, Study
@@ -172,8 +175,6 @@ def test_the_loss_is_kl_where_all_tokens_are_known() -> None:
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
 def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> None:
     """The mean of the weights drafts better than the anchor on the texts it was taught."""
-    from ttspec.decoding.engine import Engine
-
     own = Engine(engine.target, make_kind(which))
     learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)
     asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
@@ -193,6 +194,47 @@ def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> No
     ]
     for row, answer in enumerate(words):
         assert any(answer[:20] == f[k : k + 20] for f in found for k in range(len(f))), row
+
+
+class Pausing(FixedDraftLength):
+    """Drafts in a few rounds, and then in none."""
+
+    left = 4
+
+    def choose(self) -> int:
+        self.left -= 1
+        return 0 if self.pauses else self.length
+
+    @property
+    def pauses(self) -> bool:  # type: ignore[override]
+        return self.left < 0
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> None:
+    own = Engine(engine.target, make_kind("dflash"))
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    prompts = ["hello there", "count to ten, please"]
+    draft = DraftConfig(copy=copies, adaptive=False)
+    static = own.generate(prompts, learn=None, draft=draft, **asked)
+
+    def pausing(*args, **options) -> Decoder:
+        decoder = Decoder(*args, **options)
+        decoder.policy = Pausing(decoder.gamma)
+        return decoder
+
+    learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)
+    own.make_decoder, own._spare = pausing, None
+    taught = own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert [r.token_ids for r in taught] == [r.token_ids for r in static]
+    assert max(r.stats.updates for r in taught) > 20
+    (live,) = own._shared_weights._live.values()
+    judged = int(live.memory.judged.sum())
+    assert judged >= sum(len(r.token_ids) - 2 for r in taught), "plain rounds teach too"
+    own.make_decoder, own._spare = Decoder, None
+    again = own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert [r.token_ids for r in again] == [r.token_ids for r in static]
+    assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
 
 
 def test_an_update_leaves_alone_what_is_held_out(engine) -> None:

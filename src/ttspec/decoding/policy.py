@@ -174,7 +174,8 @@ class DraftPolicy:
             context: Tokens in the longest row.
             copying: Whether rows copied.
             rows: Rows that cost something.
-            first: It did what is done once, as to capture a graph: its time says nothing.
+            first: Its time says nothing: it did what is done once, as to capture a graph, or had
+                an update beside it that would have come in any case.
         """
         if length:
             for n in accepted:
@@ -364,6 +365,10 @@ class PolicyFeedback:
         """
         if not (policy.adaptive or self._schedule):
             return
+        updated = any(outcome.updated for outcome in outcomes.values())
+        learner, apart = self._learner, False
+        if learner and learner.study:  # it learns whether or not the drafter drafts
+            apart = updated or learner.is_updating
         emitted = without = 0
         accepted = []
         for outcome in outcomes.values():
@@ -379,9 +384,9 @@ class PolicyFeedback:
             context=longest,
             copying=len(accepted) < len(outcomes),
             rows=rows,
-            first=timer.captured,
+            first=timer.captured or apart,
         )
-        if self._learner and self._schedule and accepted and draft_length and not timer.captured:
-            updated = any(outcome.updated for outcome in outcomes.values())
-            mean = sum(accepted) / len(accepted)
-            self._schedule.observe(timer.seconds, updated, mean, self._learner)
+        if learner and self._schedule and not timer.captured:
+            mean = sum(accepted) / len(accepted) if accepted and draft_length else None
+            if mean is not None or learner.study:
+                self._schedule.observe(timer.seconds, updated, mean, learner)

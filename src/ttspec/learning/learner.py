@@ -129,22 +129,22 @@ class Learner:
             longest: Its largest start, known on the host.
             key: Where it was captured, the key of its graph: its tensors are that graph's.
             active: Rows that took part; None is all.
-            drafted: Whether the drafter drafted. What was copied instead only tells what followed
-                its earlier blocks.
+            drafted: Whether the drafter drafted. Other rounds only tell what followed its earlier
+                blocks; the memory of all requests learns from them too.
 
         Returns:
             For each row, whether it was updated.
         """
-        rows = len(self.updates)
+        rows, counts = len(self.updates), drafted or self.study is not None
         if self._lessons is None and not drafted:
             return [False] * rows
         self.keep(verification, longest if key is None else key)
-        self._rounds += drafted
+        self._rounds += counts
         for row in range(rows) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if self.study and drafted and self._rounds % self.stride == 0:
+        if self.study and self._rounds % self.stride == 0:
             self.study.remember(self._lessons)
-        due = drafted and self._rounds % (self.stride * self.strides) == 0
+        due = counts and self._rounds % (self.stride * self.strides) == 0
         updated = [False] * rows
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()

@@ -90,13 +90,14 @@ class Lessons:
     def absorb(self, v: Verification) -> None:
         """Keep a round's verification; rows that take no part are left alone.
 
-        Where a row copied there was no draft, and so there is no block to replay: what it committed
-        is what followed the blocks before.
+        Where a row copied, or nobody drafted, there is no block to replay: what was committed is
+        what followed the blocks before.
         """
         active, width = v.emitted > 0, v.logits.shape[1]
         drafted = active if v.proposal.copied is None else active & ~v.proposal.copied
-        self._push(self._starts, v.start, drafted)
-        self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
+        if v.proposal.tokens.shape[1]:
+            self._push(self._starts, v.start, drafted)
+            self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
         if v.proposal.before is not None and self._before is not None:
             self._push(self._before, v.proposal.before, drafted)
         self._committed.copy_(torch.where(active, v.start + v.emitted, self._committed))
