@@ -6,6 +6,7 @@ import pytest
 import torch
 from toys import make_kind, random_features, toy_engine
 
+from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
@@ -189,15 +190,30 @@ def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> No
     assert [r.token_ids for r in again] == [r.token_ids for r in static]
     assert [r.token_ids for r in taught] == [r.token_ids for r in static]
     assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
-    (live,) = own._shared_weights._live.values()
-    texts = live.memory.read(torch.arange(2), 1)
-    words = [r.token_ids for r in static]
+    assert_remembered(own, [r.token_ids for r in static])
+
+
+def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
+    """The first pages hold the beginnings of two answers."""
+    (live,) = engine._shared_weights._live.values()
+    texts = live.memory.read(torch.arange(2, device=live.memory.tokens.device), 1)
     found = [
         t[: int(j.nonzero().max()) + 1].tolist()
         for t, j in zip(texts.tokens, texts.judged, strict=True)
     ]
-    for row, answer in enumerate(words):
+    for row, answer in enumerate(answers):
         assert any(answer[:20] == f[k : k + 20] for f in found for k in range(len(f))), row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None:
+    own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    learn = LearnConfig(scope="shared", stride=4)
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)
+    assert_remembered(own, [r.token_ids for r in results])
+    assert max(r.stats.updates for r in results) >= 1
 
 
 class Pausing(FixedDraftLength):

@@ -4,9 +4,11 @@ import pytest
 import torch
 from toys import make_kind, toy_engine
 
+from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.engine import Engine
+from ttspec.decoding.engine import Engine, make_config
+from ttspec.drafters.context import FeatureState
 from ttspec.models.capture import Graphs
 
 
@@ -50,3 +52,31 @@ def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> Non
     padded.make_decoder, Padding.padded = Padding, 0
     assert said(padded) == said(plain)
     assert Padding.padded > 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal"])
+def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) -> None:
+    engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    config = make_config({"max_new_tokens": 20, "learn": LearnConfig(scope="shared")})
+    decoder = engine.decoder(config, 3, 100, sessions=False)
+    prompts, found = decoder.prompts, []
+    assert prompts._graphs
+    for graphs in (prompts._graphs, None, prompts._graphs):
+        prompts._graphs = graphs
+        for row, size in ((1, 40), (2, 7), (1, 90)):
+            decoder.clear(row)
+            ids = [(7 * n) % 250 for n in range(size)]
+            begun = prompts.begin([row], [ids], [5], [20])
+            logits = prompts._feed([row], [ids], [0], [0], logits=True)
+            assert begun.rows == [row]
+            state = decoder.state
+            held = [logits, state.keys[:, row, :, :size], state.values[:, row, :, :size]]
+            if isinstance(state, FeatureState):
+                held.append(state.features[row, :size])
+                assert state.held[row, :size].tolist() == list(range(size))
+            found.append([t.float().clone() for t in held if t is not None])
+    for other in (3, 6):
+        for at in range(3):
+            for a, b in zip(found[at], found[at + other], strict=True):
+                torch.testing.assert_close(a, b, atol=0.15, rtol=0.1)
