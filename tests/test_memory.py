@@ -206,7 +206,7 @@ def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
 def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None:
     own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
     learn = LearnConfig(scope="shared", stride=4)

@@ -8,6 +8,7 @@ from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.prefill import PADDED
 from ttspec.drafters.context import FeatureState
 from ttspec.models.capture import Graphs
 
@@ -54,8 +55,46 @@ def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> Non
     assert Padding.padded > 6
 
 
+def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> None:
+    """To compile a target lays its weights elsewhere: an older graph would read freed memory."""
+    engine = toy_engine(toy_target_dir, dtype="bfloat16")
+    decoder = engine.decoder(make_config({}), 2, 50, sessions=False)
+    called: list[str] = []
+
+    class Recording(Graphs):
+        on = True
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, work, key, **_):
+            called.append(work.__name__)
+            return work(key)
+
+    decoder.graphs, decoder.target_reads_spans = Recording(), True
+    decoder.capture()
+    assert called[-len(PADDED) :] == ["_read_padded"] * len(PADDED)
+    assert "verify_and_accept" in called
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal"])
+def test_graphs_of_prompts_read_weights_that_are_there(toy_target_dir) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "compile": True}
+    engine = load(str(toy_target_dir), make_kind("dflash"), **options)
+    asked = {"max_new_tokens": 8, "seed": 1, "ignore_eos": True, "rows": 2}
+    talks = [["hello"], ["count"], ["to ten, please"]]
+
+    def said() -> list[list[int]]:
+        return [c.result.token_ids for _, c in engine.run(talks, **asked) if c.result]
+
+    before = said()
+    free = torch.full((1 << 28,), float("nan"), device="cuda")  # takes what was freed
+    assert said() == before
+    del free
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "mtp"])
 def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) -> None:
     engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
     config = make_config({"max_new_tokens": 20, "learn": LearnConfig(scope="shared")})
@@ -70,8 +109,8 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
             begun = prompts.begin([row], [ids], [5], [20])
             logits = prompts._feed([row], [ids], [0], [0], logits=True)
             assert begun.rows == [row]
-            state = decoder.state
-            held = [logits, state.keys[:, row, :, :size], state.values[:, row, :, :size]]
+            state, last = decoder.state, size - 1  # EAGLE-3 makes the last one's with the next
+            held = [logits, state.keys[:, row, :, :last], state.values[:, row, :, :last]]
             if isinstance(state, FeatureState):
                 held.append(state.features[row, :size])
                 assert state.held[row, :size].tolist() == list(range(size))

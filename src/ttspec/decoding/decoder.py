@@ -145,8 +145,6 @@ class Decoder(SpeculativeRound):
         self.rows.upload(0)
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
-        if self.rows.count > 1 and not (self.batch_invariant or self.target.recurrent):
-            self.prompts.capture(self.graphs)
         slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
         steps = self.row_sampling.captured(self.row_sampling.steps(range(self.rows.count)))
         copied = self.copying.most if self.copying else 0
@@ -168,6 +166,9 @@ class Decoder(SpeculativeRound):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)
+        # Last: what compiles the target moves its weights, and a graph reads them where they were.
+        if self.rows.count > 1 and not (self.batch_invariant or self.target.recurrent):
+            self.prompts.capture(self.graphs)
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
