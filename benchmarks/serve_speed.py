@@ -1,10 +1,17 @@
 """What a server costs beside `Engine.run` of the same requests, in CPU seconds, pairs interleaved.
 
-    python benchmarks/serve_speed.py --clients 1 4 8 --pairs 3
+    OMP_NUM_THREADS=1 python benchmarks/serve_speed.py --clients 1 4 8 --pairs 3
 
 Both run in this process with the same pair of models; the clients are a process of their own,
-whose time is not counted. CPU time is what a busy machine leaves comparable. Prints one JSON line
-for each number of clients; a ratio of 1 means that the server costs nothing. Needs httpx.
+whose time is not counted. CPU time is what a busy machine leaves comparable, and nothing goes by
+the clock: a policy that does drafts otherwise in each arm. Prints a JSON line after each pair, of
+all pairs so far:
+
+    ratio    CPU seconds of `Engine.run` over the server's
+    outside  share of the server's CPU seconds that is not spent in steps of the scheduler
+    steps    of the scheduler. A server has more: prompts that come one after the other are read
+             one after the other
+Needs httpx.
 """
 
 from __future__ import annotations
@@ -15,19 +22,45 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
 import ttspec
-from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Scheduler
+from ttspec.records import Chunk
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.server import Server, make_server
 
 CONTEXT = 1024
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
+
+
+class Stepping:
+    """Counts steps of all schedulers, and their CPU seconds."""
+
+    def __init__(self) -> None:
+        self.steps, self.seconds, step = 0, 0.0, Scheduler.step
+
+        def counted(scheduler: Scheduler) -> list[tuple[int, Chunk]]:
+            begin = time.thread_time()
+            try:
+                return step(scheduler)
+            finally:
+                self.steps += 1
+                self.seconds += time.thread_time() - begin
+
+        Scheduler.step = counted
+
+    def measure(self, work: Callable[[], object]) -> tuple[float, float, int]:
+        """CPU seconds of all threads meanwhile, those of steps, and steps."""
+        self.steps, self.seconds, begin = 0, 0.0, time.process_time()
+        work()
+        return time.process_time() - begin, self.seconds, self.steps
 
 
 def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -79,35 +112,47 @@ def main() -> None:
         ask_all(given.ask, given.clients[0], given.requests, given.tokens)
         return
     engine = ttspec.load("smollm2-135m", device="cpu", dtype="float32")
-    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=LearnConfig())
+    how: dict[str, Any] = {"context": CONTEXT, "learn": LearnConfig()}
+    how["draft"] = DraftConfig(adaptive=False)
+    stepping = Stepping()
     for clients in given.clients:
         count = given.requests or 2 * clients
-        server, alone = started(engine, config, clients), engine.sibling()
+        server = started(engine, GenerateConfig(**how, max_new_tokens=1), clients)
+        alone = engine.sibling()
         command = [sys.executable, __file__, "--ask", server.address]
         command += ["--clients", str(clients), "--requests", str(count)]
         command += ["--tokens", str(given.tokens)]
-        dialogues = [[body["messages"]] for body in bodies(count, given.tokens)]
-        seconds: dict[str, list[float]] = {"run": [], "server": []}
+        asked: dict[str, Any] = {
+            "dialogues": [[body["messages"]] for body in bodies(count, given.tokens)],
+            "seeds": list(range(count)),
+            "rows": clients,
+            "max_new_tokens": given.tokens,
+            "ignore_eos": True,
+        }
+        runs: list[tuple[float, float, int]] = []
+        served: list[tuple[float, float, int]] = []
         for pair in range(given.pairs + 1):  # the first one warms up
-            begin = time.process_time()
-            for _ in alone.run(
-                dialogues,
-                rows=clients,
-                context=CONTEXT,
-                max_new_tokens=given.tokens,
-                ignore_eos=True,
-                seeds=list(range(count)),
-                learn=LearnConfig(),
-            ):
-                pass
-            middle = time.process_time()
-            subprocess.run(command, check=True)
+            run = stepping.measure(lambda a=alone, w=asked: list(a.run(**w, **how)))
+            serve = stepping.measure(lambda c=command: subprocess.run(c, check=True))
             if pair:
-                seconds["run"].append(round(middle - begin, 2))
-                seconds["server"].append(round(time.process_time() - middle, 2))
+                runs.append(run)
+                served.append(serve)
+                print(json.dumps({"clients": clients, **report(runs, served)}), flush=True)
         server.should_exit = True
-        ratio = sum(seconds["run"]) / sum(seconds["server"])
-        print(json.dumps({"clients": clients, "ratio": round(ratio, 3), **seconds}), flush=True)
+
+
+def report(
+    runs: list[tuple[float, float, int]], served: list[tuple[float, float, int]]
+) -> dict[str, Any]:
+    """Figures of the pairs so far."""
+    cpu = {"run": sum(r[0] for r in runs), "server": sum(s[0] for s in served)}
+    return {
+        "pairs": len(runs),
+        "ratio": round(cpu["run"] / cpu["server"], 3),
+        "outside": round(1 - sum(s[1] for s in served) / cpu["server"], 4),
+        "steps": {"run": [r[2] for r in runs], "server": [s[2] for s in served]},
+        "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items()},
+    }
 
 
 if __name__ == "__main__":

@@ -7,19 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import CONTEXT, HELLO, LEARN, chat, complete, events, running, until
-from toys import toy_engine
+from servers import CONTEXT, FORM, HELLO, LEARN, chat, complete, events, running, until
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError
 from ttspec.serving import gate
 from ttspec.serving.keys import add_key, read_keys
@@ -27,17 +24,6 @@ from ttspec.serving.options import ServeOptions
 from ttspec.serving.server import make_server
 
 PLAIN: dict[str, Any] = {"learn": None, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir: Path) -> Engine:
-    return toy_engine(toy_target_dir)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[httpx.Client]:
-    with running(engine) as (client, _):
-        yield client
 
 
 def test_an_answer_is_what_generate_writes_alone_or_among_others_streamed_or_not(
@@ -411,15 +397,6 @@ def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
     refused = complete(client, logit_bias={"9999": 1.0})
     assert refused.status_code == 400
     assert complete(client, max_tokens=2).status_code == 200
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
-    "required": ["on", "n"],
-    "additionalProperties": False,
-}
-FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 
 
 def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engine, client) -> None:

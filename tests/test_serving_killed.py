@@ -1,4 +1,4 @@
-"""`kill -9` of a real `ttspec serve` while it learns: what was kept is there, and is gone on from."""
+"""`kill -9` of a real `ttspec serve` while it learns: the next one goes on from what was kept."""
 
 import os
 import random
@@ -31,9 +31,7 @@ SAMPLED = {"seed": 5, "temperature": 0.7, "ignore_eos": True}
 
 
 @contextmanager
-def serving(
-    pair: list[str], kept: Path
-) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
+def serving(pair: list[str], kept: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
     """A server in a process of its own, ready, and a client of it."""
     command = [sys.executable, "-c", SERVE, *pair, *OPTIONS, "--learn.lr=3e-3", "--learn.stride=2"]
     paths = os.pathsep.join(filter(None, sys.path))
@@ -112,5 +110,4 @@ def test_what_was_kept_outlives_kills_and_is_gone_on_from(toy_target_dir, pair, 
             assert parent == before, "it went on from the newest one"
         before = newest(kept)
         assert before >= said, "what was on the disk is there"
-    print(rounds)
     assert max(rounds[1:]) < rounds[0], "it drafts with what was learned"

@@ -180,11 +180,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(told)
 
 
-def log_to_stderr() -> None:
-    """Write all records of the server and of uvicorn as JSON lines."""
+@contextmanager
+def logs_on_stderr() -> Iterator[None]:
+    """Meanwhile, write all records of the server and of uvicorn as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("ttspec.serving", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("ttspec.serving", "uvicorn")]
+    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)
