@@ -10,13 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
-from fastapi import Request
-
 from ttspec.config import GenerateConfig
+from ttspec.decoding.penalties import sampling_of
 from ttspec.errors import TtspecError
 from ttspec.serving.answers import Answers
 from ttspec.serving.jobs import Event, Job
-from ttspec.serving.keys import ANYBODY, Keys
 from ttspec.serving.options import MAX_CHOICES
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.prompts import PromptWriter, Written
@@ -31,32 +29,13 @@ SAMPLING = (
 
 
 class Api:
-    """What routes share: the worker, who may ask, and who writes prompts."""
+    """What routes share: the worker, and who writes prompts."""
 
-    def __init__(self, worker: Worker, keys: Keys | None, model: str) -> None:
-        """Serve `model`; without `keys` anybody may ask."""
-        self.worker, self.keys, self.model = worker, keys, model
+    def __init__(self, worker: Worker, model: str) -> None:
+        """Serve `model`."""
+        self.worker, self.model = worker, model
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="ttspec-prompts")
         self._writer: PromptWriter | None = None
-
-    async def tenant(self, request: Request) -> str:
-        """Who asks.
-
-        Raises:
-            Problem: Nobody whom the server knows.
-        """
-        if self.keys is None:
-            return ANYBODY
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        tenant = self.keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
-        if tenant is None:
-            raise Problem(
-                401,
-                "The request has no API key that this server knows. Send the header "
-                "Authorization: Bearer KEY.",
-                code="invalid_api_key",
-            )
-        return tenant
 
     async def answers(self, body: Sampled, tenant: str) -> Answers:
         """Queue what a request asks for.
@@ -134,11 +113,14 @@ class Api:
         if body.min_tokens is not None:
             changes["min_new_tokens"] = body.min_tokens
         try:
-            return replace(
+            config = replace(
                 self.worker.config, max_new_tokens=asked or room, stop=body.stops, **changes
             )
-        except TtspecError as error:
-            raise refused(str(error), str(error).partition(" ")[0]) from error
+            sampling_of(replace(config, seed=0), self.worker.engine.target)
+        except TtspecError as error:  # the engine has longer names for two fields
+            message = str(error).replace("_new_tokens", "_tokens")
+            raise refused(message, message.partition(" ")[0]) from error
+        return config
 
 
 def _biases(given: dict[str, float]) -> dict[int, float]:

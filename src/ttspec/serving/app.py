@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Any
 
-from fastapi import Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
@@ -35,7 +35,7 @@ log = logging.getLogger("ttspec.serving")
 
 def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> FastAPI:
     """The application; whoever runs it starts and stops the worker."""
-    api = Api(worker, keys, model)
+    api = Api(worker, model)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -44,20 +44,17 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
 
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="ttspec", docs_url=None, redoc_url=None, lifespan=lifespan)
-    tenant_of = Depends(api.tenant)
 
     @app.post("/v1/chat/completions")
-    async def chat(body: ChatRequest, request: Request, tenant: str = tenant_of) -> Response:
-        return await _answer(api, body, request, tenant)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        return await _answer(api, body, request)
 
     @app.post("/v1/completions")
-    async def complete(
-        body: CompletionRequest, request: Request, tenant: str = tenant_of
-    ) -> Response:
-        return await _answer(api, body, request, tenant)
+    async def complete(body: CompletionRequest, request: Request) -> Response:
+        return await _answer(api, body, request)
 
     @app.get("/v1/models")
-    async def models(_: str = tenant_of) -> dict[str, Any]:
+    async def models() -> dict[str, Any]:
         entry = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
         if worker.slots:
             entry["max_model_len"] = worker.slots
@@ -68,11 +65,11 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
         return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503)
 
     @app.get("/metrics")
-    async def metrics(_: str = tenant_of) -> Response:
+    async def metrics() -> Response:
         return Response(meter.exposition(*worker.load), media_type=_PROMETHEUS)
 
     @app.get("/live")
-    async def live(_: str = tenant_of) -> dict[str, Any]:
+    async def live() -> dict[str, Any]:
         running, waiting = worker.load
         return {
             "model": model,
@@ -98,8 +95,9 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
         return await problem_found(_, _explained(error))
 
     @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> JSONResponse:
-        return await problem_found(_, Problem(error.status_code, str(error.detail)))
+    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{request.method} {request.url.path[:80]}: {error.detail}."
+        return await problem_found(request, Problem(error.status_code, message))
 
     @app.exception_handler(Exception)
     async def fault(_: Request, error: Exception) -> JSONResponse:
@@ -112,12 +110,12 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     hosts = None
     if keys is None and worker.options.is_local:
         hosts = {"localhost", "127.0.0.1", "::1", worker.options.host}
-    app.add_middleware(Gate, hosts=hosts, most=most, refused=meter.refused)
+    app.add_middleware(Gate, hosts=hosts, keys=keys, most=most, refused=meter.refused)
     return app
 
 
-async def _answer(api: Api, body: Sampled, request: Request, tenant: str) -> Response:
-    answers = await api.answers(body, tenant)
+async def _answer(api: Api, body: Sampled, request: Request) -> Response:
+    answers = await api.answers(body, request.scope["tenant"])
     if body.stream:
         return _EventStream(answers)
     writing = asyncio.ensure_future(answers.whole())
@@ -162,19 +160,28 @@ async def _left(request: Request) -> None:
 
 def _explained(error: RequestValidationError) -> Problem:
     """The first thing that is wrong with a body."""
-    first = error.errors()[0]
-    param = ".".join(str(part) for part in first["loc"][1:])
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "value_error" and not param:  # begins with the field's name
+    errors = error.errors()
+    # Where a field may be one of several things, the error that lies deepest says most.
+    field = errors[0]["loc"][:2]
+    found = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
+    kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
+    param = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
+    if kind == "value_error" and not param:  # begins with the field's name
         return refused(message, message.partition(" ")[0])
-    if first["type"] in ("json_invalid", "model_attributes_type") or not param:
+    if kind in ("json_invalid", "model_attributes_type") or not param:
+        why = f" ({message})" if kind == "json_invalid" else ""
         return refused(
-            f"The body is no JSON object ({message}). Send one, with the header Content-Type: "
+            f"The body is no JSON object{why}. Send one, with the header Content-Type: "
             "application/json."
         )
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         message = "there is no such field; leave it out"
     return refused(f"{param}: {message}.", param)
+
+
+def _is_type(part: int | str) -> bool:
+    """Whether a part of an error's place is what a value could be, not where it stands."""
+    return isinstance(part, str) and (part == "str" or "[" in part)
 
 
 _STARTED = int(time.time())
