@@ -143,6 +143,9 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.worker.drain()
+        if answers := sum(self.worker.load):
+            seconds = f"{self.worker.options.drain:g}"
+            self._say(f"Ending: answers have {seconds} seconds to end; there are {answers}.")
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
