@@ -89,14 +89,15 @@ def ask_all(url: str, clients: int, count: int, tokens: int) -> None:
         list(threads.map(ask, bodies(count, tokens)))
 
 
-def started(engine: Engine, config: GenerateConfig, rows: int) -> Server:
-    """A server that is ready."""
+def started(engine: Engine, config: GenerateConfig, rows: int) -> tuple[Server, threading.Thread]:
+    """A server that is ready, and its thread."""
     options = ServeOptions(port=0, rows=rows, context=CONTEXT)
     server = make_server(engine.sibling, config, options, "smollm2-135m", lambda _: None)
-    threading.Thread(target=server.run_to_the_end, daemon=True).start()
+    thread = threading.Thread(target=server.run_to_the_end)
+    thread.start()
     while server.worker.state != "ready":
         time.sleep(0.1)
-    return server
+    return server, thread
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def main() -> None:
     stepping = Stepping()
     for clients in given.clients:
         count = given.requests or 2 * clients
-        server = started(engine, GenerateConfig(**how, max_new_tokens=1), clients)
+        server, thread = started(engine, GenerateConfig(**how, max_new_tokens=1), clients)
         alone = engine.sibling()
         command = [sys.executable, __file__, "--ask", server.address]
         command += ["--clients", str(clients), "--requests", str(count)]
@@ -139,6 +140,7 @@ def main() -> None:
                 served.append(serve)
                 print(json.dumps({"clients": clients, **report(runs, served)}), flush=True)
         server.should_exit = True
+        thread.join()
 
 
 def report(

@@ -1,4 +1,4 @@
-"""`kill -9` of a real `ttspec serve` while it learns: the next one goes on from what was kept."""
+"""A real `ttspec serve` that is told to end while it loads, or killed while it learns."""
 
 import os
 import random
@@ -111,3 +111,31 @@ def test_what_was_kept_outlives_kills_and_is_gone_on_from(toy_target_dir, pair, 
         before = newest(kept)
         assert before >= said, "what was on the disk is there"
     assert max(rounds[1:]) < rounds[0], "it drafts with what was learned"
+
+
+LOADING = """
+import sys
+import torch
+import ttspec
+from ttspec.cli import main
+
+def load(*args, **options):
+    while True:
+        torch.ones(500, 500) @ torch.ones(500, 500)
+
+ttspec.load = load
+sys.exit(main(["serve", "--port=0"]))
+"""
+
+
+@pytest.mark.slow
+def test_told_to_end_while_it_loads_it_exits_with_0() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("Listening")
+        process.terminate()
+        assert process.wait(30) == 0
+        assert "terminate called" not in process.stderr.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,6 +39,8 @@ def serve(
 ) -> int:
     """Serve until told to stop; arguments and errors as in `make_server`.
 
+    Told to stop while models load, it ends the process, with 0.
+
     Returns:
         0, once all is over.
 
@@ -45,7 +48,13 @@ def serve(
         ResourceError: The address is taken.
         TtspecError: What loading says.
     """
-    return make_server(load, config, options, model, say).run_to_the_end()
+    server = make_server(load, config, options, model, say)
+    code = server.run_to_the_end()
+    if server.worker.is_loading:  # Python's own end would abort in the middle of torch's work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def make_server(

@@ -128,6 +128,11 @@ class Worker:
         running = len(self._running)
         return running, max(0, self._in_flight - running)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread has begun, and has no rows yet."""
+        return self._thread.is_alive() and not self.rows
+
     def drain(self) -> None:
         """Take no more jobs."""
         if self.state in ("loading", "ready"):
