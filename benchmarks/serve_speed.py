@@ -8,6 +8,7 @@ the clock: a policy that does drafts otherwise in each arm. Prints a JSON line a
 all pairs so far:
 
     ratio    CPU seconds of `Engine.run` over the server's
+    speed    the same by the clock, from the first step to the last: a quiet machine needed
     outside  share of the server's CPU seconds that is not spent in steps of the scheduler
     steps    of the scheduler. A server has more: prompts that come one after the other are read
              one after the other
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -40,27 +41,43 @@ CONTEXT = 1024
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
 
 
+class Cost(NamedTuple):
+    """What some answers cost."""
+
+    cpu: float
+    """Seconds, of all threads."""
+    in_steps: float
+    """Those of them in steps of schedulers."""
+    steps: int
+    seconds: float
+    """By the clock, from the first step to the last."""
+
+
 class Stepping:
-    """Counts steps of all schedulers, and their CPU seconds."""
+    """Watches the steps of all schedulers."""
 
     def __init__(self) -> None:
-        self.steps, self.seconds, step = 0, 0.0, Scheduler.step
+        self._spans: list[tuple[float, float, float]] = []
+        """Of each step: its CPU seconds, and when it began and ended."""
+        step = Scheduler.step
 
-        def counted(scheduler: Scheduler) -> list[tuple[int, Chunk]]:
-            begin = time.thread_time()
+        def watched(scheduler: Scheduler) -> list[tuple[int, Chunk]]:
+            begin, cpu = time.monotonic(), time.thread_time()
             try:
                 return step(scheduler)
             finally:
-                self.steps += 1
-                self.seconds += time.thread_time() - begin
+                self._spans.append((time.thread_time() - cpu, begin, time.monotonic()))
 
-        Scheduler.step = counted
+        Scheduler.step = watched
 
-    def measure(self, work: Callable[[], object]) -> tuple[float, float, int]:
-        """CPU seconds of all threads meanwhile, those of steps, and steps."""
-        self.steps, self.seconds, begin = 0, 0.0, time.process_time()
+    def cost(self, work: Callable[[], object]) -> Cost:
+        """What a piece of work costs."""
+        self._spans.clear()
+        begin = time.process_time()
         work()
-        return time.process_time() - begin, self.seconds, self.steps
+        cpu = time.process_time() - begin
+        seconds = self._spans[-1][2] - self._spans[0][1]
+        return Cost(cpu, sum(span[0] for span in self._spans), len(self._spans), seconds)
 
 
 def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -130,11 +147,11 @@ def main() -> None:
             "max_new_tokens": given.tokens,
             "ignore_eos": True,
         }
-        runs: list[tuple[float, float, int]] = []
-        served: list[tuple[float, float, int]] = []
+        runs: list[Cost] = []
+        served: list[Cost] = []
         for pair in range(given.pairs + 1):  # the first one warms up
-            run = stepping.measure(lambda a=alone, w=asked: list(a.run(**w, **how)))
-            serve = stepping.measure(lambda c=command: subprocess.run(c, check=True))
+            run = stepping.cost(lambda a=alone, w=asked: list(a.run(**w, **how)))
+            serve = stepping.cost(lambda c=command: subprocess.run(c, check=True))
             if pair:
                 runs.append(run)
                 served.append(serve)
@@ -143,17 +160,16 @@ def main() -> None:
         thread.join()
 
 
-def report(
-    runs: list[tuple[float, float, int]], served: list[tuple[float, float, int]]
-) -> dict[str, Any]:
+def report(runs: list[Cost], served: list[Cost]) -> dict[str, Any]:
     """Figures of the pairs so far."""
-    cpu = {"run": sum(r[0] for r in runs), "server": sum(s[0] for s in served)}
+    cpu, seconds = ([sum(cost[n] for cost in arm) for arm in (runs, served)] for n in (0, 3))
     return {
         "pairs": len(runs),
-        "ratio": round(cpu["run"] / cpu["server"], 3),
-        "outside": round(1 - sum(s[1] for s in served) / cpu["server"], 4),
-        "steps": {"run": [r[2] for r in runs], "server": [s[2] for s in served]},
-        "cpu_seconds": {name: round(seconds, 2) for name, seconds in cpu.items()},
+        "ratio": round(cpu[0] / cpu[1], 3),
+        "speed": round(seconds[0] / seconds[1], 3),
+        "outside": round(1 - sum(cost.in_steps for cost in served) / cpu[1], 4),
+        "steps": {"run": [r.steps for r in runs], "server": [s.steps for s in served]},
+        "cpu_seconds": {"run": round(cpu[0], 2), "server": round(cpu[1], 2)},
     }
 
 
