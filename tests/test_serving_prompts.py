@@ -83,8 +83,10 @@ def test_tools_are_written_by_the_template_or_refused(engine) -> None:
     assert '"look_up"' in text_of(engine, writer(engine, CALLS).chat(asked).prompts[0])
     silent = writer(engine, CALLS).chat(body(tools=[TOOL], tool_choice="none")).prompts[0]
     assert "look_up" not in text_of(engine, silent)
-    with pytest.raises(Problem, match="no place for tools"):
-        writer(engine, CHATML).chat(asked)
+    user = {"type": "function", "function": {"name": "user"}}  # a word of the template's own
+    for tools in (asked, body(tools=[user])):
+        with pytest.raises(Problem, match="no place for tools"):
+            writer(engine, CHATML).chat(tools)
 
 
 class Masked(LogitsProcessor):
