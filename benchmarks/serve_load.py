@@ -1,10 +1,10 @@
 """Load on `ttspec serve`: many clients, some go away, some talk nonsense.
 
-    ttspec serve --rows 8 --queue 64 --port 8000
-    python benchmarks/serve_load.py --clients 32 --minutes 10 --pid PID_OF_THE_SERVER
+    ttspec serve --rows 8 --queue 64 --port 8000 & python benchmarks/serve_load.py --pid $!
 
-Prints one JSON object. Needs httpx. `--only-good` leaves out what goes wrong on purpose, to measure
-tokens per second.
+Waits until the server is ready, and prints one JSON object. Exits with 1 when an answer was none of
+those that are meant: whole, cut off by its client, 429, 504, and 400 for nonsense. Needs httpx.
+`--only-good` leaves out what goes wrong on purpose, to measure tokens per second.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ MALFORMED = (
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 10000000}',
     b'{"messages": [{"role": "user", "content": "x"}], "echo": true}',
 )
+INTENDED = {
+    *("good: 200", "good: 429", "good: deadline"),
+    *("cancelled: 200", "cancelled: 429", "cancelled: deadline", "cancelled: by the client"),
+    "malformed: 400",
+}
 
 
 class Tally:
@@ -99,17 +106,28 @@ async def watch(pid: int | None, tally: Tally) -> None:
         await asyncio.sleep(5)
 
 
-async def main() -> None:
-    """Run the clients, and print what happened."""
+def wait_until_ready(url: str) -> None:
+    """Return once the server can answer; two minutes are long enough to load."""
+    for _ in range(240):
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health").status_code == 200:
+                return
+        time.sleep(0.5)
+    sys.exit(f"{url} does not get ready")
+
+
+async def main() -> int:
+    """Run the clients, and print what happened; 1 if it was not meant."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--minutes", type=float, default=2)
+    parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--pid", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only-good", action="store_true")
     given = parser.parse_args()
+    wait_until_ready(given.url)
     tally, begin = Tally(), time.monotonic()
 
     async def client(number: int) -> None:
@@ -124,6 +142,7 @@ async def main() -> None:
     watching.cancel()
     seconds = time.monotonic() - begin
     print(json.dumps(report(tally, seconds) | {"clients": given.clients}, indent=1))
+    return int(not INTENDED.issuperset(tally.outcomes))
 
 
 def report(tally: Tally, seconds: float) -> dict[str, Any]:
@@ -153,4 +172,4 @@ def spread(values: list[float]) -> dict[str, float] | None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(asyncio.run(main()))

@@ -1,10 +1,18 @@
 """What a server costs beside `Engine.run` of the same requests, in CPU seconds, pairs interleaved.
 
-    python benchmarks/serve_speed.py --clients 1 4 8 --pairs 3
+    OMP_NUM_THREADS=1 python benchmarks/serve_speed.py --clients 1 4 8 --pairs 3
 
 Both run in this process with the same pair of models; the clients are a process of their own,
-whose time is not counted. CPU time is what a busy machine leaves comparable. Prints one JSON line
-for each number of clients; a ratio of 1 means that the server costs nothing. Needs httpx.
+whose time is not counted. CPU time is what a busy machine leaves comparable, and nothing goes by
+the clock: a policy that does drafts otherwise in each arm. Prints a JSON line after each pair, of
+all pairs so far:
+
+    ratio    CPU seconds of `Engine.run` over the server's
+    speed    the same by the clock, from the first step to the last: a quiet machine needed
+    outside  share of the server's CPU seconds that is not spent in steps of the scheduler
+    steps    of the scheduler. A server has more: prompts that come one after the other are read
+             one after the other
+Needs httpx.
 """
 
 from __future__ import annotations
@@ -15,19 +23,61 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
 
 import ttspec
-from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.scheduler import Scheduler
+from ttspec.records import Chunk
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.server import Server, make_server
 
 CONTEXT = 1024
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
+
+
+class Cost(NamedTuple):
+    """What some answers cost."""
+
+    cpu: float
+    """Seconds, of all threads."""
+    in_steps: float
+    """Those of them in steps of schedulers."""
+    steps: int
+    seconds: float
+    """By the clock, from the first step to the last."""
+
+
+class Stepping:
+    """Watches the steps of all schedulers."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[float, float, float]] = []
+        """Of each step: its CPU seconds, and when it began and ended."""
+        step = Scheduler.step
+
+        def watched(scheduler: Scheduler) -> list[tuple[int, Chunk]]:
+            begin, cpu = time.monotonic(), time.thread_time()
+            try:
+                return step(scheduler)
+            finally:
+                self._spans.append((time.thread_time() - cpu, begin, time.monotonic()))
+
+        Scheduler.step = watched
+
+    def cost(self, work: Callable[[], object]) -> Cost:
+        """What a piece of work costs."""
+        self._spans.clear()
+        begin = time.process_time()
+        work()
+        cpu = time.process_time() - begin
+        seconds = self._spans[-1][2] - self._spans[0][1]
+        return Cost(cpu, sum(span[0] for span in self._spans), len(self._spans), seconds)
 
 
 def bodies(count: int, tokens: int) -> list[dict[str, Any]]:
@@ -56,14 +106,15 @@ def ask_all(url: str, clients: int, count: int, tokens: int) -> None:
         list(threads.map(ask, bodies(count, tokens)))
 
 
-def started(engine: Engine, config: GenerateConfig, rows: int) -> Server:
-    """A server that is ready."""
+def started(engine: Engine, config: GenerateConfig, rows: int) -> tuple[Server, threading.Thread]:
+    """A server that is ready, and its thread."""
     options = ServeOptions(port=0, rows=rows, context=CONTEXT)
     server = make_server(engine.sibling, config, options, "smollm2-135m", lambda _: None)
-    threading.Thread(target=server.run_to_the_end, daemon=True).start()
+    thread = threading.Thread(target=server.run_to_the_end)
+    thread.start()
     while server.worker.state != "ready":
         time.sleep(0.1)
-    return server
+    return server, thread
 
 
 def main() -> None:
@@ -79,35 +130,47 @@ def main() -> None:
         ask_all(given.ask, given.clients[0], given.requests, given.tokens)
         return
     engine = ttspec.load("smollm2-135m", device="cpu", dtype="float32")
-    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=LearnConfig())
+    how: dict[str, Any] = {"context": CONTEXT, "learn": LearnConfig()}
+    how["draft"] = DraftConfig(adaptive=False)
+    stepping = Stepping()
     for clients in given.clients:
         count = given.requests or 2 * clients
-        server, alone = started(engine, config, clients), engine.sibling()
+        server, thread = started(engine, GenerateConfig(**how, max_new_tokens=1), clients)
+        alone = engine.sibling()
         command = [sys.executable, __file__, "--ask", server.address]
         command += ["--clients", str(clients), "--requests", str(count)]
         command += ["--tokens", str(given.tokens)]
-        dialogues = [[body["messages"]] for body in bodies(count, given.tokens)]
-        seconds: dict[str, list[float]] = {"run": [], "server": []}
+        asked: dict[str, Any] = {
+            "dialogues": [[body["messages"]] for body in bodies(count, given.tokens)],
+            "seeds": list(range(count)),
+            "rows": clients,
+            "max_new_tokens": given.tokens,
+            "ignore_eos": True,
+        }
+        runs: list[Cost] = []
+        served: list[Cost] = []
         for pair in range(given.pairs + 1):  # the first one warms up
-            begin = time.process_time()
-            for _ in alone.run(
-                dialogues,
-                rows=clients,
-                context=CONTEXT,
-                max_new_tokens=given.tokens,
-                ignore_eos=True,
-                seeds=list(range(count)),
-                learn=LearnConfig(),
-            ):
-                pass
-            middle = time.process_time()
-            subprocess.run(command, check=True)
+            run = stepping.cost(lambda a=alone, w=asked: list(a.run(**w, **how)))
+            serve = stepping.cost(lambda c=command: subprocess.run(c, check=True))
             if pair:
-                seconds["run"].append(round(middle - begin, 2))
-                seconds["server"].append(round(time.process_time() - middle, 2))
+                runs.append(run)
+                served.append(serve)
+                print(json.dumps({"clients": clients, **report(runs, served)}), flush=True)
         server.should_exit = True
-        ratio = sum(seconds["run"]) / sum(seconds["server"])
-        print(json.dumps({"clients": clients, "ratio": round(ratio, 3), **seconds}), flush=True)
+        thread.join()
+
+
+def report(runs: list[Cost], served: list[Cost]) -> dict[str, Any]:
+    """Figures of the pairs so far."""
+    cpu, seconds = ([sum(cost[n] for cost in arm) for arm in (runs, served)] for n in (0, 3))
+    return {
+        "pairs": len(runs),
+        "ratio": round(cpu[0] / cpu[1], 3),
+        "speed": round(seconds[0] / seconds[1], 3),
+        "outside": round(1 - sum(cost.in_steps for cost in served) / cpu[1], 4),
+        "steps": {"run": [r.steps for r in runs], "server": [s.steps for s in served]},
+        "cpu_seconds": {"run": round(cpu[0], 2), "server": round(cpu[1], 2)},
+    }
 
 
 if __name__ == "__main__":

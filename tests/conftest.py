@@ -18,6 +18,9 @@ from ttspec.config import DraftConfig
 from ttspec.errors import ResourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import httpx
     from transformers import PreTrainedTokenizerFast
 
     from ttspec.decoding.engine import Engine
@@ -199,6 +202,15 @@ def engine(toy_target_dir) -> Engine:
     from toys import toy_engine
 
     return toy_engine(toy_target_dir)
+
+
+@pytest.fixture(scope="module")
+def client(engine: Engine) -> Iterator[httpx.Client]:
+    """A client of a server of the toy pair."""
+    from servers import running
+
+    with running(engine) as (client, _):
+        yield client
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,13 @@ from ttspec.serving.server import Server, make_server
 CONTEXT = 300
 LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
 HELLO = [{"role": "user", "content": "hello"}]
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
+    "required": ["on", "n"],
+    "additionalProperties": False,
+}
+FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 
 
 @contextmanager

@@ -7,19 +7,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from servers import CONTEXT, HELLO, LEARN, chat, complete, events, running, until
-from toys import toy_engine
+from servers import CONTEXT, FORM, HELLO, LEARN, chat, complete, events, running, until
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError
 from ttspec.serving import gate
 from ttspec.serving.keys import add_key, read_keys
@@ -27,17 +24,6 @@ from ttspec.serving.options import ServeOptions
 from ttspec.serving.server import make_server
 
 PLAIN: dict[str, Any] = {"learn": None, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir: Path) -> Engine:
-    return toy_engine(toy_target_dir)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[httpx.Client]:
-    with running(engine) as (client, _):
-        yield client
 
 
 def test_an_answer_is_what_generate_writes_alone_or_among_others_streamed_or_not(
@@ -131,6 +117,8 @@ REFUSED = [
     ({"prompt": 7}, "prompt"),
     ({"prompt": []}, "prompt"),
     ({"prompt": [300]}, "prompt"),
+    ({"prompt": ["a", 5]}, "prompt.1"),
+    ({"prompt": [[1], ["a"]]}, "prompt.1.0"),
     ({"prompt": "x" * 290, "max_tokens": 20}, "prompt"),
     ({"temperature": "0.5"}, "temperature"),
     ({"temperature": -1}, "temperature"),
@@ -138,9 +126,13 @@ REFUSED = [
     ({"max_tokens": True}, "max_tokens"),
     ({"n": 1000}, "n"),
     ({"n": 20}, "n"),
-    ({"stop": [1]}, "stop"),
+    ({"stop": [1]}, "stop.0"),
     ({"stop": ""}, "stop"),
     ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"260": 1}}, "logit_bias"),
+    ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ({"logit_bias": {"999": 1}, "stream": True}, "logit_bias"),
+    ({"max_tokens": 2, "min_tokens": 5}, "min_tokens"),
     ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"prompt": "\ud800"}, "prompt"),
 ]
@@ -154,7 +146,17 @@ def test_what_cannot_be_answered_is_refused_by_name(client, body, param) -> None
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
-    assert (error["param"] or "").startswith(param)
+    assert error["param"] == param
+    assert param in error["message"]
+
+
+def test_what_a_text_model_cannot_read_is_refused_by_name(client) -> None:
+    image = {"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}
+    response = chat(client, messages=[{"role": "user", "content": [image]}])
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "messages.0.content.0.type"
+    assert "'text'" in error["message"]
 
 
 def test_harmless_fields_and_nulls_are_ignored(client) -> None:
@@ -362,10 +364,14 @@ def test_only_who_has_a_key_is_answered(engine, tmp_path) -> None:
             response = client.post("/v1/completions", json={"prompt": "x"}, headers=header)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
-            assert client.get("/metrics", headers=header).status_code == 401
+            for place in ("/metrics", "/live", "/v1/models", "/openapi.json", "/nothing"):
+                assert client.get(place, headers=header).status_code == 401
+            body = {"content": b"{nonsense", "headers": {"Content-Type": "application/json"}}
+            assert client.post("/v1/completions", **body).status_code == 401
         client.headers["Authorization"] = f"Bearer {key}"
         assert complete(client, max_tokens=2).status_code == 200
         assert client.get("/", headers={"Host": "any.example"}).status_code == 200
+        assert client.get("/health", headers={"Authorization": ""}).status_code == 200
 
 
 def test_a_server_for_others_needs_keys_and_a_file_of_keys_is_checked(tmp_path) -> None:
@@ -411,15 +417,6 @@ def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
     refused = complete(client, logit_bias={"9999": 1.0})
     assert refused.status_code == 400
     assert complete(client, max_tokens=2).status_code == 200
-
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
-    "required": ["on", "n"],
-    "additionalProperties": False,
-}
-FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 
 
 def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engine, client) -> None:

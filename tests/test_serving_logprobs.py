@@ -1,14 +1,11 @@
 """Log-probabilities that a server tells are the target's own, whatever is drafted and chosen."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
-from servers import HELLO, chat, complete, events, running
-from toys import toy_engine
+from servers import HELLO, chat, complete, events
 
 from ttspec.decoding.engine import Engine
 
@@ -17,17 +14,6 @@ CHOSEN: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 4},
     {"temperature": 0.7, "top_k": 5, "seed": 3, "presence_penalty": 1.0, "logit_bias": {"65": 4.0}},
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir: Path) -> Engine:
-    return toy_engine(toy_target_dir)
-
-
-@pytest.fixture(scope="module")
-def client(engine: Engine) -> Iterator[httpx.Client]:
-    with running(engine) as (client, _):
-        yield client
 
 
 def by_transformers(engine: Engine, prompt: list[int], answer: list[int]) -> torch.Tensor:

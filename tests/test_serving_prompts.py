@@ -3,7 +3,6 @@
 import copy
 import json
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from conftest import CHATML
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import toy_engine
+from servers import SCHEMA
 from transformers import LlamaForCausalLM, LogitsProcessor
 
 from ttspec.cli import main
@@ -28,17 +27,6 @@ from ttspec.serving.thoughts import ThoughtSplitter
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 THINKS = CHATML.replace("assistant\n' }}", "assistant\n' + ('<think>\n' if thinking else '') }}")
 CALLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML
-SCHEMA = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
-    "required": ["on", "n"],
-    "additionalProperties": False,
-}
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir: Path) -> Engine:
-    return toy_engine(toy_target_dir)
 
 
 def writer(engine: Engine, template: str) -> PromptWriter:
@@ -95,8 +83,10 @@ def test_tools_are_written_by_the_template_or_refused(engine) -> None:
     assert '"look_up"' in text_of(engine, writer(engine, CALLS).chat(asked).prompts[0])
     silent = writer(engine, CALLS).chat(body(tools=[TOOL], tool_choice="none")).prompts[0]
     assert "look_up" not in text_of(engine, silent)
-    with pytest.raises(Problem, match="no place for tools"):
-        writer(engine, CHATML).chat(asked)
+    user = {"type": "function", "function": {"name": "user"}}  # a word of the template's own
+    for tools in (asked, body(tools=[user])):
+        with pytest.raises(Problem, match="no place for tools"):
+            writer(engine, CHATML).chat(tools)
 
 
 class Masked(LogitsProcessor):

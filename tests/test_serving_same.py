@@ -2,30 +2,21 @@
 
 import random
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy
-import pytest
 import torch
 from llguidance import LLMatcher
 from llguidance.hf import from_tokenizer
-from servers import HELLO, chat, events, running
-from toys import plain, toy_engine
+from servers import FORM, HELLO, SCHEMA, chat, events, running
+from toys import plain
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from ttspec.config import LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.serving.grammar import WHITE_SPACE
 
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {"on": {"type": "boolean"}, "n": {"type": "integer", "maximum": 99}},
-    "required": ["on", "n"],
-    "additionalProperties": False,
-}
-FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 FREE = {"max_tokens": 16, "ignore_eos": True}
 ASKED: list[dict[str, Any]] = [
     {**FREE, "seed": 1},
@@ -34,11 +25,6 @@ ASKED: list[dict[str, Any]] = [
     {"max_tokens": 60, "seed": 4, "response_format": FORM, "ignore_eos": False},
     {"max_tokens": 60, "seed": 5, "temperature": 1.0, "response_format": FORM, "ignore_eos": False},
 ]
-
-
-@pytest.fixture(scope="module")
-def engine(toy_target_dir: Path) -> Engine:
-    return toy_engine(toy_target_dir)
 
 
 class Grammar(LogitsProcessor):

@@ -51,17 +51,17 @@ def serve(
         learn=learning.config_if(learn),
     )
     try:
-        from ttspec.serving.server import log_to_stderr
+        from ttspec.serving.server import logs_on_stderr
         from ttspec.serving.server import serve as run
     except ModuleNotFoundError as error:
         raise ResourceError(
             f"ttspec serve needs {NEEDED}; {error.name} is missing.\n"
             "Install them with: pip install 'ttspec[serve]'"
         ) from error
-    log_to_stderr()
     is_path = Path(models.target).exists()  # which is nobody's business
     name = serving.served_model_name or (Path(models.target).name if is_path else models.target)
-    return run(lambda: models.load(notify=_show), config, serving, name, _show)
+    with logs_on_stderr():
+        return run(lambda: models.load(notify=_show), config, serving, name, _show)
 
 
 def _show(line: str) -> None:

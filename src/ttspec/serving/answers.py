@@ -13,11 +13,12 @@ from typing import Any
 
 from ttspec.records import Chunk, Result, Round, TokenLogprobs, acceptance_length
 from ttspec.serving import logprobs, reports
+from ttspec.serving.jobs import Event, Job
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
 from ttspec.serving.schema import ChatRequest, Sampled
 from ttspec.serving.thoughts import ThoughtSplitter
-from ttspec.serving.worker import Job, Worker
+from ttspec.serving.worker import Worker
 
 log = logging.getLogger("ttspec.serving")
 
@@ -48,7 +49,7 @@ class Answers:
     model: str
     written: Written
     jobs: list[Job]
-    events: asyncio.Queue[tuple[Job, Chunk | Problem]]
+    events: asyncio.Queue[Event]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
     created: int = field(default_factory=lambda: int(time.time()))
 

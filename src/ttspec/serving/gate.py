@@ -1,6 +1,6 @@
-"""What stands before all routes: whose host name was asked, and how large and slow a body may be.
+"""What stands before all routes: whose host name was asked, who asks, how large and slow a body is.
 
-Plain ASGI, so that a stream passes as it comes.
+Plain ASGI: a stream passes as it comes, and strangers are refused before their body is read.
 """
 
 from __future__ import annotations
@@ -13,18 +13,23 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ttspec.serving.keys import ANYBODY, Keys
 from ttspec.serving.options import BODY_SECONDS
 from ttspec.serving.problems import Problem
 
+FOR_ANYBODY = ("/", "/health")
+"""Paths that need no key."""
+
 
 class Gate:
-    """Refuses what no route should see."""
+    """Refuses what no route should see, and tells routes who asks, as `scope["tenant"]`."""
 
     def __init__(
         self,
         app: ASGIApp,
         *,
         hosts: Collection[str] | None,
+        keys: Keys | None,
         most: Callable[[], int],
         refused: Callable[[int], None],
     ) -> None:
@@ -34,32 +39,53 @@ class Gate:
             app: What is asked in the end.
             hosts: Names that the server may be called by; None is any. Without keys, a web page
                 could else reach a server on its reader's machine under a name of its own.
+            keys: Who may ask; without them anybody may.
             most: Bytes of a body.
             refused: Told of the status of each request that is refused here.
         """
-        self._app, self._hosts, self._most, self._refused = app, hosts, most, refused
+        self._app, self._hosts, self._keys = app, hosts, keys
+        self._most, self._refused = most, refused
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         try:
-            body = await self._body(Headers(scope=scope), scope["method"], receive)
+            self._require_host(headers)
+            scope["tenant"] = ANYBODY if scope["path"] in FOR_ANYBODY else self._tenant(headers)
+            body = await self._body(headers, scope["method"], receive)
         except Problem as problem:
             self._refused(problem.status)
-            headers = {**problem.headers, "Connection": "close"}
-            response = JSONResponse(problem.body(), problem.status, headers)
+            close = {**problem.headers, "Connection": "close"}
+            response = JSONResponse(problem.body(), problem.status, close)
             await response(scope, receive, send)
             return
         except _GoneError:
             return
         await self._app(scope, _replayed(body, receive), send)
 
-    async def _body(self, headers: Headers, method: str, receive: Receive) -> bytes:
+    def _require_host(self, headers: Headers) -> None:
         host = _host(headers.get("host", ""))
         if self._hosts is not None and host not in self._hosts:
             raise Problem(403, f"This server is not called {host[:80]!r}.", code="unknown_host")
+
+    def _tenant(self, headers: Headers) -> str:
+        if self._keys is None:
+            return ANYBODY
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        tenant = self._keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
+        if tenant is None:
+            raise Problem(
+                401,
+                "The request has no API key that this server knows. Send the header "
+                "Authorization: Bearer KEY.",
+                code="invalid_api_key",
+            )
+        return tenant
+
+    async def _body(self, headers: Headers, method: str, receive: Receive) -> bytes:
         if method not in ("POST", "PUT", "PATCH"):
             return b""
         most = self._most()

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from ttspec.records import Chunk
 
 if TYPE_CHECKING:
-    from ttspec.serving.worker import Job
+    from ttspec.serving.jobs import Job
 
 HISTORY = 300
 """Seconds that the page can look back."""

@@ -61,3 +61,4 @@ def refused(message: str, param: str | None = None, code: str | None = None) -> 
 
 NO_ROOM = "The server has no room for answers of this tenant. Try again later."
 FAILED = "The server failed while it wrote this answer. It goes on; send the request again."
+STOPPED = "The server stops. Send the request to another, or later."

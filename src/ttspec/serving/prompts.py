@@ -127,9 +127,8 @@ class PromptWriter:
     @staticmethod
     def _with_tools(template: ChatTemplate, messages: list[Any], tools: list[Any]) -> str:
         text = template.render(as_messages(messages), tools=tools)
-        for tool in tools:
-            if tool["function"]["name"] not in text:
-                raise refused("This target's chat template has no place for tools.", "tools")
+        if text == template.render(as_messages(messages)):
+            raise refused("This target's chat template has no place for tools.", "tools")
         return text
 
     def _ids(self, prompt: Any) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from ttspec.records import Result, Round
-from ttspec.serving.worker import Job
+from ttspec.serving.jobs import Job
 
 Level = Literal["none", "summary", "detailed"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -38,6 +39,8 @@ def serve(
 ) -> int:
     """Serve until told to stop; arguments and errors as in `make_server`.
 
+    Told to stop while models load, it ends the process, with 0.
+
     Returns:
         0, once all is over.
 
@@ -45,7 +48,13 @@ def serve(
         ResourceError: The address is taken.
         TtspecError: What loading says.
     """
-    return make_server(load, config, options, model, say).run_to_the_end()
+    server = make_server(load, config, options, model, say)
+    code = server.run_to_the_end()
+    if server.worker.is_loading:  # Python's own end would abort in the middle of torch's work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def make_server(
@@ -143,6 +152,9 @@ class Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self.worker.drain()
+        if answers := sum(self.worker.load):
+            seconds = f"{self.worker.options.drain:g}"
+            self._say(f"Ending: answers have {seconds} seconds to end; there are {answers}.")
         self._drained = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
@@ -180,11 +192,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(told)
 
 
-def log_to_stderr() -> None:
-    """Write all records of the server and of uvicorn as JSON lines."""
+@contextmanager
+def logs_on_stderr() -> Iterator[None]:
+    """Meanwhile, write all records of the server and of uvicorn as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    for name, level in (("ttspec.serving", logging.INFO), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
+    loggers = [logging.getLogger(name) for name in ("ttspec.serving", "uvicorn")]
+    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.handlers, logger.propagate = [], True
+            logger.setLevel(logging.NOTSET)

@@ -2,8 +2,7 @@
 
 The event loop hands it jobs and is told of every chunk. The thread looks for new and cancelled
 jobs before every step, so who goes away frees a row within a round. A round that fails takes the
-answers of its rows with it; those that wait begin on new ones. There is one scheduler, unless all
-rows teach the same weights (scope shared): then every tenant has its own, with weights of its own.
+answers of its rows with it; those that wait begin on new ones.
 """
 
 from __future__ import annotations
@@ -16,55 +15,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from functools import partial
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import SPARE, free_memory, target_cache
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import ResourceError, TtspecError
 from ttspec.records import Chunk
+from ttspec.serving.jobs import Event, Job
 from ttspec.serving.keys import ANYBODY
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
-from ttspec.serving.problems import FAILED, NO_ROOM, Problem, refused
-
-if TYPE_CHECKING:
-    from ttspec.serving.grammar import GrammarMask
+from ttspec.serving.problems import FAILED, NO_ROOM, STOPPED, Problem, refused
+from ttspec.serving.schedulers import Schedulers
 
 State = Literal["loading", "ready", "draining", "stopped"]
 PATIENCE = 0.05
 """Seconds between looks at what waits for time or memory."""
 log = logging.getLogger("ttspec.serving")
-
-
-@dataclass(eq=False, kw_only=True)
-class Job:
-    """One answer that is asked for. The thread writes the times, the event loop reads."""
-
-    ids: list[int]
-    config: GenerateConfig
-    seed: int
-    occurrence: int
-    tenant: str
-    thinking: bool | None
-    deadline: float
-    """When it is over, in `time.monotonic`'s seconds."""
-    index: int
-    """Its place among the answers of its request."""
-    mask: GrammarMask | None = None
-    """What it may be made of."""
-    logprobs: int | None = None
-    """As in `ttspec.decoding.scheduler.Request`."""
-    events: asyncio.Queue[tuple[Job, Chunk | Problem]]
-    """Of all answers of its request: chunks, the last one with the result; or what went wrong."""
-    queued: float = field(default_factory=time.monotonic)
-    started: float | None = None
-    first_token: float | None = None
-    ended: float | None = None
 
 
 class Worker:
@@ -94,15 +64,13 @@ class Worker:
         self.engine: Engine
         self.slots = self.rows = self.draft_length = 0
         """Tokens of a row, rows, and tokens that a round verifies at most, once loaded."""
+        self._schedulers: Schedulers
         self._loop: asyncio.AbstractEventLoop | None = None
         self._notify: Callable[[], None]
         self._commands: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._lock = threading.Lock()
         self._in_flight = 0
         self._first_tenant = tenant
-        self._by_tenant = config.learn is not None and config.learn.scope == "shared"
-        self._schedulers: dict[str | None, Scheduler] = {}
-        """By tenant; of None where one serves all."""
         self._waiting: deque[Job] = deque()
         self._running: dict[tuple[Scheduler, int], Job] = {}
         self._stopping = False
@@ -160,6 +128,11 @@ class Worker:
         running = len(self._running)
         return running, max(0, self._in_flight - running)
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether the thread has begun, and has no rows yet."""
+        return self._thread.is_alive() and not self.rows
+
     def drain(self) -> None:
         """Take no more jobs."""
         if self.state in ("loading", "ready"):
@@ -177,13 +150,13 @@ class Worker:
     def _run(self) -> None:
         try:
             self.engine = self._load()
-            self._begin()
+            self._make_rows()
             if self.state == "loading":
                 self.state = "ready"
                 self._tell(self._notify)
             while not self._stopping:
                 self._step()
-            self._end_all(_ended())
+            self._end_all(Problem(503, STOPPED, code="stopped"))
             self.engine.close()
         except BaseException as error:  # told to whoever runs the server
             self.failure = error
@@ -192,45 +165,23 @@ class Worker:
                 self._keep_what_was_learned()
         self.state = "stopped"
         # Who made the server may live on, and FastAPI keeps its routes for good.
-        self.__dict__.pop("engine", None)
-        self._schedulers.clear()
-        del self._load
+        for name in ("engine", "_schedulers", "_load"):
+            self.__dict__.pop(name, None)
         self._tell(self._notify)
 
-    def _begin(self) -> None:
-        """Make rows, as many as fit."""
-        decoder = self._scheduler_of(self._first_tenant).decoder
-        self.rows, self.slots = decoder.rows.count, decoder.rows.slots
-        copies = decoder.copying.most if decoder.copying else 0
-        self.draft_length = max(decoder.gamma, copies)
-
-    def _scheduler_of(self, tenant: str) -> Scheduler:
-        """Whose rows a tenant's answers have; its own are made when it asks for the first time.
-
-        Raises:
-            TtspecError: They do not fit, or another process keeps what it learns in their folder.
-        """
-        whose = tenant if self._by_tenant else None
-        if whose not in self._schedulers:
-            engine, longest = self.engine, 1
-            config = replace(self.config, tenant=None if whose == ANYBODY else whose)
-            rows = engine.rows_for(config, self.rows or self.options.rows, longest, sessions=True)
-            decoder = engine.decoder(config, rows, longest, sessions=True)
-            decoder.tenant = whose
-            self._schedulers[whose] = Scheduler(decoder, config)
-        return self._schedulers[whose]
+    def _make_rows(self) -> None:
+        """As many as fit."""
+        rows = self.rows or self.options.rows
+        made = Schedulers(self.engine, self.config, rows, self._first_tenant)
+        self._schedulers = made
+        self.rows, self.slots, self.draft_length = made.rows, made.slots, made.draft_length
 
     def _step(self) -> None:
-        self._obey()
+        self._take_commands()
         self._expire()
         self._admit()
         try:
-            events = [
-                ((scheduler, request), chunk)
-                for scheduler in self._schedulers.values()
-                if scheduler.has_unfinished()
-                for request, chunk in scheduler.step()
-            ]
+            events = self._schedulers.step()
         except Exception as error:  # a fault of ours, or of the machine
             self._recover(error)
             return
@@ -244,8 +195,8 @@ class Worker:
         self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
         self._hand_out([(job, chunk) for job, chunk in moved if job not in lost])
 
-    def _obey(self) -> None:
-        """Take commands; wait for some where there is nothing else to do."""
+    def _take_commands(self) -> None:
+        """Do what the event loop asked for; wait for it where there is nothing else to do."""
         timeout = None
         if self._running:
             timeout = 0.0
@@ -272,24 +223,14 @@ class Worker:
         """Give free rows to those who wait, as far as memory allows."""
         while self._waiting and len(self._running) < self.rows and not self._stopping:
             job = self._waiting[0]
-            if self._running and not self._has_room(job):
+            tokens = len(job.ids) + job.config.max_new_tokens
+            if self._running and not self._schedulers.have_room(tokens):
                 return
             self._waiting.popleft()
             job.started = time.monotonic()
             try:
-                scheduler = self._scheduler_of(job.tenant)
-                request = scheduler.add_request(
-                    Request(
-                        ids=job.ids,
-                        seed=job.seed,
-                        occurrence=job.occurrence,
-                        tenant=job.tenant,
-                        mask=job.mask,
-                        logprobs=job.logprobs,
-                        thinking=job.thinking,
-                        config=job.config,
-                    )
-                )
+                scheduler = self._schedulers.of(job.tenant)
+                request = scheduler.add_request(job.request())
             except ResourceError:  # which may name a folder: for the log only
                 log.exception("no rows", extra={"event": "no_rows"})
                 self._fail([job], Problem(503, NO_ROOM, code="no_room", retry_after=60))
@@ -303,15 +244,6 @@ class Worker:
                 continue
             self._running[scheduler, request] = job
             self.meter.started(job.started - job.queued)
-
-    def _has_room(self, job: Job) -> bool:
-        """Whether memory is left for a row of this length. A GPU has all rows' from the start."""
-        target = self.engine.target
-        if target.device.type != "cpu" or (free := free_memory(target.device)) is None:
-            return True
-        slots = min(self.slots, len(job.ids) + job.config.max_new_tokens)
-        need = target_cache(target.config, 1, slots, target.dtype)
-        return need is None or need <= SPARE * free
 
     def _cancel(self, job: Job) -> None:
         if job.ended is None:
@@ -336,11 +268,11 @@ class Worker:
         lost = list(self._running.values())
         self._running.clear()
         self._fail(lost, Problem(500, FAILED, code="round_failed"))
-        self._schedulers.clear()
+        del self._schedulers
         self._keep_what_was_learned()
         self.engine = self.engine.sibling()
         gc.collect()
-        self._begin()
+        self._make_rows()
 
     def _keep_what_was_learned(self) -> None:
         """After a fault: it must not be a second one."""
@@ -381,7 +313,7 @@ class Worker:
         with self._lock:
             self._in_flight -= len(jobs)
 
-    def _send(self, events: Sequence[tuple[Job, Chunk | Problem]]) -> None:
+    def _send(self, events: Sequence[Event]) -> None:
         if events:
             self._tell(partial(_deliver, events))
 
@@ -391,10 +323,6 @@ class Worker:
             self._loop.call_soon_threadsafe(what)
 
 
-def _deliver(events: Sequence[tuple[Job, Chunk | Problem]]) -> None:
+def _deliver(events: Sequence[Event]) -> None:
     for job, event in events:
         job.events.put_nowait((job, event))
-
-
-def _ended() -> Problem:
-    return Problem(503, "The server stops. Send the request to another, or later.", code="stopped")

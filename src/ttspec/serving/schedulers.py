@@ -1,0 +1,79 @@
+"""The engine of a server and its schedulers: one for all, or one for each tenant.
+
+There is one, unless all rows teach the same weights (scope shared): then every tenant has its own,
+with weights of its own. Used by the engine's thread alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ttspec.config import GenerateConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.forecast import SPARE, free_memory, target_cache
+from ttspec.decoding.scheduler import Scheduler
+from ttspec.records import Chunk
+from ttspec.serving.keys import ANYBODY
+
+
+class Schedulers:
+    """Rows for all tenants, as many for each as fit."""
+
+    def __init__(self, engine: Engine, config: GenerateConfig, rows: int, tenant: str) -> None:
+        """Make the rows of one tenant, which are those of all where one scheduler serves all.
+
+        Args:
+            engine: The pair.
+            config: What all requests have in common.
+            rows: Of a scheduler, if so many fit.
+            tenant: Any of them.
+
+        Raises:
+            TtspecError: Not even one row fits, or another process keeps what it learns in the
+                tenant's folder.
+        """
+        self.engine, self._config, self.rows = engine, config, rows
+        self._by_tenant = config.learn is not None and config.learn.scope == "shared"
+        self._of: dict[str | None, Scheduler] = {}
+        decoder = self.of(tenant).decoder
+        self.rows, self.slots = decoder.rows.count, decoder.rows.slots
+        """Rows of a scheduler, and tokens of a row."""
+        copies = decoder.copying.most if decoder.copying else 0
+        self.draft_length = max(decoder.gamma, copies)
+        """Tokens that a round verifies at most, besides the pending one."""
+
+    def of(self, tenant: str) -> Scheduler:
+        """Whose rows a tenant's answers have; its own are made when it asks for the first time.
+
+        Raises:
+            TtspecError: As `__init__`.
+        """
+        whose = tenant if self._by_tenant else None
+        if whose not in self._of:
+            engine, longest = self.engine, 1
+            config = replace(self._config, tenant=None if whose == ANYBODY else whose)
+            rows = engine.rows_for(config, self.rows, longest, sessions=True)
+            decoder = engine.decoder(config, rows, longest, sessions=True)
+            decoder.tenant = whose
+            self._of[whose] = Scheduler(decoder, config)
+        return self._of[whose]
+
+    def step(self) -> list[tuple[tuple[Scheduler, int], Chunk]]:
+        """A step of each scheduler that has something to do: ((scheduler, request), chunk)."""
+        return [
+            ((scheduler, request), chunk)
+            for scheduler in self._of.values()
+            if scheduler.has_unfinished()
+            for request, chunk in scheduler.step()
+        ]
+
+    def have_room(self, tokens: int) -> bool:
+        """Whether memory is left for one more row of this length.
+
+        A GPU has all rows' from the start.
+        """
+        target = self.engine.target
+        if target.device.type != "cpu" or (free := free_memory(target.device)) is None:
+            return True
+        need = target_cache(target.config, 1, min(self.slots, tokens), target.dtype)
+        return need is None or need <= SPARE * free
