@@ -70,7 +70,7 @@ class Arm:
             "tokens": sum(r.emitted for r in rounds),
             "rounds": len(rounds),
             "drafted": sum(r.proposed > 0 and not r.copied for r in rounds),
-            "updates": max(learner.updates) if learner else 0,
+            "updates": int(learner.weights._steps[0]) if learner else 0,
             "strides": learner.strides if learner else 0,
         }
 
