@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
+
 LEAST_MATCH = 2
 """Last tokens that must have stood at an earlier place; the newest such place is copied. To look
 for the longest match among older ones gained nothing (docs/experiments.md)."""
@@ -36,8 +38,17 @@ class Copy(NamedTuple):
     """Tokens that stood behind an earlier place."""
 
     tokens: list[int]
-    promise: float
-    """How many of them are expected to be kept."""
+    chances: list[float]
+    """How likely each is kept."""
+
+    @property
+    def promise(self) -> float:
+        """How many of them are expected to be kept."""
+        return sum(self.chances)
+
+    def first(self, most: int) -> Copy:
+        """The same, cut to its first tokens."""
+        return Copy(self.tokens[:most], self.chances[:most])
 
 
 class SuffixIndex:
@@ -105,18 +116,18 @@ class SuffixIndex:
     def copy(self, most: int) -> Copy:
         """Up to `most` tokens that may come next, as many as are likely to be kept."""
         place, match, ours = self._place, self._match, self._tokens
-        chance, promise, copied = 1.0, 0.0, list[int]()
+        chance, copied, chances = 1.0, list[int](), list[float]()
         if not place:
-            return Copy(copied, promise)
+            return Copy(copied, chances)
         period = len(ours) - place
         for i in range(most):
             bucket = _BUCKET[min(match + i, LONGEST_MATCH)]
             chance *= self._right[bucket] / self._seen[bucket]
             if chance < LEAST_CHANCE:
                 break
-            promise += chance
+            chances.append(chance)
             copied.append(ours[place + i % period])  # past the end: what was copied goes on
-        return Copy(copied, promise)
+        return Copy(copied, chances)
 
     def _find(self, place: int) -> None:
         """Take an earlier place, if there is one, and count the tokens that agree before it."""
@@ -134,7 +145,13 @@ class Copying:
     """The copies of all rows, and which rows copy instead of drafting."""
 
     def __init__(
-        self, rows: int, most: int, *, block_cost: float = 0.0, one_length: bool = False
+        self,
+        rows: int,
+        most: int,
+        *,
+        block_cost: float = 0.0,
+        one_length: bool = False,
+        costs: CopyCosts | None = None,
     ) -> None:
         """No row has tokens.
 
@@ -144,8 +161,11 @@ class Copying:
             block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
                 much less. From the weights that it reads, not from a clock.
             one_length: Rounds in which rows copy are all as wide.
+            costs: What wide rounds take, by the clock: rows copy where the round pays. Without it
+                each row copies where that promises more than a draft.
         """
         self.most, self._block_cost, self._one_length = most, block_cost, one_length
+        self._costs, self._widths = costs, (most,) if one_length else WIDTHS
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -160,15 +180,21 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
-        chosen = {}
+        copies, accepted = dict[int, Copy](), dict[int, float]()
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
-            copied, promise = index.copy(self.most)
-            drafted = (1 + self._accepted[row]) / (1 + self._block_cost) - 1 if drafts else 0.0
-            if copied and promise > drafted:
-                chosen[row] = copied
-        return chosen
+            copies[row] = index.copy(self.most)
+            accepted[row] = self._accepted[row] if drafts else 0.0
+        most = self.most
+        if self._costs:
+            chances = {row: copy.chances for row, copy in copies.items() if copy.tokens}
+            how = {"drafts": drafts, "widths": self._widths}
+            most = self._costs.worthwhile(chances, accepted, **how)
+        block_cost = self._block_cost if drafts else 0.0
+        least = {row: (1 + n) / (1 + block_cost) - 1 for row, n in accepted.items()}
+        cut = {row: copy.first(most) for row, copy in copies.items()}
+        return {r: c.tokens for r, c in cut.items() if c.tokens and c.promise > least[r]}
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""

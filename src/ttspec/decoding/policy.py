@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.draft_word import DraftWord
-from ttspec.decoding.rows import RowOutcome
+from ttspec.decoding.rows import RoundShape, RowOutcome
 from ttspec.decoding.timing import RoundTimer
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import UpdateSchedule
@@ -122,6 +123,8 @@ class DraftPolicy:
         """Whether rows copied in the last drafting round."""
         self._rows = 1
         """Rows that cost something in it."""
+        self.copy_costs = CopyCosts()
+        """What rounds of several rows took in which some copied."""
         self._word: DraftWord | None = None
         """What the drafter says of its drafts, if it does."""
 
@@ -339,15 +342,17 @@ def _middle(values: Sequence[float]) -> float:
 class PolicyFeedback:
     """Tells an adaptive policy, and the schedule of updates, what a round took and brought."""
 
-    def __init__(self, learner: Learner | None, schedule: UpdateSchedule | None) -> None:
+    def __init__(
+        self, learner: Learner | None, schedule: UpdateSchedule | None, copy_costs: CopyCosts | None
+    ) -> None:
         """By `schedule` the learner learns seldom where that does not pay."""
-        self._learner, self._schedule = learner, schedule
+        self._learner, self._schedule, self._copy_costs = learner, schedule, copy_costs
 
     def observe(
         self,
         policy: DraftPolicy | FixedDraftLength,
         timer: RoundTimer,
-        draft_length: int,
+        shape: RoundShape,
         longest: int,
         outcomes: dict[int, RowOutcome],
         rows: int,
@@ -357,11 +362,15 @@ class PolicyFeedback:
         Args:
             policy: Chose its length.
             timer: Timed it.
-            draft_length: Drafts that each row might have.
+            shape: Drafts that each row might have, and tokens of the longest copy.
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
         """
+        draft_length = shape.draft_length
+        if self._copy_costs and not timer.captured:
+            size = len(outcomes), draft_length > 0, shape.copy_length
+            self._copy_costs.observe(*size, timer.seconds)
         if not (policy.adaptive or self._schedule):
             return
         emitted = without = 0

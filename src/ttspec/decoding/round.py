@@ -143,7 +143,7 @@ class SpeculativeRound:
         }
         some = self._verified
         cost = self.rows.count if some is None else len(some)
-        self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes, cost)
+        self.feedback.observe(self.policy, self.timer, shape, longest, outcomes, cost)
         return outcomes
 
     def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:
