@@ -146,6 +146,7 @@ def test_beside_a_drafter_a_copy_must_bring_more_than_the_drafts_that_it_replace
 def test_rows_of_a_batch_copy_less_where_wide_rounds_are_slow(target) -> None:
     """Copies take a round sixty times as long: the rows stop, and their text is the same."""
     options = {"max_new_tokens": 96, "ignore_eos": True, "temperature": 0.0, "seed": 1}
+    options |= {"draft": DraftConfig(adaptive=True)}
     prompts = [[1, 2, 3] * 6, list(range(3, 17)), [5, 6] * 7, [9, 4, 4, 9, 4, 4, 9]]
 
     def run(factor: float) -> tuple[list[list[int]], int]:
@@ -271,7 +272,7 @@ def test_planted_wrong_copies_are_rejected(target, which: str) -> None:
 
 def test_rows_choose_for_themselves(target) -> None:
     """Rounds in which some rows copy and others draft, of drafts shorter than the copies."""
-    decoder = decoder_of(target, "eagle3", rows=3, draft=DraftConfig(adaptive=False))
+    decoder = decoder_of(target, "eagle3", rows=3)
     shapes, propose = [], decoder.propose
 
     def watched(shape):
