@@ -172,6 +172,12 @@ def test_rounds_are_as_wide_as_the_longest_copy_or_all_alike() -> None:
     copies = {0: [0] * 9, 1: [0] * 4}
     assert Copying(2, 31).length(copies) == 9
     assert Copying(2, 31, one_length=True).length(copies) == 31
+    text = [7, 1, 2, 3, 4, 5, 9, 8, 6, 0, 11, 12, 13, 1, 2]
+    (short,) = Copying(1, 9).choose([0], [text], drafts=False).values()
+    (full,) = Copying(1, 9, one_length=True).choose([0], [text], drafts=False).values()
+    assert full == text[3:12]
+    assert short == full[: len(short)]
+    assert len(short) < len(full)
     assert Copying(2, 31).length({}) == Copying(2, 31, one_length=True).length({}) == 0
 
 

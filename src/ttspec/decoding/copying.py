@@ -3,8 +3,9 @@
 Known as prompt lookup or suffix decoding. A copy costs no forward of the drafter, is up to 31
 tokens long, and is verified as any draft is. A row copies where that promises more than a draft,
 by how often copies after a match of such a length were right lately; the row's own text says it
-for every token that is committed, copied or not. Runs on the host, between two rounds; decides by
-counts alone, no clock, so that a run repeats. Knows no tensors.
+for every token that is committed, copied or not. Of several rows, which all read as much as the
+longest copy has, none copies where that does not pay (`copy_costs.py`). Runs on the host, between
+two rounds. One row decides by counts alone, no clock, so that its run repeats. Knows no tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ BELIEF = 8.0
 MEMORY = 64.0
 """Tokens of a bucket that are remembered."""
 LEAST_CHANCE = 0.15
-"""A copy ends where the chance that a token of it is kept falls below this."""
+"""A copy that may be shorter ends where the chance that a token is kept falls below this."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -113,8 +114,8 @@ class SuffixIndex:
         del self._tokens[length:], self._older[length:]
         self._find(self._older[-1] if length else 0)
 
-    def copy(self, most: int) -> Copy:
-        """Up to `most` tokens that may come next, as many as are likely to be kept."""
+    def copy(self, most: int, least: float = LEAST_CHANCE) -> Copy:
+        """Up to `most` tokens that may come next, each kept with a chance of `least` or more."""
         place, match, ours = self._place, self._match, self._tokens
         chance, copied, chances = 1.0, list[int](), list[float]()
         if not place:
@@ -123,7 +124,7 @@ class SuffixIndex:
         for i in range(most):
             bucket = _BUCKET[min(match + i, LONGEST_MATCH)]
             chance *= self._right[bucket] / self._seen[bucket]
-            if chance < LEAST_CHANCE:
+            if chance < least:
                 break
             chances.append(chance)
             copied.append(ours[place + i % period])  # past the end: what was copied goes on
@@ -165,6 +166,7 @@ class Copying:
                 each row copies where that promises more than a draft.
         """
         self.most, self._block_cost, self._one_length = most, block_cost, one_length
+        self._least = 0.0 if one_length else LEAST_CHANCE  # a token more costs nothing there
         self._costs, self._widths = costs, (most,) if one_length else WIDTHS
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
@@ -184,7 +186,7 @@ class Copying:
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
-            copies[row] = index.copy(self.most)
+            copies[row] = index.copy(self.most, self._least)
             accepted[row] = self._accepted[row] if drafts else 0.0
         most = self.most
         if self._costs:
