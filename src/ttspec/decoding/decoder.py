@@ -11,7 +11,8 @@ from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
+from ttspec.decoding.feedback import PolicyFeedback
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
 from ttspec.decoding.row_sampling import RowSampling

@@ -28,8 +28,9 @@ from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowOutcome, RowStates, RowVerdict
