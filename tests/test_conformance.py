@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from toys import (
     CONFIGS,
+    DOMINO_HEAD,
     LEARN,
     MODEL,
     PLAIN,
@@ -547,8 +548,9 @@ def small_drafter(which: str) -> Drafter:
         "pard": {"pard_token": 4, "pard2_target_dim": 48},
     }
     changes["dspark"] = changes["dflash"]
+    changes["domino"] = {"dflash_config": {**DOMINO_HEAD, "mask_token_id": 4}}
     changes["dflash2"] = {**changes["dflash"], "conv_group_size": 8, "selector_top_k": 3}
-    blocks = {"dflash": 3, "dflash2": 3, "dspark": 2}
+    blocks = {"dflash": 3, "domino": 3, "dflash2": 3, "dspark": 2}
     length = {"block_size": blocks[kind]} if kind in blocks else {"ttspec": {"length": 2}}
     drafter = make_drafter(kind, {**config, **SMALL, **length, **changes.get(kind, {})})
     drafter.weights = random_weights(drafter.shapes(), 1)
@@ -594,7 +596,7 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
     return chi_square(torch.bincount(cells, minlength=FEW**3), share)
 
 
-DRAWN = ("dflash", "dspark", "dflash2", "eagle3", "mtp", "pard", "pard2", "causal")
+DRAWN = ("dflash", "domino", "dspark", "dflash2", "eagle3", "mtp", "pard", "pard2", "causal")
 
 
 @pytest.mark.parametrize(
@@ -647,7 +649,7 @@ class LateQ(LateUpdate):
         return dataclasses.replace(proposal, q=self.drafter.widen(q, 0.0))
 
 
-@pytest.mark.parametrize("which", ["dflash", "dspark", "eagle3"])
+@pytest.mark.parametrize("which", ["dflash", "domino", "dspark", "eagle3"])
 def test_drafts_judged_by_a_q_that_did_not_draft_them_are_found(small, which: str):
     assert written(small, which, "coupled", LateUpdate) > 1e-3
     assert written(small, which, "coupled", LateQ) < 1e-6

@@ -24,7 +24,7 @@ from ttspec.drafters.keys import LAYER, NO_EFFECT, SCALES, refuse_keys
 from ttspec.errors import CheckpointError, TtspecError
 
 KINDS = ("dflash", "eagle3", "pard", "causal")
-KEYED = (*KINDS, "dflash2", "dspark")
+KEYED = (*KINDS, "dflash2", "domino", "dspark")
 PREFIX = 14
 TABLES = torch.randn(2, VOCABULARY, 64, generator=torch.Generator().manual_seed(1000)) * 0.3
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -389,6 +389,7 @@ def test_no_unknown_key_is_loaded_wherever_it_stands(tmp_path, kind):
     nested = {
         "dflash": ["dflash_config"],
         "dflash2": ["dflash_config"],
+        "domino": ["dflash_config"],
         "eagle3": ["eagle_config"],
     }.get(kind, [])
     places: list[Callable[[str, Any], dict[str, Any]]] = [
@@ -717,7 +718,8 @@ def test_heads_of_the_first_two_eagles_are_called_what_they_are(tmp_path, archit
         ({"speculators_model_type": "jetspec"}, "JetSpec"),
         ({"speculators_model_type": "mlp_speculator"}, "mlp_speculator"),
         ({"architectures": ["QwenDFlareDraftModel"]}, "DFlare"),
-        ({"dflash_config": {"mask_token_id": MASK, "projector_type": "domino"}}, "projector_type"),
+        ({"dflash_config": {"mask_token_id": MASK, "projector_type": "xpress"}}, "projector_type"),
+        ({"dflash_config": {"mask_token_id": MASK, "projector_type": "domino"}}, "gru_hidden_dim"),
     ],
 )
 def test_relatives_of_dflash_are_refused_by_name(tmp_path, changes, named):

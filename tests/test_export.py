@@ -37,7 +37,8 @@ BLOCKS = [
 MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
 HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]
 BOTH = [(name, form) for name in BLOCKS for form in ("published", "speculators")]
-EVERY = [*BOTH, *[(name, "published") for name in (*MODELS, *HEADS)]]
+DOMINO = [name for name, (kind, _) in CONFIGS.items() if kind == "domino"]
+EVERY = [*BOTH, *[(name, "published") for name in (*DOMINO, *MODELS, *HEADS)]]
 LAYERS = [1, 3, 4]
 """Taps that no reader mistakes for another convention's."""
 REDUCED = {"draft_vocab_size": 120}

@@ -26,9 +26,10 @@ GOLDENS = Path(__file__).parent / "goldens"
 EAGLE3 = sorted(p.name for p in GOLDENS.glob("eagle3-*"))
 DFLASH = sorted(p.name for p in GOLDENS.glob("dflash-*"))
 DFLASH2 = sorted(p.name for p in GOLDENS.glob("dflash2-*"))
+DOMINO = sorted(p.name for p in GOLDENS.glob("domino-*"))
 DSPARK = sorted(p.name for p in GOLDENS.glob("dspark-*"))
 JETSPEC = sorted(p.name for p in GOLDENS.glob("jetspec-*"))
-LAYERS = {"eagle3": 8, "dflash": 4, "dflash2": 4, "dspark": 4}
+LAYERS = {"eagle3": 8, "dflash": 4, "dflash2": 4, "domino": 4, "dspark": 4}
 """Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
 PROMPT, ACCEPTED = 9, (2, 0, 4)
 """Of EAGLE-3; a DFlash golden brings its own."""
@@ -115,7 +116,7 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])
-@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH, *DFLASH2, *DSPARK, *JETSPEC])
+@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC])
 def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
     drafter, expected = golden(name, tmp_path)
     whole = propose(drafter, read_prompt(drafter, expected, PROMPT), expected["tokens"], PROMPT)
@@ -160,10 +161,11 @@ def test_dflash2_draws_from_what_its_authors_package_draws_from(tmp_path, name):
     assert expected["accepted"].tolist() == list(ACCEPTED)
 
 
-@pytest.mark.parametrize("name", [*DSPARK, *JETSPEC])
+@pytest.mark.parametrize("name", [*DOMINO, *DSPARK, *JETSPEC])
 def test_drafting_in_rounds_says_what_its_authors_code_says(tmp_path, name):
     drafter, expected = golden(name, tmp_path)
-    assert isinstance(drafter, DSpark if name in DSPARK else DFlash)
+    assert drafter.kind == ("dflash" if name in JETSPEC else name.split("-")[0])
+    assert isinstance(drafter, DFlash)
     assert all(drafter.causal) == (name in JETSPEC)
     confident = isinstance(drafter, DSpark) and drafter.confident
     assert confident == ("confidence" in expected)

@@ -6,7 +6,11 @@ import pytest
 import torch
 from toys import make_kind, random_features, toy_engine
 
+from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.policy import FixedDraftLength
 from ttspec.learning.learner import Learner
 from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
 from ttspec.learning.study import BLOCKS, Study
@@ -14,7 +18,7 @@ from ttspec.losses import forward_kl, likely_kl
 from ttspec.records import Lesson
 
 VOCABULARY = 260
-KINDS = ["dflash", "eagle3", "causal", "pard", "mtp"]
+KINDS = ["dflash", "eagle3", "eagle3-layers", "causal", "pard", "mtp"]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +151,10 @@ def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> No
     q = q_logits.float().softmax(-1)
     agreement = torch.minimum(p, q).sum(-1)
     found = study.expected_drafts(drafter.weights, texts, lesson)
+    drafts = [study._draft(drafter.weights, texts, lesson)]
+    with torch.no_grad():
+        drafts.append(study._draft(drafter.weights, texts, lesson))
+    torch.testing.assert_close(*drafts, atol=1e-4, rtol=1e-4)
     wanted = (agreement * own.mask).cumprod(-1).sum(-1)
     # 64 of 260 tokens are known: what the others would add is not counted.
     assert ((wanted - found) > -1e-3).all()
@@ -172,8 +180,6 @@ def test_the_loss_is_kl_where_all_tokens_are_known() -> None:
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
 def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> None:
     """The mean of the weights drafts better than the anchor on the texts it was taught."""
-    from ttspec.decoding.engine import Engine
-
     own = Engine(engine.target, make_kind(which))
     learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)
     asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
@@ -184,15 +190,71 @@ def test_a_shared_drafter_learns_its_requests_by_heart(engine, which: str) -> No
     assert [r.token_ids for r in again] == [r.token_ids for r in static]
     assert [r.token_ids for r in taught] == [r.token_ids for r in static]
     assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
-    (live,) = own._shared_weights._live.values()
-    texts = live.memory.read(torch.arange(2), 1)
-    words = [r.token_ids for r in static]
+    assert_remembered(own, [r.token_ids for r in static])
+
+
+def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
+    """The first pages hold the beginnings of two answers."""
+    (live,) = engine._shared_weights._live.values()
+    texts = live.memory.read(torch.arange(2, device=live.memory.tokens.device), 1)
     found = [
         t[: int(j.nonzero().max()) + 1].tolist()
         for t, j in zip(texts.tokens, texts.judged, strict=True)
     ]
-    for row, answer in enumerate(words):
+    for row, answer in enumerate(answers):
         assert any(answer[:20] == f[k : k + 20] for f in found for k in range(len(f))), row
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
+def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None:
+    own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    learn = LearnConfig(scope="shared", stride=4)
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)
+    assert_remembered(own, [r.token_ids for r in results])
+    assert max(r.stats.updates for r in results) >= 1
+
+
+class Pausing(FixedDraftLength):
+    """Drafts in a few rounds, and then in none."""
+
+    left = 4
+
+    def choose(self) -> int:
+        self.left -= 1
+        return 0 if self.pauses else self.length
+
+    @property
+    def pauses(self) -> bool:  # type: ignore[override]
+        return self.left < 0
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> None:
+    own = Engine(engine.target, make_kind("dflash"))
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    prompts = ["hello there", "count to ten, please"]
+    draft = DraftConfig(copy=copies, adaptive=False)
+    static = own.generate(prompts, learn=None, draft=draft, **asked)
+
+    def pausing(*args, **options) -> Decoder:
+        decoder = Decoder(*args, **options)
+        decoder.policy = Pausing(decoder.gamma)
+        return decoder
+
+    learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)
+    own.make_decoder, own._spare = pausing, None
+    taught = own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert [r.token_ids for r in taught] == [r.token_ids for r in static]
+    assert max(r.stats.updates for r in taught) > 20
+    (live,) = own._shared_weights._live.values()
+    judged = int(live.memory.judged.sum())
+    assert judged >= sum(len(r.token_ids) - 2 for r in taught), "plain rounds teach too"
+    own.make_decoder, own._spare = Decoder, None
+    again = own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert [r.token_ids for r in again] == [r.token_ids for r in static]
+    assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
 
 
 def test_an_update_leaves_alone_what_is_held_out(engine) -> None:

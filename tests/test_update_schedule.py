@@ -7,7 +7,14 @@ from toys import bound_drafter, fake_round, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.learning.learner import Learner
-from ttspec.learning.update_schedule import MAX_STRIDES, TRIAL, UpdateSchedule
+from ttspec.learning.update_schedule import (
+    AT_FIRST,
+    MAX_STRIDES,
+    SHARE,
+    SHARE_UNUSED,
+    TRIAL,
+    UpdateSchedule,
+)
 
 
 def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
@@ -122,3 +129,25 @@ def test_a_row_used_again_waits_again():
     assert rounds(0) == [[False] * 2] * 3 + [[True] * 2] * 2
     learner.reset(0)
     assert rounds(5) == [[False, True]] * 3 + [[True] * 2] * 2
+
+
+@pytest.mark.parametrize(("drafts", "most"), [(1.0, SHARE), (None, SHARE_UNUSED)])
+def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None, most: float):
+    learner = SimpleNamespace(
+        stride=8, strides=1, is_updating=False, study=True, guard=SimpleNamespace(gain=lambda: 1.0)
+    )
+    pace, cost = UpdateSchedule(), 4.0
+    for number in range(1, 8 * AT_FIRST):
+        updated = number % (8 * learner.strides) == 0
+        pace.observe(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
+    assert learner.strides == 4, "a fifth at first"
+    for number in range(1, 50_000):
+        updated = number % (8 * learner.strides) == 0
+        pace.observe(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
+    share = cost / (8 * learner.strides)
+    assert most / 2 < share <= most or learner.strides == MAX_STRIDES
+    pace = UpdateSchedule()
+    for number in range(1, 20_000):  # cheaper: as often as the stride says
+        updated = number % (8 * learner.strides) == 0
+        pace.observe(1.0 + 0.02 * updated, updated, drafts, learner)  # type: ignore[arg-type]
+    assert learner.strides == 1

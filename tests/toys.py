@@ -87,6 +87,14 @@ DSPARK = {
     "markov_head_type": "vanilla",
     "markov_rank": 8,
 }
+DOMINO_HEAD: dict[str, Any] = {
+    **CONFIG["dflash_config"],
+    "emb_dim": 8,
+    "gru_hidden_dim": 12,
+    "projector_type": "domino",
+}
+SHIFTED = {**DOMINO_HEAD, "pure_draft_prefix_len": 1, "shift_label": True}
+DOMINO = {**CONFIG, "architectures": ["DominoDraftModel"], "dflash_config": DOMINO_HEAD}
 DFLASH2 = {
     **CONFIG,
     "architectures": ["DFlash2DraftModel"],
@@ -99,6 +107,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dflash": ("dflash", CONFIG),
     "dflash-sliding": ("dflash", {**CONFIG, **SLIDING}),
     "dflash-unusual": ("dflash", {**CONFIG, **UNUSUAL}),
+    "jetspec": (
+        "dflash",
+        {**CONFIG, "dflash_config": {**CONFIG["dflash_config"], "causal_head": True}},
+    ),
     "dspark": ("dspark", {**DSPARK, "enable_confidence_head": True}),
     "dspark-gated": (
         "dspark",
@@ -114,6 +126,8 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "sample_from_anchor": False,
         },
     ),
+    "domino": ("domino", DOMINO),
+    "domino-shifted": ("domino", {**DOMINO, **SLIDING, "dflash_config": SHIFTED}),
     "dflash2": ("dflash2", DFLASH2),
     "dflash2-sliding": (
         "dflash2",

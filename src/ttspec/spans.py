@@ -99,6 +99,11 @@ def batch_invariant() -> Iterator[None]:
         _batch_invariant = before
 
 
+def is_batch_invariant() -> bool:
+    """Whether `batch_invariant` is in force."""
+    return _batch_invariant
+
+
 @torch.library.custom_op("ttspec::span_attention", mutates_args=(), device_types="cuda")
 def _on_gpu(query: Tensor, keys: Tensor, values: Tensor, seen: Tensor, scale: float) -> Tensor:
     kernels = _kernels()

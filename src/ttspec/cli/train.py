@@ -12,7 +12,7 @@ def train(
     out: Path,
     target: str = "smollm2-135m",
     kind: Literal[
-        "dflash", "dflash2", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
+        "dflash", "dflash2", "domino", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
     ] = "dflash",
     init: str | None = None,
     max_length: int = 768,

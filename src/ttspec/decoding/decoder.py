@@ -168,10 +168,13 @@ class Decoder(SpeculativeRound):
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and shape.proposed and shape.absorbs:
+            if self.learner and self.teaches(shape):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)
+        # Last: what compiles the target moves its weights, and a graph reads them where they were.
+        if self.rows.count > 1 and not (self.batch_invariant or self.target.recurrent):
+            self.prompts.capture(self.graphs)
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]

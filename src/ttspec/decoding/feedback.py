@@ -38,10 +38,14 @@ class PolicyFeedback:
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
         """
-        draft_length = shape.draft_length
-        if self._copy_costs and not timer.captured:
-            size = len(outcomes), draft_length > 0, shape.copy_length
-            self._copy_costs.observe(*size, timer.seconds)
+        draft_length, copy_length = shape.draft_length, shape.copy_length
+        updated = any(outcome.updated for outcome in outcomes.values())
+        learner, apart = self._learner, False
+        if learner and learner.study:  # it learns whether or not the drafter drafts
+            apart = updated or learner.is_updating
+        first = timer.captured or apart
+        if self._copy_costs and not first:
+            self._copy_costs.observe(len(outcomes), draft_length > 0, copy_length, timer.seconds)
         if not (policy.adaptive or self._schedule):
             return
         emitted = without = 0
@@ -59,9 +63,9 @@ class PolicyFeedback:
             context=longest,
             copying=len(accepted) < len(outcomes),
             rows=rows,
-            first=timer.captured,
+            first=first,
         )
-        if self._learner and self._schedule and accepted and draft_length and not timer.captured:
-            updated = any(outcome.updated for outcome in outcomes.values())
-            mean = sum(accepted) / len(accepted)
-            self._schedule.observe(timer.seconds, updated, mean, self._learner)
+        if learner and self._schedule and not timer.captured:
+            mean = sum(accepted) / len(accepted) if accepted and draft_length else None
+            if mean is not None or learner.study:
+                self._schedule.observe(timer.seconds, updated, mean, learner)

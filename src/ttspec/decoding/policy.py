@@ -173,7 +173,8 @@ class DraftPolicy:
             context: Tokens in the longest row.
             copying: Whether rows copied.
             rows: Rows that cost something.
-            first: It did what is done once, as to capture a graph: its time says nothing.
+            first: Its time says nothing: it did what is done once, as to capture a graph, or had
+                an update beside it that would have come in any case.
         """
         if length:
             for n in accepted:

@@ -6,6 +6,7 @@ Between two pieces other rows may have rounds: a row takes no part until its pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ttspec.decoding.rows import RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
+from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.records import TokenLogprobs
@@ -30,6 +32,11 @@ AT_ONCE = 32 * PIECE
 """The same of all rows: more together are no faster, and every layer's states take memory."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
+PADDED = (32, 64, 128, 256, PIECE)
+"""Tokens to which a row's piece is padded where reading it is captured as a graph. Called kernel by
+kernel it takes as long as many rounds do, for which all other rows wait."""
+ALONE = 4
+"""Rows that are read one after the other then; more at a time are faster together."""
 LOST = -1
 
 
@@ -68,8 +75,12 @@ class Prompts:
 class PromptReader:
     """Feeds rows, to the target and to its drafter."""
 
+    captures: ClassVar[bool] = True
+    """Whether reading may be captured at all."""
     learner: Learner | None = None
     """Told what the rows read."""
+    _graphs: Graphs | None = None
+    """Of reading a row's piece, once `capture` was called."""
 
     def __init__(
         self,
@@ -88,6 +99,17 @@ class PromptReader:
         """The least length to which a row's recurrent states can go back, or `LOST`."""
         self._cropped: set[int] = set()
         """Rows that went back: features may be gone that their drafter sets out from."""
+        self._piece = torch.zeros(3 + PIECE, dtype=torch.long, device=target.device)
+        """What graphs read: a row, where its piece begins, its tokens' number, and these."""
+
+    def capture(self, graphs: Graphs) -> None:
+        """Capture the reading of one row's piece, of each padded length; the cache is made."""
+        if not self.captures:
+            return
+        self._graphs = graphs
+        for width in PADDED:
+            self._piece[1:2] = self._rows.slots  # nothing is kept
+            graphs(self._read_padded, width, compile=False)
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -262,18 +284,65 @@ class PromptReader:
         *,
         logits: bool,
     ) -> Tensor | None:
-        """As `_feed`, all at once."""
+        """As `_feed`, all at once, or one after the other where that is captured."""
+        if self._graphs and len(rows) <= ALONE:
+            each = zip(rows, parts, at, left, strict=True)
+            out = [self._feed_captured(*of_row) for of_row in each]
+            return torch.cat(out) if logits else None
         tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, tokens, features, start, subset)
-        if (
-            self.learner and self.learner.study
-        ):  # what is far from an answer would only fill its memory
+        self._teach(tokens, features, start, subset, parts, left)
+        return out
+
+    def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
+        """As `_feed` of one row, replayed; the logits [1, 1, V] of its last token."""
+        assert self._graphs
+        width = next(n for n in PADDED if n >= len(part))
+        given = torch.tensor([row, at, len(part), *part])
+        self._piece[: len(given)].copy_(given)
+        logits, features = self._graphs(self._read_padded, width, compile=False)
+        tokens, start, subset = self._piece[3 : 3 + width][None], self._piece[1:2], self._piece[:1]
+        if self._drafter and self._state and not self._drafter.takes_padding:
+            read = tokens[:, : len(part)], features[:, : len(part)]
+            self._drafter.extend(self._state, *read, start, subset)
+        self._teach(tokens, features, start, subset, [part], [left])
+        return logits.clone()
+
+    def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
+        """Logits [1, 1, V] of a piece's last token and features [1, width, W], from `_piece`."""
+        subset, start, count = (self._piece[i : i + 1] for i in range(3))
+        tokens = self._piece[3 : 3 + width][None]
+        with sdpa_kernel(ATTENTION):
+            logits, features = self._target.forward(
+                self._cache,
+                tokens,
+                start,
+                self._rows.slots,
+                subset=subset,
+                logits=(count - 1).clamp(min=0),
+                spans=True,
+            )
+            if self._drafter and self._state and self._drafter.takes_padding:
+                self._drafter.extend(self._state, tokens, features, start, subset, count)
+        assert logits is not None
+        return logits, features
+
+    def _teach(
+        self,
+        tokens: Tensor,
+        features: Tensor,
+        start: Tensor,
+        subset: Tensor | None,
+        parts: list[list[int]],
+        left: list[int],
+    ) -> None:
+        """Let the memory of all requests have what stands near an answer: more would fill it."""
+        if self.learner and self.learner.study:
             near = [len(p) if n <= PIECE else 0 for p, n in zip(parts, left, strict=True)]
             count = torch.tensor(near, device=start.device)
             self.learner.read(tokens, features, start, count, subset)
-        return out
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False

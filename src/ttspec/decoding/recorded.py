@@ -130,7 +130,7 @@ class RecordedTarget(Target):
         *,
         subset: Tensor | None = None,
         counts: Tensor | None = None,  # noqa: ARG002
-        logits: int | None = None,
+        logits: int | Tensor | None = None,
         spans: bool = False,  # noqa: ARG002
     ) -> tuple[Tensor | None, Tensor]:
         """What `Target.forward` says, as long as `tokens` are the recorded ones."""
@@ -138,15 +138,20 @@ class RecordedTarget(Target):
         row, at = cache.at(start, tokens.shape[1], subset)
         none = cache.hidden.new_empty(*at.shape, 0)
         features = torch.cat([none, *(table[row, at] for table in cache.states)], dim=-1)
-        if logits == 0:
+        if isinstance(logits, Tensor):
+            at = at[:, logits]
+        elif logits == 0:
             return None, features
-        hidden = cache.hidden[row, at[:, -(logits or 0) :]]
+        else:
+            at = at[:, -(logits or 0) :]
+        hidden = cache.hidden[row, at]
         return self.judge(hidden), features
 
 
 class RecordedPrompts(PromptReader):
     """Finds the recorded answers of prompts, and begins them as they were."""
 
+    captures = False
     _target: RecordedTarget
     _cache: RecordedRows
 

@@ -131,9 +131,14 @@ class SpeculativeRound:
         copied = {row: len(verdicts[row].tokens) for row in copies}
         self.deferred.after_round(verification, active, shape, copied)
         updated = [False] * self.rows.count
-        if self.learner and shape.proposed and shape.absorbs:
+        if self.learner and self.teaches(shape):
             updated = self.learner.absorb(
-                verification, longest, shape, active, drafted=shape.draft_length > 0
+                verification,
+                longest,
+                shape,
+                active,
+                drafted=shape.draft_length > 0,
+                emitted={row: len(v.tokens) for row, v in verdicts.items()},
             )
         seconds = self.timer.finish()
 
@@ -177,6 +182,11 @@ class SpeculativeRound:
         length = policy.worth(said[active].tolist())
         self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
         return shape._replace(draft_length=length)
+
+    def teaches(self, shape: RoundShape) -> bool:
+        """Whether the learner wants rounds of this shape: for its memory all of them."""
+        assert self.learner
+        return self.learner.study is not None or (shape.proposed > 0 and shape.absorbs)
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""

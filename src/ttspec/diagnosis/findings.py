@@ -32,6 +32,7 @@ BLOCKS = (BOUNDARY_IDS, "dflash_config.target_layer_ids")
 TAP_KEYS = {
     "dflash": BLOCKS,
     "dflash2": BLOCKS,
+    "domino": BLOCKS,
     "dspark": (BOUNDARY_IDS, "target_layer_ids", "dflash_config.target_layer_ids"),
     "eagle3": (EAGLE_IDS, f"eagle_config.{EAGLE_IDS}"),
     "pard": ("pard2_target_layers",),

@@ -73,6 +73,8 @@ class Drafter(ABC):
     kind: str
     drafts: ClassVar[bool] = True
     """False if nothing is asked of it in a round."""
+    takes_padding: ClassVar[bool] = False
+    """Whether `extend` can be told that some tokens are padding, and waits for nothing."""
     at_once: ClassVar[bool] = False
     """Whether a block is drafted by one pass, not by one for each token."""
     name: str
@@ -191,6 +193,7 @@ class Drafter(ABC):
         features: Tensor,
         start: Tensor,
         subset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> None:
         """Make verified tokens context.
 
@@ -200,8 +203,10 @@ class Drafter(ABC):
             features: [B, T, W] of the same tokens.
             start: int64 [B], position of each row's first token.
             subset: int64 [B], the rows meant; None is all.
+            counts: int64 [B], how many of each row's tokens are meant, where the drafter
+                `takes_padding`; None is all.
         """
-        text = Text.after(start, tokens, features, subset)
+        text = Text.after(start, tokens, features, subset, counts)
         self._extend(state, self._live(state, subset), text)
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:

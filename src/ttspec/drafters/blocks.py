@@ -17,6 +17,10 @@ Follow = Callable[[int, Tensor], Tensor]
 """(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
+FAR = 1 << 30
+"""A position past all slots."""
+
+
 @dataclass(frozen=True, slots=True)
 class Text:
     """Verified tokens."""
@@ -34,10 +38,21 @@ class Text:
 
     @classmethod
     def after(
-        cls, start: Tensor, tokens: Tensor, features: Tensor, subset: Tensor | None = None
+        cls,
+        start: Tensor,
+        tokens: Tensor,
+        features: Tensor,
+        subset: Tensor | None = None,
+        counts: Tensor | None = None,
     ) -> Text:
-        """Of which each row's first token is at position `start` int64 [B]."""
+        """Of which each row's first token is at position `start` int64 [B].
+
+        What lies behind a row's first `counts` int64 [B] is padding.
+        """
         position, row = positions(start, tokens.shape[1]), row_index(start, subset)
+        if counts is not None:
+            column = torch.arange(tokens.shape[1], device=start.device)
+            position = position.masked_fill(column >= counts[:, None], FAR)
         return cls(tokens, features, position, row, subset is None)
 
 

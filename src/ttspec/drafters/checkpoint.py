@@ -23,6 +23,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.dflash2 import DFlash2
+from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.keys import refuse_keys
@@ -36,7 +37,7 @@ BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
 KINDS: dict[str, type[Drafter]] = {
-    c.kind: c for c in (Mtp, Pard, DSpark, DFlash2, DFlash, Eagle3, Causal)
+    c.kind: c for c in (Mtp, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
 }
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,7 +46,6 @@ EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no
 UNREADABLE = {
     "dflare": "DFlare (each layer mixes the taps for itself)",
     "(gemma4|k3|qwen3omni)dspark|dsparkv": "DSpark on layers of another family than Qwen3's",
-    "domino": "Domino",
     "jetspec": "JetSpec of speculators (a causal block that is fed real tokens)",
     "p-?eagle": P_EAGLE,
     "eagle(?!-?3)": EAGLE,

@@ -1,10 +1,9 @@
 """DSpark: DFlash's body, and a small head by which each draft depends on the one before it.
 
-The body says of all places in a block at once what may stand there. The Markov head then goes from
-left to right: the token that was chosen last adds a bias of low rank to the next one's logits
-(arXiv 2607.05147; public code: deepseek-ai/DeepSpec `markov_head.py`, vLLM `qwen3_dspark.py`). So
-what a draft is drawn from is known only when those before it are drawn, and is what it is judged
-by. A confidence head says how likely each draft is to be kept. With `markov_rank` 0 it is DFlash.
+The Markov head goes from left to right: the token that was chosen last adds a bias of low rank to
+the next one's logits (arXiv 2607.05147; public code: deepseek-ai/DeepSpec `markov_head.py`, vLLM
+`qwen3_dspark.py`). A confidence head says how likely each draft is to be kept. With `markov_rank` 0
+it is DFlash.
 """
 
 from __future__ import annotations
@@ -17,19 +16,20 @@ from torch import Tensor
 
 from ttspec.drafters.base import Shapes
 from ttspec.drafters.blocks import Blocks, Choices
-from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Weights, fitted, lookup, project
+from ttspec.drafters.layers import Weights, lookup, project
+from ttspec.drafters.left_to_right import LeftToRight
 
 MARKOV, CONFIDENCE = "markov_head.", "confidence_head."
 INNER = {"gated": ("gate_proj", 1, 1), "rnn": ("joint_proj", 2, 3)}
 """By type of head: its inner matrix, and how many ranks go in (beside a hidden state) and out."""
 
 
-class DSpark(DFlash):
+class DSpark(LeftToRight):
     """A DSpark drafter, from its config.json and its weights by published name."""
 
     kind = "dspark"
-    behind = (*DFlash.behind, MARKOV)
+    behind = (*LeftToRight.behind, MARKOV)
+    last = f"{MARKOV}markov_w2"
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
@@ -106,44 +106,33 @@ class DSpark(DFlash):
         return length + (not self.from_anchor)
 
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
-        """Choose one draft after the other: what was chosen last has a say in the next one."""
-        text = [tokens]
-        if not self.rank:
-            text.append(choices(self.logits(states)[:, 0], 0))
-        scores, memory = self.scores(states), None
-        for i in range(states.shape[2] if self.rank else 0):
-            at = slice(i, i + 1)
-            latent, memory = self._latent(weights, states[:, :, at], text[-1][..., None], memory)
-            text.append(choices(self._biased(weights, scores[:, :, at], latent)[:, 0], i))
+        if self.rank:
+            text = self.choose_in_turn(weights, states, tokens, choices)
+        else:
+            text = torch.cat([tokens, choices(self.logits(states)[:, 0], 0)], dim=1)
         if self.confident:
-            said = self.confidence(weights, states, torch.cat(text, dim=1)[:, None])
-            choices.confidence = said[:, 0].sigmoid()
+            choices.confidence = self.confidence(weights, states, text[:, None])[:, 0].sigmoid()
 
     def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.following`."""
         if not self.rank:
-            return super().following(weights, states, tokens)
-        length, memory, latents = states.shape[2], None, list[Tensor]()
-        slots = [slice(i, i + 1) for i in range(length)]
-        for at in slots if self.head_type == "rnn" else [slice(0, length)]:
-            latent, memory = self._latent(weights, states[:, :, at], tokens[..., at], memory)
-            latents.append(latent)
-        return self._biased(weights, self.scores(states), torch.cat(latents, dim=2))
+            return self.logits(states)
+        return super().following(weights, states, tokens)
 
-    def _latent(
-        self, weights: Weights, states: Tensor, previous: Tensor, memory: Tensor | None
+    @property
+    def recurrent(self) -> bool:
+        """See `LeftToRight.recurrent`."""
+        return self.head_type == "rnn"
+
+    def latent(
+        self,
+        weights: Weights,
+        states: Tensor,
+        previous: Tensor,
+        memory: Tensor | None,
+        slot: int,  # noqa: ARG002
     ) -> tuple[Tensor, Tensor | None]:
-        """What the last product of the Markov head reads, and what a recurrent head remembers.
-
-        Args:
-            weights: The live ones.
-            states: [B, A, T, H] that the target's head reads.
-            previous: int64 [B, A, T], the tokens before.
-            memory: [B, A, T, r] of the slot before; None at the first slot.
-
-        Returns:
-            Both [B, A, T, r].
-        """
+        """See `LeftToRight.latent`; memory is [B, A, T, r]."""
         embedded = lookup(weights[f"{MARKOV}markov_w1.weight"], previous)
         if self.head_type == "vanilla":
             return embedded, None
@@ -155,11 +144,6 @@ class DSpark(DFlash):
         gate, new, out = project(weights, f"{MARKOV}joint_proj", read).chunk(3, dim=-1)
         gate = torch.sigmoid(gate)
         return torch.tanh(out), gate * memory + (1 - gate) * torch.tanh(new)
-
-    def _biased(self, weights: Weights, scores: Tensor, latent: Tensor) -> Tensor:
-        """Logits of scores [B, A, T, V_draft] and what the Markov head says of latent [..., r]."""
-        bias = project(weights, f"{MARKOV}markov_w2", latent)
-        return self.scaled(scores + fitted(bias, scores.shape[-1]))
 
     def confidence(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """How likely each draft is to be kept if those before it are, by the confidence head.

@@ -22,6 +22,7 @@ from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
     FeatureState,
+    alone,
     feature_ring,
     first_seen,
     growing,
@@ -179,7 +180,8 @@ class Eagle3(FeatureDrafter):
         h = self.fuse(weights, shifted)
         at = text.position - 1  # a prompt's first token has no row
         if self.layers > 1:
-            self._extend_layers(state, weights, h, text)
+            extend = self._extend_whole if torch.is_grad_enabled() else self._extend_layers
+            extend(state, weights, h, text)
         else:
             _, k, v = self._read(weights, h, text.tokens)
             k = state.rope(k, at)
@@ -204,6 +206,14 @@ class Eagle3(FeatureDrafter):
         self._step(weights, h, text.tokens, at, state.rope, contexts)
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
+
+    def _extend_whole(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
+        """The same of whole texts, with gradients: keys are written when all layers are through."""
+        at, nothing, nearest = text.position - 1, state.keys[0, :, :, :0], state.options.window
+        contexts = [alone(nothing, at, nearest, window) for window in self.windows]
+        self._step(weights, h, text.tokens, at, state.rope, contexts)
+        keys, values = ([getattr(c, name) for c in contexts] for name in ("keys", "values"))
+        state.write(torch.stack(keys), torch.stack(values), at, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -255,16 +265,11 @@ class Eagle3(FeatureDrafter):
             return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
 
         nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        grown: list[Iterator[Attend]] = []
-        for window in self.windows:
-            first = first_seen(position, position, None, window)
-            causal = (position <= position[:, None]) & (position >= first[:, None])
-            context = ConcatenatedContext(nothing, nothing, causal)
-            grown.append(growing(context, steps, count, position, window))
-        contexts = zip(*grown, strict=True)
+        own = [(alone(nothing, position, None, w), w) for w in self.windows]
+        grown = [growing(context, steps, count, position, w) for context, w in own]
         h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
-        position = position.expand(rows, -1)
-        self._chain(self.weights, h, token, position, self.rope, contexts, follow)
+        chain = self.weights, h, token, position.expand(rows, -1), self.rope
+        self._chain(*chain, zip(*grown, strict=True), follow)
         return outs
 
     def _trainable(self) -> list[str]:

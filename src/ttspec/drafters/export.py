@@ -22,6 +22,7 @@ from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.export_blocks import (
     published_dflash,
     published_dflash2,
+    published_domino,
     published_dspark,
     speculators_dflash,
     speculators_dflash2,
@@ -183,6 +184,7 @@ def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
 FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "dflash": {"published": published_dflash, "speculators": speculators_dflash},
     "dflash2": {"published": published_dflash2, "speculators": speculators_dflash2},
+    "domino": {"published": published_domino},
     "dspark": {"published": published_dspark, "speculators": speculators_dspark},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
     "mtp": {"published": _published_mtp, "speculators": _speculators_mtp},

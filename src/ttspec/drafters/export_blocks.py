@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.dflash2 import PREDECESSORS, SUCCESSORS, DFlash2
+from ttspec.drafters.domino import MLP, Domino
 from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.export_parts import (
     Written,
@@ -46,6 +47,11 @@ def published_dflash2(drafter: DFlash2, target: Target) -> Written:
         config["architectures"] = ["DFlash2DraftModel"]
         config["dflash_config"] |= _selector(drafter)
     return config, weights
+
+
+def published_domino(drafter: Domino, target: Target) -> Written:
+    """As SpecForge writes it, the one form that there is."""
+    return _with_tables(dict(drafter.config), drafter, target)
 
 
 def published_dspark(drafter: DSpark, target: Target) -> Written:
@@ -147,6 +153,7 @@ def _own(drafter: DFlash, target: Target) -> dict[str, Tensor]:
     weights = own_weights(drafter, target)
     tables = {"markov_head.markov_w1.weight": drafter.embedding, PREDECESSORS: drafter.embedding}
     tables |= {"markov_head.markov_w2.weight": drafter.head, SUCCESSORS: drafter.head}
+    tables |= {f"{MLP}2.weight": drafter.head}
     for name in tables.keys() & weights.keys():
         own, size = weights[name], len(tables[name])
         weights[name] = F.pad(own[:size], (0, 0, 0, max(0, size - len(own))))

@@ -33,6 +33,8 @@ PADDING = 0.01
 class FeatureDrafter(Drafter):
     """A drafter of Llama's or Qwen3's decoder layers."""
 
+    takes_padding = True
+
     def _read_body(
         self, body: Mapping[str, Any], kv_heads: Any, own: str, names: Collection[str]
     ) -> None:

@@ -128,6 +128,7 @@ DSPARK = DFLASH | _keys(
     "markov_rank markov_head_type enable_confidence_head use_confidence_head "
     "confidence_head_with_markov confidence_head_alpha shift_label"
 )
+DOMINO = DFLASH | _keys("projector_type pure_draft_prefix_len shift_label emb_dim gru_hidden_dim")
 DFLASH2 = DFLASH | _keys("conv_kernel_size conv_group_size selector_rank selector_top_k")
 PARD = _keys("pard_token spd_type pard2 pard2_scale pard2_target_dim pard2_target_layers")
 TTSPEC = frozenset({"length", "rebuilt", "layers_of_target"})
@@ -196,7 +197,10 @@ TABLES = {
             {**_INSIDE, "dflash_config": Known(keys | SCALES)},
             whole=True,
         )
-        for kind, keys in (("dflash", DFLASH), ("dflash2", DFLASH2), ("dspark", DSPARK))
+        for kind, keys in (
+            *(("dflash", DFLASH), ("dflash2", DFLASH2)),
+            *(("domino", DOMINO), ("dspark", DSPARK)),
+        )
     },
 }
 """Of the kinds whose layers ttspec computes."""

@@ -14,7 +14,7 @@ is cropped is told by `forget`, a row that gets another request by `reset`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ class Learner:
 
     _pending: UpdateReport | None = None
     """Of the update that is under way or not yet published, where the host reads it."""
+    _compares = False
+    """Whether it compares weights."""
     _update_over: torch.cuda.Event | None = None
     """On a GPU, happens when that update is over."""
 
@@ -80,12 +82,11 @@ class Learner:
         state.weights = {**drafter.weights, **self.weights.published}
         self.updates, self.reverts = [0] * rows, [0] * rows
         self.keeper = self.weights.keeper
-        self.study: MemoryStudy | None = None
-        if memory := self.weights.memory:
-            self.study = MemoryStudy(memory, drafter, rows, state.options, self.length)
+        self._run = run or Graphs(torch.device("cpu"))
+        memory, made_for = self.weights.memory, (drafter, rows, state.options, self.length)
+        self.study = MemoryStudy(memory, *made_for, self._run) if memory else None
         if self.keeper:
             self.keeper.study = self.study
-        self._run = run or Graphs(torch.device("cpu"))
         self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
         self._lessons: Lessons | None = None
         self._verification: Verification
@@ -121,6 +122,7 @@ class Learner:
         active: Sequence[int] | None = None,
         *,
         drafted: bool = True,
+        emitted: Mapping[int, int] | None = None,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
@@ -129,23 +131,23 @@ class Learner:
             longest: Its largest start, known on the host.
             key: Where it was captured, the key of its graph: its tensors are that graph's.
             active: Rows that took part; None is all.
-            drafted: Whether the drafter drafted. What was copied instead only tells what followed
-                its earlier blocks.
+            drafted: Whether the drafter drafted. Other rounds only tell what followed its earlier
+                blocks; the memory of all requests learns from them too.
+            emitted: Tokens that each of these rows committed, if the host knows it.
 
         Returns:
             For each row, whether it was updated.
         """
-        rows = len(self.updates)
+        counts, updated = drafted or self.study is not None, [False] * len(self.updates)
         if self._lessons is None and not drafted:
-            return [False] * rows
+            return updated
         self.keep(verification, longest if key is None else key)
-        self._rounds += drafted
-        for row in range(rows) if active is None else active:
+        self._rounds += counts
+        for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if self.study and drafted and self._rounds % self.stride == 0:
-            self.study.remember(self._lessons)
-        due = drafted and self._rounds % (self.stride * self.strides) == 0
-        updated = [False] * rows
+        if self.study and self._lessons:
+            self.study.note(self._lessons, emitted, due=self._rounds % self.stride == 0)
+        due = counts and self._rounds % (self.stride * self.strides) == 0
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
         if due:
@@ -166,6 +168,8 @@ class Learner:
         reaches = [MIN_CONTEXT]
         while reaches[-1] < slots:
             reaches.append(2 * reaches[-1])
+        if self.study and self._lessons:
+            self.study.capture(self._lessons)
         for longest in reaches:
             for compare in (False, True) if self.config.guard else (False,):
                 self._enqueue_update(longest, compare=compare)
@@ -185,7 +189,7 @@ class Learner:
             For each row, whether it was updated.
         """
         self._lesson, self._taught = lesson, (lesson.count > 0).tolist()
-        self._compute_gradients(longest)
+        self._distil(longest)
         self._step_weights(0)
         self._pending = self._report
         return self.publish()
@@ -207,11 +211,11 @@ class Learner:
         # The update was made from the weights that were compared.
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         for copy, comparison in enumerate(comparisons.tolist()):
-            has_lesson = any(taught) if self.shared else taught[copy]
-            if has_lesson and steps[copy]:
+            had_lesson = any(taught) if self.shared else taught[copy]
+            if had_lesson and steps[copy]:
                 self.guard.record_update(copy)
             worse = steps[copy] and self.guard.is_worse(copy, *comparison)
-            if worse or (has_lesson and not may_step[copy]):
+            if worse or (had_lesson and not may_step[copy]):
                 self.revert(copy)
         self.weights.publish()
         updated = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
@@ -224,7 +228,8 @@ class Learner:
         self.guard.record_revert(copy)
         for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
-            self._clear_lessons(row)
+            if self._lessons:
+                self._lessons.clear(row)
 
     def learned(self, row: int) -> Weights:
         """What learns, as a row has it now, float32; with the update under way."""
@@ -251,13 +256,15 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        self.publish()
+        if not self.study or self._compares:  # else no update reads what is the row's own
+            self.publish()
         if self.study:
             self.study.forget(row, self._lessons)
         if not self.shared:
             self.weights.reset(row)
             self.guard.reset(row)
-        self._clear_lessons(row)
+        if self._lessons:
+            self._lessons.clear(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
@@ -272,10 +279,6 @@ class Learner:
         """Wait for an update: what it reads and writes must outlive it."""
         if self._pending is not None and self._update_over:
             self._update_over.synchronize()
-
-    def _clear_lessons(self, row: int) -> None:
-        if self._lessons is not None:
-            self._lessons.clear(row)
 
     def keep(self, verification: Verification, key: Hashable) -> None:
         """Keep a round's verification, for what it teaches; `key` as in `absorb`."""
@@ -316,9 +319,10 @@ class Learner:
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
         """Update from the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
+        self._compares = compare
         self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
         self._lessons.mark_used()
-        work = self._compute_gradients_and_compare if compare else self._compute_gradients
+        work = self._compute_gradients_and_compare if compare else self._distil
         if self.study:
             work = self._study_texts
             self.study.choose()
@@ -329,7 +333,7 @@ class Learner:
             # Compiling the way back takes half a minute and gains a fifth (docs/experiments.md).
             self._run_update(work, 0 if self.study else longest, compile=False)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
-            if compare:
+            if compare and (self.study or self._held_out):
                 compare_too = self._compare_newest if self.study else self._compare_candidate
                 self._run_update(compare_too, longest, compile=False)
             self._pending = self._report
@@ -347,9 +351,6 @@ class Learner:
     def _newest_lesson(self, key: int) -> Lesson:  # noqa: ARG002
         assert self._lessons is not None
         return self._lessons.newest()
-
-    def _compute_gradients(self, longest: int) -> None:
-        self._distil(longest)
 
     def _compute_gradients_and_compare(self, longest: int) -> None:
         """The same without held-out blocks, and live weights compared with the anchor's."""
@@ -382,8 +383,6 @@ class Learner:
 
     @torch.no_grad()
     def _compare_candidate(self, longest: int) -> None:
-        if not self._held_out:
-            return
         weights = {**self.drafter.weights, **self.weights.candidate()}
         held_out = self._lesson.part(0, self._held_out)
         drafts = self._distillation.expected_drafts(weights, held_out, longest)

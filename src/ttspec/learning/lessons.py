@@ -75,9 +75,13 @@ class Lessons:
         self._logits = like.logits.new_zeros(rows, *slots, size)
 
     @property
-    def rows_at_once(self) -> int:
+    def ring(self) -> int:
+        """Tokens of a row that are kept, the newest."""
+        return self._ring
+
+    def rows_at_once(self, width: int) -> int:
         """Rows whose newest text is asked for together: their logits are copied."""
-        return max(1, AT_ONCE // (self._ring * self._logits.shape[-1]))
+        return max(1, AT_ONCE // (width * self._logits.shape[-1]))
 
     @property
     def changed_by_absorb(self) -> list[Tensor]:
@@ -90,13 +94,14 @@ class Lessons:
     def absorb(self, v: Verification) -> None:
         """Keep a round's verification; rows that take no part are left alone.
 
-        Where a row copied there was no draft, and so there is no block to replay: what it committed
-        is what followed the blocks before.
+        Where a row copied, or nobody drafted, there is no block to replay: what was committed is
+        what followed the blocks before.
         """
         active, width = v.emitted > 0, v.logits.shape[1]
         drafted = active if v.proposal.copied is None else active & ~v.proposal.copied
-        self._push(self._starts, v.start, drafted)
-        self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
+        if v.proposal.tokens.shape[1]:
+            self._push(self._starts, v.start, drafted)
+            self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
         if v.proposal.before is not None and self._before is not None:
             self._push(self._before, v.proposal.before, drafted)
         self._committed.copy_(torch.where(active, v.start + v.emitted, self._committed))
@@ -161,23 +166,25 @@ class Lessons:
         )
 
     def newest_text(
-        self, end: Tensor, rows: Tensor
+        self, end: Tensor, rows: Tensor, width: int
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What some rows int64 [R] committed at and behind `end` int64 [R], as far as it is known.
+        """The last `width` tokens that some rows int64 [R] committed, behind `end` int64 [R].
+
+        What lies behind a token that is not known any more, where there is one.
 
         Returns:
             What `MemoryRows.write` takes: tokens, features, start, count and logits.
         """
         assert self._ring_features is not None
         row, committed = rows[:, None], self._committed[rows]
-        column = torch.arange(self._ring, device=end.device)
-        start = end.maximum(committed - self._ring).clamp(min=0)
+        column = torch.arange(width, device=end.device)
+        start = end.maximum(committed - width).clamp(min=0)
         for _ in range(2):  # the second time behind the last one that is not known
             position = start[:, None] + column
             slot = (position + 1) % self._ring
             inside = position < committed[:, None]
             lost = inside & (self._ring_positions[row, slot] != position + 1)
-            start = start + torch.where(lost, column + 1, 0).amax(1)
+            start = start + (lost * (column + 1)).amax(1)
         count = (committed - start).clamp(min=0)
         slot = (start[:, None] + column + 1) % self._ring
         tokens, features = self._ring_fed[row, slot], self._ring_features[row, slot]

@@ -143,7 +143,7 @@ class LessonMemory:
         for i in range(most):
             page = ((first + i) % self.pages).masked_fill(i >= taken, self.pages)
             self.text[page], self.number[page], self.before[page] = text, last + 1 + i, before
-            self.judged[page] = False
+            self.judged.index_fill_(0, page, False)  # a number would come from the host
             before = page
         self._next_page.copy_((self._next_page + taken.sum()) % self.pages)
         return first
@@ -152,7 +152,8 @@ class LessonMemory:
         self, at: tuple[Tensor, Tensor], tokens: Tensor, features: Tensor, logits: Tensor | None
     ) -> None:
         """Write tokens int64 [B, T], their features and logits to pages and slots [B, T]."""
-        self.tokens[at], self.features[at], self.judged[at] = tokens, features, logits is not None
+        self.tokens[at], self.features[at] = tokens, features
+        self.judged[at] = torch.full_like(tokens, logits is not None, dtype=torch.bool)
         if logits is not None:
             some = max(1, LOGITS_AT_ONCE // logits.shape[-1])
             parts = [self.summary(part) for part in logits.flatten(0, 1).split(some)]
@@ -161,7 +162,7 @@ class LessonMemory:
             self.likely[at], self.p[at] = likely.view(size), p.view(size)
             self.rest[at] = rest.view(tokens.shape)
         for table in (self.features, self.judged, self.p, self.rest, self.text):
-            table[self.pages] = 0  # it is read where a text has no page, and weighs nothing
+            table[self.pages :].zero_()  # it is read where a text has no page, and weighs nothing
 
     def summary(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest tokens, their p and that of the others [R, ...] of logits [R, V]."""

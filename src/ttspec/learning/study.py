@@ -6,6 +6,8 @@ gradients reach what makes them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,8 @@ from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import PAGE, LessonMemory, MemoryRows, Texts
 from ttspec.learning.update_report import UpdateReport
 from ttspec.losses import expected_length, likely_kl, position_weights
-from ttspec.records import Lesson
+from ttspec.models.capture import Graphs
+from ttspec.records import LONGEST_COPY, Lesson
 
 TEXTS, BLOCKS, WINDOW = 16, 32, 8
 """Of an update: texts, blocks of each, and pages that a text has at most."""
@@ -119,24 +122,74 @@ class MemoryStudy(Study):
     texts: Texts
     """Those of the update that begins."""
 
+    _lessons: Lessons
+    """What rows have committed."""
+
     def __init__(
-        self, memory: LessonMemory, drafter: Drafter, rows: int, options: DraftConfig, length: int
+        self,
+        memory: LessonMemory,
+        drafter: Drafter,
+        rows: int,
+        options: DraftConfig,
+        length: int,
+        run: Graphs,
     ) -> None:
-        """Of `rows` rows; the rest as in `Study`."""
+        """Of `rows` rows, whose rounds `run` captures; the rest as in `Study`."""
         super().__init__(drafter, options, length)
+        self._run = run
+        self._new: list[int] | None = [0] * rows
+        """Tokens of each row that the memory was not told of; None if that is not known."""
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
         texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
 
+    def note(self, lessons: Lessons, emitted: Mapping[int, int] | None, *, due: bool) -> None:
+        """Take note of a round, and `remember` if it is due or another might overwrite something.
+
+        Args:
+            lessons: Have it.
+            emitted: Tokens of each row; None if that is not known on the host.
+            due: See above.
+        """
+        if emitted is None or self._new is None:
+            self._new = None
+        else:
+            for row, tokens in emitted.items():
+                self._new[row] += tokens
+            due = due or max(self._new) + LONGEST_COPY + 1 > lessons.ring
+        if due:
+            self.remember(lessons)
+
     def remember(self, lessons: Lessons | None) -> None:
         """Note what rows have committed since the memory was last told."""
         if lessons is None:
             return
+        most = lessons.ring if self._new is None else max(self._new)
+        self._new = [0] * len(self.rows.end)
+        if most:
+            self._lessons = lessons
+            width = next(n for n in self.widths(lessons) if n >= min(most, lessons.ring))
+            self._run(self.write_newest, width, compile=False)
+
+    def capture(self, lessons: Lessons) -> None:
+        """Capture what notes texts, where nothing is new."""
+        self._lessons = lessons
+        for width in self.widths(lessons):
+            self._run(self.write_newest, width, compile=False)
+
+    @staticmethod
+    def widths(lessons: Lessons) -> list[int]:
+        """Tokens of a row that are noted together; few, since each is captured."""
+        return [*(n for n in (8, 16, 32) if n < lessons.ring), lessons.ring]
+
+    def write_newest(self, width: int) -> None:
+        """Write the last tokens of all rows, where they are new; twice is as once."""
         end = self.rows.end
-        for rows in torch.arange(len(end), device=end.device).split(lessons.rows_at_once):
-            self.rows.write(*lessons.newest_text(end[rows], rows), subset=rows)
+        rows = torch.arange(len(end), device=end.device)
+        for some in rows.split(self._lessons.rows_at_once(width)):
+            self.rows.write(*self._lessons.newest_text(end[some], some, width), subset=some)
 
     def forget(self, row: int, lessons: Lessons | None) -> None:
         """A row's text is over; it stays in the memory."""

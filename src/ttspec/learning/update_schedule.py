@@ -21,8 +21,8 @@ RECENT = 64
 """Rounds whose median time is known."""
 AT_FIRST = 256
 """Updates of a drafter that all requests teach in which it learns most."""
-SHARE_AT_FIRST, SHARE = 0.2, 0.05
-"""Of the time that these may take, and all later ones."""
+SHARE_AT_FIRST, SHARE, SHARE_UNUSED = 0.2, 0.05, 0.02
+"""Of the time that these may take, all later ones, and those while the drafter does not draft."""
 PATIENCE = 8
 """Updates between two changes."""
 
@@ -38,8 +38,8 @@ class UpdateSchedule:
     def __init__(self, *, clock: bool = True) -> None:
         """Nothing is known; without a `clock` an update costs `ASSUMED` rounds."""
         self._clock = clock
-        self._seconds: deque[float] = deque(maxlen=RECENT)
-        """Of rounds that no update slowed down."""
+        self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
+        """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._extra = self._cost = self._accepted = 0.0
         """Seconds that the update under way has cost; seconds of an update, and drafts accepted a
         round, both on average."""
@@ -47,25 +47,29 @@ class UpdateSchedule:
         self._beside = False
         """Whether an update runs beside the next round."""
 
-    def observe(self, seconds: float, updated: bool, accepted: float, learner: Learner) -> None:
-        """Take note of a drafting round, and set the learner's `strides`.
+    def observe(
+        self, seconds: float, updated: bool, accepted: float | None, learner: Learner
+    ) -> None:
+        """Take note of a round, and set the learner's `strides`.
 
         Args:
             seconds: What the round took.
             updated: Whether an update was published after it, which may have run beside some rounds
                 before: all that these took more is its cost.
-            accepted: Drafts, mean over the rows for which the drafter drafted.
+            accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
             learner: Whose gain is asked, and whose `strides` are set.
         """
-        self._rounds = min(self._rounds + 1, RECENT)
-        self._accepted += (accepted - self._accepted) / self._rounds
+        drafted = accepted is not None
+        if accepted is not None:
+            self._rounds = min(self._rounds + 1, RECENT)
+            self._accepted += (accepted - self._accepted) / self._rounds
         if not self._clock:
             seconds = 1.0 + ASSUMED * updated
         beside, self._beside = self._beside, learner.is_updating
         if not (updated or beside):
-            self._seconds.append(seconds)
+            self._seconds[drafted].append(seconds)
             return
-        usual = median(self._seconds) if self._seconds else seconds
+        usual = median(self._seconds[drafted] or [seconds])
         self._extra += max(0.0, seconds - usual)
         if not updated:
             return
@@ -77,9 +81,12 @@ class UpdateSchedule:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
         if learner.study:  # what it learns pays for as long as it is kept
-            most = SHARE_AT_FIRST if self._updates < AT_FIRST else SHARE
+            later = SHARE if drafted else SHARE_UNUSED
+            most = SHARE_AT_FIRST if self._updates < AT_FIRST else later
             if cost > most and learner.strides < MAX_STRIDES:
                 learner.strides, self._since_change = 2 * learner.strides, 0
+            elif cost < most / 3 and learner.strides > 1:
+                learner.strides, self._since_change = learner.strides // 2, 0
             return
         static = self._accepted / max(learner.guard.gain(), 1e-3)
         gain = (1 + self._accepted) / (1 + static) - 1

@@ -23,6 +23,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
+from ttspec.models.fused import Fused
 from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
@@ -55,6 +56,8 @@ class Target:
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
     _together: list[list[Together]] | None = None
     """Of each layer, once it was compiled."""
+    _fused: Fused | None = None
+    """Its forward of few tokens, once it was compiled and if there is one."""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +115,7 @@ class Target:
         *,
         subset: Tensor | None = None,
         counts: Tensor | None = None,
-        logits: int | None = None,
+        logits: int | Tensor | None = None,
         spans: bool = False,
     ) -> tuple[Tensor | None, Tensor]:
         """Read tokens at their rows' positions; write their keys and values.
@@ -128,13 +131,28 @@ class Target:
             subset: int64 [B], the cache rows that are fed; None is all.
             counts: int64 [B], how many of each row's tokens are text, the rest padding; None where
                 the next forward's start will say how many were.
-            logits: Of so many last tokens; 0 skips the head, None is all T.
+            logits: Of so many last tokens, or of those in these columns, int64 [N]; 0 skips the
+                head, None is all T.
             spans: Say what is seen from slot to slot, on the device, instead of by a mask. Needs
-                `reads_spans`, and all rows.
+                `reads_spans`, and a `longest` of all slots.
 
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
         """
+        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
+        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
+        fast = spans and is_compiling() and whole
+        if fast and self._together is None:
+            layers = self.model.base_model.layers
+            self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
+            self._fused = Fused.of(self.model, self._together, self.windows)
+        if (
+            fast
+            and self._fused
+            and not isinstance(logits, Tensor)
+            and self._fused.takes(cache, tokens)
+        ):
+            return self._fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)
@@ -159,17 +177,17 @@ class Target:
         if self.recurrent or len(masks) > 1:
             types = zip(self.config.layer_types, self.windows, strict=True)
             mask = {kind: masks.get(window) for kind, window in types}
-        reader = self.model.base_model if logits == 0 else self.model
-        keep = {"logits_to_keep": logits} if logits and _keeps_logits(type(reader)) else {}
-        layers: Any = nullcontext()
-        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
-        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        if spans and is_compiling() and whole:
-            own = self.model.base_model
-            if self._together is None:
-                self._together = [lay_together(layer) for layer in own.layers]  # type: ignore[union-attr]
-            layers = compiled_layers(own, self._together, cache, cache_keyword(reader))
-        with layers:
+        none = not isinstance(logits, Tensor) and logits == 0
+        reader, keep = self.model.base_model if none else self.model, {}
+        if not none and logits is not None and _keeps_logits(type(reader)):
+            keep = {"logits_to_keep": logits}
+        own: Any = nullcontext()
+        if fast:
+            assert self._together is not None
+            own = compiled_layers(
+                self.model.base_model, self._together, cache, cache_keyword(reader)
+            )
+        with own:
             out = reader(
                 input_ids=tokens,
                 attention_mask=mask,
@@ -185,9 +203,12 @@ class Target:
             features = torch.cat(taken, dim=-1)
         else:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
-        if logits == 0:
+        if none:
             return None, features
-        return out.logits[:, -(logits or 0) :].to(tokens.device), features
+        told = out.logits
+        if not keep and logits is not None:
+            told = told[:, logits if isinstance(logits, Tensor) else slice(-logits, None)]
+        return told.to(tokens.device), features
 
     @staticmethod
     def _spans(position: Tensor, slots: int, window: int | None) -> Tensor:

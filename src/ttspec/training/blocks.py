@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.dflash2 import DFlash2
+from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
 from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
 from ttspec.training.batches import Batch, Example, anchors
@@ -109,6 +110,24 @@ class JetSpecRecipe(BlockRecipe[DFlash]):
     def described(self, config: dict[str, Any]) -> dict[str, Any]:
         """Under JetSpec's key."""
         return {**config, "dflash_config": {**config["dflash_config"], "causal_head": True}}
+
+
+class DominoRecipe(BlockRecipe[Domino]):
+    """The recurrent head learns with the body."""
+
+    kind = "domino"
+
+    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As SpecForge's, whose sizes are of targets 4,096 wide."""
+        width = int(self.target.config.hidden_size)
+        own = {
+            **config["dflash_config"],
+            "emb_dim": min(256, width // 4),
+            "gru_hidden_dim": min(1024, width // 2),
+            "projector_type": "domino",
+            "pure_draft_prefix_len": 1,
+        }
+        return {**config, "architectures": ["DominoDraftModel"], "dflash_config": own}
 
 
 class DSparkRecipe(BlockRecipe[DSpark]):

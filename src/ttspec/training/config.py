@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Kind = Literal["dflash", "dflash2", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"]
+Kind = Literal[
+    "dflash", "dflash2", "domino", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

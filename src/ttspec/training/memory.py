@@ -25,7 +25,9 @@ def step_bytes(target: Target, config: TrainConfig, longest: int) -> int:
     drafted = longest
     if config.kind not in ("pard", "causal"):
         drafted = min(config.anchors, longest) * max(config.block - 1, 1)
-    tensors = {"dspark": 5, "dflash2": 6}.get(config.kind, 3)  # a second head adds its own
+    tensors = {"domino": 5, "dspark": 5, "dflash2": 6}.get(
+        config.kind, 3
+    )  # a second head adds its own
     logits = tensors * int(text.vocab_size) * drafted
     return config.batch * size * (longest * states + logits)
 

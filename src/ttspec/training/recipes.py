@@ -24,7 +24,13 @@ from ttspec.drafters.mtp_layer import one_layer, sizes_of
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
-from ttspec.training.blocks import DFlash2Recipe, DFlashRecipe, DSparkRecipe, JetSpecRecipe
+from ttspec.training.blocks import (
+    DFlash2Recipe,
+    DFlashRecipe,
+    DominoRecipe,
+    DSparkRecipe,
+    JetSpecRecipe,
+)
 from ttspec.training.config import TrainConfig
 from ttspec.training.recipe import Recipe, mask_token
 
@@ -213,6 +219,7 @@ class CausalRecipe(PardRecipe):
 RECIPES: dict[str, type[Recipe[Any]]] = {
     "dflash": DFlashRecipe,
     "dflash2": DFlash2Recipe,
+    "domino": DominoRecipe,
     "dspark": DSparkRecipe,
     "jetspec": JetSpecRecipe,
     "eagle3": Eagle3Recipe,

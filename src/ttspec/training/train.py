@@ -28,13 +28,15 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError, TrainingError
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
-from ttspec.training.batches import make_batch, read_examples
+from ttspec.training.batches import Batch, Example, make_batch, read_examples
 from ttspec.training.config import TrainConfig
 from ttspec.training.memory import require_training, step_notice
 from ttspec.training.recipes import RECIPES
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
+CHECK_EVERY = 10
+"""Steps between looks at loss and gradient, for which the device must be waited for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,71 +98,145 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
 
 def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report) -> Path:
     """Train on answers that exist; see `train`."""
-    examples = read_examples(answers, config.max_length)
-    recipe = RECIPES[config.kind](target, config)
-    drafter = recipe.new(examples) if config.init is None else _go_on(config)
-    drafter.bind(
-        target.embedding, target.head, int(target.config.num_hidden_layers), target.tokenizer
-    )
-    target.taps = drafter.taps
-    lent = dict(drafter.weights)
-    longest = max(len(ids) for ids, _ in examples)
-    require_training(target, config, [lent[n] for n in recipe.trained(drafter)], longest)
-    masters = {n: lent[n].float().clone().requires_grad_() for n in recipe.trained(drafter)}
-    optimiser = torch.optim.AdamW(masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0)
-    step, spent = _load_state(config, masters, optimiser)
+    trainer = Trainer(target, config, read_examples(answers, config.max_length))
+    spent = trainer.load_state()
+    examples = trainer.examples
     total = math.ceil(len(examples) / config.batch) * config.epochs
     limit = config.minutes * 60 if config.minutes else math.inf
     began = saved = time.monotonic() - spent
-    loss, accuracy = math.nan, ()
-    while (done := max(step / total, (time.monotonic() - began) / limit)) < 1:
-        for group in optimiser.param_groups:
-            warm_up = done / 0.04 + 1e-3
-            group["lr"] = config.lr * min(1.0, warm_up, 0.5 * (1 + math.cos(math.pi * done)))
+    while (done := max(trainer.steps / total, (time.monotonic() - began) / limit)) < 1:
         batch = make_batch(
-            examples, step, size=config.batch, seed=config.seed, device=target.device
+            examples, trainer.steps, size=config.batch, seed=config.seed, device=target.device
         )
-        # Gradients reach the float32 masters through the cast.
-        drafter.weights = lent | {n: w.to(target.dtype) for n, w in masters.items()}
-        value, right = recipe.loss(drafter, batch)
-        optimiser.zero_grad()
-        value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(masters.values(), config.clip)
-        optimiser.step()
-        step += 1
-        now = time.monotonic()
-        if step % 10 == 0 or step == total:
-            if not math.isfinite(float(norm)):
-                raise TrainingError(
-                    f"The gradient is not finite at step {step}; lr is {config.lr}.\n"
-                    "Lower it and start in a new folder."
-                )
-            loss, accuracy = float(value.detach()), tuple(round(a, 4) for a in right.tolist())
+        trainer.step(batch, done)
+        step, now = trainer.steps, time.monotonic()
+        if step % CHECK_EVERY == 0 or step == total:
+            trainer.check()
             left = min(limit - (now - began), (now - began) * (total - step) / step)
-            report(Progress("training", done, left, loss, accuracy, step))
+            report(Progress("training", done, left, trainer.loss, trainer.accuracy, step))
         if now - saved > SAVE_EVERY:
-            _save_state(config, masters, optimiser, step, now - began)
+            trainer.save_state(now - began)
             saved = now
     seconds = time.monotonic() - began
-    _save_state(config, masters, optimiser, step, seconds)
-    facts = {
-        "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
-        "target": target.name,
-        "dialogues": len(examples),
-        "tokens": sum(len(ids) for ids, _ in examples),
-        "seconds": seconds,
-        "steps": step,
-        "loss": loss,
-        "accuracy": accuracy,
-    }
-    folder = config.out / "drafter"
-    shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
-    rebuilt = (drafter.config.get("ttspec") or {}).get("rebuilt") or []
-    made = {n: w for n, w in lent.items() if n not in masters and n not in rebuilt}
-    made |= {n: w.to(torch.bfloat16) for n, w in masters.items()}
-    save_drafter(folder, drafter.config, made)
-    (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    return folder
+    trainer.save_state(seconds)
+    return trainer.save_drafter(seconds)
+
+
+class Trainer:
+    """A drafter in training: its float32 masters and their optimiser."""
+
+    def __init__(self, target: Target, config: TrainConfig, examples: list[Example]) -> None:
+        """A new drafter for `target`, or the one that training goes on with.
+
+        Raises:
+            OptionError: There is no such drafter for this target.
+            ResourceError: It does not fit into memory.
+        """
+        self.target, self.config, self.examples = target, config, examples
+        self.recipe = RECIPES[config.kind](target, config)
+        self.drafter = self.recipe.new(examples) if config.init is None else _go_on(config)
+        layers = int(target.config.num_hidden_layers)
+        self.drafter.bind(target.embedding, target.head, layers, target.tokenizer)
+        self._lent = dict(self.drafter.weights)
+        names = self.recipe.trained(self.drafter)
+        longest = max(len(ids) for ids, _ in examples)
+        require_training(target, config, [self._lent[n] for n in names], longest)
+        self.masters = {n: self._lent[n].float().clone().requires_grad_() for n in names}
+        self.optimiser = torch.optim.AdamW(
+            self.masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0
+        )
+        self.steps = 0
+        self.loss, self.accuracy = math.nan, ()
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def step(self, batch: Batch, done: float) -> None:
+        """Learn from a batch; `done` is the share of the training that is behind, 0 to 1."""
+        for group in self.optimiser.param_groups:
+            warm_up = done / 0.04 + 1e-3
+            cosine = 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = self.config.lr * min(1.0, warm_up, cosine)
+        self.target.taps = self.drafter.taps
+        # Gradients reach the float32 masters through the cast.
+        dtype = self.target.dtype
+        self.drafter.weights = self._lent | {n: w.to(dtype) for n, w in self.masters.items()}
+        value, right = self.recipe.loss(self.drafter, batch)
+        self.optimiser.zero_grad()
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        self.optimiser.step()
+        self.steps += 1
+        self._last = value.detach(), right, norm
+
+    def check(self) -> None:
+        """Read what the last step found: its loss and accuracy.
+
+        Raises:
+            TrainingError: Its gradient is not finite.
+        """
+        assert self._last is not None
+        value, right, norm = self._last
+        if not math.isfinite(float(norm)):
+            raise TrainingError(
+                f"The gradient is not finite at step {self.steps}; lr is {self.config.lr}.\n"
+                "Lower it and start in a new folder."
+            )
+        self.loss = float(value)
+        self.accuracy = tuple(round(a, 4) for a in right.tolist())
+
+    def save_drafter(self, seconds: float) -> Path:
+        """Write the drafter to `out`/drafter, and the facts of its training beside it."""
+        config = self.config
+        facts = {
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+            "target": self.target.name,
+            "dialogues": len(self.examples),
+            "tokens": sum(len(ids) for ids, _ in self.examples),
+            "seconds": seconds,
+            "steps": self.steps,
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+        }
+        folder = config.out / "drafter"
+        shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
+        rebuilt = (self.drafter.config.get("ttspec") or {}).get("rebuilt") or []
+        left = {*self.masters, *rebuilt}
+        made = {n: w for n, w in self._lent.items() if n not in left}
+        made |= {n: w.to(torch.bfloat16) for n, w in self.masters.items()}
+        save_drafter(folder, self.drafter.config, made)
+        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def save_state(self, seconds: float) -> None:
+        """Write what `load_state` reads."""
+        tensors = {f"weight.{n}": w.detach() for n, w in self.masters.items()}
+        for name, weight in self.masters.items():
+            for key, value in self.optimiser.state[weight].items():
+                tensors[f"{key}.{name}"] = value
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        part = out / "state.part"
+        facts = {"step": str(self.steps), "seconds": str(seconds)}
+        save_file(tensors, part, metadata=facts)
+        part.replace(out / "state.safetensors")
+
+    def load_state(self) -> float:
+        """Go on where `out` left off, if it did; returns the seconds that were spent."""
+        path = self.config.out / "state.safetensors"
+        if not path.exists():
+            return 0.0
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        with torch.no_grad():
+            for name, weight in self.masters.items():
+                weight.copy_(tensors[f"weight.{name}"])
+                self.optimiser.state[weight] = {
+                    key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else weight.device)
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"{key}.{name}" in tensors
+                }
+        self.steps = int(facts["step"])
+        return float(facts["seconds"])
 
 
 def _go_on(config: TrainConfig) -> Drafter:
@@ -207,40 +283,3 @@ def _claim(config: TrainConfig) -> None:
         raise OptionError(f"{config.out} is not empty.\nGive a new folder.")
     config.out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_state(
-    config: TrainConfig,
-    masters: dict[str, Tensor],
-    optimiser: torch.optim.AdamW,
-    step: int,
-    seconds: float,
-) -> None:
-    tensors = {f"weight.{n}": w.detach() for n, w in masters.items()}
-    for name, weight in masters.items():
-        for key, value in optimiser.state[weight].items():
-            tensors[f"{key}.{name}"] = value
-    config.out.mkdir(parents=True, exist_ok=True)
-    part = config.out / "state.part"
-    save_file(tensors, part, metadata={"step": str(step), "seconds": str(seconds)})
-    part.replace(config.out / "state.safetensors")
-
-
-def _load_state(
-    config: TrainConfig, masters: dict[str, Tensor], optimiser: torch.optim.AdamW
-) -> tuple[int, float]:
-    path = config.out / "state.safetensors"
-    if not path.exists():
-        return 0, 0.0
-    with safe_open(path, framework="pt") as file:
-        facts = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with torch.no_grad():
-        for name, weight in masters.items():
-            weight.copy_(tensors[f"weight.{name}"])
-            optimiser.state[weight] = {
-                key: tensors[f"{key}.{name}"].to("cpu" if key == "step" else weight.device)
-                for key in ("step", "exp_avg", "exp_avg_sq")
-                if f"{key}.{name}" in tensors
-            }
-    return int(facts["step"]), float(facts["seconds"])

@@ -1,0 +1,175 @@
+"""Tokens a second over one long stream of requests, arms in turn, as servers of their own would.
+
+    python benchmarks/streams.py FOLDER
+    python benchmarks/traffic.py FOLDER/code.jsonl --out code.jsonl --arms plain,static-copy,...
+
+Every arm keeps one decoder for the whole stream, so nothing is captured twice and what is learned
+stays; arms take turns each `--each` requests. The last requests, two a row, only warm up. An arm
+named `frozen` begins after half of the stream: the drafter that the last arm has learned by then,
+which learns no more. Prints tokens a second over those of the first two arms, of all turns (with
+the middle 95 of 100 resamplings) and of each quarter. Texts of arms may differ in bfloat16.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import common
+from cyclopts import App
+
+import ttspec
+from ttspec.bench.arms import ArmSpec, parse_arms
+from ttspec.bench.suites import load_suite
+from ttspec.config import GenerateConfig
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.scheduler import Request, Scheduler
+
+SHARED = "learn-shared[copy=true,context=auto,adaptive=true]"
+PARTS, RESAMPLED = 4, 2000
+app = App(help=__doc__)
+
+
+class Arm:
+    """A decoder that serves the stream for itself."""
+
+    def __init__(
+        self, spec: ArmSpec, engine: Engine, config: GenerateConfig, rows: int, longest: int
+    ) -> None:
+        """Make caches and graphs."""
+        self.spec, self.name = spec, spec.name
+        self.config = replace(config, draft=spec.draft, learn=spec.learn)
+        self.engine, self.rows, self.longest = engine.sibling(), rows, longest
+        self.decoder = self.engine.decoder(self.config, rows, longest, sessions=False)
+        self.scheduler = Scheduler(self.decoder, self.config, stream=False)
+
+    def serve(self, prompts: list[list[int]], first: int) -> dict[str, Any]:
+        """Answer requests, the first of which has this number."""
+        for number, ids in enumerate(prompts, first):
+            self.scheduler.add_request(Request(ids=ids, seed=number))
+        results = []
+
+        def run() -> None:
+            while self.scheduler.has_unfinished():
+                results.extend(c.result for _, c in self.scheduler.step() if c.result)
+
+        seconds = common.timed(self.engine.target.device, run)
+        rounds = [r for result in results for r in result.rounds]
+        learner = self.decoder.learner
+        return {
+            "arm": self.name,
+            "first": first,
+            "seconds": seconds,
+            "tokens": sum(r.emitted for r in rounds),
+            "rounds": len(rounds),
+            "drafted": sum(r.proposed > 0 and not r.copied for r in rounds),
+            "updates": max(learner.updates) if learner else 0,
+            "strides": learner.strides if learner else 0,
+        }
+
+    def frozen(self, name: str) -> Arm:
+        """An arm that drafts with what this one has learned."""
+        learner, engine = self.decoder.learner, self.engine
+        assert learner
+        assert engine.drafter
+        drafter = copy.copy(engine.drafter)
+        drafter.weights = drafter.weights | {
+            n: w.clone() for n, w in learner.weights.published.items()
+        }
+        spec = replace(self.spec, name=name, learn=None)
+        return Arm(spec, engine.with_drafter(drafter), self.config, self.rows, self.longest)
+
+
+@app.default
+def run(
+    suite: str,
+    *,
+    out: Path,
+    target: str = "smollm2-135m",
+    drafter: str = "smollm2-135m-eagle3",
+    arms: str = f"plain,static-copy,{SHARED}",
+    requests: int = 600,
+    each: int = 50,
+    rows: int = 8,
+    max_new_tokens: int = 200,
+    temperature: float = 0.7,
+    dtype: str = "bfloat16",
+    compile: bool = True,
+    minutes: float = 8.0,
+) -> None:
+    """Serve a suite's first requests; stops early when the minutes are over."""
+    began = time.monotonic()
+    names = arms.removesuffix(",frozen")
+    engine = ttspec.load(target, drafter, dtype=dtype, compile=compile)
+    config = GenerateConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
+    template = engine.chat_template(config)
+    asked = list(load_suite(suite).requests)[:requests]
+    prompts = [ChatHistory(template).ask(turns[0]) for turns in asked]
+    longest, warm = max(map(len, prompts)), prompts[-2 * rows :]
+    del prompts[-2 * rows :]
+    serving = [Arm(spec, engine, config, rows, longest) for spec in parse_arms(names)]
+    for arm in serving:  # what is met first is not captured in a turn
+        arm.serve(warm, len(prompts))
+    turns: list[dict[str, Any]] = []
+    with out.open("w", encoding="utf-8") as file:
+        for first in range(0, len(prompts), each):
+            if names != arms and first >= len(prompts) // 2 and serving[-1].name != "frozen":
+                serving.append(serving[-1].frozen("frozen"))
+                serving[-1].serve(warm, len(prompts))
+            if time.monotonic() - began > 60 * minutes:
+                break
+            for arm in serving:
+                turns.append(arm.serve(prompts[first : first + each], first))
+                file.write(json.dumps(turns[-1]) + "\n")
+    show(out)
+
+
+@app.command
+def show(path: Path) -> None:
+    """The table of what a run wrote."""
+    turns = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    arms = list(dict.fromkeys(turn["arm"] for turn in turns))
+    firsts = sorted({turn["first"] for turn in turns})
+    found = {(turn["arm"], turn["first"]): turn for turn in turns}
+    for arm in arms:
+        own = [found[arm, f] for f in firsts if (arm, f) in found]
+        speed = sum(t["tokens"] for t in own) / sum(t["seconds"] for t in own)
+        length = sum(t["tokens"] for t in own) / sum(t["rounds"] for t in own)
+        print(f"{arm}: {speed:.0f} tokens/s, {length:.3f} a round, {own[-1]['updates']} updates")
+        for base in arms[:2]:
+            if base != arm:
+                parts = " ".join(ratios(found, arm, base, firsts))
+                print(f"  over {base}: {parts}")
+
+
+def ratios(
+    found: dict[tuple[str, int], dict[str, Any]], arm: str, base: str, firsts: list[int]
+) -> Iterator[str]:
+    """Speed over another arm's, of all turns and of each part of the stream."""
+    both = [(found[arm, f], found[base, f]) for f in firsts if (arm, f) in found]
+    size = max(1, len(firsts) // PARTS)
+
+    def ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
+        ours, theirs = zip(*pairs, strict=True)
+        tokens, seconds = (sum(t[k] for t in ours) for k in ("tokens", "seconds"))
+        return (
+            tokens / seconds * sum(t["seconds"] for t in theirs) / sum(t["tokens"] for t in theirs)
+        )
+
+    rng = random.Random(0)
+    drawn = sorted(ratio(rng.choices(both, k=len(both))) for _ in range(RESAMPLED))
+    low, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
+    yield f"{ratio(both):.3f} [{low:.3f}, {high:.3f}] |"
+    for at in range(0, len(both), size):
+        yield f"{ratio(both[at : at + size]):.3f}"
+
+
+if __name__ == "__main__":
+    common.main(app)

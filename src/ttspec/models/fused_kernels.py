@@ -1,0 +1,342 @@
+"""The kernels of `fused`: a decoder layer for a few tokens in six launches.
+
+Each product reads its weights once, all of K in one program, so that sums never depend on the order
+in which programs end. K is split among the warps of a program, and the parts are added in it.
+
+With `pdl` a kernel begins while the one before it still runs: it fetches weights, which nobody
+writes, and waits before it reads anything else.
+"""
+
+# pyright: basic
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from triton.language.extra import cuda  # pyright: ignore[reportMissingImports]
+
+
+@triton.jit
+def fetch(weight, first, end, rows: tl.constexpr, width: tl.constexpr):
+    """Bring rows of a table into the second-level cache; nothing waits for them."""
+    # A line has 128 bytes, 64 elements.
+    lines: tl.constexpr = width // 64
+    wide: tl.constexpr = triton.next_power_of_2(lines)
+    row = tl.minimum(first + tl.arange(0, rows), end - 1).to(tl.int64)
+    line = tl.arange(0, wide)
+    at = weight + row[:, None] * width + tl.minimum(line, lines - 1)[None] * 64
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [at],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def scales(x, tokens, eps, wide: tl.constexpr, width: tl.constexpr):
+    """One over the root mean square of each token's states [wide]."""
+    step: tl.constexpr = min(1024, triton.next_power_of_2(width))
+    m = tl.arange(0, wide)
+    d = tl.arange(0, step)
+    squares = tl.zeros([wide, step], tl.float32)
+    for begin in tl.static_range(0, width, step):
+        inside = (m < tokens)[:, None] & (begin + d < width)[None]
+        part = tl.load(x + m[:, None] * width + begin + d[None], mask=inside, other=0.0)
+        part = part.to(tl.float32)
+        squares += part * part
+    return tl.rsqrt(tl.sum(squares, 1) / width + eps)
+
+
+@triton.jit
+def weights_at(weight, n, s, k, begin, outputs, width: tl.constexpr, share: tl.constexpr):
+    """A part [splits, outputs, share] of a table [outputs, width]."""
+    place = begin + s * share + k
+    inside = (n < outputs) & (place < width)
+    return tl.load(weight + n.to(tl.int64) * width + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def product(
+    x,
+    weight,
+    bias,
+    gain,
+    residual,
+    out,
+    eps,
+    tokens,
+    outputs,
+    width: tl.constexpr,
+    normed: tl.constexpr,
+    gated: tl.constexpr,
+    biased: tl.constexpr,
+    added: tl.constexpr,
+    wide: tl.constexpr,
+    block: tl.constexpr,
+    splits: tl.constexpr,
+    share: tl.constexpr,
+    stages: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """States [tokens, width] times a table [outputs, width], for `block` outputs.
+
+    `normed`: states are RMS-normalised and scaled by `gain` first. `gated`: the table holds the
+    outputs of a gate, then as many to multiply with its SiLU. `added`: `residual` is added.
+    """
+    first = tl.program_id(0) * block
+    n = first + tl.arange(0, block)
+    m = tl.arange(0, wide)
+    at = m[None] * outputs + n[:, None]
+    real = (n < outputs)[:, None] & (m < tokens)[None]
+    row = n[None, :, None]
+    s = tl.arange(0, splits)[:, None, None]
+    across = tl.arange(0, share)[None, None, :]
+    down = s * share + tl.arange(0, share)[None, :, None]
+    token = m[None, None, :]
+    chunk: tl.constexpr = splits * share
+    whole: tl.constexpr = chunk >= width
+    if pdl:
+        cuda.gdc_launch_dependents()
+        fetch(weight, first, outputs, block, width)
+        if gated:
+            fetch(weight, first + outputs, 2 * outputs, block, width)
+    # Weights may be read at once, what other kernels write only after the wait.
+    if biased:
+        bias = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
+    if whole:
+        w = weights_at(weight, row, s, across, 0, outputs, width, share)
+        if gated:
+            v = weights_at(weight + outputs * width, row, s, across, 0, outputs, width, share)
+        if normed:
+            factor = tl.load(gain + down, mask=down < width, other=0.0)
+    if pdl:
+        cuda.gdc_wait()
+    if added:
+        before = tl.load(residual + at, mask=real, other=0.0)
+    sums = tl.zeros([splits, block, wide], tl.float32)
+    more = tl.zeros([splits, block, wide], tl.float32)
+    if whole:
+        inside = (down < width) & (token < tokens)
+        states = tl.load(x + token * width + down, mask=inside, other=0.0)
+        if normed:
+            long = states.to(tl.float32)
+            squares = tl.sum(tl.sum(long * long, 1), 0)
+            scale = tl.rsqrt(squares / width + eps)[None, None, :]
+            states = (long * scale).to(x.dtype.element_ty) * factor
+        sums = tl.dot(w, states, sums)
+        if gated:
+            more = tl.dot(v, states, more)
+    else:
+        if normed:
+            scale = scales(x, tokens, eps, wide, width)[None, None, :]
+        for begin in tl.range(0, width, chunk, num_stages=stages):
+            place = begin + down
+            inside = (place < width) & (token < tokens)
+            states = tl.load(x + token * width + place, mask=inside, other=0.0)
+            if normed:
+                factor = tl.load(gain + place, mask=place < width, other=0.0)
+                states = (states.to(tl.float32) * scale).to(x.dtype.element_ty) * factor
+            w = weights_at(weight, row, s, across, begin, outputs, width, share)
+            sums = tl.dot(w, states, sums)
+            if gated:
+                v = weights_at(
+                    weight + outputs * width, row, s, across, begin, outputs, width, share
+                )
+                more = tl.dot(v, states, more)
+    result = tl.sum(sums, 0)
+    if biased:
+        result += bias[:, None]
+    result = result.to(out.dtype.element_ty)
+    if gated:
+        up = tl.sum(more, 0).to(out.dtype.element_ty)
+        gate = result.to(tl.float32)
+        result = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty) * up
+    if added:
+        result = before + result
+    tl.store(out + at, result, mask=real)
+
+
+@triton.jit
+def turned(
+    states,
+    real,
+    gain,
+    cosine,
+    sine,
+    position,
+    eps,
+    size: tl.constexpr,
+    normed: tl.constexpr,
+):
+    """Queries or keys [rows, size] at pointers `states` [rows], normalised and rotated.
+
+    cosine and sine have one row [size // 2] a position.
+    """
+    kind = states.dtype.element_ty
+    d = tl.arange(0, size)
+    half: tl.constexpr = size // 2
+    other = (d + half) % size
+    here = tl.load(states[:, None] + d[None], mask=real[:, None], other=0.0)
+    there = tl.load(states[:, None] + other[None], mask=real[:, None], other=0.0)
+    if normed:
+        own = here.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(own * own, 1) / size + eps)[:, None]
+        here = (own * scale).to(kind) * tl.load(gain + d)[None]
+        there = (there.to(tl.float32) * scale).to(kind) * tl.load(gain + other)[None]
+    at = position[:, None] * half + (d % half)[None]
+    cos = tl.load(cosine + at, mask=real[:, None], other=0.0)
+    sin = tl.load(sine + at, mask=real[:, None], other=0.0)
+    there = tl.where(d[None] < half, -there, there)
+    return here * cos + there * sin
+
+
+@triton.jit
+def attend(
+    states,
+    keys,
+    values,
+    start,
+    cosine,
+    sine,
+    query_gain,
+    key_gain,
+    parts,
+    weights,
+    scale,
+    eps,
+    slots,
+    last,
+    window,
+    width,
+    tiles,
+    row_stride,
+    head_stride,
+    heads: tl.constexpr,
+    kv_heads: tl.constexpr,
+    size: tl.constexpr,
+    normed: tl.constexpr,
+    splits: tl.constexpr,
+    rows: tl.constexpr,
+    block: tl.constexpr,
+    count: tl.constexpr,
+    least: tl.constexpr,
+    stages: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """One part of what `rows` queries of a key head see, softmax not yet normalised.
+
+    states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
+    part also has the new tokens' own keys and values, and writes them to the cache. A row that
+    starts at or past `slots` leaves the cache as it is. Query m of a key head is query head m //
+    width, token m % width.
+    """
+    group: tl.constexpr = heads // kv_heads
+    whole: tl.constexpr = (heads + 2 * kv_heads) * size
+    split, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
+    d = tl.arange(0, size)
+    # What is in the cache already was written by an earlier forward.
+    begin = tl.load(start + batch).to(tl.int32)
+    filled = tl.where(begin < slots, begin, 0)
+    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
+    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
+    each = tl.maximum(each, least)
+    from_slot = low + split * each
+    to_slot = tl.minimum(from_slot + each, filled)
+    place = batch * row_stride + head * head_stride
+    if pdl:
+        cuda.gdc_launch_dependents()
+        if from_slot < filled:
+            fetch(keys + place, from_slot, slots, least, size)
+            fetch(values + place, from_slot, slots, least, size)
+        cuda.gdc_wait()
+    if (from_slot < filled) | (split == 0):
+        m = tile * rows + tl.arange(0, rows)
+        real = m < group * width
+        token = m % width
+        position = tl.minimum(begin + token, last)
+        query_head = head * group + m // width
+        at = states + (batch * width + token) * whole + query_head * size
+        query = turned(at, real, query_gain, cosine, sine, position, eps, size, normed)
+        best = tl.full([rows], float("-inf"), tl.float32)
+        total = tl.zeros([rows], tl.float32)
+        sums = tl.zeros([rows, size], tl.float32)
+        earliest = tl.where(window > 0, begin + token - window + 1, 0)
+        for n in tl.range(from_slot, to_slot, count, num_stages=stages):
+            slot = n + tl.arange(0, count)
+            there = (slot < to_slot)[:, None]
+            k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+            v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+            score = tl.dot(query, tl.trans(k)) * scale
+            sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
+            score = tl.where(sees, score, float("-inf"))
+            now = tl.maximum(best, tl.max(score, 1))
+            safe = tl.where(now == float("-inf"), 0.0, now)
+            p = tl.exp2(score - safe[:, None])
+            shrink = tl.exp2(best - safe)
+            total = total * shrink + tl.sum(p, 1)
+            sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+            best = now
+        if split == 0:
+            t = tl.arange(0, block)
+            new = t < width
+            own = states + (batch * width + t) * whole + (heads + head) * size
+            slot = begin + t
+            k = turned(own, new, key_gain, cosine, sine, tl.minimum(slot, last), eps, size, normed)
+            v = tl.load(own[:, None] + kv_heads * size + d[None], mask=new[:, None], other=0.0)
+            if tile == 0:
+                kept = (new & (slot < slots))[:, None]
+                tl.store(keys + place + slot[:, None] * size + d[None], k, mask=kept)
+                tl.store(values + place + slot[:, None] * size + d[None], v, mask=kept)
+            score = tl.dot(query, tl.trans(k)) * scale
+            sees = new[None] & (t[None] <= token[:, None]) & (slot[None] >= earliest[:, None])
+            score = tl.where(sees, score, float("-inf"))
+            now = tl.maximum(best, tl.max(score, 1))
+            safe = tl.where(now == float("-inf"), 0.0, now)
+            p = tl.exp2(score - safe[:, None])
+            shrink = tl.exp2(best - safe)
+            total = total * shrink + tl.sum(p, 1)
+            sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+            best = now
+        out = ((batch * width + token) * heads + query_head) * splits + split
+        tl.store(weights + out * 2, best, mask=real)
+        tl.store(weights + out * 2 + 1, total, mask=real)
+        tl.store(parts + out[:, None] * size + d[None], sums, mask=real[:, None])
+
+
+@triton.jit
+def combine(
+    parts,
+    weights,
+    start,
+    out,
+    slots,
+    window,
+    width,
+    heads: tl.constexpr,
+    size: tl.constexpr,
+    splits: tl.constexpr,
+    count: tl.constexpr,
+    least: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """The parts of one query as one vector [size]."""
+    token, head = tl.program_id(0), tl.program_id(1)
+    if pdl:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+    begin = tl.load(start + token // width).to(tl.int32)
+    filled = tl.where(begin < slots, begin, 0)
+    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
+    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
+    each = tl.maximum(each, least)
+    split = tl.arange(0, splits)
+    used = (low + split * each < filled) | (split == 0)
+    at = (token * heads + head) * splits + split
+    d = tl.arange(0, size)
+    best = tl.load(weights + at * 2, mask=used, other=float("-inf"))
+    total = tl.load(weights + at * 2 + 1, mask=used, other=0.0)
+    part = tl.load(parts + at[:, None] * size + d[None], mask=used[:, None], other=0.0)
+    share = tl.exp2(best - tl.max(best, 0))
+    result = tl.sum(part * share[:, None], 0) / tl.sum(total * share, 0)
+    tl.store(out + (token * heads + head) * size + d, result.to(out.dtype.element_ty))

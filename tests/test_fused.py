@@ -1,0 +1,149 @@
+"""Few tokens as few kernels; without a GPU they run under TRITON_INTERPRET=1, given Triton."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from ttspec.models.fused import Fused
+from ttspec.models.layers import lay_together
+from ttspec.models.target import cache_keyword
+from ttspec.rowcache import RowCache, causal_mask
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+}
+SLOTS, LAYERS = 300, 2
+# Kind, heads, key heads, head size, hidden size, size of the MLP, rows, tokens, window.
+CASES = [
+    ("llama", 3, 1, 64, 192, 128, 1, 1, None),
+    ("qwen2", 7, 1, 64, 64, 128, 2, 8, None),
+    ("qwen3", 2, 2, 128, 128, 64, 3, 1, None),
+    ("llama", 2, 1, 64, 64, 1088, 1, 16, 70),
+]
+LARGE = [
+    ("llama", 9, 3, 64, 576, 1536, 1, 1, None),
+    ("qwen2", 14, 2, 64, 896, 4864, 2, 8, None),
+    ("qwen3", 32, 8, 128, 4096, 12288, 1, 16, None),
+    ("qwen3", 16, 8, 128, 1024, 3072, 16, 1, 70),
+]
+
+
+def random_model(case: tuple[Any, ...], dtype: torch.dtype) -> Any:
+    kind, heads, kv_heads, size, hidden, inner, *_ = case
+    config, model = KINDS[kind]
+    made = model(
+        config(
+            hidden_size=hidden,
+            intermediate_size=inner,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=size,
+            vocab_size=50,
+            max_position_embeddings=512,
+            attn_implementation="sdpa",
+        )
+    )
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            weight.normal_(0, 0.5 if weight.dim() == 1 else weight.shape[-1] ** -0.5)
+            if "norm" in name:
+                weight.abs_().add_(0.5)
+    return made.eval().to(dtype)
+
+
+def filled(case: tuple[Any, ...], model: Any) -> RowCache:
+    cache = RowCache(case[6], SLOTS)
+    for store in (cache.keys, cache.values):
+        for layer in range(LAYERS):
+            kept = torch.randn(case[6], case[2], SLOTS + 1, case[3])
+            store[layer] = kept.to(model.device, model.dtype)
+    return cache
+
+
+def wide(cache: RowCache, dtype: torch.dtype = torch.float64) -> RowCache:
+    copy = RowCache(cache.rows, cache.slots)
+    copy.keys = {i: kept.to(dtype, copy=True) for i, kept in cache.keys.items()}
+    copy.values = {i: kept.to(dtype, copy=True) for i, kept in cache.values.items()}
+    return copy
+
+
+def error(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one.double() - other).norm() / other.norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter's
+@pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
+def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
+    on_gpu = torch.cuda.is_available()
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if case in LARGE and not on_gpu:
+        pytest.skip("large shapes need a GPU")
+    torch.manual_seed(0)
+    rows, tokens, window = case[6:]
+    # The interpreter computes in numpy, which has no bfloat16.
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    model = random_model(case, dtype).to("cuda" if on_gpu else "cpu")
+    exact = random_model(case, torch.float64).to(model.device)
+    exact.load_state_dict(model.state_dict())
+    cache = filled(case, model)
+    before, other, plain = wide(cache), wide(cache), wide(cache, dtype)
+    # Rows of different lengths; of several the last is at rest.
+    start = 200 - torch.arange(rows, device=model.device) * 67 % 190
+    start[rows - 1 :] += SLOTS * (rows > 1)
+    fed = torch.randint(50, (rows, tokens), device=model.device)
+    position = start[:, None] + torch.arange(tokens, device=model.device)
+    seen = causal_mask(position, SLOTS, window)
+
+    def said(model: Any, cache: RowCache) -> Any:
+        cache.aim(position, SLOTS)
+        mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
+        return model(
+            input_ids=fed,
+            attention_mask=mask.masked_fill(~seen, -1e9),
+            position_ids=position,
+            use_cache=True,
+            output_hidden_states=True,
+            **{cache_keyword(model): cache},
+        )
+
+    with torch.no_grad():
+        wanted, own_code = said(exact, other), said(model, plain)
+        together = [lay_together(layer) for layer in model.model.layers]
+        fused = Fused(model, together, (window,) * LAYERS)
+        logits, features = fused(cache, fed, start, (0, 1, -1), None)
+        none, _ = fused(cache, fed, start, (), 0)
+        last, _ = fused(cache, fed, start, (), 1)
+    assert none is None
+    assert logits is not None
+    assert last is not None
+    assert torch.isfinite(logits).all()
+    live, limit = slice(max(1, rows - 1)), 1e-5
+    if dtype == torch.bfloat16:  # not much further off than the model's own code is
+        limit = 5e-3 + 1.5 * error(own_code.logits[live], wanted.logits[live])
+    assert error(logits[live], wanted.logits[live]) < limit
+    assert error(last[live], wanted.logits[live, -1:]) < limit
+    states = torch.cat([wanted.hidden_states[i] for i in (0, 1, -1)], -1)
+    assert error(features[live], states[live]) < limit
+    for layer in range(LAYERS):
+        for own, theirs, old in (
+            (cache.keys, other.keys, before.keys),
+            (cache.values, other.values, before.values),
+        ):
+            assert error(own[layer][live], theirs[layer][live]) < limit
+            if rows > 1:
+                assert torch.equal(own[layer][-1].double(), old[layer][-1])

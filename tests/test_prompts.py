@@ -1,0 +1,121 @@
+"""Prompts read as padded pieces, as on a GPU where that is captured: nothing else may follow."""
+
+import pytest
+import torch
+from toys import make_kind, toy_engine
+
+from ttspec import load
+from ttspec.config import DraftConfig, LearnConfig
+from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.prefill import PADDED
+from ttspec.drafters.context import FeatureState
+from ttspec.models.capture import Graphs
+
+
+class Padding(Decoder):
+    """Pads as a GPU would."""
+
+    padded = 0
+
+    def capture(self) -> None:
+        super().capture()
+        self.prompts.capture(Graphs(torch.device("cpu")))
+        read = self.prompts._read_padded
+
+        def counted(width: int):
+            Padding.padded += 1
+            return read(width)
+
+        self.prompts._read_padded = counted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def target(toy_target_dir):
+    return toy_engine(toy_target_dir).target
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "dspark"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> None:
+    """Of one length and many, in one turn and several, beside rows that decode."""
+    learn = LearnConfig(scope="shared", stride=2, lr=3e-3) if shared else None
+    options = {"max_new_tokens": 12, "seed": 3, "temperature": 0.9, "ignore_eos": True}
+    options |= {"learn": learn, "draft": DraftConfig(adaptive=False), "context": 500}
+    talks = [["hello"], ["x" * 40, "and then?", "y" * 33], ["z" * 300], ["count to ten", "again"]]
+
+    def said(engine: Engine) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        run = engine.run(talks, rows=3, **options)
+        results = [chunk.result for _, chunk in run if chunk.result]
+        return [(r.token_ids, [(n.position, n.accepted) for n in r.rounds]) for r in results]
+
+    plain, padded = Engine(target, make_kind(which)), Engine(target, make_kind(which))
+    padded.make_decoder, Padding.padded = Padding, 0
+    assert said(padded) == said(plain)
+    assert Padding.padded > 6
+
+
+def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> None:
+    """To compile a target lays its weights elsewhere: an older graph would read freed memory."""
+    engine = toy_engine(toy_target_dir, dtype="bfloat16")
+    decoder = engine.decoder(make_config({}), 2, 50, sessions=False)
+    called: list[str] = []
+
+    class Recording(Graphs):
+        on = True
+
+        def __init__(self) -> None:
+            pass
+
+        def __call__(self, work, key, **_):
+            called.append(work.__name__)
+            return work(key)
+
+    decoder.graphs, decoder.target_reads_spans = Recording(), True
+    decoder.capture()
+    assert called[-len(PADDED) :] == ["_read_padded"] * len(PADDED)
+    assert "verify_and_accept" in called
+
+
+@pytest.mark.gpu
+def test_graphs_of_prompts_read_weights_that_are_there(toy_target_dir) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "compile": True}
+    engine = load(str(toy_target_dir), make_kind("dflash"), **options)
+    asked = {"max_new_tokens": 8, "seed": 1, "ignore_eos": True, "rows": 2}
+    talks = [["hello"], ["count"], ["to ten, please"]]
+
+    def said() -> list[list[int]]:
+        return [c.result.token_ids for _, c in engine.run(talks, **asked) if c.result]
+
+    before = said()
+    free = torch.full((1 << 28,), float("nan"), device="cuda")  # takes what was freed
+    assert said() == before
+    del free
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "mtp"])
+def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) -> None:
+    engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    config = make_config({"max_new_tokens": 20, "learn": LearnConfig(scope="shared")})
+    decoder = engine.decoder(config, 3, 100, sessions=False)
+    prompts, found = decoder.prompts, []
+    assert prompts._graphs
+    for graphs in (prompts._graphs, None, prompts._graphs):
+        prompts._graphs = graphs
+        for row, size in ((1, 40), (2, 7), (1, 90)):
+            decoder.clear(row)
+            ids = [(7 * n) % 250 for n in range(size)]
+            begun = prompts.begin([row], [ids], [5], [20])
+            logits = prompts._feed([row], [ids], [0], [0], logits=True)
+            assert begun.rows == [row]
+            state, last = decoder.state, size - 1  # EAGLE-3 makes the last one's with the next
+            held = [logits, state.keys[:, row, :, :last], state.values[:, row, :, :last]]
+            if isinstance(state, FeatureState):
+                held.append(state.features[row, :size])
+                assert state.held[row, :size].tolist() == list(range(size))
+            found.append([t.float().clone() for t in held if t is not None])
+    for other in (3, 6):
+        for at in range(3):
+            for a, b in zip(found[at], found[at + other], strict=True):
+                torch.testing.assert_close(a, b, atol=0.15, rtol=0.1)
