@@ -12,6 +12,7 @@ from toys import VOCABULARY, chi_square, make_kind, plain, toy_engine, twin
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import with_copies
+from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
 from ttspec.decoding.copying import LEAST_MATCH, LONGEST_MATCH, Copying, SuffixIndex
 from ttspec.decoding.decoder import Decoder, widths
 from ttspec.decoding.engine import Engine
@@ -70,7 +71,7 @@ def test_a_copy_is_what_followed_and_goes_round_in_a_loop() -> None:
     loop.extend([1, 2, 3] * 40, count=True)
     assert loop.copy(LONGEST_COPY).tokens == ([1, 2, 3] * 11)[:LONGEST_COPY]
     assert loop.copy(LONGEST_COPY).promise > 0.8 * LONGEST_COPY
-    assert SuffixIndex().copy(5) == ([], 0.0)
+    assert SuffixIndex().copy(5) == ([], [])
 
 
 def test_copies_that_were_wrong_lately_promise_less() -> None:
@@ -95,10 +96,88 @@ def test_a_row_copies_where_that_promises_more_than_its_drafter() -> None:
     assert copying.choose([0], [new], drafts=False) == {}
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.01, 0.1, 1.0])
+def test_a_row_is_copied_for_as_long_as_a_round_of_all_rows_pays(slope: float) -> None:
+    """On a machine where a round of 16 rows takes 1 + slope x width, as a brute force says."""
+
+    def seconds(width: int) -> float:
+        return 1 + slope * width
+
+    costs, rows = CopyCosts(), 16
+    sure, unsure = [0.97**i for i in range(1, 32)], [0.6**i for i in range(1, 5)]
+    drafted = dict.fromkeys(range(rows), 0.0)
+    assert costs.worthwhile({0: sure}, drafted, drafts=False) == 0, "no round without was seen"
+    costs.observe(rows, False, 0, seconds(0))
+    for chances in ({0: sure}, {0: unsure}, dict.fromkeys(range(12), sure), {0: sure, 5: unsure}):
+        for _ in range(40):  # what looks worthwhile is tried, and so measured
+            width = costs.worthwhile(chances, drafted, drafts=False)
+            costs.observe(rows, False, width, seconds(width))
+        speeds = {
+            width: (rows + sum(sum(c[:width]) for c in chances.values())) / seconds(width)
+            for width in (0, *WIDTHS)
+        }
+        chosen = costs.worthwhile(chances, drafted, drafts=False)
+        assert speeds[chosen] > 0.97 * max(speeds.values()), (chosen, speeds)
+        assert speeds[chosen] >= speeds[0]
+
+
+def test_a_width_that_did_not_pay_is_tried_again_much_later() -> None:
+    costs, chances, drafted = CopyCosts(), {0: [0.9] * 7}, dict.fromkeys(range(8), 0.0)
+    costs.observe(8, False, 0, 1.0)
+    tried = []
+    for number in range(3000):
+        width = costs.worthwhile(chances, drafted, drafts=False)
+        slow = 6.0 if number < 2000 else 1.0  # another process has left
+        costs.observe(8, False, width, slow if width else 1.0)
+        tried.append(width > 0)
+    assert 1 <= sum(tried[:2000]) < 20
+    assert sum(tried[2800:]) > 100
+
+
+def test_beside_a_drafter_a_copy_must_bring_more_than_the_drafts_that_it_replaces() -> None:
+    costs = CopyCosts()
+    for width in (0, 1, 3, 7):
+        costs.observe(4, True, width, 1.0)
+    chances = {0: [0.9, 0.8, 0.7]}
+    assert costs.worthwhile(chances, dict.fromkeys(range(4), 3.0), drafts=True) == 0
+    assert costs.worthwhile(chances, dict.fromkeys(range(4), 1.0), drafts=True) == 3
+
+
+def test_rows_of_a_batch_copy_less_where_wide_rounds_are_slow(target) -> None:
+    """Copies take a round sixty times as long: the rows stop, and their text is the same."""
+    options = {"max_new_tokens": 96, "ignore_eos": True, "temperature": 0.0, "seed": 1}
+    options |= {"draft": DraftConfig(adaptive=True)}
+    prompts = [[1, 2, 3] * 6, list(range(3, 17)), [5, 6] * 7, [9, 4, 4, 9, 4, 4, 9]]
+
+    def run(factor: float) -> tuple[list[list[int]], int]:
+        engine = Engine(target, Ngram())
+        real = CopyCosts.observe
+
+        def observe(costs, rows, drafts, width, seconds) -> None:
+            real(costs, rows, drafts, width, factor if width else 1.0)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CopyCosts, "observe", observe)
+            results = engine.generate(prompts, **options)
+        return [r.token_ids for r in results], sum(r.stats.copied_rounds for r in results)
+
+    (free, often), (dear, seldom) = run(1.0), run(60.0)
+    without = plain(Engine(target, None), prompts[0], **options).token_ids
+    assert free == dear
+    assert free[0] == without
+    assert seldom < 0.25 * often
+
+
 def test_rounds_are_as_wide_as_the_longest_copy_or_all_alike() -> None:
     copies = {0: [0] * 9, 1: [0] * 4}
     assert Copying(2, 31).length(copies) == 9
     assert Copying(2, 31, one_length=True).length(copies) == 31
+    text = [7, 1, 2, 3, 4, 5, 9, 8, 6, 0, 11, 12, 13, 1, 2]
+    (short,) = Copying(1, 9).choose([0], [text], drafts=False).values()
+    (full,) = Copying(1, 9, one_length=True).choose([0], [text], drafts=False).values()
+    assert full == text[3:12]
+    assert short == full[: len(short)]
+    assert len(short) < len(full)
     assert Copying(2, 31).length({}) == Copying(2, 31, one_length=True).length({}) == 0
 
 

@@ -94,11 +94,11 @@ def record(
     Raises:
         DataError: The target would have written another text, or nothing can be replayed.
     """
-    conversations, notes = _conversations(source, target.tokenizer)
-    if not conversations:
+    told, notes = conversations(source, target.tokenizer)
+    if not told:
         raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
-    size = sum(len(text.ids) for texts in conversations.values() for text in texts)
+    size = sum(len(text.ids) for texts in told.values() for text in texts)
     shape, dtype = (size, int(target.head.shape[1])), target.dtype
     _require_host(shape[0] * shape[1] * dtype.itemsize * (1 + len(taps)), size)
     # On the host: of many conversations it is more than a GPU has.
@@ -107,7 +107,7 @@ def record(
     states = {tap: torch.empty_like(hidden) for tap in taps}
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
-    for (request, seed), texts in conversations.items():
+    for (request, seed), texts in told.items():
         turns = {turn.turn: turn for turn in source.units[request, seed]}
         start = texts[0].ids[: min(texts[0].begins.values())]
         for text in texts:
@@ -137,7 +137,7 @@ def record(
     notes.append(
         f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
     )
-    return Recording(tokens, hidden, states, answers), set(conversations), notes
+    return Recording(tokens, hidden, states, answers), set(told), notes
 
 
 def _require_host(need: int, tokens: int) -> None:
@@ -149,10 +149,10 @@ def _require_host(need: int, tokens: int) -> None:
         )
 
 
-def _conversations(
+def conversations(
     source: Source, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[dict[Unit, list[Told]], list[str]]:
-    """Of each unit its texts; what is left out, in sentences."""
+    """The texts of each unit; what is left out, in sentences."""
     found: dict[Unit, list[Told]] = {}
     starts: set[tuple[int, ...]] = set()
     notes = []

@@ -3,14 +3,17 @@
 Known as prompt lookup or suffix decoding. A copy costs no forward of the drafter, is up to 31
 tokens long, and is verified as any draft is. A row copies where that promises more than a draft,
 by how often copies after a match of such a length were right lately; the row's own text says it
-for every token that is committed, copied or not. Runs on the host, between two rounds; decides by
-counts alone, no clock, so that a run repeats. Knows no tensors.
+for every token that is committed, copied or not. Of several rows, which all read as much as the
+longest copy has, none copies where that does not pay (`copy_costs.py`). Runs on the host, between
+two rounds. One row decides by counts alone, no clock, so that its run repeats. Knows no tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
 
 LEAST_MATCH = 2
 """Last tokens that must have stood at an earlier place; the newest such place is copied. To look
@@ -27,7 +30,7 @@ BELIEF = 8.0
 MEMORY = 64.0
 """Tokens of a bucket that are remembered."""
 LEAST_CHANCE = 0.15
-"""A copy ends where the chance that a token of it is kept falls below this."""
+"""A copy that may be shorter ends where the chance that a token is kept falls below this."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -36,8 +39,17 @@ class Copy(NamedTuple):
     """Tokens that stood behind an earlier place."""
 
     tokens: list[int]
-    promise: float
-    """How many of them are expected to be kept."""
+    chances: list[float]
+    """How likely each is kept."""
+
+    @property
+    def promise(self) -> float:
+        """How many of them are expected to be kept."""
+        return sum(self.chances)
+
+    def first(self, most: int) -> Copy:
+        """The same, cut to its first tokens."""
+        return Copy(self.tokens[:most], self.chances[:most])
 
 
 class SuffixIndex:
@@ -102,21 +114,21 @@ class SuffixIndex:
         del self._tokens[length:], self._older[length:]
         self._find(self._older[-1] if length else 0)
 
-    def copy(self, most: int) -> Copy:
-        """Up to `most` tokens that may come next, as many as are likely to be kept."""
+    def copy(self, most: int, least: float = LEAST_CHANCE) -> Copy:
+        """Up to `most` tokens that may come next, each kept with a chance of `least` or more."""
         place, match, ours = self._place, self._match, self._tokens
-        chance, promise, copied = 1.0, 0.0, list[int]()
+        chance, copied, chances = 1.0, list[int](), list[float]()
         if not place:
-            return Copy(copied, promise)
+            return Copy(copied, chances)
         period = len(ours) - place
         for i in range(most):
             bucket = _BUCKET[min(match + i, LONGEST_MATCH)]
             chance *= self._right[bucket] / self._seen[bucket]
-            if chance < LEAST_CHANCE:
+            if chance < least:
                 break
-            promise += chance
+            chances.append(chance)
             copied.append(ours[place + i % period])  # past the end: what was copied goes on
-        return Copy(copied, promise)
+        return Copy(copied, chances)
 
     def _find(self, place: int) -> None:
         """Take an earlier place, if there is one, and count the tokens that agree before it."""
@@ -134,7 +146,13 @@ class Copying:
     """The copies of all rows, and which rows copy instead of drafting."""
 
     def __init__(
-        self, rows: int, most: int, *, block_cost: float = 0.0, one_length: bool = False
+        self,
+        rows: int,
+        most: int,
+        *,
+        block_cost: float = 0.0,
+        one_length: bool = False,
+        costs: CopyCosts | None = None,
     ) -> None:
         """No row has tokens.
 
@@ -144,8 +162,12 @@ class Copying:
             block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
                 much less. From the weights that it reads, not from a clock.
             one_length: Rounds in which rows copy are all as wide.
+            costs: What wide rounds take, by the clock: rows copy where the round pays. Without it
+                each row copies where that promises more than a draft.
         """
         self.most, self._block_cost, self._one_length = most, block_cost, one_length
+        self._least = 0.0 if one_length else LEAST_CHANCE  # a token more costs nothing there
+        self._costs, self._widths = costs, (most,) if one_length else WIDTHS
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -160,15 +182,21 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
-        chosen = {}
+        copies, accepted = dict[int, Copy](), dict[int, float]()
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
-            copied, promise = index.copy(self.most)
-            drafted = (1 + self._accepted[row]) / (1 + self._block_cost) - 1 if drafts else 0.0
-            if copied and promise > drafted:
-                chosen[row] = copied
-        return chosen
+            copies[row] = index.copy(self.most, self._least)
+            accepted[row] = self._accepted[row] if drafts else 0.0
+        most = self.most
+        if self._costs:
+            chances = {row: copy.chances for row, copy in copies.items() if copy.tokens}
+            how = {"drafts": drafts, "widths": self._widths}
+            most = self._costs.worthwhile(chances, accepted, **how)
+        block_cost = self._block_cost if drafts else 0.0
+        least = {row: (1 + n) / (1 + block_cost) - 1 for row, n in accepted.items()}
+        cut = {row: copy.first(most) for row, copy in copies.items()}
+        return {r: c.tokens for r, c in cut.items() if c.tokens and c.promise > least[r]}
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
+from ttspec.decoding.feedback import PolicyFeedback
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
 from ttspec.decoding.row_sampling import RowSampling
@@ -113,14 +115,18 @@ class Decoder(SpeculativeRound):
             # would be compiled anew, for longer than most answers take.
             few = self.graphs.on and (compile or (drafter is not None and drafter.at_once))
             self.policy = policy or DraftPolicy(self.gamma, few=few)
-        self.copying = None
+        self.copying, copy_costs = None, None
+        if by_clock and rows > 1:  # one row's copy is paid for by all
+            copy_costs = getattr(self.policy, "copy_costs", None) or CopyCosts()
         if copies:
             # A graph is captured for each width.
             block_cost = 0.0
             if drafter and self.gamma:
                 weights = sum(w.numel() for w in target.model.parameters())
                 block_cost = drafter.weights_read(self.gamma) / weights
-            self.copying = Copying(rows, copies, block_cost=block_cost, one_length=self.graphs.on)
+            self.copying = Copying(
+                rows, copies, block_cost=block_cost, one_length=self.graphs.on, costs=copy_costs
+            )
         self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
         self.row_sampling = RowSampling(
@@ -131,7 +137,7 @@ class Decoder(SpeculativeRound):
         self.prompts.learner = self.learner
         self.timer = RoundTimer(target.device)
         schedule = UpdateSchedule(clock=by_clock) if draft.adaptive else None
-        self.feedback = PolicyFeedback(self.learner, schedule)
+        self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
 
     @torch.no_grad()
     def capture(self) -> None:

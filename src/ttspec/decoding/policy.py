@@ -12,11 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.draft_word import DraftWord
-from ttspec.decoding.rows import RowOutcome
-from ttspec.decoding.timing import RoundTimer
-from ttspec.learning.learner import Learner
-from ttspec.learning.update_schedule import UpdateSchedule
 
 BEHIND = 4.0
 """Plain rounds by which drafting may be behind before it stops."""
@@ -122,6 +119,8 @@ class DraftPolicy:
         """Whether rows copied in the last drafting round."""
         self._rows = 1
         """Rows that cost something in it."""
+        self.copy_costs = CopyCosts()
+        """What rounds of several rows took in which some copied."""
         self._word: DraftWord | None = None
         """What the drafter says of its drafts, if it does."""
 
@@ -335,58 +334,3 @@ class DraftPolicy:
 def _middle(values: Sequence[float]) -> float:
     ordered, half = sorted(values), len(values) // 2
     return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
-
-
-class PolicyFeedback:
-    """Tells an adaptive policy, and the schedule of updates, what a round took and brought."""
-
-    def __init__(self, learner: Learner | None, schedule: UpdateSchedule | None) -> None:
-        """By `schedule` the learner learns seldom where that does not pay."""
-        self._learner, self._schedule = learner, schedule
-
-    def observe(
-        self,
-        policy: DraftPolicy | FixedDraftLength,
-        timer: RoundTimer,
-        draft_length: int,
-        longest: int,
-        outcomes: dict[int, RowOutcome],
-        rows: int,
-    ) -> None:
-        """Take note of a round that is over.
-
-        Args:
-            policy: Chose its length.
-            timer: Timed it.
-            draft_length: Drafts that each row might have.
-            longest: An upper bound of the rows' lengths.
-            outcomes: What it did to the rows that took part.
-            rows: Rows that cost something.
-        """
-        if not (policy.adaptive or self._schedule):
-            return
-        updated = any(outcome.updated for outcome in outcomes.values())
-        learner, apart = self._learner, False
-        if learner and learner.study:  # it learns whether or not the drafter drafts
-            apart = updated or learner.is_updating
-        emitted = without = 0
-        accepted = []
-        for outcome in outcomes.values():
-            emitted += len(outcome.tokens)
-            without += len(outcome.tokens) if outcome.copied else 1
-            if not outcome.copied:
-                accepted.append(outcome.accepted)
-        policy.observe(
-            draft_length,
-            timer.seconds,
-            emitted=emitted / without,
-            accepted=accepted,
-            context=longest,
-            copying=len(accepted) < len(outcomes),
-            rows=rows,
-            first=timer.captured or apart,
-        )
-        if learner and self._schedule and not timer.captured:
-            mean = sum(accepted) / len(accepted) if accepted and draft_length else None
-            if mean is not None or learner.study:
-                self._schedule.observe(timer.seconds, updated, mean, learner)

@@ -28,8 +28,9 @@ from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.policy import DraftPolicy, FixedDraftLength, PolicyFeedback
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowOutcome, RowStates, RowVerdict
@@ -148,7 +149,7 @@ class SpeculativeRound:
         }
         some = self._verified
         cost = self.rows.count if some is None else len(some)
-        self.feedback.observe(self.policy, self.timer, shape.draft_length, longest, outcomes, cost)
+        self.feedback.observe(self.policy, self.timer, shape, longest, outcomes, cost)
         return outcomes
 
     def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:

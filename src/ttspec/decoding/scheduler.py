@@ -54,6 +54,20 @@ class Request:
     """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
 
+@dataclass(slots=True)
+class Admitted:
+    """A request that was added, until its row is freed."""
+
+    talk: Conversation
+    sampling: SamplingConfig
+    mask: LogitMask | None
+    logprobs: int | None
+    tenant: str | None
+    keeps_row: bool
+    ids: list[int] | None
+    """The prompt of a turn that was not begun."""
+
+
 class Scheduler:
     """Gives the rows of one decoder to requests."""
 
@@ -69,18 +83,11 @@ class Scheduler:
         self._free = list(range(decoder.rows.count))
         self._queue: deque[int] = deque()
         """Requests without a row."""
-        self._conversations: dict[int, Conversation] = {}
-        self._keeps_row: dict[int, bool] = {}
-        self._tenants: dict[int, str | None] = {}
+        self._requests: dict[int, Admitted] = {}
         self._left_by: dict[int, str | None] = {}
         """Whose text a free row holds."""
-        self._sampling: dict[int, SamplingConfig] = {}
-        self._masks: dict[int, LogitMask | None] = {}
-        self._logprobs: dict[int, int | None] = {}
-        self._ids: dict[int, list[int]] = {}
-        """What requests ask that were not begun."""
         self._ready: list[int] = []
-        """Those of them that have a row."""
+        """Requests with a row whose turn was not begun."""
         self._reading: tuple[Prompts, list[int]] | None = None
         """Prompts that are being read, and whose."""
         self._decoding: list[int] = []
@@ -100,7 +107,7 @@ class Scheduler:
         sampling = self._sampling_of(config)
         self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
-        self._conversations[number] = Conversation(
+        talk = Conversation(
             self.decoder,
             config,
             request.seed,
@@ -109,10 +116,15 @@ class Scheduler:
             thinking=request.thinking,
             stream=self._stream,
         )
-        self._keeps_row[number], self._ids[number] = request.keeps_row, request.ids
-        self._tenants[number] = request.tenant
-        self._sampling[number], self._masks[number] = sampling, request.mask
-        self._logprobs[number] = request.logprobs
+        self._requests[number] = Admitted(
+            talk,
+            sampling,
+            request.mask,
+            request.logprobs,
+            request.tenant,
+            request.keeps_row,
+            request.ids,
+        )
         self._queue.append(number)
         return number
 
@@ -139,16 +151,16 @@ class Scheduler:
         Raises:
             OptionError: As `add_request`.
         """
+        known = self._requests[request]
         if config is not None:
-            self._sampling[request] = self._sampling_of(config)
-        self._masks[request] = mask
-        self._conversations[request].renew(config, seed)
-        self._ids[request] = ids
+            known.sampling = self._sampling_of(config)
+        known.mask, known.ids = mask, ids
+        known.talk.renew(config, seed)
         self._ready.append(request)
 
     def conversation(self, request: int) -> Conversation:
         """What is known of a request, until its row is freed."""
-        return self._conversations[request]
+        return self._requests[request].talk
 
     def has_unfinished(self) -> bool:
         """Whether there is anything to do."""
@@ -169,9 +181,9 @@ class Scheduler:
             moved += self._read_piece()
         if self._decoding and (self._reading or not moved):
             moved += self._round()
-        events = [(request, self._conversations[request].chunk()) for request in moved]
+        events = [(request, self._requests[request].talk.chunk()) for request in moved]
         for request, chunk in events:
-            if chunk.result and not self._keeps_row[request]:
+            if chunk.result and not self._requests[request].keeps_row:
                 self.release(request)
         return events
 
@@ -181,11 +193,11 @@ class Scheduler:
         Returns:
             Its last chunk; None if its answer was over, or it is not known.
         """
-        talk = self._conversations.get(request)
-        begun = request not in self._ids
-        if talk is None or (begun and talk.finish):
+        known = self._requests.get(request)
+        if known is None or (known.ids is None and known.talk.finish):
             return None
-        if begun:
+        talk = known.talk
+        if known.ids is None:
             if self._reading and request in self._reading[1]:
                 self._reading[0].drop(talk.row)
                 self._reading[1].remove(request)
@@ -195,26 +207,24 @@ class Scheduler:
             talk.cancel()
         else:
             (self._ready if request in self._ready else self._queue).remove(request)
-            talk.cancel(self._ids.pop(request))
+            talk.cancel(known.ids)
+            known.ids = None
         chunk = talk.chunk()
-        if talk.row < 0 or not self._keeps_row[request]:
+        if talk.row < 0 or not known.keeps_row:
             self.release(request)
         return chunk
 
     def abort_all(self) -> list[tuple[int, Chunk]]:
         """End all answers, those that were not begun too."""
-        chunks = [(request, self.abort(request)) for request in list(self._conversations)]
+        chunks = [(request, self.abort(request)) for request in list(self._requests)]
         return [(request, chunk) for request, chunk in chunks if chunk]
 
     def release(self, request: int) -> None:
         """Forget a conversation that is over; its row is free."""
-        talk = self._conversations.pop(request)
-        del self._keeps_row[request], self._sampling[request]
-        del self._masks[request], self._logprobs[request]
-        tenant = self._tenants.pop(request)
-        if talk.row >= 0:
-            self._free.append(talk.row)
-            self._left_by[talk.row] = tenant
+        known = self._requests.pop(request)
+        if known.talk.row >= 0:
+            self._free.append(known.talk.row)
+            self._left_by[known.talk.row] = known.tenant
 
     def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
         """How a request's tokens are chosen.
@@ -246,17 +256,18 @@ class Scheduler:
     def _give_rows(self) -> None:
         while self._free and self._queue:
             request = self._queue.popleft()
-            row = self._row_left_for(request)
+            known = self._requests[request]
+            row = self._row_left_for(known)
             if row is None:  # the one that was left longest ago, if there are tenants
-                row = self._free[0 if self._tenants[request] is not None else -1]
+                row = self._free[0 if known.tenant is not None else -1]
                 self.decoder.clear(row)
             self._free.remove(row)
-            self._conversations[request].row = row
+            known.talk.row = row
             self._ready.append(request)
 
-    def _row_left_for(self, request: int) -> int | None:
+    def _row_left_for(self, request: Admitted) -> int | None:
         """The free row whose text a request of the same tenant goes on from, if any."""
-        tenant, ids, best = self._tenants[request], self._ids[request], (0, -1)
+        tenant, ids, best = request.tenant, request.ids or [], (0, -1)
         for row in self._free if tenant is not None else ():
             length = self.decoder.rows.lengths[row]
             if self._left_by.get(row) == tenant and length:
@@ -271,26 +282,35 @@ class Scheduler:
     def _begin(self) -> list[int]:
         """Begin to read what is ready; requests whose answers are over before they begin."""
         requests, self._ready = self._ready, []
-        asked = [(r, self._conversations[r], self._ids.pop(r)) for r in requests]
-        budgets = {r: talk.open(ids) for r, talk, ids in asked}
-        live = [(r, talk) for r, talk, _ in asked if budgets[r]]
-        for request, talk in live:
+        live, over = list[tuple[int, Admitted]](), list[int]()
+        budgets = []
+        for request in requests:
+            known = self._requests[request]
+            assert known.ids is not None
+            budget = known.talk.open(known.ids)
+            known.ids = None
+            if not budget:
+                over.append(request)
+                continue
+            live.append((request, known))
+            budgets.append(budget)
             self.decoder.row_sampling.set(
-                talk.row,
-                self._sampling[request],
-                ignore_eos=talk.config.ignore_eos,
-                mask=self._masks[request],
-                logprobs=self._logprobs[request],
+                known.talk.row,
+                known.sampling,
+                ignore_eos=known.talk.config.ignore_eos,
+                mask=known.mask,
+                logprobs=known.logprobs,
             )
         if live:
+            talks = [known.talk for _, known in live]
             prompts = self.decoder.prompts.begin(
-                [talk.row for _, talk in live],
-                [talk.prompt_ids for _, talk in live],
-                [talk.noise_key() for _, talk in live],
-                [budgets[r] for r, _ in live],
+                [talk.row for talk in talks],
+                [talk.prompt_ids for talk in talks],
+                [talk.noise_key() for talk in talks],
+                budgets,
             )
-            self._reading = prompts, [r for r, _ in live]
-        return [r for r in requests if not budgets[r]]
+            self._reading = prompts, [request for request, _ in live]
+        return over
 
     def _read_piece(self) -> list[int]:
         """Read on; once all is read, the requests, which have their first token now."""
@@ -301,9 +321,9 @@ class Scheduler:
             return []
         first = zip(requests, prompts.first_tokens, prompts.logprobs, strict=True)
         for request, token, told in first:
-            self._conversations[request].begin(token, told)
+            self._requests[request].talk.begin(token, told)
         self._end_reading()
-        self._decoding += [r for r in requests if not self._conversations[r].finish]
+        self._decoding += [r for r in requests if not self._requests[r].talk.finish]
         return requests
 
     def _end_reading(self) -> None:
@@ -314,7 +334,7 @@ class Scheduler:
         """One round; the requests that took part."""
         outcomes, moved = self.decoder.round(), self._decoding
         for request in moved:
-            talk = self._conversations[request]
+            talk = self._requests[request].talk
             talk.advance(outcomes[talk.row])
-        self._decoding = [r for r in moved if not self._conversations[r].finish]
+        self._decoding = [r for r in moved if not self._requests[r].talk.finish]
         return moved

@@ -103,7 +103,7 @@ class Causal(Drafter):
         self.length = int(ttspec.get("length") or self.default_length)
         base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
         self._plain_rope = Rope.of({"rope_theta": base}, self.head_dim)
-        self._ropes: dict[DraftConfig, Rope] = {}
+        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
         self.interpretation["rope base"] = f"{self._plain_rope.base:g}"
         self._shared = Shared()
         if isinstance(act := getattr(text, "hidden_act", None), str):
@@ -167,12 +167,13 @@ class Causal(Drafter):
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
         like = self.embedding
-        if options not in self._ropes:  # kept: where this is captured nothing comes from the host
-            self._ropes[options] = self._rope(options).to(like.device)
+        known = options, like.device  # a forecast starts on meta
+        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
+            self._ropes[known] = self._rope(options).to(like.device)
         return CausalState(
             weights=self.weights,
             options=options,
-            rope=self._ropes[options].to(like.device),
+            rope=self._ropes[known],
             tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=like.device),
             anchor=self.weights,
             takes_spans=self.model.config._attn_implementation == FOLDED,

@@ -89,7 +89,7 @@ class Mtp(Drafter):
         self.length = int(length)
         base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
         self._plain_rope = Rope.of({"rope_theta": base}, 2)
-        self._ropes: dict[DraftConfig, Rope] = {}
+        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
         self.interpretation = {
             "taps": "the target's last hidden state, after its final norm",
             "rope base": f"{self._plain_rope.base:g}",
@@ -139,14 +139,15 @@ class Mtp(Drafter):
     def start(self, rows: int, slots: int, options: DraftConfig) -> FunctionalState:
         """An empty context for `rows` rows, with the anchor weights."""
         like = self.embedding
-        if options not in self._ropes:  # kept: where this is captured nothing comes from the host
-            self._ropes[options] = self._rope(options).to(like.device)
+        known = options, like.device  # a forecast starts on meta
+        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
+            self._ropes[known] = self._rope(options).to(like.device)
         folded = self.layer.config._attn_implementation == FOLDED
         sizes = self.kv_heads, slots, self.key_size, like, self.value_size
         return FunctionalState(
             weights=self.weights,
             options=options,
-            rope=self._ropes[options].to(like.device),
+            rope=self._ropes[known],
             anchor=self.weights,
             takes_spans=folded and self.key_size == self.value_size,
             **empty_context(self.layers, rows, *sizes),

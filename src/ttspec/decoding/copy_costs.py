@@ -1,0 +1,100 @@
+"""Whether copies pay where several rows read as many tokens as the longest copy has.
+
+A round is as wide for all rows as its longest copy, so one row's copy is paid for by all. What
+rounds took says what a width costs; until a width was seen it is hoped to cost nothing. Knows no
+tensors and no clock: it is told what a round took.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+WIDTHS = (1, 3, 7, 15, 31)
+"""Tokens of the longest copy, at most, of rounds that are taken to cost the same."""
+NEW = 0.25
+"""Share that a round has in what is known of its kind."""
+SPIKE = 4.0
+"""Times its kind's usual time that a round counts at most: more is another process's."""
+STALE = 256
+"""Rounds without copies after which a width is believed to cost half as much more: the text, or
+the machine, may be another by now."""
+
+
+class CopyCosts:
+    """What rounds took, by the length of their longest copy."""
+
+    def __init__(self) -> None:
+        """No round was seen."""
+        self._without: dict[tuple[int, bool], float] = {}
+        """Seconds of a round in which no row copied, by rows and whether the drafter drafted."""
+        self._ratios: dict[tuple[int, bool, int], float] = {}
+        """Of a round with copies to one without, by rows (powers of two), drafts, and width."""
+        self._rounds = 0
+
+    def observe(self, rows: int, drafts: bool, width: int, seconds: float) -> None:
+        """Take note of a round whose longest copy had `width` tokens; 0 if no row copied."""
+        if not width:
+            before = self._without.get((rows, drafts), seconds)
+            self._without[rows, drafts] = _moved(before, seconds)
+            self._rounds += 1
+            if self._rounds % STALE == 0:
+                self._ratios = {key: (1 + ratio) / 2 for key, ratio in self._ratios.items()}
+        elif without := self._seconds_without(rows, drafts):
+            key = rows.bit_length(), drafts, _bucket(width)
+            ratio = seconds / without
+            self._ratios[key] = _moved(self._ratios.get(key, ratio), ratio)
+
+    def cost(self, rows: int, drafts: bool, width: int) -> float | None:
+        """Of a round with copies, in rounds without; None as long as none such was seen."""
+        if not self._seconds_without(rows, drafts):
+            return None
+        known = [
+            self._ratios.get((rows.bit_length(), drafts, i)) for i in range(_bucket(width) + 1)
+        ]
+        return max([1.0, *(ratio for ratio in known if ratio)])  # wider is no cheaper
+
+    def worthwhile(
+        self,
+        chances: Mapping[int, Sequence[float]],
+        accepted: Mapping[int, float],
+        *,
+        drafts: bool,
+        widths: Sequence[int] = WIDTHS,
+    ) -> int:
+        """The most tokens that a copy may have for the round to pay; 0 is no copies.
+
+        Args:
+            chances: By row with a copy, of its tokens: how likely each is kept.
+            accepted: By row, of all that take part: drafts kept otherwise, on average.
+            drafts: Whether the drafter drafts.
+            widths: Rounds are as wide as one of these.
+        """
+        tokens = len(accepted) + sum(accepted.values())
+        best, most = tokens, 0
+        longest = max(map(len, chances.values()), default=0)
+        for width in widths if longest else ():
+            cost = self.cost(len(accepted), drafts, width)
+            if cost is None:
+                return 0
+            gains = (sum(own[:width]) - accepted[row] for row, own in chances.items())
+            speed = (tokens + sum(gain for gain in gains if gain > 0)) / cost
+            if speed > best:
+                best, most = speed, width
+            if width >= longest:
+                break
+        return most
+
+    def _seconds_without(self, rows: int, drafts: bool) -> float | None:
+        """Seconds of a round without copies, of as many rows or the nearest number seen."""
+        near = [n for n, drafting in self._without if drafting == drafts]
+        if not near:
+            return None
+        return self._without[min(near, key=lambda n: abs(n - rows)), drafts]
+
+
+def _bucket(width: int) -> int:
+    return next((i for i, most in enumerate(WIDTHS) if width <= most), len(WIDTHS) - 1)
+
+
+def _moved(before: float, now: float) -> float:
+    return before + NEW * (min(now, SPIKE * before) - before)

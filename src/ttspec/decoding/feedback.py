@@ -1,0 +1,71 @@
+"""What a round took and brought, told to those who decide about the next ones."""
+
+from __future__ import annotations
+
+from ttspec.decoding.copy_costs import CopyCosts
+from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
+from ttspec.decoding.rows import RoundShape, RowOutcome
+from ttspec.decoding.timing import RoundTimer
+from ttspec.learning.learner import Learner
+from ttspec.learning.update_schedule import UpdateSchedule
+
+
+class PolicyFeedback:
+    """Tells an adaptive policy, the schedule of updates, and who knows what copies cost."""
+
+    def __init__(
+        self, learner: Learner | None, schedule: UpdateSchedule | None, copy_costs: CopyCosts | None
+    ) -> None:
+        """By `schedule` the learner learns seldom where that does not pay."""
+        self._learner, self._schedule, self._copy_costs = learner, schedule, copy_costs
+
+    def observe(
+        self,
+        policy: DraftPolicy | FixedDraftLength,
+        timer: RoundTimer,
+        shape: RoundShape,
+        longest: int,
+        outcomes: dict[int, RowOutcome],
+        rows: int,
+    ) -> None:
+        """Take note of a round that is over.
+
+        Args:
+            policy: Chose its length.
+            timer: Timed it.
+            shape: Drafts that each row might have, and tokens of the longest copy.
+            longest: An upper bound of the rows' lengths.
+            outcomes: What it did to the rows that took part.
+            rows: Rows that cost something.
+        """
+        draft_length, copy_length = shape.draft_length, shape.copy_length
+        updated = any(outcome.updated for outcome in outcomes.values())
+        learner, apart = self._learner, False
+        if learner and learner.study:  # it learns whether or not the drafter drafts
+            apart = updated or learner.is_updating
+        first = timer.captured or apart
+        if self._copy_costs and not first:
+            self._copy_costs.observe(len(outcomes), draft_length > 0, copy_length, timer.seconds)
+        if not (policy.adaptive or self._schedule):
+            return
+        emitted = without = 0
+        accepted = []
+        for outcome in outcomes.values():
+            emitted += len(outcome.tokens)
+            without += len(outcome.tokens) if outcome.copied else 1
+            if not outcome.copied:
+                accepted.append(outcome.accepted)
+        policy.observe(
+            draft_length,
+            timer.seconds,
+            emitted=emitted / without,
+            accepted=accepted,
+            context=longest,
+            copying=len(accepted) < len(outcomes),
+            rows=rows,
+            first=first,
+        )
+        if learner and self._schedule and not timer.captured:
+            mean = sum(accepted) / len(accepted) if accepted and draft_length else None
+            if mean is not None or learner.study:
+                self._schedule.observe(timer.seconds, updated, mean, learner)
