@@ -30,6 +30,7 @@ from ttspec.drafters.keys import refuse_keys
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_names import native_names
 from ttspec.drafters.pard import Pard
+from ttspec.drafters.peagle import PEagle
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError
 
@@ -37,18 +38,16 @@ BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
 KINDS: dict[str, type[Drafter]] = {
-    c.kind: c for c in (Mtp, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
+    c.kind: c for c in (Mtp, PEagle, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
 }
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-P_EAGLE = "P-EAGLE"
 EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no head of its own)"
 UNREADABLE = {
     "dflare": "DFlare (each layer mixes the taps for itself)",
     "(gemma4|k3|qwen3omni)dspark|dsparkv": "DSpark on layers of another family than Qwen3's",
     "jetspec": "JetSpec of speculators (a causal block that is fed real tokens)",
-    "p-?eagle": P_EAGLE,
-    "eagle(?!-?3)": EAGLE,
+    "(?<!p)(?<!p-)eagle(?!-?3)": EAGLE,
 }
 """Relatives that would load in part and draft badly, by a pattern of their architecture's name."""
 SINCE_EAGLE3 = {
@@ -231,8 +230,6 @@ def _relative(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     asked = config.get("speculators_model_type")
     named = f"{config.get('architectures')} {asked}".lower()
     found = next((what for p, what in UNREADABLE.items() if re.search(p, named)), None)
-    if "mask_hidden" in names:
-        return P_EAGLE
     if found is None and "fc.weight" in names and SINCE_EAGLE3.isdisjoint(names):
         return EAGLE
     if found is None and asked is not None and asked not in KINDS:
