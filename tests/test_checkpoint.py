@@ -631,13 +631,22 @@ def test_a_relative_is_refused_by_its_name(tmp_path, which, changes, named):
     assert named in refusal(folder)
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_p_eagle_is_known_by_its_mask_hidden(tmp_path, prefix):
+@pytest.mark.parametrize(
+    ("name", "shape", "key"),
+    [
+        ("mask_hidden", (1, 1, 192), "mask_token_id"),
+        ("model.mask_hidden", (1, 192), "ptd_token_id"),
+    ],
+)
+def test_p_eagle_is_known_by_its_mask_hidden(tmp_path, name, shape, key):
     folder = write(tmp_path / "d", "eagle3")
-    edit_weights(folder, put(prefix + "mask_hidden", torch.ones(1, 1, 192)))
+    mask = torch.arange(192.0)
+    edit_weights(folder, put(name, mask.view(shape)))
     assert "mask_token_id" in refusal(folder)
-    edit_config(folder, mask_token_id=MASK)
-    assert load_drafter("d", folder).kind == "peagle"
+    edit_config(folder, **{key: MASK})
+    drafter = load_drafter("d", folder)
+    assert drafter.kind == "peagle"
+    assert torch.equal(drafter.weights["mask_hidden"], mask.view(1, 1, 192))
 
 
 # Taps.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -273,8 +273,14 @@ def missing_and_left_over(
     """
     needed = drafter.shapes()
     known = needed | drafter.optional()
-    wrong = [n for n in sorted(found.keys() & known.keys()) if tuple(found[n]) != known[n]]
+    both = sorted(found.keys() & known.keys())
+    wrong = [n for n in both if _without_ones(found[n]) != _without_ones(known[n])]
     return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without leading dimensions of size 1, of which writers have more or fewer."""
+    return _without_ones(shape[1:]) if shape[:1] == (1,) else tuple(shape)
 
 
 def _read_headers(folder: Path) -> dict[str, Stored]:
@@ -319,10 +325,10 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
         raise CheckpointError(
             f"{first} is {list(first.shape)}; config.json says {list(known)}.\n{together}"
         )
-    weights: dict[str, Tensor] = {}
+    weights, shapes = dict[str, Tensor](), drafter.shapes() | drafter.optional()
     for name, tensor in found.items():
         with safe_open(tensor.file, framework="pt") as opened:
-            read = opened.get_tensor(tensor.key)
+            read = opened.get_tensor(tensor.key).view(shapes[name])
         integer = name in ("d2t", "t2d")
         if read.is_floating_point() == integer or read.element_size() < (1 if integer else 2):
             raise CheckpointError(

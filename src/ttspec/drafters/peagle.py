@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices
-from ttspec.drafters.context import FeatureState, first_seen, same_block, seen_mask
+from ttspec.drafters.context import FeatureState
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.drafters.layers import Attend, ConcatenatedContext
+from ttspec.drafters.layers import Attend
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
 
@@ -37,7 +37,7 @@ class PEagle(Eagle3):
 
     def _configure(self, names: Collection[str]) -> None:
         super()._configure(names)
-        mask = self._one(("mask_token_id", "pard_token"))
+        mask = self._one(("mask_token_id", "pard_token", "ptd_token_id"))
         if mask is None:
             raise KeyError("mask_token_id")
         self.mask_token = int(mask)
@@ -58,7 +58,7 @@ class PEagle(Eagle3):
         """Fill one block a row."""
         assert isinstance(state, FeatureState)
         before = self.features_before(state, blocks.start[:, 0])
-        contexts = self._written(state, blocks) if state.spans else self._beside(state, blocks)
+        contexts = self._behind(state, blocks)
         hidden = self._fill(state, before[:, None], blocks, contexts)
         choices(self.logits(hidden)[:, 0], 0)
         return before
@@ -66,7 +66,8 @@ class PEagle(Eagle3):
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
-        return self.logits(self._fill(state, lesson.before, blocks, self._beside(state, blocks)))
+        contexts = self._beside(state, blocks, blocks.length)
+        return self.logits(self._fill(state, lesson.before, blocks, contexts))
 
     def _fill(
         self, state: FeatureState, before: Tensor, blocks: Blocks, contexts: Sequence[Attend]
@@ -84,21 +85,11 @@ class PEagle(Eagle3):
         hidden, _ = self._step(state.weights, *given)
         return hidden.unflatten(1, shape[1:])
 
-    def _written(self, state: FeatureState, blocks: Blocks) -> Sequence[Attend]:
-        """The context of one block a row, whose keys are written behind it."""
-        position, rest = blocks.position(blocks.length - 1, -1), blocks.start[:, 0] >= state.slots
+    def _behind(self, state: FeatureState, blocks: Blocks) -> Sequence[Attend]:
+        """The context of one block a row, behind which its keys are written if they may be."""
+        length = blocks.length
+        if not state.spans:
+            return self._beside(state, blocks, length)
+        position, rest = blocks.position(length - 1, -1), blocks.start[:, 0] >= state.slots
         seen = self._spans(state, position, (blocks.start - 1).expand_as(position), rest)
-        return state.in_place(position, rest, blocks.longest + blocks.length - 1, seen)
-
-    def _beside(self, state: FeatureState, blocks: Blocks) -> Sequence[Attend]:
-        """The context of A blocks a row, beside which they lie."""
-        length, position = blocks.length, blocks.position(blocks.length - 1, -1)
-        begin = (blocks.start - 1).repeat_interleave(length, dim=1)
-        keys, values = state.read(blocks.longest, begin[:, :1])
-        same = same_block(blocks.start.shape[1], length, begin.device)
-        found: list[Attend] = []
-        for k, v, window in zip(keys, values, self.windows, strict=True):
-            first = first_seen(position, begin, state.options.window, window)
-            mask = seen_mask(k.shape[2], begin, position, first, position, same)
-            found.append(ConcatenatedContext(k, v, mask))
-        return found
+        return state.in_place(position, rest, blocks.longest + length - 1, seen)
