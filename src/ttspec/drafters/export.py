@@ -88,7 +88,7 @@ def export_drafter(
     if form not in forms:
         raise OptionError(
             f"speculators has no format for a {drafter.kind} drafter, such as {drafter.name}.\n"
-            "Give --format published: a checkpoint that transformers and vLLM read."
+            "Give --format published, the format that this kind is published in."
         )
     config, weights = forms[form](drafter, target)
     kind = _narrowest(weights) if dtype == "auto" else DTYPES[dtype]
