@@ -201,10 +201,8 @@ def _taps(drafter: Drafter, layers: int) -> Finding | None:
     said: list[tuple[Level, str]] = []
     if not ids:
         text = f"no {key}: a default rule chose {reads}"
-        if drafter.kind in (
-            "eagle3",
-            "peagle",
-        ):  # E, vLLM and SGLang agree, and official heads rely on it
+        # Of these E, vLLM and SGLang agree, and official heads rely on it.
+        if drafter.kind in ("eagle3", "peagle"):
             said.append(("note", f"{text}, as every engine reads such a head"))
         else:
             said.append(("warning", f"{text}; if it was trained on others, add the key"))

@@ -158,7 +158,7 @@ def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
 
 
 def _published_peagle(drafter: PEagle, target: Target) -> Written:
-    """As vLLM reads it."""
+    """EAGLE-3's keys, and which token masks."""
     config, weights = _published_eagle3(drafter, target)
     config |= {"architectures": ["PEagleDraftModel"], "mask_token_id": drafter.mask_token}
     return {**config, "parallel_drafting": True}, weights
