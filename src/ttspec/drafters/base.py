@@ -109,6 +109,8 @@ class Drafter(ABC):
     """How names of weights begin that come after all layers."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Tensors before whose last dimension files have any number of dimensions of size 1."""
 
     def __init__(
         self,

@@ -274,12 +274,13 @@ def missing_and_left_over(
     needed = drafter.shapes()
     known = needed | drafter.optional()
     both = sorted(found.keys() & known.keys())
-    wrong = [n for n in both if _without_ones(found[n]) != _without_ones(known[n])]
+    same = {n: _without_ones if n in drafter.vectors else tuple for n in both}
+    wrong = [n for n in both if same[n](found[n]) != same[n](known[n])]
     return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
 
 
 def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
-    """A shape without leading dimensions of size 1, of which writers have more or fewer."""
+    """A shape without leading dimensions of size 1."""
     return _without_ones(shape[1:]) if shape[:1] == (1,) else tuple(shape)
 
 

@@ -29,6 +29,7 @@ class PEagle(Eagle3):
 
     kind = "peagle"
     at_once = True
+    vectors = (MASK,)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:
