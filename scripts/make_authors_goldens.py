@@ -33,6 +33,7 @@ rounds:
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from make_goldens import (
@@ -118,21 +119,9 @@ def make_dspark(folder: Path, variant: str, generator: torch.Generator) -> dict[
 def make_jetspec(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:  # noqa: ARG001
     """The checkpoint of JetSpec's own draft head; what is expected of it."""
     from jetspec.models.draft_head import DFlashDraftModel
-    from transformers import Qwen3Config
 
     own = {"causal_head": True, "mask_token_id": MASK, "target_layer_ids": [0, 2]}
-    config = Qwen3Config(
-        **{
-            "architectures": ["DFlashDraftModel"],
-            "block_size": BLOCK,
-            "dflash_config": own,
-            **BODY,
-        }
-    )
-    model = DFlashDraftModel(config)
-    model.load_state_dict(random_weights(model.state_dict(), generator))
-    model.save_pretrained(folder)
-    model = DFlashDraftModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    model = made(DFlashDraftModel, own, folder, generator)
     embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
     head = 0.3 * head
 
@@ -149,6 +138,17 @@ def make_jetspec(folder: Path, variant: str, generator: torch.Generator) -> dict
 
     tables = {"embedding": embedding.contiguous(), "head": head}
     return {**tables, **rounds(draft, model.block_size, generator)}
+
+
+def made(kind: Any, own: dict[str, object], folder: Path, generator: torch.Generator) -> Any:
+    """A model of DFlash's family with random weights, as it is saved and read."""
+    from transformers import Qwen3Config
+
+    names = {"architectures": [kind.__name__], "block_size": BLOCK, "dflash_config": own}
+    model = kind(Qwen3Config(**names, **BODY))
+    model.load_state_dict(random_weights(model.state_dict(), generator))
+    model.save_pretrained(folder)
+    return kind.from_pretrained(folder, attn_implementation="sdpa").eval()
 
 
 def rounds(draft: Callable, block_size: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -183,22 +183,10 @@ def rounds(draft: Callable, block_size: int, generator: torch.Generator) -> dict
 def make_domino(folder: Path, variant: str, generator: torch.Generator) -> dict[str, Tensor]:
     """The checkpoint of one variant; what is expected of it."""
     from specforge.modeling.draft.domino import DominoDraftModel
-    from transformers import Qwen3Config
 
     own = {"mask_token_id": MASK, "target_layer_ids": [0, 2], "projector_type": "domino"}
     own |= {"emb_dim": 8, "gru_hidden_dim": 12, **DOMINO[variant]}
-    config = Qwen3Config(
-        **{
-            "architectures": ["DominoDraftModel"],
-            "block_size": BLOCK,
-            "dflash_config": own,
-            **BODY,
-        }
-    )
-    model = DominoDraftModel(config)
-    model.load_state_dict(random_weights(model.state_dict(), generator))
-    model.save_pretrained(folder)
-    model = DominoDraftModel.from_pretrained(folder, attn_implementation="sdpa").eval()
+    model = made(DominoDraftModel, own, folder, generator)
     embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
     target = nn.Module()
     target.model, target.lm_head = nn.Module(), nn.Linear(1, 1, bias=False)

@@ -9,6 +9,7 @@ Two environments, since the packages pin different versions of transformers. EAG
         huggingface-hub==2.4.0 aiohttp psutil protobuf httpx
     /tmp/golden-eagle3/bin/pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0
     /tmp/golden-eagle3/bin/python scripts/make_goldens.py eagle3
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py peagle
 
 DFlash:
 
@@ -33,6 +34,10 @@ No kept row sees these rows. Their features are zeros.
     features [T, W]     target taps of tokens 0 to T-1
     tokens [T+K+1]      row i of step j reads token i+1+j
     logits [K, T, D]    of the draft vocabulary; RoPE position i+j, teacher forced
+
+P-EAGLE, peagle-*: the same, with one pass over all blocks. Of `generate_cod_sample_indices` a ratio
+above 1 keeps every mask, so that nothing is random. Row i of step j is the j-th of the block whose
+first row is i; what runs past the end is NaN.
 
 DFlash, dflash-*: the configs follow the two published styles (before and since transformers 5).
 `dflash_generate` runs as it is, against a target that says what a script says: features by
@@ -145,29 +150,33 @@ def kept_outputs(module: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def make_eagle3(
-    folder: Path, layer: dict, options: dict, generator: torch.Generator
+    folder: Path, layer: dict, options: dict, generator: torch.Generator, *, parallel: bool = False
 ) -> dict[str, Tensor]:
-    """The checkpoint of one variant; what is expected of it."""
+    """The checkpoint of one variant of EAGLE-3, or of P-EAGLE; what is expected of it."""
     from speculators import SpeculatorsConfig, VerifierConfig
     from speculators.models.eagle3 import Eagle3DraftModel, Eagle3SpeculatorConfig
+    from speculators.models.peagle import PEagleDraftModel, PEagleSpeculatorConfig
     from speculators.proposals.greedy import GreedyTokenProposalConfig
     from speculators.train.vocab_mapping import build_vocab_mappings_from_distribution
 
     options = dict(options)
     taps = len(options.get("aux") or "abc")
-    config = Eagle3SpeculatorConfig(
+    kinds = Eagle3DraftModel, Eagle3SpeculatorConfig
+    if parallel:
+        kinds, options["mask_token_id"] = (PEagleDraftModel, PEagleSpeculatorConfig), MASK
+    config = kinds[1](
         transformer_layer_config={"num_hidden_layers": 1, **LAYER, **layer},
         draft_vocab_size=DRAFT_VOCABULARY,
         eagle_aux_hidden_state_layer_ids=options.pop("aux", None),
         speculators_config=SpeculatorsConfig(
-            algorithm="eagle3",
+            algorithm="peagle" if parallel else "eagle3",
             proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=STEPS)],
             default_proposal_method="greedy",
             verifier=VerifierConfig(name_or_path="toy/target", architectures=[]),
         ),
         **options,
     )
-    model = Eagle3DraftModel(config)
+    model = kinds[0](config)
     parameters = {k: p.data for k, p in model.named_parameters()}
     model.load_state_dict(random_weights(parameters, generator), strict=False)
     counts = torch.randperm(VOCABULARY, generator=generator).tolist()
@@ -178,13 +187,33 @@ def make_eagle3(
     model.save_pretrained(folder)
     (folder / "config.py").unlink()  # the package's source
 
-    model = Eagle3DraftModel(Eagle3SpeculatorConfig.from_pretrained(folder)).eval()
+    model = kinds[0](kinds[1].from_pretrained(folder)).eval()
     report = model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     assert not report.unexpected_keys, report
     assert all(name.startswith("verifier_") for name in report.missing_keys), report
     logits = kept_outputs(model.lm_head)
     features = torch.randn(TOKENS, taps * LAYER["hidden_size"], generator=generator)
     tokens = torch.randint(VOCABULARY, (TOKENS + STEPS + 1,), generator=generator)
+    if parallel:
+        from speculators.losses import resolve_loss_config
+
+        loss_mask = torch.ones(1, TOKENS)
+        loss_mask[0, 0] = 0  # a mask after it would have no first row
+        model(
+            hidden_states=features[None],
+            input_ids=tokens[None, 1 : TOKENS + 1],
+            document_ids=torch.zeros(1, TOKENS, dtype=torch.long),
+            loss_mask=loss_mask,
+            loss_config=resolve_loss_config("ce", "eager"),
+            verifier_last_hidden_states=torch.zeros(1, TOKENS, LAYER["hidden_size"]),
+            num_depths=STEPS,
+            down_sample_ratio=2.0,
+        )
+        found = torch.full((STEPS, TOKENS, DRAFT_VOCABULARY), float("nan"))
+        parts = logits[0].split([TOKENS - step for step in range(STEPS)])
+        for step, part in enumerate(parts):
+            found[step, : len(part)] = part
+        return {"features": features, "tokens": tokens, "logits": found}
     rows = torch.arange(FLEX_BLOCK)
     model(
         hidden_states=nn.functional.pad(features, (0, 0, 0, FLEX_BLOCK - TOKENS))[None],
@@ -323,8 +352,16 @@ def write_family(families: dict, about: str) -> None:
         print(folder, {name: list(tensor.shape) for name, tensor in expected.items()})
 
 
+PEAGLE = {
+    "plain": ({**LLAMA, "num_hidden_layers": 2}, {"norm_before_residual": True, "aux": [2, 4, 5]}),
+    "3.1": (LLAMA, {"fc_norm": True, "norm_output": True, "aux": [2, 4, 5]}),
+}
 FAMILIES = {  # variants, and what makes one
     "eagle3": (EAGLE3, lambda folder, name, noise: make_eagle3(folder, *EAGLE3[name], noise)),
+    "peagle": (
+        PEAGLE,
+        lambda folder, name, noise: make_eagle3(folder, *PEAGLE[name], noise, parallel=True),
+    ),
     "dflash": (DFLASH, lambda folder, name, noise: make_dflash(folder, DFLASH[name], noise)),
     "dflash2": (
         DFLASH2,

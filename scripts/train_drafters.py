@@ -72,14 +72,14 @@ class Fit:
     batch: int = 64
     anchors: int = 64
     lr: float | None = None
-    """None is 1e-3, and less for an MTP head, which begins as the target's last layer."""
+    """None is 1e-3, and for an MTP head the kind's own."""
     loss: str = "kl"
     seed: int = 0
     prompts: Path = Path(".data/train.jsonl")
 
     def config(self, out: Path, kind: str) -> TrainConfig:
         """All options of a run."""
-        lr = self.lr or (3e-4 if kind == "mtp" else 1e-3)
+        lr = self.lr or (None if kind == "mtp" else 1e-3)
         return TrainConfig(out=out, **{**asdict(self), "kind": kind, "lr": lr})
 
 

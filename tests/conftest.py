@@ -29,7 +29,7 @@ VARIANTS = (
     *("eagle3-normed-residual", "eagle3.1", "eagle3-norm-before-fc", "eagle3-qk-norm"),
     *("pard-qwen3", "causal-qwen2", "dflash-sliding", "dflash-unusual", "eagle3-unusual"),
     *("mtp-gated", "mtp-experts", "eagle3-layers", "dspark-gated", "dspark-rnn"),
-    *("dflash2-sliding", "jetspec", "domino-shifted"),
+    *("dflash2-sliding", "jetspec", "domino-shifted", "peagle-sliding"),
 )
 """Differ from another kind inside a layer only, which tests of drafts and gradients show."""
 OF_ROUNDS = (
@@ -88,7 +88,7 @@ FOUR_KINDS = (
     "test_after_a_stop_in_a_block_or_a_cancel_the_next_turn_is_what_plain_decoding_says",
     "test_rows_of_a_batch_write_and_accept_what_each_does_alone",
 )
-OTHERS = ("none", "ngram", "pard2", "mtp", "dspark", "dflash2", "domino")
+OTHERS = ("none", "ngram", "pard2", "mtp", "dspark", "dflash2", "domino", "peagle")
 """Kinds whose rounds are like another kind's: in `FOUR_KINDS` they are slow tests."""
 
 

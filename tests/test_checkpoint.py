@@ -623,8 +623,6 @@ def test_attention_sinks_inside_dflash_config_are_refused(tmp_path):
     [
         ("dflash", {"architectures": ["Gemma4DSparkModel"]}, "DSpark on layers of another family"),
         ("dflash", {"architectures": ["DSparkV41DraftModel"]}, "DSpark on layers"),
-        ("eagle3", {"speculators_model_type": "peagle"}, "P-EAGLE"),
-        ("eagle3", {"architectures": ["PEagleDraftModel"]}, "P-EAGLE"),
     ],
 )
 def test_a_relative_is_refused_by_its_name(tmp_path, which, changes, named):
@@ -633,11 +631,22 @@ def test_a_relative_is_refused_by_its_name(tmp_path, which, changes, named):
     assert named in refusal(folder)
 
 
-@pytest.mark.parametrize("prefix", ["", "model."])
-def test_p_eagle_is_known_by_its_mask_hidden(tmp_path, prefix):
+@pytest.mark.parametrize(
+    ("name", "shape", "key"),
+    [
+        ("mask_hidden", (1, 1, 192), "mask_token_id"),
+        ("model.mask_hidden", (1, 192), "ptd_token_id"),
+    ],
+)
+def test_p_eagle_is_known_by_its_mask_hidden(tmp_path, name, shape, key):
     folder = write(tmp_path / "d", "eagle3")
-    edit_weights(folder, put(prefix + "mask_hidden", torch.ones(1, 192)))
-    assert "P-EAGLE" in refusal(folder)
+    mask = torch.arange(192.0)
+    edit_weights(folder, put(name, mask.view(shape)))
+    assert "mask_token_id" in refusal(folder)
+    edit_config(folder, **{key: MASK})
+    drafter = load_drafter("d", folder)
+    assert drafter.kind == "peagle"
+    assert torch.equal(drafter.weights["mask_hidden"], mask.view(1, 1, 192))
 
 
 # Taps.

@@ -52,7 +52,7 @@ from ttspec.records import Lesson, Proposal, Result
 from ttspec.sampling import SamplingTensors, process
 
 ALL = [*CONFIGS, "ngram"]
-EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind == "eagle3"]
+EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind in ("eagle3", "peagle")]
 HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]
 MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
 WHOLE = DraftConfig(copy=False)
@@ -545,6 +545,7 @@ def small_drafter(which: str) -> Drafter:
     changes = {
         "dflash": {"dflash_config": {"mask_token_id": 4, "target_layer_ids": [0, 2]}},
         "eagle3": {"draft_vocab_size": 4},
+        "peagle": {"draft_vocab_size": 4, "mask_token_id": 4},
         "pard": {"pard_token": 4, "pard2_target_dim": 48},
     }
     changes["dspark"] = changes["dflash"]
@@ -596,7 +597,18 @@ def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = De
     return chi_square(torch.bincount(cells, minlength=FEW**3), share)
 
 
-DRAWN = ("dflash", "domino", "dspark", "dflash2", "eagle3", "mtp", "pard", "pard2", "causal")
+DRAWN = (
+    "dflash",
+    "domino",
+    "dspark",
+    "dflash2",
+    "eagle3",
+    "peagle",
+    "mtp",
+    "pard",
+    "pard2",
+    "causal",
+)
 
 
 @pytest.mark.parametrize(

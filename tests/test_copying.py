@@ -305,7 +305,14 @@ def decoder_of(target, which: str, rows: int, **options) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    "which", ["dflash", "eagle3", "pard", "pard2", "causal", "dspark", "dflash2"]
+    "which",
+    [
+        *("dflash", "eagle3", "pard", "pard2", "causal", "dspark", "dflash2"),
+        *(
+            pytest.param(which, marks=pytest.mark.slow)
+            for which in ("jetspec", "domino", "peagle", "mtp", "mtp-gated")
+        ),
+    ],
 )
 def test_drafts_after_copies_are_those_of_who_never_copied(target, which: str) -> None:
     """A drafter whose rows copied has read what they copied when it drafts again."""

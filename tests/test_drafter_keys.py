@@ -24,7 +24,7 @@ from ttspec.drafters.keys import LAYER, NO_EFFECT, SCALES, refuse_keys
 from ttspec.errors import CheckpointError, TtspecError
 
 KINDS = ("dflash", "eagle3", "pard", "causal")
-KEYED = (*KINDS, "dflash2", "domino", "dspark")
+KEYED = (*KINDS, "dflash2", "domino", "dspark", "peagle")
 PREFIX = 14
 TABLES = torch.randn(2, VOCABULARY, 64, generator=torch.Generator().manual_seed(1000)) * 0.3
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}

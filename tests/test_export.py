@@ -32,7 +32,9 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError
 
 BLOCKS = [
-    name for name, (kind, _) in CONFIGS.items() if kind in ("dflash", "dflash2", "dspark", "eagle3")
+    name
+    for name, (kind, _) in CONFIGS.items()
+    if kind in ("dflash", "dflash2", "dspark", "eagle3", "peagle")
 ]
 MODELS = [name for name, (kind, _) in CONFIGS.items() if kind in ("pard", "causal")]
 HEADS = [name for name, (kind, _) in CONFIGS.items() if kind == "mtp"]

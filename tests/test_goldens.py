@@ -24,12 +24,13 @@ from ttspec.drafters.eagle3 import Eagle3
 
 GOLDENS = Path(__file__).parent / "goldens"
 EAGLE3 = sorted(p.name for p in GOLDENS.glob("eagle3-*"))
+PEAGLE = sorted(p.name for p in GOLDENS.glob("peagle-*"))
 DFLASH = sorted(p.name for p in GOLDENS.glob("dflash-*"))
 DFLASH2 = sorted(p.name for p in GOLDENS.glob("dflash2-*"))
 DOMINO = sorted(p.name for p in GOLDENS.glob("domino-*"))
 DSPARK = sorted(p.name for p in GOLDENS.glob("dspark-*"))
 JETSPEC = sorted(p.name for p in GOLDENS.glob("jetspec-*"))
-LAYERS = {"eagle3": 8, "dflash": 4, "dflash2": 4, "domino": 4, "dspark": 4}
+LAYERS = {"eagle3": 8, "peagle": 8, "dflash": 4, "dflash2": 4, "domino": 4, "dspark": 4}
 """Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
 PROMPT, ACCEPTED = 9, (2, 0, 4)
 """Of EAGLE-3; a DFlash golden brings its own."""
@@ -98,7 +99,7 @@ def test_eagle3_taught_over_a_sequence_says_what_speculators_says(tmp_path, name
     torch.testing.assert_close(logits, expected["logits"], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", EAGLE3)
+@pytest.mark.parametrize("name", [*EAGLE3, *PEAGLE])
 def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
     drafter, expected = golden(name, tmp_path)
     assert drafter.draft_ids is not None
@@ -116,7 +117,7 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
 
 
 @pytest.mark.parametrize("size", [1, 4, 9])
-@pytest.mark.parametrize("name", [*EAGLE3, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC])
+@pytest.mark.parametrize("name", [*EAGLE3, *PEAGLE, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC])
 def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
     drafter, expected = golden(name, tmp_path)
     whole = propose(drafter, read_prompt(drafter, expected, PROMPT), expected["tokens"], PROMPT)

@@ -161,6 +161,32 @@ def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> No
     torch.testing.assert_close(found, wanted, atol=0.06, rtol=0)
 
 
+@pytest.mark.parametrize("which", ["eagle3", "eagle3-layers", "peagle"])
+def test_a_text_that_is_read_with_gradients_is_drafted_as_one_without(engine, which: str) -> None:
+    drafter = bound(engine, which)
+    memory, size = LessonMemory(drafter), 40
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY - 4, (2, size), generator=generator)
+    features = random_features(2, size, memory.features.shape[-1])
+    logits = torch.randn(2, size, VOCABULARY, generator=generator)
+    zero = torch.zeros(2, dtype=torch.long)
+    MemoryRows(memory, 2).write(ids, features, zero, zero + size, logits)
+    study = Study(drafter, DraftConfig(window=7), 3)
+    texts = memory.read(torch.tensor([0, 1]), 1)
+    lesson = study.blocks(texts, texts.judged, torch.rand(2, PAGE, generator=generator), 5)
+    names = drafter.learnable("full")
+    leaves = {n: drafter.weights[n].clone().requires_grad_() for n in names}
+    found = study._draft({**drafter.weights, **leaves}, texts, lesson)
+    with torch.no_grad():
+        wanted = study._draft(drafter.weights, texts, lesson)
+    torch.testing.assert_close(found.detach(), wanted, atol=5e-5, rtol=1e-4)
+    for name, gradient in zip(
+        names, torch.autograd.grad(found.square().mean(), list(leaves.values())), strict=True
+    ):
+        assert gradient.isfinite().all(), name
+        assert gradient.any(), name
+
+
 def test_the_loss_is_kl_where_all_tokens_are_known() -> None:
     torch.manual_seed(0)
     p_logits, q_logits = torch.randn(4, 50), torch.randn(4, 50, requires_grad=True)

@@ -232,6 +232,10 @@ def test_greedy_tokens_are_those_of_generate(targets, kind):
             pytest.param(kind, 0.0, marks=pytest.mark.slow)
             for kind in ("dflash2", "dspark", "eagle3", "pard", "causal")
         ),
+        *(
+            pytest.param(kind, 0.7, marks=pytest.mark.slow)
+            for kind in ("jetspec", "dflash2", "domino", "dspark", "peagle", "mtp", "mtp-gated")
+        ),
     ],
 )
 def test_every_learning_drafter_writes_what_plain_decoding_writes(target, kind, temperature):

@@ -28,6 +28,10 @@ ARMS = {
 }
 
 
+QUICK = ("dflash", "eagle3", "pard", "dspark", "dflash2")
+SLOW = ("jetspec", "domino", "peagle", "mtp")
+
+
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("suite") / "mine.jsonl"
@@ -39,7 +43,7 @@ def suite(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pairs(toy_target_dir, tmp_path_factory) -> dict[str, list[str]]:
     found = {}
-    for which in ("dflash", "eagle3", "pard", "dspark", "dflash2"):
+    for which in (*QUICK, *SLOW):
         folder = tmp_path_factory.mktemp(which)
         save_drafter(folder, CONFIGS[which][1], make_kind(which).weights)
         found[which] = ["--target", str(toy_target_dir), "--drafter", str(folder)]
@@ -81,7 +85,9 @@ def run(pairs, suite, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("temperature", [pytest.param("0", marks=pytest.mark.slow), "0.7"])
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "dspark", "dflash2"])
+@pytest.mark.parametrize(
+    "which", [*QUICK, *(pytest.param(which, marks=pytest.mark.slow) for which in SLOW)]
+)
 def test_a_replay_does_round_for_round_what_the_run_did(
     pairs, suite, tmp_path, monkeypatch, which: str, temperature: str
 ) -> None:

@@ -1,6 +1,7 @@
 """A tiny training run, end to end: answers, loss, resume, refusals, and what is a label."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import anchors, make_batch, read_examples
 from ttspec.training.config import TrainConfig
 from ttspec.training.recipes import RECIPES
-from ttspec.training.train import Progress, train
+from ttspec.training.train import Progress, Trainer, train
 
 PROMPTS = [
     {"prompt": "hello there"},
@@ -125,6 +126,33 @@ def test_training_leaves_the_target_as_it_was(run, engine):
     found = engine.target.model.state_dict()
     for name, weight in speaker().state_dict().items():
         assert torch.equal(found[name], weight), name
+
+
+def test_nothing_is_learned_from_a_gradient_that_is_not_finite(
+    engine, run, prompts, tmp_path, monkeypatch
+):
+    examples = read_examples([run[0] / "answers.jsonl"], 120)
+    trainer = Trainer(engine.target, config(prompts, tmp_path), examples)
+    before = {n: w.detach().clone() for n, w in trainer.masters.items()}
+    batch = make_batch(examples, 0, size=2, seed=0, device=engine.target.device)
+    with monkeypatch.context() as patch:
+        loss = type(trainer.recipe).loss
+        patch.setattr(
+            type(trainer.recipe),
+            "loss",
+            lambda self, drafter, batch: tuple(x * math.nan for x in loss(self, drafter, batch)),
+        )
+        for step in range(10):
+            trainer.step(batch, 0.5)
+            if step < 9:
+                trainer.check()
+        with pytest.raises(TrainingError, match="finite in the last 10"):
+            trainer.check()
+    assert all(torch.equal(w, before[n]) for n, w in trainer.masters.items())
+    trainer.step(batch, 0.5)
+    trainer.check()
+    assert math.isfinite(trainer.loss)
+    assert not all(torch.equal(w, before[n]) for n, w in trainer.masters.items())
 
 
 def test_a_card_of_facts_lies_beside_the_drafter(run):

@@ -66,6 +66,12 @@ EAGLE3 = {
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
     "ttspec": {"length": 4},
 }
+PEAGLE: dict[str, Any] = {
+    **EAGLE3,
+    "architectures": ["PEagleDraftModel"],
+    "mask_token_id": MASK,
+    "num_hidden_layers": 2,
+}
 UNUSUAL: dict[str, Any] = {
     "attention_bias": True,
     "embed_scale": 2.0,
@@ -154,6 +160,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3-qk-norm": (
         "eagle3",
         {**EAGLE3, "architectures": ["Eagle3Qwen3ForCausalLM"], "draft_vocab_size": VOCABULARY},
+    ),
+    "peagle": ("peagle", PEAGLE),
+    "peagle-sliding": (
+        "peagle",
+        {**PEAGLE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8},
     ),
     "pard": ("pard", PARD),
     "pard-qwen3": ("pard", {**PARD, "model_type": "qwen3", "tie_word_embeddings": True}),

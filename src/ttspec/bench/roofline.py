@@ -369,7 +369,8 @@ def replay(
     attention threefold.
     """
     rows, s = batch.rows, batch.item
-    steps, block = (length, 1) if isinstance(drafter, Eagle3 | Mtp) else (1, parts.block)
+    chain = isinstance(drafter, Eagle3 | Mtp) and not drafter.at_once
+    steps, block = (length, 1) if chain else (1, parts.block)
 
     def attention(tokens: int) -> Work:
         return parts.attention.work(rows, tokens, batch.filled, s, blocks)

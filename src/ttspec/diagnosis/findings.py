@@ -34,7 +34,7 @@ TAP_KEYS = {
     "dflash2": BLOCKS,
     "domino": BLOCKS,
     "dspark": (BOUNDARY_IDS, "target_layer_ids", "dflash_config.target_layer_ids"),
-    "eagle3": (EAGLE_IDS, f"eagle_config.{EAGLE_IDS}"),
+    **dict.fromkeys(("eagle3", "peagle"), (EAGLE_IDS, f"eagle_config.{EAGLE_IDS}")),
     "pard": ("pard2_target_layers",),
 }
 """Where a config.json names its taps, by kind; the first that is there counts."""
@@ -201,7 +201,8 @@ def _taps(drafter: Drafter, layers: int) -> Finding | None:
     said: list[tuple[Level, str]] = []
     if not ids:
         text = f"no {key}: a default rule chose {reads}"
-        if drafter.kind == "eagle3":  # E, vLLM and SGLang agree, and official heads rely on it
+        # Of these E, vLLM and SGLang agree, and official heads rely on it.
+        if drafter.kind in ("eagle3", "peagle"):
             said.append(("note", f"{text}, as every engine reads such a head"))
         else:
             said.append(("warning", f"{text}; if it was trained on others, add the key"))

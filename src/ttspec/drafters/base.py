@@ -88,6 +88,8 @@ class Drafter(ABC):
     bound: a default may depend on the target's number of layers."""
     length: int
     """Tokens drafted a round by default."""
+    default_length: int = 5
+    """The same where the config says nothing."""
     default_window: int | None = None
     """Last tokens that a drafter of this kind sees unless told otherwise: what measured best on
     long texts (docs/experiments.md); None is all."""
@@ -109,6 +111,8 @@ class Drafter(ABC):
     """How names of weights begin that come after all layers."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
+    vectors: ClassVar[tuple[str, ...]] = ()
+    """Tensors before whose last dimension files have any number of dimensions of size 1."""
 
     def __init__(
         self,
@@ -138,6 +142,13 @@ class Drafter(ABC):
     def _configure(self, names: Collection[str]) -> None:
         """Read `config`; see `__init__`."""
         raise NotImplementedError
+
+    def _given_length(self) -> int:
+        """Tokens drafted a round, as the config says or by default."""
+        methods = (self.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        own = (self.config.get("ttspec") or {}).get("length")
+        said = own or methods[0].get("speculative_tokens") or self.config.get("ttt_length")
+        return int(said or self.default_length)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003

@@ -78,8 +78,6 @@ class Causal(Drafter):
 
     kind = "causal"
     learning_rate = 3e-5
-    default_length = 5
-    """Drafts a round where the config says nothing."""
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003
@@ -98,9 +96,8 @@ class Causal(Drafter):
             getattr(text, "head_dim", 0) or text.hidden_size // text.num_attention_heads
         )
         self.windows = attention_windows(self.model_config)
-        ttspec = self.config.get("ttspec") or {}
-        self.rebuilt = set(ttspec.get("rebuilt") or [])
-        self.length = int(ttspec.get("length") or self.default_length)
+        self.rebuilt = set((self.config.get("ttspec") or {}).get("rebuilt") or [])
+        self.length = self._given_length()
         base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
         self._plain_rope = Rope.of({"rope_theta": base}, self.head_dim)
         self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}

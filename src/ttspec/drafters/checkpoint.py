@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ttspec.drafters.keys import refuse_keys
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_names import native_names
 from ttspec.drafters.pard import Pard
+from ttspec.drafters.peagle import PEagle
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError
 
@@ -37,18 +38,16 @@ BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
 """What `auto` means, by target name."""
 KINDS: dict[str, type[Drafter]] = {
-    c.kind: c for c in (Mtp, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
+    c.kind: c for c in (Mtp, PEagle, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
 }
 """In the order in which a config is shown to them."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-P_EAGLE = "P-EAGLE"
 EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no head of its own)"
 UNREADABLE = {
     "dflare": "DFlare (each layer mixes the taps for itself)",
     "(gemma4|k3|qwen3omni)dspark|dsparkv": "DSpark on layers of another family than Qwen3's",
     "jetspec": "JetSpec of speculators (a causal block that is fed real tokens)",
-    "p-?eagle": P_EAGLE,
-    "eagle(?!-?3)": EAGLE,
+    "(?<!p)(?<!p-)eagle(?!-?3)": EAGLE,
 }
 """Relatives that would load in part and draft badly, by a pattern of their architecture's name."""
 SINCE_EAGLE3 = {
@@ -231,8 +230,6 @@ def _relative(config: Mapping[str, Any], names: Collection[str]) -> str | None:
     asked = config.get("speculators_model_type")
     named = f"{config.get('architectures')} {asked}".lower()
     found = next((what for p, what in UNREADABLE.items() if re.search(p, named)), None)
-    if "mask_hidden" in names:
-        return P_EAGLE
     if found is None and "fc.weight" in names and SINCE_EAGLE3.isdisjoint(names):
         return EAGLE
     if found is None and asked is not None and asked not in KINDS:
@@ -276,8 +273,15 @@ def missing_and_left_over(
     """
     needed = drafter.shapes()
     known = needed | drafter.optional()
-    wrong = [n for n in sorted(found.keys() & known.keys()) if tuple(found[n]) != known[n]]
+    both = sorted(found.keys() & known.keys())
+    same = {n: _without_ones if n in drafter.vectors else tuple for n in both}
+    wrong = [n for n in both if same[n](found[n]) != same[n](known[n])]
     return sorted(needed.keys() - found.keys()), sorted(found.keys() - known.keys()), wrong
+
+
+def _without_ones(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without leading dimensions of size 1."""
+    return _without_ones(shape[1:]) if shape[:1] == (1,) else tuple(shape)
 
 
 def _read_headers(folder: Path) -> dict[str, Stored]:
@@ -322,10 +326,10 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
         raise CheckpointError(
             f"{first} is {list(first.shape)}; config.json says {list(known)}.\n{together}"
         )
-    weights: dict[str, Tensor] = {}
+    weights, shapes = dict[str, Tensor](), drafter.shapes() | drafter.optional()
     for name, tensor in found.items():
         with safe_open(tensor.file, framework="pt") as opened:
-            read = opened.get_tensor(tensor.key)
+            read = opened.get_tensor(tensor.key).view(shapes[name])
         integer = name in ("d2t", "t2d")
         if read.is_floating_point() == integer or read.element_size() < (1 if integer else 2):
             raise CheckpointError(

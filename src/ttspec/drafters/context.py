@@ -117,15 +117,6 @@ def first_seen(
     return first.minimum(origin)
 
 
-def alone(
-    nothing: Tensor, position: Tensor, nearest: int | None, window: int | None
-) -> ConcatenatedContext:
-    """No context but the tokens at position int64 [..., N] themselves, each seen from then on."""
-    first, other = first_seen(position, position, nearest, window), position[..., None, :]
-    seen = (other <= position[..., None]) & (other >= first[..., None])
-    return ConcatenatedContext(nothing, nothing, seen)
-
-
 def seen_mask(
     reach: int, begin: Tensor, position: Tensor, first: Tensor, last: Tensor, same: Tensor | None
 ) -> Tensor:

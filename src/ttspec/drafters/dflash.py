@@ -115,11 +115,9 @@ class DFlash(FeatureDrafter):
         window = own.get("swa_window_size") or own.get("sliding_window")
         window = window or self._body.get("sliding_window")
         if own.get("use_swa") and not any(sliding):  # windows, but not causal (MiMo)
-            self.kinds, sliding = ["sliding_attention"] * self.layers, [True] * self.layers
+            self.kinds = ["sliding_attention"] * self.layers
             window = window or 0
-        if any(sliding) and window is not None and int(window) < 1:
-            raise ValueError(f"sliding_window is {window}, and {sum(sliding)} layers slide")
-        self.windows = [int(window) if s and window else None for s in sliding]
+        self.windows = self._windows_of(self.kinds, window)
 
     def _layer_shapes(self) -> Shapes:
         h, d = (self.hidden,), (self.head_dim,)

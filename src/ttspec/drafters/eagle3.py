@@ -8,7 +8,6 @@ never kept. Of several layers, those after the first are ordinary ones.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,7 +21,6 @@ from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
     FeatureState,
-    alone,
     feature_ring,
     first_seen,
     growing,
@@ -39,7 +37,7 @@ from ttspec.drafters.layers import (
     rms_norm,
 )
 from ttspec.drafters.rotary import Rope, rope_parameters
-from ttspec.drafters.taps import TAP_KEY, default_taps, taps_of
+from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
 
@@ -72,23 +70,14 @@ class Eagle3(FeatureDrafter):
         """Read the published keys, original or speculators'."""
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
-        said = int(body["num_hidden_layers"])
-        if said < 1:
-            raise ValueError(f"num_hidden_layers is {said}")
-        more = re.compile(r"layers\.[1-9]\d*\.self_attn\.")
-        held = {0, *(int(n.split(".")[1]) for n in names if more.match(n))}
-        layers = 1 + max(held) if names else said
+        said, layers = int(body["num_hidden_layers"]), layers_of(body, names)
         body["num_hidden_layers"] = layers
-        if said != layers:  # of the target: code that trains a head of one layer copies it
+        if said != layers:  # of the target, and so are its kinds of layers
             body.pop("layer_types", None)
         kv_heads = body.get("num_key_value_heads") or body["num_attention_heads"]
         self._read_body(body, kv_heads, "eagle_config", names)
         self.kinds = self._layer_kinds()
-        window = body.get("sliding_window") if "sliding_attention" in self.kinds else None
-        if window is not None and int(window) < 1:
-            raise ValueError(f"sliding_window is {window}, and a layer slides")
-        slides = [kind == "sliding_attention" for kind in self.kinds]
-        self.windows = tuple(None if window is None or not s else int(window) for s in slides)
+        self.windows = tuple(self._windows_of(self.kinds, body.get("sliding_window")))
         self.target_hidden = int(self._one(("target_hidden_size",)) or self.hidden)
         if not 0 < self.draft_vocabulary <= self.vocabulary:
             raise ValueError(f"draft_vocab_size {self.draft_vocabulary} of {self.vocabulary}")
@@ -111,7 +100,7 @@ class Eagle3(FeatureDrafter):
         # Of an embedding that is the target's too, a tied head is what the target's head is.
         tied = self.head_is_targets and config.get("tie_word_embeddings")
         self._tied = bool(tied) and "embed_tokens.weight" in names
-        self.length = _length(config)
+        self.length = self._given_length()
         self.taps, convention = taps_of(config)
         self.tap_count = int(self._one(("num_aux_hidden_states",)) or len(self.taps) or 3)
         if self.tap_count != (len(self.taps) or 3):
@@ -180,8 +169,7 @@ class Eagle3(FeatureDrafter):
         h = self.fuse(weights, shifted)
         at = text.position - 1  # a prompt's first token has no row
         if self.layers > 1:
-            extend = self._extend_whole if torch.is_grad_enabled() else self._extend_layers
-            extend(state, weights, h, text)
+            self._extend_layers(state, weights, h, text)
         else:
             _, k, v = self._read(weights, h, text.tokens)
             k = state.rope(k, at)
@@ -195,6 +183,8 @@ class Eagle3(FeatureDrafter):
         A context row sees as far back as the window of the draft lets the first of a chain see.
         Where it seems to be is never changed: only a chain sees a re-based context.
         """
+        if torch.is_grad_enabled():  # which writing in place would not let pass
+            return self._extend_fresh(state, weights, h, text)
         whole = state
         if not text.is_all:
             kept = whole.keys[:, text.row], whole.values[:, text.row]
@@ -207,13 +197,23 @@ class Eagle3(FeatureDrafter):
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
 
-    def _extend_whole(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
-        """The same of whole texts, with gradients: keys are written when all layers are through."""
-        at, nothing, nearest = text.position - 1, state.keys[0, :, :, :0], state.options.window
-        contexts = [alone(nothing, at, nearest, window) for window in self.windows]
+    def _extend_fresh(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
+        """The same of texts from their beginning, with gradients to `weights`."""
+        at = text.position - 1
+        contexts = self._fresh(len(at), at, state.options.window)
         self._step(weights, h, text.tokens, at, state.rope, contexts)
-        keys, values = ([getattr(c, name) for c in contexts] for name in ("keys", "values"))
+        keys, values = zip(*((c.keys, c.values) for c in contexts), strict=True)
         state.write(torch.stack(keys), torch.stack(values), at, text.row)
+
+    def _fresh(self, rows: int, position: Tensor, nearest: int | None) -> list[ConcatenatedContext]:
+        """Empty contexts of each layer, of tokens at position int64 [B or 1, N] that see back."""
+        nothing = self.embedding.new_empty(rows, self.kv_heads, 0, self.head_dim)
+        found: list[ConcatenatedContext] = []
+        for window in self.windows:
+            first = first_seen(position, position, nearest, window)
+            seen = seen_mask(0, position, position, first, position, None)
+            found.append(ConcatenatedContext(nothing, nothing, seen))
+        return found
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -257,19 +257,18 @@ class Eagle3(FeatureDrafter):
             For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
         """
         rows, count = tokens.shape
-        position = torch.arange(count, device=tokens.device)
+        position = torch.arange(count, device=tokens.device)[None]
         outs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
 
-        nothing = features.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        own = [(alone(nothing, position, None, w), w) for w in self.windows]
-        grown = [growing(context, steps, count, position, w) for context, w in own]
+        each = zip(self._fresh(rows, position, None), self.windows, strict=True)
+        grown = [growing(context, steps, count, position, window) for context, window in each]
         h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
-        chain = self.weights, h, token, position.expand(rows, -1), self.rope
-        self._chain(*chain, zip(*grown, strict=True), follow)
+        chain = h, token, position.expand(rows, -1), self.rope, zip(*grown, strict=True), follow
+        self._chain(self.weights, *chain)
         return outs
 
     def _trainable(self) -> list[str]:
@@ -309,16 +308,23 @@ class Eagle3(FeatureDrafter):
 
     def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
         """The context of A chains a row at each step, beside which the chains lie."""
-        begin = position = blocks.start - 1
+        each = zip(self._beside(state, blocks, 1), self.windows, strict=True)
+        steps, begin = blocks.length, blocks.start - 1
+        grown = [growing(beside, steps, beside.keys.shape[2], begin, w) for beside, w in each]
+        return zip(*grown, strict=True)
+
+    def _beside(self, state: FeatureState, blocks: Blocks, width: int) -> list[ConcatenatedContext]:
+        """Each layer's context, beside which the first `width` rows of A blocks a row lie."""
+        position = blocks.position(width - 1, -1)
+        begin = (blocks.start - 1).repeat_interleave(width, dim=1)
         keys, values = state.read(blocks.longest, begin[:, :1])
-        same = same_block(blocks.start.shape[1], 1, begin.device)
-        grown: list[Iterator[Attend]] = []
+        same = same_block(blocks.start.shape[1], width, begin.device)
+        found: list[ConcatenatedContext] = []
         for k, v, window in zip(keys, values, self.windows, strict=True):
             first = first_seen(position, begin, state.options.window, window)
             mask = seen_mask(k.shape[2], begin, position, first, position, same)
-            context = ConcatenatedContext(k, v, mask)
-            grown.append(growing(context, blocks.length, k.shape[2], begin, window))
-        return zip(*grown, strict=True)
+            found.append(ConcatenatedContext(k, v, mask))
+        return found
 
     def _chain(
         self,
@@ -392,10 +398,3 @@ class Eagle3(FeatureDrafter):
             dim=-1,
         )
         return x, *self._keys_values(weights, ATTENTION, x)
-
-
-def _length(config: Mapping[str, Any]) -> int:
-    """Drafts a round: what the config says, or 5."""
-    methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    own = (config.get("ttspec") or {}).get("length")
-    return int(own or methods[0].get("speculative_tokens") or config.get("ttt_length") or 5)

@@ -39,6 +39,7 @@ from ttspec.drafters.export_parts import (
 )
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_names import speculators_names
+from ttspec.drafters.peagle import PEagle
 from ttspec.errors import CheckpointError, OptionError
 from ttspec.models.target import Target
 
@@ -87,7 +88,7 @@ def export_drafter(
     if form not in forms:
         raise OptionError(
             f"speculators has no format for a {drafter.kind} drafter, such as {drafter.name}.\n"
-            "Give --format published: a checkpoint that transformers and vLLM read."
+            "Give --format published, the format that this kind is published in."
         )
     config, weights = forms[form](drafter, target)
     kind = _narrowest(weights) if dtype == "auto" else DTYPES[dtype]
@@ -156,6 +157,19 @@ def _speculators_eagle3(drafter: Eagle3, target: Target) -> Written:
     return config, weights
 
 
+def _published_peagle(drafter: PEagle, target: Target) -> Written:
+    """EAGLE-3's keys, and which token masks."""
+    config, weights = _published_eagle3(drafter, target)
+    config |= {"architectures": ["PEagleDraftModel"], "mask_token_id": drafter.mask_token}
+    return {**config, "parallel_drafting": True}, weights
+
+
+def _speculators_peagle(drafter: PEagle, target: Target) -> Written:
+    config, weights = _speculators_eagle3(drafter, target)
+    config |= {"architectures": ["PEagleSpeculator"], "mask_token_id": drafter.mask_token}
+    return config, weights
+
+
 def _published_model(drafter: Causal, target: Target) -> Written:  # noqa: ARG001 - bound has them
     config = {k: v for k, v in drafter.config.items() if k not in ("ttspec", "_name_or_path")}
     # We and transformers go by model_type, vLLM by this.
@@ -188,6 +202,7 @@ FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "dspark": {"published": published_dspark, "speculators": speculators_dspark},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
     "mtp": {"published": _published_mtp, "speculators": _speculators_mtp},
+    "peagle": {"published": _published_peagle, "speculators": _speculators_peagle},
     "pard": {"published": _published_model},
     "causal": {"published": _published_model},
 }

@@ -127,6 +127,13 @@ class FeatureDrafter(Drafter):
             raise ValueError(f"layer_types names {len(kinds)} layers of {self.layers}")
         return list(kinds)
 
+    def _windows_of(self, kinds: Sequence[str], window: Any) -> list[int | None]:
+        """How many tokens back each layer sees, itself included; None is all."""
+        slides = [kind == "sliding_attention" for kind in kinds]
+        if any(slides) and window is not None and int(window) < 1:
+            raise ValueError(f"sliding_window is {window}, and {sum(slides)} layers slide")
+        return [int(window) if each and window else None for each in slides]
+
     def _with_bias(self, names: Collection[str]) -> set[str]:
         """Matrices of a layer that have one: as the config says, else as the files do."""
         attention, qkv = self._one(("attention_bias",)), self._one(("qkv_bias",))

@@ -117,6 +117,7 @@ EAGLE3 = _keys(
     "norm_before_residual norm_before_fc fc_norm norm_output target_hidden_size draft_vocab_size "
     "num_aux_hidden_states eagle_aux_hidden_state_layer_ids target_layer_ids ttt_length"
 )
+PEAGLE = EAGLE3 | _keys("mask_token_id pard_token parallel_drafting")
 EAGLE_CONFIG = EAGLE3 | {"next_layer_regular", "parallel_draft_heads_num_layers"}
 """With what Model-Optimizer writes of layers and heads that it does not add."""
 DFLASH = _keys(
@@ -186,11 +187,14 @@ _ROPES_OF_MODELS = {
 _LAYERS = Known(LAYER | SCALES, _ropes(ROPE | LAYOUT), whole=True)
 _INSIDE = {**_LAYERS.inside, **_OURS, "transformer_layer_config": _LAYERS}
 TABLES = {
-    "eagle3": Known(
-        LAYER | SCALES | SPECULATORS | EAGLE3,
-        {**_INSIDE, "eagle_config": Known(EAGLE_CONFIG | SCALES)},
-        whole=True,
-    ),
+    **{
+        kind: Known(
+            LAYER | SCALES | SPECULATORS | keys,
+            {**_INSIDE, "eagle_config": Known(EAGLE_CONFIG | keys | SCALES)},
+            whole=True,
+        )
+        for kind, keys in (("eagle3", EAGLE3), ("peagle", PEAGLE))
+    },
     **{
         kind: Known(
             LAYER | SCALES | SPECULATORS | keys,

@@ -83,10 +83,7 @@ class Mtp(Drafter):
         if any(own[n] not in (None, 0, 1) for n in heads):
             raise ValueError(f"{heads[0]} is {own[heads[0]]}; heads of one layer can be read")
         self.apart = any(EXPERT.match(name) for name in names)
-        methods = (self.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-        length = (self.config.get("ttspec") or {}).get("length")
-        length = length or methods[0].get("speculative_tokens") or self.default_length
-        self.length = int(length)
+        self.length = self._given_length()
         base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
         self._plain_rope = Rope.of({"rope_theta": base}, 2)
         self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}

@@ -1,8 +1,9 @@
-"""Which of the target's hidden states an EAGLE-3 drafter reads (drafters.md 0.1)."""
+"""What an EAGLE-3 config.json leaves open: taps (drafters.md 0.1), and the number of layers."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Any
 
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
@@ -25,3 +26,16 @@ def taps_of(config: Mapping[str, Any]) -> tuple[tuple[int, ...], str]:
     if ids[0] == 2 or (top and ids[0] != 1):
         return tuple(ids), f"{key} {ids} enter a layer: as they are"
     return tuple(k + 1 for k in ids), f"{key} {ids} leave a layer: + 1"
+
+
+def layers_of(body: Mapping[str, Any], names: Collection[str]) -> int:
+    """How many layers the files hold; without files, what the config says.
+
+    Code that trains a head of one layer copies the number of the target's.
+    """
+    said = int(body["num_hidden_layers"])
+    if said < 1:
+        raise ValueError(f"num_hidden_layers is {said}")
+    more = re.compile(r"layers\.([1-9]\d*)\.self_attn\.")
+    held = [int(found[1]) for name in names if (found := more.match(name))]
+    return 1 + max(held, default=0) if names else said

@@ -50,8 +50,8 @@ class TrainConfig:
     """All but PARD and causal: blocks a dialogue and step."""
     rows: int | None = None
     """Dialogues answered side by side; None is `ROWS`, or as many of them as fit into memory."""
-    lr: float = 6e-4
-    """Peak learning rate of AdamW, after a warm-up of 4 %, on a cosine to 0."""
+    lr: float | None = None
+    """Peak learning rate of AdamW, after a warm-up of 4 %, on a cosine to 0; None is the kind's."""
     clip: float = 1.0
     """Largest gradient norm."""
     decay: float = 4.0

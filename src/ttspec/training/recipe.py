@@ -24,6 +24,8 @@ class Recipe(ABC, Generic[D]):
 
     kind: ClassVar[str]
     """Of the drafter."""
+    lr: ClassVar[float] = 6e-4
+    """Peak learning rate where `TrainConfig` names none."""
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
         """Train for `target`."""

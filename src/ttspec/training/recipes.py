@@ -108,7 +108,7 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
 class MtpRecipe(ChainRecipe[Mtp]):
     """A layer of the target's own family, which begins as the target's last one."""
 
-    kind = "mtp"
+    kind, lr = "mtp", 3e-4  # it begins with trained weights; at 1e-3 gradients became infinite
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
         """Train for `target`."""

@@ -142,19 +142,24 @@ class Trainer:
         longest = max(len(ids) for ids, _ in examples)
         require_training(target, config, [self._lent[n] for n in names], longest)
         self.masters = {n: self._lent[n].float().clone().requires_grad_() for n in names}
+        self.lr = self.recipe.lr if config.lr is None else config.lr
         self.optimiser = torch.optim.AdamW(
-            self.masters.values(), config.lr, (0.9, 0.95), weight_decay=0.0
+            self.masters.values(), self.lr, (0.9, 0.95), weight_decay=0.0
         )
         self.steps = 0
         self.loss, self.accuracy = math.nan, ()
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
+        self._lost = torch.zeros((), dtype=torch.long, device=target.device)
 
     def step(self, batch: Batch, done: float) -> None:
-        """Learn from a batch; `done` is the share of the training that is behind, 0 to 1."""
+        """Learn from a batch; `done` is the share of the training that is behind, 0 to 1.
+
+        Nothing is learned from a batch whose gradient is not finite.
+        """
         for group in self.optimiser.param_groups:
             warm_up = done / 0.04 + 1e-3
             cosine = 0.5 * (1 + math.cos(math.pi * done))
-            group["lr"] = self.config.lr * min(1.0, warm_up, cosine)
+            group["lr"] = self.lr * min(1.0, warm_up, cosine)
         self.target.taps = self.drafter.taps
         # Gradients reach the float32 masters through the cast.
         dtype = self.target.dtype
@@ -163,22 +168,27 @@ class Trainer:
         self.optimiser.zero_grad()
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        finite = norm.isfinite()  # on the device, which is not waited for
+        for weight in self.masters.values():
+            if weight.grad is not None:
+                weight.grad = torch.where(finite, weight.grad, 0.0)
         self.optimiser.step()
         self.steps += 1
-        self._last = value.detach(), right, norm
+        self._lost = torch.where(finite, 0, self._lost + 1)
+        self._last = value.detach(), right
 
     def check(self) -> None:
         """Read what the last step found: its loss and accuracy.
 
         Raises:
-            TrainingError: Its gradient is not finite.
+            TrainingError: No gradient was finite for `CHECK_EVERY` steps.
         """
         assert self._last is not None
-        value, right, norm = self._last
-        if not math.isfinite(float(norm)):
+        value, right = self._last
+        if int(self._lost) >= CHECK_EVERY:
             raise TrainingError(
-                f"The gradient is not finite at step {self.steps}; lr is {self.config.lr}.\n"
-                "Lower it and start in a new folder."
+                f"No gradient was finite in the last {int(self._lost)} of {self.steps} steps; "
+                f"lr is {self.lr:g}.\nLower it and start in a new folder."
             )
         self.loss = float(value)
         self.accuracy = tuple(round(a, 4) for a in right.tolist())
@@ -186,8 +196,9 @@ class Trainer:
     def save_drafter(self, seconds: float) -> Path:
         """Write the drafter to `out`/drafter, and the facts of its training beside it."""
         config = self.config
+        given = asdict(config) | {"lr": self.lr}
         facts = {
-            "config": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(config).items()},
+            "config": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
             "target": self.target.name,
             "dialogues": len(self.examples),
             "tokens": sum(len(ids) for ids, _ in self.examples),
