@@ -1,6 +1,6 @@
 """The figure of docs/learned.md: what a memory gains over streams of requests.
 
-    python benchmarks/traffic_figure.py docs/results/traffic/streams.txt docs/results/traffic/streams.png
+    cd docs/results/traffic; python ../../../benchmarks/traffic_figure.py streams.txt streams.png
 
 Reads lines of `NAME | static N | all | ratio ratio ...`, 48 requests a ratio.
 """
@@ -19,11 +19,11 @@ def main(source: str, out: str) -> None:
     figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
     colours: dict[str, str] = {}
     for line in Path(source).read_text(encoding="utf-8").splitlines():
-        name, *_, ratios = (part.strip() for part in line.split("|"))
-        if "updates" in name or name == ratios:
+        if line.count("|") != 3 or "updates" in line:
             continue
+        name, _, _, ratios = (part.strip() for part in line.split("|"))
         stream, dashed = name.removesuffix(", offline"), name.endswith("offline")
-        colour = colours.setdefault(stream, COLOURS[len(colours)])
+        colour = colours.setdefault(stream, COLOURS[len(colours) % len(COLOURS)])
         points = [(SHOWN * (i + 0.5), float(n)) for i, n in enumerate(ratios.split())]
         points = [p for p in points if not dashed or p[0] > 300]
         style = {"linestyle": "--", "linewidth": 1.4} if dashed else {"linewidth": 2.2}
