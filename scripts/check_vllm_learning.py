@@ -311,6 +311,11 @@ def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None
     return texts, held
 
 
+def said(numbers: range) -> str:
+    """Of which requests."""
+    return f"requests {numbers.start} to {numbers.stop}"
+
+
 def judge(found: dict[str, dict[int, dict[str, Any]]], a: argparse.Namespace) -> int:
     """Compare texts and acceptance."""
     failed = False
@@ -323,14 +328,14 @@ def judge(found: dict[str, dict[int, dict[str, Any]]], a: argparse.Namespace) ->
     thirds = range(third), range(third, 2 * third), range(2 * third, a.requests)
     for numbers in thirds:
         length = acceptance_length([found["learning"][number] for number in numbers])
-        print(f"requests {numbers}: {length:.4f} tokens a round learning")
+        print(f"{said(numbers)}: {length:.4f} tokens a round learning")
     for name, numbers in (
         ("learning", thirds[-1]),
         ("kept", range(a.requests, a.requests + FRESH)),
     ):
         static = acceptance_length([found["static"][number] for number in numbers])
         ratio = acceptance_length([found[name][number] for number in numbers]) / static
-        print(f"requests {numbers}: {static:.4f} tokens a round static, {name} {ratio:.4f}")
+        print(f"{said(numbers)}: {static:.4f} tokens a round static, {name} {ratio:.4f}")
         failed |= ratio < 1.1
     print("FAILED" if failed else "passed")
     return int(failed)

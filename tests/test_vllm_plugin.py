@@ -161,17 +161,38 @@ def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     share = TimeShare(0.1)
     share.spend(0.6)  # of 0.5 saved
-    assert not share.allows
+    assert not share.admits
     for _ in range(5):
         now[0] += 0.15
         share.tick()
-    assert not share.allows
+    assert not share.admits
     now[0] += 3600  # counts as one second
     share.tick()
-    assert share.allows
+    assert share.admits
     assert share.worked == pytest.approx(1.75)
     share.spend(5.0)
-    assert not share.admits
+    assert not share.allows
+
+
+def test_reading_does_not_take_what_updates_need(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    share = TimeShare(0.1)
+    left, read, updates = 0, 0, 0
+    for _ in range(20_000):  # steps of 2 ms; a request of 100 steps; at every eighth an update
+        now[0] += 0.002
+        share.tick()
+        left = left - 1 if left else 100 * share.admits
+        if left:
+            read += 1
+            now[0] += 0.001
+            share.spend(0.001)
+            if read % 8 == 0 and share.allows:
+                updates += 1
+                now[0] += 0.02
+                share.spend(0.02)
+    assert 0.05 < share.spent / share.worked < 0.13
+    assert updates * 0.02 > read * 0.001
 
 
 class Fused(nn.Module):

@@ -32,12 +32,15 @@ class TimeShare:
         self.spent += seconds
         self._saved -= seconds
 
+    # Reading a request costs at every step of it, an update now and then. So updates may run up
+    # a debt and requests may not: else reading takes all, and nothing is learned from it.
+
     @property
     def allows(self) -> bool:
         """Whether an update may begin."""
-        return self.share >= 1 or self._saved > 0
+        return self.share >= 1 or self._saved > -self._most
 
     @property
     def admits(self) -> bool:
-        """Whether another request may teach: not where the rows there are take all and more."""
-        return self.share >= 1 or self._saved > -self._most
+        """Whether another request may teach."""
+        return self.share >= 1 or self._saved > 0
