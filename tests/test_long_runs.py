@@ -11,7 +11,7 @@ from test_policy import scheduled
 from test_rows_come_and_go import held
 from toys import make_kind, toy_engine, twin
 
-from ttspec.config import LearnConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding import prefill
 from ttspec.decoding import round as rounds
@@ -118,6 +118,8 @@ def test_graphs_of_few_shapes_are_kept_and_the_text_stays(
     def say() -> list:
         engine = scheduled(engine_of(target, which), [4, 1, 0, 2, 4, 4, 1, 0, 4, 2] * 3)
         options = {"max_new_tokens": 50, "seed": 3, "temperature": 0.8, "ignore_eos": True}
+        # Copies are longer where graphs are captured.
+        options["draft"] = DraftConfig(copy=False)
         results = engine.generate(["hello there", "count"], learn=learn, **options)
         return [(r.token_ids, [(x.proposed, x.accepted) for x in r.rounds]) for r in results]
 

@@ -141,7 +141,7 @@ class Target:
         """
         # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
         whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        fast = spans and is_compiling() and whole
+        fast = spans and is_compiling() and whole and subset is None
         if fast and self._together is None:
             layers = self.model.base_model.layers
             self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
