@@ -44,6 +44,7 @@ OF_ROUNDS = (
 """Look at what lies around a layer: for variants they are slow tests."""
 ONE_CASE = (
     "test_a_batch_is_gone_before_the_next_one_is_made",
+    "test_a_padded_prompt_is_read_as_any",
     "test_a_replay_does_round_for_round_what_the_run_did",
     "test_a_row_of_a_batch_writes_what_it_writes_alone",
     "test_a_shared_drafter_learns_its_requests_by_heart",
@@ -59,6 +60,7 @@ ONE_CASE = (
     "test_every_tensor_is_where_its_layer_is",
     "test_greedy_tokens_are_those_of_transformers",
     "test_init_goes_on_with_a_drafter_of_the_same_kind",
+    "test_it_goes_on_learning_while_the_drafter_pauses",
     "test_learning_goes_on_from_the_bits_that_were_kept",
     "test_many_requests_leave_memory_where_few_left_it",
     "test_nothing_that_one_tenant_taught_reaches_the_next_one",

@@ -250,8 +250,6 @@ def _settings(engine: Engine, drafter: Drafter | None, learn: LearnConfig | None
 
 def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
     s = settings
-    experts = ("num_experts", "num_local_experts", "n_routed_experts")
-    is_mixture = any(getattr(engine.target.config, name, None) for name in experts)
     notes = [
         forced_sentence(s),
         f"{s['device']}, {s['dtype']}, {'compiled, ' * s['compiled']}{s['rows']} x {s['context']} "
@@ -264,7 +262,7 @@ def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
         + (f"temperature {s['temperature']:g}." if s["temperature"] else "greedy."),
         "The target is a mixture: all its experts are counted, of which a pass of few tokens reads "
         "some."
-        if is_mixture
+        if engine.target.is_mixture
         else "",
     ]
     return list(filter(None, notes))

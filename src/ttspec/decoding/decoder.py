@@ -173,7 +173,9 @@ class Decoder(SpeculativeRound):
         if self.learner:
             self.learner.capture_updates(slots)
         # Last: what compiles the target moves its weights, and a graph reads them where they were.
-        if self.rows.count > 1 and not (self.batch_invariant or self.target.recurrent):
+        # With many tokens the host may count which experts are asked.
+        called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
+        if self.rows.count > 1 and not called:
             self.prompts.capture(self.graphs)
 
     def prefill(

@@ -81,6 +81,12 @@ class Target:
         return 0 in self.windows
 
     @property
+    def is_mixture(self) -> bool:
+        """Whether its layers choose among experts."""
+        names = ("num_experts", "num_local_experts", "n_routed_experts")
+        return any(getattr(self.config, name, None) for name in names)
+
+    @property
     def reads_spans(self) -> bool:
         """Whether its attention reads no more than is seen, told from slot to slot."""
         return self.model.config._attn_implementation == FOLDED and has_kernel(self.dtype)
