@@ -117,7 +117,7 @@ class Decoder(SpeculativeRound):
             self.policy = policy or DraftPolicy(self.gamma, few=few)
         self.copying, copy_costs = None, None
         if by_clock and rows > 1:  # one row's copy is paid for by all
-            copy_costs = getattr(self.policy, "copy_costs", None) or CopyCosts()
+            copy_costs = self.policy.copy_costs or CopyCosts()
         if copies:
             # A graph is captured for each width.
             block_cost = 0.0

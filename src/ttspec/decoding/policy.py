@@ -51,6 +51,7 @@ class FixedDraftLength:
 
     adaptive = False
     pauses = False
+    copy_costs: CopyCosts | None = None
 
     def __init__(self, length: int) -> None:
         """`length` drafts a round; 0 is plain decoding."""

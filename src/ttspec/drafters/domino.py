@@ -92,7 +92,10 @@ class Domino(LeftToRight):
 
 
 def _gru(weights: Weights, x: Tensor, memory: Tensor) -> Tensor:
-    """A step of torch's GRU without biases: x [..., H] and memory [..., g] to memory [..., g]."""
+    """A step of torch's GRU without biases: x [..., H] and memory [..., g] to memory [..., g].
+
+    Not `torch.gru_cell`: rows may have weights of their own.
+    """
     reset, update, new = linear(x, weights[f"{GRU}weight_ih_l0"]).chunk(3, dim=-1)
     of_reset, of_update, of_new = linear(memory, weights[f"{GRU}weight_hh_l0"]).chunk(3, dim=-1)
     new = torch.tanh(new + torch.sigmoid(reset + of_reset) * of_new)

@@ -47,10 +47,11 @@ class Lessons:
         self.until_rejection = config.supervision == "accepted"
         # Blocks to replay, and those that wait: at one token a round one waits `length` rounds.
         self._kept = self.blocks + (length + 1 if self.hindsight else 0)
-        self._ring = 0
+        self.ring = 0
+        """Tokens of a row that are kept, the newest."""
         if self.hindsight:
             # What a row may commit at once must find different places.
-            self._ring = max(LONGEST_COPY + 1, (self.blocks + 2) * (length + 1))
+            self.ring = max(LONGEST_COPY + 1, (self.blocks + 2) * (length + 1))
         before, size = like.proposal.before, like.logits.shape[-1]
         # By block, oldest first: [rows, kept, ...]; start -1 is no block.
         self._starts = torch.full((rows, self._kept), -1, device=like.logits.device)
@@ -64,20 +65,15 @@ class Lessons:
         self._newest = self._used.clone()
         self._committed = self._used.new_zeros(rows)
         # By slot of the ring, whose last takes what is not to be kept. Position -1 is nothing.
-        self._ring_positions = self._starts.new_full((rows, self._ring + 1), -1)
+        self._ring_positions = self._starts.new_full((rows, self.ring + 1), -1)
         self._ring_tokens = torch.zeros_like(self._ring_positions)
         self._ring_fed = torch.zeros_like(self._ring_positions)
         self._ring_features = None
         if features:
-            shape = rows, self._ring + 1, like.features.shape[-1]
+            shape = rows, self.ring + 1, like.features.shape[-1]
             self._ring_features = like.features.new_zeros(shape)
-        slots = (self._ring + 1,) if self.hindsight else (self._kept, length)
+        slots = (self.ring + 1,) if self.hindsight else (self._kept, length)
         self._logits = like.logits.new_zeros(rows, *slots, size)
-
-    @property
-    def ring(self) -> int:
-        """Tokens of a row that are kept, the newest."""
-        return self._ring
 
     def rows_at_once(self, width: int) -> int:
         """Rows whose newest text is asked for together: their logits are copied."""
@@ -110,7 +106,7 @@ class Lessons:
             # Row j of the verification is p for the token at start + 1 + j, if that was committed.
             position = v.start[:, None] + 1 + column
             kept = column < v.emitted[:, None]
-            slot = (position % self._ring).masked_fill(~kept, self._ring)
+            slot = (position % self.ring).masked_fill(~kept, self.ring)
             row = torch.arange(len(position), device=position.device)[:, None]
             self._logits[row, slot] = v.logits
             self._ring_tokens[row, slot] = v.tokens
@@ -149,7 +145,7 @@ class Lessons:
         tokens = self._tokens[row, pick]
         if self.hindsight:
             position = start[..., None] + 1 + torch.arange(self.length, device=pick.device)
-            at = row[..., None], position.clamp(min=0) % self._ring
+            at = row[..., None], position.clamp(min=0) % self.ring
             mask, logits = self._ring_positions[at] == position, self._logits[at]
             tokens = torch.cat([tokens[..., :1], self._ring_tokens[at]], dim=-1)
         else:
@@ -181,12 +177,12 @@ class Lessons:
         start = end.maximum(committed - width).clamp(min=0)
         for _ in range(2):  # the second time behind the last one that is not known
             position = start[:, None] + column
-            slot = (position + 1) % self._ring
+            slot = (position + 1) % self.ring
             inside = position < committed[:, None]
             lost = inside & (self._ring_positions[row, slot] != position + 1)
             start = start + (lost * (column + 1)).amax(1)
         count = (committed - start).clamp(min=0)
-        slot = (start[:, None] + column + 1) % self._ring
+        slot = (start[:, None] + column + 1) % self.ring
         tokens, features = self._ring_fed[row, slot], self._ring_features[row, slot]
         return tokens, features, start, count, self._logits[row, slot]
 
