@@ -1,6 +1,7 @@
 """Few tokens as few kernels; without a GPU they run under TRITON_INTERPRET=1, given Triton."""
 
 from importlib.util import find_spec
+from math import log2
 from typing import Any
 
 import pytest
@@ -14,7 +15,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ttspec.models.fused import Fused
+from ttspec.config import DraftConfig
+from ttspec.drafters.blocks import Blocks
+from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.fused_chain import ChainState, FusedChain
+from ttspec.models.fused_forward import FusedForward
 from ttspec.models.layers import lay_together
 from ttspec.models.target import cache_keyword
 from ttspec.rowcache import RowCache, causal_mask
@@ -25,6 +30,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
 SLOTS, LAYERS = 300, 2
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Kind, heads, key heads, head size, hidden size, size of the MLP, rows, tokens, window.
 CASES = [
     ("llama", 3, 1, 64, 192, 128, 1, 1, None),
@@ -84,20 +90,23 @@ def error(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one.double() - other).norm() / other.norm()).item()
 
 
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # the interpreter's
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # interpreter
+]
+
+
 @pytest.mark.parametrize("case", [*CASES, *LARGE], ids=str)
 def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
-    on_gpu = torch.cuda.is_available()
-    if find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
+    on_gpu = DEVICE == "cuda"
     if case in LARGE and not on_gpu:
         pytest.skip("large shapes need a GPU")
     torch.manual_seed(0)
     rows, tokens, window = case[6:]
     # The interpreter computes in numpy, which has no bfloat16.
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    model = random_model(case, dtype).to("cuda" if on_gpu else "cpu")
+    model = random_model(case, dtype).to(DEVICE)
     exact = random_model(case, torch.float64).to(model.device)
     exact.load_state_dict(model.state_dict())
     cache = filled(case, model)
@@ -124,7 +133,7 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
     with torch.no_grad():
         wanted, own_code = said(exact, other), said(model, plain)
         together = [lay_together(layer) for layer in model.model.layers]
-        fused = Fused(model, together, (window,) * LAYERS)
+        fused = FusedForward(model, together, (window,) * LAYERS)
         logits, features = fused(cache, fed, start, (0, 1, -1), None)
         none, _ = fused(cache, fed, start, (), 0)
         last, _ = fused(cache, fed, start, (), 1)
@@ -147,3 +156,88 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
             assert error(own[layer][live], theirs[layer][live]) < limit
             if rows > 1:
                 assert torch.equal(own[layer][-1].double(), old[layer][-1])
+
+
+CHAINS = [
+    # Hidden size, size of the MLP, heads, key heads, head size, rows, window, what else is given.
+    (64, 128, 2, 1, 64, 1, None, {}),
+    (64, 128, 2, 2, 64, 3, 70, {"norm_before_residual": True}),
+    (128, 192, 4, 2, 128, 3, 70, {"architectures": ["LlamaForCausalLMEagle3Qwen3"]}),
+    (896, 4864, 14, 2, 64, 8, 130, {"draft_vocab_size": 32000, "vocab_size": 50000}),
+]
+
+
+def random_chain(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Eagle3, ChainState, Blocks]:
+    """A drafter with a context, and what it is to draft; the same numbers in every dtype."""
+    hidden, inner, heads, kv_heads, size, rows, window, more = case
+    config = {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": size,
+        "num_hidden_layers": 1,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 50,
+        "draft_vocab_size": 40,
+        "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]},
+        **more,
+    }
+    torch.manual_seed(1)
+
+    def random(*shape: int) -> torch.Tensor:
+        # Rounded, so that every dtype begins with the same.
+        return torch.randn(shape).bfloat16().to(DEVICE, dtype)
+
+    drafter = Eagle3(config, {})
+    for name, shape in drafter.shapes().items():
+        weight = random(*shape) * (0.5 if len(shape) == 1 else 2.0 ** -round(log2(shape[-1]) / 2))
+        drafter.weights[name] = weight.abs() + 0.5 if "norm" in name else weight
+    drafter.weights["d2t"] = torch.zeros(drafter.draft_vocabulary, dtype=torch.long, device=DEVICE)
+    table = random(drafter.vocabulary, hidden)
+    drafter.bind(table, table, 4)
+    state = drafter.start(rows, SLOTS, DraftConfig(window=window))
+    state.keys.copy_(random(*state.keys.shape))
+    state.values.copy_(random(*state.values.shape))
+    # Rows of different lengths; of several the last is at rest.
+    start = (200 - torch.arange(rows) * 67 % 190)[:, None]
+    start[rows - 1 :] += SLOTS * (rows > 1)
+    start = start.to(DEVICE)
+    state.remember(random(rows, 1, 3 * hidden), start - 1, torch.arange(rows, device=DEVICE))
+    tokens = torch.randint(drafter.vocabulary, (rows, 1)).to(DEVICE)
+    return drafter, state, Blocks(tokens, start, 3, SLOTS)
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
+    if case[0] > 128 and DEVICE == "cpu":
+        pytest.skip("large shapes need a GPU")
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+
+    def said(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of all steps, and the keys that were written, of rows that take part."""
+        drafter, state, blocks = random_chain(case, dtype)
+        given = torch.randint(drafter.vocabulary, (3, *blocks.tokens.shape)).to(DEVICE)
+        logits: list[torch.Tensor] = []
+
+        def choices(scores: torch.Tensor, step: int) -> torch.Tensor:
+            logits.append(scores)
+            return given[step]
+
+        resting = state.keys[:, -1].clone()
+        drafter._draft(state, blocks, choices)  # type: ignore[arg-type]
+        if case[5] > 1:
+            assert torch.equal(state.keys[:, -1, :, :SLOTS], resting[:, :, :SLOTS])
+        live = slice(max(1, case[5] - 1))
+        return torch.cat(logits, 1)[live], state.keys[:, live, :, :SLOTS]
+
+    monkeypatch.setattr(FusedChain, "fits", lambda *_: False)
+    exact, own = said(torch.float64), said(dtype)
+    monkeypatch.setattr(FusedChain, "fits", lambda *_: True)
+    for fused, plain, wanted in zip(said(dtype), own, exact, strict=True):
+        limit = 1e-5 if dtype == torch.float32 else 5e-3 + 1.5 * error(plain, wanted)
+        assert error(fused, wanted) < limit
+    drafter, state, _ = random_chain(case, dtype)
+    monkeypatch.undo()
+    assert FusedChain.fits(drafter, state) is (DEVICE == "cuda")

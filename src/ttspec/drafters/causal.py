@@ -218,7 +218,8 @@ class Causal(Drafter):
         first = position[:, 0].clamp(min=0)
         first = first.masked_fill(first >= state.slots, 0)  # rows at rest
         fed = Fed(ids, position, self._features_before(state, position, row))
-        _, k, v = self._read(state, weights, fed, int(first.max()), row=subset, keep=1)
+        longest = int(first.max()) if first.is_cpu else state.slots  # nobody waits for a device
+        _, k, v = self._read(state, weights, fed, longest, row=subset, keep=1)
         state.write(k, v, position, row)
 
     def absorb(self, state: DraftState, verification: Verification) -> None:

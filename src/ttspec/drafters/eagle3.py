@@ -28,6 +28,7 @@ from ttspec.drafters.context import (
     seen_mask,
 )
 from ttspec.drafters.features import FeatureDrafter
+from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.drafters.layers import (
     Attend,
     ConcatenatedContext,
@@ -91,8 +92,8 @@ class Eagle3(FeatureDrafter):
         self.fc_norm = bool(self._one(("fc_norm",))) or "fc_norm.0.weight" in names
         if self.norm_before_fc and self.fc_norm:
             raise ValueError("norm_before_fc and fc_norm exclude each other")
-        architecture = str(config.get("architectures"))
-        self.qk_norm = "Eagle3Qwen3" in architecture or f"{ATTENTION}q_norm.weight" in names
+        qwen = "Eagle3Qwen3" in str(config.get("architectures"))
+        self.qk_norm = qwen or f"{ATTENTION}q_norm.weight" in names
         rebuilt = (config.get("ttspec") or {}).get("rebuilt") or []
         whole = self.draft_vocabulary == self.vocabulary
         absent = bool(names) and "lm_head.weight" not in names
@@ -153,10 +154,10 @@ class Eagle3(FeatureDrafter):
                 "its files hold no embedding and head of their own.\nIts files are incomplete."
             )
 
-    def start(self, rows: int, slots: int, options: DraftConfig) -> FeatureState:
+    def start(self, rows: int, slots: int, options: DraftConfig) -> ChainState:
         """An empty context for `rows` rows, with the anchor weights."""
         ring = feature_ring(rows, self.tap_count * self.target_hidden, self.embedding)
-        return FeatureState(**self._context(rows, slots, options), **ring)
+        return ChainState(**self._context(rows, slots, options), **ring)
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Write keys and values of rows start - 1 onwards.
@@ -208,18 +209,18 @@ class Eagle3(FeatureDrafter):
     def _fresh(self, rows: int, position: Tensor, nearest: int | None) -> list[ConcatenatedContext]:
         """Empty contexts of each layer, of tokens at position int64 [B or 1, N] that see back."""
         nothing = self.embedding.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        found: list[ConcatenatedContext] = []
-        for window in self.windows:
-            first = first_seen(position, position, nearest, window)
-            seen = seen_mask(0, position, position, first, position, None)
-            found.append(ConcatenatedContext(nothing, nothing, seen))
-        return found
+        firsts = [first_seen(position, position, nearest, window) for window in self.windows]
+        masks = [seen_mask(0, position, position, first, position, None) for first in firsts]
+        return [ConcatenatedContext(nothing, nothing, mask) for mask in masks]
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
-        assert isinstance(state, FeatureState)
+        assert isinstance(state, ChainState)
         before = self.features_before(state, blocks.start[:, 0])
         h = self.fuse(state.weights, before[:, None])
+        if state.spans and FusedChain.fits(self, state):
+            FusedChain(self, state, blocks.start[:, 0]).draft(h[:, 0], blocks, choices)
+            return before
         contexts = self._in_place(state, blocks) if state.spans else self._growing(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
@@ -233,7 +234,7 @@ class Eagle3(FeatureDrafter):
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
-        outs: list[Tensor] = []
+        outs = list[Tensor]()
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
@@ -257,8 +258,7 @@ class Eagle3(FeatureDrafter):
             For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
         """
         rows, count = tokens.shape
-        position = torch.arange(count, device=tokens.device)[None]
-        outs: list[Tensor] = []
+        position, outs = torch.arange(count, device=tokens.device)[None], list[Tensor]()
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)

@@ -126,12 +126,16 @@ class Rope:
         """The same on another device."""
         return replace(self, frequencies=self.frequencies.to(device))
 
+    def angles(self, position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [..., R / 2] at positions int64 [...]."""
+        angle = position[..., None].float() * self.frequencies
+        cos, sin = self.factor * angle.cos(), self.factor * angle.sin()
+        return cos.to(dtype), sin.to(dtype)
+
     def __call__(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotate x [B, heads, T, D] by position int64 [B, T]."""
         half = self.frequencies.shape[0]
-        angle = position[:, None, :, None].float() * self.frequencies  # [B, 1, T, R/2]
-        cos, sin = self.factor * angle.cos(), self.factor * angle.sin()
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        cos, sin = self.angles(position[:, None], x.dtype)
         if self.interleaved:
             a, b = x[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)

@@ -23,7 +23,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
-from ttspec.models.fused import Fused
+from ttspec.models.fused_forward import FusedForward, fits
 from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
@@ -56,8 +56,8 @@ class Target:
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
     _together: list[list[Together]] | None = None
     """Of each layer, once it was compiled."""
-    _fused: Fused | None = None
-    """Its forward of few tokens, once it was compiled and if there is one."""
+    _fused: FusedForward | None = None
+    """Its forward of few tokens, once its layers were laid together and if there is one."""
 
     @property
     def device(self) -> torch.device:
@@ -147,17 +147,14 @@ class Target:
         """
         # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
         whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        fast = spans and is_compiling() and whole and subset is None
-        if fast and self._together is None:
+        captured = spans and whole and subset is None
+        fast = captured and is_compiling()
+        if captured and self._together is None and (fast or fits(self.model, self.windows)):
             layers = self.model.base_model.layers
             self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
-            self._fused = Fused.of(self.model, self._together, self.windows)
-        if (
-            fast
-            and self._fused
-            and not isinstance(logits, Tensor)
-            and self._fused.takes(cache, tokens)
-        ):
+            self._fused = FusedForward.of(self.model, self._together, self.windows)
+        few = captured and self._fused and self._fused.takes(cache, tokens)
+        if self._fused and few and not isinstance(logits, Tensor):
             return self._fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)

@@ -59,6 +59,8 @@ def weights_at(weight, n, s, k, begin, outputs, width: tl.constexpr, share: tl.c
 def product(
     x,
     weight,
+    second,
+    third,
     bias,
     gain,
     residual,
@@ -66,6 +68,10 @@ def product(
     eps,
     tokens,
     outputs,
+    first_end,
+    second_end,
+    residual_stride,
+    tables: tl.constexpr,
     width: tl.constexpr,
     normed: tl.constexpr,
     gated: tl.constexpr,
@@ -80,15 +86,27 @@ def product(
 ):
     """States [tokens, width] times a table [outputs, width], for `block` outputs.
 
-    `normed`: states are RMS-normalised and scaled by `gain` first. `gated`: the table holds the
-    outputs of a gate, then as many to multiply with its SiLU. `added`: `residual` is added.
+    `tables`: of so many the outputs lie side by side; those of the first end at `first_end`, of the
+    second at `second_end`, after whole blocks. `normed`: states are RMS-normalised and scaled by
+    `gain` first. `gated`: the outputs of `second` are multiplied with the SiLU of `weight`'s.
+    `added`: `residual` is added.
     """
     first = tl.program_id(0) * block
+    base = first * 0  # the first output of the table that this block is of
+    if tables > 1:  # noqa: SIM102 - decided when it is compiled; what is below, when it runs
+        if first >= first_end:
+            weight = second
+            base += first_end
+    if tables > 2:  # noqa: SIM102
+        if first >= second_end:
+            weight = third
+            base += second_end - first_end
     n = first + tl.arange(0, block)
+    row = (n - base)[None, :, None]
+    rows = outputs - base
     m = tl.arange(0, wide)
     at = m[None] * outputs + n[:, None]
     real = (n < outputs)[:, None] & (m < tokens)[None]
-    row = n[None, :, None]
     s = tl.arange(0, splits)[:, None, None]
     across = tl.arange(0, share)[None, None, :]
     down = s * share + tl.arange(0, share)[None, :, None]
@@ -97,22 +115,22 @@ def product(
     whole: tl.constexpr = chunk >= width
     if pdl:
         cuda.gdc_launch_dependents()
-        fetch(weight, first, outputs, block, width)
+        fetch(weight, first - base, rows, block, width)
         if gated:
-            fetch(weight, first + outputs, 2 * outputs, block, width)
+            fetch(second, first, outputs, block, width)
     # Weights may be read at once, what other kernels write only after the wait.
     if biased:
         bias = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
     if whole:
-        w = weights_at(weight, row, s, across, 0, outputs, width, share)
+        w = weights_at(weight, row, s, across, 0, rows, width, share)
         if gated:
-            v = weights_at(weight + outputs * width, row, s, across, 0, outputs, width, share)
+            v = weights_at(second, row, s, across, 0, rows, width, share)
         if normed:
             factor = tl.load(gain + down, mask=down < width, other=0.0)
     if pdl:
         cuda.gdc_wait()
     if added:
-        before = tl.load(residual + at, mask=real, other=0.0)
+        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=real, other=0.0)
     sums = tl.zeros([splits, block, wide], tl.float32)
     more = tl.zeros([splits, block, wide], tl.float32)
     if whole:
@@ -136,12 +154,10 @@ def product(
             if normed:
                 factor = tl.load(gain + place, mask=place < width, other=0.0)
                 states = (states.to(tl.float32) * scale).to(x.dtype.element_ty) * factor
-            w = weights_at(weight, row, s, across, begin, outputs, width, share)
+            w = weights_at(weight, row, s, across, begin, rows, width, share)
             sums = tl.dot(w, states, sums)
             if gated:
-                v = weights_at(
-                    weight + outputs * width, row, s, across, begin, outputs, width, share
-                )
+                v = weights_at(second, row, s, across, begin, rows, width, share)
                 more = tl.dot(v, states, more)
     result = tl.sum(sums, 0)
     if biased:
@@ -191,6 +207,18 @@ def turned(
 
 
 @triton.jit
+def seen(query, k, v, sees, scale, best, total, sums):
+    """A step of a softmax that is put together piece by piece: keys and values [N, size] more."""
+    score = tl.where(sees, tl.dot(query, tl.trans(k)) * scale, float("-inf"))
+    now = tl.maximum(best, tl.max(score, 1))
+    safe = tl.where(now == float("-inf"), 0.0, now)  # nothing seen so far
+    p = tl.exp2(score - safe[:, None])
+    shrink = tl.exp2(best - safe)
+    sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
+    return now, total * shrink + tl.sum(p, 1), sums
+
+
+@triton.jit(do_not_specialize=["ahead", "window"])
 def attend(
     states,
     keys,
@@ -205,7 +233,7 @@ def attend(
     scale,
     eps,
     slots,
-    last,
+    ahead,
     window,
     width,
     tiles,
@@ -227,8 +255,8 @@ def attend(
 
     states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
     part also has the new tokens' own keys and values, and writes them to the cache. A row that
-    starts at or past `slots` leaves the cache as it is. Query m of a key head is query head m //
-    width, token m % width.
+    starts at or past `slots` leaves the cache as it is. A row's first token stands `ahead` of its
+    start. Query m of a key head is query head m // width, token m % width.
     """
     group: tl.constexpr = heads // kv_heads
     whole: tl.constexpr = (heads + 2 * kv_heads) * size
@@ -236,7 +264,7 @@ def attend(
     head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
     d = tl.arange(0, size)
     # What is in the cache already was written by an earlier forward.
-    begin = tl.load(start + batch).to(tl.int32)
+    begin = tl.load(start + batch).to(tl.int32) + ahead
     filled = tl.where(begin < slots, begin, 0)
     low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
     each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
@@ -254,7 +282,7 @@ def attend(
         m = tile * rows + tl.arange(0, rows)
         real = m < group * width
         token = m % width
-        position = tl.minimum(begin + token, last)
+        position = tl.minimum(begin + token, slots - 1)
         query_head = head * group + m // width
         at = states + (batch * width + token) * whole + query_head * size
         query = turned(at, real, query_gain, cosine, sine, position, eps, size, normed)
@@ -267,50 +295,37 @@ def attend(
             there = (slot < to_slot)[:, None]
             k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
             v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
-            score = tl.dot(query, tl.trans(k)) * scale
             sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
-            score = tl.where(sees, score, float("-inf"))
-            now = tl.maximum(best, tl.max(score, 1))
-            safe = tl.where(now == float("-inf"), 0.0, now)
-            p = tl.exp2(score - safe[:, None])
-            shrink = tl.exp2(best - safe)
-            total = total * shrink + tl.sum(p, 1)
-            sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-            best = now
+            best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
         if split == 0:
             t = tl.arange(0, block)
             new = t < width
             own = states + (batch * width + t) * whole + (heads + head) * size
             slot = begin + t
-            k = turned(own, new, key_gain, cosine, sine, tl.minimum(slot, last), eps, size, normed)
+            k = turned(
+                own, new, key_gain, cosine, sine, tl.minimum(slot, slots - 1), eps, size, normed
+            )
             v = tl.load(own[:, None] + kv_heads * size + d[None], mask=new[:, None], other=0.0)
             if tile == 0:
                 kept = (new & (slot < slots))[:, None]
                 tl.store(keys + place + slot[:, None] * size + d[None], k, mask=kept)
                 tl.store(values + place + slot[:, None] * size + d[None], v, mask=kept)
-            score = tl.dot(query, tl.trans(k)) * scale
             sees = new[None] & (t[None] <= token[:, None]) & (slot[None] >= earliest[:, None])
-            score = tl.where(sees, score, float("-inf"))
-            now = tl.maximum(best, tl.max(score, 1))
-            safe = tl.where(now == float("-inf"), 0.0, now)
-            p = tl.exp2(score - safe[:, None])
-            shrink = tl.exp2(best - safe)
-            total = total * shrink + tl.sum(p, 1)
-            sums = sums * shrink[:, None] + tl.dot(p.to(v.dtype), v)
-            best = now
+            best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
         out = ((batch * width + token) * heads + query_head) * splits + split
         tl.store(weights + out * 2, best, mask=real)
         tl.store(weights + out * 2 + 1, total, mask=real)
         tl.store(parts + out[:, None] * size + d[None], sums, mask=real[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ahead", "window"])
 def combine(
     parts,
     weights,
     start,
     out,
     slots,
+    ahead,
     window,
     width,
     heads: tl.constexpr,
@@ -325,7 +340,7 @@ def combine(
     if pdl:
         cuda.gdc_launch_dependents()
         cuda.gdc_wait()
-    begin = tl.load(start + token // width).to(tl.int32)
+    begin = tl.load(start + token // width).to(tl.int32) + ahead
     filled = tl.where(begin < slots, begin, 0)
     low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
     each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
@@ -340,3 +355,37 @@ def combine(
     share = tl.exp2(best - tl.max(best, 0))
     result = tl.sum(part * share[:, None], 0) / tl.sum(total * share, 0)
     tl.store(out + (token * heads + head) * size + d, result.to(out.dtype.element_ty))
+
+
+@triton.jit
+def joined(
+    tokens,
+    table,
+    states,
+    table_gain,
+    states_gain,
+    out,
+    eps,
+    last,
+    states_stride,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """One token's embedding and state, each RMS-normalised and scaled, side by side [2 x width]."""
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, wide)
+    inside = d < width
+    if pdl:
+        cuda.gdc_launch_dependents()
+    gain = tl.load(table_gain + d, mask=inside, other=0.0)
+    other = tl.load(states_gain + d, mask=inside, other=0.0)
+    if pdl:
+        cuda.gdc_wait()
+    token = tl.minimum(tl.load(tokens + row), last)
+    one = tl.load(table + token * width + d, mask=inside, other=0.0).to(tl.float32)
+    two = tl.load(states + row * states_stride + d, mask=inside, other=0.0).to(tl.float32)
+    one = (one * tl.rsqrt(tl.sum(one * one, 0) / width + eps)).to(gain.dtype) * gain
+    two = (two * tl.rsqrt(tl.sum(two * two, 0) / width + eps)).to(gain.dtype) * other
+    tl.store(out + row * 2 * width + d, one, mask=inside)
+    tl.store(out + (row * 2 + 1) * width + d, two, mask=inside)

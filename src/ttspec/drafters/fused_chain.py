@@ -1,0 +1,123 @@
+"""EAGLE-3's one layer for one token a row, as six kernels and one for the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ttspec.drafters.blocks import Blocks, Choices
+from ttspec.drafters.context import FeatureState
+from ttspec.drafters.layers import DOWN
+from ttspec.fused import LONG, MOST, WIDEST, Heads, attention, joined, product, runs_on
+
+if TYPE_CHECKING:
+    from ttspec.drafters.eagle3 import Eagle3
+
+
+@dataclass(slots=True)
+class ChainState(FeatureState):
+    """The context of one layer that feeds itself."""
+
+    angles: tuple[Tensor, Tensor] | None = None
+    """Cosines and sines of all slots, once a fused chain has read them: a graph does so again."""
+
+
+class FusedChain:
+    """One chain a row, step by step, in the context of a state; what `Eagle3._step` does."""
+
+    def __init__(self, drafter: Eagle3, state: ChainState, start: Tensor) -> None:
+        """`start` int64 [B], where the token stands that the chains begin with."""
+        self.drafter, self.state = drafter, state
+        self.start = (start - 1).masked_fill(start >= state.slots, state.slots)
+        self.weights = {n: w[0] if _by_row(n, w) else w for n, w in _ours(state).items()}
+        self.heads = Heads(
+            count=drafter.heads,
+            kv_count=drafter.kv_heads,
+            size=drafter.head_dim,
+            scale=drafter.head_dim**-0.5,
+            eps=drafter.eps,
+            query_gain=self._gain("self_attn.q_norm"),
+            key_gain=self._gain("self_attn.k_norm"),
+        )
+        if (
+            state.angles is None
+        ):  # a graph is captured after it has run, and reads them where they are
+            slot = torch.arange(state.slots, device=start.device)
+            state.angles = state.rope.angles(slot, drafter.embedding.dtype)
+        self.angles = state.angles
+
+    @staticmethod
+    def fits(drafter: Eagle3, state: ChainState) -> bool:
+        """Whether the drafter is of the kind that these kernels do, and all rows share weights."""
+        like, rows = drafter.embedding, state.keys.shape[1]
+        if not runs_on(like.device, like.dtype) or rows > MOST:
+            return False
+        if drafter.layers > 1 or drafter.windows[0] is not None or drafter.norm_output:
+            return False
+        if drafter.biased or drafter.activation_name != "silu" or drafter.embedding_scale != 1:
+            return False
+        queries = (drafter.heads + 2 * drafter.kv_heads) * drafter.head_dim
+        inner = drafter.hidden, drafter.intermediate, drafter.heads * drafter.head_dim
+        if any(n % 64 for n in inner) or drafter.hidden > WIDEST or queries > LONG:
+            return False
+        size, rope = drafter.head_dim, state.rope
+        turned = 2 * len(rope.frequencies) == size and size in (64, 128) and not rope.interleaved
+        ours = _ours(state)
+        alike = all(len(w) == 1 for n, w in ours.items() if _by_row(n, w))
+        return turned and alike and not any(DOWN in n for n in ours)
+
+    def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
+        """Draft as many tokens as blocks say, from fused features h [B, H]."""
+        token = blocks.tokens
+        for step in range(blocks.length):
+            scores, h = self.step(h, token[:, 0], step)
+            token = choices(self.drafter.scaled(scores[:, None]), step)
+
+    def step(self, h: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """One step of all chains.
+
+        Args:
+            h: [B, H], fused features or the last step's own states.
+            tokens: int64 [B], the tokens after.
+            step: Of the chain, from 0.
+
+        Returns:
+            The head's scores [B, V_draft], and what the next step is fed, [B, H].
+        """
+        drafter, state, w, eps = self.drafter, self.state, self.weights, self.drafter.eps
+        gain, normed = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]
+        x = joined(tokens, drafter.embedding, h, gain, normed, eps)
+        own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
+        nearest = state.options.window
+        seen = attention(
+            product(x, *own),
+            state.keys[0],
+            state.values[0],
+            self.start,
+            self.angles,
+            self.heads,
+            ahead=step,
+            window=None if nearest is None else nearest + step + 1,
+        )
+        before = x[:, drafter.hidden :] if drafter.residual_is_normed else h
+        y = product(seen, w["midlayer.self_attn.o_proj.weight"], residual=before)
+        gain = w["midlayer.post_attention_layernorm.weight"]
+        mlp = [w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up")]
+        inner = product(y, *mlp, gain=gain, eps=eps, gated=True)
+        y = product(inner, w["midlayer.mlp.down_proj.weight"], residual=y)
+        return product(y, drafter.head, gain=w["norm.weight"], eps=eps), y
+
+    def _gain(self, name: str) -> Tensor | None:
+        return self.weights.get(f"midlayer.{name}.weight")
+
+
+def _ours(state: ChainState) -> dict[str, Tensor]:
+    return {n: w for n, w in state.weights.items() if n.startswith(("midlayer.", "norm."))}
+
+
+def _by_row(name: str, weight: Tensor) -> bool:
+    """Whether each row has a weight of its own."""
+    return weight.dim() > (1 if "norm" in name else 2)

@@ -1,0 +1,287 @@
+"""Layers for few tokens as few Triton kernels, for targets and drafters (Hopper GPUs).
+
+At few tokens a small model's time goes into launching kernels and waiting for the last of them.
+Here each does more, and fetches its weights while the one before it still runs. Sums are float32
+and are rounded where the model's own code rounds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MOST = 16
+"""Tokens of all rows."""
+WIDEST = 1024
+"""Hidden size past which the device's own products measured faster."""
+KEYS = 64
+"""Slots that are read together."""
+LEAST = 128
+"""Slots of a part of a row's context, at least."""
+LONG = 16384
+"""Outputs past which a product is a head's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a product is cut."""
+
+    block: int
+    """Outputs of a program."""
+    splits: int
+    """Parts of K, worked on by warps side by side."""
+    share: int
+    """Elements of K that one part takes at a time."""
+    stages: int
+    warps: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Attention of a layer."""
+
+    count: int
+    kv_count: int
+    size: int
+    scale: float
+    eps: float
+    query_gain: Tensor | None = None
+    """[size] of an RMSNorm of each query, and of each key; None where there is none."""
+    key_gain: Tensor | None = None
+
+
+def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels are for this device and dtype."""
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def product(
+    x: Tensor,
+    *tables: Tensor,
+    eps: float = 0.0,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """States times a table, or up to three side by side.
+
+    Args:
+        x: [tokens, width], at most `MOST` tokens.
+        tables: Each [outputs, width], contiguous; of several, outputs are whole blocks of 16.
+        eps: Of the norm.
+        bias: [outputs].
+        gain: [width]; with it states are RMS-normalised first.
+        residual: [tokens, outputs], is added; its rows may lie apart.
+        gated: The second table's outputs are multiplied with the SiLU of the first's.
+
+    Returns:
+        [tokens, outputs].
+    """
+    count, width = x.shape
+    ends = [0]
+    for table in tables:
+        ends.append(ends[-1] + table.shape[0])
+    outputs = ends[1] if gated else ends[-1]
+    tiles = tiles_of(width, outputs, gated)
+    out = x.new_empty(count, outputs)
+    early = x.is_cuda
+    _kernels().product[(-(-outputs // tiles.block),)](
+        x,
+        tables[0],
+        tables[min(1, len(tables) - 1)],
+        tables[-1],
+        x if bias is None else bias,
+        x if gain is None else gain,
+        x if residual is None else residual,
+        out,
+        eps,
+        count,
+        outputs,
+        ends[1],
+        ends[min(2, len(tables))],
+        0 if residual is None else residual.stride(0),
+        tables=1 if gated else len(tables),
+        width=width,
+        normed=gain is not None,
+        gated=gated,
+        biased=bias is not None,
+        added=residual is not None,
+        wide=8 if count <= 8 else 16,
+        block=tiles.block,
+        splits=tiles.splits,
+        share=tiles.share,
+        stages=tiles.stages,
+        pdl=early,
+        num_warps=tiles.warps,
+        **_options(early),
+    )
+    return out
+
+
+def attention(
+    made: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    start: Tensor,
+    angles: tuple[Tensor, Tensor],
+    heads: Heads,
+    *,
+    ahead: int = 0,
+    window: int | None = None,
+) -> Tensor:
+    """Rotate queries and keys, write keys and values where they belong, and attend.
+
+    Args:
+        made: [B * T, (heads + 2 kv heads) * size], what a product made: queries, keys, values.
+        keys: [B, kv heads, slots + 1, size], written in place.
+        values: As keys.
+        start: int64 [B], where each row's first token stands, less `ahead`; a row that would begin
+            past all slots rests.
+        angles: Cosines and sines, each [slots, size / 2].
+        heads: How many, and their norms.
+        ahead: Added to `start`.
+        window: A token sees so many, itself included; None is all.
+
+    Returns:
+        [B * T, heads * size].
+    """
+    count, rows, slots = made.shape[0], start.shape[0], keys.shape[2] - 1
+    width = count // rows
+    queries = heads.count // heads.kv_count * width
+    tile = min(64, max(16, 1 << (queries - 1).bit_length()))
+    tiles = -(-queries // tile)
+    splits = splits_of(rows * heads.kv_count * tiles, slots)
+    parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
+    weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
+    out = made.new_empty(count, heads.count * heads.size)
+    normed, early, kernels = heads.query_gain is not None, made.is_cuda, _kernels()
+    kernels.attend[(splits, heads.kv_count * tiles, rows)](
+        made,
+        keys,
+        values,
+        start,
+        *angles,
+        heads.query_gain if normed else made,
+        heads.key_gain if normed else made,
+        parts,
+        weights,
+        heads.scale * 1.4426950408889634,  # exp2 is what the device has
+        heads.eps,
+        slots,
+        ahead,
+        window or 0,
+        width,
+        tiles,
+        keys.stride(0),
+        keys.stride(1),
+        heads=heads.count,
+        kv_heads=heads.kv_count,
+        size=heads.size,
+        normed=normed,
+        splits=splits,
+        rows=tile,
+        block=16,
+        count=KEYS,
+        least=LEAST,
+        stages=2,
+        pdl=early,
+        num_warps=4,
+        **_options(early),
+    )
+    kernels.combine[(count, heads.count)](
+        parts,
+        weights,
+        start,
+        out,
+        slots,
+        ahead,
+        window or 0,
+        width,
+        heads=heads.count,
+        size=heads.size,
+        splits=splits,
+        count=KEYS,
+        least=LEAST,
+        pdl=early,
+        num_warps=1,
+        **_options(early),
+    )
+    return out
+
+
+def joined(
+    tokens: Tensor,
+    table: Tensor,
+    states: Tensor,
+    table_gain: Tensor,
+    states_gain: Tensor,
+    eps: float,
+) -> Tensor:
+    """Embeddings of tokens and states, each RMS-normalised, side by side.
+
+    Args:
+        tokens: int64 [B].
+        table: [V, H]; tokens past it are its last.
+        states: [B, H].
+        table_gain: [H].
+        states_gain: [H].
+        eps: Of both norms.
+
+    Returns:
+        [B, 2 * H].
+    """
+    count, width = states.shape
+    out, early = states.new_empty(count, 2 * width), states.is_cuda
+    _kernels().joined[(count,)](
+        tokens,
+        table,
+        states,
+        table_gain,
+        states_gain,
+        out,
+        eps,
+        table.shape[0] - 1,
+        states.stride(0),
+        width=width,
+        wide=1 << (width - 1).bit_length(),
+        pdl=early,
+        num_warps=4,
+        **_options(early),
+    )
+    return out
+
+
+def tiles_of(width: int, outputs: int, gated: bool) -> Tiles:
+    """How to cut a product of [tokens, width] and [outputs, width]."""
+    if outputs > LONG:
+        return Tiles(64, 4, 64, 3, 4)
+    if width <= 1024:
+        whole = 1 << (width - 1).bit_length()
+        splits = min(8 if gated else 4, whole // 16)  # a product of fewer is none
+        return Tiles(16, splits, whole // splits, 1, splits)
+    return Tiles(16, 8, 64, 4, 8)
+
+
+def splits_of(programs: int, slots: int) -> int:
+    """In how many parts a context is read: enough for each processor, no more than help."""
+    most = min(132 // programs, slots // LEAST, 64)
+    return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
+
+
+def _options(early: bool) -> dict[str, bool]:
+    """How a kernel is launched; the interpreter knows no such word."""
+    return {"launch_pdl": True} if early else {}
+
+
+@cache
+def _kernels() -> Any:
+    from ttspec import fused_kernels  # Triton is there only where torch can use a GPU
+
+    return fused_kernels

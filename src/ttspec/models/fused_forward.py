@@ -1,0 +1,143 @@
+"""Dense targets on a GPU: a forward of a few tokens as six kernels a layer and one for the head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from ttspec.fused import MOST, WIDEST, Heads, attention, product, runs_on
+from ttspec.models.layers import TOGETHER, Together
+from ttspec.rowcache import RowCache
+from ttspec.spans import is_batch_invariant
+
+MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+"""Of transformers; by name, since to import them takes time."""
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds whose angles depend on the position alone."""
+
+
+class FusedForward:
+    """A model's forward for few tokens, from the weights that it has."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        together: list[list[Together]],
+        windows: tuple[int | None, ...],
+    ) -> None:
+        """`together`: of each layer its projections q, k, v and gate, up laid together."""
+        self.model: Any = model
+        self.layers = list(model.model.layers)  # type: ignore[union-attr,arg-type]
+        self.together = together
+        self.windows = windows
+        self.angles: dict[int, tuple[Tensor, Tensor]] = {}
+        self.eps: float = model.config.rms_norm_eps
+        self.heads = [self._heads(layer.self_attn) for layer in self.layers]
+
+    @classmethod
+    def of(
+        cls, model: PreTrainedModel, together: list[list[Together]], windows: tuple[int | None, ...]
+    ) -> FusedForward | None:
+        """That of a model that `fits`, if its projections were laid together."""
+        pairs = all(len(group) == len(TOGETHER) for group in together)
+        return cls(model, together, windows) if pairs and fits(model, windows) else None
+
+    def takes(self, cache: RowCache, tokens: Tensor) -> bool:
+        """Whether tokens [B, T] are few enough, and the cache was made."""
+        made = len(cache.keys) == len(self.layers) and tokens.shape[0] == cache.rows
+        return made and tokens.numel() <= MOST and not is_batch_invariant()
+
+    def __call__(
+        self,
+        cache: RowCache,
+        tokens: Tensor,
+        start: Tensor,
+        taps: tuple[int, ...],
+        logits: int | None,
+    ) -> tuple[Tensor | None, Tensor]:
+        """As `Target.forward`, for all rows of the cache."""
+        rows, width = tokens.shape
+        angles = self._angles(cache.slots)
+        x = F.embedding(tokens, self.model.model.embed_tokens.weight).view(rows * width, -1)
+        states = [x]
+        for index, layer in enumerate(self.layers):
+            x = self._layer(index, layer, x, cache, start, angles)
+            states.append(x)
+        norm = self.model.model.norm
+        if {-1, len(self.layers)} & set(taps):
+            states[-1] = norm(x)
+        features = [states[i].view(rows, width, -1) for i in taps]
+        read = torch.cat(features, dim=-1) if taps else x.new_empty(rows, width, 0)
+        if logits == 0:
+            return None, read
+        if logits is not None and logits < width:
+            x = x.view(rows, width, -1)[:, -logits:].reshape(rows * logits, -1)
+        head = self.model.lm_head
+        out = product(x, head.weight, bias=head.bias, gain=norm.weight, eps=self.eps)
+        return out.view(rows, -1, out.shape[-1]), read
+
+    def _layer(
+        self,
+        index: int,
+        layer: Any,
+        x: Tensor,
+        cache: RowCache,
+        start: Tensor,
+        angles: tuple[Tensor, Tensor],
+    ) -> Tensor:
+        joined, mlp = self.together[index]
+        out, down, eps = layer.self_attn.o_proj, layer.mlp.down_proj, self.eps
+        gain = layer.input_layernorm.weight
+        made = product(x, joined.weight, bias=joined.bias, gain=gain, eps=eps)
+        context = cache.keys[index], cache.values[index], start, angles, self.heads[index]
+        seen = attention(made, *context, window=self.windows[index])
+        x = product(seen, out.weight, bias=out.bias, residual=x)
+        gain = layer.post_attention_layernorm.weight
+        made = product(x, *mlp.weight.chunk(2), gain=gain, eps=eps, gated=True)
+        return product(made, down.weight, residual=x)
+
+    def _heads(self, module: Any) -> Heads:
+        query, key = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
+        return Heads(
+            count=self.model.config.num_attention_heads,
+            kv_count=self.model.config.num_key_value_heads,
+            size=module.head_dim,
+            scale=module.scaling,
+            eps=self.eps,
+            query_gain=None if query is None else query.weight,
+            key_gain=None if key is None else key.weight,
+        )
+
+    def _angles(self, slots: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines, each [slots, head size / 2]."""
+        if slots not in self.angles:
+            like = self.model.model.embed_tokens.weight[:1, None]
+            position = torch.arange(slots, device=like.device)[None]
+            halves = self.model.model.rotary_emb(like, position)
+            size = self.heads[0].size // 2
+            cosine, sine = (half[0, :, :size].contiguous() for half in halves)
+            self.angles[slots] = cosine, sine
+        return self.angles[slots]
+
+
+def fits(model: PreTrainedModel, windows: tuple[int | None, ...]) -> bool:
+    """Whether a model's layers are of the kind that these kernels do."""
+    config: Any = model.config
+    kind = type(model)
+    if kind.__name__ not in MODELS or not kind.__module__.startswith("transformers."):
+        return False
+    if config.hidden_size > WIDEST or config.hidden_act != "silu" or 0 in windows:
+        return False
+    if config.rope_parameters.get("rope_type") not in ROTARY:
+        return False
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in linears)
+    even = all(m.in_features % 64 == 0 for m in linears)
+    mlp = model.model.layers[0].mlp  # type: ignore[union-attr]
+    bare = mlp.gate_proj.bias is None and mlp.down_proj.bias is None  # type: ignore[union-attr]
+    size = model.model.layers[0].self_attn.head_dim  # type: ignore[union-attr]
+    return plain and even and bare and size in (64, 128) and runs_on(model.device, model.dtype)
