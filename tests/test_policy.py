@@ -220,7 +220,7 @@ def test_rounds_that_capture_a_graph_are_not_timed() -> None:
 )
 def test_few_lengths(longest: int, lengths: list[int]) -> None:
     assert DraftPolicy(longest).lengths == lengths
-    assert DraftPolicy(longest, few=True).lengths == [longest]
+    assert DraftPolicy(longest, halvings=0).lengths == [longest]
 
 
 # The real loop, told to switch all the time.

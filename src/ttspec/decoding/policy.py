@@ -83,10 +83,9 @@ class DraftPolicy:
 
     adaptive = True
 
-    def __init__(self, longest: int, *, few: bool = False) -> None:
-        """Allow `longest` drafts, a half and a quarter of it; `few`: none but `longest`."""
-        halves = {longest} if few else {longest, longest // 2, longest // 4}
-        self.lengths = sorted(halves - {0})
+    def __init__(self, longest: int, *, halvings: int = 2) -> None:
+        """Allow `longest` drafts, a half of it, a half of that and so on."""
+        self.lengths = sorted({longest >> n for n in range(halvings + 1)} - {0})
         self.longest = longest
         self._plain: dict[tuple[int, bool], list[float]] = {}
         """Seconds of the last plain rounds, by rows that cost something and whether any copied."""

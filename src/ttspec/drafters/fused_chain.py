@@ -67,7 +67,7 @@ class FusedChain:
         turned = 2 * len(rope.frequencies) == size and size in (64, 128) and not rope.interleaved
         ours = _ours(state)
         alike = all(len(w) == 1 for n, w in ours.items() if _by_row(n, w))
-        return turned and alike and not any(DOWN in n for n in ours)
+        return turned and alike and not any(n.endswith(DOWN) for n in ours)
 
     def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
         """Draft as many tokens as blocks say, from fused features h [B, H]."""
