@@ -18,6 +18,8 @@ from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
 from ttspec.training.batches import Batch, Example, anchors
 from ttspec.training.recipe import Recipe, mask_token
 
+DECAY = 4.0
+"""The j-th drafted token of a block weighs exp(-(j - 1) / DECAY), as published."""
 B = TypeVar("B", bound=DFlash)
 
 
@@ -66,7 +68,7 @@ class BlockRecipe(Recipe[B]):
         else:
             values = cross_entropy(blocks.labels, logits)
         values = values + self.beside(drafter, hidden, text, p, logits)
-        weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
+        weight = position_weights(length, DECAY, logits.device) * blocks.mask
         right = (logits.argmax(-1) == blocks.labels) & blocks.mask
         accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
         return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy

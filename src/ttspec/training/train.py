@@ -35,6 +35,8 @@ from ttspec.training.recipes import RECIPES
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
+LARGEST_NORM = 1.0
+"""Of all gradients together: larger ones are scaled down to it."""
 CHECK_EVERY = 10
 """Steps between looks at loss and gradient, for which the device must be waited for."""
 
@@ -167,7 +169,7 @@ class Trainer:
         value, right = self.recipe.loss(self.drafter, batch)
         self.optimiser.zero_grad()
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), LARGEST_NORM)
         finite = norm.isfinite()  # on the device, which is not waited for
         for weight in self.masters.values():
             if weight.grad is not None:
@@ -269,7 +271,7 @@ def _go_on(config: TrainConfig) -> Drafter:
 
 def _claim(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
-    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr", "clip")
+    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr")
     for name in (*names, "layers", "taps", "draft_vocabulary"):
         value = getattr(config, name)
         if value is not None and value <= 0:
