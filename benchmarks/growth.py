@@ -22,8 +22,8 @@ from cyclopts import App
 from ttspec.bench import timing
 from ttspec.bench.jsonl import write_json
 from ttspec.bench.manifest import describe, forced, forced_sentence, gpu_clocks
+from ttspec.bench.plot_style import stamp, write_figure
 from ttspec.bench.store import continued, different_settings
-from ttspec.bench.style import stamp, write_figure
 from ttspec.bench.timing import Plan, Timed
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine

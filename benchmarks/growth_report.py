@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from ttspec.bench.manifest import forced_sentence
-from ttspec.bench.style import COST_COLOURS, INK, STAGE_COLOURS, legend, styled
+from ttspec.bench.plot_style import COST_COLOURS, INK, STAGE_COLOURS, legend, styled
 from ttspec.bench.table import EMPTY, Table, number
 
 Point = dict[str, Any]

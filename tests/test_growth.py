@@ -14,12 +14,13 @@ from common import Shapes
 from test_bench_measures import arm_of
 from test_shapes import small_files
 
-from ttspec.bench import measures as m
-from ttspec.bench import tables, timing
-from ttspec.bench.batches import Batches
+from ttspec.bench import metrics as m
+from ttspec.bench import report_tables as tables
+from ttspec.bench import timing
 from ttspec.bench.compare import compare
 from ttspec.bench.jsonl import write_json
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import Batches
+from ttspec.bench.results import Arm
 from ttspec.bench.store import write_run
 from ttspec.bench.timing import Timed
 from ttspec.errors import DataError, OptionError, ResourceError

@@ -114,15 +114,16 @@ def _answered(
 def _replayed(engine: Engine, folder: Path, config: GenerateConfig, rows: int) -> Iterator[Result]:
     """The answers of a run, which are read and not written."""
     from ttspec.bench.arms import ArmSpec
-    from ttspec.bench.replay import check_replayed, open_source, prepare
+    from ttspec.bench.replay import open_source, prepare, replayable
     from ttspec.bench.runner import measure
 
     arm = ArmSpec(name="adapt", kind="learn-shared", draft=config.draft, learn=config.learn)
-    (arm,) = check_replayed([arm])
+    (arm,) = replayable([arm])
     made = prepare(engine, open_source(folder), [arm], {}, rows)
     for note in made.manifest["notes"]:
         say(note)
     chosen = {**made.options, "draft": arm.draft, "learn": config.learn, "tenant": config.tenant}
+    chosen["quota"] = made.session_tokens
     for batch in made.batches:
         for turns in measure(engine, batch, made.requests, **chosen):
             yield from (turn.result for turn in turns)

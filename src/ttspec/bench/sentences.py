@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ttspec.bench.estimates import Estimate
-from ttspec.bench.measures import pair_acceptance, pair_speed
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import pair_acceptance, pair_speed
+from ttspec.bench.report_tables import learning_pairs
+from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, interval, number
-from ttspec.bench.tables import learning_pairs
 
 EARLY, LATE = 512, 1024
 """Positions before which learning has had little time, and after which it should show."""
