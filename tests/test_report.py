@@ -11,7 +11,7 @@ from ttspec.bench.figures import position_figure
 from ttspec.bench.plot_style import to_svg
 from ttspec.bench.report import write_report
 from ttspec.bench.results import Arm
-from ttspec.bench.sentences import findings, table
+from ttspec.bench.sentences import demo_rows, demo_sentences
 from ttspec.bench.store import read_run, write_run
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
@@ -79,7 +79,7 @@ def test_a_run_folder_gives_back_what_was_written(folder: Path, arms: list[Arm])
     for mine, theirs in zip(arms, found, strict=True):
         assert theirs.token_ids == mine.token_ids
         assert [r.emitted for r in theirs.rounds] == [r.emitted for r in mine.rounds]
-        assert table([theirs]) == table([mine])
+        assert demo_rows([theirs]) == demo_rows([mine])
         assert theirs.turns[0].result.stats.reverts == 2
 
 
@@ -139,7 +139,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(arms: list[Arm]) -> Non
 
 
 def test_the_table_compares_the_arms_with_plain_decoding(arms: list[Arm]) -> None:
-    rows = dict(table(arms))
+    rows = dict(demo_rows(arms))
     assert rows["speed against plain"][0] == "1.00x"
     assert rows["acceptance length"][0] == "1.00"
     assert rows["updates"][:2] == ["0", "0"]
@@ -157,15 +157,15 @@ def test_a_text_that_is_the_same_is_said_to_be_so() -> None:
 def test_findings_say_what_copying_and_learning_brought(arms: list[Arm]) -> None:
     _, copying, learning = arms
     copying.name, learning.name = "static-copy", "default"
-    late, speed = findings(arms)
+    late, speed = demo_sentences(arms)
     assert late.startswith("Learning: after token 1,024 a target forward yields ")
     accepted = learning.acceptance(1024), copying.acceptance(1024)
     assert f"{accepted[0]:.2f} tokens, without it {accepted[1]:.2f}." in late
     ratio = learning.tokens_per_second / copying.tokens_per_second
     assert speed == f"Learning: {ratio:.2f} times the speed without it, everything counted."
-    assert findings(arms[:2]) == []
+    assert demo_sentences(arms[:2]) == []
     arms[0].name = "static"
-    assert findings(arms[:2])[0].startswith("Copying: ")
+    assert demo_sentences(arms[:2])[0].startswith("Copying: ")
 
 
 def test_an_arm_without_rounds_still_makes_a_page(tmp_path: Path) -> None:

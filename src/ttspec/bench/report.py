@@ -21,7 +21,7 @@ from ttspec.bench.plot_style import COLOURS, colours, stamp, to_svg, write_figur
 from ttspec.bench.report_tables import all_tables, pairs_of
 from ttspec.bench.results import Arm
 from ttspec.bench.run_set import RunSet
-from ttspec.bench.sentences import bench_findings, findings, label, table
+from ttspec.bench.sentences import bench_sentences, demo_rows, demo_sentences, label
 from ttspec.bench.store import read_run
 from ttspec.bench.table import Table
 
@@ -41,7 +41,7 @@ def write_report(folder: Path) -> Path:
     figure = position_figure(arms)
     write_figure(figure, out / "acceptance", "png")
     head = ("", *(label(arm.name) for arm in arms))
-    rows = [(name, *cells) for name, cells in table(arms)]
+    rows = [(name, *cells) for name, cells in demo_rows(arms)]
     shown = arms[-1] if arms else Arm(name="")
     same = all(arm.first_difference(shown) is None for arm in arms)
     return _write_page(
@@ -49,7 +49,7 @@ def write_report(folder: Path) -> Path:
         {"": manifest},
         arms,
         title=manifest.get("title", "ttspec run"),
-        lead=findings(arms),
+        lead=demo_sentences(arms),
         plots=_plots({"acceptance": figure}),
         tables=[Table(title="Figures", head=head, rows=rows)],
         session=_session(arms),
@@ -84,7 +84,7 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
         run.manifests,
         run.arms,
         title=next(iter(run.manifests.values())).get("title", "ttspec bench"),
-        lead=bench_findings(run.arms, run.left_out),
+        lead=bench_sentences(run.arms, run.left_out),
         plots=_plots(plots),
         tables=tables,
         session=None,

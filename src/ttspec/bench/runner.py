@@ -69,7 +69,7 @@ def measure_all(
         KeyboardInterrupt: Ctrl-C; the batch under way is dropped.
         OSError: The disk is full, say; what was stored before stays.
     """
-    batches, requests, quota = run.batches, run.requests, run.session_tokens
+    batches, requests = run.batches, run.requests
     arms = list({job.arm.name: job.arm for batch in batches for job in batch}.values())
     engines = engines_for(engine, arms, run.drafters)
     rows = max(map(len, batches), default=1)
@@ -85,31 +85,20 @@ def measure_all(
     warm: set[str] = set()
     try:
         while progress.left:
-            batch, arm = progress.left[0], progress.left[0][0].arm
-            chosen = {**run.options, "draft": arm.draft, "learn": arm.learn}
-            peer = run.peers.get(arm.name)
+            batch = progress.left[0]
+            name = batch[0].arm.name
             try:
-                if arm.name not in warm and warm_up:
-                    if peer:
-                        peer.warm_up(warm_up)
-                    else:
-                        request = requests[batch[0].request]
-                        _warm_up(engines[arm.name], request, len(batch), quota=warm_up, **chosen)
-                warm.add(arm.name)
-                if peer:
-                    units = [
-                        peer.measure(requests[job.request], job.request, job.seed, quota)
-                        for job in batch
-                    ]
-                else:
-                    units = measure(engines[arm.name], batch, requests, quota=quota, **chosen)
+                if name not in warm and warm_up:
+                    _warm_up(engines[name], run, batch, warm_up)
+                warm.add(name)
+                units = _answers(engines[name], run, batch)
             except Exception as error:  # whatever it is, the other units are worth having
                 _note_failure(store, progress, batch, error)
                 if notify:
                     notify(f"{_where(batch)}: {_one_line(error)}")
             else:
                 for turns in units:
-                    store.add(arm.name, turns)
+                    store.add(name, turns)
                 progress.done += len(batch)
             progress.measured += len(batch)
             del progress.left[0]
@@ -119,11 +108,28 @@ def measure_all(
             each.close()  # what arms keep on disk is whole
 
 
-def _warm_up(engine: Engine, request: Request, rows: int, **options: Any) -> None:
+def _answers(engine: Engine, run: PreparedRun, batch: Batch) -> list[list[Turn]]:
+    """A batch's answers, by this engine or by another implementation."""
+    arm, quota = batch[0].arm, run.session_tokens
+    if peer := run.peers.get(arm.name):
+        return [
+            peer.measure(run.requests[job.request], job.request, job.seed, quota) for job in batch
+        ]
+    options = {**run.options, "draft": arm.draft, "learn": arm.learn}
+    return measure(engine, batch, run.requests, quota=quota, **options)
+
+
+def _warm_up(engine: Engine, run: PreparedRun, batch: Batch, tokens: int) -> None:
     """Generate in the shape of what is measured, uncounted."""
+    arm, request = batch[0].arm, run.requests[batch[0].request]
+    if peer := run.peers.get(arm.name):
+        peer.warm_up(tokens)
+        return
     turn = request[0] if is_tokens(request[0]) else "Hello"
-    hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * rows
-    for _, chunk in engine.run(hello, **{**options, "rows": rows, "stream": False, "seed": 0}):
+    hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
+    options = {**run.options, "draft": arm.draft, "learn": arm.learn, "quota": tokens}
+    options |= {"rows": len(batch), "stream": False, "seed": 0}
+    for _, chunk in engine.run(hello, **options):
         _stop_if_cancelled(chunk.result)
 
 

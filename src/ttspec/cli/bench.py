@@ -221,7 +221,7 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     from ttspec.bench.report import write_bench_report
     from ttspec.bench.report_tables import all_tables
     from ttspec.bench.run_set import open_runs
-    from ttspec.bench.sentences import bench_findings
+    from ttspec.bench.sentences import bench_sentences
     from ttspec.bench.table import table_console
 
     found = open_runs(folders, different_texts=different_texts)
@@ -229,7 +229,7 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     console = table_console()
     for table in all_tables(found.arms, found.manifest):
         table.print(console)
-    for sentence in bench_findings(found.arms, found.left_out):
+    for sentence in bench_sentences(found.arms, found.left_out):
         console.print(sentence, markup=False)
     console.print(
         f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True, markup=False

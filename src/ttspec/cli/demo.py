@@ -220,15 +220,15 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     """The arms side by side, and what follows from it."""
     from rich.table import Table
 
-    from ttspec.bench.sentences import findings, label, table
+    from ttspec.bench.sentences import demo_rows, demo_sentences, label
 
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     grid.add_column("")
     for arm in arms:
         grid.add_column(label(arm.name), justify="right")
-    for title, cells in table(arms):
+    for title, cells in demo_rows(arms):
         grid.add_row(title, *cells)
     console.print()
     console.print(grid)
-    for sentence in findings(arms):
+    for sentence in demo_sentences(arms):
         console.print(sentence)
