@@ -40,6 +40,8 @@ def write_report(folder: Path) -> Path:
     out.mkdir(exist_ok=True)
     figure = position_figure(arms)
     write_figure(figure, out / "acceptance", "png")
+    plots = _plots({"acceptance": figure})
+    plots[0]["caption"] += " One session has no bands: read trends, not wiggles."
     head = ("", *(label(arm.name) for arm in arms))
     rows = [(name, *cells) for name, cells in demo_rows(arms)]
     shown = arms[-1] if arms else Arm(name="")
@@ -50,7 +52,7 @@ def write_report(folder: Path) -> Path:
         arms,
         title=manifest.get("title", "ttspec run"),
         lead=demo_sentences(arms),
-        plots=_plots({"acceptance": figure}),
+        plots=plots,
         tables=[Table(title="Figures", head=head, rows=rows)],
         session=_session(arms),
         author="All arms wrote this text." if same else f"What the {label(shown.name)} wrote.",

@@ -197,7 +197,7 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
             f"{folder} is not a readable run folder: {error}.\nIt needs {MANIFEST}, "
             f"{ROUNDS} and {REQUESTS} as `ttspec bench run` and `ttspec demo` write them."
         ) from error
-    rounds, requests = finished(folder, rounds, requests)
+    rounds, requests = without_unfinished(folder, rounds, requests)
     check_counts(folder, rounds, requests)
     check_models(folder, manifest, requests)
     check_clock(folder, manifest, rounds, requests)
@@ -207,7 +207,9 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
 # What must fit together in a run folder: each check raises `DataError` and says what to do.
 
 
-def finished(folder: Path, rounds: list[Row], requests: list[Row]) -> tuple[list[Row], list[Row]]:
+def without_unfinished(
+    folder: Path, rounds: list[Row], requests: list[Row]
+) -> tuple[list[Row], list[Row]]:
     """Rounds and turns without those of a unit that was being written at the end."""
     turns: dict[Key, list[int]] = {}
     for row in requests:

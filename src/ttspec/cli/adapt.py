@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine, Prompt
     from ttspec.records import Result
 
-OFTEN = 50
+REPORT_EVERY = 50
 """Answers between two lines about how far it is."""
 
 
@@ -139,9 +139,10 @@ def _follow(answers: Iterator[Result]) -> bool:
             if result.finish_reason == "cancelled":
                 return True
             rounds += result.rounds
-            if count % OFTEN == 0:
+            if count % REPORT_EVERY == 0:
                 lengths.append(acceptance_length(rounds))
-                say(f"{count} answers; acceptance length of the last {OFTEN}: {lengths[-1]:.3f}")
+                last = f"acceptance length of the last {REPORT_EVERY}: {lengths[-1]:.3f}"
+                say(f"{count} answers; {last}")
                 rounds = []
     except KeyboardInterrupt:
         return True
