@@ -5,8 +5,8 @@
 
 The same probe runs in one process for each tree, and the two answer the same cases by turns. Texts
 and acceptance are compared on fixed seeds, for every bundled drafter; exit code 1 says that
-something differs. `--speed` times pairs of equal requests instead, one by each tree. Only names
-that both revisions have are used; options that were renamed go by the name that a tree knows.
+something differs. `--speed` times pairs of equal requests instead, one by each tree. A case whose
+options one of the trees does not know is left out.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -34,8 +34,6 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = Path("src/ttspec/drafters/bundled")
 DRAFTERS = ("smollm2-135m-dflash", "smollm2-135m-eagle3", "smollm2-135m-pard")
-RENAMED = {"supervision": "rows", "adaptive": "gate"}
-"""Options by their present names, and what they were called."""
 SEED = 7
 LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 16
 PROMPTS = (
@@ -56,7 +54,7 @@ class Case:
     drafter: str = "none"
     prompts: tuple[str, ...] = PROMPTS
     learn: dict[str, Any] | None = None
-    """Fields of `LearnConfig`; `preset` names a class method that makes one."""
+    """Fields of `LearnConfig`, or {"preset": "paper"}."""
     draft: dict[str, Any] = field(default_factory=dict)
     """Fields of `DraftConfig`."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -125,117 +123,6 @@ def speed_cases(tokens: int, drafter: str, rows: int) -> Iterator[Case]:
 # The probe: runs in the tree that PYTHONPATH names.
 
 
-@dataclass
-class Probe:
-    """Answers cases with one tree's ttspec."""
-
-    settings: dict[str, Any]
-    engines: dict[str, Any] = field(default_factory=dict)
-
-    def engine(self, drafter: str) -> Any:
-        """An engine for a drafter; the target is loaded once."""
-        import ttspec
-
-        s = self.settings
-        how = {"device": s["device"], "dtype": s["dtype"], "compile": s["compile"]}
-        if s["random_weights"] is not None and not self.engines:
-            from ttspec.decoding.forced import load_random
-
-            self.engines[drafter] = load_random(s["random_weights"], s["accept"], **how)
-        elif drafter not in self.engines:
-            known = next(iter(self.engines.values()), None)
-            target = (known.target.model, known.tokenizer) if known else s["target"]
-            self.engines[drafter] = ttspec.load(target, drafter, **how)
-        return self.engines[drafter]
-
-    def answer(self, case: dict[str, Any]) -> dict[str, Any]:
-        """What a case gives: its results, how long they took, or that the tree knows it not."""
-        import ttspec
-
-        learn = case["learn"]
-        try:
-            if learn is not None and "preset" in learn:
-                learn = getattr(ttspec.LearnConfig, learn["preset"])()
-            elif learn is not None:
-                learn = ttspec.LearnConfig(**known_options(ttspec.LearnConfig, learn))
-            draft = ttspec.DraftConfig(**known_options(ttspec.DraftConfig, case["draft"]))
-        except UnknownOptionError as error:
-            return {"skipped": str(error)}
-        engine = self.engine(case["drafter"])
-        options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
-        on_gpu = engine.target.device.type == "cuda"
-        if on_gpu and not case["timed"]:
-            options["deterministic"] = True
-        prompts = self.prompts(engine, case["prompts"])
-        if on_gpu:
-            synchronize()
-        began = time.perf_counter()
-        results = self.results(engine, case, prompts, options)
-        if on_gpu:
-            synchronize()
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "results": [recorded(result) for result in results]}
-
-    def prompts(self, engine: Any, texts: list[str]) -> list[Any]:
-        """Prompts as texts, or so many tokens as are asked for."""
-        context = self.settings["context"]
-        if not context:
-            return list(texts)
-        draw, size = Random(SEED), int(engine.target.config.vocab_size)
-        return [[draw.randrange(size) for _ in range(context)] for _ in texts]
-
-    @staticmethod
-    def results(engine: Any, case: dict[str, Any], prompts: list[Any], options: Any) -> list[Any]:
-        """The results of a case, in the order of its prompts."""
-        if case["turns"]:
-            session = engine.session(**options)
-            asked = [prompts[0], *[FOLLOW_UP] * (case["turns"] - 1)]
-            return [session.send(text) for text in asked]
-        if case["rows"] is None:
-            return engine.generate(prompts, **options)
-        run = engine.run([[p] for p in prompts], rows=case["rows"], stream=False, **options)
-        found = {index: chunk.result for index, chunk in run if chunk.result}
-        return [found[index] for index in sorted(found)]
-
-
-class UnknownOptionError(Exception):
-    """A tree has no such option, under its present name or the one before."""
-
-
-def known_options(config: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Options under the names that a tree's config knows them by."""
-    known = {f.name for f in fields(config)}
-    found = {}
-    for name, value in wanted.items():
-        name = name if name in known else RENAMED.get(name, name)
-        if name not in known:
-            raise UnknownOptionError(f"{config.__name__} has no {name}")
-        found[name] = value
-    return found
-
-
-def recorded(result: Any) -> dict[str, Any]:
-    """What of a result must not differ."""
-    rounds = result.rounds
-    return {
-        "prompt": result.prompt_ids,
-        "tokens": result.token_ids,
-        "finish": result.finish_reason,
-        "proposed": [r.proposed for r in rounds],
-        "accepted": [r.accepted for r in rounds],
-        "emitted": [r.emitted for r in rounds],
-        "updates": [r.updates for r in rounds],
-        "reverts": result.stats.reverts,
-    }
-
-
-def synchronize() -> None:
-    """Wait for the GPU."""
-    import torch
-
-    torch.cuda.synchronize()
-
-
 def probe() -> None:
     """Answer cases from standard input, one a line; the first line has the settings."""
     answers, sys.stdout = sys.stdout, sys.stderr  # a library's prints must not get among them
@@ -243,14 +130,84 @@ def probe() -> None:
     import torch
 
     import ttspec
+    from ttspec.errors import OptionError
 
     here, wanted = Path(str(ttspec.__file__)).resolve(), Path(settings["source"]).resolve()
     if wanted not in here.parents:
         raise SystemExit(f"ttspec was read from {here.parent}, not from {wanted}.")
     torch.set_num_threads(settings["threads"])
-    served = Probe(settings)
+    engines: dict[str, Any] = {}
     for line in sys.stdin:
-        print(json.dumps(served.answer(json.loads(line))), file=answers, flush=True)
+        case = json.loads(line)
+        try:
+            found = answer(case, engine_of(case["drafter"], engines, settings), settings["context"])
+        except OptionError as error:  # an option that this tree does not have
+            found = {"skipped": str(error).splitlines()[0]}
+        print(json.dumps(found), file=answers, flush=True)
+
+
+def engine_of(drafter: str, engines: dict[str, Any], settings: dict[str, Any]) -> Any:
+    """An engine for a drafter; the target is loaded once."""
+    import ttspec
+
+    how = {name: settings[name] for name in ("device", "dtype", "compile")}
+    if settings["random_weights"] is not None and not engines:
+        from ttspec.decoding.forced import load_random
+
+        engines[drafter] = load_random(settings["random_weights"], settings["accept"], **how)
+    elif drafter not in engines:
+        known = next(iter(engines.values()), None)
+        target = (known.target.model, known.tokenizer) if known else settings["target"]
+        engines[drafter] = ttspec.load(target, drafter, **how)
+    return engines[drafter]
+
+
+def answer(case: dict[str, Any], engine: Any, context: int | None) -> dict[str, Any]:
+    """What a case gives: its results, and how long they took."""
+    import torch
+
+    import ttspec
+
+    learn, on_gpu = case["learn"], engine.target.device.type == "cuda"
+    if learn is not None:
+        learn = ttspec.LearnConfig.paper() if "preset" in learn else ttspec.LearnConfig(**learn)
+    draft = ttspec.DraftConfig(**case["draft"])
+    options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
+    if on_gpu and not case["timed"]:
+        options["deterministic"] = True
+    prompts: list[Any] = case["prompts"]
+    if context:
+        draw, size = Random(SEED), int(engine.target.config.vocab_size)
+        prompts = [[draw.randrange(size) for _ in range(context)] for _ in prompts]
+    if on_gpu:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    if case["turns"]:
+        session = engine.session(**options)
+        asked = [prompts[0], *[FOLLOW_UP] * (case["turns"] - 1)]
+        results = [session.send(text) for text in asked]
+    elif case["rows"] is None:
+        results = engine.generate(prompts, **options)
+    else:
+        run = engine.run([[p] for p in prompts], rows=case["rows"], stream=False, **options)
+        found = {index: chunk.result for index, chunk in run if chunk.result}
+        results = [found[index] for index in sorted(found)]
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "results": [recorded(result) for result in results]}
+
+
+def recorded(result: Any) -> dict[str, Any]:
+    """What of a result must not differ."""
+    counts = ("proposed", "accepted", "emitted", "updates")
+    return {
+        "prompt": result.prompt_ids,
+        "tokens": result.token_ids,
+        "finish": result.finish_reason,
+        **{name: [getattr(r, name) for r in result.rounds] for name in counts},
+        "reverts": result.stats.reverts,
+    }
 
 
 # The comparison.
@@ -350,73 +307,46 @@ def compare_texts(old: Tree, new: Tree, cases: list[Case], console: Console) -> 
     return count
 
 
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """One timed request in one tree, prefill included."""
-
-    tokens: float
-    """A second, of all rows."""
-    rounds: float
-    """A second, of the row that had most."""
-    acceptance: float
-    """Tokens a row and round."""
-
-
 def compare_speed(old: Tree, new: Tree, cases: list[Case], pairs: int, console: Console) -> None:
     """Time every case in both trees by turns; print tokens per second, and how they compare.
 
     In bfloat16 the trees may write other texts, which are accepted otherwise: rounds per second
     are compared beside them.
     """
-    table = Table(title="Tokens per second")
-    for head in ("case", "before", "now", "now / before", "95 %", "rounds: now / before", "95 %"):
-        table.add_column(head)
-    table.add_column("tokens a round")
+    heads = ("case", "before", "now", "now / before, 95 %", "rounds: now / before, 95 %")
+    table = Table(*heads, title="Tokens per second")
     for case in cases:
         for tree in (old, new):  # loads, compiles and fills what is kept between requests
             for _ in range(2):
                 speed_of(tree, case)
-        found = []
+        before, now = [], []
         for number in range(pairs):
-            both = {tree: speed_of(tree, case) for tree in ((old, new), (new, old))[number % 2]}
-            found.append((both[old], both[new]))
-        tokens = [now.tokens / was.tokens for was, now in found]
-        rounds = [now.rounds / was.rounds for was, now in found]
-        table.add_row(
-            case.name,
-            f"{median(was.tokens for was, _ in found):.1f}",
-            f"{median(now.tokens for _, now in found):.1f}",
-            f"{median(tokens):.3f}",
-            "{:.3f} to {:.3f}".format(*interval_of_median(tokens)),
-            f"{median(rounds):.3f}",
-            "{:.3f} to {:.3f}".format(*interval_of_median(rounds)),
-            f"{median(was.acceptance for was, _ in found):.2f}, "
-            f"{median(now.acceptance for _, now in found):.2f}",
-        )
+            for tree in ((old, new), (new, old))[number % 2]:
+                (before if tree is old else now).append(speed_of(tree, case))
+        both = list(zip(now, before, strict=True))
+        tokens, rounds = ([a[i] / b[i] for a, b in both] for i in (0, 1))
+        speeds = (f"{median(tokens for tokens, _ in own):.1f}" for own in (before, now))
+        table.add_row(case.name, *speeds, with_interval(tokens), with_interval(rounds))
         console.print(f"{case.name}: {median(tokens):.3f}", highlight=False)
     console.print(table)
     console.print(f"Medians of {pairs} pairs, with 95 % bootstrap intervals.", highlight=False)
 
 
-def speed_of(tree: Tree, case: Case) -> Speed:
-    """Time one request."""
+def speed_of(tree: Tree, case: Case) -> tuple[float, float]:
+    """Tokens a second of all rows, and rounds a second of the row that had most."""
     tree.ask(case, timed=True)
     found = tree.answer()
     results, seconds = found["results"], found["seconds"]
-    rounds = [len(r["emitted"]) for r in results]
-    emitted = sum(sum(r["emitted"]) for r in results)
-    return Speed(
-        tokens=sum(len(r["tokens"]) for r in results) / seconds,
-        rounds=max(rounds) / seconds,
-        acceptance=emitted / max(1, sum(rounds)),
-    )
+    rounds = max(len(r["emitted"]) for r in results)
+    return sum(len(r["tokens"]) for r in results) / seconds, rounds / seconds
 
 
-def interval_of_median(values: list[float]) -> tuple[float, float]:
-    """A 95 % bootstrap interval of the median."""
+def with_interval(values: list[float]) -> str:
+    """The median and its 95 % bootstrap interval."""
     draw = Random(SEED)
     medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    return medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
+    return f"{median(values):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def checked_out(revision: str, folder: Path) -> Path:

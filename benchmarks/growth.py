@@ -1,4 +1,4 @@
-"""How a round's cost grows with context and with rows: `run` measures, `show` draws and judges.
+"""How a round's cost grows with context and with rows: `run` measures, `show` prints and judges.
 
 Random weights in published shapes, so that no checkpoint is needed; acceptance is forced. Every
 point is written as soon as it is measured, and `run` repeated goes on where it was.
@@ -8,28 +8,35 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
-import growth_report as report
 import torch
 from cyclopts import App
 
 from ttspec.bench import timing
 from ttspec.bench.jsonl import write_json
-from ttspec.bench.manifest import describe, forced, forced_sentence, gpu_clocks
+from ttspec.bench.manifest import describe, forced_sentence, gpu_clocks
 from ttspec.bench.store import continued, different_settings
-from ttspec.bench.style import stamp, write_figure
+from ttspec.bench.table import EMPTY, Table, number
 from ttspec.bench.timing import Plan, Timed
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError, ResourceError
 
 FILE = "growth.json"
+Measured = dict[str, Any]
+"""A point and what was measured there, as its file has it."""
+TOLERANCE = 0.05
+"""Growth by more than this above linear is worse than linear: medians of 20 rounds differ so."""
+STAGES = ("draft", "verify", "learn", "round")
+AXES = {"context": "rows", "rows": "context"}
+"""What grows, and what stays the same meanwhile."""
 app = App(help=__doc__)
 
 
@@ -111,7 +118,7 @@ def run(
     print(forced_sentence(manifest), flush=True)
     kept = open_folder(out, manifest)
     done = [Point(p["rows"], p["context"], p["learn"]) for p in kept["points"]]
-    for number, point in enumerate(wanted, 1):
+    for count, point in enumerate(wanted, 1):
         if point in done:
             continue
         began = time.perf_counter()
@@ -120,8 +127,8 @@ def run(
         write_json(out / FILE, kept)
         took = time.perf_counter() - began
         result = found.get("error") or f"{1e3 * found['seconds']['round']:.2f} ms a round"
-        name = report.name_of(found)
-        print(f"{number} of {len(wanted)}: {name}: {result} ({took:.0f} s)", flush=True)
+        name = name_of(found)
+        print(f"{count} of {len(wanted)}: {name}: {result} ({took:.0f} s)", flush=True)
     print(f"Next: python benchmarks/growth.py show --out {out}")
     return 0
 
@@ -218,7 +225,7 @@ def read(out: Path) -> dict[str, Any]:
 
 @app.command
 def show(out: Path = Path("runs/growth"), *, to: Path = common.RESULTS / "growth") -> None:
-    """Draw the figure, print tables and the verdict; `to` gets all of it.
+    """Print tables and the verdict; `to` gets all of it.
 
     Parameters
     ----------
@@ -229,15 +236,131 @@ def show(out: Path = Path("runs/growth"), *, to: Path = common.RESULTS / "growth
     """
     kept = read(out)
     to.mkdir(parents=True, exist_ok=True)
-    figure = report.figure(kept["points"])
-    if mark := forced(kept["facts"]):
-        stamp(figure, f"{kept['facts']['target']['name'].partition(' (')[0]}: {mark}")
-    write_figure(figure, to / "growth")
-    text = f"{report.tables(kept)}\n{report.verdict(kept['points'])}\n"
+    text = f"{tables(kept)}\n{verdict(kept['points'])}\n"
     (to / "growth.md").write_text(text, encoding="utf-8")
     if (out / FILE).resolve() != (to / FILE).resolve():
         shutil.copy(out / FILE, to / FILE)
     print(text)
+
+
+class Step(NamedTuple):
+    """From one point to the next along an axis."""
+
+    where: str
+    what: str
+    grew: float
+    """How many times as much there is of what grows."""
+    ratio: float
+    """How many times as much it takes."""
+
+
+def series(point: Measured) -> str:
+    """Static, or how it learns."""
+    learn = point["learn"]
+    return f"learning, scope {learn['scope']}, stride {learn['stride']}" if learn else "static"
+
+
+def name_of(point: Measured) -> str:
+    """A point for people."""
+    return f"{series(point)}, {point['rows']} x {point['context']}"
+
+
+def lines(points: Sequence[Measured], axis: str) -> dict[tuple[str, int], list[Measured]]:
+    """Points along an axis, by series and what stays the same; only where there are several."""
+    grouped: dict[tuple[str, int], list[Measured]] = {}
+    for point in sorted(points, key=lambda p: p[axis]):
+        grouped.setdefault((series(point), point[AXES[axis]]), []).append(point)
+    return {key: line for key, line in grouped.items() if len(line) > 1}
+
+
+def value(point: Measured, what: str) -> float | None:
+    """Seconds of a stage, or bytes beyond the weights; None where nobody knows."""
+    if "error" in point:
+        return None
+    if what == "memory":
+        peak = point["memory_peak"]
+        return None if peak is None else peak - point["memory_before"]
+    return point["seconds"][what]
+
+
+def steps(points: Sequence[Measured]) -> Iterator[Step]:
+    """Every stage from each point to the next that was measured."""
+    for axis in AXES:
+        for (name, _), line in lines(points, axis).items():
+            for what in (*STAGES, "memory"):
+                known = [(p[axis], v) for p in line if (v := value(p, what)) is not None]
+                for (a, before), (b, after) in pairwise(known):
+                    where = f"{name}, {axis} {a:,} to {b:,}"
+                    yield Step(where, what, b / a, after / (before or 1.0))
+
+
+def verdict(points: Sequence[Measured]) -> str:
+    """Whether no step is worse than linear, and what is."""
+    every = list(steps(points))
+    rule = f"time(2x) / time(x) at most 2, tolerance {TOLERANCE:.0%}; memory likewise"
+    if not every:
+        return "No verdict: there are no two points along an axis."
+    top = max(every, key=lambda s: s.ratio / s.grew)
+    steepest = f"{top.ratio:.2f} times for {top.grew:g} times, {top.what}, {top.where}"
+    text = (
+        f"**No step is worse than linear** ({rule}): {len(every)} steps, the steepest {steepest}."
+    )
+    if worse := [s for s in every if s.ratio > s.grew * (1 + TOLERANCE)]:
+        text = "\n".join(
+            [
+                f"**{len(worse)} of {len(every)} steps are worse than linear** ({rule}):",
+                *(
+                    f"- {s.what}, {s.where}: {s.ratio:.2f} times for {s.grew:g} times"
+                    for s in worse
+                ),
+            ]
+        )
+    if full := [name_of(p) for p in points if "error" in p]:
+        text += f"\n\nOut of memory, so in no step: {'; '.join(full)}."
+    if not any(step.what == "memory" for step in every):
+        text += "\n\nMemory is counted on a GPU only."
+    return text
+
+
+def tables(kept: dict[str, Any]) -> str:
+    """A table for each axis and series, as Markdown."""
+    manifest = kept["facts"]
+    clocks = ", ".join(f"{k} {v}" for k, v in (manifest["clocks"] or {}).items())
+    note = (
+        f"{manifest['device']}{f' ({clocks})' if clocks else ''}, {manifest['dtype']}, torch "
+        f"{manifest['versions']['torch']}, commit {manifest['git'] or 'unknown'}. Medians of at "
+        f"least {manifest['rounds']} rounds, greedy, random tokens. Learn: its share in every "
+        "round. Growth: the round's, over the line above. Peak: the most on the device; beyond: "
+        f"without what was there before, which are the weights. {forced_sentence(manifest)}"
+    )
+    made = [
+        Table(
+            title=f"{name}, {AXES[axis]} {same:,}",
+            head=(
+                *(axis, "draft, ms", "verify, ms", "learn, ms", "round, ms", "growth"),
+                *("an update, ms", "peak, GB", "beyond, GB"),
+            ),
+            rows=[_row(p, before, axis) for before, p in zip([None, *line], line, strict=False)],
+        ).markdown()
+        for axis in AXES
+        for (name, same), line in lines(kept["points"], axis).items()
+    ]
+    return "\n".join(made) + f"\n{note}\n"
+
+
+def _row(point: Measured, before: Measured | None, axis: str) -> tuple[str, ...]:
+    draft, verify, learn, whole, update = (
+        number(value(point, what), scale=1e3) for what in (*STAGES, "update")
+    )
+    own, previous = value(point, "round"), before and value(before, "round")
+    beyond = value(point, "memory")
+    return (
+        *(f"{point[axis]:,}", draft, verify, learn, point.get("error", whole)),
+        f"{own / previous:.2f}" if own and previous else EMPTY,
+        update,
+        number(None if beyond is None else point["memory_peak"], scale=1e-9),
+        number(beyond, scale=1e-9),
+    )
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ from typing import Any
 import common
 from cyclopts import App
 
-from ttspec.bench.batches import Batches
 from ttspec.bench.jsonl import write_json
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import Batches
+from ttspec.bench.results import Arm
 from ttspec.bench.table import Table, interval, ratio
 from ttspec.errors import DataError, OptionError
 

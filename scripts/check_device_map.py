@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import ttspec
-from ttspec.bench.runs import first_difference
+from ttspec.bench.results import first_difference
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.dflash import DFlash
 

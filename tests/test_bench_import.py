@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ttspec import load
-from ttspec.bench.importing import import_run
 from ttspec.bench.store import read_run
+from ttspec.bench.vllm_import import import_run
 from ttspec.cli import main
 from ttspec.config import DraftConfig
 from ttspec.errors import DataError

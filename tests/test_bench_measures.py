@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from ttspec.bench import measures as m
+from ttspec.bench import metrics as m
 from ttspec.bench.estimates import resamples
-from ttspec.bench.runs import Arm
-from ttspec.bench.tables import all_tables, pairs_of, position_tables
+from ttspec.bench.report_tables import all_tables, pairs_of, position_tables
+from ttspec.bench.results import Arm
 from ttspec.records import Chunk, Result, Round, summarise
 
 

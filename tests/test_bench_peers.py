@@ -11,15 +11,15 @@ import pytest
 import torch
 from toys import complaint, twin
 
-import ttspec.bench.loops as loops
+import ttspec.bench.peer_loops as loops
 from ttspec.bench.arms import PEERS, parse_arms
+from ttspec.bench.peer_rounds import Watch, rounds_from
 from ttspec.bench.peers import open_peers
+from ttspec.bench.report_tables import acceptance_table
+from ttspec.bench.results import Arm
 from ttspec.bench.run_set import open_runs
-from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import load_suite
-from ttspec.bench.tables import acceptance_table
-from ttspec.bench.watch import Watch, rounds_from
 from ttspec.cli import main
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine

@@ -10,8 +10,8 @@ import pytest
 
 from ttspec.bench.compare import compare, verdict
 from ttspec.bench.report import write_bench_report
+from ttspec.bench.results import Arm
 from ttspec.bench.run_set import open_runs
-from ttspec.bench.runs import Arm
 from ttspec.bench.store import Store, read_run
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.records import Chunk, Result, Round, summarise

@@ -9,7 +9,7 @@ from toys import complaint
 
 import ttspec.bench.runner as runner
 from ttspec.bench.arms import parse_arms
-from ttspec.bench.runner import plan
+from ttspec.bench.preparation import plan
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import BUILT_IN, load_suite, load_suites
 from ttspec.cli import main
@@ -243,7 +243,7 @@ def test_an_arm_keeps_its_caches_between_batches_if_all_fit(
         start(decoder, *args, **options)
 
     monkeypatch.setattr(Decoder, "__init__", count)
-    monkeypatch.setattr(runner, "free_memory", lambda _: free)
+    monkeypatch.setattr("ttspec.bench.preparation.free_memory", lambda _: free)
     monkeypatch.setitem(runner.measure_all.__kwdefaults__, "warm_up", 0)
     # In this order the arms take turns: both, both.
     flags = ("8", "--rows", "2", "--requests", "2", "--seeds", "0,1")

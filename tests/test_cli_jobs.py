@@ -6,8 +6,9 @@ import pytest
 import torch
 from toys import DRAFTER, complaint, make_drafter
 
+from ttspec.bench.results import first_difference
 from ttspec.cli import main
-from ttspec.cli.check import Finding, first_difference, tie, verdict
+from ttspec.cli.check import Finding, tie, verdict
 from ttspec.drafters.dflash import DFlash
 from ttspec.records import Result
 

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import growth as g
-import growth_report
 import pytest
 import speed as sp
 import torch
@@ -14,12 +13,13 @@ from common import Shapes
 from test_bench_measures import arm_of
 from test_shapes import small_files
 
-from ttspec.bench import measures as m
-from ttspec.bench import tables, timing
-from ttspec.bench.batches import Batches
+from ttspec.bench import metrics as m
+from ttspec.bench import report_tables as tables
+from ttspec.bench import timing
 from ttspec.bench.compare import compare
 from ttspec.bench.jsonl import write_json
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import Batches
+from ttspec.bench.results import Arm
 from ttspec.bench.store import write_run
 from ttspec.bench.timing import Timed
 from ttspec.errors import DataError, OptionError, ResourceError
@@ -46,35 +46,35 @@ def pair(tmp_path: Path) -> str:
 
 
 def test_up_to_twice_the_time_for_twice_as_much_is_linear() -> None:
-    text = growth_report.verdict([point(1024, 1.0), point(2048, 2.09), point(4096, 4.18)])
+    text = g.verdict([point(1024, 1.0), point(2048, 2.09), point(4096, 4.18)])
     assert "No step is worse than linear" in text
     assert "2.09 times for 2 times" in text
 
 
 def test_a_step_that_is_worse_is_named() -> None:
-    text = growth_report.verdict([point(1024, 1.0), point(2048, 2.0), point(4096, 4.3)])
+    text = g.verdict([point(1024, 1.0), point(2048, 2.0), point(4096, 4.3)])
     assert text.startswith("**2 of 6 steps are worse than linear**")
     assert "verify, static, context 2,048 to 4,096: 2.15 times for 2 times" in text
     assert "1,024 to" not in text
 
 
 def test_steps_between_uneven_points_may_grow_as_much_as_the_points() -> None:
-    assert "No step is worse" in growth_report.verdict([point(1000, 1.0), point(5000, 5.1)])
-    assert "worse than linear**" in growth_report.verdict([point(1000, 1.0), point(1500, 1.7)])
+    assert "No step is worse" in g.verdict([point(1000, 1.0), point(5000, 5.1)])
+    assert "worse than linear**" in g.verdict([point(1000, 1.0), point(1500, 1.7)])
 
 
 def test_points_of_different_rows_make_no_step_in_context() -> None:
-    assert "No verdict" in growth_report.verdict([point(1024, 1.0), point(2048, 9.0, rows=2)])
+    assert "No verdict" in g.verdict([point(1024, 1.0), point(2048, 9.0, rows=2)])
 
 
 def test_memory_is_judged_without_the_weights() -> None:
     found = [point(1024, 1.0, memory_peak=110), point(2048, 1.0, memory_peak=130)]
-    assert "memory, static, context 1,024 to 2,048: 3.00 times" in growth_report.verdict(found)
+    assert "memory, static, context 1,024 to 2,048: 3.00 times" in g.verdict(found)
 
 
 def test_a_point_out_of_memory_is_in_no_step_and_is_said() -> None:
     found = [point(1024, 1.0), {**point(2048, 9.0), "error": "out of memory"}, point(4096, 2.0)]
-    text = growth_report.verdict(found)
+    text = g.verdict(found)
     assert "2.00 times for 4 times" in text
     assert "Out of memory, so in no step: static, 1 x 2048." in text
 
@@ -110,7 +110,7 @@ def test_points_are_measured_once_and_written_as_they_come(pair, tmp_path, monke
     assert [(p["rows"], p["context"]) for p in kept["points"]] == [(1, 16), (1, 32), (2, 16)]
     assert len(kept["facts"]["continued"]) == 1
     g.show(out, to=tmp_path / "results")
-    assert {p.suffix for p in (tmp_path / "results").iterdir()} == {".json", ".md", ".png", ".svg"}
+    assert {p.suffix for p in (tmp_path / "results").iterdir()} == {".json", ".md"}
     text = (tmp_path / "results" / "growth.md").read_text()
     assert "acceptance forced to 3, 2" in text
     assert "Memory is counted on a GPU only." in text

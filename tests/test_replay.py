@@ -10,7 +10,7 @@ from toys import CONFIGS, complaint, make_kind
 import ttspec.bench.runner as runner
 from ttspec import load
 from ttspec.bench.arms import parse_arms
-from ttspec.bench.replay import check_replayed, open_source, prepare
+from ttspec.bench.replay import open_source, prepare, replayable
 from ttspec.bench.store import read_run
 from ttspec.cli import main
 from ttspec.decoding import decoder as decoders
@@ -172,9 +172,7 @@ def test_what_needs_more_than_the_text_is_refused(
 
 
 def test_ready_is_now_and_what_was_asked_for_stays() -> None:
-    made = check_replayed(
-        parse_arms("static,learn,learn-session[publish=stride,supervision=accepted]")
-    )
+    made = replayable(parse_arms("static,learn,learn-session[publish=stride,supervision=accepted]"))
     assert [arm.learn and arm.learn.publish for arm in made] == [None, "now", "stride"]
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from ttspec.bench.figures import acceptance_figure, sliding_acceptance
-from ttspec.bench.findings import findings, table
-from ttspec.bench.page import render_page
+from ttspec.bench.figures import position_figure
+from ttspec.bench.plot_style import to_svg
 from ttspec.bench.report import write_report
-from ttspec.bench.runs import Arm
+from ttspec.bench.results import Arm
+from ttspec.bench.sentences import demo_rows, demo_sentences
 from ttspec.bench.store import read_run, write_run
-from ttspec.bench.style import to_svg
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
 
@@ -80,7 +79,7 @@ def test_a_run_folder_gives_back_what_was_written(folder: Path, arms: list[Arm])
     for mine, theirs in zip(arms, found, strict=True):
         assert theirs.token_ids == mine.token_ids
         assert [r.emitted for r in theirs.rounds] == [r.emitted for r in mine.rounds]
-        assert table([theirs]) == table([mine])
+        assert demo_rows([theirs]) == demo_rows([mine])
         assert theirs.turns[0].result.stats.reverts == 2
 
 
@@ -123,11 +122,11 @@ def test_texts_from_models_and_users_are_escaped(folder: Path) -> None:
 
 
 def test_the_plot_follows_the_page_from_light_to_dark(arms: list[Arm]) -> None:
-    svg = to_svg(acceptance_figure(arms))
+    svg = to_svg(position_figure(arms))
     assert svg.startswith("<svg")
     assert "var(--ink)" in svg
     assert "var(--learn-session)" in svg
-    assert "learning drafter" in svg
+    assert "learn-session" in svg
     assert "<metadata" not in svg
 
 
@@ -135,20 +134,12 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(arms: list[Arm]) -> Non
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    to_svg(acceptance_figure(arms))
+    to_svg(position_figure(arms))
     assert dict(matplotlib.rcParams) == before
 
 
-def test_the_sliding_mean_is_a_ratio_of_sums() -> None:
-    rounds = [Round(position=i, proposed=1, accepted=i % 2, emitted=1 + i % 2) for i in range(64)]
-    positions, values = sliding_acceptance(rounds, span=16)
-    assert positions[0] == 4
-    assert values == pytest.approx([1.5] * len(values), abs=0.05)
-    assert sliding_acceptance([], span=16) == ([], [])
-
-
 def test_the_table_compares_the_arms_with_plain_decoding(arms: list[Arm]) -> None:
-    rows = dict(table(arms))
+    rows = dict(demo_rows(arms))
     assert rows["speed against plain"][0] == "1.00x"
     assert rows["acceptance length"][0] == "1.00"
     assert rows["updates"][:2] == ["0", "0"]
@@ -166,21 +157,21 @@ def test_a_text_that_is_the_same_is_said_to_be_so() -> None:
 def test_findings_say_what_copying_and_learning_brought(arms: list[Arm]) -> None:
     _, copying, learning = arms
     copying.name, learning.name = "static-copy", "default"
-    late, speed = findings(arms)
+    late, speed = demo_sentences(arms)
     assert late.startswith("Learning: after token 1,024 a target forward yields ")
     accepted = learning.acceptance(1024), copying.acceptance(1024)
     assert f"{accepted[0]:.2f} tokens, without it {accepted[1]:.2f}." in late
     ratio = learning.tokens_per_second / copying.tokens_per_second
     assert speed == f"Learning: {ratio:.2f} times the speed without it, everything counted."
-    assert findings(arms[:2]) == []
+    assert demo_sentences(arms[:2]) == []
     arms[0].name = "static"
-    assert findings(arms[:2])[0].startswith("Copying: ")
+    assert demo_sentences(arms[:2])[0].startswith("Copying: ")
 
 
-def test_an_arm_without_rounds_still_makes_a_page() -> None:
+def test_an_arm_without_rounds_still_makes_a_page(tmp_path: Path) -> None:
     arms = [Arm(name="plain"), Arm(name="something-else")]
-    page = render_page({"title": "empty"}, arms, to_svg(acceptance_figure(arms)))
-    assert "something-else" in page
+    write_run(tmp_path, {"title": "empty", "arms": [arm.name for arm in arms]}, arms)
+    assert "something-else" in write_report(tmp_path).read_text(encoding="utf-8")
 
 
 def test_a_damaged_run_folder_is_refused(folder: Path) -> None:

@@ -16,9 +16,8 @@ from toys import lesson as blocks_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ttspec.bench import roofline as r
-from ttspec.bench.rates import Rates, measure_rates
 from ttspec.bench.stages import Stage
-from ttspec.bench.timing import Plan, time_rounds
+from ttspec.bench.timing import Plan, Rates, measure_rates, time_rounds
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
@@ -297,8 +296,8 @@ def roofline(pair: list[str], *flags: str) -> int:
 
 
 def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
-    monkeypatch.setattr("ttspec.bench.rates.BUDGET", 0.0)  # the smallest sizes do
-    monkeypatch.setattr("ttspec.bench.rates.COPIED", {"cpu": (1 << 20,)})
+    monkeypatch.setattr("ttspec.bench.timing.BUDGET", 0.0)  # the smallest sizes do
+    monkeypatch.setattr("ttspec.bench.timing.COPIED", {"cpu": (1 << 20,)})
     flags = ("--rows", "2", "--context", "100", "--rounds", "4")
     assert roofline(pair, *flags, "--learn.stride", "2", "--json") == 0
     out, err = capsys.readouterr()

@@ -136,7 +136,7 @@ def test_an_error_is_told_in_standard_deviations() -> None:
 
 def test_texts_that_part_at_a_near_tie_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     reference = build("qwen3")
-    target = wrap_target(build("qwen3"), targets.numbers(300))
+    target = wrap_target(build("qwen3"), targets.number_tokenizer(300))
     generate = type(reference).generate
 
     def other(self, *given, **options):
@@ -162,10 +162,10 @@ def test_distance_biased_attention_is_refused() -> None:
 
 def test_softcapped_attention_needs_eager_attention() -> None:
     model = build("gemma-2")
-    wrap_target(model, targets.numbers(300))
+    wrap_target(model, targets.number_tokenizer(300))
     model.config._attn_implementation = "sdpa"
     with pytest.raises(TargetError, match="attn_logit_softcapping") as caught:
-        wrap_target(model, targets.numbers(300))
+        wrap_target(model, targets.number_tokenizer(300))
     assert len(str(caught.value).splitlines()) == 2
 
 
@@ -189,14 +189,14 @@ def test_a_window_that_the_models_code_ignores_is_refused() -> None:
     config.sliding_window = 8
     model = AutoModelForCausalLM.from_config(config)
     with pytest.raises(TargetError, match="sliding_window = 8"):
-        wrap_target(model, targets.numbers(300))
+        wrap_target(model, targets.number_tokenizer(300))
 
 
 def test_state_that_the_config_does_not_tell_of_is_refused(monkeypatch) -> None:
     model = build("qwen3")
     monkeypatch.setattr(type(model), "_is_stateful", True)
     with pytest.raises(TargetError, match="keeps state"):
-        wrap_target(model, targets.numbers(300))
+        wrap_target(model, targets.number_tokenizer(300))
 
 
 # What the command says.

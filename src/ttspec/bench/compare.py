@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ttspec.bench import measures as m
-from ttspec.bench.batches import Batches
+from ttspec.bench import metrics as m
 from ttspec.bench.estimates import Estimate, Pair
 from ttspec.bench.manifest import mark
+from ttspec.bench.metrics import Batches
+from ttspec.bench.results import Arm
 from ttspec.bench.run_set import Manifest, check_alike, check_texts, different_part
-from ttspec.bench.runs import Arm
 from ttspec.bench.store import read_run
 from ttspec.bench.table import Table, interval, ratio
 from ttspec.errors import DataError, OptionError

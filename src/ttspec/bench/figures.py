@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from ttspec.bench import measures as m
-from ttspec.bench.findings import label
-from ttspec.bench.runs import Arm
-from ttspec.bench.style import (
+from ttspec.bench import metrics as m
+from ttspec.bench.plot_style import (
     COST_COLOURS,
     INK,
     STAGE_COLOURS,
@@ -24,64 +20,13 @@ from ttspec.bench.style import (
     panels,
     styled,
 )
-from ttspec.bench.tables import kind, pairs_of, run_of
-from ttspec.records import Round
+from ttspec.bench.report_tables import pairs_of
+from ttspec.bench.results import Arm
 
 WIDTHS = ((512, 64), (2048, 128), (4096, 256))
 """(longest run, width of a bin of generated position); 512 beyond."""
 BOTTOM, ABOVE = 0.8, 0.25
 """Where axes of acceptance length begin, and their room above the highest value."""
-
-
-def sliding_acceptance(
-    rounds: Sequence[Round], span: int, step: int = 8
-) -> tuple[list[float], list[float]]:
-    """Positions, and the acceptance length of the rounds within span / 2 tokens of each."""
-    ordered = sorted(rounds, key=lambda r: r.position)
-    if not ordered:
-        return [], []
-    starts = [r.position for r in ordered]
-    sums = [0, *accumulate(r.emitted for r in ordered)]
-    low, high = starts[0] + span // 4, starts[-1] - span // 4
-    positions, values = [], []
-    for centre in range(low, max(high, low) + 1, step):
-        a, b = (bisect_left(starts, centre + side * span // 2) for side in (-1, 1))
-        if b > a:
-            positions.append(float(centre))
-            values.append((sums[b] - sums[a]) / (b - a))
-    return positions, values
-
-
-@styled
-def acceptance_figure(arms: Sequence[Arm], span: int | None = None) -> Figure:
-    """Acceptance length against the generated position, one labelled line an arm."""
-    last = _last_position(arms)
-    span = span or (256 if last < 3000 else 512)  # wide enough to be calm
-    palette = colours([arm.name for arm in arms])
-    figure = Figure(figsize=(8.6, 4.2), layout="constrained")
-    axes = figure.subplots()
-    ends, top = [], 2.0
-    for arm in arms:
-        x, y = sliding_acceptance(arm.rounds, span)
-        if x:
-            axes.plot(x, y, color=palette[arm.name], linewidth=2, solid_capstyle="round")
-            ends.append((y[-1], arm.name))
-            top = max(top, *y)
-    axes.set(xlim=(0, last), ylim=(BOTTOM, top + ABOVE), xlabel="generated tokens")
-    axes.set_ylabel(f"tokens per target forward\n(mean over {span} tokens)")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(axis="y")
-    for height, name in _spread(ends, gap=0.07 * (top + ABOVE - BOTTOM)):
-        axes.annotate(
-            label(name),
-            xy=(1.015, height),
-            xycoords=axes.get_yaxis_transform(),
-            color=palette[name],
-            va="center",
-            weight="bold",
-            annotation_clip=False,
-        )
-    return figure
 
 
 @styled
@@ -93,7 +38,7 @@ def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
     """
     folders: dict[str, list[Arm]] = {}
     for arm in arms:
-        folders.setdefault(run_of(arm), []).append(arm)
+        folders.setdefault(arm.folder, []).append(arm)
     several = {folder: own for folder, own in folders.items() if len(own) > 1} or folders
     dotted = [own[0] for folder, own in folders.items() if folder not in several]
     last = _last_position(arms)
@@ -189,7 +134,7 @@ def stage_figure(arms: Sequence[Arm]) -> Figure:
 @styled
 def cost_figure(arms: Sequence[Arm]) -> Figure:
     """What learning gains in rounds, and what is left of it once the updates are paid for."""
-    pairs = [(a, b) for a, b in pairs_of(arms) if a.updates and kind(b).startswith("static")]
+    pairs = [(a, b) for a, b in pairs_of(arms) if a.updates and b.kind.startswith("static")]
     kinds = {
         "acceptance length": (m.emitted, m.rounds),
         "speed, were updates free": (m.tokens, m.seconds_without_learning),
@@ -221,15 +166,6 @@ def cost_figure(arms: Sequence[Arm]) -> Figure:
 
 def _last_position(arms: Sequence[Arm]) -> int:
     return max([1, *(r.position for arm in arms for r in arm.rounds)])
-
-
-def _spread(ends: Sequence[tuple[float, str]], gap: float) -> list[tuple[float, str]]:
-    """Move labels up until each is at least `gap` above the one below."""
-    placed: list[tuple[float, str]] = []
-    for height, name in sorted(ends):
-        lowest = placed[-1][0] + gap if placed else height
-        placed.append((max(height, lowest), name))
-    return placed
 
 
 class Plot(NamedTuple):

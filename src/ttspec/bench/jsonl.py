@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ttspec.bench.runs import Turn
+from ttspec.bench.results import Turn
 from ttspec.errors import DataError
 from ttspec.records import Result, Round, summarise
 

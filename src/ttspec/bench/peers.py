@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ttspec.bench.arms import PEERS, ArmSpec
-from ttspec.bench.loops import Ask, Loop, SkippedError, open_loop
-from ttspec.bench.runs import Turn
+from ttspec.bench.peer_loops import Loop, PeerOptions, SkippedError, open_loop
+from ttspec.bench.peer_rounds import Watch, rounds_from
+from ttspec.bench.results import Turn
 from ttspec.bench.suites import Request, text_of
-from ttspec.bench.watch import Watch, rounds_from
 from ttspec.config import SamplingConfig
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import SESSION_CONTEXT, Engine
@@ -36,12 +36,12 @@ class Peer:
 
     target: Target
     loop: Loop
-    ask: Ask
+    asked: PeerOptions
 
     def warm_up(self, tokens: int) -> None:
         """Generate, uncounted."""
         ids = torch.tensor([prompt_ids(self.target.tokenizer, "Hello")], device=self.target.device)
-        self._run(ids, min(tokens, self.ask.max_new_tokens))
+        self._run(ids, min(tokens, self.asked.max_new_tokens))
 
     def measure(
         self, request: Request, number: int, seed: int, quota: int | None = None
@@ -65,7 +65,7 @@ class Peer:
         for turn in request:
             ids = history.ask(turn)
             first = first or ids
-            room, most = self.ask.slots - len(ids), self.ask.max_new_tokens
+            room, most = self.asked.slots - len(ids), self.asked.max_new_tokens
             if quota is not None:
                 most = min(most, quota - generated)
             if min(room, most) < 1:
@@ -81,8 +81,8 @@ class Peer:
             generated += len(result.token_ids)
         if not turns:
             raise OptionError(
-                f"The prompt has {len(ids)} tokens; the context has room for {self.ask.slots}, the "
-                "answer included.\nShorten the prompt."
+                f"The prompt has {len(ids)} tokens; the context has room for {self.asked.slots}, "
+                "the answer included.\nShorten the prompt."
             )
         return turns
 
@@ -98,7 +98,7 @@ class Peer:
         out, watch, start, end = self._run(torch.tensor([ids], device=device), most)
         tokens = out[0, len(ids) :].tolist()
         rounds, clocks = rounds_from(watch, len(ids), tokens, end, position)
-        ends = () if self.ask.ignore_eos else target.ends
+        ends = () if self.asked.ignore_eos else target.ends
         shown = [token for token in tokens if token not in target.ends]
         stats = summarise(
             rounds, token_ids=tokens, prompt_tokens=len(ids), seed=seed, seconds=end - start
@@ -173,7 +173,7 @@ def open_peers(
         slots = longest + max_new_tokens
         if max(map(len, requests)) > 1:
             slots = max(slots, SESSION_CONTEXT)  # as an engine's sessions
-        ask = Ask(
+        asked = PeerOptions(
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             slots=min(slots, engine.target.context),
@@ -182,8 +182,8 @@ def open_peers(
         try:
             if rows > 1:
                 raise SkippedError(f"it answers one request at a time, and --rows is {rows}")
-            loop = open_loop(arm, engine, ask)
-            peers[arm.name] = Peer(target=engine.target, loop=loop, ask=ask)
+            loop = open_loop(arm, engine, asked)
+            peers[arm.name] = Peer(target=engine.target, loop=loop, asked=asked)
         except SkippedError as reason:
             skipped[arm.name] = str(reason)
     return peers, skipped

@@ -14,12 +14,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.bench.arms import PEERS, ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, replayed
+from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
+from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
-from ttspec.bench.runner import Batch, engines_for, plan
-from ttspec.bench.runner import Unit as Measured
-from ttspec.bench.runs import Turn, Unit
 from ttspec.bench.store import Store, read_run
-from ttspec.bench.tables import kind
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
@@ -36,9 +34,9 @@ from ttspec.penalties import Rules, penalise
 from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
 
-SOME = 256
+CHUNK = 256
 """Tokens that are drawn again at once."""
-AGREE = 0.9
+LEAST_AGREEMENT = 0.9
 """Least share of them that comes out as recorded: rounding flips a few in a hundred."""
 
 
@@ -65,7 +63,7 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
             f"{folder} has no text that its target alone decides.\n"
             "Give a folder that `ttspec bench run` wrote, on real weights."
         )
-    ours = {a.name: a for a in arms if a.turns and kind(a) not in PEERS}
+    ours = {a.name: a for a in arms if a.turns and a.kind not in PEERS}
     name = arm or ("plain" if "plain" in ours else next(iter(ours), "of ours"))
     if name not in ours:
         names = ", ".join(ours) or "none"
@@ -74,7 +72,7 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RecordedText:
     """A text that some turns of a conversation share."""
 
     ids: list[int] = field(default_factory=list)
@@ -94,11 +92,11 @@ def record(
     Raises:
         DataError: The target would have written another text, or nothing can be replayed.
     """
-    told, notes = conversations(source, target.tokenizer)
-    if not told:
+    texts_of, notes = conversations(source, target.tokenizer)
+    if not texts_of:
         raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
-    size = sum(len(text.ids) for texts in told.values() for text in texts)
+    size = sum(len(text.ids) for texts in texts_of.values() for text in texts)
     shape, dtype = (size, int(target.head.shape[1])), target.dtype
     _require_host(shape[0] * shape[1] * dtype.itemsize * (1 + len(taps)), size)
     # On the host: of many conversations it is more than a GPU has.
@@ -107,7 +105,7 @@ def record(
     states = {tap: torch.empty_like(hidden) for tap in taps}
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
-    for (request, seed), texts in told.items():
+    for (request, seed), texts in texts_of.items():
         turns = {turn.turn: turn for turn in source.units[request, seed]}
         start = texts[0].ids[: min(texts[0].begins.values())]
         for text in texts:
@@ -126,10 +124,10 @@ def record(
                 key = noise_key(seed, start, turn=number)
                 answers[key] = Answer(first, last, written, cut)
                 end = begin + len(written)
-                drawn += _drawn(target, read[0], fed[0], key, begin, end, sampling)
+                drawn += _count_drawn_again(target, read[0], fed[0], key, begin, end, sampling)
                 count += len(written)
             first = last + 1
-    if drawn < AGREE * count:
+    if drawn < LEAST_AGREEMENT * count:
         raise DataError(
             f"Of {count} recorded tokens of {source.folder} the target would write {drawn}.\n"
             "Name the --target that wrote them; one whose logits are not its head's is not read."
@@ -137,7 +135,7 @@ def record(
     notes.append(
         f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
     )
-    return Recording(tokens, hidden, states, answers), set(told), notes
+    return Recording(tokens, hidden, states, answers), set(texts_of), notes
 
 
 def _require_host(need: int, tokens: int) -> None:
@@ -151,9 +149,9 @@ def _require_host(need: int, tokens: int) -> None:
 
 def conversations(
     source: Source, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[Unit, list[Told]], list[str]]:
+) -> tuple[dict[Unit, list[RecordedText]], list[str]]:
     """The texts of each unit; what is left out, in sentences."""
-    found: dict[Unit, list[Told]] = {}
+    found: dict[Unit, list[RecordedText]] = {}
     starts: set[tuple[int, ...]] = set()
     notes = []
     template = ChatTemplate(tokenizer)
@@ -169,7 +167,7 @@ def conversations(
             if not answer.token_ids:
                 continue
             if not texts or kept < len(known) - 1:  # the template writes it otherwise now
-                texts.append(Told())
+                texts.append(RecordedText())
             text = texts[-1]
             text.ids[:] = ids
             text.begins[turn.turn] = len(ids)
@@ -186,14 +184,14 @@ def conversations(
     return found, list(dict.fromkeys(notes))
 
 
-def _drawn(
+def _count_drawn_again(
     target: Target, hidden: Tensor, ids: Tensor, key: int, begin: int, end: int, s: SamplingConfig
 ) -> int:
     """How many tokens ids[begin:end] are what the target draws after hidden [L, H] before them."""
     same = 0
     rules = Rules.of(s, target.ends, int(target.config.vocab_size), ids.device)
-    for at in range(begin, end, SOME):
-        upto = min(at + SOME, end)
+    for at in range(begin, end, CHUNK):
+        upto = min(at + CHUNK, end)
         logits = target.judge(hidden[None, at - 1 : upto - 1])
         if rules:
             places = ids.new_tensor([[at], [begin]])
@@ -206,7 +204,7 @@ def _drawn(
     return same
 
 
-def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
+def replayable(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
     """Arms as they are replayed: no clock decides, and what is published when ready is so now.
 
     Raises:
@@ -231,16 +229,6 @@ def check_replayed(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
     return replayed
 
 
-@dataclass(frozen=True, slots=True)
-class Replay:
-    """Everything that `runner.measure_all` and a store want to know."""
-
-    manifest: dict[str, Any]
-    requests: list[list[str]]
-    batches: list[Batch]
-    options: dict[str, Any]
-
-
 def prepare(
     engine: Engine,
     source: Source,
@@ -249,7 +237,7 @@ def prepare(
     rows: int | None = None,
     *,
     at_most: int | None = None,
-) -> Replay:
+) -> PreparedRun:
     """Let an engine replay a run: its target becomes its recorded reading of the run's text.
 
     Args:
@@ -287,7 +275,7 @@ def prepare(
         everything = sorted(units)
         rows = at_most or _fitting_rows(engine, source, arms, drafters, everything, options)
         groups = [everything[i : i + rows] for i in range(0, len(everything), rows)]
-        batches = [[Measured(arm, *unit) for unit in group] for group in groups for arm in arms]
+        batches = [[Job(arm, *unit) for unit in group] for group in groups for arm in arms]
     else:
         batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
         batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
@@ -303,8 +291,14 @@ def prepare(
         "arm_options": {arm.name: arm.options() for arm in arms},
         "notes": notes,
     }
-    options["quota"] = old["session_tokens"]
-    return Replay(manifest, requests, [batch for batch in batches if batch], options)
+    return PreparedRun(
+        manifest=manifest,
+        requests=requests,
+        batches=[batch for batch in batches if batch],
+        options=options,
+        session_tokens=old["session_tokens"],
+        drafters=drafters,
+    )
 
 
 def _fitting_rows(

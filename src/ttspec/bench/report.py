@@ -1,24 +1,36 @@
-"""Tables, plots and a page from run folders. Reads stored records only; never runs a model."""
+"""Reports from run folders: plots, tables, and one HTML page that loads nothing from anywhere.
+
+Reads stored records only; never runs a model. The page is templates/page.html.jinja.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from ttspec.bench import measures as m
-from ttspec.bench.figures import PLOTS, acceptance_figure, position_figure
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from ttspec.bench import metrics as m
+from ttspec.bench.figures import PLOTS, position_figure
 from ttspec.bench.manifest import mark
-from ttspec.bench.page import render_bench, render_page
+from ttspec.bench.plot_style import COLOURS, colours, stamp, to_svg, write_figure
+from ttspec.bench.report_tables import all_tables, pairs_of
+from ttspec.bench.results import Arm
 from ttspec.bench.run_set import RunSet
+from ttspec.bench.sentences import bench_sentences, demo_rows, demo_sentences, label
 from ttspec.bench.store import read_run
-from ttspec.bench.style import stamp, to_svg, write_figure
-from ttspec.bench.tables import all_tables, pairs_of, run_of
+from ttspec.bench.table import Table
 
 
 def write_report(folder: Path) -> Path:
-    """Draw `folder/report/` anew from the rounds stored in `folder`; returns the page's path.
+    """Draw `folder/report/` of a session that some arms answered, as `ttspec demo` shows it.
+
+    Returns:
+        The page's path.
 
     Raises:
         DataError: The folder is not a run folder.
@@ -26,11 +38,25 @@ def write_report(folder: Path) -> Path:
     manifest, arms = read_run(folder)
     out = folder / "report"
     out.mkdir(exist_ok=True)
-    figure = acceptance_figure(arms)
+    figure = position_figure(arms)
     write_figure(figure, out / "acceptance", "png")
-    page = out / "index.html"
-    page.write_text(render_page(manifest, arms, to_svg(figure)), encoding="utf-8")
-    return page
+    plots = _plots({"acceptance": figure})
+    plots[0]["caption"] += " One session has no bands: read trends, not wiggles."
+    head = ("", *(label(arm.name) for arm in arms))
+    rows = [(name, *cells) for name, cells in demo_rows(arms)]
+    shown = arms[-1] if arms else Arm(name="")
+    same = all(arm.first_difference(shown) is None for arm in arms)
+    return _write_page(
+        out,
+        {"": manifest},
+        arms,
+        title=manifest.get("title", "ttspec run"),
+        lead=demo_sentences(arms),
+        plots=plots,
+        tables=[Table(title="Figures", head=head, rows=rows)],
+        session=_session(arms),
+        author="All arms wrote this text." if same else f"What the {label(shown.name)} wrote.",
+    )
 
 
 def write_bench_report(run: RunSet, out: Path) -> Path:
@@ -44,22 +70,27 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
     }
     plots = {name: plot.draw(run.arms) for name, plot in PLOTS.items() if wanted.get(name, True)}
     figures = dict(plots)
-    if any(run_of(arm) for arm in run.arms):  # a panel a folder, for a README
+    if any(arm.folder for arm in run.arms):  # a panel a folder, for a README
         figures["across"] = position_figure(run.arms, across=True)
     for name, figure in figures.items():
         if marked := mark(run.manifest):
             stamp(figure, marked)
         write_figure(figure, out / name)
     tables = all_tables(run.arms, run.manifest)
-    page = out / "index.html"
     summary = json.dumps(summarise_run(run), indent=1, ensure_ascii=False) + "\n"
-    for path, text in {
-        out / "tables.md": "\n".join(table.markdown() for table in tables),
-        out / "summary.json": summary,
-        page: render_bench(run.manifests, run.arms, run.left_out, tables, plots),
-    }.items():
-        path.write_text(text, encoding="utf-8")
-    return page
+    (out / "summary.json").write_text(summary, encoding="utf-8")
+    markdown = "\n".join(each.markdown() for each in tables)
+    (out / "tables.md").write_text(markdown, encoding="utf-8")
+    return _write_page(
+        out,
+        run.manifests,
+        run.arms,
+        title=next(iter(run.manifests.values())).get("title", "ttspec bench"),
+        lead=bench_sentences(run.arms, run.left_out),
+        plots=_plots(plots),
+        tables=tables,
+        session=None,
+    )
 
 
 def summarise_run(run: RunSet) -> dict[str, Any]:
@@ -105,3 +136,54 @@ def plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     return None if value != value else value
+
+
+def _plots(figures: Mapping[str, Figure]) -> list[dict[str, Any]]:
+    """What the template needs of each plot."""
+    return [
+        PLOTS[name]._asdict() | {"svg": to_svg(figure, f"{name}-")}
+        for name, figure in figures.items()
+    ]
+
+
+def _write_page(
+    out: Path, manifests: Mapping[str, Any], arms: Sequence[Arm], **values: Any
+) -> Path:
+    environment = Environment(loader=PackageLoader("ttspec.bench"), autoescape=True)
+    environment.filters["flat"] = _flat
+    palette = colours([arm.name for arm in arms])
+    # The usual arms have a lighter colour in dark mode, through the page's variables.
+    dots = [f"var(--{name})" if name in COLOURS else colour for name, colour in palette.items()]
+    template = environment.get_template("page.html.jinja")
+    text = template.render(manifests=manifests, variables=COLOURS, dots=dots, **values)
+    page = out / "index.html"
+    page.write_text(text + "\n", encoding="utf-8")
+    return page
+
+
+def _session(arms: Sequence[Arm]) -> list[dict[str, Any]]:
+    """Each turn with its answer, and what other arms wrote where it is something else."""
+    *others, shown = arms or [Arm(name="")]
+    return [
+        {
+            "user": turn.user,
+            "text": turn.result.text,
+            "others": [
+                (label(arm.name), arm.turns[index].result.text)
+                for arm in others
+                if index < len(arm.turns)
+                and arm.turns[index].result.token_ids != turn.result.token_ids
+            ],
+        }
+        for index, turn in enumerate(shown.turns)
+    ]
+
+
+def _flat(value: Any) -> str:
+    """A JSON value for people."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_flat(v)}" for key, v in value.items() if v is not None)
+    if isinstance(value, list):
+        separator = "; " if any(isinstance(entry, dict) for entry in value) else ", "
+        return separator.join(map(_flat, value))
+    return str(value)

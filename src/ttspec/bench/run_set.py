@@ -9,10 +9,9 @@ from typing import Any
 
 from ttspec.bench.arms import PEERS
 from ttspec.bench.manifest import forced, forced_sentence, mark_sentence
-from ttspec.bench.measures import different_texts, matched
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import different_texts, matched
+from ttspec.bench.results import Arm
 from ttspec.bench.store import read_run
-from ttspec.bench.tables import kind
 from ttspec.errors import DataError
 
 Manifest = dict[str, Any]
@@ -111,7 +110,7 @@ def check_texts(manifest: Manifest, arms: Sequence[Arm]) -> None:
     """
     if not _same_expected(manifest):
         return  # elsewhere rounding decides close calls; the tables count the differences
-    first, *others = [arm for arm in arms if kind(arm) not in PEERS] or arms[:1]
+    first, *others = [arm for arm in arms if arm.kind not in PEERS] or arms[:1]
     for arm in others:
         for (request, seed), position in different_texts(arm, first):
             raise DataError(
@@ -128,9 +127,9 @@ def _same_expected(manifest: Manifest) -> bool:
 
 def _different_peers(manifest: Manifest, arms: Sequence[Arm]) -> Iterator[str]:
     """Where other implementations emitted other greedy float32 tokens: a finding, no error."""
-    first = next((arm for arm in arms if kind(arm) not in PEERS), arms[0])
+    first = next((arm for arm in arms if arm.kind not in PEERS), arms[0])
     for arm in arms if _same_expected(manifest) else ():
-        if kind(arm) in PEERS and (found := different_texts(arm, first)):
+        if arm.kind in PEERS and (found := different_texts(arm, first)):
             (request, seed), position = found[0]
             yield (
                 f"{arm.name} emitted other greedy tokens than {first.name} in {len(found)} of "

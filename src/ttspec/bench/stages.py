@@ -10,9 +10,8 @@ import torch
 
 from ttspec.bench import roofline as r
 from ttspec.bench.manifest import describe_device, forced, forced_sentence
-from ttspec.bench.rates import Rates, measure_rates
 from ttspec.bench.table import Table, number
-from ttspec.bench.timing import Plan, Timed, models_alone, timed
+from ttspec.bench.timing import Plan, Rates, Timed, measure_rates, models_alone, timed
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter

@@ -4,7 +4,7 @@ It holds `manifest.json` (how it was made), `rounds.jsonl` (one line a round) an
 (one line a turn, with its text). A unit, one (arm, request, seed), is finished when all of its
 turns stand in `requests.jsonl`; its rounds are written before, so an interrupted run has at most
 one unit's rounds too many, which are dropped. Anything else that does not fit together is an error
-(`integrity.py`).
+(see the checks at the end).
 """
 
 from __future__ import annotations
@@ -19,13 +19,25 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ttspec.bench import integrity, jsonl
-from ttspec.bench.integrity import MANIFEST, REQUESTS, ROUNDS
-from ttspec.bench.jsonl import Key, Row, append, replace_file, to_lines, turn_key, write_json
-from ttspec.bench.runs import Arm, Turn
+from ttspec.bench import jsonl
+from ttspec.bench.jsonl import (
+    Key,
+    Row,
+    append,
+    key_of,
+    replace_file,
+    to_lines,
+    turn_key,
+    write_json,
+)
+from ttspec.bench.results import Arm, Turn
 from ttspec.config import SamplingConfig
 from ttspec.errors import DataError, ResourceError
 
+MANIFEST, ROUNDS, REQUESTS = "manifest.json", "rounds.jsonl", "requests.jsonl"
+CLOCK_TOLERANCE = 2.0
+"""Seconds by which a network may set back a healthy clock."""
+RESTORE = "Restore it from a copy, or delete the folder and run again."
 SETTINGS = (
     *("max_new_tokens", "session_tokens", "rows", "temperature", "ignore_eos"),
     *("dtype", "device", "threads", "random_weights", "replay"),
@@ -65,7 +77,7 @@ class Store:
 
     def add(self, arm: str, turns: Sequence[Turn]) -> None:
         """Write a finished unit; if that fails, nothing of it stays."""
-        more = {"of": len(turns), "models": integrity.models_of(self.manifest, arm)}
+        more = {"of": len(turns), "models": models_of(self.manifest, arm)}
         parts = {
             self.folder / ROUNDS: [row for turn in turns for row in jsonl.round_rows(arm, turn)],
             self.folder / REQUESTS: [jsonl.turn_row(arm, turn) | more for turn in turns],
@@ -96,7 +108,7 @@ class Store:
                 f"{self.folder} holds a run with another {differs}.\n"
                 "Repeat the command that began it, or name another --out."
             )
-        self.done = set(map(jsonl.key_of, requests))
+        self.done = set(map(key_of, requests))
         for name, rows in ((ROUNDS, rounds), (REQUESTS, requests)):
             replace_file(self.folder / name, to_lines(rows))  # without an interrupted unit's rows
         now = self.manifest
@@ -185,8 +197,108 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
             f"{folder} is not a readable run folder: {error}.\nIt needs {MANIFEST}, "
             f"{ROUNDS} and {REQUESTS} as `ttspec bench run` and `ttspec demo` write them."
         ) from error
-    rounds, requests = integrity.finished(folder, rounds, requests)
-    integrity.check_counts(folder, rounds, requests)
-    integrity.check_models(folder, manifest, requests)
-    integrity.check_clock(folder, manifest, rounds, requests)
+    rounds, requests = without_unfinished(folder, rounds, requests)
+    check_counts(folder, rounds, requests)
+    check_models(folder, manifest, requests)
+    check_clock(folder, manifest, rounds, requests)
     return manifest, rounds, requests
+
+
+# What must fit together in a run folder: each check raises `DataError` and says what to do.
+
+
+def without_unfinished(
+    folder: Path, rounds: list[Row], requests: list[Row]
+) -> tuple[list[Row], list[Row]]:
+    """Rounds and turns without those of a unit that was being written at the end."""
+    turns: dict[Key, list[int]] = {}
+    for row in requests:
+        numbers = turns.setdefault(key_of(row), [])
+        if row["turn"] in numbers:
+            raise DataError(
+                f"{folder / REQUESTS} has request {row['request']} of arm {row['arm']}, seed "
+                f"{row['stats']['seed']}, twice.\nDelete the folder and run again: every figure "
+                "would count it twice."
+            )
+        numbers.append(row["turn"])
+    sizes = {key_of(row): row.get("of", 0) for row in requests}
+    short = [key for key, numbers in turns.items() if len(numbers) < sizes[key]]
+    if short and (len(short) > 1 or key_of(requests[-1]) not in short):
+        arm, request, _ = short[0]
+        raise DataError(
+            f"{folder / REQUESTS} lacks turns of arm {arm}, request {request}.\n{RESTORE}"
+        )
+    done = turns.keys() - set(short)
+    unfinished = {key_of(row) for row in rounds} - done
+    if len(unfinished) > 1 or (unfinished and key_of(rounds[-1]) not in unfinished):
+        raise DataError(
+            f"{folder / REQUESTS} lacks {len(unfinished)} requests whose rounds are there: it was "
+            f"cut.\n{RESTORE}"
+        )
+    kept, turns_kept = ([row for row in rows if key_of(row) in done] for rows in (rounds, requests))
+    return kept, turns_kept
+
+
+def check_counts(folder: Path, rounds: list[Row], requests: list[Row]) -> None:
+    """Every turn has all of its rounds, once and in order."""
+    numbers: dict[tuple[Any, ...], list[int]] = {}
+    for row in rounds:
+        numbers.setdefault(turn_key(row), []).append(row["round"])
+    for row in requests:
+        found, wanted = numbers.get(turn_key(row), []), row["stats"]["rounds"]
+        if found != list(range(wanted)):
+            what = "twice or out of order" if len(found) >= wanted else "missing"
+            raise DataError(
+                f"{folder / ROUNDS} has rounds of arm {row['arm']}, request {row['request']}, "
+                f"{what}: {len(found)} lines for {wanted} rounds.\n{RESTORE}"
+            )
+
+
+def models_of(manifest: Row, arm: str | None = None) -> str:
+    """The pair of models in short, which every request line carries."""
+    drafter = manifest.get("drafter")
+    named = ((manifest.get("arm_options") or {}).get(arm) or {}).get("drafter")
+    if named:
+        drafter = (manifest.get("drafters") or {}).get(named)
+    sums = [(model or {}).get("sha256") for model in (manifest.get("target"), drafter)]
+    return "/".join((s or "none")[:12] for s in sums)
+
+
+def check_models(folder: Path, manifest: Row, requests: list[Row]) -> None:
+    """Every turn was made with the manifest's models."""
+    for row in requests:
+        wanted = models_of(manifest, row["arm"])
+        if row.get("models", wanted) != wanted:
+            raise DataError(
+                f"{folder} mixes models: request {row['request']} of arm {row['arm']} was made "
+                f"with {row['models']}, the manifest says {wanted} (target/drafter checksums).\n"
+                "Runs of different models belong into different folders; run them again."
+            )
+
+
+def check_clock(folder: Path, manifest: Row, rounds: list[Row], requests: list[Row]) -> None:
+    """No time is negative, and nothing ended before it began."""
+    alone = manifest.get("rows", 1) == 1  # rows of a batch begin together and overlap
+
+    def wrong(row: Row, what: str) -> DataError:
+        return DataError(
+            f"{folder}: a clock went backwards in arm {row['arm']}, request {row['request']}: "
+            f"{what}.\nIts times mean nothing; mend the clock, then run again into a new folder."
+        )
+
+    for row in rounds:
+        for stage, spent in {**row["milliseconds"], "wait": row.get("wait") or 0.0}.items():
+            if spent < 0:
+                raise wrong(row, f"{stage} took {spent} ms in round {row['round']}")
+    latest = 0.0
+    for row in requests:
+        if min(row["seconds"], row.get("first_token") or 0.0) < 0:
+            raise wrong(row, f"it took {row['seconds']} s")
+        began, ended = row.get("began"), row.get("ended")
+        if began is None or ended is None:
+            continue
+        ordered = alone or row["turn"] == 0
+        if ended < began - CLOCK_TOLERANCE or (ordered and began < latest - CLOCK_TOLERANCE):
+            raise wrong(row, f"from {began:.1f} s to {ended:.1f} s, after {latest:.1f} s")
+        if ordered:
+            latest = max(latest, ended if alone else began)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine, Prompt
     from ttspec.records import Result
 
-OFTEN = 50
+REPORT_EVERY = 50
 """Answers between two lines about how far it is."""
 
 
@@ -114,15 +114,16 @@ def _answered(
 def _replayed(engine: Engine, folder: Path, config: GenerateConfig, rows: int) -> Iterator[Result]:
     """The answers of a run, which are read and not written."""
     from ttspec.bench.arms import ArmSpec
-    from ttspec.bench.replay import check_replayed, open_source, prepare
+    from ttspec.bench.replay import open_source, prepare, replayable
     from ttspec.bench.runner import measure
 
     arm = ArmSpec(name="adapt", kind="learn-shared", draft=config.draft, learn=config.learn)
-    (arm,) = check_replayed([arm])
+    (arm,) = replayable([arm])
     made = prepare(engine, open_source(folder), [arm], {}, rows)
     for note in made.manifest["notes"]:
         say(note)
     chosen = {**made.options, "draft": arm.draft, "learn": config.learn, "tenant": config.tenant}
+    chosen["quota"] = made.session_tokens
     for batch in made.batches:
         for turns in measure(engine, batch, made.requests, **chosen):
             yield from (turn.result for turn in turns)
@@ -138,9 +139,10 @@ def _follow(answers: Iterator[Result]) -> bool:
             if result.finish_reason == "cancelled":
                 return True
             rounds += result.rounds
-            if count % OFTEN == 0:
+            if count % REPORT_EVERY == 0:
                 lengths.append(acceptance_length(rounds))
-                say(f"{count} answers; acceptance length of the last {OFTEN}: {lengths[-1]:.3f}")
+                last = f"acceptance length of the last {REPORT_EVERY}: {lengths[-1]:.3f}"
+                say(f"{count} answers; {last}")
                 rounds = []
     except KeyboardInterrupt:
         return True

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from ttspec.cli.options import DraftFlags, LearnFlags, ShapeFlags
+from ttspec.cli.options import DraftFlags, LearnFlags, ModelFlags, ShapeFlags
 from ttspec.cli.progress import show_progress
-from ttspec.cli.replay import replay
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from ttspec.bench.preparation import PreparedRun
+    from ttspec.bench.store import Store
+    from ttspec.decoding.engine import Engine
 
 bench = App(
     name="bench",
     help="Measure arms on a suite of requests, report, compare.",
     help_format="markdown",
 )
-bench.command(replay)
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
@@ -77,17 +79,12 @@ def run(
     ignore_eos
         Go on past end tokens.
     """
-    from ttspec.bench.arms import PEERS, check_forced, parse_arms
+    from ttspec.bench.arms import check_forced, parse_arms
     from ttspec.bench.suites import load_suites, random_suite
 
-    for name, given in (
-        ("requests", requests),
-        ("prompt-tokens", prompt_tokens),
-        ("rows", rows),
-        ("session-tokens", session_tokens),
-    ):
-        if given is not None and given < 1:
-            raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
+    _check_positive(
+        requests=requests, prompt_tokens=prompt_tokens, rows=rows, session_tokens=session_tokens
+    )
     specs, numbers = parse_arms(arms), _seeds(seeds)
     is_random = models.random_weights is not None
     if is_random:
@@ -95,83 +92,80 @@ def run(
     _check_prompts(suite, prompt_tokens, is_random)
     asked = None if is_random else load_suites(suite or "quick", requests)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    config = GenerateConfig(**options, seed=0)
+    options |= {"ignore_eos": ignore_eos}
+    GenerateConfig(**options, seed=0)  # complains before anything is loaded
     engine = models.load(notify=say)
 
-    from ttspec.bench.manifest import describe, describe_drafter, forced, forced_sentence
-    from ttspec.bench.peers import open_peers
-    from ttspec.bench.runner import engines_for, find_drafters, measure_all, plan, require_rows
+    from ttspec.bench.manifest import forced_sentence
+    from ttspec.bench.preparation import prepare_run
     from ttspec.bench.store import Store
-    from ttspec.decoding.penalties import sampling_of
 
     if asked is None:
         vocabulary = int(engine.target.config.vocab_size)
         asked = random_suite(requests or 8, prompt_tokens or 256, vocabulary)
+    shape = {"rows": rows, "session_tokens": session_tokens, "notify": say}
+    prepared = prepare_run(engine, specs, asked, numbers, **shape, **options)
+    code = _measured(engine, prepared, Store(out, prepared.manifest))
+    if is_random:
+        say(forced_sentence(prepared.manifest))
+    return code
+
+
+@bench.command
+def replay(
+    folder: Path,
+    *,
+    out: Path,
+    arms: str = "static,learn",
+    text: str | None = None,
+    models: ModelFlags = ModelFlags(),
+    rows: int | None = None,
+) -> int:
+    """Measure what arms accept on the text of an earlier run, which the target reads only once.
+
+    Whatever drafts, the text is the same, so what is accepted is what a live run would accept.
+    Nothing is timed. Ctrl-C keeps the finished units, and the same command goes on after them.
+
+    Parameters
+    ----------
+    folder
+        Run folder of `ttspec bench run`; its target is named by --target, as there.
+    out
+        Run folder: a new one, or one to go on with.
+    arms
+        As in `ttspec bench run`; not learn[supervision=block], nor other implementations.
+    text
+        The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
+    rows
+        Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
+        of all seeds, or as many as fit into memory]
+    """
+    _check_positive(rows=rows)
+
+    from ttspec.bench.arms import parse_arms
+    from ttspec.bench.manifest import mark_sentence
+    from ttspec.bench.preparation import find_drafters
+    from ttspec.bench.replay import TimelessStore, open_source, prepare, replayable
+    from ttspec.bench.store import rows_of
+
+    specs = replayable(parse_arms(arms))
+    source = open_source(folder, text)
+    engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
-    sampling = sampling_of(config, engine.target)
-    engines = engines_for(engine, specs, drafters)  # complains before the folder is made
-    ours = [spec for spec in specs if spec.kind not in PEERS]
-    at_once = min(rows, len(asked.requests))
-    memory = {"ignore_eos": ignore_eos, **options}
-    for notice in require_rows(engines, ours, asked.requests, at_once, **memory):
-        say(notice)
-    peers, skipped = open_peers(
-        engines,
-        specs,
-        asked.requests,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        ignore_eos=ignore_eos,
-        rows=rows,
-    )
-    for name, reason in skipped.items():
-        say(f"{name} is skipped: {reason}.")
-    specs = [spec for spec in specs if spec.name not in skipped]
-    if not specs:
-        raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
-    mark = forced({"random_weights": engine.random_weights})
-    title = f"ttspec bench: {asked.name}" + (f" ({mark})" if mark else "")
-    manifest = describe(engine, title=title) | {
-        "suite": {
-            "name": asked.name,
-            "requests": len(asked.requests),
-            "parts": asked.parts,
-            "sha256": asked.sha256,
-        },
-        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
-        **options,
-        "rows": rows,
-        "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
-        "session_tokens": session_tokens,
-        "ignore_eos": ignore_eos,
-        "arms": [spec.name for spec in specs],
-        "arm_options": {
-            spec.name: spec.options()
-            | (peers[spec.name].loop.provenance if spec.name in peers else {})
-            for spec in specs
-        },
-        "skipped": skipped or None,
-        "seeds": numbers,
-    }
-    store = Store(out, manifest)
+    # What fits may be another number today: a replay goes on in the rows that it had.
+    prepared = prepare(engine, source, specs, drafters, rows, at_most=rows_of(out))
+    for sentence in (mark_sentence(prepared.manifest), *prepared.manifest["notes"]):
+        say(sentence)
+    return _measured(engine, prepared, TimelessStore(out, prepared.manifest), warm_up=0)
+
+
+def _measured(engine: Engine, prepared: PreparedRun, store: Store, **options: Any) -> int:
+    """Measure what the store does not have, and show how far it is; the exit code."""
+    from ttspec.bench.runner import measure_all
+
     try:
-        batches = plan(specs, len(asked.requests), numbers, order=numbers[0], rows=rows)
-        steps = measure_all(
-            engine,
-            batches,
-            asked.requests,
-            store,
-            drafters=drafters,
-            peers=peers,
-            quota=session_tokens,
-            notify=say,
-            ignore_eos=ignore_eos,
-            **options,
-        )
-        code = show_progress(steps, specs, out)
-        if mark:
-            say(forced_sentence(manifest))
-        return code
+        steps = measure_all(engine, prepared, store, notify=say, **options)
+        return show_progress(steps, prepared.manifest["arms"], store.folder)
     finally:
         store.close()
 
@@ -190,10 +184,10 @@ def import_(file: Path, *, out: Path, arm: str = "vllm") -> int:
     arm
         What reports call it.
     """
-    from ttspec.bench.importing import import_run
-    from ttspec.bench.measures import acceptance
-    from ttspec.bench.runs import Arm
+    from ttspec.bench.metrics import acceptance
+    from ttspec.bench.results import Arm
     from ttspec.bench.table import interval
+    from ttspec.bench.vllm_import import import_run
 
     found = import_run(file, out, arm)
     made = Arm(name=arm, turns=found.turns)
@@ -224,18 +218,18 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     """
     if not folders:
         raise OptionError("bench report needs a run folder.\nName one or several.")
-    from ttspec.bench.findings import bench_findings
     from ttspec.bench.report import write_bench_report
+    from ttspec.bench.report_tables import all_tables
     from ttspec.bench.run_set import open_runs
+    from ttspec.bench.sentences import bench_sentences
     from ttspec.bench.table import table_console
-    from ttspec.bench.tables import all_tables
 
     found = open_runs(folders, different_texts=different_texts)
     page = write_bench_report(found, out or folders[0] / "report")
     console = table_console()
     for table in all_tables(found.arms, found.manifest):
         table.print(console)
-    for sentence in bench_findings(found.arms, found.left_out):
+    for sentence in bench_sentences(found.arms, found.left_out):
         console.print(sentence, markup=False)
     console.print(
         f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True, markup=False
@@ -308,9 +302,7 @@ def roofline(
     as_json
         Print one JSON object, in bytes, operations and seconds.
     """
-    for name, given in (("rows", rows), ("context", context), ("rounds", rounds)):
-        if given < 1:
-            raise OptionError(f"--{name} is {given}; allowed is 1 or more.")
+    _check_positive(rows=rows, context=context, rounds=rounds)
     options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
     engine = models.load(notify=say)
 
@@ -324,6 +316,13 @@ def roofline(
     else:
         found.table().print(table_console())
     return 0
+
+
+def _check_positive(**given: int | None) -> None:
+    for name, value in given.items():
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} is {value}; allowed is 1 or more.")
 
 
 def _check_prompts(suite: str | None, prompt_tokens: int | None, is_random: bool) -> None:

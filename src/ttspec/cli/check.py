@@ -134,6 +134,8 @@ def judge(
     engine: Engine, prompt: str, arm: str, expected: Result, found: Result, plain: GenerateConfig
 ) -> Finding:
     """Compare two answers, and where they part ask the target how sure it was."""
+    from ttspec.bench.results import first_difference
+
     base = Finding(prompt=prompt, arm=arm, tokens=len(expected.token_ids), verdict="identical")
     position = first_difference(expected.token_ids, found.token_ids)
     if position is None:
@@ -152,14 +154,6 @@ def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateCo
     ids = [*expected.prompt_ids, *expected.token_ids]
     answer = len(expected.prompt_ids)
     return engine.margin(ids, answer + position, key, answer=answer, **_options(plain))
-
-
-def first_difference(a: list[int], b: list[int]) -> int | None:
-    """The first place where two lists differ; None if they are equal."""
-    if a == b:
-        return None
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def tie(dtype: str) -> float:

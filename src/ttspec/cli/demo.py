@@ -18,7 +18,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
 
 if TYPE_CHECKING:
-    from ttspec.bench.runs import Arm
+    from ttspec.bench.results import Arm
     from ttspec.decoding.engine import Engine
     from ttspec.records import Chunk
 
@@ -113,8 +113,8 @@ def run_session(
     console: Any,
 ) -> tuple[list[Arm], bool]:
     """Answer turn after turn in every arm; returns the arms and whether Ctrl-C ended it."""
-    from ttspec.bench.findings import label
-    from ttspec.bench.runs import Arm
+    from ttspec.bench.results import Arm
+    from ttspec.bench.sentences import label
     from ttspec.cli.live import LiveView, PlainView
 
     kinds: dict[str, dict[str, Any]] = {
@@ -220,15 +220,15 @@ def print_table(console: Any, arms: Sequence[Arm]) -> None:
     """The arms side by side, and what follows from it."""
     from rich.table import Table
 
-    from ttspec.bench.findings import findings, label, table
+    from ttspec.bench.sentences import demo_rows, demo_sentences, label
 
     grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     grid.add_column("")
     for arm in arms:
         grid.add_column(label(arm.name), justify="right")
-    for title, cells in table(arms):
+    for title, cells in demo_rows(arms):
         grid.add_row(title, *cells)
     console.print()
     console.print(grid)
-    for sentence in findings(arms):
+    for sentence in demo_sentences(arms):
         console.print(sentence)

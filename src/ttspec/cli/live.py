@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from ttspec.bench.runs import Arm
+    from ttspec.bench.results import Arm
     from ttspec.records import Chunk
 
 RECENT = 32

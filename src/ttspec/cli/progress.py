@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from ttspec.cli.terminal import say
 
 if TYPE_CHECKING:
-    from ttspec.bench.arms import ArmSpec
     from ttspec.bench.runner import Progress
 
 
-def show_progress(steps: Iterator[Progress], specs: Sequence[ArmSpec], out: Path) -> int:
+def show_progress(steps: Iterator[Progress], arms: Sequence[str], out: Path) -> int:
     """Show a run's progress to its end; the exit code."""
     last = next(steps)
     if last.done and last.left:
@@ -30,9 +29,9 @@ def show_progress(steps: Iterator[Progress], specs: Sequence[ArmSpec], out: Path
         say(_standing(last, out) + " Mend what is said below; the same command goes on from there.")
         raise
     say(_standing(last, out))
-    for spec in specs:
-        if errors := last.failed.get(spec.name):
-            say(f"{spec.name}: {len(errors)} units failed; the first: {errors[0]}")
+    for arm in arms:
+        if errors := last.failed.get(arm):
+            say(f"{arm}: {len(errors)} units failed; the first: {errors[0]}")
     if last.failed:
         say(f"Tracebacks are in {out / 'failures.log'}; the same command tries them again.")
         return 1

@@ -186,7 +186,7 @@ BRIEFLY = (
     "opt",
 )
 """Those that differ from others in one thing only: a shorter look finds it."""
-REAL = ("smollm2-135m",)
+BUILT_IN = ("smollm2-135m",)
 """Built-in targets, with their real weights."""
 
 

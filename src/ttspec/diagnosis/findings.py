@@ -38,7 +38,7 @@ TAP_KEYS = {
     "pard": ("pard2_target_layers",),
 }
 """Where a config.json names its taps, by kind; the first that is there counts."""
-FAR = 8.0
+FAR_APART = 8.0
 """Rotary bases further apart than this factor are told."""
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
@@ -65,7 +65,7 @@ def examine(engine: Engine) -> list[Finding]:
             _taps(drafter, int(target.config.num_hidden_layers)),
             _rope_base(target, drafter),
             _rope_scaling(target, drafter),
-            _left_open(target, drafter),
+            _norm_epsilon(target, drafter),
             _positions(target, drafter),
             _window(target, drafter),
             _dtype(target, drafter),
@@ -109,7 +109,7 @@ def draft_base(drafter: Drafter) -> float | None:
     return given or DEFAULT_BASE
 
 
-def plain(base: float) -> str:
+def base_text(base: float) -> str:
     """A rotary base as a user writes it."""
     return f"{base:.0f}" if base == int(base) else f"{base:g}"
 
@@ -132,13 +132,13 @@ def _body(drafter: Drafter) -> Mapping[str, Any]:
 
 def _vocabulary(target: Target, drafter: Drafter) -> Finding:
     size, known = int(target.config.vocab_size), len(target.tokenizer)
-    said: list[tuple[Level, str]] = []
+    notes: list[tuple[Level, str]] = []
     mapped = "vocabulary" in drafter.interpretation
     try:
         own = _own_tokens(drafter)
     except (OSError, ValueError, KeyError) as error:
         own = None
-        said.append(("warning", f"its tokenizer cannot be read ({str(error).splitlines()[0]})"))
+        notes.append(("warning", f"its tokenizer cannot be read ({str(error).splitlines()[0]})"))
     theirs = target.tokenizer.get_vocab()
     moved = [t for t, i in theirs.items() if own and t in own and own[t] != i]
     if moved and not mapped:
@@ -146,10 +146,10 @@ def _vocabulary(target: Target, drafter: Drafter) -> Finding:
             f"its tokenizer gives {len(moved):,} tokens another id than the target's, such as "
             f"{moved[0]!r}: it was made for another target; give this target's drafter"
         )
-        said.append(("problem", text))
+        notes.append(("problem", text))
     elif own and not mapped and own.keys() != theirs.keys():
         odd = len(own.keys() ^ theirs.keys())
-        said.append(("note", f"{odd:,} tokens are in one tokenizer only; the others have one id"))
+        notes.append(("note", f"{odd:,} tokens are in one tokenizer only; the others have one id"))
     if drafter.draft_ids is not None:
         ids = drafter.draft_ids
         count = int((ids < known).sum())
@@ -157,14 +157,14 @@ def _vocabulary(target: Target, drafter: Drafter) -> Finding:
         text = f"{count:,} of {known:,} target tokens ({share:.0%}) can be drafted"
         if mapped and share < 1:
             text += ", those that both tokenizers know; no other is ever proposed"
-            said.append(("note" if share >= 0.9 else "warning", text))
+            notes.append(("note" if share >= 0.9 else "warning", text))
         elif share < 1:
-            said.append(("note", text + ", a reduced vocabulary; no other is ever proposed"))
+            notes.append(("note", text + ", a reduced vocabulary; no other is ever proposed"))
         first = torch.arange(len(ids), device=ids.device)
         if "d2t" in drafter.weights and torch.equal(ids, first):
             text = f"d2t is all zeros, so only the target's first {len(ids):,} ids are drafted"
-            said.append(("warning", f"{text}; fetch the drafter again: its map may be lost"))
-    return _worst("vocabulary", said, f"{size:,} tokens, as the target")
+            notes.append(("warning", f"{text}; fetch the drafter again: its map may be lost"))
+    return _worst("vocabulary", notes, f"{size:,} tokens, as the target")
 
 
 def _own_tokens(drafter: Drafter) -> dict[str, int] | None:
@@ -198,15 +198,15 @@ def _taps(drafter: Drafter, layers: int) -> Finding | None:
         return Finding(name="taps", level="ok", text=drafter.interpretation["taps"])
     key, ids = given_taps(drafter)
     reads = f"hidden states {list(drafter.taps)} of 0 to {layers}"
-    said: list[tuple[Level, str]] = []
+    notes: list[tuple[Level, str]] = []
     if not ids:
         text = f"no {key}: a default rule chose {reads}"
         # Of these E, vLLM and SGLang agree, and official heads rely on it.
         if drafter.kind in ("eagle3", "peagle"):
-            said.append(("note", f"{text}, as every engine reads such a head"))
+            notes.append(("note", f"{text}, as every engine reads such a head"))
         else:
-            said.append(("warning", f"{text}; if it was trained on others, add the key"))
-        return _worst("taps", said, "")
+            notes.append(("warning", f"{text}; if it was trained on others, add the key"))
+        return _worst("taps", notes, "")
     after = ids[0] >= 0 and drafter.taps[0] == ids[0] + 1
     rule = "outputs of layers, so k + 1" if after else "hidden states, as they are"
     fine = f"{key} {ids} read as {rule}: {reads}"
@@ -219,12 +219,12 @@ def _taps(drafter: Drafter, layers: int) -> Finding | None:
     }
     if odd.get(key):
         text = "these ids look like the other convention, one layer apart; measure with --probe"
-        said.append(("warning", f"{fine}; {text}"))
+        notes.append(("warning", f"{fine}; {text}"))
     made_for = drafter.config.get("num_target_layers")
     if made_for is not None and int(made_for) != layers:
         text = f"num_target_layers is {made_for}, the target has {layers}: made for another target"
-        said.append(("warning", f"{text}; {fine}"))
-    return _worst("taps", said, fine)
+        notes.append(("warning", f"{text}; {fine}"))
+    return _worst("taps", notes, fine)
 
 
 def _rope_base(target: Target, drafter: Drafter) -> Finding | None:
@@ -232,11 +232,10 @@ def _rope_base(target: Target, drafter: Drafter) -> Finding | None:
     if own is None:
         return None
     given = Rotary.of(_body(drafter)).base is not None
-    text = (
-        f"{plain(own)} ({'given' if given else 'a default: its config.json has no rope_theta'}), "
-    )
-    text += f"target {plain(theirs)}" if theirs else "target has none"
-    far = theirs is not None and abs(math.log(own / theirs)) > math.log(FAR)
+    where = "given" if given else "a default: its config.json has no rope_theta"
+    text = f"{base_text(own)} ({where}), "
+    text += f"target {base_text(theirs)}" if theirs else "target has none"
+    far = theirs is not None and abs(math.log(own / theirs)) > math.log(FAR_APART)
     cure = "; measure with --probe, and run with --draft.rope-base if another one is better"
     level: Level = "ok"
     if drafter.kind == "eagle3" and own == DEFAULT_BASE:
@@ -250,7 +249,9 @@ def _rope_base(target: Target, drafter: Drafter) -> Finding | None:
         # drafters.md 6.2: AngelSlim's code still does, SpecForge's did until late 2025
         angel = "Eagle3LlamaForCausalLM" in str(drafter.config.get("architectures"))
         level = "warning" if angel or far else "note"
-        text += f"; some training code used {plain(DEFAULT_BASE)} whatever rope_theta says{cure}"
+        text += (
+            f"; some training code used {base_text(DEFAULT_BASE)} whatever rope_theta says{cure}"
+        )
     elif far and given and hasattr(drafter, "model_config"):
         text += "; a draft model was trained with a base of its own"
     elif far:
@@ -276,7 +277,7 @@ def _rope_scaling(target: Target, drafter: Drafter) -> Finding | None:
     return Finding(name="rope scaling", level=level, text=text)
 
 
-def _left_open(target: Target, drafter: Drafter) -> Finding | None:
+def _norm_epsilon(target: Target, drafter: Drafter) -> Finding | None:
     """A value that transformers filled in."""
     model = getattr(drafter, "model_config", None)
     own = getattr(model.get_text_config(), "rms_norm_eps", None) if model is not None else None
@@ -308,28 +309,30 @@ def _window(target: Target, drafter: Drafter) -> Finding:
     sliding = sum(kind == "sliding_attention" for kind in body.get("layer_types") or ())
     windows = getattr(drafter, "windows", ())
     read = [w for w in windows if w]
-    said: list[tuple[Level, str]] = []
+    notes: list[tuple[Level, str]] = []
     full = "it is read with full attention, and acceptance falls further back than it was trained"
     if read and off:
         text = "layer_types says that layers slide, use_sliding_window: false that none does"
-        said.append(("warning", f"{text}; read as sliding. Make config.json say one thing"))
+        notes.append(("warning", f"{text}; read as sliding. Make config.json say one thing"))
     elif size and off:
         text = f"sliding_window {size:,} is switched off by use_sliding_window: false"
-        said.append(("note", f"{text}; full attention"))
+        notes.append(("note", f"{text}; full attention"))
     elif sliding and not size:
-        said.append(
+        notes.append(
             ("warning", f"{sliding} layers slide, but no sliding_window says how far: {full}")
         )
     elif size and not read and drafter.kind == "eagle3":
         text = f"sliding_window {size:,} without layer_types is not read, as where it was trained"
-        said.append(("note", f"{text}: full attention; try --draft.window {size} past it"))
+        notes.append(("note", f"{text}: full attention; try --draft.window {size} past it"))
     elif size and not read:
         what = "has no layer_types beside it"
-        said.append(("warning", f"sliding_window {size:,} {what}: {full}; add layer_types"))
+        notes.append(("warning", f"sliding_window {size:,} {what}: {full}; add layer_types"))
     if read and min(read) < target.context and not any(target.windows):
         text = f"{len(read)} of {len(windows)} layers see the last {min(read):,} tokens only"
-        said.append(("note", text))
-    return _worst("window", said, "full attention" if not read else f"{min(read):,}, as the target")
+        notes.append(("note", text))
+    return _worst(
+        "window", notes, "full attention" if not read else f"{min(read):,}, as the target"
+    )
 
 
 def _dtype(target: Target, drafter: Drafter) -> Finding | None:
@@ -373,9 +376,9 @@ def _thinking(tokenizer: PreTrainedTokenizerBase) -> Finding:
     return Finding(name=name, level="note", text=text)
 
 
-def _worst(name: str, said: list[tuple[Level, str]], fine: str) -> Finding:
+def _worst(name: str, notes: list[tuple[Level, str]], fine: str) -> Finding:
     """One finding of several; `fine` where there is none."""
-    if not said:
+    if not notes:
         return Finding(name=name, level="ok", text=fine)
-    worst, _ = max(said, key=lambda pair: LEVELS.index(pair[0]))
-    return Finding(name=name, level=worst, text="; ".join(text for _, text in said))
+    worst, _ = max(notes, key=lambda pair: LEVELS.index(pair[0]))
+    return Finding(name=name, level=worst, text="; ".join(text for _, text in notes))

@@ -27,9 +27,9 @@ from ttspec.diagnosis.findings import (
     DEFAULT_BASE,
     TAP_KEYS,
     Finding,
+    base_text,
     draft_base,
     given_taps,
-    plain,
     target_base,
 )
 from ttspec.drafters.base import Drafter
@@ -52,9 +52,9 @@ BLOCKS = 16
 """Positions drafted at once; their logits are held over the whole vocabulary."""
 BASES = (DEFAULT_BASE, 1e6)
 CONFIDENCE = 0.95
-LOW = 0.2
+LOW_ACCEPTANCE = 0.2
 """Below this share of first drafts, a reading that is the best of all is still a bad one."""
-FEW = 100
+TOO_FEW = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ class Measured:
     @property
     def interval(self) -> tuple[float, float]:
         """Wilson's 95 % interval of the share, as if positions were independent."""
-        n, p, z = len(self.hits), self.acceptance, _reach(1)
+        n, p, z = len(self.hits), self.acceptance, _standard_errors(1)
         if not n:
             return 0.0, 1.0
         middle, reach = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + (z / (2 * n)) ** 2)
@@ -119,7 +119,7 @@ class Measured:
         if len(differences) < 2:
             return 0.0, math.inf
         error = stdev(differences) / math.sqrt(len(differences))
-        return mean(differences), _reach(tries) * error
+        return mean(differences), _standard_errors(tries) * error
 
     def beats(self, other: Measured, tries: int) -> bool:
         """Better in one measure and worse in none, beyond what chance does in so many tries."""
@@ -205,8 +205,8 @@ def readings(engine: Engine) -> list[Reading]:
     for base in dict.fromkeys(b for b in (theirs, *BASES) if b is not None and present):
         if present is None or math.isclose(base, present):
             continue
-        name = f"rope base {plain(base)}" + (" (target's)" if base == theirs else "")
-        setting = f"run with --draft.rope-base {plain(base)}"
+        name = f"rope base {base_text(base)}" + (" (target's)" if base == theirs else "")
+        setting = f"run with --draft.rope-base {base_text(base)}"
         reading = Reading(name=name, taps=drafter.taps, rope_base=base, setting=setting)
         try:
             drafter.start(1, 1, DraftConfig(rope_base=base))
@@ -235,7 +235,7 @@ def tap_ids(drafter: Drafter, taps: Sequence[int]) -> tuple[str, list[int]] | No
     key, _ = given_taps(drafter)
     for place in (key, *(k for k in TAP_KEYS[drafter.kind] if k != key)):
         for ids in ([t - 1 for t in taps], list(taps)):
-            config = _with(drafter.config, drafter.kind, place, ids)
+            config = _config_with_taps(drafter.config, drafter.kind, place, ids)
             read = type(drafter)(config, {}, names=drafter.weights)  # type: ignore[call-arg]
             if read.taps == tuple(taps):
                 return place, ids
@@ -246,24 +246,24 @@ def judge(measured: Sequence[Measured]) -> Finding:
     """Which reading is best, if chance does not explain it; the first one is the present one."""
     present, *others = measured
     count = len(present.hits)
-    here = f"as read, {_told(present)} of {count} first drafts are accepted"
+    here = f"as read, {_share_of(present)} of {count} first drafts are accepted"
     if len(present.known) < count:
         here += f" ({len(present.known) / count:.0%} of the target's tokens can be drafted)"
-    if count < FEW:
+    if count < TOO_FEW:
         text = f"{here}; too few positions to tell readings apart"
         return Finding(name="probe", level="note", text=text)
     better = [m for m in others if m.beats(present, len(others))]
     if better:
         best = min(better, key=lambda m: (m.surprise, -m.acceptance))
         text = (
-            f"{best.reading.name} drafts better than chance explains: {_told(best)} of {count} "
+            f"{best.reading.name} drafts better than chance explains: {_share_of(best)} of {count} "
             f"first drafts accepted at {best.surprise:.3f} nats a token, "
-            f"as read {_told(present)} at {present.surprise:.3f}; {best.reading.setting}"
+            f"as read {_share_of(present)} at {present.surprise:.3f}; {best.reading.setting}"
         )
         if best.chance(present) >= (1 - CONFIDENCE) / len(others):
             text += " (the nats tell them apart, acceptance alone does not yet)"
         return Finding(name="probe", level="warning", text=text)
-    if present.acceptance < LOW:
+    if present.acceptance < LOW_ACCEPTANCE:
         text = "no other reading helps: was the drafter made for this target, and for this mode?"
         return Finding(name="probe", level="warning", text=f"{here}, and {text}")
     text = "the present reading is best, or as good as any within the noise"
@@ -302,7 +302,7 @@ def _compare(
     return found
 
 
-def _with(config: Any, kind: str, place: str, ids: list[int]) -> dict[str, Any]:
+def _config_with_taps(config: Any, kind: str, place: str, ids: list[int]) -> dict[str, Any]:
     """A copy of a config in which `place` alone names the taps."""
     out = copy.deepcopy(dict(config))
     for key in TAP_KEYS[kind]:
@@ -317,11 +317,11 @@ def _with(config: Any, kind: str, place: str, ids: list[int]) -> dict[str, Any]:
     return out
 
 
-def _told(measured: Measured) -> str:
+def _share_of(measured: Measured) -> str:
     low, high = measured.interval
     return f"{measured.acceptance:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _reach(tries: int) -> float:
+def _standard_errors(tries: int) -> float:
     """Standard errors that chance passes in one of `tries` with 5 % probability at most."""
     return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (2 * max(1, tries)))

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from ttspec.decoding.engine import Engine
-from ttspec.diagnosis.families import BRIEFLY, FAMILIES, REAL, build
+from ttspec.diagnosis.families import BRIEFLY, BUILT_IN, FAMILIES, build
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models.source import resolve
@@ -78,7 +78,7 @@ class Row:
 
 def check_targets(
     device: torch.device,
-    names: Sequence[str] = (*FAMILIES, *REAL),
+    names: Sequence[str] = (*FAMILIES, *BUILT_IN),
     effort: Effort = FULL,
     notify: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
@@ -94,7 +94,7 @@ def check_targets(
     for name in names:
         began = time.perf_counter()
         try:
-            if name in REAL:
+            if name in BUILT_IN:
                 row = check_real(name, device)
             else:
                 less = name in BRIEFLY and effort == FULL
@@ -113,7 +113,9 @@ def check_family(name: str, device: torch.device, effort: Effort = FULL) -> Row:
         torch.nn.Module.to(reference, device)
         try:
             reference.save_pretrained(folder)
-            numbers(reference.config.get_text_config().vocab_size - SPARE).save_pretrained(folder)
+            number_tokenizer(reference.config.get_text_config().vocab_size - SPARE).save_pretrained(
+                folder
+            )
             return _check(name, Path(folder), reference, device, effort)
         except TargetError as error:
             return Row(name=name, status="refused", reason=str(error))
@@ -289,7 +291,7 @@ class Errors:
             self.largest = max(self.largest, float(error.nan_to_num(torch.inf)))
 
 
-def numbers(size: int) -> PreTrainedTokenizerFast:
+def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
     """A tokenizer whose tokens are numbers; no text is read in these checks."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(size)}, unk_token="0"))
     return PreTrainedTokenizerFast(tokenizer_object=words)

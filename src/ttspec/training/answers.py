@@ -95,28 +95,28 @@ def write_answers(
     template = engine.chat_template(config)
     decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
     scheduler = Scheduler(decoder, config, stream=False)
-    going: dict[int, tuple[int, Script]] = {}  # by request: which dialogue
+    going: dict[int, tuple[int, GrowingDialogue]] = {}  # by request: which dialogue
     tokens = 0
     with out.open("a", encoding="utf-8") as file:
         while todo or going:
             while todo and len(going) < decoder.rows.count:
                 n = todo.pop()
-                script = Script(template, dialogues[n])
-                ids = script.next(None)
+                dialogue = GrowingDialogue(template, dialogues[n])
+                ids = dialogue.next(None)
                 # A prompt as long as a whole dialogue may be is no example.
                 if ids and len(ids) < decoder.rows.slots:
                     request = Request(ids=ids, seed=seed, occurrence=n, keeps_row=True)
-                    going[scheduler.add_request(request)] = n, script
+                    going[scheduler.add_request(request)] = n, dialogue
             for request, chunk in scheduler.step():
                 if chunk.result is None:
                     continue
-                n, script = going[request]
+                n, dialogue = going[request]
                 tokens += len(chunk.result.token_ids)
-                ids = script.next(chunk.result)
+                ids = dialogue.next(chunk.result)
                 if ids and len(ids) < decoder.rows.slots:
                     scheduler.add_turn(request, ids)
                     continue
-                for example in script.examples:
+                for example in dialogue.examples:
                     file.write(json.dumps({"n": n, **example.to_dict()}) + "\n")
                 done.add(n)
                 del going[request]
@@ -139,7 +139,7 @@ class Example:
         return {"ids": self.ids[: self.spans[-1][1]] if self.spans else [], "spans": self.spans}
 
 
-class Script:
+class GrowingDialogue:
     """A dialogue as it grows: which tokens come next, and where the answers are."""
 
     def __init__(self, template: ChatTemplate, turns: Turns) -> None:
@@ -159,7 +159,7 @@ class Script:
                 if not whole or not 1 < len(tokens) <= LONGEST_WRITTEN_TURN:
                     return None
                 self._writing = False
-                return self._fed(self._history.ask(result.text))
+                return self._as_input(self._history.ask(result.text))
             if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
                 return None
             text = self.examples[-1]
@@ -175,9 +175,9 @@ class Script:
         if turn is None:
             self._writing = True
             return self._history.ask_for_turn()
-        return self._fed(self._history.ask(turn))
+        return self._as_input(self._history.ask(turn))
 
-    def _fed(self, ids: list[int]) -> list[int]:
+    def _as_input(self, ids: list[int]) -> list[int]:
         text = self.examples[-1]
         if ids[: len(text.ids)] != text.ids:
             text = Example()

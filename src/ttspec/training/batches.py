@@ -101,7 +101,9 @@ def make_batch(
         ids[row, : len(tokens)] = torch.tensor(tokens)
         for begin, end in spans:
             taught[row, begin:end] = True
-    return Batch(_moved(ids, device), _moved(taught, device), _generator(seed, epoch, place))
+    return Batch(
+        _to_device(ids, device), _to_device(taught, device), _generator(seed, epoch, place)
+    )
 
 
 def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
@@ -113,7 +115,7 @@ def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
     ids, taught = F.pad(batch.ids, (0, length + 1)), F.pad(batch.taught, (0, length + 1))
     possible = (taught[:, :-1] & taught[:, 1:]).float().cpu()
     start = torch.multinomial(possible, blocks, replacement=True, generator=batch.generator)
-    start = _moved(start, ids.device)
+    start = _to_device(start, ids.device)
     at = start[..., None] + torch.arange(1, length + 1, device=ids.device)
     row = torch.arange(len(ids), device=ids.device)[:, None, None]
     return Anchors(
@@ -159,8 +161,8 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     for row, (a, d) in enumerate(parts):
         anchor[row, : len(a)], deep[row, : len(a)] = a, d
     index = torch.arange(count).expand(n, -1)
-    anchor = _moved(torch.cat([index, anchor], dim=1), device)
-    deep = _moved(torch.cat([torch.zeros_like(index), deep], dim=1), device)
+    anchor = _to_device(torch.cat([index, anchor], dim=1), device)
+    deep = _to_device(torch.cat([torch.zeros_like(index), deep], dim=1), device)
     position = (anchor + deep).clamp(min=0)
     real = deep == 0
     seen = real[:, None] & (position[:, None] <= anchor[..., None])
@@ -176,7 +178,7 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     )
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device; from pinned memory a copy does not hold up the host."""
     pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
     return pinned.to(device, non_blocking=True)

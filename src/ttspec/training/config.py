@@ -1,4 +1,4 @@
-"""How a drafter is trained. Knows no tensors."""
+"""How a drafter is trained: the options of `ttspec train`. Imports no torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,48 +14,45 @@ class TrainConfig:
     """How a drafter is trained."""
 
     prompts: Path
-    """JSON lines: {"prompt"}, {"turns"}, {"messages"} or {"conversations"}."""
+    """JSON lines: {"prompt"}, {"turns"} (null: the target writes the turn), {"messages"} or
+    {"conversations"}."""
     out: Path
-    """Folder for the answers, the state and the drafter."""
+    """Folder for answers, state and drafter; new, or an interrupted run's with --resume."""
     kind: Kind = "dflash"
-    """Drafter to train."""
+    """Drafter to train; causal is a plain draft model, the target with fewer layers."""
     init: str | None = None
-    """A drafter of this kind to go on training, instead of a new one."""
+    """Go on training this drafter of the kind: a built-in name or a folder."""
     max_length: int = 768
     """Tokens of a training dialogue at most."""
     max_answer: int = 512
     """Tokens of an answer at most."""
     minutes: float | None = None
-    """Stop training after this long; None trains all epochs."""
+    """Stop training after this long; left out, all epochs are trained."""
     epochs: int = 6
     """Passes over the answers at most."""
     layers: int | None = None
-    """Draft layers: None is 3 (DFlash and kin), or 6 of the target's (PARD, causal); others have
-    one."""
+    """Draft layers; left out, 3 for dflash and its kin, 6 of the target's for pard and causal, else
+    1."""
     block: int = 8
-    """Tokens drafted in training, and one: DFlash's block, PARD's masks, EAGLE-3's, MTP's steps."""
+    """Tokens drafted in training, and the known one."""
     taps: int | None = None
-    """How many hidden states of the target DFlash and its kin read; None is one per layer."""
+    """dflash and its kin: hidden states of the target that are read; left out, one per layer."""
     draft_vocabulary: int = 32000
-    """Tokens that EAGLE-3 drafts: the most frequent of the answers."""
+    """eagle3: how many tokens it can draft, the most frequent of the answers."""
     head: Literal["frozen", "trained"] = "frozen"
-    """EAGLE-3's head: rows of the target's, or trained from them."""
+    """eagle3: its output head stays rows of the target's, or is trained from them."""
     keep: float = 0.7
-    """PARD: share of the masks of one depth that are kept at the next."""
+    """pard: share of the masks of one depth that are kept at the next."""
     keep_least: float = 0.2
-    """PARD: the smallest share."""
+    """pard: the smallest share."""
     batch: int = 32
     """Dialogues a step."""
     anchors: int = 64
-    """All but PARD and causal: blocks a dialogue and step."""
+    """All but pard and causal: blocks a dialogue and step."""
     rows: int | None = None
-    """Dialogues answered side by side; None is `ROWS`, or as many of them as fit into memory."""
+    """Dialogues answered side by side; left out, 32, or as many of them as fit into memory."""
     lr: float | None = None
-    """Peak learning rate of AdamW, after a warm-up of 4 %, on a cosine to 0; None is the kind's."""
-    clip: float = 1.0
-    """Largest gradient norm."""
-    decay: float = 4.0
-    """DFlash and kin: row j weighs exp(-(j - 1) / decay)."""
+    """Peak learning rate of AdamW; left out, 6e-4, and 3e-4 for mtp."""
     loss: Literal["ce", "kl"] = "kl"
     """Cross entropy to the tokens, as published, or KL to the target's distribution."""
     temperature: float = 0.8

@@ -51,7 +51,7 @@ class Recipe(ABC, Generic[D]):
         lent = ("embed_tokens.weight", "lm_head.weight", "d2t", "t2d")
         return [n for n in drafter.weights if not n.endswith(lent)]
 
-    def body(self) -> dict[str, Any]:
+    def layer_config(self) -> dict[str, Any]:
         """Config entries of a layer shaped like the target's."""
         c = self.target.config
         heads = int(c.num_attention_heads)
@@ -81,7 +81,7 @@ class Recipe(ABC, Generic[D]):
             for name, shape in shapes.items()
         }
 
-    def judge(self, q: Tensor, states: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
+    def row_loss(self, q: Tensor, states: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
         """Loss per row.
 
         Args:

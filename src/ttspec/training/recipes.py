@@ -1,9 +1,9 @@
 """One recipe a kind of drafter: how a new one begins, and what a step's loss is.
 
 All follow the published training (drafters.md 1d, 2d, 3d): EAGLE-3 and MTP run their own chain over
-whole sequences (training-time test), DFlash and its kin fill blocks at random anchors (blocks.py),
-PARD reads mask tokens after every token, fewer of them the deeper they are. A draft model is PARD
-without masks.
+whole sequences (training-time test), DFlash and its kin fill blocks at random anchors
+(block_recipes.py), PARD reads mask tokens after every token, fewer of them the deeper they are. A
+draft model is PARD without masks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ttspec.drafters.mtp_layer import one_layer, sizes_of
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
-from ttspec.training.blocks import (
+from ttspec.training.block_recipes import (
     DFlash2Recipe,
     DFlashRecipe,
     DominoRecipe,
@@ -53,7 +53,7 @@ class ChainRecipe(Recipe[C]):
             at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
             # The row before the anchor reads the anchor's token and predicts the one after.
             logits = drafter.logits(out[row, blocks.start - 1])
-            values = self.judge(logits, states[row, at], labels, drafter.draft_ids)
+            values = self.row_loss(logits, states[row, at], labels, drafter.draft_ids)
             total = total + 0.8**j * (values * learned).sum() / learned.numel()
             best = logits.argmax(-1)
             best = best if drafter.draft_ids is None else drafter.draft_ids[best]
@@ -72,7 +72,7 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
         size = min(c.draft_vocabulary, int(self.target.config.vocab_size))
         taps = eagle3_taps(self.layers)
         config = {
-            **self.body(),
+            **self.layer_config(),
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
             "num_hidden_layers": 1,
@@ -201,7 +201,7 @@ class PardRecipe(Recipe[Causal]):
         labels = batch.ids[row, place + 1]
         tied = drafter.weights["model.embed_tokens.weight"]
         logits = F.linear(hidden[row, at], drafter.weights.get("lm_head.weight", tied))
-        values = self.judge(logits, states[row, place], labels, None)
+        values = self.row_loss(logits, states[row, place], labels, None)
         right = logits.argmax(-1) == labels
         which = rows.depth[row, at]
         accuracy = [

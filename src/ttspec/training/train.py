@@ -35,6 +35,8 @@ from ttspec.training.recipes import RECIPES
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
+LARGEST_NORM = 1.0
+"""Of all gradients together: larger ones are scaled down to it."""
 CHECK_EVERY = 10
 """Steps between looks at loss and gradient, for which the device must be waited for."""
 
@@ -70,8 +72,8 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
     dialogues = read_dialogues(config.prompts)
     RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
     if config.init is not None:
-        _go_on(config)  # and so does this
-    _claim(config)
+        _init_drafter(config)  # and so does this
+    _open_folder(config)
     if engine.notify and (notice := step_notice(engine.target, config)):
         engine.notify(notice)
     answers = config.out / "answers.jsonl"
@@ -134,14 +136,14 @@ class Trainer:
         """
         self.target, self.config, self.examples = target, config, examples
         self.recipe = RECIPES[config.kind](target, config)
-        self.drafter = self.recipe.new(examples) if config.init is None else _go_on(config)
+        self.drafter = self.recipe.new(examples) if config.init is None else _init_drafter(config)
         layers = int(target.config.num_hidden_layers)
         self.drafter.bind(target.embedding, target.head, layers, target.tokenizer)
-        self._lent = dict(self.drafter.weights)
+        self._initial = dict(self.drafter.weights)
         names = self.recipe.trained(self.drafter)
         longest = max(len(ids) for ids, _ in examples)
-        require_training(target, config, [self._lent[n] for n in names], longest)
-        self.masters = {n: self._lent[n].float().clone().requires_grad_() for n in names}
+        require_training(target, config, [self._initial[n] for n in names], longest)
+        self.masters = {n: self._initial[n].float().clone().requires_grad_() for n in names}
         self.lr = self.recipe.lr if config.lr is None else config.lr
         self.optimiser = torch.optim.AdamW(
             self.masters.values(), self.lr, (0.9, 0.95), weight_decay=0.0
@@ -149,7 +151,7 @@ class Trainer:
         self.steps = 0
         self.loss, self.accuracy = math.nan, ()
         self._last: tuple[Tensor, Tensor] | None = None
-        self._lost = torch.zeros((), dtype=torch.long, device=target.device)
+        self._bad_steps = torch.zeros((), dtype=torch.long, device=target.device)
 
     def step(self, batch: Batch, done: float) -> None:
         """Learn from a batch; `done` is the share of the training that is behind, 0 to 1.
@@ -163,18 +165,18 @@ class Trainer:
         self.target.taps = self.drafter.taps
         # Gradients reach the float32 masters through the cast.
         dtype = self.target.dtype
-        self.drafter.weights = self._lent | {n: w.to(dtype) for n, w in self.masters.items()}
+        self.drafter.weights = self._initial | {n: w.to(dtype) for n, w in self.masters.items()}
         value, right = self.recipe.loss(self.drafter, batch)
         self.optimiser.zero_grad()
         value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), self.config.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.masters.values(), LARGEST_NORM)
         finite = norm.isfinite()  # on the device, which is not waited for
         for weight in self.masters.values():
             if weight.grad is not None:
                 weight.grad = torch.where(finite, weight.grad, 0.0)
         self.optimiser.step()
         self.steps += 1
-        self._lost = torch.where(finite, 0, self._lost + 1)
+        self._bad_steps = torch.where(finite, 0, self._bad_steps + 1)
         self._last = value.detach(), right
 
     def check(self) -> None:
@@ -185,9 +187,9 @@ class Trainer:
         """
         assert self._last is not None
         value, right = self._last
-        if int(self._lost) >= CHECK_EVERY:
+        if int(self._bad_steps) >= CHECK_EVERY:
             raise TrainingError(
-                f"No gradient was finite in the last {int(self._lost)} of {self.steps} steps; "
+                f"No gradient was finite in the last {int(self._bad_steps)} of {self.steps} steps; "
                 f"lr is {self.lr:g}.\nLower it and start in a new folder."
             )
         self.loss = float(value)
@@ -211,7 +213,7 @@ class Trainer:
         shutil.rmtree(folder, ignore_errors=True)  # a resumed run replaces its own
         rebuilt = (self.drafter.config.get("ttspec") or {}).get("rebuilt") or []
         left = {*self.masters, *rebuilt}
-        made = {n: w for n, w in self._lent.items() if n not in left}
+        made = {n: w for n, w in self._initial.items() if n not in left}
         made |= {n: w.to(torch.bfloat16) for n, w in self.masters.items()}
         save_drafter(folder, self.drafter.config, made)
         (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
@@ -250,7 +252,7 @@ class Trainer:
         return float(facts["seconds"])
 
 
-def _go_on(config: TrainConfig) -> Drafter:
+def _init_drafter(config: TrainConfig) -> Drafter:
     """The drafter that training begins with."""
     name = str(config.init)
     drafter = load_drafter(name, drafter_folder(name))
@@ -267,9 +269,9 @@ def _go_on(config: TrainConfig) -> Drafter:
     return drafter
 
 
-def _claim(config: TrainConfig) -> None:
+def _open_folder(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
-    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr", "clip")
+    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr")
     for name in (*names, "layers", "taps", "draft_vocabulary"):
         value = getattr(config, name)
         if value is not None and value <= 0:

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ttspec.bench.runs import Arm, Turn
+from ttspec.bench.results import Arm, Turn
 from ttspec.bench.store import write_run
 from ttspec.errors import DataError
 from ttspec.records import FinishReason, Result, Round, summarise

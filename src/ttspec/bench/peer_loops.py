@@ -20,7 +20,7 @@ from transformers import __version__ as transformers_version
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import weights_checksum
-from ttspec.bench.watch import Watch
+from ttspec.bench.peer_rounds import Watch
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.dflash import DFlash
@@ -40,7 +40,7 @@ class SkippedError(Exception):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class PeerOptions:
     """What is asked of every peer."""
 
     max_new_tokens: int
@@ -65,7 +65,7 @@ class Loop:
     """For the manifest: what tells it from another of its name."""
 
 
-def open_loop(arm: ArmSpec, engine: Engine, ask: Ask) -> Loop:
+def open_loop(arm: ArmSpec, engine: Engine, asked: PeerOptions) -> Loop:
     """The loop that an arm names.
 
     Raises:
@@ -75,13 +75,13 @@ def open_loop(arm: ArmSpec, engine: Engine, ask: Ask) -> Loop:
     target, options = engine.target, dict(arm.peer)
     model = _twin(target.model)
     if arm.kind == "dflash":
-        return _package_dflash(_dflash_drafter(engine), model, target, ask)
-    config, extra, provenance = _config(target, ask), {}, {}
+        return _package_dflash(_dflash_drafter(engine), model, target, asked)
+    config, extra, provenance = _config(target, asked), {}, {}
     streams = arm.kind in ("hf", "hf-compiled")
     if arm.kind == "hf-compiled":
         if not _compiles(target.device):
             raise SkippedError("transformers compiles `generate` on GPUs only")
-        extra["static"] = StaticCache(config=model.config, max_cache_len=ask.slots)
+        extra["static"] = StaticCache(config=model.config, max_cache_len=asked.slots)
     elif arm.kind == "hf-lookup":
         config["prompt_lookup_num_tokens"] = options.get("length", LOOKUP)
     elif arm.kind == "hf-assisted":
@@ -112,10 +112,10 @@ def _twin(model: nn.Module) -> Any:
     return twin
 
 
-def _config(target: Target, ask: Ask) -> dict[str, Any]:
+def _config(target: Target, asked: PeerOptions) -> dict[str, Any]:
     """Fields of a `GenerationConfig` that choose the tokens that we would, or draw as we would."""
-    sampling = ask.sampling
-    ends = [] if ask.ignore_eos else list(target.ends)
+    sampling = asked.sampling
+    ends = [] if asked.ignore_eos else list(target.ends)
     padding = target.tokenizer.pad_token_id
     chosen: dict[str, Any] = {
         "eos_token_id": ends or None,
@@ -126,7 +126,7 @@ def _config(target: Target, ask: Ask) -> dict[str, Any]:
         if getattr(sampling, name):
             raise SkippedError(f"transformers has no {name}")
     if sampling.penalises:
-        asked = {
+        wanted = {
             "repetition_penalty": float(sampling.repetition_penalty),
             "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
             "min_new_tokens": sampling.min_new_tokens,
@@ -136,7 +136,7 @@ def _config(target: Target, ask: Ask) -> dict[str, Any]:
             "suppress_tokens": list(sampling.suppress_tokens),
             "begin_suppress_tokens": list(sampling.begin_suppress_tokens),
         }
-        chosen |= {name: value for name, value in asked.items() if value}
+        chosen |= {name: value for name, value in wanted.items() if value}
     if sampling.temperature > 0:
         names = ("temperature", "top_k", "top_p")
         chosen |= {name: getattr(sampling, name) for name in names}
@@ -241,7 +241,7 @@ def _transformers_dflash(drafter: DFlash) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, ask: Ask) -> Loop:
+def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, asked: PeerOptions) -> Loop:
     """The drafter as the package `dflash` loads it, and the package's own loop."""
     try:
         import dflash  # type: ignore[import-not-found] # noqa: F401 - it may be absent
@@ -254,7 +254,7 @@ def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, ask: Ask)
             reason = "the package dflash is not installed (pip install --no-deps dflash)"
             raise SkippedError(reason) from None
         raise SkippedError(f"the package dflash does not import here: {error}") from error
-    sampling = ask.sampling
+    sampling = asked.sampling
     if sampling.temperature > 0 and sampling.min_p:
         raise SkippedError("the package dflash has no min_p")
     if sampling.penalises:
@@ -268,7 +268,7 @@ def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, ask: Ask)
         name = min(map(str, absent))
         raise SkippedError(f"the package dflash finds no {name} in {drafter.path}")
     own = nn.Module.to(own.eval(), target.device).requires_grad_(False)
-    ends = None if ask.ignore_eos else list(target.ends)
+    ends = None if asked.ignore_eos else list(target.ends)
 
     def generate(ids: Tensor, most: int, _: Watch) -> Tensor:
         return dflash_generate(

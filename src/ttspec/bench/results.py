@@ -97,6 +97,16 @@ class Arm:
         self.open_rounds, self.open_tokens, self.open_waits = [], 0, []
 
     @property
+    def kind(self) -> str:
+        """Its name without folder and options."""
+        return self.name.rpartition(": ")[2].partition("[")[0]
+
+    @property
+    def folder(self) -> str:
+        """Where it is from, if several run folders are reported on together; else nothing."""
+        return self.name.rpartition(": ")[0]
+
+    @property
     def units(self) -> dict[Unit, list[Turn]]:
         """The finished turns by what they are compared on."""
         return units_of(self.turns)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ttspec.bench.estimates import Estimate
-from ttspec.bench.measures import pair_acceptance, pair_speed
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import pair_acceptance, pair_speed
+from ttspec.bench.report_tables import learning_pairs
+from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, interval, number
-from ttspec.bench.tables import learning_pairs
 
 EARLY, LATE = 512, 1024
 """Positions before which learning has had little time, and after which it should show."""
@@ -27,7 +27,7 @@ def label(arm: str) -> str:
     return LABELS.get(arm, arm)
 
 
-def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+def demo_rows(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     """What was measured: a row is a quantity and its value in each arm."""
     plain = next((arm for arm in arms if arm.name == "plain"), None)
     base = plain.tokens_per_second if plain else 0.0
@@ -53,7 +53,7 @@ def table(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     return [(title, [value(arm) for arm in arms]) for title, value in cells.items()]
 
 
-def findings(arms: Sequence[Arm]) -> list[str]:
+def demo_sentences(arms: Sequence[Arm]) -> list[str]:
     """What copying and learning brought, in sentences, whichever way it went."""
     by_name = {arm.name: arm for arm in arms}
     pairs = (("static-copy", "static", "Copying"), ("default", "static-copy", "Learning"))
@@ -74,7 +74,7 @@ def findings(arms: Sequence[Arm]) -> list[str]:
     return sentences
 
 
-def bench_findings(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[str]:
+def bench_sentences(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[str]:
     """What was compared and what came of it, in sentences, whichever way it went."""
     sentences = [
         f"{len(arms)} arms on {len(arms[0].units)} units (request and seed), "

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ttspec.bench import measures as m
+from ttspec.bench import metrics as m
 from ttspec.bench.arms import PEERS
-from ttspec.bench.batches import Batches
 from ttspec.bench.manifest import mark
-from ttspec.bench.runs import Arm
+from ttspec.bench.metrics import Batches
+from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, Table, interval, number, ratio
 
 STRETCH_TITLE = "Acceptance length, early and late"
@@ -40,7 +40,7 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
 def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = None) -> Table:
     """Acceptance length of each arm, and what flatters it."""
     manifest = manifest or {}
-    peers = [arm.name for arm in arms if kind(arm) in PEERS]
+    peers = [arm.name for arm in arms if arm.kind in PEERS]
     first = next((arm for arm in arms if arm.name not in peers), arms[0])
     # Other implementations draw with other noise: their samples say nothing about ours.
     incomparable = [first.name, *(peers if manifest.get("temperature") else [])]
@@ -133,13 +133,13 @@ def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     """
     pairs = []
     for arm in arms:
-        own = [other for other in arms if run_of(other) == run_of(arm)]
-        statics = [other for other in own if kind(other).startswith("static")]
-        others = [other for other in own if kind(other) == "plain"]
-        others += [other for other in statics if kind(other) == "static"][:1]
-        if kind(arm).startswith(LEARNING) and statics:
+        own = [other for other in arms if other.folder == arm.folder]
+        statics = [other for other in own if other.kind.startswith("static")]
+        others = [other for other in own if other.kind == "plain"]
+        others += [other for other in statics if other.kind == "static"][:1]
+        if arm.kind.startswith(LEARNING) and statics:
             others.append(max(statics, key=lambda other: other.acceptance() or 0.0))
-        if kind(arm) != "plain":
+        if arm.kind != "plain":
             names = {other.name: other for other in others if other.name != arm.name}
             pairs += [(arm, other) for other in names.values()]
     return pairs
@@ -148,7 +148,7 @@ def pairs_of(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
 def learning_pairs(arms: Sequence[Arm]) -> list[tuple[Arm, Arm]]:
     """Those of `pairs_of` that compare a learning arm with a drafting one."""
     pairs = pairs_of(arms)
-    return [(a, b) for a, b in pairs if kind(a).startswith(LEARNING) and kind(b) != "plain"]
+    return [(a, b) for a, b in pairs if a.kind.startswith(LEARNING) and b.kind != "plain"]
 
 
 def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
@@ -216,13 +216,3 @@ def position_tables(arms: Sequence[Arm]) -> list[Table]:
             rows=common,
         ),
     ]
-
-
-def kind(arm: Arm) -> str:
-    """An arm's kind: its name without folder and options."""
-    return arm.name.rpartition(": ")[2].partition("[")[0]
-
-
-def run_of(arm: Arm) -> str:
-    """Where several folders are reported on together, the arm's; else nothing."""
-    return arm.name.rpartition(": ")[0]

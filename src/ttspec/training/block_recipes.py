@@ -18,6 +18,8 @@ from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
 from ttspec.training.batches import Batch, Example, anchors
 from ttspec.training.recipe import Recipe, mask_token
 
+DECAY = 4.0
+"""The j-th drafted token of a block weighs exp(-(j - 1) / DECAY), as published."""
 B = TypeVar("B", bound=DFlash)
 
 
@@ -29,7 +31,7 @@ class BlockRecipe(Recipe[B]):
         c = self.config
         layers = c.layers or 3
         config = {
-            **self.body(),
+            **self.layer_config(),
             "architectures": ["DFlashDraftModel"],
             "model_type": "qwen3",
             "num_hidden_layers": layers,
@@ -41,11 +43,11 @@ class BlockRecipe(Recipe[B]):
                 "target_layer_ids": default_taps(c.taps or layers, self.layers),
             },
         }
-        drafter = make_drafter(self.kind, self.described(config))
+        drafter = make_drafter(self.kind, self.kind_config(config))
         drafter.weights = self.random(drafter.shapes())
         return cast(B, drafter)
 
-    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+    def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """A DFlash config.json as this kind has it."""
         return config
 
@@ -65,8 +67,8 @@ class BlockRecipe(Recipe[B]):
             values = forward_kl(p, logits)
         else:
             values = cross_entropy(blocks.labels, logits)
-        values = values + self.beside(drafter, hidden, text, p, logits)
-        weight = position_weights(length, self.config.decay, logits.device) * blocks.mask
+        values = values + self.extra_loss(drafter, hidden, text, p, logits)
+        weight = position_weights(length, DECAY, logits.device) * blocks.mask
         right = (logits.argmax(-1) == blocks.labels) & blocks.mask
         accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
         return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
@@ -76,7 +78,7 @@ class BlockRecipe(Recipe[B]):
         """Whether the loss needs the target's logits."""
         return self.config.loss == "kl"
 
-    def beside(
+    def extra_loss(
         self,
         drafter: B,  # noqa: ARG002
         hidden: Tensor,
@@ -107,7 +109,7 @@ class JetSpecRecipe(BlockRecipe[DFlash]):
 
     kind = "dflash"
 
-    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+    def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Under JetSpec's key."""
         return {**config, "dflash_config": {**config["dflash_config"], "causal_head": True}}
 
@@ -117,7 +119,7 @@ class DominoRecipe(BlockRecipe[Domino]):
 
     kind = "domino"
 
-    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+    def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As SpecForge's, whose sizes are of targets 4,096 wide."""
         width = int(self.target.config.hidden_size)
         own = {
@@ -135,7 +137,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
 
     kind = "dspark"
 
-    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+    def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As DeepSpec's; the known token's row predicts, so a block is a row shorter."""
         own = config.pop("dflash_config")
         return {
@@ -155,7 +157,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
         """The confidence head is taught by what the target would keep."""
         return True
 
-    def beside(
+    def extra_loss(
         self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor | None, logits: Tensor
     ) -> Tensor:
         """KL of the confidence to the share of drafts that would be kept."""
@@ -171,7 +173,7 @@ class DFlash2Recipe(BlockRecipe[DFlash2]):
 
     kind = "dflash2"
 
-    def described(self, config: dict[str, Any]) -> dict[str, Any]:
+    def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As z-lab's."""
         own = {
             **config["dflash_config"],
@@ -192,7 +194,7 @@ class DFlash2Recipe(BlockRecipe[DFlash2]):
                 weight.zero_()
         return weights
 
-    def beside(
+    def extra_loss(
         self,
         drafter: DFlash2,
         hidden: Tensor,
