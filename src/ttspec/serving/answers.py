@@ -47,6 +47,7 @@ class Answers:
     body: Sampled
     worker: Worker
     model: str
+    request_id: str
     written: Written
     jobs: list[Job]
     events: asyncio.Queue[Event]
@@ -81,17 +82,16 @@ class Answers:
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events; whoever sends them calls `give_up` at the end."""
-        options = getattr(self.body, "stream_options", None)
-        counts = bool(options and options.continuous_usage_stats)
+        options = self.body.stream_options
         try:
             if self.is_chat:
                 for choice in self.choices:
                     delta = {"role": "assistant", "content": ""}
-                    yield self._event([_part(choice, delta=delta)], counts=counts)
+                    yield self._event([_part(choice, delta=delta)])
             async for choice, thoughts, text, chunk in self._pieces():
                 part = self._part(choice, thoughts, text, chunk)
                 if part:
-                    yield self._event([part], counts=counts)
+                    yield self._event([part])
             if options and options.include_usage:
                 last = self._envelope(streams=True) | {"choices": []}
                 yield _sse(last | self._usage() | self._metrics())
@@ -111,6 +111,7 @@ class Answers:
         first = [job.first_token - job.queued for job in self.jobs if job.first_token]
         rounds = [r for choice in self.choices for r in choice.rounds]
         return {
+            "request_id": self.request_id,
             "id": self.id,
             "tenant": self.jobs[0].tenant,
             "chat": self.is_chat,
@@ -182,14 +183,21 @@ class Answers:
         told = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
             return _part(choice, text=choice.text) | told | _end(result) | ids
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if self.written.marks_thoughts:
             message["reasoning_content"] = choice.thoughts or None
         return _part(choice, message=message) | told | _end(result) | ids
 
-    def _event(self, choices: list[dict[str, Any]], *, counts: bool) -> str:
-        said = self._envelope(streams=True) | {"choices": choices}
-        return _sse(said | self._usage() if counts else said)
+    def _event(self, choices: list[dict[str, Any]]) -> str:
+        said, options = (
+            self._envelope(streams=True) | {"choices": choices},
+            self.body.stream_options,
+        )
+        if options and options.continuous_usage_stats:
+            said |= self._usage()
+        elif options and options.include_usage:
+            said["usage"] = None  # as OpenAI has it; the last event tells it
+        return _sse(said)
 
     def _envelope(self, *, streams: bool) -> dict[str, Any]:
         if self.is_chat:

@@ -37,20 +37,29 @@ class Api:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="ttspec-prompts")
         self._writer: PromptWriter | None = None
 
-    async def answers(self, body: Sampled, tenant: str) -> Answers:
+    def require_model(self, name: str) -> None:
+        """Refuse any model but the one that is here.
+
+        Raises:
+            Problem: It is another.
+        """
+        if name != self.model:
+            raise Problem(
+                404,
+                f"The model {name[:80]!r} is not here; this server has {self.model}.",
+                param="model",
+                code="model_not_found",
+            )
+
+    async def answers(self, body: Sampled, tenant: str, request_id: str) -> Answers:
         """Queue what a request asks for.
 
         Raises:
             Problem: It cannot be answered, or not now.
         """
         worker = self.worker
-        if body.model not in (None, self.model):
-            raise Problem(
-                404,
-                f"The model {body.model[:80]!r} is not here; this server has {self.model}.",
-                param="model",
-                code="model_not_found",
-            )
+        if body.model is not None:
+            self.require_model(body.model)
         worker.require_ready()
         loop = asyncio.get_running_loop()
         written = await loop.run_in_executor(self._threads, self._write, body)
@@ -80,7 +89,7 @@ class Api:
                 )
                 asked_before[tuple(ids)] += 1
         worker.submit(jobs)
-        return Answers(body, worker, self.model, written, jobs, events)
+        return Answers(body, worker, self.model, request_id, written, jobs, events)
 
     def close(self) -> None:
         """End the thread of prompts."""

@@ -14,6 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
 
 from ttspec.serving.answers import Answers
@@ -45,6 +46,10 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     # Its pages of documentation load scripts from elsewhere.
     app = FastAPI(title="ttspec", docs_url=None, redoc_url=None, lifespan=lifespan)
 
+    def entry() -> dict[str, Any]:
+        told = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
+        return told | ({"max_model_len": worker.slots} if worker.slots else {})
+
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         return await _answer(api, body, request)
@@ -55,10 +60,12 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        entry = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
-        if worker.slots:
-            entry["max_model_len"] = worker.slots
-        return {"object": "list", "data": [entry]}
+        return {"object": "list", "data": [entry()]}
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> dict[str, Any]:
+        api.require_model(name)
+        return entry()
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -85,24 +92,15 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
-    @app.exception_handler(Problem)
-    async def problem_found(_: Request, problem: Problem) -> JSONResponse:
-        meter.refused(problem.status)
-        return JSONResponse(problem.body(), problem.status, problem.headers)
-
     @app.exception_handler(RequestValidationError)
-    async def body_invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return await problem_found(_, _explained(error))
+    async def body_invalid(_: Request, error: RequestValidationError) -> Response:
+        raise _explained(error)
 
     @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:80]}: {error.detail}."
-        return await problem_found(request, Problem(error.status_code, message))
-
-    @app.exception_handler(Exception)
-    async def fault(_: Request, error: Exception) -> JSONResponse:
-        log.error("request failed", exc_info=error, extra={"event": "request_failed"})
-        return await problem_found(_, Problem(500, "The server failed. Send the request again."))
+        hint = f" {_ROUTES}" if error.status_code in (404, 405) else ""
+        raise Problem(error.status_code, message + hint)
 
     def most() -> int:
         return BODY_BYTES + BODY_BYTES_PER_TOKEN * max(worker.slots, worker.options.context)
@@ -111,11 +109,19 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     if keys is None and worker.options.is_local:
         hosts = {"localhost", "127.0.0.1", "::1", worker.options.host}
     app.add_middleware(Gate, hosts=hosts, keys=keys, most=most, refused=meter.refused)
+    app.add_middleware(  # before the gate: a browser asks first without the key
+        CORSMiddleware,
+        allow_origins=["*"] if keys else [],
+        allow_origin_regex=None if keys else _LOCAL_PAGES,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id", "retry-after"],
+    )
     return app
 
 
 async def _answer(api: Api, body: Sampled, request: Request) -> Response:
-    answers = await api.answers(body, request.scope["tenant"])
+    answers = await api.answers(body, request.scope["tenant"], request.scope["request_id"])
     if body.stream:
         return _EventStream(answers)
     writing = asyncio.ensure_future(answers.whole())
@@ -185,6 +191,9 @@ def _is_type(part: int | str) -> bool:
 
 
 _STARTED = int(time.time())
+_ROUTES = "There are /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /."
+_LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+"""Origins of pages whose browser may read answers where there are no keys."""
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "

@@ -1,15 +1,19 @@
 """What stands before all routes: whose host name was asked, who asks, how large and slow a body is.
 
-Plain ASGI: a stream passes as it comes, and strangers are refused before their body is read.
+Plain ASGI: a stream passes as it comes, and strangers are refused before their body is read. What a
+route raises ends here too, so every refusal is counted, logged and answered in one place.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
+import secrets
 from collections.abc import Callable, Collection
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,10 +23,17 @@ from ttspec.serving.problems import Problem
 
 FOR_ANYBODY = ("/", "/health")
 """Paths that need no key."""
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
+"""A client's own, which is told again and logged."""
+log = logging.getLogger("ttspec.serving")
 
 
 class Gate:
-    """Refuses what no route should see, and tells routes who asks, as `scope["tenant"]`."""
+    """Refuses what no route should see.
+
+    Tells routes who asks, as `scope["tenant"]`, and what the request is called, as
+    `scope["request_id"]`, which the response has as `x-request-id`.
+    """
 
     def __init__(
         self,
@@ -41,7 +52,7 @@ class Gate:
                 could else reach a server on its reader's machine under a name of its own.
             keys: Who may ask; without them anybody may.
             most: Bytes of a body.
-            refused: Told of the status of each request that is refused here.
+            refused: Told of the status of each request that is answered with an error.
         """
         self._app, self._hosts, self._keys = app, hosts, keys
         self._most, self._refused = most, refused
@@ -52,19 +63,38 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        given = headers.get("x-request-id", "")
+        name = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
+        scope["request_id"], begun, is_read = name, False, False
+
+        async def named(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                MutableHeaders(scope=message)["x-request-id"] = name
+            await send(message)
+
         try:
             self._require_host(headers)
             scope["tenant"] = ANYBODY if scope["path"] in FOR_ANYBODY else self._tenant(headers)
-            body = await self._body(headers, scope["method"], receive)
-        except Problem as problem:
-            self._refused(problem.status)
-            close = {**problem.headers, "Connection": "close"}
-            response = JSONResponse(problem.body(), problem.status, close)
-            await response(scope, receive, send)
+            body, is_read = await self._body(headers, scope["method"], receive), True
+            await self._app(scope, _replayed(body, receive), named)
             return
         except _GoneError:
             return
-        await self._app(scope, _replayed(body, receive), send)
+        except Problem as problem:
+            found = problem
+        except Exception:
+            log.exception("fault", extra={"event": "fault", "fields": {"request_id": name}})
+            found = Problem(500, "The server failed. Send the request again.")
+            if begun:
+                raise
+        self._refused(found.status)
+        told = {"request_id": name, "status": found.status, "code": found.code}
+        log.info("refused", extra={"event": "refused", "fields": told})
+        close = {} if is_read else {"Connection": "close"}
+        response = JSONResponse(found.body(), found.status, {**found.headers, **close})
+        await response(scope, receive, named)
 
     def _require_host(self, headers: Headers) -> None:
         host = _host(headers.get("host", ""))

@@ -33,8 +33,8 @@ class Meter:
         self._model = model
         self._lock = threading.Lock()
         self._seconds = deque[dict[str, int]](maxlen=HISTORY)
-        self._request_seconds = 10.0
-        """Of an answer, the latest weighing most."""
+        self._row_seconds = 10.0
+        """That an answer has a row, the latest weighing most."""
         count, gauge, spread = self._counter, self._gauge, self._histogram
         self._running = gauge("vllm:num_requests_running", "Answers that have a row.")
         self._waiting = gauge("vllm:num_requests_waiting", "Answers that wait for a row.")
@@ -105,15 +105,15 @@ class Meter:
         result = chunk.result
         assert result is not None
         assert job.ended is not None
-        took = job.ended - job.queued
-        self._request_seconds += 0.2 * (took - self._request_seconds)
+        assert job.started is not None
+        self._row_seconds += 0.2 * (job.ended - job.started - self._row_seconds)
         reason = "stop" if result.finish_reason in ("eos", "stop") else "length"
         self._success.labels(model_name=self._model, finished_reason=reason).inc()
         self._prompt.inc(len(job.ids))
         self._asked.inc(len(job.ids))
         self._held.inc(len(job.ids) - len(result.prompt_ids))
         self._reverts.inc(result.stats.reverts)
-        self._whole.observe(took)
+        self._whole.observe(job.ended - job.queued)
         if job.first_token is not None:
             self._first.observe(job.first_token - job.queued)
         self._answers.observe(len(result.token_ids))
@@ -133,7 +133,7 @@ class Meter:
 
     def seconds_until_free(self, rows: int) -> int:
         """A guess, 1 to 60, of when one more answer may be asked for."""
-        return max(1, min(60, round(self._request_seconds / max(rows, 1))))
+        return max(1, min(60, round(self._row_seconds / max(rows, 1))))
 
     def exposition(self, running: int, waiting: int) -> bytes:
         """All of it, for Prometheus."""

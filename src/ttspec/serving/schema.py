@@ -14,11 +14,10 @@ from ttspec.serving.options import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, MAX_
 
 HARMLESS = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("parallel_tool_calls", "service_tier"),
+    *("parallel_tool_calls", "service_tier", "store", "prediction"),
 )
 """Change no answer here."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "store": (False,),
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -26,7 +25,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "function_call": ("none",),
     "audio": (),
-    "prediction": (),
     "web_search_options": (),
     "reasoning_effort": (),
     "verbosity": ("medium",),
@@ -78,6 +76,8 @@ class ToolCall(Strict):
     """A call that an earlier answer made."""
 
     id: str = ""
+    index: int | None = Field(None, exclude=True)
+    """Streams have it, and clients send it back."""
     type: Literal["function"] = "function"
     function: FunctionCall
 
@@ -138,6 +138,7 @@ class StreamOptions(Strict):
 
     include_usage: bool = False
     continuous_usage_stats: bool = False
+    include_obfuscation: Literal[False] = False
 
 
 class TemplateOptions(Strict):
