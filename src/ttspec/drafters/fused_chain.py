@@ -42,9 +42,7 @@ class FusedChain:
             query_gain=self._gain("self_attn.q_norm"),
             key_gain=self._gain("self_attn.k_norm"),
         )
-        if (
-            state.angles is None
-        ):  # a graph is captured after it has run, and reads them where they are
+        if state.angles is None:
             slot = torch.arange(state.slots, device=start.device)
             state.angles = state.rope.angles(slot, drafter.embedding.dtype)
         self.angles = state.angles
