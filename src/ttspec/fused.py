@@ -7,6 +7,7 @@ and are rounded where the model's own code rounds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -54,11 +55,23 @@ class Heads:
     key_gain: Tensor | None = None
 
 
-def runs_on(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernels are for this device and dtype."""
-    if device.type != "cuda" or dtype != torch.bfloat16:
+def fits(
+    like: Tensor, *, hidden: int, head_size: int, widths: Sequence[int], activation: str
+) -> bool:
+    """Whether the kernels are for layers of these sizes, on the device and in the dtype of `like`.
+
+    Args:
+        like: Any weight.
+        hidden: Size of the states between layers.
+        head_size: Of one query.
+        widths: What products read besides `hidden`.
+        activation: Of the MLP.
+    """
+    if like.device.type != "cuda" or like.dtype != torch.bfloat16 or activation != "silu":
         return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    even = not any(width % 64 for width in (hidden, *widths))
+    sizes = hidden <= WIDEST and head_size in (64, 128) and even
+    return sizes and torch.cuda.get_device_capability(like.device) >= (9, 0)
 
 
 def product(
@@ -91,7 +104,6 @@ def product(
     outputs = ends[1] if gated else ends[-1]
     tiles = tiles_of(width, outputs, gated)
     out = x.new_empty(count, outputs)
-    early = x.is_cuda
     _kernels().product[(-(-outputs // tiles.block),)](
         x,
         tables[0],
@@ -118,9 +130,8 @@ def product(
         splits=tiles.splits,
         share=tiles.share,
         stages=tiles.stages,
-        pdl=early,
         num_warps=tiles.warps,
-        **_options(early),
+        **_launch(x),
     )
     return out
 
@@ -161,7 +172,7 @@ def attention(
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
     out = made.new_empty(count, heads.count * heads.size)
-    normed, early, kernels = heads.query_gain is not None, made.is_cuda, _kernels()
+    normed, kernels = heads.query_gain is not None, _kernels()
     kernels.attend[(splits, heads.kv_count * tiles, rows)](
         made,
         keys,
@@ -191,9 +202,8 @@ def attention(
         count=KEYS,
         least=LEAST,
         stages=2,
-        pdl=early,
         num_warps=4,
-        **_options(early),
+        **_launch(made),
     )
     kernels.combine[(count, heads.count)](
         parts,
@@ -209,9 +219,8 @@ def attention(
         splits=splits,
         count=KEYS,
         least=LEAST,
-        pdl=early,
         num_warps=1,
-        **_options(early),
+        **_launch(made),
     )
     return out
 
@@ -238,7 +247,7 @@ def joined(
         [B, 2 * H].
     """
     count, width = states.shape
-    out, early = states.new_empty(count, 2 * width), states.is_cuda
+    out = states.new_empty(count, 2 * width)
     _kernels().joined[(count,)](
         tokens,
         table,
@@ -251,9 +260,8 @@ def joined(
         states.stride(0),
         width=width,
         wide=1 << (width - 1).bit_length(),
-        pdl=early,
         num_warps=4,
-        **_options(early),
+        **_launch(states),
     )
     return out
 
@@ -275,9 +283,9 @@ def splits_of(programs: int, slots: int) -> int:
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
 
 
-def _options(early: bool) -> dict[str, bool]:
-    """How a kernel is launched; the interpreter knows no such word."""
-    return {"launch_pdl": True} if early else {}
+def _launch(x: Tensor) -> dict[str, bool]:
+    """On a GPU a kernel begins before the one before it has ended; the interpreter cannot."""
+    return {"pdl": True, "launch_pdl": True} if x.is_cuda else {"pdl": False}
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
 from ttspec.drafters.layers import DOWN
-from ttspec.fused import LONG, MOST, WIDEST, Heads, attention, joined, product, runs_on
+from ttspec.fused import LONG, MOST, Heads, attention, fits, joined, product
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -45,27 +45,29 @@ class FusedChain:
         if state.angles is None:
             slot = torch.arange(state.slots, device=start.device)
             state.angles = state.rope.angles(slot, drafter.embedding.dtype)
-        self.angles = state.angles
 
     @staticmethod
     def fits(drafter: Eagle3, state: ChainState) -> bool:
         """Whether the drafter is of the kind that these kernels do, and all rows share weights."""
-        like, rows = drafter.embedding, state.keys.shape[1]
-        if not runs_on(like.device, like.dtype) or rows > MOST:
+        size, queries = drafter.head_dim, drafter.heads * drafter.head_dim
+        sizes = fits(
+            drafter.embedding,
+            hidden=drafter.hidden,
+            head_size=size,
+            widths=(drafter.intermediate, queries),
+            activation=drafter.activation_name,
+        )
+        made = queries + 2 * drafter.kv_heads * size
+        if not sizes or made > LONG or state.keys.shape[1] > MOST:
             return False
         if drafter.layers > 1 or drafter.windows[0] is not None or drafter.norm_output:
             return False
-        if drafter.biased or drafter.activation_name != "silu" or drafter.embedding_scale != 1:
+        if drafter.biased or drafter.embedding_scale != 1 or state.rope.interleaved:
             return False
-        queries = (drafter.heads + 2 * drafter.kv_heads) * drafter.head_dim
-        inner = drafter.hidden, drafter.intermediate, drafter.heads * drafter.head_dim
-        if any(n % 64 for n in inner) or drafter.hidden > WIDEST or queries > LONG:
-            return False
-        size, rope = drafter.head_dim, state.rope
-        turned = 2 * len(rope.frequencies) == size and size in (64, 128) and not rope.interleaved
         ours = _ours(state)
         alike = all(len(w) == 1 for n, w in ours.items() if _by_row(n, w))
-        return turned and alike and not any(n.endswith(DOWN) for n in ours)
+        whole = 2 * len(state.rope.frequencies) == size  # all of a head is rotated
+        return whole and alike and not any(n.endswith(DOWN) for n in ours)
 
     def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
         """Draft as many tokens as blocks say, from fused features h [B, H]."""
@@ -90,12 +92,13 @@ class FusedChain:
         x = joined(tokens, drafter.embedding, h, gain, normed, eps)
         own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
         nearest = state.options.window
+        assert state.angles
         seen = attention(
             product(x, *own),
             state.keys[0],
             state.values[0],
             self.start,
-            self.angles,
+            state.angles,
             self.heads,
             ahead=step,
             window=None if nearest is None else nearest + step + 1,

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import MOST, WIDEST, Heads, attention, product, runs_on
-from ttspec.models.layers import TOGETHER, Together
+from ttspec.fused import MOST, Heads, attention, fits, product
+from ttspec.models.layers import Together
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
 
@@ -37,14 +37,6 @@ class FusedForward:
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         self.eps: float = model.config.rms_norm_eps
         self.heads = [self._heads(layer.self_attn) for layer in self.layers]
-
-    @classmethod
-    def of(
-        cls, model: PreTrainedModel, together: list[list[Together]], windows: tuple[int | None, ...]
-    ) -> FusedForward | None:
-        """That of a model that `fits`, if its projections were laid together."""
-        pairs = all(len(group) == len(TOGETHER) for group in together)
-        return cls(model, together, windows) if pairs and fits(model, windows) else None
 
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
@@ -124,20 +116,26 @@ class FusedForward:
         return self.angles[slots]
 
 
-def fits(model: PreTrainedModel, windows: tuple[int | None, ...]) -> bool:
+def fits_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> bool:
     """Whether a model's layers are of the kind that these kernels do."""
     config: Any = model.config
     kind = type(model)
     if kind.__name__ not in MODELS or not kind.__module__.startswith("transformers."):
         return False
-    if config.hidden_size > WIDEST or config.hidden_act != "silu" or 0 in windows:
+    if 0 in windows or config.rope_parameters.get("rope_type") not in ROTARY:
         return False
-    if config.rope_parameters.get("rope_type") not in ROTARY:
-        return False
+    layer: Any = model.model.layers[0]  # type: ignore[union-attr,index]
     linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
     plain = all(type(m) is nn.Linear and type(m.weight) is nn.Parameter for m in linears)
-    even = all(m.in_features % 64 == 0 for m in linears)
-    mlp = model.model.layers[0].mlp  # type: ignore[union-attr]
-    bare = mlp.gate_proj.bias is None and mlp.down_proj.bias is None  # type: ignore[union-attr]
-    size = model.model.layers[0].self_attn.head_dim  # type: ignore[union-attr]
-    return plain and even and bare and size in (64, 128) and runs_on(model.device, model.dtype)
+    bare = layer.mlp.gate_proj.bias is None and layer.mlp.down_proj.bias is None
+    return (
+        plain
+        and bare
+        and fits(
+            model.get_input_embeddings().weight,  # type: ignore[arg-type]
+            hidden=config.hidden_size,
+            head_size=layer.self_attn.head_dim,
+            widths=[m.in_features for m in linears],
+            activation=config.hidden_act,
+        )
+    )

@@ -23,7 +23,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
-from ttspec.models.fused_forward import FusedForward, fits
+from ttspec.models.fused_forward import FusedForward, fits_model
 from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import Together, compiled_layers, lay_together
 from ttspec.models.loading import DeviceMap, Files, open_files
@@ -149,13 +149,16 @@ class Target:
         whole = not self.recurrent and hasattr(self.model.base_model, "layers")
         captured = spans and whole and subset is None
         fast = captured and is_compiling()
-        if captured and self._together is None and (fast or fits(self.model, self.windows)):
-            layers = self.model.base_model.layers
-            self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
-            self._fused = FusedForward.of(self.model, self._together, self.windows)
-        few = captured and self._fused and self._fused.takes(cache, tokens)
-        if self._fused and few and not isinstance(logits, Tensor):
-            return self._fused(cache, tokens, start, self.taps, logits)
+        if captured and self._together is None:
+            fits = fits_model(self.model, self.windows)
+            if fast or fits:
+                layers = self.model.base_model.layers
+                self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
+            if fits and self._together:
+                self._fused = FusedForward(self.model, self._together, self.windows)
+        fused = self._fused if captured else None
+        if fused and not isinstance(logits, Tensor) and fused.takes(cache, tokens):
+            return fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)

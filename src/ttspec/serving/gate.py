@@ -83,6 +83,8 @@ class Gate:
         except _GoneError:
             return
         except Problem as problem:
+            if begun:
+                raise
             found = problem
         except Exception:
             log.exception("fault", extra={"event": "fault", "fields": {"request_id": name}})
