@@ -162,9 +162,8 @@ class Decoder(SpeculativeRound):
             if copied and not (drafted and one):
                 shapes.append(RoundShape(slots, drafted, copied, steps))
         if adaptive:  # while the drafter pauses
-            shapes.append(RoundShape(slots, 0, 0, steps, absorbs=False))
-            if one and copied:
-                shapes.append(RoundShape(slots, 0, copied, steps, absorbs=False))
+            for copies in {0, copied}:
+                shapes.append(RoundShape(slots, 0, copies, steps, absorbs=False))
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
@@ -222,7 +221,6 @@ class Decoder(SpeculativeRound):
         for row in range(self.rows.count):
             self.clear(row)
         self.round_number = 0
-        self.deferred.restart()
         self.timer.restart()
         if self.learner:
             self.learner.restart()
