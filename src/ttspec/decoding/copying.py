@@ -38,6 +38,8 @@ MEMORY = 64.0
 LEAST_CHANCE, LEAST_FREE_CHANCE = 0.15, 0.01
 """A copy ends where the chance that a token is kept falls below this: the second where rounds in
 which rows copy are all as wide, and only the host's time is spared."""
+WIDER = 0.15
+"""What the next width of a round is taken to cost more where no clock may decide."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -158,7 +160,7 @@ class Copying:
         most: int,
         *,
         block_cost: float = 0.0,
-        one_length: bool = False,
+        widths: Sequence[int] = (),
         costs: CopyCosts | None = None,
     ) -> None:
         """No row has tokens.
@@ -168,13 +170,14 @@ class Copying:
             most: Tokens copied in a round at most.
             block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
                 much less. From the weights that it reads, not from a clock.
-            one_length: Rounds in which rows copy are all as wide.
+            widths: Rounds in which rows copy are as wide as one of these, ascending; of none, as
+                the longest copy.
             costs: What wide rounds take, by the clock: rows copy where the round pays. Without it
                 each row copies where that promises more than a draft.
         """
-        self.most, self._block_cost, self._one_length = most, block_cost, one_length
-        self._least = LEAST_FREE_CHANCE if one_length else LEAST_CHANCE
-        self._costs, self._widths = costs, (most,) if one_length else WIDTHS
+        self.most, self._block_cost, self.widths = most, block_cost, widths
+        self._least = LEAST_FREE_CHANCE if widths else LEAST_CHANCE
+        self._costs = costs
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -201,20 +204,30 @@ class Copying:
         most = self.most
         if self._costs:
             chances = {row: copy.chances for row, copy in copies.items()}
-            how = {"drafts": drafts, "widths": self._widths}
-            most = self._costs.worthwhile(chances, accepted, **how)
+            widths = self.widths or WIDTHS
+            most = self._costs.worthwhile(chances, accepted, drafts=drafts, widths=widths)
         if not most:
             return {}
         block_cost = self._block_cost if drafts else 0.0
         least = {row: (1 + accepted[row]) / (1 + block_cost) - 1 for row in copies}
+        if not self._costs:
+            copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
         return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""
-        if copies and self._one_length:
-            return self.most
-        return max(map(len, copies.values()), default=0)
+        longest = max(map(len, copies.values()), default=0)
+        return next(n for n in (0, *self.widths) if n >= longest) if self.widths else longest
+
+    def _cut(self, copy: Copy) -> Copy:
+        """The copy, cut to the width that promises most tokens a time, where no clock says it."""
+        best, speed = self.most, 0.0
+        for step, width in enumerate(self.widths):
+            promised = (1 + sum(copy.chances[:width])) / (1 + WIDER * step)
+            if promised > speed:
+                best, speed = width, promised
+        return copy.first(best)
 
     def commit(self, row: int, tokens: Sequence[int], accepted: int | None) -> None:
         """Take note of what a round emitted.
