@@ -113,10 +113,13 @@ def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
             q_logits.reshape(-1, size).split(some),
             strict=True,
         )
-        found = [
-            1 - total_variation(p.float().softmax(-1), q.float().softmax(-1)) for p, q in parts
-        ]
+        found = [_agreement(p, q) for p, q in parts]
     return torch.cat(found).view(q_logits.shape[:-1])
+
+
+@compiled
+def _agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    return 1 - total_variation(p_logits.float().softmax(-1), q_logits.float().softmax(-1))
 
 
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
