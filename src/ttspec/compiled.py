@@ -51,7 +51,8 @@ def compiled(function: F) -> F:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal fast
-        if not _on:
+        # To compile a way back takes half a minute and gains a fifth (docs/experiments.md).
+        if not _on or torch.is_grad_enabled():
             return function(*args, **kwargs)
         if fast is None:  # the compiler takes a second to load
             fast = torch.compile(function, dynamic=False)
