@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ttspec.compiled import compiled
 from ttspec.drafters.context import ContextState
 from ttspec.drafters.layers import DOWN, ConcatenatedContext, rms_norm
+from ttspec.drafters.rotary import Rope
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -66,15 +67,10 @@ def states_of_chains(
     Returns:
         [B, A, T, H].
     """
-    rows, count, steps = tokens.shape
-    slots, device = context.keys.shape[2], tokens.device
-    step = torch.arange(steps, device=device)
-    angles = state.rope.angles(start + step[:, None, None], h.dtype)
-    chain = torch.arange(count, device=device)
-    own = (chain[:, None] == chain)[None, :, None] & (step <= step[:, None])[:, None, :, None]
-    own = own.flatten(2)[:, None].expand(-1, rows, -1, -1)
-    far = context.mask[..., :slots].expand(steps, rows, count, -1)
-    chains = Chains(drafter, tokens.permute(2, 0, 1), angles, torch.cat([far, own], -1))
+    with torch.no_grad():
+        angles = angles_of(state.rope, start, tokens.shape[-1], h.dtype)
+        seen = seen_slots(context.mask[..., : context.keys.shape[2]], *tokens.shape)
+    chains = Chains(drafter, tokens.permute(2, 0, 1), angles, seen)
     names = [f"midlayer.{n}.weight" for n in GAINS] + ["norm.weight"]
     names += [f"midlayer.self_attn.{n}_proj.weight" for n in ATTENTION]
     names += [f"midlayer.mlp.{n}_proj.weight" for n in MLP]
@@ -130,15 +126,14 @@ class _Chains(torch.autograd.Function):
         kept = [saved[i : i + 8] for i in range(11, len(saved), 8)]
         size = last.shape[-1]
         of_last = outer[0].flatten(1, 2)
-        of_states = normalised_back(last, last_gain, of_last, None, eps)
+        of_states = normalised_back(last, last_gain, of_last, eps)
         of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
-        of_h, found = None, list[tuple[Tensor, ...]]()
+        of_y2, found = of_states[-1], list[tuple[Tensor, ...]]()
         for step in reversed(range(steps)):
             h, _, query, p, _, y, _, made = kept[step]
-            of_y2 = of_states[step] if of_h is None else of_states[step] + of_h
             of_made, inner = gated_back(made, of_y2 @ down)
             of_z = of_made @ wide
-            of_y = normalised_back(y, inner_gain, of_z, of_y2, eps)
+            of_y = normalised_back(y, inner_gain, of_z, eps, of_y2)
             of_seen = by_head(of_y @ out, rows, count, drafter.heads, drafter.kv_heads)
             of_scores = shares_back(p, wide_product(of_seen, values.mT), scale)
             of_keys.baddbmm_(of_scores.mT, query)
@@ -150,8 +145,10 @@ class _Chains(torch.autograd.Function):
             of_normed = of_read @ read[:, size:]
             if normed:
                 of_normed += of_y
-            of_h = normalised_back(h, gain, of_normed, None if normed else of_y, eps)
             found.append((of_y2, of_made, inner, of_z, of_y, of_read, of_normed))
+            more = [of_states[step - 1]] * (step > 0) + [of_y] * (not normed)
+            of_y2 = normalised_back(h, gain, of_normed, eps, *more)
+        of_h = of_y2
         _, xs, _, _, seens, ys, zs, _ = (torch.cat(x) for x in zip(*_without(kept), strict=True))
         of_y2, of_made, inner, of_z, of_y, of_read, of_normed = (
             torch.cat(part[::-1]) for part in zip(*found, strict=True)
@@ -172,7 +169,6 @@ class _Chains(torch.autograd.Function):
             of_y2.T @ inner,
         )
         contexts = (x.unflatten(0, (rows, -1))[:, :, :own] for x in (of_keys, of_values))
-        assert of_h is not None
         return None, of_h.unflatten(0, (rows, count)), *contexts, *of_gains, *of_matrices
 
 
@@ -190,6 +186,23 @@ def wide_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 @compiled
+def angles_of(
+    rope: Rope, start: Tensor, steps: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, B, A, D / 2] of the steps of chains."""
+    return rope.angles(start + torch.arange(steps, device=start.device)[:, None, None], dtype)
+
+
+@compiled
+def seen_slots(far: Tensor, rows: int, count: int, steps: int) -> Tensor:
+    """What each step of a chain sees, bool [T, B, A, C + T * A], of a context [B, A, C]."""
+    step, chain = (torch.arange(n, device=far.device) for n in (steps, count))
+    own = (chain[:, None] == chain)[None, :, None] & (step <= step[:, None])[:, None, :, None]
+    own = own.flatten(2)[:, None].expand(-1, rows, -1, -1)
+    return torch.cat([far.expand(steps, -1, -1, -1), own], -1)
+
+
+@compiled
 def normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """`rms_norm`."""
     return rms_norm(x, gain, eps)
@@ -202,15 +215,13 @@ def beside(tokens: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 @compiled
-def normalised_back(
-    x: Tensor, gain: Tensor, outer: Tensor, more: Tensor | None, eps: float
-) -> Tensor:
-    """Gradient of x in `rms_norm`, and `more`."""
+def normalised_back(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: Tensor) -> Tensor:
+    """Gradient of x in `rms_norm`, and what is `more`."""
     wide, outer = x.float(), outer.float() * gain.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     wide = wide * scale
     found = scale * (outer - wide * (outer * wide).mean(-1, keepdim=True))
-    return (found if more is None else found + more).to(x.dtype)
+    return sum(more, found).to(x.dtype)
 
 
 @compiled
