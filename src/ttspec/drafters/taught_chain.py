@@ -122,7 +122,7 @@ class _Chains(torch.autograd.Function):
         drafter, (steps, rows, count) = chains.drafter, chains.tokens.shape
         eps, normed = drafter.eps, drafter.residual_is_normed
         keys, values, read, wide, last, *saved = ctx.saved_tensors
-        token_gain, gain, inner_gain, last_gain, *_, out, _, _, down = saved[:11]
+        _, gain, inner_gain, last_gain, *_, out, _, _, down = saved[:11]
         kept = [saved[i : i + 8] for i in range(11, len(saved), 8)]
         size = last.shape[-1]
         of_last = outer[0].flatten(1, 2)
@@ -186,9 +186,7 @@ def wide_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 @compiled
-def angles_of(
-    rope: Rope, start: Tensor, steps: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def angles_of(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, B, A, D / 2] of the steps of chains."""
     return rope.angles(start + torch.arange(steps, device=start.device)[:, None, None], dtype)
 
@@ -281,9 +279,7 @@ def turned(
 
 
 @compiled
-def turned_back(
-    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
-) -> Tensor:
+def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Gradient [N, heads * D] of what was turned, from those of queries, keys and values."""
     rows, count, half = cos.shape
     query, key, value = (x.reshape(rows, -1, count, 2 * half) for x in (query, key, value))

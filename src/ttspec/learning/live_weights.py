@@ -128,8 +128,8 @@ class LiveWeights:
 
     def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
         """Take gradients, or `add` them to those there are."""
-        own = [self._for_drafter(gradient) for gradient in self.gradient.values()]
-        (torch._foreach_add_ if add else torch._foreach_copy_)(own, gradients)
+        given = torch.cat([g.reshape(len(self._gradient), -1) for g in gradients], 1)
+        self._gradient.add_(given) if add else self._gradient.copy_(given)
 
     def gradient_norms(self) -> Tensor:
         """Of each copy, float32 [copies]."""
