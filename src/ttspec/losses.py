@@ -134,7 +134,7 @@ def _likely_slopes(
     """
     p, q = p.float(), log_q.exp()
     others = 1 - q.sum(-1)
-    share = torch.where(others > 1e-4, rest.float() / others, 0.0)
+    share = rest.float() / others.clamp(min=1e-4) * (others > 1e-4)
     whole = outer * (p.sum(-1) - share * q.sum(-1))
     less = (share[..., None] * q - p) * outer[..., None]
     return (first.float() - log_q[..., :1])[..., 0], whole, less.to(first.dtype)
