@@ -127,8 +127,8 @@ class SpeculativeRound:
             if self.copying:
                 drafted = shape.draft_length > 0 and row not in copies
                 self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
-        copied = {row: len(verdicts[row].tokens) for row in copies}
-        self.deferred.after_round(verification, active, shape, copied)
+        emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
+        self.deferred.after_round(verification, emitted, shape)
         updated = [False] * self.rows.count
         if self.learner and self.teaches(shape):
             updated = self.learner.absorb(
@@ -137,7 +137,7 @@ class SpeculativeRound:
                 shape,
                 active,
                 drafted=shape.draft_length > 0,
-                emitted={row: len(v.tokens) for row, v in verdicts.items()},
+                emitted=emitted,
             )
         seconds = self.timer.finish()
 
@@ -165,8 +165,7 @@ class SpeculativeRound:
         steps = self.row_sampling.steps(active)
         if self.graphs.on:
             steps = self.row_sampling.captured(steps)
-        # Of rows that commit unlike many tokens the rounds cannot be joined.
-        absorbs = not self.policy.pauses or (bool(copies) and self.rows.count > 1)
+        absorbs = not self.policy.pauses
         return RoundShape(reach, draft_length, copy_length, steps, absorbs), longest, copies
 
     def _worth_reading(self, active: list[int], shape: RoundShape) -> RoundShape:
@@ -253,8 +252,11 @@ class SpeculativeRound:
             emitted=emitted.masked_fill(resting, 0),
             ended=ended,
         )
-        if self.drafter and self.state and shape.absorbs:
-            self.drafter.absorb(self.state, verification)
+        if self.drafter and self.state:
+            if shape.absorbs:
+                self.drafter.absorb(self.state, verification)
+            else:
+                self.deferred.note(verification)
         # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
         picked = logits.gather(-1, tokens[..., None])[..., 0]
         given = torch.arange(tokens.shape[1], device=tokens.device) < verification.emitted[:, None]
