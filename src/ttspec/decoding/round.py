@@ -44,10 +44,9 @@ from ttspec.records import Proposal, Verification
 from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import (
     SamplingTensors,
+    distribution,
     pick,
     position_noise,
-    probabilities,
-    process,
     rejection_noise,
 )
 from ttspec.spans import batch_invariant
@@ -218,7 +217,7 @@ class SpeculativeRound:
             known = self.drafter, rows, vocabulary, noise, penalties, shape.steps, shape.longest
             choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
             asked = rows.pending, rows.start, most.clamp(max=length), length, shape.longest, choose
-            proposal = self.drafter.propose(self.state, *asked)
+            proposal = choose.over_all(self.drafter.propose(self.state, *asked))
         if shape.copy_length:
             proposal = with_copies(proposal, rows, shape.copy_length, most)
         return proposal, noise
@@ -274,7 +273,7 @@ class SpeculativeRound:
             return accept_equal(pick(logits, noise, sampling), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
-        p = probabilities(process(logits, sampling), sampling)
+        p = distribution(logits, sampling)
         return accept_rejection(p, proposal, u, fresh)
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
+from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
@@ -235,14 +236,19 @@ class Eagle3(FeatureDrafter):
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
+        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
+        beside = self._beside(state, blocks, 1)
+        if torch.is_grad_enabled() and taught_chain.fits(self, state):
+            tokens = lesson.tokens[..., : blocks.length]
+            chains = self, state, h, tokens, blocks.start - 1, *beside
+            return self.logits(taught_chain.states_of_chains(*chains))
         outs = list[Tensor]()
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        contexts = self._growing(self._beside(state, blocks, 1), blocks)
+        contexts = self._growing(beside, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
         self._chain(*chain)
         return self.logits(torch.stack(outs, dim=2))
