@@ -21,10 +21,10 @@ from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
     FeatureState,
+    beside,
     feature_ring,
     first_seen,
-    growing,
-    same_block,
+    grown,
     seen_mask,
 )
 from ttspec.drafters.features import FeatureDrafter
@@ -169,13 +169,12 @@ class Eagle3(FeatureDrafter):
         shifted = torch.cat([before, text.features[:, :-1]], dim=1)
         h = self.fuse(weights, shifted)
         at = text.position - 1  # a prompt's first token has no row
-        if self.layers > 1:
+        if self.layers > 1 and not torch.is_grad_enabled():  # writing in place lets none pass
             self._extend_layers(state, weights, h, text)
         else:
-            _, k, v = self._read(weights, h, text.tokens)
-            k = state.rope(k, at)
+            given = weights, h, text.tokens, at, state.rope, state.options.window
             rest = text.position >= state.slots  # a row at rest begins past the last slot
-            state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
+            state.write(*self._fresh(*given), at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
 
     def _extend_layers(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
@@ -184,8 +183,6 @@ class Eagle3(FeatureDrafter):
         A context row sees as far back as the window of the draft lets the first of a chain see.
         Where it seems to be is never changed: only a chain sees a re-based context.
         """
-        if torch.is_grad_enabled():  # which writing in place would not let pass
-            return self._extend_fresh(state, weights, h, text)
         whole = state
         if not text.is_all:
             kept = whole.keys[:, text.row], whole.values[:, text.row]
@@ -198,20 +195,22 @@ class Eagle3(FeatureDrafter):
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
 
-    def _extend_fresh(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
-        """The same of texts from their beginning, with gradients to `weights`."""
-        at = text.position - 1
-        contexts = self._fresh(len(at), at, state.options.window)
-        self._step(weights, h, text.tokens, at, state.rope, contexts)
-        keys, values = zip(*((c.keys, c.values) for c in contexts), strict=True)
-        state.write(torch.stack(keys), torch.stack(values), at, text.row)
+    def _fresh(
+        self, weights: Weights, h: Tensor, tokens: Tensor, at: Tensor, rope: Rope, near: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, B, kv heads, N, D] of texts from their beginning.
 
-    def _fresh(self, rows: int, position: Tensor, nearest: int | None) -> list[ConcatenatedContext]:
-        """Empty contexts of each layer, of tokens at position int64 [B or 1, N] that see back."""
-        nothing = self.embedding.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        firsts = [first_seen(position, position, nearest, window) for window in self.windows]
-        masks = [seen_mask(0, position, position, first, position, None) for first in firsts]
-        return [ConcatenatedContext(nothing, nothing, mask) for mask in masks]
+        Of fused features h [B, N, H] at positions int64 [B or 1, N], and the tokens after them.
+        """
+        if self.layers == 1:
+            _, k, v = self._read(weights, h, tokens)
+            return rope(k, at)[None], v[None]
+        nothing = self.embedding.new_empty(len(h), self.kv_heads, 0, self.head_dim)
+        firsts = [first_seen(at, at, near, window) for window in self.windows]
+        masks = [seen_mask(0, at, at, first, at, None) for first in firsts]
+        fresh = [ConcatenatedContext(nothing, nothing, mask) for mask in masks]
+        self._step(weights, h, tokens, at, rope, fresh)
+        return torch.stack([c.keys for c in fresh]), torch.stack([c.values for c in fresh])
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -221,8 +220,7 @@ class Eagle3(FeatureDrafter):
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, blocks.start[:, 0]).draft(h[:, 0], blocks, choices)
             return before
-        beside = None if state.spans else self._beside(state, blocks, 1)
-        contexts = self._growing(beside, blocks) if beside else self._in_place(state, blocks)
+        contexts = (self._in_place if state.spans else self._growing)(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
         return before
@@ -242,9 +240,15 @@ class Eagle3(FeatureDrafter):
             return lesson.tokens[..., step + 1]
 
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        contexts = self._growing(self._beside(state, blocks, 1), blocks)
-        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
-        self._chain(*chain)
+        chain = (
+            state.weights,
+            h,
+            blocks.tokens,
+            blocks.start - 1,
+            state.rope,
+            self._growing(state, blocks),
+        )
+        self._chain(*chain, follow)
         return self.logits(torch.stack(outs, dim=2))
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
@@ -262,26 +266,20 @@ class Eagle3(FeatureDrafter):
         Returns:
             [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
         """
-        rows, count = tokens.shape
-        position, row = torch.arange(count, device=tokens.device)[None], row_index(tokens)[:, None]
-        fused, after = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
-        if self.layers > 1:
-            fresh = self._fresh(rows, position, None)
-            self._step(self.weights, fused, after, position, self.rope, fresh)
-            context = [c.keys for c in fresh], [c.values for c in fresh]
-        else:
-            _, k, v = self._read(self.weights, fused, after)
-            context = [self.rope(k, position)], [v]
+        count, row = tokens.shape[1], row_index(tokens)[:, None]
+        position = torch.arange(count, device=tokens.device)[None]
+        fused = self.fuse(self.weights, features)
+        given = self.weights, fused, tokens.roll(-1, dims=1), position, self.rope, None
+        context = self._fresh(*given)
         outs, blocks = list[Tensor](), Blocks(tokens.gather(1, start), start, length, count)
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
 
-        contexts = self._growing(self._concatenated(*context, blocks, 1, None), blocks)
-        h = fused[row, start - 1]
-        chain = h, blocks.tokens, start - 1, self.rope, contexts, follow
-        self._chain(self.weights, *chain)
+        lying = beside(*context, blocks, 1, None, self.windows)
+        h, contexts = fused[row, start - 1], grown(lying, blocks, self.windows)
+        self._chain(self.weights, h, blocks.tokens, start - 1, self.rope, contexts, follow)
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
@@ -319,37 +317,14 @@ class Eagle3(FeatureDrafter):
             seen = self._spans(state, origin + step, origin, rest)
             yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
-    def _growing(
-        self, beside: Sequence[ConcatenatedContext], blocks: Blocks
-    ) -> Iterator[Sequence[Attend]]:
-        """The context of A chains a row at each step, beside which the chains lie."""
-        steps, begin = blocks.length, blocks.start - 1
-        each = zip(beside, self.windows, strict=True)
-        grown = [growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
-        return zip(*grown, strict=True)
+    def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
+        """The same of A chains a row, which lie beside it."""
+        return grown(self._beside(state, blocks, 1), blocks, self.windows)
 
     def _beside(self, state: FeatureState, blocks: Blocks, width: int) -> list[ConcatenatedContext]:
         """Each layer's context, beside which the first `width` rows of A blocks a row lie."""
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        return self._concatenated(*context, blocks, width, state.options.window)
-
-    def _concatenated(
-        self,
-        keys: Iterable[Tensor],
-        values: Iterable[Tensor],
-        blocks: Blocks,
-        width: int,
-        nearest: int | None,
-    ) -> list[ConcatenatedContext]:
-        position = blocks.position(width - 1, -1)
-        begin = (blocks.start - 1).repeat_interleave(width, dim=1)
-        same = same_block(blocks.start.shape[1], width, begin.device)
-        found: list[ConcatenatedContext] = []
-        for k, v, window in zip(keys, values, self.windows, strict=True):
-            first = first_seen(position, begin, nearest, window)
-            mask = seen_mask(k.shape[2], begin, position, first, position, same)
-            found.append(ConcatenatedContext(k, v, mask))
-        return found
+        return beside(*context, blocks, width, state.options.window, self.windows)
 
     def _chain(
         self,
