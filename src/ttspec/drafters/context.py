@@ -8,7 +8,7 @@ them. Both give the same logits, but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttspec.compiled import of_any_size
 from ttspec.drafters.base import DraftState
+from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext
 from ttspec.drafters.rotary import Rope
 from ttspec.rowcache import reach_of, unwritten
@@ -140,6 +141,45 @@ def same_block(blocks: int, width: int, device: torch.device) -> Tensor:
     """Which tokens are of one block, where blocks lie side by side: bool [N, N], N all tokens."""
     index = torch.arange(blocks * width, device=device) // width
     return index[:, None] == index
+
+
+def beside(
+    keys: Iterable[Tensor],
+    values: Iterable[Tensor],
+    blocks: Blocks,
+    width: int,
+    nearest: int | None,
+    windows: Iterable[int | None],
+) -> list[ConcatenatedContext]:
+    """Contexts of layers, beside which chains lie that begin a row before their known token.
+
+    Args:
+        keys: Of each layer [B, kv heads, S, D], from position 0 on.
+        values: The same.
+        blocks: A a row.
+        width: Rows of each that are there from the start.
+        nearest: `DraftConfig.window`.
+        windows: Of the layers.
+    """
+    position = blocks.position(width - 1, -1)
+    begin = (blocks.start - 1).repeat_interleave(width, dim=1)
+    same = same_block(blocks.start.shape[1], width, begin.device)
+    found: list[ConcatenatedContext] = []
+    for k, v, window in zip(keys, values, windows, strict=True):
+        first = first_seen(position, begin, nearest, window)
+        mask = seen_mask(k.shape[2], begin, position, first, position, same)
+        found.append(ConcatenatedContext(k, v, mask))
+    return found
+
+
+def grown(
+    contexts: Sequence[ConcatenatedContext], blocks: Blocks, windows: Iterable[int | None]
+) -> Iterator[Sequence[Attend]]:
+    """The contexts of layers at each step of the chains that lie beside them (`growing`)."""
+    steps, begin = blocks.length, blocks.start - 1
+    each = zip(contexts, windows, strict=True)
+    layers = [growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
+    return zip(*layers, strict=True)
 
 
 def growing(

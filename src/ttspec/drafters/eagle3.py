@@ -2,8 +2,8 @@
 
 Row i pairs the target's features of token i with the embedding of token i + 1, stands at position
 i and predicts token i + 2 (drafters.md 1; public code: SafeAILab/EAGLE `eagle/model/cnets.py`).
-A context row is keys and values made from real features; what a chain makes from its own states is
-never kept. Of several layers, those after the first are ordinary ones.
+Context rows are keys and values of real features; what a chain makes from its own states is never
+kept. Of several layers, those after the first are ordinary.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
-from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
+from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, positions, row_index
 from ttspec.drafters.context import (
     FeatureState,
+    beside,
     feature_ring,
     first_seen,
-    growing,
-    same_block,
+    grown,
     seen_mask,
 )
 from ttspec.drafters.features import FeatureDrafter
@@ -96,9 +96,9 @@ class Eagle3(FeatureDrafter):
         qwen = "Eagle3Qwen3" in str(config.get("architectures"))
         self.qk_norm = qwen or f"{ATTENTION}q_norm.weight" in names
         rebuilt = (config.get("ttspec") or {}).get("rebuilt") or []
-        whole = self.draft_vocabulary == self.vocabulary
         absent = bool(names) and "lm_head.weight" not in names
-        self.head_is_targets = "lm_head.weight" in rebuilt or (whole and absent)
+        own = not absent or self.draft_vocabulary != self.vocabulary
+        self.head_is_targets = "lm_head.weight" in rebuilt or not own
         # Of an embedding that is the target's too, a tied head is what the target's head is.
         tied = self.head_is_targets and config.get("tie_word_embeddings")
         self._tied = bool(tied) and "embed_tokens.weight" in names
@@ -170,13 +170,12 @@ class Eagle3(FeatureDrafter):
         shifted = torch.cat([before, text.features[:, :-1]], dim=1)
         h = self.fuse(weights, shifted)
         at = text.position - 1  # a prompt's first token has no row
-        if self.layers > 1:
+        if self.layers > 1 and not torch.is_grad_enabled():  # writing in place lets none pass
             self._extend_layers(state, weights, h, text)
         else:
-            _, k, v = self._read(weights, h, text.tokens)
-            k = state.rope(k, at)
+            given = weights, h, text.tokens, at, state.rope, state.options.window
             rest = text.position >= state.slots  # a row at rest begins past the last slot
-            state.write(k[None], v[None], at.masked_fill(rest, state.slots), text.row)
+            state.write(*self._fresh(*given), at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
 
     def _extend_layers(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
@@ -185,8 +184,6 @@ class Eagle3(FeatureDrafter):
         A context row sees as far back as the window of the draft lets the first of a chain see.
         Where it seems to be is never changed: only a chain sees a re-based context.
         """
-        if torch.is_grad_enabled():  # which writing in place would not let pass
-            return self._extend_fresh(state, weights, h, text)
         whole = state
         if not text.is_all:
             kept = whole.keys[:, text.row], whole.values[:, text.row]
@@ -199,20 +196,22 @@ class Eagle3(FeatureDrafter):
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
 
-    def _extend_fresh(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
-        """The same of texts from their beginning, with gradients to `weights`."""
-        at = text.position - 1
-        contexts = self._fresh(len(at), at, state.options.window)
-        self._step(weights, h, text.tokens, at, state.rope, contexts)
-        keys, values = zip(*((c.keys, c.values) for c in contexts), strict=True)
-        state.write(torch.stack(keys), torch.stack(values), at, text.row)
+    def _fresh(
+        self, weights: Weights, h: Tensor, tokens: Tensor, at: Tensor, rope: Rope, near: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, B, kv heads, N, D] of texts from their beginning.
 
-    def _fresh(self, rows: int, position: Tensor, nearest: int | None) -> list[ConcatenatedContext]:
-        """Empty contexts of each layer, of tokens at position int64 [B or 1, N] that see back."""
-        nothing = self.embedding.new_empty(rows, self.kv_heads, 0, self.head_dim)
-        firsts = [first_seen(position, position, nearest, window) for window in self.windows]
-        masks = [seen_mask(0, position, position, first, position, None) for first in firsts]
-        return [ConcatenatedContext(nothing, nothing, mask) for mask in masks]
+        Of fused features h [B, N, H] at positions int64 [B or 1, N], and the tokens after them.
+        """
+        if self.layers == 1:
+            _, k, v = self._read(weights, h, tokens)
+            return rope(k, at)[None], v[None]
+        nothing = self.embedding.new_empty(len(h), self.kv_heads, 0, self.head_dim)
+        firsts = [first_seen(at, at, near, window) for window in self.windows]
+        masks = [seen_mask(0, at, at, first, at, None) for first in firsts]
+        fresh = [ConcatenatedContext(nothing, nothing, mask) for mask in masks]
+        self._step(weights, h, tokens, at, rope, fresh)
+        return torch.stack([c.keys for c in fresh]), torch.stack([c.values for c in fresh])
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
@@ -222,8 +221,9 @@ class Eagle3(FeatureDrafter):
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, blocks.start[:, 0]).draft(h[:, 0], blocks, choices)
             return before
-        beside = None if state.spans else self._beside(state, blocks, 1)
-        contexts = self._growing(beside, blocks) if beside else self._in_place(state, blocks)
+        contexts = self._in_place(state, blocks)
+        if not state.spans:
+            contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
         return before
@@ -237,27 +237,16 @@ class Eagle3(FeatureDrafter):
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        beside = self._beside(state, blocks, 1)
+        context = self._beside(state, blocks, 1)
         if torch.is_grad_enabled() and taught_chain.fits(self, state):
-            tokens = lesson.tokens[..., : blocks.length]
-            chains = self, state, h, tokens, blocks.start - 1, *beside
-            return self.logits(taught_chain.states_of_chains(*chains))
-        outs = list[Tensor]()
-
-        def follow(step: int, hidden: Tensor) -> Tensor:
-            outs.append(hidden)
-            return lesson.tokens[..., step + 1]
-
-        contexts = self._growing(beside, blocks)
-        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
-        self._chain(*chain)
-        return self.logits(torch.stack(outs, dim=2))
+            chains = h, lesson.tokens[..., : blocks.length], blocks.start - 1, *context
+            return self.logits(taught_chain.states_of_chains(self, state, *chains))
+        contexts = grown(context, blocks, self.windows)
+        known = lesson.tokens, blocks.start - 1, state.rope, contexts
+        return self.logits(self._known_chain(state.weights, h, *known))
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
-        """Training-time test (drafters.md 1d): chains over whole sequences, with gradients.
-
-        A chain reads real rows before its own and then itself, so only chains that are asked for
-        are run.
+        """Training-time test (drafters.md 1d): some chains over whole sequences, with gradients.
 
         Args:
             features: [N, L, W] of the sequences.
@@ -268,26 +257,34 @@ class Eagle3(FeatureDrafter):
         Returns:
             [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
         """
-        rows, count = tokens.shape
-        position, row = torch.arange(count, device=tokens.device)[None], row_index(tokens)[:, None]
-        fused, after = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
-        if self.layers > 1:
-            fresh = self._fresh(rows, position, None)
-            self._step(self.weights, fused, after, position, self.rope, fresh)
-            context = [c.keys for c in fresh], [c.values for c in fresh]
-        else:
-            _, k, v = self._read(self.weights, fused, after)
-            context = [self.rope(k, position)], [v]
-        outs, blocks = list[Tensor](), Blocks(tokens.gather(1, start), start, length, count)
+        count, row = tokens.shape[1], row_index(tokens)[:, None]
+        position, fused = positions(start.new_zeros(1), count), self.fuse(self.weights, features)
+        given = tokens.roll(-1, dims=1), position, self.rope, None
+        context = self._fresh(self.weights, fused, *given)
+        blocks = Blocks(tokens.gather(1, start), start, length, count)
+        lying = beside(*context, blocks, 1, None, self.windows)
+        h, contexts = fused[row, start - 1], grown(lying, blocks, self.windows)
+        at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
+        taught = tokens[row[..., None], at]
+        return self._known_chain(self.weights, h, taught, start - 1, self.rope, contexts)
+
+    def _known_chain(
+        self,
+        weights: Weights,
+        h: Tensor,
+        tokens: Tensor,
+        position: Tensor,
+        rope: Rope,
+        contexts: Iterable[Sequence[Attend]],
+    ) -> Tensor:
+        """What the head reads of chains of known tokens int64 [B, A, T + 1]: [B, A, T, H]."""
+        outs = list[Tensor]()
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
-            return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
+            return tokens[..., step + 1]
 
-        contexts = self._growing(self._concatenated(*context, blocks, 1, None), blocks)
-        h = fused[row, start - 1]
-        chain = h, blocks.tokens, start - 1, self.rope, contexts, follow
-        self._chain(self.weights, *chain)
+        self._chain(weights, h, tokens[..., 0], position, rope, contexts, follow)
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
@@ -325,37 +322,10 @@ class Eagle3(FeatureDrafter):
             seen = self._spans(state, origin + step, origin, rest)
             yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
-    def _growing(
-        self, beside: Sequence[ConcatenatedContext], blocks: Blocks
-    ) -> Iterator[Sequence[Attend]]:
-        """The context of A chains a row at each step, beside which the chains lie."""
-        steps, begin = blocks.length, blocks.start - 1
-        each = zip(beside, self.windows, strict=True)
-        grown = [growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
-        return zip(*grown, strict=True)
-
     def _beside(self, state: FeatureState, blocks: Blocks, width: int) -> list[ConcatenatedContext]:
         """Each layer's context, beside which the first `width` rows of A blocks a row lie."""
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        return self._concatenated(*context, blocks, width, state.options.window)
-
-    def _concatenated(
-        self,
-        keys: Iterable[Tensor],
-        values: Iterable[Tensor],
-        blocks: Blocks,
-        width: int,
-        nearest: int | None,
-    ) -> list[ConcatenatedContext]:
-        position = blocks.position(width - 1, -1)
-        begin = (blocks.start - 1).repeat_interleave(width, dim=1)
-        same = same_block(blocks.start.shape[1], width, begin.device)
-        found: list[ConcatenatedContext] = []
-        for k, v, window in zip(keys, values, self.windows, strict=True):
-            first = first_seen(position, begin, nearest, window)
-            mask = seen_mask(k.shape[2], begin, position, first, position, same)
-            found.append(ConcatenatedContext(k, v, mask))
-        return found
+        return beside(*context, blocks, width, state.options.window, self.windows)
 
     def _chain(
         self,
@@ -369,8 +339,7 @@ class Eagle3(FeatureDrafter):
     ) -> None:
         """Run A chains a row from features h [B, A, H] and the token after, int64 [B, A].
 
-        There is a step for every context; `position` int64 [B, A] is the first one's. `follow`
-        says each next token.
+        A step for each context; `position` int64 [B, A] is the first's; `follow` says each token.
         """
         for step, layers in enumerate(contexts):
             out, h = self._step(weights, h, token, position + step, rope, layers)

@@ -97,7 +97,7 @@ def make_batch(
         for begin, end in spans:
             taught[row, begin:end] = True
     epoch, place = divmod(step, -(-len(examples) // size))
-    return Batch(_to_device(ids, device), taught, _generator(seed, epoch, place), chosen)
+    return Batch(to_device(ids, device), taught, _generator(seed, epoch, place), chosen)
 
 
 def chosen_examples(examples: list[Example], step: int, *, size: int, seed: int) -> list[int]:
@@ -124,7 +124,7 @@ def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
     row = torch.arange(len(taught))[:, None, None]
     mask = taught[row, at].long().cumprod(-1).bool()
     ids = F.pad(batch.ids, (0, length + 1))
-    start, at, row, mask = (_to_device(x, ids.device) for x in (start, at, row, mask))
+    start, at, row, mask = (to_device(x, ids.device) for x in (start, at, row, mask))
     return Anchors(start=start, tokens=ids.gather(1, start), labels=ids[row, at], mask=mask)
 
 
@@ -163,14 +163,14 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     for row, (a, d) in enumerate(parts):
         anchor[row, : len(a)], deep[row, : len(a)] = a, d
     index = torch.arange(count).expand(n, -1)
-    anchor = _to_device(torch.cat([index, anchor], dim=1), device)
-    deep = _to_device(torch.cat([torch.zeros_like(index), deep], dim=1), device)
+    anchor = to_device(torch.cat([index, anchor], dim=1), device)
+    deep = to_device(torch.cat([torch.zeros_like(index), deep], dim=1), device)
     position = (anchor + deep).clamp(min=0)
     real = deep == 0
     seen = real[:, None] & (position[:, None] <= anchor[..., None])
     own = (anchor[:, None] == anchor[..., None]) & (deep[:, None] <= deep[..., None])
     first = batch.taught & F.pad(batch.taught, (0, 1))[:, 1:]
-    learned = torch.cat([_to_device(first, device), anchor[:, count:] >= 0], dim=1)
+    learned = torch.cat([to_device(first, device), anchor[:, count:] >= 0], dim=1)
     return MaskedRows(
         ids=batch.ids.gather(1, position.clamp(max=count - 1)),
         position=position,
@@ -180,7 +180,7 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     )
 
 
-def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """On the device; from pinned memory a copy does not hold up the host."""
     pinned = tensor.pin_memory() if device.type == "cuda" and not tensor.is_cuda else tensor
     return pinned.to(device, non_blocking=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ttspec.decoding.forecast import free_memory
 from ttspec.models.target import Target
-from ttspec.training.batches import Batch, Example, chosen_examples, make_batch
+from ttspec.training.batches import Batch, Example, chosen_examples, make_batch, to_device
 from ttspec.training.config import TrainConfig
 
 
@@ -92,4 +92,5 @@ class TargetStates:
         end = self._lengths.cumsum(0)
         first, length = (end - self._lengths)[batch.chosen, None], self._lengths[batch.chosen, None]
         column = torch.arange(batch.ids.shape[1])
-        return torch.where(column < length, first + column, end[-1]).to(batch.ids.device)
+        slot = torch.where(column < length, first + column, end[-1])
+        return to_device(slot, batch.ids.device)

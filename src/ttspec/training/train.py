@@ -120,6 +120,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
         if now - saved > SAVE_EVERY:
             trainer.save_state(now - began)
             saved = now
+    trainer.check()
     seconds = time.monotonic() - began
     trainer.save_state(seconds)
     return trainer.save_drafter(seconds)
@@ -187,7 +188,8 @@ class Trainer:
         Raises:
             TrainingError: No gradient was finite for `CHECK_EVERY` steps.
         """
-        assert self._last is not None
+        if self._last is None:
+            return
         value, right = self._last
         if int(self._bad_steps) >= CHECK_EVERY:
             raise TrainingError(
