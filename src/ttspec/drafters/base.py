@@ -28,7 +28,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.blocks import Blocks, Choices, Choose, Text
 from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson, Proposal, Verification
+from ttspec.records import Lesson, Proposal, Verification, of_rows
 
 Shapes = dict[str, tuple[int, ...]]
 AFTER_ATTENTION = ("o_proj", ".mlp.", "mlp_conv", "post_attention_layernorm")
@@ -54,6 +54,10 @@ class DraftState:
     weights: Weights
     """The live weights, shared by all rows or one per row."""
     options: DraftConfig
+
+    def of_rows(self, rows: slice, weights: Weights) -> Self:
+        """The context of some rows, in the same memory, with weights of theirs."""
+        return replace(of_rows(self, rows), weights=weights)
 
     @property
     def spans(self) -> bool:
@@ -218,7 +222,7 @@ class Drafter(ABC):
                 `takes_padding`; None is all.
         """
         text = Text.after(start, tokens, features, subset, counts)
-        self._extend(state, self._live(state, subset), text)
+        self._extend(state, self.weights_of(state.weights, subset), text)
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Make text of some rows context, with these weights of theirs."""
@@ -383,12 +387,11 @@ class Drafter(ABC):
                 f"target has {layers} layers, from 0.\nGive the drafter of this target."
             )
 
-    def _live(self, state: DraftState, subset: Tensor | None) -> Weights:
-        """The weights of some rows; those of all rows when `subset` is None."""
-        if subset is None:
-            return state.weights
-        mine = self.is_own
-        return {k: w[subset] if mine(k, w) else w for k, w in state.weights.items()}
+    def weights_of(self, weights: Weights, rows: Tensor | slice | None) -> Weights:
+        """Live weights as some rows have them; None is all rows."""
+        if rows is None:
+            return weights
+        return {k: w[rows] if self.is_own(k, w) else w for k, w in weights.items()}
 
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""

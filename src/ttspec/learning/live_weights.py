@@ -126,10 +126,12 @@ class LiveWeights:
         memory = self.memory.nbytes if self.memory else 0
         return 4 * self._master.nbytes + published + mean + memory
 
-    def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
-        """Take gradients, or `add` them to those there are."""
+    def set_gradients(
+        self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
+    ) -> None:
+        """Take gradients of some rows' copies, or `add` them to those there are."""
         for own, given in zip(self.gradient.values(), gradients, strict=True):
-            own = self._for_drafter(own)
+            own = own[0] if self.shared else own[rows]
             own.add_(given) if add else own.copy_(given)
 
     def gradient_norms(self) -> Tensor:

@@ -11,7 +11,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from ttspec.records import Chunk
 
@@ -30,6 +37,7 @@ class Meter:
     def __init__(self, model: str) -> None:
         """Everything is zero. `model` is the label `model_name`."""
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory and CPU seconds, on Linux
         self._model = model
         self._lock = threading.Lock()
         self._seconds = deque[dict[str, int]](maxlen=HISTORY)
