@@ -6,7 +6,8 @@ Waits until the server is ready, shows each minute how much memory it holds, by 
 (`process_resident_memory_bytes` of /metrics), and prints one JSON object. Exits with 1 when an
 answer was none of those that are meant: whole, cut off by its client, 429, 504, and 400 for
 nonsense. Needs httpx. `--only-good` leaves out what goes wrong on purpose, to measure tokens per
-second; `--max-wait SECONDS` also fails where the 99th percentile of the first token is later.
+second; `--max-wait SECONDS` also fails where the 99th percentile of the first token is later, and
+`--nonsense N` adds clients that send nothing else, as fast as they can.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ MALFORMED = (
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": "warm"}',
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 10000000}',
     b'{"messages": [{"role": "user", "content": "x"}], "echo": true}',
+    b'{"messages": ' + b"[" * 20_000,
 )
 INTENDED = {
     *("good: 200", "good: 429", "good: deadline"),
@@ -57,11 +59,8 @@ async def one(
 ) -> None:
     """One request of a random kind."""
     kind = "good" if good else rng.choices(["good", "cancelled", "malformed"], [8, 1, 1])[0]
-    headers = {"Content-Type": "application/json"}
     if kind == "malformed":
-        body = rng.choice(MALFORMED)
-        response = await client.post("/v1/chat/completions", content=body, headers=headers)
-        tally.outcomes[f"malformed: {response.status_code}"] += 1
+        await nonsense(client, rng, tally)
         return
     words = " ".join(rng.choice(TOPICS) for _ in range(rng.randint(1, 60)))
     asked = {
@@ -100,6 +99,13 @@ async def one(
     tally.outcomes[f"{kind}: 200"] += 1
 
 
+async def nonsense(client: httpx.AsyncClient, rng: random.Random, tally: Tally) -> None:
+    """A request that cannot be answered."""
+    body, headers = rng.choice(MALFORMED), {"Content-Type": "application/json"}
+    response = await client.post("/v1/chat/completions", content=body, headers=headers)
+    tally.outcomes[f"malformed: {response.status_code}"] += 1
+
+
 async def watch(client: httpx.AsyncClient, tally: Tally) -> None:
     """Note the server's memory; show it each minute."""
     while True:
@@ -134,6 +140,7 @@ async def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only-good", action="store_true")
     parser.add_argument("--max-wait", type=float)
+    parser.add_argument("--nonsense", type=int, default=0)
     given = parser.parse_args()
     wait_until_ready(given.url)
     tally, begin = Tally(), time.monotonic()
@@ -143,11 +150,14 @@ async def main() -> int:
         limits = httpx.Timeout(600)
         async with httpx.AsyncClient(base_url=given.url, timeout=limits) as client:
             while time.monotonic() - begin < 60 * given.minutes:
+                if number >= given.clients:
+                    await nonsense(client, rng, tally)
+                    continue
                 await one(client, rng, tally, good=given.only_good, most=given.max_tokens)
 
     async with httpx.AsyncClient(base_url=given.url, timeout=600) as own:
         watching = asyncio.ensure_future(watch(own, tally))
-        await asyncio.gather(*(client(n) for n in range(given.clients)))
+        await asyncio.gather(*(client(n) for n in range(given.clients + given.nonsense)))
         watching.cancel()
         with suppress(asyncio.CancelledError):
             await watching  # what went wrong there

@@ -229,14 +229,6 @@ class SpeculativeRound:
         noise = position_noise(key[some], start[some] + 1, width, size, of_some)
         return spread(noise, some, self.rows.count)
 
-    def _pick(self, logits: Tensor, noise: Tensor | None, sampling: SamplingTensors) -> Tensor:
-        """The target's tokens int64 [B, T] of logits and noise [B, T, V]."""
-        if not (some := self._span):
-            return pick(logits, noise, sampling)
-        noise = noise if noise is None else noise[some]
-        picked = pick(logits[some], noise, of_rows(sampling, some))
-        return spread(picked, some, self.rows.count)
-
     def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
         """What the drafter drafts, of which `count` int64 [B] will be used."""
         assert self.drafter
@@ -314,7 +306,11 @@ class SpeculativeRound:
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
-            return accept_equal(self._pick(logits, noise, sampling), proposal)
+            if not (some := self._span):
+                return accept_equal(pick(logits, noise, sampling), proposal)
+            noise = noise if noise is None else noise[some]
+            picked = pick(logits[some], noise, of_rows(sampling, some))
+            return accept_equal(spread(picked, some, self.rows.count), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
         p = probabilities(process(logits, sampling), sampling)

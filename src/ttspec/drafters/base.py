@@ -6,8 +6,7 @@ drafter never holds the target; it is bound once to the target's embedding and h
 
 A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
 
-- `recognises`, `_configure`: whether a config.json is its own, and what it means: `taps`, `length`
-  and `interpretation` among it.
+- `recognises`, `_configure`: whether a config.json is its own, and what it means.
 - `keys.TABLES`: every key that its config.json may have.
 - `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
@@ -278,10 +277,8 @@ class Drafter(ABC):
         parts = [lesson]
         if state.options.rebase:  # where a context token seems to be depends on the block
             parts = [lesson.part(i) for i in range(lesson.start.shape[1])]
-        found = []
-        for part in parts:
-            blocks = Blocks(part.tokens[..., 0], part.start, length, longest)
-            found.append(self._replay(state, part, blocks))
+        blocks = [Blocks(part.tokens[..., 0], part.start, length, longest) for part in parts]
+        found = [self._replay(state, *some) for some in zip(parts, blocks, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def shapes(self) -> Shapes:
@@ -389,9 +386,8 @@ class Drafter(ABC):
 
     def weights_of(self, weights: Weights, rows: Tensor | slice | None) -> Weights:
         """Live weights as some rows have them; None is all rows."""
-        if rows is None:
-            return weights
-        return {k: w[rows] if self.is_own(k, w) else w for k, w in weights.items()}
+        own = [n for n, w in weights.items() if self.is_own(n, w)] if rows is not None else []
+        return {**weights, **{name: weights[name][rows] for name in own}}
 
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""

@@ -83,13 +83,16 @@ class Answers:
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events; whoever sends them calls `give_up` at the end."""
         options = self.body.stream_options
+        silent = set(self.choices if self.is_chat else ())
         try:
-            if self.is_chat:
-                for choice in self.choices:
-                    delta = {"role": "assistant", "content": ""}
-                    yield self._event([_part(choice, delta=delta)])
             async for choice, thoughts, text, chunk in self._pieces():
                 part = self._part(choice, thoughts, text, chunk)
+                if (
+                    choice in silent
+                ):  # with its first token: by this, clients measure the time to it
+                    silent.remove(choice)
+                    delta = {"role": "assistant", "content": ""}
+                    yield self._event([_part(choice, delta=delta)])
                 if part:
                     yield self._event([part])
             if options and options.include_usage:
