@@ -168,17 +168,20 @@ def test_rows_of_a_batch_copy_less_where_wide_rounds_are_slow(target) -> None:
     assert seldom < 0.25 * often
 
 
-def test_rounds_are_as_wide_as_the_longest_copy_or_all_alike() -> None:
+def test_rounds_are_as_wide_as_the_longest_copy_or_as_one_of_some_widths() -> None:
     copies = {0: [0] * 9, 1: [0] * 4}
     assert Copying(2, 31).length(copies) == 9
-    assert Copying(2, 31, one_length=True).length(copies) == 31
+    assert Copying(2, 31, widths=(7, 31)).length(copies) == 31
+    assert Copying(2, 31, widths=(7, 31)).length({1: copies[1]}) == 7
     text = [7, 1, 2, 3, 4, 5, 9, 8, 6, 0, 11, 12, 13, 1, 2]
     (short,) = Copying(1, 9).choose([0], [text], drafts=False).values()
-    (full,) = Copying(1, 9, one_length=True).choose([0], [text], drafts=False).values()
+    (full,) = Copying(1, 9, widths=(9,)).choose([0], [text], drafts=False).values()
+    (cut,) = Copying(1, 9, widths=(4, 9)).choose([0], [text], drafts=False).values()
     assert full == text[3:12]
+    assert cut == text[3:7], "what follows two tokens is seldom long"
     assert short == full[: len(short)]
     assert len(short) < len(full)
-    assert Copying(2, 31).length({}) == Copying(2, 31, one_length=True).length({}) == 0
+    assert Copying(2, 31).length({}) == Copying(2, 31, widths=(7, 31)).length({}) == 0
 
 
 def test_widths_of_rounds() -> None:

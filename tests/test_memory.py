@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch import Tensor
 from toys import make_kind, random_features, toy_engine
 
 from ttspec import load
@@ -11,7 +12,9 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FixedDraftLength
+from ttspec.drafters import taught_chain
 from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
 from ttspec.learning.study import BLOCKS, Study
 from ttspec.losses import forward_kl, likely_kl
@@ -185,6 +188,51 @@ def test_a_text_that_is_read_with_gradients_is_drafted_as_one_without(engine, wh
     ):
         assert gradient.isfinite().all(), name
         assert gradient.any(), name
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("normed", [False, True])
+def test_gradients_made_by_hand_are_those_of_autograd(engine, normed, window, monkeypatch) -> None:
+    drafter, target = make_kind("eagle3", norm_before_residual=normed), engine.target
+    drafter.bind(target.embedding, target.head, int(target.config.num_hidden_layers))
+    memory, size = LessonMemory(drafter), 40
+    ids = torch.randint(0, VOCABULARY - 4, (2, size))
+    features = torch.randn(2, size, memory.features.shape[-1])
+    logits = 3 * torch.randn(2, size, VOCABULARY)
+    zero = torch.zeros(2, dtype=torch.long)
+    MemoryRows(memory, 2).write(ids, features, zero, zero + size, logits)
+    study = Study(drafter, DraftConfig(window=window), 3)
+    texts = memory.read(torch.tensor([0, 1]), 1)
+    lesson = study.blocks(texts, texts.judged, torch.rand(2, PAGE), 5)
+    live = LiveWeights(LearnConfig(scope="shared"), drafter, 1)
+
+    def made() -> tuple[Tensor, dict[str, Tensor]]:
+        loss = study.backward(live, texts, lesson)
+        return loss, {name: gradient.clone() for name, gradient in live.gradient.items()}
+
+    assert taught_chain.fits(drafter, drafter.start(1, 8, DraftConfig()))
+    by_hand, found = made()
+    monkeypatch.setattr(taught_chain, "fits", lambda *_: False)
+    loss, wanted = made()
+    torch.testing.assert_close(by_hand, loss)
+    assert len(found) == len(drafter.learnable("full"))
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).norm() < 1e-5 * gradient.norm(), name
+
+
+def test_the_gradient_of_likely_tokens_is_that_of_autograd() -> None:
+    torch.manual_seed(0)
+    q_logits = torch.randn(2, 3, 50, dtype=torch.float64, requires_grad=True)
+    p, likely = torch.randn(2, 3, 50).softmax(-1).topk(10)
+    rest, outer = 1 - p.sum(-1), torch.randn(2, 3)
+    log_q = q_logits.log_softmax(-1).gather(-1, likely)
+    others = (1 - log_q.exp().sum(-1)).clamp(min=1e-4)
+    loss = (p * (p.log() - log_q)).sum(-1) + rest * (rest.log() - others.log())
+    (wanted,) = torch.autograd.grad((loss * outer).sum(), q_logits)
+    found = likely_kl(likely, p, rest, q_logits)
+    torch.testing.assert_close(found, loss.float(), atol=1e-5, rtol=1e-5)
+    (gradient,) = torch.autograd.grad((found * outer).sum(), q_logits)
+    torch.testing.assert_close(gradient, wanted, atol=1e-6, rtol=1e-5)
 
 
 def test_the_loss_is_kl_where_all_tokens_are_known() -> None:

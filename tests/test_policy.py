@@ -325,13 +325,16 @@ class Drafts:
 
     def __init__(self, engine: Engine) -> None:
         self.made: dict[int, list[int]] = {}
+        self.second: dict[int, list[int]] = {}
+        """Of the second row, if there is one."""
         drafter = engine.drafter
         assert drafter is not None
         propose = drafter.propose
 
         def watched(state, pending, start, *rest):
             proposal = propose(state, pending, start, *rest)
-            self.made[int(start[0])] = proposal.tokens[0].tolist()
+            for row, made in enumerate((self.made, self.second)[: len(start)]):
+                made[int(start[row])] = proposal.tokens[row].tolist()
             return proposal
 
         drafter.propose = watched  # type: ignore[method-assign]
@@ -343,7 +346,7 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
     target, which, draft, monkeypatch
 ) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
-    monkeypatch.setattr("ttspec.decoding.deferred.AT_ONCE", 8)
+    monkeypatch.setattr("ttspec.decoding.deferred.NOTED", 40)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)
@@ -359,6 +362,26 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
         one.generate([ids[:start]], draft=draft, **{**options, "max_new_tokens": len(tokens) + 2})
         budget = len(result.token_ids) - (start - len(result.prompt_ids)) - 1
         assert fresh.made[start][:budget] == tokens[:budget], start
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
+def test_rows_that_copied_unlike_many_tokens_in_a_pause_are_read_as_any(target, which) -> None:
+    options = {"max_new_tokens": 60, "ignore_eos": True, "temperature": 0.0, "learn": None}
+    found = []
+    for pattern in ([0] * 6 + [9, 9, 0, 9], [9]):
+        engine = engine_of(target, which)
+        drafts = Drafts(engine)
+        draft = replace(WHOLE, copy=len(pattern) > 1)
+        results = scheduled(engine, pattern).generate(["abab" * 9, "count"], draft=draft, **options)
+        copied = [sum(r.copied for r in result.rounds) for result in results]
+        assert copied[0] != copied[1] or not draft.copy
+        found.append([drafts.made, drafts.second])
+    for paused, never in zip(*found, strict=True):
+        both = paused.keys() & never.keys()
+        assert len(both) > 2
+        for start in both:
+            known = min(len(paused[start]), len(never[start]))
+            assert paused[start][:known] == never[start][:known], start
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "pard", "pard2", "causal"])

@@ -294,7 +294,7 @@ def masked(spans=SPANS, *, depth=4, keep=0.5, least=0.25, count=30, seed=0):
     for row, places in enumerate(spans):
         for begin, end in places:
             taught[row, begin:end] = True
-    batch = Batch(ids, taught, generator)
+    batch = Batch(ids, taught, generator, [*range(len(spans))])
     return batch, masked_rows(batch, depth, keep, least)
 
 

@@ -33,8 +33,12 @@ def compiling() -> Iterator[None]:
 
 
 def is_compiling() -> bool:
-    """Whether `compiled` functions run as compiled code now."""
-    return _on
+    """Whether `compiled` functions run as compiled code now.
+
+    Not where gradients are recorded: to compile their way back takes half a minute and gains a
+    fifth (docs/experiments.md).
+    """
+    return _on and not torch.is_grad_enabled()
 
 
 def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
@@ -51,7 +55,7 @@ def compiled(function: F) -> F:
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         nonlocal fast
-        if not _on:
+        if not is_compiling():
             return function(*args, **kwargs)
         if fast is None:  # the compiler takes a second to load
             fast = torch.compile(function, dynamic=False)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 16
-"""Tokens of all rows."""
+MOST, MANY = 16, 512
+"""Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
 WIDEST = 1024
 """Hidden size past which the device's own products measured faster."""
 KEYS = 64
@@ -198,7 +198,7 @@ def attention(
         normed=normed,
         splits=splits,
         rows=tile,
-        block=16,
+        block=max(16, 1 << (width - 1).bit_length()),
         count=KEYS,
         least=LEAST,
         stages=2,
@@ -248,7 +248,7 @@ def joined(
     """
     count, width = states.shape
     out = states.new_empty(count, 2 * width)
-    _kernels().joined[(count,)](
+    _row_kernels().joined[(count,)](
         tokens,
         table,
         states,
@@ -263,6 +263,47 @@ def joined(
         num_warps=4,
         **_launch(states),
     )
+    return out
+
+
+def normed(
+    x: Tensor, gain: Tensor, eps: float, more: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """States, and the same RMS-normalised and scaled.
+
+    Args:
+        x: [tokens, H].
+        gain: [H].
+        eps: Of the norm.
+        more: [tokens, H], is added first.
+
+    Returns:
+        The sum, and what the norm makes of it, [tokens, H] each.
+    """
+    total, out = x if more is None else torch.empty_like(x), torch.empty_like(x)
+    width = x.shape[1]
+    _row_kernels().normed[(len(x),)](
+        x,
+        x if more is None else more,
+        gain,
+        total,
+        out,
+        eps,
+        width=width,
+        wide=1 << (width - 1).bit_length(),
+        added=more is not None,
+        num_warps=4,
+        **_launch(x),
+    )
+    return total, out
+
+
+def gated(made: Tensor) -> Tensor:
+    """The SiLU of the first half of each token's states [tokens, 2 x width], times the second."""
+    count, width = made.shape[0], made.shape[1] // 2
+    out = made.new_empty(count, width)
+    grid = count, -(-width // 1024)
+    _row_kernels().gated[grid](made, out, width=width, block=1024, num_warps=4, **_launch(made))
     return out
 
 
@@ -293,3 +334,10 @@ def _kernels() -> Any:
     from ttspec import fused_kernels  # Triton is there only where torch can use a GPU
 
     return fused_kernels
+
+
+@cache
+def _row_kernels() -> Any:
+    from ttspec import row_kernels
+
+    return row_kernels

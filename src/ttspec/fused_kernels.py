@@ -355,37 +355,3 @@ def combine(
     share = tl.exp2(best - tl.max(best, 0))
     result = tl.sum(part * share[:, None], 0) / tl.sum(total * share, 0)
     tl.store(out + (token * heads + head) * size + d, result.to(out.dtype.element_ty))
-
-
-@triton.jit
-def joined(
-    tokens,
-    table,
-    states,
-    table_gain,
-    states_gain,
-    out,
-    eps,
-    last,
-    states_stride,
-    width: tl.constexpr,
-    wide: tl.constexpr,
-    pdl: tl.constexpr,
-):
-    """One token's embedding and state, each RMS-normalised and scaled, side by side [2 x width]."""
-    row = tl.program_id(0).to(tl.int64)
-    d = tl.arange(0, wide)
-    inside = d < width
-    if pdl:
-        cuda.gdc_launch_dependents()
-    gain = tl.load(table_gain + d, mask=inside, other=0.0)
-    other = tl.load(states_gain + d, mask=inside, other=0.0)
-    if pdl:
-        cuda.gdc_wait()
-    token = tl.minimum(tl.load(tokens + row), last)
-    one = tl.load(table + token * width + d, mask=inside, other=0.0).to(tl.float32)
-    two = tl.load(states + row * states_stride + d, mask=inside, other=0.0).to(tl.float32)
-    one = (one * tl.rsqrt(tl.sum(one * one, 0) / width + eps)).to(gain.dtype) * gain
-    two = (two * tl.rsqrt(tl.sum(two * two, 0) / width + eps)).to(gain.dtype) * other
-    tl.store(out + row * 2 * width + d, one, mask=inside)
-    tl.store(out + (row * 2 + 1) * width + d, two, mask=inside)

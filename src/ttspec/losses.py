@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, is_compiling
 
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
 """Logits worked on together: wide intermediate results stay small, and on a CPU in its cache."""
@@ -75,11 +75,88 @@ def likely_kl(likely: Tensor, p: Tensor, rest: Tensor, q_logits: Tensor) -> Tens
     Returns:
         float32 [...].
     """
-    p, rest = p.float(), rest.float()
-    log_q = q_logits.gather(-1, likely).float() - q_logits.logsumexp(-1, keepdim=True).float()
+    return cast(Tensor, _LikelyKL.apply(likely, p, rest, q_logits))
+
+
+def log_likely(likely: Tensor, q_logits: Tensor) -> Tensor:
+    """Log q, float32 [..., K], of some tokens int64 [..., K] by logits [..., V]."""
+    flat = q_logits.flatten(0, -2)
+    mass = [_log_mass(part) for part in flat.split(_rows_at_once(flat))]
+    mass = torch.cat(mass).view(*likely.shape[:-1], 1)
+    return q_logits.gather(-1, likely).float() - mass
+
+
+class _LikelyKL(torch.autograd.Function):
+    """Keeps nothing V wide but the logits; their gradient is made in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, likely: Tensor, p: Tensor, rest: Tensor, q_logits: Tensor) -> Tensor:
+        log_q = log_likely(likely, q_logits)
+        ctx.save_for_backward(likely, p, rest, q_logits, log_q)
+        return _likely_loss(p, rest, log_q)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, None, None, Tensor]:
+        likely, p, rest, q_logits, log_q = ctx.saved_tensors
+        first = q_logits.gather(-1, likely[..., :1])
+        mass, whole, less = _likely_slopes(p, rest, log_q, first, outer[0])
+        flat, mass, whole = q_logits.flatten(0, -2), mass.flatten(), whole.flatten()
+        parts = (x.split(_rows_at_once(flat)) for x in (flat, mass, whole))
+        made = [_weighted_softmax(*part) for part in zip(*parts, strict=True)]
+        gradient = made[0] if len(made) == 1 else torch.cat(made)
+        gradient.scatter_add_(-1, likely.flatten(0, -2), less.flatten(0, -2))
+        return None, None, None, gradient.view_as(q_logits)
+
+
+@compiled
+def _likely_loss(p: Tensor, rest: Tensor, log_q: Tensor) -> Tensor:
     others = (1 - log_q.exp().sum(-1)).clamp(min=1e-4)
+    p, rest = p.float(), rest.float()
     known = (p * (p.clamp(min=1e-8).log() - log_q)).sum(-1)
     return known + rest * (rest.clamp(min=1e-8).log() - others.log())
+
+
+@compiled
+def _likely_slopes(
+    p: Tensor, rest: Tensor, log_q: Tensor, first: Tensor, outer: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all logits, q times the second is the gradient; of likely tokens' the third more.
+
+    Args:
+        p: [..., K], and so on as in `likely_kl`.
+        rest: [...].
+        log_q: float32 [..., K].
+        first: [..., 1], the logit of the first likely token.
+        outer: float32 [...], gradient of the loss.
+
+    Returns:
+        Logarithm of what all exponentials add up to, and the slopes.
+    """
+    p, q = p.float(), log_q.exp()
+    others = 1 - q.sum(-1)
+    share = rest.float() / others.clamp(min=1e-4) * (others > 1e-4)
+    whole = outer * (p.sum(-1) - share * q.sum(-1))
+    less = (share[..., None] * q - p) * outer[..., None]
+    return (first.float() - log_q[..., :1])[..., 0], whole, less.to(first.dtype)
+
+
+def _rows_at_once(logits: Tensor) -> int:
+    """Of logits [R, V]; compiled code makes no wide intermediate results."""
+    if is_compiling():
+        return max(1, len(logits))
+    most = LOGITS_AT_ONCE if logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU
+    return max(1, most // logits.shape[-1])
+
+
+@compiled
+def _log_mass(logits: Tensor) -> Tensor:
+    return logits.float().logsumexp(-1)
+
+
+@compiled
+def _weighted_softmax(logits: Tensor, mass: Tensor, weight: Tensor) -> Tensor:
+    """Softmax of logits [R, V] whose logarithms add up to `mass` [R], times `weight` [R]."""
+    return ((logits.float() - mass[:, None]).exp() * weight[:, None]).to(logits.dtype)
 
 
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
@@ -113,10 +190,13 @@ def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
             q_logits.reshape(-1, size).split(some),
             strict=True,
         )
-        found = [
-            1 - total_variation(p.float().softmax(-1), q.float().softmax(-1)) for p, q in parts
-        ]
+        found = [_agreement(p, q) for p, q in parts]
     return torch.cat(found).view(q_logits.shape[:-1])
+
+
+@compiled
+def _agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    return 1 - total_variation(p_logits.float().softmax(-1), q_logits.float().softmax(-1))
 
 
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:

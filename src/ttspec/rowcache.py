@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -53,6 +53,8 @@ class LayerCache:
     """int64 [B, N]."""
     reach: int | None
     """Slots to see; None is all."""
+    is_all: bool = field(default=True, kw_only=True)
+    """Whether these are all rows, in their order."""
 
     def update(
         self, keys: Tensor, values: Tensor, *_: object, **__: object
@@ -61,7 +63,8 @@ class LayerCache:
         self.keys[self.row, :, self.slot] = keys.transpose(1, 2)
         self.values[self.row, :, self.slot] = values.transpose(1, 2)
         end = -1 if self.reach is None else self.reach
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        keys, values = self.keys[:, :, :end], self.values[:, :, :end]
+        return (keys, values) if self.is_all else (keys[self.row[:, 0]], values[self.row[:, 0]])
 
 
 class RowCache(Cache):
@@ -176,11 +179,12 @@ class RowCache(Cache):
         return self._by_device[device]
 
     def layer(self, index: int) -> LayerCache:
-        """One layer, where the next forward's tokens go, all rows and slots seen."""
+        """One layer, where the next forward's tokens go; all slots of their rows are seen."""
         assert self._row is not None
         assert self._slot is not None
         keys, values = of_any_size(self.keys[index], 2), of_any_size(self.values[index], 2)
-        return LayerCache(keys, values, self._row, self._slot, None)
+        is_all = self._subset is None
+        return LayerCache(keys, values, self._row, self._slot, None, is_all=is_all)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
         """0: positions and masks are always given explicitly."""

@@ -130,18 +130,20 @@ def uniform(key: Tensor) -> Tensor:
     return _shift(_mix(key + _GOLDEN), 40).float() * 2.0**-24
 
 
-def exponential(key: Tensor, size: int) -> Tensor:
+def exponential(key: Tensor, which: int | Tensor) -> Tensor:
     """Independent standard exponentials.
 
     Args:
         key: int64 of any shape.
-        size: How many per key.
+        which: How many per key; or which of them, int64 [size].
 
     Returns:
         float32 `[*key.shape, size]`, positive and finite. 40 bits are drawn each, so that the
         small values, which decide an argmin over a large vocabulary, are fine-grained.
     """
-    count = torch.arange(1, size + 1, device=key.device)
+    if isinstance(which, int):
+        which = torch.arange(which, device=key.device)
+    count = which + 1
     if torch.compiler.is_compiling():
         # `^ 0`: or the product becomes an index, for which the number is too large.
         bits = key.unsqueeze(-1) + (count ^ 0) * _GOLDEN
@@ -158,9 +160,9 @@ def exponential(key: Tensor, size: int) -> Tensor:
     return u.add_(0.5).mul_(2.0**-40).clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
-def gumbel(key: Tensor, size: int, sampled: Tensor | None = None) -> Tensor:
+def gumbel(key: Tensor, which: int | Tensor, sampled: Tensor | None = None) -> Tensor:
     """Independent standard Gumbels, float32 `[*key.shape, size]`; 0 where `sampled` is 0."""
-    logs = exponential(key, size).log_()
+    logs = exponential(key, which).log_()
     return logs.neg_() if sampled is None else logs.mul_(-sampled)
 
 
@@ -253,6 +255,40 @@ def pick(
 ) -> Tensor:
     """Tokens int64 [B, T] drawn from logits [B, T, V] with noise of the same shape, or the best."""
     return draw(process(logits, sampling), noise)
+
+
+@compiled
+def distribution(logits: Tensor, sampling: SamplingTensors) -> Tensor:
+    """P, float32 [B, T, V], of logits."""
+    return probabilities(process(logits, sampling), sampling)
+
+
+@compiled
+def draft(
+    logits: Tensor,
+    sampling: SamplingTensors,
+    key: Tensor,
+    number: Tensor,
+    column: Tensor,
+    which: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Drafts under the rejection rule, with noise of their own.
+
+    Args:
+        logits: [B, g, V_draft].
+        sampling: Of each row.
+        key: int64 [B], of each row's answer.
+        number: int64 [1], the round's.
+        column: int64 [g], places of the drafts in the proposal.
+        which: Tokens of the target that the logits are of, int64 [V_draft]; or how many, if all.
+
+    Returns:
+        Places int64 [B, g] among the logits, and q float32 [B, g, V_draft].
+    """
+    processed = process(logits, sampling)
+    keys = fold(fold(key[:, None], DRAFT, number), column)
+    tokens = draw(processed, gumbel(keys, which, sampling.sampled))
+    return tokens, probabilities(processed, sampling)
 
 
 def rejection_noise(

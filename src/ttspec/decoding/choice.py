@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,16 +12,7 @@ from ttspec.decoding.penalties import RowPenalties
 from ttspec.decoding.rows import RoundInputs, SamplingSteps
 from ttspec.drafters.base import Drafter
 from ttspec.records import Proposal
-from ttspec.sampling import (
-    DRAFT,
-    SamplingTensors,
-    draw,
-    fold,
-    gumbel,
-    pick,
-    probabilities,
-    process,
-)
+from ttspec.sampling import SamplingTensors, draft, pick
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,8 @@ class DraftChoice:
             first: Place of the first of them in the proposal.
 
         Returns:
-            Tokens int64 [B, g], and q float32 [B, g, V] that they were drawn from; None is one-hot.
+            Tokens int64 [B, g], and q float32 [B, g, V_draft] that they were drawn from, or [B, g,
+            V] where drafts are penalised; None is one-hot.
         """
         if self.penalties is None:
             return self._choose(logits, first, self.drafter.draft_ids)
@@ -77,14 +69,16 @@ class DraftChoice:
             noise = self.noise[:, first : first + width]
             tokens = pick(logits, noise if ids is None else noise[..., ids], self.sampling)
         else:
-            processed = process(logits, self.sampling)
-            key = fold(self.rows.noise_key[:, None], DRAFT, self.rows.number)
-            key = fold(key, torch.arange(first, first + width, device=key.device))
-            noise = gumbel(key, self.vocabulary, self.sampling.sampled)
-            tokens = draw(processed, noise if ids is None else noise[..., ids])
-            q = probabilities(processed, self.sampling)
-            q = q if ids is None else self.drafter.widen(q, 0.0)
+            column = torch.arange(first, first + width, device=logits.device)
+            key, which = self.rows.noise_key, self.vocabulary if ids is None else ids
+            tokens, q = draft(logits, self.sampling, key, self.rows.number, column, which)
         return (tokens if ids is None else ids[tokens]), q
+
+    def over_all(self, drafts: Proposal) -> Proposal:
+        """A proposal of tokens chosen here, with its q [B, G, V] of all of the target's tokens."""
+        if drafts.q is None or self.penalties is not None:
+            return drafts
+        return replace(drafts, q=self.drafter.widen(drafts.q, 0.0))
 
 
 def with_copies(drafts: Proposal, rows: RoundInputs, length: int, most: Tensor) -> Proposal:

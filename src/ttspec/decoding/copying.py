@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
+from ttspec.records import LONGEST_COPY
 
 LEAST_MATCH = 2
 """Last tokens that must have stood at an earlier place; the newest such place is copied. To look
@@ -22,6 +23,11 @@ BUCKETS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
 """The least length of match of each bucket whose copies are counted together."""
 LONGEST_MATCH = BUCKETS[-1]
 _BUCKET = [sum(n >= least for least in BUCKETS) - 1 for n in range(LONGEST_MATCH + 1)]
+_BUCKETS_OF_COPY = [
+    [_BUCKET[min(match + i, LONGEST_MATCH)] for i in range(LONGEST_COPY)]
+    for match in range(LONGEST_MATCH + 1)
+]
+"""Of each token of a copy, by the length of the match."""
 CHANCES = (0.49, 0.59, 0.64, 0.68, 0.72, 0.77, 0.81, 0.86, 0.92)
 """How often the next token of a copy was right, by bucket, on other text (docs/experiments.md):
 what is believed before a row has said otherwise."""
@@ -29,8 +35,11 @@ BELIEF = 8.0
 """Tokens for which that belief counts."""
 MEMORY = 64.0
 """Tokens of a bucket that are remembered."""
-LEAST_CHANCE = 0.15
-"""A copy that may be shorter ends where the chance that a token is kept falls below this."""
+LEAST_CHANCE, LEAST_FREE_CHANCE = 0.15, 0.01
+"""A copy ends where the chance that a token is kept falls below this: the second where rounds in
+which rows copy are all as wide, and only the host's time is spared."""
+WIDER = 0.15
+"""What the next width of a round is taken to cost more where no clock may decide."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -116,18 +125,18 @@ class SuffixIndex:
 
     def copy(self, most: int, least: float = LEAST_CHANCE) -> Copy:
         """Up to `most` tokens that may come next, each kept with a chance of `least` or more."""
-        place, match, ours = self._place, self._match, self._tokens
-        chance, copied, chances = 1.0, list[int](), list[float]()
+        place, ours, chance, chances = self._place, self._tokens, 1.0, list[float]()
         if not place:
-            return Copy(copied, chances)
-        period = len(ours) - place
-        for i in range(most):
-            bucket = _BUCKET[min(match + i, LONGEST_MATCH)]
-            chance *= self._right[bucket] / self._seen[bucket]
+            return Copy([], chances)
+        shares = [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
+        for bucket in _BUCKETS_OF_COPY[self._match][:most]:
+            chance *= shares[bucket]
             if chance < least:
                 break
             chances.append(chance)
-            copied.append(ours[place + i % period])  # past the end: what was copied goes on
+        copied = ours[place : place + len(chances)]
+        while copied and len(copied) < len(chances):  # past the end: what was copied goes on
+            copied += copied[: len(chances) - len(copied)]
         return Copy(copied, chances)
 
     def _find(self, place: int) -> None:
@@ -151,7 +160,7 @@ class Copying:
         most: int,
         *,
         block_cost: float = 0.0,
-        one_length: bool = False,
+        widths: Sequence[int] = (),
         costs: CopyCosts | None = None,
     ) -> None:
         """No row has tokens.
@@ -161,13 +170,14 @@ class Copying:
             most: Tokens copied in a round at most.
             block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
                 much less. From the weights that it reads, not from a clock.
-            one_length: Rounds in which rows copy are all as wide.
+            widths: Rounds in which rows copy are as wide as one of these, ascending; of none, as
+                the longest copy.
             costs: What wide rounds take, by the clock: rows copy where the round pays. Without it
                 each row copies where that promises more than a draft.
         """
-        self.most, self._block_cost, self._one_length = most, block_cost, one_length
-        self._least = 0.0 if one_length else LEAST_CHANCE  # a token more costs nothing there
-        self._costs, self._widths = costs, (most,) if one_length else WIDTHS
+        self.most, self._block_cost, self.widths = most, block_cost, widths
+        self._least = LEAST_FREE_CHANCE if widths else LEAST_CHANCE
+        self._costs = costs
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
@@ -182,27 +192,42 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
-        copies, accepted = dict[int, Copy](), dict[int, float]()
+        copies = dict[int, Copy]()
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
-            copies[row] = index.copy(self.most, self._least)
-            accepted[row] = self._accepted[row] if drafts else 0.0
+            if (copy := index.copy(self.most, self._least)).tokens:
+                copies[row] = copy
+        if not copies:
+            return {}
+        accepted = {row: self._accepted[row] if drafts else 0.0 for row in active}
         most = self.most
         if self._costs:
-            chances = {row: copy.chances for row, copy in copies.items() if copy.tokens}
-            how = {"drafts": drafts, "widths": self._widths}
-            most = self._costs.worthwhile(chances, accepted, **how)
+            chances = {row: copy.chances for row, copy in copies.items()}
+            widths = self.widths or WIDTHS
+            most = self._costs.worthwhile(chances, accepted, drafts=drafts, widths=widths)
+        if not most:
+            return {}
         block_cost = self._block_cost if drafts else 0.0
-        least = {row: (1 + n) / (1 + block_cost) - 1 for row, n in accepted.items()}
+        least = {row: (1 + accepted[row]) / (1 + block_cost) - 1 for row in copies}
+        if not self._costs:
+            copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
-        return {r: c.tokens for r, c in cut.items() if c.tokens and c.promise > least[r]}
+        return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""
-        if copies and self._one_length:
-            return self.most
-        return max(map(len, copies.values()), default=0)
+        longest = max(map(len, copies.values()), default=0)
+        return next(n for n in (0, *self.widths) if n >= longest) if self.widths else longest
+
+    def _cut(self, copy: Copy) -> Copy:
+        """The copy, cut to the width that promises most tokens a time, where no clock says it."""
+        best, speed = self.most, 0.0
+        for step, width in enumerate(self.widths):
+            promised = (1 + sum(copy.chances[:width])) / (1 + WIDER * step)
+            if promised > speed:
+                best, speed = width, promised
+        return copy.first(best)
 
     def commit(self, row: int, tokens: Sequence[int], accepted: int | None) -> None:
         """Take note of what a round emitted.

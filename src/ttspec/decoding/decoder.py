@@ -31,6 +31,10 @@ INVARIANT_WIDTH = 16
 products and attention of one size give a token the same result, bit by bit, wherever it stands."""
 
 
+COPY_WIDTHS = 7, LONGEST_COPY
+"""Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
+
+
 class Decoder(SpeculativeRound):
     """`count` rows that decode side by side, each with its own length, budget and noise."""
 
@@ -120,14 +124,14 @@ class Decoder(SpeculativeRound):
         if by_clock and rows > 1:  # one row's copy is paid for by all
             copy_costs = self.policy.copy_costs or CopyCosts()
         if copies:
-            # A graph is captured for each width.
             block_cost = 0.0
             if drafter and self.gamma:
                 weights = sum(w.numel() for w in target.model.parameters())
                 block_cost = drafter.weights_read(self.gamma) / weights
-            self.copying = Copying(
-                rows, copies, block_cost=block_cost, one_length=self.graphs.on, costs=copy_costs
-            )
+            # A graph is captured for each width.
+            wide = tuple(sorted({min(n, copies) for n in COPY_WIDTHS})) if self.graphs.on else ()
+            costs = {"block_cost": block_cost, "costs": copy_costs}
+            self.copying = Copying(rows, copies, widths=wide, **costs)
         self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
         self.row_sampling = RowSampling(
@@ -154,17 +158,16 @@ class Decoder(SpeculativeRound):
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
         slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
         steps = self.row_sampling.captured(self.row_sampling.steps(range(self.rows.count)))
-        copied = self.copying.most if self.copying else 0
+        copied = self.copying.widths if self.copying else ()
         shapes = list[RoundShape]()
         for drafted in {0, *self.policy.lengths}:
             if drafted or adaptive or not self.gamma:
                 shapes.append(RoundShape(slots, drafted, 0, steps))
-            if copied and not (drafted and one):
-                shapes.append(RoundShape(slots, drafted, copied, steps))
+            if not (drafted and one):
+                shapes += [RoundShape(slots, drafted, copies, steps) for copies in copied]
         if adaptive:  # while the drafter pauses
-            shapes.append(RoundShape(slots, 0, 0, steps, absorbs=False))
-            if one and copied:
-                shapes.append(RoundShape(slots, 0, copied, steps, absorbs=False))
+            pause = RoundShape(slots, 0, 0, steps, absorbs=False)
+            shapes += [pause._replace(copy_length=copies) for copies in (0, *copied)]
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
@@ -222,7 +225,6 @@ class Decoder(SpeculativeRound):
         for row in range(self.rows.count):
             self.clear(row)
         self.round_number = 0
-        self.deferred.restart()
         self.timer.restart()
         if self.learner:
             self.learner.restart()

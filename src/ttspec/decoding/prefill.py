@@ -14,8 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.row_sampling import RowSampling
-from ttspec.decoding.rows import RowStates
+from ttspec.decoding.row_sampling import RowSampling, includes
+from ttspec.decoding.rows import RowStates, SamplingSteps
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
@@ -24,7 +24,7 @@ from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.records import TokenLogprobs
 from ttspec.rowcache import RowCache
-from ttspec.sampling import draw, position_noise, process
+from ttspec.sampling import pick, position_noise
 
 PIECE = 512
 """Prompt tokens of a row read at once."""
@@ -32,7 +32,7 @@ AT_ONCE = 32 * PIECE
 """The same of all rows: more together are no faster, and every layer's states take memory."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
-PADDED = (32, 64, 128, 256, PIECE)
+PADDED = (64, 128, 256, PIECE)
 """Tokens to which a row's piece is padded where reading it is captured as a graph. Called kernel by
 kernel it takes as long as many rounds do, for which all other rows wait."""
 ALONE = 4
@@ -101,15 +101,21 @@ class PromptReader:
         """Rows that went back: features may be gone that their drafter sets out from."""
         self._piece = torch.zeros(3 + PIECE, dtype=torch.long, device=target.device)
         """What graphs read: a row, where its piece begins, its tokens' number, and these."""
+        self._logits: Tensor
+        """[1, 1, V], and from which logits a first token is drawn."""
+        self._drawn = SamplingSteps()
+        """How; where a row asks for more, its draw is not captured."""
 
     def capture(self, graphs: Graphs) -> None:
         """Capture the reading of one row's piece, of each padded length; the cache is made."""
         if not self.captures:
             return
         self._graphs = graphs
-        for width in PADDED:
-            self._piece[1:2] = self._rows.slots  # nothing is kept
-            graphs(self._read_padded, width, compile=False)
+        self._piece[1:2] = self._rows.slots  # nothing is kept
+        read = [graphs(self._read_padded, width) for width in PADDED]
+        self._logits = read[-1][0].clone()
+        self._drawn = self._sampling.captured(self._sampling.steps(range(self._rows.count)))
+        graphs(self._draw_one, self._drawn, compile=False)
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -123,7 +129,7 @@ class PromptReader:
             budgets: Tokens that each answer may have, at least 1.
         """
         self.restore(rows)
-        self._deferred.flush()
+        self._deferred.flush(rows)
         self._restore_features(rows)
         self._deferred.before_prompt(rows)
         device = self._target.device
@@ -143,7 +149,6 @@ class PromptReader:
     @torch.no_grad()
     def read_piece(self, prompts: Prompts) -> None:
         """Read up to `PIECE` tokens of every row; with the last ones draw the first tokens."""
-        self._deferred.flush()  # what rounds between two pieces have left
         last = prompts.last  # what longer prompts have more goes before
         if prompts.read < max(map(len, prompts.ids)) - last:
             piece = slice(prompts.read, prompts.read + PIECE)
@@ -169,8 +174,6 @@ class PromptReader:
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
         first_tokens = self._draw(logits, prompts)
-        if not logits.amax(-1).isfinite().all():  # the draw has waited for the device already
-            raise not_finite(self._target.name, self._target.dtype)
         tell = self._sampling.logprobs.of
         first = enumerate(zip(prompts.rows, first_tokens, strict=True))
         prompts.logprobs = [tell(row, logits, at, [token]) for at, (row, token) in first]
@@ -246,15 +249,44 @@ class PromptReader:
             self._state.remember(features, position, at)
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
-        noise, steps = None, self._sampling.steps(prompts.rows)
-        start = torch.tensor(prompts.position, device=logits.device)
-        rows = torch.tensor(prompts.rows, device=logits.device)
-        logits = self._sampling.change(logits, start, max(prompts.position), steps, rows)
+        """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
+        steps, graphs = self._sampling.steps(prompts.rows), self._graphs
+        if graphs and len(prompts.rows) <= ALONE and includes(self._drawn, steps):
+            found = []
+            for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
+                self._piece[:2].copy_(torch.tensor(given))
+                self._logits.copy_(logits[at : at + 1])
+                found.append(graphs(self._draw_one, self._drawn, compile=False).clone())
+            drawn = torch.cat(found)
+        else:
+            start = torch.tensor(prompts.position, device=logits.device)
+            rows = torch.tensor(prompts.rows, device=logits.device)
+            drawn = self._draw_of(logits, rows, start, max(prompts.position), steps)
+        drawn = drawn.tolist()  # the one wait for the device
+        if any(not finite for _, finite in drawn):
+            raise not_finite(self._target.name, self._target.dtype)
+        return [token for token, _ in drawn]
+
+    def _draw_one(self, steps: SamplingSteps) -> Tensor:
+        """As `_draw_of`, of the row and the start that stand first in `_piece`."""
+        row, start = self._piece[:1], self._piece[1:2]
+        return self._draw_of(self._logits, row, start, self._rows.slots, steps)
+
+    def _draw_of(
+        self, logits: Tensor, rows: Tensor, start: Tensor, longest: int, steps: SamplingSteps
+    ) -> Tensor:
+        """Tokens of rows int64 [B] at `start` int64 [B], and whether their logits are numbers.
+
+        Returns:
+            int64 [B, 2].
+        """
+        noise, finite = None, logits.amax(-1).isfinite().long()
+        logits = self._sampling.change(logits, start, longest, steps, rows)
         sampling = self._sampling.tensors(steps, rows)
         if sampling.temperature is not None:
             key, size = self._rows.inputs.noise_key[rows], int(self._target.config.vocab_size)
             noise = position_noise(key, start, 1, size, sampling.sampled)
-        return draw(process(logits, sampling), noise)[:, 0].tolist()
+        return torch.cat([pick(logits, noise, sampling), finite], dim=1)
 
     def _feed(
         self,
@@ -302,7 +334,7 @@ class PromptReader:
         width = next(n for n in PADDED if n >= len(part))
         given = torch.tensor([row, at, len(part), *part])
         self._piece[: len(given)].copy_(given)
-        logits, features = self._graphs(self._read_padded, width, compile=False)
+        logits, features = self._graphs(self._read_padded, width)
         tokens, start, subset = self._piece[3 : 3 + width][None], self._piece[1:2], self._piece[:1]
         if self._drafter and self._state and not self._drafter.takes_padding:
             read = tokens[:, : len(part)], features[:, : len(part)]

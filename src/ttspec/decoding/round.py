@@ -47,10 +47,9 @@ from ttspec.records import Proposal, Verification, of_rows, spread
 from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import (
     SamplingTensors,
+    distribution,
     pick,
     position_noise,
-    probabilities,
-    process,
     rejection_noise,
 )
 from ttspec.spans import batch_invariant
@@ -133,8 +132,8 @@ class SpeculativeRound:
             if self.copying:
                 drafted = shape.draft_length > 0 and row not in copies
                 self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
-        copied = {row: len(verdicts[row].tokens) for row in copies}
-        self.deferred.after_round(verification, active, shape, copied)
+        emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
+        self.deferred.after_round(verification, emitted, shape)
         updated = [False] * self.rows.count
         if self.learner and self.teaches(shape):
             updated = self.learner.absorb(
@@ -143,7 +142,7 @@ class SpeculativeRound:
                 shape,
                 active,
                 drafted=shape.draft_length > 0,
-                emitted={row: len(v.tokens) for row, v in verdicts.items()},
+                emitted=emitted,
             )
         seconds = self.timer.finish()
 
@@ -171,8 +170,7 @@ class SpeculativeRound:
         steps = self.row_sampling.steps(active)
         if self.graphs.on:
             steps = self.row_sampling.captured(steps)
-        # Of rows that commit unlike many tokens the rounds cannot be joined.
-        absorbs = not self.policy.pauses or (bool(copies) and self.rows.count > 1)
+        absorbs = not self.policy.pauses
         return RoundShape(reach, draft_length, copy_length, steps, absorbs), longest, copies
 
     def _worth_reading(self, active: list[int], shape: RoundShape) -> RoundShape:
@@ -244,7 +242,7 @@ class SpeculativeRound:
         known = self.drafter, rows, vocabulary, noise, penalties, steps, shape.longest
         choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
         asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
-        proposal = self.drafter.propose(self._state_of(some), *asked)
+        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
         if some is None:
             return proposal
         parts = {f.name: getattr(proposal, f.name) for f in fields(proposal)}
@@ -290,9 +288,12 @@ class SpeculativeRound:
             emitted=emitted.masked_fill(resting, 0),
             ended=ended,
         )
-        if self.drafter and self.state and shape.absorbs:
-            state, some = self._state_of(self._span), self._span
-            self.drafter.absorb(state, of_rows(verification, some) if some else verification)
+        if self.drafter and self.state:
+            if shape.absorbs:
+                state, some = self._state_of(self._span), self._span
+                self.drafter.absorb(state, of_rows(verification, some) if some else verification)
+            else:
+                self.deferred.note(verification)
         # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
         picked = logits.gather(-1, tokens[..., None])[..., 0]
         given = torch.arange(tokens.shape[1], device=tokens.device) < verification.emitted[:, None]
@@ -313,7 +314,7 @@ class SpeculativeRound:
             return accept_equal(spread(picked, some, self.rows.count), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
-        p = probabilities(process(logits, sampling), sampling)
+        p = distribution(logits, sampling)
         return accept_rejection(p, proposal, u, fresh)
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:

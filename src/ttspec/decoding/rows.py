@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -144,15 +144,20 @@ class RowStates:
         pairs = zip(self.lengths, self.budget, strict=True)
         start = [length if budget > 0 else self.slots for length, budget in pairs]
         numbers = [number] * self.count
-        self._uploaded.copy_(torch.tensor([self.pending, start, self.budget, numbers]))
+        self._bring([self.pending, start, self.budget, numbers], self._uploaded)
 
     def upload_copies(self, copies: Mapping[int, list[int]]) -> None:
         """Bring what some rows copy to the device; the others do not copy."""
         most = self.inputs.copies.shape[1]
         padded = [copies.get(row, []) for row in range(self.count)]
-        self.inputs.copied.copy_(torch.tensor([len(tokens) for tokens in padded]))
+        self._bring([len(tokens) for tokens in padded], self.inputs.copied)
         padded = [tokens + [0] * (most - len(tokens)) for tokens in padded]
-        self.inputs.copies.copy_(torch.tensor(padded))
+        self._bring(padded, self.inputs.copies)
+
+    @staticmethod
+    def _bring(numbers: list[Any], to: Tensor) -> None:
+        """Copy numbers to the device; from pinned memory, so that nothing waits for it."""
+        to.copy_(torch.tensor(numbers, pin_memory=to.is_cuda), non_blocking=True)
 
     def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""

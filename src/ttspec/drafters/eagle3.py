@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
+from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
 from ttspec.drafters.context import (
@@ -221,7 +222,8 @@ class Eagle3(FeatureDrafter):
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, blocks.start[:, 0]).draft(h[:, 0], blocks, choices)
             return before
-        contexts = self._in_place(state, blocks) if state.spans else self._growing(state, blocks)
+        beside = None if state.spans else self._beside(state, blocks, 1)
+        contexts = self._growing(beside, blocks) if beside else self._in_place(state, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
         self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
         return before
@@ -234,42 +236,59 @@ class Eagle3(FeatureDrafter):
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
         assert lesson.before is not None
+        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
+        beside = self._beside(state, blocks, 1)
+        if torch.is_grad_enabled() and taught_chain.fits(self, state):
+            tokens = lesson.tokens[..., : blocks.length]
+            chains = self, state, h, tokens, blocks.start - 1, *beside
+            return self.logits(taught_chain.states_of_chains(*chains))
         outs = list[Tensor]()
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        contexts = self._growing(state, blocks)
+        contexts = self._growing(beside, blocks)
         chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts, follow
         self._chain(*chain)
         return self.logits(torch.stack(outs, dim=2))
 
-    def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
-        """Training-time test over whole sequences (drafters.md 1d), with gradients to `weights`.
+    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+        """Training-time test (drafters.md 1d): chains over whole sequences, with gradients.
+
+        A chain reads real rows before its own and then itself, so only chains that are asked for
+        are run.
 
         Args:
             features: [N, L, W] of the sequences.
             tokens: int64 [N, L].
-            steps: How often the layer is fed its own state.
+            start: int64 [N, A], where the known token of each chain stands.
+            length: How often the layer is fed its own state.
 
         Returns:
-            For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
+            [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
         """
         rows, count = tokens.shape
-        position, outs = torch.arange(count, device=tokens.device)[None], list[Tensor]()
+        position, row = torch.arange(count, device=tokens.device)[None], row_index(tokens)[:, None]
+        fused, after = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
+        if self.layers > 1:
+            fresh = self._fresh(rows, position, None)
+            self._step(self.weights, fused, after, position, self.rope, fresh)
+            context = [c.keys for c in fresh], [c.values for c in fresh]
+        else:
+            _, k, v = self._read(self.weights, fused, after)
+            context = [self.rope(k, position)], [v]
+        outs, blocks = list[Tensor](), Blocks(tokens.gather(1, start), start, length, count)
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
-            return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
+            return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
 
-        each = zip(self._fresh(rows, position, None), self.windows, strict=True)
-        grown = [growing(context, steps, count, position, window) for context, window in each]
-        h, token = self.fuse(self.weights, features), tokens.roll(-1, dims=1)
-        chain = h, token, position.expand(rows, -1), self.rope, zip(*grown, strict=True), follow
+        contexts = self._growing(self._concatenated(*context, blocks, 1, None), blocks)
+        h = fused[row, start - 1]
+        chain = h, blocks.tokens, start - 1, self.rope, contexts, follow
         self._chain(self.weights, *chain)
-        return outs
+        return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
         """All but the tables: embedding, head and vocabulary map."""
@@ -306,22 +325,34 @@ class Eagle3(FeatureDrafter):
             seen = self._spans(state, origin + step, origin, rest)
             yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
-    def _growing(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
+    def _growing(
+        self, beside: Sequence[ConcatenatedContext], blocks: Blocks
+    ) -> Iterator[Sequence[Attend]]:
         """The context of A chains a row at each step, beside which the chains lie."""
-        each = zip(self._beside(state, blocks, 1), self.windows, strict=True)
         steps, begin = blocks.length, blocks.start - 1
-        grown = [growing(beside, steps, beside.keys.shape[2], begin, w) for beside, w in each]
+        each = zip(beside, self.windows, strict=True)
+        grown = [growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
         return zip(*grown, strict=True)
 
     def _beside(self, state: FeatureState, blocks: Blocks, width: int) -> list[ConcatenatedContext]:
         """Each layer's context, beside which the first `width` rows of A blocks a row lie."""
+        context = state.read(blocks.longest, blocks.start[:, :1] - 1)
+        return self._concatenated(*context, blocks, width, state.options.window)
+
+    def _concatenated(
+        self,
+        keys: Iterable[Tensor],
+        values: Iterable[Tensor],
+        blocks: Blocks,
+        width: int,
+        nearest: int | None,
+    ) -> list[ConcatenatedContext]:
         position = blocks.position(width - 1, -1)
         begin = (blocks.start - 1).repeat_interleave(width, dim=1)
-        keys, values = state.read(blocks.longest, begin[:, :1])
         same = same_block(blocks.start.shape[1], width, begin.device)
         found: list[ConcatenatedContext] = []
         for k, v, window in zip(keys, values, self.windows, strict=True):
-            first = first_seen(position, begin, state.options.window, window)
+            first = first_seen(position, begin, nearest, window)
             mask = seen_mask(k.shape[2], begin, position, first, position, same)
             found.append(ConcatenatedContext(k, v, mask))
         return found

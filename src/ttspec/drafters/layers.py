@@ -89,6 +89,8 @@ def multiplied_out(weights: Weights) -> dict[str, Tensor]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
+    if torch.is_grad_enabled() and weight.dim() == 1:  # a kernel there and one or two back
+        return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return per_row(weight, x) * wide.to(x.dtype)

@@ -187,8 +187,15 @@ class Mtp(Drafter):
         """Draft a chain."""
         assert isinstance(state, FunctionalState)
         before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, H]
-        chain = self._in_place if state.spans else self._beside
-        chain(state, blocks, before, lambda step, hidden: choices(self._logits(hidden), step))
+
+        def follow(step: int, hidden: Tensor) -> Tensor:
+            return choices(self._logits(hidden), step)
+
+        if state.spans:
+            self._in_place(state, blocks, before, follow)
+        else:
+            context = state.read(blocks.longest, blocks.start - 1)
+            self._side_by_side(state, blocks, before, *context, follow)
         return before[:, 0]
 
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
@@ -200,7 +207,8 @@ class Mtp(Drafter):
             outs.append(hidden)
             return lesson.tokens[..., step + 1]
 
-        self._beside(state, blocks, lesson.before, follow)
+        context = state.read(blocks.longest, blocks.start[:, :1] - 1)
+        self._side_by_side(state, blocks, lesson.before, *context, follow)
         return self._logits(torch.stack(outs, dim=2))
 
     def _in_place(
@@ -218,51 +226,35 @@ class Mtp(Drafter):
             hidden = self._function(weights, inputs, position, {None: seen}, cache, 0)
             token = follow(step, hidden)
 
-    def _beside(
-        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, follow: Follow
-    ) -> None:
-        """Run A chains a row, which lie beside the context and do not see each other."""
-        begin = blocks.start - 1
-        keys, values = state.read(blocks.longest, begin[:, :1])
-        first = first_seen(begin, begin, state.options.window)
-        same = same_block(begin.shape[1], 1, begin.device)
-        mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
-        chain = state, state.weights, blocks.tokens, hidden, begin, mask, keys, values
-        self._chain(*chain, blocks.length, follow)
-
-    def _chain(
+    def _side_by_side(
         self,
         state: FunctionalState | None,
-        weights: Weights,
-        token: Tensor,
+        blocks: Blocks,
         hidden: Tensor,
-        position: Tensor,
-        mask: Tensor,
         keys: Tensor,
         values: Tensor,
-        steps: int,
         follow: Follow,
     ) -> None:
-        """Feed A chains a row their own state for some steps; each sees itself from then on.
+        """Run A chains a row, which lie beside the context and do not see each other.
 
         Args:
-            state: Says how keys are rotated; None is as the config does.
-            weights: By the names of `MtpLayer`.
-            token: int64 [B, A], the token after the one of `hidden`.
-            hidden: [B, A, H], the target's.
-            position: int64 [B, A], of the first step.
-            mask: bool [B, 1, A, S + A], what the first step sees.
+            state: Says how keys are rotated, and which are seen; None is as the config does.
+            blocks: A a row.
+            hidden: [B, A, H], the target's state before each.
             keys: [1, B, kv heads, S, D], the context.
             values: [1, B, kv heads, S, D].
-            steps: Tokens to draft.
             follow: Says each next token.
         """
+        begin, weights = blocks.start - 1, state.weights if state else self.weights
+        first = first_seen(begin, begin, state.options.window if state else None)
+        same = same_block(begin.shape[1], 1, begin.device)
+        mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
         own = torch.eye(mask.shape[-2], dtype=torch.bool, device=mask.device)
-        own = own.expand(*mask.shape[:-1], -1)
-        for step in range(steps):
+        own, token = own.expand(*mask.shape[:-1], -1), blocks.tokens
+        for step in range(blocks.length):
             if step:
                 mask = torch.cat([mask, own], dim=-1)
-            given = token, hidden, position + step, mask, keys, values
+            given = token, hidden, begin + step, mask, keys, values
             hidden, k, v = self._run(state, weights, *given)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
             token = follow(step, hidden)
@@ -284,31 +276,34 @@ class Mtp(Drafter):
         inputs = self._inputs(tokens, hidden)
         return self._function.concatenated(weights, inputs, position, {None: mask}, keys, values, 0)
 
-    def teach(self, features: Tensor, tokens: Tensor, steps: int) -> list[Tensor]:
-        """Training-time test over whole sequences, as of EAGLE-3 (drafters.md 1d), with gradients.
+    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+        """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
 
         Args:
             features: [N, L, H] of the sequences.
             tokens: int64 [N, L].
-            steps: How often the layer is fed its own state.
+            start: int64 [N, A], where the known token of each chain stands.
+            length: How often the layer is fed its own state.
 
         Returns:
-            For each step j [N, L, H], what the head reads: row i predicts token i + 2 + j.
+            [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
         """
         rows, count = tokens.shape
-        position = torch.arange(count, device=tokens.device)
-        mask = (position <= position[:, None]).expand(rows, 1, -1, -1)
+        position, row = torch.arange(count, device=tokens.device), row_index(tokens)[:, None]
         keys = features.new_empty(1, rows, self.kv_heads, 0, self.key_size)
         values = features.new_empty(1, rows, self.kv_heads, 0, self.value_size)
+        itself = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(rows, 1, -1, -1)
+        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), itself, keys, values
+        _, keys, values = self._run(None, self.weights, *given)
         outs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
-            return tokens.roll(-2 - step, dims=1)  # what wraps round is never taught
+            return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
 
-        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), mask, keys, values
-        self._chain(None, self.weights, *given, steps, follow)
-        return outs
+        blocks = Blocks(tokens.gather(1, start), start, length, count)
+        self._side_by_side(None, blocks, features[row, start - 1], keys, values, follow)
+        return torch.stack(outs, dim=2)
 
     def published(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """config.json and weights under the names of the target's own files.

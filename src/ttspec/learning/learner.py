@@ -320,8 +320,9 @@ class Learner:
         """Update from the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
         self._compares = compare
-        self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
-        self._lessons.mark_used()
+        if compare or not self.study:
+            self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
+            self._lessons.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil
         if self.study:
             work = self._study_texts
@@ -330,8 +331,7 @@ class Learner:
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            # Compiling the way back takes half a minute and gains a fifth (docs/experiments.md).
-            self._run_update(work, 0 if self.study else longest, compile=False)
+            self._run_update(work, 0 if self.study else longest)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
             if compare and (self.study or self._held_out):
                 compare_too = self._compare_newest if self.study else self._compare_candidate

@@ -130,9 +130,9 @@ class LiveWeights:
         self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
     ) -> None:
         """Take gradients of some rows' copies, or `add` them to those there are."""
-        for own, given in zip(self.gradient.values(), gradients, strict=True):
-            own = own[0] if self.shared else own[rows]
-            own.add_(given) if add else own.copy_(given)
+        own = self._gradient if self.shared else self._gradient[rows]
+        given = torch.cat([g.reshape(len(own), -1) for g in gradients], 1)
+        own.add_(given) if add else own.copy_(given)
 
     def gradient_norms(self) -> Tensor:
         """Of each copy, float32 [copies]."""
@@ -163,7 +163,7 @@ class LiveWeights:
             stepped = steps.float()[:, None]
             self._steps.add_(stepped)
             weight = ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # short at first
-            self._mean.add_((1 - weight) * stepped * (self._master - self._mean))
+            self._mean.lerp_(self._master, (1 - weight) * stepped)
 
     def publish(self) -> None:
         """Let the masters draft: in place, whoever holds the published weights sees it."""
@@ -172,7 +172,8 @@ class LiveWeights:
 
     def candidate(self) -> dict[str, Tensor]:
         """The masters as what drafts is rounded."""
-        return {n: self._for_drafter(w).to(self.published[n].dtype) for n, w in self.master.items()}
+        rounded = self._views(self._master.to(self._published.dtype))
+        return {n: self._for_drafter(w) for n, w in rounded.items()}
 
     def start_from(self, start: Mapping[str, Tensor]) -> None:
         """Begin, now and at every reset, at these weights and not at the anchor's."""

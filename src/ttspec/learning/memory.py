@@ -107,13 +107,14 @@ class LessonMemory:
     @torch.no_grad()
     def read(self, pages: Tensor, length: int) -> Texts:
         """The texts up to some pages, int64 [N], of `length` pages at most."""
-        chain, there = [pages], [torch.ones_like(pages, dtype=torch.bool)]
+        before, nowhere = self.before, self.pages
+        follows = (self.number > 0) & (self.number[before] == self.number - 1)
+        follows[nowhere:] = False
+        before = before.masked_fill(~(follows & (self.text[before] == self.text)), nowhere)
+        chain = [pages]
         for _ in range(1, length):
-            page, before = chain[-1], self.before[chain[-1]]
-            follows = (self.number[before] == self.number[page] - 1) & (self.number[page] > 0)
-            there.append(there[-1] & follows & (self.text[before] == self.text[page]))
-            chain.append(before)
-        count = torch.stack(there).sum(0)[:, None]
+            chain.append(before[chain[-1]])
+        count = (torch.stack(chain) != nowhere).sum(0)[:, None]
         slot = torch.arange(length, device=pages.device)
         page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
         page = page.masked_fill(slot >= count, self.pages)

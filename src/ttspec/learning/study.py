@@ -19,7 +19,7 @@ from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import PAGE, LessonMemory, MemoryRows, Texts
 from ttspec.learning.update_report import UpdateReport
-from ttspec.losses import expected_length, likely_kl, position_weights
+from ttspec.losses import expected_length, likely_kl, log_likely, position_weights
 from ttspec.models.capture import Graphs
 from ttspec.records import LONGEST_COPY, Lesson
 
@@ -64,9 +64,9 @@ class Study:
     @torch.no_grad()
     def expected_drafts(self, weights: Weights, texts: Texts, lesson: Lesson) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [N, A]."""
-        q = self._draft(weights, texts, lesson).float().softmax(-1)
         likely, p, _ = self._target(texts, lesson)
-        return expected_length(q.gather(-1, likely).minimum(p.float()).sum(-1), lesson.mask)
+        q = log_likely(likely, self._draft(weights, texts, lesson)).exp()
+        return expected_length(q.minimum(p.float()).sum(-1), lesson.mask)
 
     @torch.no_grad()
     def blocks(self, texts: Texts, may: Tensor, chance: Tensor, count: int) -> Lesson:

@@ -7,6 +7,7 @@ own comparison of live with anchor weights.
 from __future__ import annotations
 
 from collections import deque
+from math import ceil, log2
 from statistics import median
 
 from ttspec.learning.learner import Learner
@@ -19,10 +20,11 @@ MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
 RECENT = 64
 """Rounds whose median time is known."""
-AT_FIRST = 256
-"""Updates of a drafter that all requests teach in which it learns most."""
-SHARE_AT_FIRST, SHARE, SHARE_UNUSED = 0.2, 0.05, 0.02
-"""Of the time that these may take, all later ones, and those while the drafter does not draft."""
+SHARE, SHARE_UNUSED = 0.05, 0.02
+"""Of the time that updates of a drafter which all requests teach may take, and of those while it
+does not draft. What is learned grows with the logarithm of the updates, by 2 to 5 % of the tokens
+each time that they are e times as many. If as much work is still to come as there was, it pays to
+spend that same share of the time at any moment (docs/learned.md)."""
 PATIENCE = 8
 """Updates between two changes."""
 
@@ -77,16 +79,14 @@ class UpdateSchedule:
         self._since_change += 1
         self._cost += (self._extra - self._cost) * (1 / min(self._updates, PATIENCE))
         self._extra = 0.0
-        if self._updates < TRIAL or self._since_change < PATIENCE:
+        if self._updates < (PATIENCE if learner.study else TRIAL) or self._since_change < PATIENCE:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
-        if learner.study:  # what it learns pays for as long as it is kept
-            later = SHARE if drafted else SHARE_UNUSED
-            most = SHARE_AT_FIRST if self._updates < AT_FIRST else later
-            if cost > most and learner.strides < MAX_STRIDES:
-                learner.strides, self._since_change = 2 * learner.strides, 0
-            elif cost < most / 3 and learner.strides > 1:
-                learner.strides, self._since_change = learner.strides // 2, 0
+        if learner.study:
+            excess = cost / (SHARE if drafted else SHARE_UNUSED)
+            if excess > 1 or excess < 1 / 3:
+                wanted = 1 << ceil(log2(max(1.0, learner.strides * excess)))
+                learner.strides, self._since_change = min(wanted, MAX_STRIDES), 0
             return
         static = self._accepted / max(learner.guard.gain(), 1e-3)
         gain = (1 + self._accepted) / (1 + static) - 1

@@ -1,7 +1,11 @@
-"""Dense targets on a GPU: a forward of a few tokens as six kernels a layer and one for the head."""
+"""Dense targets on a GPU: a forward of few tokens as six kernels a layer, of more as nine.
+
+Of more, products are the device's own, which are quick once a matrix serves many tokens.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import MOST, Heads, attention, fits, product
+from ttspec.fused import MANY, MOST, Heads, attention, fits, gated, normed, product
 from ttspec.models.layers import Together
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
@@ -41,7 +45,7 @@ class FusedForward:
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
         made = len(cache.keys) == len(self.layers) and tokens.shape[0] == cache.rows
-        return made and tokens.numel() <= MOST and not is_batch_invariant()
+        return made and tokens.numel() <= MANY and not is_batch_invariant()
 
     def __call__(
         self,
@@ -55,11 +59,10 @@ class FusedForward:
         rows, width = tokens.shape
         angles = self._angles(cache.slots)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight).view(rows * width, -1)
-        states = [x]
-        for index, layer in enumerate(self.layers):
-            x = self._layer(index, layer, x, cache, start, angles)
-            states.append(x)
-        norm = self.model.model.norm
+        context = cache, start, angles
+        norm, head = self.model.model.norm, self.model.lm_head
+        states = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
+        x = states[-1]
         if {-1, len(self.layers)} & set(taps):
             states[-1] = norm(x)
         features = [states[i].view(rows, width, -1) for i in taps]
@@ -67,30 +70,53 @@ class FusedForward:
         if logits == 0:
             return None, read
         if logits is not None and logits < width:
-            x = x.view(rows, width, -1)[:, -logits:].reshape(rows * logits, -1)
-        head = self.model.lm_head
-        out = product(x, head.weight, bias=head.bias, gain=norm.weight, eps=self.eps)
+            x = x.view(rows, width, -1)[:, -logits:].flatten(0, 1).contiguous()
+        if len(x) <= MOST:
+            out = product(x, head.weight, bias=head.bias, gain=norm.weight, eps=self.eps)
+        else:
+            out = head(normed(x, norm.weight, self.eps)[1])
         return out.view(rows, -1, out.shape[-1]), read
 
-    def _layer(
+    def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
+        """The states before each layer and after the last, [tokens, H]."""
+        states, eps = [x], self.eps
+        for index, (layer, (joined, mlp)) in enumerate(self._parts()):
+            out, gain = layer.self_attn.o_proj, layer.input_layernorm.weight
+            made = product(x, joined.weight, bias=joined.bias, gain=gain, eps=eps)
+            seen = self._attention(index, made, *context)
+            x = product(seen, out.weight, bias=out.bias, residual=x)
+            gain = layer.post_attention_layernorm.weight
+            made = product(x, *mlp.weight.chunk(2), gain=gain, eps=eps, gated=True)
+            x = product(made, layer.mlp.down_proj.weight, residual=x)
+            states.append(x)
+        return states
+
+    def _many(self, x: Tensor, *context: Any) -> list[Tensor]:
+        """The same."""
+        states, more, eps = list[Tensor](), None, self.eps
+        for index, (layer, (joined, mlp)) in enumerate(self._parts()):
+            x, z = normed(x, layer.input_layernorm.weight, eps, more)
+            states.append(x)
+            seen = self._attention(index, F.linear(z, joined.weight, joined.bias), *context)
+            more, gain = layer.self_attn.o_proj(seen), layer.post_attention_layernorm.weight
+            x, z = normed(x, gain, eps, more)
+            more = layer.mlp.down_proj(gated(F.linear(z, mlp.weight)))
+        return [*states, x if more is None else x + more]
+
+    def _parts(self) -> Iterator[tuple[Any, list[Together]]]:
+        """Each layer, and its projections that were laid together."""
+        return zip(self.layers, self.together, strict=True)
+
+    def _attention(
         self,
         index: int,
-        layer: Any,
-        x: Tensor,
+        made: Tensor,
         cache: RowCache,
         start: Tensor,
         angles: tuple[Tensor, Tensor],
     ) -> Tensor:
-        joined, mlp = self.together[index]
-        out, down, eps = layer.self_attn.o_proj, layer.mlp.down_proj, self.eps
-        gain = layer.input_layernorm.weight
-        made = product(x, joined.weight, bias=joined.bias, gain=gain, eps=eps)
         context = cache.keys[index], cache.values[index], start, angles, self.heads[index]
-        seen = attention(made, *context, window=self.windows[index])
-        x = product(seen, out.weight, bias=out.bias, residual=x)
-        gain = layer.post_attention_layernorm.weight
-        made = product(x, *mlp.weight.chunk(2), gain=gain, eps=eps, gated=True)
-        return product(made, down.weight, residual=x)
+        return attention(made, *context, window=self.windows[index])
 
     def _heads(self, module: Any) -> Heads:
         query, key = (getattr(module, name, None) for name in ("q_norm", "k_norm"))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, of_any_size
 from ttspec.rowcache import LayerCache, RowCache
 
 TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -88,7 +88,7 @@ def compiled_layers(
     Args:
         model: Has its decoder layers in `layers`.
         together: Of each layer, from `lay_together`.
-        cache: Holds keys and values of every layer already; all rows and slots are aimed at.
+        cache: Holds keys and values of every layer already; all slots are aimed at.
         word: What a layer's forward calls its cache.
     """
     layers = list(model.layers)  # type: ignore[arg-type]
@@ -124,6 +124,8 @@ def _forward(
     /,
     **given: Any,
 ) -> Any:
+    if not own.is_all:
+        _of_any_width((hidden, own.slot, *given.values()))
     out = _layer(layer, hidden, {**given, word: own})
     for group in together:
         group.states = group.out = None
@@ -133,3 +135,12 @@ def _forward(
 @compiled
 def _layer(layer: nn.Module, hidden: Tensor, given: dict[str, Any]) -> Any:
     return unwrap(type(layer).forward)(layer, hidden, **given)
+
+
+def _of_any_width(value: Any) -> None:
+    """Mark states, angles and what is seen, so that one code serves pieces of all lengths."""
+    if isinstance(value, Tensor):
+        of_any_size(value, 2 if value.dim() > 3 else 1)
+    elif isinstance(value, tuple):
+        for part in value:
+            _of_any_width(part)

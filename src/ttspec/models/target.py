@@ -147,7 +147,7 @@ class Target:
         """
         # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
         whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        captured = spans and whole and subset is None
+        captured = spans and whole
         fast = captured and is_compiling()
         if captured and self._together is None:
             fits = fits_model(self.model, self.windows)
@@ -156,7 +156,7 @@ class Target:
                 self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
             if fits and self._together:
                 self._fused = FusedForward(self.model, self._together, self.windows)
-        fused = self._fused if captured else None
+        fused = self._fused if captured and subset is None else None
         if fused and not isinstance(logits, Tensor) and fused.takes(cache, tokens):
             return fused(cache, tokens, start, self.taps, logits)
         reach = reach_of(longest + tokens.shape[1], cache.slots)

@@ -24,9 +24,11 @@ class Batch:
     ids: Tensor
     """int64 [N, L], padded on the right."""
     taught: Tensor
-    """bool [N, L]: which tokens are the target's answers."""
+    """bool [N, L], on the CPU: which tokens are the target's answers."""
     generator: torch.Generator
     """For what else is drawn at random; on the CPU."""
+    chosen: list[int]
+    """Which of the examples these are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,7 @@ def make_batch(
     examples: list[Example], step: int, *, size: int, seed: int, device: torch.device
 ) -> Batch:
     """The batch of a step, counted over all epochs: `size` dialogues in an order of `seed`."""
-    per_epoch = -(-len(examples) // size)
-    epoch, place = divmod(step, per_epoch)
-    order = torch.randperm(len(examples), generator=_generator(seed, epoch)).tolist()
-    # Dialogues of like length together, in groups, so that little is padding.
-    group = size * 16
-    at = place * size
-    near = sorted(order[at - at % group :][:group], key=lambda i: len(examples[i][0]))
-    chosen = near[at % group :][:size] or near[-size:]
+    chosen = chosen_examples(examples, step, size=size, seed=seed)
     length = -(-max(len(examples[i][0]) for i in chosen) // 64) * 64
     ids = torch.zeros(len(chosen), length, dtype=torch.long)
     taught = torch.zeros_like(ids, dtype=torch.bool)
@@ -101,9 +96,19 @@ def make_batch(
         ids[row, : len(tokens)] = torch.tensor(tokens)
         for begin, end in spans:
             taught[row, begin:end] = True
-    return Batch(
-        _to_device(ids, device), _to_device(taught, device), _generator(seed, epoch, place)
-    )
+    epoch, place = divmod(step, -(-len(examples) // size))
+    return Batch(_to_device(ids, device), taught, _generator(seed, epoch, place), chosen)
+
+
+def chosen_examples(examples: list[Example], step: int, *, size: int, seed: int) -> list[int]:
+    """Which examples the batch of a step has."""
+    epoch, place = divmod(step, -(-len(examples) // size))
+    order = torch.randperm(len(examples), generator=_generator(seed, epoch)).tolist()
+    # Dialogues of like length together, in groups, so that little is padding.
+    group = size * 16
+    at = place * size
+    near = sorted(order[at - at % group :][:group], key=lambda i: len(examples[i][0]))
+    return near[at % group :][:size] or near[-size:]
 
 
 def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
@@ -112,18 +117,15 @@ def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
     Their known tokens are uniform among those whose next token is in the same answer (drafters.md
     2d).
     """
-    ids, taught = F.pad(batch.ids, (0, length + 1)), F.pad(batch.taught, (0, length + 1))
-    possible = (taught[:, :-1] & taught[:, 1:]).float().cpu()
+    taught = F.pad(batch.taught, (0, length + 1))
+    possible = (taught[:, :-1] & taught[:, 1:]).float()
     start = torch.multinomial(possible, blocks, replacement=True, generator=batch.generator)
-    start = _to_device(start, ids.device)
-    at = start[..., None] + torch.arange(1, length + 1, device=ids.device)
-    row = torch.arange(len(ids), device=ids.device)[:, None, None]
-    return Anchors(
-        start=start,
-        tokens=ids.gather(1, start),
-        labels=ids[row, at],
-        mask=taught[row, at].long().cumprod(-1).bool(),
-    )
+    at = start[..., None] + torch.arange(1, length + 1)
+    row = torch.arange(len(taught))[:, None, None]
+    mask = taught[row, at].long().cumprod(-1).bool()
+    ids = F.pad(batch.ids, (0, length + 1))
+    start, at, row, mask = (_to_device(x, ids.device) for x in (start, at, row, mask))
+    return Anchors(start=start, tokens=ids.gather(1, start), labels=ids[row, at], mask=mask)
 
 
 def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRows:
@@ -140,7 +142,7 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
         least: The smallest share.
     """
     device = batch.ids.device
-    taught = F.pad(batch.taught, (0, depth + 1)).cpu()
+    taught = F.pad(batch.taught, (0, depth + 1))
     n, count = batch.ids.shape
     parts = []
     for row in range(n):
@@ -168,7 +170,7 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     seen = real[:, None] & (position[:, None] <= anchor[..., None])
     own = (anchor[:, None] == anchor[..., None]) & (deep[:, None] <= deep[..., None])
     first = batch.taught & F.pad(batch.taught, (0, 1))[:, 1:]
-    learned = torch.cat([first, anchor[:, count:] >= 0], dim=1)
+    learned = torch.cat([_to_device(first, device), anchor[:, count:] >= 0], dim=1)
     return MaskedRows(
         ids=batch.ids.gather(1, position.clamp(max=count - 1)),
         position=position,

@@ -14,9 +14,9 @@ from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.dflash2 import DFlash2
 from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
-from ttspec.losses import agreement, cross_entropy, forward_kl, position_weights
+from ttspec.losses import cross_entropy, position_weights
 from ttspec.training.batches import Batch, Example, anchors
-from ttspec.training.recipe import Recipe, mask_token
+from ttspec.training.recipe import Recipe, kept_share, kl, mask_token
 
 DECAY = 4.0
 """The j-th drafted token of a block weighs exp(-(j - 1) / DECAY), as published."""
@@ -55,7 +55,7 @@ class BlockRecipe(Recipe[B]):
         """Rows of all blocks, weighed by their place in the block."""
         length = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, length)
-        features, states = self.target.read(batch.ids)
+        features, states = self.states.of(batch, drafter.taps)
         hidden = drafter.teach(features, blocks.tokens, blocks.start, length)
         text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
         logits = drafter.following(drafter.weights, hidden, text)
@@ -64,7 +64,7 @@ class BlockRecipe(Recipe[B]):
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
         p = self.target.judge(states[row, at]) if self.asks_target else None
         if p is not None and self.config.loss == "kl":
-            values = forward_kl(p, logits)
+            values = kl(p, logits)
         else:
             values = cross_entropy(blocks.labels, logits)
         values = values + self.extra_loss(drafter, hidden, text, p, logits)
@@ -162,7 +162,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
     ) -> Tensor:
         """KL of the confidence to the share of drafts that would be kept."""
         assert p is not None
-        kept = agreement(p, logits).clamp(0.0, 1.0)
+        kept = kept_share(p, logits).clamp(0.0, 1.0)
         said = drafter.confidence(drafter.weights, hidden.detach(), text)
         least = F.binary_cross_entropy(kept, kept, reduction="none")
         return F.binary_cross_entropy_with_logits(said, kept, reduction="none") - least
@@ -204,4 +204,4 @@ class DFlash2Recipe(BlockRecipe[DFlash2]):
     ) -> Tensor:
         """The same loss of the head without the selector."""
         alone = drafter.logits(hidden)
-        return cross_entropy(text[..., 1:], alone) if p is None else forward_kl(p, alone)
+        return cross_entropy(text[..., 1:], alone) if p is None else kl(p, alone)

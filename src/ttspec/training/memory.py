@@ -50,7 +50,7 @@ def step_notice(target: Target, config: TrainConfig) -> str | None:
 
 def require_training(
     target: Target, config: TrainConfig, trained: Iterable[Tensor], longest: int
-) -> None:
+) -> int:
     """Refuse training that does not fit, before anything of it is made.
 
     Args:
@@ -59,13 +59,16 @@ def require_training(
         trained: The weights that are.
         longest: Tokens of the longest example.
 
+    Returns:
+        The bytes that it takes.
+
     Raises:
         ResourceError: There is less memory than it takes.
     """
     free = free_memory(target.device)
     masters, step = optimiser_bytes(trained), step_bytes(target, config, longest)
     if free is None or masters + step <= free:
-        return
+        return masters + step
     raise ResourceError(
         f"Training takes {mib(masters + step)} (weights and moments {mib(masters)}, a step on "
         f"{config.batch} dialogues of up to {longest:,} tokens {mib(step)}); {target.device.type}: "

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiling
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError
-from ttspec.losses import cross_entropy, forward_kl
+from ttspec.losses import agreement, cross_entropy, forward_kl
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example
 from ttspec.training.config import TrainConfig
+from ttspec.training.states import TargetStates
 
 D = TypeVar("D", bound=Drafter)
 
@@ -26,6 +29,8 @@ class Recipe(ABC, Generic[D]):
     """Of the drafter."""
     lr: ClassVar[float] = 6e-4
     """Peak learning rate where `TrainConfig` names none."""
+    states: TargetStates
+    """What the target says of the examples; given before the first step."""
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
         """Train for `target`."""
@@ -94,14 +99,26 @@ class Recipe(ABC, Generic[D]):
             return cross_entropy(labels, q)
         p = self.target.judge(states)
         if ids is None:
-            return forward_kl(p, q)
+            return kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.
         covered = p[..., ids]
         share = (covered.float().logsumexp(-1) - p.float().logsumexp(-1)).exp()
         if self.config.loss == "kl":
-            return forward_kl(covered, q) * share
+            return kl(covered, q) * share
         place = torch.searchsorted(ids, labels.contiguous()).clamp(max=len(ids) - 1)
         return cross_entropy(place, q) * (ids[place] == labels)
+
+
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    """See `forward_kl`. On a GPU most of a step goes there, so it is compiled; layers are not."""
+    with compiling() if q.is_cuda else nullcontext():
+        return forward_kl(p, q)
+
+
+def kept_share(p: Tensor, q: Tensor) -> Tensor:
+    """See `agreement`; compiled in the same way."""
+    with compiling() if q.is_cuda else nullcontext():
+        return agreement(p, q)
 
 
 def mask_token(target: Target) -> int:

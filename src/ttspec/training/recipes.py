@@ -44,15 +44,14 @@ class ChainRecipe(Recipe[C]):
         """Sum over steps, step j weighed 0.8^j, at random anchors of every dialogue."""
         steps = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, steps)
-        features, states = self.target.read(batch.ids)
-        outs = drafter.teach(features, batch.ids, steps)
+        features, states = self.states.of(batch, drafter.taps)
+        outs = drafter.teach(features, batch.ids, blocks.start, steps)
         row = torch.arange(len(states), device=states.device)[:, None]
         total, right = states.new_zeros((), dtype=torch.float32), []
-        for j, out in enumerate(outs):
+        for j in range(steps):  # one at a time: logits are wide
             labels, learned = blocks.labels[..., j], blocks.mask[..., j]
             at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
-            # The row before the anchor reads the anchor's token and predicts the one after.
-            logits = drafter.logits(out[row, blocks.start - 1])
+            logits = drafter.logits(outs[:, :, j])
             values = self.row_loss(logits, states[row, at], labels, drafter.draft_ids)
             total = total + 0.8**j * (values * learned).sum() / learned.numel()
             best = logits.argmax(-1)
@@ -197,7 +196,7 @@ class PardRecipe(Recipe[Causal]):
         hidden = drafter.teach(ids, rows.position, rows.seen)
         row, at = rows.taught.nonzero(as_tuple=True)
         place = rows.position[row, at]
-        _, states = self.target.read(batch.ids)
+        _, states = self.states.of(batch, ())
         labels = batch.ids[row, place + 1]
         tied = drafter.weights["model.embed_tokens.weight"]
         logits = F.linear(hidden[row, at], drafter.weights.get("lm_head.weight", tied))

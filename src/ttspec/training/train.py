@@ -32,6 +32,7 @@ from ttspec.training.batches import Batch, Example, make_batch, read_examples
 from ttspec.training.config import TrainConfig
 from ttspec.training.memory import require_training, step_notice
 from ttspec.training.recipes import RECIPES
+from ttspec.training.states import TargetStates
 
 SAVE_EVERY = 60.0
 """Seconds between saved states."""
@@ -142,7 +143,9 @@ class Trainer:
         self._initial = dict(self.drafter.weights)
         names = self.recipe.trained(self.drafter)
         longest = max(len(ids) for ids, _ in examples)
-        require_training(target, config, [self._initial[n] for n in names], longest)
+        trained = [self._initial[n] for n in names]
+        reserved = require_training(target, config, trained, longest)
+        self.recipe.states = TargetStates(target, config, examples, self.drafter.taps, reserved)
         self.masters = {n: self._initial[n].float().clone().requires_grad_() for n in names}
         self.lr = self.recipe.lr if config.lr is None else config.lr
         self.optimiser = torch.optim.AdamW(
@@ -162,7 +165,6 @@ class Trainer:
             warm_up = done / 0.04 + 1e-3
             cosine = 0.5 * (1 + math.cos(math.pi * done))
             group["lr"] = self.lr * min(1.0, warm_up, cosine)
-        self.target.taps = self.drafter.taps
         # Gradients reach the float32 masters through the cast.
         dtype = self.target.dtype
         self.drafter.weights = self._initial | {n: w.to(dtype) for n, w in self.masters.items()}

@@ -1,0 +1,304 @@
+"""EAGLE-3's one layer over many chains whose tokens are known, with gradients made by hand.
+
+Autograd would take some 300 small kernels a step. Here what steps have in common is done once for
+all of them: norms of embeddings, rotations' angles, and gradients of matrices and gains, as one
+product each. Between products, each function is one kernel where it is compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttspec.compiled import compiled
+from ttspec.drafters.context import ContextState
+from ttspec.drafters.layers import DOWN, ConcatenatedContext, rms_norm
+from ttspec.drafters.rotary import Rope
+
+if TYPE_CHECKING:
+    from ttspec.drafters.eagle3 import Eagle3
+
+GAINS = "input_layernorm", "hidden_norm", "post_attention_layernorm"
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+
+
+@dataclass(frozen=True, slots=True)
+class Chains:
+    """A chains in each of B rows, of T steps."""
+
+    drafter: Eagle3
+    tokens: Tensor
+    """int64 [T, B, A], which each step reads."""
+    angles: tuple[Tensor, Tensor]
+    """Cosines and sines [T, B, A, D / 2] of where they stand."""
+    seen: Tensor
+    """bool [T, B, A, C + T * A]: slots of the context, and chains' own keys step by step."""
+
+
+def fits(drafter: Eagle3, state: ContextState) -> bool:
+    """Whether the drafter is of the kind that is done here, and all rows share its weights."""
+    usual = drafter.layers == 1 and drafter.windows[0] is None and not drafter.norm_output
+    usual = usual and not drafter.qk_norm and not drafter.biased and not state.rope.interleaved
+    usual = usual and drafter.activation_name in ("silu", "swish") and drafter.embedding_scale == 1
+    whole = 2 * len(state.rope.frequencies) == drafter.head_dim
+    ours = [(n, w) for n, w in state.weights.items() if n.startswith("midlayer.")]
+    one = all(w.dim() == (1 if "norm" in n else 2) or len(w) == 1 for n, w in ours)
+    return usual and whole and one and not any(n.endswith(DOWN) for n, _ in ours)
+
+
+def states_of_chains(
+    drafter: Eagle3, state: ContextState, h: Tensor, tokens: Tensor, start: Tensor,
+    context: ConcatenatedContext,
+) -> Tensor:  # fmt: skip
+    """What the head reads of every step, with gradients.
+
+    Args:
+        drafter: See `fits`.
+        state: Has the weights.
+        h: [B, A, H], fused features.
+        tokens: int64 [B, A, T], which the steps read.
+        start: int64 [B, A], where the first of them stand, less one.
+        context: Keys and values [B, kv heads, C, D], as the first step sees them.
+
+    Returns:
+        [B, A, T, H].
+    """
+    with torch.no_grad():
+        angles = angles_of(state.rope, start, tokens.shape[-1], h.dtype)
+        seen = seen_slots(context.mask[..., : context.keys.shape[2]], *tokens.shape)
+    chains = Chains(drafter, tokens.permute(2, 0, 1), angles, seen)
+    names = [f"midlayer.{n}.weight" for n in GAINS] + ["norm.weight"]
+    names += [f"midlayer.self_attn.{n}_proj.weight" for n in ATTENTION]
+    names += [f"midlayer.mlp.{n}_proj.weight" for n in MLP]
+    weights = [state.weights[n] for n in names]
+    weights = [w[0] if w.dim() > (i >= 4) + 1 else w for i, w in enumerate(weights)]
+    out = cast(Tensor, _Chains.apply(chains, h, context.keys, context.values, *weights))
+    return out.permute(1, 2, 0, 3)
+
+
+class _Chains(torch.autograd.Function):
+    """Rows of a step are the A chains of B rows, N in all; heads lie [B * kv heads, G * A, D]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, chains: Chains, h: Tensor, keys: Tensor, values: Tensor, *weights: Tensor
+    ) -> Tensor:
+        drafter, (steps, rows, count) = chains.drafter, chains.tokens.shape
+        eps, normed = drafter.eps, drafter.residual_is_normed
+        token_gain, gain, inner_gain, last_gain, q, k, v, out, gate, up, down = weights
+        read, wide = torch.cat([q, k, v]), torch.cat([gate, up])
+        embedded = F.embedding(chains.tokens.flatten(1), drafter.embedding)
+        tokens, h = normalised(embedded, token_gain, eps), h.flatten(0, 1)
+        room = keys.new_zeros(*keys.shape[:2], steps * count, keys.shape[3])
+        keys, values = (torch.cat([x, room], 2).flatten(0, 1) for x in (keys, values))
+        own = keys.shape[1] - steps * count
+        scale, kept = drafter.head_dim**-0.5, list[tuple[Tensor, ...]]()
+        for step in range(steps):
+            x, begin = beside(tokens[step], h, gain, eps), own + step * count
+            angles = chains.angles[0][step], chains.angles[1][step]
+            query, key, value = turned(x @ read.T, *angles, drafter.heads, drafter.kv_heads)
+            keys[:, begin : begin + count] = key
+            values[:, begin : begin + count] = value
+            p = shares(wide_product(query, keys.mT), chains.seen[step], scale, h.dtype)
+            seen = by_token(p @ values, rows, count)
+            before = x[:, x.shape[1] // 2 :] if normed else h
+            y = torch.addmm(before, seen, out.T)
+            z = normalised(y, inner_gain, eps)
+            made = z @ wide.T
+            kept.append((h, x, query, p, seen, y, z, made))
+            h = torch.addmm(y, gated(made), down.T)
+        ctx.chains, ctx.sizes = chains, (own, scale)
+        last = torch.stack([*(one[0] for one in kept[1:]), h])
+        ctx.save_for_backward(keys, values, read, wide, last, *weights, *sum(kept, ()))
+        return normalised(last, last_gain, eps).unflatten(1, (rows, count))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        chains, (own, scale) = ctx.chains, ctx.sizes
+        drafter, (steps, rows, count) = chains.drafter, chains.tokens.shape
+        eps, normed = drafter.eps, drafter.residual_is_normed
+        keys, values, read, wide, last, *saved = ctx.saved_tensors
+        _, gain, inner_gain, last_gain, *_, out, _, _, down = saved[:11]
+        kept = [saved[i : i + 8] for i in range(11, len(saved), 8)]
+        size = last.shape[-1]
+        of_last = outer[0].flatten(1, 2)
+        of_states = normalised_back(last, last_gain, of_last, eps)
+        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+        of_y2, found = of_states[-1], list[tuple[Tensor, ...]]()
+        for step in reversed(range(steps)):
+            h, _, query, p, _, y, _, made = kept[step]
+            of_made, inner = gated_back(made, of_y2 @ down)
+            of_z = of_made @ wide
+            of_y = normalised_back(y, inner_gain, of_z, eps, of_y2)
+            of_seen = by_head(of_y @ out, rows, count, drafter.heads, drafter.kv_heads)
+            of_scores = shares_back(p, wide_product(of_seen, values.mT), scale)
+            of_keys.baddbmm_(of_scores.mT, query)
+            of_values.baddbmm_(p.mT, of_seen)
+            begin = own + step * count
+            mine = of_keys[:, begin : begin + count], of_values[:, begin : begin + count]
+            angles = chains.angles[0][step], chains.angles[1][step]
+            of_read = turned_back(of_scores @ keys, *mine, *angles)
+            of_normed = of_read @ read[:, size:]
+            if normed:
+                of_normed += of_y
+            found.append((of_y2, of_made, inner, of_z, of_y, of_read, of_normed))
+            more = [of_states[step - 1]] * (step > 0) + [of_y] * (not normed)
+            of_y2 = normalised_back(h, gain, of_normed, eps, *more)
+        of_h = of_y2
+        _, xs, _, _, seens, ys, zs, _ = (torch.cat(x) for x in zip(*_without(kept), strict=True))
+        of_y2, of_made, inner, of_z, of_y, of_read, of_normed = (
+            torch.cat(part[::-1]) for part in zip(*found, strict=True)
+        )
+        hs = torch.cat([one[0] for one in kept])
+        embedded = F.embedding(chains.tokens.flatten(), drafter.embedding)
+        of_gains = (
+            gain_back(embedded, of_read @ read[:, :size], eps),
+            gain_back(hs, of_normed, eps),
+            gain_back(ys, of_z, eps),
+            gain_back(last.flatten(0, 1), of_last.flatten(0, 1), eps),
+        )
+        parts = [w.shape[0] for w in saved[4:7]]
+        of_matrices = (
+            *(of_read.T @ xs).split(parts),
+            of_y.T @ seens,
+            *(of_made.T @ zs).chunk(2),
+            of_y2.T @ inner,
+        )
+        contexts = (x.unflatten(0, (rows, -1))[:, :, :own] for x in (of_keys, of_values))
+        return None, of_h.unflatten(0, (rows, count)), *contexts, *of_gains, *of_matrices
+
+
+def _without(kept: list[list[Tensor]]) -> list[list[Tensor]]:
+    """Only what gradients of matrices and gains are made of; the rest is not wanted again."""
+    none = kept[0][0][:0]
+    return [[none, one[1], none, none, one[4], one[5], one[6], none] for one in kept]
+
+
+def wide_product(one: Tensor, other: Tensor) -> Tensor:
+    """Batched product, float32 where a GPU rounds otherwise."""
+    if one.is_cuda and one.dtype != torch.float32:
+        return torch.bmm(one, other, out_dtype=torch.float32)
+    return torch.bmm(one, other)
+
+
+@compiled
+def angles_of(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, B, A, D / 2] of the steps of chains."""
+    return rope.angles(start + torch.arange(steps, device=start.device)[:, None, None], dtype)
+
+
+@compiled
+def seen_slots(far: Tensor, rows: int, count: int, steps: int) -> Tensor:
+    """What each step of a chain sees, bool [T, B, A, C + T * A], of a context [B, A, C]."""
+    step, chain = (torch.arange(n, device=far.device) for n in (steps, count))
+    own = (chain[:, None] == chain)[None, :, None] & (step <= step[:, None])[:, None, :, None]
+    own = own.flatten(2)[:, None].expand(-1, rows, -1, -1)
+    return torch.cat([far.expand(steps, -1, -1, -1), own], -1)
+
+
+@compiled
+def normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """`rms_norm`."""
+    return rms_norm(x, gain, eps)
+
+
+@compiled
+def beside(tokens: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """What the layer reads [N, 2H]: normalised embeddings, and states to be normalised."""
+    return torch.cat([tokens, rms_norm(h, gain, eps)], -1)
+
+
+@compiled
+def normalised_back(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: Tensor) -> Tensor:
+    """Gradient of x in `rms_norm`, and what is `more`."""
+    wide, outer = x.float(), outer.float() * gain.float()
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    wide = wide * scale
+    found = scale * (outer - wide * (outer * wide).mean(-1, keepdim=True))
+    return sum(more, found).to(x.dtype)
+
+
+@compiled
+def gain_back(x: Tensor, outer: Tensor, eps: float) -> Tensor:
+    """Gradient of the gain in `rms_norm` of x [N, H]."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return (wide * outer.float()).sum(0).to(x.dtype)
+
+
+@compiled
+def gated(made: Tensor) -> Tensor:
+    """SiLU of the first half of each row, times the second."""
+    gate, up = made.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@compiled
+def gated_back(made: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `made`, and what `gated` makes of it."""
+    gate, up = (half.float() for half in made.chunk(2, -1))
+    part = gate.sigmoid()
+    inner, outer = gate * part, outer.float()
+    slope = part * (1 + gate * (1 - part))
+    found = torch.cat([outer * up * slope, outer * inner], -1)
+    return found.to(made.dtype), (inner * up).to(made.dtype)
+
+
+@compiled
+def shares(scores: Tensor, seen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """Softmax of scores [B * kv heads, G * A, S] over what is seen, bool [B, A, S]."""
+    rows, count, slots = seen.shape
+    x = scores.view(rows, -1, count, slots).float() * scale
+    return x.masked_fill(~seen[:, None], -torch.inf).softmax(-1).to(dtype).view(scores.shape)
+
+
+@compiled
+def shares_back(p: Tensor, outer: Tensor, scale: float) -> Tensor:
+    """Gradient of the scores."""
+    wide, outer = p.float(), outer.float()
+    return (wide * (outer - (wide * outer).sum(-1, keepdim=True)) * scale).to(p.dtype)
+
+
+@compiled
+def turned(
+    made: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries [B * kv, G * A, D] and keys [B * kv, A, D], rotated, and values, of [N, heads * D].
+
+    cos and sin are [B, A, D / 2].
+    """
+    x = made.view(*cos.shape[:2], heads + 2 * kv_heads, -1).transpose(1, 2)
+    query, key, value = x.split([heads, kv_heads, kv_heads], 1)
+    query, key = (rotated(part, cos[:, None], sin[:, None]) for part in (query, key))
+    shape = key.flatten(0, 1).shape
+    return query.reshape(shape[0], -1, shape[2]), key.reshape(shape), value.reshape(shape)
+
+
+@compiled
+def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Gradient [N, heads * D] of what was turned, from those of queries, keys and values."""
+    rows, count, half = cos.shape
+    query, key, value = (x.reshape(rows, -1, count, 2 * half) for x in (query, key, value))
+    query, key = (rotated(x, cos[:, None], -sin[:, None]) for x in (query, key))
+    return torch.cat([query, key, value], 1).transpose(1, 2).reshape(rows * count, -1)
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`Rope` with angles that are known."""
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def by_token(x: Tensor, rows: int, count: int) -> Tensor:
+    """[B * kv heads, G * A, D] as [N, heads * D]."""
+    return x.reshape(rows, -1, count, x.shape[-1]).transpose(1, 2).reshape(rows * count, -1)
+
+
+def by_head(x: Tensor, rows: int, count: int, heads: int, kv_heads: int) -> Tensor:
+    """The other way."""
+    x = x.view(rows, count, heads, -1).transpose(1, 2)
+    return x.reshape(rows * kv_heads, -1, x.shape[-1])

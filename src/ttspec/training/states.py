@@ -1,0 +1,95 @@
+"""What the target says of the examples: read once, and kept where there is room."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ttspec.decoding.forecast import free_memory
+from ttspec.models.target import Target
+from ttspec.training.batches import Batch, Example, chosen_examples, make_batch
+from ttspec.training.config import TrainConfig
+
+
+class TargetStates:
+    """The states that drafters train on. After the first epoch the target need not read.
+
+    An example is read in its batch of the first epoch, whenever that is: so what is known of it
+    does not depend on where a run was interrupted.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        config: TrainConfig,
+        examples: list[Example],
+        taps: Sequence[int],
+        reserved: int,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            target: It reads.
+            config: How batches are made of them.
+            examples: All there are.
+            taps: Of all drafters that will ask.
+            reserved: Bytes that training takes besides.
+        """
+        self.target, self._config, self._examples = target, config, examples
+        self._taps, self._reserved = tuple(sorted(set(taps))), reserved
+        self._hidden = int(target.config.hidden_size)
+        self._lengths = torch.tensor([len(ids) for ids, _ in examples])
+        self._kept: Tensor | None = None
+        self._unread: dict[int, int] | None = None
+        """By example not read yet, its batch of the first epoch; None before the first batch."""
+
+    def of(self, batch: Batch, taps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """See `Target.read`; what stands behind a dialogue's end is of no use."""
+        if self._unread is None:
+            self._begin()
+        if self._kept is None:
+            states = self._read(batch)
+        else:
+            assert self._unread is not None
+            for step in sorted({self._unread[i] for i in batch.chosen if i in self._unread}):
+                self._keep(step)
+            states = self._kept[self._slots(batch)]
+        *features, last = states.split(self._hidden, dim=-1)
+        mine = [features[self._taps.index(tap)] for tap in taps]
+        return torch.cat([last[..., :0], *mine], dim=-1), last
+
+    def _begin(self) -> None:
+        """Make room for all states, if there is any."""
+        target, slots = self.target, int(self._lengths.sum()) + 1
+        width, free = (len(self._taps) + 1) * self._hidden, free_memory(target.device)
+        self._unread = {}
+        if free is None or slots * width * target.dtype.itemsize + self._reserved > free:
+            return
+        self._kept = torch.empty(slots, width, dtype=target.dtype, device=target.device)
+        size, seed = self._config.batch, self._config.seed
+        for step in range(-(-len(self._examples) // size)):
+            chosen = chosen_examples(self._examples, step, size=size, seed=seed)
+            self._unread |= dict.fromkeys(chosen, step)
+
+    def _keep(self, step: int) -> None:
+        """Read a batch of the first epoch."""
+        assert self._kept is not None
+        assert self._unread is not None
+        size, seed, device = self._config.batch, self._config.seed, self.target.device
+        batch = make_batch(self._examples, step, size=size, seed=seed, device=device)
+        self._kept[self._slots(batch)] = self._read(batch)
+        for i in batch.chosen:
+            self._unread.pop(i, None)
+
+    def _read(self, batch: Batch) -> Tensor:
+        self.target.taps = self._taps
+        return torch.cat(self.target.read(batch.ids), dim=-1)
+
+    def _slots(self, batch: Batch) -> Tensor:
+        """Where the states of a batch are: int64 [N, L]; those of padding share the last place."""
+        end = self._lengths.cumsum(0)
+        first, length = (end - self._lengths)[batch.chosen, None], self._lengths[batch.chosen, None]
+        column = torch.arange(batch.ids.shape[1])
+        return torch.where(column < length, first + column, end[-1]).to(batch.ids.device)
