@@ -1,10 +1,13 @@
 """Load on `ttspec serve`: many clients, some go away, some talk nonsense.
 
-    ttspec serve --rows 8 --queue 64 --port 8000 & python benchmarks/serve_load.py --pid $!
+    ttspec serve --rows 8 --queue 64 --port 8000 & python benchmarks/serve_load.py
 
-Waits until the server is ready, and prints one JSON object. Exits with 1 when an answer was none of
-those that are meant: whole, cut off by its client, 429, 504, and 400 for nonsense. Needs httpx.
-`--only-good` leaves out what goes wrong on purpose, to measure tokens per second.
+Waits until the server is ready, shows each minute how much memory it holds, by its own word
+(`process_resident_memory_bytes` of /metrics), and prints one JSON object. Exits with 1 when an
+answer was none of those that are meant: whole, cut off by its client, 429, 504, and 400 for
+nonsense. Needs httpx. `--only-good` leaves out what goes wrong on purpose, to measure tokens per
+second; `--max-wait SECONDS` also fails where the 99th percentile of the first token is later, and
+`--nonsense N` adds clients that send nothing else, as fast as they can.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ import sys
 import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import httpx
 
+MEMORY = "process_resident_memory_bytes"
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
 MALFORMED = (
     b'{"messages": [',
@@ -30,6 +33,7 @@ MALFORMED = (
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": "warm"}',
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 10000000}',
     b'{"messages": [{"role": "user", "content": "x"}], "echo": true}',
+    b'{"messages": ' + b"[" * 20_000,
 )
 INTENDED = {
     *("good: 200", "good: 429", "good: deadline"),
@@ -47,6 +51,7 @@ class Tally:
         self.gaps: list[float] = []
         self.tokens = 0
         self.memory: list[int] = []
+        """MiB that the server holds, every five seconds."""
 
 
 async def one(
@@ -54,11 +59,8 @@ async def one(
 ) -> None:
     """One request of a random kind."""
     kind = "good" if good else rng.choices(["good", "cancelled", "malformed"], [8, 1, 1])[0]
-    headers = {"Content-Type": "application/json"}
     if kind == "malformed":
-        body = rng.choice(MALFORMED)
-        response = await client.post("/v1/chat/completions", content=body, headers=headers)
-        tally.outcomes[f"malformed: {response.status_code}"] += 1
+        await nonsense(client, rng, tally)
         return
     words = " ".join(rng.choice(TOPICS) for _ in range(rng.randint(1, 60)))
     asked = {
@@ -97,12 +99,24 @@ async def one(
     tally.outcomes[f"{kind}: 200"] += 1
 
 
-async def watch(pid: int | None, tally: Tally) -> None:
-    """Note the server's memory, every few seconds."""
-    while pid:
-        status = Path(f"/proc/{pid}/status").read_text()
-        line = next(line for line in status.splitlines() if line.startswith("VmRSS"))
-        tally.memory.append(int(line.split()[1]) // 1024)
+async def nonsense(client: httpx.AsyncClient, rng: random.Random, tally: Tally) -> None:
+    """A request that cannot be answered."""
+    body, headers = rng.choice(MALFORMED), {"Content-Type": "application/json"}
+    response = await client.post("/v1/chat/completions", content=body, headers=headers)
+    tally.outcomes[f"malformed: {response.status_code}"] += 1
+
+
+async def watch(client: httpx.AsyncClient, tally: Tally) -> None:
+    """Note the server's memory; show it each minute."""
+    while True:
+        lines = (await client.get("/metrics")).text.splitlines()
+        held = [line.split()[1] for line in lines if line.startswith(f"{MEMORY} ")]
+        if not held:
+            sys.exit(f"{client.base_url}metrics has no {MEMORY}: the server is not on Linux")
+        tally.memory.append(int(float(held[0])) >> 20)
+        if len(tally.memory) % 12 == 1:
+            minute, answers = len(tally.memory) // 12, sum(tally.outcomes.values())
+            print(f"minute {minute}: {tally.memory[-1]} MiB, {answers} answers", file=sys.stderr)
         await asyncio.sleep(5)
 
 
@@ -123,9 +137,10 @@ async def main() -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--pid", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only-good", action="store_true")
+    parser.add_argument("--max-wait", type=float)
+    parser.add_argument("--nonsense", type=int, default=0)
     given = parser.parse_args()
     wait_until_ready(given.url)
     tally, begin = Tally(), time.monotonic()
@@ -135,14 +150,21 @@ async def main() -> int:
         limits = httpx.Timeout(600)
         async with httpx.AsyncClient(base_url=given.url, timeout=limits) as client:
             while time.monotonic() - begin < 60 * given.minutes:
+                if number >= given.clients:
+                    await nonsense(client, rng, tally)
+                    continue
                 await one(client, rng, tally, good=given.only_good, most=given.max_tokens)
 
-    watching = asyncio.ensure_future(watch(given.pid, tally))
-    await asyncio.gather(*(client(n) for n in range(given.clients)))
-    watching.cancel()
+    async with httpx.AsyncClient(base_url=given.url, timeout=600) as own:
+        watching = asyncio.ensure_future(watch(own, tally))
+        await asyncio.gather(*(client(n) for n in range(given.clients + given.nonsense)))
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching  # what went wrong there
     seconds = time.monotonic() - begin
     print(json.dumps(report(tally, seconds) | {"clients": given.clients}, indent=1))
-    return int(not INTENDED.issuperset(tally.outcomes))
+    late = given.max_wait is not None and quantile(tally.first, 0.99) > given.max_wait
+    return int(late or not INTENDED.issuperset(tally.outcomes))
 
 
 def report(tally: Tally, seconds: float) -> dict[str, Any]:
@@ -153,22 +175,19 @@ def report(tally: Tally, seconds: float) -> dict[str, Any]:
         "tokens_per_second": round(tally.tokens / seconds, 2),
         "first_token_seconds": spread(tally.first),
         "between_chunks_seconds": spread(tally.gaps),
-        "memory_mib": {
-            "first": tally.memory[:1],
-            "middle": tally.memory[len(tally.memory) // 2 :][:1],
-            "last": tally.memory[-1:],
-            "most": max(tally.memory, default=None),
-        },
+        "memory_mib": {"by_minute": tally.memory[::12], "most": max(tally.memory)},
     }
 
 
 def spread(values: list[float]) -> dict[str, float] | None:
     """Median, 99th percentile and the largest."""
-    ordered = sorted(values)
-    if not ordered:
-        return None
     at = {"p50": 0.5, "p99": 0.99, "most": 1.0}
-    return {name: round(ordered[int(q * (len(ordered) - 1))], 3) for name, q in at.items()}
+    return {name: round(quantile(values, q), 3) for name, q in at.items()} if values else None
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that this share of them does not pass; 0 of none."""
+    return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ class Loop:
             copied=zeros,
         )
         # What the decoder's `accept` looks at.
-        self.rows = SimpleNamespace(inputs=self.inputs)
+        self.rows, self._span = SimpleNamespace(inputs=self.inputs), None
         self.count = len(keys)
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"

@@ -25,6 +25,7 @@ from ttspec.drafters.checkpoint import make_drafter
 from ttspec.errors import OptionError
 from ttspec.learning import distillation
 from ttspec.learning.live_weights import LiveWeights
+from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 
 QWEN3_8B: dict[str, Any] = {
@@ -224,7 +225,8 @@ def test_an_update_is_as_many_calls_as_the_learner_makes(monkeypatch, room: int,
     blocks = blocks_of(torch.ones(2, 5, 5, dtype=torch.long), [[39] * 5] * 2, before)
     live = LiveWeights(replace(learn, weights="full"), drafter, 2)
     state.weights = {**drafter.weights, **live.published}
-    distillation.Distillation(learn, drafter, state, 4, False).backward(live, blocks, 40)
+    run = Graphs(torch.device("cpu"))
+    distillation.Distillation(learn, drafter, state, 4, run).backward(live, blocks, 40)
     assert (len(seen), sum(seen)) == (calls, 5)
     whole = r.update(drafter, parts, 260, 4, learn, batch).moved
     monkeypatch.setattr(distillation, "AT_ONCE", 1 << 28)

@@ -6,12 +6,12 @@ import pytest
 from torch import Tensor
 from toys import plain, toy_engine
 
-from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
-from ttspec.records import Chunk, Result
+from ttspec.records import Chunk, Lesson, Result
 from ttspec.rowcache import RowCache
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
@@ -88,6 +88,37 @@ def test_the_target_reads_only_rows_that_take_part(engine: Engine, monkeypatch) 
     for n, (request, size) in enumerate(zip(asked, sizes, strict=True)):
         wanted = alone(engine, SHORT, seed=n, max_new_tokens=size)
         assert found[request].token_ids == wanted
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_rows_at_rest_are_neither_drafted_for_nor_taught(
+    engine: Engine, monkeypatch, temperature: float
+) -> None:
+    drafter, rows = engine.drafter, list[int]()
+    assert drafter
+    for name in ("propose", "replay"):
+        real = getattr(type(drafter), name)
+
+        def spied(drafter, state, given, *args, real=real):
+            rows.append(len(given.start) if isinstance(given, Lesson) else len(given))
+            return real(drafter, state, given, *args)
+
+        monkeypatch.setattr(type(drafter), name, spied)
+    draft = DraftConfig(copy=False, adaptive=False)
+    known = [
+        scheduler_of(engine, rows=n, draft=draft, temperature=temperature, max_new_tokens=40)
+        for n in (1, 5)
+    ]
+    found = []
+    for scheduler in known:
+        ask(scheduler, LONG)
+        (result,) = finish(scheduler).values()
+        found.append(result)
+    assert set(rows) == {1}
+    assert found[0].token_ids == found[1].token_ids
+    rounds = [[(r.proposed, r.accepted) for r in result.rounds] for result in found]
+    assert rounds[0] == rounds[1]
+    assert all(result.stats.updates for result in found)
 
 
 @pytest.mark.parametrize("piece", [7, 16])

@@ -109,6 +109,9 @@ def test_models_and_metrics_are_told(client) -> None:
     values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
     assert float(values['vllm:generation_tokens_total{model_name="toy"}']) >= 5
     assert float(values['vllm:num_requests_running{model_name="toy"}']) == 0
+    first = float(values['vllm:request_prefill_time_seconds_count{model_name="toy"}'])
+    assert first == float(values['vllm:request_decode_time_seconds_count{model_name="toy"}']) > 0
+    assert float(values["process_resident_memory_bytes"]) > 1 << 20
     assert client.get("/live").json()["rows"] == 2
     assert "<html" in client.get("/").text
 
@@ -294,6 +297,21 @@ def test_who_comes_first_is_served_first_and_who_is_too_many_told_when_to_come_a
         for thread in threads:
             thread.join()
     assert found == [20, 40, 30]
+
+
+def test_a_stream_that_waits_says_nothing_before_its_first_token(engine, monkeypatch) -> None:
+    found: list[int] = []
+    with running(engine, rows=1) as (client, server), held_up(monkeypatch) as go:
+        thread = in_background(lambda: chat(client, max_tokens=5), found)
+        until(lambda: sum(server.worker.load) == 1)
+        threading.Timer(0.3, go.set).start()
+        begin = time.monotonic()
+        body = {"messages": HELLO, "max_tokens": 5, "stream": True}
+        with client.stream("POST", "/v1/chat/completions", json=body) as response:
+            next(response.iter_lines())
+            assert time.monotonic() - begin > 0.2, "clients take this for the first token"
+        thread.join()
+    assert found == [200]
 
 
 def test_an_answer_that_takes_too_long_fails_even_while_it_waits(engine, monkeypatch) -> None:

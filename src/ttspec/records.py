@@ -8,16 +8,43 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 FinishReason = Literal["eos", "stop", "length", "context", "cancelled"]
 POSITION_BINS = (0, 256, 512, 1024, 2048, 4096, 8192)
 LONGEST_COPY = 31
 """Tokens of a proposal that is copied, at most."""
+
+
+Record = TypeVar("Record", bound="DataclassInstance")
+
+
+def of_rows(record: Record, rows: slice) -> Record:
+    """The same of some rows, in the same memory: the first dimension of every tensor is rows."""
+    cut: dict[str, Any] = {}
+    for name in (f.name for f in fields(record)):
+        value = getattr(record, name)
+        if isinstance(value, Tensor):
+            cut[name] = value[rows]
+        elif isinstance(value, Proposal):
+            cut[name] = of_rows(value, rows)
+    return replace(record, **cut)
+
+
+def spread(part: Tensor, rows: slice | Tensor, count: int) -> Tensor:
+    """What is known of some rows [R, ...], as of all [count, ...]; zeros for the others."""
+    if len(part) == count and isinstance(rows, slice):
+        return part
+    whole = part.new_zeros(count, *part.shape[1:])
+    whole[rows] = part
+    return whole
 
 
 class LogitMask(Protocol):

@@ -7,8 +7,10 @@ commit    each row's length moves on the host; no key or value is copied
 hand on   the learner gets the verification, the policy what the round took and brought; the
           drafter has made it context already, on the device, right after the verdict
 
-A round is computed for all rows at once; what it says of rows that take no part is dead. Weights
-change in `learner.absorb` and nowhere else: what drafted a round is what it is judged by.
+A round is computed for all rows at once; what it says of rows that take no part is dead. On a CPU,
+where each row costs, the target reads those that take part, and the drafter drafts for the rows
+from the first of them to the last. Weights change in `learner.absorb` and nowhere else: what
+drafted a round is what it is judged by.
 
 What happens between rounds is a neighbour's job: `prefill.py` reads prompts, `deferred.py` what
 a drafter has not read yet, `policy.py` says how much is drafted, `copying.py` which rows copy,
@@ -18,6 +20,7 @@ a drafter has not read yet, `policy.py` says how much is drafted, `copying.py` w
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -40,7 +43,7 @@ from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
-from ttspec.records import Proposal, Verification
+from ttspec.records import Proposal, Verification, of_rows, spread
 from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import (
     SamplingTensors,
@@ -88,6 +91,8 @@ class SpeculativeRound:
     """What `propose` gave: a stage that may be captured as a graph is given its shape alone."""
     _verified: Tensor | None = None
     """int64, the rows that the target reads in this round, as they lie; None is all."""
+    _span: slice | None = None
+    """The rows that the drafter drafts for; None is all."""
 
     @torch.no_grad()
     def round(self) -> dict[int, RowOutcome]:
@@ -106,7 +111,7 @@ class SpeculativeRound:
         if copies:
             self.rows.upload_copies(copies)
 
-        self._verified = self._rows_to_verify(active)
+        self._choose_rows(active)
         self._proposed = self.graphs(self.propose, shape, first=True)
         shape = self._worth_reading(active, shape)
         self.timer.lap()
@@ -201,26 +206,57 @@ class SpeculativeRound:
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
-        vocabulary = int(self.target.config.vocab_size)
         sampling = self.row_sampling.tensors(shape.steps)
         if self.sampling.acceptance == "invariant" and sampling.temperature is not None:
-            asked = rows.noise_key, rows.start + 1, shape.proposed + 1, vocabulary
-            noise = position_noise(*asked, sampling.sampled)
+            noise = self._noise(shape.proposed + 1, sampling)
         most = (rows.budget - 1).clamp(min=0)
         if self.drafter is None or self.state is None or not length:
             none = rows.pending.new_empty(self.rows.count, 0)
             proposal = Proposal(tokens=none, count=most.clamp(max=0))
         else:
-            penalties = self.row_sampling.penalties if penalises(shape.steps) else None
-            if penalties:
-                penalties.write(rows.pending[:, None], rows.start)
-            known = self.drafter, rows, vocabulary, noise, penalties, shape.steps, shape.longest
-            choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
-            asked = rows.pending, rows.start, most.clamp(max=length), length, shape.longest, choose
-            proposal = choose.over_all(self.drafter.propose(self.state, *asked))
+            proposal = self._draft(shape, noise, most.clamp(max=length))
         if shape.copy_length:
             proposal = with_copies(proposal, rows, shape.copy_length, most)
         return proposal, noise
+
+    def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
+        """The target's noise [B, width, V] from each row's next position on."""
+        key, start, sampled = self.rows.inputs.noise_key, self.rows.inputs.start, sampling.sampled
+        some, size = self._span or slice(None), int(self.target.config.vocab_size)
+        of_some = sampled if sampled is None else sampled[some]
+        noise = position_noise(key[some], start[some] + 1, width, size, of_some)
+        return spread(noise, some, self.rows.count)
+
+    def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
+        """What the drafter drafts, of which `count` int64 [B] will be used."""
+        assert self.drafter
+        penalties = self.row_sampling.penalties if penalises(shape.steps) else None
+        some = None if penalties else self._span  # they know their rows by number
+        rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.steps, some)
+        if penalties:
+            penalties.write(rows.pending[:, None], rows.start)
+        if some:
+            rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
+            noise = noise if noise is None else noise[some]
+        vocabulary, steps = int(self.target.config.vocab_size), shape.steps
+        known = self.drafter, rows, vocabulary, noise, penalties, steps, shape.longest
+        choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
+        asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
+        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
+        if some is None:
+            return proposal
+        parts = {f.name: getattr(proposal, f.name) for f in fields(proposal)}
+        given = {name: part for name, part in parts.items() if part is not None}
+        whole = {name: spread(part, some, self.rows.count) for name, part in given.items()}
+        return replace(proposal, **whole)
+
+    def _state_of(self, rows: slice | None) -> DraftState:
+        """The drafter's context, or what of it belongs to some rows."""
+        assert self.state is not None
+        assert self.drafter is not None
+        if rows is None:
+            return self.state
+        return self.state.of_rows(rows, self.drafter.weights_of(self.state.weights, rows))
 
     def verify_and_accept(self, shape: RoundShape) -> tuple[Verification, Tensor]:
         """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
@@ -254,7 +290,8 @@ class SpeculativeRound:
         )
         if self.drafter and self.state:
             if shape.absorbs:
-                self.drafter.absorb(self.state, verification)
+                state, some = self._state_of(self._span), self._span
+                self.drafter.absorb(state, of_rows(verification, some) if some else verification)
             else:
                 self.deferred.note(verification)
         # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
@@ -270,7 +307,11 @@ class SpeculativeRound:
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
-            return accept_equal(pick(logits, noise, sampling), proposal)
+            if not (some := self._span):
+                return accept_equal(pick(logits, noise, sampling), proposal)
+            noise = noise if noise is None else noise[some]
+            picked = pick(logits[some], noise, of_rows(sampling, some))
+            return accept_equal(spread(picked, some, self.rows.count), proposal)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
         p = distribution(logits, sampling)
@@ -290,19 +331,17 @@ class SpeculativeRound:
             )
         assert logits is not None
         if some is not None:
-            logits, features = (self._spread(part, some) for part in (logits, features))
+            logits = spread(logits, some, self.rows.count)
+            features = spread(features, some, self.rows.count)
         return logits[:, :width], features[:, :width]
 
-    def _rows_to_verify(self, active: list[int]) -> Tensor | None:
-        """The rows that take part, where the others would cost something: not on a GPU."""
+    def _choose_rows(self, active: list[int]) -> None:
+        """Leave out rows that take no part, where they would cost something: not on a GPU."""
         if not self.cache.moves_rows:
-            return None
-        rows = self.cache.lay_together(active)
-        return None if rows == list(range(self.rows.count)) else torch.tensor(rows)
-
-    def _spread(self, part: Tensor, rows: Tensor) -> Tensor:
-        """What was read of some rows [R, ...], as of all [B, ...]; zeros for the others."""
-        return part.new_zeros(self.rows.count, *part.shape[1:]).index_copy_(0, rows, part)
+            return
+        rows, count = self.cache.lay_together(active), self.rows.count
+        self._verified = None if rows == list(range(count)) else torch.tensor(rows)
+        self._span = slice(active[0], active[-1] + 1) if len(active) < count else None
 
     @property
     def _reads_spans(self) -> bool:

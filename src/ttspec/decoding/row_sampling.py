@@ -144,7 +144,9 @@ class RowSampling:
         most_k = sampling.top_k if "top_k" in names else 0
         return SamplingSteps(names, rounded(most_k), rounded(sampling.no_repeat_ngram_size))
 
-    def tensors(self, steps: SamplingSteps, subset: Tensor | None = None) -> SamplingTensors:
+    def tensors(
+        self, steps: SamplingSteps, subset: Tensor | slice | None = None
+    ) -> SamplingTensors:
         """What temperature and filters read; of the rows `subset` int64 [B], or of all."""
         values = {n: tensor for n, tensor in self._tensors.items() if n in steps.names}
         if subset is not None:

@@ -6,8 +6,7 @@ drafter never holds the target; it is bound once to the target's embedding and h
 
 A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
 
-- `recognises`, `_configure`: whether a config.json is its own, and what it means: `taps`, `length`
-  and `interpretation` among it.
+- `recognises`, `_configure`: whether a config.json is its own, and what it means.
 - `keys.TABLES`: every key that its config.json may have.
 - `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
@@ -28,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.blocks import Blocks, Choices, Choose, Text
 from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson, Proposal, Verification
+from ttspec.records import Lesson, Proposal, Verification, of_rows
 
 Shapes = dict[str, tuple[int, ...]]
 AFTER_ATTENTION = ("o_proj", ".mlp.", "mlp_conv", "post_attention_layernorm")
@@ -54,6 +53,10 @@ class DraftState:
     weights: Weights
     """The live weights, shared by all rows or one per row."""
     options: DraftConfig
+
+    def of_rows(self, rows: slice, weights: Weights) -> Self:
+        """The context of some rows, in the same memory, with weights of theirs."""
+        return replace(of_rows(self, rows), weights=weights)
 
     @property
     def spans(self) -> bool:
@@ -218,7 +221,7 @@ class Drafter(ABC):
                 `takes_padding`; None is all.
         """
         text = Text.after(start, tokens, features, subset, counts)
-        self._extend(state, self._live(state, subset), text)
+        self._extend(state, self.weights_of(state.weights, subset), text)
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Make text of some rows context, with these weights of theirs."""
@@ -274,10 +277,8 @@ class Drafter(ABC):
         parts = [lesson]
         if state.options.rebase:  # where a context token seems to be depends on the block
             parts = [lesson.part(i) for i in range(lesson.start.shape[1])]
-        found = []
-        for part in parts:
-            blocks = Blocks(part.tokens[..., 0], part.start, length, longest)
-            found.append(self._replay(state, part, blocks))
+        blocks = [Blocks(part.tokens[..., 0], part.start, length, longest) for part in parts]
+        found = [self._replay(state, *some) for some in zip(parts, blocks, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
 
     def shapes(self) -> Shapes:
@@ -383,12 +384,10 @@ class Drafter(ABC):
                 f"target has {layers} layers, from 0.\nGive the drafter of this target."
             )
 
-    def _live(self, state: DraftState, subset: Tensor | None) -> Weights:
-        """The weights of some rows; those of all rows when `subset` is None."""
-        if subset is None:
-            return state.weights
-        mine = self.is_own
-        return {k: w[subset] if mine(k, w) else w for k, w in state.weights.items()}
+    def weights_of(self, weights: Weights, rows: Tensor | slice | None) -> Weights:
+        """Live weights as some rows have them; None is all rows."""
+        own = [n for n, w in weights.items() if self.is_own(n, w)] if rows is not None else []
+        return {**weights, **{name: weights[name][rows] for name in own}}
 
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""

@@ -9,8 +9,8 @@ them. Both give the same logits, but for rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,8 +18,9 @@ from torch import Tensor
 from ttspec.compiled import of_any_size
 from ttspec.drafters.base import DraftState
 from ttspec.drafters.blocks import Blocks
-from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext
+from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext, Weights
 from ttspec.drafters.rotary import Rope
+from ttspec.records import of_rows
 from ttspec.rowcache import reach_of, unwritten
 from ttspec.spans import reach_to_see, spans
 
@@ -37,6 +38,11 @@ class ContextState(DraftState):
     def slots(self) -> int:
         """Tokens that a row can hold."""
         return self.keys.shape[3] - 1
+
+    def of_rows(self, rows: slice, weights: Weights) -> Self:
+        """See `DraftState`; layers are the first dimension of keys and values."""
+        kept = {"keys": self.keys[:, rows], "values": self.values[:, rows]}
+        return replace(of_rows(self, rows), weights=weights, **kept)
 
     @property
     def spans(self) -> bool:

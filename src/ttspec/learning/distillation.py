@@ -20,7 +20,8 @@ from ttspec.losses import (
     total_variation,
     weighted_mean,
 )
-from ttspec.records import Lesson
+from ttspec.models.capture import Graphs
+from ttspec.records import Lesson, of_rows, spread
 
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
@@ -35,11 +36,11 @@ class Distillation:
     """The loss that brings a drafter's q nearer to the target's p, on blocks drafted again."""
 
     def __init__(
-        self, config: LearnConfig, drafter: Drafter, state: DraftState, length: int, compile: bool
+        self, config: LearnConfig, drafter: Drafter, state: DraftState, length: int, run: Graphs
     ) -> None:
-        """Of blocks of `length` drafts in `state`'s rows; `compile` the loss on a GPU."""
+        """Of blocks of `length` drafts in `state`'s rows; the loss is compiled if rounds are."""
         self.config, self.drafter, self.state, self.length = config, drafter, state, length
-        self.compile = compile
+        self.compile, self._captured = run.compile, run.on
 
     def backward(
         self, live: LiveWeights, lesson: Lesson, longest: int, held_out: Tensor | None = None
@@ -56,26 +57,29 @@ class Distillation:
             Each row's loss, float32 [B]; and where something is compared, how many drafts of each
             block `live` would get accepted, on average, float32 [B, A].
         """
-        leaves = {name: w.detach().requires_grad_() for name, w in live.published.items()}
-        rows, blocks = lesson.start.shape
-        some = self._blocks_at_once(lesson)
-        total, expected = torch.zeros(rows, device=lesson.start.device), list[Tensor]()
         mask = lesson.mask if held_out is None else lesson.mask & ~held_out[..., None]
-        for i in range(0, blocks, some):
+        rows, count = self._rows_with(lesson), len(lesson.start)
+        lesson, mask = of_rows(lesson, rows), mask[rows]
+        published = self.drafter.weights_of(live.published, rows)
+        leaves = {name: w.detach().requires_grad_() for name, w in published.items()}
+        some = self._blocks_at_once(lesson)
+        total, expected = torch.zeros_like(lesson.count, dtype=torch.float32), list[Tensor]()
+        for i in range(0, lesson.start.shape[1], some):
             part = lesson.part(i, some)
             with torch.enable_grad():
-                q_logits = self._replay({**self.drafter.weights, **leaves}, part, longest)
+                q_logits = self._replay({**self.drafter.weights, **leaves}, part, longest, rows)
                 with compiling() if self.compile else nullcontext():
                     loss = self.loss(part, q_logits)
                 weights = position_weights(self.length, self.config.decay, q_logits.device)
                 loss = weighted_mean(loss, weights, mask[:, i : i + some])
                 loss = loss.sum(-1) / part.count.clamp(min=1)  # [B]
                 gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
-            live.set_gradients(list(gradients), add=i > 0)
+            live.set_gradients(list(gradients), rows, add=i > 0)
             total += loss.detach()
             if held_out is not None:
                 expected.append(self._expected(part, q_logits.detach()))
-        return total, torch.cat(expected, dim=1) if expected else None
+        found = spread(torch.cat(expected, dim=1), rows, count) if expected else None
+        return spread(total, rows, count), found
 
     def loss(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
         """Of each drafted row, float32 [B, A, G].
@@ -94,12 +98,13 @@ class Distillation:
 
     def expected_drafts(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [B, A]."""
-        blocks, found = lesson.start.shape[1], []
+        rows, count, found = self._rows_with(lesson), len(lesson.start), []
+        lesson, weights = of_rows(lesson, rows), self.drafter.weights_of(weights, rows)
         some = self._blocks_at_once(lesson)
-        for i in range(0, blocks, some):
+        for i in range(0, lesson.start.shape[1], some):
             part = lesson.part(i, some)
-            found.append(self._expected(part, self._replay(weights, part, longest)))
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            found.append(self._expected(part, self._replay(weights, part, longest, rows)))
+        return spread(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
 
     def _blocks_at_once(self, lesson: Lesson) -> int:
         """Blocks of each row that are replayed together."""
@@ -117,13 +122,17 @@ class Distillation:
         agreement = 1 - torch.cat(found).view(q_logits.shape[:-1])
         return expected_length(agreement, lesson.mask)
 
-    def _replay(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
-        """Logits [B, A, G, V_draft] of blocks drafted with `weights`."""
-        live, self.state.weights = self.state.weights, weights
-        try:
-            return self.drafter.replay(self.state, lesson, self.length, longest)
-        finally:
-            self.state.weights = live
+    def _rows_with(self, lesson: Lesson) -> slice:
+        """From the first row that has a lesson to the last: on a CPU each row costs as much."""
+        if self._captured or not lesson.count.is_cpu:
+            return slice(None)
+        there = lesson.count.nonzero().flatten().tolist()
+        return slice(there[0], there[-1] + 1) if there else slice(1)
+
+    def _replay(self, weights: Weights, lesson: Lesson, longest: int, rows: slice) -> Tensor:
+        """Logits [B, A, G, V_draft] of blocks of some rows, drafted with `weights` of theirs."""
+        state = self.state.of_rows(rows, weights)
+        return self.drafter.replay(state, lesson, self.length, longest)
 
     def _target(self, logits: Tensor) -> Tensor:
         """P [..., V_draft] of what can be drafted, among all tokens, of logits [..., V]."""

@@ -87,7 +87,7 @@ class Learner:
         self.study = MemoryStudy(memory, *made_for, self._run) if memory else None
         if self.keeper:
             self.keeper.study = self.study
-        self._distillation = Distillation(config, drafter, state, self.length, self._run.compile)
+        self._distillation = Distillation(config, drafter, state, self.length, self._run)
         self._lessons: Lessons | None = None
         self._verification: Verification
         self._lesson: Lesson

@@ -126,10 +126,13 @@ class LiveWeights:
         memory = self.memory.nbytes if self.memory else 0
         return 4 * self._master.nbytes + published + mean + memory
 
-    def set_gradients(self, gradients: list[Tensor], *, add: bool) -> None:
-        """Take gradients, or `add` them to those there are."""
-        given = torch.cat([g.reshape(len(self._gradient), -1) for g in gradients], 1)
-        self._gradient.add_(given) if add else self._gradient.copy_(given)
+    def set_gradients(
+        self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
+    ) -> None:
+        """Take gradients of some rows' copies, or `add` them to those there are."""
+        own = self._gradient if self.shared else self._gradient[rows]
+        given = torch.cat([g.reshape(len(own), -1) for g in gradients], 1)
+        own.add_(given) if add else own.copy_(given)
 
     def gradient_norms(self) -> Tensor:
         """Of each copy, float32 [copies]."""

@@ -13,6 +13,7 @@ from typing import Any
 
 from ttspec.records import Chunk, Result, Round, TokenLogprobs, acceptance_length
 from ttspec.serving import logprobs, reports
+from ttspec.serving.calls import CallSplitter
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
@@ -29,6 +30,9 @@ class Choice:
 
     job: Job
     splitter: ThoughtSplitter
+    caller: CallSplitter
+    calls: list[dict[str, Any]] = field(default_factory=list)
+    """Tools that it calls."""
     thoughts: str = ""
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -62,6 +66,7 @@ class Answers:
                 ThoughtSplitter(
                     marks=self.written.marks_thoughts, begun=self.written.begins_in_thought
                 ),
+                CallSplitter(self.written.tools),
             )
             for job in self.jobs
         ]
@@ -83,13 +88,16 @@ class Answers:
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events; whoever sends them calls `give_up` at the end."""
         options = self.body.stream_options
+        silent = set(self.choices if self.is_chat else ())
         try:
-            if self.is_chat:
-                for choice in self.choices:
+            async for choice, thoughts, text, calls, chunk in self._pieces():
+                part = self._part(choice, thoughts, text, calls, chunk)
+                if (
+                    choice in silent
+                ):  # with its first token: by this, clients measure the time to it
+                    silent.remove(choice)
                     delta = {"role": "assistant", "content": ""}
                     yield self._event([_part(choice, delta=delta)])
-            async for choice, thoughts, text, chunk in self._pieces():
-                part = self._part(choice, thoughts, text, chunk)
                 if part:
                     yield self._event([part])
             if options and options.include_usage:
@@ -124,8 +132,8 @@ class Answers:
             "acceptance_length": round(acceptance_length(rounds), 3),
         }
 
-    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, str, Chunk]]:
-        """(choice, thoughts, text, chunk) as they come, until all answers are over."""
+    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, str, int, Chunk]]:
+        """(choice, thoughts, text, number of calls, chunk) as they come, until all are over."""
         missing = len(self.choices)
         while missing:
             job, event = await self.events.get()
@@ -139,26 +147,31 @@ class Answers:
                 choice.rounds.append(event.round)
             final = event.result is not None
             thoughts, text = choice.splitter.push(event.text, final=final)
+            text, calls = choice.caller.push(text, final=final)
             choice.thoughts += thoughts
             choice.text += text
+            choice.calls += calls
             if final:
                 choice.result = event.result
                 missing -= 1
-            yield choice, thoughts, text, event
+            yield choice, thoughts, text, len(calls), event
 
     def _part(
-        self, choice: Choice, thoughts: str, text: str, chunk: Chunk
+        self, choice: Choice, thoughts: str, text: str, calls: int, chunk: Chunk
     ) -> dict[str, Any] | None:
-        """What a stream says of a chunk, if anything."""
+        """What a stream says of a chunk, if anything; the last `calls` of the choice are new."""
         ids = {"token_ids": list(chunk.token_ids)} if self.body.return_token_ids else {}
-        end = _end(chunk.result) if chunk.result else {}
+        end = _end(choice) if chunk.result else {}
         told = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
-        if not (thoughts or text or end or ids.get("token_ids") or chunk.logprobs):
+        if not (thoughts or text or calls or end or ids.get("token_ids") or chunk.logprobs):
             return None
         if not self.is_chat:
             return _part(choice, text=text) | told | end | ids
         delta = {"reasoning_content": thoughts} if thoughts else {}
         delta |= {"content": text} if text else {}
+        if calls:
+            numbered = list(enumerate(choice.calls))[-calls:]
+            delta["tool_calls"] = [{"index": number, **call} for number, call in numbered]
         return _part(choice, delta=delta) | told | end | ids
 
     def _logprobs(
@@ -182,11 +195,14 @@ class Answers:
             ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
         told = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
-            return _part(choice, text=choice.text) | told | _end(result) | ids
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+            return _part(choice, text=choice.text) | told | _end(choice) | ids
+        text = choice.text if choice.text or not choice.calls else None
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if choice.calls:
+            message["tool_calls"] = choice.calls
         if self.written.marks_thoughts:
             message["reasoning_content"] = choice.thoughts or None
-        return _part(choice, message=message) | told | _end(result) | ids
+        return _part(choice, message=message) | told | _end(choice) | ids
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
         said, options = (
@@ -235,8 +251,10 @@ def _part(choice: Choice, **said: Any) -> dict[str, Any]:
     return {"index": choice.job.index, **said, "logprobs": None, "finish_reason": None}
 
 
-def _end(result: Result) -> dict[str, Any]:
-    return {"finish_reason": reports.finish_reason(result)}
+def _end(choice: Choice) -> dict[str, Any]:
+    assert choice.result is not None
+    reason = reports.finish_reason(choice.result)
+    return {"finish_reason": "tool_calls" if choice.calls and reason == "stop" else reason}
 
 
 def _sse(value: dict[str, Any]) -> str:

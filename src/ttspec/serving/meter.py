@@ -11,7 +11,14 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from ttspec.records import Chunk
 
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
 HISTORY = 300
 """Seconds that the page can look back."""
 LATENCIES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1, 2.5)
 SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -30,6 +38,7 @@ class Meter:
     def __init__(self, model: str) -> None:
         """Everything is zero. `model` is the label `model_name`."""
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # memory and CPU seconds, on Linux
         self._model = model
         self._lock = threading.Lock()
         self._seconds = deque[dict[str, int]](maxlen=HISTORY)
@@ -54,6 +63,13 @@ class Meter:
         self._first = spread("vllm:time_to_first_token_seconds", "From request to first token.")
         self._whole = spread("vllm:e2e_request_latency_seconds", "From request to last token.")
         self._queue = spread("vllm:request_queue_time_seconds", "Waiting for a row.")
+        self._prefill = spread("vllm:request_prefill_time_seconds", "From row to first token.")
+        self._decode = spread("vllm:request_decode_time_seconds", "From first to last token.")
+        self._each = spread(
+            "vllm:request_time_per_output_token_seconds",
+            "The same, for each token but the first.",
+            buckets=EACH,
+        )
         self._answers = spread(
             "vllm:request_generation_tokens", "Tokens of an answer.", buckets=SIZES
         )
@@ -116,6 +132,10 @@ class Meter:
         self._whole.observe(job.ended - job.queued)
         if job.first_token is not None:
             self._first.observe(job.first_token - job.queued)
+            self._prefill.observe(job.first_token - job.started)
+            self._decode.observe(decode := job.ended - job.first_token)
+            if (more := len(result.token_ids) - 1) > 0:
+                self._each.observe(decode / more)
         self._answers.observe(len(result.token_ids))
         self._prompts.observe(len(job.ids))
 

@@ -16,6 +16,7 @@ from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.messages import as_messages
 from ttspec.decoding.template import ChatTemplate, thinking_of, token_ids
 from ttspec.errors import TtspecError
+from ttspec.serving import calls
 from ttspec.serving.problems import refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.thoughts import CLOSE, OPEN
@@ -35,6 +36,8 @@ class Written:
     begins_in_thought: bool = False
     mask: GrammarMask | None = None
     """What answers may be made of."""
+    tools: frozenset[str] = frozenset()
+    """Names that answers may call, where the template marks calls."""
     bytes_of: Callable[[int], bytes] | None = None
     """What a token stands for, where log-probabilities are asked for."""
 
@@ -48,7 +51,8 @@ class PromptWriter:
         self._vocabulary = int(engine.target.config.vocab_size)
         self._templates: dict[bool | None, tuple[ChatTemplate, bool | None]] = {}
         self._ends = engine.target.ends
-        self._marks = CLOSE in str(self._tokenizer.chat_template or "")
+        written = str(self._tokenizer.chat_template or "")
+        self._marks, self._marks_calls = CLOSE in written, calls.CLOSE in written
 
     def chat(self, body: ChatRequest) -> Written:
         """The prompt that the template writes.
@@ -73,7 +77,8 @@ class PromptWriter:
         end = self._tokenizer.decode(ids[-8:]).rstrip() if self._marks else ""
         begun = end.endswith(OPEN)
         mask = self._mask(body, in_thought=begun)
-        return Written([ids], thinking, self._marks, begun, mask, self._bytes_of(body))
+        names = frozenset(tool.function.name for tool in tools if self._marks_calls)
+        return Written([ids], thinking, self._marks, begun, mask, names, self._bytes_of(body))
 
     def completion(self, body: CompletionRequest) -> Written:
         """The prompts as they are.

@@ -1,0 +1,66 @@
+"""Calls of tools apart from the answer, where the target's template marks them as Qwen's do."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Collection
+from typing import Any
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+
+
+class CallSplitter:
+    """Text comes in pieces; text and whole calls go out. What is no call stays text, as it is."""
+
+    def __init__(self, tools: Collection[str]) -> None:
+        """Nothing was written yet; `tools` are the names that may be called, none for no calls."""
+        self._tools, self._held, self._called = tools, "", False
+
+    def push(self, text: str, *, final: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """What is new: text, and calls as OpenAI has them; with `final` also what was held back."""
+        if not self._tools:
+            return text, []
+        self._held += text
+        said, calls = "", list[dict[str, Any]]()
+        while self._held:
+            if self._called:  # white space behind a call is nobody's
+                self._held = self._held.lstrip()
+            before, opened, rest = self._held.partition(OPEN)
+            if not opened:
+                size = 0 if final else _begun(before)
+                new, self._held = before[: len(before) - size], before[len(before) - size :]
+                said, self._called = said + new, self._called and not new
+                break
+            inside, closed, after = rest.partition(CLOSE)
+            if not (closed or final):
+                cut = before.rstrip()
+                said, self._held = said + cut, self._held[len(cut) :]
+                break
+            call = self._call(inside)
+            calls += [call] if call else []
+            said += before.rstrip() if call else before + opened + inside + closed
+            self._held, self._called = after, call is not None
+        return said, calls
+
+    def _call(self, text: str) -> dict[str, Any] | None:
+        """A call of one of the tools; None if it is none."""
+        try:
+            said = json.loads(text)
+        except ValueError:
+            return None
+        match said:
+            case {"name": str(name), "arguments": dict(arguments)} if name in self._tools:
+                told = json.dumps(arguments, ensure_ascii=False)
+                function = {"name": name, "arguments": told}
+                return {"id": f"call_{secrets.token_hex(12)}", "type": "function"} | {
+                    "function": function
+                }
+        return None
+
+
+def _begun(text: str) -> int:
+    """Characters at the end that may be the beginning of a mark, and the white space before."""
+    marks = (size for size in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:size]))
+    cut = text[: len(text) - next(marks, 0)]
+    return len(text) - len(cut.rstrip())
