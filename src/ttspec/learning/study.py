@@ -231,7 +231,7 @@ class MemoryStudy(Study):
         device = self._pages.device
         pages, count = self.memory.held_out_pages(most), 0
         totals = dict.fromkeys(sets, 0.0)
-        for part in pages.split(FEW_TEXTS) if len(pages) else ():
+        for part in pages.split(len(self._pages)) if len(pages) else ():
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)
