@@ -25,7 +25,8 @@ from typing import Any
 
 from streams import stream
 
-VLLM_ARMS = ("plain", "static", "idle", "learning", "learned")
+LEARNING = ("idle", "learning", "learned")
+VLLM_ARMS = ("plain", "static", *LEARNING)
 OURS = ("ttspec-plain", "ttspec-static", "ttspec-learning")
 RESAMPLED = 2000
 
@@ -74,7 +75,7 @@ def __getattr__(name: str) -> Any:
 
 def engine_of(arm: str, a: argparse.Namespace) -> Any:
     """A vLLM engine."""
-    from vllm import LLM
+    from vllm import LLM  # type: ignore[import-not-found]
 
     options: dict[str, Any] = {}
     if arm != "plain":
@@ -83,7 +84,7 @@ def engine_of(arm: str, a: argparse.Namespace) -> Any:
             "model": str(a.drafter),
             "num_speculative_tokens": a.length,
         }
-    if arm in ("idle", "learning", "learned"):
+    if arm in LEARNING:
         settings = json.loads(a.learned_settings if arm == "learned" else a.settings)
         options["additional_config"] = {"ttspec": settings}
         options["worker_extension_cls"] = "vllm_speed.Both"
@@ -102,8 +103,8 @@ def engine_of(arm: str, a: argparse.Namespace) -> Any:
 
 def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     """Answer turns until the parent closes the pipe."""
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
+    from vllm import SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
 
     llm = engine_of(arm, a)
     engine, tokenizer, count = llm.llm_engine, llm.get_tokenizer(), 0
@@ -195,6 +196,7 @@ def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
         VLLM_NO_USAGE_STATS="1",
         HF_HUB_OFFLINE="1",
         VLLM_USE_FLASHINFER_SAMPLER="0",
+        TORCHINDUCTOR_COMPILE_THREADS="3",  # all arms compile at the same time
     )
     (serve_ours if arm.startswith("ttspec") else serve_vllm)(arm, a, pipe)
 
@@ -293,6 +295,9 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     for name in names:  # what is met first is not measured
         for at_once in a.at_once:
             arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
+    for name in names:
+        if name in LEARNING:
+            print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
@@ -388,7 +393,7 @@ def main() -> None:
     names += OURS if "ttspec" in arms.pipes else ()
     try:
         measure(arms, names, a)
-        for name in ("idle", "learning", "learned"):
+        for name in LEARNING:
             if name in names:
                 print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     finally:
