@@ -106,7 +106,8 @@ class LessonMemory:
 
     @torch.no_grad()
     def read(self, pages: Tensor, length: int) -> Texts:
-        """The texts up to some pages, int64 [N], of `length` pages at most."""
+        """The texts up to some pages, int64 [N], of `length` pages at most; on a CPU of no more
+        than the longest has."""
         chain, there = [pages], [torch.ones_like(pages, dtype=torch.bool)]
         for _ in range(1, length):
             page, before = chain[-1], self.before[chain[-1]]
@@ -114,6 +115,8 @@ class LessonMemory:
             there.append(there[-1] & follows & (self.text[before] == self.text[page]))
             chain.append(before)
         count = torch.stack(there).sum(0)[:, None]
+        if count.device.type == "cpu" and len(count):  # elsewhere it would have to be waited for
+            length = int(count.max())
         slot = torch.arange(length, device=pages.device)
         page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
         page = page.masked_fill(slot >= count, self.pages)
