@@ -13,7 +13,6 @@ from test_vllm_steps import (  # noqa: F401
     learner_of,
     prompt_step,
     record,
-    round_step,
     target,
 )
 from toys import bound_kind
@@ -54,12 +53,12 @@ def test_a_server_begins_where_the_last_one_ended(
     serve(engine=1).learner.keeper.close()  # another engine's own
     first.absorb(prompt_step(found))
     feed(first, found, [0])
-    learned = {n: w.clone() for n, w in first.learner.learned(0).items()}
+    learned = {n: w.clone() for n, w in first.learner.learned().items()}
     assert figures(first)["kept"] == 0
     first.learner.keeper.close()
     assert figures(first)["kept"] == 1, said
     second = serve()
-    for name, weight in second.learner.learned(0).items():
+    for name, weight in second.learner.learned().items():
         assert torch.equal(weight, learned[name])
         assert not torch.equal(weight, drafter.weights[name])
     second.learner.keeper.close()
@@ -100,27 +99,16 @@ def test_where_no_draft_is_accepted_one_line_says_why() -> None:
     assert "expects 0.8 a round: vLLM runs it in another way" in said
 
 
-def test_what_should_be_accepted_is_the_overlap_of_both_distributions(
-    target,  # noqa: F811
-    monkeypatch,
-) -> None:
-    found = record("eagle3", target, PROMPTS[:1], monkeypatch, tokens=60)
+def test_what_should_be_accepted_comes_from_what_is_held_out(target, monkeypatch) -> None:  # noqa: F811
+    found = record("eagle3", target, PROMPTS[:1], monkeypatch, tokens=150)
     learner, _ = learner_of(found, rows=1)
     assert learner.expected_drafts() is None
     learner.absorb(prompt_step(found))
-    for v in found.rounds[:5]:  # the last one has taught nothing yet
-        step, logits = round_step(v, [0])
-        learner.keep_logits(step.ids, step.drafts, logits)
-        learner.absorb(step)
-    got = learner.expected_drafts()
-    lesson, drafter = learner.learner._lessons.newest(), learner.drafter
-    learner.state.weights = drafter.weights
-    q = drafter.replay(learner.state, lesson, learner.length, 100).softmax(-1)
-    p = lesson.logits.softmax(-1)
-    p = p if drafter.draft_ids is None else p[..., drafter.draft_ids]
-    chain = (torch.minimum(p, q).sum(-1) * lesson.mask).cumprod(-1).sum(-1)
-    assert got == pytest.approx(float(chain[lesson.mask.any(-1)].mean()), rel=1e-4)
-    assert got > 0
+    feed(learner, found, [0])
+    learner.forget(["request-0"])
+    expected = learner.expected_drafts()
+    assert expected is not None
+    assert 0 < expected < learner.learner.study.length
 
 
 def test_a_folder_of_versions_that_is_a_file_is_refused(tmp_path: Path, toy_target_dir) -> None:

@@ -120,6 +120,7 @@ def test_without_a_drafter_there_is_nothing_to_learn() -> None:
         ({"learn": {"speed": 1}}, "learn.speed is no option"),
         ({"learn": {"scope": "request"}}, "allowed is shared"),
         ({"learn": 3}, "ttspec.learn is 3"),
+        ({"learn": {"supervision": "block"}}, "allowed is hindsight"),
         ("yes", "ttspec is 'yes'; allowed is a table"),
     ],
 )
@@ -160,39 +161,39 @@ def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     share = TimeShare(0.1)
-    share.spend(0.6)  # of 0.5 saved
+    with share.charged("updates"):
+        now[0] += 0.6  # of 0.5 saved
     assert not share.admits
     for _ in range(5):
-        now[0] += 0.15
+        now[0] += 0.05
         share.tick()
-    assert not share.admits
+    assert not share.allows
     now[0] += 3600  # counts as one second
     share.tick()
-    assert share.admits
-    assert share.worked == pytest.approx(1.75)
-    share.spend(5.0)
+    assert share.allows
+    assert share.worked == pytest.approx(1.85)
+    share.spend(5.0, "updates")
     assert not share.allows
 
 
-def test_reading_does_not_take_what_updates_need(monkeypatch) -> None:
+@pytest.mark.parametrize("given", [0.06, 0.2])
+def test_reading_gets_a_part_of_the_share_and_updates_the_rest(monkeypatch, given) -> None:
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    share = TimeShare(0.1)
-    left, read, updates = 0, 0, 0
-    for _ in range(20_000):  # steps of 2 ms; a request of 100 steps; at every eighth an update
+    share, left = TimeShare(given), 0
+    for step in range(20_000):  # of 2 ms; a request of 100 steps; an update takes 10 ms
         now[0] += 0.002
         share.tick()
         left = left - 1 if left else 100 * share.admits
         if left:
-            read += 1
-            now[0] += 0.001
-            share.spend(0.001)
-            if read % 8 == 0 and share.allows:
-                updates += 1
-                now[0] += 0.02
-                share.spend(0.02)
-    assert 0.05 < share.spent / share.worked < 0.13
-    assert updates * 0.02 > read * 0.001
+            with share.charged("reading"):
+                now[0] += 0.0003
+        if step % 8 == 0 and share.allows:
+            with share.charged("updates"):
+                now[0] += 0.01
+    spent = sum(share.spent.values())
+    assert spent / share.worked == pytest.approx(given, rel=0.2)
+    assert share.spent["reading"] / spent < 0.35
 
 
 class Fused(nn.Module):

@@ -28,6 +28,7 @@ class Pard(Causal):
 
     kind = "pard"
     at_once = True
+    memory_rate = 2e-4
     default_window = 512
     default_length = 12
 

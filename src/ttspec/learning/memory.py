@@ -106,7 +106,8 @@ class LessonMemory:
 
     @torch.no_grad()
     def read(self, pages: Tensor, length: int) -> Texts:
-        """The texts up to some pages, int64 [N], of `length` pages at most."""
+        """The texts up to some pages, int64 [N], of `length` pages at most; on a CPU of no more
+        than the longest has."""
         before, nowhere = self.before, self.pages
         follows = (self.number > 0) & (self.number[before] == self.number - 1)
         follows[nowhere:] = False
@@ -115,6 +116,8 @@ class LessonMemory:
         for _ in range(1, length):
             chain.append(before[chain[-1]])
         count = (torch.stack(chain) != nowhere).sum(0)[:, None]
+        if count.device.type == "cpu" and len(count):  # elsewhere it would have to be waited for
+            length = int(count.max())
         slot = torch.arange(length, device=pages.device)
         page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
         page = page.masked_fill(slot >= count, self.pages)

@@ -211,7 +211,8 @@ class MemoryStudy(Study):
     def compute_gradients(self, live: LiveWeights, report: UpdateReport) -> None:
         """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
         teach = self.texts.judged & ~self.texts.held_out
-        lesson = self.blocks(self.texts, teach, self._chances, self.count)
+        chances = self._chances[:, : teach.shape[1]]
+        lesson = self.blocks(self.texts, teach, chances, self.count)
         report.table.zero_()
         report.loss[:1].copy_(self.backward(live, self.texts, lesson))
         report.blocks[:1].copy_(lesson.count.sum())
@@ -231,7 +232,7 @@ class MemoryStudy(Study):
         device = self._pages.device
         pages, count = self.memory.held_out_pages(most), 0
         totals = dict.fromkeys(sets, 0.0)
-        for part in pages.split(FEW_TEXTS) if len(pages) else ():
+        for part in pages.split(len(self._pages)) if len(pages) else ():
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)

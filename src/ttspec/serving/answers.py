@@ -167,7 +167,7 @@ class Answers:
             return None
         if not self.is_chat:
             return _part(choice, text=text) | told | end | ids
-        delta = {"reasoning_content": thoughts} if thoughts else {}
+        delta: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
         delta |= {"content": text} if text else {}
         if calls:
             numbered = list(enumerate(choice.calls))[-calls:]

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.errors import TtspecError
 from ttspec.learning.live_weights import bytes_of_copy, bytes_of_memory, resolve_learn_config
 from ttspec.vllm import hooks
 from ttspec.vllm.module import learned_names
 from ttspec.vllm.settings import Settings
+from ttspec.vllm.verified import bytes_for
 
 METHOD_OF = {"eagle3": "eagle3", "dflash": "dflash", "pard": "draft_model", "causal": "draft_model"}
 """vLLM's name of the method of a kind of drafter."""
@@ -72,11 +72,8 @@ def examine_pair(target: Path, drafter: Drafter, settings: Settings) -> list[Lin
 
 def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> Line:
     """What learning takes, in the dtype of the target."""
-    size = 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
-    whole, element = DraftConfig(context="whole"), drafter.embedding.element_size()
-    small, large = (drafter.start(1, slots, whole).nbytes for slots in (64, 128))
-    token = (large - small) // 64
-    row = (small + (settings.tokens - 64) * token) * size // element
+    element = 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
+    rounds = bytes_for(drafter, settings.rows, drafter.length + 1, element)
     learn = resolve_learn_config(settings.learn, drafter, 1)
     weights = bytes_of_copy(learn, drafter, str(learn.weights))
     weights += bytes_of_memory(learn, drafter, str(learn.weights))
@@ -85,6 +82,5 @@ def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> 
         "memory",
         True,
         f"{weights / 1e6:.0f} MB for {count} weights that learn ({learn.weights}); "
-        f"{settings.rows * row / 1e6:.0f} MB for {settings.rows} requests "
-        f"of {settings.tokens} tokens",
+        f"{rounds / 1e6:.0f} MB for rounds of {settings.rows} requests",
     )

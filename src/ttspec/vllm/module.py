@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import PICKLES, canonical
 from ttspec.drafters.layers import multiplied_out
-from ttspec.learning.learner import Learner
+from ttspec.learning.memory_learner import MemoryLearner
 
 TABLES = ("embed_tokens", "lm_head", "d2t", "t2d")
 """In names of tensors that never learn, and that vLLM may share with the target."""
@@ -34,10 +34,10 @@ def learned_names(drafter: Drafter, weights: str, parameters: str) -> list[str]:
     return [n for n in names if not any(table in n for table in TABLES)]
 
 
-def learned_weights(learner: Learner) -> dict[str, Tensor]:
+def learned_weights(learner: MemoryLearner) -> dict[str, Tensor]:
     """What is learned so far, by published name, with low-rank changes multiplied out."""
     names = learned_names(learner.drafter, learner.config.weights, learner.config.parameters)
-    learned = learner.learned(0)
+    learned = learner.learned()
     if learner.config.weights != "full":
         learned = multiplied_out({**learner.drafter.weights, **learned})
     return {name: learned[name] for name in names}

@@ -20,8 +20,8 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
 from ttspec.learning.keeper import Keeper
-from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import resolve_learn_config
+from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm import hooks, status
 from ttspec.vllm.kept import kept_weights
 from ttspec.vllm.module import (
@@ -194,7 +194,7 @@ class WorkerLearning:
                 self.source.name,
                 taps,
                 self.settings.rows,
-                (self.learner.state.nbytes + self.learner.learner.weights.nbytes) / 1e6,
+                self.learner.nbytes / 1e6,
             )
             atexit.register(status_file(self.config).unlink, missing_ok=True)
 
@@ -251,6 +251,11 @@ class WorkerLearning:
         """Whether steps are of interest: not where it is off or paused."""
         return self.state == "learning" or self._sends
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether logits of the step are of interest."""
+        return self.learner is not None and self.learner.is_reading and self.state == "learning"
+
     def run(self, work: Callable[[EngineLearner], None]) -> None:
         """Do some of learning's work; a failure ends learning and nothing else."""
         if self.state != "learning" or self.learner is None:
@@ -286,7 +291,7 @@ class WorkerLearning:
                 self.stop(f"{type(error).__name__}: {error}")
 
     @torch.no_grad()
-    def _publish(self, learner: Learner) -> None:
+    def _publish(self, learner: MemoryLearner) -> None:
         """Let vLLM's drafter have what was learned."""
         weights = learned_weights(learner)
         if self.ranks > 1:
@@ -322,7 +327,7 @@ class WorkerLearning:
         """Give the drafter back the weights that it came with. All ranks are asked."""
         if self.learner:
             with torch.inference_mode(False), torch.no_grad():
-                self.learner.learner.revert(0)
+                self.learner.learner.revert()
                 self._publish(self.learner.learner)
         if self._all_learn:
             self._send()

@@ -17,10 +17,10 @@ class Settings:
     """How a server learns."""
 
     rows: int = 8
-    """Requests that teach at the same time, at most; the others are served all the same."""
+    """Requests that are read at the same time, at most; the others are served all the same."""
     tokens: int = 4096
-    """Tokens of a request after which it teaches no more: what bounds the memory of a row."""
-    share: float = 0.1
+    """Tokens of a request after which it teaches no more."""
+    share: float = 0.06
     """Of the time in which the engine works, at most so much goes into learning."""
     learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))
     """How; one drafter learns from all requests. With `keep`, a folder, versions stay on disk."""
@@ -48,6 +48,11 @@ class Settings:
             raise OptionError(
                 f"ttspec.learn.scope is {chosen['learn'].scope!r}; allowed is shared: vLLM has one "
                 "drafter for all requests."
+            )
+        if chosen["learn"].supervision != "hindsight":
+            raise OptionError(
+                f"ttspec.learn.supervision is {chosen['learn'].supervision!r}; allowed is "
+                "hindsight: it learns from what was committed."
             )
         settings = cls(**chosen)
         for name, least in (("rows", 1), ("tokens", 64)):

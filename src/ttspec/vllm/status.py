@@ -21,18 +21,20 @@ HOPE = 0.3
 
 def figures(learner: EngineLearner) -> dict[str, Any]:
     """Plain values; waits for the device."""
-    emitted, rounds = learner.acceptance()
+    emitted, rounds = learner.rounds.acceptance()
     shared, share = learner.learner, learner.share
+    spent = sum(share.spent.values())
     found = {
         "requests": len(learner.rows.taken),
         "updates": learner.updates,
-        "reverts": max(shared.reverts),
+        "reverts": shared.reverts,
         "version": learner.publications,
         "verified_rounds": rounds,
         "acceptance_length": emitted / rounds if rounds else 0.0,
-        "accepted_to_anchor": shared.guard.gain(),
-        "seconds": share.spent,
-        "share": share.spent / share.worked if share.worked else 0.0,
+        "accepted_to_anchor": shared.gain,
+        "seconds": spent,
+        "share": spent / share.worked if share.worked else 0.0,
+        "share_of_reading": share.spent["reading"] / spent if spent else 0.0,
     }
     if shared.keeper:
         found["kept"] = max(numbers_in(shared.keeper.store.folder), default=0)

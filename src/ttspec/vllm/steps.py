@@ -1,19 +1,19 @@
-"""A step of an engine as its hooks see it, made a `Verification` for the `Learner`. No engine here.
+"""A step of an engine as its hooks see it, told to a learner. No engine here.
 
-The shadow is ttspec's own drafter with the weights that learn: it drafts nothing, it keeps the
-context that a replay needs. Every step of the engine is read so:
+Every step of the engine is read so:
 
     learner.forget(ids)                    # requests that ended or were preempted
     learner.keep_logits(ids, drafts, logits)       # before the engine's rejection sampler
     learner.absorb(step)                   # after its verdict, before it drafts again
 
-Indices are made on the host from counts that an engine knows there. Tokens, positions and verdicts
-are read on the device only: with asynchronous scheduling the host does not know them yet.
+Some requests are read, as many as the share of time allows; of a step without any of them nothing
+is looked at. Indices are made on the host from counts that an engine knows there. Tokens, positions
+and verdicts are read on the device only: with asynchronous scheduling the host does not know them
+yet.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,17 +21,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
-from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.records import Proposal, Verification
+from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm.rows import RequestRows
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
+from ttspec.vllm.verified import VerifiedRounds
 
 READ_AT_ONCE = 512
-"""Tokens of a prompt that the shadow reads at once."""
+"""Tokens of a prompt that are read at once."""
+STALE = 32
+"""Updates after which something new must be read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class EngineLearner:
         settings: Settings,
         drafter: Drafter,
         length: int,
-        publish: Callable[[Learner], None],
+        publish: Callable[[MemoryLearner], None],
         *,
         live: LiveWeights | None = None,
         may_teach: Callable[[str], bool] = lambda _: True,
@@ -78,35 +79,46 @@ class EngineLearner:
             live: What learns, where it does not begin at the drafter's own weights.
             may_teach: Whether a request may; asked when it is first seen.
         """
-        self.settings, self.length = settings, length
         self.drafter, self._publish, self._may_teach = drafter, publish, may_teach
-        self.device = drafter.embedding.device
-        # A round writes `length` tokens past the last committed one.
-        self._slots = settings.tokens + length + 1
-        whole = DraftConfig(context="whole")  # vLLM's drafter sees all
-        self.state = drafter.start(settings.rows, self._slots, whole)
-        self.learner = Learner(
-            settings.learn, drafter, self.state, settings.rows, length, live_weights=live
-        )
+        self.device, self._width = drafter.embedding.device, length + 1
+        self.learner = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
+        self.stride = self.learner.config.stride or 1
+        """Steps between updates at least."""
+        self.rounds = VerifiedRounds(drafter, settings.rows, self._width)
         self.rows = RequestRows(settings.rows, settings.tokens)
-        self.share = TimeShare(settings.share)
-        self._begin = torch.zeros(settings.rows, dtype=torch.long, device=self.device)
-        self._logits: Tensor | None = None
+        self.share = TimeShare(settings.share, self.device)
         self._drafted: set[str] = set()
-        self._figures = torch.zeros(2, dtype=torch.long, device=self.device)
+        self._knows = False
+        """Whether the memory has anything that teaches."""
+        self._steps = self._since_read = 0
+        """Steps since the last update; updates since something was read."""
         self.updates = self.publications = 0
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether any request is read."""
+        return bool(self.rows.taken)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.rounds.nbytes + self.learner.weights.nbytes
+
     def forget(self, ids: Collection[str]) -> None:
-        """Requests that ended, were aborted or preempted: their context and lessons go."""
-        for row in self.rows.forget(ids):
-            self.learner.reset(row)
+        """Requests that ended, were aborted or preempted; their texts stay in the memory."""
+        rows = self.rows.forget(ids)
+        if rows:
+            with self.share.charged("reading"):
+                self._tell()
+                for row in rows:
+                    self.learner.begin_text(row)
 
     def forget_all(self) -> None:
         """Know no request any more, as after a pause."""
         self.forget(list(self.rows.taken))
-        self._logits = None
         self._drafted.clear()
 
+    @torch.no_grad()
     def keep_logits(self, ids: Sequence[str], drafts: Sequence[int], logits: Tensor) -> None:
         """Keep the target's logits of the requests that have rows and drafts.
 
@@ -116,58 +128,69 @@ class EngineLearner:
             logits: [sum of drafts + 1 each, at least V], request by request, before the engine's
                 sampler changes them.
         """
-        began = time.perf_counter()
         self._drafted.clear()
-        width, at, first = self.length + 1, [[0] * (self.length + 1)] * self.rows.count, 0
+        at, first = [[0] * self._width] * self.rows.count, 0
         for request, count in zip(ids, drafts, strict=True):
             row = self.rows.taken.get(request)
             if row and count:
-                at[row.index] = [first + min(j, count) for j in range(width)]
+                at[row.index] = [first + min(j, count) for j in range(self._width)]
                 self._drafted.add(request)
             first += count + 1
-        self._logits = None
         if self._drafted:
-            vocabulary = self.drafter.embedding.shape[0]
-            self._logits = logits[:, :vocabulary][self._index(at)]
-        self.share.spend(time.perf_counter() - began)
+            with self.share.charged("reading"):
+                vocabulary = self.drafter.embedding.shape[0]
+                self.rounds.keep_logits(logits[:, :vocabulary][self._index(at)])
 
     @torch.no_grad()
-    def absorb(self, step: EngineStep) -> None:
-        """Read a step: context for the shadow, lessons, maybe an update, published at once."""
+    def absorb(self, step: EngineStep | Callable[[], EngineStep]) -> None:
+        """Read a step, and maybe update; what was learned is published at once.
+
+        Args:
+            step: Or what makes it, which is not called where nothing of it is looked at.
+        """
         self.share.tick()
-        began = time.perf_counter()
-        parts: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
-        """By length: row, request, first token."""
+        if self.rows.taken or self.share.admits:
+            with self.share.charged("reading"):
+                self._read_step(step if isinstance(step, EngineStep) else step())
+        self._steps += 1
+        due = self._steps >= self.stride and self._knows and self._since_read < STALE
+        if due and self.share.allows:
+            self._steps, self._since_read = 0, self._since_read + 1
+            with self.share.charged("updates"):
+                if self.learner.update():
+                    self.updates += 1
+                    self.publications += 1
+                    self._publish(self.learner)
+
+    def expected_drafts(self) -> float | None:
+        """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
+        return self.learner.expected_drafts()
+
+    def _read_step(self, step: EngineStep) -> None:
+        pieces: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        """By length: row, first token."""
         verified: list[tuple[int, int]] = []
+        too_long: list[int] = []
         for i, request in enumerate(step.ids):
-            row = self._row_of(step, i)
+            row = self._row_of(step, i, too_long)
             if row is None:
                 continue
             if request in self._drafted:
                 verified.append((row, i))
                 continue
             for begin in range(step.bounds[i], step.bounds[i + 1], READ_AT_ONCE):
-                size = min(READ_AT_ONCE, step.bounds[i + 1] - begin)
-                parts[size].append((row, i, begin))
-        for size, pieces in parts.items():
-            self._read(step, size, pieces)
-        if verified and self._logits is not None:
-            self._learn(step, verified, self._logits)
-        self._logits = None
+                pieces[min(READ_AT_ONCE, step.bounds[i + 1] - begin)].append((row, begin))
         self._drafted.clear()
-        self.share.spend(time.perf_counter() - began)
+        full = bool(verified) and self._keep(step, verified)
+        if full or pieces or too_long:
+            self._tell()
+        for row in too_long:
+            self.learner.begin_text(row)
+        for size, some in sorted(pieces.items(), reverse=True):  # a long prompt's rest comes last
+            self._read(step, size, some)
 
-    def expected_drafts(self) -> float | None:
-        """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
-        return self.learner.expected_drafts(self._slots - self.length - 1)
-
-    def acceptance(self) -> tuple[int, int]:
-        """Tokens that verifications emitted, and how many verifications; waits for the device."""
-        emitted, rounds = self._figures.tolist()
-        return emitted, rounds
-
-    def _row_of(self, step: EngineStep, i: int) -> int | None:
-        """The row of a request, a new one if it is new and may have one."""
+    def _row_of(self, step: EngineStep, i: int, too_long: list[int]) -> int | None:
+        """The row of a request, a new one if it is new and may have one; or one `too_long` now."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
         row = self.rows.taken.get(request)
         if row is None:
@@ -176,79 +199,47 @@ class EngineLearner:
             row = self.rows.give(request, step.ends[i] - fed)
             if row is None:
                 return None
-            self._begin[row.index] = step.positions[step.bounds[i]]
         if step.ends[i] - row.begin > self.rows.tokens:
-            self.learner.reset(self.rows.end_too_long(request))
-            self._drafted.discard(request)
+            too_long.append(self.rows.end_too_long(request))
             return None
         return row.index
 
-    def _read(self, step: EngineStep, size: int, pieces: list[tuple[int, int, int]]) -> None:
-        """Make tokens context that no drafts were among; a request's pieces in order."""
-        later: list[tuple[int, int, int]] = []
-        now: dict[int, tuple[int, int, int]] = {}
-        for piece in pieces:
-            if piece[0] in now:
-                later.append(piece)
+    def _read(self, step: EngineStep, size: int, pieces: list[tuple[int, int]]) -> None:
+        """Have tokens remembered that no drafts were among; a request's pieces in order."""
+        later: list[tuple[int, int]] = []
+        now: dict[int, int] = {}
+        for row, begin in pieces:
+            if row in now:
+                later.append((row, begin))
             else:
-                now[piece[0]] = piece
-        at = self._index([list(range(p[2], p[2] + size)) for p in now.values()])
-        rows = self._index(list(now))
-        start = step.positions[at[:, 0]].long() - self._begin[rows]
+                now[row] = begin
+        at, rows = self._index([list(range(b, b + size)) for b in now.values()]), list(now)
+        start = step.positions[at[:, 0]].long()
+        count = torch.full_like(start, size)
         tokens, features = step.tokens[at].long(), self._features(step, at)
-        self.drafter.extend(self.state, tokens, features, start, rows)
-        self.learner.read(tokens, features, start, start.new_full(start.shape, size), rows)
+        self.learner.read(tokens, features, start, count, None, self._index(rows))
         if later:
             self._read(step, size, later)
 
-    def _learn(self, step: EngineStep, verified: list[tuple[int, int]], logits: Tensor) -> None:
-        """Hand the learner a round of every row; rows without drafts rest."""
-        rows, width = self.rows.count, self.length + 1
-        at, batch, counts = [[0] * width for _ in range(rows)], [0] * rows, [0] * rows
+    def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
+        """Keep a round of every row; whether that was the last one that there is room for."""
+        rows, width = self.rows.count, self._width
+        table = [[0] * (width + 2)] * rows
         for row, i in verified:
-            count = min(step.drafts[i], self.length)
+            count = min(step.drafts[i], width - 1)
             first = step.bounds[i + 1] - step.drafts[i] - 1  # the pending token
-            at[row] = [first + min(j, count) for j in range(width)]
-            batch[row], counts[row] = i, count
-        at, count = self._index(at), self._index(counts)
-        rests = count == 0
-        start = (step.positions[at[:, 0]].long() - self._begin).masked_fill(rests, self._slots)
-        tokens = step.sampled[self._index(batch), :width].long()
-        tokens = torch.nn.functional.pad(tokens, (0, width - tokens.shape[1]), value=-1)
-        emitted = (tokens >= 0).sum(1).masked_fill(rests, 0)
-        fed = step.tokens[at].long()
-        before = self.drafter.features_before(self.state, start)
-        verification = Verification(
-            proposal=Proposal(tokens=fed[:, 1:], count=count, before=before),
-            fed=fed,
-            start=start,
-            logits=logits,
-            features=self._features(step, at),
-            tokens=tokens.clamp(min=0),
-            accepted=(emitted - 1).clamp(min=0),
-            emitted=emitted,
-            ended=torch.zeros_like(rests),
-        )
-        self.drafter.absorb(self.state, verification)
-        # What a draft model reads when it drafts, up to the pending token: nobody drafts here.
-        self.drafter.catch_up(self.state, start + 1, width)
-        self._figures += torch.stack([emitted.sum(), (~rests).sum()])
-        longest = max(
-            step.ends[i] - step.drafts[i] - 1 - self.rows.taken[step.ids[i]].begin
-            for _, i in verified
-        )
-        before_reverts = list(self.learner.reverts)
-        if self.share.allows:
-            updated = self.learner.absorb(
-                verification, min(longest, self._slots - width), active=[row for row, _ in verified]
-            )
-        else:
-            self.learner.keep(verification, 0)
-            updated = []
-        self.updates += any(updated)
-        if any(updated) or before_reverts != self.learner.reverts:
-            self.publications += 1
-            self._publish(self.learner)
+            table[row] = [*(first + min(j, count) for j in range(width)), i, 1]
+        there = self._index(table)
+        at, batch, takes_part = there[:, :width], there[:, width], there[:, width + 1]
+        emitted = (step.sampled[batch, :width] >= 0).sum(1) * takes_part
+        start, tokens = step.positions[at[:, 0]].long(), step.tokens[at].long()
+        return self.rounds.keep(tokens, self._features(step, at), start, emitted)
+
+    def _tell(self) -> None:
+        """Have the rounds remembered that were only kept."""
+        if self.rounds.kept:
+            self.rounds.tell(self.learner)
+            self._knows, self._since_read = True, 0
 
     def _features(self, step: EngineStep, at: Tensor) -> Tensor:
         """[B, T, W] of tokens at `at` int64 [B, T]."""

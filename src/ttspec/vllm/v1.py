@@ -34,7 +34,7 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
 
     def keep_logits_and_sample(logits: Tensor | None, spec_decode_metadata: Any) -> Any:
         drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else []
-        if learning.watches and any(drafts):
+        if learning.is_reading and any(drafts):
             assert logits is not None
             ids = runner.input_batch.req_ids
             learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
@@ -55,7 +55,9 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         if learning.state == "learning":
             learning.run(
                 lambda learner: learner.absorb(
-                    step(runner, scheduler_output, sampled_token_ids, aux_hidden_states, drafts)
+                    lambda: step(
+                        runner, scheduler_output, sampled_token_ids, aux_hidden_states, drafts
+                    )
                 )
             )
         learning.end_step(drafted=bool(drafts) and any(drafts))

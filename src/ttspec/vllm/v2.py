@@ -31,7 +31,7 @@ class WatchedSampler:
 
     def __call__(self, logits: Tensor, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
         """Sample, after the logits were shown."""
-        if self.learning.watches:
+        if self.learning.is_reading:
             ids, drafts = input_batch.req_ids, drafts_of(input_batch)
             if any(drafts):
                 self.learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
@@ -79,13 +79,12 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         given = arguments_of.bind(*args, **kwargs).arguments
         if not given.get("dummy_run"):
             batch = given["input_batch"]
-            drafts = drafts_of(batch)
             learning.run(
                 lambda learner: learner.absorb(
-                    step(batch, output, given["num_sampled"], given["aux_hidden_states"])
+                    lambda: step(batch, output, given["num_sampled"], given["aux_hidden_states"])
                 )
             )
-            learning.end_step(drafted=any(drafts))
+            learning.end_step(drafted=batch.num_draft_tokens_per_req is not None)
         return propose(*args, **kwargs)
 
     learning.may_teach = lambda request: request not in barred

@@ -1,0 +1,407 @@
+"""What learning inside vLLM costs and brings by the clock: engines in turn, on one device.
+
+    python benchmarks/vllm_speed.py --target TARGET --drafter EXPORT --out FOLDER --seconds 330
+
+Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
+requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
+until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
+those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
+turns, A B B A, of one engine with its hooks and without, and of two engines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import sys
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from streams import stream
+
+LEARNING = ("idle", "learning", "learned")
+VLLM_ARMS = ("plain", "static", *LEARNING)
+OURS = ("ttspec-plain", "ttspec-static", "ttspec-learning")
+RESAMPLED = 2000
+
+
+class Switch:
+    """A worker's extension besides ttspec's: take the hooks out, and put them in again."""
+
+    model_runner: Any
+
+    def hooks(self, on: bool) -> None:
+        """As they were, or as stock vLLM."""
+        runner = self.model_runner
+        if not hasattr(self, "_hooked"):
+            held = [(runner, n) for n in HOOKED if n in vars(runner)]
+            if getattr(runner, "speculator", None) is not None:
+                held.append((runner.speculator, "propose"))
+            self._hooked = [(owner, name, vars(owner)[name]) for owner, name in held]
+            sampler = getattr(runner, "rejection_sampler", None)
+            self._sampler = sampler if hasattr(sampler, "learning") else None
+        for owner, name, hook in self._hooked:
+            vars(owner).pop(name, None)
+            if on:
+                setattr(owner, name, hook)
+        if self._sampler is not None:
+            runner.rejection_sampler = self._sampler if on else self._sampler.sampler
+
+
+HOOKED = (
+    *("finish_requests", "add_requests", "sample"),
+    *("_update_states", "_sample", "propose_draft_token_ids"),
+)
+
+
+def extension() -> type:
+    """Both together; ttspec's is imported in the worker only."""
+    from ttspec.vllm.control import Control
+
+    return type("Both", (Control, Switch), {})
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Both":
+        return extension()
+    raise AttributeError(name)
+
+
+def engine_of(arm: str, a: argparse.Namespace) -> Any:
+    """A vLLM engine."""
+    from vllm import LLM  # type: ignore[import-not-found]
+
+    options: dict[str, Any] = {}
+    if arm != "plain":
+        options["speculative_config"] = {
+            "method": a.method,
+            "model": str(a.drafter),
+            "num_speculative_tokens": a.length,
+        }
+    if arm in LEARNING:
+        settings = json.loads(a.learned_settings if arm == "learned" else a.settings)
+        options["additional_config"] = {"ttspec": settings}
+        options["worker_extension_cls"] = "vllm_speed.Both"
+    if a.eager:
+        options["enforce_eager"] = True
+    return LLM(
+        a.target,
+        dtype=a.dtype,
+        max_model_len=1024,
+        max_num_seqs=max(a.at_once),
+        gpu_memory_utilization=0.12,
+        kv_cache_memory_bytes=a.cache_mb << 20,
+        **options,
+    )
+
+
+def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
+    """Answer turns until the parent closes the pipe."""
+    from vllm import SamplingParams  # type: ignore[import-not-found]
+    from vllm.sampling_params import RequestOutputKind  # type: ignore[import-not-found]
+
+    llm = engine_of(arm, a)
+    engine, tokenizer, count = llm.llm_engine, llm.get_tokenizer(), 0
+
+    def answer(job: dict[str, Any]) -> dict[str, Any]:
+        nonlocal count
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
+            )
+            for text in job["texts"]
+        ]
+        waiting = list(zip(job["numbers"], prompts, strict=True))[::-1]
+        tokens = rounds = open_ = 0
+        began = time.perf_counter()
+        while waiting or open_:
+            while waiting and open_ < job["at_once"]:
+                number, ids = waiting.pop()
+                sampling = SamplingParams(
+                    temperature=job["temperature"],
+                    seed=number,
+                    max_tokens=job["tokens"],
+                    ignore_eos=job["ignore_eos"],
+                    output_kind=RequestOutputKind.DELTA,
+                )
+                count += 1
+                engine.add_request(str(count), {"prompt_token_ids": ids}, sampling)
+                open_ += 1
+            for out in engine.step():
+                new = len(out.outputs[0].token_ids)
+                tokens, rounds = tokens + new, rounds + (new > 0)
+                open_ -= out.finished
+        return {"seconds": time.perf_counter() - began, "tokens": tokens, "rounds": rounds}
+
+    def ask(job: dict[str, Any]) -> Any:
+        if "rpc" in job:
+            return llm.collective_rpc(job["rpc"], args=tuple(job.get("args", ())))[0]
+        return answer(job)
+
+    handle(pipe, ask)
+
+
+def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
+    """The same with ttspec's own engine; a job says which of its arms is meant."""
+    from dataclasses import replace
+
+    from traffic import SHARED, Arm
+
+    import ttspec
+    from ttspec.bench.arms import parse_arms
+    from ttspec.config import GenerateConfig
+    from ttspec.decoding.history import ChatHistory
+
+    del arm
+    compiles = a.dtype == "bfloat16"
+    engine = ttspec.load(a.ours_target, a.ours_drafter, dtype=a.dtype, compile=compiles)
+    config = GenerateConfig(max_new_tokens=a.tokens, temperature=a.temperature, seed=0)
+    template, rows = engine.chat_template(config), 8
+    arms = {}
+    for name, spec in zip(OURS, parse_arms(f"plain,static-copy,{SHARED}"), strict=True):
+        arms[name] = Arm(replace(spec, name=name), engine, config, rows, 160)
+
+    def ask(job: dict[str, Any]) -> Any:
+        if job.get("rpc") == "freeze":
+            arms["ttspec-learned"] = arms["ttspec-learning"].frozen("ttspec-learned")
+            return None
+        prompts = [ChatHistory(template).ask(text) for text in job["texts"]]
+        return arms[job["arm"]].serve(prompts, job["numbers"][0])
+
+    handle(pipe, ask)
+
+
+def handle(pipe: Connection, ask: Any) -> None:
+    """Answer what the parent asks, one job after the other."""
+    pipe.send("ready")
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(ask(pipe.recv()))
+
+
+def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
+    """A process of an arm, whose output goes to a file."""
+    log = (a.out / f"{arm}.log").open("w")
+    os.dup2(log.fileno(), 1)
+    os.dup2(log.fileno(), 2)
+    os.environ.update(
+        VLLM_CACHE_ROOT=str(a.cache / arm),
+        VLLM_USE_V2_MODEL_RUNNER=str(int(a.runner == "V2")),
+        VLLM_NO_USAGE_STATS="1",
+        HF_HUB_OFFLINE="1",
+        VLLM_USE_FLASHINFER_SAMPLER="0",
+        TORCHINDUCTOR_COMPILE_THREADS="3",  # all arms compile at the same time
+    )
+    (serve_ours if arm.startswith("ttspec") else serve_vllm)(arm, a, pipe)
+
+
+class Arms:
+    """The processes, and what they did."""
+
+    def __init__(self, a: argparse.Namespace, names: list[str]) -> None:
+        """Start them all, and wait until each is ready; who fails is left out."""
+        context, self.a, self.turns = multiprocessing.get_context("spawn"), a, list[dict]()
+        self.pipes: dict[str, Connection] = {}
+        self.began, self.requests = time.monotonic(), (stream(a.kind), stream("science"))
+        pipes = {}
+        for name in names:
+            pipes[name], theirs = context.Pipe()
+            context.Process(target=child, args=(name, a, theirs)).start()
+            theirs.close()
+        for name, pipe in pipes.items():
+            try:
+                if pipe.poll(max(1.0, a.start_seconds - self.passed)):
+                    pipe.recv()
+                    self.pipes[name] = pipe
+            except EOFError:
+                pass
+            state = "ready" if name in self.pipes else "NOT READY"
+            print(f"{name}: {state} after {self.passed:.0f} s", flush=True)
+        self.file = (a.out / "turns.jsonl").open("w")
+
+    @property
+    def passed(self) -> float:
+        """Seconds since they were started."""
+        return time.monotonic() - self.began
+
+    def ask(self, arm: str, **job: Any) -> Any:
+        """What an arm answers to a job; it is left out from then on if it ends."""
+        home = arm if arm in self.pipes else "ttspec" if arm.startswith("ttspec") else ""
+        if home not in self.pipes:
+            return None
+        try:
+            self.pipes[home].send({"arm": arm, **job})
+            return self.pipes[home].recv()
+        except (EOFError, OSError):
+            print(f"{arm} has ended", flush=True)
+            del self.pipes[home]
+            return None
+
+    def turn(
+        self, part: str, arm: str, numbers: list[int], label: str = "", **changes: Any
+    ) -> None:
+        """Let an arm answer requests, and write down how long it took, under another name maybe."""
+        texts = [self.requests[part == "warm"][n] for n in numbers]
+        job = {
+            "at_once": 8,
+            "tokens": self.a.tokens,
+            "temperature": self.a.temperature,
+            "ignore_eos": False,
+            **changes,
+        }
+        found = self.ask(arm, texts=texts, numbers=numbers, **job)
+        if found:
+            self.turns.append({**found, "part": part, "arm": label or arm, "first": numbers[0]})
+            self.file.write(json.dumps(self.turns[-1]) + "\n")
+            self.file.flush()
+
+
+def ratio_of(
+    turns: list[dict], part: str, arm: str, base: str, low: int = 0, unit: str = "tokens"
+) -> str:
+    """Units a second over another arm's, of the turns that both had; and their plain figures."""
+    own = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, arm)}
+    others = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, base)}
+    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys()) if f >= low]
+    if not pairs:
+        return "nothing measured"
+
+    def ratio(some: list[tuple[dict, dict]]) -> float:
+        (n, s), (m, t) = (
+            [sum(pair[i][key] for pair in some) for key in (unit, "seconds")] for i in (0, 1)
+        )
+        return n / s / (m / t)
+
+    rng = random.Random(0)
+    drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
+    low_, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
+    n, s = (sum(pair[0][key] for pair in pairs) for key in ("tokens", "seconds"))
+    rounds = sum(pair[0]["rounds"] for pair in pairs)
+    return (
+        f"{n / s:7.0f} tokens/s, {n / rounds:.3f} a round; {unit} a second over {base} "
+        f"{ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], {len(pairs)} turns"
+    )
+
+
+def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
+    """All parts, as far as the time goes."""
+    end = a.seconds - 5
+    for name in names:  # what is met first is not measured
+        for at_once in a.at_once:
+            arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
+    for name in names:
+        if name in LEARNING:
+            print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
+    if "idle" in names:
+        arms.ask("idle", rpc="ttspec_pause")
+        arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
+    print(f"warm after {arms.passed:.0f} s", flush=True)
+    main_end = arms.passed + (end - arms.passed) * 0.58
+    last = time.monotonic()
+    for turn, first in enumerate(range(0, 600 - a.each, a.each)):
+        if arms.passed + (time.monotonic() - last) > main_end:
+            break
+        last = time.monotonic()
+        if first >= a.learn and first - a.each < a.learn:
+            print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
+            if any(name.startswith("ttspec") for name in names):
+                arms.ask("ttspec-learning", rpc="freeze")
+                names = [*names, "ttspec-learned"]
+        for name in names if turn % 2 else names[::-1]:
+            arms.turn("stream", name, list(range(first, first + a.each)))
+    print(f"stream over after {arms.passed:.0f} s", flush=True)
+    idle_end = arms.passed + (end - arms.passed) * 0.6
+    same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
+    number = 0
+    while "idle" in names and arms.passed < idle_end:
+        numbers = [number % 600 + n for n in range(8)]
+        order = ("out", "in", "static") if number % 16 else ("static", "in", "out")
+        for which in order:
+            if which != "static":
+                arms.ask("idle", rpc="hooks", args=[which == "in"])
+            home = "static" if which == "static" else "idle"
+            arms.turn("idle", home, numbers, f"hooks {which}", **same)
+        number += 8
+    others = [n for n in ("plain", "static", "learning", "learned") if n in names]
+    first = 0
+    while others and arms.passed < end:
+        for at_once, size in ((1, 4), (32, 64)):
+            for name in others if first % 2 else others[::-1]:
+                numbers = [(first * 64 + n) % 600 for n in range(size)]
+                if at_once <= max(a.at_once) and arms.passed < end:
+                    arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
+        first += 1
+
+
+def show(turns: list[dict], a: argparse.Namespace) -> None:
+    """The tables."""
+    names = list(dict.fromkeys(t["arm"] for t in turns if t["part"] == "stream"))
+    for low in (0, a.learn):
+        print(f"8 at a time, requests from {low} on")
+        for name in names:
+            print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
+    print("idle hooks, 8 at a time")
+    for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
+        for unit in ("rounds", "tokens"):
+            found = ratio_of(turns, "idle", f"hooks {name}", f"hooks {base}", unit=unit)
+            print(f"  {name:16s} {found}")
+    for at_once in (1, 32):
+        print(f"{at_once} at a time")
+        for name in ("plain", "static", "learning", "learned"):
+            print(f"  {name:16s} {ratio_of(turns, f'{at_once} at a time', name, 'static')}")
+
+
+def main() -> None:
+    """Read the command line, measure, print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--target", required=True, help="its folder")
+    parser.add_argument("--drafter", type=Path, required=True, help="what `ttspec export` wrote")
+    parser.add_argument("--method", default="eagle3")
+    parser.add_argument("--length", type=int, default=3, help="tokens drafted a round")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cache", type=Path, default=Path("/tmp/vllm-cache"))
+    parser.add_argument("--seconds", type=float, default=330.0, help="in all")
+    parser.add_argument("--start-seconds", type=float, default=150.0)
+    parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
+    parser.add_argument("--kind", default="code")
+    parser.add_argument("--each", type=int, default=32, help="requests of a turn")
+    parser.add_argument("--learn", type=int, default=192, help="requests until `learned` pauses")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[8, 1, 32])
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--settings", default="{}", help="of ttspec, as JSON")
+    parser.add_argument("--learned-settings", default='{"share": 0.25}')
+    parser.add_argument("--runner", choices=("V1", "V2"), default="V2")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--eager", action="store_true")
+    parser.add_argument("--cache-mb", type=int, default=2048)
+    parser.add_argument("--ours-target", default="smollm2-135m")
+    parser.add_argument("--ours-drafter", default="smollm2-135m-eagle3")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    wanted = a.arms.split(",")
+    arms = Arms(a, wanted)
+    names = [n for n in wanted if n in arms.pipes and n != "ttspec"]
+    names += OURS if "ttspec" in arms.pipes else ()
+    try:
+        measure(arms, names, a)
+        for name in LEARNING:
+            if name in names:
+                print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
+    finally:
+        show(arms.turns, a)
+        sys.stdout.flush()
+        for process in multiprocessing.active_children():
+            process.kill()
+
+
+if __name__ == "__main__":
+    main()
