@@ -106,8 +106,11 @@ class LessonMemory:
 
     @torch.no_grad()
     def read(self, pages: Tensor, length: int) -> Texts:
-        """The texts up to some pages, int64 [N], of `length` pages at most; on a CPU of no more
-        than the longest has."""
+        """The texts up to some pages, int64 [N], of `length` pages at most.
+
+        On a CPU of no more
+        than the longest has.
+        """
         before, nowhere = self.before, self.pages
         follows = (self.number > 0) & (self.number[before] == self.number - 1)
         follows[nowhere:] = False
