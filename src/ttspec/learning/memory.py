@@ -108,8 +108,7 @@ class LessonMemory:
     def read(self, pages: Tensor, length: int) -> Texts:
         """The texts up to some pages, int64 [N], of `length` pages at most.
 
-        On a CPU of no more
-        than the longest has.
+        On a CPU of no more than the longest has.
         """
         before, nowhere = self.before, self.pages
         follows = (self.number > 0) & (self.number[before] == self.number - 1)
