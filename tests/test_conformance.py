@@ -699,7 +699,7 @@ def test_tokens_outside_the_draft_vocabulary_are_never_drafted(target, which: st
         assert known[proposal.tokens].all()
         assert (proposal.q is None) == (acceptance == "invariant")
         if proposal.q is not None:
-            assert not proposal.q[..., ~known].any()
+            assert proposal.q.shape[-1] == 120
             torch.testing.assert_close(proposal.q.sum(-1), torch.ones(proposal.tokens.shape))
 
 

@@ -41,6 +41,11 @@ def is_compiling() -> bool:
     return _on and not torch.is_grad_enabled()
 
 
+def compiles_without_gradients() -> bool:
+    """Whether they do so where no gradient is recorded, as inside of what makes its own."""
+    return _on
+
+
 def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """The tensor, of which compiled code shall not mind how long it is in `dim`."""
     if _on:

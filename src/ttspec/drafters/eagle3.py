@@ -165,13 +165,14 @@ class Eagle3(FeatureDrafter):
 
         The row of the last token waits for the token after it, so each call begins one row back.
         """
-        assert isinstance(state, FeatureState)
+        assert isinstance(state, ChainState)
         before = state.recall(text.position[:, :1] - 1, text.row)
-        shifted = torch.cat([before, text.features[:, :-1]], dim=1)
-        h = self.fuse(weights, shifted)
+        h = self.fuse(weights, torch.cat([before, text.features[:, :-1]], dim=1))
         at = text.position - 1  # a prompt's first token has no row
         if self.layers > 1 and not torch.is_grad_enabled():  # writing in place lets none pass
             self._extend_layers(state, weights, h, text)
+        elif taught_chain.fits(self, state):  # nothing is drafted there
+            return taught_chain.make_context(self, state, h, text.tokens, at)
         else:
             given = weights, h, text.tokens, at, state.rope, state.options.window
             rest = text.position >= state.slots  # a row at rest begins past the last slot
@@ -234,14 +235,13 @@ class Eagle3(FeatureDrafter):
         return state.recall(start[:, None] - 1, row_index(start))[:, 0]
 
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
-        assert isinstance(state, FeatureState)
+        assert isinstance(state, ChainState)
         assert lesson.before is not None
         h = self.fuse(state.weights, lesson.before)  # [B, A, H]
-        context = self._beside(state, blocks, 1)
-        if torch.is_grad_enabled() and taught_chain.fits(self, state):
-            chains = h, lesson.tokens[..., : blocks.length], blocks.start - 1, *context
+        if taught_chain.fits(self, state):
+            chains = h, lesson.tokens[..., : blocks.length], blocks
             return self.logits(taught_chain.states_of_chains(self, state, *chains))
-        contexts = grown(context, blocks, self.windows)
+        contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
         known = lesson.tokens, blocks.start - 1, state.rope, contexts
         return self.logits(self._known_chain(state.weights, h, *known))
 

@@ -23,6 +23,8 @@ class ChainState(FeatureState):
 
     angles: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of all slots, once a fused chain has read them: a graph does so again."""
+    taught: tuple[Tensor, Tensor] | None = None
+    """Keys and values of whole texts with gradients; the first stands at -1 and is never seen."""
 
 
 class FusedChain:

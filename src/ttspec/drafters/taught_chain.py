@@ -1,4 +1,4 @@
-"""EAGLE-3's one layer over many chains whose tokens are known, with gradients made by hand.
+"""EAGLE-3's one layer over texts and chains whose tokens are known, with gradients made by hand.
 
 Autograd would take some 300 small kernels a step. Here what steps have in common is done once for
 all of them: norms of embeddings, rotations' angles, and gradients of matrices and gains, as one
@@ -7,6 +7,7 @@ product each. Between products, each function is one kernel where it is compiled
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,15 +15,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled
-from ttspec.drafters.context import ContextState
-from ttspec.drafters.layers import DOWN, ConcatenatedContext, rms_norm
+from ttspec.compiled import compiled, compiles_without_gradients
+from ttspec.drafters.blocks import Blocks
+from ttspec.drafters.context import ContextState, first_seen
+from ttspec.drafters.layers import DOWN, rms_norm
 from ttspec.drafters.rotary import Rope
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
+    from ttspec.drafters.fused_chain import ChainState
 
-GAINS = "input_layernorm", "hidden_norm", "post_attention_layernorm"
+LAST = "norm"
+GAINS = "input_layernorm", "hidden_norm", "post_attention_layernorm", LAST
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 
 
@@ -40,44 +44,112 @@ class Chains:
 
 
 def fits(drafter: Eagle3, state: ContextState) -> bool:
+    """Whether it pays: where gradients are wanted, and what is between products is compiled.
+
+    Also the drafter must be of the kind that is done here, and all rows share its weights.
+    """
+    return torch.is_grad_enabled() and compiles_without_gradients() and can_do(drafter, state)
+
+
+def can_do(drafter: Eagle3, state: ContextState) -> bool:
     """Whether the drafter is of the kind that is done here, and all rows share its weights."""
     usual = drafter.layers == 1 and drafter.windows[0] is None and not drafter.norm_output
     usual = usual and not drafter.qk_norm and not drafter.biased and not state.rope.interleaved
     usual = usual and drafter.activation_name in ("silu", "swish") and drafter.embedding_scale == 1
-    whole = 2 * len(state.rope.frequencies) == drafter.head_dim
+    whole = 2 * len(state.rope.frequencies) == drafter.head_dim and not state.options.rebase
     ours = [(n, w) for n, w in state.weights.items() if n.startswith("midlayer.")]
     one = all(w.dim() == (1 if "norm" in n else 2) or len(w) == 1 for n, w in ours)
     return usual and whole and one and not any(n.endswith(DOWN) for n, _ in ours)
 
 
-def states_of_chains(
-    drafter: Eagle3, state: ContextState, h: Tensor, tokens: Tensor, start: Tensor,
-    context: ConcatenatedContext,
-) -> Tensor:  # fmt: skip
-    """What the head reads of every step, with gradients.
+def make_context(
+    drafter: Eagle3, state: ChainState, h: Tensor, tokens: Tensor, position: Tensor
+) -> None:
+    """Keep keys and values of whole texts beside a state, with gradients.
 
     Args:
         drafter: See `fits`.
         state: Has the weights.
+        h: [B, L, H], fused features.
+        tokens: int64 [B, L], the tokens after.
+        position: int64 [B, L], where they stand, from -1 on.
+    """
+    weights = _weights(state, GAINS[:2], ATTENTION[1:3], ())
+    with torch.no_grad():
+        angles = angles_of(state.rope, position, 1, h.dtype)
+    state.taught = _Context.apply(drafter, (angles[0][0], angles[1][0]), tokens, h, *weights)  # type: ignore[assignment]
+
+
+def states_of_chains(
+    drafter: Eagle3, state: ChainState, h: Tensor, tokens: Tensor, blocks: Blocks
+) -> Tensor:
+    """What the head reads of every step, with gradients.
+
+    Args:
+        drafter: See `fits`.
+        state: Has the weights, and keys and values: those of `make_context`, if there are any.
         h: [B, A, H], fused features.
         tokens: int64 [B, A, T], which the steps read.
-        start: int64 [B, A], where the first of them stand, less one.
-        context: Keys and values [B, kv heads, C, D], as the first step sees them.
+        blocks: Begin with the first of them.
 
     Returns:
         [B, A, T, H].
     """
+    if state.taught:
+        (keys, values), first = state.taught, -1
+    else:
+        (keys, values), first = (x[0] for x in state.read(blocks.longest, blocks.start)), 0
+    start, steps = blocks.start - 1, tokens.shape[-1]
     with torch.no_grad():
-        angles = angles_of(state.rope, start, tokens.shape[-1], h.dtype)
-        seen = seen_slots(context.mask[..., : context.keys.shape[2]], *tokens.shape)
+        angles = angles_of(state.rope, start, steps, h.dtype)
+        seen = seen_slots(start, steps, keys.shape[2], first, state.options.window)
     chains = Chains(drafter, tokens.permute(2, 0, 1), angles, seen)
-    names = [f"midlayer.{n}.weight" for n in GAINS] + ["norm.weight"]
-    names += [f"midlayer.self_attn.{n}_proj.weight" for n in ATTENTION]
-    names += [f"midlayer.mlp.{n}_proj.weight" for n in MLP]
-    weights = [state.weights[n] for n in names]
-    weights = [w[0] if w.dim() > (i >= 4) + 1 else w for i, w in enumerate(weights)]
-    out = cast(Tensor, _Chains.apply(chains, h, context.keys, context.values, *weights))
+    weights = _weights(state, GAINS, ATTENTION, MLP)
+    out = cast(Tensor, _Chains.apply(chains, h, keys, values, *weights))
     return out.permute(1, 2, 0, 3)
+
+
+def _weights(
+    state: ContextState, gains: Sequence[str], attention: Sequence[str], mlp: Sequence[str]
+) -> list[Tensor]:
+    """Some of the layer's weights, gains first, without a dimension for the one who owns them."""
+    names = [*(f"midlayer.{n}" for n in gains if n != LAST), *(n for n in gains if n == LAST)]
+    found = [state.weights[f"{n}.weight"] for n in names]
+    found = [w[0] if w.dim() > 1 else w for w in found]
+    names = [f"self_attn.{n}_proj" for n in attention] + [f"mlp.{n}_proj" for n in mlp]
+    matrices = [state.weights[f"midlayer.{n}.weight"] for n in names]
+    return found + [w[0] if w.dim() > 2 else w for w in matrices]
+
+
+class _Context(torch.autograd.Function):
+    """Rows are the L tokens of B texts, N in all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, drafter: Eagle3, angles: tuple[Tensor, Tensor], tokens: Tensor, h: Tensor,
+        token_gain: Tensor, gain: Tensor, *matrices: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        eps, read, h = drafter.eps, torch.cat(matrices), h.detach().flatten(0, 1)
+        token_gain, gain = token_gain.detach(), gain.detach()
+        embedded = F.embedding(tokens.flatten(), drafter.embedding)
+        x = beside(normalised(embedded, token_gain, eps), h, gain, eps)
+        _, keys, values = turned(x @ read.T, *angles, 0, drafter.kv_heads)
+        ctx.save_for_backward(embedded, h, x, read, gain)
+        ctx.angles, ctx.eps = angles, eps
+        return keys.unflatten(0, (len(tokens), -1)), values.unflatten(0, (len(tokens), -1))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
+        embedded, h, x, read, gain = ctx.saved_tensors
+        eps, size = ctx.eps, h.shape[-1]
+        of_read = turned_back(None, *(part.flatten(0, 1) for part in outer), *ctx.angles)
+        of_normed = of_read @ read[:, size:]
+        of_h = normalised_back(h, gain, of_normed, eps).unflatten(0, (len(outer[0]), -1))
+        of_gains = (
+            gain_back(embedded, of_read @ read[:, :size], eps),
+            gain_back(h, of_normed, eps),
+        )
+        return None, None, None, of_h, *of_gains, *(of_read.T @ x).chunk(2)
 
 
 class _Chains(torch.autograd.Function):
@@ -89,6 +161,9 @@ class _Chains(torch.autograd.Function):
     ) -> Tensor:
         drafter, (steps, rows, count) = chains.drafter, chains.tokens.shape
         eps, normed = drafter.eps, drafter.residual_is_normed
+        # Compiled anew for what requires a gradient and what does not.
+        h, keys, values = h.detach(), keys.detach(), values.detach()
+        weights = tuple(w.detach() for w in weights)
         token_gain, gain, inner_gain, last_gain, q, k, v, out, gate, up, down = weights
         read, wide = torch.cat([q, k, v]), torch.cat([gate, up])
         embedded = F.embedding(chains.tokens.flatten(1), drafter.embedding)
@@ -192,11 +267,21 @@ def angles_of(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tupl
 
 
 @compiled
-def seen_slots(far: Tensor, rows: int, count: int, steps: int) -> Tensor:
-    """What each step of a chain sees, bool [T, B, A, C + T * A], of a context [B, A, C]."""
-    step, chain = (torch.arange(n, device=far.device) for n in (steps, count))
+def seen_slots(start: Tensor, steps: int, slots: int, first: int, nearest: int | None) -> Tensor:
+    """What each step of chains sees, bool [T, B, A, C + T * A]: context, and their own keys.
+
+    Args:
+        start: int64 [B, A], where the chains begin.
+        steps: T.
+        slots: C, of which the first stands at `first`.
+        first: See `slots`.
+        nearest: As in `first_seen`.
+    """
+    step, chain = (torch.arange(n, device=start.device) for n in (steps, start.shape[1]))
     own = (chain[:, None] == chain)[None, :, None] & (step <= step[:, None])[:, None, :, None]
-    own = own.flatten(2)[:, None].expand(-1, rows, -1, -1)
+    own = own.flatten(2)[:, None].expand(-1, len(start), -1, -1)
+    slot = torch.arange(first, first + slots, device=start.device)
+    far = (slot < start[..., None]) & (slot >= first_seen(start, start, nearest)[..., None])
     return torch.cat([far.expand(steps, -1, -1, -1), own], -1)
 
 
@@ -275,16 +360,20 @@ def turned(
     query, key, value = x.split([heads, kv_heads, kv_heads], 1)
     query, key = (rotated(part, cos[:, None], sin[:, None]) for part in (query, key))
     shape = key.flatten(0, 1).shape
-    return query.reshape(shape[0], -1, shape[2]), key.reshape(shape), value.reshape(shape)
+    query = query.reshape(shape[0], heads // kv_heads * shape[1], shape[2])
+    return query, key.reshape(shape), value.reshape(shape)
 
 
 @compiled
-def turned_back(query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def turned_back(
+    query: Tensor | None, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
+) -> Tensor:
     """Gradient [N, heads * D] of what was turned, from those of queries, keys and values."""
     rows, count, half = cos.shape
-    query, key, value = (x.reshape(rows, -1, count, 2 * half) for x in (query, key, value))
-    query, key = (rotated(x, cos[:, None], -sin[:, None]) for x in (query, key))
-    return torch.cat([query, key, value], 1).transpose(1, 2).reshape(rows * count, -1)
+    turn = [x.reshape(rows, -1, count, 2 * half) for x in (query, key) if x is not None]
+    turn = [rotated(x, cos[:, None], -sin[:, None]) for x in turn]
+    found = torch.cat([*turn, value.reshape(rows, -1, count, 2 * half)], 1)
+    return found.transpose(1, 2).reshape(rows * count, -1)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -327,7 +327,7 @@ class Learner:
         if self.study:
             work = self._study_texts
             self.study.choose()
-            self.study.texts = self._run_update(self.study.read_texts, 0, compile=False)
+            self.study.texts = self._run_update(self.study.read_texts, 0)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

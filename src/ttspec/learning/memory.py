@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiled
 from ttspec.drafters.base import Drafter
 from ttspec.losses import LOGITS_AT_ONCE
 
@@ -110,19 +111,9 @@ class LessonMemory:
 
         On a CPU of no more than the longest has.
         """
-        before, nowhere = self.before, self.pages
-        follows = (self.number > 0) & (self.number[before] == self.number - 1)
-        follows[nowhere:] = False
-        before = before.masked_fill(~(follows & (self.text[before] == self.text)), nowhere)
-        chain = [pages]
-        for _ in range(1, length):
-            chain.append(before[chain[-1]])
-        count = (torch.stack(chain) != nowhere).sum(0)[:, None]
-        if count.device.type == "cpu" and len(count):  # elsewhere it would have to be waited for
-            length = int(count.max())
-        slot = torch.arange(length, device=pages.device)
-        page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
-        page = page.masked_fill(slot >= count, self.pages)
+        page = chained(pages, length, self.before, self.number, self.text)
+        if page.device.type == "cpu" and len(page):  # elsewhere it would have to be waited for
+            page = page[:, : int((page != self.pages).sum(1).max())]
         judged = self.judged[page]
         return Texts(
             tokens=self.tokens[page].flatten(1, 2),
@@ -178,6 +169,32 @@ class LessonMemory:
         p = (values.float() - mass).exp()
         others = (covered.float().logsumexp(-1) - mass[..., 0]).exp() - p.sum(-1)
         return ids.int(), p.half(), others.clamp(min=0).half()
+
+
+@compiled
+def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
+    """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
+
+    Where a text has fewer, the others are the last page of all.
+
+    Args:
+        pages: See above.
+        length: See above.
+        before: int64 [pages + 1], the page that was written before each one.
+        number: Which page of its text each is.
+        text: Which text each is of.
+    """
+    nowhere = len(text) - 1
+    follows = (number > 0) & (number[before] == number - 1) & (text[before] == text)
+    follows = follows & (torch.arange(len(text), device=text.device) < nowhere)
+    before = before.masked_fill(~follows, nowhere)
+    chain = [pages]
+    for _ in range(1, length):
+        chain.append(before[chain[-1]])
+    count = (torch.stack(chain) != nowhere).sum(0)[:, None]
+    slot = torch.arange(length, device=pages.device)
+    page = torch.stack(chain, 1).gather(1, (count - 1 - slot).clamp(min=0))
+    return page.masked_fill(slot >= count, nowhere)
 
 
 class MemoryRows:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.blocks import Text
@@ -78,21 +79,12 @@ class Study:
             chance: float32 [N, L], random.
             count: How many of each text.
         """
-        rows, size = texts.tokens.shape
-        # A block's token has one before it, of which something may be read.
-        chance = chance.masked_fill(~may, -1.0)
-        chance[:, 0] = -1.0
-        found, start = chance.topk(count, dim=1)
-        at = start[..., None] + torch.arange(self.length + 1, device=start.device)
-        inside, at = at < size, at.clamp(max=size - 1)
-        row = torch.arange(rows, device=start.device)[:, None]
-        mask = (may[row[..., None], at] & inside)[..., :-1].long().cumprod(-1).bool()
-        mask = mask & (found > 0)[..., None]
+        row, start, at, mask = places(may, chance, count, self.length)
         return Lesson(
             tokens=texts.tokens[row[..., None], at],
             start=start,
             before=texts.features[row, start - 1] if texts.features.shape[-1] else None,
-            logits=texts.p.new_empty(rows, count, 0),
+            logits=texts.p.new_empty(len(row), count, 0),
             mask=mask,
             fresh=mask.any(-1),
             count=mask.any(-1).sum(-1),
@@ -114,6 +106,26 @@ class Study:
         row = torch.arange(len(at), device=at.device)[:, None, None]
         at = at.clamp(max=size - 1)
         return texts.likely[row, at], texts.p[row, at], texts.rest[row, at]
+
+
+@compiled
+def places(
+    may: Tensor, chance: Tensor, count: int, length: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where some blocks of texts stand; arguments as in `Study.blocks`.
+
+    Returns:
+        Rows int64 [N, 1], starts [N, A], places [N, A, G + 1] and bool [N, A, G], which drafts may
+        be looked at.
+    """
+    # A block's token has one before it, of which something may be read.
+    first = torch.arange(may.shape[1], device=may.device) == 0
+    found, start = chance.masked_fill(~may | first, -1.0).topk(count, dim=1)
+    at = start[..., None] + torch.arange(length + 1, device=start.device)
+    inside, at = at < may.shape[1], at.clamp(max=may.shape[1] - 1)
+    row = torch.arange(len(may), device=start.device)[:, None]
+    mask = (may[row[..., None], at] & inside)[..., :-1].long().cumprod(-1).bool()
+    return row, start, at, mask & (found > 0)[..., None]
 
 
 class MemoryStudy(Study):
