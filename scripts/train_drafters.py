@@ -10,16 +10,14 @@ from `scripts/make_prompts.py`. The bundled drafters' cards give the options.
 """
 
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import cyclopts
 import torch
-from torch import Tensor
 
 from ttspec.errors import OptionError, TrainingError
-from ttspec.models.target import Target
 from ttspec.training.config import TrainConfig
 
 FIRST_STEPS = 10
@@ -127,25 +125,29 @@ def compare(
     """Train each of `kinds` (with commas between them) for equally many steps on equal batches.
 
     They take turns, so that the seconds of each are those it takes alone. The target reads each
-    batch once for all. The clock, which ends it, starts when all is compiled. Every drafter is in
-    `out`/KIND/drafter.
+    dialogue once for all, if its states fit into memory. The clock, which ends it, starts when all
+    is compiled. Every drafter is in `out`/KIND/drafter.
     """
     import ttspec
     from ttspec.training.batches import make_batch, read_examples
+    from ttspec.training.states import TargetStates
     from ttspec.training.train import CHECK_EVERY, Trainer
 
     if not options.minutes:
         raise OptionError("minutes is not given.\nSay with --minutes how long all train together.")
-    engine = ttspec.load(target, None, device=device)
-    once = ReadsOnce(**{f.name: getattr(engine.target, f.name) for f in fields(engine.target)})
+    model = ttspec.load(target, None, device=device).target
     configs = [options.config(out / kind, kind) for kind in kinds.split(",")]
     examples = read_examples(sorted(answers.glob("answers.*.jsonl")), configs[0].max_length)
-    trainers = [Trainer(once, config, examples) for config in configs]
-    once.all_taps = sorted({tap for each in trainers for tap in each.drafter.taps})
+    trainers = [Trainer(model, config, examples) for config in configs]
+    taps = [tap for each in trainers for tap in each.drafter.taps]
+    reserved = sum(each.recipe.states.reserved for each in trainers)
+    states = TargetStates(model, configs[0], examples, taps, reserved)
+    for each in trainers:
+        each.recipe.states = states
     seconds = dict.fromkeys(["target", *kinds.split(",")], 0.0)
 
     def clock(of: str, began: float) -> float:
-        if once.device.type == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.synchronize()
         seconds[of] += (now := time.monotonic()) - began
         return now
@@ -155,9 +157,9 @@ def compare(
     while (done := (time.monotonic() - began) / 60 / options.minutes) < 1:
         at = time.monotonic()
         batch = make_batch(
-            examples, step, size=options.batch, seed=options.seed, device=once.device
+            examples, step, size=options.batch, seed=options.seed, device=model.device
         )
-        once.read(batch.ids)
+        states.of(batch, ())
         at = clock("target", at)
         drawn = batch.generator.get_state()
         for each in trainers:
@@ -184,23 +186,6 @@ def compare(
         folder = each.save_drafter(step * alone)
         print(f"{folder}: {step} steps of {options.batch} dialogues, {1000 * alone:.0f} ms a step")
     print(f"of which the target reads for {1000 * seconds['target'] / counted:.0f} ms")
-
-
-class ReadsOnce(Target):
-    """A target that reads a batch once for several drafters."""
-
-    all_taps: list[int]
-    _tokens: Tensor | None = None
-
-    def read(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Target.read`."""
-        if self._tokens is not tokens:
-            everything = replace(self, taps=tuple(self.all_taps))
-            self._read, self._tokens = Target.read(everything, tokens), tokens
-        features, states = self._read
-        parts = features.chunk(len(self.all_taps), dim=-1)
-        own = [parts[self.all_taps.index(t)] for t in self.taps]
-        return torch.cat([states[..., :0], *own], dim=-1), states
 
 
 if __name__ == "__main__":

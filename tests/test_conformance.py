@@ -322,6 +322,25 @@ def drafts(drafter: Drafter, state: DraftState) -> tuple[Lesson, Tensor]:
     return lesson(torch.stack(fed, dim=1), STARTS, before), torch.stack(logits, dim=1)
 
 
+@pytest.mark.parametrize("which", ["eagle3", "eagle3-layers", "eagle3-unusual", "mtp", "mtp-gated"])
+def test_chains_that_are_taught_say_what_is_drafted(which: str):
+    """Training runs chains over whole texts, at some places alone."""
+    drafter, count, places = bound_kind(which), 30, (5, 9, 9, 20)
+    ids = torch.randint(0, 250, (2, count), generator=torch.Generator().manual_seed(3))
+    features = random_features(2, count, 64 * len(drafter.taps))
+    start = torch.tensor([places, places[::-1]])
+    with torch.no_grad():
+        logits = drafter.logits(drafter.teach(features, ids, start, drafter.length))
+    for row, at in ((0, 0), (0, 1), (1, 0), (1, 2)):
+        begin = int(start[row, at])
+        state = drafter.start(1, SLOTS, DraftConfig())
+        zero = torch.zeros(1, dtype=torch.long)
+        drafter.extend(state, ids[[row], :begin], features[[row], :begin], zero)
+        script = ids[[row], begin + 1 :]
+        found = drafted(drafter, state, [int(ids[row, begin])], [begin], script)[0]
+        torch.testing.assert_close(drafter.widen(logits[[row], at]), found, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("seen", SEEN)
 @pytest.mark.parametrize("which", CONFIGS)
 def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: str):

@@ -62,6 +62,23 @@ def test_a_first_draft_is_what_a_round_would_propose(plain_target, which, base):
     assert list(measured.hits) == wanted
 
 
+@pytest.mark.parametrize("which", ["dflash", "dspark", "dspark-rnn", "dflash2-sliding"])
+def test_a_block_is_also_read_from_its_other_first_row(plain_target, which):
+    """As the drafter is read whose config says so."""
+    drafter = make_kind(which)
+    target = twin(plain_target)
+    texts = write(Engine(target, drafter), ["abc", "Some words."], 18)
+    other = not drafter.from_anchor
+    measured = measure(Engine(target, drafter), texts)
+    (found,) = [m for m in measured if m.reading.from_anchor is other]
+    assert f"set sample_from_anchor to {str(other).lower()}" in str(found.reading.setting)
+    said = make_kind(which, sample_from_anchor=other)
+    present, *_ = measure(Engine(target, said), texts)
+    assert present.hits == found.hits
+    assert present.nats == pytest.approx(found.nats)
+    assert measured[0].nats != pytest.approx(found.nats)
+
+
 @pytest.mark.parametrize("which", list(CONFIGS))
 @pytest.mark.parametrize("shift", [-1, 1])
 def test_the_recommended_setting_reads_the_shifted_taps(plain_target, which, shift):

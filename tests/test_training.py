@@ -344,6 +344,35 @@ def test_answers_of_one_token_teach_nothing(tmp_path):
         read_examples([path], 100)
 
 
+# What the target says of the examples.
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_the_target_reads_each_example_once_where_its_states_fit(
+    run, engine, prompts, tmp_path, monkeypatch, room
+):
+    if not room:
+        monkeypatch.setattr("ttspec.training.states.free_memory", lambda _: 0)
+    examples = read_examples([run[0] / "answers.jsonl"], 120)
+    trainer = Trainer(engine.target, config(prompts, tmp_path), examples)
+    seen, read = [], type(engine.target).read
+    monkeypatch.setattr(
+        type(engine.target), "read", lambda self, ids: seen.append(len(ids)) or read(self, ids)
+    )
+    device, per_epoch = engine.target.device, -(-len(examples) // 6)
+    for step in range(per_epoch, 3 * per_epoch):  # as if it had been interrupted
+        batch = make_batch(examples, step, size=6, seed=0, device=device)
+        for taps in ((), trainer.drafter.taps[::-1]):
+            found = trainer.recipe.states.of(batch, taps)
+            engine.target.taps = taps
+            wanted = read(engine.target, batch.ids)
+            for row, i in enumerate(batch.chosen):
+                for a, b in zip(found, wanted, strict=True):
+                    here = slice(len(examples[i][0]))
+                    torch.testing.assert_close(a[row, here], b[row, here])
+    assert sum(seen) == len(examples) * (1 if room else 4)
+
+
 # Batches.
 
 

@@ -46,5 +46,5 @@ def export(
             "Give a drafter's folder, a hub id or a built-in name."
         )
     export_drafter(engine.drafter, engine.target, form, out, dtype=dtype)
-    say(f"{out} holds {engine.drafter.name}, a {engine.drafter.kind} drafter for {target}.")
+    say(f"{out} holds {engine.drafter.name}, of kind {engine.drafter.kind}, for {target}.")
     return 0

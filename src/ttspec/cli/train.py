@@ -7,6 +7,9 @@ from cyclopts import Parameter
 from ttspec.cli.options import Device, Dtype, ModelFlags
 from ttspec.training.config import TrainConfig
 
+FEW_STEPS = 200
+"""So many taught no kind enough to rank it (docs/experiments.md)."""
+
 
 def train(
     *,
@@ -45,7 +48,11 @@ def train(
             for stage in ("answers", "training")
         }
 
+        last = Where("answers", 0.0, 0.0)
+
         def report(where: Where) -> None:
+            nonlocal last
+            last = where
             left = f"{int(where.seconds_left) // 60}:{int(where.seconds_left) % 60:02d} left"
             facts = f"{where.tokens} tokens, {left}"
             if where.stage == "training":
@@ -55,4 +62,9 @@ def train(
 
         folder = run(engine, config, report)
     console.print(f"{folder} holds the drafter. Use it with --drafter {folder}")
+    if last.tokens < FEW_STEPS:
+        console.print(
+            f"It learned in {last.tokens} steps, which are few. More --minutes give more, and so "
+            "do a smaller --batch and fewer --anchors."
+        )
     return 0

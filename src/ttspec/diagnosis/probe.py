@@ -1,8 +1,9 @@
 """Measures whether a drafter is read as it was trained: is another reading accepted more often?
 
 The target writes plain greedy text once. Then, at every position of it, the drafter's first token
-is compared with the target's, under each reading: other taps, another rotary base. Nothing is
-drafted in rounds, so all readings see the same positions and differences are paired.
+is compared with the target's, under each reading: other taps, another rotary base, another row of
+the block that predicts first (files may not say which: vllm#56792). Nothing is drafted in rounds,
+so all readings see the same positions and differences are paired.
 
 Acceptance alone is a blunt instrument: a tap one layer off can cost a small drafter 2 of 100 first
 tokens, which is noise in a few hundred positions. What the drafter gave for the target's token, in
@@ -33,6 +34,7 @@ from ttspec.diagnosis.findings import (
     target_base,
 )
 from ttspec.drafters.base import Drafter
+from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
 from ttspec.records import Lesson
 
@@ -64,6 +66,8 @@ class Reading:
     name: str
     taps: tuple[int, ...]
     rope_base: float | None = None
+    from_anchor: bool | None = None
+    """Of blocks: whether the known token's row predicts; None is as the drafter was read."""
     setting: str | None = None
     """How a user gets it; None for the reading there is."""
 
@@ -200,6 +204,12 @@ def readings(engine: Engine) -> list[Reading]:
         if all(0 <= t <= layers for t in taps):
             name = f"taps {'+' if shift > 0 else '-'} 1"
             found.append(Reading(name=name, taps=taps, setting=tap_setting(drafter, taps)))
+    if isinstance(drafter, DFlash) and drafter.kind != "domino" and drafter.block > 1:
+        other = not drafter.from_anchor
+        name = "the known token's row predicts" if other else "masks alone predict"
+        setting = f"set sample_from_anchor to {str(other).lower()} in a copy of its config.json"
+        known = {"taps": drafter.taps, "from_anchor": other}
+        found.append(Reading(name=name, setting=f"{setting}, and probe that", **known))
     present = draft_base(drafter)
     theirs = target_base(engine.target)
     for base in dict.fromkeys(b for b in (theirs, *BASES) if b is not None and present):
@@ -277,6 +287,11 @@ def _compare(
     count = tokens.shape[1]
     if begin >= count - 1:
         return []
+    if reading.from_anchor is not None:
+        assert isinstance(drafter, DFlash)
+        drafter = copy.copy(drafter)  # weights stay shared
+        drafter.from_anchor = reading.from_anchor
+        drafter.length = drafter.block - (not reading.from_anchor)
     state = drafter.start(1, count, DraftConfig(rope_base=reading.rope_base))
     drafter.extend(state, tokens, features, tokens.new_zeros(1))
     length = drafter.length

@@ -31,7 +31,13 @@ from ttspec.drafters.context import (
     same_block,
     seen_mask,
 )
-from ttspec.drafters.functional import FunctionalState, InPlaceCache, Projection, as_function
+from ttspec.drafters.functional import (
+    FunctionalState,
+    InPlaceCache,
+    Masks,
+    Projection,
+    as_function,
+)
 from ttspec.drafters.layers import Weights
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
 from ttspec.drafters.mtp_names import (
@@ -169,16 +175,14 @@ class Mtp(Drafter):
         """Write keys and values of rows start - 1 onwards.
 
         The row of the last token waits for the token after it, so each call begins one row back.
-        They are made of real states alone, so what such a row attends to does not matter.
+        They are made of real states alone: no attention is needed.
         """
         assert isinstance(state, FunctionalState)
         before = state.recall(text.position[:, :1] - 1, text.row)
         hidden = torch.cat([before, text.features[:, :-1]], dim=1)
         at = text.position - 1  # a prompt's first token has no row
-        count = at.shape[1]
-        itself = torch.eye(count, dtype=torch.bool, device=at.device).expand(len(at), 1, -1, -1)
         nothing = state.keys[:, text.row, :, :0], state.values[:, text.row, :, :0]
-        _, k, v = self._run(state, weights, text.tokens, hidden, at, itself, *nothing)
+        _, k, v = self._run(state, weights, text.tokens, hidden, at, None, *nothing)
         rest = text.position >= state.slots  # a row at rest begins past the last slot
         state.write(k, v, at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
@@ -266,15 +270,19 @@ class Mtp(Drafter):
         tokens: Tensor,
         hidden: Tensor,
         position: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         keys: Tensor,
         values: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step beside a context: what the head reads [B, N, H], and new keys and values."""
+        """One step beside a context: what the head reads [B, N, H], and new keys and values.
+
+        Without a mask, only those.
+        """
         if state is not None:
             weights = self._with_rope(state, weights)
         inputs = self._inputs(tokens, hidden)
-        return self._function.concatenated(weights, inputs, position, {None: mask}, keys, values, 0)
+        masks: Masks = {} if mask is None else {None: mask}
+        return self._function.concatenated(weights, inputs, position, masks, keys, values, 0)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
@@ -292,8 +300,7 @@ class Mtp(Drafter):
         position, row = torch.arange(count, device=tokens.device), row_index(tokens)[:, None]
         keys = features.new_empty(1, rows, self.kv_heads, 0, self.key_size)
         values = features.new_empty(1, rows, self.kv_heads, 0, self.value_size)
-        itself = torch.eye(count, dtype=torch.bool, device=tokens.device).expand(rows, 1, -1, -1)
-        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), itself, keys, values
+        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), None, keys, values
         _, keys, values = self._run(None, self.weights, *given)
         outs: list[Tensor] = []
 

@@ -46,12 +46,12 @@ class _Cached(Exception):
     """Carries what a layer would cache."""
 
 
-class _Watch(Cache):
+class _Stop(Cache):
     """Stops a layer where it caches its keys and values."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> Any:
-        """See `sizes_of`."""
-        raise _Cached(key_states.shape, value_states.shape)
+        """The way out."""
+        raise _Cached(key_states, value_states)
 
 
 def sizes_of(config: Any) -> tuple[int, int, int]:
@@ -63,9 +63,9 @@ def sizes_of(config: Any) -> tuple[int, int, int]:
         layer = MtpLayer(config)
         state, position = torch.empty(1, 1, config.hidden_size), torch.zeros(1, 1).long()
         try:
-            layer(state, state, position, None, _Watch(layers=[]))
+            layer(state, state, position, None, _Stop(layers=[]))
         except _Cached as found:
-            keys, values = found.args
+            keys, values = (x.shape for x in found.args)
             return keys[1], keys[3], values[3]
     raise ValueError(f"a layer of {config.model_type} caches no keys and values")
 
@@ -126,6 +126,26 @@ class HeadFunction(ModelFunction):
         super().__init__(layer, (None,))
         self._routes = any(".experts." in name for name, _ in layer.named_parameters())
 
+    def _beside(
+        self,
+        named: Weights,
+        inputs: dict[str, Tensor],
+        position: Tensor,
+        masks: Masks,
+        keys: Tensor,
+        values: Tensor,
+        keep: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Without a mask nothing is attended to: only new keys and values are made."""
+        if masks:
+            return super()._beside(named, inputs, position, masks, keys, values, keep)
+        try:
+            self._call(named, inputs, position, masks, _Stop(layers=[]), keep)
+        except _Cached as found:
+            k, v = found.args
+            return inputs["hidden"], k[None], v[None]
+        raise AssertionError("the layer caches nothing")
+
     def _rows_apart(
         self,
         named: Weights,
@@ -138,7 +158,7 @@ class HeadFunction(ModelFunction):
         keep: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Which experts a row reads is told by its tokens: no rule of `vmap` goes through that."""
-        if not self._routes:
+        if not self._routes or not masks:
             return super()._rows_apart(named, own, inputs, position, masks, keys, values, keep)
         found = []
         for i in range(len(position)):
@@ -160,5 +180,5 @@ class HeadFunction(ModelFunction):
         cache: Cache,
         keep: int,  # noqa: ARG002 - of all tokens
     ) -> Tensor:
-        given = inputs["embedded"], inputs["hidden"], position.clamp(min=0), masks[None], cache
+        given = inputs["embedded"], inputs["hidden"], position.clamp(min=0), masks.get(None), cache
         return functional_call(self.model, dict(named), given)

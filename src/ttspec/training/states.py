@@ -38,7 +38,7 @@ class TargetStates:
             reserved: Bytes that training takes besides.
         """
         self.target, self._config, self._examples = target, config, examples
-        self._taps, self._reserved = tuple(sorted(set(taps))), reserved
+        self._taps, self.reserved = tuple(sorted(set(taps))), reserved
         self._hidden = int(target.config.hidden_size)
         self._lengths = torch.tensor([len(ids) for ids, _ in examples])
         self._kept: Tensor | None = None
@@ -65,7 +65,7 @@ class TargetStates:
         target, slots = self.target, int(self._lengths.sum()) + 1
         width, free = (len(self._taps) + 1) * self._hidden, free_memory(target.device)
         self._unread = {}
-        if free is None or slots * width * target.dtype.itemsize + self._reserved > free:
+        if free is None or slots * width * target.dtype.itemsize + self.reserved > free:
             return
         self._kept = torch.empty(slots, width, dtype=target.dtype, device=target.device)
         size, seed = self._config.batch, self._config.seed

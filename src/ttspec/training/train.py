@@ -121,6 +121,7 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
             trainer.save_state(now - began)
             saved = now
     trainer.check()
+    report(Progress("training", 1.0, 0.0, trainer.loss, trainer.accuracy, trainer.steps))
     seconds = time.monotonic() - began
     trainer.save_state(seconds)
     return trainer.save_drafter(seconds)
