@@ -312,6 +312,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
             print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
             if any(name.startswith("ttspec") for name in names):
                 arms.ask("ttspec-learning", rpc="freeze")
+                arms.turn("warm", "ttspec-learned", list(range(8)))
                 names = [*names, "ttspec-learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))

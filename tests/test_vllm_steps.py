@@ -303,3 +303,26 @@ def test_updates_end_where_nothing_new_is_read() -> None:
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
     assert learner.updates <= STALE + 1
+
+
+@pytest.mark.parametrize(
+    ("judgements", "reverts"),
+    [
+        ([0.8, 0.8], 1),  # twice in a row
+        ([0.8, 1.1, 0.8, 0.95], 0),
+        ([0.4], 1),  # half of the drafts at once
+        ([1.2, 1.3], 0),
+    ],
+)
+def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts, monkeypatch):
+    learner = made(rows=1).learner
+    left = list(judgements)
+    monkeypatch.setattr(
+        learner.study, "judge", lambda *_: (20, {"live": left.pop(0), "anchor": 1.0})
+    )
+    for weight in learner.weights.master.values():
+        weight.add_(1.0)
+    for _ in judgements:
+        learner._compare()
+    assert learner.reverts == reverts
+    assert learner.update() == (reverts == 0)  # it rests

@@ -8,7 +8,9 @@ hooks.py       what must be there in which version of vLLM, and when there is no
 workers.py     asks every worker, once it has its model runner
 plugin.py      a worker's learning: check, load the drafter, put the hooks in, and what may fail
 v1.py, v2.py   the two model runners: what a step's tensors are called there
-steps.py       a step as any engine could tell it, made a `Verification` for the `Learner`
+steps.py       a step as any engine could tell it, and when to learn
+verified.py    rounds as they were, until the memory is told of many at once
+share.py       how much time that may take
 status.py      the figures of a worker that learns, and a warning
 rows.py        which request has which row
 module.py      what was learned, put into vLLM's own draft module
