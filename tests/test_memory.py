@@ -18,6 +18,7 @@ from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
 from ttspec.learning.study import BLOCKS, Study
 from ttspec.losses import forward_kl, likely_kl
+from ttspec.models.capture import Graphs
 from ttspec.records import Lesson
 
 VOCABULARY = 260
@@ -288,6 +289,31 @@ def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None
     results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)
     assert_remembered(own, [r.token_ids for r in results])
     assert max(r.stats.updates for r in results) >= 1
+
+
+def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine) -> None:
+    """All graphs of updates share memory: a later one's output may lie in an older one's."""
+    own, called = Engine(engine.target, make_kind("eagle3")), list[str]()
+
+    class Recording(Graphs):
+        on = True
+
+        def __init__(self) -> None:
+            self._made = {}
+
+        def __call__(self, work, key, **_):
+            self._made[key] = {}
+            called.append(work.__name__)
+            return work(key)
+
+    own.generate(["hello there"], learn=LearnConfig(scope="shared"), max_new_tokens=30)
+    assert own._spare
+    learner = own._spare.learner
+    assert learner
+    learner._run_update = Recording()
+    learner.capture_updates(600)
+    assert called[0] == "_newest_lesson"
+    assert called.count("_compare_newest") == 2
 
 
 class Pausing(FixedDraftLength):

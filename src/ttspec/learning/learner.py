@@ -320,7 +320,8 @@ class Learner:
         """Update from the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
         self._compares = compare
-        if compare or not self.study:
+        # Captured first in any case: what it returns must not lie where an older graph works.
+        if compare or not self.study or not self._run_update.keys:
             self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
             self._lessons.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil
