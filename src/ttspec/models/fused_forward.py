@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from ttspec.compiled import is_compiling
 from ttspec.fused import MANY, MOST, Heads, attention, fits, gated, normed, product
 from ttspec.models.layers import Together
 from ttspec.rowcache import RowCache
@@ -45,7 +46,8 @@ class FusedForward:
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
         made = len(cache.keys) == len(self.layers) and tokens.shape[0] == cache.rows
-        return made and tokens.numel() <= MANY and not is_batch_invariant()
+        most = MOST if is_compiling() else MANY  # of more, compiled layers are what was measured
+        return made and tokens.numel() <= most and not is_batch_invariant()
 
     def __call__(
         self,
