@@ -28,12 +28,12 @@ class Listening(Decoder):
         outcomes = super().round()
         for row, outcome in outcomes.items():
             for i in range(len(outcome.tokens)):
-                self.heard[row, start[row] + i] = self._verified[row, i].clone()
+                self.heard[row, start[row] + i] = self._said[row, i].clone()
         return outcomes
 
     def _forward(self, fed, longest):
         logits, features = super()._forward(fed, longest)
-        self._verified = logits
+        self._said = logits
         return logits, features
 
 

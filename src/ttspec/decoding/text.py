@@ -14,10 +14,9 @@ _CLEANED = 4
 
 
 class TextStream:
-    """Decodes tokens as they come; its text is what they decode to together.
+    """Decodes tokens one by one; its text is what they decode to together.
 
-    Holds back half characters and what may become a stop text. Where nothing stops it, tokens wait
-    to be decoded together until text is taken.
+    Holds back half characters and what may become a stop text.
     """
 
     def __init__(
@@ -43,8 +42,7 @@ class TextStream:
             self._ids.append(token)
             if self._has_bytes:
                 self._follow_bytes(token)
-            if self._stops:
-                self._decode(final=False)
+            self._decode(final=False)
         found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
         if found:
             self.text, self.stopped = self.text[: min(found)], True
@@ -52,8 +50,8 @@ class TextStream:
 
     def take(self, *, final: bool = False) -> str:
         """New text since the last call; with `final` also what was held back."""
-        if not self.stopped and (final or not self._stops):
-            self._decode(final=final)
+        if final and not self.stopped:
+            self._decode(final=True)
         safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
         new, self._shown = self.text[self._shown : safe], max(self._shown, safe)
         return new
