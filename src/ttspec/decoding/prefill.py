@@ -256,14 +256,15 @@ class PromptReader:
             for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
                 self._piece[:2].copy_(torch.tensor(given))
                 self._logits.copy_(logits[at : at + 1])
-                found += graphs(self._draw_one, self._drawn, compile=False).tolist()
+                found.append(graphs(self._draw_one, self._drawn, compile=False).clone())
+            drawn = torch.cat(found)
         else:
-            start = torch.tensor(prompts.position, device=logits.device)
-            rows = torch.tensor(prompts.rows, device=logits.device)
-            found = self._draw_of(logits, rows, start, max(prompts.position), steps).tolist()
-        if any(not finite for _, finite in found):
+            rows, start = torch.tensor([prompts.rows, prompts.position], device=logits.device)
+            drawn = self._draw_of(logits, rows, start, max(prompts.position), steps)
+        drawn = drawn.tolist()  # the one wait for the device
+        if any(not finite for _, finite in drawn):
             raise not_finite(self._target.name, self._target.dtype)
-        return [token for token, _ in found]
+        return [token for token, _ in drawn]
 
     def _draw_one(self, steps: SamplingSteps) -> Tensor:
         """As `_draw_of`, of the row and the start that stand first in `_piece`."""

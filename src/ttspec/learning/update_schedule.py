@@ -22,9 +22,9 @@ RECENT = 64
 """Rounds whose median time is known."""
 SHARE, SHARE_UNUSED = 0.05, 0.02
 """Of the time that updates of a drafter which all requests teach may take, and of those while it
-does not draft. What is learned grows with the logarithm of the updates, by 2 to 5 % of the tokens
-each time that they are e times as many. If as much work is still to come as there was, it pays to
-spend that same share of the time at any moment (docs/learned.md)."""
+does not draft. What is learned grows with the logarithm of the updates, by 2.5 % of the tokens
+each time that they are e times as many, and by more at first. If as much work is still to come as
+there was, it pays to spend that same share of the time at any moment (docs/learned.md)."""
 PATIENCE = 8
 """Updates between two changes."""
 
