@@ -973,11 +973,12 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
         noise = position_noise(decoder.rows.inputs.noise_key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         asked = SamplingTensors.of(decoder.sampling, logits.device)
-        choose = DraftChoice(asked, False, drafter, decoder.rows.inputs, VOCABULARY, noise)
-        given.append(choose(logits, 0))
+        ours = asked, False, drafter, decoder.rows.inputs, VOCABULARY
+        of_known = noise if noise is None else noise[..., known]
+        given.append(DraftChoice(*ours, of_known)(logits, 0))
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
-        given.append(choose(wide, 0))
+        given.append(DraftChoice(*ours, noise)(wide, 0))
     (tokens, q), (wanted, wanted_q) = given
     assert torch.equal(tokens, wanted)
     assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")

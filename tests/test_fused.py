@@ -29,7 +29,7 @@ KINDS: dict[str, tuple[Any, Any]] = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
 }
-SLOTS, LAYERS = 300, 2
+SLOTS, LAYERS = 400, 2
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Kind, heads, key heads, head size, hidden size, size of the MLP, rows, tokens, window.
 CASES = [
@@ -39,6 +39,7 @@ CASES = [
     ("llama", 2, 1, 64, 64, 1088, 1, 16, 70),
     ("qwen2", 4, 2, 64, 64, 128, 4, 8, None),
     ("qwen3", 2, 1, 64, 64, 128, 1, 32, 70),
+    ("llama", 2, 1, 64, 64, 128, 2, 64, None),
 ]
 LARGE = [
     ("llama", 9, 3, 64, 576, 1536, 1, 1, None),
@@ -47,6 +48,8 @@ LARGE = [
     ("llama", 9, 3, 64, 576, 1536, 2, 32, 70),
     ("qwen3", 32, 8, 128, 4096, 12288, 1, 16, None),
     ("qwen3", 16, 8, 128, 1024, 3072, 16, 1, 70),
+    ("qwen2", 14, 2, 64, 896, 4864, 2, 128, None),
+    ("qwen3", 16, 8, 128, 1024, 3072, 2, 128, 70),
 ]
 
 
@@ -141,15 +144,19 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
         logits, features = fused(cache, fed, start, (0, 1, -1), None)
         none, _ = fused(cache, fed, start, (), 0)
         last, _ = fused(cache, fed, start, (), 1)
+        row, column = start.new_tensor([0]), start.new_tensor([tokens // 2])
+        one, _ = fused(cache, fed[:1], start[:1], (), column, row)
     assert none is None
     assert logits is not None
     assert last is not None
+    assert one is not None
     assert torch.isfinite(logits).all()
     live, limit = slice(max(1, rows - 1)), 1e-5
     if dtype == torch.bfloat16:  # not much further off than the model's own code is
         limit = 5e-3 + 1.5 * error(own_code.logits[live], wanted.logits[live])
     assert error(logits[live], wanted.logits[live]) < limit
     assert error(last[live], wanted.logits[live, -1:]) < limit
+    assert error(one, wanted.logits[:1, tokens // 2][:, None]) < limit
     states = torch.cat([wanted.hidden_states[i] for i in (0, 1, -1)], -1)
     assert error(features[live], states[live]) < limit
     for layer in range(LAYERS):

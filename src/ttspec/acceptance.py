@@ -5,17 +5,42 @@ text cannot depend on the drafter. `accept_rejection` is speculative sampling (L
 2023; Chen et al. 2023): keep a draft y iff u q(y) < p(y), else draw from max(p - q, 0).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ttspec.compiled import compiled, compiled_once
 from ttspec.records import Proposal
+from ttspec.sampling import argmax
+
+BROKEN = 2
+"""Added to `Verdict.table`'s `ended` where the target's logits are no numbers."""
+
+
+class Verdict(NamedTuple):
+    """What becomes of each row in a round."""
+
+    emitted: Tensor
+    """int64 [B]: tokens that the round commits; 0 in rows that take no part."""
+    accepted: Tensor
+    """int64 [B]: drafts kept, those past an end token not counted."""
+    ended: Tensor
+    """bool [B]: the last emitted token is an end token."""
+    table: Tensor
+    """int64 [B, 4 + G+1], for the host: emitted, accepted and proposed tokens, `ended` (`BROKEN`
+    more if logits of an emitted token are not finite), and the tokens."""
 
 
 def _prefix(kept: Tensor) -> Tensor:
     """Length of the leading run of True, int64 [B]."""
-    return kept.long().cumprod(-1).sum(-1)
+    count = kept.shape[-1]
+    place = torch.arange(count + 1, device=kept.device)
+    return place.masked_fill(F.pad(kept, (0, 1)), count).amin(-1)
 
 
+@compiled_once
 def accept_equal(chosen: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     """Keep drafts as long as they equal the target's own tokens.
 
@@ -31,6 +56,7 @@ def accept_equal(chosen: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     return _prefix((proposal.tokens == chosen[:, :length]) & within), chosen
 
 
+@compiled
 def accept_rejection(
     p: Tensor, proposal: Proposal, u: Tensor, noise: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +90,7 @@ def accept_rejection(
         # Rounding can empty a residual; p is then the same distribution.
         use = rejected & (rest.sum(-1) > 0)
         last = torch.where(use[:, None], rest, last)
-    final = (noise / last).argmin(-1)  # exponential race: token i wins with share last_i
+    final = argmax(-noise / last)  # exponential race: token i wins with share last_i
     tokens = torch.cat([proposal.tokens, final[:, None]], dim=1)
     return accepted, tokens.scatter(1, accepted[:, None], final[:, None])
 
@@ -86,7 +112,40 @@ def cut_at_end(
     within = torch.arange(tokens.shape[1], device=tokens.device) < emitted[:, None]
     if heeded is not None:
         within = within & heeded[:, None]
-    is_end = torch.isin(tokens, ends) & within
+    is_end = (tokens[..., None] == ends).any(-1) & within
     before = _prefix(~is_end)
     ended = is_end.any(-1)
     return torch.where(ended, before + 1, emitted), ended
+
+
+@compiled_once
+def settle(
+    accepted: Tensor,
+    tokens: Tensor,
+    proposed: Tensor,
+    logits: Tensor,
+    resting: Tensor,
+    ends: Tensor,
+    heeded: Tensor | None = None,
+) -> Verdict:
+    """End rows at their end tokens, and say what the host must know.
+
+    Args:
+        accepted: int64 [B], drafts kept.
+        tokens: int64 [B, G+1], of which accepted + 1 come next.
+        proposed: int64 [B], drafts that there were.
+        logits: [B, G+1, V], the target's own.
+        resting: bool [B], rows that take no part.
+        ends: As in `cut_at_end`.
+        heeded: The same.
+    """
+    emitted, ended = cut_at_end(tokens, accepted + 1, ends, heeded)
+    accepted = accepted.minimum(emitted).masked_fill(resting, 0)
+    emitted = emitted.masked_fill(resting, 0)
+    # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
+    picked = logits.gather(-1, tokens[..., None])[..., 0]
+    given = torch.arange(tokens.shape[1], device=tokens.device) < emitted[:, None]
+    broken = (given & ~picked.isfinite()).any(1)
+    counts = emitted, accepted, proposed, ended.long() + BROKEN * broken
+    table = torch.cat([torch.stack(counts, 1), tokens], dim=1)
+    return Verdict(emitted, accepted, ended, table)

@@ -55,6 +55,15 @@ def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 def compiled(function: F) -> F:
     """Mark a function of tensors to be compiled, one time per shape, where `compiling` says so."""
+    return _marked(function, any_size=False)
+
+
+def compiled_once(function: F) -> F:
+    """The same, but for all shapes at once: of few numbers, where a shape gains nothing."""
+    return _marked(function, any_size=True)
+
+
+def _marked(function: F, *, any_size: bool) -> F:
     fast: Any = None
 
     @wraps(function)
@@ -63,7 +72,7 @@ def compiled(function: F) -> F:
         if not is_compiling():
             return function(*args, **kwargs)
         if fast is None:  # the compiler takes a second to load
-            fast = torch.compile(function, dynamic=False)
+            fast = torch.compile(function, dynamic=any_size)
         return fast(*args, **kwargs)
 
     return cast(F, run)

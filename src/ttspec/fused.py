@@ -17,6 +17,8 @@ from torch import Tensor
 
 MOST, MANY = 16, 512
 """Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
+LONGEST = 128
+"""Tokens of one row whose own keys `attention` holds at once."""
 WIDEST = 1024
 """Hidden size past which the device's own products measured faster."""
 KEYS = 64
@@ -144,6 +146,7 @@ def attention(
     angles: tuple[Tensor, Tensor],
     heads: Heads,
     *,
+    subset: Tensor | None = None,
     ahead: int = 0,
     window: int | None = None,
 ) -> Tensor:
@@ -151,12 +154,13 @@ def attention(
 
     Args:
         made: [B * T, (heads + 2 kv heads) * size], what a product made: queries, keys, values.
-        keys: [B, kv heads, slots + 1, size], written in place.
+        keys: [rows, kv heads, slots + 1, size], written in place.
         values: As keys.
         start: int64 [B], where each row's first token stands, less `ahead`; a row that would begin
             past all slots rests.
         angles: Cosines and sines, each [slots, size / 2].
         heads: How many, and their norms.
+        subset: int64 [B], the rows of keys and values that are meant; None is all.
         ahead: Added to `start`.
         window: A token sees so many, itself included; None is all.
 
@@ -178,6 +182,7 @@ def attention(
         keys,
         values,
         start,
+        start if subset is None else subset,
         *angles,
         heads.query_gain if normed else made,
         heads.key_gain if normed else made,
@@ -196,6 +201,7 @@ def attention(
         kv_heads=heads.kv_count,
         size=heads.size,
         normed=normed,
+        some=subset is not None,
         splits=splits,
         rows=tile,
         block=max(16, 1 << (width - 1).bit_length()),

@@ -224,6 +224,7 @@ def attend(
     keys,
     values,
     start,
+    which,
     cosine,
     sine,
     query_gain,
@@ -243,6 +244,7 @@ def attend(
     kv_heads: tl.constexpr,
     size: tl.constexpr,
     normed: tl.constexpr,
+    some: tl.constexpr,
     splits: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
@@ -256,7 +258,8 @@ def attend(
     states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
     part also has the new tokens' own keys and values, and writes them to the cache. A row that
     starts at or past `slots` leaves the cache as it is. A row's first token stands `ahead` of its
-    start. Query m of a key head is query head m // width, token m % width.
+    start. `some`: the rows lie in the cache as `which` says. Query m of a key head is query head
+    m // width, token m % width.
     """
     group: tl.constexpr = heads // kv_heads
     whole: tl.constexpr = (heads + 2 * kv_heads) * size
@@ -271,7 +274,8 @@ def attend(
     each = tl.maximum(each, least)
     from_slot = low + split * each
     to_slot = tl.minimum(from_slot + each, filled)
-    place = batch * row_stride + head * head_stride
+    lies = tl.load(which + batch) if some else batch
+    place = lies * row_stride + head * head_stride
     if pdl:
         cuda.gdc_launch_dependents()
         if from_slot < filled:

@@ -291,6 +291,7 @@ def draft(
     return tokens, probabilities(processed, sampling)
 
 
+@compiled
 def rejection_noise(
     key: Tensor, number: Tensor, drafts: int, vocabulary: int
 ) -> tuple[Tensor, Tensor]:

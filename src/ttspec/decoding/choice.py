@@ -27,8 +27,9 @@ class DraftChoice:
     vocabulary: int
     """Of the target."""
     noise: Tensor | None
-    """[B, G+1, V] the target's own noise where sampling is drafter-invariant: with the same noise
-    both agree more often. None where drafts are greedy or have noise of their own."""
+    """The target's own noise where sampling is drafter-invariant, [B, G or more, V_draft], or of V
+    tokens where drafts are penalised: with the same noise both agree more often. None where drafts
+    are greedy or have noise of their own."""
     penalties: RowPenalties | None = None
     """The target's own, which make drafts likelier to be kept. They know the pending token."""
     steps: SamplingSteps = field(default_factory=SamplingSteps)
@@ -66,8 +67,7 @@ class DraftChoice:
         if self.greedy or self.sampling.temperature is None:
             tokens = pick(logits, None, self.sampling)
         elif self.noise is not None:
-            noise = self.noise[:, first : first + width]
-            tokens = pick(logits, noise if ids is None else noise[..., ids], self.sampling)
+            tokens = pick(logits, self.noise[:, first : first + width], self.sampling)
         else:
             column = torch.arange(first, first + width, device=logits.device)
             key, which = self.rows.noise_key, self.vocabulary if ids is None else ids

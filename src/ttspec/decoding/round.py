@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
+from ttspec.acceptance import BROKEN, accept_equal, accept_rejection, settle
 from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
@@ -53,9 +53,6 @@ from ttspec.sampling import (
     rejection_noise,
 )
 from ttspec.spans import batch_invariant
-
-BROKEN = 2
-"""Added to whether a row ended, where its target's logits are no numbers."""
 
 
 class SpeculativeRound:
@@ -239,6 +236,8 @@ class SpeculativeRound:
             rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
             noise = noise if noise is None else noise[some]
         vocabulary, steps = int(self.target.config.vocab_size), shape.steps
+        if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
+            noise = noise[:, : shape.draft_length, ids]
         known = self.drafter, rows, vocabulary, noise, penalties, steps, shape.longest
         choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
         asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
@@ -262,9 +261,7 @@ class SpeculativeRound:
         """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
 
         Returns:
-            The verification; and for the host int64 [B, 4 + G+1]: emitted, accepted and proposed
-            tokens, whether an end token is the last one (`BROKEN` more if the logits of an emitted
-            token are not finite), and the tokens.
+            The verification, and the table of its `Verdict` for the host.
         """
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
@@ -275,8 +272,8 @@ class SpeculativeRound:
         # For the verdict; the learner is told the target's own.
         changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.steps)
         accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.steps))
-        emitted, ended = cut_at_end(tokens, accepted + 1, options.ends, options.heeded)
-        resting = rows.budget <= 0
+        judged = accepted, tokens, proposal.count, logits, rows.budget <= 0
+        verdict = settle(*judged, options.ends, options.heeded)
         verification = Verification(
             proposal=proposal,
             fed=fed,
@@ -284,9 +281,9 @@ class SpeculativeRound:
             logits=logits,
             features=features,
             tokens=tokens,
-            accepted=accepted.minimum(emitted).masked_fill(resting, 0),
-            emitted=emitted.masked_fill(resting, 0),
-            ended=ended,
+            accepted=verdict.accepted,
+            emitted=verdict.emitted,
+            ended=verdict.ended,
         )
         if self.drafter and self.state:
             if shape.absorbs:
@@ -294,13 +291,7 @@ class SpeculativeRound:
                 self.drafter.absorb(state, of_rows(verification, some) if some else verification)
             else:
                 self.deferred.note(verification)
-        # Tokens picked from logits that are not finite have one: a NaN is the largest of all.
-        picked = logits.gather(-1, tokens[..., None])[..., 0]
-        given = torch.arange(tokens.shape[1], device=tokens.device) < verification.emitted[:, None]
-        broken = (given & ~picked.isfinite()).any(1)
-        ends = ended.long() + BROKEN * broken
-        counts = (verification.emitted, verification.accepted, proposal.count, ends)
-        return verification, torch.cat([torch.stack(counts, 1), tokens], dim=1)
+        return verification, verdict.table
 
     def accept(
         self, logits: Tensor, proposal: Proposal, noise: Tensor | None, sampling: SamplingTensors

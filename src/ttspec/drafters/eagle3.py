@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, compiled_once
 from ttspec.config import DraftConfig
 from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
@@ -69,7 +69,6 @@ class Eagle3(FeatureDrafter):
         return named or "draft_vocab_size" in config or "fc.weight" in names
 
     def _configure(self, names: Collection[str]) -> None:
-        """Read the published keys, original or speculators'."""
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
         said, layers = int(body["num_hidden_layers"]), layers_of(body, names)
@@ -160,6 +159,7 @@ class Eagle3(FeatureDrafter):
         ring = feature_ring(rows, self.tap_count * self.target_hidden, self.embedding)
         return ChainState(**self._context(rows, slots, options), **ring)
 
+    @compiled_once
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Write keys and values of rows start - 1 onwards.
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.compiled import is_compiling
-from ttspec.fused import MANY, MOST, Heads, attention, fits, gated, normed, product
+from ttspec.fused import LONGEST, MANY, MOST, Heads, attention, fits, gated, normed, product
 from ttspec.models.layers import Together
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
@@ -45,9 +44,8 @@ class FusedForward:
 
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
-        made = len(cache.keys) == len(self.layers) and tokens.shape[0] == cache.rows
-        most = MOST if is_compiling() else MANY  # of more, compiled layers are what was measured
-        return made and tokens.numel() <= most and not is_batch_invariant()
+        few = tokens.numel() <= MANY and tokens.shape[1] <= LONGEST
+        return few and len(cache.keys) == len(self.layers) and not is_batch_invariant()
 
     def __call__(
         self,
@@ -55,13 +53,14 @@ class FusedForward:
         tokens: Tensor,
         start: Tensor,
         taps: tuple[int, ...],
-        logits: int | None,
+        logits: int | Tensor | None,
+        subset: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor]:
-        """As `Target.forward`, for all rows of the cache."""
+        """As `Target.forward`."""
         rows, width = tokens.shape
         angles = self._angles(cache.slots)
         x = F.embedding(tokens, self.model.model.embed_tokens.weight).view(rows * width, -1)
-        context = cache, start, angles
+        context = cache, start, angles, subset
         norm, head = self.model.model.norm, self.model.lm_head
         states = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
         x = states[-1]
@@ -69,9 +68,11 @@ class FusedForward:
             states[-1] = norm(x)
         features = [states[i].view(rows, width, -1) for i in taps]
         read = torch.cat(features, dim=-1) if taps else x.new_empty(rows, width, 0)
-        if logits == 0:
+        if isinstance(logits, Tensor):
+            x = x.view(rows, width, -1)[:, logits].flatten(0, 1)
+        elif logits == 0:
             return None, read
-        if logits is not None and logits < width:
+        elif logits is not None and logits < width:
             x = x.view(rows, width, -1)[:, -logits:].flatten(0, 1).contiguous()
         if len(x) <= MOST:
             out = product(x, head.weight, bias=head.bias, gain=norm.weight, eps=self.eps)
@@ -116,9 +117,10 @@ class FusedForward:
         cache: RowCache,
         start: Tensor,
         angles: tuple[Tensor, Tensor],
+        subset: Tensor | None,
     ) -> Tensor:
         context = cache.keys[index], cache.values[index], start, angles, self.heads[index]
-        return attention(made, *context, window=self.windows[index])
+        return attention(made, *context, subset=subset, window=self.windows[index])
 
     def _heads(self, module: Any) -> Heads:
         query, key = (getattr(module, name, None) for name in ("q_norm", "k_norm"))

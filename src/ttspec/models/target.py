@@ -156,9 +156,8 @@ class Target:
                 self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
             if fits and self._together:
                 self._fused = FusedForward(self.model, self._together, self.windows)
-        fused = self._fused if captured and subset is None else None
-        if fused and not isinstance(logits, Tensor) and fused.takes(cache, tokens):
-            return fused(cache, tokens, start, self.taps, logits)
+        if captured and self._fused and self._fused.takes(cache, tokens):
+            return self._fused(cache, tokens, start, self.taps, logits, subset)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)
