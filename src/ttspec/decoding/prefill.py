@@ -27,7 +27,7 @@ from ttspec.rowcache import RowCache
 from ttspec.sampling import pick, position_noise
 
 PIECE = 512
-"""Prompt tokens of a row read at once."""
+"""Prompt tokens of a row read at once; those with more to come than that teach nothing."""
 AT_ONCE = 32 * PIECE
 """The same of all rows: more together are no faster, and every layer's states take memory."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -81,6 +81,8 @@ class PromptReader:
     """Told what the rows read."""
     _graphs: Graphs | None = None
     """Of reading a row's piece, once `capture` was called."""
+    _features: Tensor
+    """[1, width, W], where the last of these graphs left them."""
 
     def __init__(
         self,
@@ -112,8 +114,11 @@ class PromptReader:
             return
         self._graphs = graphs
         self._piece[1:2] = self._rows.slots  # nothing is kept
-        read = [graphs(self._read_padded, width) for width in PADDED]
-        self._logits = read[-1][0].clone()
+        for width in PADDED:
+            logits, self._features = graphs(self._read_padded, width)
+            self._logits = logits.clone()
+            if self.learner and self.learner.study:
+                graphs(self._teach_padded, width, compile=False)
         self._drawn = self._sampling.captured(self._sampling.steps(range(self._rows.count)))
         graphs(self._draw_one, self._drawn, compile=False)
 
@@ -132,10 +137,8 @@ class PromptReader:
         self._deferred.flush(rows)
         self._restore_features(rows)
         self._deferred.before_prompt(rows)
-        device = self._target.device
-        subset = torch.tensor(rows, device=device)
         noise_key = self._rows.inputs.noise_key
-        noise_key[subset] = torch.tensor(keys, dtype=torch.long, device=device)
+        noise_key[noise_key.new_tensor(rows)] = noise_key.new_tensor(keys)
         self.invalidate(rows)  # until all is read
         position = [self._rows.lengths[row] for row in rows]
         return Prompts(
@@ -301,12 +304,17 @@ class PromptReader:
         Returns:
             The logits [B, 1, V] of the last column, if asked for.
         """
-        some = max(1, AT_ONCE // max(map(len, parts)))
-        groups = [slice(i, i + some) for i in range(0, len(rows), some)]
-        read = [self._feed_some(rows[g], parts[g], at[g], left[g], logits=logits) for g in groups]
+        if self._graphs and len(rows) <= ALONE:
+            each = zip(rows, parts, at, left, strict=True)
+            read = [self._feed_captured(*of_row) for of_row in each]
+        else:
+            some = max(1, AT_ONCE // max(map(len, parts)))
+            groups = [slice(i, i + some) for i in range(0, len(rows), some)]
+            given = [(rows[g], parts[g], at[g], left[g]) for g in groups]
+            read = [self._feed_together(*of_group, logits=logits) for of_group in given]
         return torch.cat([part for part in read if part is not None]) if logits else None
 
-    def _feed_some(
+    def _feed_together(
         self,
         rows: list[int],
         parts: list[list[int]],
@@ -315,16 +323,14 @@ class PromptReader:
         *,
         logits: bool,
     ) -> Tensor | None:
-        """As `_feed`, all at once, or one after the other where that is captured."""
-        if self._graphs and len(rows) <= ALONE:
-            each = zip(rows, parts, at, left, strict=True)
-            out = [self._feed_captured(*of_row) for of_row in each]
-            return torch.cat(out) if logits else None
+        """As `_feed`, all at once."""
         tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, tokens, features, start, subset)
-        self._teach(tokens, features, start, subset, parts, left)
+        if self.learner and self.learner.study:
+            near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
+            self.learner.read(tokens, features, start, start.new_tensor(near), subset)
         return out
 
     def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
@@ -333,12 +339,13 @@ class PromptReader:
         width = next(n for n in PADDED if n >= len(part))
         given = torch.tensor([row, at, len(part), *part])
         self._piece[: len(given)].copy_(given)
-        logits, features = self._graphs(self._read_padded, width)
-        tokens, start, subset = self._piece[3 : 3 + width][None], self._piece[1:2], self._piece[:1]
+        logits, self._features = self._graphs(self._read_padded, width)
         if self._drafter and self._state and not self._drafter.takes_padding:
-            read = tokens[:, : len(part)], features[:, : len(part)]
+            subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
+            read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        self._teach(tokens, features, start, subset, [part], [left])
+        if self.learner and self.learner.study and left <= PIECE:
+            self._graphs(self._teach_padded, width, compile=False)
         return logits.clone()
 
     def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
@@ -360,20 +367,12 @@ class PromptReader:
         assert logits is not None
         return logits, features
 
-    def _teach(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        subset: Tensor | None,
-        parts: list[list[int]],
-        left: list[int],
-    ) -> None:
-        """Let the memory of all requests have what stands near an answer: more would fill it."""
-        if self.learner and self.learner.study:
-            near = [len(p) if n <= PIECE else 0 for p, n in zip(parts, left, strict=True)]
-            count = torch.tensor(near, device=start.device)
-            self.learner.read(tokens, features, start, count, subset)
+    def _teach_padded(self, width: int) -> None:
+        """Let the memory of all requests have a piece, from `_piece` and `_features`."""
+        assert self.learner
+        subset, start, count = (self._piece[i : i + 1] for i in range(3))
+        tokens = self._piece[3 : 3 + width][None]
+        self.learner.read(tokens, self._features, start, count, subset)
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False

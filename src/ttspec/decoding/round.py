@@ -54,6 +54,10 @@ from ttspec.sampling import (
 )
 from ttspec.spans import batch_invariant
 
+STRETCH, HEARD = 128, 4
+"""While the drafter pauses, the memory of all requests is told of one stretch of so many rounds in
+so many: telling costs a tenth of a plain round, and the few updates of then need no more."""
+
 
 class SpeculativeRound:
     """Target, drafter and rows; `round` is one round of all rows that take part."""
@@ -184,9 +188,11 @@ class SpeculativeRound:
         return shape._replace(draft_length=length)
 
     def teaches(self, shape: RoundShape) -> bool:
-        """Whether the learner wants rounds of this shape: for its memory all of them."""
+        """Whether the learner is told of a round of this shape."""
         assert self.learner
-        return self.learner.study is not None or (shape.proposed > 0 and shape.absorbs)
+        if self.learner.study is None:
+            return shape.proposed > 0 and shape.absorbs
+        return shape.absorbs or self.round_number // STRETCH % HEARD == 0
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""
