@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ttspec.compiled import compiled, compiled_once
 from ttspec.records import Proposal
-from ttspec.sampling import argmax
+from ttspec.sampling import SamplingTensors, argmax, draw, process
 
 BROKEN = 2
 """Added to `Verdict.table`'s `ended` where the target's logits are no numbers."""
@@ -40,7 +40,6 @@ def _prefix(kept: Tensor) -> Tensor:
     return place.masked_fill(F.pad(kept, (0, 1)), count).amin(-1)
 
 
-@compiled_once
 def accept_equal(chosen: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     """Keep drafts as long as they equal the target's own tokens.
 
@@ -51,9 +50,37 @@ def accept_equal(chosen: Tensor, proposal: Proposal) -> tuple[Tensor, Tensor]:
     Returns:
         accepted int64 [B], and tokens int64 [B, G+1], of which accepted + 1 are emitted.
     """
-    length = proposal.tokens.shape[1]
-    within = torch.arange(length, device=chosen.device) < proposal.count[:, None]
-    return _prefix((proposal.tokens == chosen[:, :length]) & within), chosen
+    return _equal(chosen, proposal.tokens, proposal.count), chosen
+
+
+def _equal(chosen: Tensor, drafts: Tensor, count: Tensor) -> Tensor:
+    length = drafts.shape[1]
+    within = torch.arange(length, device=chosen.device) < count[:, None]
+    return _prefix((drafts == chosen[:, :length]) & within)
+
+
+@compiled
+def draw_and_accept(
+    logits: Tensor,
+    noise: Tensor | None,
+    drafts: Tensor,
+    count: Tensor,
+    sampling: SamplingTensors,
+) -> tuple[Tensor, Tensor]:
+    """Let the target draw its own tokens, and `accept_equal`.
+
+    Args:
+        logits: [B, G+1, V], the target's.
+        noise: As in `pick`.
+        drafts: int64 [B, G].
+        count: int64 [B], how many of a row's tokens are drafts.
+        sampling: Of each row.
+
+    Returns:
+        accepted int64 [B], and tokens int64 [B, G+1], of which accepted + 1 are emitted.
+    """
+    chosen = draw(process(logits, sampling), noise)
+    return _equal(chosen, drafts, count), chosen
 
 
 @compiled

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.acceptance import BROKEN, accept_equal, accept_rejection, settle
+from ttspec.acceptance import BROKEN, accept_rejection, draw_and_accept, settle
 from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
@@ -48,7 +48,6 @@ from ttspec.rowcache import BUCKET, RowCache, reach_of
 from ttspec.sampling import (
     SamplingTensors,
     distribution,
-    pick,
     position_noise,
     rejection_noise,
 )
@@ -304,11 +303,12 @@ class SpeculativeRound:
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
-            if not (some := self._span):
-                return accept_equal(pick(logits, noise, sampling), proposal)
+            some, count = self._span or slice(None), self.rows.count
             noise = noise if noise is None else noise[some]
-            picked = pick(logits[some], noise, of_rows(sampling, some))
-            return accept_equal(spread(picked, some, self.rows.count), proposal)
+            sampling = of_rows(sampling, some) if self._span else sampling
+            given = logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
+            accepted, tokens = draw_and_accept(*given)
+            return spread(accepted, some, count), spread(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
         p = distribution(logits, sampling)
