@@ -65,8 +65,8 @@ class Loop:
             copied=zeros,
         )
         # What the decoder's `accept` looks at.
-        self.rows, self._span = SimpleNamespace(inputs=self.inputs), None
         self.count = len(keys)
+        self.rows, self._span = SimpleNamespace(inputs=self.inputs, count=self.count), None
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
         )
