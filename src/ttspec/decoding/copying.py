@@ -76,6 +76,8 @@ class SuffixIndex:
         if nowhere."""
         self._right = [BELIEF * chance for chance in CHANCES]
         self._seen = [BELIEF] * len(CHANCES)
+        self._shares = list(CHANCES)
+        """How often copies were right lately, by bucket."""
 
     def extend(self, tokens: Sequence[int], *, count: bool) -> None:
         """Append tokens; `count` whether copies of them would have been right."""
@@ -90,6 +92,7 @@ class SuffixIndex:
                     self._right[bucket] *= 1 - 1 / MEMORY
                 self._seen[bucket] += 1
                 self._right[bucket] += is_next
+                self._shares[bucket] = self._right[bucket] / self._seen[bucket]
             ours.append(token)
             end = len(ours)
             gram = tuple(ours[-LEAST_MATCH:])
@@ -128,7 +131,7 @@ class SuffixIndex:
         place, ours, chance, chances = self._place, self._tokens, 1.0, list[float]()
         if not place:
             return Copy([], chances)
-        shares = [right / seen for right, seen in zip(self._right, self._seen, strict=True)]
+        shares = self._shares
         for bucket in _BUCKETS_OF_COPY[self._match][:most]:
             chance *= shares[bucket]
             if chance < least:

@@ -22,6 +22,8 @@ class RoundTimer:
         self._cuda = device.type == "cuda"
         self._marks: list[Any] = []
         self._previous: list[Any] = []
+        self._spare: list[Any] = []
+        """Events that were read: to make one takes longer than to record it."""
         self._began, self._captured = 0.0, 0
         self.seconds = 0.0
         """Of the last round, on the host."""
@@ -35,7 +37,7 @@ class RoundTimer:
     def lap(self) -> None:
         """End a stage."""
         if self._cuda:
-            mark = torch.cuda.Event(enable_timing=True)
+            mark = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
             mark.record()
             self._marks.append(mark)
         else:
@@ -52,6 +54,7 @@ class RoundTimer:
         if not self._cuda:
             finished = self._marks
         spans = [a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairwise(finished)]
+        self._spare += finished if self._cuda else []
         self.seconds = time.perf_counter() - self._began
         return (spans[0], spans[1], spans[2]) if spans else (0.0, 0.0, 0.0)
 
