@@ -132,6 +132,12 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _require_a_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is for type json_schema, and needed there")
+        return self
+
 
 class StreamOptions(Strict):
     """What a stream tells besides text."""
