@@ -124,6 +124,8 @@ def test_who_asks_for_what_is_not_here_is_told_what_is(client) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert all(path.partition("{")[0] in error["message"] for path in paths)
     assert client.head("/v1/embeddings").status_code == 404
+    found = paths["/metrics"]["get"]["responses"]
+    assert (list(found), list(found["200"]["content"])) == (["200", "4XX"], ["text/plain"])
 
 
 REFUSED = [
@@ -177,6 +179,25 @@ def test_what_a_text_model_cannot_read_is_refused_by_name(client) -> None:
     error = response.json()["error"]
     assert error["param"] == "messages.0.content.0.type"
     assert "'text'" in error["message"]
+
+
+def test_a_last_message_of_the_assistant_is_continued_and_nothing_else_said_of_it(
+    engine, client
+) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "well, "}]
+    wanted = engine.tokenizer.apply_chat_template(messages, continue_final_message=True)[
+        "input_ids"
+    ]
+    vllm = {"continue_final_message": True, "add_generation_prompt": False}
+    for options in ({}, vllm):
+        found = chat(client, messages=messages, max_tokens=2, return_token_ids=True, **options)
+        assert found.json()["choices"][0]["prompt_token_ids"] == wanted
+    assert chat(client, max_tokens=2, continue_final_message=False).status_code == 200
+    for name, value in vllm.items():
+        for asked, said in ((messages, not value), (HELLO, value)):
+            refused = chat(client, messages=asked, **{name: said})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == name
 
 
 def test_what_clients_send_besides_is_ignored_or_read_as_openai_does(client) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -77,7 +83,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     async def health() -> JSONResponse:
         return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(meter.exposition(*worker.load), media_type=_PROMETHEUS)
 
@@ -94,7 +100,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
             "seconds": meter.history(),
         }
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
