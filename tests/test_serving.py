@@ -20,8 +20,9 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.errors import DataError, OptionError
 from ttspec.serving import gate
 from ttspec.serving.keys import add_key, read_keys
+from ttspec.serving.logs import JsonLines
 from ttspec.serving.options import ServeOptions
-from ttspec.serving.server import JsonLines, make_server
+from ttspec.serving.server import make_server
 
 PLAIN: dict[str, Any] = {"learn": None, "ignore_eos": True}
 
@@ -114,6 +115,17 @@ def test_models_and_metrics_are_told(client) -> None:
     assert float(values["process_resident_memory_bytes"]) > 1 << 20
     assert client.get("/live").json()["rows"] == 2
     assert "<html" in client.get("/").text
+    for path in ("/", "/health", "/v1/models"):  # those who only look whether it is there
+        assert (client.head(path).status_code, client.head(path).content) == (200, b"")
+
+
+def test_who_asks_for_what_is_not_here_is_told_what_is(client) -> None:
+    error = client.post("/v1/embeddings", json={}).json()["error"]
+    paths = client.get("/openapi.json").json()["paths"]
+    assert all(path.partition("{")[0] in error["message"] for path in paths)
+    assert client.head("/v1/embeddings").status_code == 404
+    found = paths["/metrics"]["get"]["responses"]
+    assert (list(found), list(found["200"]["content"])) == (["200", "4XX"], ["text/plain"])
 
 
 REFUSED = [
@@ -154,6 +166,10 @@ def test_what_cannot_be_answered_is_refused_by_name(client, body, param) -> None
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
     assert param in error["message"]
+    assert error["message"].endswith(".")
+    value = body.get(param)
+    if isinstance(value, str | int | float) and param not in ("echo", "suffix", "what", "prompt"):
+        assert json.dumps(value) in error["message"] or repr(value) in error["message"]
 
 
 def test_what_a_text_model_cannot_read_is_refused_by_name(client) -> None:
@@ -163,6 +179,25 @@ def test_what_a_text_model_cannot_read_is_refused_by_name(client) -> None:
     error = response.json()["error"]
     assert error["param"] == "messages.0.content.0.type"
     assert "'text'" in error["message"]
+
+
+def test_a_last_message_of_the_assistant_is_continued_and_nothing_else_said_of_it(
+    engine, client
+) -> None:
+    messages = [*HELLO, {"role": "assistant", "content": "well, "}]
+    wanted = engine.tokenizer.apply_chat_template(messages, continue_final_message=True)[
+        "input_ids"
+    ]
+    vllm = {"continue_final_message": True, "add_generation_prompt": False}
+    for options in ({}, vllm):
+        found = chat(client, messages=messages, max_tokens=2, return_token_ids=True, **options)
+        assert found.json()["choices"][0]["prompt_token_ids"] == wanted
+    assert chat(client, max_tokens=2, continue_final_message=False).status_code == 200
+    for name, value in vllm.items():
+        for asked, said in ((messages, not value), (HELLO, value)):
+            refused = chat(client, messages=asked, **{name: said})
+            assert refused.status_code == 400
+            assert refused.json()["error"]["param"] == name
 
 
 def test_what_clients_send_besides_is_ignored_or_read_as_openai_does(client) -> None:

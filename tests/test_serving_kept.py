@@ -33,7 +33,8 @@ def ask(client: httpx.Client, tokens: int, **body: Any) -> dict[str, Any]:
     return {"ids": found["choices"][0]["token_ids"], **found["metrics"]["ttspec"]}
 
 
-def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path) -> None:
+def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path, caplog) -> None:
+    caplog.set_level("INFO", "ttspec.serving")
     path, kept = tmp_path / "keys", tmp_path / "kept"
     keys = {name: add_key(path, name) for name in ("alice", "bob", "carol")}
     first: dict[str, Any] = {}
@@ -60,6 +61,8 @@ def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path) -> None:
                 assert told["rounds"] == wanted, "bob drafts as on his first day"
             else:
                 assert told["rounds"] < first["bob"]["rounds"], "alice's drafter knows this text"
+    made = [record.fields for record in caplog.records if record.event == "rows"]
+    assert {told["tenant"]: told["version"] for told in made[-2:]} == {"alice": 1, "bob": 0}
 
 
 def test_without_keys_all_share_and_a_fault_loses_nothing(engine, tmp_path, monkeypatch) -> None:

@@ -51,7 +51,7 @@ def serve(
         learn=learning.config_if(learn),
     )
     try:
-        from ttspec.serving.server import logs_on_stderr
+        from ttspec.serving.logs import logs_on_stderr
         from ttspec.serving.server import serve as run
     except ModuleNotFoundError as error:
         raise ResourceError(

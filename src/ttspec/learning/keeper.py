@@ -120,7 +120,9 @@ class Keeper:
         self._facts: dict[str, Any] = {"target": dict(target), "tenant": tenant, **known}
         # On the host: another thread may not touch a GPU while graphs are captured.
         self._anchor = {n: w.to("cpu") for n, w in live.anchor.items()}
-        self._parent, self._news, self._tried = ANCHOR, False, time.monotonic()
+        self._news, self._tried = False, time.monotonic()
+        self.version = ANCHOR
+        """The newest one: the one that was begun at, or the last one written."""
         try:
             if found := self.store.current():
                 self._begin_at(*found)
@@ -196,7 +198,7 @@ class Keeper:
                 "(ttspec learned show), or another folder."
             )
         self.live.start_from(start)
-        self._parent = version.number
+        self.version = version.number
 
     def _drafting(self) -> dict[str, Tensor]:
         """A copy of the weights that draft now."""
@@ -215,8 +217,8 @@ class Keeper:
         full = self.live.config.weights == "full"
         changes = difference(learned, self._anchor) if full else learned
         tensors = {name: change.contiguous() for name, change in changes.items()}
-        version = self.store.write(tensors, self._metadata, {**facts, "parent": self._parent})
-        self._parent = version.number
+        version = self.store.write(tensors, self._metadata, {**facts, "parent": self.version})
+        self.version = version.number
         return version
 
     def _tell_why_not(self) -> None:

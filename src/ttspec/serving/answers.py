@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -15,13 +14,12 @@ from ttspec.records import Chunk, Result, Round, TokenLogprobs, acceptance_lengt
 from ttspec.serving import logprobs, reports
 from ttspec.serving.calls import CallSplitter
 from ttspec.serving.jobs import Event, Job
+from ttspec.serving.logs import log
 from ttspec.serving.problems import Problem
 from ttspec.serving.prompts import Written
 from ttspec.serving.schema import ChatRequest, Sampled
 from ttspec.serving.thoughts import ThoughtSplitter
 from ttspec.serving.worker import Worker
-
-log = logging.getLogger("ttspec.serving")
 
 
 @dataclass(eq=False)
@@ -91,13 +89,11 @@ class Answers:
         silent = set(self.choices if self.is_chat else ())
         try:
             async for choice, thoughts, text, calls, chunk in self._pieces():
-                part = self._part(choice, thoughts, text, calls, chunk)
-                if (
-                    choice in silent
-                ):  # with its first token: by this, clients measure the time to it
-                    silent.remove(choice)
+                part = self._news(choice, thoughts, text, calls, chunk)
+                if choice in silent:
+                    silent.remove(choice)  # now, not before: clients time the first token by it
                     delta = {"role": "assistant", "content": ""}
-                    yield self._event([_part(choice, delta=delta)])
+                    yield self._event([_of_choice(choice, delta=delta)])
                 if part:
                     yield self._event([part])
             if options and options.include_usage:
@@ -156,7 +152,7 @@ class Answers:
                 missing -= 1
             yield choice, thoughts, text, len(calls), event
 
-    def _part(
+    def _news(
         self, choice: Choice, thoughts: str, text: str, calls: int, chunk: Chunk
     ) -> dict[str, Any] | None:
         """What a stream says of a chunk, if anything; the last `calls` of the choice are new."""
@@ -166,13 +162,13 @@ class Answers:
         if not (thoughts or text or calls or end or ids.get("token_ids") or chunk.logprobs):
             return None
         if not self.is_chat:
-            return _part(choice, text=text) | told | end | ids
+            return _of_choice(choice, text=text) | told | end | ids
         delta: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
         delta |= {"content": text} if text else {}
         if calls:
             numbered = list(enumerate(choice.calls))[-calls:]
             delta["tool_calls"] = [{"index": number, **call} for number, call in numbered]
-        return _part(choice, delta=delta) | told | end | ids
+        return _of_choice(choice, delta=delta) | told | end | ids
 
     def _logprobs(
         self, choice: Choice, tokens: Sequence[int], told: Sequence[TokenLogprobs]
@@ -195,20 +191,18 @@ class Answers:
             ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
         told = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
-            return _part(choice, text=choice.text) | told | _end(choice) | ids
+            return _of_choice(choice, text=choice.text) | told | _end(choice) | ids
         text = choice.text if choice.text or not choice.calls else None
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if choice.calls:
             message["tool_calls"] = choice.calls
         if self.written.marks_thoughts:
             message["reasoning_content"] = choice.thoughts or None
-        return _part(choice, message=message) | told | _end(choice) | ids
+        return _of_choice(choice, message=message) | told | _end(choice) | ids
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
-        said, options = (
-            self._envelope(streams=True) | {"choices": choices},
-            self.body.stream_options,
-        )
+        options = self.body.stream_options
+        said = self._envelope(streams=True) | {"choices": choices}
         if options and options.continuous_usage_stats:
             said |= self._usage()
         elif options and options.include_usage:
@@ -229,9 +223,7 @@ class Answers:
 
     def _usage(self) -> dict[str, Any]:
         held = {
-            id(c.job.ids): len(c.job.ids) - len(c.result.prompt_ids)
-            for c in self.choices
-            if c.result
+            id(c.job.ids): reports.held_tokens(c.job, c.result) for c in self.choices if c.result
         }
         done = [(choice.job, len(choice.tokens)) for choice in self.choices]
         return {"usage": reports.usage(done, sum(held.values()))}
@@ -247,7 +239,7 @@ class Answers:
         return {"metrics": told}
 
 
-def _part(choice: Choice, **said: Any) -> dict[str, Any]:
+def _of_choice(choice: Choice, **said: Any) -> dict[str, Any]:
     return {"index": choice.job.index, **said, "logprobs": None, "finish_reason": None}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import logging
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +12,14 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import Receive, Scope, Send
@@ -21,6 +28,7 @@ from ttspec.serving.answers import Answers
 from ttspec.serving.api import Api
 from ttspec.serving.gate import Gate
 from ttspec.serving.keys import Keys
+from ttspec.serving.logs import log
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import (
     BODY_BYTES,
@@ -30,8 +38,6 @@ from ttspec.serving.options import (
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.worker import Worker
-
-log = logging.getLogger("ttspec.serving")
 
 
 def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> FastAPI:
@@ -44,7 +50,13 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
         api.close()
 
     # Its pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="ttspec", docs_url=None, redoc_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="ttspec",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses={"4XX": {"description": "OpenAI's error object."}},
+    )
 
     def entry() -> dict[str, Any]:
         told = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
@@ -71,7 +83,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     async def health() -> JSONResponse:
         return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(meter.exposition(*worker.load), media_type=_PROMETHEUS)
 
@@ -88,7 +100,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
             "seconds": meter.history(),
         }
 
-    @app.get("/")
+    @app.get("/", response_class=HTMLResponse)
     async def page() -> HTMLResponse:
         return HTMLResponse(_PAGE, headers={"Content-Security-Policy": _POLICY})
 
@@ -99,8 +111,10 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:80]}: {error.detail}."
-        hint = f" {_ROUTES}" if error.status_code in (404, 405) else ""
-        raise Problem(error.status_code, message + hint)
+        if error.status_code in (404, 405):
+            paths = (route.path for route in app.routes if isinstance(route, APIRoute))
+            message += f" There are {', '.join(paths)}."
+        raise Problem(error.status_code, message)
 
     def most() -> int:
         return BODY_BYTES + BODY_BYTES_PER_TOKEN * max(worker.slots, worker.options.context)
@@ -173,7 +187,7 @@ def _explained(error: RequestValidationError) -> Problem:
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
     param = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
     if kind == "value_error" and not param:  # begins with the field's name
-        return refused(message, message.partition(" ")[0])
+        return refused(f"{message}.", message.partition(" ")[0])
     if kind in ("json_invalid", "model_attributes_type") or not param:
         why = f" ({message})" if kind == "json_invalid" else ""
         return refused(
@@ -181,8 +195,11 @@ def _explained(error: RequestValidationError) -> Problem:
             "application/json."
         )
     if kind == "extra_forbidden":
-        message = "there is no such field; leave it out"
-    return refused(f"{param}: {message}.", param)
+        return refused(f"{param}: there is no such field; leave it out.", param)
+    given = found["input"]
+    is_told = kind != "missing" and isinstance(given, str | int | float)
+    said = f" is {json.dumps(given)[:60]}" if is_told else ""
+    return refused(f"{param}{said}: {message}.", param)
 
 
 def _is_type(part: int | str) -> bool:
@@ -191,7 +208,6 @@ def _is_type(part: int | str) -> bool:
 
 
 _STARTED = int(time.time())
-_ROUTES = "There are /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics and /."
 _LOCAL_PAGES = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
 """Origins of pages whose browser may read answers where there are no keys."""
 _PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"

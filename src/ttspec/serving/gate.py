@@ -7,7 +7,6 @@ route raises ends here too, so every refusal is counted, logged and answered in 
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 import secrets
 from collections.abc import Callable, Collection
@@ -18,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ttspec.serving.keys import ANYBODY, Keys
+from ttspec.serving.logs import log
 from ttspec.serving.options import BODY_SECONDS
 from ttspec.serving.problems import Problem
 
@@ -25,7 +25,6 @@ FOR_ANYBODY = ("/", "/health")
 """Paths that need no key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 """A client's own, which is told again and logged."""
-log = logging.getLogger("ttspec.serving")
 
 
 class Gate:
@@ -62,6 +61,8 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # the answer to GET, whose body uvicorn leaves out
+            scope = {**scope, "method": "GET"}
         headers = Headers(scope=scope)
         given = headers.get("x-request-id", "")
         name = given if _REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"

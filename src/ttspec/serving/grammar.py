@@ -6,7 +6,6 @@ docs/experiments.md. Runs where prompts are written (compiling) and in the engin
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,12 +14,12 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
+from ttspec.serving.logs import log
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ResponseFormat
 
 WHITE_SPACE = r"[ \n\r\t]{0,12}"
 """Between two parts of an answer. Without a bound, small models write spaces for ever."""
-log = logging.getLogger("ttspec.serving")
 
 
 class Grammars:

@@ -21,6 +21,7 @@ from prometheus_client import (
 )
 
 from ttspec.records import Chunk
+from ttspec.serving import reports
 
 if TYPE_CHECKING:
     from ttspec.serving.jobs import Job
@@ -123,11 +124,11 @@ class Meter:
         assert job.ended is not None
         assert job.started is not None
         self._row_seconds += 0.2 * (job.ended - job.started - self._row_seconds)
-        reason = "stop" if result.finish_reason in ("eos", "stop") else "length"
+        reason = reports.finish_reason(result)
         self._success.labels(model_name=self._model, finished_reason=reason).inc()
         self._prompt.inc(len(job.ids))
         self._asked.inc(len(job.ids))
-        self._held.inc(len(job.ids) - len(result.prompt_ids))
+        self._held.inc(reports.held_tokens(job, result))
         self._reverts.inc(result.stats.reverts)
         self._whole.observe(job.ended - job.queued)
         if job.first_token is not None:

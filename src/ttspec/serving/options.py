@@ -26,6 +26,9 @@ BODY_BYTES_PER_TOKEN = 32
 """More than a token of text takes in JSON: a larger body has no room in a row."""
 
 
+DraftMetrics = Literal["none", "summary", "detailed"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ServeOptions:
     """Where a server listens, who may ask, and how much it takes on."""
@@ -48,7 +51,7 @@ class ServeOptions:
     """Seconds that an answer may take, waiting included; then it fails (504)."""
     drain: float = 60.0
     """Seconds that running answers have to end after SIGTERM."""
-    per_request_spec_decode_metrics: Literal["none", "summary", "detailed"] = "summary"
+    per_request_spec_decode_metrics: DraftMetrics = "summary"
     """What a response's metrics.speculative_decoding tells: detailed has every round."""
 
     def __post_init__(self) -> None:

@@ -98,12 +98,6 @@ class PromptWriter:
         form, after = body.response_format, None
         if form is None or form.type == "text":
             return None
-        if (form.type == "json_schema") != (form.json_schema is not None):
-            raise refused(
-                "response_format.json_schema is for response_format.type json_schema, and needed "
-                "there.",
-                "response_format",
-            )
         if in_thought:
             after = self._tokenizer.convert_tokens_to_ids(CLOSE)
             if after is None or self._tokenizer.convert_ids_to_tokens(after) != CLOSE:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from ttspec.records import Result, Round
 from ttspec.serving.jobs import Job
-
-Level = Literal["none", "summary", "detailed"]
+from ttspec.serving.options import DraftMetrics
 
 
 def usage(done: Sequence[tuple[Job, int]], held: int = 0) -> dict[str, Any]:
@@ -29,7 +28,7 @@ def usage(done: Sequence[tuple[Job, int]], held: int = 0) -> dict[str, Any]:
     }
 
 
-def metrics(job: Job, result: Result, level: Level, draft_length: int) -> dict[str, Any]:
+def metrics(job: Job, result: Result, level: DraftMetrics, draft_length: int) -> dict[str, Any]:
     """Metrics of one answer in vLLM's shape, and what only ttspec has, under `ttspec`."""
     started, first, ended = job.started, job.first_token, job.ended
     assert started is not None
@@ -94,6 +93,11 @@ def speculative_decoding(
         told["per_step_accepted"] = [a for _, a in pairs]
         told["per_step_drafted"] = [p for p, _ in pairs]
     return told
+
+
+def held_tokens(job: Job, result: Result) -> int:
+    """Tokens of its prompt that its row held already."""
+    return len(job.ids) - len(result.prompt_ids)
 
 
 def finish_reason(result: Result) -> str:

@@ -14,6 +14,7 @@ from ttspec.decoding.forecast import SPARE, free_memory, target_cache
 from ttspec.decoding.scheduler import Scheduler
 from ttspec.records import Chunk
 from ttspec.serving.keys import ANYBODY
+from ttspec.serving.logs import log
 
 
 class Schedulers:
@@ -56,6 +57,10 @@ class Schedulers:
             decoder = engine.decoder(config, rows, longest, sessions=True)
             decoder.tenant = whose
             self._of[whose] = Scheduler(decoder, config)
+            told = {"tenant": tenant, "rows": rows}
+            if decoder.learner and (keeper := decoder.learner.keeper):
+                told |= {"version": keeper.version}  # of what was learned, 0 is none
+            log.info("rows made", extra={"event": "rows", "fields": told})
         return self._of[whose]
 
     def step(self) -> list[tuple[tuple[Scheduler, int], Chunk]]:

@@ -35,8 +35,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
     "prompt_logprobs": (0,),
-    "add_generation_prompt": (True,),
-    "continue_final_message": (False,),
     "add_special_tokens": (),
     "priority": (0,),
     "n_probs": (0,),
@@ -132,6 +130,12 @@ class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    @model_validator(mode="after")
+    def _require_a_schema(self) -> ResponseFormat:
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("json_schema is for type json_schema, and needed there")
+        return self
+
 
 class StreamOptions(Strict):
     """What a stream tells besides text."""
@@ -217,6 +221,20 @@ class ChatRequest(Sampled):
     tool_choice: Literal["none", "auto"] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateOptions | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    @model_validator(mode="after")
+    def _require_what_is_done(self) -> ChatRequest:
+        continues = self.messages[-1].role == "assistant"
+        done = {"continue_final_message": continues, "add_generation_prompt": not continues}
+        for name, value in done.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{name} must be {str(value).lower()} here: a last message of the assistant is "
+                    "continued, any other is answered"
+                )
+        return self
 
     @model_validator(mode="after")
     def _require_logprobs(self) -> ChatRequest:

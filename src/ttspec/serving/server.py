@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import os
 import signal
 import sys
@@ -27,7 +25,6 @@ from ttspec.serving.worker import Worker
 
 KEEP_ALIVE = 15
 """Seconds that an idle connection stays."""
-log = logging.getLogger("ttspec.serving")
 
 
 def serve(
@@ -173,37 +170,3 @@ class Server(uvicorn.Server):
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
             self._say(f"Ready: {rows} rows of {slots:,} tokens. To chat: {self.address}/")
-
-
-class JsonLines(logging.Formatter):
-    """One JSON object a record: time, level, event and its fields; never a text of a request."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """A line."""
-        told: dict[str, Any] = {
-            "time": round(record.created, 3),
-            "level": record.levelname.lower(),
-            "event": getattr(record, "event", record.name),
-            "message": record.getMessage(),
-            **getattr(record, "fields", {}),
-        }
-        if record.exc_info:
-            told["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(told)
-
-
-@contextmanager
-def logs_on_stderr() -> Iterator[None]:
-    """Meanwhile, write all records of the server and of uvicorn as JSON lines."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("ttspec.serving", "uvicorn")]
-    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
-        logger.handlers, logger.propagate = [handler], False
-        logger.setLevel(level)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.handlers, logger.propagate = [], True
-            logger.setLevel(logging.NOTSET)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import threading
 import time
 from collections import deque
@@ -26,6 +25,7 @@ from ttspec.errors import ResourceError, TtspecError
 from ttspec.records import Chunk
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.keys import ANYBODY
+from ttspec.serving.logs import log
 from ttspec.serving.meter import Meter
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.problems import FAILED, NO_ROOM, STOPPED, Problem, refused
@@ -34,7 +34,6 @@ from ttspec.serving.schedulers import Schedulers
 State = Literal["loading", "ready", "draining", "stopped"]
 PATIENCE = 0.05
 """Seconds between looks at what waits for time or memory."""
-log = logging.getLogger("ttspec.serving")
 
 
 class Worker:
