@@ -13,7 +13,8 @@ It fails when a text differs from the server's without speculation, or when the 
 requests, or those last ones, got less than 1.1 times the tokens a round of the drafter as it came.
 
 `stress` drops every second request, and takes a cache so small that others are preempted. It fails
-when a text differs, when the learner ended, or when the server's memory went on growing.
+when a text differs, when the learner ended, when the server's memory went on growing, or when
+fewer than a tenth of the requests were aborted or preempted. What FOLDER has is not asked again.
 
 EXPORT is what `ttspec export` writes. Set OMP_NUM_THREADS and VLLM_CPU_OMP_THREADS_BIND as usual.
 """
@@ -45,6 +46,8 @@ KINDS = (
     "Describe a {} as a JSON object with the keys name, color, material, price and use.",
     "Write a short note to a friend about the {} that you saw yesterday.",
 )
+SYSTEM = "You answer in a few plain words, without any list. You never ask back, and never say why."
+"""What all requests of `stress` begin with, so that vLLM's prefix cache is used."""
 THINGS = """
     anchor apple arrow badge bag ball banner barrel basket bell bench bicycle blanket boat book
     bottle bowl box bracelet bread bridge broom brush bucket button cabinet cable cake camera
@@ -246,38 +249,59 @@ def run(a: argparse.Namespace) -> int:
 def stress(a: argparse.Namespace) -> int:
     """Every second request is dropped by its client; a small cache lets vLLM preempt others.
 
-    Texts are compared with those of a server without speculation that is treated alike.
+    The others' texts are compared with those of a server without speculation, asked them alone.
     """
     a.out.mkdir(parents=True, exist_ok=True)
     a.cache_mb = a.cache_mb or 24
-    texts: dict[str, list[str | None]] = {}
-    state, failed = "off", False
-    for name, options in {"learning": learning_options(a), "plain": []}.items():
-        server = Server(a, name, options)
-        try:
-            texts[name], held = ask_and_drop(server, a)
-            figures = server.get("/metrics").splitlines()
-            wanted = ("vllm:num_preemptions_total", "vllm:request_success_total", "ttspec:")
-            print(name, *(line for line in figures if line.startswith(wanted)), sep="\n")
-            print("MB held after each fifth:", *(f"{size / 1e6:.0f}" for size in held), flush=True)
-            if name == "learning":
-                status = server.rpc("ttspec_status")[0]
-                print(json.dumps(status), flush=True)
-                state, failed = status["state"], held[-1] > 1.05 * held[1]
-        finally:
-            server.stop()
-    kept = [pair for pair in zip(*texts.values(), strict=True) if pair[0] is not None]
-    same = sum(ours == plain for ours, plain in kept)
+    arms = {"learning": learning_options(a), "plain": []}
+    found = {name: stressed(a, name, options) for name, options in arms.items()}
+    learning, plain = found["learning"], found["plain"]["texts"]
+    kept = [(n, text) for n, text in enumerate(learning["texts"]) if text is not None]
+    same = sum(text == plain[n % len(plain)] for n, text in kept)
+    held, enough = learning["held"], a.requests // 10
+    aborted = a.requests - learning["ended"]
     print(f"{a.requests - len(kept)} requests dropped, {same} of {len(kept)} other texts equal")
-    failed |= same < len(kept) or state != "learning"
+    print(f"{learning['preempted']} preemptions and {aborted} aborted while learning")
+    failed = same < len(kept) or learning["state"] != "learning" or held[-1] > 1.05 * held[1]
+    failed |= min(learning["preempted"], aborted) < enough  # then nothing was tried
     print("FAILED" if failed else "passed")
     return int(failed)
 
 
-def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None], list[int]]:
+def stressed(a: argparse.Namespace, name: str, options: list[str]) -> dict[str, Any]:
+    """What a server did under stress; what FOLDER has already is not asked again."""
+    file = a.out / f"{name}.json"
+    if file.is_file():
+        return json.loads(file.read_text())
+    server = Server(a, name, options)
+    try:
+        texts, held = ask_and_drop(server, a, drop=name == "learning")
+        figures = server.get("/metrics").splitlines()
+        counted = {line.split("{")[0]: float(line.split()[-1]) for line in figures if "{" in line}
+        ended = [line for line in figures if line.startswith("vllm:request_success_total")]
+        found = {
+            "texts": texts,
+            "held": held,
+            "preempted": int(counted["vllm:num_preemptions_total"]),
+            "ended": int(sum(float(line.split()[-1]) for line in ended)),
+            "prefix_hits": int(counted["vllm:prefix_cache_hits_total"]),
+        }
+        if name == "learning":
+            found |= server.rpc("ttspec_status")[0]
+    finally:
+        server.stop()
+    file.write_text(json.dumps(found))
+    print(name, json.dumps({k: v for k, v in found.items() if k != "texts"}), flush=True)
+    return found
+
+
+def ask_and_drop(
+    server: Server, a: argparse.Namespace, *, drop: bool
+) -> tuple[list[str | None], list[int]]:
     """Send every request; of every second one read the first pieces only: None.
 
-    Returns what the others got, and the server's memory after each fifth of them.
+    Without `drop` those are not sent, and none twice. Returns what the others got, and the
+    server's memory after each fifth of them.
     """
     from openai import OpenAI
 
@@ -285,9 +309,14 @@ def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None
     asked = prompts(a.requests)
 
     def ask(number: int) -> str | None:
+        if number % 2 and not drop:
+            return None
         stream = client.chat.completions.create(
             model="target",
-            messages=[{"role": "user", "content": asked[number % len(asked)]}],
+            messages=[
+                {"role": "system", "content": SYSTEM},
+                {"role": "user", "content": asked[number % len(asked)]},
+            ],
             max_tokens=a.tokens,
             temperature=0.0,
             stream=True,
@@ -298,14 +327,15 @@ def ask_and_drop(server: Server, a: argparse.Namespace) -> tuple[list[str | None
             text += piece.choices[0].delta.content or ""
             if number % 2 and count == 3:
                 stream.close()
-                return None
-        return text
+                break
+        return None if number % 2 else text
 
+    sent = a.requests if drop else min(a.requests, len(asked))
     texts: list[str | None] = []
     held: list[int] = []
     with ThreadPoolExecutor(a.at_once) as pool:
         for fifth in range(5):
-            begin, end = (a.requests * n // 5 for n in (fifth, fifth + 1))
+            begin, end = (sent * n // 5 for n in (fifth, fifth + 1))
             texts += pool.map(ask, range(begin, end))
             held.append(server.memory())
     return texts, held

@@ -6,6 +6,7 @@ seconds. Without ttspec in the engine's `additional_config` there is no file, an
 
 from __future__ import annotations
 
+import atexit
 import json
 import time
 from typing import Any
@@ -38,6 +39,8 @@ class LearningMetrics(StatLoggerBase):
         """Nothing is shown before the engine says something."""
         self._asked = asked_of(vllm_config) is not None
         self._path, self._engine, self._read = status_file(vllm_config), str(engine_index), 0.0
+        if self._asked:  # a worker leaves it behind: vLLM kills workers when it is stopped
+            atexit.register(self._path.unlink, missing_ok=True)
 
     def record(self, *_: Any, **__: Any) -> None:
         """Called every step: look at the file now and then."""

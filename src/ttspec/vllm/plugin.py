@@ -74,7 +74,7 @@ def attach(worker: Any, given: Any) -> None:
     """Let a worker learn if all fits; else say why not, in one line."""
     worker.ttspec = learning = WorkerLearning(worker)
     if failed := _failure_of(lambda: learning.prepare(given)):
-        learning.stop(failed)
+        learning.stop(failed, said=learning.rank == 0)  # all ranks find the same
 
 
 class WorkerLearning:
@@ -130,8 +130,9 @@ class WorkerLearning:
             load_model(*args, **kwargs)
             for part in (self._read_drafter, self._bind, lambda: front.wrap(self.runner, self)):
                 failed = _failure_of(part)
-                if self._any_rank(bool(failed)):  # else some would wait for the others for ever
-                    return self.stop(failed or "another rank does not")
+                first = self._first_failing(bool(failed))  # all ask: else some would wait for ever
+                if first is not None:
+                    return self.stop(failed or "another rank does not", said=first == self.rank)
             self._sends = self._all_learn = self.ranks > 1
             self.state = "learning"
             return None
@@ -220,16 +221,17 @@ class WorkerLearning:
         except Exception as error:
             self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
 
-    def _any_rank(self, here: bool) -> bool:
-        """Whether something is so on any rank."""
-        if self.ranks == 1:
-            return here
-        from vllm.distributed import (  # type: ignore[import-not-found]
-            tensor_model_parallel_all_reduce,
-        )
+    def _first_failing(self, here: bool) -> int | None:
+        """The first rank on which something failed; None if it did on none."""
+        failed = torch.zeros(self.ranks, device=self.runner.device)
+        failed[self.rank] = here
+        if self.ranks > 1:
+            from vllm.distributed import (  # type: ignore[import-not-found]
+                tensor_model_parallel_all_reduce,
+            )
 
-        device = self.runner.device
-        return bool(tensor_model_parallel_all_reduce(torch.tensor([float(here)], device=device)))
+            failed = tensor_model_parallel_all_reduce(failed)
+        return int(failed.argmax()) if failed.any() else None
 
     def _gathered(self, weight: Tensor, vocabulary: int) -> Tensor:
         """A table of the target, of which every rank has a part."""
@@ -301,10 +303,11 @@ class WorkerLearning:
 
     # Asked by an operator.
 
-    def stop(self, reason: str) -> None:
-        """Learn no more; what was learned stays. One line says why."""
+    def stop(self, reason: str, *, said: bool = True) -> None:
+        """Learn no more; what was learned stays. One line says why, unless another rank says it."""
         self.state, self.reason = "off", " ".join(reason.split())
-        self.log.warning("ttspec does not learn: %s", self.reason)
+        if said:
+            self.log.warning("ttspec does not learn: %s", self.reason)
         self.write_status()
 
     def pause(self) -> None:
