@@ -137,7 +137,7 @@ class ModelFlags:
     dtype: Dtype = "auto"
     """Number format; auto is bfloat16 where the hardware has it, else float32."""
     compile: Annotated[bool, Parameter(negative=())] = False
-    """On a GPU, compile the models when they are first run: about 20 seconds for a third less time
+    """On a GPU, compile the models when they are first run: up to a minute for a third less time
     a round."""
     threads: int | None = None
     """CPU threads; left out, torch decides."""

@@ -14,8 +14,6 @@ from ttspec.learning.learner import Learner
 
 AFTER = 64
 """Rounds that a row answers before its first update: short answers pay nothing."""
-TRIAL = 16
-"""Updates before learning must pay for itself: it takes some to gain anything."""
 MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
 RECENT = 64
@@ -25,17 +23,18 @@ SHARE, SHARE_UNUSED = 0.05, 0.02
 does not draft. What is learned grows with the logarithm of the updates, by 2.5 % of the tokens
 each time that they are e times as many, and by more at first. If as much work is still to come as
 there was, it pays to spend that same share of the time at any moment (docs/learned.md)."""
+UNPROVEN, SPENT = 0.02, 0.5
+"""Where rows learn for themselves: share of the time that updates may take whatever they gain, and
+of what they gain, the part that may be spent."""
 PATIENCE = 8
-"""Updates between two changes."""
-
-
+"""Updates before the first change, and between two."""
 ASSUMED = 1.0
 """Rounds that an update is taken to cost where no clock may decide. Measured: 0.9 to 1.6 on two
 cores of a CPU (docs/experiments.md)."""
 
 
 class UpdateSchedule:
-    """Doubles the stride while an update costs more than all of them gain, and halves it again."""
+    """Widens the stride until updates cost no more of the time than they may, and narrows it."""
 
     def __init__(self, *, clock: bool = True) -> None:
         """Nothing is known; without a `clock` an update costs `ASSUMED` rounds."""
@@ -79,18 +78,15 @@ class UpdateSchedule:
         self._since_change += 1
         self._cost += (self._extra - self._cost) * (1 / min(self._updates, PATIENCE))
         self._extra = 0.0
-        if self._updates < (PATIENCE if learner.study else TRIAL) or self._since_change < PATIENCE:
+        if self._since_change < PATIENCE:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
         if learner.study:
-            excess = cost / (SHARE if drafted else SHARE_UNUSED)
-            if excess > 1 or excess < 1 / 3:
-                wanted = 1 << ceil(log2(max(1.0, learner.strides * excess)))
-                learner.strides, self._since_change = min(wanted, MAX_STRIDES), 0
-            return
-        static = self._accepted / max(learner.guard.gain(), 1e-3)
-        gain = (1 + self._accepted) / (1 + static) - 1
-        if gain < cost and learner.strides < MAX_STRIDES:
-            learner.strides, self._since_change = 2 * learner.strides, 0
-        elif gain > 4 * cost and learner.strides > 1:  # half of them would still pay twice over
-            learner.strides, self._since_change = learner.strides // 2, 0
+            may = SHARE if drafted else SHARE_UNUSED
+        else:
+            static = self._accepted / max(learner.guard.gain(), 1e-3)
+            may = max(UNPROVEN, SPENT * ((1 + self._accepted) / (1 + static) - 1))
+        excess = cost / may
+        if excess > 1 or excess < 1 / 3:
+            wanted = 1 << ceil(log2(max(1.0, learner.strides * excess)))
+            learner.strides, self._since_change = min(wanted, MAX_STRIDES), 0
