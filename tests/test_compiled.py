@@ -44,7 +44,9 @@ def quick(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("which", ["none", "dflash", "dflash-unusual", "eagle3", "pard"])
+@pytest.mark.parametrize(
+    "which", ["none", "dflash", "dflash-unusual", "eagle3", "eagle3-layers", "pard"]
+)
 def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     toy_target_dir, which, monkeypatch, quick
 ):
@@ -72,7 +74,8 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     # The target's layers, again for prompts of any length; the drafter's; the draw over each of
     # two widths at most; and for one token and for any number of them who ends, and what EAGLE-3
     # makes context.
-    assert 0 < first <= 4 + 4 * (which != "none"), counters["stats"]
+    most = 4 + 4 * (which != "none") + 3 * (which == "eagle3-layers")
+    assert 0 < first <= most, counters["stats"]
     say(600)  # longer caches are the same code
     assert counters["stats"]["unique_graphs"] == first
 

@@ -20,14 +20,7 @@ from ttspec.config import DraftConfig
 from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, positions, row_index
-from ttspec.drafters.context import (
-    FeatureState,
-    beside,
-    feature_ring,
-    first_seen,
-    grown,
-    seen_mask,
-)
+from ttspec.drafters.context import FeatureState, beside, feature_ring, first_seen, grown, seen_mask
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.drafters.layers import (
@@ -159,33 +152,33 @@ class Eagle3(FeatureDrafter):
         ring = feature_ring(rows, self.tap_count * self.target_hidden, self.embedding)
         return ChainState(**self._context(rows, slots, options), **ring)
 
-    @compiled_once
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Write keys and values of rows start - 1 onwards.
 
         The row of the last token waits for the token after it, so each call begins one row back.
         """
         assert isinstance(state, ChainState)
-        before = state.recall(text.position[:, :1] - 1, text.row)
-        h = self.fuse(weights, torch.cat([before, text.features[:, :-1]], dim=1))
-        at = text.position - 1  # a prompt's first token has no row
-        if self.layers > 1 and not torch.is_grad_enabled():  # writing in place lets none pass
-            self._extend_layers(state, weights, h, text)
-        elif taught_chain.fits(self, state):  # nothing is drafted there
-            return taught_chain.make_context(self, state, h, text.tokens, at)
-        else:
-            given = weights, h, text.tokens, at, state.rope, state.options.window
-            rest = text.position >= state.slots  # a row at rest begins past the last slot
-            state.write(*self._fresh(*given), at.masked_fill(rest, state.slots), text.row)
-        state.remember(text.features, text.position, text.row)
+        several = self.layers > 1 and not torch.is_grad_enabled()  # in place, none passes
+        (self._extend_layers if several else self._extend_layer)(state, weights, text)
 
-    def _extend_layers(self, state: FeatureState, weights: Weights, h: Tensor, text: Text) -> None:
+    @compiled_once
+    def _extend_layer(self, state: ChainState, weights: Weights, text: Text) -> None:
+        h, at = self._fused_before(state, weights, text), text.position - 1
+        if taught_chain.fits(self, state):  # nothing is drafted there
+            return taught_chain.make_context(self, state, h, text.tokens, at)
+        given = weights, h, text.tokens, at, state.rope, state.options.window
+        rest = text.position >= state.slots  # a row at rest begins past the last slot
+        # A prompt's first token has no row.
+        state.write(*self._fresh(*given), at.masked_fill(rest, state.slots), text.row)
+        return state.remember(text.features, text.position, text.row)
+
+    def _extend_layers(self, state: ChainState, weights: Weights, text: Text) -> None:
         """Write keys and values of all layers, each of which reads what the one before it says.
 
         A context row sees as far back as the window of the draft lets the first of a chain see.
         Where it seems to be is never changed: only a chain sees a re-based context.
         """
-        whole = state
+        whole, h = state, self._fused_before(state, weights, text)
         if not text.is_all:
             kept = whole.keys[:, text.row], whole.values[:, text.row]
             state = replace(whole, keys=kept[0], values=kept[1])
@@ -196,6 +189,12 @@ class Eagle3(FeatureDrafter):
         self._step(weights, h, text.tokens, at, state.rope, contexts)
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values
+        whole.remember(text.features, text.position, text.row)
+
+    def _fused_before(self, state: ChainState, weights: Weights, text: Text) -> Tensor:
+        """Fused features [B, T, H] of the token before each of a text's."""
+        before = state.recall(text.position[:, :1] - 1, text.row)
+        return self.fuse(weights, torch.cat([before, text.features[:, :-1]], dim=1))
 
     def _fresh(
         self, weights: Weights, h: Tensor, tokens: Tensor, at: Tensor, rope: Rope, near: int | None
