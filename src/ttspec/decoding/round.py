@@ -55,7 +55,7 @@ from ttspec.spans import batch_invariant
 
 STRETCH, HEARD = 128, 4
 """While the drafter pauses, the memory of all requests is told of one stretch of so many rounds in
-so many: telling costs a tenth of a plain round, and the few updates of then need no more."""
+so many: telling costs about a tenth of a plain round, and few updates are made then."""
 
 
 class SpeculativeRound:
