@@ -66,7 +66,7 @@ class Loop:
         )
         # What the decoder's `accept` looks at.
         self.count = len(keys)
-        self.rows, self._span = SimpleNamespace(inputs=self.inputs, count=self.count), None
+        self.rows, self._drafter_rows = SimpleNamespace(inputs=self.inputs, count=self.count), None
         self.sampling = SamplingConfig(
             temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
         )

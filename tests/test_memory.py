@@ -321,7 +321,7 @@ class Pausing(FixedDraftLength):
 
     left = 4
 
-    def choose(self) -> int:
+    def choose(self, unobserved: int | None = None) -> int:
         self.left -= 1
         return 0 if self.pauses else self.length
 

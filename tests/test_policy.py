@@ -239,7 +239,7 @@ class Schedule(DraftPolicy):
     def pauses(self) -> bool:
         return not self._next  # each plain round is one of a pause
 
-    def choose(self) -> int:
+    def choose(self, unobserved: int | None = None) -> int:
         self._next = min(next(self._turn), self.longest)
         return self._next
 

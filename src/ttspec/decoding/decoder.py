@@ -95,6 +95,8 @@ class Decoder(SpeculativeRound):
         captures = torch.device("cpu") if target.is_split else target.device
         self.compile, self.graphs = compile, Graphs(captures, compile=compile)
         self.target_reads_spans = self.graphs.on and target.reads_spans
+        # A call works while it is made; and recurrent states of a dropped round would be read anew.
+        self.works_ahead = self.graphs.on and not target.recurrent
         # Batch-invariant, products are of as many rows always; recurrent states stay in place.
         stays = self.graphs.on or target.is_split or batch_invariant or target.recurrent
         self.cache.moves_rows = target.device.type == "cpu" and not stays
@@ -197,10 +199,12 @@ class Decoder(SpeculativeRound):
 
     def rest(self, row: int) -> None:
         """Let a row take no part until it has another prompt."""
+        self.drop(row)
         self.rows.budget[row] = 0
 
     def crop(self, row: int, length: int, pending: int) -> None:
         """Take back what a row committed past `length`; `pending` is the token that comes next."""
+        self.drop(row)
         self.deferred.crop(row, self.rows.lengths[row] - length)
         self.rows.crop(row, length, pending)
         self.prompts.crop(row, length)
@@ -211,6 +215,7 @@ class Decoder(SpeculativeRound):
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
+        self.drop(row)
         self.rows.clear(row)
         self.row_sampling.set(row)
         if self.copying:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.rows import RoundShape, RowOutcome
-from ttspec.decoding.timing import RoundTimer
+from ttspec.decoding.timing import Took
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import UpdateSchedule
 
@@ -22,7 +22,7 @@ class PolicyFeedback:
     def observe(
         self,
         policy: DraftPolicy | FixedDraftLength,
-        timer: RoundTimer,
+        took: Took,
         shape: RoundShape,
         longest: int,
         outcomes: dict[int, RowOutcome],
@@ -32,7 +32,7 @@ class PolicyFeedback:
 
         Args:
             policy: Chose its length.
-            timer: Timed it.
+            took: What it took.
             shape: Drafts that each row might have, and tokens of the longest copy.
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
@@ -43,9 +43,9 @@ class PolicyFeedback:
         learner, apart = self._learner, False
         if learner and learner.study:  # it learns whether or not the drafter drafts
             apart = updated or learner.is_updating
-        first = timer.captured or apart
+        first = took.captured or apart
         if self._copy_costs and not first:
-            self._copy_costs.observe(len(outcomes), draft_length > 0, copy_length, timer.seconds)
+            self._copy_costs.observe(len(outcomes), draft_length > 0, copy_length, took.seconds)
         if not (policy.adaptive or self._schedule):
             return
         emitted = without = 0
@@ -57,7 +57,7 @@ class PolicyFeedback:
                 accepted.append(outcome.accepted)
         policy.observe(
             draft_length,
-            timer.seconds,
+            took.seconds,
             emitted=emitted / without,
             accepted=accepted,
             context=longest,
@@ -65,7 +65,7 @@ class PolicyFeedback:
             rows=rows,
             first=first,
         )
-        if learner and self._schedule and not timer.captured:
+        if learner and self._schedule and not took.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
             if mean is not None or learner.study:
-                self._schedule.observe(timer.seconds, updated, mean, learner)
+                self._schedule.observe(took.seconds, updated, mean, learner)

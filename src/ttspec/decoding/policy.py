@@ -57,7 +57,7 @@ class FixedDraftLength:
         """`length` drafts a round; 0 is plain decoding."""
         self.length, self.lengths = length, [length]
 
-    def choose(self) -> int:
+    def choose(self, unobserved: int | None = None) -> int:  # noqa: ARG002 - no choice
         """Draft length of the next round."""
         return self.length
 
@@ -133,9 +133,13 @@ class DraftPolicy:
         """A round's length as the statistics have it."""
         return length
 
-    def choose(self) -> int:
-        """Draft length of the next round; 0 is plain decoding."""
-        return 0 if self._look else self._length
+    def choose(self, unobserved: int | None = None) -> int:
+        """Draft length of the next round; 0 is plain decoding.
+
+        Args:
+            unobserved: That of the last round, where `observe` is told of it only later.
+        """
+        return 0 if self._look > (unobserved == 0) else self._length
 
     def worth(self, likely: Sequence[Sequence[float]]) -> int:
         """How many of a round's drafts the target should read.

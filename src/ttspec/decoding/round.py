@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +59,19 @@ STRETCH, HEARD = 128, 4
 so many: telling costs about a tenth of a plain round, and few updates are made then."""
 
 
+class Launched(NamedTuple):
+    """A round that the device works on."""
+
+    active: list[int]
+    """Rows that take part."""
+    shape: RoundShape
+    longest: int
+    copies: dict[int, list[int]]
+    """These two as `_plan` says."""
+    verification: Verification
+    table: Tensor
+
+
 class SpeculativeRound:
     """Target, drafter and rows; `round` is one round of all rows that take part."""
 
@@ -80,6 +94,8 @@ class SpeculativeRound:
     timer: RoundTimer
     feedback: PolicyFeedback
     graphs: Graphs
+    works_ahead: bool
+    """Whether the next round may be launched before the last one is told of."""
     width: int
     """Tokens that a verification reads at most; where `batch_invariant` is set, padded to it."""
     batch_invariant: bool
@@ -87,37 +103,29 @@ class SpeculativeRound:
     """Whether the device knows how far each row reads, so that one graph serves any length."""
     round_number: int = 0
     """Rounds so far."""
+    launched: Launched | None = None
+    """The next round, where it was launched ahead."""
     _proposed: tuple[Proposal, Tensor | None]
     """What `propose` gave: a stage that may be captured as a graph is given its shape alone."""
-    _verified: Tensor | None = None
+    _target_rows: Tensor | None = None
     """int64, the rows that the target reads in this round, as they lie; None is all."""
-    _span: slice | None = None
+    _drafter_rows: slice | None = None
     """The rows that the drafter drafts for; None is all."""
 
     @torch.no_grad()
-    def round(self) -> dict[int, RowOutcome]:
+    def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
         """Propose, verify, accept, commit, hand on: one round of all rows that take part.
+
+        Args:
+            ahead: Launch the next round once this one is committed, so that the device works while
+                the host does the rest; not where a row has ended, or the host must see drafts.
 
         Returns:
             What it did to each of them, by row.
         """
-        self.timer.start()
-        active = self.rows.active()
-        shape, longest, copies = self._plan(active)
-        self.deferred.before_round(active, shape)
-        self.prompts.restore(active)
-        self.prompts.invalidate(active)  # until they are committed
-        self.rows.upload(self.round_number)
-        if copies:
-            self.rows.upload_copies(copies)
-
-        self._choose_rows(active)
-        self._proposed = self.graphs(self.propose, shape, first=True)
-        shape = self._worth_reading(active, shape)
-        self.timer.lap()
-        self._ask_masks(active, shape)
-        verification, verdict = self.graphs(self.verify_and_accept, shape)
-        verdict = verdict.tolist()  # the round's one wait for the device
+        launched, self.launched = self.launched or self._launch(), None
+        active, shape, longest, copies, verification, table = launched
+        verdict = table.tolist()  # the round's one wait for the device
         self.timer.lap()
         if any(verdict[row][3] >= BROKEN for row in active):
             raise not_finite(self.target.name, self.target.dtype)
@@ -129,6 +137,8 @@ class SpeculativeRound:
         for row, of_row in verdicts.items():
             self.prompts.validate(row)
             self.rows.commit(row, of_row.tokens)
+            if of_row.ended:
+                self.rows.budget[row] = 0
             if self.copying:
                 drafted = shape.draft_length > 0 and row not in copies
                 self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
@@ -144,21 +154,57 @@ class SpeculativeRound:
                 drafted=shape.draft_length > 0,
                 emitted=emitted,
             )
-        seconds = self.timer.finish()
+        took, some = self.timer.finish(), self._target_rows
+        if ahead and self.rows.active() == active and not self._is_masked(active):
+            self.launched = self._launch(unobserved=shape.draft_length)
 
         reported = None if copies else self.policy.reported(shape.draft_length)
         outcomes = {
-            row: RowOutcome(*of_row, updated[row], seconds, reported, row in copies, told[row])
+            row: RowOutcome(*of_row, updated[row], took.stages, reported, row in copies, told[row])
             for row, of_row in verdicts.items()
         }
-        some = self._verified
         cost = self.rows.count if some is None else len(some)
-        self.feedback.observe(self.policy, self.timer, shape, longest, outcomes, cost)
+        self.feedback.observe(self.policy, took, shape, longest, outcomes, cost)
         return outcomes
 
-    def _plan(self, active: list[int]) -> tuple[RoundShape, int, dict[int, list[int]]]:
+    def _launch(self, unobserved: int | None = None) -> Launched:
+        """Let the device propose, verify and accept.
+
+        Args:
+            unobserved: Draft length of a round of which the policy was not told yet.
+        """
+        self.timer.start()
+        active = self.rows.active()
+        shape, longest, copies = self._plan(active, unobserved)
+        self.deferred.before_round(active, shape)
+        self.prompts.restore(active)
+        self.prompts.invalidate(active)  # until they are committed
+        self.rows.upload(self.round_number)
+        if copies:
+            self.rows.upload_copies(copies)
+
+        self._choose_rows(active)
+        self._proposed = self.graphs(self.propose, shape, first=True)
+        shape = self._worth_reading(active, shape)
+        self.timer.lap()
+        self._ask_masks(active, shape)
+        verification, table = self.graphs(self.verify_and_accept, shape)
+        return Launched(active, shape, longest, copies, verification, table)
+
+    def drop(self, row: int) -> None:
+        """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
+        if self.launched and row in self.launched.active:
+            self.launched = None
+
+    def _is_masked(self, rows: list[int]) -> bool:
+        """Whether the host must look at drafts of some rows before they are verified."""
+        return bool((masks := self.row_sampling.masks) and masks.masked(rows))
+
+    def _plan(
+        self, active: list[int], unobserved: int | None
+    ) -> tuple[RoundShape, int, dict[int, list[int]]]:
         """The next round's shape, an upper bound of its rows' lengths, and what rows copy."""
-        draft_length, copies = self.policy.choose(), dict[int, list[int]]()
+        draft_length, copies = self.policy.choose(unobserved), dict[int, list[int]]()
         if self.copying:
             drafts = draft_length > 0
             copies = self.copying.choose(active, self.rows.tokens, drafts=drafts)
@@ -224,7 +270,7 @@ class SpeculativeRound:
     def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
         """The target's noise [B, width, V] from each row's next position on."""
         key, start, sampled = self.rows.inputs.noise_key, self.rows.inputs.start, sampling.sampled
-        some, size = self._span or slice(None), int(self.target.config.vocab_size)
+        some, size = self._drafter_rows or slice(None), int(self.target.config.vocab_size)
         of_some = sampled if sampled is None else sampled[some]
         noise = position_noise(key[some], start[some] + 1, width, size, of_some)
         return spread(noise, some, self.rows.count)
@@ -233,7 +279,7 @@ class SpeculativeRound:
         """What the drafter drafts, of which `count` int64 [B] will be used."""
         assert self.drafter
         penalties = self.row_sampling.penalties if penalises(shape.steps) else None
-        some = None if penalties else self._span  # they know their rows by number
+        some = None if penalties else self._drafter_rows  # they know their rows by number
         rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.steps, some)
         if penalties:
             penalties.write(rows.pending[:, None], rows.start)
@@ -292,7 +338,7 @@ class SpeculativeRound:
         )
         if self.drafter and self.state:
             if shape.absorbs:
-                state, some = self._state_of(self._span), self._span
+                state, some = self._state_of(self._drafter_rows), self._drafter_rows
                 self.drafter.absorb(state, of_rows(verification, some) if some else verification)
             else:
                 self.deferred.note(verification)
@@ -303,9 +349,9 @@ class SpeculativeRound:
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
-            some, count = self._span or slice(None), self.rows.count
+            some, count = self._drafter_rows or slice(None), self.rows.count
             noise = noise if noise is None else noise[some]
-            sampling = of_rows(sampling, some) if self._span else sampling
+            sampling = of_rows(sampling, some) if self._drafter_rows else sampling
             given = logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
             accepted, tokens = draw_and_accept(*given)
             return spread(accepted, some, count), spread(tokens, some, count)
@@ -316,7 +362,7 @@ class SpeculativeRound:
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Logits and features of tokens [B, T]; batch-invariant, they are padded to one width."""
-        width, spans, some = fed.shape[1], self.target_reads_spans, self._verified
+        width, spans, some = fed.shape[1], self.target_reads_spans, self._target_rows
         start = self.rows.inputs.start
         if some is not None:
             fed, start = fed[some], start[some]
@@ -337,8 +383,8 @@ class SpeculativeRound:
         if not self.cache.moves_rows:
             return
         rows, count = self.cache.lay_together(active), self.rows.count
-        self._verified = None if rows == list(range(count)) else torch.tensor(rows)
-        self._span = slice(active[0], active[-1] + 1) if len(active) < count else None
+        self._target_rows = None if rows == list(range(count)) else torch.tensor(rows)
+        self._drafter_rows = slice(active[0], active[-1] + 1) if len(active) < count else None
 
     @property
     def _reads_spans(self) -> bool:

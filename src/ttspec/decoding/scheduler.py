@@ -174,11 +174,11 @@ class Scheduler:
         """
         self._give_rows()
         moved: list[int] = []
-        company = len(self._ready) > self.decoder.rows.count // ROWS_PER_PREFILL
-        if self._ready and not self._reading and (company or not self._decoding):
-            moved = self._begin()
-        if self._reading:
-            moved += self._read_piece()
+        if not self.decoder.launched:  # a prompt would be computed where its results lie
+            if self._ready and not self._reading and (self._in_company or not self._decoding):
+                moved = self._begin()
+            if self._reading:
+                moved += self._read_piece()
         if self._decoding and (self._reading or not moved):
             moved += self._round()
         events = [(request, self._requests[request].talk.chunk()) for request in moved]
@@ -252,6 +252,11 @@ class Scheduler:
                 f"weights of tenant {ours!r}.\nGive it to a scheduler of its own: with learn.scope "
                 "shared there is one for each tenant."
             )
+
+    @property
+    def _in_company(self) -> bool:
+        """Whether enough turns wait for their prompts to be read."""
+        return len(self._ready) > self.decoder.rows.count // ROWS_PER_PREFILL
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
@@ -332,7 +337,8 @@ class Scheduler:
 
     def _round(self) -> list[int]:
         """One round; the requests that took part."""
-        outcomes, moved = self.decoder.round(), self._decoding
+        ahead = self.decoder.works_ahead and not (self._reading or self._in_company)
+        outcomes, moved = self.decoder.round(ahead=ahead), self._decoding
         for request in moved:
             talk = self._requests[request].talk
             talk.advance(outcomes[talk.row])

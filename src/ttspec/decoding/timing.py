@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,6 +12,17 @@ from ttspec.models.capture import Graphs
 
 StageSeconds = tuple[float, float, float]
 """Of drafting, verifying and learning."""
+
+
+class Took(NamedTuple):
+    """What a round took."""
+
+    seconds: float
+    """On the host, from its launch on."""
+    stages: StageSeconds
+    """On a GPU of the round before, which is over there."""
+    captured: bool
+    """It captured a graph: it took longer than it will again."""
 
 
 class RoundTimer:
@@ -25,8 +36,6 @@ class RoundTimer:
         self._spare: list[Any] = []
         """Events that were read: to make one takes longer than to record it."""
         self._began, self._captured = 0.0, 0
-        self.seconds = 0.0
-        """Of the last round, on the host."""
 
     def start(self) -> None:
         """Start a round's first stage."""
@@ -43,25 +52,17 @@ class RoundTimer:
         else:
             self._marks.append(time.perf_counter())
 
-    def finish(self) -> StageSeconds:
-        """End the last stage.
-
-        Returns:
-            Seconds of each stage; on a GPU of the round before, which is over there.
-        """
+    def finish(self) -> Took:
+        """End the last stage."""
         self.lap()
         finished, self._previous = self._previous, self._marks
         if not self._cuda:
             finished = self._marks
         spans = [a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in pairwise(finished)]
         self._spare += finished if self._cuda else []
-        self.seconds = time.perf_counter() - self._began
-        return (spans[0], spans[1], spans[2]) if spans else (0.0, 0.0, 0.0)
-
-    @property
-    def captured(self) -> bool:
-        """Whether the last round captured a graph: it took longer than it will again."""
-        return Graphs.captured > self._captured
+        stages = (spans[0], spans[1], spans[2]) if spans else (0.0, 0.0, 0.0)
+        captured = Graphs.captured > self._captured
+        return Took(time.perf_counter() - self._began, stages, captured)
 
     def restart(self) -> None:
         """Forget the round before."""
