@@ -42,7 +42,7 @@ WATCHED: dict[type, tuple[str, ...]] = {
     Copying: ("choose", "commit"),
     PolicyFeedback: ("observe",),
     PromptReader: ("begin", "_feed", "_draw"),
-    RowStates: ("upload", "upload_copies", "commit"),
+    RowStates: ("upload", "commit"),
     Conversation: ("advance", "chunk", "open", "begin"),
 }
 LEAST = 0.005

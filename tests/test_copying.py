@@ -402,7 +402,7 @@ def test_a_copy_is_one_hot_and_leaves_other_rows_their_q() -> None:
 def decoder_rows(copied: list[int]):
     rows = RowStates(len(copied), 20, torch.device("cpu"), copies=4)
     tokens = {0: [4, 3], 1: [], 2: [1, 2, 3]}
-    rows.upload_copies({row: tokens[row] for row, n in enumerate(copied) if n})
+    rows.upload(0, {row: tokens[row] for row, n in enumerate(copied) if n})
     return rows.inputs
 
 

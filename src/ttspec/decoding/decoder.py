@@ -181,7 +181,7 @@ class Decoder(SpeculativeRound):
         # Last: what compiles the target moves its weights, and a graph reads them where they were.
         # With many tokens the host may count which experts are asked.
         called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
-        if self.rows.count > 1 and not called:
+        if not called:
             self.prompts.capture(self.graphs)
 
     def prefill(

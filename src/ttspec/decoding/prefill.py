@@ -33,9 +33,9 @@ AT_ONCE = 32 * PIECE
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 PADDED = (64, 128, 256, PIECE)
-"""Tokens to which a row's piece is padded where reading it is captured as a graph. Called kernel by
-kernel it takes as long as many rounds do, for which all other rows wait."""
-ALONE = 4
+"""Tokens to which a row's piece is padded where reading it is captured as a graph: called kernel by
+kernel it takes as long as many rounds do."""
+ALONE = 8
 """Rows that are read one after the other then; more at a time are faster together."""
 LOST = -1
 
@@ -114,8 +114,9 @@ class PromptReader:
             return
         self._graphs = graphs
         self._piece[1:2] = self._rows.slots  # nothing is kept
+        compile = self._rows.count > 1  # a lone row's prompt holds up nobody
         for width in PADDED:
-            logits, self._features = graphs(self._read_padded, width)
+            logits, self._features = graphs(self._read_padded, width, compile=compile)
             self._logits = logits.clone()
             if self.learner and self.learner.study:
                 graphs(self._teach_padded, width, compile=False)

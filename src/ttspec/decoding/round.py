@@ -179,10 +179,7 @@ class SpeculativeRound:
         self.deferred.before_round(active, shape)
         self.prompts.restore(active)
         self.prompts.invalidate(active)  # until they are committed
-        self.rows.upload(self.round_number)
-        if copies:
-            self.rows.upload_copies(copies)
-
+        self.rows.upload(self.round_number, copies)
         self._choose_rows(active)
         self._proposed = self.graphs(self.propose, shape, first=True)
         shape = self._worth_reading(active, shape)

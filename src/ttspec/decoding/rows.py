@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from ttspec.records import TokenLogprobs
+
+COPIES = 5
+"""Numbers of a row that are uploaded besides the tokens it copies."""
 
 
 class SamplingSteps(NamedTuple):
@@ -123,41 +126,45 @@ class RowStates:
         """Each row's committed tokens and its pending one."""
         self._answers = [0] * count
         """Where each row's answer begins."""
-        uploaded = torch.zeros(4, count, dtype=torch.long, device=device)
-        self._uploaded = uploaded
+        uploaded = torch.zeros(COPIES + copies, count, dtype=torch.long, device=device)
+        self._uploaded, pin = uploaded, uploaded.is_cuda
+        self._staged = [torch.zeros_like(uploaded, device="cpu", pin_memory=pin) for _ in range(2)]
         self.inputs = RoundInputs(
             pending=uploaded[0],
             start=uploaded[1],
             budget=uploaded[2],
             number=uploaded[3, :1],
             noise_key=torch.zeros(count, dtype=torch.long, device=device),
-            copies=uploaded.new_zeros(count, copies),
-            copied=uploaded.new_zeros(count),
+            copies=uploaded[COPIES:].T,
+            copied=uploaded[COPIES - 1],
         )
 
     def active(self) -> list[int]:
         """Rows that take part in a round."""
         return [row for row, budget in enumerate(self.budget) if budget > 0]
 
-    def upload(self, number: int) -> None:
-        """Bring what a round reads to the device, in one copy."""
+    def upload(self, number: int, copies: Mapping[int, list[int]] | None = None) -> None:
+        """Bring what a round reads to the device, in one copy.
+
+        From pinned memory, so that nothing waits for it. Two places do: the host waits for a
+        round's verdict before it brings what the one after the next reads.
+
+        Args:
+            number: The round's.
+            copies: What some rows copy; the others do not copy. None where no row does.
+        """
+        self._staged.reverse()
+        staged, most = self._staged[0], COPIES
+        table = staged.numpy()
         pairs = zip(self.lengths, self.budget, strict=True)
-        start = [length if budget > 0 else self.slots for length, budget in pairs]
-        numbers = [number] * self.count
-        self._bring([self.pending, start, self.budget, numbers], self._uploaded)
-
-    def upload_copies(self, copies: Mapping[int, list[int]]) -> None:
-        """Bring what some rows copy to the device; the others do not copy."""
-        most = self.inputs.copies.shape[1]
-        padded = [copies.get(row, []) for row in range(self.count)]
-        self._bring([len(tokens) for tokens in padded], self.inputs.copied)
-        padded = [tokens + [0] * (most - len(tokens)) for tokens in padded]
-        self._bring(padded, self.inputs.copies)
-
-    @staticmethod
-    def _bring(numbers: list[Any], to: Tensor) -> None:
-        """Copy numbers to the device; from pinned memory, so that nothing waits for it."""
-        to.copy_(torch.tensor(numbers, pin_memory=to.is_cuda), non_blocking=True)
+        table[0], table[2], table[3] = self.pending, self.budget, number
+        table[1] = [length if budget > 0 else self.slots for length, budget in pairs]
+        if copies:
+            most, table[COPIES - 1] = len(table), 0
+            for row, tokens in copies.items():
+                end = COPIES + len(tokens)
+                table[COPIES - 1, row], table[COPIES:end, row] = len(tokens), tokens
+        self._uploaded[:most].copy_(staged[:most], non_blocking=True)
 
     def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""

@@ -36,18 +36,21 @@ class RoundTimer:
         self._spare: list[Any] = []
         """Events that were read: to make one takes longer than to record it."""
         self._began, self._captured = 0.0, 0
+        self._stream: torch.cuda.Stream | None = None
+        """Of the round; to ask for it takes longer than to record an event."""
 
     def start(self) -> None:
         """Start a round's first stage."""
         self._began, self._captured = time.perf_counter(), Graphs.captured
         self._marks = []
+        self._stream = torch.cuda.current_stream() if self._cuda else None
         self.lap()
 
     def lap(self) -> None:
         """End a stage."""
         if self._cuda:
             mark = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
-            mark.record()
+            mark.record(self._stream)
             self._marks.append(mark)
         else:
             self._marks.append(time.perf_counter())
