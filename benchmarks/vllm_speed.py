@@ -2,11 +2,15 @@
 
     python benchmarks/vllm_speed.py --target TARGET --drafter EXPORT --out FOLDER --seconds 330
 
+    python benchmarks/vllm_speed.py --out FOLDER --show        # the tables of what was measured
+
 Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
 requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
 until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
-turns, A B B A, of one engine with its hooks and without, and of two engines.
+turns, A B B A, of one engine with its hooks and without, and of two engines. `ttspec` is ttspec's
+own engine of 8 rows; `ttspec-1` and `ttspec-32` have other rows, for the parts with so many
+requests at a time. Ends in order, with its tables, on SIGTERM too.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -27,7 +32,7 @@ from streams import stream
 
 LEARNING = ("idle", "learning", "learned")
 VLLM_ARMS = ("plain", "static", *LEARNING)
-OURS = ("ttspec-plain", "ttspec-static", "ttspec-learning")
+OURS = ("plain", "static", "learning")
 RESAMPLED = 2000
 
 
@@ -158,21 +163,27 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     from ttspec.config import GenerateConfig
     from ttspec.decoding.history import ChatHistory
 
-    del arm
-    compiles = a.dtype == "bfloat16"
-    engine = ttspec.load(a.ours_target, a.ours_drafter, dtype=a.dtype, compile=compiles)
+    rows = int(arm.partition("-")[2] or 8)
+    engine = ttspec.load(
+        a.ours_target, a.ours_drafter, dtype=a.dtype, compile=a.dtype == "bfloat16"
+    )
     config = GenerateConfig(max_new_tokens=a.tokens, temperature=a.temperature, seed=0)
-    template, rows = engine.chat_template(config), 8
-    arms = {}
-    for name, spec in zip(OURS, parse_arms(f"plain,static-copy,{SHARED}"), strict=True):
-        arms[name] = Arm(replace(spec, name=name), engine, config, rows, 160)
+    template, warm = engine.chat_template(config), stream("science")[: 2 * rows]
+    specs = parse_arms(f"plain,static-copy,{SHARED}")
+    arms = {
+        name: Arm(replace(spec, name=name), engine, config, rows, 160)
+        for name, spec in zip(OURS, specs, strict=True)
+        if rows == 8 or name != "learning"
+    }
+    for one in arms.values():  # what is met first is compiled and captured
+        one.serve([ChatHistory(template).ask(text) for text in warm], 0)
 
     def ask(job: dict[str, Any]) -> Any:
         if job.get("rpc") == "freeze":
-            arms["ttspec-learned"] = arms["ttspec-learning"].frozen("ttspec-learned")
+            arms["learned"] = arms["learning"].frozen("learned")
             return None
         prompts = [ChatHistory(template).ask(text) for text in job["texts"]]
-        return arms[job["arm"]].serve(prompts, job["numbers"][0])
+        return arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
 
     handle(pipe, ask)
 
@@ -232,7 +243,7 @@ class Arms:
 
     def ask(self, arm: str, **job: Any) -> Any:
         """What an arm answers to a job; it is left out from then on if it ends."""
-        home = arm if arm in self.pipes else "ttspec" if arm.startswith("ttspec") else ""
+        home = arm.partition(":")[0]
         if home not in self.pipes:
             return None
         try:
@@ -292,8 +303,8 @@ def ratio_of(
 def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     """All parts, as far as the time goes."""
     end = a.seconds - 5
-    for name in names:  # what is met first is not measured
-        for at_once in a.at_once:
+    for name in names:  # what is met first is not measured; ttspec's own engine has met it
+        for at_once in a.at_once if ":" not in name else ():
             arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
     for name in names:
         if name in LEARNING:
@@ -310,13 +321,14 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         last = time.monotonic()
         if first >= a.learn and first - a.each < a.learn:
             print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
-            if any(name.startswith("ttspec") for name in names):
-                arms.ask("ttspec-learning", rpc="freeze")
-                arms.turn("warm", "ttspec-learned", list(range(8)))
-                names = [*names, "ttspec-learned"]
+            if "ttspec:learning" in names:
+                arms.ask("ttspec:learning", rpc="freeze")
+                arms.turn("warm", "ttspec:learned", list(range(8)))
+                names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
     print(f"stream over after {arms.passed:.0f} s", flush=True)
+    show(arms.turns, a)
     idle_end = arms.passed + (end - arms.passed) * 0.6
     same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
     number = 0
@@ -333,7 +345,9 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     first = 0
     while others and arms.passed < end:
         for at_once, size in ((1, 4), (32, 64)):
-            for name in others if first % 2 else others[::-1]:
+            ours = [f"ttspec-{at_once}:{name}" for name in ("plain", "static")]
+            both = others + [name for name in ours if name.partition(":")[0] in arms.pipes]
+            for name in both if first % 2 else both[::-1]:
                 numbers = [(first * 64 + n) % 600 for n in range(size)]
                 if at_once <= max(a.at_once) and arms.passed < end:
                     arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
@@ -347,15 +361,16 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         print(f"8 at a time, requests from {low} on")
         for name in names:
             print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
-    print("idle hooks, 8 at a time")
+    print("idle hooks, 8 at a time, greedy, 64 tokens")
     for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
         for unit in ("rounds", "tokens"):
             found = ratio_of(turns, "idle", f"hooks {name}", f"hooks {base}", unit=unit)
             print(f"  {name:16s} {found}")
     for at_once in (1, 32):
         print(f"{at_once} at a time")
-        for name in ("plain", "static", "learning", "learned"):
-            print(f"  {name:16s} {ratio_of(turns, f'{at_once} at a time', name, 'static')}")
+        part = f"{at_once} at a time"
+        for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
+            print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
 
 
 def main() -> None:
@@ -363,8 +378,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", required=True, help="its folder")
-    parser.add_argument("--drafter", type=Path, required=True, help="what `ttspec export` wrote")
+    parser.add_argument("--target", help="its folder")
+    parser.add_argument("--drafter", type=Path, help="what `ttspec export` wrote")
     parser.add_argument("--method", default="eagle3")
     parser.add_argument("--length", type=int, default=3, help="tokens drafted a round")
     parser.add_argument("--out", type=Path, required=True)
@@ -386,12 +401,19 @@ def main() -> None:
     parser.add_argument("--cache-mb", type=int, default=2048)
     parser.add_argument("--ours-target", default="smollm2-135m")
     parser.add_argument("--ours-drafter", default="smollm2-135m-eagle3")
+    parser.add_argument("--show", action="store_true", help="print the tables of --out again")
     a = parser.parse_args()
+    if a.show:
+        show([json.loads(line) for line in (a.out / "turns.jsonl").open()], a)
+        return
+    if not (a.target and a.drafter):
+        parser.error("give --target and --drafter")
     a.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = a.arms.split(",")
     arms = Arms(a, wanted)
-    names = [n for n in wanted if n in arms.pipes and n != "ttspec"]
-    names += OURS if "ttspec" in arms.pipes else ()
+    names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]
+    names += [f"ttspec:{name}" for name in OURS] if "ttspec" in arms.pipes else []
     try:
         measure(arms, names, a)
         for name in LEARNING:
