@@ -220,10 +220,11 @@ class Arms:
         context, self.a, self.turns = multiprocessing.get_context("spawn"), a, list[dict]()
         self.pipes: dict[str, Connection] = {}
         self.began, self.requests = time.monotonic(), (stream(a.kind), stream("science"))
-        pipes = {}
+        pipes, processes = {}, {}
         for name in names:
             pipes[name], theirs = context.Pipe()
-            context.Process(target=child, args=(name, a, theirs)).start()
+            processes[name] = context.Process(target=child, args=(name, a, theirs))
+            processes[name].start()
             theirs.close()
         for name, pipe in pipes.items():
             try:
@@ -233,6 +234,8 @@ class Arms:
             except EOFError:
                 pass
             state = "ready" if name in self.pipes else "NOT READY"
+            if name not in self.pipes:
+                processes[name].kill()
             print(f"{name}: {state} after {self.passed:.0f} s", flush=True)
         self.file = (a.out / "turns.jsonl").open("w")
 
