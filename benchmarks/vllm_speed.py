@@ -25,6 +25,7 @@ import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,8 @@ def handle(pipe: Connection, ask: Any) -> None:
 
 
 def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
-    """A process of an arm, whose output goes to a file."""
+    """A process of an arm, with a group of its own, whose output goes to a file."""
+    os.setpgrp()
     log = (a.out / f"{arm}.log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -210,6 +212,15 @@ def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
         TORCHINDUCTOR_COMPILE_THREADS="3",  # all arms compile at the same time
     )
     (serve_ours if arm.startswith("ttspec") else serve_vllm)(arm, a, pipe)
+
+
+def end(process: BaseProcess) -> None:
+    """Kill an arm: vLLM's engine is a child of it that would live on."""
+    assert process.pid
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group yet
+        process.kill()
 
 
 class Arms:
@@ -235,7 +246,7 @@ class Arms:
                 pass
             state = "ready" if name in self.pipes else "NOT READY"
             if name not in self.pipes:
-                processes[name].kill()
+                end(processes[name])
             print(f"{name}: {state} after {self.passed:.0f} s", flush=True)
         self.file = (a.out / "turns.jsonl").open("w")
 
@@ -280,11 +291,17 @@ def ratio_of(
     turns: list[dict], part: str, arm: str, base: str, low: int = 0, unit: str = "tokens"
 ) -> str:
     """Units a second over another arm's, of the turns that both had; and their plain figures."""
-    own = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, arm)}
-    others = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, base)}
-    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys()) if f >= low]
-    if not pairs:
+    some = [t for t in turns if t["part"] == part and t["first"] >= low]
+    own = {t["first"]: t for t in some if t["arm"] == arm}
+    others = {t["first"]: t for t in some if t["arm"] == base}
+    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys())]
+    if not own:
         return "nothing measured"
+    used = [one for one, _ in pairs] or list(own.values())
+    n, s, rounds = (sum(t[key] for t in used) for key in ("tokens", "seconds", "rounds"))
+    plain = f"{n / max(s, 1e-9):7.0f} tokens/s, {n / max(rounds, 1):.3f} a round"
+    if not pairs:
+        return f"{plain}, {len(used)} turns; none of {base} beside them"
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
@@ -295,11 +312,9 @@ def ratio_of(
     rng = random.Random(0)
     drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
     low_, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-    n, s = (sum(pair[0][key] for pair in pairs) for key in ("tokens", "seconds"))
-    rounds = sum(pair[0]["rounds"] for pair in pairs)
     return (
-        f"{n / s:7.0f} tokens/s, {n / rounds:.3f} a round; {unit} a second over {base} "
-        f"{ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], {len(pairs)} turns"
+        f"{plain}; {unit} a second over {base} {ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], "
+        f"{len(pairs)} turns"
     )
 
 
@@ -426,7 +441,7 @@ def main() -> None:
         show(arms.turns, a)
         sys.stdout.flush()
         for process in multiprocessing.active_children():
-            process.kill()
+            end(process)
 
 
 if __name__ == "__main__":
