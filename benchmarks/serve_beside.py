@@ -6,7 +6,7 @@
 
 Waits until every server answers, leaves out who does not, and asks each of them the same streamed
 requests of one kind (benchmarks/streams.py), one server after the other, in turns. Prints a table
-after each turn: tokens a second, with the slowest and the fastest turn; milliseconds to the first
+now and then, and at the end: tokens a second, with the slowest and the fastest turn; milliseconds to the first
 text; milliseconds for each further token. What each request took is in FOLDER/requests.jsonl. Needs
 aiohttp. Ports are of 127.0.0.1.
 """
@@ -17,6 +17,8 @@ import argparse
 import asyncio
 import json
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterator
 from itertools import count
@@ -25,6 +27,9 @@ from typing import Any
 
 import aiohttp
 from streams import stream
+
+SHOW_EVERY = 30.0
+"""Seconds between two tables."""
 
 
 async def ask(
@@ -134,9 +139,9 @@ def show(turns: list[dict[str, Any]]) -> None:
             )
 
 
-async def measure(a: argparse.Namespace) -> None:
-    """Turn after turn, until the time is over."""
-    begin = time.monotonic()
+async def measure(a: argparse.Namespace, turns: list[dict[str, Any]]) -> None:
+    """Turn after turn, each put into `turns`, until the time is over."""
+    begin = shown = time.monotonic()
     servers = {
         name: f"http://127.0.0.1:{port}" for name, _, port in (s.partition("=") for s in a.server)
     }
@@ -150,7 +155,6 @@ async def measure(a: argparse.Namespace) -> None:
             began = time.monotonic()
             await turn(servers[name], model, warm, list(range(2 * clients)), clients, a)
             print(f"{name}: warm, {clients} clients, {time.monotonic() - began:.1f} s", flush=True)
-    turns: list[dict[str, Any]] = []
     end, number = begin + a.seconds, 0
     with (a.out / "requests.jsonl").open("w") as file:
         for round_ in count():
@@ -169,8 +173,10 @@ async def measure(a: argparse.Namespace) -> None:
                     turns.append({"server": name, "clients": clients, "turn": round_, **one})
                     file.write(json.dumps(turns[-1]) + "\n")
                     file.flush()
-            print(f"after {time.monotonic() - begin:.0f} s")
-            show(turns)
+            if time.monotonic() - shown > SHOW_EVERY:
+                shown = time.monotonic()
+                print(f"after {shown - begin:.0f} s")
+                show(turns)
 
 
 def main() -> None:
@@ -189,7 +195,12 @@ def main() -> None:
     parser.add_argument("--start-seconds", type=float, default=120.0, help="for servers to start")
     parser.add_argument("--patience", type=float, default=300.0, help="seconds for an answer")
     parser.add_argument("--no-warm", dest="warm", action="store_false")
-    asyncio.run(measure(parser.parse_args()))
+    turns: list[dict[str, Any]] = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        asyncio.run(measure(parser.parse_args(), turns))
+    finally:
+        show(turns)
 
 
 if __name__ == "__main__":
