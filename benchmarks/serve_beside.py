@@ -6,9 +6,9 @@
 
 Waits until every server answers, leaves out who does not, and asks each of them the same streamed
 requests of one kind (benchmarks/streams.py), one server after the other, in turns. Prints a table
-now and then, and at the end: tokens a second, with the slowest and the fastest turn; milliseconds to the first
-text; milliseconds for each further token. What each request took is in FOLDER/requests.jsonl. Needs
-aiohttp. Ports are of 127.0.0.1.
+now and then, and at the end: tokens a second, with the slowest and the fastest turn; milliseconds
+to the first text; milliseconds for each further token. What each request took is in
+FOLDER/requests.jsonl. Needs aiohttp. Ports are of 127.0.0.1.
 """
 
 from __future__ import annotations
