@@ -2,11 +2,15 @@
 
     python benchmarks/vllm_speed.py --target TARGET --drafter EXPORT --out FOLDER --seconds 330
 
+    python benchmarks/vllm_speed.py --out FOLDER --show        # the tables of what was measured
+
 Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
 requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
 until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
-turns, A B B A, of one engine with its hooks and without, and of two engines.
+turns, A B B A, of one engine with its hooks and without, and of two engines. `ttspec` is ttspec's
+own engine of 8 rows; `ttspec-1` and `ttspec-32` have other rows, for the parts with so many
+requests at a time. Ends in order, with its tables, on SIGTERM too.
 """
 
 from __future__ import annotations
@@ -17,9 +21,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +33,7 @@ from streams import stream
 
 LEARNING = ("idle", "learning", "learned")
 VLLM_ARMS = ("plain", "static", *LEARNING)
-OURS = ("ttspec-plain", "ttspec-static", "ttspec-learning")
+OURS = ("plain", "static", "learning")
 RESAMPLED = 2000
 
 
@@ -158,21 +164,27 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     from ttspec.config import GenerateConfig
     from ttspec.decoding.history import ChatHistory
 
-    del arm
-    compiles = a.dtype == "bfloat16"
-    engine = ttspec.load(a.ours_target, a.ours_drafter, dtype=a.dtype, compile=compiles)
+    rows = int(arm.partition("-")[2] or 8)
+    engine = ttspec.load(
+        a.ours_target, a.ours_drafter, dtype=a.dtype, compile=a.dtype == "bfloat16"
+    )
     config = GenerateConfig(max_new_tokens=a.tokens, temperature=a.temperature, seed=0)
-    template, rows = engine.chat_template(config), 8
-    arms = {}
-    for name, spec in zip(OURS, parse_arms(f"plain,static-copy,{SHARED}"), strict=True):
-        arms[name] = Arm(replace(spec, name=name), engine, config, rows, 160)
+    template, warm = engine.chat_template(config), stream("science")[: 2 * rows]
+    specs = parse_arms(f"plain,static-copy,{SHARED}")
+    arms = {
+        name: Arm(replace(spec, name=name), engine, config, rows, 160)
+        for name, spec in zip(OURS, specs, strict=True)
+        if rows == 8 or name != "learning"
+    }
+    for one in arms.values():  # what is met first is compiled and captured
+        one.serve([ChatHistory(template).ask(text) for text in warm], 0)
 
     def ask(job: dict[str, Any]) -> Any:
         if job.get("rpc") == "freeze":
-            arms["ttspec-learned"] = arms["ttspec-learning"].frozen("ttspec-learned")
+            arms["learned"] = arms["learning"].frozen("learned")
             return None
         prompts = [ChatHistory(template).ask(text) for text in job["texts"]]
-        return arms[job["arm"]].serve(prompts, job["numbers"][0])
+        return arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
 
     handle(pipe, ask)
 
@@ -186,7 +198,8 @@ def handle(pipe: Connection, ask: Any) -> None:
 
 
 def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
-    """A process of an arm, whose output goes to a file."""
+    """A process of an arm, with a group of its own, whose output goes to a file."""
+    os.setpgrp()
     log = (a.out / f"{arm}.log").open("w")
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
@@ -201,6 +214,15 @@ def child(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     (serve_ours if arm.startswith("ttspec") else serve_vllm)(arm, a, pipe)
 
 
+def end(process: BaseProcess) -> None:
+    """Kill an arm: vLLM's engine is a child of it that would live on."""
+    assert process.pid
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:  # it has no group yet
+        process.kill()
+
+
 class Arms:
     """The processes, and what they did."""
 
@@ -209,10 +231,11 @@ class Arms:
         context, self.a, self.turns = multiprocessing.get_context("spawn"), a, list[dict]()
         self.pipes: dict[str, Connection] = {}
         self.began, self.requests = time.monotonic(), (stream(a.kind), stream("science"))
-        pipes = {}
+        pipes, processes = {}, {}
         for name in names:
             pipes[name], theirs = context.Pipe()
-            context.Process(target=child, args=(name, a, theirs)).start()
+            processes[name] = context.Process(target=child, args=(name, a, theirs))
+            processes[name].start()
             theirs.close()
         for name, pipe in pipes.items():
             try:
@@ -222,6 +245,8 @@ class Arms:
             except EOFError:
                 pass
             state = "ready" if name in self.pipes else "NOT READY"
+            if name not in self.pipes:
+                end(processes[name])
             print(f"{name}: {state} after {self.passed:.0f} s", flush=True)
         self.file = (a.out / "turns.jsonl").open("w")
 
@@ -232,7 +257,7 @@ class Arms:
 
     def ask(self, arm: str, **job: Any) -> Any:
         """What an arm answers to a job; it is left out from then on if it ends."""
-        home = arm if arm in self.pipes else "ttspec" if arm.startswith("ttspec") else ""
+        home = arm.partition(":")[0]
         if home not in self.pipes:
             return None
         try:
@@ -266,11 +291,17 @@ def ratio_of(
     turns: list[dict], part: str, arm: str, base: str, low: int = 0, unit: str = "tokens"
 ) -> str:
     """Units a second over another arm's, of the turns that both had; and their plain figures."""
-    own = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, arm)}
-    others = {t["first"]: t for t in turns if (t["part"], t["arm"]) == (part, base)}
-    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys()) if f >= low]
-    if not pairs:
+    some = [t for t in turns if t["part"] == part and t["first"] >= low]
+    own = {t["first"]: t for t in some if t["arm"] == arm}
+    others = {t["first"]: t for t in some if t["arm"] == base}
+    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys())]
+    if not own:
         return "nothing measured"
+    used = [one for one, _ in pairs] or list(own.values())
+    n, s, rounds = (sum(t[key] for t in used) for key in ("tokens", "seconds", "rounds"))
+    plain = f"{n / max(s, 1e-9):7.0f} tokens/s, {n / max(rounds, 1):.3f} a round"
+    if not pairs:
+        return f"{plain}, {len(used)} turns; none of {base} beside them"
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
@@ -281,19 +312,17 @@ def ratio_of(
     rng = random.Random(0)
     drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
     low_, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-    n, s = (sum(pair[0][key] for pair in pairs) for key in ("tokens", "seconds"))
-    rounds = sum(pair[0]["rounds"] for pair in pairs)
     return (
-        f"{n / s:7.0f} tokens/s, {n / rounds:.3f} a round; {unit} a second over {base} "
-        f"{ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], {len(pairs)} turns"
+        f"{plain}; {unit} a second over {base} {ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], "
+        f"{len(pairs)} turns"
     )
 
 
 def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     """All parts, as far as the time goes."""
     end = a.seconds - 5
-    for name in names:  # what is met first is not measured
-        for at_once in a.at_once:
+    for name in names:  # what is met first is not measured; ttspec's own engine has met it
+        for at_once in a.at_once if ":" not in name else ():
             arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
     for name in names:
         if name in LEARNING:
@@ -310,13 +339,14 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         last = time.monotonic()
         if first >= a.learn and first - a.each < a.learn:
             print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
-            if any(name.startswith("ttspec") for name in names):
-                arms.ask("ttspec-learning", rpc="freeze")
-                arms.turn("warm", "ttspec-learned", list(range(8)))
-                names = [*names, "ttspec-learned"]
+            if "ttspec:learning" in names:
+                arms.ask("ttspec:learning", rpc="freeze")
+                arms.turn("warm", "ttspec:learned", list(range(8)))
+                names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
     print(f"stream over after {arms.passed:.0f} s", flush=True)
+    show(arms.turns, a)
     idle_end = arms.passed + (end - arms.passed) * 0.6
     same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
     number = 0
@@ -333,7 +363,9 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     first = 0
     while others and arms.passed < end:
         for at_once, size in ((1, 4), (32, 64)):
-            for name in others if first % 2 else others[::-1]:
+            ours = [f"ttspec-{at_once}:{name}" for name in ("plain", "static")]
+            both = others + [name for name in ours if name.partition(":")[0] in arms.pipes]
+            for name in both if first % 2 else both[::-1]:
                 numbers = [(first * 64 + n) % 600 for n in range(size)]
                 if at_once <= max(a.at_once) and arms.passed < end:
                     arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
@@ -347,15 +379,16 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         print(f"8 at a time, requests from {low} on")
         for name in names:
             print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
-    print("idle hooks, 8 at a time")
+    print("idle hooks, 8 at a time, greedy, 64 tokens")
     for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
         for unit in ("rounds", "tokens"):
             found = ratio_of(turns, "idle", f"hooks {name}", f"hooks {base}", unit=unit)
             print(f"  {name:16s} {found}")
     for at_once in (1, 32):
         print(f"{at_once} at a time")
-        for name in ("plain", "static", "learning", "learned"):
-            print(f"  {name:16s} {ratio_of(turns, f'{at_once} at a time', name, 'static')}")
+        part = f"{at_once} at a time"
+        for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
+            print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
 
 
 def main() -> None:
@@ -363,8 +396,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--target", required=True, help="its folder")
-    parser.add_argument("--drafter", type=Path, required=True, help="what `ttspec export` wrote")
+    parser.add_argument("--target", help="its folder")
+    parser.add_argument("--drafter", type=Path, help="what `ttspec export` wrote")
     parser.add_argument("--method", default="eagle3")
     parser.add_argument("--length", type=int, default=3, help="tokens drafted a round")
     parser.add_argument("--out", type=Path, required=True)
@@ -386,12 +419,19 @@ def main() -> None:
     parser.add_argument("--cache-mb", type=int, default=2048)
     parser.add_argument("--ours-target", default="smollm2-135m")
     parser.add_argument("--ours-drafter", default="smollm2-135m-eagle3")
+    parser.add_argument("--show", action="store_true", help="print the tables of --out again")
     a = parser.parse_args()
+    if a.show:
+        show([json.loads(line) for line in (a.out / "turns.jsonl").open()], a)
+        return
+    if not (a.target and a.drafter):
+        parser.error("give --target and --drafter")
     a.out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = a.arms.split(",")
     arms = Arms(a, wanted)
-    names = [n for n in wanted if n in arms.pipes and n != "ttspec"]
-    names += OURS if "ttspec" in arms.pipes else ()
+    names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]
+    names += [f"ttspec:{name}" for name in OURS] if "ttspec" in arms.pipes else []
     try:
         measure(arms, names, a)
         for name in LEARNING:
@@ -401,7 +441,7 @@ def main() -> None:
         show(arms.turns, a)
         sys.stdout.flush()
         for process in multiprocessing.active_children():
-            process.kill()
+            end(process)
 
 
 if __name__ == "__main__":

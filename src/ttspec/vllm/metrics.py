@@ -50,9 +50,9 @@ class LearningMetrics(StatLoggerBase):
         self._read = now
         try:
             status = json.loads(self._path.read_text())
-        except (OSError, ValueError):
+            status["learning"] = float(status["state"] == "learning")
+        except (OSError, ValueError, KeyError, TypeError):  # not there yet, or not a worker's
             return
-        status["learning"] = float(status["state"] == "learning")
         for name, meaning in FIGURES.items():
             if name not in _gauges:
                 _gauges[name] = Gauge(

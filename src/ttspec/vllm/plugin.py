@@ -278,8 +278,9 @@ class WorkerLearning:
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
-            self.write_status()
-            self.run(self._warn_once)
+            figures = self.write_status()
+            if figures and self.learner and not self._warned and status.is_never_accepted(figures):
+                self.run(lambda learner: self._warn(learner, figures))
 
     def _send(self) -> None:
         """Give every rank what rank 0 has, at a step that all of them count."""
@@ -313,10 +314,9 @@ class WorkerLearning:
     def pause(self) -> None:
         """Learn nothing until `resume`; the weights stay as they are. All ranks are asked."""
         self._sends = False
+        self.run(lambda learner: learner.forget_all())
         if self.state == "learning":
             self.state = "paused"
-            if self.learner:
-                self.learner.forget_all()
             self.write_status()
 
     def resume(self) -> None:
@@ -360,21 +360,21 @@ class WorkerLearning:
         found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
         return found | (status.figures(self.learner) if self.learner else {})
 
-    def write_status(self) -> None:
+    def write_status(self) -> dict[str, Any] | None:
         """Leave the figures where the API server's /metrics finds them; best effort."""
+        found = None
         if self.rank:
-            return
+            return found
         try:
             found = self.status()
             status.write(status_file(self.config), found)
         except Exception as error:  # a step must not end by it
             self.log.debug("ttspec wrote no figures: %s", error)
+        return found
 
-    def _warn_once(self, learner: EngineLearner) -> None:
-        """Say so, and why, where no draft is ever accepted."""
-        figures = status.figures(learner)
-        if not self._warned and status.is_never_accepted(figures):
-            expected = learner.expected_drafts()
-            if expected is not None:
-                self._warned = True
-                self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))
+    def _warn(self, learner: EngineLearner, figures: dict[str, Any]) -> None:
+        """Say once that no draft is ever accepted, and why."""
+        expected = learner.expected_drafts()
+        if expected is not None:
+            self._warned = True
+            self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))

@@ -51,8 +51,8 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None
-        if learning.state == "learning":
+        if learning.watches:
+            drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None
             learning.run(
                 lambda learner: learner.absorb(
                     lambda: step(
@@ -60,7 +60,7 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
                     )
                 )
             )
-        learning.end_step(drafted=bool(drafts) and any(drafts))
+            learning.end_step(drafted=bool(drafts) and any(drafts))
         return propose(
             scheduler_output,
             sampled_token_ids,
