@@ -100,9 +100,9 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
     config = make_config({"max_new_tokens": 20, "learn": LearnConfig(scope="shared")})
     decoder = engine.decoder(config, 3, 100, sessions=False)
     prompts, found = decoder.prompts, []
-    assert prompts._graphs
-    for graphs in (prompts._graphs, None, prompts._graphs):
-        prompts._graphs = graphs
+    assert prompts.graphs
+    for graphs in (prompts.graphs, None, prompts.graphs):
+        prompts.graphs = graphs
         for row, size in ((1, 40), (2, 7), (1, 90)):
             decoder.clear(row)
             ids = [(7 * n) % 250 for n in range(size)]

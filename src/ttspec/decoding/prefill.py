@@ -79,8 +79,8 @@ class PromptReader:
     """Whether reading may be captured at all."""
     learner: Learner | None = None
     """Told what the rows read."""
-    _graphs: Graphs | None = None
-    """Of reading a row's piece, once `capture` was called."""
+    graphs: Graphs | None = None
+    """Of reading a row's piece, once `capture` was called: few rows are read one after another."""
     _features: Tensor
     """[1, width, W], where the last of these graphs left them."""
 
@@ -112,7 +112,7 @@ class PromptReader:
         """Capture the reading of one row's piece, of each padded length; the cache is made."""
         if not self.captures:
             return
-        self._graphs = graphs
+        self.graphs = graphs
         self._piece[1:2] = self._rows.slots  # nothing is kept
         compile = self._rows.count > 1  # a lone row's prompt holds up nobody
         for width in PADDED:
@@ -254,7 +254,7 @@ class PromptReader:
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
         """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
-        steps, graphs = self._sampling.steps(prompts.rows), self._graphs
+        steps, graphs = self._sampling.steps(prompts.rows), self.graphs
         if graphs and len(prompts.rows) <= ALONE and includes(self._drawn, steps):
             found = []
             for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
@@ -305,7 +305,7 @@ class PromptReader:
         Returns:
             The logits [B, 1, V] of the last column, if asked for.
         """
-        if self._graphs and len(rows) <= ALONE:
+        if self.graphs and len(rows) <= ALONE:
             each = zip(rows, parts, at, left, strict=True)
             read = [self._feed_captured(*of_row) for of_row in each]
         else:
@@ -336,17 +336,17 @@ class PromptReader:
 
     def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
         """As `_feed` of one row, replayed; the logits [1, 1, V] of its last token."""
-        assert self._graphs
+        assert self.graphs
         width = next(n for n in PADDED if n >= len(part))
         given = torch.tensor([row, at, len(part), *part])
         self._piece[: len(given)].copy_(given)
-        logits, self._features = self._graphs(self._read_padded, width)
+        logits, self._features = self.graphs(self._read_padded, width)
         if self._drafter and self._state and not self._drafter.takes_padding:
             subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
         if self.learner and self.learner.study and left <= PIECE:
-            self._graphs(self._teach_padded, width, compile=False)
+            self.graphs(self._teach_padded, width, compile=False)
         return logits.clone()
 
     def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:

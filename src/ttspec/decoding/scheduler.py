@@ -19,7 +19,8 @@ from ttspec.records import Chunk, LogitMask
 
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
-all rows, so in a large batch rows wait for company."""
+all rows, so in a large batch rows wait for company. Not where it is captured, and takes as long
+alone (docs/experiments.md)."""
 SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
 
@@ -256,7 +257,8 @@ class Scheduler:
     @property
     def _in_company(self) -> bool:
         """Whether enough turns wait for their prompts to be read."""
-        return len(self._ready) > self.decoder.rows.count // ROWS_PER_PREFILL
+        prompts, rows = self.decoder.prompts, self.decoder.rows.count
+        return len(self._ready) > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
 
     def _give_rows(self) -> None:
         while self._free and self._queue:

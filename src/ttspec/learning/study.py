@@ -154,6 +154,8 @@ class MemoryStudy(Study):
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
         texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
+        self._row = torch.zeros(1, dtype=torch.long, device=device)
+        """The row whose text is over, where a graph reads it."""
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
 
@@ -174,22 +176,28 @@ class MemoryStudy(Study):
         if due:
             self.remember(lessons)
 
-    def remember(self, lessons: Lessons | None) -> None:
-        """Note what rows have committed since the memory was last told."""
+    def remember(self, lessons: Lessons | None, row: int | None = None) -> None:
+        """Note what a row, or all of them, have committed since the memory was last told."""
         if lessons is None:
             return
-        most = lessons.ring if self._new is None else max(self._new)
-        self._new = [0] * len(self.rows.end)
+        work, most = self.write_newest, lessons.ring
+        if self._new is None or row is None:
+            most = most if self._new is None else max(self._new)
+            self._new = [0] * len(self.rows.end)
+        else:
+            work, most, self._new[row] = self.write_newest_of_row, self._new[row], 0
+            self._row.fill_(row)
         if most:
             self._lessons = lessons
             width = next(n for n in self.widths(lessons) if n >= min(most, lessons.ring))
-            self._run(self.write_newest, width, compile=False)
+            self._run(work, width, compile=False)
 
     def capture(self, lessons: Lessons) -> None:
         """Capture what notes texts, where nothing is new."""
         self._lessons = lessons
         for width in self.widths(lessons):
             self._run(self.write_newest, width, compile=False)
+            self._run(self.write_newest_of_row, width, compile=False)
 
     @staticmethod
     def widths(lessons: Lessons) -> list[int]:
@@ -203,9 +211,14 @@ class MemoryStudy(Study):
         for some in rows.split(self._lessons.rows_at_once(width)):
             self.rows.write(*self._lessons.newest_text(end[some], some, width), subset=some)
 
+    def write_newest_of_row(self, width: int) -> None:
+        """The same of the row that `_row` says."""
+        text = self._lessons.newest_text(self.rows.end[self._row], self._row, width)
+        self.rows.write(*text, subset=self._row)
+
     def forget(self, row: int, lessons: Lessons | None) -> None:
         """A row's text is over; it stays in the memory."""
-        self.remember(lessons)
+        self.remember(lessons, row)
         self.rows.forget(row)
 
     def choose(self) -> None:
