@@ -13,6 +13,7 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.drafters import taught_chain
+from ttspec.learning import study
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
@@ -355,6 +356,30 @@ def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> N
     again = own.generate(prompts, learn=learn, draft=draft, **asked)
     assert [r.token_ids for r in again] == [r.token_ids for r in static]
     assert sum(len(r.rounds) for r in again) < 0.9 * sum(len(r.rounds) for r in static)
+
+
+def test_a_memory_is_told_of_few_rounds_where_updates_are_rare(engine, monkeypatch) -> None:
+    """And those updates come as often as they would."""
+    monkeypatch.setattr(study, "STRETCH", 4)
+    asked = {"max_new_tokens": 70, "seed": 5, "ignore_eos": True}
+    learn = LearnConfig(scope="shared", stride=1, guard=0)
+    keep, calls, done = Learner.keep, list[int](), list[tuple[int, int, int]]()
+    for strides in (1, 2):
+
+        def counted(self, *given, strides: int = strides) -> None:
+            calls.append(1)
+            self.strides = strides
+            keep(self, *given)
+
+        monkeypatch.setattr(Learner, "keep", counted)
+        calls.clear()
+        own, draft = Engine(engine.target, make_kind("dflash")), DraftConfig(adaptive=False)
+        (result,) = own.generate(["hello there"], learn=learn, draft=draft, **asked)
+        done.append((len(calls), len(result.rounds), result.stats.updates))
+    (all_told, rounds, updates), (few_told, of, fewer) = done
+    assert all_told == rounds
+    assert few_told < 0.45 * of
+    assert fewer > 0.4 * updates
 
 
 def test_an_update_leaves_alone_what_is_held_out(engine) -> None:

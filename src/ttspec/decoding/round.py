@@ -54,10 +54,6 @@ from ttspec.sampling import (
 )
 from ttspec.spans import batch_invariant
 
-STRETCH, HEARD = 128, 4
-"""While the drafter pauses, the memory of all requests is told of one stretch of so many rounds in
-so many: telling costs about a tenth of a plain round, and few updates are made then."""
-
 
 class Launched(NamedTuple):
     """A round that the device works on."""
@@ -153,6 +149,7 @@ class SpeculativeRound:
                 active,
                 drafted=shape.draft_length > 0,
                 emitted=emitted,
+                number=self.round_number,
             )
         took, some = self.timer.finish(), self._target_rows
         if ahead and self.rows.active() == active and not self._is_masked(active):
@@ -234,7 +231,7 @@ class SpeculativeRound:
         assert self.learner
         if self.learner.study is None:
             return shape.proposed > 0 and shape.absorbs
-        return shape.absorbs or self.round_number // STRETCH % HEARD == 0
+        return shape.absorbs or self.learner.study.hears(self.round_number)
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""

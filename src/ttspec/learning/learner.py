@@ -1,15 +1,14 @@
 """When a drafter learns, and from when on it drafts with what it learned. Knows no drafter by name.
 
-Every row learns for itself from its newest blocks: live weights, moments and reverts are a row's
-own, so that rows of a batch cannot touch each other. In scope "shared" one drafter learns for all,
-from a memory of their texts.
+Every row learns for itself from its newest blocks: live weights, moments and reverts are its own,
+so rows cannot touch each other. In scope "shared" one drafter learns from a memory of all texts.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
 reads a copy of the lessons, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-No engine is needed. Whoever verifies drafts, a round, a replay or another engine, calls
-`drafter.absorb`, so that what was committed becomes context, and then `learner.absorb`. A row that
-is cropped is told by `forget`, a row that gets another request by `reset`.
+No engine is needed. Whoever verifies drafts calls `drafter.absorb`, so that what was committed
+becomes context, and then `learner.absorb`; `forget` where a row is cropped, `reset` where it gets
+another request.
 """
 
 from __future__ import annotations
@@ -123,30 +122,33 @@ class Learner:
         *,
         drafted: bool = True,
         emitted: Mapping[int, int] | None = None,
+        number: int | None = None,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
         Args:
             verification: The round just committed.
             longest: Its largest start, known on the host.
-            key: Where it was captured, the key of its graph: its tensors are that graph's.
+            key: Where it was captured, the key of its graph.
             active: Rows that took part; None is all.
-            drafted: Whether the drafter drafted. Other rounds only tell what followed its earlier
-                blocks; the memory of all requests learns from them too.
+            drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
+            number: The round's. Where updates are rare, so are rounds that a memory is told of.
 
         Returns:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        if self._lessons is None and not drafted:
+        told = self.strides == 1 or number is None or not self.study or self.study.hears(number)
+        if self._lessons is None and not (drafted and told):
             return updated
-        self.keep(verification, longest if key is None else key)
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if self.study and self._lessons:
-            self.study.note(self._lessons, emitted, due=self._rounds % self.stride == 0)
+        if told:
+            self.keep(verification, longest if key is None else key)
+            if self.study and self._lessons:
+                self.study.note(self._lessons, emitted, due=self._rounds % self.stride == 0)
         due = counts and self._rounds % (self.stride * self.strides) == 0
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
@@ -160,7 +162,7 @@ class Learner:
 
     @property
     def is_updating(self) -> bool:
-        """Whether an update is under way, or over and not yet published."""
+        """Whether an update is under way or waits to be published."""
         return self._pending is not None
 
     def capture_updates(self, slots: int) -> None:
@@ -238,11 +240,7 @@ class Learner:
 
     @torch.no_grad()
     def expected_drafts(self, longest: int) -> float | None:
-        """Drafts a block that the anchor weights would get accepted; None without new lessons.
-
-        Args:
-            longest: The largest start of a lesson, or more.
-        """
+        """Drafts a block that the anchor would get accepted; None without new lessons."""
         if self._lessons is None:
             return None
         lesson = self._lessons.newest()
