@@ -12,7 +12,12 @@ import it, since the package index has no build of it for CPUs; no picture is re
 The targets have full attention in all layers: vLLM's gated delta nets on a CPU take bfloat16 only.
 A head's one layer has full attention in any case. Run twice, the files have the same bytes.
 
-    config.json, model.safetensors   the whole target, with its head, as vLLM read it
+GLM-4 MoE, mtp-glm4-moe: vLLM 0.32 takes the embedding in a head's first row for zero, which
+transformers does not; here it is zero. And it feeds back the state before the head's norm, where
+transformers, SGLang and vLLM's own head of DeepSeek-V3 feed back the one after it, as ours does. So
+of this one the first draft of each round can be compared, and no later one.
+
+    embedding, head [V, H]      of the target
     features [T, H]             the target's last hidden states, as its head was given them
     tokens [T+1]                prompt, then what three rounds committed, then the pending token
     start, accepted [3]         position of each round's pending token, drafts that were kept
@@ -35,6 +40,8 @@ from torch import Tensor
 
 ACCEPTED = (2, 0, 3)
 """Of three drafts a round."""
+SECOND = 0
+"""The prompt's second token, whose embedding is zero: see above."""
 BODY = {
     **LAYER,
     "head_dim": 32,  # the least that vLLM's attention takes on a CPU
@@ -62,12 +69,35 @@ EXPERTS = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
 }
+ROUTED = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 1000000.0,
+        "partial_rotary_factor": 0.5,
+    },
+    "use_qk_norm": True,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 1,
+}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3.5": ("Qwen3_5TextConfig", QWEN),
     "qwen3.5-moe": ("Qwen3_5MoeTextConfig", QWEN | EXPERTS),
+    "glm4-moe": ("Glm4MoeConfig", ROUTED),
 }
-
-
+QWEN_NAMES = [
+    *("mtp.norm.weight", "mtp.pre_fc_norm_embedding.weight", "mtp.pre_fc_norm_hidden.weight"),
+    "mtp.fc.weight",
+]
+NUMBERED_NAMES = [
+    *("shared_head.norm.weight", "enorm.weight", "hnorm.weight"),
+    "eh_proj.weight",
+]
 STAND_IN = """from unittest.mock import MagicMock
 __version__ = "0"
 def __getattr__(name):
@@ -77,8 +107,10 @@ def __getattr__(name):
 """
 
 
-def write_target(folder: Path, variant: str, generator: torch.Generator) -> None:
-    """A random target whose files hold a head too."""
+def write_target(
+    folder: Path, variant: str, generator: torch.Generator
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A random target whose files hold a head too: its config, and all weights."""
     import transformers
     from transformers import AutoModelForCausalLM
 
@@ -86,17 +118,35 @@ def write_target(folder: Path, variant: str, generator: torch.Generator) -> None
     config = getattr(transformers, kind)(**BODY, **own)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    shapes = dict(model.state_dict())
-    hidden, last = config.hidden_size, f"model.layers.{config.num_hidden_layers - 1}."
-    head = {n.replace(last, "mtp.layers.0."): w for n, w in shapes.items() if n.startswith(last)}
-    for name in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden"):
-        head[f"mtp.{name}.weight"] = torch.empty(hidden)
-    head["mtp.fc.weight"] = torch.empty(hidden, 2 * hidden)
-    weights = random_weights({**shapes, **head}, generator)
+    shapes, hidden = dict(model.state_dict()), config.hidden_size
+    last, after = (f"model.layers.{config.num_hidden_layers - less}." for less in (1, 0))
+    at = "mtp.layers.0." if variant.startswith("qwen") else after
+    names = QWEN_NAMES if variant.startswith("qwen") else [after + n for n in NUMBERED_NAMES]
+    head = {n.replace(last, at): w for n, w in shapes.items() if n.startswith(last)}
+    head |= {n: torch.empty(hidden) for n in names[:3]}
+    head[names[3]] = torch.empty(hidden, 2 * hidden)
+    weights = random_weights(apart({**shapes, **head}), generator)
+    weights["model.embed_tokens.weight"][SECOND] = 0
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     document = {"architectures": [type(model).__name__], **config.to_diff_dict()}
     (folder / "config.json").write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    return document, weights
+
+
+def apart(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every expert with matrices of its own, as files have them."""
+    found: dict[str, Tensor] = {}
+    for name, weight in weights.items():
+        at, _, part = name.rpartition(".")
+        if not at.endswith("mlp.experts"):
+            found[name] = weight
+            continue
+        parts = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("down_proj",)
+        for i, expert in enumerate(weight):
+            for each, matrix in zip(parts, expert.chunk(len(parts)), strict=True):
+                found[f"{at}.{i}.{each}.weight"] = matrix
+    return found
 
 
 class Told:
@@ -152,7 +202,8 @@ class Told:
 def make_mtp(folder: Path, variant: str, seed: int) -> dict[str, Tensor]:
     """The folder of one target; what vLLM's head says of it."""
     generator = torch.Generator().manual_seed(seed)
-    write_target(folder, variant, generator)
+    target = tempfile.TemporaryDirectory()
+    config, weights = write_target(Path(target.name), variant, generator)
     from vllm import LLM, SamplingParams, _custom_ops
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -160,7 +211,7 @@ def make_mtp(folder: Path, variant: str, seed: int) -> dict[str, Tensor]:
     told = Told()
     told.watch(GPUModelRunner)
     llm = LLM(
-        str(folder),
+        target.name,
         dtype="float32",
         max_model_len=128,
         max_num_seqs=1,
@@ -173,6 +224,7 @@ def make_mtp(folder: Path, variant: str, seed: int) -> dict[str, Tensor]:
     )
     told.features.clear(), told.drafts.clear(), told.logits.clear()  # what it warmed up with
     prompt = torch.randint(VOCABULARY - 4, (PROMPT,), generator=generator).tolist()
+    prompt[1] = SECOND
     produced = sum(ACCEPTED) + len(ACCEPTED)
     sampling = SamplingParams(
         temperature=0.0, max_tokens=produced + 1, ignore_eos=True, detokenize=False
@@ -180,7 +232,14 @@ def make_mtp(folder: Path, variant: str, seed: int) -> dict[str, Tensor]:
     out = llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
     tokens = torch.tensor([*prompt, *out[0].outputs[0].token_ids])
     start = PROMPT + torch.tensor([0, *(a + 1 for a in ACCEPTED[:-1])]).cumsum(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    last = f"model.layers.{config['num_hidden_layers']}."
+    head = {n: w for n, w in weights.items() if n.startswith(("mtp.", last))}
+    save_file(head, folder / "model.safetensors", {"format": "pt"})
     return {
+        "embedding": weights["model.embed_tokens.weight"],
+        "head": weights["lm_head.weight"],
         "features": torch.stack([told.features[i] for i in range(PROMPT + produced)]),
         "tokens": tokens,
         "start": start,
@@ -191,7 +250,7 @@ def make_mtp(folder: Path, variant: str, seed: int) -> dict[str, Tensor]:
 
 
 def stand_in_for_torchvision(folder: Path) -> None:
-    """Write modules of its names, of which anything can be imported, here and in vLLM's processes."""
+    """Write modules of its names, from which anything can be imported, for all processes."""
     names = ("", "io", *(f"transforms/{n}" for n in ("", "functional", "v2", "v2/functional")))
     for name in names:
         module = folder / "torchvision" / name / "__init__.py"
