@@ -36,6 +36,7 @@ from ttspec.drafters.functional import (
     InPlaceCache,
     Masks,
     Projection,
+    Reading,
     as_function,
 )
 from ttspec.drafters.layers import Weights
@@ -226,8 +227,8 @@ class Mtp(Drafter):
             first = first_seen(position, origin, state.options.window)
             seen = state.seen_spans(first, position, rest)
             cache = InPlaceCache(state.in_place(position, rest, blocks.longest + step, [seen]))
-            inputs = self._inputs(token, hidden)
-            hidden = self._function(weights, inputs, position, {None: seen}, cache, 0)
+            fed = Reading(self._inputs(token, hidden), position, {None: seen})
+            hidden = self._function(weights, fed, cache)
             token = follow(step, hidden)
 
     def _side_by_side(
@@ -280,9 +281,9 @@ class Mtp(Drafter):
         """
         if state is not None:
             weights = self._with_rope(state, weights)
-        inputs = self._inputs(tokens, hidden)
         masks: Masks = {} if mask is None else {None: mask}
-        return self._function.concatenated(weights, inputs, position, masks, keys, values, 0)
+        fed = Reading(self._inputs(tokens, hidden), position, masks)
+        return self._function.concatenated(weights, fed, keys, values)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
