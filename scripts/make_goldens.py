@@ -10,6 +10,7 @@ Two environments, since the packages pin different versions of transformers. EAG
     /tmp/golden-eagle3/bin/pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0
     /tmp/golden-eagle3/bin/python scripts/make_goldens.py eagle3
     /tmp/golden-eagle3/bin/python scripts/make_goldens.py peagle
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py speculators-mtp
 
 DFlash:
 
@@ -38,6 +39,15 @@ No kept row sees these rows. Their features are zeros.
 P-EAGLE, peagle-*: the same, with one pass over all blocks. Of `generate_cod_sample_indices` a ratio
 above 1 keeps every mask, so that nothing is random. Row i of step j is the j-th of the block whose
 first row is i; what runs past the end is NaN.
+
+MTP, speculators-mtp-*: the checkpoint is what `save_pretrained` of speculators wrote. Its `forward`
+trains: the rows of a later step see that step's rows alone, where a drafted chain sees real ones.
+So only its first step, the first draft after each token, can be compared.
+
+    embedding, head [V, H]      of the target
+    features [T, H]     the target's last hidden state of tokens 0 to T-1
+    tokens [T+1]
+    logits [T-1, V]     row i is drafted after tokens 0 to i+1
 
 DFlash, dflash-*: the configs follow the two published styles (before and since transformers 5).
 `dflash_generate` runs as it is, against a target that says what a script says: features by
@@ -229,6 +239,38 @@ def make_eagle3(
     }
 
 
+@torch.no_grad()
+def make_mtp(folder: Path, options: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """The checkpoint of an MTP head of speculators; what is expected of its first drafts."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.mtp import MTPDraftModel, MTPSpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    config = MTPSpeculatorConfig(
+        transformer_layer_config={**LAYER, **options},
+        speculators_config=SpeculatorsConfig(
+            algorithm="mtp",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=1)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="toy/target", architectures=[]),
+        ),
+    )
+    model = MTPDraftModel(config).eval()
+    del model.verifier_lm_head  # as where the verifier's weights are read
+    shapes = {n: p for n, p in model.named_parameters() if n.startswith("mtp_layers.")}
+    model.load_state_dict(random_weights(shapes, generator), strict=False)
+    model.save_pretrained(folder)
+    (folder / "config.py").unlink(missing_ok=True)  # the package's source
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    model.embed_tokens.weight.data, model.lm_head.weight.data = embedding, 0.3 * head
+    features = torch.randn(TOKENS, LAYER["hidden_size"], generator=generator)
+    tokens = torch.randint(VOCABULARY, (TOKENS + 1,), generator=generator)
+    (logits,), _, _ = model(input_ids=tokens[None], hidden_states=features[None])
+    tables = {"embedding": embedding.contiguous(), "head": 0.3 * head}
+    return {**tables, "features": features, "tokens": tokens, "logits": logits[0].contiguous()}
+
+
 class ScriptedTarget(nn.Module):
     """A target whose features and greedy tokens are decided beforehand."""
 
@@ -356,12 +398,28 @@ PEAGLE = {
     "plain": ({**LLAMA, "num_hidden_layers": 2}, {"norm_before_residual": True, "aux": [2, 4, 5]}),
     "3.1": (LLAMA, {"fc_norm": True, "norm_output": True, "aux": [2, 4, 5]}),
 }
+MTP = {
+    "qwen3": {"model_type": "qwen3", "num_hidden_layers": 2, "rope_theta": 1000000.0},
+    "qwen3.5": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
+}
 FAMILIES = {  # variants, and what makes one
     "eagle3": (EAGLE3, lambda folder, name, noise: make_eagle3(folder, *EAGLE3[name], noise)),
     "peagle": (
         PEAGLE,
         lambda folder, name, noise: make_eagle3(folder, *PEAGLE[name], noise, parallel=True),
     ),
+    "speculators-mtp": (MTP, lambda folder, name, noise: make_mtp(folder, MTP[name], noise)),
     "dflash": (DFLASH, lambda folder, name, noise: make_dflash(folder, DFLASH[name], noise)),
     "dflash2": (
         DFLASH2,

@@ -32,6 +32,7 @@ DOMINO = sorted(p.name for p in GOLDENS.glob("domino-*"))
 DSPARK = sorted(p.name for p in GOLDENS.glob("dspark-*"))
 JETSPEC = sorted(p.name for p in GOLDENS.glob("jetspec-*"))
 MTP = sorted(p.name for p in GOLDENS.glob("mtp-*"))
+TAUGHT = sorted(p.name for p in GOLDENS.glob("speculators-mtp-*"))
 LAYERS = {"eagle3": 8, "peagle": 8, "dflash": 4, "dflash2": 4, "domino": 4, "dspark": 4, "mtp": 2}
 """Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
 PROMPT, ACCEPTED = 9, (2, 0, 4)
@@ -120,7 +121,7 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
 
 @pytest.mark.parametrize("size", [1, 4, 9])
 @pytest.mark.parametrize(
-    "name", [*EAGLE3, *PEAGLE, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC, *MTP]
+    "name", [*EAGLE3, *PEAGLE, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC, *MTP, *TAUGHT]
 )
 def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
     drafter, expected = golden(name, tmp_path)
@@ -207,3 +208,20 @@ def test_an_mtp_head_drafting_in_rounds_says_what_vllms_engine_says(tmp_path, na
         assert torch.equal(logits.argmax(-1)[:alike], expected["drafts"][number, :alike])
         absorb(drafter, state, expected, start, accepted)
     assert expected["accepted"].tolist() == [2, 0, 3]
+
+
+@pytest.mark.parametrize("name", TAUGHT)
+def test_the_first_drafts_of_an_mtp_head_are_those_that_speculators_teaches(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert isinstance(drafter, Mtp)
+    features, tokens = expected["features"][None], expected["tokens"][None]
+    with torch.no_grad():
+        starts = torch.arange(1, len(expected["logits"]) + 1)[None]
+        taught = drafter.logits(drafter.teach(features, tokens[:, :-1], starts, 1)[0, :, 0])
+    torch.testing.assert_close(taught, expected["logits"], atol=1e-4, rtol=0)
+    state, start = read_prompt(drafter, expected, PROMPT), PROMPT
+    for accepted in ACCEPTED:
+        logits = propose(drafter, state, expected["tokens"], start)
+        torch.testing.assert_close(logits[0], expected["logits"][start - 1], atol=1e-4, rtol=0)
+        absorb(drafter, state, expected, start, min(accepted, drafter.length))
+        start += min(accepted, drafter.length) + 1
