@@ -32,6 +32,7 @@ DOMINO = sorted(p.name for p in GOLDENS.glob("domino-*"))
 DSPARK = sorted(p.name for p in GOLDENS.glob("dspark-*"))
 JETSPEC = sorted(p.name for p in GOLDENS.glob("jetspec-*"))
 MTP = sorted(p.name for p in GOLDENS.glob("mtp-*"))
+BLOCKS = sorted(p.name for p in GOLDENS.glob("speculators-d*"))
 TAUGHT = sorted(p.name for p in GOLDENS.glob("speculators-mtp-*"))
 LAYERS = {"eagle3": 8, "peagle": 8, "dflash": 4, "dflash2": 4, "domino": 4, "dspark": 4, "mtp": 2}
 """Of a target whose hidden states 2, 4 and 5 are EAGLE-3's default."""
@@ -121,7 +122,8 @@ def test_eagle3_drafting_in_rounds_says_what_speculators_says(tmp_path, name):
 
 @pytest.mark.parametrize("size", [1, 4, 9])
 @pytest.mark.parametrize(
-    "name", [*EAGLE3, *PEAGLE, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC, *MTP, *TAUGHT]
+    "name",
+    [*EAGLE3, *PEAGLE, *DFLASH, *DFLASH2, *DOMINO, *DSPARK, *JETSPEC, *MTP, *TAUGHT, *BLOCKS],
 )
 def test_a_prompt_read_in_parts_gives_the_same_logits(tmp_path, name, size):
     drafter, expected = golden(name, tmp_path)
@@ -225,3 +227,24 @@ def test_the_first_drafts_of_an_mtp_head_are_those_that_speculators_teaches(tmp_
         torch.testing.assert_close(logits[0], expected["logits"][start - 1], atol=1e-4, rtol=0)
         absorb(drafter, state, expected, start, min(accepted, drafter.length))
         start += min(accepted, drafter.length) + 1
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_say_what_speculators_says_of_blocks_whose_tokens_are_known(tmp_path, name):
+    drafter, expected = golden(name, tmp_path)
+    assert isinstance(drafter, DFlash)
+    assert drafter.kind in name
+    state, text = read_prompt(drafter, expected, int(expected["start"][0])), expected["tokens"]
+    for number, (start, accepted) in enumerate(
+        zip(expected["start"].tolist(), ACCEPTED, strict=True)
+    ):
+        logits = propose(drafter, state, text, start)
+        torch.testing.assert_close(logits, expected["logits"][number], atol=1e-4, rtol=0)
+        if isinstance(drafter, DSpark) and "confidence" in expected:
+            blocks = Blocks(text[None, [start]], torch.tensor([[start]]), drafter.length, start)
+            states, known = drafter.states(state, blocks), text[None, None, start:]
+            said = drafter.confidence(state.weights, states, known[..., : drafter.length + 1])
+            torch.testing.assert_close(
+                said[0, 0], expected["confidence"][number], atol=1e-4, rtol=0
+            )
+        absorb(drafter, state, expected, start, accepted)
