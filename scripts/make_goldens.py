@@ -10,6 +10,9 @@ Two environments, since the packages pin different versions of transformers. EAG
     /tmp/golden-eagle3/bin/pip install --no-deps speculators==0.9.0 hs-connectors==0.9.0
     /tmp/golden-eagle3/bin/python scripts/make_goldens.py eagle3
     /tmp/golden-eagle3/bin/python scripts/make_goldens.py peagle
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py speculators-mtp
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py speculators-dflash
+    /tmp/golden-eagle3/bin/python scripts/make_goldens.py speculators-dspark
 
 DFlash:
 
@@ -38,6 +41,25 @@ No kept row sees these rows. Their features are zeros.
 P-EAGLE, peagle-*: the same, with one pass over all blocks. Of `generate_cod_sample_indices` a ratio
 above 1 keeps every mask, so that nothing is random. Row i of step j is the j-th of the block whose
 first row is i; what runs past the end is NaN.
+
+MTP, speculators-mtp-*: the checkpoint is what `save_pretrained` of speculators wrote. Its `forward`
+trains: the rows of a later step see that step's rows alone, where a drafted chain sees real ones.
+So only its first step, the first draft after each token, can be compared.
+
+    embedding, head [V, H]      of the target
+    features [T, H]     the target's last hidden state of tokens 0 to T-1
+    tokens [T+1]
+    logits [T-1, V]     row i is drafted after tokens 0 to i+1
+
+DFlash and DSpark of speculators, speculators-dflash-* and speculators-dspark-*: their `forward`
+trains, too: blocks at three anchors, which only the loss mask allows, after the features before
+each. It returns no logits, so what it hands to its metrics is kept. A block knows its tokens.
+
+    embedding, head [V, H]      of the target
+    features [T, W], tokens [T+1]
+    start [3]                   position of each block's known token
+    logits [3, G, V]            of the rows that predict
+    confidence [3, G]           DSpark's, logits, where the anchor predicts
 
 DFlash, dflash-*: the configs follow the two published styles (before and since transformers 5).
 `dflash_generate` runs as it is, against a target that says what a script says: features by
@@ -229,6 +251,102 @@ def make_eagle3(
     }
 
 
+@torch.no_grad()
+def make_mtp(folder: Path, options: dict, generator: torch.Generator) -> dict[str, Tensor]:
+    """The checkpoint of an MTP head of speculators; what is expected of its first drafts."""
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.models.mtp import MTPDraftModel, MTPSpeculatorConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    config = MTPSpeculatorConfig(
+        transformer_layer_config={**LAYER, **options},
+        speculators_config=SpeculatorsConfig(
+            algorithm="mtp",
+            proposal_methods=[GreedyTokenProposalConfig(speculative_tokens=1)],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="toy/target", architectures=[]),
+        ),
+    )
+    model = MTPDraftModel(config).eval()
+    del model.verifier_lm_head  # as where the verifier's weights are read
+    shapes = {n: p for n, p in model.named_parameters() if n.startswith("mtp_layers.")}
+    model.load_state_dict(random_weights(shapes, generator), strict=False)
+    model.save_pretrained(folder)
+    (folder / "config.py").unlink(missing_ok=True)  # the package's source
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    model.embed_tokens.weight.data, model.lm_head.weight.data = embedding, 0.3 * head
+    features = torch.randn(TOKENS, LAYER["hidden_size"], generator=generator)
+    tokens = torch.randint(VOCABULARY, (TOKENS + 1,), generator=generator)
+    (logits,), _, _ = model(input_ids=tokens[None], hidden_states=features[None])
+    tables = {"embedding": embedding.contiguous(), "head": 0.3 * head}
+    return {**tables, "features": features, "tokens": tokens, "logits": logits[0].contiguous()}
+
+
+@torch.no_grad()
+def make_blocks(
+    folder: Path, kind: str, options: dict, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The checkpoint of a DFlash or DSpark of speculators; what is expected of three blocks."""
+    from importlib import import_module
+
+    from speculators import SpeculatorsConfig, VerifierConfig
+    from speculators.proposals.greedy import GreedyTokenProposalConfig
+
+    package = import_module(f"speculators.models.{kind}")
+    name = {"dflash": "DFlash", "dspark": "DSpark"}[kind]
+    from_anchor = options.get("sample_from_anchor", False)
+    config = getattr(package, f"{name}SpeculatorConfig")(
+        transformer_layer_config={**LAYER, **QWEN3, "num_hidden_layers": 2},
+        draft_vocab_size=VOCABULARY,
+        block_size=BLOCK,
+        mask_token_id=MASK,
+        aux_hidden_state_layer_ids=[1, 3],
+        speculators_config=SpeculatorsConfig(
+            algorithm=kind,
+            proposal_methods=[
+                GreedyTokenProposalConfig(speculative_tokens=BLOCK - 1 + from_anchor)
+            ],
+            default_proposal_method="greedy",
+            verifier=VerifierConfig(name_or_path="toy/target", architectures=[]),
+        ),
+        **options,
+    )
+    config.transformer_layer_config._attn_implementation = "eager"
+    model = getattr(package, f"{name}DraftModel")(config).eval()
+    lent = ("embed_tokens.", "lm_head.", "verifier_")
+    shapes = {n: p for n, p in model.named_parameters() if not n.startswith(lent)}
+    model.load_state_dict(random_weights(shapes, generator), strict=False)
+    model.save_pretrained(folder)
+    (folder / "config.py").unlink(missing_ok=True)  # the package's source
+    model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+    embedding, head = torch.randn(2, VOCABULARY, LAYER["hidden_size"], generator=generator)
+    head = 0.3 * head
+    model.embed_tokens.weight.data, model.lm_head.weight.data = embedding, head
+    model.verifier_lm_head.weight.data = head
+    features = torch.randn(TOKENS, 2 * LAYER["hidden_size"], generator=generator)
+    tokens = torch.randint(MASK, (TOKENS + 1,), generator=generator)
+    start = PROMPT + torch.tensor([0, *(a + 1 for a in ACCEPTED[:-1])]).cumsum(0)
+    told: list[tuple] = []
+    core = import_module(f"speculators.models.{kind}.core")
+    core.compute_metrics = lambda *given, **_: told.append(given) or (None, {})
+    model(
+        hidden_states=features[None],
+        input_ids=tokens[None, :TOKENS],
+        loss_mask=torch.zeros(1, TOKENS).index_fill(1, start, 1),
+        verifier_last_hidden_states=torch.zeros(1, TOKENS, LAYER["hidden_size"]),
+        document_ids=torch.zeros(1, TOKENS, dtype=torch.long),
+        max_anchors=len(start),
+    )
+    logits = told[0][0].view(len(start), BLOCK, -1)
+    expected = {"embedding": embedding.contiguous(), "head": head, "features": features}
+    expected |= {"tokens": tokens, "start": start}
+    expected["logits"] = (logits if from_anchor else logits[:, 1:]).contiguous()
+    if from_anchor and kind == "dspark":
+        expected["confidence"] = told[0][2].view(len(start), BLOCK)
+    return expected
+
+
 class ScriptedTarget(nn.Module):
     """A target whose features and greedy tokens are decided beforehand."""
 
@@ -356,11 +474,51 @@ PEAGLE = {
     "plain": ({**LLAMA, "num_hidden_layers": 2}, {"norm_before_residual": True, "aux": [2, 4, 5]}),
     "3.1": (LLAMA, {"fc_norm": True, "norm_output": True, "aux": [2, 4, 5]}),
 }
+MTP = {
+    "qwen3": {"model_type": "qwen3", "num_hidden_layers": 2, "rope_theta": 1000000.0},
+    "qwen3.5": {
+        "model_type": "qwen3_5_text",
+        "num_hidden_layers": 2,
+        "layer_types": ["linear_attention", "full_attention"],
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000000.0,
+            "partial_rotary_factor": 0.5,
+            "mrope_section": [2, 1, 1],
+            "mrope_interleaved": True,
+        },
+    },
+}
+SPECULATORS = {
+    "dflash": {"plain": {}},
+    "dspark": {
+        "vanilla": {"markov_rank": 8, "sample_from_anchor": True},
+        "gated": {
+            "markov_rank": 8,
+            "markov_head_type": "gated",
+            "sample_from_anchor": False,
+            "enable_confidence_head": False,
+        },
+    },
+}
 FAMILIES = {  # variants, and what makes one
     "eagle3": (EAGLE3, lambda folder, name, noise: make_eagle3(folder, *EAGLE3[name], noise)),
     "peagle": (
         PEAGLE,
         lambda folder, name, noise: make_eagle3(folder, *PEAGLE[name], noise, parallel=True),
+    ),
+    "speculators-mtp": (MTP, lambda folder, name, noise: make_mtp(folder, MTP[name], noise)),
+    "speculators-dflash": (
+        SPECULATORS["dflash"],
+        lambda folder, name, noise: make_blocks(
+            folder, "dflash", SPECULATORS["dflash"][name], noise
+        ),
+    ),
+    "speculators-dspark": (
+        SPECULATORS["dspark"],
+        lambda folder, name, noise: make_blocks(
+            folder, "dspark", SPECULATORS["dspark"][name], noise
+        ),
     ),
     "dflash": (DFLASH, lambda folder, name, noise: make_dflash(folder, DFLASH[name], noise)),
     "dflash2": (

@@ -39,6 +39,7 @@ from ttspec.drafters.functional import (
     Masks,
     ModelFunction,
     Projection,
+    Reading,
     functional_model,
 )
 from ttspec.drafters.layers import Weights, activation_of
@@ -329,7 +330,9 @@ class Causal(Drafter):
         layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
         inputs, weights = self._inputs(state.weights, fed), self._with_rope(state, state.weights)
         cache = InPlaceCache(layers)
-        return self._shared.drafted(self._function(weights, inputs, position, seen, cache, keep))
+        return self._shared.drafted(
+            self._function(weights, Reading(inputs, position, seen, keep), cache)
+        )
 
     def _by_window(
         self, state: CausalState, position: Tensor, make: Callable[[Tensor], Tensor]
@@ -378,9 +381,9 @@ class Causal(Drafter):
             return seen_mask(keys.shape[3], begin, position, first, position, same)[:, None]
 
         masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
-        logits, k, v = self._function.concatenated(
-            self._with_rope(state, weights), inputs, position, masks, keys, values, keep
-        )
+        reading = Reading(inputs, position, masks, keep)
+        weights = self._with_rope(state, weights)
+        logits, k, v = self._function.concatenated(weights, reading, keys, values)
         return self._shared.drafted(logits), k, v
 
     def _with_rope(self, state: CausalState, weights: Weights) -> Weights:

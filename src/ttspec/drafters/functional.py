@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -126,6 +125,24 @@ class InPlaceCache(Cache):
         return 0
 
 
+class Reading(NamedTuple):
+    """N new tokens of B rows that a model reads at once."""
+
+    inputs: dict[str, Tensor]
+    """[B, N, ...], by the model's own names."""
+    position: Tensor
+    """int64 [B, N]."""
+    masks: Masks
+    keep: int = 0
+    """Logits of so many last tokens; 0 is all."""
+
+    def at(self, index: Any) -> Reading:
+        """Of every tensor what is at this index."""
+        inputs = {n: x[index] for n, x in self.inputs.items()}
+        masks = {window: mask[index] for window, mask in self.masks.items()}
+        return Reading(inputs, self.position[index], masks, self.keep)
+
+
 class ModelFunction:
     """Calls a model with weights by its own names; others are left out."""
 
@@ -136,78 +153,51 @@ class ModelFunction:
         named = [*model.named_parameters(), *model.named_buffers()]
         self._dims = {n: p.dim() for n, p in named}
 
-    def __call__(
-        self,
-        weights: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        cache: Cache,
-        keep: int,
-    ) -> Tensor:
-        """Logits of the last `keep` of tokens at position int64 [B, N]; 0 is all.
+    def __call__(self, weights: Weights, fed: Reading, cache: Cache) -> Tensor:
+        """Logits of new tokens.
 
         Weights of one row's own have that row's dimension, of size 1, or none.
         """
-        weights = {n: w for n, w in weights.items() if n in self._dims}
-        weights = {n: w[0] if w.dim() > self._dims[n] else w for n, w in weights.items()}
-        return self._call(weights, inputs, position, masks, cache, keep)
+        named, _ = self._own(weights, one=True)
+        return self._call(named, fed, cache)
 
     def concatenated(
-        self,
-        weights: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        keys: Tensor,
-        values: Tensor,
-        keep: int,
+        self, weights: Weights, fed: Reading, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with context keys and values [layers, B, kv heads, S, D]; returns new ones too.
 
         One call of the model, or one per row side by side where rows have their own weights.
         """
+        named, own = self._own(weights, one=len(fed.position) == 1)
+        if not own:
+            return self._beside(named, fed, keys, values)
+        return self._rows_apart(named, own, fed, keys, values)
+
+    def _own(self, weights: Weights, *, one: bool) -> tuple[Weights, set[str]]:
+        """The model's weights, and which of them are one per row: with `one` row none is."""
         named = {n: w for n, w in weights.items() if n in self._dims}
-        own = {n: 0 if w.dim() > self._dims[n] else None for n, w in named.items()}
-        if len(position) == 1 or all(dim is None for dim in own.values()):
-            named = {n: w if own[n] is None else w[0] for n, w in named.items()}
-            return self._beside(named, inputs, position, masks, keys, values, keep)
-        return self._rows_apart(named, own, inputs, position, masks, keys, values, keep)
+        own = {n for n, w in named.items() if w.dim() > self._dims[n]}
+        if one:
+            return {n: w[0] if n in own else w for n, w in named.items()}, set()
+        return named, own
 
     def _beside(
-        self,
-        named: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        keys: Tensor,
-        values: Tensor,
-        keep: int,
+        self, named: Weights, fed: Reading, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`concatenated` with one set of weights."""
         cache = ConcatenatedCache(keys, values)
-        logits = self._call(named, inputs, position, masks, cache, keep)
+        logits = self._call(named, fed, cache)
         return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
 
     def _rows_apart(
-        self,
-        named: Weights,
-        own: dict[str, int | None],
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        keys: Tensor,
-        values: Tensor,
-        keep: int,
+        self, named: Weights, own: set[str], fed: Reading, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`concatenated` with weights of which some are one per row: `own` is 0 for those."""
-        call = partial(self._beside, keep=keep)
+        """`concatenated` with weights of which some, `own`, are one per row."""
+        dims: Any = {n: 0 if n in own else None for n in named}, Reading(0, 0, 0, None), 1, 1  # type: ignore[arg-type]
         # A row is a batch of one. The fused kernels have no rule for rows' own batches.
+        alone = fed.at((slice(None), None)), keys[:, :, None], values[:, :, None]
         with sdpa_kernel(SDPBackend.MATH):
-            rows = ({n: x[:, None] for n, x in inputs.items()}, position[:, None])
-            rows += ({w: m[:, None] for w, m in masks.items()}, keys[:, :, None])
-            dims = (own, 0, 0, 0, 1, 1)
-            logits, k, v = vmap(call, dims, (0, 1, 1))(named, *rows, values[:, :, None])
+            logits, k, v = vmap(self._beside, dims, (0, 1, 1))(named, *alone)
         return logits[:, 0], k[:, :, 0], v[:, :, 0]
 
     def hidden(self, weights: Weights, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
@@ -229,25 +219,17 @@ class ModelFunction:
         fits = all(b.shape == rope.frequencies.shape for b in found.values())
         return dict.fromkeys(found, rope.frequencies) if fits else {}
 
-    def _call(
-        self,
-        named: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        cache: Cache,
-        keep: int,
-    ) -> Tensor:
-        mask: Any = masks[self.windows[0]]
-        if len(masks) > 1:
+    def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
+        mask: Any = fed.masks[self.windows[0]]
+        if len(fed.masks) > 1:
             types = self.model.config.get_text_config().layer_types
-            mask = {kind: masks[w] for kind, w in zip(types, self.windows, strict=True)}
+            mask = {kind: fed.masks[w] for kind, w in zip(types, self.windows, strict=True)}
         given = {
-            **inputs,
-            "position_ids": position.clamp(0, last_position(self.model.config)),
+            **fed.inputs,
+            "position_ids": fed.position.clamp(0, last_position(self.model.config)),
             "attention_mask": mask,
             cache_keyword(self.model): cache,
             "use_cache": True,
-            "logits_to_keep": keep,
+            "logits_to_keep": fed.keep,
         }
         return functional_call(self.model, dict(named), (), given).logits

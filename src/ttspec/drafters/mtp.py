@@ -34,8 +34,8 @@ from ttspec.drafters.context import (
 from ttspec.drafters.functional import (
     FunctionalState,
     InPlaceCache,
-    Masks,
     Projection,
+    Reading,
     as_function,
 )
 from ttspec.drafters.layers import Weights
@@ -182,7 +182,8 @@ class Mtp(Drafter):
         hidden = torch.cat([before, text.features[:, :-1]], dim=1)
         at = text.position - 1  # a prompt's first token has no row
         nothing = state.keys[:, text.row, :, :0], state.values[:, text.row, :, :0]
-        _, k, v = self._run(state, weights, text.tokens, hidden, at, None, *nothing)
+        fed = self._reading(text.tokens, hidden, at)
+        _, k, v = self._function.concatenated(self._with_rope(state, weights), fed, *nothing)
         rest = text.position >= state.slots  # a row at rest begins past the last slot
         state.write(k, v, at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
@@ -226,8 +227,8 @@ class Mtp(Drafter):
             first = first_seen(position, origin, state.options.window)
             seen = state.seen_spans(first, position, rest)
             cache = InPlaceCache(state.in_place(position, rest, blocks.longest + step, [seen]))
-            inputs = self._inputs(token, hidden)
-            hidden = self._function(weights, inputs, position, {None: seen}, cache, 0)
+            fed = self._reading(token, hidden, position, seen)
+            hidden = self._function(weights, fed, cache)
             token = follow(step, hidden)
 
     def _side_by_side(
@@ -249,7 +250,8 @@ class Mtp(Drafter):
             values: [1, B, kv heads, S, D].
             follow: Says each next token.
         """
-        begin, weights = blocks.start - 1, state.weights if state else self.weights
+        begin = blocks.start - 1
+        weights = self._with_rope(state, state.weights) if state else self.weights
         first = first_seen(begin, begin, state.options.window if state else None)
         same = same_block(begin.shape[1], 1, begin.device)
         mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
@@ -258,31 +260,10 @@ class Mtp(Drafter):
         for step in range(blocks.length):
             if step:
                 mask = torch.cat([mask, own], dim=-1)
-            given = token, hidden, begin + step, mask, keys, values
-            hidden, k, v = self._run(state, weights, *given)
+            fed = self._reading(token, hidden, begin + step, mask)
+            hidden, k, v = self._function.concatenated(weights, fed, keys, values)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
             token = follow(step, hidden)
-
-    def _run(
-        self,
-        state: FunctionalState | None,
-        weights: Weights,
-        tokens: Tensor,
-        hidden: Tensor,
-        position: Tensor,
-        mask: Tensor | None,
-        keys: Tensor,
-        values: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One step beside a context: what the head reads [B, N, H], and new keys and values.
-
-        Without a mask, only those.
-        """
-        if state is not None:
-            weights = self._with_rope(state, weights)
-        inputs = self._inputs(tokens, hidden)
-        masks: Masks = {} if mask is None else {None: mask}
-        return self._function.concatenated(weights, inputs, position, masks, keys, values, 0)
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
@@ -300,8 +281,8 @@ class Mtp(Drafter):
         position, row = torch.arange(count, device=tokens.device), row_index(tokens)[:, None]
         keys = features.new_empty(1, rows, self.kv_heads, 0, self.key_size)
         values = features.new_empty(1, rows, self.kv_heads, 0, self.value_size)
-        given = tokens.roll(-1, dims=1), features, position.expand(rows, -1), None, keys, values
-        _, keys, values = self._run(None, self.weights, *given)
+        fed = self._reading(tokens.roll(-1, dims=1), features, position.expand(rows, -1))
+        _, keys, values = self._function.concatenated(self.weights, fed, keys, values)
         outs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
@@ -347,8 +328,12 @@ class Mtp(Drafter):
         flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
-    def _inputs(self, tokens: Tensor, hidden: Tensor) -> dict[str, Tensor]:
-        return {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
+    def _reading(
+        self, tokens: Tensor, hidden: Tensor, position: Tensor, seen: Tensor | None = None
+    ) -> Reading:
+        """States [B, N, H] and the tokens after them; without `seen` for their keys and values."""
+        inputs = {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
+        return Reading(inputs, position, {} if seen is None else {None: seen})
 
     def _with_rope(self, state: FunctionalState, weights: Weights) -> Weights:
         """Weights, and rotary frequencies where they were overridden."""

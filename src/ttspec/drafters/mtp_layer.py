@@ -16,7 +16,7 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
-from ttspec.drafters.functional import Masks, ModelFunction
+from ttspec.drafters.functional import ModelFunction, Reading
 from ttspec.drafters.layers import Weights
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
@@ -127,58 +127,34 @@ class HeadFunction(ModelFunction):
         self._routes = any(".experts." in name for name, _ in layer.named_parameters())
 
     def _beside(
-        self,
-        named: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        keys: Tensor,
-        values: Tensor,
-        keep: int,
+        self, named: Weights, fed: Reading, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without a mask nothing is attended to: only new keys and values are made."""
-        if masks:
-            return super()._beside(named, inputs, position, masks, keys, values, keep)
+        if fed.masks:
+            return super()._beside(named, fed, keys, values)
         try:
-            self._call(named, inputs, position, masks, _Stop(layers=[]), keep)
+            self._call(named, fed, _Stop(layers=[]))
         except _Cached as found:
             k, v = found.args
-            return inputs["hidden"], k[None], v[None]
+            return fed.inputs["hidden"], k[None], v[None]
         raise AssertionError("the layer caches nothing")
 
     def _rows_apart(
-        self,
-        named: Weights,
-        own: dict[str, int | None],
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        keys: Tensor,
-        values: Tensor,
-        keep: int,
+        self, named: Weights, own: set[str], fed: Reading, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Which experts a row reads is told by its tokens: no rule of `vmap` goes through that."""
-        if not self._routes or not masks:
-            return super()._rows_apart(named, own, inputs, position, masks, keys, values, keep)
+        if not self._routes or not fed.masks:
+            return super()._rows_apart(named, own, fed, keys, values)
         found = []
-        for i in range(len(position)):
+        for i in range(len(fed.position)):
             row = slice(i, i + 1)
-            mine = {n: w if own[n] is None else w[i] for n, w in named.items()}
-            parts = {n: x[row] for n, x in inputs.items()}
-            seen = {window: mask[row] for window, mask in masks.items()}
-            context = keys[:, row], values[:, row]
-            found.append(self._beside(mine, parts, position[row], seen, *context, keep))
+            mine = {n: w[i] if n in own else w for n, w in named.items()}
+            found.append(self._beside(mine, fed.at(row), keys[:, row], values[:, row]))
         outs, new_keys, new_values = zip(*found, strict=True)
         return torch.cat(outs), torch.cat(new_keys, dim=1), torch.cat(new_values, dim=1)
 
-    def _call(
-        self,
-        named: Weights,
-        inputs: dict[str, Tensor],
-        position: Tensor,
-        masks: Masks,
-        cache: Cache,
-        keep: int,  # noqa: ARG002 - of all tokens
-    ) -> Tensor:
-        given = inputs["embedded"], inputs["hidden"], position.clamp(min=0), masks.get(None), cache
+    def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
+        """What the target's head reads of all tokens."""
+        tokens = fed.inputs["embedded"], fed.inputs["hidden"]
+        given = *tokens, fed.position.clamp(min=0), fed.masks.get(None), cache
         return functional_call(self.model, dict(named), given)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -152,6 +152,19 @@ class _Context(torch.autograd.Function):
         return None, None, None, of_h, *of_gains, *(of_read.T @ x).chunk(2)
 
 
+class _Step(NamedTuple):
+    """What a step of all chains keeps for its gradients."""
+
+    h: Tensor  # the state that it was fed
+    x: Tensor  # what is read: embedding and state, normalised
+    query: Tensor
+    p: Tensor  # shares of attention
+    seen: Tensor  # what attention makes of them
+    y: Tensor  # the state after attention
+    z: Tensor  # the same, normalised
+    made: Tensor  # gate and up of the MLP
+
+
 class _Chains(torch.autograd.Function):
     """Rows of a step are the A chains of B rows, N in all; heads lie [B * kv heads, G * A, D]."""
 
@@ -171,7 +184,7 @@ class _Chains(torch.autograd.Function):
         room = keys.new_zeros(*keys.shape[:2], steps * count, keys.shape[3])
         keys, values = (torch.cat([x, room], 2).flatten(0, 1) for x in (keys, values))
         own = keys.shape[1] - steps * count
-        scale, kept = drafter.head_dim**-0.5, list[tuple[Tensor, ...]]()
+        scale, kept = drafter.head_dim**-0.5, list[_Step]()
         for step in range(steps):
             x, begin = beside(tokens[step], h, gain, eps), own + step * count
             angles = chains.angles[0][step], chains.angles[1][step]
@@ -184,10 +197,10 @@ class _Chains(torch.autograd.Function):
             y = torch.addmm(before, seen, out.T)
             z = normalised(y, inner_gain, eps)
             made = z @ wide.T
-            kept.append((h, x, query, p, seen, y, z, made))
+            kept.append(_Step(h, x, query, p, seen, y, z, made))
             h = torch.addmm(y, gated(made), down.T)
         ctx.chains, ctx.sizes = chains, (own, scale)
-        last = torch.stack([*(one[0] for one in kept[1:]), h])
+        last = torch.stack([*(one.h for one in kept[1:]), h])
         ctx.save_for_backward(keys, values, read, wide, last, *weights, *sum(kept, ()))
         return normalised(last, last_gain, eps).unflatten(1, (rows, count))
 
@@ -198,21 +211,21 @@ class _Chains(torch.autograd.Function):
         eps, normed = drafter.eps, drafter.residual_is_normed
         keys, values, read, wide, last, *saved = ctx.saved_tensors
         _, gain, inner_gain, last_gain, *_, out, _, _, down = saved[:11]
-        kept = [saved[i : i + 8] for i in range(11, len(saved), 8)]
+        kept = [_Step(*saved[i : i + 8]) for i in range(11, len(saved), 8)]
         size = last.shape[-1]
         of_last = outer[0].flatten(1, 2)
         of_states = normalised_back(last, last_gain, of_last, eps)
         of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
         of_y2, found = of_states[-1], list[tuple[Tensor, ...]]()
         for step in reversed(range(steps)):
-            h, _, query, p, _, y, _, made = kept[step]
-            of_made, inner = gated_back(made, of_y2 @ down)
+            now = kept[step]
+            of_made, inner = gated_back(now.made, of_y2 @ down)
             of_z = of_made @ wide
-            of_y = normalised_back(y, inner_gain, of_z, eps, of_y2)
+            of_y = normalised_back(now.y, inner_gain, of_z, eps, of_y2)
             of_seen = by_head(of_y @ out, rows, count, drafter.heads, drafter.kv_heads)
-            of_scores = shares_back(p, wide_product(of_seen, values.mT), scale)
-            of_keys.baddbmm_(of_scores.mT, query)
-            of_values.baddbmm_(p.mT, of_seen)
+            of_scores = shares_back(now.p, wide_product(of_seen, values.mT), scale)
+            of_keys.baddbmm_(of_scores.mT, now.query)
+            of_values.baddbmm_(now.p.mT, of_seen)
             begin = own + step * count
             mine = of_keys[:, begin : begin + count], of_values[:, begin : begin + count]
             angles = chains.angles[0][step], chains.angles[1][step]
@@ -222,13 +235,13 @@ class _Chains(torch.autograd.Function):
                 of_normed += of_y
             found.append((of_y2, of_made, inner, of_z, of_y, of_read, of_normed))
             more = [of_states[step - 1]] * (step > 0) + [of_y] * (not normed)
-            of_y2 = normalised_back(h, gain, of_normed, eps, *more)
+            of_y2 = normalised_back(now.h, gain, of_normed, eps, *more)
         of_h = of_y2
-        _, xs, _, _, seens, ys, zs, _ = (torch.cat(x) for x in zip(*_without(kept), strict=True))
+        parts = zip(*((one.h, one.x, one.seen, one.y, one.z) for one in kept), strict=True)
+        hs, xs, seens, ys, zs = map(torch.cat, parts)
         of_y2, of_made, inner, of_z, of_y, of_read, of_normed = (
             torch.cat(part[::-1]) for part in zip(*found, strict=True)
         )
-        hs = torch.cat([one[0] for one in kept])
         embedded = F.embedding(chains.tokens.flatten(), drafter.embedding)
         of_gains = (
             gain_back(embedded, of_read @ read[:, :size], eps),
@@ -245,12 +258,6 @@ class _Chains(torch.autograd.Function):
         )
         contexts = (x.unflatten(0, (rows, -1))[:, :, :own] for x in (of_keys, of_values))
         return None, of_h.unflatten(0, (rows, count)), *contexts, *of_gains, *of_matrices
-
-
-def _without(kept: list[list[Tensor]]) -> list[list[Tensor]]:
-    """Only what gradients of matrices and gains are made of; the rest is not wanted again."""
-    none = kept[0][0][:0]
-    return [[none, one[1], none, none, one[4], one[5], one[6], none] for one in kept]
 
 
 def wide_product(one: Tensor, other: Tensor) -> Tensor:
