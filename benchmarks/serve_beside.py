@@ -150,14 +150,26 @@ async def measure(a: argparse.Namespace, turns: list[dict[str, Any]]) -> None:
         print(f"{name}: {'ready' if name in models else 'NOT READY'}", flush=True)
     texts, warm = stream(a.kind), stream("science")
     a.out.mkdir(parents=True, exist_ok=True)
-    for name, model in list(models.items()):  # what is met first is not measured
-        for clients in (a.clients * 2) if a.warm else ():
+
+    async def warm_up(name: str) -> None:  # what is met first is not measured
+        for clients in a.clients * 2:
             began = time.monotonic()
-            await turn(servers[name], model, warm, list(range(2 * clients)), clients, a)
+            try:
+                await turn(servers[name], models[name], warm, list(range(2 * clients)), clients, a)
+            except ExceptionGroup as error:
+                print(f"{name}: left out, {error.exceptions[0]!r}", flush=True)
+                del models[name]
+                return
             print(f"{name}: warm, {clients} clients, {time.monotonic() - began:.1f} s", flush=True)
+
+    if a.warm:
+        await asyncio.gather(*map(warm_up, list(models)))
+    print(f"warm after {time.monotonic() - begin:.0f} s", flush=True)
     end, number = begin + a.seconds, 0
     with (a.out / "requests.jsonl").open("w") as file:
         for round_ in count():
+            if not models:
+                return
             for clients in a.clients:
                 numbers = [(number + n) % len(texts) for n in range(a.each * clients)]
                 number += len(numbers)

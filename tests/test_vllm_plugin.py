@@ -15,7 +15,7 @@ from toys import bound_kind, make_kind
 
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
-from ttspec.vllm import hooks
+from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
@@ -155,6 +155,43 @@ def test_only_plain_requests_that_did_not_refuse_teach() -> None:
     refuses.extra_args, grammar.structured_outputs = {"ttspec": 0}, object()
     assert not teaches(refuses, None, False)
     assert not teaches(grammar, None, False)
+
+
+def fail(*_: object, **__: object) -> None:
+    raise AssertionError("a paused learner is asked for nothing")
+
+
+PAUSED = SimpleNamespace(state="paused", watches=False, is_reading=False, run=fail, end_step=fail)
+
+
+def test_a_paused_learner_is_asked_for_nothing_by_v1() -> None:
+    runner = SimpleNamespace(
+        _update_states=None,
+        _sample=lambda logits, metadata: "sampled",
+        propose_draft_token_ids=lambda *given: given,
+    )
+    v1.wrap(runner, PAUSED)
+    rest = SimpleNamespace(num_draft_tokens=[3])
+    given = ("scheduled", "sampled", "sampling", "hidden", "of samples", "aux", rest, "attention")
+    assert runner.propose_draft_token_ids(*given) == given
+    assert runner._sample("logits", rest) == "sampled"
+
+
+def test_a_paused_learner_is_asked_for_nothing_by_v2() -> None:
+    def propose(input_batch, num_sampled, aux_hidden_states, dummy_run=False):
+        return input_batch, num_sampled, aux_hidden_states
+
+    runner = SimpleNamespace(
+        finish_requests=None,
+        add_requests=None,
+        sample=lambda *given: ("output", *given),
+        speculator=SimpleNamespace(propose=propose),
+        rejection_sampler=lambda logits, batch: "judged",
+    )
+    v2.wrap(runner, PAUSED)
+    assert runner.sample("hidden", "batch") == ("output", "hidden", "batch")
+    assert runner.speculator.propose("batch", 1, aux_hidden_states="aux") == ("batch", 1, "aux")
+    assert runner.rejection_sampler("logits", "batch") == "judged"
 
 
 def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:

@@ -250,6 +250,27 @@ def test_more_requests_than_rows_are_served_and_teach_when_a_row_is_free() -> No
     assert sorted(learner.rows._free) == [0, 1]
 
 
+def test_drafts_of_a_request_that_gets_a_row_in_the_middle_are_no_text() -> None:
+    learner = made(rows=1)
+    learner.absorb(a_step(["a"], 5, 10, drafts=4))
+    assert set(learner.rows.taken) == {"a"}
+    assert not texts_of(learner.learner.weights.memory)
+    teach(learner, a_step(["a"], 5, 15, drafts=4))
+    learner.forget(["a"])
+    (text,) = texts_of(learner.learner.weights.memory)
+    assert text[2].sum() == 5  # judged
+
+
+def test_a_prompt_that_joins_lets_others_rounds_wait() -> None:
+    learner = made()
+    learner.absorb(a_step(["a"], 10, 0))
+    teach(learner, a_step(["a"], 5, 10, drafts=4))
+    learner.absorb(a_step(["b"], 10, 0))
+    assert learner.rounds.kept == 1
+    learner.absorb(a_step(["a"], 1, 15))  # one that follows its own
+    assert learner.rounds.kept == 0
+
+
 def test_a_request_that_outgrows_its_row_teaches_no_more() -> None:
     learner = made(rows=1, tokens=64)
     learner.absorb(a_step(["a"], 60, 0))

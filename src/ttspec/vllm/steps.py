@@ -88,6 +88,8 @@ class EngineLearner:
         self.rows = RequestRows(settings.rows, settings.tokens)
         self.share = TimeShare(settings.share, self.device)
         self._drafted: set[str] = set()
+        self._behind: set[int] = set()
+        """Rows with rounds that the memory is not told yet."""
         self._knows = False
         """Whether the memory has anything that teaches."""
         self._steps = self._since_read = 0
@@ -178,11 +180,14 @@ class EngineLearner:
             if request in self._drafted:
                 verified.append((row, i))
                 continue
+            if step.drafts[i]:  # its row is new, and what the target said of them was not kept
+                continue
             for begin in range(step.bounds[i], step.bounds[i + 1], READ_AT_ONCE):
                 pieces[min(READ_AT_ONCE, step.bounds[i + 1] - begin)].append((row, begin))
         self._drafted.clear()
         full = bool(verified) and self._keep(step, verified)
-        if full or pieces or too_long:
+        behind = any(row in self._behind for some in pieces.values() for row, _ in some)
+        if full or behind or too_long:
             self._tell()
         for row in too_long:
             self.learner.begin_text(row)
@@ -233,12 +238,14 @@ class EngineLearner:
         at, batch, takes_part = there[:, :width], there[:, width], there[:, width + 1]
         emitted = (step.sampled[batch, :width] >= 0).sum(1) * takes_part
         start, tokens = step.positions[at[:, 0]].long(), step.tokens[at].long()
+        self._behind.update(row for row, _ in verified)
         return self.rounds.keep(tokens, self._features(step, at), start, emitted)
 
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:
             self.rounds.tell(self.learner)
+            self._behind.clear()
             self._knows, self._since_read = True, 0
 
     def _features(self, step: EngineStep, at: Tensor) -> Tensor:
