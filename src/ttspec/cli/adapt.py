@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from cyclopts import Parameter
-
-from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.options import (
+    DraftFlags,
+    GenerateFlags,
+    LearnFlags,
+    ModelFlags,
+    require_positive,
+)
 from ttspec.cli.terminal import say
 from ttspec.errors import DataError, OptionError, TrainingError
 
@@ -30,7 +34,7 @@ def adapt(
     models: ModelFlags = ModelFlags(),
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
-    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    learning: LearnFlags = LearnFlags(),
     rows: int = 8,
 ) -> int:
     """Let a drafter learn from recorded traffic, with the learner that learns in use.
@@ -59,8 +63,7 @@ def adapt(
             "adapt would keep nothing.\nGive --out, a folder for the drafter, or --learn.keep, one "
             "for versions of it, or both."
         )
-    if rows < 1:
-        raise OptionError(f"--rows is {rows}; allowed is 1 or more.")
+    require_positive(rows=rows)
     if out is not None:
         from ttspec.drafters.export import require_empty
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import ExactModelFlags, LearnFlags
+from ttspec.cli.options import ExactModelFlags, JsonFlag, LearnFlags
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.errors import OptionError
@@ -31,6 +31,7 @@ RARE = 10_000
 """In float32, more than one near-tie in so many tokens is a failure too."""
 
 
+@Parameter(name="--learn")
 @dataclass(frozen=True, kw_only=True)
 class EagerLearnFlags(LearnFlags):
     """Learning options for the hardest case."""
@@ -60,8 +61,8 @@ def check(
     temperature: float = 0.0,
     seed: int = 0,
     deterministic: Annotated[bool, Parameter(negative=())] = False,
-    learning: Annotated[EagerLearnFlags, Parameter(name="--learn")] = EagerLearnFlags(),
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    learning: EagerLearnFlags = EagerLearnFlags(),
+    as_json: JsonFlag = False,
 ) -> int:
     """Check that a drafter, learning or not, changes no token of the target's own text.
 

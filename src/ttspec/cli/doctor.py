@@ -6,11 +6,17 @@ import math
 import textwrap
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from ttspec.cli.options import Device, DeviceMap, Dtype, ModelFlags
+from ttspec.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Flag,
+    JsonFlag,
+    ModelFlags,
+    require_positive,
+)
 from ttspec.cli.terminal import say, to_json
 from ttspec.errors import CheckpointError, OptionError
 
@@ -27,14 +33,14 @@ def doctor(
     target: str = "smollm2-135m",
     drafter: str = "auto",
     *,
-    probe: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
-    targets: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    probe: Flag = False,
+    targets: Flag = False,
     rows: int = 1,
     context: int | None = None,
     device: Device = "auto",
     device_map: DeviceMap | None = None,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    as_json: JsonFlag = False,
 ) -> int:
     """Say what is loaded, from where, what it needs, and what would silently cost acceptance.
 
@@ -66,9 +72,7 @@ def doctor(
     if targets:
         _only_targets(target=target, drafter=drafter, probe=probe, context=context, dtype=dtype)
         return _targets(device, as_json=as_json)
-    for name, value in (("rows", rows), ("context", context)):
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} is {value}; allowed is 1 or more.")
+    require_positive(rows=rows, context=context)
     models = ModelFlags(
         target=target, drafter=drafter, device=device, device_map=device_map, dtype=dtype
     )
