@@ -13,6 +13,7 @@ from ttspec.cli.options import (
     GenerateFlags,
     LearnFlags,
     ModelFlags,
+    options_of,
     require_positive,
 )
 from ttspec.cli.terminal import say
@@ -106,10 +107,7 @@ def _answered(
     engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, rows: int
 ) -> Iterator[Result]:
     """The target's answers to what was asked."""
-    from dataclasses import fields
-
-    options = {f.name: getattr(config, f.name) for f in fields(config)}
-    for _, chunk in engine.run(dialogues, rows=rows, stream=False, **options):
+    for _, chunk in engine.run(dialogues, rows=rows, stream=False, **options_of(config)):
         if chunk.result:
             yield chunk.result
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import ExactModelFlags, JsonFlag, LearnFlags
+from ttspec.cli.options import ExactModelFlags, JsonFlag, LearnFlags, options_of
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.errors import OptionError
@@ -122,9 +122,9 @@ def compare(
     """Answer every prompt plainly and in every arm; say at once how each compares."""
     plain = replace(plain, draft=DraftConfig(length=0))
     for prompt in prompts:
-        expected = engine.generate(prompt, **_options(plain))[0]
+        expected = engine.generate(prompt, **options_of(plain))[0]
         for name, config in arms.items():
-            result = engine.generate(prompt, **_options(config))[0]
+            result = engine.generate(prompt, **options_of(config))[0]
             finding = judge(engine, prompt, name, expected, result, plain)
             if not quiet:
                 print(line(finding), flush=True)
@@ -154,7 +154,7 @@ def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateCo
     key = noise_key(expected.stats.seed, expected.prompt_ids)
     ids = [*expected.prompt_ids, *expected.token_ids]
     answer = len(expected.prompt_ids)
-    return engine.margin(ids, answer + position, key, answer=answer, **_options(plain))
+    return engine.margin(ids, answer + position, key, answer=answer, **options_of(plain))
 
 
 def tie(dtype: str) -> float:
@@ -199,7 +199,3 @@ def conclusion(findings: list[Finding], dtype: str, *, ok: bool, strict: bool = 
             "at such margins. Use --deterministic or --dtype float32 for a strict answer."
         )
     return text
-
-
-def _options(config: GenerateConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -66,9 +66,13 @@ def require_positive(**given: int | None) -> None:
             raise OptionError(f"--{flag} is {value}; allowed is 1 or more.")
 
 
+def options_of(record: Any) -> dict[str, Any]:
+    """The fields of a record, as keyword options."""
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
 def _given(flags: Any) -> dict[str, Any]:
-    values = {f.name: getattr(flags, f.name) for f in fields(flags)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in options_of(flags).items() if value is not None}
 
 
 class DraftFlags(_flags_of(DraftConfig)):
