@@ -116,7 +116,7 @@ def target(toy_target_dir):
 
 
 def say(engine: Engine, **options) -> list:
-    options = {"max_new_tokens": 12, "seed": 3, "temperature": 0.8, **options}
+    options = {"max_new_tokens": 9, "seed": 3, "temperature": 0.8, **options}
     results = engine.generate(PROMPTS, ignore_eos=True, **options)
     return [(r.token_ids, [(x.proposed, x.accepted, x.updates) for x in r.rounds]) for r in results]
 
