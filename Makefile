@@ -35,8 +35,9 @@ weights: $(READY) ## fetch and convert the built-in target, once
 demo: $(READY) ## show what learning does, on the built-in pair (options: ARGS="--long")
 	$(BIN)/ttspec demo $(ARGS)
 
+# Tests start processes of their own: without bytecode each would compile torch's sources again.
 test: venv weights ## run the tests (options: ARGS="-k words")
-	$(BIN)/python -m pytest $(ARGS)
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest $(ARGS)
 
 lint: venv ## check format, style, types and import floors
 	$(BIN)/ruff format --check

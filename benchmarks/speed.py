@@ -122,7 +122,7 @@ def show(
     past
         Generated tokens after which speed is given once more.
     """
-    from ttspec.bench.report import plain
+    from ttspec.bench.report import json_values
 
     texts, kept = [], {}
     for folder in sorted({path.parent for path in out.glob("*/rows-*")}):
@@ -130,7 +130,7 @@ def show(
             pays = "\n".join(where_it_pays(runs))
             texts.append(f"{table(folder.name, runs, past).markdown()}\n{pays}\n")
             kept[folder.name] = {rows: numbers(own, rows, past) for rows, own in runs.items()}
-    text = common.portable(json.dumps(plain(kept)), "speed", r"\w[^/\s]*/rows-")
+    text = common.portable(json.dumps(json_values(kept)), "speed", r"\w[^/\s]*/rows-")
     write_json(to / "speed.json", json.loads(text))
     (to / "speed.md").write_text("\n".join(texts), encoding="utf-8")
     print("\n".join(texts))
@@ -201,7 +201,7 @@ def where_it_pays(runs: Mapping[int, Any]) -> Iterator[str]:
 
 def numbers(run: Any, rows: int, past: int) -> dict[str, Any]:
     """Manifest and speeds as plain values."""
-    from ttspec.bench.report import plain
+    from ttspec.bench.report import json_values
 
     arms = {}
     others = [found for name in ("plain", "static") if (found := find(run.arms, name))]
@@ -214,8 +214,8 @@ def numbers(run: Any, rows: int, past: int) -> dict[str, Any]:
         for name, batches in (("all", Batches(rows)), (f"past_{past}", Batches(rows, past))):
             ratios = {f"against {o.name}": batches.pair(arm, o) for o in others if o is not arm}
             arms[arm.name][name] = {
-                "tokens_per_second": plain(batches.speed(arm)),
-                **{against: plain(pair and pair.ratio) for against, pair in ratios.items()},
+                "tokens_per_second": json_values(batches.speed(arm)),
+                **{against: json_values(pair and pair.ratio) for against, pair in ratios.items()},
             }
     return {"manifest": run.manifest, "arms": arms}
 

@@ -17,12 +17,12 @@ import json
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
-from cyclopts import App
+from cyclopts import App, Parameter
 
 import ttspec
 from ttspec.bench.arms import ArmSpec, parse_arms
@@ -35,6 +35,29 @@ from ttspec.decoding.scheduler import Request, Scheduler
 SHARED = "learn-shared[copy=true,context=auto,adaptive=true]"
 PARTS, RESAMPLED = 4, 2000
 app = App(help=__doc__)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """Who answers the requests, and how."""
+
+    target: str = "smollm2-135m"
+    drafter: str = "smollm2-135m-eagle3"
+    rows: int = 8
+    max_new_tokens: int = 200
+    temperature: float = 0.7
+    dtype: str = "bfloat16"
+    compile: bool = True
+
+    def load(self, suite: str, requests: int) -> tuple[Engine, GenerateConfig, list[list[int]]]:
+        """The pair, the options of all arms, and the prompts of a suite's first requests."""
+        engine = ttspec.load(self.target, self.drafter, dtype=self.dtype, compile=self.compile)
+        limits = {"max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        config = GenerateConfig(**limits, seed=0)
+        template = engine.chat_template(config)
+        asked = list(load_suite(suite).requests)[:requests]
+        return engine, config, [ChatHistory(template).ask(turns[0]) for turns in asked]
 
 
 class Arm:
@@ -92,29 +115,19 @@ def run(
     suite: str,
     *,
     out: Path,
-    target: str = "smollm2-135m",
-    drafter: str = "smollm2-135m-eagle3",
+    setup: Setup = Setup(),
     arms: str = f"plain,static-copy,{SHARED}",
     requests: int = 600,
     each: int = 50,
-    rows: int = 8,
-    max_new_tokens: int = 200,
-    temperature: float = 0.7,
-    dtype: str = "bfloat16",
-    compile: bool = True,
     minutes: float = 8.0,
 ) -> None:
     """Serve a suite's first requests; stops early when the minutes are over."""
     began = time.monotonic()
     names = arms.removesuffix(",frozen")
-    engine = ttspec.load(target, drafter, dtype=dtype, compile=compile)
-    config = GenerateConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
-    template = engine.chat_template(config)
-    asked = list(load_suite(suite).requests)[:requests]
-    prompts = [ChatHistory(template).ask(turns[0]) for turns in asked]
-    longest, warm = max(map(len, prompts)), prompts[-2 * rows :]
-    del prompts[-2 * rows :]
-    serving = [Arm(spec, engine, config, rows, longest) for spec in parse_arms(names)]
+    engine, config, prompts = setup.load(suite, requests)
+    longest, warm = max(map(len, prompts)), prompts[-2 * setup.rows :]
+    del prompts[-2 * setup.rows :]
+    serving = [Arm(spec, engine, config, setup.rows, longest) for spec in parse_arms(names)]
     for arm in serving:  # what is met first is not captured in a turn
         arm.serve(warm, len(prompts))
     turns: list[dict[str, Any]] = []

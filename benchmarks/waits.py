@@ -18,17 +18,13 @@ from typing import Any
 import common
 import torch
 from cyclopts import App
-from traffic import Arm
+from traffic import Arm, Setup
 
-import ttspec
 from ttspec.bench.arms import parse_arms
-from ttspec.bench.suites import load_suite
-from ttspec.config import GenerateConfig
 from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.feedback import PolicyFeedback
-from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
 from ttspec.decoding.rows import RowStates
@@ -91,30 +87,20 @@ def graph_label(_: Graphs, work: Callable[..., Any], key: Any, *__: Any) -> str:
 def run(
     suite: str,
     *,
-    target: str = "smollm2-135m",
-    drafter: str = "smollm2-135m-eagle3",
+    setup: Setup = Setup(),
     arms: str = "plain,static-copy[adaptive=true]",
     requests: int = 64,
-    rows: int = 8,
-    max_new_tokens: int = 200,
-    temperature: float = 0.7,
-    dtype: str = "bfloat16",
-    compile: bool = True,
 ) -> None:
     """Serve a suite's first requests with each arm."""
-    engine = ttspec.load(target, drafter, dtype=dtype, compile=compile)
+    engine, config, prompts = setup.load(suite, requests)
     clock = Clock(engine.target.device)
     for owner, names in WATCHED.items():
         for name in names:
             clock.watch(owner, name, lambda *_, label=f"{owner.__name__}.{name}": label)
     clock.watch(Graphs, "__call__", graph_label)
-    config = GenerateConfig(max_new_tokens=max_new_tokens, temperature=temperature, seed=0)
-    template = engine.chat_template(config)
-    asked = list(load_suite(suite).requests)[:requests]
-    prompts = [ChatHistory(template).ask(turns[0]) for turns in asked]
     for spec in parse_arms(arms):
-        arm = Arm(spec, engine, config, rows, max(map(len, prompts)))
-        arm.serve(prompts[: 2 * rows], 0)  # what is met first is not captured in what counts
+        arm = Arm(spec, engine, config, setup.rows, max(map(len, prompts)))
+        arm.serve(prompts[: 2 * setup.rows], 0)  # what is met first is not captured in what counts
         for clock.waits in (False, True):
             clock.found.clear()
             served = arm.serve(prompts, 0)

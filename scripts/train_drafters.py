@@ -129,7 +129,7 @@ def compare(
     is compiled. Every drafter is in `out`/KIND/drafter.
     """
     import ttspec
-    from ttspec.training.batches import make_batch, read_examples
+    from ttspec.training.batches import read_examples
     from ttspec.training.states import TargetStates
     from ttspec.training.train import CHECK_EVERY, Trainer
 
@@ -139,9 +139,10 @@ def compare(
     configs = [options.config(out / kind, kind) for kind in kinds.split(",")]
     examples = read_examples(sorted(answers.glob("answers.*.jsonl")), configs[0].max_length)
     trainers = [Trainer(model, config, examples) for config in configs]
+    batches = trainers[0].batches
     taps = [tap for each in trainers for tap in each.drafter.taps]
     reserved = sum(each.recipe.states.reserved for each in trainers)
-    states = TargetStates(model, configs[0], examples, taps, reserved)
+    states = TargetStates(model, batches, taps, reserved)
     for each in trainers:
         each.recipe.states = states
     seconds = dict.fromkeys(["target", *kinds.split(",")], 0.0)
@@ -156,9 +157,7 @@ def compare(
     step = 0
     while (done := (time.monotonic() - began) / 60 / options.minutes) < 1:
         at = time.monotonic()
-        batch = make_batch(
-            examples, step, size=options.batch, seed=options.seed, device=model.device
-        )
+        batch = batches.at(step)
         states.of(batch, ())
         at = clock("target", at)
         drawn = batch.generator.get_state()

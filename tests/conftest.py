@@ -100,6 +100,9 @@ ALWAYS = ("mtp", "dspark", "dflash2", "jetspec", "eagle3-layers")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
+    from ttspec.bench.runner import measure_all
+
+    measure_all.__kwdefaults__["warm_up"] = 4  # tests measure little more than that
     torch.set_num_threads(1)  # two threads on a busy machine are slower than one
     seen, counts = set[tuple[Path, str]](), Counter[str]()
     for item in items:

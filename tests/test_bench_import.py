@@ -85,18 +85,19 @@ def test_the_servers_responses_give_the_same_rounds(tmp_path: Path) -> None:
 
 
 @pytest.mark.weights
-def test_ttspec_does_the_same_round_by_round(smollm2_dir, tmp_path: Path) -> None:
+@pytest.mark.parametrize("requests", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_ttspec_does_the_same_round_by_round(smollm2_dir, tmp_path: Path, requests: int) -> None:
     import_run(RECORDING, tmp_path / "run")
     _, (arm,) = read_run(tmp_path / "run")
     engine = load("smollm2-135m", "smollm2-135m-eagle3", device="cpu", dtype="float32")
     found = engine.generate(
-        [row["prompt"] for row in rows_of(RECORDING)[1:]],
+        [row["prompt"] for row in rows_of(RECORDING)[1 : requests + 1]],
         max_new_tokens=64,
         temperature=0.0,
         learn=None,
         draft=DraftConfig(copy=False, context="whole"),
     )
-    for turn, result in zip(arm.turns, found, strict=True):
+    for turn, result in zip(arm.turns[:requests], found, strict=True):
         assert turn.result.token_ids == result.token_ids
         assert turn.result.stats.prompt_tokens == result.stats.prompt_tokens
         assert places(turn.result.rounds) == places(result.rounds)

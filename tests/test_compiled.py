@@ -80,17 +80,17 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     assert counters["stats"]["unique_graphs"] == first
 
 
-def test_projections_laid_together_are_the_same_weights(toy_target_dir):
+def test_merged_projections_are_the_same_weights(toy_target_dir):
     target = toy_engine(toy_target_dir).target
     before = {n: p.clone() for n, p in target.model.named_parameters()}
-    [attention, mlp] = layers.lay_together(target.model.base_model.layers[0])
-    assert [len(attention.parts), len(mlp.parts)] == [3, 2]
+    [attention, mlp] = layers.merge_linears(target.model.base_model.layers[0])
+    assert [len(attention.slices), len(mlp.slices)] == [3, 2]
     for name, parameter in target.model.named_parameters():
         assert torch.equal(parameter, before[name])
     states = torch.randn(2, 3, attention.weight.shape[1])
-    for name, part in attention.parts.items():
+    for name, part in attention.slices.items():
         torch.testing.assert_close(part(states), getattr(attention.parent, name)(states))
     assert attention.states is states
     other = torch.randn_like(states)
-    q = attention.parts["q_proj"]
+    q = attention.slices["q_proj"]
     torch.testing.assert_close(q(other), attention.parent.q_proj(other))

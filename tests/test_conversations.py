@@ -324,7 +324,7 @@ def test_the_real_target_talks_as_its_template_writes(smollm2_dir):
     engine = load(dtype="float32", device="cpu")
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": 0.0}
     session = engine.session(**options, context=400, learn=LearnConfig(scope="session"))
-    for messages, result in talk(session, turns=3):
+    for messages, result in talk(session, turns=2):
         whole = rendered(engine, messages)
         assert session.conversation.decoder.rows.tokens[0] == whole + result.token_ids
         fresh = engine.generate([messages], **options, learn=None, draft=DraftConfig(length=0))[0]

@@ -20,7 +20,7 @@ from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.models.fused_forward import FusedForward
-from ttspec.models.layers import lay_together
+from ttspec.models.layers import merge_linears
 from ttspec.models.target import cache_keyword
 from ttspec.rowcache import RowCache, causal_mask
 
@@ -139,8 +139,8 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
 
     with torch.no_grad():
         wanted, own_code = said(exact, other), said(model, plain)
-        together = [lay_together(layer) for layer in model.model.layers]
-        fused = FusedForward(model, together, (window,) * LAYERS)
+        merged = [merge_linears(layer) for layer in model.model.layers]
+        fused = FusedForward(model, merged, (window,) * LAYERS)
         logits, features = fused(cache, fed, start, (0, 1, -1), None)
         none, _ = fused(cache, fed, start, (), 0)
         last, _ = fused(cache, fed, start, (), 1)

@@ -14,7 +14,7 @@ from ttspec import load
 from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models import loading
-from ttspec.models.layers import lay_together
+from ttspec.models.layers import merge_linears
 
 PLACE = {"device": "cpu", "dtype": "float32"}
 
@@ -83,7 +83,7 @@ def test_a_quantised_target_says_what_it_says_alone(which: str, toy_target_dir, 
     assert type(target.embedding) is torch.nn.Parameter
     whole = LlamaForCausalLM.from_pretrained(toy_target_dir)
     assert type(target.model.model.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
-    assert lay_together(target.model.model.layers[0]) == []
+    assert merge_linears(target.model.model.layers[0]) == []
     ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(0))
     zero = torch.zeros(1, dtype=torch.long)
     logits = target.forward(target.cache(1, 32), ids, zero, 0)[0]

@@ -290,11 +290,11 @@ SPANS = [[(3, 9), (20, 26)], [(2, 5)], [(4, 17)]]
 def masked(spans=SPANS, *, depth=4, keep=0.5, least=0.25, count=30, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 256, (len(spans), count), generator=generator)
-    taught = torch.zeros_like(ids, dtype=torch.bool)
+    is_answer = torch.zeros_like(ids, dtype=torch.bool)
     for row, places in enumerate(spans):
         for begin, end in places:
-            taught[row, begin:end] = True
-    batch = Batch(ids, taught, generator, [*range(len(spans))])
+            is_answer[row, begin:end] = True
+    batch = Batch(ids, is_answer, generator, [*range(len(spans))])
     return batch, masked_rows(batch, depth, keep, least)
 
 
@@ -302,7 +302,7 @@ def chains(rows: MaskedRows, row: int, count: int) -> dict[int, list[int]]:
     """By anchor, the depths of its masks, in ascending order."""
     found: dict[int, list[int]] = {}
     for i in range(count, rows.ids.shape[1]):
-        if rows.taught[row, i]:
+        if rows.has_label[row, i]:
             d = int(rows.depth[row, i])
             found.setdefault(int(rows.position[row, i]) - d, []).append(d)
     return {anchor: sorted(depths) for anchor, depths in found.items()}
@@ -322,7 +322,7 @@ def test_rows_see_what_they_may():
             if i < count:
                 assert seen == set(range(i + 1))
                 continue
-            if not rows.taught[row, i]:
+            if not rows.has_label[row, i]:
                 assert seen == {i}
                 padding += 1
                 continue
@@ -331,7 +331,7 @@ def test_rows_see_what_they_may():
             before = {
                 j
                 for j in range(count, total)
-                if rows.taught[row, j] and depth[j] <= d and position[j] - depth[j] == anchor
+                if rows.has_label[row, j] and depth[j] <= d and position[j] - depth[j] == anchor
             }
             assert len(before) == d  # its own, and the whole chain before it
             assert seen == set(range(anchor + 1)) | before
@@ -343,9 +343,9 @@ def test_what_is_taught_stands_in_an_answer_and_so_does_the_token_after():
     n, count = batch.ids.shape
     for row in range(n):
         within = {t for begin, end in SPANS[row] for t in range(begin, end - 1)}
-        assert set(rows.taught[row, :count].nonzero()[:, 0].tolist()) == within
+        assert set(rows.has_label[row, :count].nonzero()[:, 0].tolist()) == within
         assert torch.equal(rows.ids[row, :count], batch.ids[row])
-        for i in rows.taught[row].nonzero()[:, 0].tolist():
+        for i in rows.has_label[row].nonzero()[:, 0].tolist():
             place, anchor = (
                 int(rows.position[row, i]),
                 int(rows.position[row, i] - rows.depth[row, i]),

@@ -79,7 +79,7 @@ def test_one_seed_is_one_text_whenever_an_update_is_published(engine, plain, wei
 
 
 def test_the_learning_arms_really_change_what_is_drafted(engine):
-    options = {"max_new_tokens": 48, "seed": 5, "ignore_eos": True, "temperature": 0.8}
+    options = {"max_new_tokens": 28, "seed": 5, "ignore_eos": True, "temperature": 0.8}
     rounds = {
         arm: [
             [r.accepted for r in result.rounds]
@@ -149,7 +149,7 @@ def test_rejection_sampling_is_reproducible_while_learning(engine):
 
 def test_a_qwen_target_writes_the_same_with_and_without_a_learning_drafter(toy_qwen_dir):
     engine = toy_engine(toy_qwen_dir, toy_drafter(3))
-    options = {"max_new_tokens": 40, "seed": 2, "temperature": 0.7, "ignore_eos": True}
+    options = {"max_new_tokens": 24, "seed": 2, "temperature": 0.7, "ignore_eos": True}
     wanted = engine.generate(PROMPTS, **options, learn=None, draft=DraftConfig(length=0))
     learned = engine.generate(PROMPTS, **options, **ARMS["hindsight"])
     assert [r.token_ids for r in learned] == [r.token_ids for r in wanted]

@@ -74,8 +74,10 @@ def test_the_next_request_begins_where_the_last_one_ended(target) -> None:
     assert any(not w.equal(engine.drafter.weights[n]) for n, w in live_weights.published.items())
     assert rounds(again) != rounds(first), "it has learned this very text"
     assert sum(map(len, rounds(again))) < sum(map(len, rounds(first)))
-    say(engine, SHARED, max_new_tokens=400)  # another shape, another decoder, the same weights
+    stream = engine.stream(PROMPTS[0], learn=SHARED, max_new_tokens=400)  # another decoder
+    next(stream)
     assert list(engine._shared_weights._live.values()) == [live_weights]
+    stream.close()
 
 
 @pytest.mark.parametrize("learn", [None, LearnConfig(stride=1, lr=3e-3)])

@@ -17,7 +17,7 @@ from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import DataError, OptionError, TrainingError
 from ttspec.training import train as training
 from ttspec.training.answers import read_dialogues, write_answers
-from ttspec.training.batches import anchors, make_batch, read_examples
+from ttspec.training.batches import Batches, anchors, read_examples
 from ttspec.training.config import TrainConfig
 from ttspec.training.recipes import RECIPES
 from ttspec.training.train import Progress, Trainer, train
@@ -134,7 +134,7 @@ def test_nothing_is_learned_from_a_gradient_that_is_not_finite(
     examples = read_examples([run[0] / "answers.jsonl"], 120)
     trainer = Trainer(engine.target, config(prompts, tmp_path), examples)
     before = {n: w.detach().clone() for n, w in trainer.masters.items()}
-    batch = make_batch(examples, 0, size=2, seed=0, device=engine.target.device)
+    batch = Batches(examples, 2, 0, engine.target.device).at(0)
     with monkeypatch.context() as patch:
         loss = type(trainer.recipe).loss
         patch.setattr(
@@ -359,9 +359,9 @@ def test_the_target_reads_each_example_once_where_its_states_fit(
     monkeypatch.setattr(
         type(engine.target), "read", lambda self, ids: seen.append(len(ids)) or read(self, ids)
     )
-    device, per_epoch = engine.target.device, -(-len(examples) // 6)
+    per_epoch = trainer.batches.per_epoch
     for step in range(per_epoch, 3 * per_epoch):  # as if it had been interrupted
-        batch = make_batch(examples, step, size=6, seed=0, device=device)
+        batch = trainer.batches.at(step)
         for taps in ((), trainer.drafter.taps[::-1]):
             found = trainer.recipe.states.of(batch, taps)
             engine.target.taps = taps
@@ -379,9 +379,9 @@ def test_the_target_reads_each_example_once_where_its_states_fit(
 def test_blocks_begin_at_answer_tokens_that_another_follows_and_labels_are_of_the_answer(run):
     examples = read_examples([run[0] / "answers.jsonl"], 100)
     by_ids = {tuple(ids): spans for ids, spans in examples}
-    seen = set()
+    batches, seen = Batches(examples, 4, 1, torch.device("cpu")), set()
     for step in range(6):
-        batch = make_batch(examples, step, size=4, seed=1, device=torch.device("cpu"))
+        batch = batches.at(step)
         blocks = anchors(batch, 32, 4)
         for row, ids in enumerate(batch.ids.tolist()):
             (spans,) = [s for given, s in by_ids.items() if ids[: len(given)] == list(given)]
@@ -400,10 +400,10 @@ def test_blocks_begin_at_answer_tokens_that_another_follows_and_labels_are_of_th
 
 def test_the_batch_of_a_step_is_always_the_same(run):
     examples = read_examples([run[0] / "answers.jsonl"], 100)
-    options = {"size": 4, "seed": 1, "device": torch.device("cpu")}
-    batches = [make_batch(examples, step, **options) for step in (3, 3, 4)]
+    given = Batches(examples, 4, 1, torch.device("cpu"))
+    batches = [given.at(step) for step in (3, 3, 4)]
     one, again, other = (anchors(batch, 8, 4) for batch in batches)
     assert torch.equal(one.start, again.start)
     assert torch.equal(batches[0].ids, batches[1].ids)
-    assert torch.equal(batches[0].taught, batches[1].taught)
+    assert torch.equal(batches[0].is_answer, batches[1].is_answer)
     assert one.start.shape != other.start.shape or not torch.equal(one.start, other.start)

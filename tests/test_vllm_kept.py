@@ -8,11 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_vllm_steps import (  # noqa: F401
     LEARN,
-    PROMPTS,
     feed,
     learner_of,
     prompt_step,
-    record,
+    recorded,
     target,
 )
 from toys import bound_kind
@@ -29,12 +28,12 @@ from ttspec.vllm.steps import EngineLearner
 
 def test_a_server_begins_where_the_last_one_ended(
     target,  # noqa: F811
+    recorded,  # noqa: F811
     toy_target_dir,
-    monkeypatch,
     tmp_path,
     capsys,
 ) -> None:
-    found = record("eagle3", target, PROMPTS[:1], monkeypatch, tokens=150)
+    found = recorded("eagle3", tokens=150)
     assert found.drafter is not None
     drafter, said = found.drafter, []
     learn = replace(LEARN, keep=str(tmp_path / "kept"))
@@ -99,8 +98,8 @@ def test_where_no_draft_is_accepted_one_line_says_why() -> None:
     assert "expects 0.8 a round: vLLM runs it in another way" in said
 
 
-def test_what_should_be_accepted_comes_from_what_is_held_out(target, monkeypatch) -> None:  # noqa: F811
-    found = record("eagle3", target, PROMPTS[:1], monkeypatch, tokens=150)
+def test_what_should_be_accepted_comes_from_what_is_held_out(recorded) -> None:  # noqa: F811
+    found = recorded("eagle3", tokens=150)
     learner, _ = learner_of(found, rows=1)
     assert learner.expected_drafts() is None
     learner.absorb(prompt_step(found))

@@ -1,6 +1,8 @@
 """An engine's steps, in vLLM's layouts, teach what ttspec's own rounds teach. No vLLM here."""
 
 import copy
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import pytest
@@ -36,7 +38,7 @@ class Recorded:
     drafter: Drafter | None = None
 
 
-def record(which: str, target, prompts: list[str], monkeypatch, tokens: int = 30) -> Recorded:
+def record(which: str, target, prompts: list[str], tokens: int = 30) -> Recorded:
     """Let ttspec itself learn, and write down what it saw."""
     found, extend, absorb = Recorded(), Drafter.extend, Learner.absorb
     done: list[int] = []
@@ -63,7 +65,7 @@ def record(which: str, target, prompts: list[str], monkeypatch, tokens: int = 30
         return updated
 
     engine = engine_of(target, which)
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Drafter, "extend", watched_extend)
         patch.setattr(Learner, "absorb", watched_absorb)
         engine.generate(
@@ -76,6 +78,14 @@ def record(which: str, target, prompts: list[str], monkeypatch, tokens: int = 30
         )
     found.drafter = engine_of(target, which).drafter
     return found
+
+
+@pytest.fixture(scope="module")
+def recorded(target) -> Callable[..., Recorded]:
+    """A run of one prompt, made once for all tests that look at it; none of them changes it."""
+    return functools.cache(
+        lambda which, tokens=30: record(which, target, PROMPTS[:1], tokens=tokens)
+    )
 
 
 def learner_of(found: Recorded, rows: int, **options) -> tuple[EngineLearner, list[int]]:
@@ -171,8 +181,8 @@ def assert_same_texts(found: LessonMemory, wanted: LessonMemory | None) -> None:
 
 @pytest.mark.parametrize("at", [0, 96])
 @pytest.mark.parametrize("which", ["eagle3", "dflash", "causal"])
-def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, target, monkeypatch):
-    found = record(which, target, PROMPTS[:1], monkeypatch)
+def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, recorded):
+    found = recorded(which)
     learner, published = learner_of(found, rows=2)
     learner.absorb(prompt_step(found, at=at))  # at 96: behind a prefix that was cached
     feed(learner, found, [0], at=at)
@@ -183,8 +193,8 @@ def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, targe
     assert any(not torch.equal(learned[n], start[n]) for n in learned)
 
 
-def test_two_requests_in_any_order_of_the_batch(target, monkeypatch):
-    found = record("eagle3", target, PROMPTS, monkeypatch)
+def test_two_requests_in_any_order_of_the_batch(target):
+    found = record("eagle3", target, PROMPTS)
     for order in ([0, 1], [1, 0]):
         learner, _ = learner_of(found, rows=3)
         learner.absorb(prompt_step(found, rows=[0, 1]))
@@ -193,8 +203,8 @@ def test_two_requests_in_any_order_of_the_batch(target, monkeypatch):
         assert_same_texts(learner.learner.weights.memory, found.memory)
 
 
-def test_an_update_that_would_ruin_the_drafter_is_taken_back(target, monkeypatch):
-    found = record("eagle3", target, PROMPTS[:1], monkeypatch)
+def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
+    found = recorded("eagle3")
     learner, _ = learner_of(found, rows=1)
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])

@@ -114,8 +114,9 @@ class Stretch:
         inside = rounds_of(turns, self.low, self.high)
         if self.repeats >= 1:
             return inside
-        ids = token_ids(turns)
-        return [r for r in inside if _repeated(ids, r.position // WINDOW) <= self.repeats]
+        ids = tuple(token_ids(turns))
+        places = ((r, r.position // WINDOW * WINDOW) for r in inside)
+        return [r for r, at in places if _repeated(ids[at : at + WINDOW]) <= self.repeats]
 
     def emitted(self, turns: Sequence[Turn]) -> float:
         """Tokens committed by these rounds."""
@@ -142,13 +143,7 @@ STRETCHES = (
 """Before learning has had time, after, and after where phrases do not return."""
 
 
-def _repeated(ids: Sequence[int], window: int) -> float:
-    return _repeated_8grams(tuple(ids[window * WINDOW : (window + 1) * WINDOW]))
-
-
-@cache
-def _repeated_8grams(ids: tuple[int, ...]) -> float:
-    return repeated_ngrams(list(ids))
+_repeated = cache(repeated_ngrams)
 
 
 def only(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:

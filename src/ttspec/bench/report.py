@@ -100,19 +100,19 @@ def summarise_run(run: RunSet) -> dict[str, Any]:
         arm.name: {
             "units": len(arm.units),
             "tokens": arm.tokens,
-            "acceptance_length": plain(m.acceptance(arm)),
-            "acceptance_length_over_requests": plain(m.acceptance_over_requests(arm)),
+            "acceptance_length": json_values(m.acceptance(arm)),
+            "acceptance_length_over_requests": json_values(m.acceptance_over_requests(arm)),
             "accepted_share": m.drafted_share(arm),
             "accepted_at": m.draft_positions(arm),
             "repeated_8grams": arm.repeated_8grams,
-            "tokens_per_second": plain(m.speed(arm)),
+            "tokens_per_second": json_values(m.speed(arm)),
             "first_token_seconds": m.first_token(arm),
             "inter_token_seconds": m.inter_token(arm),
             "seconds_a_token": m.stage_seconds(arm),
             "learning_share": arm.learning_share,
             "updates": arm.updates,
-            "stretches": {s.name: plain(s.acceptance(arm)) for s in m.STRETCHES},
-            "by_position": [plain(b) for b in bins[arm.name]],
+            "stretches": {s.name: json_values(s.acceptance(arm)) for s in m.STRETCHES},
+            "by_position": [json_values(b) for b in bins[arm.name]],
         }
         for arm in run.arms
     }
@@ -120,21 +120,21 @@ def summarise_run(run: RunSet) -> dict[str, Any]:
         {
             "arm": a.name,
             "against": b.name,
-            "acceptance_length": plain(m.pair_acceptance(a, b)),
-            "tokens_per_second": plain(m.pair_speed(a, b)),
-            "stretches": {s.name: plain(s.pair(a, b)) for s in m.STRETCHES},
+            "acceptance_length": json_values(m.pair_acceptance(a, b)),
+            "tokens_per_second": json_values(m.pair_speed(a, b)),
+            "stretches": {s.name: json_values(s.pair(a, b)) for s in m.STRETCHES},
         }
         for a, b in pairs_of(run.arms)
     ]
     return {"runs": run.manifests, "arms": arms, "pairs": pairs}
 
 
-def plain(value: Any) -> Any:
+def json_values(value: Any) -> Any:
     """Records of numbers as JSON values; nan is null."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
+        return {key: json_values(entry) for key, entry in value.items()}
     return None if value != value else value
 
 

@@ -6,11 +6,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from cyclopts import Parameter
-
-from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.options import (
+    DraftFlags,
+    GenerateFlags,
+    LearnFlags,
+    ModelFlags,
+    options_of,
+    require_positive,
+)
 from ttspec.cli.terminal import say
 from ttspec.errors import DataError, OptionError, TrainingError
 
@@ -30,7 +35,7 @@ def adapt(
     models: ModelFlags = ModelFlags(),
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
-    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    learning: LearnFlags = LearnFlags(),
     rows: int = 8,
 ) -> int:
     """Let a drafter learn from recorded traffic, with the learner that learns in use.
@@ -59,8 +64,7 @@ def adapt(
             "adapt would keep nothing.\nGive --out, a folder for the drafter, or --learn.keep, one "
             "for versions of it, or both."
         )
-    if rows < 1:
-        raise OptionError(f"--rows is {rows}; allowed is 1 or more.")
+    require_positive(rows=rows)
     if out is not None:
         from ttspec.drafters.export import require_empty
 
@@ -103,10 +107,7 @@ def _answered(
     engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, rows: int
 ) -> Iterator[Result]:
     """The target's answers to what was asked."""
-    from dataclasses import fields
-
-    options = {f.name: getattr(config, f.name) for f in fields(config)}
-    for _, chunk in engine.run(dialogues, rows=rows, stream=False, **options):
+    for _, chunk in engine.run(dialogues, rows=rows, stream=False, **options_of(config)):
         if chunk.result:
             yield chunk.result
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from ttspec.cli.options import DraftFlags, LearnFlags, ModelFlags, ShapeFlags
+from ttspec.cli.options import (
+    DraftFlags,
+    Flag,
+    JsonFlag,
+    LearnFlag,
+    LearnFlags,
+    ModelFlags,
+    ShapeFlags,
+    require_positive,
+)
 from ttspec.cli.progress import show_progress
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import GenerateConfig
@@ -23,7 +32,6 @@ bench = App(
     help="Measure arms on a suite of requests, report, compare.",
     help_format="markdown",
 )
-Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 
 
 @bench.command
@@ -82,7 +90,7 @@ def run(
     from ttspec.bench.arms import check_forced, parse_arms
     from ttspec.bench.suites import load_suites, random_suite
 
-    _check_positive(
+    require_positive(
         requests=requests, prompt_tokens=prompt_tokens, rows=rows, session_tokens=session_tokens
     )
     specs, numbers = parse_arms(arms), _seeds(seeds)
@@ -140,7 +148,7 @@ def replay(
         Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
         of all seeds, or as many as fit into memory]
     """
-    _check_positive(rows=rows)
+    require_positive(rows=rows)
 
     from ttspec.bench.arms import parse_arms
     from ttspec.bench.manifest import mark_sentence
@@ -281,9 +289,9 @@ def roofline(
     rounds: int = 20,
     temperature: float = 0.0,
     draft: DraftFlags = DraftFlags(),
-    learn: Annotated[bool, Parameter(name="--learn")] = True,
-    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    learn: LearnFlag = True,
+    learning: LearnFlags = LearnFlags(),
+    as_json: JsonFlag = False,
 ) -> int:
     """Say what each stage of a round must move and compute, how long that would take, and did.
 
@@ -302,7 +310,7 @@ def roofline(
     as_json
         Print one JSON object, in bytes, operations and seconds.
     """
-    _check_positive(rows=rows, context=context, rounds=rounds)
+    require_positive(rows=rows, context=context, rounds=rounds)
     options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
     engine = models.load(notify=say)
 
@@ -316,13 +324,6 @@ def roofline(
     else:
         found.table().print(table_console())
     return 0
-
-
-def _check_positive(**given: int | None) -> None:
-    for name, value in given.items():
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise OptionError(f"--{flag} is {value}; allowed is 1 or more.")
 
 
 def _check_prompts(suite: str | None, prompt_tokens: int | None, is_random: bool) -> None:

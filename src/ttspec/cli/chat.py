@@ -5,11 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, GenerateFlags, ModelFlags, SessionLearnFlags
+from ttspec.cli.options import (
+    DraftFlags,
+    GenerateFlags,
+    LearnFlag,
+    ModelFlags,
+    SessionLearnFlags,
+)
 from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
 from ttspec.config import GenerateConfig
@@ -36,8 +42,8 @@ def chat(
     models: ModelFlags = ModelFlags(),
     options: ChatFlags = ChatFlags(),
     draft: DraftFlags = DraftFlags(),
-    learn: Annotated[bool, Parameter(name="--learn")] = True,
-    learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
+    learn: LearnFlag = True,
+    learning: SessionLearnFlags = SessionLearnFlags(),
     save_drafter: Path | None = None,
     resume_drafter: Path | None = None,
 ) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import ExactModelFlags, LearnFlags
+from ttspec.cli.options import ExactModelFlags, JsonFlag, LearnFlags, options_of
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.errors import OptionError
@@ -31,6 +31,7 @@ RARE = 10_000
 """In float32, more than one near-tie in so many tokens is a failure too."""
 
 
+@Parameter(name="--learn")
 @dataclass(frozen=True, kw_only=True)
 class EagerLearnFlags(LearnFlags):
     """Learning options for the hardest case."""
@@ -60,8 +61,8 @@ def check(
     temperature: float = 0.0,
     seed: int = 0,
     deterministic: Annotated[bool, Parameter(negative=())] = False,
-    learning: Annotated[EagerLearnFlags, Parameter(name="--learn")] = EagerLearnFlags(),
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    learning: EagerLearnFlags = EagerLearnFlags(),
+    as_json: JsonFlag = False,
 ) -> int:
     """Check that a drafter, learning or not, changes no token of the target's own text.
 
@@ -121,9 +122,9 @@ def compare(
     """Answer every prompt plainly and in every arm; say at once how each compares."""
     plain = replace(plain, draft=DraftConfig(length=0))
     for prompt in prompts:
-        expected = engine.generate(prompt, **_options(plain))[0]
+        expected = engine.generate(prompt, **options_of(plain))[0]
         for name, config in arms.items():
-            result = engine.generate(prompt, **_options(config))[0]
+            result = engine.generate(prompt, **options_of(config))[0]
             finding = judge(engine, prompt, name, expected, result, plain)
             if not quiet:
                 print(line(finding), flush=True)
@@ -153,7 +154,7 @@ def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateCo
     key = noise_key(expected.stats.seed, expected.prompt_ids)
     ids = [*expected.prompt_ids, *expected.token_ids]
     answer = len(expected.prompt_ids)
-    return engine.margin(ids, answer + position, key, answer=answer, **_options(plain))
+    return engine.margin(ids, answer + position, key, answer=answer, **options_of(plain))
 
 
 def tie(dtype: str) -> float:
@@ -198,7 +199,3 @@ def conclusion(findings: list[Finding], dtype: str, *, ok: bool, strict: bool = 
             "at such margins. Use --deterministic or --dtype float32 for a strict answer."
         )
     return text
-
-
-def _options(config: GenerateConfig) -> dict[str, Any]:
-    return {field.name: getattr(config, field.name) for field in fields(config)}

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from ttspec.cli.demo_turns import LONG, SHORT
-from ttspec.cli.options import ModelFlags, SessionLearnFlags
+from ttspec.cli.options import Flag, ModelFlags, SessionLearnFlags, require_positive
 from ttspec.cli.terminal import follow, say
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
@@ -30,11 +28,11 @@ SESSION_TOKENS = 1250
 def demo(
     *,
     models: ModelFlags = ModelFlags(),
-    long: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    long: Flag = False,
     tokens: int | None = None,
     temperature: float = 0.7,
     seed: int = 0,
-    learning: Annotated[SessionLearnFlags, Parameter(name="--learn")] = SessionLearnFlags(),
+    learning: SessionLearnFlags = SessionLearnFlags(),
     out: Path | None = None,
 ) -> int:
     """Show what drafting, copying and learning do: the same session in four ways.
@@ -58,9 +56,8 @@ def demo(
     out
         Folder for the page, the plot and the rounds as JSON. [default: runs/demo-DATE-TIME]
     """
+    require_positive(tokens=tokens)
     goal = tokens if tokens is not None else 6000 if long else SESSION_TOKENS
-    if goal < 1:
-        raise OptionError(f"--tokens is {goal}; allowed is 1 or more.")
     learn = learning.config()
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)  # complains before anything is loaded

@@ -6,11 +6,17 @@ import math
 import textwrap
 from collections import Counter
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from ttspec.cli.options import Device, DeviceMap, Dtype, ModelFlags
+from ttspec.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Flag,
+    JsonFlag,
+    ModelFlags,
+    require_positive,
+)
 from ttspec.cli.terminal import say, to_json
 from ttspec.errors import CheckpointError, OptionError
 
@@ -27,14 +33,14 @@ def doctor(
     target: str = "smollm2-135m",
     drafter: str = "auto",
     *,
-    probe: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
-    targets: Annotated[bool, Parameter(negative=(), show_default=False)] = False,
+    probe: Flag = False,
+    targets: Flag = False,
     rows: int = 1,
     context: int | None = None,
     device: Device = "auto",
     device_map: DeviceMap | None = None,
     dtype: Dtype = "auto",
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    as_json: JsonFlag = False,
 ) -> int:
     """Say what is loaded, from where, what it needs, and what would silently cost acceptance.
 
@@ -66,9 +72,7 @@ def doctor(
     if targets:
         _only_targets(target=target, drafter=drafter, probe=probe, context=context, dtype=dtype)
         return _targets(device, as_json=as_json)
-    for name, value in (("rows", rows), ("context", context)):
-        if value is not None and value < 1:
-            raise OptionError(f"--{name} is {value}; allowed is 1 or more.")
+    require_positive(rows=rows, context=context)
     models = ModelFlags(
         target=target, drafter=drafter, device=device, device_map=device_map, dtype=dtype
     )
@@ -78,19 +82,19 @@ def doctor(
     except CheckpointError as error:
         reason = str(error)
         engine = replace(models, drafter="none").load(notify=say)
-    told = examine(engine, rows, context) | {"fits": None, "reason": reason}
+    report = examine(engine, rows, context) | {"fits": None, "reason": reason}
     if reason is not None or engine.drafter is not None:
-        told["fits"] = reason is None
+        report["fits"] = reason is None
     if reason is not None:
         text = " ".join(reason.splitlines())
-        told["findings"].insert(0, {"name": "fit", "level": "problem", "text": text})
+        report["findings"].insert(0, {"name": "fit", "level": "problem", "text": text})
     elif probe:
-        told |= _probe(engine, told["findings"])
+        report |= _probe(engine, report["findings"])
     if as_json:
-        print(to_json(told))
+        print(to_json(report))
     else:
-        print("\n".join(lines(told)))
-    return int(any(f["level"] == "problem" for f in told["findings"]))
+        print("\n".join(lines(report)))
+    return int(any(f["level"] == "problem" for f in report["findings"]))
 
 
 def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[str, Any]:
@@ -112,15 +116,15 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
     }
 
 
-def lines(told: dict[str, Any]) -> list[str]:
+def lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
     from ttspec.diagnosis.memory import mib
 
-    target, drafter, memory = told["target"], told["drafter"], told["memory"]
+    target, drafter, memory = report["target"], report["drafter"], report["memory"]
     ends = ", ".join(f"{i} {text!r}" for i, text in target["end_tokens"].items())
     out = [
         f"target       {target['name']} ({target['origin']}): {target['architecture']}",
-        f"  path       {told['path']}",
+        f"  path       {report['path']}",
         f"  size       {target['parameters'] / 1e6:,.1f} M parameters, {target['layers']} layers, "
         f"{target['vocabulary']:,} tokens in the vocabulary",
         f"  runs       {target['dtype']} on {target['device']}, "
@@ -143,14 +147,14 @@ def lines(told: dict[str, Any]) -> list[str]:
             f"  learning   {mib(memory['learning_per_row'])} for each row whose weights learn, "
             f"{mib(memory['learning_per_row_lora'])} for low-rank changes",
         ]
-    elif told["reason"] is not None:
-        first, *rest = told["reason"].splitlines()
+    elif report["reason"] is not None:
+        first, *rest = report["reason"].splitlines()
         out += [f"drafter      does not fit: {first}", *(f"             {line}" for line in rest)]
     else:
         out.append("drafter      none: plain decoding")
-    out.append(f"forecast     {_forecast(told['forecast'])}")
+    out.append(f"forecast     {_forecast(report['forecast'])}")
     out.append("findings")
-    for f in told["findings"]:
+    for f in report["findings"]:
         head = f"  {f['name']:<13} {f['level']:<8} "
         out += textwrap.wrap(
             f["text"],
@@ -160,7 +164,7 @@ def lines(told: dict[str, Any]) -> list[str]:
             break_long_words=False,
             break_on_hyphens=False,
         )
-    for row in told.get("probe", ()):
+    for row in report.get("probe", ()):
         if not row["setting"]:
             out.append(
                 "probe                         accepted   95 % interval   positions    nats   "
@@ -229,11 +233,11 @@ def _forecast(parts: dict[str, int | None]) -> str:
     """What was told before anything was loaded, to be compared with what is there."""
     from ttspec.diagnosis.memory import mib
 
-    said = {name: "unknown" if size is None else mib(size) for name, size in parts.items()}
+    sizes = {name: "unknown" if size is None else mib(size) for name, size in parts.items()}
     return (
-        f"target {said['target_weights']} + {said['target_cache_per_1000_tokens']}, drafter "
-        f"{said['drafter_weights']} + {said['drafter_cache_per_1000_tokens']}; in all "
-        f"{said['total']}, {said['free']} free now"
+        f"target {sizes['target_weights']} + {sizes['target_cache_per_1000_tokens']}, drafter "
+        f"{sizes['drafter_weights']} + {sizes['drafter_cache_per_1000_tokens']}; in all "
+        f"{sizes['total']}, {sizes['free']} free now"
     )
 
 

@@ -1,11 +1,8 @@
 """`ttspec export`: write a drafter for vLLM and other tools."""
 
 from pathlib import Path
-from typing import Annotated, Literal
 
-from cyclopts import Parameter
-
-from ttspec.cli.options import Dtype, ModelFlags
+from ttspec.cli.options import Dtype, ExportFormat, ModelFlags
 from ttspec.cli.terminal import say
 from ttspec.errors import OptionError
 
@@ -15,7 +12,7 @@ def export(
     *,
     out: Path,
     target: str = "smollm2-135m",
-    form: Annotated[Literal["published", "speculators"], Parameter(name="--format")] = "published",
+    form: ExportFormat = "published",
     dtype: Dtype = "bfloat16",
 ) -> int:
     """Write a drafter so that vLLM, transformers and other tools load it.

@@ -6,7 +6,14 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlags, ModelFlags
+from ttspec.cli.options import (
+    DraftFlags,
+    GenerateFlags,
+    JsonFlag,
+    LearnFlag,
+    LearnFlags,
+    ModelFlags,
+)
 from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import (
     follow,
@@ -28,11 +35,11 @@ def generate(
     models: ModelFlags = ModelFlags(),
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
-    learn: Annotated[bool, Parameter(name="--learn")] = True,
-    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    learn: LearnFlag = True,
+    learning: LearnFlags = LearnFlags(),
     save_drafter: Path | None = None,
     resume_drafter: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative=(), show_default=False)] = False,
+    as_json: JsonFlag = False,
 ) -> int:
     """Generate one answer and stream it to standard output.
 

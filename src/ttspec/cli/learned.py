@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from ttspec.cli.options import Dtype, ModelFlags
+from ttspec.cli.options import Dtype, ExportFormat, JsonFlag, ModelFlags
 from ttspec.cli.terminal import say, to_json
 from ttspec.errors import CheckpointError, DataError, OptionError
 
@@ -24,11 +24,10 @@ NOTE = (
     "Accepted drafts a block, on lessons that taught nothing: of the version, of the drafter's own "
     "weights, and of the version before."
 )
-Json = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
 
 
 @learned.command(name="list")
-def list_(folder: Path, *, as_json: Json = False) -> int:
+def list_(folder: Path, *, as_json: JsonFlag = False) -> int:
     """List the versions of a folder, of all pairs and tenants; a star marks what drafts next.
 
     Parameters
@@ -93,7 +92,7 @@ def export(
     tenant: str | None = None,
     target: str | None = None,
     drafter: str | None = None,
-    form: Annotated[Literal["published", "speculators"], Parameter(name="--format")] = "published",
+    form: ExportFormat = "published",
     dtype: Dtype = "bfloat16",
 ) -> int:
     """Write a version as a drafter of its own, which ttspec, vLLM and transformers load.

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
+"""Without a --no- form."""
+JsonFlag = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
+LearnFlag = Annotated[bool, Parameter(name="--learn")]
+"""Also --no-learn; `LearnFlags` are the options behind its dot."""
+ExportFormat = Annotated[Literal["published", "speculators"], Parameter(name="--format")]
 
 
 def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> Any:
@@ -48,9 +54,25 @@ def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> A
     return make_dataclass(f"{record.__name__}Flags", flags, frozen=True, kw_only=True)
 
 
+def require_positive(**given: int | None) -> None:
+    """Refuse flags below 1; None was not given.
+
+    Raises:
+        OptionError: Names the flag.
+    """
+    for name, value in given.items():
+        if value is not None and value < 1:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag} is {value}; allowed is 1 or more.")
+
+
+def options_of(record: Any) -> dict[str, Any]:
+    """The fields of a record, as keyword options."""
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
 def _given(flags: Any) -> dict[str, Any]:
-    values = {f.name: getattr(flags, f.name) for f in fields(flags)}
-    return {name: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in options_of(flags).items() if value is not None}
 
 
 class DraftFlags(_flags_of(DraftConfig)):
@@ -61,6 +83,7 @@ class DraftFlags(_flags_of(DraftConfig)):
         return DraftConfig(**_given(self))
 
 
+@Parameter(name="--learn")
 @dataclass(frozen=True, kw_only=True)
 class LearnFlags(_flags_of(LearnConfig)):
     """`--learn.stride` and so on."""
@@ -86,6 +109,7 @@ class LearnFlags(_flags_of(LearnConfig)):
         return None
 
 
+@Parameter(name="--learn")
 @dataclass(frozen=True, kw_only=True)
 class SessionLearnFlags(LearnFlags):
     """The same, for commands that hold a session."""
@@ -160,8 +184,7 @@ class ModelFlags:
 
     def _prepare(self) -> None:
         """Quiet libraries, and the threads that were asked for."""
-        if self.threads is not None and self.threads < 1:
-            raise OptionError(f"--threads is {self.threads}; allowed is 1 or more.")
+        require_positive(threads=self.threads)
         import torch
         from transformers.utils import logging
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, LearnFlags, ModelFlags
+from ttspec.cli.options import DraftFlags, LearnFlag, LearnFlags, ModelFlags
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError, ResourceError
@@ -24,8 +24,8 @@ def serve(
     models: ModelFlags = ModelFlags(),
     serving: Annotated[ServeOptions, Parameter(name="*")] = ServeOptions(),
     draft: DraftFlags = DraftFlags(),
-    learn: Annotated[bool, Parameter(name="--learn")] = True,
-    learning: Annotated[LearnFlags, Parameter(name="--learn")] = LearnFlags(),
+    learn: LearnFlag = True,
+    learning: LearnFlags = LearnFlags(),
     add_key: str | None = None,
 ) -> int:
     """Serve a target to clients of OpenAI's API; the page at / lets one chat and look on.

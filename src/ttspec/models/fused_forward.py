@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ttspec.fused import LONGEST, MANY, MOST, Heads, attention, fits, gated, normed, product
-from ttspec.models.layers import Together
+from ttspec.models.layers import MergedLinear
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
 
@@ -30,13 +30,13 @@ class FusedForward:
     def __init__(
         self,
         model: PreTrainedModel,
-        together: list[list[Together]],
+        merged: list[list[MergedLinear]],
         windows: tuple[int | None, ...],
     ) -> None:
-        """`together`: of each layer its projections q, k, v and gate, up laid together."""
+        """`merged`: of each layer its projections q, k, v and gate, up."""
         self.model: Any = model
         self.layers = list(model.model.layers)  # type: ignore[union-attr,arg-type]
-        self.together = together
+        self.merged = merged
         self.windows = windows
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         self.eps: float = model.config.rms_norm_eps
@@ -83,9 +83,9 @@ class FusedForward:
     def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
         """The states before each layer and after the last, [tokens, H]."""
         states, eps = [x], self.eps
-        for index, (layer, (joined, mlp)) in enumerate(self._parts()):
+        for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
             out, gain = layer.self_attn.o_proj, layer.input_layernorm.weight
-            made = product(x, joined.weight, bias=joined.bias, gain=gain, eps=eps)
+            made = product(x, qkv.weight, bias=qkv.bias, gain=gain, eps=eps)
             seen = self._attention(index, made, *context)
             x = product(seen, out.weight, bias=out.bias, residual=x)
             gain = layer.post_attention_layernorm.weight
@@ -97,18 +97,18 @@ class FusedForward:
     def _many(self, x: Tensor, *context: Any) -> list[Tensor]:
         """The same."""
         states, more, eps = list[Tensor](), None, self.eps
-        for index, (layer, (joined, mlp)) in enumerate(self._parts()):
+        for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
             x, z = normed(x, layer.input_layernorm.weight, eps, more)
             states.append(x)
-            seen = self._attention(index, F.linear(z, joined.weight, joined.bias), *context)
+            seen = self._attention(index, F.linear(z, qkv.weight, qkv.bias), *context)
             more, gain = layer.self_attn.o_proj(seen), layer.post_attention_layernorm.weight
             x, z = normed(x, gain, eps, more)
             more = layer.mlp.down_proj(gated(F.linear(z, mlp.weight)))
         return [*states, x if more is None else x + more]
 
-    def _parts(self) -> Iterator[tuple[Any, list[Together]]]:
-        """Each layer, and its projections that were laid together."""
-        return zip(self.layers, self.together, strict=True)
+    def _parts(self) -> Iterator[tuple[Any, list[MergedLinear]]]:
+        """Each layer, and its merged projections."""
+        return zip(self.layers, self.merged, strict=True)
 
     def _attention(
         self,

@@ -17,18 +17,18 @@ from torch.nn import functional as F
 from ttspec.compiled import compiled, of_any_size
 from ttspec.rowcache import LayerCache, RowCache
 
-TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Projections that read the same states in the models we know."""
+MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Projections that read the same states in the models we know: each group is one product."""
 
 
-class Together:
+class MergedLinear:
     """Linear modules whose weights lie in one table, so that one product does for all of them.
 
     Their parameters become views of the table: the model is the same, and takes no more memory.
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
-        """Lay the weights of some modules of `parent` together."""
+        """Merge the weights of some modules of `parent`."""
         self.parent = parent
         modules = [cast(nn.Linear, getattr(parent, name)) for name in names]
         with torch.no_grad():
@@ -40,11 +40,11 @@ class Together:
                 ends.append(ends[-1] + module.out_features)
                 module.weight.data = self.weight[ends[-2] : ends[-1]]
         spans = zip(names, pairwise(ends), strict=True)
-        self.parts = {name: Part(self, begin, end) for name, (begin, end) in spans}
+        self.slices = {name: MergedSlice(self, begin, end) for name, (begin, end) in spans}
         self.states: Tensor | None = None
         self.out: Tensor | None = None
 
-    def part(self, begin: int, end: int, states: Tensor) -> Tensor:
+    def outputs(self, begin: int, end: int, states: Tensor) -> Tensor:
         """What one of the modules makes of states; the product is made for the first that asks."""
         if self.states is not states:
             self.states, self.out = states, F.linear(states, self.weight, self.bias)
@@ -52,44 +52,44 @@ class Together:
         return self.out[..., begin:end]
 
 
-class Part(nn.Module):
-    """Stands in for one of the modules that were laid together."""
+class MergedSlice(nn.Module):
+    """Stands in for one of the modules that were merged."""
 
-    def __init__(self, whole: Together, begin: int, end: int) -> None:
+    def __init__(self, merged: MergedLinear, begin: int, end: int) -> None:
         """Outputs begin to end of the whole."""
         super().__init__()
-        self.whole, self.place = whole, (begin, end)
+        self.merged, self.place = merged, (begin, end)
 
     def forward(self, states: Tensor) -> Tensor:
         """What the module would make of states."""
-        return self.whole.part(*self.place, states)
+        return self.merged.outputs(*self.place, states)
 
 
-def lay_together(layer: nn.Module) -> list[Together]:
+def merge_linears(layer: nn.Module) -> list[MergedLinear]:
     """The projections of a layer that may be one product."""
     found = []
     for module in layer.modules():
-        for names in TOGETHER:
+        for names in MERGED:
             ours = [getattr(module, name, None) for name in names]
             # A weight that is packed keeps another type under the same module.
             linears = [m for m in ours if type(m) is nn.Linear and type(m.weight) is nn.Parameter]
             alike = len({(m.in_features, m.bias is None) for m in linears}) == 1
             if alike and len(linears) == len(names):
-                found.append(Together(module, names))
+                found.append(MergedLinear(module, names))
     return found
 
 
 @contextmanager
 def compiled_layers(
-    model: nn.Module, together: list[list[Together]], cache: RowCache, word: str
+    model: nn.Module, merged: list[list[MergedLinear]], cache: RowCache, keyword: str
 ) -> Iterator[None]:
     """Within, the model's decoder layers run as compiled code.
 
     Args:
         model: Has its decoder layers in `layers`.
-        together: Of each layer, from `lay_together`.
+        merged: Of each layer, from `merge_linears`.
         cache: Holds keys and values of every layer already; all slots are aimed at.
-        word: What a layer's forward calls its cache.
+        keyword: What a layer's forward calls its cache.
     """
     layers = list(model.layers)  # type: ignore[arg-type]
     # transformers hooks attention to record it, which cannot be compiled; a graph runs no hook.
@@ -99,9 +99,9 @@ def compiled_layers(
         module._forward_hooks = OrderedDict()
     replaced = []
     for index, layer in enumerate(layers):
-        layer.forward = partial(_forward, layer, together[index], word, cache.layer(index))
-        for group in together[index]:
-            for name, part in group.parts.items():
+        layer.forward = partial(_forward, layer, merged[index], keyword, cache.layer(index))
+        for group in merged[index]:
+            for name, part in group.slices.items():
                 replaced.append((group.parent, name, getattr(group.parent, name)))
                 setattr(group.parent, name, part)
     try:
@@ -117,8 +117,8 @@ def compiled_layers(
 
 def _forward(
     layer: nn.Module,
-    together: list[Together],
-    word: str,
+    merged: list[MergedLinear],
+    keyword: str,
     own: LayerCache,
     hidden: Tensor,
     /,
@@ -126,8 +126,8 @@ def _forward(
 ) -> Any:
     if not own.is_all:
         _of_any_width((hidden, own.slot, *given.values()))
-    out = _layer(layer, hidden, {**given, word: own})
-    for group in together:
+    out = _layer(layer, hidden, {**given, keyword: own})
+    for group in merged:
         group.states = group.out = None
     return out
 

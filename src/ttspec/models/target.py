@@ -25,7 +25,7 @@ from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.fused_forward import FusedForward, fits_model
 from ttspec.models.generation import sampling_defaults
-from ttspec.models.layers import Together, compiled_layers, lay_together
+from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
 from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
@@ -54,10 +54,10 @@ class Target:
     """Attention window of each layer; None sees everything, 0 is a recurrent layer's."""
     taps: tuple[int, ...] = ()
     """Which hidden states are features, as indices into the `hidden_states` tuple."""
-    _together: list[list[Together]] | None = None
-    """Of each layer, once it was compiled."""
+    _merged: list[list[MergedLinear]] | None = None
+    """Projections of each layer, once they were merged."""
     _fused: FusedForward | None = None
-    """Its forward of few tokens, once its layers were laid together and if there is one."""
+    """Its forward of few tokens by fused kernels, if these do it."""
 
     @property
     def device(self) -> torch.device:
@@ -145,53 +145,27 @@ class Target:
         Returns:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
         """
+        compiles = False
         # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
-        whole = not self.recurrent and hasattr(self.model.base_model, "layers")
-        captured = spans and whole
-        fast = captured and is_compiling()
-        if captured and self._together is None:
-            fits = fits_model(self.model, self.windows)
-            if fast or fits:
-                layers = self.model.base_model.layers
-                self._together = [lay_together(layer) for layer in layers]  # type: ignore[union-attr]
-            if fits and self._together:
-                self._fused = FusedForward(self.model, self._together, self.windows)
-        if captured and self._fused and self._fused.takes(cache, tokens):
-            return self._fused(cache, tokens, start, self.taps, logits, subset)
+        if spans and not self.recurrent and hasattr(self.model.base_model, "layers"):
+            compiles = is_compiling()
+            self._merge_layers(compiles)
+            if self._fused and self._fused.takes(cache, tokens):
+                return self._fused(cache, tokens, start, self.taps, logits, subset)
         reach = reach_of(longest + tokens.shape[1], cache.slots)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)
-        windows = set(self.windows) - {0}
-        if spans:
-            masks = {w: self._spans(position, cache.slots, w) for w in windows}
-        else:
-            masks = {w: causal_mask(position, reach, w) for w in windows}
-        # Eager attention adds its mask to the scores; so does torch's on a CPU, which would make
-        # a boolean one into such a mask in every layer.
-        if not spans and (
-            self.model.config._attn_implementation == "eager" or self.device.type == "cpu"
-        ):
-            low = torch.finfo(self.dtype).min
-            masks = {
-                w: torch.zeros_like(m, dtype=self.dtype).masked_fill_(~m, low)
-                for w, m in masks.items()
-            }
+        mask = self._mask(position, reach, cache.slots, spans=spans)
         if (last := last_position(self.config)) is not None:
             position = position.clamp(max=last)  # what is past all slots is dead, and in no table
-        mask: Any = masks.get(self.windows[0])
-        if self.recurrent or len(masks) > 1:
-            types = zip(self.config.layer_types, self.windows, strict=True)
-            mask = {kind: masks.get(window) for kind, window in types}
-        none = not isinstance(logits, Tensor) and logits == 0
-        reader, keep = self.model.base_model if none else self.model, {}
-        if not none and logits is not None and _keeps_logits(type(reader)):
+        headless = not isinstance(logits, Tensor) and logits == 0
+        reader, keep = self.model.base_model if headless else self.model, {}
+        if not headless and logits is not None and _keeps_logits(type(reader)):
             keep = {"logits_to_keep": logits}
         own: Any = nullcontext()
-        if fast:
-            assert self._together is not None
-            own = compiled_layers(
-                self.model.base_model, self._together, cache, cache_keyword(reader)
-            )
+        if compiles:
+            assert self._merged is not None
+            own = compiled_layers(self.model.base_model, self._merged, cache, cache_keyword(reader))
         with own:
             out = reader(
                 input_ids=tokens,
@@ -204,16 +178,46 @@ class Target:
             )
         if self.taps:
             # Of a split target each is where its layer is.
-            taken = [out.hidden_states[i].to(tokens.device) for i in self.taps]
-            features = torch.cat(taken, dim=-1)
+            states = [out.hidden_states[i].to(tokens.device) for i in self.taps]
+            features = torch.cat(states, dim=-1)
         else:
             features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
-        if none:
+        if headless:
             return None, features
-        told = out.logits
+        found = out.logits
         if not keep and logits is not None:
-            told = told[:, logits if isinstance(logits, Tensor) else slice(-logits, None)]
-        return told.to(tokens.device), features
+            found = found[:, logits if isinstance(logits, Tensor) else slice(-logits, None)]
+        return found.to(tokens.device), features
+
+    def _merge_layers(self, compiles: bool) -> None:
+        """Merge projections of all layers, once: for layers as fused kernels, or compiled."""
+        if self._merged is not None:
+            return
+        fits = fits_model(self.model, self.windows)
+        if compiles or fits:
+            layers = self.model.base_model.layers
+            self._merged = [merge_linears(layer) for layer in layers]  # type: ignore[union-attr]
+        if fits and self._merged:
+            self._fused = FusedForward(self.model, self._merged, self.windows)
+
+    def _mask(self, position: Tensor, reach: int, slots: int, *, spans: bool) -> Any:
+        """What is seen from positions int64 [B, T]: a tensor, or one for each kind of layer."""
+        windows = set(self.windows) - {0}
+        if spans:
+            masks = {w: self._spans(position, slots, w) for w in windows}
+        else:
+            masks = {w: causal_mask(position, reach, w) for w in windows}
+            # Eager attention adds its mask to the scores; so does torch's on a CPU, which would
+            # make a boolean one into such a mask in every layer.
+            kind = self.model.config._attn_implementation
+            if kind == "eager" or self.device.type == "cpu":
+                low = torch.finfo(self.dtype).min
+                blank = {w: torch.zeros_like(m, dtype=self.dtype) for w, m in masks.items()}
+                masks = {w: blank[w].masked_fill_(~m, low) for w, m in masks.items()}
+        if not self.recurrent and len(masks) == 1:
+            return masks[self.windows[0]]
+        kinds = zip(self.config.layer_types, self.windows, strict=True)
+        return {kind: masks.get(window) for kind, window in kinds}
 
     @staticmethod
     def _spans(position: Tensor, slots: int, window: int | None) -> Tensor:

@@ -116,8 +116,8 @@ def write_answers(
                 if ids and len(ids) < decoder.rows.slots:
                     scheduler.add_turn(request, ids)
                     continue
-                for example in dialogue.examples:
-                    file.write(json.dumps({"n": n, **example.to_dict()}) + "\n")
+                for text in dialogue.texts:
+                    file.write(json.dumps({"n": n, **text.to_dict()}) + "\n")
                 done.add(n)
                 del going[request]
                 scheduler.release(request)
@@ -125,8 +125,8 @@ def write_answers(
                 progress(len(done), tokens)
 
 
-class Example:
-    """One text and where the answers are in it."""
+class AnsweredText:
+    """One text and where the answers are in it: an example of `read_examples`."""
 
     def __init__(self) -> None:
         """Empty."""
@@ -145,7 +145,7 @@ class GrowingDialogue:
     def __init__(self, template: ChatTemplate, turns: Turns) -> None:
         """`turns` are the user's; None is written by the target."""
         self.turns = turns
-        self.examples = [Example()]
+        self.texts = [AnsweredText()]
         """A template that writes the past otherwise than it was makes another text of it."""
         self._history = ChatHistory(template)
         self._turn = 0
@@ -162,7 +162,7 @@ class GrowingDialogue:
                 return self._as_input(self._history.ask(result.text))
             if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
                 return None
-            text = self.examples[-1]
+            text = self.texts[-1]
             text.spans.append((len(text.ids), len(text.ids) + len(tokens)))
             text.ids += tokens
             self._history.answer(result.text, tokens)
@@ -178,9 +178,9 @@ class GrowingDialogue:
         return self._as_input(self._history.ask(turn))
 
     def _as_input(self, ids: list[int]) -> list[int]:
-        text = self.examples[-1]
+        text = self.texts[-1]
         if ids[: len(text.ids)] != text.ids:
-            text = Example()
-            self.examples.append(text)
+            text = AnsweredText()
+            self.texts.append(text)
         text.ids[:] = ids
         return ids

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Batch:
 
     ids: Tensor
     """int64 [N, L], padded on the right."""
-    taught: Tensor
+    is_answer: Tensor
     """bool [N, L], on the CPU: which tokens are the target's answers."""
     generator: torch.Generator
     """For what else is drawn at random; on the CPU."""
@@ -57,12 +58,16 @@ class MaskedRows:
     """int64 [N, R]: 0 for a token, d for the d-th mask after an anchor."""
     seen: Tensor
     """bool [N, R, R]: what each row attends to."""
-    taught: Tensor
+    has_label: Tensor
     """bool [N, R]: rows whose next token is learned."""
 
 
-Example = tuple[list[int], list[tuple[int, int]]]
-"""Tokens of a dialogue, and where its answers are."""
+class Example(NamedTuple):
+    """A dialogue that was answered."""
+
+    ids: list[int]
+    answers: list[tuple[int, int]]
+    """Where they are: [start, end), end tokens included."""
 
 
 def read_examples(answers: list[Path], max_length: int) -> list[Example]:
@@ -77,38 +82,49 @@ def read_examples(answers: list[Path], max_length: int) -> list[Example]:
     for record in records:
         spans = [(b, min(e, max_length)) for b, e in record["spans"] if b < max_length - 1]
         if any(e - b > 1 for b, e in spans):
-            examples.append((record["ids"][:max_length], spans))
+            examples.append(Example(record["ids"][:max_length], spans))
     if not examples:
         raise TrainingError("No answer has two tokens or more.\nGive other prompts.")
     return examples
 
 
-def make_batch(
-    examples: list[Example], step: int, *, size: int, seed: int, device: torch.device
-) -> Batch:
-    """The batch of a step, counted over all epochs: `size` dialogues in an order of `seed`."""
-    chosen = chosen_examples(examples, step, size=size, seed=seed)
-    length = -(-max(len(examples[i][0]) for i in chosen) // 64) * 64
-    ids = torch.zeros(len(chosen), length, dtype=torch.long)
-    taught = torch.zeros_like(ids, dtype=torch.bool)
-    for row, i in enumerate(chosen):
-        tokens, spans = examples[i]
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        for begin, end in spans:
-            taught[row, begin:end] = True
-    epoch, place = divmod(step, -(-len(examples) // size))
-    return Batch(to_device(ids, device), taught, _generator(seed, epoch, place), chosen)
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """The batches of a run: `size` dialogues each, in an order of `seed`."""
 
+    examples: list[Example]
+    size: int
+    seed: int
+    device: torch.device
 
-def chosen_examples(examples: list[Example], step: int, *, size: int, seed: int) -> list[int]:
-    """Which examples the batch of a step has."""
-    epoch, place = divmod(step, -(-len(examples) // size))
-    order = torch.randperm(len(examples), generator=_generator(seed, epoch)).tolist()
-    # Dialogues of like length together, in groups, so that little is padding.
-    group = size * 16
-    at = place * size
-    near = sorted(order[at - at % group :][:group], key=lambda i: len(examples[i][0]))
-    return near[at % group :][:size] or near[-size:]
+    @property
+    def per_epoch(self) -> int:
+        """Batches in which every example is once."""
+        return -(-len(self.examples) // self.size)
+
+    def chosen(self, step: int) -> list[int]:
+        """Which examples the batch of a step has; steps are counted over all epochs."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.examples), generator=_generator(self.seed, epoch)).tolist()
+        # Dialogues of like length together, in groups, so that little is padding.
+        group = self.size * 16
+        at = place * self.size
+        near = sorted(order[at - at % group :][:group], key=lambda i: len(self.examples[i].ids))
+        return near[at % group :][: self.size] or near[-self.size :]
+
+    def at(self, step: int) -> Batch:
+        """The batch of a step."""
+        chosen = self.chosen(step)
+        length = -(-max(len(self.examples[i].ids) for i in chosen) // 64) * 64
+        ids = torch.zeros(len(chosen), length, dtype=torch.long)
+        is_answer = torch.zeros_like(ids, dtype=torch.bool)
+        for row, i in enumerate(chosen):
+            example = self.examples[i]
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            for begin, end in example.answers:
+                is_answer[row, begin:end] = True
+        draws = _generator(self.seed, *divmod(step, self.per_epoch))
+        return Batch(to_device(ids, self.device), is_answer, draws, chosen)
 
 
 def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
@@ -117,12 +133,12 @@ def anchors(batch: Batch, blocks: int, length: int) -> Anchors:
     Their known tokens are uniform among those whose next token is in the same answer (drafters.md
     2d).
     """
-    taught = F.pad(batch.taught, (0, length + 1))
-    possible = (taught[:, :-1] & taught[:, 1:]).float()
+    is_answer = F.pad(batch.is_answer, (0, length + 1))
+    possible = (is_answer[:, :-1] & is_answer[:, 1:]).float()
     start = torch.multinomial(possible, blocks, replacement=True, generator=batch.generator)
     at = start[..., None] + torch.arange(1, length + 1)
-    row = torch.arange(len(taught))[:, None, None]
-    mask = taught[row, at].long().cumprod(-1).bool()
+    row = torch.arange(len(is_answer))[:, None, None]
+    mask = is_answer[row, at].long().cumprod(-1).bool()
     ids = F.pad(batch.ids, (0, length + 1))
     start, at, row, mask = (to_device(x, ids.device) for x in (start, at, row, mask))
     return Anchors(start=start, tokens=ids.gather(1, start), labels=ids[row, at], mask=mask)
@@ -142,16 +158,16 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
         least: The smallest share.
     """
     device = batch.ids.device
-    taught = F.pad(batch.taught, (0, depth + 1))
+    is_answer = F.pad(batch.is_answer, (0, depth + 1))
     n, count = batch.ids.shape
     parts = []
     for row in range(n):
-        possible = (taught[row, :-1] & taught[row, 1:]).nonzero()[:, 0]
+        possible = (is_answer[row, :-1] & is_answer[row, 1:]).nonzero()[:, 0]
         mixed = possible[torch.randperm(len(possible), generator=batch.generator)]
         chain = []
         for d in range(1, depth):
             anchor = mixed[: int(len(mixed) * max(keep**d, least))]
-            whole = taught[row, anchor[:, None] + torch.arange(d + 2)].all(-1)
+            whole = is_answer[row, anchor[:, None] + torch.arange(d + 2)].all(-1)
             chain.append((anchor[whole], d))
         anchor = torch.cat([a for a, _ in chain]) if chain else possible[:0]
         deep = [torch.full_like(a, d) for a, d in chain]
@@ -169,14 +185,14 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
     real = deep == 0
     seen = real[:, None] & (position[:, None] <= anchor[..., None])
     own = (anchor[:, None] == anchor[..., None]) & (deep[:, None] <= deep[..., None])
-    first = batch.taught & F.pad(batch.taught, (0, 1))[:, 1:]
-    learned = torch.cat([to_device(first, device), anchor[:, count:] >= 0], dim=1)
+    first = batch.is_answer & F.pad(batch.is_answer, (0, 1))[:, 1:]
+    has_label = torch.cat([to_device(first, device), anchor[:, count:] >= 0], dim=1)
     return MaskedRows(
         ids=batch.ids.gather(1, position.clamp(max=count - 1)),
         position=position,
         depth=deep,
         seen=seen | (own & ~real[:, None]),
-        taught=learned,
+        has_label=has_label,
     )
 
 

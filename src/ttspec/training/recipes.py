@@ -194,7 +194,7 @@ class PardRecipe(Recipe[Causal]):
         rows = masked_rows(batch, depth, self.config.keep, self.config.keep_least)
         ids = torch.where(rows.depth > 0, getattr(drafter, "mask_token", 0), rows.ids)
         hidden = drafter.teach(ids, rows.position, rows.seen)
-        row, at = rows.taught.nonzero(as_tuple=True)
+        row, at = rows.has_label.nonzero(as_tuple=True)
         place = rows.position[row, at]
         _, states = self.states.of(batch, ())
         labels = batch.ids[row, place + 1]

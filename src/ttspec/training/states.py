@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ttspec.decoding.forecast import free_memory
 from ttspec.models.target import Target
-from ttspec.training.batches import Batch, Example, chosen_examples, make_batch, to_device
-from ttspec.training.config import TrainConfig
+from ttspec.training.batches import Batch, Batches, to_device
 
 
 class TargetStates:
@@ -21,26 +20,20 @@ class TargetStates:
     """
 
     def __init__(
-        self,
-        target: Target,
-        config: TrainConfig,
-        examples: list[Example],
-        taps: Sequence[int],
-        reserved: int,
+        self, target: Target, batches: Batches, taps: Sequence[int], reserved: int
     ) -> None:
         """Nothing is read yet.
 
         Args:
             target: It reads.
-            config: How batches are made of them.
-            examples: All there are.
+            batches: Of all examples there are.
             taps: Of all drafters that will ask.
             reserved: Bytes that training takes besides.
         """
-        self.target, self._config, self._examples = target, config, examples
+        self.target, self._batches = target, batches
         self._taps, self.reserved = tuple(sorted(set(taps))), reserved
         self._hidden = int(target.config.hidden_size)
-        self._lengths = torch.tensor([len(ids) for ids, _ in examples])
+        self._lengths = torch.tensor([len(example.ids) for example in batches.examples])
         self._kept: Tensor | None = None
         self._unread: dict[int, int] | None = None
         """By example not read yet, its batch of the first epoch; None before the first batch."""
@@ -68,17 +61,14 @@ class TargetStates:
         if free is None or slots * width * target.dtype.itemsize + self.reserved > free:
             return
         self._kept = torch.empty(slots, width, dtype=target.dtype, device=target.device)
-        size, seed = self._config.batch, self._config.seed
-        for step in range(-(-len(self._examples) // size)):
-            chosen = chosen_examples(self._examples, step, size=size, seed=seed)
-            self._unread |= dict.fromkeys(chosen, step)
+        for step in range(self._batches.per_epoch):
+            self._unread |= dict.fromkeys(self._batches.chosen(step), step)
 
     def _keep(self, step: int) -> None:
         """Read a batch of the first epoch."""
         assert self._kept is not None
         assert self._unread is not None
-        size, seed, device = self._config.batch, self._config.seed, self.target.device
-        batch = make_batch(self._examples, step, size=size, seed=seed, device=device)
+        batch = self._batches.at(step)
         self._kept[self._slots(batch)] = self._read(batch)
         for i in batch.chosen:
             self._unread.pop(i, None)

@@ -28,7 +28,7 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError, TrainingError
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
-from ttspec.training.batches import Batch, Example, make_batch, read_examples
+from ttspec.training.batches import Batch, Batches, Example, read_examples
 from ttspec.training.config import TrainConfig
 from ttspec.training.memory import require_training, step_notice
 from ttspec.training.recipes import RECIPES
@@ -103,15 +103,11 @@ def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report
     """Train on answers that exist; see `train`."""
     trainer = Trainer(target, config, read_examples(answers, config.max_length))
     spent = trainer.load_state()
-    examples = trainer.examples
-    total = math.ceil(len(examples) / config.batch) * config.epochs
+    total = trainer.batches.per_epoch * config.epochs
     limit = config.minutes * 60 if config.minutes else math.inf
     began = saved = time.monotonic() - spent
     while (done := max(trainer.steps / total, (time.monotonic() - began) / limit)) < 1:
-        batch = make_batch(
-            examples, trainer.steps, size=config.batch, seed=config.seed, device=target.device
-        )
-        trainer.step(batch, done)
+        trainer.step(trainer.batches.at(trainer.steps), done)
         step, now = trainer.steps, time.monotonic()
         if step % CHECK_EVERY == 0 or step == total:
             trainer.check()
@@ -137,17 +133,18 @@ class Trainer:
             OptionError: There is no such drafter for this target.
             ResourceError: It does not fit into memory.
         """
-        self.target, self.config, self.examples = target, config, examples
+        self.target, self.config = target, config
+        self.batches = Batches(examples, config.batch, config.seed, target.device)
         self.recipe = RECIPES[config.kind](target, config)
         self.drafter = self.recipe.new(examples) if config.init is None else _init_drafter(config)
         layers = int(target.config.num_hidden_layers)
         self.drafter.bind(target.embedding, target.head, layers, target.tokenizer)
         self._initial = dict(self.drafter.weights)
         names = self.recipe.trained(self.drafter)
-        longest = max(len(ids) for ids, _ in examples)
+        longest = max(len(example.ids) for example in examples)
         trained = [self._initial[n] for n in names]
         reserved = require_training(target, config, trained, longest)
-        self.recipe.states = TargetStates(target, config, examples, self.drafter.taps, reserved)
+        self.recipe.states = TargetStates(target, self.batches, self.drafter.taps, reserved)
         self.masters = {n: self._initial[n].float().clone().requires_grad_() for n in names}
         self.lr = self.recipe.lr if config.lr is None else config.lr
         self.optimiser = torch.optim.AdamW(
@@ -201,14 +198,14 @@ class Trainer:
         self.accuracy = tuple(round(a, 4) for a in right.tolist())
 
     def save_drafter(self, seconds: float) -> Path:
-        """Write the drafter to `out`/drafter, and the facts of its training beside it."""
-        config = self.config
+        """Write the drafter to `out`/drafter, and beside it a card of its training."""
+        config, examples = self.config, self.batches.examples
         given = asdict(config) | {"lr": self.lr}
-        facts = {
+        card = {
             "config": {k: str(v) if isinstance(v, Path) else v for k, v in given.items()},
             "target": self.target.name,
-            "dialogues": len(self.examples),
-            "tokens": sum(len(ids) for ids, _ in self.examples),
+            "dialogues": len(examples),
+            "tokens": sum(len(example.ids) for example in examples),
             "seconds": seconds,
             "steps": self.steps,
             "loss": self.loss,
@@ -221,7 +218,7 @@ class Trainer:
         made = {n: w for n, w in self._initial.items() if n not in left}
         made |= {n: w.to(torch.bfloat16) for n, w in self.masters.items()}
         save_drafter(folder, self.drafter.config, made)
-        (folder / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (folder / "training.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         return folder
 
     def save_state(self, seconds: float) -> None:
@@ -233,8 +230,7 @@ class Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         part = out / "state.part"
-        facts = {"step": str(self.steps), "seconds": str(seconds)}
-        save_file(tensors, part, metadata=facts)
+        save_file(tensors, part, metadata={"step": str(self.steps), "seconds": str(seconds)})
         part.replace(out / "state.safetensors")
 
     def load_state(self) -> float:
@@ -243,7 +239,7 @@ class Trainer:
         if not path.exists():
             return 0.0
         with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
+            metadata = file.metadata()
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         with torch.no_grad():
             for name, weight in self.masters.items():
@@ -253,8 +249,8 @@ class Trainer:
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }
-        self.steps = int(facts["step"])
-        return float(facts["seconds"])
+        self.steps = int(metadata["step"])
+        return float(metadata["seconds"])
 
 
 def _init_drafter(config: TrainConfig) -> Drafter:
