@@ -426,7 +426,7 @@ def told(
         length = policy.choose()
         chances = [chance(position + i) for i in range(length)]
         if length and says:
-            length = policy.worth([[says(c) for c in chances]])
+            length = policy.drafts_to_verify([[says(c) for c in chances]])
         kept = 0
         while kept < length and rng.random() < chances[kept]:
             kept += 1

@@ -146,7 +146,7 @@ def cut_at_end(
 
 
 @compiled_once
-def settle(
+def apply_end_tokens(
     accepted: Tensor,
     tokens: Tensor,
     proposed: Tensor,

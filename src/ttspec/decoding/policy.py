@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ttspec.decoding.confidence import ConfidenceCalibration
 from ttspec.decoding.copy_costs import CopyCosts
-from ttspec.decoding.draft_word import DraftWord
 
 BEHIND = 4.0
 """Plain rounds by which drafting may be behind before it stops."""
@@ -65,7 +65,7 @@ class FixedDraftLength:
         """A round's length as the statistics have it."""
         return None
 
-    def worth(self, likely: Sequence[Sequence[float]]) -> int:  # noqa: ARG002 - no choice
+    def drafts_to_verify(self, confidence: Sequence[Sequence[float]]) -> int:  # noqa: ARG002 - no choice
         """All drafts are read."""
         return self.length
 
@@ -121,7 +121,7 @@ class DraftPolicy:
         """Rows that cost something in it."""
         self.copy_costs = CopyCosts()
         """What rounds of several rows took in which some copied."""
-        self._word: DraftWord | None = None
+        self._calibration: ConfidenceCalibration | None = None
         """What the drafter says of its drafts, if it does."""
 
     @property
@@ -141,15 +141,15 @@ class DraftPolicy:
         """
         return 0 if self._look > (unobserved == 0) else self._length
 
-    def worth(self, likely: Sequence[Sequence[float]]) -> int:
+    def drafts_to_verify(self, confidence: Sequence[Sequence[float]]) -> int:
         """How many of a round's drafts the target should read.
 
         Args:
-            likely: By row and draft, what the drafter says: how likely it is kept, if those before
-                it are. It is believed as far as it was right (`draft_word.py`).
+            confidence: By row and draft, how likely it is kept, if those before it are, as the
+                drafter says. It is believed as far as it was right (`confidence.py`).
         """
-        self._word = self._word or DraftWord(self.longest)
-        tokens = self._word.tokens(likely)
+        self._calibration = self._calibration or ConfidenceCalibration(self.longest)
+        tokens = self._calibration.tokens(confidence)
         if not self._costs[self.longest]:
             return self.longest
         possible = [n for n in self.lengths if n < len(tokens)]
@@ -183,8 +183,8 @@ class DraftPolicy:
         if length:
             for n in accepted:
                 self._counted[n] += 1
-            if self._word:
-                self._word.observe(length, accepted)
+            if self._calibration:
+                self._calibration.observe(length, accepted)
             self._copying, self._rows = copying, rows
             if not first and (plain := self._cost_of_plain):
                 self._charge(length, seconds / plain, emitted)
@@ -242,7 +242,7 @@ class DraftPolicy:
         grown = abs(context - self._context)
         if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
             self._look, self._until = 1, min(4 * self._until, REFRESH)
-        if not self._word and best != self._length and self.speed(best) > GAIN * now:
+        if not self._calibration and best != self._length and self.speed(best) > GAIN * now:
             self._length = best
 
     def _wait(self) -> None:
@@ -260,7 +260,7 @@ class DraftPolicy:
             self._pause -= 1
             if self._pause > 0:
                 return
-            length = self.longest if self._word else max(self.lengths, key=self.speed)
+            length = self.longest if self._calibration else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
                 self._length, self._won = length, 0.0

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.acceptance import BROKEN, accept_rejection, draw_and_accept, settle
+from ttspec.acceptance import BROKEN, accept_rejection, apply_end_tokens, draw_and_accept
 from ttspec.config import SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.copying import Copying
@@ -179,7 +179,7 @@ class SpeculativeRound:
         self.rows.upload(self.round_number, copies)
         self._choose_rows(active)
         self._proposed = self.graphs(self.propose, shape, first=True)
-        shape = self._worth_reading(active, shape)
+        shape = self._trim_by_confidence(active, shape)
         self.timer.lap()
         self._ask_masks(active, shape)
         verification, table = self.graphs(self.verify_and_accept, shape)
@@ -213,16 +213,16 @@ class SpeculativeRound:
         absorbs = not self.policy.pauses
         return RoundShape(reach, draft_length, copy_length, steps, absorbs), longest, copies
 
-    def _worth_reading(self, active: list[int], shape: RoundShape) -> RoundShape:
+    def _trim_by_confidence(self, active: list[int], shape: RoundShape) -> RoundShape:
         """The shape of a round whose target reads no more drafts than pay, by the drafter's word.
 
         Not where graphs are captured: they are of one width.
         """
         (proposal, noise), policy = self._proposed, self.policy
-        said = proposal.confidence
-        if said is None or shape.copy_length or self.graphs.on or not policy.adaptive:
+        confidence = proposal.confidence
+        if confidence is None or shape.copy_length or self.graphs.on or not policy.adaptive:
             return shape
-        length = policy.worth(said[active].tolist())
+        length = policy.drafts_to_verify(confidence[active].tolist())
         self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
         return shape._replace(draft_length=length)
 
@@ -318,7 +318,7 @@ class SpeculativeRound:
         changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.steps)
         accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.steps))
         judged = accepted, tokens, proposal.count, logits, rows.budget <= 0
-        verdict = settle(*judged, options.ends, options.heeded)
+        verdict = apply_end_tokens(*judged, options.ends, options.heeded)
         verification = Verification(
             proposal=proposal,
             fed=fed,
