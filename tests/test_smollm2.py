@@ -42,9 +42,9 @@ def engine(smollm2_dir) -> Engine:
 @pytest.fixture(scope="module")
 def plain(engine) -> Callable[..., list[Result]]:
     @functools.cache
-    def run(temperature: float, tokens: int = TOKENS) -> list[Result]:
+    def run(temperature: float, tokens: int = TOKENS, prompts: int = 2) -> list[Result]:
         return engine.generate(
-            PROMPTS,
+            PROMPTS[:prompts],
             max_new_tokens=tokens,
             temperature=temperature,
             seed=11,
@@ -75,21 +75,22 @@ LEARN = LearnConfig(stride=1, blocks=2)
 # Static and greedy: each drafter by itself, below. A greedy text has fewer rounds a token, and so
 # fewer updates.
 @pytest.mark.parametrize(
-    ("learn", "temperature", "tokens"),
+    ("learn", "temperature", "tokens", "prompts"),
     [
-        pytest.param(None, 0.7, 24, marks=pytest.mark.slow, id="static-0.7"),
-        pytest.param(LEARN, 0.0, 32, marks=pytest.mark.slow, id="learning-0.0"),
-        pytest.param(LEARN, 0.7, 24, id="learning-0.7"),
+        pytest.param(None, 0.7, 24, 2, marks=pytest.mark.slow, id="static-0.7"),
+        pytest.param(LEARN, 0.0, 32, 2, marks=pytest.mark.slow, id="learning-0.0"),
+        pytest.param(LEARN, 0.7, 24, 2, marks=pytest.mark.slow, id="learning-0.7"),
+        pytest.param(LEARN, 0.7, 24, 1, id="learning-0.7-one"),
     ],
 )
 def test_the_bundled_drafter_writes_what_plain_decoding_writes(
-    engine, plain, learn, temperature, tokens
+    engine, plain, learn, temperature, tokens, prompts
 ):
     assert engine.drafter is not None
     results = engine.generate(
-        PROMPTS, max_new_tokens=tokens, temperature=temperature, seed=11, learn=learn
+        PROMPTS[:prompts], max_new_tokens=tokens, temperature=temperature, seed=11, learn=learn
     )
-    for wanted, found in zip(plain(temperature, tokens), results, strict=True):
+    for wanted, found in zip(plain(temperature, tokens, prompts), results, strict=True):
         assert_same(engine, wanted, found.token_ids, temperature)
     if learn:
         assert all(r.stats.updates > 3 for r in results)
