@@ -302,8 +302,7 @@ class PromptReader:
             The logits [B, 1, V] of the last column, if asked for.
         """
         if self._graphs and len(rows) <= ALONE:
-            each = zip(rows, parts, at, left, strict=True)
-            read = [self._feed_captured(*of_row) for of_row in each]
+            read = [self._feed_captured(*one) for one in zip(rows, parts, at, left, strict=True)]
         else:
             some = max(1, AT_ONCE // max(map(len, parts)))
             groups = [slice(i, i + some) for i in range(0, len(rows), some)]
@@ -323,10 +322,11 @@ class PromptReader:
         """As `_feed`, all at once."""
         tokens, start, subset, counts, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
-            width = None if self._drafter.takes_padding else max(map(len, parts))
+            padded = self._pads and self._drafter.takes_padding
+            width = None if padded else max(map(len, parts))
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
-                self._drafter.extend(self._state, *text, counts if width is None else None)
+                self._drafter.extend(self._state, *text, *([counts] if padded else []))
         if self.learner and self.learner.study:
             near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
