@@ -38,8 +38,7 @@ kernel it takes as long as many rounds do, for which all other rows wait."""
 ALONE = 4
 """Rows that are read one after the other then; more at a time are faster together."""
 ROUNDED = 16
-"""A piece is padded to a multiple of so many tokens, of 32 past 256, where a CPU computes in two
-bytes: oneDNN keeps what it compiled for each of its last 1,024 shapes, 3 MiB for each length."""
+"""A CPU that computes in two bytes reads multiples of it: oneDNN keeps 3 MiB for each length."""
 LOST = -1
 
 
