@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
 from toys import make_kind, plain, toy_engine
 
@@ -295,6 +296,33 @@ def test_conversations_that_begin_alike_keep_a_row_each(
         else:
             assert held == (len(system) if n else 0)
         texts[n] = texts[n] + found.token_ids + own.tokenizer.encode(" so?")
+
+
+@pytest.mark.parametrize("scope", ["session", "shared"])
+def test_who_has_a_copy_of_a_beginning_has_not_what_was_learned_there(
+    toy_target_dir, scope: str
+) -> None:
+    own = toy_engine(toy_target_dir)
+    learn = replace(LEARN, scope=scope, weights="full", blocks=4)
+    scheduler = scheduler_of(own, rows=2, learn=learn)
+    scheduler.decoder.tenant = "alice"
+    learner, system, updates = scheduler.decoder.learner, "be kind. " * 8, list[int]()
+    assert learner
+    for n, text in enumerate((system + "first?", system + "second!", system + "first? and")):
+        request = ask(scheduler, text, seed=n, tenant="alice")
+        scheduler._give_rows()
+        if scope == "session" and n == 1:
+            assert own.drafter
+            live, anchor = scheduler.decoder.state.weights, own.drafter.weights  # type: ignore[union-attr]
+            rows = [name for name in anchor if own.drafter.is_own(name, live[name])]
+            changed = [name for name in rows if not torch.equal(live[name][0], anchor[name])]
+            assert changed
+            assert all(torch.equal(live[name][1], anchor[name]) for name in changed)
+        found = finish(scheduler)[request]
+        assert found.token_ids == alone(own, text, seed=n)
+        assert len(found.prompt_ids) == (6 + len(system), 7, 4)[n]
+        updates.append(learner.updates[0])
+    assert scope == "shared" or 0 < updates[0] == updates[1] < updates[2]
 
 
 def test_a_row_whose_answer_was_cancelled_goes_on_as_it_should(engine: Engine) -> None:
