@@ -379,7 +379,8 @@ class PromptReader:
         device = self._target.device
         longest = max(map(len, parts))
         width = reach_of(longest, PIECE, ROUNDED) if self._pads and longest > 1 else longest
-        last = 1 if width == longest else torch.tensor([longest - 1], device=device)
+        # Not by a number, which means a slice: see findings/torch_linear_of_a_slice.sh.
+        last = torch.tensor([longest - 1], device=device)
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start = torch.tensor(at, device=device)
         counts = torch.tensor([len(p) for p in parts], device=device)
