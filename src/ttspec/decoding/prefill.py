@@ -301,7 +301,8 @@ class PromptReader:
             The logits [B, 1, V] of the last column, if asked for.
         """
         if self._graphs and len(rows) <= ALONE:
-            read = [self._feed_captured(*one) for one in zip(rows, parts, at, left, strict=True)]
+            each = zip(rows, parts, at, left, strict=True)
+            read = [self._feed_captured(*of_row) for of_row in each]
         else:
             some = max(1, AT_ONCE // max(map(len, parts)))
             groups = [slice(i, i + some) for i in range(0, len(rows), some)]
@@ -379,14 +380,11 @@ class PromptReader:
         device = self._target.device
         longest = max(map(len, parts))
         width = reach_of(longest, PIECE, ROUNDED) if self._pads and longest > 1 else longest
-        # Not by a number, which means a slice: see findings/torch_linear_of_a_slice.sh.
-        last = torch.tensor([longest - 1], device=device)
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start = torch.tensor(at, device=device)
         counts = torch.tensor([len(p) for p in parts], device=device)
         # Some rows' keys are copied before they are read; those of all rows are not.
-        every = rows == list(range(self._rows.count))
-        subset = None if every else torch.tensor(rows, device=device)
+        subset = None if rows == [*range(self._rows.count)] else torch.tensor(rows, device=device)
         with sdpa_kernel(ATTENTION):
             out, features = self._target.forward(
                 self._cache,
@@ -395,6 +393,7 @@ class PromptReader:
                 max(at),
                 subset=subset,
                 counts=counts,
-                logits=last if logits else 0,
+                # Not 1, which means a slice: see findings/torch_linear_of_a_slice.sh.
+                logits=start.new_tensor([longest - 1]) if logits else 0,
             )
         return tokens, start, subset, counts, out, features

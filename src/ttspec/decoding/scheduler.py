@@ -20,10 +20,10 @@ from ttspec.records import Chunk, LogitMask
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
 all rows, so in a large batch rows wait for company."""
-LEAST_COPIED = 64
-"""Tokens that two texts begin with alike, for which what was read is copied from row to row."""
 SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
+LEAST_COPIED = 64
+"""Tokens that two texts begin with alike, for which what was read is copied from row to row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
