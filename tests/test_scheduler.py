@@ -261,7 +261,7 @@ class Paused(FixedDraftLength):
 
     pauses = True
 
-    def choose(self) -> int:
+    def choose(self, *_: object) -> int:
         return 0
 
 
