@@ -1,7 +1,10 @@
-"""Prompts read as padded pieces, as on a GPU where that is captured: nothing else may follow."""
+"""Prompts read as padded pieces, on a GPU where that is captured, on a CPU in two bytes: nothing
+else may follow."""
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 from toys import make_kind, toy_engine
 
 from ttspec import load
@@ -9,8 +12,18 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
 from ttspec.decoding.prefill import PADDED
+from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.context import FeatureState
 from ttspec.models.capture import Graphs
+from ttspec.models.target import Target
+
+
+class Rounding(Decoder):
+    """Pads as a CPU does that computes in bfloat16."""
+
+    def capture(self) -> None:
+        super().capture()
+        self.prompts._pads = True
 
 
 class Padding(Decoder):
@@ -35,9 +48,14 @@ def target(toy_target_dir):
     return toy_engine(toy_target_dir).target
 
 
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "dspark"])
+@pytest.mark.parametrize(
+    "which", ["dflash", "eagle3", "eagle3-layers", "causal", "dspark", "mtp", None]
+)
 @pytest.mark.parametrize("shared", [False, True])
-def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> None:
+@pytest.mark.parametrize("pads", [Padding, Rounding])
+def test_a_padded_prompt_is_read_as_any(
+    target, which: str | None, shared: bool, pads: type[Decoder]
+) -> None:
     """Of one length and many, in one turn and several, beside rows that decode."""
     learn = LearnConfig(scope="shared", stride=2, lr=3e-3) if shared else None
     options = {"max_new_tokens": 12, "seed": 3, "temperature": 0.9, "ignore_eos": True}
@@ -49,10 +67,52 @@ def test_a_padded_prompt_is_read_as_any(target, which: str, shared: bool) -> Non
         results = [chunk.result for _, chunk in run if chunk.result]
         return [(r.token_ids, [(n.position, n.accepted) for n in r.rounds]) for r in results]
 
-    plain, padded = Engine(target, make_kind(which)), Engine(target, make_kind(which))
-    padded.make_decoder, Padding.padded = Padding, 0
+    plain, padded = (Engine(target, make_kind(which) if which else None) for _ in range(2))
+    padded.make_decoder, Padding.padded = pads, 0
     assert said(padded) == said(plain)
-    assert Padding.padded > 6
+    assert Padding.padded > 6 or pads is Rounding
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cpu_reads_few_lengths_where_each_costs_memory(
+    toy_target_dir, monkeypatch, dtype
+) -> None:
+    """oneDNN keeps what it compiled for each; a row's last slots and one token alone are as any."""
+    engine = toy_engine(toy_target_dir, dtype=dtype)
+    read, forward = set[int](), Target.forward
+
+    def counted(self: Target, cache, tokens, *rest, **options):
+        read.add(tokens.shape[1])
+        return forward(self, cache, tokens, *rest, **options)
+
+    monkeypatch.setattr(Target, "forward", counted)
+    lengths = [1, *range(20, 100)]  # padded, the longest have no room in a row
+    config = make_config({"max_new_tokens": 1, "ignore_eos": True, "context": 100})
+    scheduler = Scheduler(engine.decoder(config, 1, 1, sessions=True), config)
+    for length in lengths:
+        scheduler.add_request(Request(ids=[n % 200 for n in range(length)], seed=1))
+    while scheduler.has_unfinished():
+        scheduler.step()
+    few = {1, 32, 48, 64, 80, 96, 112}
+    assert read == (few if dtype == "bfloat16" else set(lengths))
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
+def test_no_product_is_of_a_slice(toy_target_dir, monkeypatch, which: str) -> None:
+    """On a CPU in bfloat16 it would take 25 times as long."""
+    engine = Engine(toy_engine(toy_target_dir, dtype="bfloat16").target, make_kind(which))
+    products, linear = list[tuple[int, ...]](), functional.linear
+
+    def spied(x: Tensor, *rest, **options) -> Tensor:
+        products.append(tuple(x.shape))
+        assert x.dim() < 3 or x.stride() == torch.empty(x.shape, device="meta").stride(), x.shape
+        return linear(x, *rest, **options)
+
+    monkeypatch.setattr(functional, "linear", spied)
+    options = {"max_new_tokens": 12, "seed": 1, "ignore_eos": True}
+    draft = DraftConfig(adaptive=False, copy=False)
+    engine.generate(["hello", "and more of it"], learn=None, draft=draft, **options)
+    assert products
 
 
 def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> None:

@@ -3,11 +3,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import Tensor
-from toys import plain, toy_engine
+from toys import make_kind, plain, toy_engine
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
@@ -17,6 +19,7 @@ from ttspec.rowcache import RowCache
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
 LEARN = LearnConfig(stride=1, lr=3e-3, publish="now")
 SHORT, LONG = "hello there", "a long prompt " * 12
+COPIED_KINDS = ("dflash", "eagle3", "eagle3-layers", "causal", "pard", "mtp")
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,75 @@ def test_a_row_is_not_taken_over_for_a_common_beginning(engine: Engine) -> None:
     assert len(other.prompt_ids) == 30 + len(" but otherwise")
     again = finish_one(scheduler, LONG, seed=1, tenant="alice")
     assert len(again.prompt_ids) == 1
+
+
+class Paused(FixedDraftLength):
+    """Drafts in no round, as an adaptive policy may for a while."""
+
+    pauses = True
+
+    def choose(self, *_: object) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("which", [*COPIED_KINDS, None])
+def test_conversations_that_begin_alike_keep_a_row_each(
+    toy_target_dir, which: str | None, pauses: bool
+) -> None:
+    """What they have in common is read once; texts and drafts are those of who reads it all."""
+    own = Engine(toy_engine(toy_target_dir).target, make_kind(which) if which else None)
+    draft = DraftConfig(adaptive=False, copy=False)
+    options = {"rows": 3, "learn": None, "draft": draft, "max_new_tokens": 20}
+    scheduler, system = scheduler_of(own, **options), own.tokenizer.encode("be kind. " * 8)
+    texts = [system + own.tokenizer.encode(who) for who in ("first?", "second!", "third")]
+
+    def answer(scheduler: Scheduler, n: int, tenant: str | None) -> Result:
+        request = scheduler.add_request(Request(ids=texts[n], seed=n, tenant=tenant))
+        return finish(scheduler)[request]
+
+    decodes, rests = scheduler.decoder.policy, Paused(scheduler.decoder.gamma)
+    for turn, n in ((turn, n) for turn in range(2) for n in range(3)):
+        scheduler.decoder.policy = rests if pauses and (turn, n) == (0, 0) else decodes
+        found = answer(scheduler, n, "alice")
+        whole = answer(scheduler_of(own, **options), n, None)
+        assert found.token_ids == whole.token_ids
+        if scheduler.decoder.policy is decodes:
+            drafts = [[(r.proposed, r.accepted) for r in x.rounds] for x in (found, whole)]
+            assert drafts[0] == drafts[1]
+        held = len(texts[n]) - len(found.prompt_ids)
+        if turn:
+            assert held == len(texts[n]) - len(own.tokenizer.encode(" so?")) - 1
+        else:
+            assert held == (len(system) if n else 0)
+        texts[n] = texts[n] + found.token_ids + own.tokenizer.encode(" so?")
+
+
+@pytest.mark.parametrize("scope", ["session", "shared"])
+def test_who_has_a_copy_of_a_beginning_has_not_what_was_learned_there(
+    toy_target_dir, scope: str
+) -> None:
+    own = toy_engine(toy_target_dir)
+    learn = replace(LEARN, scope=scope, weights="full", blocks=4)
+    scheduler = scheduler_of(own, rows=2, learn=learn)
+    scheduler.decoder.tenant = "alice"
+    learner, system, updates = scheduler.decoder.learner, "be kind. " * 8, list[int]()
+    assert learner
+    for n, text in enumerate((system + "first?", system + "second!", system + "first? and")):
+        request = ask(scheduler, text, seed=n, tenant="alice")
+        scheduler._give_rows()
+        if scope == "session" and n == 1:
+            assert own.drafter
+            live, anchor = scheduler.decoder.state.weights, own.drafter.weights  # type: ignore[union-attr]
+            rows = [name for name in anchor if own.drafter.is_own(name, live[name])]
+            changed = [name for name in rows if not torch.equal(live[name][0], anchor[name])]
+            assert changed
+            assert all(torch.equal(live[name][1], anchor[name]) for name in changed)
+        found = finish(scheduler)[request]
+        assert found.token_ids == alone(own, text, seed=n)
+        assert len(found.prompt_ids) == (6 + len(system), 7, 4)[n]
+        updates.append(learner.updates[0])
+    assert scope == "shared" or 0 < updates[0] == updates[1] < updates[2]
 
 
 def test_a_row_whose_answer_was_cancelled_goes_on_as_it_should(engine: Engine) -> None:

@@ -135,6 +135,13 @@ class RowCache(Cache):
             self._place[row], self._place[other] = place, old
         return sorted(rows, key=lambda row: self._place[row])
 
+    def copy_row(self, source: int, to: int, length: int) -> None:
+        """Let a row hold the first `length` tokens of another; not of recurrent layers."""
+        ours, theirs = self._place[to], self._place[source]
+        for kept in (*self.keys.values(), *self.values.values()):
+            kept[ours, :, :length] = kept[theirs, :, :length]
+        self._written[to] = max(self._written[to], length)
+
     def _find(self, slot: Tensor, subset: Tensor | None) -> Tensor | None:
         """Where rows lie, which are about to be fed at slot int64 [B, T]; None is all in order."""
         rows = list(range(self.rows)) if subset is None else subset.tolist()

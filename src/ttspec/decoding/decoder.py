@@ -19,6 +19,7 @@ from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter
+from ttspec.drafters.context import ContextState
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.update_schedule import AFTER, UpdateSchedule
@@ -224,6 +225,19 @@ class Decoder(SpeculativeRound):
         self.prompts.clear(row)
         if self.learner:
             self.learner.reset(row)
+
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Empty a row, and let it hold the first `length` tokens of another one, read already.
+
+        What the other's drafter learned stays there. Not where the target is recurrent.
+        """
+        self.clear(to)
+        self.deferred.before_prompt([source])
+        self.cache.copy_row(source, to, length)
+        if isinstance(self.state, ContextState):
+            self.state.copy_row(source, to, length)
+        self.rows.copy(source, to, length)
+        self.prompts.crop(to, length)
 
     def restart(self) -> None:
         """Be as new, with the caches and graphs there are."""

@@ -23,7 +23,7 @@ from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
 from ttspec.records import TokenLogprobs
-from ttspec.rowcache import RowCache
+from ttspec.rowcache import RowCache, reach_of
 from ttspec.sampling import pick, position_noise
 
 PIECE = 512
@@ -37,6 +37,8 @@ PADDED = (64, 128, 256, PIECE)
 kernel it takes as long as many rounds do."""
 ALONE = 8
 """Rows that are read one after the other then; more at a time are faster together."""
+ROUNDED = 16
+"""A CPU that computes in two bytes reads multiples of it: oneDNN keeps 3 MiB for each length."""
 LOST = -1
 
 
@@ -97,6 +99,7 @@ class PromptReader:
         """Nothing is read yet."""
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
+        self._pads = target.device.type == "cpu" and target.dtype.itemsize == 2
         self._recurrent = [0] * rows.count
         """The least length to which a row's recurrent states can go back, or `LOST`."""
         self._cropped: set[int] = set()
@@ -169,8 +172,7 @@ class PromptReader:
         if masks and (masked := masks.masked(prompts.rows)):  # one that fails changes nothing
             masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         ends = [ids[-last:] for ids in prompts.ids]
-        none = [0] * len(ends)
-        logits = self._feed(prompts.rows, ends, prompts.position, none, logits=True)
+        logits = self._feed(prompts.rows, ends, prompts.position, [0] * len(ends), logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
         if penalises(self._sampling.steps(prompts.rows)):
@@ -182,14 +184,8 @@ class PromptReader:
         first = enumerate(zip(prompts.rows, first_tokens, strict=True))
         prompts.logprobs = [tell(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
-        for row, length, ids, token, budget in zip(
-            prompts.rows,
-            prompts.position,
-            prompts.ids,
-            prompts.first_tokens,
-            prompts.budgets,
-            strict=True,
-        ):
+        given = prompts.rows, prompts.position, prompts.ids, first_tokens, prompts.budgets
+        for row, length, ids, token, budget in zip(*given, strict=True):
             self._rows.begin(row, length, ids, token, budget - 1)
             self._deferred.clear(row)
             self._recurrent[row] = length
@@ -246,11 +242,11 @@ class PromptReader:
 
     def _read_again(self, row: int, text: list[int], begin: int) -> None:
         """Let the target read what it has read before; its features are kept."""
-        _, start, subset, _, features = self._read([row], [text], [begin])
+        _, start, subset, _, _, features = self._read([row], [text], [begin])
         if isinstance(self._state, FeatureState):
             position = start[:, None] + torch.arange(len(text), device=start.device)
             at = start.new_tensor([row]) if subset is None else subset
-            self._state.remember(features, position, at)
+            self._state.remember(features[:, : len(text)], position, at)
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
         """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
@@ -325,10 +321,13 @@ class PromptReader:
         logits: bool,
     ) -> Tensor | None:
         """As `_feed`, all at once."""
-        tokens, start, subset, out, features = self._read(rows, parts, at, logits=logits)
+        tokens, start, subset, counts, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
+            padded = self._pads and self._drafter.takes_padding
+            width = None if padded else max(map(len, parts))
+            text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
-                self._drafter.extend(self._state, tokens, features, start, subset)
+                self._drafter.extend(self._state, *text, *([counts] if padded else []))
         if self.learner and self.learner.study:
             near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
@@ -377,16 +376,16 @@ class PromptReader:
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Let the target read: tokens, starts, which rows (None is all), logits and features."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Let the target read: tokens, start, rows (None is all), counts, logits, features."""
         device = self._target.device
-        width = max(map(len, parts))
+        longest = max(map(len, parts))
+        width = reach_of(longest, PIECE, ROUNDED) if self._pads and longest > 1 else longest
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start = torch.tensor(at, device=device)
         counts = torch.tensor([len(p) for p in parts], device=device)
         # Some rows' keys are copied before they are read; those of all rows are not.
-        every = rows == list(range(self._rows.count))
-        subset = None if every else torch.tensor(rows, device=device)
+        subset = None if rows == [*range(self._rows.count)] else torch.tensor(rows, device=device)
         with sdpa_kernel(ATTENTION):
             out, features = self._target.forward(
                 self._cache,
@@ -395,6 +394,7 @@ class PromptReader:
                 max(at),
                 subset=subset,
                 counts=counts,
-                logits=1 if logits else 0,
+                # Not 1, which means a slice: see findings/torch_linear_of_a_slice.sh.
+                logits=start.new_tensor([longest - 1]) if logits else 0,
             )
-        return tokens, start, subset, out, features
+        return tokens, start, subset, counts, out, features

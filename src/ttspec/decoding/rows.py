@@ -188,6 +188,16 @@ class RowStates:
         self.lengths[row], self.pending[row] = length, pending
         self.tokens[row] = [*self.tokens[row][:length], pending]
 
+    def copy(self, source: int, to: int, length: int) -> None:
+        """Let a row hold the first `length` tokens of another."""
+        self.lengths[to], self.pending[to] = length, self.tokens[source][length]
+        self.tokens[to] = self.tokens[source][: length + 1]
+        self._answers[to] = length
+
+    def goes_on(self, row: int, length: int) -> bool:
+        """Whether a text that is alike up to `length` goes on from the row's last prompt."""
+        return 0 < self._answers[row] <= length
+
     def clear(self, row: int) -> None:
         """Empty a row."""
         self.lengths[row] = self.budget[row] = 0

@@ -23,6 +23,8 @@ all rows, so in a large batch rows wait for company. Not where it is captured, a
 alone (docs/experiments.md)."""
 SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
+LEAST_COPIED = 64
+"""Tokens that two texts begin with alike, for which what was read is copied from row to row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -264,27 +266,38 @@ class Scheduler:
         while self._free and self._queue:
             request = self._queue.popleft()
             known = self._requests[request]
-            row = self._row_left_for(known)
-            if row is None:  # the one that was left longest ago, if there are tenants
-                row = self._free[0 if known.tenant is not None else -1]
-                self.decoder.clear(row)
+            row = self._row_for(known)
             self._free.remove(row)
             known.talk.row = row
             self._ready.append(request)
 
-    def _row_left_for(self, request: Admitted) -> int | None:
-        """The free row whose text a request of the same tenant goes on from, if any."""
-        tenant, ids, best = request.tenant, request.ids or [], (0, -1)
-        for row in self._free if tenant is not None else ():
-            length = self.decoder.rows.lengths[row]
-            if self._left_by.get(row) == tenant and length:
-                alike = shared_prefix(self.decoder.rows.tokens[row][:length], ids)
-                if 2 * alike >= length:  # not just the same system message
-                    best = max(best, (alike, row))
-        learner = self.decoder.learner
-        if best[0] and learner and learner.config.scope == "request":
-            learner.reset(best[1])
-        return best[1] if best[0] else None
+    def _row_for(self, request: Admitted) -> int:
+        """A free row, which holds what there is of a request's text from the same tenant.
+
+        That is the row of a conversation that comes back. Who only begins alike, with the same
+        system message as a rule, has a copy of that: each conversation keeps a row.
+        """
+        decoder, tenant, ids = self.decoder, request.tenant, request.ids or []
+        if tenant is None:
+            decoder.clear(row := self._free[-1])
+            return row
+        alike = {
+            row: shared_prefix(decoder.rows.tokens[row][: decoder.rows.lengths[row]], ids)
+            for row in self._free
+            if self._left_by.get(row) == tenant
+        }
+        oldest = self._free[0]  # the one that was left longest ago
+        best = max(alike, key=lambda row: alike[row], default=oldest)
+        same = alike.get(best, 0)
+        if decoder.rows.goes_on(best, same) or (best == oldest and same >= LEAST_COPIED):
+            if decoder.learner and decoder.learner.config.scope == "request":
+                decoder.learner.reset(best)
+            return best
+        if same >= LEAST_COPIED and not decoder.target.recurrent:
+            decoder.copy(best, oldest, same)
+        else:
+            decoder.clear(oldest)
+        return oldest
 
     def _begin(self) -> list[int]:
         """Begin to read what is ready; requests whose answers are over before they begin."""

@@ -9,7 +9,7 @@ them. Both give the same logits, but for rounding.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
@@ -43,6 +43,14 @@ class ContextState(DraftState):
         """See `DraftState`; layers are the first dimension of keys and values."""
         kept = {"keys": self.keys[:, rows], "values": self.values[:, rows]}
         return replace(of_rows(self, rows), weights=weights, **kept)
+
+    def copy_row(self, source: int, to: int, length: int) -> None:
+        """Let a row hold the first `length` tokens of another's context; its weights stay."""
+        for kept in (self.keys, self.values):
+            kept[:, to, :, :length] = kept[:, source, :, :length]
+        for name in {f.name for f in fields(self)} - {"keys", "values"}:
+            if isinstance(kept := getattr(self, name), Tensor):
+                kept[to] = kept[source]
 
     @property
     def spans(self) -> bool:

@@ -183,7 +183,8 @@ class Eagle3(FeatureDrafter):
             kept = whole.keys[:, text.row], whole.values[:, text.row]
             state = replace(whole, keys=kept[0], values=kept[1])
         at, rest = text.position - 1, text.position[:, 0] >= state.slots
-        longest = int(at.max().clamp(max=state.slots)) + 1 if at.is_cpu else state.slots
+        meant = at.masked_fill(at >= state.slots, 0)
+        longest = int(meant.max()) + 1 if at.is_cpu else state.slots
         seen = self._spans(state, at, at, rest)
         contexts = state.in_place(at, rest, longest, seen)
         self._step(weights, h, text.tokens, at, state.rope, contexts)

@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
 from ttspec.drafters.context import FeatureState
-from ttspec.drafters.layers import Weights, low_rank
+from ttspec.drafters.layers import Weights, low_rank, product
 from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
@@ -35,7 +35,7 @@ class Projection(torch.nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """X [B, ..., in] -> [B, ..., out]; or all tokens of all rows in one, beside experts."""
-        y = super().forward(input)
+        y = product(input, self.weight, self.bias)
         if not self.down.numel():
             return y
         if input.dim() == 2 and self.down.dim() == 3:
