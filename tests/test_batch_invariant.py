@@ -23,9 +23,9 @@ class Listening(Decoder):
 
     heard: dict[tuple[int, int], torch.Tensor]
 
-    def round(self):
+    def round(self, **options):
         start = list(self.rows.lengths)
-        outcomes = super().round()
+        outcomes = super().round(**options)
         for row, outcome in outcomes.items():
             for i in range(len(outcome.tokens)):
                 self.heard[row, start[row] + i] = self._said[row, i].clone()

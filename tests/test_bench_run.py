@@ -143,11 +143,11 @@ def test_ctrl_c_in_the_middle_of_a_round_drops_the_unit(
 
     real, left = Decoder.round, [rounds]
 
-    def stop(self):
+    def stop(self, **options):
         left[0] -= 1
         if left[0] == 0:
             raise KeyboardInterrupt
-        return real(self)
+        return real(self, **options)
 
     monkeypatch.setattr(Decoder, "round", stop)
     assert bench_run(pair, suite, tmp_path / "run", "static,ngram") == 130

@@ -101,7 +101,7 @@ ARMS = {
 @pytest.fixture(scope="module")
 def said(target) -> dict[float, list[list[int]]]:
     """What plain decoding says, by temperature."""
-    options = {"max_new_tokens": 10, "seed": 5, "ignore_eos": True, **PLAIN}
+    options = {"max_new_tokens": 14, "seed": 5, "ignore_eos": True, **PLAIN}
     engine = Engine(twin(target), None)
     return {
         t: [r.token_ids for r in engine.generate(PROMPTS, temperature=t, **options)]
@@ -120,7 +120,7 @@ def test_a_text_is_that_of_plain_decoding(target, said, which: str):
                 continue
             results = engine.generate(
                 PROMPTS,
-                max_new_tokens=10,
+                max_new_tokens=14,
                 seed=5,
                 ignore_eos=True,
                 temperature=temperature,

@@ -288,9 +288,9 @@ def held_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Rounds wait for the event."""
     go, real = threading.Event(), Decoder.round
 
-    def slow(decoder: Decoder) -> Any:
+    def slow(decoder: Decoder, **options: Any) -> Any:
         go.wait(30)
-        return real(decoder)
+        return real(decoder, **options)
 
     monkeypatch.setattr(Decoder, "round", slow)
     try:
@@ -364,12 +364,12 @@ def test_a_round_that_fails_takes_its_answers_with_it_and_no_others(engine, monk
     broken, real, found = threading.Event(), Decoder.round, list[int]()
     broken.set()
 
-    def fails_once(decoder: Decoder) -> Any:
+    def fails_once(decoder: Decoder, **options: Any) -> Any:
         if broken.is_set():
             until(lambda: sum(server.worker.load) == 2)
             broken.clear()
             raise RuntimeError("the machine did something")
-        return real(decoder)
+        return real(decoder, **options)
 
     monkeypatch.setattr(Decoder, "round", fails_once)
     with running(engine, rows=1) as (client, server):

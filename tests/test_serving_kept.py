@@ -68,11 +68,11 @@ def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path, caplog) 
 def test_without_keys_all_share_and_a_fault_loses_nothing(engine, tmp_path, monkeypatch) -> None:
     real, broken = Decoder.round, []
 
-    def fails_once(decoder: Decoder) -> Any:
+    def fails_once(decoder: Decoder, **options: Any) -> Any:
         if len(broken) == 1:
             broken.append(None)
             raise RuntimeError("the machine did something")
-        return real(decoder)
+        return real(decoder, **options)
 
     monkeypatch.setattr(Decoder, "round", fails_once)
     with running(engine, shared(tmp_path)) as (client, _):

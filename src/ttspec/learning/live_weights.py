@@ -25,6 +25,9 @@ EPSILON = 1e-8
 """Adam's."""
 MOMENTUM = 0.9
 """Adam's decay of the first moment where the memory teaches: its lessons are drawn at random."""
+WARM_UP = 24
+"""Updates over which the rate rises where the memory teaches: Adam's first steps are as long as
+any, and cost a drafter that is good already a tenth of its drafts (docs/experiments.md)."""
 AVERAGED = 0.98
 """Where the memory teaches, drafts come from the mean of the weights after the last updates; this
 is what an update weighs after the next one."""
@@ -107,6 +110,8 @@ class LiveWeights:
         self._mean = self._master if mean is None else mean
         """What is published: the masters, or the mean of them after the last updates."""
         self._steps = self._master.new_zeros(len(self._master), 1)
+        self._rate = self._master.new_full((), self.rate)
+        """Of the next step, where a graph reads it."""
         self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
         self.learned = self._views(self._mean)
@@ -153,6 +158,8 @@ class LiveWeights:
         share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
         scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
         skipped, divisors = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
+        if self.memory:
+            self._rate.copy_(self.rate * ((1 + self._steps[0, 0]) / WARM_UP).clamp(max=1.0))
         for optimiser, skip, divisor in zip(self._optimisers, skipped, divisors, strict=True):
             # As a gradient scaler does: fused Adam divides, and skips, on the device.
             optimiser.found_inf, optimiser.grad_scale = skip, divisor  # type: ignore[attr-defined]
@@ -200,7 +207,8 @@ class LiveWeights:
     def _make_optimiser(self, copy: int) -> torch.optim.Adam:
         weights, betas = self._master[copy], (self.config.beta1 or 0.0, self.config.beta2)
         weights.grad, cuda = self._gradient[copy], weights.is_cuda
-        return torch.optim.Adam([weights], self.rate, betas, EPSILON, fused=True, capturable=cuda)
+        rate = self._rate if self.memory else self.rate
+        return torch.optim.Adam([weights], rate, betas, EPSILON, fused=True, capturable=cuda)
 
     def _for_drafter(self, table: Tensor) -> Tensor:
         return table[0] if self.shared else table
