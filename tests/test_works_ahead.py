@@ -68,10 +68,13 @@ def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine
     for _ in range(4):
         scheduler.step()
     assert decoder.launched
+    clear, cleared = decoder.clear, list[bool]()
+    decoder.clear = lambda row: (cleared.append(decoder.launched is not None), clear(row))
     other = scheduler.add_request(Request(ids=ids[1], seed=0))
     assert [request for request, _ in scheduler.step()] == [one]
     assert not decoder.launched
     assert other in [request for request, _ in scheduler.step()]
+    assert cleared == [False], "a learner's graphs may work where a round's results lie"
     results = {}
     while scheduler.has_unfinished():
         results |= {request: chunk.result for request, chunk in scheduler.step() if chunk.result}

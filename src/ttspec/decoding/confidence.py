@@ -36,9 +36,8 @@ class ConfidenceCalibration:
         """
         self._confidence = confidence
         slope, alive, tokens = self._slope(), [1.0] * len(confidence), [1.0]
-        for (n, said, kept, *_), row in zip(
-            self._sums, zip(*confidence, strict=True), strict=False
-        ):
+        by_draft = zip(*confidence, strict=True)
+        for (n, said, kept, *_), row in zip(self._sums, by_draft, strict=False):
             usual, right = (said + HOPE) / (n + 1), (kept + HOPE) / (n + 1)
             chances = [min(1.0, max(0.0, right + slope * (x - usual))) for x in row]
             alive = [a * chance for a, chance in zip(alive, chances, strict=True)]

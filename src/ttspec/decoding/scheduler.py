@@ -175,9 +175,9 @@ class Scheduler:
         Returns:
             (request, chunk) of each request with something new. A chunk with a result ends a turn.
         """
-        self._give_rows()
         moved: list[int] = []
-        if not self.decoder.launched:  # a prompt would be computed where its results lie
+        if not self.decoder.launched:  # graphs of prompts and memory may work where its results lie
+            self._give_rows()
             if self._ready and not self._reading and (self._in_company or not self._decoding):
                 moved = self._begin()
             if self._reading:
@@ -260,7 +260,8 @@ class Scheduler:
     def _in_company(self) -> bool:
         """Whether enough turns wait for their prompts to be read."""
         prompts, rows = self.decoder.prompts, self.decoder.rows.count
-        return len(self._ready) > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
+        waiting = len(self._ready) + min(len(self._queue), len(self._free))
+        return waiting > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
 
     def _give_rows(self) -> None:
         while self._free and self._queue:
