@@ -44,7 +44,7 @@ from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
-from ttspec.decoding.round import RoundShape, position_noise
+from ttspec.decoding.rows import RoundShape
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -54,7 +54,7 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
 from ttspec.records import Lesson, Proposal, Result
-from ttspec.sampling import SamplingTensors, process
+from ttspec.sampling import SamplingTensors, position_noise, process
 
 ALL = [*CONFIGS, "ngram"]
 EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind in ("eagle3", "peagle")]

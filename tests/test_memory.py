@@ -292,7 +292,8 @@ def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None
     assert max(r.stats.updates for r in results) >= 1
 
 
-def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine) -> None:
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine, apart) -> None:
     """All graphs of updates share memory: a later one's output may lie in an older one's."""
     own, called = Engine(engine.target, make_kind("eagle3")), list[str]()
 
@@ -300,7 +301,7 @@ def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engi
         on = True
 
         def __init__(self) -> None:
-            self._made = {}
+            self._made = {} if apart else {"a round's": {}}
 
         def __call__(self, work, key, **_):
             self._made[key] = {}
@@ -312,6 +313,8 @@ def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engi
     learner = own._spare.learner
     assert learner
     learner._run_update = Recording()
+    if not apart:  # as where updates are published at once
+        learner._run = learner._run_update
     learner.capture_updates(600)
     assert called[0] == "_newest_lesson"
     assert called.count("_compare_newest") == 2

@@ -24,7 +24,7 @@ from transformers import (
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill
+from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
@@ -275,7 +275,7 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
                     assert seen.setdefault(noise[row, column].numpy().tobytes(), place) == place
         return noise
 
-    monkeypatch.setattr(rounds, "position_noise", recorded)
+    monkeypatch.setattr(stages, "position_noise", recorded)
     monkeypatch.setattr(prefill, "position_noise", recorded)
     temperatures = (0.7, 0.0, 0.7, 1.3, 0.9)
     asked: list[Asked] = [

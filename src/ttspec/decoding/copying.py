@@ -142,6 +142,11 @@ class SuffixIndex:
             copied += copied[: len(chances) - len(copied)]
         return Copy(copied, chances)
 
+    @property
+    def is_met(self) -> bool:
+        """Whether the last tokens stood before."""
+        return self._place > 0
+
     def _find(self, place: int) -> None:
         """Take an earlier place, if there is one, and count the tokens that agree before it."""
         self._place, self._match = place, 0
@@ -217,6 +222,18 @@ class Copying:
             copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
         return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
+
+    def expects(self, active: Sequence[int], tokens: Sequence[Sequence[int]], drafts: int) -> bool:
+        """Whether rows may copy in the round after one that is not read yet.
+
+        One row's copies bring most, and begin where its last tokens stood before: it waits there.
+        Several rows go on unless a copy would pay by now: they may begin to copy a round later.
+        """
+        if len(active) > 1:
+            return bool(self.choose(active, tokens, drafts=drafts > 0))
+        index = self._rows[active[0]]
+        index.follow(tokens[active[0]])
+        return index.is_met
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""

@@ -53,6 +53,14 @@ class DeferredContext:
         if shape.draft_length:
             self._catch_up(active, shape.draft_length)
 
+    def needs_nothing(self, last: RoundShape, shape: RoundShape) -> bool:
+        """Whether the drafter has nothing to read between a round and the one after it."""
+        if not shape.absorbs:
+            return max(self._noted) + last.proposed + shape.proposed + 2 <= NOTED
+        # After the last one some rows may have as many unread tokens.
+        unread = last.draft_length or max(self._unread) + 1
+        return not shape.draft_length or unread <= shape.draft_length
+
     def before_prompt(self, rows: Sequence[int]) -> None:
         """Let the drafter read what some rows hold, for more to follow."""
         self.flush(rows)

@@ -122,7 +122,7 @@ class Learner:
         *,
         drafted: bool = True,
         emitted: Mapping[int, int] | None = None,
-        number: int | None = None,
+        told: bool = True,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
@@ -133,14 +133,13 @@ class Learner:
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
-            number: The round's. Where updates are rare, so are rounds that a memory is told of.
+            told: Whether the lesson is kept.
 
         Returns:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        told = self.strides == 1 or number is None or not self.study or self.study.hears(number)
-        if self._lessons is None and not (drafted and told):
+        if not (self._lessons or (drafted and told)):
             return updated
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
@@ -159,6 +158,10 @@ class Learner:
         if self.keeper:
             self.keeper.note(updated, self.updates)
         return updated
+
+    def restart(self) -> None:
+        """Count rounds anew; the rows were reset."""
+        self._rounds = 0
 
     @property
     def is_updating(self) -> bool:
@@ -208,8 +211,10 @@ class Learner:
         steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
         taught = (report.blocks > 0).tolist()
         if self.study:
-            taught = [any(taught) and row for row in self._taught]
-            self._taught = [False] * len(taught)
+            taught, self._taught = (
+                [any(taught) and row for row in self._taught],
+                [False] * len(taught),
+            )
         # The update was made from the weights that were compared.
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         for copy, comparison in enumerate(comparisons.tolist()):
@@ -247,10 +252,6 @@ class Learner:
         found = self._distillation.expected_drafts(self.drafter.weights, lesson, longest)
         blocks = int(lesson.count.sum())
         return float(found.sum()) / blocks if blocks else None
-
-    def restart(self) -> None:
-        """Count rounds anew; the rows were reset."""
-        self._rounds = 0
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
@@ -318,8 +319,9 @@ class Learner:
         """Update from the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
         self._compares = compare
-        # Captured first in any case: what it returns must not lie where an older graph works.
-        if compare or not self.study or not self._run_update.keys:
+        # What it returns must not lie where an older graph of the update works.
+        kept = self._run_update is not self._run and self._run_update.keys
+        if compare or not (self.study and kept):
             self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
             self._lessons.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil

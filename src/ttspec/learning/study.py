@@ -163,9 +163,9 @@ class MemoryStudy(Study):
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
 
     @staticmethod
-    def hears(number: int) -> bool:
-        """Whether the memory is told of a round where it is told of few."""
-        return number // STRETCH % HEARD == 0
+    def hears(number: int, *, all: bool) -> bool:
+        """Whether the memory is told of a round: of `all`, or of few."""
+        return all or number // STRETCH % HEARD == 0
 
     def note(self, lessons: Lessons, emitted: Mapping[int, int] | None, *, due: bool) -> None:
         """Take note of a round, and `remember` if it is due or another might overwrite something.
