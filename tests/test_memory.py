@@ -282,9 +282,13 @@ def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
-def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None:
-    own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("which", "compile"),
+    [*((w, False) for w in ("dflash", "eagle3", "causal", "pard", "mtp")), ("eagle3", True)],
+)
+def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str, compile: bool) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "compile": compile}
+    own = load(str(toy_target_dir), make_kind(which), **options)
     learn = LearnConfig(scope="shared", stride=4)
     asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
     results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)

@@ -109,7 +109,9 @@ class Learner:
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
-            self._run_update = Graphs(drafter.embedding.device)
+            # Rows' own contexts have many lengths, and each would be compiled for itself.
+            compile = self._run.compile and self.study is not None
+            self._run_update = Graphs(drafter.embedding.device, compile=compile)
             self._stream = Streams.lend(drafter.embedding.device, self)
             self._update_over = torch.cuda.Event()
 
@@ -211,10 +213,8 @@ class Learner:
         steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
         taught = (report.blocks > 0).tolist()
         if self.study:
-            taught, self._taught = (
-                [any(taught) and row for row in self._taught],
-                [False] * len(taught),
-            )
+            taught = [any(taught) and row for row in self._taught]
+            self._taught = [False] * len(taught)
         # The update was made from the weights that were compared.
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         for copy, comparison in enumerate(comparisons.tolist()):
