@@ -99,7 +99,7 @@ SHARED = {"learn": LearnConfig(scope="shared", stride=1)}
 def test_texts_are_the_same_where_the_device_goes_on_by_itself(
     toy_target_dir, kind, rows, options, monkeypatch
 ):
-    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, all: number // 3 % 3 == 0)
+    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
     engine = toy_engine(toy_target_dir, make_kind(kind))
     asked = {"max_new_tokens": 24, "rows": rows, "seed": 5, "stop": ("e", "\n"), **options}
     # What the rejection rule draws hangs on the round's number, and so on who joined when.
@@ -118,7 +118,7 @@ def test_texts_are_the_same_where_the_device_goes_on_by_itself(
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("options", [PAUSED, {**PLAIN, **SAMPLED}, {"learn": None}, SHARED])
 def test_on_a_gpu_the_device_goes_on_by_itself(toy_target_dir, options, compile, monkeypatch):
-    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, all: number // 3 % 3 == 0)
+    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
     engine = load(str(toy_target_dir), make_kind("eagle3"), device="cuda", dtype="bfloat16")
     engine.compile = compile
     many, launch = [[prompt] for prompt in PROMPTS * 2], Decoder._launch

@@ -328,7 +328,7 @@ class PromptReader:
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
-        if self.learner and self.learner.study:
+        if self.learner and self.learner.study and self.learner.study.listens:
             near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
         return out
@@ -344,7 +344,7 @@ class PromptReader:
             subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        if self.learner and self.learner.study and left <= PIECE:
+        if (study := self.learner and self.learner.study) and study.listens and left <= PIECE:
             self.graphs(self._teach_padded, width, compile=False)
         return logits.clone()
 

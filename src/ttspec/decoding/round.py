@@ -115,6 +115,8 @@ class SpeculativeRound(RoundStages):
         emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
         self.deferred.after_round(verification, emitted, shape)
         updated = [False] * self.rows.count
+        if self.learner and self.learner.study:
+            self.learner.study.listens = launched.heard
         if self.learner and (launched.heard or (shape.absorbs and self.learner.study)):
             updated = self.learner.absorb(
                 verification,
@@ -220,7 +222,9 @@ class SpeculativeRound(RoundStages):
             return False
         if learner.study is None:
             return shape.proposed > 0 and shape.absorbs
-        return learner.study.hears(number, all=shape.absorbs and learner.strides == 1)
+        return learner.study.hears(
+            number, learner.strides if shape.absorbs else max(2, learner.strides)
+        )
 
     def _is_chainable(self, last: Launched) -> bool:
         """Whether the round after one that is under way can begin where the device leaves it.
