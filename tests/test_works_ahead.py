@@ -140,10 +140,11 @@ def test_on_a_gpu_the_device_goes_on_by_itself(toy_target_dir, options, compile,
     assert found[0] == found[1]
 
 
-def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine):
+@pytest.mark.parametrize("chained", [None, []])
+def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine, chained):
     expected = [plain(engine, prompt, max_new_tokens=40).token_ids for prompt in PROMPTS[:2]]
     config = GenerateConfig(max_new_tokens=40, learn=None, seed=0)
-    decoder = working_ahead(engine).decoder(config, 2, 30, sessions=False)
+    decoder = working_ahead(engine, chained=chained).decoder(config, 2, 30, sessions=False)
     scheduler = Scheduler(decoder, config)
     ids = [plain(engine, prompt, max_new_tokens=1).prompt_ids for prompt in PROMPTS[:2]]
     one = scheduler.add_request(Request(ids=ids[0], seed=0))
@@ -161,12 +162,15 @@ def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine
     while scheduler.has_unfinished():
         results |= {request: chunk.result for request, chunk in scheduler.step() if chunk.result}
     assert [results[one].token_ids, results[other].token_ids] == expected
+    assert chained is None or chained
 
 
+@pytest.mark.parametrize("options", [LEARN, PAUSED])
 @pytest.mark.parametrize("way", ["close", "interrupt"])
-def test_a_round_under_way_is_dropped_with_its_row(typist, way):
-    whole = plain(typist, "hello", max_new_tokens=30)
-    session = working_ahead(typist).session(max_new_tokens=30, context=300, **LEARN)
+def test_a_round_under_way_is_dropped_with_its_row(typist, way, options):
+    whole, chained = plain(typist, "hello", max_new_tokens=30), list[int]()
+    working_ahead(typist, chained=chained if options is PAUSED else None)
+    session = typist.session(max_new_tokens=30, context=300, **options)
     stream = session.stream("hello")
     next(stream), next(stream)
     decoder = session._scheduler.decoder
@@ -181,6 +185,7 @@ def test_a_round_under_way_is_dropped_with_its_row(typist, way):
     assert talk.tokens == whole.token_ids[: len(talk.tokens)]
     assert decoder.rows.lengths[0] == len(talk.prompt_ids) + len(talk.tokens) - 1
     assert_goes_on(typist, talk.prompt_ids + talk.tokens, session.send("and now?"))
+    assert bool(chained) == (options is PAUSED)
 
 
 def test_a_session_goes_on_after_an_answer_that_ended_by_itself(typist):
