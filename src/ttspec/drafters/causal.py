@@ -8,7 +8,6 @@ were drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,29 +23,20 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
+from ttspec.drafters.base import DraftState, Shapes, placed
 from ttspec.drafters.blocks import Blocks, Choices, Text, positions, row_index
-from ttspec.drafters.context import (
-    empty_context,
-    feature_ring,
-    first_seen,
-    same_block,
-    seen_mask,
-)
+from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
+    FunctionalDrafter,
     FunctionalState,
     InPlaceCache,
     Masks,
-    ModelFunction,
-    Projection,
     Reading,
     functional_model,
 )
 from ttspec.drafters.layers import Weights, activation_of
-from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
-from ttspec.errors import CheckpointError, OptionError
-from ttspec.models.attention import NAME as FOLDED
+from ttspec.errors import CheckpointError
 from ttspec.models.unfit import attention_windows
 from ttspec.records import Lesson, Verification
 
@@ -74,7 +64,7 @@ class Fed:
     """[B, N, W], features to read along; see `Pard`."""
 
 
-class Causal(Drafter):
+class Causal(FunctionalDrafter):
     """A draft model from its config.json and its weights by transformers' names."""
 
     kind = "causal"
@@ -99,22 +89,15 @@ class Causal(Drafter):
         self.windows = attention_windows(self.model_config)
         self.rebuilt = set((self.config.get("ttspec") or {}).get("rebuilt") or [])
         self.length = self._given_length()
-        base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
-        self._plain_rope = Rope.of({"rope_theta": base}, self.head_dim)
-        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
-        self.interpretation["rope base"] = f"{self._plain_rope.base:g}"
+        self._read_rope()
         self._shared = Shared()
         if isinstance(act := getattr(text, "hidden_act", None), str):
             activation_of(act)
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The transformers model; its own parameters are never used."""
+    def module(self) -> PreTrainedModel:
+        """See `FunctionalDrafter`."""
         return functional_model(self.model_config)
-
-    @cached_property
-    def _function(self) -> ModelFunction:
-        return ModelFunction(self.model)
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
@@ -144,7 +127,7 @@ class Causal(Drafter):
         if self.model_config.tie_word_embeddings:
             self.weights.pop("lm_head.weight", None)
         self.weights = placed(self.weights, embedding)
-        torch.nn.Module.to(self.model, embedding.device)
+        torch.nn.Module.to(self.module, embedding.device)
         ours, theirs, own = int(text.vocab_size), embedding.shape[0], tokenizer_of(self.path)
         if own is None:
             self._require("vocabulary", ours, theirs)
@@ -164,34 +147,9 @@ class Causal(Drafter):
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
-        like = self.embedding
-        known = options, like.device  # a forecast starts on meta
-        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
-            self._ropes[known] = self._rope(options).to(like.device)
-        return CausalState(
-            weights=self.weights,
-            options=options,
-            rope=self._ropes[known],
-            tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=like.device),
-            anchor=self.weights,
-            takes_spans=self.model.config._attn_implementation == FOLDED,
-            **empty_context(self.layers, rows, self.kv_heads, slots, self.head_dim, like),
-            **feature_ring(rows, len(self.taps) * like.shape[1], like),
-        )
-
-    def _rope(self, options: DraftConfig) -> Rope:
-        """The model's rotation where positions are changed; else it is not looked at."""
-        if not options.rope_base and not options.rebase:
-            return self._plain_rope
-        text = self.model_config.get_text_config().to_dict()
-        with suppress(KeyError, TypeError, ValueError):
-            rope = Rope.of(text, self.head_dim, options.rope_base)
-            if self._function.rope_buffers(rope):
-                return rope
-        raise OptionError(
-            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
-            "are not possible.\nUse draft.window instead."
-        )
+        tokens = torch.zeros(rows, slots + 1, dtype=torch.long, device=self.embedding.device)
+        width = len(self.taps) * self.embedding.shape[1]
+        return CausalState(tokens=tokens, **self._context(rows, slots, options, width))
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Read tokens, and those before that may not have been read."""
@@ -238,12 +196,7 @@ class Causal(Drafter):
             fed = Fed(self._shared.translate(token), blocks.start + step + 1)
         return None
 
-    def _replay(
-        self,
-        state: DraftState,
-        lesson: Lesson,
-        blocks: Blocks,
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, CausalState)
         length, before = blocks.length, lesson.before
         before = None if before is None else before.repeat_interleave(length, dim=1)
@@ -265,20 +218,20 @@ class Causal(Drafter):
         Returns:
             [N, R, H], what the head reads.
         """
-        return self._function.hidden(self.weights, ids, position, seen)
+        return self.function.hidden(self.weights, ids, position, seen)
 
     def _trainable(self) -> list[str]:
         """All but the tables."""
-        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        tables = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
         frozen = {id(m.weight) for m in tables if m is not None}
-        return [n for n, p in self.model.named_parameters() if id(p) not in frozen]
+        return [n for n, p in self.module.named_parameters() if id(p) not in frozen]
 
     def _layer(self, index: int) -> str:
         return f".layers.{index}."
 
     def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; a matrix that transformers lays out otherwise gets no change."""
-        plain = {n for n, m in self.model.named_modules() if isinstance(m, Projection)}
+        """See `Drafter.matrices`."""
+        plain = self.plain_matrices()
         return [n for n in super().matrices(parameters) if n in plain]
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
@@ -328,10 +281,10 @@ class Causal(Drafter):
         # What is written past the start is dead after this draft, keys of masks as well.
         seen = self._by_window(state, position, lambda f: state.seen_spans(f, position, rest))
         layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
-        inputs, weights = self._inputs(state.weights, fed), self._with_rope(state, state.weights)
+        inputs, weights = self._inputs(state.weights, fed), self.with_rope(state, state.weights)
         cache = InPlaceCache(layers)
         return self._shared.drafted(
-            self._function(weights, Reading(inputs, position, seen, keep), cache)
+            self.function(weights, Reading(inputs, position, seen, keep), cache)
         )
 
     def _by_window(
@@ -382,11 +335,6 @@ class Causal(Drafter):
 
         masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
         reading = Reading(inputs, position, masks, keep)
-        weights = self._with_rope(state, weights)
-        logits, k, v = self._function.concatenated(weights, reading, keys, values)
+        weights = self.with_rope(state, weights)
+        logits, k, v = self.function.concatenated(weights, reading, keys, values)
         return self._shared.drafted(logits), k, v
-
-    def _with_rope(self, state: CausalState, weights: Weights) -> Weights:
-        """Weights, and rotary frequencies where they were overridden."""
-        override = state.options.rope_base
-        return {**weights, **self._function.rope_buffers(state.rope)} if override else weights
