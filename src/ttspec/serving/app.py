@@ -30,11 +30,7 @@ from ttspec.serving.gate import Gate
 from ttspec.serving.keys import Keys
 from ttspec.serving.logs import log
 from ttspec.serving.meter import Meter
-from ttspec.serving.options import (
-    BODY_BYTES,
-    BODY_BYTES_PER_TOKEN,
-    SLOW_READER_SECONDS,
-)
+from ttspec.serving.options import BODY_BYTES, BODY_BYTES_PER_TOKEN, SLOW_READER_SECONDS
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.worker import Worker
