@@ -8,7 +8,7 @@ were drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -62,6 +62,12 @@ class Fed:
     """int64 [B, N]; below 0 is padding."""
     before: Tensor | None = None
     """[B, N, W], features to read along; see `Pard`."""
+    begin: Tensor | None = None
+    """int64 [B, N]: context slots below it are seen; None is the first position."""
+    same: Tensor | None = None
+    """bool [N, N], which of them may see each other; None is all."""
+    keep: int = 0
+    """Logits of so many last ones; 0 is all."""
 
 
 class Causal(FunctionalDrafter):
@@ -176,9 +182,9 @@ class Causal(FunctionalDrafter):
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
         first = position[:, 0].clamp(min=0)
         first = first.masked_fill(first >= state.slots, 0)  # rows at rest
-        fed = Fed(ids, position, self._features_before(state, position, row))
+        fed = Fed(ids, position, self._features_before(state, position, row), keep=1)
         longest = int(first.max()) if first.is_cpu else state.slots  # nobody waits for a device
-        _, k, v = self._read(state, weights, fed, longest, row=subset, keep=1)
+        _, k, v = self._read(state, weights, fed, longest, row=subset)
         state.write(k, v, position, row)
 
     def absorb(self, state: DraftState, verification: Verification) -> None:
@@ -201,10 +207,10 @@ class Causal(FunctionalDrafter):
         length, before = blocks.length, lesson.before
         before = None if before is None else before.repeat_interleave(length, dim=1)
         ids = self._block_ids(lesson.tokens[..., :length]).flatten(1)
-        fed = Fed(ids, blocks.position(length), before)
         begin = blocks.start.repeat_interleave(length, dim=1)
         same = same_block(blocks.start.shape[1], length, ids.device)
-        logits, *_ = self._read(state, state.weights, fed, blocks.longest, begin=begin, same=same)
+        fed = Fed(ids, blocks.position(length), before, begin, same)
+        logits, *_ = self._read(state, state.weights, fed, blocks.longest)
         return logits.unflatten(1, (-1, length))
 
     def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
@@ -268,23 +274,22 @@ class Causal(FunctionalDrafter):
             Logits [B, 1 + masks, V_draft] of the last token and the masks. They are the drafts from
             index `step` on.
         """
-        position, keep, longest = fed.position, 1 + masks, blocks.longest + step
+        fed = replace(fed, keep=1 + masks)
+        position, longest = fed.position, blocks.longest + step
         rest = blocks.start[:, 0] >= state.slots  # begins past the last slot and takes no part
         if not state.spans:
-            logits, k, v = self._read(
-                state, state.weights, fed, longest, origin=blocks.start, keep=keep
-            )
+            logits, k, v = self._read(state, state.weights, fed, longest, origin=blocks.start)
             known = position.shape[1] - masks  # masks are no context
             at = position[:, :known].masked_fill(rest[:, None], state.slots)
             state.write(k[..., :known, :], v[..., :known, :], at, row_index(at))
             return logits
         # What is written past the start is dead after this draft, keys of masks as well.
         seen = self._by_window(state, position, lambda f: state.seen_spans(f, position, rest))
-        layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
+        layers = state.in_place(position, rest, longest + fed.keep, [seen[w] for w in self.windows])
         inputs, weights = self._inputs(state.weights, fed), self.with_rope(state, state.weights)
         cache = InPlaceCache(layers)
         return self._shared.drafted(
-            self.function(weights, Reading(inputs, position, seen, keep), cache)
+            self.function(weights, Reading(inputs, position, seen, fed.keep), cache)
         )
 
     def _by_window(
@@ -303,9 +308,6 @@ class Causal(FunctionalDrafter):
         *,
         row: Tensor | None = None,
         origin: Tensor | None = None,
-        begin: Tensor | None = None,
-        same: Tensor | None = None,
-        keep: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the model over new tokens, which see the context and each other.
 
@@ -316,25 +318,21 @@ class Causal(FunctionalDrafter):
             longest: How far the context reaches, known on the host.
             row: int64 [B], the rows meant; None is all.
             origin: int64 [B, 1], from where re-based distances count; None is where `begin` is.
-            begin: int64 [B, N]: context slots below it are seen; None is the first position.
-            same: bool [N, N], which new tokens may see each other; None is all.
-            keep: Logits of so many last tokens; 0 is all.
 
         Returns:
             logits [B, keep, V_draft], keys and values [layers, B, kv heads, N, D].
         """
         position = fed.position
-        if begin is None:
-            begin = position[:, :1].expand_as(position)
+        begin = position[:, :1].expand_as(position) if fed.begin is None else fed.begin
         # What is fed again stays where it is.
         origin = begin[:, :1] if origin is None else origin
         keys, values = state.read(longest, origin, row, near=self.length)
 
         def mask(first: Tensor) -> Tensor:
-            return seen_mask(keys.shape[3], begin, position, first, position, same)[:, None]
+            return seen_mask(keys.shape[3], begin, position, first, position, fed.same)[:, None]
 
         masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
-        reading = Reading(inputs, position, masks, keep)
+        reading = Reading(inputs, position, masks, fed.keep)
         weights = self.with_rope(state, weights)
         logits, k, v = self.function.concatenated(weights, reading, keys, values)
         return self._shared.drafted(logits), k, v
