@@ -204,7 +204,7 @@ def save_drafter(
         save_torch_state_dict(tensors, folder, max_shard_size=shard, metadata={"format": "pt"})
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o644)  # written for its owner alone
+        file.chmod(0o644)  # findings/safetensors_0_8_replaces_files.sh
 
 
 def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | None:

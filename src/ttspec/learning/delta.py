@@ -203,7 +203,7 @@ def write_delta(
     try:
         with writing(path):
             save_file(tensors, partial, metadata=metadata)
-        partial.chmod(0o644)  # written for its owner alone
+        partial.chmod(0o644)  # findings/safetensors_0_8_replaces_files.sh
         path.touch(exist_ok=False)  # it is ours, or there is an error
         partial.replace(path)
     except FileExistsError:
