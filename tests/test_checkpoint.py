@@ -723,7 +723,7 @@ def test_the_rope_base_is_found_wherever_it_is_written(tmp_path, which, form):
     assert float(drafter.interpretation["rope base"].split()[0]) == base
     plain = base ** (-torch.arange(0, 16, 2) / 16)
     if drafter.kind in ("pard", "causal"):
-        frequencies = dict(drafter.model.named_buffers())["model.rotary_emb.inv_freq"]
+        frequencies = dict(drafter.module.named_buffers())["model.rotary_emb.inv_freq"]
     else:
         frequencies = drafter.rope.frequencies
     if "llama3" in form:

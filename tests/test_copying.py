@@ -21,7 +21,7 @@ from ttspec.decoding.copying import (
     Copying,
     SuffixIndex,
 )
-from ttspec.decoding.decoder import Decoder, widths
+from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.ngram import Ngram
@@ -428,16 +428,14 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
     assert len(set(pairwise(prompt))) == FEW * FEW  # whatever comes next has stood there
     drafter = Ngram() if which == "ngram" else small_drafter(which)
     target = Engine(twin(small.target), drafter).target
-    decoder = Decoder(
-        target,
-        drafter,
+    spec = DecoderSpec(
         rows=rows,
         slots=40,
         sampling=SamplingConfig(temperature=1.0, acceptance=acceptance),
         draft=DraftConfig(),
         learn=LearnConfig(stride=1, lr=0.05) if which != "ngram" else None,
-        ends=(),
     )
+    decoder = Decoder(target, drafter, spec)
     decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [3] * rows)
     copied = 0
     while any(decoder.rows.budget):

@@ -347,7 +347,7 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
     target, which, draft, monkeypatch
 ) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
-    monkeypatch.setattr("ttspec.decoding.deferred.NOTED", 40)
+    monkeypatch.setattr("ttspec.decoding.deferred.RING", 40)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)

@@ -105,7 +105,7 @@ class SpeculativeRound(RoundStages):
         tell = self.row_sampling.logprobs.of
         told = {row: tell(row, verification.logits, row, v.tokens) for row, v in verdicts.items()}
         for row, of_row in verdicts.items():
-            self.prompts.validate(row)
+            self.prompts.rollback.validate(row)  # to where the round began
             self.rows.commit(row, of_row.tokens)
             if of_row.ended:
                 self.rows.budget[row] = 0
@@ -161,7 +161,7 @@ class SpeculativeRound(RoundStages):
             shape, longest, copies = self._plan(active, unobserved)
             self.deferred.before_round(active, shape)
             self.prompts.restore(active)
-            self.prompts.invalidate(active)  # until they are committed
+            self.prompts.rollback.invalidate(active)  # until they are committed
             self.rows.upload(self.round_number, copies)
             self._choose_rows(active)
         self._proposed = self.graphs(self.propose, shape, first=True)
@@ -196,11 +196,11 @@ class SpeculativeRound(RoundStages):
             draft_length = 0
         longest = self._longest(active)
         reach = self.rows.slots if self._reads_spans else longest
-        steps = self.row_sampling.steps(active)
+        processors = self.row_sampling.processors(active)
         if self.graphs.on:
-            steps = self.row_sampling.captured(steps)
+            processors = self.row_sampling.captured(processors)
         absorbs = not self.policy.pauses
-        return RoundShape(reach, draft_length, copy_length, steps, absorbs), longest, copies
+        return RoundShape(reach, draft_length, copy_length, processors, absorbs), longest, copies
 
     def _trim_by_confidence(self, active: list[int], shape: RoundShape) -> RoundShape:
         """The shape of a round whose target reads no more drafts than pay, by the drafter's word.

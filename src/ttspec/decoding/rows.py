@@ -20,7 +20,7 @@ COPIES = 5
 """Numbers of a row that are uploaded besides the tokens it copies."""
 
 
-class SamplingSteps(NamedTuple):
+class Processors(NamedTuple):
     """What is done to logits before a token is taken: what some row asks for, and no more."""
 
     names: frozenset[str] = frozenset()
@@ -40,7 +40,7 @@ class RoundShape(NamedTuple):
     """Tokens that the drafter drafts; at 0 it is not run."""
     copy_length: int = 0
     """Tokens that rows copy at most; at 0 no row copies."""
-    steps: SamplingSteps = SamplingSteps()
+    processors: Processors = Processors()
     """How tokens are chosen. The values are in tensors that graphs read."""
     absorbs: bool = True
     """Whether the drafter makes context of what is committed, or does so some rounds later."""

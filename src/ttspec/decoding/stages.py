@@ -59,7 +59,7 @@ class RoundStages:
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
-        sampling = self.row_sampling.tensors(shape.steps)
+        sampling = self.row_sampling.tensors(shape.processors)
         if self.sampling.acceptance == "invariant" and sampling.temperature is not None:
             noise = self._noise(shape.proposed + 1, sampling)
         most = (rows.budget - 1).clamp(min=0)
@@ -83,19 +83,19 @@ class RoundStages:
     def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
         """What the drafter drafts, of which `count` int64 [B] will be used."""
         assert self.drafter
-        penalties = self.row_sampling.penalties if penalises(shape.steps) else None
+        penalties = self.row_sampling.penalties if penalises(shape.processors) else None
         some = None if penalties else self._drafter_rows  # they know their rows by number
-        rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.steps, some)
+        rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.processors, some)
         if penalties:
             penalties.write(rows.pending[:, None], rows.start)
         if some:
             rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
             noise = noise if noise is None else noise[some]
-        vocabulary, steps = int(self.target.config.vocab_size), shape.steps
+        vocabulary, processors = int(self.target.config.vocab_size), shape.processors
         if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
             noise = noise[:, : shape.draft_length, ids]
-        known = self.drafter, rows, vocabulary, noise, penalties, steps, shape.longest
-        choose = DraftChoice(sampling, self.sampling.draft == "greedy", *known)
+        known = self.drafter, rows, vocabulary, noise, penalties, processors, shape.longest
+        choose = DraftChoice(sampling, *known)
         asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
         proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
         if some is None:
@@ -123,11 +123,11 @@ class RoundStages:
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
         options = self.row_sampling
-        if penalises(shape.steps):
+        if penalises(shape.processors):
             options.penalties.write(fed, rows.start)
         # For the verdict; the learner is told the target's own.
-        changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.steps)
-        accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.steps))
+        changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.processors)
+        accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.processors))
         judged = accepted, tokens, proposal.count, logits, rows.budget <= 0
         verdict = apply_end_tokens(*judged, options.ends, options.heeded)
         verification = Verification(
@@ -146,7 +146,7 @@ class RoundStages:
                 state, some = self._state_of(self._drafter_rows), self._drafter_rows
                 self.drafter.absorb(state, of_rows(verification, some) if some else verification)
             else:
-                self.deferred.note(verification)
+                self.deferred.keep(verification)
         return verification, verdict.table
 
     def accept(

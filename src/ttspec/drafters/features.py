@@ -173,10 +173,7 @@ class FeatureDrafter(Drafter):
         self._require("hidden size", self.target_hidden, embedding.shape[1])
 
     def _share(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        tokenizer: PreTrainedTokenizerBase | None,
+        self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         """Tables are of the target's size after that, however the drafter's are padded."""
         ours, theirs = self.vocabulary, embedding.shape[0]
