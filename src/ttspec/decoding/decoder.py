@@ -176,9 +176,7 @@ class Decoder(SpeculativeRound):
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
-            verification, self._advanced = self.graphs(self.verify_and_accept, shape)
-            if self.works_ahead and not shape.copy_length:
-                self.graphs(self.advance, shape, changes=[self.rows.uploaded])
+            verification, _ = self.graphs(self.verify_and_accept, shape)
             if self.learner and self._is_heard(shape, 0):
                 self.learner.keep(verification, shape)
         if self.learner:

@@ -23,7 +23,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from ttspec.acceptance import BROKEN
 from ttspec.decoding.copying import Copying
@@ -50,10 +49,8 @@ class Launched(NamedTuple):
     copies: dict[int, list[int]]
     """These two as `_plan` says."""
     verification: Verification
-    table: Tensor
-    """The verdict's, on the device."""
     read: Callable[[], list[list[int]]]
-    """Waits for it, and gives its rows."""
+    """Waits for the verdict's table, and gives its rows."""
     heard: bool
     """Whether the learner is told what the target said."""
     chained: bool
@@ -72,9 +69,6 @@ class SpeculativeRound(RoundStages):
     timer: RoundTimer
     feedback: PolicyFeedback
     graphs: Graphs
-    works_ahead: bool
-    """Whether the next round may be launched before the last one is told of: once it is committed,
-    or, where nothing that the host sees has a say in it, before it is read."""
     round_number: int = 0
     """Rounds so far."""
     launched: Launched | None = None
@@ -155,7 +149,7 @@ class SpeculativeRound(RoundStages):
         if after:
             active, number = after.active, number + 1
             shape, longest, copies = self._next_shape(after), after.longest, dict[int, list[int]]()
-            self._go_on(after)
+            self.timer.lap(after.marks)  # nothing is learned from it
         else:
             active = self.rows.active()
             shape, longest, copies = self._plan(active, unobserved)
@@ -168,10 +162,11 @@ class SpeculativeRound(RoundStages):
         shape = self._trim_by_confidence(active, shape)
         self.timer.lap(marks)
         self._ask_masks(active, shape)
-        verification, table = self.graphs(self.verify_and_accept, shape)
+        changes = [self.rows.uploaded]  # which a warm-up moves on, too
+        verification, table = self.graphs(self.verify_and_accept, shape, changes=changes)
         read = self.rows.download(table)
         self.timer.lap(marks)
-        known = active, shape, longest, copies, verification, table, read
+        known = active, shape, longest, copies, verification, read
         return Launched(*known, self._is_heard(shape, number), after is not None, marks)
 
     def drop(self, row: int) -> None:
@@ -250,12 +245,6 @@ class SpeculativeRound(RoundStages):
         """That of the round after one that is under way, where nothing is copied."""
         length = self.policy.choose(last.shape.draft_length)
         return last.shape._replace(draft_length=length, absorbs=not self.policy.pauses)
-
-    def _go_on(self, last: Launched) -> None:
-        """Begin a round where the device leaves another one."""
-        self.timer.lap(last.marks)  # nothing is learned from it
-        self._advanced = last.table
-        self.graphs(self.advance, last.shape, changes=[self.rows.uploaded])
 
     def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""

@@ -47,10 +47,11 @@ class RoundStages:
     target_reads_spans: bool
     """Whether the device knows how far each row reads, so that one graph serves any length."""
     deferred: DeferredContext
+    works_ahead: bool
+    """Whether the next round may be launched before the last one is told of: once it is committed,
+    or, where nothing that the host sees has a say in it, before it is read."""
     _proposed: tuple[Proposal, Tensor | None]
     """What `propose` gave."""
-    _advanced: Tensor
-    """The table of the round before, where the device goes on from it."""
     _target_rows: Tensor | None = None
     """int64, the rows that the target reads in this round, as they lie; None is all."""
     _drafter_rows: slice | None = None
@@ -116,6 +117,8 @@ class RoundStages:
     def verify_and_accept(self, shape: RoundShape) -> tuple[Verification, Tensor]:
         """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
 
+        The rows' inputs are moved on, for the next round to go on from there without the host.
+
         Returns:
             The verification, and the table of its `Verdict` for the host.
         """
@@ -147,6 +150,8 @@ class RoundStages:
                 self.drafter.absorb(state, of_rows(verification, some) if some else verification)
             else:
                 self.deferred.keep(verification)
+        if self.works_ahead:
+            self.rows.advance(verdict.table)
         return verification, verdict.table
 
     def accept(
@@ -182,7 +187,3 @@ class RoundStages:
             logits = spread(logits, some, self.rows.count)
             features = spread(features, some, self.rows.count)
         return logits[:, :width], features[:, :width]
-
-    def advance(self, shape: RoundShape) -> None:  # noqa: ARG002 - the key of the last round's
-        """Bring what the device knows of the rows to where the last round leaves them."""
-        self.rows.advance(self._advanced)
