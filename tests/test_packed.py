@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from ttspec.decoding.shared import fingerprint
 from ttspec.models import packed
-from ttspec.models.packed import PackedLinear, can_pack
+from ttspec.models.packed import PackedLinear, can_pack, head_product
 from ttspec.models.target import Target, wrap_target
 
 CPU = torch.device("cpu")
@@ -85,3 +85,14 @@ def test_where_torch_packs_none_or_multiplies_otherwise_weights_stay(
 def test_other_dtypes_stay():
     assert not can_pack(torch.float16)
     assert not can_pack(torch.float64)
+
+
+def test_a_drafters_scores_are_those_of_the_head_as_it_was(target):
+    torch.manual_seed(0)
+    states = torch.randn(7, target.head.shape[1], dtype=target.dtype)
+    wanted = F.linear(states, target.head)
+    torch.testing.assert_close(head_product(states, target.head), wanted, rtol=2**-7, atol=2**-7)
+    learned = states.clone().requires_grad_()
+    head_product(learned, target.head).sum().backward()
+    assert learned.grad is not None
+    assert torch.equal(head_product(states, target.head.clone()), wanted)  # another's, not packed

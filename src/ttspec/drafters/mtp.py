@@ -51,6 +51,7 @@ from ttspec.drafters.mtp_names import (
 from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
 from ttspec.errors import OptionError
 from ttspec.models.attention import NAME as FOLDED
+from ttspec.models.packed import head_product
 from ttspec.records import Lesson
 
 OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
@@ -325,7 +326,7 @@ class Mtp(Drafter):
         return self._logits(hidden)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        flat = head_product(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
     def _reading(

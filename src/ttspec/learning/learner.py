@@ -74,8 +74,8 @@ class Learner:
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
         self.length = taught(drafter, length)
-        self.stride, self.strides = config.stride or 1, 1
-        """Rounds, and how many times so many, between updates."""
+        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
+        """Rounds, and how many times so many, between updates; and rounds that were."""
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
@@ -100,7 +100,6 @@ class Learner:
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
         """`_due` where the device reads it."""
-        self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
         if (self.shared and not self.study) or (config.publish == "ready" and not beside):
@@ -133,13 +132,16 @@ class Learner:
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
-            number: The round's. Where updates are rare, so are rounds that a memory is told of.
+            number: The round's. Where updates are rare, so are rounds of which anything is kept.
 
         Returns:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        told = self.strides == 1 or number is None or not self.study or self.study.hears(number)
+        left = -self._rounds % (self.stride * self.strides)  # rounds before the next update
+        told = self.strides == 1 or number is None or left <= self.config.blocks + self.length
+        if self.study and number is not None:
+            told = self.strides == 1 or self.study.hears(number)
         if self._lessons is None and not (drafted and told):
             return updated
         self._rounds += counts

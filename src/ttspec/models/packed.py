@@ -33,6 +33,8 @@ class PackedLinear(nn.Module):
         self.weight = linear.weight if keeps_weight else nn.Parameter(packed, requires_grad=False)
         self.bias = linear.bias
         self.register_buffer("packed", packed if keeps_weight else None, persistent=False)
+        if keeps_weight:
+            self.weight.packed = packed  # type: ignore[attr-defined]
 
     def forward(self, states: Tensor) -> Tensor:
         """X [..., in] to [..., out]."""
@@ -44,6 +46,14 @@ class PackedLinear(nn.Module):
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[f"{prefix}weight"] = unpacked(destination[f"{prefix}weight"])
+
+
+def head_product(states: Tensor, head: Tensor) -> Tensor:
+    """Scores [..., V] of states [..., H], by the packed head where no gradient is asked for."""
+    packed = getattr(head, "packed", None)
+    if packed is None or states.requires_grad:
+        return F.linear(states, head)
+    return _product(states, packed, None)
 
 
 def pack_linears(model: PreTrainedModel) -> None:
