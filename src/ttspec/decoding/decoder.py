@@ -177,7 +177,7 @@ class Decoder(SpeculativeRound):
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and self._is_heard(shape, 0):
+            if self.learner and self._is_heard(shape):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)

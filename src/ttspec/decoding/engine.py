@@ -27,7 +27,7 @@ from ttspec.errors import OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
 from ttspec.records import Chunk, Result
-from ttspec.rowcache import BUCKET, reach_of
+from ttspec.rowcache import BUCKET, INVARIANT_STEP, reach_of
 from ttspec.sampling import position_noise, process
 
 SESSION_CONTEXT = 8192
@@ -311,7 +311,8 @@ class Engine:
         need = longest_prompt + config.max_new_tokens
         if sessions:
             need = max(need, config.context or SESSION_CONTEXT)
-        return min(reach_of(need, need + BUCKET, BUCKET), context)
+        step = INVARIANT_STEP if config.deterministic else BUCKET
+        return min(reach_of(need, need + step, step), context)
 
     def _tell(self, notice: str | None) -> None:
         """Say what may not fit, once."""

@@ -87,7 +87,8 @@ def _read(
     more = drafter_weights(drafter, kind)
     if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
         more = 0  # it is there already, and stays as it is
-    short = require_weights(files.nbytes(kind), more, places, name=files.source.name, split=split)
+    need = files.nbytes(kind, place)
+    short = require_weights(need, more, places, name=files.source.name, split=split)
     if short and notify:
         notify(short)
     try:

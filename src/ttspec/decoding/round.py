@@ -111,7 +111,8 @@ class SpeculativeRound(RoundStages):
         updated = [False] * self.rows.count
         if self.learner and self.learner.study:
             self.learner.study.listens = launched.heard
-        if self.learner and (launched.heard or (shape.absorbs and self.learner.study)):
+        counts = shape.absorbs and (shape.proposed > 0 or (self.learner and self.learner.study))
+        if self.learner and (launched.heard or counts):
             updated = self.learner.absorb(
                 verification,
                 longest,
@@ -145,10 +146,10 @@ class SpeculativeRound(RoundStages):
             unobserved: Draft length of a round of which the policy was not told yet.
             after: A round that was not read yet, where the device goes on from.
         """
-        marks, number = self.timer.start(), self.round_number + 1
+        marks, chained = self.timer.start(), after is not None
         if after:
-            active, number = after.active, number + 1
-            shape, longest, copies = self._next_shape(after), after.longest, dict[int, list[int]]()
+            active, copies = after.active, dict[int, list[int]]()
+            shape, longest = self._next_shape(after), after.longest
             self.timer.lap(after.marks)  # nothing is learned from it
         else:
             active = self.rows.active()
@@ -167,7 +168,7 @@ class SpeculativeRound(RoundStages):
         read = self.rows.download(table)
         self.timer.lap(marks)
         known = active, shape, longest, copies, verification, read
-        return Launched(*known, self._is_heard(shape, number), after is not None, marks)
+        return Launched(*known, self._is_heard(shape, ahead=int(chained)), chained, marks)
 
     def drop(self, row: int) -> None:
         """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
@@ -210,16 +211,19 @@ class SpeculativeRound(RoundStages):
         self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
         return shape._replace(draft_length=length)
 
-    def _is_heard(self, shape: RoundShape, number: int) -> bool:
-        """Whether the learner is told what the target said in a round of this shape."""
-        learner = self.learner
+    def _is_heard(self, shape: RoundShape, ahead: int = 0) -> bool:
+        """Whether the learner is told what the target said in a round of this shape.
+
+        Args:
+            shape: See above.
+            ahead: Rounds that were launched before it and are not committed.
+        """
+        learner, number = self.learner, self.round_number + 1 + ahead
         if learner is None:
             return False
         if learner.study is None:
-            return shape.proposed > 0 and shape.absorbs
-        return learner.study.hears(
-            number, learner.strides if shape.absorbs else max(2, learner.strides)
-        )
+            return shape.proposed > 0 and shape.absorbs and learner.needs(ahead)
+        return learner.study.hears(number, max(learner.strides, 1 + (not shape.absorbs)))
 
     def _is_chainable(self, last: Launched) -> bool:
         """Whether the round after one that is under way can begin where the device leaves it.
@@ -233,7 +237,7 @@ class SpeculativeRound(RoundStages):
         after = self._next_shape(last)
         return (
             after.absorbs == shape.absorbs
-            and not self._is_heard(after, self.round_number + 2)
+            and not self._is_heard(after, ahead=1)
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
             and not self._is_masked(active)

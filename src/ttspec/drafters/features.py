@@ -21,6 +21,7 @@ from ttspec.drafters.context import empty_context
 from ttspec.drafters.layers import Weights, activation_of, project, rms_norm
 from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
+from ttspec.models.packed import head_product
 
 EPS_KEYS = ("rms_norm_eps", "norm_eps")
 ACT_KEYS = ("hidden_act", "hidden_activation")
@@ -236,7 +237,7 @@ class FeatureDrafter(Drafter):
         Returns:
             [..., V_draft].
         """
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        flat = head_product(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
     def scaled(self, scores: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from ttspec.drafters.functional import (
 from ttspec.drafters.layers import Weights
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
 from ttspec.drafters.mtp_names import ALIASES, EXPERT, STACKED, published_names, stacked, unstacked
+from ttspec.models.packed import head_product
 from ttspec.records import Lesson
 
 OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
@@ -272,7 +273,7 @@ class Mtp(FunctionalDrafter):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., V] of hidden [..., H]."""
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        flat = head_product(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
     def _reading(

@@ -74,8 +74,8 @@ class Learner:
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
         self.length = taught(drafter, length)
-        self.stride, self.strides = config.stride or 1, 1
-        """Rounds, and how many times so many, between updates."""
+        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
+        """Rounds, and how many times so many, between updates; and rounds that were."""
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
@@ -100,7 +100,6 @@ class Learner:
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
         """`_due` where the device reads it."""
-        self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
         if (self.shared and not self.study) or (config.publish == "ready" and not beside):
@@ -165,6 +164,11 @@ class Learner:
         """Count rounds anew; the rows were reset."""
         self._rounds = 0
 
+    def needs(self, ahead: int) -> bool:
+        """Whether the round after so many that were not absorbed is near enough to an update."""
+        left = -(self._rounds + ahead) % (self.stride * self.strides)
+        return self.strides == 1 or left <= self.config.blocks + self.length
+
     @property
     def is_updating(self) -> bool:
         """Whether an update is under way or waits to be published."""
@@ -183,14 +187,10 @@ class Learner:
                 self.publish()  # the next one writes where this one reads
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
-        """One step on a given lesson, published at once.
+        """One step on a lesson whose largest start is `longest`, published at once.
 
         A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
         Where all rows share one, it learns from the mean over the rows that have a lesson.
-
-        Args:
-            lesson: A blocks a row.
-            longest: Its largest start.
 
         Returns:
             For each row, whether it was updated.

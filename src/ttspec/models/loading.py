@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import OptionError, ResourceError, TargetError
+from ttspec.models.packed import can_pack
 from ttspec.models.source import Source
 from ttspec.models.unfit import softcap_of
 from ttspec.models.weights import require_finite_weights, require_whole
@@ -48,11 +49,14 @@ class Files:
         """Whether transformers keeps the weights packed."""
         return bool(getattr(self.config, "quantization_config", None))
 
-    def nbytes(self, dtype: torch.dtype) -> int:
+    def nbytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights once they are loaded in `dtype`, told from headers."""
+        text, packed_head = self.config.get_text_config(), 0
+        if device.type == "cpu" and can_pack(dtype):
+            packed_head = text.vocab_size * text.hidden_size * dtype.itemsize
         if self.gguf:
-            return self.gguf.elements * dtype.itemsize
-        return stored_bytes(self.source.path, None if self.quantised else dtype)
+            return packed_head + self.gguf.elements * dtype.itemsize
+        return packed_head + stored_bytes(self.source.path, None if self.quantised else dtype)
 
     def load(
         self, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
