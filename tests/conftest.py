@@ -227,7 +227,7 @@ def client(engine: Engine) -> Iterator[httpx.Client]:
 def typist(toy_target_dir) -> Engine:
     """A target that writes printable ASCII: other tokens have a logit of 0."""
     import torch
-    from toys import toy_engine
+    from toys import repack_head, toy_engine
 
     engine = toy_engine(toy_target_dir)
     symbols = string.ascii_letters + string.digits + ".,;!?"
@@ -237,6 +237,7 @@ def typist(toy_target_dir) -> Engine:
         rows = head[kept].clone()
         head.zero_()
         head[kept] = rows
+    repack_head(engine.target)
     return engine
 
 

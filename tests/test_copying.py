@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from test_conformance import FEW, NOW, engine_of, small, small_drafter  # noqa: F401 - a fixture
-from toys import VOCABULARY, chi_square, make_kind, plain, toy_engine, twin
+from toys import VOCABULARY, chi_square, make_kind, plain, repack_head, toy_engine, twin
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
@@ -234,6 +234,7 @@ def target(toy_target_dir):
         few = head[letters].clone()
         head.mul_(0.02)
         head[letters] = 6 * few
+    repack_head(target)
     return target
 
 

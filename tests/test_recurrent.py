@@ -364,7 +364,7 @@ def test_a_multimodal_folder_is_loaded_as_its_text_model(tmp_path):
     with torch.no_grad():
         wanted = model(input_ids=ids).logits
     logits, _ = target.forward(target.cache(1, 64), ids, zero, 0, counts=zero + 30)
-    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, wanted, atol=5e-4, rtol=0)
 
 
 def test_a_copy_of_a_model_reads_its_own_weights(target):

@@ -19,6 +19,7 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
 from ttspec.learning.lessons import Lessons
+from ttspec.models.packed import PackedLinear
 from ttspec.models.source import resolve
 from ttspec.models.target import Target
 from ttspec.records import Lesson, Proposal, Result, Verification
@@ -528,6 +529,13 @@ def twin(target: Target) -> Target:
         "windows",
     )
     return Target(**{name: getattr(target, name) for name in kept})
+
+
+def repack_head(target: Target) -> None:
+    """Let the target's head be what its weight is now, if that was packed."""
+    head = target.model.get_output_embeddings()
+    if isinstance(head, PackedLinear):
+        target.model.set_output_embeddings(PackedLinear(head, keeps_weight=True))
 
 
 def finish(chunks) -> tuple[str, list[int], Result]:

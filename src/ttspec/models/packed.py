@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 class PackedLinear(nn.Module):
     """Does what a linear module did whose weight it has taken over, without gradients."""
 
-    def __init__(self, linear: nn.Linear, *, keeps_weight: bool = False) -> None:
+    def __init__(self, linear: nn.Linear | PackedLinear, *, keeps_weight: bool = False) -> None:
         """Pack a module's weight; `keeps_weight` has others read it as it was, too."""
         super().__init__()
         packed = _pack(linear.weight.detach())
