@@ -35,6 +35,10 @@ def figures(learner: EngineLearner) -> dict[str, Any]:
         "seconds": spent,
         "share": spent / share.worked if share.worked else 0.0,
         "share_of_reading": share.spent["reading"] / spent if spent else 0.0,
+        "steps": share.steps,
+        "host_ms_a_step": 1e3 * sum(share.on_host.values()) / max(share.steps, 1),
+        "strides": learner.pace.strides,
+        "captured": shared.run.on,
     }
     if shared.keeper:
         found["kept"] = max(numbers_in(shared.keeper.store.folder), default=0)
