@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -125,7 +126,8 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
         ]
         waiting = list(zip(job["numbers"], prompts, strict=True))[::-1]
         tokens = rounds = open_ = 0
-        began = time.perf_counter()
+        steps: list[float] = []
+        began = last = time.perf_counter()
         while waiting or open_:
             while waiting and open_ < job["at_once"]:
                 number, ids = waiting.pop()
@@ -143,7 +145,19 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
                 new = len(out.outputs[0].token_ids)
                 tokens, rounds = tokens + new, rounds + (new > 0)
                 open_ -= out.finished
-        return {"seconds": time.perf_counter() - began, "tokens": tokens, "rounds": rounds}
+            now = time.perf_counter()
+            steps.append(now - last)
+            last = now
+        usual = statistics.median(steps)
+        return {
+            "seconds": last - began,
+            "tokens": tokens,
+            "rounds": rounds,
+            "steps": len(steps),
+            "median_ms": 1e3 * usual,
+            "usual_seconds": usual * len(steps),
+            "beyond": sum(max(0.0, s - 2 * usual) for s in steps) / (last - began),
+        }
 
     def ask(job: dict[str, Any]) -> Any:
         if "rpc" in job:
@@ -288,7 +302,13 @@ class Arms:
 
 
 def ratio_of(
-    turns: list[dict], part: str, arm: str, base: str, low: int = 0, unit: str = "tokens"
+    turns: list[dict],
+    part: str,
+    arm: str,
+    base: str,
+    low: int = 0,
+    unit: str = "tokens",
+    clock: str = "seconds",
 ) -> str:
     """Units a second over another arm's, of the turns that both had; and their plain figures."""
     some = [t for t in turns if t["part"] == part and t["first"] >= low]
@@ -305,7 +325,7 @@ def ratio_of(
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
-            [sum(pair[i][key] for pair in some) for key in (unit, "seconds")] for i in (0, 1)
+            [sum(pair[i][key] for pair in some) for key in (unit, clock)] for i in (0, 1)
         )
         return n / s / (m / t)
 
@@ -331,9 +351,9 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
     print(f"warm after {arms.passed:.0f} s", flush=True)
-    main_end = arms.passed + (end - arms.passed) * 0.58
+    main_end = arms.passed + (end - arms.passed) * a.stream_part
     last = time.monotonic()
-    for turn, first in enumerate(range(0, 600 - a.each, a.each)):
+    for turn, first in enumerate(range(0, min(600 - a.each, a.requests), a.each)):
         if arms.passed + (time.monotonic() - last) > main_end:
             break
         last = time.monotonic()
@@ -345,6 +365,9 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
+            if name in LEARNING and arms.turns:
+                arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
+                arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
     show(arms.turns, a)
     idle_end = arms.passed + (end - arms.passed) * 0.6
@@ -379,16 +402,46 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         print(f"8 at a time, requests from {low} on")
         for name in names:
             print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
+    show_steps(turns)
     print("idle hooks, 8 at a time, greedy, 64 tokens")
     for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
-        for unit in ("rounds", "tokens"):
-            found = ratio_of(turns, "idle", f"hooks {name}", f"hooks {base}", unit=unit)
-            print(f"  {name:16s} {found}")
+        pair = turns, "idle", f"hooks {name}", f"hooks {base}"
+        print(f"  {name:16s} {ratio_of(*pair, unit='rounds')}")
+        if all("usual_seconds" in t for t in turns if t["part"] == "idle"):
+            found = ratio_of(*pair, unit="rounds", clock="usual_seconds")
+            print(f"  {name:16s} if all steps took the median: {found}")
     for at_once in (1, 32):
         print(f"{at_once} at a time")
         part = f"{at_once} at a time"
         for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
             print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
+
+
+def show_steps(turns: list[dict]) -> None:
+    """What a step takes, as the front end sees it; and what `learning` did, turn by turn."""
+    print("steps of the stream, 8 at a time")
+    stream_turns = [t for t in turns if t["part"] == "stream" and "steps" in t]
+    for name in dict.fromkeys(t["arm"] for t in stream_turns):
+        some = [t for t in stream_turns if t["arm"] == name]
+        n, s = (sum(t[key] for t in some) for key in ("steps", "seconds"))
+        usual = statistics.median(t["median_ms"] for t in some)
+        beyond = statistics.mean(t["beyond"] for t in some)
+        print(
+            f"  {name:16s} {1e3 * s / n:6.3f} ms a step, {usual:6.3f} the median; in steps of more "
+            f"than twice that, {beyond:.3f} of the time is beyond it"
+        )
+    print("learning by turns, beside static: first request, tokens a second, tokens a round")
+    static = {t["first"]: t for t in stream_turns if t["arm"] == "static"}
+    for t in stream_turns:
+        if t["arm"] == "learning" and t["first"] in static:
+            other, found = static[t["first"]], t.get("status") or {}
+            speed, length = (
+                t["tokens"] / t[key] / (other["tokens"] / other[key])
+                for key in ("seconds", "rounds")
+            )
+            keys = "updates", "strides", "share", "host_ms_a_step", "accepted_to_anchor"
+            facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
+            print(f"  {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 
 
 def main() -> None:
@@ -407,6 +460,8 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
     parser.add_argument("--kind", default="code")
     parser.add_argument("--each", type=int, default=32, help="requests of a turn")
+    parser.add_argument("--requests", type=int, default=600, help="of the stream, at most")
+    parser.add_argument("--stream-part", type=float, default=0.58, help="of the time, at most")
     parser.add_argument("--learn", type=int, default=192, help="requests until `learned` pauses")
     parser.add_argument("--at-once", type=int, nargs="+", default=[8, 1, 32])
     parser.add_argument("--tokens", type=int, default=200)
@@ -422,7 +477,13 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the tables of --out again")
     a = parser.parse_args()
     if a.show:
-        show([json.loads(line) for line in (a.out / "turns.jsonl").open()], a)
+        lines = [json.loads(line) for line in (a.out / "turns.jsonl").open()]
+        turns = [line for line in lines if "part" in line]
+        for line in lines:
+            for t in turns if "part" not in line else ():
+                if (t["part"], t["arm"], t["first"]) == ("stream", line["arm"], line["first"]):
+                    t["status"] = line["status"]
+        show(turns, a)
         return
     if not (a.target and a.drafter):
         parser.error("give --target and --drafter")

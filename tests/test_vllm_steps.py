@@ -16,8 +16,8 @@ from toys import bound_kind, random_features, toy_engine
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters import context
 from ttspec.drafters.base import Drafter
-from ttspec.learning.learner import Learner
 from ttspec.learning import memory_learner
+from ttspec.learning.learner import Learner
 from ttspec.learning.memory import LessonMemory
 from ttspec.learning.memory_learner import ENOUGH, JUDGED
 from ttspec.models.capture import Graphs

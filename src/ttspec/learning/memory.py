@@ -64,7 +64,7 @@ class LessonMemory:
         self.text = torch.zeros(here[:1], dtype=torch.long, device=device)
         self.number, self.before = torch.zeros_like(self.text), torch.zeros_like(self.text)
         self.crops = device.type == "cpu"
-        """Whether texts are read no longer than the longest is: elsewhere that would be waited for."""
+        """Whether texts are read no longer than the longest is; elsewhere one would wait for it."""
         self._next_page = torch.zeros((), dtype=torch.long, device=device)
         self._texts = torch.zeros((), dtype=torch.long, device=device)
         self._generator = torch.Generator(device).manual_seed(0)

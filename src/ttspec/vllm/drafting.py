@@ -46,6 +46,7 @@ class LiveDrafter:
             self._rarer = torch.ones(1, dtype=like.dtype, pin_memory=like.is_cuda)
             self._told = torch.cuda.Event() if like.is_cuda else None
 
+    @torch.no_grad()
     def capture(self, learner: MemoryLearner | None) -> None:
         """Capture what is done again and again; loads what there is. A failure changes nothing."""
         before = self._run
@@ -59,6 +60,7 @@ class LiveDrafter:
             self._run = before
             raise
 
+    @torch.no_grad()
     def publish(self, learner: MemoryLearner, strides: int = 1) -> None:
         """Let vLLM draft with what was learned; several ranks do so when it is sent.
 
@@ -95,14 +97,11 @@ class LiveDrafter:
 
     # What may be captured as a graph, by its name: twice is as once.
 
-    @torch.no_grad()
     def _load_learned(self, key: int) -> None:  # noqa: ARG002
         load_in_place(self.module, learned_weights(self._learner))
 
-    @torch.no_grad()
     def _pack_learned(self, key: int) -> None:  # noqa: ARG002
         self._row[:-1].copy_(flat(learned_weights(self._learner), self._row.dtype))
 
-    @torch.no_grad()
     def _load_row(self, key: int) -> None:  # noqa: ARG002
         load_in_place(self.module, unflattened(self._row[:-1], self.names, self._shapes))
