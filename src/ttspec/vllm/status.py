@@ -20,7 +20,7 @@ HOPE = 0.3
 
 
 def figures(learner: EngineLearner) -> dict[str, Any]:
-    """Plain values; waits for the device."""
+    """Plain values, of what the device has said so far."""
     emitted, rounds = learner.rounds.acceptance()
     shared, share = learner.learner, learner.share
     spent = sum(share.spent.values())

@@ -44,6 +44,7 @@ class VerifiedRounds:
         self._emitted = like.new_zeros(self.rounds, rows, dtype=torch.int32)
         self._took_part = torch.zeros_like(self._emitted)
         self._figures = torch.zeros(2, dtype=torch.long, device=like.device)
+        self._told = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
         self._parts: list[list[int]] = []
         """By round that the memory does not know yet: 1 for rows that took part."""
         self._learner: MemoryLearner
@@ -97,6 +98,7 @@ class VerifiedRounds:
             parts = self._parts + [[0] * self.rows] * (self.rounds - self.kept)
             self._took_part.copy_(on_device(parts, self._start.device))
             self.run(learner)
+            self._told.copy_(self._figures, non_blocking=True)
             self._parts = []
 
     def run(self, learner: MemoryLearner) -> None:
@@ -133,8 +135,8 @@ class VerifiedRounds:
         )
 
     def acceptance(self) -> tuple[int, int]:
-        """Tokens that verifications emitted, and how many verifications; waits for the device."""
-        emitted, rounds = self._figures.tolist()
+        """Tokens that verifications emitted, and how many verifications, when last told of."""
+        emitted, rounds = self._told.tolist()
         return emitted, rounds
 
 
