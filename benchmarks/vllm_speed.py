@@ -358,14 +358,15 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
             break
         last = time.monotonic()
         if first >= a.learn and first - a.each < a.learn:
-            print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
+            if "learned" in names:
+                print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
             if "ttspec:learning" in names:
                 arms.ask("ttspec:learning", rpc="freeze")
                 arms.turn("warm", "ttspec:learned", list(range(8)))
                 names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
-            if name in LEARNING and arms.turns:
+            if name in LEARNING and arms.turns and arms.turns[-1]["arm"] == name:
                 arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
