@@ -6,7 +6,8 @@
 
 Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
 requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
-until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
+until `--learn` requests were answered, then it is paused and drafts on; `learning-15` may take 15 %
+of the time. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
 turns, A B B A, of one engine with its hooks and without, and of two engines. `ttspec` is ttspec's
 own engine of 8 rows; `ttspec-1` and `ttspec-32` have other rows, for the parts with so many
@@ -80,6 +81,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
+def learns(arm: str) -> bool:
+    """Whether an engine has the plugin."""
+    return arm.partition("-")[0] in LEARNING
+
+
 def engine_of(arm: str, a: argparse.Namespace) -> Any:
     """A vLLM engine."""
     from vllm import LLM  # type: ignore[import-not-found]
@@ -91,8 +97,10 @@ def engine_of(arm: str, a: argparse.Namespace) -> Any:
             "model": str(a.drafter),
             "num_speculative_tokens": a.length,
         }
-    if arm in LEARNING:
+    if learns(arm):
         settings = json.loads(a.learned_settings if arm == "learned" else a.settings)
+        if percent := arm.partition("-")[2]:
+            settings["share"] = int(percent) / 100
         options["additional_config"] = {"ttspec": settings}
         options["worker_extension_cls"] = "vllm_speed.Both"
     if a.eager:
@@ -345,7 +353,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         for at_once in a.at_once if ":" not in name else ():
             arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
     for name in names:
-        if name in LEARNING:
+        if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
@@ -366,7 +374,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
-            if name in LEARNING and arms.turns and arms.turns[-1]["arm"] == name:
+            if learns(name) and arms.turns and arms.turns[-1]["arm"] == name:
                 arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
@@ -383,7 +391,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
             home = "static" if which == "static" else "idle"
             arms.turn("idle", home, numbers, f"hooks {which}", **same)
         number += 8
-    others = [n for n in ("plain", "static", "learning", "learned") if n in names]
+    others = [n for n in names if n != "idle" and ":" not in n]
     first = 0
     while others and arms.passed < end:
         for at_once, size in ((1, 4), (32, 64)):
@@ -433,8 +441,8 @@ def show_steps(turns: list[dict]) -> None:
         )
     print("learning by turns, beside static: first request, tokens a second, tokens a round")
     static = {t["first"]: t for t in stream_turns if t["arm"] == "static"}
-    for t in stream_turns:
-        if t["arm"] == "learning" and t["first"] in static:
+    for t in sorted(stream_turns, key=lambda t: t["arm"]):
+        if t["arm"].startswith("learning") and t["first"] in static:
             other, found = static[t["first"]], t.get("status") or {}
             speed, length = (
                 t["tokens"] / t[key] / (other["tokens"] / other[key])
@@ -442,7 +450,7 @@ def show_steps(turns: list[dict]) -> None:
             )
             keys = "updates", "strides", "share", "host_ms_a_step", "accepted_to_anchor"
             facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
-            print(f"  {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
+            print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 
 
 def main() -> None:
@@ -496,8 +504,8 @@ def main() -> None:
     names += [f"ttspec:{name}" for name in OURS] if "ttspec" in arms.pipes else []
     try:
         measure(arms, names, a)
-        for name in LEARNING:
-            if name in names:
+        for name in names:
+            if learns(name):
                 print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     finally:
         show(arms.turns, a)
