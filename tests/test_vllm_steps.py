@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_capture import Tapes
+from test_capture import Tapes, kinds_of
 from test_conformance import engine_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import bound_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
@@ -450,3 +451,47 @@ class Over:
     def __init__(self, over: list[bool]) -> None:
         self.query = lambda: over[0]
         self.record = self.synchronize = lambda: None
+
+
+class Launches(TorchDispatchMode, Graphs):
+    """Counts operations that the host launches one by one, and graphs, in whose place it stands."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.on, self.operations, self.graphs, self.in_graph = True, 0, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = kinds_of(func)[3] or "empty" in str(func)
+        self.operations += not (self.in_graph or is_view)
+        return func(*args, **(kwargs or {}))
+
+    def __call__(self, work, key, **_):
+        self.graphs, self.in_graph = self.graphs + 1, True
+        out = work(key)
+        self.in_graph = False
+        return out
+
+
+def test_the_host_launches_little():
+    learner = made(rows=4, tokens=400)
+    shared, ids = learner.learner, list("abcd")
+    learner.stride, shared.weights.memory.crops = 1 << 30, False
+    prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
+    logits = torch.randn(20, 260)
+
+    def read() -> None:
+        learner.keep_logits(ids, step.drafts, logits)
+        learner.absorb(step)
+
+    # Operations, and graphs. Of a round the indices are two: the logits' come before the rest.
+    wanted = {
+        "a prompt": (lambda: learner.absorb(prompt), (7, 1)),
+        "a round": (read, (9, 0)),
+        "rounds, to the memory": (learner._tell, (2, 1)),
+        "an update": (shared.update, (10, 3)),
+    }
+    for what, (work, few) in wanted.items():
+        shared.run = shared._run_update = launches = Launches()
+        with launches:
+            work()
+        assert (launches.operations, launches.graphs) == few, what

@@ -18,7 +18,7 @@ READING = 0.25
 """Of what learning takes, so much goes into reading: updates are what pays, and without something
 new to read they would learn the same again."""
 
-SOME, RISE, FALL = 3, 0.01, 0.05
+SOME, RISE, FALL = 4, 0.01, 0.1
 """Comparisons whose mean is compared with that of as many before; what it must have risen by for
 updates to stay as frequent, and fallen by for all to begin anew."""
 MOST = 64
