@@ -99,12 +99,18 @@ def test_a_loader_that_cannot_be_captured_is_called(learned, monkeypatch) -> Non
     assert live.module.inner.weight.eq(1.0).all()
 
 
-def worker_that_learns(device: str, *, eager: bool, needed: int = 10) -> SimpleNamespace:
+def worker_that_learns(device: str, *, eager: bool, compiles: bool = True) -> SimpleNamespace:
     """A `WorkerLearning` as far as capturing goes; `did` says what was done."""
     did: list[str] = []
+
+    def capture(*, compile: bool) -> None:
+        if compile and not compiles:
+            raise ResourceError("no compiler\nTraceback")
+        did.append("compiled learning" if compile else "learning")
+
     learner = SimpleNamespace(
-        memory_of_update=lambda: needed << 20,
-        capture=lambda: did.append("learning"),
+        memory_of_update=lambda: 10 << 20,
+        capture=capture,
         learner="the learner",
     )
     return SimpleNamespace(
@@ -113,7 +119,10 @@ def worker_that_learns(device: str, *, eager: bool, needed: int = 10) -> SimpleN
             compile_or_warm_up_model=lambda: did.append("vLLM") or "times",
             peak_activation_memory=100 << 20,
         ),
-        config=SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager)),
+        config=SimpleNamespace(
+            model_config=SimpleNamespace(enforce_eager=eager),
+            compilation_config=SimpleNamespace(mode=3),
+        ),
         runner=SimpleNamespace(device=torch.device(device)),
         log=SimpleNamespace(
             warning=lambda text, *given: did.append(text % given), info=lambda *_: None
@@ -147,7 +156,7 @@ def test_graphs_take_what_vllm_left_or_one_line_says_so(free, fits, monkeypatch)
     monkeypatch.setattr(capturing.torch.cuda, "empty_cache", lambda: None)
     capture_when_warm(learning, failure_of)
     learning.worker.compile_or_warm_up_model()
-    said = "learning"
+    said = "compiled learning"
     if not fits:
         said = (
             "ttspec learns without CUDA graphs, which is slower: they take about 10 MB, and 5 MB "
@@ -156,6 +165,20 @@ def test_graphs_take_what_vllm_left_or_one_line_says_so(free, fits, monkeypatch)
     assert learning.did == ["vLLM", said, "loading by the learner"]
     assert room_left(learning.worker) == (free - 100) << 20
     assert room_left(SimpleNamespace()) == (free - (1 << 14) // 32) << 20
+
+
+@pytest.mark.parametrize(("mode", "said"), [(0, 0), (3, 1)])
+def test_updates_are_compiled_where_vllm_compiles_and_where_that_works(
+    mode, said, monkeypatch
+) -> None:
+    learning = worker_that_learns("cuda", eager=False, compiles=False)
+    learning.config.compilation_config.mode = mode
+    monkeypatch.setattr(capturing.torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 34))
+    monkeypatch.setattr(capturing.torch.cuda, "empty_cache", lambda: None)
+    capture_when_warm(learning, failure_of)
+    learning.worker.compile_or_warm_up_model()
+    line = "ttspec learns without compiled updates, which is slower: no compiler"
+    assert learning.did == ["vLLM", *[line] * said, "learning", "loading by the learner"]
 
 
 def test_updates_become_rare_where_they_gain_nothing_and_frequent_where_texts_change() -> None:

@@ -100,17 +100,18 @@ class MemoryLearner:
         self.study.rows.write(tokens, features, start, count, logits, rows)
 
     @torch.no_grad()
-    def capture(self, tell: Callable[[], None]) -> None:
+    def capture(self, tell: Callable[[], None], *, compile: bool) -> None:
         """Capture what `tell` runs and an update: later ones are a few graphs, beside the steps.
 
         Nothing is remembered yet, so neither changes anything. A failure leaves all as it was.
 
         Args:
             tell: Does everything with `run` once that it will do later.
+            compile: Whether updates are compiled before.
         """
         device, before = self._report.table.device, (self.run, self._run_update, self._stream)
         try:
-            self.run, self._run_update = Graphs(device), Graphs(device)
+            self.run, self._run_update = Graphs(device), Graphs(device, compile=compile)
             self._stream = Streams.lend(device, self) if device.type == "cuda" else None
             self.try_update()
             tell()

@@ -6,6 +6,7 @@ line says so, and it is done operation by operation: slower, and the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,30 +25,30 @@ def capture_when_warm(learning: WorkerLearning, failure_of: Callable[..., str]) 
         learning: Has its models.
         failure_of: Does a part; what went wrong, or nothing.
     """
-    warm_up, eager = learning.worker.compile_or_warm_up_model, learning.config.model_config
-    eager = eager.enforce_eager or learning.runner.device.type != "cuda"
+    warm_up, engine = learning.worker.compile_or_warm_up_model, learning.config
+    captures = not engine.model_config.enforce_eager and learning.runner.device.type == "cuda"
 
     def warm_up_and_capture(*args: Any, **kwargs: Any) -> Any:
         found = warm_up(*args, **kwargs)
-        parts = {"learns": _capture_learning, "loads what it learned": _capture_loading}
-        for what, part in parts.items() if learning.state == "learning" and not eager else ():
-            failed = failure_of(lambda part=part: part(learning))
+        parts: dict[str, Callable[[], None]] = {}
+        if captures and learning.state == "learning":
+            if learning.learner:
+                parts["learns"] = lambda: _capture_learning(learning, failure_of)
+            parts["loads what it learned"] = lambda: _capture_loading(learning)
+        for what, part in parts.items():
+            failed = failure_of(part)
             if failed:
-                learning.log.warning(
-                    "ttspec %s without CUDA graphs, which is slower: %s",
-                    what,
-                    failed.splitlines()[0],
-                )
+                _warn(learning, f"{what} without CUDA graphs", failed)
         return found
 
     learning.worker.compile_or_warm_up_model = warm_up_and_capture
 
 
-def _capture_learning(learning: WorkerLearning) -> None:
+def _capture_learning(learning: WorkerLearning, failure_of: Callable[..., str]) -> None:
     """The updates, and what the memory is told, on the rank that learns."""
-    if learning.learner is None:
-        return
-    needed = learning.learner.memory_of_update()
+    learner = learning.learner
+    assert learner is not None
+    needed = learner.memory_of_update()
     torch.cuda.empty_cache()
     room = room_left(learning.worker)
     if needed > room:
@@ -55,14 +56,25 @@ def _capture_learning(learning: WorkerLearning) -> None:
             f"they take about {needed / 1e6:.0f} MB, and {max(0, room) / 1e6:.0f} MB are left; a "
             "lower gpu_memory_utilization leaves more"
         )
-    free = torch.cuda.mem_get_info()[0]
-    learning.learner.capture()
+    free, began = torch.cuda.mem_get_info()[0], time.monotonic()
+    # As vLLM compiles its models, or does not.
+    compiles = bool(getattr(learning.config.compilation_config, "mode", 0))
+    failed = failure_of(lambda: learner.capture(compile=True)) if compiles else ""
+    if failed:
+        _warn(learning, "learns without compiled updates", failed)
+    if failed or not compiles:
+        learner.capture(compile=False)
     took = (free - torch.cuda.mem_get_info()[0]) / 1e6
-    learning.log.info("ttspec learns by CUDA graphs, which took %.0f MB", took)
+    passed = time.monotonic() - began
+    learning.log.info("ttspec learns by CUDA graphs: %.0f MB, made in %.0f s", took, passed)
 
 
 def _capture_loading(learning: WorkerLearning) -> None:
     learning.live.capture(learning.learner.learner if learning.learner else None)
+
+
+def _warn(learning: WorkerLearning, what: str, why: str) -> None:
+    learning.log.warning("ttspec %s, which is slower: %s", what, why.splitlines()[0])
 
 
 def room_left(worker: Any) -> int:

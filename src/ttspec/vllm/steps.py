@@ -104,14 +104,14 @@ class EngineLearner:
         """Bytes held."""
         return self.rounds.nbytes + self.learner.weights.nbytes
 
-    def capture(self) -> None:
-        """Capture what a GPU is told again and again; nothing was read yet."""
+    def capture(self, *, compile: bool) -> None:
+        """Capture what a GPU is told again and again, updates compiled; nothing was read yet."""
 
         def tell() -> None:
             self.rounds.run(self.learner)
             self.pieces.run(self.learner)
 
-        self.learner.capture(tell)
+        self.learner.capture(tell, compile=compile)
 
     def memory_of_update(self) -> int:
         """Bytes that captured updates take on a GPU, about; does one that changes nothing."""
