@@ -29,6 +29,7 @@ def capture_when_warm(learning: WorkerLearning, failure_of: Callable[..., str]) 
     captures = not engine.model_config.enforce_eager and learning.runner.device.type == "cuda"
 
     def warm_up_and_capture(*args: Any, **kwargs: Any) -> Any:
+        learning.worker.compile_or_warm_up_model = warm_up  # once: later something is remembered
         found = warm_up(*args, **kwargs)
         parts: dict[str, Callable[[], None]] = {}
         if captures and learning.state == "learning":
