@@ -159,12 +159,12 @@ class MemoryStudy(Study):
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
         texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
+        order = torch.Generator(device).manual_seed(0)  # the same blocks for all
+        self._order = torch.rand(1, WINDOW * PAGE, generator=order, device=device)
         self._row = torch.zeros(1, dtype=torch.long, device=device)
         """The row whose text is over, where a graph reads it."""
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
-        order = torch.Generator(device).manual_seed(0)  # the same blocks for all
-        self._order = torch.rand(1, WINDOW * PAGE, generator=order, device=device)
 
     @staticmethod
     def hears(number: int) -> bool:
