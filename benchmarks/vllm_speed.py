@@ -6,7 +6,8 @@
 
 Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
 requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
-until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
+until `--learn` requests were answered, then it is paused and drafts on; `learning-15` may take 15 %
+of the time. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
 turns, A B B A, of one engine with its hooks and without, and of two engines. `ttspec` is ttspec's
 own engine of 8 rows; `ttspec-1` and `ttspec-32` have other rows, for the parts with so many
@@ -22,6 +23,7 @@ import multiprocessing
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
@@ -79,6 +81,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(name)
 
 
+def learns(arm: str) -> bool:
+    """Whether an engine has the plugin."""
+    return arm.partition("-")[0] in LEARNING
+
+
 def engine_of(arm: str, a: argparse.Namespace) -> Any:
     """A vLLM engine."""
     from vllm import LLM  # type: ignore[import-not-found]
@@ -90,8 +97,10 @@ def engine_of(arm: str, a: argparse.Namespace) -> Any:
             "model": str(a.drafter),
             "num_speculative_tokens": a.length,
         }
-    if arm in LEARNING:
+    if learns(arm):
         settings = json.loads(a.learned_settings if arm == "learned" else a.settings)
+        if percent := arm.partition("-")[2]:
+            settings["share"] = int(percent) / 100
         options["additional_config"] = {"ttspec": settings}
         options["worker_extension_cls"] = "vllm_speed.Both"
     if a.eager:
@@ -125,7 +134,8 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
         ]
         waiting = list(zip(job["numbers"], prompts, strict=True))[::-1]
         tokens = rounds = open_ = 0
-        began = time.perf_counter()
+        steps: list[float] = []
+        began = last = time.perf_counter()
         while waiting or open_:
             while waiting and open_ < job["at_once"]:
                 number, ids = waiting.pop()
@@ -143,7 +153,19 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
                 new = len(out.outputs[0].token_ids)
                 tokens, rounds = tokens + new, rounds + (new > 0)
                 open_ -= out.finished
-        return {"seconds": time.perf_counter() - began, "tokens": tokens, "rounds": rounds}
+            now = time.perf_counter()
+            steps.append(now - last)
+            last = now
+        usual = statistics.median(steps)
+        return {
+            "seconds": last - began,
+            "tokens": tokens,
+            "rounds": rounds,
+            "steps": len(steps),
+            "median_ms": 1e3 * usual,
+            "usual_seconds": usual * len(steps),
+            "beyond": sum(max(0.0, s - 2 * usual) for s in steps) / (last - began),
+        }
 
     def ask(job: dict[str, Any]) -> Any:
         if "rpc" in job:
@@ -288,7 +310,13 @@ class Arms:
 
 
 def ratio_of(
-    turns: list[dict], part: str, arm: str, base: str, low: int = 0, unit: str = "tokens"
+    turns: list[dict],
+    part: str,
+    arm: str,
+    base: str,
+    low: int = 0,
+    unit: str = "tokens",
+    clock: str = "seconds",
 ) -> str:
     """Units a second over another arm's, of the turns that both had; and their plain figures."""
     some = [t for t in turns if t["part"] == part and t["first"] >= low]
@@ -305,7 +333,7 @@ def ratio_of(
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
-            [sum(pair[i][key] for pair in some) for key in (unit, "seconds")] for i in (0, 1)
+            [sum(pair[i][key] for pair in some) for key in (unit, clock)] for i in (0, 1)
         )
         return n / s / (m / t)
 
@@ -325,26 +353,30 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         for at_once in a.at_once if ":" not in name else ():
             arms.turn("warm", name, list(range(at_once)), at_once=at_once, tokens=32)
     for name in names:
-        if name in LEARNING:
+        if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
     print(f"warm after {arms.passed:.0f} s", flush=True)
-    main_end = arms.passed + (end - arms.passed) * 0.58
+    main_end = arms.passed + (end - arms.passed) * a.stream_part
     last = time.monotonic()
-    for turn, first in enumerate(range(0, 600 - a.each, a.each)):
+    for turn, first in enumerate(range(0, min(600 - a.each, a.requests), a.each)):
         if arms.passed + (time.monotonic() - last) > main_end:
             break
         last = time.monotonic()
         if first >= a.learn and first - a.each < a.learn:
-            print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
+            if "learned" in names:
+                print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
             if "ttspec:learning" in names:
                 arms.ask("ttspec:learning", rpc="freeze")
                 arms.turn("warm", "ttspec:learned", list(range(8)))
                 names = [*names, "ttspec:learned"]
         for name in names if turn % 2 else names[::-1]:
             arms.turn("stream", name, list(range(first, first + a.each)))
+            if learns(name) and arms.turns and arms.turns[-1]["arm"] == name:
+                arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
+                arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
     show(arms.turns, a)
     idle_end = arms.passed + (end - arms.passed) * 0.6
@@ -359,7 +391,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
             home = "static" if which == "static" else "idle"
             arms.turn("idle", home, numbers, f"hooks {which}", **same)
         number += 8
-    others = [n for n in ("plain", "static", "learning", "learned") if n in names]
+    others = [n for n in names if n != "idle" and ":" not in n]
     first = 0
     while others and arms.passed < end:
         for at_once, size in ((1, 4), (32, 64)):
@@ -379,16 +411,47 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         print(f"8 at a time, requests from {low} on")
         for name in names:
             print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
+    show_steps(turns)
     print("idle hooks, 8 at a time, greedy, 64 tokens")
     for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
-        for unit in ("rounds", "tokens"):
-            found = ratio_of(turns, "idle", f"hooks {name}", f"hooks {base}", unit=unit)
-            print(f"  {name:16s} {found}")
+        pair = turns, "idle", f"hooks {name}", f"hooks {base}"
+        print(f"  {name:16s} {ratio_of(*pair, unit='rounds')}")
+        if all("usual_seconds" in t for t in turns if t["part"] == "idle"):
+            found = ratio_of(*pair, unit="rounds", clock="usual_seconds")
+            print(f"  {name:16s} if all steps took the median: {found}")
     for at_once in (1, 32):
         print(f"{at_once} at a time")
         part = f"{at_once} at a time"
         for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
             print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
+
+
+def show_steps(turns: list[dict]) -> None:
+    """What a step takes, as the front end sees it; and what `learning` did, turn by turn."""
+    print("steps of the stream, 8 at a time")
+    stream_turns = [t for t in turns if t["part"] == "stream" and "steps" in t]
+    for name in dict.fromkeys(t["arm"] for t in stream_turns):
+        some = [t for t in stream_turns if t["arm"] == name]
+        n, s = (sum(t[key] for t in some) for key in ("steps", "seconds"))
+        usual = statistics.median(t["median_ms"] for t in some)
+        beyond = statistics.mean(t["beyond"] for t in some)
+        print(
+            f"  {name:16s} {1e3 * s / n:6.3f} ms a step, {usual:6.3f} the median; in steps of more "
+            f"than twice that, {beyond:.3f} of the time is beyond it"
+        )
+    print("learning by turns, beside static: first request, tokens a second, tokens a round")
+    static = {t["first"]: t for t in stream_turns if t["arm"] == "static"}
+    for t in sorted(stream_turns, key=lambda t: t["arm"]):
+        if t["arm"].startswith("learning") and t["first"] in static:
+            other, found = static[t["first"]], t.get("status") or {}
+            speed, length = (
+                t["tokens"] / t[key] / (other["tokens"] / other[key])
+                for key in ("seconds", "rounds")
+            )
+            keys = ("updates", "strides", "share", "share_of_reading", "host_ms_a_step")
+            keys += ("device_ms_an_update", "accepted_to_anchor")
+            facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
+            print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 
 
 def main() -> None:
@@ -407,6 +470,8 @@ def main() -> None:
     parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
     parser.add_argument("--kind", default="code")
     parser.add_argument("--each", type=int, default=32, help="requests of a turn")
+    parser.add_argument("--requests", type=int, default=600, help="of the stream, at most")
+    parser.add_argument("--stream-part", type=float, default=0.58, help="of the time, at most")
     parser.add_argument("--learn", type=int, default=192, help="requests until `learned` pauses")
     parser.add_argument("--at-once", type=int, nargs="+", default=[8, 1, 32])
     parser.add_argument("--tokens", type=int, default=200)
@@ -422,7 +487,13 @@ def main() -> None:
     parser.add_argument("--show", action="store_true", help="print the tables of --out again")
     a = parser.parse_args()
     if a.show:
-        show([json.loads(line) for line in (a.out / "turns.jsonl").open()], a)
+        lines = [json.loads(line) for line in (a.out / "turns.jsonl").open()]
+        turns = [line for line in lines if "part" in line]
+        for line in lines:
+            for t in turns if "part" not in line else ():
+                if (t["part"], t["arm"], t["first"]) == ("stream", line["arm"], line["first"]):
+                    t["status"] = line["status"]
+        show(turns, a)
         return
     if not (a.target and a.drafter):
         parser.error("give --target and --drafter")
@@ -434,8 +505,8 @@ def main() -> None:
     names += [f"ttspec:{name}" for name in OURS] if "ttspec" in arms.pipes else []
     try:
         measure(arms, names, a)
-        for name in LEARNING:
-            if name in names:
+        for name in names:
+            if learns(name):
                 print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
     finally:
         show(arms.turns, a)

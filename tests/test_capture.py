@@ -61,12 +61,12 @@ class Tape(TorchDispatchMode):
         waits, mixes, indexes, is_view = kinds_of(func)
         assert not waits, f"{func} waits for the device"
         # A number in the place of a tensor is copied to the device; a mask as an index is counted.
-        # (Attention turns its mask into two numbers on the device.)
+        # (Attention turns its mask into two numbers on the device; a view was there before.)
         if mixes:
-            numbers = sum(not x.dim() for x in tensors(args))
+            numbers = sum(not x.dim() and not x._is_view() for x in tensors(args))
             assert numbers in (0, 2), f"{func} waits for the device: a number"
         if indexes:
-            masks = [x for x in tensors(args)[1:] if x.dtype == torch.bool]
+            masks = [x for x in tensors(args[1:2]) if x.dtype == torch.bool]
             assert not masks, f"{func} waits for the device"
         out = func(*args, **(kwargs or {}))
         if not is_view:  # a view sees what is there

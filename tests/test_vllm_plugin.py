@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
+from ttspec.vllm.steps import EngineStep
 from ttspec.vllm.v1 import teaches
 from ttspec.vllm.workers import asked_of
 
@@ -192,6 +194,50 @@ def test_a_paused_learner_is_asked_for_nothing_by_v2() -> None:
     assert runner.sample("hidden", "batch") == ("output", "hidden", "batch")
     assert runner.speculator.propose("batch", 1, aux_hidden_states="aux") == ("batch", 1, "aux")
     assert runner.rejection_sampler("logits", "batch") == "judged"
+
+
+def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
+    steps: list[EngineStep] = []
+
+    def propose(input_batch, last_hidden_states, aux_hidden_states, num_sampled, dummy_run=False):
+        return "drafts"
+
+    learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
+    learning = SimpleNamespace(
+        watches=True,
+        is_reading=False,
+        run=lambda work: work(learner),
+        end_step=lambda drafted: None,
+    )
+    runner = SimpleNamespace(
+        finish_requests=None,
+        add_requests=None,
+        sample=lambda *given: given,
+        speculator=SimpleNamespace(propose=propose),
+        rejection_sampler=None,
+    )
+    v2.wrap(runner, learning)
+    batch = SimpleNamespace(
+        num_reqs=2,
+        req_ids=["a", "b"],
+        query_start_loc_np=np.array([0, 4, 9, 9]),
+        num_draft_tokens_per_req=np.array([3, 0, 0]),
+        seq_lens_cpu_upper_bound=torch.tensor([14, 5, 0]),
+        input_ids=torch.arange(9),
+        positions=torch.arange(9),
+    )
+    emitted, features = torch.tensor([2, 1]), [torch.zeros(9, 4)]
+    runner.speculator.propose(batch, "hidden", features, emitted)  # warms up: nothing was sampled
+    for options in ({}, {"dummy_run": True}, {"num_sampled": emitted}):
+        runner.sample("hidden", batch)
+        given = (batch, "hidden", features, emitted)[: 4 - ("num_sampled" in options)]
+        assert runner.speculator.propose(*given, **options) == "drafts"
+    assert len(steps) == 2
+    for step in steps:
+        assert (step.ids, step.bounds, step.drafts) == (["a", "b"], [0, 4, 9], [3, 0])
+        assert step.ends == [14, 5]
+        assert step.emitted is emitted
+        assert step.features is features
 
 
 def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:

@@ -3,18 +3,25 @@
 import copy
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_capture import Tapes, kinds_of
 from test_conformance import engine_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from toys import bound_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
+from ttspec.drafters import context
 from ttspec.drafters.base import Drafter
+from ttspec.learning import memory_learner
 from ttspec.learning.learner import Learner
 from ttspec.learning.memory import LessonMemory
+from ttspec.learning.memory_learner import ENOUGH, JUDGED
+from ttspec.models.capture import Graphs
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.steps import STALE, EngineLearner, EngineStep
@@ -112,8 +119,8 @@ def prompt_step(found: Recorded, at: int = 0, rows: list[int] | None = None) -> 
         ends=[at + s for s in sizes],
         tokens=torch.cat([t for t, _ in parts]).int(),
         positions=torch.cat([at + torch.arange(s) for s in sizes]),
-        features=features.chunk(2, dim=-1) if features.shape[1] else (),
-        sampled=torch.full((len(rows), 1), 7),
+        features=features.split(64, dim=-1) if features.shape[1] else (),
+        emitted=torch.ones(len(rows)),
     )
 
 
@@ -123,9 +130,6 @@ def round_step(v: Verification, rows: list[int], at: int = 0) -> tuple[EngineSte
     rows = [r for r in rows if int(v.emitted[r]) and count[r]]
     tokens = torch.cat([v.fed[r, : count[r] + 1] for r in rows])
     features = torch.cat([v.features[r, : count[r] + 1] for r in rows])
-    sampled = v.tokens.clone().int()
-    for r in rows:
-        sampled[r, int(v.emitted[r]) :] = -1
     sizes = [count[r] + 1 for r in rows]
     step = EngineStep(
         ids=[f"request-{r}" for r in rows],
@@ -134,8 +138,8 @@ def round_step(v: Verification, rows: list[int], at: int = 0) -> tuple[EngineSte
         ends=[at + int(v.start[r]) + count[r] + 1 for r in rows],
         tokens=torch.cat([tokens.int(), torch.full((5,), 3)]),  # an engine pads
         positions=torch.cat([at + v.start[r] + torch.arange(count[r] + 1) for r in rows]),
-        features=features.chunk(2, dim=-1) if features.shape[1] else (),
-        sampled=sampled[rows],
+        features=features.split(64, dim=-1) if features.shape[1] else (),
+        emitted=v.emitted[rows],
     )
     return step, torch.cat([v.logits[r, : count[r] + 1] for r in rows])
 
@@ -210,8 +214,7 @@ def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
     feed(learner, found, [0])
     weights = learner.learner.weights
     learner.learner.study.compute_gradients = spoil
-    for _ in range(2):
-        learner.learner.update()
+    learner.learner.update()
     assert learner.learner.reverts == 1
     assert torch.equal(weights._mean, weights._anchor[None])
 
@@ -233,7 +236,7 @@ def a_step(ids, size: int, at: int, drafts: int = 0, width: int = 192) -> Engine
         tokens=torch.arange(n * size) % 200,
         positions=(at + torch.arange(size)).repeat(n),
         features=random_features(1, n * size, width)[0].chunk(3, dim=-1),
-        sampled=torch.arange(drafts + 1).expand(n, -1),
+        emitted=torch.full((n,), drafts + 1),
     )
 
 
@@ -345,15 +348,150 @@ def test_updates_end_where_nothing_new_is_read() -> None:
         ([1.2, 1.3], 0),
     ],
 )
-def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts, monkeypatch):
+def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts):
     learner = made(rows=1).learner
-    left = list(judgements)
-    monkeypatch.setattr(
-        learner.study, "judge", lambda *_: (20, {"live": left.pop(0), "anchor": 1.0})
-    )
     for weight in learner.weights.master.values():
         weight.add_(1.0)
-    for _ in judgements:
-        learner._compare()
+    for gain in judgements:
+        learner.judge(gain)
     assert learner.reverts == reverts
     assert learner.update() == (reverts == 0)  # it rests
+
+
+def test_held_out_texts_are_judged_alike_with_and_without_waiting(recorded):
+    found = recorded("eagle3", tokens=150)
+    learner, _ = learner_of(found, rows=1)
+    learner.absorb(prompt_step(found))
+    feed(learner, found, [0])
+    learner.forget(["request-0"])
+    study = learner.learner.study
+    sets = {"live": learner.learner.weights.published, "anchor": {}}
+    blocks, drafts = study.judge(sets, JUDGED)
+    assert blocks > ENOUGH
+    study.held_out = study.read_held_out(JUDGED)
+    count, *totals = study.compare_held_out(list(sets.values())).tolist()
+    assert count == blocks
+    for total, wanted in zip(totals, drafts.values(), strict=True):
+        assert total / count == pytest.approx(wanted, rel=0.05)  # of other blocks of the same pages
+
+
+@pytest.mark.parametrize("which", ["eagle3", "dflash"])
+def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
+    """On tapes instead of graphs, which can do no more than graphs can (test_capture.py)."""
+    found = recorded(which)
+    learned = []
+    for captured in (False, True):
+        learner, published = learner_of(found, rows=2)
+        memory = learner.learner.weights.memory
+        memory.crops = False  # that is what a CPU waits for
+        learner.learner.config = replace(learner.learner.config, guard=3)
+        if captured:
+            monkeypatch.setattr(context, "unwritten", lambda shape, like: like.new_zeros(shape))
+            monkeypatch.setattr(memory_learner, "Graphs", Tapes)
+            made, replayed = Tapes.made, Tapes.replayed
+            learner.capture(compile=False)
+            made = Tapes.made - made
+        memory._generator.manual_seed(0)
+        learner.absorb(prompt_step(found))
+        feed(learner, found, [0])
+        learner.forget(["request-0"])
+        assert learner.updates == len(published) > 5
+        learned.append((texts_of(memory), learner.learner.learned(), learner.learner.comparisons))
+        if captured:
+            assert made == 5 + 1 + 2  # of an update, of rounds, of pieces
+            assert Tapes.replayed - replayed > 2 * learner.updates
+    (texts, weights, compared), (texts_too, weights_too, compared_too) = learned
+    assert compared == compared_too
+    for one, other in zip(texts, texts_too, strict=True):
+        assert all(map(torch.equal, one, other))
+    for name, weight in weights.items():
+        torch.testing.assert_close(weights_too[name], weight)
+        assert not torch.equal(weight, found.drafter.weights[name])
+
+
+def test_a_capture_that_fails_changes_nothing(monkeypatch):
+    learner = made()
+    before = learner.learner.run
+
+    def fails(self, *_: object, **__: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(Graphs, "__call__", fails)
+    with pytest.raises(RuntimeError, match="capturing"):
+        learner.capture(compile=False)
+    assert learner.learner.run is learner.learner._run_update is before
+
+
+def test_an_update_that_is_not_over_is_published_when_it_is():
+    learner = made(tokens=400)
+    learner.absorb(a_step(["a"], 10, 0))
+    shared, over = learner.learner, [False]
+    shared._events = [SimpleNamespace(record=int, elapsed_time=lambda end: 5.0), Over(over)]
+    for i in range(20):
+        teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
+    assert shared.is_updating
+    assert learner.publications == 0
+    over[0] = True
+    learner._steps = -1  # no other update is due
+    teach(learner, a_step(["a"], 5, 110, drafts=4))
+    assert learner.publications == 1
+    assert learner.share.spent["updates"] > 0.005  # what it took on the device
+    over[0] = False
+    for i in range(4):
+        teach(learner, a_step(["a"], 1, 115 + i))
+    assert shared.is_updating
+    learner.forget_all()  # as a pause does
+    assert not shared.is_updating
+    assert learner.publications == 2
+
+
+class Over:
+    """An event that happens when a test says so."""
+
+    def __init__(self, over: list[bool]) -> None:
+        self.query = lambda: over[0]
+        self.record = self.synchronize = lambda: None
+
+
+class Launches(TorchDispatchMode, Graphs):
+    """Counts operations that the host launches one by one, and graphs, in whose place it stands."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+        self.on, self.operations, self.graphs, self.in_graph = True, 0, 0, False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        is_view = kinds_of(func)[3] or "empty" in str(func)
+        self.operations += not (self.in_graph or is_view)
+        return func(*args, **(kwargs or {}))
+
+    def __call__(self, work, key, **_):
+        self.graphs, self.in_graph = self.graphs + 1, True
+        out = work(key)
+        self.in_graph = False
+        return out
+
+
+def test_the_host_launches_little():
+    learner = made(rows=4, tokens=400)
+    shared, ids = learner.learner, list("abcd")
+    learner.stride, shared.weights.memory.crops = 1 << 30, False
+    prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
+    logits = torch.randn(20, 260)
+
+    def read() -> None:
+        learner.keep_logits(ids, step.drafts, logits)
+        learner.absorb(step)
+
+    # Operations, and graphs. Of a round the indices are two: the logits' come before the rest.
+    wanted = {
+        "a prompt": (lambda: learner.absorb(prompt), (7, 1)),
+        "a round": (read, (9, 0)),
+        "rounds, to the memory": (learner._tell, (2, 1)),
+        "an update": (shared.update, (10, 3)),
+    }
+    for what, (work, few) in wanted.items():
+        shared.run = shared._run_update = launches = Launches()
+        with launches:
+            work()
+        assert (launches.operations, launches.graphs) == few, what

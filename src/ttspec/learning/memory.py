@@ -63,6 +63,8 @@ class LessonMemory:
         # By page: which text it is of, which page of that text, and the page before.
         self.text = torch.zeros(here[:1], dtype=torch.long, device=device)
         self.number, self.before = torch.zeros_like(self.text), torch.zeros_like(self.text)
+        self.crops = device.type == "cpu"
+        """Whether texts are read no longer than the longest is; elsewhere one would wait for it."""
         self._next_page = torch.zeros((), dtype=torch.long, device=device)
         self._texts = torch.zeros((), dtype=torch.long, device=device)
         self._generator = torch.Generator(device).manual_seed(0)
@@ -101,6 +103,15 @@ class LessonMemory:
         pages = held_out[:-1].nonzero()[:, 0]
         return pages[(age[pages] % self.pages).argsort()[:most]]
 
+    @torch.no_grad()
+    def newest_held_out(self, most: int) -> Tensor:
+        """The same without waiting, int64 [`most`]; the last page of all where there are fewer."""
+        held_out = self.is_held_out() & self.judged.any(1)
+        age = self._next_page - 1 - torch.arange(self.pages + 1, device=held_out.device)
+        age = (age % self.pages).masked_fill(~held_out, self.pages)[:-1]
+        ages, pages = age.topk(most, largest=False)
+        return pages.masked_fill(ages == self.pages, self.pages)
+
     def is_held_out(self) -> Tensor:
         """Which pages shall not teach, bool [pages + 1]."""
         return (self.number - FIRST - STEP * (self.text - 1)) % HELD_OUT == 0
@@ -112,7 +123,7 @@ class LessonMemory:
         On a CPU of no more than the longest has.
         """
         page = chained(pages, length, self.before, self.number, self.text)
-        if page.device.type == "cpu" and len(page):  # elsewhere it would have to be waited for
+        if self.crops and len(page):
             page = page[:, : int((page != self.pages).sum(1).max())]
         judged = self.judged[page]
         return Texts(

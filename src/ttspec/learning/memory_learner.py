@@ -1,10 +1,14 @@
 """A learner for who sees verified texts and no rounds: another engine, say. The memory teaches.
 
 It keeps no context of its own: an update makes that of the texts it draws anew. So it may see as
-many texts as it likes, and learn when it likes.
+many texts as it likes, and learn when it likes. On a GPU the host waits for nothing: an update is
+begun, runs on, beside the engine's steps once it is captured, and is published when it is over.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -16,7 +20,7 @@ from ttspec.learning.lessons import taught
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.study import MemoryStudy
 from ttspec.learning.update_report import UpdateReport
-from ttspec.models.capture import Graphs
+from ttspec.models.capture import Graphs, Streams
 
 JUDGED, ENOUGH = 16, 16
 """Held-out pages, the newest, by which live and anchor weights are compared; and blocks of them
@@ -52,20 +56,31 @@ class MemoryLearner:
         self.drafter, self.weights = drafter, live_weights or LiveWeights(config, drafter, 1)
         self.config, memory = self.weights.config, self.weights.memory
         assert memory is not None
-        whole = DraftConfig(context="whole")
-        off = Graphs(torch.device("cpu"))
-        self.study = MemoryStudy(memory, drafter, rows, whole, taught(drafter, length), off)
+        whole, device = DraftConfig(context="whole"), memory.tokens.device
+        self.run = self._run_update = Graphs(torch.device("cpu"))
+        """Graphs of what an engine tells the memory, and of an update: off until `capture`."""
+        self.study = MemoryStudy(memory, drafter, rows, whole, taught(drafter, length), self.run)
         self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.study = self.study
-        self.updates = self.reverts = 0
+        self.updates = self.reverts = self.comparisons = 0
         self.gain = 1.0
         """Drafts accepted of the live weights, for one of the anchor's, when last compared."""
         self._behind = self._rest = self._new_texts = 0
-        self._report = UpdateReport.empty(1, memory.tokens.device)
-        self._last: Tensor | None = None
-        """The report of the update before, on the host once the device has got there."""
-        self._there = torch.cuda.Event() if memory.tokens.is_cuda else None
+        self.is_updating = False
+        """Whether an update is under way or waits to be published."""
+        self._compares = False
+        self._report = UpdateReport.empty(1, device)
+        self._judgement = torch.zeros(3, device=device)
+        """Held-out blocks, and drafts of live and of anchor weights that they accept."""
+        gpu = memory.tokens.is_cuda
+        self._told = torch.zeros(10, pin_memory=gpu)
+        """Report and judgement on the host, once the device has got there."""
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
+        """Begin and end of the update on a GPU."""
+        self.seconds = 0.0
+        """That the last update took there, besides those of the host."""
+        self._stream: torch.cuda.Stream | None = None
 
     def begin_text(self, row: int) -> None:
         """A row's next tokens are another text; the last one stays in the memory."""
@@ -85,43 +100,90 @@ class MemoryLearner:
         self.study.rows.write(tokens, features, start, count, logits, rows)
 
     @torch.no_grad()
-    def update(self) -> bool:
-        """One step on texts of the memory; waits for the device only where weights are compared.
+    def capture(self, tell: Callable[[], None], *, compile: bool) -> None:
+        """Capture what `tell` runs and an update: later ones are a few graphs, beside the steps.
 
-        Returns:
-            Whether other weights may draft now. The step itself is decided on the device: with a
-            loss or gradient that is not finite there is none, and the next update reverts.
+        Nothing is remembered yet, so neither changes anything. A failure leaves all as it was.
+
+        Args:
+            tell: Does everything with `run` once that it will do later.
+            compile: Whether updates are compiled before.
         """
-        if self._was_not_finite():
-            self.revert()
-            return True
+        device, before = self._report.table.device, (self.run, self._run_update, self._stream)
+        try:
+            self.run, self._run_update = Graphs(device), Graphs(device, compile=compile)
+            self._stream = Streams.lend(device, self) if device.type == "cuda" else None
+            self.try_update()
+            tell()
+        except BaseException:
+            self.run, self._run_update, self._stream = before
+            raise
+
+    @torch.no_grad()
+    def try_update(self) -> None:
+        """Do an update, where nothing is remembered: it changes nothing, but all was done once."""
+        self._enqueue_update(compare=True)
+        for event in self._events[1:]:
+            event.synchronize()
+
+    def update(self) -> bool:
+        """One step on texts of the memory, published at once; see `begin_update` and `publish`."""
+        self.begin_update()
+        return self.publish(wait=True)
+
+    @torch.no_grad()
+    def begin_update(self) -> None:
+        """Begin a step on texts of the memory, unless the drafter rests. The last one is over."""
         if self._rest:
             self._rest -= 1
+            return
+        every = self.config.guard
+        self._enqueue_update(compare=bool(every) and (self.updates + 1) % every == 0)
+        self.is_updating = True
+
+    @torch.no_grad()
+    def publish(self, *, wait: bool = False) -> bool:
+        """Publish the update under way if it is over, or `wait` for it.
+
+        Returns:
+            Whether other weights may draft now. A loss or gradient that is not finite, and drafts
+            that held-out texts find worse, put the first ones back.
+        """
+        if not self.is_updating or (self._events and not wait and not self._events[1].query()):
             return False
-        self.study.choose()
-        self.study.texts = self.study.read_texts(0)
-        self.study.compute_gradients(self.weights, self._report)
-        self.weights.step(self._report)
-        self.weights.publish()
-        self._last = self._report.table.to("cpu", non_blocking=True, copy=True)
-        if self._there:
-            self._there.record()
+        if self._events:
+            self._events[1].synchronize()
+            self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
+        self.is_updating = False
+        blocks, loss, norm, *_ = told = self._told.tolist()
         self.updates += 1
-        if self.config.guard and self.updates % self.config.guard == 0:
-            self._compare()
+        if blocks and not (isfinite(loss) and isfinite(norm)):
+            self.revert()
+            return True
+        self.weights.publish()
+        if self._compares and told[-3] >= ENOUGH:
+            self.judge(told[-2] / max(told[-1], 1e-6))
         if self.keeper:
             self.keeper.note([True] * max(1, self._new_texts), [1] * self._new_texts or [2])
         self._new_texts = 0
         return True
 
+    def judge(self, gain: float) -> None:
+        """Take a comparison, drafts of live weights for one of the anchor's; maybe revert."""
+        self.gain, self.comparisons = gain, self.comparisons + 1
+        self._behind = self._behind + 1 if gain < WORSE else 0
+        if self._behind == 2 or gain < RUINED:
+            self.revert()
+
     def revert(self) -> None:
         """Give the drafter its anchor weights back and let it rest; its moments go."""
+        self.publish(wait=True)
         self.weights.restore_anchor(0)
         self._rest, self._behind, self.gain = REST * LONGER**self.reverts, 0, 1.0
-        self.reverts, self._last = self.reverts + 1, None
+        self.reverts += 1
 
     def learned(self) -> Weights:
-        """What learns, as it is now, float32."""
+        """What learns, as it is now, float32; where no update is under way."""
         return {name: weight[0] for name, weight in self.weights.learned.items()}
 
     @torch.no_grad()
@@ -130,22 +192,36 @@ class MemoryLearner:
         blocks, drafts = self.study.judge({"anchor": {}}, JUDGED)
         return drafts["anchor"] if blocks else None
 
-    def _was_not_finite(self) -> bool:
-        """Whether the update before had a lesson and took no step for it."""
-        if self._last is None:
-            return False
-        if self._there:
-            self._there.synchronize()
-        blocks, *rest = self._last[0, :3].tolist()
-        return blocks > 0 and not torch.tensor(rest).isfinite().all()
+    def _enqueue_update(self, *, compare: bool) -> None:
+        """Have the device do an update; what it reads of the memory is copied before."""
+        run, self._compares = self._run_update, compare
+        self.study.choose()
+        # Captured first: what they return must not lie where an older graph works.
+        self.study.texts = run(self.study.read_texts, 0)
+        if compare:
+            self.study.held_out = run(self.study.read_held_out, JUDGED)
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for event in self._events[:1]:
+                event.record()
+            run(self._study_texts, 0)
+            run(self._step_weights, 0, compile=False, warm=False)
+            if compare:
+                run(self._compare_held_out, 0)
+            found = torch.cat([self._report.table[0], self._judgement])
+            self._told.copy_(found, non_blocking=True)
+            for event in self._events[1:]:
+                event.record()
 
-    def _compare(self) -> None:
-        """Revert live weights that draft worse than the anchor's; waits for the device."""
-        sets = {"live": self.weights.published, "anchor": {}}
-        blocks, drafts = self.study.judge(sets, JUDGED)
-        if blocks < ENOUGH:
-            return
-        self.gain = drafts["live"] / max(drafts["anchor"], 1e-6)
-        self._behind = self._behind + 1 if self.gain < WORSE else 0
-        if self._behind == 2 or self.gain < RUINED:
-            self.revert()
+    # What may be captured as a graph, by its name: the key says nothing.
+
+    def _study_texts(self, key: int) -> None:  # noqa: ARG002
+        self.study.compute_gradients(self.weights, self._report)
+
+    @torch.no_grad()
+    def _step_weights(self, key: int) -> None:  # noqa: ARG002
+        self.weights.step(self._report)
+
+    def _compare_held_out(self, key: int) -> None:  # noqa: ARG002
+        self._judgement.copy_(self.study.compare_held_out([self.weights.published, {}]))

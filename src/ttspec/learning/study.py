@@ -6,7 +6,7 @@ gradients reach what makes them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -138,6 +138,8 @@ class MemoryStudy(Study):
 
     texts: Texts
     """Those of the update that begins."""
+    held_out: Texts
+    """Those that judge it."""
 
     _lessons: Lessons
     """What rows have committed."""
@@ -159,6 +161,8 @@ class MemoryStudy(Study):
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
         texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
+        order = torch.Generator(device).manual_seed(0)  # the same blocks for all
+        self._order = torch.rand(1, WINDOW * PAGE, generator=order, device=device)
         self._row = torch.zeros(1, dtype=torch.long, device=device)
         """The row whose text is over, where a graph reads it."""
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
@@ -245,6 +249,10 @@ class MemoryStudy(Study):
         """What was chosen, out of reach of rows that write on."""
         return self.memory.read(self._pages, WINDOW)
 
+    def read_held_out(self, most: int) -> Texts:
+        """Texts up to the newest held-out pages; where there are fewer, such as teach nothing."""
+        return self.memory.read(self.memory.newest_held_out(most), WINDOW)
+
     def compute_gradients(self, live: LiveWeights, report: UpdateReport) -> None:
         """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
         teach = self.texts.judged & ~self.texts.held_out
@@ -254,6 +262,23 @@ class MemoryStudy(Study):
         report.loss[:1].copy_(self.backward(live, self.texts, lesson))
         report.blocks[:1].copy_(lesson.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
+
+    @torch.no_grad()
+    def compare_held_out(self, sets: Sequence[Weights]) -> Tensor:
+        """Judge sets of weights on `held_out`, as `judge` does, but wait for nothing.
+
+        Returns:
+            Blocks, and the drafts of each set that all of them would accept, float32 [1 + sets].
+        """
+        texts = self.held_out
+        chances = self._order[:, : texts.judged.shape[1]].expand_as(texts.judged)
+        lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+        whole = lesson.mask.all(-1)
+        found = [whole.sum().float()]
+        for changed in sets:
+            weights = {**self.drafter.weights, **changed}
+            found.append((self.expected_drafts(weights, texts, lesson) * whole).sum())
+        return torch.stack(found)
 
     @torch.no_grad()
     def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:

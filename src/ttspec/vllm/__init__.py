@@ -14,6 +14,8 @@ share.py       how much time that may take
 status.py      the figures of a worker that learns, and a warning
 rows.py        which request has which row
 module.py      what was learned, put into vLLM's own draft module
+drafting.py    when that happens, on every rank
+capturing.py   all that as CUDA graphs, in the memory that vLLM left
 kept.py        versions of it on disk, as ttspec's own engine keeps them
 control.py     pause, resume, status: called by `collective_rpc`
 metrics.py     figures beside vLLM's own at /metrics

@@ -38,6 +38,7 @@ V1_FILE, V2_FILE = "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
 WORKERS = (
     Hook("v1/worker/worker_base.py", "WorkerWrapperBase", "init_device"),
+    Hook("v1/worker/worker_base.py", "WorkerBase", "compile_or_warm_up_model"),
     Hook("v1/worker/worker_base.py", "WorkerBase", "shutdown"),
 )
 HOOKS: dict[str, tuple[Hook, ...]] = {

@@ -23,15 +23,10 @@ from ttspec.learning.keeper import Keeper
 from ttspec.learning.live_weights import resolve_learn_config
 from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm import hooks, status
+from ttspec.vllm.capturing import capture_when_warm
+from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import kept_weights
-from ttspec.vllm.module import (
-    flat,
-    learned_names,
-    learned_weights,
-    load_in_place,
-    save_learned,
-    unflattened,
-)
+from ttspec.vllm.module import learned_names, learned_weights, save_learned
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner
 
@@ -93,7 +88,6 @@ class WorkerLearning:
         self.rank: int = worker.rank % self.config.parallel_config.tensor_parallel_size
         self.ranks: int = self.config.parallel_config.tensor_parallel_size
         self.state, self.reason = "off", ""
-        self._drafted_steps = 0
         self._all_learn = self._sends = False
         """Whether several ranks share weights, and whether they do so now."""
         self._status_written = 0.0
@@ -135,6 +129,7 @@ class WorkerLearning:
                     return self.stop(failed or "another rank does not", said=first == self.rank)
             self._sends = self._all_learn = self.ranks > 1
             self.state = "learning"
+            capture_when_warm(self, _failure_of)
             return None
 
         self.runner.load_model = load_then_learn
@@ -157,15 +152,16 @@ class WorkerLearning:
         embedding = self._gathered(model.model.embed_tokens.weight, text.vocab_size)
         tied = getattr(text, "tie_word_embeddings", False) or not hasattr(model, "lm_head")
         head = embedding if tied else self._gathered(model.lm_head.weight, text.vocab_size)
-        self.module = self.runner.get_draft_model()
         self.drafter.embedding = embedding[:0].to(dtype)
         learn = resolve_learn_config(self.settings.learn, self.drafter, 1)
-        self.names = learned_names(self.drafter, str(learn.weights), learn.parameters)
-        self.shapes = {n: tuple(self.drafter.weights[n].shape) for n in self.names}
-        self.stride = learn.stride or 1
-        if self.ranks > 1:
-            first = {n: self.drafter.weights[n] for n in self.names}
-            self._row = flat(first, dtype).to(embedding.device)
+        names = learned_names(self.drafter, str(learn.weights), learn.parameters)
+        self.live = LiveDrafter(
+            self.runner.get_draft_model(),
+            {n: self.drafter.weights[n] for n in names},
+            self.drafter.embedding,
+            self.ranks,
+            learn.stride or 1,
+        )
         if self.rank == 0:
             self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
             live = kept_weights(
@@ -217,6 +213,8 @@ class WorkerLearning:
         keeper, self._keeper = self._keeper, None
         try:
             with torch.inference_mode(False), torch.no_grad():
+                if self.learner:
+                    self.learner.finish()
                 keeper.close()
         except Exception as error:
             self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
@@ -271,10 +269,8 @@ class WorkerLearning:
 
     def end_step(self, *, drafted: bool) -> None:
         """A step was read: let all ranks have the same weights, and write figures."""
-        if self._sends and drafted:
-            self._drafted_steps += 1
-            if self._drafted_steps % self.stride == 0:
-                self._send()
+        if self._sends and drafted and self.live.count_step():
+            self._send()
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
@@ -284,23 +280,15 @@ class WorkerLearning:
 
     def _send(self) -> None:
         """Give every rank what rank 0 has, at a step that all of them count."""
-        from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
-
-        with torch.inference_mode(False), torch.no_grad():
-            get_tp_group().broadcast(self._row, src=0)
+        with torch.inference_mode(False):
             try:
-                load_in_place(self.module, unflattened(self._row, self.names, self.shapes))
+                self.live.send()
             except Exception as error:  # the other ranks go on sending, and so must this one
                 self.stop(f"{type(error).__name__}: {error}")
 
-    @torch.no_grad()
     def _publish(self, learner: MemoryLearner) -> None:
         """Let vLLM's drafter have what was learned."""
-        weights = learned_weights(learner)
-        if self.ranks > 1:
-            self._row.copy_(flat(weights, self._row.dtype))
-        else:
-            load_in_place(self.module, weights)
+        self.live.publish(learner, self.learner.pace.strides if self.learner else 1)
 
     # Asked by an operator.
 
@@ -330,6 +318,7 @@ class WorkerLearning:
         """Give the drafter back the weights that it came with. All ranks are asked."""
         if self.learner:
             with torch.inference_mode(False), torch.no_grad():
+                self.learner.finish()
                 self.learner.learner.revert()
                 self._publish(self.learner.learner)
         if self._all_learn:
@@ -342,6 +331,8 @@ class WorkerLearning:
         if self._saving and self._saving.is_alive():
             self.log.warning("ttspec saved nothing in %s: it still writes another", folder)
             return
+        with torch.inference_mode(False), torch.no_grad():
+            self.learner.finish()
         weights = learned_weights(self.learner.learner)
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}

@@ -18,6 +18,12 @@ READING = 0.25
 """Of what learning takes, so much goes into reading: updates are what pays, and without something
 new to read they would learn the same again."""
 
+SOME, RISE, FALL = 4, 0.01, 0.1
+"""Comparisons whose mean is compared with that of as many before; what it must have risen by for
+updates to stay as frequent, and fallen by for all to begin anew."""
+MOST = 64
+"""Times rarer than at first that updates become."""
+
 Purpose = Literal["reading", "updates"]
 
 
@@ -31,22 +37,28 @@ class TimeShare:
         """
         self.share, self._most = share, SAVED * share
         self._saved, self._last = self._most, time.perf_counter()
+        self.strides = 1
+        """How many times rarer than at first updates are: so much smaller is the share."""
         self.spent: dict[Purpose, float] = {"reading": 0.0, "updates": 0.0}
         """Seconds, in all."""
+        self.on_host: dict[Purpose, float] = dict(self.spent)
+        """Those of them in which the host did nothing else."""
+        self.steps = 0
         self.worked = 0.0
         self._on_gpu = device is not None and device.type == "cuda"
-        self._running: deque[tuple[Purpose, float, torch.cuda.Event, torch.cuda.Event]] = deque()
-        """Purpose, seconds of the host, begin and end on the device."""
+        self._running: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
+        """Of reading: seconds of the host, begin and end on the device."""
 
     def tick(self) -> None:
         """A step is over."""
         now = time.perf_counter()
         worked, self._last = min(now - self._last, LONGEST_STEP), now
         self.worked += worked
-        self._saved = min(self._most, self._saved + worked * self.share)
+        self.steps += 1
+        self._saved = min(self._most, self._saved + worked * self.share / self.strides)
         while self._running and self._running[0][-1].query():
-            purpose, host, begin, end = self._running.popleft()
-            self.spend(max(0.0, begin.elapsed_time(end) / 1e3 - host), purpose)
+            host, begin, end = self._running.popleft()
+            self.spend(max(0.0, begin.elapsed_time(end) / 1e3 - host), "reading")
 
     def spend(self, seconds: float, purpose: Purpose) -> None:
         """Take what was used."""
@@ -55,17 +67,25 @@ class TimeShare:
 
     @contextmanager
     def charged(self, purpose: Purpose) -> Iterator[None]:
-        """Charge what is done within."""
-        began, events = time.perf_counter(), None
-        if self._on_gpu:
-            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            events[0].record()
+        """Charge what the host does within."""
+        began = time.perf_counter()
         yield
         host = time.perf_counter() - began
+        self.on_host[purpose] += host
         self.spend(host, purpose)
-        if events:
-            events[1].record()
-            self._running.append((purpose, host, *events))
+
+    @contextmanager
+    def device_charged(self) -> Iterator[None]:
+        """Charge what the device has to read within, too, where that takes longer."""
+        if not self._on_gpu:
+            yield
+            return
+        began = time.perf_counter()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        yield
+        end.record()
+        self._running.append((time.perf_counter() - began, begin, end))
 
     @property
     def allows(self) -> bool:
@@ -78,3 +98,30 @@ class TimeShare:
         reading, updates = self.spent.values()
         few = reading < READING * (reading + updates + self._most)
         return self.share >= 1 or (self._saved > 0 and few)
+
+
+class Pace:
+    """Makes updates, and with them reading, rarer once the drafter gains nothing more.
+
+    It sees comparisons only: drafts of live weights that get accepted for one of the first ones.
+    """
+
+    def __init__(self) -> None:
+        """Full pace."""
+        self.strides = 1
+        self._gains = deque[float](maxlen=2 * SOME)
+
+    def note(self, gain: float) -> None:
+        """Take the newest comparison."""
+        self._gains.append(gain)
+        if len(self._gains) < 2 * SOME:
+            return
+        gains = list(self._gains)
+        before, now = (sum(part) / SOME for part in (gains[:SOME], gains[SOME:]))
+        if now < before * (1 - FALL):  # other texts than those that it learned from
+            self.strides = 1
+        elif now < before * (1 + RISE):
+            self.strides = min(2 * self.strides, MOST)
+        else:
+            return
+        self._gains = deque(gains[SOME:], 2 * SOME)

@@ -20,7 +20,7 @@ HOPE = 0.3
 
 
 def figures(learner: EngineLearner) -> dict[str, Any]:
-    """Plain values; waits for the device."""
+    """Plain values, of what the device has said so far."""
     emitted, rounds = learner.rounds.acceptance()
     shared, share = learner.learner, learner.share
     spent = sum(share.spent.values())
@@ -35,6 +35,11 @@ def figures(learner: EngineLearner) -> dict[str, Any]:
         "seconds": spent,
         "share": spent / share.worked if share.worked else 0.0,
         "share_of_reading": share.spent["reading"] / spent if spent else 0.0,
+        "steps": share.steps,
+        "host_ms_a_step": 1e3 * sum(share.on_host.values()) / max(share.steps, 1),
+        "device_ms_an_update": 1e3 * shared.seconds,
+        "strides": learner.pace.strides,
+        "captured": shared.run.on,
     }
     if shared.keeper:
         found["kept"] = max(numbers_in(shared.keeper.store.folder), default=0)

@@ -14,7 +14,6 @@ yet.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
@@ -22,15 +21,13 @@ import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Drafter
-from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.live_weights import WARM_UP, LiveWeights
 from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm.rows import RequestRows
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.share import TimeShare
-from ttspec.vllm.verified import VerifiedRounds
+from ttspec.vllm.share import Pace, TimeShare
+from ttspec.vllm.verified import PIECES, TextPieces, VerifiedRounds, on_device
 
-READ_AT_ONCE = 512
-"""Tokens of a prompt that are read at once."""
 STALE = 32
 """Updates after which something new must be read."""
 
@@ -52,8 +49,8 @@ class EngineStep:
     """Integers [T]."""
     features: Sequence[Tensor]
     """[T, H] of each tap; none where the drafter reads none."""
-    sampled: Tensor
-    """Integers [n, at least 1]: what the engine emits, -1 behind the last token."""
+    emitted: Tensor
+    """Integers [n]: how many tokens the engine emits of each request."""
 
 
 class EngineLearner:
@@ -85,8 +82,9 @@ class EngineLearner:
         self.stride = self.learner.config.stride or 1
         """Steps between updates at least."""
         self.rounds = VerifiedRounds(drafter, settings.rows, self._width)
+        self.pieces = TextPieces(drafter)
         self.rows = RequestRows(settings.rows, settings.tokens)
-        self.share = TimeShare(settings.share, self.device)
+        self.share, self.pace = TimeShare(settings.share, self.device), Pace()
         self._drafted: set[str] = set()
         self._behind: set[int] = set()
         """Rows with rounds that the memory is not told yet."""
@@ -94,7 +92,7 @@ class EngineLearner:
         """Whether the memory has anything that teaches."""
         self._steps = self._since_read = 0
         """Steps since the last update; updates since something was read."""
-        self.updates = self.publications = 0
+        self.publications = 0
 
     @property
     def is_reading(self) -> bool:
@@ -106,6 +104,28 @@ class EngineLearner:
         """Bytes held."""
         return self.rounds.nbytes + self.learner.weights.nbytes
 
+    def capture(self, *, compile: bool) -> None:
+        """Capture what a GPU is told again and again, updates compiled; nothing was read yet."""
+
+        def tell() -> None:
+            self.rounds.run(self.learner)
+            self.pieces.run(self.learner)
+
+        self.learner.capture(tell, compile=compile)
+
+    def memory_of_update(self) -> int:
+        """Bytes that captured updates take on a GPU, about; does one that changes nothing."""
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.learner.try_update()
+        # Of a graph, what one function leaves over the next one cannot always use.
+        return int(1.3 * (torch.cuda.max_memory_allocated() - before)) + self.rounds.nbytes
+
+    @property
+    def updates(self) -> int:
+        """How many."""
+        return self.learner.updates
+
     def forget(self, ids: Collection[str]) -> None:
         """Requests that ended, were aborted or preempted; their texts stay in the memory."""
         rows = self.rows.forget(ids)
@@ -116,7 +136,8 @@ class EngineLearner:
                     self.learner.begin_text(row)
 
     def forget_all(self) -> None:
-        """Know no request any more, as after a pause."""
+        """Know no request any more, as after a pause, and have no update under way."""
+        self.finish()
         self.forget(list(self.rows.taken))
         self._drafted.clear()
 
@@ -131,17 +152,19 @@ class EngineLearner:
                 sampler changes them.
         """
         self._drafted.clear()
-        at, first = [[0] * self._width] * self.rows.count, 0
+        width, first = self._width, 0
+        at = [0] * (self.rows.count * width)
         for request, count in zip(ids, drafts, strict=True):
             row = self.rows.taken.get(request)
             if row and count:
-                at[row.index] = [first + min(j, count) for j in range(self._width)]
+                begin = row.index * width
+                at[begin : begin + width] = [first + min(j, count) for j in range(width)]
                 self._drafted.add(request)
             first += count + 1
         if self._drafted:
             with self.share.charged("reading"):
-                vocabulary = self.drafter.embedding.shape[0]
-                self.rounds.keep_logits(logits[:, :vocabulary][self._index(at)])
+                logits = logits[:, : self.drafter.embedding.shape[0]]
+                self.rounds.keep_logits(logits, on_device(at, self.device))
 
     @torch.no_grad()
     def absorb(self, step: EngineStep | Callable[[], EngineStep]) -> None:
@@ -155,22 +178,40 @@ class EngineLearner:
             with self.share.charged("reading"):
                 self._read_step(step if isinstance(step, EngineStep) else step())
         self._steps += 1
-        due = self._steps >= self.stride and self._knows and self._since_read < STALE
-        if due and self.share.allows:
+        if self.learner.is_updating:
+            self._publish_if_over()
+        due = self._steps >= self.stride * self.pace.strides and self._knows
+        if due and not self.learner.is_updating and self._since_read < STALE and self.share.allows:
             self._steps, self._since_read = 0, self._since_read + 1
             with self.share.charged("updates"):
-                if self.learner.update():
-                    self.updates += 1
-                    self.publications += 1
-                    self._publish(self.learner)
+                self.learner.begin_update()
+            self._publish_if_over()
+
+    def finish(self) -> None:
+        """Wait for an update that is under way, and publish it."""
+        self._publish_if_over(wait=True)
+
+    def _publish_if_over(self, *, wait: bool = False) -> None:
+        comparisons, reverts = self.learner.comparisons, self.learner.reverts
+        with self.share.charged("updates"):
+            if not self.learner.publish(wait=wait):
+                return
+            self.publications += 1
+            self._publish(self.learner)
+        self.share.spend(self.learner.seconds, "updates")
+        if self.learner.reverts > reverts:
+            self.pace = Pace()
+        elif self.learner.comparisons > comparisons and self.updates > WARM_UP:
+            self.pace.note(self.learner.gain)
+        self.share.strides = self.pace.strides
 
     def expected_drafts(self) -> float | None:
         """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
         return self.learner.expected_drafts()
 
     def _read_step(self, step: EngineStep) -> None:
-        pieces: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        """By length: row, first token."""
+        pieces: list[tuple[int, int, int]] = []
+        """Row, first token and the one behind the last."""
         verified: list[tuple[int, int]] = []
         too_long: list[int] = []
         for i, request in enumerate(step.ids):
@@ -182,17 +223,20 @@ class EngineLearner:
                 continue
             if step.drafts[i]:  # its row is new, and what the target said of them was not kept
                 continue
-            for begin in range(step.bounds[i], step.bounds[i + 1], READ_AT_ONCE):
-                pieces[min(READ_AT_ONCE, step.bounds[i + 1] - begin)].append((row, begin))
+            end = step.bounds[i + 1]
+            for begin in range(step.bounds[i], end, PIECES[-1]):
+                pieces.append((row, begin, min(end, begin + PIECES[-1])))
         self._drafted.clear()
         full = bool(verified) and self._keep(step, verified)
-        behind = any(row in self._behind for some in pieces.values() for row, _ in some)
-        if full or behind or too_long:
+        if full or too_long or any(row in self._behind for row, *_ in pieces):
             self._tell()
         for row in too_long:
             self.learner.begin_text(row)
-        for size, some in sorted(pieces.items(), reverse=True):  # a long prompt's rest comes last
-            self._read(step, size, some)
+        for row, begin, end in pieces:
+            features = [f[begin:end] for f in step.features]
+            position = step.positions[begin : begin + 1]
+            with self.share.device_charged():
+                self.pieces.tell(self.learner, step.tokens[begin:end], position, features, row)
 
     def _row_of(self, step: EngineStep, i: int, too_long: list[int]) -> int | None:
         """The row of a request, a new one if it is new and may have one; or one `too_long` now."""
@@ -209,53 +253,24 @@ class EngineLearner:
             return None
         return row.index
 
-    def _read(self, step: EngineStep, size: int, pieces: list[tuple[int, int]]) -> None:
-        """Have tokens remembered that no drafts were among; a request's pieces in order."""
-        later: list[tuple[int, int]] = []
-        now: dict[int, int] = {}
-        for row, begin in pieces:
-            if row in now:
-                later.append((row, begin))
-            else:
-                now[row] = begin
-        at, rows = self._index([list(range(b, b + size)) for b in now.values()]), list(now)
-        start = step.positions[at[:, 0]].long()
-        count = torch.full_like(start, size)
-        tokens, features = step.tokens[at].long(), self._features(step, at)
-        self.learner.read(tokens, features, start, count, None, self._index(rows))
-        if later:
-            self._read(step, size, later)
-
     def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
         """Keep a round of every row; whether that was the last one that there is room for."""
         rows, width = self.rows.count, self._width
-        table = [[0] * (width + 2)] * rows
+        at, first, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows, [0] * rows
         for row, i in verified:
             count = min(step.drafts[i], width - 1)
-            first = step.bounds[i + 1] - step.drafts[i] - 1  # the pending token
-            table[row] = [*(first + min(j, count) for j in range(width)), i, 1]
-        there = self._index(table)
-        at, batch, takes_part = there[:, :width], there[:, width], there[:, width + 1]
-        emitted = (step.sampled[batch, :width] >= 0).sum(1) * takes_part
-        start, tokens = step.positions[at[:, 0]].long(), step.tokens[at].long()
-        self._behind.update(row for row, _ in verified)
-        return self.rounds.keep(tokens, self._features(step, at), start, emitted)
+            first[row] = pending = step.bounds[i + 1] - step.drafts[i] - 1
+            at[row * width : (row + 1) * width] = [pending + min(j, count) for j in range(width)]
+            request[row], took_part[row] = i, 1
+            self._behind.add(row)
+        there = on_device([*at, *first, *request], self.device)
+        given = step.tokens, step.positions, step.features, step.emitted
+        return self.rounds.keep(*given, there, took_part)
 
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:
-            self.rounds.tell(self.learner)
+            with self.share.device_charged():
+                self.rounds.tell(self.learner)
             self._behind.clear()
             self._knows, self._since_read = True, 0
-
-    def _features(self, step: EngineStep, at: Tensor) -> Tensor:
-        """[B, T, W] of tokens at `at` int64 [B, T]."""
-        if not self.drafter.taps:
-            return self.drafter.embedding.new_zeros(*at.shape, 0)
-        return torch.cat([f[at] for f in step.features], dim=-1).to(self.drafter.embedding.dtype)
-
-    def _index(self, numbers: Sequence[int] | Sequence[list[int]]) -> Tensor:
-        """Indices on the device; the copy waits for nothing."""
-        if self.device.type != "cuda":
-            return torch.tensor(numbers, device=self.device)
-        return torch.tensor(numbers, pin_memory=True).to(self.device, non_blocking=True)

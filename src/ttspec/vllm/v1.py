@@ -97,7 +97,7 @@ def step(
         tokens=runner.input_ids.gpu,
         positions=runner._get_positions(bounds[-1]),
         features=aux or (),
-        sampled=sampled,
+        emitted=(sampled >= 0).sum(1),
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from inspect import signature
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ttspec.vllm.steps import EngineStep
@@ -48,10 +47,10 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
     """Let a runner that has its models tell `learning` of every step."""
     finish, add, sample = runner.finish_requests, runner.add_requests, runner.sample
     propose = runner.speculator.propose
-    arguments_of = signature(propose)
+    names = list(signature(propose).parameters)
+    was_sampled = False
     barred: set[str] = set()
     """Requests that must not teach."""
-    verdicts: dict[str, Any] = {}
 
     def finish_and_forget(scheduler_output: Any) -> None:
         gone = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
@@ -68,28 +67,29 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
                 barred.add(new.req_id)
         add(scheduler_output)
 
-    def sample_and_keep(*args: Any, **kwargs: Any) -> Any:
-        verdicts["output"], *_ = found = sample(*args, **kwargs)
-        return found
+    def sample_and_note(*args: Any, **kwargs: Any) -> Any:
+        nonlocal was_sampled
+        was_sampled = True
+        return sample(*args, **kwargs)
 
     def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
-        output = verdicts.pop("output", None)
-        if output is None or not learning.watches:
-            return propose(*args, **kwargs)
-        given = arguments_of.bind(*args, **kwargs).arguments
-        if not given.get("dummy_run"):
-            batch = given["input_batch"]
-            learning.run(
-                lambda learner: learner.absorb(
-                    lambda: step(batch, output, given["num_sampled"], given["aux_hidden_states"])
+        nonlocal was_sampled
+        if was_sampled and learning.watches:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if not given.get("dummy_run"):
+                batch = given["input_batch"]
+                learning.run(
+                    lambda learner: learner.absorb(
+                        lambda: step(batch, given["num_sampled"], given["aux_hidden_states"])
+                    )
                 )
-            )
-            learning.end_step(drafted=batch.num_draft_tokens_per_req is not None)
+                learning.end_step(drafted=batch.num_draft_tokens_per_req is not None)
+        was_sampled = False
         return propose(*args, **kwargs)
 
     learning.may_teach = lambda request: request not in barred
     runner.finish_requests, runner.add_requests = finish_and_forget, look_and_add
-    runner.sample = sample_and_keep
+    runner.sample = sample_and_note
     runner.speculator.propose = learn_and_propose
     if runner.rejection_sampler is not None:
         runner.rejection_sampler = WatchedSampler(runner.rejection_sampler, learning)
@@ -101,10 +101,9 @@ def drafts_of(batch: Any) -> list[int]:
     return [0] * batch.num_reqs if per_request is None else per_request[: batch.num_reqs].tolist()
 
 
-def step(batch: Any, output: Any, num_sampled: Tensor, aux: list[Tensor] | None) -> EngineStep:
+def step(batch: Any, num_sampled: Tensor, aux: list[Tensor] | None) -> EngineStep:
     """The step of an `InputBatch` that was just sampled."""
-    count, sampled = batch.num_reqs, output.sampled_token_ids
-    column = torch.arange(sampled.shape[1], device=sampled.device)
+    count = batch.num_reqs
     return EngineStep(
         ids=batch.req_ids,
         bounds=batch.query_start_loc_np[: count + 1].tolist(),
@@ -113,5 +112,5 @@ def step(batch: Any, output: Any, num_sampled: Tensor, aux: list[Tensor] | None)
         tokens=batch.input_ids,
         positions=batch.positions,
         features=aux or (),
-        sampled=sampled.masked_fill(column >= num_sampled[:, None], -1),
+        emitted=num_sampled,
     )

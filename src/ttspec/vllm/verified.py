@@ -1,9 +1,12 @@
-"""Verified rounds of an engine, kept as they are until many are told the memory at once.
+"""What an engine's steps showed, kept as it is until the memory is told of it.
 
-To keep a round takes the device a handful of copies, to remember one a hundred small operations.
+To keep a round takes the device a copy of each tensor, to tell the memory a hundred small
+operations. Those are captured as a graph, so what they read lies where it is for good.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +17,16 @@ from ttspec.learning.memory_learner import MemoryLearner
 
 MOST_ROUNDS, MOST_BYTES = 16, 64 << 20
 """Rounds that are kept, and bytes that the target's logits of them may take."""
+PIECES = 128, 512
+"""Tokens of a prompt that are read at once: as many as the smallest of these that they fit in."""
+
+
+def take(out: Tensor, source: Tensor, at: Tensor) -> None:
+    """Copy rows `at` int64 [N] of `source` to `out` [N, ...]: one kernel if dtypes are equal."""
+    if out.dtype == source.dtype and out.shape[1:] == source.shape[1:]:
+        torch.index_select(source, 0, at, out=out)
+    else:
+        out.copy_(source.index_select(0, at))
 
 
 class VerifiedRounds:
@@ -21,72 +34,174 @@ class VerifiedRounds:
 
     def __init__(self, drafter: Drafter, rows: int, width: int) -> None:
         """Room for rounds of `rows` rows, of `width` tokens each, which is one more than drafts."""
-        like, vocabulary = drafter.embedding, int(drafter.embedding.shape[0])
+        like, (vocabulary, hidden) = drafter.embedding, drafter.embedding.shape
         self.rounds, self.rows, self.width = rounds_for(drafter, rows, width), rows, width
-        shape = rows, self.rounds, width
-        self._tokens = torch.zeros(shape, dtype=torch.long, device=like.device)
-        self._features = like.new_zeros(*shape, feature_width(drafter))
-        self._logits = like.new_zeros(*shape, vocabulary)
-        self._start = torch.zeros(shape[:2], dtype=torch.long, device=like.device)
-        self._emitted = torch.zeros_like(self._start)
+        tokens = self.rounds, rows * width
+        self._tokens = like.new_zeros(tokens, dtype=torch.int32)
+        self._features = [like.new_zeros(*tokens, hidden) for _ in drafter.taps]
+        self._logits = like.new_zeros(*tokens, vocabulary)
+        self._start = like.new_zeros(self.rounds, rows, dtype=torch.long)
+        self._emitted = like.new_zeros(self.rounds, rows, dtype=torch.int32)
+        self._took_part = torch.zeros_like(self._emitted)
         self._figures = torch.zeros(2, dtype=torch.long, device=like.device)
-        self.kept = 0
+        self._told = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
+        self._parts: list[list[int]] = []
+        """By round that the memory does not know yet: 1 for rows that took part."""
+        self._learner: MemoryLearner
+
+    @property
+    def kept(self) -> int:
         """Rounds that the memory does not know yet."""
+        return len(self._parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(t.nbytes for t in (self._tokens, self._features, self._logits))
+        return sum(t.nbytes for t in (self._tokens, *self._features, self._logits))
 
-    def keep_logits(self, logits: Tensor) -> None:
-        """Begin a round: the target's logits [B, width, V], all rows."""
-        self._logits[:, self.kept] = logits
+    def keep_logits(self, logits: Tensor, at: Tensor) -> None:
+        """Begin a round: rows `at` int64 [B * width] of the target's logits [N, V], all rows."""
+        take(self._logits[self.kept], logits, at)
 
-    def keep(self, tokens: Tensor, features: Tensor, start: Tensor, emitted: Tensor) -> bool:
+    def keep(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        features: Sequence[Tensor],
+        emitted: Tensor,
+        at: Tensor,
+        took_part: list[int],
+    ) -> bool:
         """End a round; whether there is no room for another one.
 
         Args:
-            tokens: int64 [B, width], what the target read.
-            features: [B, width, W].
-            start: int64 [B], position of the first token.
-            emitted: int64 [B], how many the round committed; 0 in rows that took no part.
+            tokens: Integers [T], what the target read.
+            positions: Integers [T].
+            features: [T, H] of each tap.
+            emitted: Integers [n], tokens that each of the engine's requests commits.
+            at: int64 [B * width + B + B]: each row's tokens and its first one, as places in the
+                others, and which request it is.
+            took_part: For each row 1 if it did.
         """
-        self._tokens[:, self.kept], self._features[:, self.kept] = tokens, features
-        self._start[:, self.kept], self._emitted[:, self.kept] = start, emitted
-        self.kept += 1
+        k, (flat, first, request) = self.kept, at.split([len(at) - 2 * self.rows, *2 * [self.rows]])
+        take(self._tokens[k], tokens, flat)
+        take(self._start[k], positions, first)
+        take(self._emitted[k], emitted, request)
+        for kept, feature in zip(self._features, features, strict=True):
+            take(kept[k], feature, flat)
+        self._parts.append(took_part)
         return self.kept == self.rounds
 
     def tell(self, learner: MemoryLearner) -> None:
         """Have all that is kept remembered; a row's rounds follow each other without a gap."""
-        if not self.kept:
-            return
-        kept, device = self.kept, self._start.device
-        start, emitted = self._start[:, :kept], self._emitted[:, :kept]
+        if self._parts:
+            parts = self._parts + [[0] * self.rows] * (self.rounds - self.kept)
+            self._took_part.copy_(on_device(parts, self._start.device))
+            self.run(learner)
+            self._told.copy_(self._figures, non_blocking=True)
+            self._parts = []
+
+    def run(self, learner: MemoryLearner) -> None:
+        """The same of what is on the device, as it may be captured."""
+        self._learner = learner
+        learner.run(self._remember, 0, compile=False)
+
+    def _remember(self, key: int) -> None:  # noqa: ARG002
+        width, device = self.width, self._start.device
+        emitted = (self._emitted.clamp(max=width) * self._took_part).long().T  # [rows, rounds]
         self._figures += torch.stack([emitted.sum(), (emitted > 0).sum()])
         count = emitted.sum(1)
         before = emitted.cumsum(1) - emitted
-        first = (start - before).masked_fill(emitted == 0, 0).amax(1)
-        size = kept * self.width
-        if device.type == "cpu":  # elsewhere it would have to be waited for
+        first = (self._start.T - before).masked_fill(emitted == 0, 0).amax(1)
+        size = self.rounds * width
+        if device.type == "cpu" and not self._learner.run.on:  # else it would have to be waited for
             size = max(1, int(count.max()))
-        column = torch.arange(self.width, device=device)
+        column = torch.arange(width, device=device)
         inside = column < emitted[..., None]
         place = (before[..., None] + column).masked_fill(~inside, size).flatten(1)
-        source = torch.arange(kept * self.width, device=device).expand_as(place)
+        source = torch.arange(self._tokens.numel(), device=device)
+        source = source.view(self.rounds, self.rows, width).transpose(0, 1).flatten(1)
         at = torch.zeros(self.rows, size + 1, dtype=torch.long, device=device)
         at = at.scatter_(1, place, source)[:, :size]
         rows = torch.arange(self.rows, device=device)
-        tokens, features, logits = (
-            table.flatten(1, 2)[rows[:, None], at]
-            for table in (self._tokens, self._features, self._logits)
+        features = [kept.flatten(0, 1)[at] for kept in self._features]
+        self._learner.read(
+            self._tokens.flatten()[at].long(),
+            torch.cat(features, -1) if features else self._logits.new_zeros(*at.shape, 0),
+            first,
+            count,
+            self._logits.flatten(0, 1)[at],
+            rows,
         )
-        learner.read(tokens, features, first, count, logits, rows)
-        self.kept = 0
 
     def acceptance(self) -> tuple[int, int]:
-        """Tokens that verifications emitted, and how many verifications; waits for the device."""
-        emitted, rounds = self._figures.tolist()
+        """Tokens that verifications emitted, and how many verifications, when last told of."""
+        emitted, rounds = self._told.tolist()
         return emitted, rounds
+
+
+class TextPieces:
+    """Pieces of texts that no drafts were among, told to the memory one by one."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        """Room for one."""
+        like = drafter.embedding
+        self._tokens = like.new_zeros(1, PIECES[-1], dtype=torch.long)
+        self._features = like.new_zeros(1, PIECES[-1], feature_width(drafter))
+        self._start, self._count, self._row = like.new_zeros(3, 1, dtype=torch.long)
+        self._learner: MemoryLearner
+
+    def tell(
+        self,
+        learner: MemoryLearner,
+        tokens: Tensor,
+        position: Tensor,
+        features: Sequence[Tensor],
+        row: int,
+    ) -> None:
+        """Have a piece remembered, as what follows in a row.
+
+        Args:
+            learner: Whose memory.
+            tokens: Integers [n], at most the last of `PIECES`.
+            position: Integer [1], of the first one.
+            features: [n, H] of each tap.
+            row: Which.
+        """
+        size = len(tokens)
+        self._tokens[0, :size].copy_(tokens)
+        for part, feature in zip(self._parts(len(features)), features, strict=True):
+            part[:size].copy_(feature)
+        self._start.copy_(position)
+        self._count.fill_(size)
+        self._row.fill_(row)
+        self._run(learner, size)
+
+    def run(self, learner: MemoryLearner) -> None:
+        """Capture all sizes, where nothing is told."""
+        self._count.zero_()
+        for size in PIECES:
+            self._run(learner, size)
+
+    def _run(self, learner: MemoryLearner, size: int) -> None:
+        if learner.run.on:  # few graphs; a CPU reads no more than there is
+            size = next(n for n in PIECES if n >= size)
+        self._learner = learner
+        learner.run(self._remember_piece, size, compile=False)
+
+    def _remember_piece(self, size: int) -> None:
+        tokens, features = self._tokens[:, :size], self._features[:, :size]
+        self._learner.read(tokens, features, self._start, self._count, None, self._row)
+
+    def _parts(self, taps: int) -> tuple[Tensor, ...]:
+        return self._features[0].chunk(taps, dim=-1) if taps else ()
+
+
+def on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
+    """Numbers of the host, int64; the copy waits for nothing."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, device=device)
+    return torch.tensor(numbers, pin_memory=True).to(device, non_blocking=True)
 
 
 def rounds_for(drafter: Drafter, rows: int, width: int) -> int:
@@ -100,4 +215,4 @@ def bytes_for(drafter: Drafter, rows: int, width: int, element: int) -> int:
     """Bytes that they take, in a dtype of `element` bytes."""
     slots = rows * rounds_for(drafter, rows, width) * width
     numbers = int(drafter.embedding.shape[0]) + feature_width(drafter)
-    return slots * (8 + element * numbers)
+    return slots * (4 + element * numbers)

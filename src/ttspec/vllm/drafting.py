@@ -1,0 +1,107 @@
+"""vLLM's drafter as it drafts: what was learned goes into it, on every rank at the same step.
+
+On a GPU that is captured as a graph: from Python, a drafter's loader takes milliseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ttspec.learning.memory_learner import MemoryLearner
+from ttspec.models.capture import Graphs
+from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
+
+RAREST = 8
+"""Times rarer than at first, at most, that ranks get the same weights."""
+
+
+class LiveDrafter:
+    """vLLM's draft module, and where several ranks share it, one row of all its learned weights."""
+
+    _learner: MemoryLearner
+
+    def __init__(
+        self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, ranks: int, stride: int
+    ) -> None:
+        """Draft with what is loaded.
+
+        Args:
+            module: Of vLLM.
+            first: What learns, as it was loaded, by published name.
+            like: Of the dtype and on the device of the row.
+            ranks: Tensor-parallel ranks.
+            stride: Drafted steps between two times that these get the same weights.
+        """
+        self.module, self.ranks, self.stride = module, ranks, stride
+        self.names = list(first)
+        self._shapes = {n: tuple(w.shape) for n, w in first.items()}
+        self._run = Graphs(torch.device("cpu"))
+        self._drafted_steps = 0
+        if ranks > 1:
+            # Its last number says how rare the next times are: all ranks must count alike.
+            self._row = torch.cat([flat(first, like.dtype).to(like.device), like.new_ones(1)])
+            self._rarer = torch.ones(1, dtype=like.dtype, pin_memory=like.is_cuda)
+            self._told = torch.cuda.Event() if like.is_cuda else None
+
+    @torch.no_grad()
+    def capture(self, learner: MemoryLearner | None) -> None:
+        """Capture what is done again and again; loads what there is. A failure changes nothing."""
+        before = self._run
+        try:
+            self._run = Graphs(next(self.module.parameters()).device)
+            if learner:
+                self.publish(learner)
+            if self.ranks > 1:
+                self._run(self._load_row, 0, compile=False)
+        except BaseException:
+            self._run = before
+            raise
+
+    @torch.no_grad()
+    def publish(self, learner: MemoryLearner, strides: int = 1) -> None:
+        """Let vLLM draft with what was learned; several ranks do so when it is sent.
+
+        Args:
+            learner: Who learned it; always the same one.
+            strides: How many times rarer than at first there will be something new.
+        """
+        self._learner = learner
+        if self.ranks > 1:
+            self._run(self._pack_learned, 0, compile=False)
+            self._row[-1:].fill_(min(strides, RAREST))
+        else:
+            self._run(self._load_learned, 0, compile=False)
+
+    def count_step(self) -> bool:
+        """Count a step with drafts, on all ranks alike; whether weights are to be sent now."""
+        self._drafted_steps += 1
+        if self._drafted_steps % self.stride:
+            return False
+        if self._told:
+            self._told.synchronize()  # of many steps ago
+        return self._drafted_steps // self.stride % int(self._rarer) == 0
+
+    @torch.no_grad()
+    def send(self) -> None:
+        """Give every rank what rank 0 has; all ranks call it at the same step."""
+        from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
+
+        get_tp_group().broadcast(self._row, src=0)
+        self._rarer.copy_(self._row[-1:], non_blocking=True)
+        if self._told:
+            self._told.record()
+        self._run(self._load_row, 0, compile=False)
+
+    # What may be captured as a graph, by its name: twice is as once.
+
+    def _load_learned(self, key: int) -> None:  # noqa: ARG002
+        load_in_place(self.module, learned_weights(self._learner))
+
+    def _pack_learned(self, key: int) -> None:  # noqa: ARG002
+        self._row[:-1].copy_(flat(learned_weights(self._learner), self._row.dtype))
+
+    def _load_row(self, key: int) -> None:  # noqa: ARG002
+        load_in_place(self.module, unflattened(self._row[:-1], self.names, self._shapes))
