@@ -178,8 +178,8 @@ def test_a_full_disk_is_a_failed_job(command: list[str], pair, capsys, tmp_path)
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     said = capsys.readouterr().err.splitlines()
     assert said[-2].startswith(f"ttspec: error: {place}")
-    assert said[-2].endswith(": File too large")
-    assert said[-1] == "Make room there, or name another place."
+    assert ": File too large" in said[-2]
+    assert said[-1].startswith("Make room")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:

@@ -14,8 +14,9 @@ A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says
 - `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
 - `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
 
-`features.FeatureDrafter` has most of it for layers that ttspec computes, `causal.Causal` for models
-that transformers computes, and `context.ContextState` keys and values for all. Entered in `CONFIGS`
+`features.FeatureDrafter` has most of it for layers that ttspec computes, and
+`functional.FunctionalDrafter` for models that transformers computes (`causal.Causal`, `mtp.Mtp`);
+`context.ContextState` has keys and values for all. Entered in `CONFIGS`
 of `tests/toys.py`, a small config of it gets all of `tests/test_conformance.py`: texts are plain
 decoding's, rows do not touch each other, `replay` is `propose` with gradients, and so on.
 """
