@@ -15,6 +15,7 @@ from toys import (
     MASK,
     VOCABULARY,
     bound_kind,
+    full_disk,
     greedy,
     make_kind,
     random_features,
@@ -27,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, read_config, save_drafter
-from ttspec.errors import CheckpointError
+from ttspec.errors import CheckpointError, ResourceError
 
 KINDS = ["dflash", "eagle3", "pard", "causal"]
 EVERY = list(CONFIGS)
@@ -822,3 +823,11 @@ def test_a_config_is_read_as_it_is(tmp_path):
     folder = write(tmp_path / "d", "eagle3")
     assert read_config(folder) == CONFIGS["eagle3"][1]
     assert toy_drafter().weights.keys() == make_kind("dflash").weights.keys()
+
+
+def test_a_disk_that_takes_no_drafter_is_named_and_keeps_nothing_of_it(tmp_path) -> None:
+    weights, out = make_kind("dflash").weights, tmp_path / "out"
+    with full_disk(), pytest.raises(ResourceError, match="out could not be written"):
+        save_drafter(out, CONFIGS["dflash"][1], weights, "50kB")
+    assert list(out.iterdir()) == []
+    save_drafter(out, CONFIGS["dflash"][1], weights)

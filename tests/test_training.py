@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
 from safetensors.torch import load_file
-from toys import toy_engine
+from toys import full_disk, toy_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import load
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.checkpoint import load_drafter
-from ttspec.errors import DataError, OptionError, TrainingError
+from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 from ttspec.training import train as training
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batches, anchors, read_examples
@@ -238,6 +238,19 @@ def test_a_run_that_was_interrupted_ends_with_the_same_drafter(
     assert not (out / "drafter").exists()
     train(engine, config(prompts, out, resume=True))
     assert records(out) == records(run[0])
+    wanted, found = weights(run[0]), weights(out)
+    assert all(torch.equal(found[n], w) for n, w in wanted.items())
+
+
+def test_a_run_whose_disk_was_full_goes_on_once_there_is_room(
+    run, engine, prompts, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    with full_disk(), pytest.raises(ResourceError, match="could not be written"):
+        train(engine, config(prompts, out))
+    assert not list(out.glob("state*"))
+    train(engine, config(prompts, out, resume=True))
     wanted, found = weights(run[0]), weights(out)
     assert all(torch.equal(found[n], w) for n, w in wanted.items())
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from ttspec.decoding.loading import drafter_folder
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.drafters.dflash import DFlash
-from ttspec.errors import OptionError, TrainingError
+from ttspec.errors import OptionError, ResourceError, TrainingError
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batch, Batches, Example, read_examples
@@ -230,8 +230,15 @@ class Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         part = out / "state.part"
-        save_file(tensors, part, metadata={"step": str(self.steps), "seconds": str(seconds)})
-        part.replace(out / "state.safetensors")
+        try:
+            save_file(tensors, part, metadata={"step": str(self.steps), "seconds": str(seconds)})
+            part.replace(out / "state.safetensors")
+        except (OSError, SafetensorError) as error:
+            part.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(
+                f"{out} could not be written: {reason}.\nMake room and go on with --resume."
+            ) from error
 
     def load_state(self) -> float:
         """Go on where `out` left off, if it did; returns the seconds that were spent."""
