@@ -292,18 +292,24 @@ def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None
     assert max(r.stats.updates for r in results) >= 1
 
 
-def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine) -> None:
-    """All graphs of updates share memory: a later one's output may lie in an older one's."""
+@pytest.mark.parametrize("with_rounds", [False, True])
+def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(
+    engine, with_rounds: bool
+) -> None:
+    """All graphs of updates share memory: a later one's output may lie in an older one's.
+
+    Where updates are published at once, rounds have theirs among them.
+    """
     own, called = Engine(engine.target, make_kind("eagle3")), list[str]()
 
     class Recording(Graphs):
         on = True
 
         def __init__(self) -> None:
-            self._made = {}
+            self._made = {"a round": {"propose": ()}} if with_rounds else {}
 
         def __call__(self, work, key, **_):
-            self._made[key] = {}
+            self._made.setdefault(key, {})[work.__name__] = ()
             called.append(work.__name__)
             return work(key)
 

@@ -319,7 +319,7 @@ class Learner:
         assert self._lessons is not None
         self._compares = compare
         # Captured first in any case: what it returns must not lie where an older graph works.
-        if compare or not self.study or not self._run_update.keys:
+        if compare or not self.study or not self._run_update.has(self._newest_lesson, 0):
             self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
             self._lessons.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil
