@@ -135,8 +135,8 @@ def run(
     case
         What it is called there; left out, the names of drafter, stream and change.
     arms
-        Learners, as of `ttspec bench run --arms`; the first one is adapted and made slow. Empty is
-        static alone.
+        Learners, as of `ttspec bench run --arms`; the first one is adapted and made slow. Without
+        any, only the second half is asked.
     tune
         Fine-tunings, each EPOCHS:RATE; `none` leaves them out.
     layers
@@ -156,9 +156,10 @@ def run(
     )
     asked: Talks = [[turns[0]] for turns in load_suite(suite).requests[: setup.requests]]  # type: ignore[list-item]
     half = len(asked) // 2
-    specs = replayable(parse_arms(f"static,{arms}" if arms else "static"))
+    specs = [steady(spec) for spec in replayable(parse_arms(f"static,{arms}".strip(",")))]
     recorded, answers = write_texts(engine, asked, config, lines, "texts")
-    ask(recorded, specs[0], asked, 0, config, lines)
+    begin = 0 if arms else half
+    ask(recorded, specs[0], asked[begin:], begin, config, lines)
     slow: Drafter | None = None
     for spec in specs[1:]:
         learner = recorded.sibling()
@@ -181,7 +182,7 @@ def run(
         talks = [rest[at : at + layers] for at in range(0, len(rest) - layers + 1, layers)]
         recorded, _ = write_texts(engine, talks, config, lines, "texts of talks")
         slowly = recorded.with_drafter(slow)
-        static, fast = replayable(parse_arms("static,learn-session"))
+        static, fast = map(steady, replayable(parse_arms("static,learn-session")))
         for name, own, spec in (
             ("talk static", recorded, static),
             ("talk fast", recorded, fast),
@@ -189,6 +190,12 @@ def run(
             ("talk slow and fast", slowly, fast),
         ):
             ask(own.sibling(), replace(spec, name=name), talks, half, config, lines)
+
+
+def steady(spec: ArmSpec) -> ArmSpec:
+    """An arm whose updates run beside the rounds, as live, and are published on one round."""
+    learn = spec.learn and replace(spec.learn, publish="stride")
+    return replace(spec, learn=learn)
 
 
 @torch.no_grad()
