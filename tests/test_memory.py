@@ -283,9 +283,10 @@ def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
-def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str) -> None:
+@pytest.mark.parametrize("publish", ["ready", "now", "stride"])
+def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str, publish: str) -> None:
     own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
-    learn = LearnConfig(scope="shared", stride=4)
+    learn = LearnConfig(scope="shared", stride=4, publish=publish)
     asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
     results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)
     assert_remembered(own, [r.token_ids for r in results])
