@@ -1,10 +1,11 @@
 """Tables, and the figure of docs/learned.md, of what `traffic_replay.py` wrote.
 
-    python benchmarks/traffic_tables.py LINES.jsonl... [FIGURE.png]
+    python benchmarks/traffic_tables.py LINES.jsonl... [FIGURE.png] [--pack PACKED.jsonl]
 
 For each case: tokens a round of the static drafter, and of the other arms over it, of the same
 requests: all, by 50 requests, and at the places that docs/learned.md speaks of. In brackets the
-middle 95 of 100 resamplings of the requests. A file that was cut is read as far as it goes.
+middle 95 of 100 resamplings of the requests. A file that was cut is read as far as it goes; a
+packed one has a line an arm.
 """
 
 import json
@@ -30,7 +31,10 @@ class Case:
 
     def add(self, line: dict[str, Any]) -> None:
         """Take a line in."""
-        if "n" in line:
+        if isinstance(line.get("n"), list):  # packed
+            counts = zip(line["tokens"], line["rounds"], strict=True)
+            self.arms.setdefault(line["arm"], {}).update(zip(line["n"], counts, strict=True))
+        elif "n" in line:
             self.arms.setdefault(line["arm"], {})[line["n"]] = line["tokens"], line["rounds"]
         else:
             self.facts.setdefault(line["arm"], {}).update(line)
@@ -96,7 +100,9 @@ def table(name: str, case: Case) -> list[str]:
         shown = " ".join("-" if p is None else f"{p:.3f}" for p in parts)
         if arm == "adapted" or arm in tuned:
             steps = f", {facts['steps']} steps, {facts['training']} s" if "steps" in facts else ""
-            lines.append(f"  {arm}{steps} | {case.told(arm, 'static', half, count)} | {shown}")
+            lines.append(
+                f"  {arm}{steps} | second half {case.told(arm, 'static', half, count)} | {shown}"
+            )
             continue
         updates = f", {facts['updates']} updates, {facts['reverts']} reverts" if facts else ""
         lines.append(f"  {arm}, {len(own)} requests{updates} | by {SHOWN} {shown}")
@@ -131,47 +137,74 @@ def table(name: str, case: Case) -> list[str]:
 
 
 def draw(cases: dict[str, Case], out: str) -> None:
-    """The learner over static by requests seen before; the best fine-tuning dashed."""
+    """The learner over static by requests seen before, a panel a pair; the best fine-tuning dashed.
+
+    A case is called by its pair, a comma and its stream.
+    """
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.2), layout="constrained")
-    colours = iter(COLOURS * 9)
+    pairs = list(dict.fromkeys(name.rpartition(", ")[0] for name in cases))
+    streams = list(dict.fromkeys(name.rpartition(", ")[2] for name in cases))
+    size = {"figsize": (4.6 * len(pairs), 4.2), "layout": "constrained"}
+    figure, found = pyplot.subplots(1, len(pairs), sharey=True, squeeze=False, **size)
+    panels = dict(zip(pairs, found[0], strict=True))
     for name, case in cases.items():
-        learner = next((arm for arm in case.arms if arm.startswith("learn")), None)
-        if learner is None or "static" not in case.arms:
-            continue
-        count, colour = max(case.arms["static"]) + 1, next(colours)
-        places = range(0, count, SHOWN)
-        tuned = [arm for arm in case.arms if arm.startswith("tuned")]
-        best = max(tuned, key=lambda t: case.ratio(t, "static", range(count)) or 0, default="none")
-        for arm in (learner, best):
+        pair, _, stream = name.rpartition(", ")
+        count, colour = max(case.arms["static"]) + 1, COLOURS[streams.index(stream)]
+        for arm in drawn(case, count):
             points = [
                 (at + SHOWN / 2, ratio)
-                for at in places
+                for at in range(0, count, SHOWN)
                 if (ratio := case.ratio(arm, "static", range(at, at + SHOWN)))
             ]
-            if not points:
-                continue
-            style = {"linewidth": 2.2} if arm == learner else {"linewidth": 1.4, "linestyle": "--"}
-            label = name if arm == learner else None
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, **style)
-    axes.axhline(1, color="black", linestyle=":", linewidth=1)
-    axes.set(xlabel="requests seen before", ylabel="tokens a round, times static", xlim=(0, None))
-    axes.plot([], [], color="grey", linestyle="--", label="fine-tuned on the first half's answers")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+            line = {"color": colour, "linewidth": 2.2, "label": stream}
+            if arm.startswith("tuned"):
+                line = {"color": colour, "linewidth": 1.4, "linestyle": "--"}
+            panels[pair].plot(*zip(*points, strict=True), **line)  # type: ignore[arg-type]
+    for pair, axes in panels.items():
+        axes.axhline(1, color="black", linestyle=":", linewidth=1)
+        axes.plot([], [], color="grey", linestyle="--", label="fine-tuned on the first half")
+        axes.set(title=pair, xlabel="requests seen before", xlim=(0, None))
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    found[0][0].set_ylabel("tokens a round, times static")
+    shown = found[0][0].get_legend_handles_labels()
+    figure.legend(*shown, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
     figure.savefig(out, dpi=130)
 
 
+def drawn(case: Case, count: int) -> list[str]:
+    """The learner, and the fine-tuning that drafts best."""
+    learners = [arm for arm in case.arms if arm.startswith("learn")][:1]
+    tuned = [arm for arm in case.arms if arm.startswith("tuned")]
+    best = sorted(tuned, key=lambda arm: case.ratio(arm, "static", range(count)) or 0)[-1:]
+    return learners + best
+
+
+def pack(cases: dict[str, Case], out: str) -> None:
+    """Write all that the tables need, small enough to be kept."""
+    with Path(out).open("w", encoding="utf-8") as file:
+        for name, case in cases.items():
+            told = [{**facts, "case": name, "arm": arm} for arm, facts in case.facts.items()]
+            for arm, own in case.arms.items():
+                numbers = sorted(own)
+                tokens, rounds = zip(*(own[n] for n in numbers), strict=True)
+                counts = {"n": numbers, "tokens": tokens, "rounds": rounds}
+                told.append({"case": name, "arm": arm, **counts})
+            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in told)
+
+
 def main(*given: str) -> None:
-    """Print, and draw where a picture is named."""
-    pictures = [name for name in given if name.endswith(".png")]
-    cases = read(Path(name) for name in given if name not in pictures)
+    """Print; draw, and pack, where a file is named for it."""
+    at = given.index("--pack") if "--pack" in given else len(given)
+    pictures = [name for name in given[:at] if name.endswith(".png")]
+    cases = read(Path(name) for name in given[:at] if name not in pictures)
     for name, case in cases.items():
         print("\n".join(table(name, case)), flush=True)
     for out in pictures:
         draw(cases, out)
+    for out in given[at + 1 :]:
+        pack(cases, out)
 
 
 if __name__ == "__main__":
