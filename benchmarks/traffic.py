@@ -93,6 +93,8 @@ class Arm:
             "tokens": sum(r.emitted for r in rounds),
             "rounds": len(rounds),
             "drafted": sum(r.proposed > 0 and not r.copied for r in rounds),
+            "drafts": sum(r.proposed for r in rounds if not r.copied),
+            "copied": sum(r.copied for r in rounds),
             "updates": int(learner.weights._steps[0]) if learner else 0,
             "strides": learner.strides if learner else 0,
         }

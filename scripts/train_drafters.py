@@ -41,19 +41,12 @@ def answers(
     """Answer every `parts`-th dialogue, from `part` on; noise is of `seed` + `part`."""
     import ttspec
     from ttspec.training.answers import read_dialogues, write_answers
+    from ttspec.training.config import TrainConfig
 
     out.parent.mkdir(parents=True, exist_ok=True)
     engine = ttspec.load(target, None, device=device)
-    write_answers(
-        engine,
-        read_dialogues(prompts)[part::parts],
-        out,
-        rows=rows,
-        max_answer=512,
-        max_length=768,
-        temperature=0.8,
-        seed=seed + part,
-    )
+    options = TrainConfig(prompts=prompts, out=out.parent, rows=rows, seed=seed + part)
+    write_answers(engine, read_dialogues(prompts)[part::parts], out, options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,12 @@ import pytest
 import torch
 from toys import toy_drafter, toy_engine
 
+from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import INVARIANT_WIDTH, Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.models.target import Target
+from ttspec.spans import batch_invariant
 
 PROMPTS = ["hello there"]  # one row: a token alone is read by other products than several
 OPTIONS = {"max_new_tokens": 60, "seed": 5, "ignore_eos": True}
@@ -83,6 +85,54 @@ def test_a_target_whose_answer_depends_on_the_width_of_a_read_is_read_in_one_wid
         _, heard = listen(rounded, learn=None, **given)
         both = heard.keys() & wanted.keys()
         assert all(torch.equal(heard[at], wanted[at]) for at in both) is same
+
+
+@pytest.mark.parametrize("before", [30, 300, 420])
+def test_neither_more_masked_slots_nor_another_place_in_the_round_change_a_bit(rounded, before):
+    """On some CPUs a sum over more slots is another one, though what is masked adds nothing."""
+    target, width = rounded.target, INVARIANT_WIDTH
+    text = torch.randint(
+        0, 200, (1, before + 2 * width), generator=torch.Generator().manual_seed(3)
+    )
+    cache = target.cache(1, 2048)
+    target.forward(cache, text[:, :before], torch.tensor([0]), 0, logits=0)
+
+    def read(begin: int, longest: int) -> torch.Tensor:
+        given = text[:, begin : begin + width], torch.tensor([begin]), longest
+        with batch_invariant():
+            return target.forward(cache, *given)[0][0]  # type: ignore[index]
+
+    wanted = read(before, before)
+    for longest in (before + 100, before + 600, 2000):
+        assert torch.equal(read(before, longest), wanted)
+    for later in (1, 5, 9):
+        assert torch.equal(read(before + later, before + later)[:-later], wanted[later:])
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+@pytest.mark.parametrize("drafter", ["smollm2-135m-dflash", "smollm2-135m-eagle3"])
+def test_the_built_in_target_writes_one_text_in_two_bytes(smollm2_dir, drafter):
+    """Past 1,000 tokens of a session, where attention reads several blocks of slots."""
+    engine = load("smollm2-135m", drafter, device="cpu", dtype="bfloat16")
+    turns = ["Tell me a long story about a lighthouse.", "Go on.", "And then?", "Go on."]
+    texts = []
+    for arm in ({"draft": DraftConfig(length=0)}, {}, {"draft": DraftConfig(length=3)}):
+        options = {"learn": None, "max_new_tokens": 300, "ignore_eos": True, **arm}
+        session = engine.session(deterministic=True, temperature=0.7, seed=2, **options)
+        texts.append([list(session.stream(turn))[-1].result.token_ids for turn in turns])
+    assert sum(map(len, texts[0])) == 1200
+    assert texts[1] == texts[0]
+    assert texts[2] == texts[0]
+
+
+def test_room_for_a_session_is_a_whole_number_of_blocks(toy_target_dir):
+    """Or the last one would depend on how long the longest prompt is."""
+    engine = toy_engine(toy_target_dir)
+    config = GenerateConfig(deterministic=True, max_new_tokens=100)
+    decoders = [engine.decoder(config, 1, longest, sessions=False) for longest in (4, 250)]
+    slots = [decoder.rows.slots for decoder in decoders]
+    assert slots == [512, 512]
 
 
 def test_wide_drafts_make_wider_rounds(toy_target_dir):

@@ -242,7 +242,7 @@ def test_an_arm_keeps_its_caches_between_batches_if_all_fit(
     made, start = [], Decoder.__init__
 
     def count(decoder, *args, **options):
-        made.append(options["draft"])
+        made.append(decoder)
         start(decoder, *args, **options)
 
     monkeypatch.setattr(Decoder, "__init__", count)

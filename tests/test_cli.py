@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -70,6 +71,14 @@ def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixtur
         ["generate", "hi", "--learn.lr", "0"],
         ["generate", "hi", "--no-learn", "--learn.lr", "1e-4"],
         ["generate", "hi", "--threads", "0"],
+        ["generate", "hi", "--threads", "100000"],
+        ["train", "--prompts", "p", "--out", "o", "--minutes", "nan"],
+        ["train", "--prompts", "p", "--out", "o", "--lr", "-1"],
+        ["train", "--prompts", "p", "--out", "o", "--block", "1"],
+        ["train", "--prompts", "p", "--out", "o", "--keep", "2"],
+        ["train", "--prompts", "p", "--out", "o", "--temperature", "-1"],
+        ["train", "--prompts", "p", "--out", "o", "--seed", "-5"],
+        ["bench", "run", "--out", "o", "--arms", "learn[group=1]"],
         ["chat", "--temperature", "nan"],
         ["check", "--max-new-tokens", "0"],
         ["demo", "--tokens", "0"],
@@ -149,13 +158,46 @@ def test_standard_input_that_is_no_text_is_refused(pair, capsys, monkeypatch) ->
     assert "UTF-8" in complaint(capsys)[0]
 
 
-def test_a_full_disk_is_a_failed_job(pair, capsys, monkeypatch, tmp_path) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", "rounds.jsonl")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["demo", "--tokens", "8", "--out"],
+        ["generate", "hello", "--max-new-tokens", "12", "--save-drafter"],
+        ["generate", "hello", "--max-new-tokens", "12", "--learn.stride", "1", "--save-drafter"],
+    ],
+    ids=["demo", "folder", "file"],
+)
+def test_a_full_disk_is_a_failed_job(command: list[str], pair, capsys, tmp_path) -> None:
+    """The disk is real: the system lets no file of this process grow beyond a size."""
+    place = tmp_path / ("new.safetensors" if "--learn.stride" in command else "new")
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        assert main([*command, str(place), *pair]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.splitlines()
+    assert said[-2].startswith(f"ttspec: error: {place}")
+    assert said[-2].endswith(": File too large")
+    assert said[-1] == "Make room there, or name another place."
 
-    monkeypatch.setattr("ttspec.bench.store.write_run", full)
+
+def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
+    def shut(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "rounds.jsonl")
+
+    monkeypatch.setattr("ttspec.bench.store.write_run", shut)
     assert main(["demo", *pair, "--tokens", "8", "--out", str(tmp_path)]) == 1
-    assert capsys.readouterr().err == "ttspec: error: rounds.jsonl: No space left on device\n"
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "ttspec: error: rounds.jsonl: Read-only file system"
+    assert second == "Allow writing there, or name another place."
+
+
+def test_a_drafter_that_is_nowhere_is_told_with_those_that_are(pair, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _, target, *_ = pair
+    assert main(["generate", "hi", "--target", target, "--drafter", "smollm2-135m-eagle"]) != 0
+    assert "smollm2-135m-eagle3" in complaint(capsys)[-1]
 
 
 # generate

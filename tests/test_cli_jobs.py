@@ -123,3 +123,14 @@ def test_the_first_difference_counts_a_missing_end() -> None:
     assert first_difference([1, 2, 3], [1, 2, 3]) is None
     assert first_difference([1, 2, 3], [1, 5, 3]) == 1
     assert first_difference([1, 2, 3], [1, 2]) == 2
+
+
+def test_training_that_is_interrupted_says_how_to_go_on(pair, capsys, monkeypatch, tmp_path):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ttspec.training.train.train", interrupted)
+    out = str(tmp_path / "out")
+    assert main(["train", *pair[:2], "--prompts", "p.jsonl", "--out", out]) == 130
+    assert f"{out} has the answers so far" in (said := capsys.readouterr().err)
+    assert "--resume" in said

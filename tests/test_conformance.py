@@ -42,9 +42,9 @@ from transformers import (
 from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice
-from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.decoder import Decoder, DecoderSpec
 from ttspec.decoding.engine import Engine, make_config
-from ttspec.decoding.round import RoundShape, position_noise
+from ttspec.decoding.rows import RoundShape
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -54,7 +54,7 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
 from ttspec.records import Lesson, Proposal, Result
-from ttspec.sampling import SamplingTensors, process
+from ttspec.sampling import SamplingTensors, position_noise, process
 
 ALL = [*CONFIGS, "ngram"]
 EAGLES = [name for name, (kind, _) in CONFIGS.items() if kind in ("eagle3", "peagle")]
@@ -590,20 +590,18 @@ def small_drafter(which: str) -> Drafter:
     return drafter
 
 
-def written(small: Engine, which: str, coupled: str, kind_of: type[Decoder] = Decoder) -> float:
+def written(small: Engine, which: str, kind_of: type[Decoder] = Decoder) -> float:
     """How well texts of three tokens, written by a decoder that learns, follow the target's law."""
     drafter, rows = small_drafter(which), 1200
     target = Engine(twin(small.target), drafter).target
-    decoder = kind_of(
-        target,
-        drafter,
+    spec = DecoderSpec(
         rows=rows,
         slots=16,
-        sampling=SamplingConfig(temperature=1.0, acceptance="rejection", draft=coupled),
+        sampling=SamplingConfig(temperature=1.0, acceptance="rejection"),
         draft=WHOLE,
         learn=LearnConfig(stride=1, blocks=1, supervision="block", lr=0.05),
-        ends=(),
     )
+    decoder = kind_of(target, drafter, spec)
     prompt = [1, 3, 0, 2]
     decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [4] * rows)
     texts = [[token] for token in decoder.rows.pending]
@@ -644,16 +642,9 @@ DRAWN = (
 )
 
 
-@pytest.mark.parametrize(
-    ("which", "coupled"),
-    [
-        *((which, "coupled") for which in DRAWN),
-        ("dflash", "greedy"),
-        ("eagle3", "greedy"),
-    ],
-)
-def test_texts_follow_the_targets_law_while_the_drafter_learns(small, which: str, coupled: str):
-    assert written(small, which, coupled) > 1e-3
+@pytest.mark.parametrize("which", DRAWN)
+def test_texts_follow_the_targets_law_while_the_drafter_learns(small, which: str):
+    assert written(small, which) > 1e-3
 
 
 class LateUpdate(Decoder):
@@ -696,8 +687,8 @@ class LateQ(LateUpdate):
 
 @pytest.mark.parametrize("which", ["dflash", "domino", "dspark", "eagle3"])
 def test_drafts_judged_by_a_q_that_did_not_draft_them_are_found(small, which: str):
-    assert written(small, which, "coupled", LateUpdate) > 1e-3
-    assert written(small, which, "coupled", LateQ) < 1e-6
+    assert written(small, which, LateUpdate) > 1e-3
+    assert written(small, which, LateQ) < 1e-6
 
 
 # A vocabulary of some tokens.
@@ -987,7 +978,7 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
         noise = position_noise(decoder.rows.inputs.noise_key, start + 1, 1, VOCABULARY)
     with pytest.MonkeyPatch.context() as patch:
         asked = SamplingTensors.of(decoder.sampling, logits.device)
-        ours = asked, False, drafter, decoder.rows.inputs, VOCABULARY
+        ours = asked, drafter, decoder.rows.inputs, VOCABULARY
         of_known = noise if noise is None else noise[..., known]
         given.append(DraftChoice(*ours, of_known)(logits, 0))
         patch.setattr(drafter, "draft_ids", None)

@@ -13,8 +13,15 @@ from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import with_copies
 from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
-from ttspec.decoding.copying import LEAST_MATCH, LONGEST_MATCH, Copying, SuffixIndex
-from ttspec.decoding.decoder import Decoder, widths
+from ttspec.decoding.copying import (
+    IDLE,
+    LEAST_MATCH,
+    LEFT_OUT,
+    LONGEST_MATCH,
+    Copying,
+    SuffixIndex,
+)
+from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RowStates
 from ttspec.drafters.ngram import Ngram
@@ -421,16 +428,14 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
     assert len(set(pairwise(prompt))) == FEW * FEW  # whatever comes next has stood there
     drafter = Ngram() if which == "ngram" else small_drafter(which)
     target = Engine(twin(small.target), drafter).target
-    decoder = Decoder(
-        target,
-        drafter,
+    spec = DecoderSpec(
         rows=rows,
         slots=40,
         sampling=SamplingConfig(temperature=1.0, acceptance=acceptance),
         draft=DraftConfig(),
         learn=LearnConfig(stride=1, lr=0.05) if which != "ngram" else None,
-        ends=(),
     )
+    decoder = Decoder(target, drafter, spec)
     decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [3] * rows)
     copied = 0
     while any(decoder.rows.budget):
@@ -475,3 +480,21 @@ def test_nothing_is_captured_within_an_answer(toy_target_dir, which: str, rows: 
     assert len(captured) == 1
     assert captured[0] == Graphs.captured > 0
     assert sum(r.stats.copied_rounds for r in found) > 0
+
+
+def test_several_rows_look_seldom_where_nothing_is_found():
+    copying, tokens = Copying(2, 8), [[1, 2, 3], [4, 5, 6]]
+    looks = []
+    for new in range(10, 60):
+        left_out = copying._left_out
+        assert not copying.expects([0, 1], tokens, 0)
+        looks.append(not left_out)
+        for row in (0, 1):
+            tokens[row].append(100 * row + new)
+            copying.commit(row, tokens[row][-1:], None)
+    assert looks == [True] * IDLE + ([False] * LEFT_OUT + [True]) * 4 + [False] * 2
+    for row in (0, 1):  # what was not looked at is caught up with
+        tokens[row] += tokens[row][-6:] * 3
+    assert any(copying.expects([0, 1], tokens, 0) for _ in range(LEFT_OUT + 1))
+    assert copying.choose([0, 1], tokens, drafts=False)[1][:3] == tokens[1][-6:-3]
+    assert copying._rows[0]._tokens == tokens[0]

@@ -67,8 +67,9 @@ class Loop:
         # What the decoder's `accept` looks at.
         self.count = len(keys)
         self.rows, self._drafter_rows = SimpleNamespace(inputs=self.inputs, count=self.count), None
-        self.sampling = SamplingConfig(
-            temperature=1.0, acceptance=acceptance, draft="coupled" if coupled else "greedy"
+        self.sampling, self.coupled = (
+            SamplingConfig(temperature=1.0, acceptance=acceptance),
+            coupled,
         )
         self.asked = SamplingTensors.of(self.sampling, keys.device)
         self.draft_ids = None
@@ -77,8 +78,9 @@ class Loop:
         return values
 
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        known = self, self.inputs, V, noise
-        choose = DraftChoice(self.asked, self.sampling.draft == "greedy", *known)  # type: ignore[arg-type]
+        if not self.coupled:  # q's most likely tokens, as copies are: a point mass
+            return Proposal(tokens=self.drafted(start).argmax(-1), count=count)
+        choose = DraftChoice(self.asked, self, self.inputs, V, noise)  # type: ignore[arg-type]
         tokens, q = choose(self.drafted(start), 0)
         return Proposal(tokens=tokens, count=count, q=q)
 

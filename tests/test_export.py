@@ -355,7 +355,7 @@ def test_transformers_reads_draft_models(target, tmp_path, which):
     model_only = {n: w for n, w in engine.drafter.weights.items() if n != "target_proj.weight"}
     with torch.no_grad():
         found = model(ids).logits
-        wanted = torch.func.functional_call(engine.drafter.model, model_only, (ids,))
+        wanted = torch.func.functional_call(engine.drafter.module, model_only, (ids,))
     torch.testing.assert_close(found, wanted.logits, atol=1e-5, rtol=1e-5)
     assert drafter.interpretation.keys() == engine.drafter.interpretation.keys()
 

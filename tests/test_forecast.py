@@ -33,7 +33,6 @@ from ttspec.decoding.forecast import (
     Forecast,
     drafter_cache,
     drafter_weights,
-    fitting_rows,
     free_memory,
     learning,
     of_run,
@@ -111,8 +110,8 @@ def test_weights_are_told_from_headers(toy_target_dir: Path, tmp_path: Path, dty
     byte_tokenizer().save_pretrained(sharded)
     for folder in (toy_target_dir, sharded):
         target = load(str(folder), None, device="cpu", dtype=dtype).target
-        weights = find_target(str(folder)).nbytes(target.dtype)
-        assert near(weights, sum(p.nbytes for p in target.model.parameters()))
+        weights = find_target(str(folder)).nbytes(target.dtype, target.device)
+        assert near(weights, target.nbytes)
 
 
 def test_learning_is_what_a_pupil_takes(engine: Engine):
@@ -359,7 +358,7 @@ def test_rows_are_as_many_as_fit_and_fewer_are_told(toy_target_dir: Path, monkey
         "5 of 9 requests fit into memory side by side, at 256 tokens each; the others follow."
     ]
     monkeypatch.setattr(forecast, "free_memory", lambda _: None)
-    assert fitting_rows(engine.target, engine.drafter, config, 256, 1000) == 1000
+    assert engine.rows_for(config, 1000, 2, sessions=False) == 1000
 
 
 def test_rows_that_were_asked_for_are_never_fewer(toy_target_dir: Path, monkeypatch):
@@ -426,8 +425,8 @@ def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path,
     texts = []
     for rows in (None, 2):
         out = tmp_path / f"{rows}.jsonl"
-        options = {"max_answer": 5, "max_length": 60, "temperature": 0.8, "seed": 0}
-        write_answers(engine, [["hello"]] * 6, out, rows=rows, **options)
+        options = TrainConfig(prompts=out, out=out, max_answer=5, max_length=60, rows=rows)
+        write_answers(engine, [["hello"]] * 6, out, options)
         texts.append(sorted(out.read_text().splitlines()))
     assert counts == [3, 2]
     assert texts[0] == texts[1]

@@ -70,7 +70,7 @@ def small() -> Engine:
 @pytest.mark.parametrize("which", ["mtp-gated", "dspark"])
 def test_sampled_texts_follow_the_targets_law_while_the_drafter_learns(small, which):
     """By p / q, whose lessons are of drafts that were rejected too."""
-    assert written(small, which, "coupled") > 1e-3
+    assert written(small, which) > 1e-3
 
 
 def test_a_replay_of_a_targets_own_head_does_round_for_round_what_the_run_did(

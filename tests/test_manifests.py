@@ -206,7 +206,7 @@ def test_a_small_model_of_the_same_configuration_drafts_and_changes_no_text(tmp_
     assert (drafter.draft_ids is not None) == ("d2t" in weights or rows > VOCABULARY)
     if isinstance(drafter, Causal):
         rope = Rope.of(config, drafter.head_dim)
-        buffers = dict(drafter.model.named_buffers())
+        buffers = dict(drafter.module.named_buffers())
         torch.testing.assert_close(buffers["model.rotary_emb.inv_freq"], rope.frequencies)
     prompt = list(range(40, 49))
     result = engine.generate([prompt], max_new_tokens=12, temperature=0.0, learn=None)[0]

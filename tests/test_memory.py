@@ -282,35 +282,33 @@ def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("which", ["dflash", "eagle3", "causal", "pard", "mtp"])
-@pytest.mark.parametrize("publish", ["ready", "now", "stride"])
-def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str, publish: str) -> None:
-    own = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
-    learn = LearnConfig(scope="shared", stride=4, publish=publish)
+@pytest.mark.parametrize(
+    ("which", "compile"),
+    [*((w, False) for w in ("dflash", "eagle3", "causal", "pard", "mtp")), ("eagle3", True)],
+)
+def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str, compile: bool) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "compile": compile}
+    own = load(str(toy_target_dir), make_kind(which), **options)
+    learn = LearnConfig(scope="shared", stride=4)
     asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
     results = own.generate(["hello there", "count to ten, please"], learn=learn, **asked)
     assert_remembered(own, [r.token_ids for r in results])
     assert max(r.stats.updates for r in results) >= 1
 
 
-@pytest.mark.parametrize("with_rounds", [False, True])
-def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(
-    engine, with_rounds: bool
-) -> None:
-    """All graphs of updates share memory: a later one's output may lie in an older one's.
-
-    Where updates are published at once, rounds have theirs among them.
-    """
+@pytest.mark.parametrize("apart", [True, False])
+def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine, apart) -> None:
+    """All graphs of updates share memory: a later one's output may lie in an older one's."""
     own, called = Engine(engine.target, make_kind("eagle3")), list[str]()
 
     class Recording(Graphs):
         on = True
 
         def __init__(self) -> None:
-            self._made = {"a round": {"propose": ()}} if with_rounds else {}
+            self._made = {} if apart else {"a round's": {}}
 
         def __call__(self, work, key, **_):
-            self._made.setdefault(key, {})[work.__name__] = ()
+            self._made[key] = {}
             called.append(work.__name__)
             return work(key)
 
@@ -319,6 +317,8 @@ def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(
     learner = own._spare.learner
     assert learner
     learner._run_update = Recording()
+    if not apart:  # as where updates are published at once
+        learner._run = learner._run_update
     learner.capture_updates(600)
     assert called[0] == "_newest_lesson"
     assert called.count("_compare_newest") == 2

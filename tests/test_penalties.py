@@ -479,7 +479,7 @@ def test_without_penalties_there_is_nothing_of_them(engines) -> None:
     neutral = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "logit_bias": {}}
     config = GenerateConfig(**neutral, bad_words_ids=(), min_new_tokens=0, no_repeat_ngram_size=0)
     decoder = engines["twin"].decoder(config, 1, 4, sessions=False)
-    assert not penalises(decoder.row_sampling.steps([0]))
+    assert not penalises(decoder.row_sampling.processors([0]))
     assert decoder.sampling == sampling_of(GenerateConfig(seed=0), engines["twin"].target)
 
 

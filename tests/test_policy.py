@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import cycle, pairwise, takewhile
+from itertools import pairwise, takewhile
 
 import pytest
 import torch
@@ -231,7 +231,7 @@ class Schedule(DraftPolicy):
 
     def __init__(self, lengths: Sequence[int], longest: int) -> None:
         super().__init__(longest)
-        self._turn = cycle(lengths)
+        self._turn = lengths
         self.told: list[int] = []
         self._next = 0
 
@@ -240,7 +240,8 @@ class Schedule(DraftPolicy):
         return not self._next  # each plain round is one of a pause
 
     def choose(self, unobserved: int | None = None) -> int:
-        self._next = min(next(self._turn), self.longest)
+        at = len(self.told) + (unobserved is not None)
+        self._next = min(self._turn[at % len(self._turn)], self.longest)
         return self._next
 
     def observe(self, length, seconds, **facts) -> None:
@@ -346,7 +347,7 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
     target, which, draft, monkeypatch
 ) -> None:
     """And so are short drafts after long ones, which leave more unread than they read again."""
-    monkeypatch.setattr("ttspec.decoding.deferred.NOTED", 40)
+    monkeypatch.setattr("ttspec.decoding.deferred.RING", 40)
     options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
     engine = engine_of(target, which)
     drafts = Drafts(engine)

@@ -11,7 +11,7 @@ from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine, make_config
-from ttspec.decoding.prefill import PADDED
+from ttspec.decoding.prefill import PADDED, Piece
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.context import FeatureState
 from ttspec.models.capture import Graphs
@@ -167,7 +167,7 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
             decoder.clear(row)
             ids = [(7 * n) % 250 for n in range(size)]
             begun = prompts.begin([row], [ids], [5], [20])
-            logits = prompts._feed([row], [ids], [0], [0], logits=True)
+            logits = prompts._feed(Piece([row], [ids], [0], [0]), logits=True)
             assert begun.rows == [row]
             state, last = decoder.state, size - 1  # EAGLE-3 makes the last one's with the next
             held = [logits, state.keys[:, row, :, :last], state.values[:, row, :, :last]]

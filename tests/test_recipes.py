@@ -67,8 +67,8 @@ def engine(folder) -> Engine:
 def answers(engine, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
     dialogues = [[f"number {n}"] for n in range(8)]
-    options = {"max_answer": 40, "max_length": 120, "temperature": 0.5}
-    write_answers(engine, dialogues, out, rows=8, seed=0, **options)
+    options = {"max_answer": 40, "max_length": 120, "temperature": 0.5, "rows": 8}
+    write_answers(engine, dialogues, out, TrainConfig(prompts=out, out=out, **options))
     return out
 
 

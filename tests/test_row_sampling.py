@@ -24,7 +24,7 @@ from transformers import (
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill
+from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
@@ -195,7 +195,7 @@ def test_what_others_ask_for_changes_no_bit_of_a_rows_scores(target, asked, seed
         options = RowSampling(asked[of[0]], target, rows=len(of), **known)
         for row, index in enumerate(of):
             options.set(row, asked[index])
-        steps = options.steps(range(len(of)))
+        steps = options.processors(range(len(of)))
         at = list(of)
         if any(asked[i].penalises for i in of):
             options.penalties.begin(list(range(len(of))), text[at, :answer].tolist())
@@ -240,7 +240,7 @@ def test_under_the_rejection_rule_each_row_of_a_mixed_batch_follows_its_own_law(
     zeros = torch.zeros(count, dtype=torch.long)
     inputs = SimpleNamespace(noise_key=torch.arange(count), number=zeros[:1], start=zeros)
     drafter = SimpleNamespace(draft_ids=None)
-    tokens, q = DraftChoice(s, False, drafter, inputs, size, None)(  # type: ignore[arg-type]
+    tokens, q = DraftChoice(s, drafter, inputs, size, None)(  # type: ignore[arg-type]
         q_logits.expand(count, 1, size), 0
     )
     proposal = Proposal(tokens=tokens, count=torch.ones_like(zeros), q=q)
@@ -275,7 +275,7 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
                     assert seen.setdefault(noise[row, column].numpy().tobytes(), place) == place
         return noise
 
-    monkeypatch.setattr(rounds, "position_noise", recorded)
+    monkeypatch.setattr(stages, "position_noise", recorded)
     monkeypatch.setattr(prefill, "position_noise", recorded)
     temperatures = (0.7, 0.0, 0.7, 1.3, 0.9)
     asked: list[Asked] = [
@@ -460,10 +460,10 @@ def test_rows_without_a_grammar_pay_nothing_for_it(engine) -> None:
     config = GenerateConfig(max_new_tokens=6, **HOW["static"])
     decoder = engine.decoder(config, 2, 20, sessions=False)
     decoder.row_sampling.set(0, mask=words())
-    assert "mask" not in decoder.row_sampling.steps([1]).names
-    assert "mask" in decoder.row_sampling.steps([0, 1]).names
+    assert "mask" not in decoder.row_sampling.processors([1]).names
+    assert "mask" in decoder.row_sampling.processors([0, 1]).names
     decoder.clear(0)
-    assert "mask" not in decoder.row_sampling.steps([0, 1]).names
+    assert "mask" not in decoder.row_sampling.processors([0, 1]).names
     assert decoder.row_sampling.masks is not None
     assert (decoder.row_sampling.masks._bits == -1).all()
 
@@ -544,33 +544,9 @@ def test_a_mask_that_fails_leaves_the_others_as_they_were(engine, at) -> None:
     assert said(found[other]) == said(run(engine, [(PROMPT, 1, options, None)], 1, **PLAIN)[0])
 
 
-def test_a_later_turn_has_options_and_a_grammar_of_its_own(engine) -> None:
+def test_a_request_that_names_no_token_of_the_target_is_refused(engine) -> None:
     config = GenerateConfig(max_new_tokens=12, **HOW["copies"])
     scheduler = Scheduler(engine.decoder(config, 2, 100, sessions=True), config)
-    first = GenerateConfig(max_new_tokens=12, temperature=0.8, **HOW["copies"])
-    request = scheduler.add_request(
-        Request(ids=PROMPT, seed=1, config=first, mask=words("ab"), keeps_row=True)
-    )
-
-    def answer() -> Result:
-        while True:
-            for _, chunk in scheduler.step():
-                if chunk.result:
-                    return chunk.result
-
-    said_first = answer()
-    then = GenerateConfig(max_new_tokens=12, repetition_penalty=1.3, **HOW["copies"])
-    ids = [*PROMPT, *said_first.token_ids, *PROMPT]
-    scheduler.add_turn(request, ids, config=then)
-    options = {"repetition_penalty": 1.3, "max_new_tokens": 12}
-    assert said(answer()) == said(run(engine, [(ids, 1, options, None)], 1, **PLAIN)[0])
-    once_more = [*ids, *b"a bd"]
-    warm = {"temperature": 0.9, "max_new_tokens": 12, "stop": (" ",)}
-    own = GenerateConfig(**warm, **HOW["copies"])
-    scheduler.add_turn(request, once_more, config=own, seed=5)
-    assert said(answer()) == said(run(engine, [(once_more, 5, warm, None)], 1, **PLAIN)[0])
-    with pytest.raises(OptionError, match="learn is"):
-        scheduler.add_turn(request, ids, config=GenerateConfig(learn=LEARN))
     wrong = GenerateConfig(suppress_tokens=(999,), **HOW["copies"])
     with pytest.raises(OptionError, match="names the token 999"):
         scheduler.add_request(Request(ids=PROMPT, seed=1, config=wrong))

@@ -120,7 +120,9 @@ def test_equal_turns_of_a_session_get_different_noise(engine):
     assert first.token_ids != second.token_ids
     talk = session.conversation
     assert talk is not None
-    assert len({noise_key(talk.seed, talk._first_prompt, turn=turn) for turn in range(3)}) == 3
+    assert (
+        len({noise_key(talk.request.seed, talk._first_prompt, turn=turn) for turn in range(3)}) == 3
+    )
 
 
 def test_equal_prompts_of_one_call_get_different_answers(engine):

@@ -10,8 +10,11 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from fastapi.exceptions import RequestValidationError
 from servers import CONTEXT, HELLO, events, running
 from toys import plain, toy_engine
+
+from ttspec.serving.app import _explained
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WRONG: dict[str, list[Any]] = {
@@ -132,3 +135,12 @@ def test_each_is_refused_and_nobody_else_is_disturbed(toy_target_dir: Path, monk
     assert len(found) == len(jobs) > 0, "the thread that decodes never hears of the others"
     assert all(tokens == wanted.token_ids for tokens in found)
     assert set(told) == {400, 404, 413}
+
+
+def test_a_field_with_a_typing_mistake_is_told_with_the_one_that_is_near() -> None:
+    def told(name: str) -> str:
+        wrong = {"type": "extra_forbidden", "loc": ("body", name), "msg": "", "input": 1}
+        return str(_explained(RequestValidationError([wrong])))
+
+    assert told("max_token") == "max_token: there is no such field; is max_tokens meant?"
+    assert told("best_of") == "best_of: there is no such field; leave it out."

@@ -112,6 +112,7 @@ def test_the_built_in_target_needs_no_network_the_second_time(
 
 def test_conversion_keeps_every_bit_of_the_weights(toy: Path) -> None:
     assert resolve("toy").path == toy
+    assert (toy / "model.safetensors").stat().st_mode & 0o777 == 0o644
     model = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32)
     expected = toy_llama()
     for name, weight in expected.state_dict().items():

@@ -13,7 +13,7 @@ from ttspec import rowcache
 from ttspec.cli import doctor, main
 from ttspec.diagnosis import targets
 from ttspec.diagnosis.families import FAMILIES, SHAPE, build
-from ttspec.diagnosis.targets import FULL, QUICK, Row, check_family, check_targets
+from ttspec.diagnosis.targets import FULL, Effort, Row, check_family, check_targets
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
@@ -22,6 +22,7 @@ from ttspec.models.target import wrap_target
 from ttspec.models.unfit import attention_windows
 
 CPU = torch.device("cpu")
+QUICK = Effort(rounds=24, tokens=40)
 UNFIT = {
     "phi-3-longrope": "longrope",
     "llama-4": "chunked_attention",

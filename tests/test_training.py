@@ -8,13 +8,13 @@ import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
 from safetensors.torch import load_file
-from toys import full_disk, toy_engine
+from toys import toy_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import load
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.checkpoint import load_drafter
-from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
+from ttspec.errors import DataError, OptionError, TrainingError
 from ttspec.training import train as training
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batches, anchors, read_examples
@@ -192,9 +192,8 @@ def test_answers_are_what_the_target_says_and_turns_of_null_are_its_own(run, eng
 def test_an_answer_does_not_depend_on_the_batch(run, engine, tmp_path):
     """Rows only share the work; each dialogue has noise of its own."""
     out = tmp_path / "answers.jsonl"
-    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
     dialogues = [["hello there"], ["count to ten", "and on"]]
-    write_answers(engine, dialogues, out, rows=1, seed=0, **options)
+    write_answers(engine, dialogues, out, config(out, out, rows=1))
     alone = {r["n"]: r for r in map(json.loads, out.read_text().splitlines())}
     batch = {r["n"]: r for r in records(run[0])}
     assert alone == {n: batch[n] for n in alone}
@@ -202,10 +201,9 @@ def test_an_answer_does_not_depend_on_the_batch(run, engine, tmp_path):
 
 def test_answers_in_the_file_are_not_written_again(run, engine, tmp_path):
     out = tmp_path / "answers.jsonl"
-    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
     out.write_text((run[0] / "answers.jsonl").read_text())
     before = out.read_bytes()
-    write_answers(engine, read_dialogues_of(run), out, rows=4, seed=0, **options)
+    write_answers(engine, read_dialogues_of(run), out, config(out, out, rows=4))
     assert out.read_bytes() == before
 
 
@@ -242,25 +240,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_drafter(
     assert all(torch.equal(found[n], w) for n, w in wanted.items())
 
 
-def test_a_run_whose_disk_was_full_goes_on_once_there_is_room(
-    run, engine, prompts, tmp_path, monkeypatch
-):
-    out = tmp_path / "out"
-    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
-    with full_disk(), pytest.raises(ResourceError, match="could not be written"):
-        train(engine, config(prompts, out))
-    assert not list(out.glob("state*"))
-    train(engine, config(prompts, out, resume=True))
-    wanted, found = weights(run[0]), weights(out)
-    assert all(torch.equal(found[n], w) for n, w in wanted.items())
-
-
 def test_a_half_written_answer_is_written_again(run, engine, tmp_path):
     out = tmp_path / "answers.jsonl"
-    options = {k: TINY[k] for k in ("max_answer", "max_length", "temperature")}
     lines = (run[0] / "answers.jsonl").read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:-1]) + lines[-1][:20])
-    write_answers(engine, read_dialogues_of(run), out, rows=4, seed=0, **options)
+    write_answers(engine, read_dialogues_of(run), out, config(out, out, rows=4))
     assert sorted(out.read_text().splitlines()) == sorted("".join(lines).splitlines())
 
 

@@ -5,27 +5,46 @@ from contextlib import suppress
 import pytest
 from toys import LEARN, PLAIN, assert_goes_on, make_kind, plain, toy_engine
 
-from ttspec.config import GenerateConfig
+from ttspec import load
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.learning.study import MemoryStudy
 
 PROMPTS = ["hello", "hello hello hello hello", "x", "a longer prompt than the others", "z" * 40]
 SAMPLED = {"temperature": 0.9}
 
 
-def working_ahead(engine: Engine, seen: list[int] | None = None) -> Engine:
-    """The same engine, whose decoders work ahead; `seen` gets the rows of rounds launched ahead."""
+class Chaining(Decoder):
+    """Rounds that read all slots, as on a GPU: so the device needs no word of the host."""
+
+    _reads_spans = True
+
+
+def working_ahead(
+    engine: Engine, seen: list[int] | None = None, chained: list[int] | None = None
+) -> Engine:
+    """The same engine, whose decoders work ahead.
+
+    `seen` gets the rows of rounds launched once the one before was committed, `chained` of those
+    launched before it was read; without it there are none.
+    """
 
     def make(*args, **options) -> Decoder:
-        decoder = Decoder(*args, **options)
+        decoder = (Decoder if chained is None else Chaining)(*args, **options)
         launch, decoder.works_ahead = decoder._launch, True
+        if chained is not None:
+            decoder.cache.moves_rows = False
 
-        def launched(unobserved=None):
+        def launched(unobserved=None, after=None):
             if unobserved is not None and seen is not None:
                 seen.append(len(decoder.rows.active()))
-            return launch(unobserved)
+            if after:
+                assert chained is not None
+                chained.append(len(after.active))
+            return launch(unobserved, after)
 
         decoder._launch = launched
         return decoder
@@ -58,10 +77,74 @@ def test_texts_are_the_same_while_rows_come_and_go(engine, rows, options):
     assert max(seen) == rows
 
 
-def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine):
+PAUSED = {"learn": None, "draft": DraftConfig(copy=False)}
+SHARED = {"learn": LearnConfig(scope="shared", stride=1)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "options"),
+    [
+        ("eagle3", 3, PLAIN),
+        ("eagle3", 1, {**PLAIN, **SAMPLED}),
+        ("eagle3", 3, {**PAUSED, **SAMPLED}),
+        ("dflash", 1, PAUSED),
+        ("causal", 3, PAUSED),
+        ("mtp", 3, {**PAUSED, "repetition_penalty": 1.3, "logit_bias": {7: -2.0}}),
+        ("eagle3", 3, {"learn": None, **SAMPLED}),
+        ("causal", 1, {"learn": None}),
+        ("eagle3", 2, SHARED),
+        ("eagle3", 3, {**PAUSED, **SAMPLED, "acceptance": "rejection"}),
+    ],
+)
+def test_texts_are_the_same_where_the_device_goes_on_by_itself(
+    toy_target_dir, kind, rows, options, monkeypatch
+):
+    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
+    engine = toy_engine(toy_target_dir, make_kind(kind))
+    asked = {"max_new_tokens": 24, "rows": rows, "seed": 5, "stop": ("e", "\n"), **options}
+    # What the rejection rule draws hangs on the round's number, and so on who joined when.
+    many = [[prompt] for prompt in (PROMPTS[:rows] if "acceptance" in options else PROMPTS * 2)]
+
+    def texts(of: Engine) -> list[tuple]:
+        done = {n: c.result for n, c in of.run(many, stream=True, **asked) if c.result}
+        return [(done[n].token_ids, done[n].text, done[n].finish_reason) for n in sorted(done)]
+
+    expected, chained = texts(engine), list[int]()
+    assert texts(working_ahead(engine.sibling(), chained=chained)) == expected
+    assert chained
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("options", [PAUSED, {**PLAIN, **SAMPLED}, {"learn": None}, SHARED])
+def test_on_a_gpu_the_device_goes_on_by_itself(toy_target_dir, options, compile, monkeypatch):
+    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
+    engine = load(str(toy_target_dir), make_kind("eagle3"), device="cuda", dtype="bfloat16")
+    engine.compile = compile
+    many, launch = [[prompt] for prompt in PROMPTS * 2], Decoder._launch
+    found, chained = list[dict](), list[bool]()
+
+    def launched(decoder, unobserved=None, after=None):
+        chained.append(after is not None)
+        return launch(decoder, unobserved, after)
+
+    monkeypatch.setattr(Decoder, "_launch", launched)
+    for chains in (True, False):
+        if not chains:
+            monkeypatch.setattr(Decoder, "_is_chainable", lambda *_: False)
+        chained.clear()
+        of = engine.sibling()
+        done = of.run(many, max_new_tokens=40, rows=3, seed=5, ignore_eos=True, **options)
+        found.append({n: c.result.token_ids for n, c in done if c.result})
+        assert any(chained) == chains
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("chained", [None, []])
+def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine, chained):
     expected = [plain(engine, prompt, max_new_tokens=40).token_ids for prompt in PROMPTS[:2]]
     config = GenerateConfig(max_new_tokens=40, learn=None, seed=0)
-    decoder = working_ahead(engine).decoder(config, 2, 30, sessions=False)
+    decoder = working_ahead(engine, chained=chained).decoder(config, 2, 30, sessions=False)
     scheduler = Scheduler(decoder, config)
     ids = [plain(engine, prompt, max_new_tokens=1).prompt_ids for prompt in PROMPTS[:2]]
     one = scheduler.add_request(Request(ids=ids[0], seed=0))
@@ -79,12 +162,15 @@ def test_a_request_that_joins_waits_for_the_round_under_way_and_no_longer(engine
     while scheduler.has_unfinished():
         results |= {request: chunk.result for request, chunk in scheduler.step() if chunk.result}
     assert [results[one].token_ids, results[other].token_ids] == expected
+    assert chained is None or chained
 
 
+@pytest.mark.parametrize("options", [LEARN, PAUSED])
 @pytest.mark.parametrize("way", ["close", "interrupt"])
-def test_a_round_under_way_is_dropped_with_its_row(typist, way):
-    whole = plain(typist, "hello", max_new_tokens=30)
-    session = working_ahead(typist).session(max_new_tokens=30, context=300, **LEARN)
+def test_a_round_under_way_is_dropped_with_its_row(typist, way, options):
+    whole, chained = plain(typist, "hello", max_new_tokens=30), list[int]()
+    working_ahead(typist, chained=chained if options is PAUSED else None)
+    session = typist.session(max_new_tokens=30, context=300, **options)
     stream = session.stream("hello")
     next(stream), next(stream)
     decoder = session._scheduler.decoder
@@ -99,6 +185,7 @@ def test_a_round_under_way_is_dropped_with_its_row(typist, way):
     assert talk.tokens == whole.token_ids[: len(talk.tokens)]
     assert decoder.rows.lengths[0] == len(talk.prompt_ids) + len(talk.tokens) - 1
     assert_goes_on(typist, talk.prompt_ids + talk.tokens, session.send("and now?"))
+    assert bool(chained) == (options is PAUSED)
 
 
 def test_a_session_goes_on_after_an_answer_that_ended_by_itself(typist):

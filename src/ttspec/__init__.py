@@ -23,21 +23,13 @@ if TYPE_CHECKING:
     from ttspec.records import Chunk, Result, Round, Stats
 
 _HOMES = {
-    "ttspec.config": ("DraftConfig", "GenerateConfig", "LearnConfig"),
-    "ttspec.decoding.engine": ("Engine",),
-    "ttspec.decoding.loading": ("load",),
-    "ttspec.decoding.session": ("Session",),
-    "ttspec.errors": (
-        "CheckpointError",
-        "DataError",
-        "OptionError",
-        "ResourceError",
-        "TargetError",
-        "TrainingError",
-        "TtspecError",
-    ),
-    "ttspec.records": ("Chunk", "Result", "Round", "Stats"),
+    **dict.fromkeys(("DraftConfig", "GenerateConfig", "LearnConfig"), "config"),
+    **dict.fromkeys(("Chunk", "Result", "Round", "Stats"), "records"),
+    "Engine": "decoding.engine",
+    "Session": "decoding.session",
+    "load": "decoding.loading",
 }
+"""Where names are, except errors."""
 
 __all__ = [
     "CheckpointError",
@@ -61,7 +53,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(home), name)
-    raise AttributeError(f"module 'ttspec' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'ttspec' has no attribute {name!r}")
+    return getattr(import_module(f"ttspec.{_HOMES.get(name, 'errors')}"), name)

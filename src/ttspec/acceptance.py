@@ -61,11 +61,7 @@ def _equal(chosen: Tensor, drafts: Tensor, count: Tensor) -> Tensor:
 
 @compiled
 def draw_and_accept(
-    logits: Tensor,
-    noise: Tensor | None,
-    drafts: Tensor,
-    count: Tensor,
-    sampling: SamplingTensors,
+    logits: Tensor, noise: Tensor | None, drafts: Tensor, count: Tensor, sampling: SamplingTensors
 ) -> tuple[Tensor, Tensor]:
     """Let the target draw its own tokens, and `accept_equal`.
 

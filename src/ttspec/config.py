@@ -22,15 +22,13 @@ COLDEST = 1e-30
 OLD_OPTIONS = {
     "draft.gate": "is called draft.adaptive now.",
     "learn.rows": "is called learn.supervision now.",
-    "learn.rebuild": "is gone: making the context anew gained nothing (docs/options.md).",
-    "learn.temperature": "is gone: a loss at another temperature than 1 hurt (docs/options.md).",
-    "learn.chain": "is gone: gradients always go through the whole chain (docs/options.md).",
-    "learn.vocabulary": "is gone: rows always weigh by mass (docs/options.md).",
-    "learn.clip": "is gone: gradients are always clipped at norm 1 (docs/options.md).",
-    "learn.eps": "is gone: Adam's epsilon is always 1e-8 (docs/options.md).",
+} | {
+    f"learn.{name}": "is gone: no measurement shows a gain (docs/options.md)."
+    for name in (
+        *("rebuild", "temperature", "chain", "vocabulary", "clip", "eps"),
+        *("emphasis", "proximal", "warmup", "cap"),
+    )
 }
-_NO_GAIN = "is gone: no measurement shows a gain (docs/options.md)."
-OLD_OPTIONS |= {f"learn.{n}": _NO_GAIN for n in ("emphasis", "proximal", "warmup", "cap")}
 """Options of earlier versions, and what became of them."""
 
 
@@ -105,8 +103,6 @@ class SamplingConfig:
     """One seed gives one text, for every drafter, learner, stride and batch (float32)."""
     acceptance: Literal["invariant", "rejection"] = "invariant"
     """Drafter-invariant Gumbel sampling, or the classic p/q rejection rule."""
-    draft: Literal["coupled", "greedy"] = "coupled"
-    """Drafts drawn from q with the target's own noise, or q's most likely token."""
 
     def __post_init__(self) -> None:
         t, p, m = self.temperature, self.top_p, self.min_p
@@ -177,10 +173,10 @@ class DraftConfig(_Options):
     def __post_init__(self) -> None:
         for name in ("window", "rebase"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "1 or more")
-        _require(self.length is None or self.length >= 0, "length", self.length, "0 or more")
-        base = self.rope_base
-        _require(base is None or 1 < base < math.inf, "rope_base", base, "above 1, as 10000")
+            _require(value is None or value >= 1, f"draft.{name}", value, "1 or more")
+        length, base = self.length, self.rope_base
+        _require(length is None or length >= 0, "draft.length", length, "0 or more")
+        _require(base is None or 1 < base < math.inf, "draft.rope_base", base, "above 1, as 10000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -370,7 +366,6 @@ class GenerateConfig:
             bad_words: Tokens of this config's `bad_words`.
         """
         given = {f.name: getattr(self, f.name, None) for f in fields(SamplingConfig)}
-        del given["draft"]  # is the drafter's here
         chosen = {**defaults, **{n: v for n, v in given.items() if v is not None}}
         for name, (made, form) in _FORMS.items():
             value = chosen.get(name, ())

@@ -13,6 +13,12 @@ TtspecError
 A message says what was given, what is allowed and what to do, in one or two lines.
 """
 
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TtspecError(Exception):
     """Root of the errors that a user can cause and mend."""
@@ -40,3 +46,18 @@ class ResourceError(TtspecError):
 
 class TrainingError(TtspecError):
     """Training cannot go on."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an error of the disk is an `OSError` that names a file, safetensors' own ones too."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        if not (said := re.search(r"os error (\d+)", str(error))):
+            raise
+        number = int(said[1])
+        raise OSError(number, os.strerror(number), str(path)) from error

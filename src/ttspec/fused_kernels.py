@@ -174,15 +174,7 @@ def product(
 
 @triton.jit
 def turned(
-    states,
-    real,
-    gain,
-    cosine,
-    sine,
-    position,
-    eps,
-    size: tl.constexpr,
-    normed: tl.constexpr,
+    states, real, gain, cosine, sine, position, eps, size: tl.constexpr, normed: tl.constexpr
 ):
     """Queries or keys [rows, size] at pointers `states` [rows], normalised and rotated.
 

@@ -38,7 +38,8 @@ class _ForwardKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor) -> Tensor:
         shape, size = q_logits.shape[:-1], q_logits.shape[-1]
-        p_logits, q_logits = p_logits.reshape(-1, size), q_logits.reshape(-1, size)
+        # A part of what has a way back would make the compiler ask for its gradient, and warn.
+        p_logits, q_logits = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
         loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
         gradient = torch.empty_like(q_logits)
         rows = max(1, (LOGITS_AT_ONCE if q_logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU) // size)

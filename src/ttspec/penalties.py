@@ -60,11 +60,7 @@ class Rules:
 
     @classmethod
     def of(
-        cls,
-        sampling: SamplingConfig,
-        ends: Collection[int],
-        vocabulary: int,
-        device: torch.device,
+        cls, sampling: SamplingConfig, ends: Collection[int], vocabulary: int, device: torch.device
     ) -> Self | None:
         """The rules of one request, where the end tokens are `ends`; None if there are none."""
         if not sampling.penalises:

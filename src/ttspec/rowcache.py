@@ -21,6 +21,9 @@ STEP = 64
 """Attention reaches a multiple of this many slots: fewer take as long."""
 BUCKET = 256
 """The same where a shape is kept for later, as in a graph: few shapes."""
+INVARIANT_STEP = 512
+"""The same where more slots must change no bit: torch's attention on a CPU sums over blocks of as
+many, one after the other, and a block that is masked adds nothing; a longer one sums otherwise."""
 
 
 def reach_of(length: int, slots: int, step: int = STEP) -> int:

@@ -42,30 +42,34 @@ class SamplingTensors:
     @classmethod
     def of(cls, sampling: SamplingConfig, device: torch.device) -> SamplingTensors:
         """What one request asks for, of any number of rows."""
-        names = steps_of(sampling)
+        names = processors_of(sampling)
         values = values_of(sampling)
         given = {n: torch.tensor(values[n], device=device) for n in values if n in names}
         return cls(**given, most_k=sampling.top_k)
 
 
-def steps_of(sampling: SamplingConfig) -> frozenset[str]:
+def processors_of(sampling: SamplingConfig) -> frozenset[str]:
     """Fields of `SamplingTensors` without which a request would get another text."""
     if sampling.temperature == 0:
         return frozenset()
-    steps = {"top_k": sampling.top_k > 0, "top_p": sampling.top_p < 1, "min_p": sampling.min_p > 0}
-    return frozenset({"temperature", "sampled", *(name for name, on in steps.items() if on)})
+    filters = {
+        "top_k": sampling.top_k > 0,
+        "top_p": sampling.top_p < 1,
+        "min_p": sampling.min_p > 0,
+    }
+    return frozenset({"temperature", "sampled", *(name for name, on in filters.items() if on)})
 
 
 def values_of(sampling: SamplingConfig) -> dict[str, float]:
     """A row's values of `SamplingTensors`: what changes nothing for a step it does not ask for."""
-    steps = steps_of(sampling)
+    names = processors_of(sampling)
     return {
-        "temperature": float(sampling.temperature) if steps else 1.0,
-        "sampled": 1.0 if steps else 0.0,
-        "greedy": not steps,
-        "top_k": sampling.top_k if steps else 0,
-        "top_p": float(sampling.top_p) if "top_p" in steps else math.inf,
-        "min_p": math.log(sampling.min_p) if "min_p" in steps else -math.inf,
+        "temperature": float(sampling.temperature) if names else 1.0,
+        "sampled": 1.0 if names else 0.0,
+        "greedy": not names,
+        "top_k": sampling.top_k if names else 0,
+        "top_p": float(sampling.top_p) if "top_p" in names else math.inf,
+        "min_p": math.log(sampling.min_p) if "min_p" in names else -math.inf,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -107,7 +107,10 @@ def _parse(name: str) -> ArmSpec:
     if not found or kind not in KINDS | PEERS:
         names = ", ".join([*KINDS, *PEERS])
         raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
-    draft, learn = get_type_hints(DraftConfig), get_type_hints(LearnConfig)
+    draft, learn = (
+        {f.name: get_type_hints(record)[f.name] for f in fields(record)}
+        for record in (DraftConfig, LearnConfig)
+    )
     learns, is_peer = "scope" in KINDS.get(kind, {}), kind in PEERS
     allowed = ({} if kind == "plain" else draft) | (learn if learns else {}) | {"drafter": str}
     allowed = PEERS[kind] if is_peer else {n: t for n, t in allowed.items() if n not in FIXED}

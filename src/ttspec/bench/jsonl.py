@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ttspec.bench.results import Turn
-from ttspec.errors import DataError
+from ttspec.errors import DataError, writing
 from ttspec.records import Result, Round, summarise
 
 Row = dict[str, Any]
@@ -144,7 +144,7 @@ def read_lines(path: Path, check: Callable[[Row], Any]) -> list[Row]:
 
 def append(path: Path, data: bytes) -> None:
     """Write at a file's end, and wait until it is on the disk."""
-    with path.open("ab") as file:
+    with writing(path), path.open("ab") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -153,8 +153,9 @@ def append(path: Path, data: bytes) -> None:
 def replace_file(path: Path, data: bytes) -> None:
     """Write or replace a file at once: an interrupt leaves the old one."""
     new = path.with_name(path.name + ".new")
-    new.write_bytes(data)
-    new.replace(path)
+    with writing(path):
+        new.write_bytes(data)
+        new.replace(path)
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:

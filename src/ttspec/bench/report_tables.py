@@ -106,8 +106,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     }
     note = (
         "Tokens per second count everything: prefill, updates, text. First token: median. "
-        "A token's time is its round's wait over the round's tokens. Peak memory is the process's, "
-        "all arms' caches included."
+        "A token's time is its round's wait over the round's tokens."
     )
     if side_by_side > 1:
         note += (
@@ -116,7 +115,9 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
         )
     else:
         del columns[f"of {side_by_side} rows"]
-    if not any(peaks.values()):
+    if any(peaks.values()):
+        note += " Peak memory is the process's, all arms' caches included."
+    else:
         del columns["peak memory (MiB)"]
     rows = [tuple(cell(arm) for cell in columns.values()) for arm in arms]
     return Table(title="Speed", note=note, head=tuple(columns), rows=rows)

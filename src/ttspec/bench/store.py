@@ -141,7 +141,7 @@ def different_settings(a: Row, b: Row) -> str | None:
                 return f"{what} {name}"
     neutral = asdict(SamplingConfig())  # older runs had fewer options
     mine, other = (json.loads(json.dumps(neutral | (m.get("sampling") or {}))) for m in (a, b))
-    changed = [name for name in mine if mine[name] != other.get(name)]
+    changed = [name for name in neutral if mine[name] != other[name]]
     return next((n for n in SETTINGS if a.get(n) != b.get(n)), changed[0] if changed else None)
 
 

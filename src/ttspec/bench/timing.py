@@ -151,14 +151,6 @@ def fill(decoder: Decoder, context: int, budget: int) -> None:
     decoder.prefill(rows, prompts, rows, [budget] * count)
 
 
-def rewind(decoder: Decoder, context: int) -> None:
-    """Let every row go on behind the same `context` tokens, as if nothing came after them."""
-    for row in range(decoder.rows.count):
-        decoder.rows.lengths[row], decoder.rows.budget[row] = context, 1 << 30
-        if decoder.learner:
-            decoder.learner.forget(row, context)
-
-
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
     """Run rounds; on a GPU one more, since each returns the stage times of the one before."""
     delay = int(decoder.target.device.type == "cuda")

@@ -6,6 +6,7 @@ complaints about arguments come at once. Each command is a file of its name. The
 saving.py (`--save-drafter`); live.py and demo_turns.py are the demo's.
 """
 
+import errno
 import io
 import os
 import sys
@@ -19,6 +20,8 @@ from cyclopts import App, CycloptsError
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+SHUT = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 COMMANDS = {
     "demo": "Show what learning does: one session in four ways, with a table and a page.",
@@ -80,7 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        return _complain(_reason(error), FAILED)
+        advice = "Make room there, or name another place." if error.errno in NO_ROOM else ""
+        advice = "Allow writing there, or name another place." if error.errno in SHUT else advice
+        return _complain(f"{_reason(error)}\n{advice}", FAILED)
 
 
 def _complain(message: str, code: int) -> int:

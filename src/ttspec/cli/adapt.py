@@ -85,7 +85,8 @@ def adapt(
         if out is not None:
             try:
                 _export(engine, version, out)
-            except (OSError, ResourceError):
+            except OSError:
+                shutil.rmtree(out, ignore_errors=True)  # half a drafter is none
                 work.pop_all()
                 say(f"What was learned stays: ttspec learned export {keep} --out FOLDER")
                 raise

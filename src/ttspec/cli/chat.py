@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import (
-    DraftFlags,
-    GenerateFlags,
-    LearnFlag,
-    ModelFlags,
-    SessionLearnFlags,
-)
+from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlag, ModelFlags, SessionLearnFlags
 from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
 from ttspec.config import GenerateConfig
@@ -62,10 +56,7 @@ def chat(
         What --save-drafter wrote: drafting begins there.
     """
     check_place(save_drafter, learn=learn)
-    settings = options.options() | {
-        "draft": draft.config(),
-        "learn": learning.config_if(learn),
-    }
+    settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
     models, resume = resumed(models, resume_drafter)
     engine = models.load(notify=say)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +62,7 @@ def demo(
     folder.mkdir(parents=True, exist_ok=True)  # complains before anything is loaded
     shared: dict[str, Any] = {"temperature": temperature, "seed": seed}
     GenerateConfig(**shared)
-    engine = with_exact_dtype(models).load(notify=say)
+    engine = models.load(notify=say)
     if engine.drafter is None:
         raise OptionError(
             f"demo compares drafters, and there is none (--drafter {models.drafter}).\n"
@@ -90,15 +89,6 @@ def demo(
     print_table(console, arms)
     console.print(f"\npage  {page}\nplot  {page.parent / 'acceptance.png'}", soft_wrap=True)
     return 130 if interrupted else 0
-
-
-def with_exact_dtype(models: ModelFlags) -> ModelFlags:
-    """Float32 where nothing was asked for and wide rounds in bfloat16 would be slow."""
-    import torch
-
-    slow = models.device == "cpu" or not torch.cuda.is_available()
-    slow = slow and not torch.cpu.get_capabilities().get("amx_bf16", False)
-    return replace(models, dtype="float32") if models.dtype == "auto" and slow else models
 
 
 def run_session(

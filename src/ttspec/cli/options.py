@@ -6,6 +6,7 @@ A flag that was not given is None, so that a preset, a command's own default and
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -19,6 +20,8 @@ from ttspec.errors import OptionError
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
 
+THREADS = 16
+"""Allowed for each processor; more than one is slow already."""
 Device = Literal["auto", "cpu", "cuda"]
 DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -185,6 +188,9 @@ class ModelFlags:
     def _prepare(self) -> None:
         """Quiet libraries, and the threads that were asked for."""
         require_positive(threads=self.threads)
+        most = THREADS * (os.cpu_count() or 1)
+        if (self.threads or 0) > most:  # more than the system gives end the process
+            raise OptionError(f"--threads is {self.threads}; allowed is 1 to {most} here.")
         import torch
         from transformers.utils import logging
 

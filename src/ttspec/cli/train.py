@@ -5,6 +5,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from ttspec.cli.options import Device, Dtype, ModelFlags
+from ttspec.cli.terminal import say
 from ttspec.training.config import TrainConfig
 
 FEW_STEPS = 200
@@ -60,7 +61,15 @@ def train(
                 facts = f"step {where.tokens}, loss {where.loss:.3f}, right {right}, {left}"
             bar.update(tasks[where.stage], completed=where.done, facts=facts, visible=True)
 
-        folder = run(engine, config, report)
+        try:
+            folder = run(engine, config, report)
+        except KeyboardInterrupt:
+            bar.stop()
+            say(
+                f"\n{config.out} has the answers so far, and the training as it was at most a "
+                "minute ago. The same command with --resume goes on from there."
+            )
+            return 130
     console.print(f"{folder} holds the drafter. Use it with --drafter {folder}")
     if last.tokens < FEW_STEPS:
         console.print(

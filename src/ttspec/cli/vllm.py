@@ -6,11 +6,7 @@ from pathlib import Path
 
 from cyclopts import App
 
-vllm = App(
-    name="vllm",
-    help="Learn inside vLLM: check what fits.",
-    help_format="markdown",
-)
+vllm = App(name="vllm", help="Learn inside vLLM: check what fits.", help_format="markdown")
 
 
 @vllm.command

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ttspec.decoding.penalties import RowPenalties
-from ttspec.decoding.rows import RoundInputs, SamplingSteps
+from ttspec.decoding.rows import Processors, RoundInputs
 from ttspec.drafters.base import Drafter
 from ttspec.records import Proposal
 from ttspec.sampling import SamplingTensors, draft, pick
@@ -20,8 +20,6 @@ class DraftChoice:
     """What a drafter calls to turn logits into tokens of the target's vocabulary."""
 
     sampling: SamplingTensors
-    greedy: bool
-    """Drafts are q's most likely tokens, also in rows that sample."""
     drafter: Drafter
     rows: RoundInputs
     vocabulary: int
@@ -32,7 +30,7 @@ class DraftChoice:
     are greedy or have noise of their own."""
     penalties: RowPenalties | None = None
     """The target's own, which make drafts likelier to be kept. They know the pending token."""
-    steps: SamplingSteps = field(default_factory=SamplingSteps)
+    processors: Processors = field(default_factory=Processors)
     longest: int = 0
     """The largest start of a row, known on the host."""
 
@@ -53,7 +51,7 @@ class DraftChoice:
         chosen = []
         for column, one in enumerate(self.drafter.widen(logits.float()).split(1, dim=1), first):
             at = self.rows.start + 1 + column
-            penalised = self.penalties(one, at, self.longest + 1 + column, self.steps)
+            penalised = self.penalties(one, at, self.longest + 1 + column, self.processors)
             chosen.append(self._choose(penalised, column, None))
             self.penalties.write(chosen[-1][0], at)
         tokens, q = zip(*chosen, strict=True)
@@ -64,7 +62,7 @@ class DraftChoice:
     ) -> tuple[Tensor, Tensor | None]:
         """The same without penalties; `ids` are the target's tokens that the logits are of."""
         width, q = logits.shape[1], None
-        if self.greedy or self.sampling.temperature is None:
+        if self.sampling.temperature is None:
             tokens = pick(logits, None, self.sampling)
         elif self.noise is not None:
             tokens = pick(logits, self.noise[:, first : first + width], self.sampling)

@@ -5,95 +5,108 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from ttspec.config import GenerateConfig
+from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.rows import RowOutcome
 from ttspec.decoding.text import TextStream
-from ttspec.records import Chunk, FinishReason, Result, Round, TokenLogprobs, summarise
+from ttspec.records import Chunk, FinishReason, LogitMask, Result, Round, TokenLogprobs, summarise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A conversation that begins, or one turn."""
+
+    ids: list[int]
+    """Tokens of the first prompt."""
+    seed: int
+    """Of all noise of the conversation."""
+    occurrence: int = 0
+    """Tells equal prompts of equal seeds apart."""
+    quota: int | None = None
+    """Tokens that all turns together may have; None is no limit."""
+    thinking: bool | None = None
+    """What the chat template asked for; only told in the statistics."""
+    config: GenerateConfig | None = None
+    """Sampling, limits and stops of its own, each turn's; None is the scheduler's. `SHARED_OPTIONS`
+    must be alike."""
+    mask: LogitMask | None = None
+    """What the first answer may be, as a grammar says."""
+    logprobs: int | None = None
+    """Tell of each token what the target says of it, and of the so many likeliest in its place;
+    None tells nothing."""
+    tenant: str | None = None
+    """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
+    free row holds the beginning of its prompt, from a request of the same tenant, that is not read
+    again; None finds no such row."""
+    keeps_row: bool = False
+    """More turns may follow: the row is freed by `release`, not at the end of the answer."""
 
 
 class Conversation:
     """The turns of one user, who has a row of a decoder as long as it goes on."""
 
+    row = -1
+    """Its row, once it has one."""
+    turn = 0
+    generated = 0
+    """Generated tokens of all turns: the position of the next one."""
+    reread_tokens = 0
+    """Tokens that the row had held and that are read again; see `Stats`."""
+
     def __init__(
         self,
         decoder: Decoder,
+        request: Request,
         config: GenerateConfig,
-        seed: int,
+        sampling: SamplingConfig,
         *,
-        occurrence: int = 0,
-        quota: int | None = None,
-        thinking: bool | None = None,
-        stream: bool = True,
+        stream: bool,
     ) -> None:
         """Start an empty conversation.
 
         Args:
             decoder: Has its row.
-            config: Limits hold for each turn.
-            seed: Of all its noise.
-            occurrence: Tells equal first prompts of equal seeds apart.
-            quota: Tokens that all turns together may have; None is no limit.
-            thinking: Whether the chat template asks the target to think; None is no such switch.
+            request: Begins it.
+            config: The request's own, or that of all.
+            sampling: How its tokens are chosen, as `config` says.
             stream: Without it, text comes only with the result.
         """
-        self.decoder, self.config, self.seed, self.quota = decoder, config, seed, quota
-        self.row = -1
-        """Its row, once it has one."""
-        self.thinking = thinking
-        self.turn = 0
-        self.generated = 0
-        """Generated tokens of all turns: the position of the next one."""
-        self.finish: FinishReason | None = None
-        """Why the last answer ended; None while one is being written."""
-        self.tokens: list[int] = []
-        self.rounds: list[Round] = []
+        self.decoder, self.request = decoder, request
+        self.config, self.sampling = config, sampling
+        self.queued: list[int] | None = request.ids
+        """The prompt of a turn that was not begun."""
         self.prompt_ids: list[int] = []
         """What the last answer's prompt had to be read of: all that the row did not hold."""
-        self.reread_tokens = 0
-        """Tokens that the row had held and that are read again; see `Stats`."""
         self._stream = stream or bool(config.stop)
-        self._occurrence = occurrence
         self._first_prompt: list[int] = []
-        self._first_turn = 0
         self._start = 0, 0
         self._limit: FinishReason = "length"
         self._reset()
 
     def is_over(self, *, turns: int) -> bool:
         """Whether nothing follows an answer that is over, in a dialogue of so many turns."""
-        spent = self.quota is not None and self.generated >= self.quota
+        spent = self.request.quota is not None and self.generated >= self.request.quota
         return spent or self.turn == turns or self.finish in ("context", "cancelled")
 
     def noise_key(self) -> int:
         """Noise key of this turn; see `noise_key`."""
-        turn = self.turn - self._first_turn
-        return noise_key(self.seed, self._first_prompt, self._occurrence, turn=turn)
+        asked = self.request
+        return noise_key(asked.seed, self._first_prompt, asked.occurrence, turn=self.turn)
 
-    def renew(self, config: GenerateConfig | None, seed: int | None) -> None:
-        """From the next turn on, be told something else.
-
-        Args:
-            config: Limits and stops; None is as before.
-            seed: With one, noise is that of a conversation that begins with the next turn.
-        """
-        if config is not None:
-            self.config = config
-            self._stream = self._stream or bool(config.stop)
-        if seed is not None:
-            self.seed, self._first_turn = seed, self.turn
-
-    def open(self, ids: list[int]) -> int:
-        """Begin an answer to `ids`, the whole conversation up to it.
+    def open(self) -> int:
+        """Begin the queued turn, an answer to the whole conversation up to it.
 
         What the row holds of it stays, as far as it is the same; the rest is taken back.
 
         Returns:
             Tokens that it may have; 0 if none, and then it is over.
         """
-        decoder, row = self.decoder, self.row
-        if self.turn == self._first_turn:
+        decoder, row, ids = self.decoder, self.row, self.queued
+        assert ids is not None
+        self.queued = None
+        if not self.turn:
             self._first_prompt = ids
         self._reset()
         held, length = decoder.rows.tokens[row], decoder.rows.lengths[row]
@@ -105,8 +118,8 @@ class Conversation:
         self._reverts = learner.reverts[row] if learner else 0
         room = decoder.rows.slots - len(ids)
         most = self.config.max_new_tokens
-        if self.quota is not None:
-            most = min(most, self.quota - self.generated)
+        if self.request.quota is not None:
+            most = min(most, self.request.quota - self.generated)
         self._limit = "context" if room < most else "length"
         budget = max(0, min(most, room))
         if not budget:
@@ -115,7 +128,7 @@ class Conversation:
         if kept < length:
             decoder.crop(row, kept, held[kept])
             self.reread_tokens = min(length, len(ids)) - kept
-        if decoder.prompts.is_lost(row):
+        if decoder.prompts.rollback.is_lost(row):
             self.reread_tokens += kept
         self._start = kept, held[kept] if held else ids[0]
         return budget
@@ -144,14 +157,14 @@ class Conversation:
             )
         )
 
-    def cancel(self, ids: list[int] | None = None) -> None:
+    def cancel(self) -> None:
         """End the answer as it is; what the decoder knows beyond it is taken back.
 
-        An answer to `ids` that was not begun ends as well, without a token.
+        One that was not begun ends as well, without a token.
         """
-        if ids is not None:
+        if self.queued is not None:
             self._reset()
-            self.prompt_ids = list(ids)
+            self.prompt_ids, self.queued = list(self.queued), None
         elif self.row >= 0:
             length, pending = self._start
             if self.tokens:
@@ -176,7 +189,10 @@ class Conversation:
 
     def _reset(self) -> None:
         """Nothing is written of the next answer."""
-        self.finish, self.tokens, self.rounds = None, [], []
+        self.finish: FinishReason | None = None
+        """Why the last answer ended; None while one is being written."""
+        self.tokens: list[int] = []
+        self.rounds: list[Round] = []
         self._logprobs: list[TokenLogprobs] = []
         """Of what was not given out yet."""
         target = self.decoder.target
@@ -223,10 +239,10 @@ class Conversation:
             self.rounds,
             token_ids=self.tokens,
             prompt_tokens=len(self.prompt_ids),
-            seed=self.seed,
+            seed=self.request.seed,
             seconds=self._seconds,
             reverts=learner.reverts[self.row] - self._reverts if learner and self.row >= 0 else 0,
-            thinking=self.thinking,
+            thinking=self.request.thinking,
             reread_tokens=self.reread_tokens,
         )
         return Result(

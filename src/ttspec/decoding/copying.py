@@ -38,6 +38,9 @@ MEMORY = 64.0
 LEAST_CHANCE, LEAST_FREE_CHANCE = 0.15, 0.01
 """A copy ends where the chance that a token is kept falls below this: the second where rounds in
 which rows copy are all as wide, and only the host's time is spared."""
+IDLE, LEFT_OUT = 16, 7
+"""Looks in a row that found nothing for several rows, after which so many rounds are left out
+between two: then the device need not wait for the host."""
 WIDER = 0.15
 """What the next width of a round is taken to cost more where no clock may decide."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
@@ -142,6 +145,11 @@ class SuffixIndex:
             copied += copied[: len(chances) - len(copied)]
         return Copy(copied, chances)
 
+    @property
+    def is_met(self) -> bool:
+        """Whether the last tokens stood before."""
+        return self._place > 0
+
     def _find(self, place: int) -> None:
         """Take an earlier place, if there is one, and count the tokens that agree before it."""
         self._place, self._match = place, 0
@@ -184,6 +192,10 @@ class Copying:
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
+        self._idle = self._left_out = 0
+        """Looks that found nothing, and rounds that go without one."""
+        self._behind = False
+        """Whether rows have tokens that were not looked at."""
 
     def choose(
         self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
@@ -195,7 +207,7 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
-        copies = dict[int, Copy]()
+        copies, self._behind = dict[int, Copy](), False
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
@@ -217,6 +229,24 @@ class Copying:
             copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
         return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
+
+    def expects(self, active: Sequence[int], tokens: Sequence[Sequence[int]], drafts: int) -> bool:
+        """Whether rows may copy in the round after one that is not read yet.
+
+        One row's copies bring most, and begin where its last tokens stood before: it waits there.
+        Several rows go on unless a copy would pay by now: they may begin to copy a round later.
+        """
+        if self._left_out:
+            self._left_out, self._behind = self._left_out - 1, True
+            return False
+        if len(active) > 1:
+            found = bool(self.choose(active, tokens, drafts=drafts > 0))
+            self._idle = 0 if found else self._idle + 1
+            self._left_out = LEFT_OUT if self._idle >= IDLE else 0
+            return found
+        index = self._rows[active[0]]
+        index.follow(tokens[active[0]])
+        return index.is_met
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""
@@ -240,7 +270,8 @@ class Copying:
             tokens: What it emitted.
             accepted: Drafts that it kept of the drafter's; None where the drafter drafted none.
         """
-        self._rows[row].extend(tokens, count=True)
+        if not self._behind:  # else the next look takes them
+            self._rows[row].extend(tokens, count=True)
         if accepted is not None:
             self._accepted[row] += (accepted - self._accepted[row]) / DRAFTS_SEEN
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -36,8 +35,28 @@ COPY_WIDTHS = 7, LONGEST_COPY
 """Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """What a decoder is made for; after `restart`, another request for the same may have it."""
+
+    rows: int
+    """Side by side."""
+    slots: int
+    """Tokens that each may have."""
+    sampling: SamplingConfig
+    """How tokens are chosen, in rows without options of their own (`row_sampling`)."""
+    draft: DraftConfig
+    """How the drafter is run."""
+    learn: LearnConfig | None
+    """How it learns; None is a static drafter."""
+    ends: tuple[int, ...] = ()
+    """End tokens; none where rows go on past them, unless one has options of its own."""
+    batch_invariant: bool = False
+    """Every verification reads the same number of tokens."""
+
+
 class Decoder(SpeculativeRound):
-    """`count` rows that decode side by side, each with its own length, budget and noise."""
+    """Rows that decode side by side, each with its own length, budget and noise."""
 
     reads_prompts: type[PromptReader] = PromptReader
     tenant: str | None = None
@@ -47,16 +66,10 @@ class Decoder(SpeculativeRound):
         self,
         target: Target,
         drafter: Drafter | None,
+        made_for: DecoderSpec,
         *,
-        rows: int,
-        slots: int,
-        sampling: SamplingConfig,
-        draft: DraftConfig,
-        learn: LearnConfig | None,
-        ends: Sequence[int],
         live_weights: LiveWeights | None = None,
         policy: DraftPolicy | None = None,
-        batch_invariant: bool = False,
         compile: bool = False,
     ) -> None:
         """Allocate caches, and what learns.
@@ -66,27 +79,14 @@ class Decoder(SpeculativeRound):
         Args:
             target: Verifies.
             drafter: Drafts; None is plain decoding.
-            rows: Rows side by side.
-            slots: Tokens that each may have.
-            sampling: How tokens are chosen, in rows without options of their own (`row_sampling`).
-            draft: How the drafter is run.
-            learn: How it learns; None is a static drafter.
-            ends: End tokens; none where rows go on past them, unless one has options of its own.
+            made_for: Rows and options.
             live_weights: In scope shared, the weights that learn from all requests.
             policy: What an adaptive policy knows already.
-            batch_invariant: Every verification reads the same number of tokens.
             compile: Compile what rounds do, on a GPU.
         """
-        self.made_for: dict[str, Any] = {
-            "rows": rows,
-            "slots": slots,
-            "sampling": sampling,
-            "draft": draft,
-            "learn": learn,
-            "ends": ends,
-            "batch_invariant": batch_invariant,
-        }
-        """Another request for the same may have this decoder, after `restart`."""
+        self.made_for, rows, slots = made_for, made_for.rows, made_for.slots
+        sampling, draft, learn = made_for.sampling, made_for.draft, made_for.learn
+        batch_invariant = made_for.batch_invariant
         self.target, self.drafter, self.sampling = target, drafter, sampling
         self.gamma, copies, self.width = widths(drafter, draft, batch_invariant=batch_invariant)
         self.batch_invariant = batch_invariant
@@ -138,7 +138,7 @@ class Decoder(SpeculativeRound):
         self.rows = RowStates(rows, slots, target.device, copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
         self.row_sampling = RowSampling(
-            sampling, target, rows=rows, slots=slots, width=self.width, ends=ends
+            sampling, target, rows=rows, slots=slots, width=self.width, ends=made_for.ends
         )
         known = self.row_sampling, self.rows, self.deferred
         self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
@@ -160,22 +160,24 @@ class Decoder(SpeculativeRound):
         nowhere = self.rows.inputs.start  # a first forward makes the cache
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
         slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
-        steps = self.row_sampling.captured(self.row_sampling.steps(range(self.rows.count)))
+        processors = self.row_sampling.captured(
+            self.row_sampling.processors(range(self.rows.count))
+        )
         copied = self.copying.widths if self.copying else ()
         shapes = list[RoundShape]()
         for drafted in {0, *self.policy.lengths}:
             if drafted or adaptive or not self.gamma:
-                shapes.append(RoundShape(slots, drafted, 0, steps))
+                shapes.append(RoundShape(slots, drafted, 0, processors))
             if not (drafted and one):
-                shapes += [RoundShape(slots, drafted, copies, steps) for copies in copied]
+                shapes += [RoundShape(slots, drafted, copies, processors) for copies in copied]
         if adaptive:  # while the drafter pauses
-            pause = RoundShape(slots, 0, 0, steps, absorbs=False)
+            pause = RoundShape(slots, 0, 0, processors, absorbs=False)
             shapes += [pause._replace(copy_length=copies) for copies in (0, *copied)]
         # Drafts first: what is kept of a round is as wide as theirs.
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and self.teaches(shape):
+            if self.learner and self._is_heard(shape):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)

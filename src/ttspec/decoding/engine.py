@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 
 from ttspec.config import GenerateConfig
-from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.decoder import Decoder, DecoderSpec
 from ttspec.decoding.forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.penalties import sampling_of
@@ -27,7 +27,7 @@ from ttspec.errors import OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
 from ttspec.records import Chunk, Result
-from ttspec.rowcache import BUCKET, reach_of
+from ttspec.rowcache import BUCKET, INVARIANT_STEP, reach_of
 from ttspec.sampling import position_noise, process
 
 SESSION_CONTEXT = 8192
@@ -200,29 +200,29 @@ class Engine:
         """
         config = self._resolved(config)
         slots = self._slots(config, longest_prompt, sessions=sessions)
-        made_for: dict[str, Any] = {
-            "rows": rows,
-            "slots": slots,
-            "sampling": sampling_of(replace(config, seed=0), self.target),
-            "draft": config.draft,
-            "learn": config.learn,
-            "ends": () if config.ignore_eos else self.target.ends,
-            "batch_invariant": config.deterministic,
-        }
+        made_for = DecoderSpec(
+            rows=rows,
+            slots=slots,
+            sampling=sampling_of(replace(config, seed=0), self.target),
+            draft=config.draft,
+            learn=config.learn,
+            ends=() if config.ignore_eos else self.target.ends,
+            batch_invariant=config.deterministic,
+        )
         spare, self._spare = self._spare, None
         if spare is not None and (spare.made_for, spare.tenant) == (made_for, config.tenant):
             spare.restart()
             return spare
         del spare  # before the new caches are made
         self._tell(self.require_rows(config, rows, longest_prompt, sessions=sessions))
-        how = config.draft, config.learn, made_for["sampling"], self.compile
+        how = config.draft, config.learn, made_for.sampling, self.compile
         known = rows, config.tenant, *how
         try:
             live_weights = self._shared_weights.find(config, self.target, self.drafter, self.notify)
             decoder = self.make_decoder(
                 self.target,
                 self.drafter,
-                **made_for,
+                made_for,
                 live_weights=live_weights,
                 policy=self._policies.get(known),
                 compile=self.compile,
@@ -253,17 +253,12 @@ class Engine:
         spare = self._spare
         if wanted == 1 or (spare and (spare.rows.count, spare.rows.slots) == (wanted, slots)):
             return wanted  # they are there
-        learns = config not in self._shared_weights
         self._spare = spare = None  # its memory may be had
-        rows = fitting_rows(
-            self.target,
-            self.drafter,
-            config,
-            slots,
-            wanted,
-            prompt=None if sessions else longest_prompt,
-            learns=learns,
-        )
+
+        def need(rows: int) -> Forecast:
+            return self.forecast(config, rows, longest_prompt, sessions=sessions)
+
+        rows = fitting_rows(need, self.target, wanted)
         if rows < wanted:
             self._tell(
                 f"{rows} of {wanted} requests fit into memory side by side, at {slots:,} tokens "
@@ -316,7 +311,8 @@ class Engine:
         need = longest_prompt + config.max_new_tokens
         if sessions:
             need = max(need, config.context or SESSION_CONTEXT)
-        return min(reach_of(need, need + BUCKET, BUCKET), context)
+        step = INVARIANT_STEP if config.deterministic else BUCKET
+        return min(reach_of(need, need + step, step), context)
 
     def _tell(self, notice: str | None) -> None:
         """Say what may not fit, once."""

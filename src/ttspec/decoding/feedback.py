@@ -27,6 +27,8 @@ class PolicyFeedback:
         longest: int,
         outcomes: dict[int, RowOutcome],
         rows: int,
+        *,
+        chained: bool = False,
     ) -> None:
         """Take note of a round that is over.
 
@@ -37,6 +39,7 @@ class PolicyFeedback:
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
+            chained: Whether the device went on by itself.
         """
         draft_length, copy_length = shape.draft_length, shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
@@ -63,6 +66,7 @@ class PolicyFeedback:
             context=longest,
             copying=len(accepted) < len(outcomes),
             rows=rows,
+            chained=chained,
             first=first,
         )
         if learner and self._schedule and not took.captured:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import os
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,42 +111,19 @@ def of_run(
     )
 
 
-def fitting_rows(
-    target: Target,
-    drafter: Drafter | None,
-    config: GenerateConfig,
-    slots: int,
-    most: int,
-    *,
-    prompt: int | None = None,
-    learns: bool = True,
-) -> int:
+def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> int:
     """How many rows fit, caches full: 1 to `most`; `most` where nothing can be told.
 
     Args:
-        target: As in `of_run`, like `drafter`, `config` and `slots`.
-        drafter: See `target`.
-        config: See `target`.
-        slots: See `target`.
+        need: What so many rows take.
+        target: Where they are.
         most: Rows that are wanted.
-        prompt: See `target`.
-        learns: Whether what learns must be made yet.
     """
     free = free_memory(target.device)
     if free is None or target.is_split:
         return most
-
-    def fit(rows: int) -> bool:
-        need = of_run(target, drafter, config, rows, slots, prompt)
-        return need.total - (0 if learns else need.learning or 0) <= SPARE * free
-
-    if fit(most):
-        return most
-    low, high = 1, most  # `low` fits, or is the least there is
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fit(middle) else (low, middle)
-    return low
+    rows = range(1, most + 1)
+    return max(1, bisect_left(rows, True, key=lambda n: need(n).total > SPARE * free))
 
 
 def target_cache(

@@ -11,12 +11,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.decoding.engine import Engine, Notify
 from ttspec.decoding.forecast import SMALLER, drafter_weights, require_weights
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import (
-    BUNDLED,
-    DEFAULT_DRAFTERS,
-    load_drafter,
-    load_native_head,
-)
+from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter, load_native_head
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError, OptionError, ResourceError, TargetError
 from ttspec.models.loading import DeviceMap, Files
@@ -92,7 +87,8 @@ def _read(
     more = drafter_weights(drafter, kind)
     if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
         more = 0  # it is there already, and stays as it is
-    short = require_weights(files.nbytes(kind), more, places, name=files.source.name, split=split)
+    need = files.nbytes(kind, place)
+    short = require_weights(need, more, places, name=files.source.name, split=split)
     if short and notify:
         notify(short)
     try:
@@ -128,25 +124,26 @@ def _native(target: Files | None) -> Drafter:
             f"drafter is mtp, the head in the target's own files, and {what}.\n"
             "Give the target's folder or hub id, or another drafter."
         )
-    head = load_native_head("mtp", target.source.path, target.config.get_text_config())
-    if head is None:
-        raise CheckpointError(
-            f"drafter is mtp, and {target.source.name} has no MTP head in its files.\n"
-            "Train one with `ttspec train --kind mtp`, or give another drafter."
-        )
-    return head
+    if head := _read_native(target):
+        return head
+    raise CheckpointError(
+        f"drafter is mtp, and {target.source.name} has no MTP head in its files.\n"
+        "Train one with `ttspec train --kind mtp`, or give another drafter."
+    )
 
 
 def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | None:
     """The same for `auto`: a head that cannot be read is told, and left."""
-    if target is None or target.gguf:
-        return None
     try:
-        return load_native_head("mtp", target.source.path, target.config.get_text_config())
+        return _read_native(target) if target and not target.gguf else None
     except CheckpointError as error:
         if notify:
             notify(f"{str(error).splitlines()[0]} It is not used.")
         return None
+
+
+def _read_native(target: Files) -> Drafter | None:
+    return load_native_head("mtp", target.source.path, target.config.get_text_config())
 
 
 def drafter_folder(name: str, notify: Notify | None = None) -> Path:
@@ -162,11 +159,12 @@ def drafter_folder(name: str, notify: Notify | None = None) -> Path:
         if found.origin == "gguf":
             raise TargetError(f"{name} is a GGUF file, and no drafter is read from one.")
         return found.path
-    except TargetError as error:
+    except (TargetError, ResourceError) as error:
         bundled = sorted(path.name for path in BUNDLED.iterdir() if path.is_dir())
         built_in = ", ".join(["mtp", "ngram", "none", *bundled])
         first = str(error).splitlines()[0]
-        raise CheckpointError(
+        kind = CheckpointError if isinstance(error, TargetError) else ResourceError
+        raise kind(
             f"{first}\nGive a drafter's folder, a hub id, or a built-in one: {built_in}."
         ) from error
 

@@ -25,6 +25,10 @@ class RowLogprobs:
         """Tell of a row's tokens and of the `most` likeliest in each one's place; None: do not."""
         self._most[row] = most
 
+    def asked(self, rows: Sequence[int]) -> bool:
+        """Whether tokens of one of these rows are to be told of."""
+        return any(self._most[row] is not None for row in rows)
+
     def of(
         self, row: int, logits: Tensor, at: int, tokens: Sequence[int]
     ) -> tuple[TokenLogprobs, ...]:

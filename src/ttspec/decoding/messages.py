@@ -23,11 +23,7 @@ _SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot":
     role: role for role in ROLES
 }
 """ShareGPT's names for roles."""
-_MARKS = {
-    codecs.BOM_UTF8: "utf-8",
-    codecs.BOM_UTF16_LE: "utf-16",
-    codecs.BOM_UTF16_BE: "utf-16",
-}
+_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 FORMS = (
     '{"prompt": text or messages}, {"messages": [{"role", "content"}, ...]}, {"turns": [text, '
     '...]} or {"conversations": [{"from", "value"}, ...]}'

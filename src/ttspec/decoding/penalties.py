@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ttspec.compiled import of_any_size
 from ttspec.config import GenerateConfig, SamplingConfig
-from ttspec.decoding.rows import SamplingSteps
+from ttspec.decoding.rows import Processors
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.penalties import ANY, Rules, penalise
@@ -80,7 +80,7 @@ class RowPenalties:
         logits: Tensor,
         end: Tensor,
         longest: int,
-        steps: SamplingSteps,
+        processors: Processors,
         subset: Tensor | None = None,
     ) -> Tensor:
         """Penalised logits.
@@ -89,18 +89,18 @@ class RowPenalties:
             logits: [B, T, V]: column j is about the token at position end + j.
             end: int64 [B]; what stands before it is known.
             longest: The largest end, known on the host.
-            steps: What is done.
+            processors: What is done.
             subset: int64 [B], the rows meant; None is all.
 
         Returns:
             float32 [B, T, V].
         """
         text, answer = self._text[:, : longest + logits.shape[1] - 1], self._answer
-        of_rows = {n: tensor for n, tensor in self._tensors.items() if n in steps.names}
+        of_rows = {n: tensor for n, tensor in self._tensors.items() if n in processors.names}
         if subset is not None:
             text, answer = text[subset], answer[subset]
             of_rows = {n: tensor[subset] for n, tensor in of_rows.items()}
-        rules = Rules(**of_rows, most_ngram=steps.most_ngram, ends=self._end_mask)
+        rules = Rules(**of_rows, most_ngram=processors.most_ngram, ends=self._end_mask)
         return penalise(logits, of_any_size(text, 1), end, answer, rules)
 
     def _write(self, name: str, row: int) -> None:
@@ -141,9 +141,9 @@ def names_of(rules: Rules | None) -> frozenset[str]:
     return frozenset(name for name in RULES if getattr(rules, name, None) is not None)
 
 
-def penalises(steps: SamplingSteps) -> bool:
+def penalises(processors: Processors) -> bool:
     """Whether some row has a rule."""
-    return not RULES.isdisjoint(steps.names)
+    return not RULES.isdisjoint(processors.names)
 
 
 def sampling_of(config: GenerateConfig, target: Target) -> SamplingConfig:

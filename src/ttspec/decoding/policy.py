@@ -87,8 +87,9 @@ class DraftPolicy:
         """Allow `longest` drafts, a half of it, a half of that and so on."""
         self.lengths = sorted({longest >> n for n in range(halvings + 1)} - {0})
         self.longest = longest
-        self._plain: dict[tuple[int, bool], list[float]] = {}
-        """Seconds of the last plain rounds, by rows that cost something and whether any copied."""
+        self._plain: dict[tuple[int, bool, bool], list[float]] = {}
+        """Seconds of the last plain rounds, by rows that cost something, whether any copied, and
+        whether the device went on by itself."""
         self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
         self._usual: dict[int, float] = {}
         """Their medians, by length."""
@@ -117,8 +118,8 @@ class DraftPolicy:
         """Tokens of context that the last plain round had."""
         self._copying = False
         """Whether rows copied in the last drafting round."""
-        self._rows = 1
-        """Rows that cost something in it."""
+        self._rows, self._chained = 1, False
+        """Rows that cost something in it, and whether the device went on by itself."""
         self.copy_costs = CopyCosts()
         """What rounds of several rows took in which some copied."""
         self._calibration: ConfidenceCalibration | None = None
@@ -165,6 +166,7 @@ class DraftPolicy:
         context: int = 0,
         copying: bool = False,
         rows: int = 1,
+        chained: bool = False,
         first: bool = False,
     ) -> None:
         """Take note of a round.
@@ -177,6 +179,7 @@ class DraftPolicy:
             context: Tokens in the longest row.
             copying: Whether rows copied.
             rows: Rows that cost something.
+            chained: Whether the device did not wait for the host before it.
             first: Its time says nothing: it did what is done once, as to capture a graph, or had
                 an update beside it that would have come in any case.
         """
@@ -185,17 +188,17 @@ class DraftPolicy:
                 self._counted[n] += 1
             if self._calibration:
                 self._calibration.observe(length, accepted)
-            self._copying, self._rows = copying, rows
+            self._copying, self._rows, self._chained = copying, rows, chained
             if not first and (plain := self._cost_of_plain):
                 self._charge(length, seconds / plain, emitted)
             self._since += 1
             self._unseen += 1
             self._go_on(context)
-            if not self._look and self._length and all(n != rows for n, _ in self._plain):
+            if not self._look and self._length and all(n != rows for n, *_ in self._plain):
                 self._look = 1
             return
         if not first:
-            times = self._plain.setdefault((rows, copying), [])
+            times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
             del times[:-PLAIN_SEEN]
         if copying == self._copying:
@@ -326,11 +329,17 @@ class DraftPolicy:
         """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain.
 
         Of rounds like the last drafting one: of as many rows, in which some copied if they did
-        there. Of others where none such was seen; 0 if none at all.
+        there, and with as much of a wait for the host. Of others where none such was seen; 0 if
+        none at all.
         """
         if not self._plain:
             return 0.0
-        near = min(self._plain, key=lambda k: (abs(k[0] - self._rows), k[1] != self._copying))
+
+        def unlike(kind: tuple[int, bool, bool]) -> tuple[int, bool, bool]:
+            rows, copying, chained = kind
+            return abs(rows - self._rows), copying != self._copying, chained != self._chained
+
+        near = min(self._plain, key=unlike)
         times = self._plain[near]
         return sorted(times)[(len(times) - 1) // 2]
 

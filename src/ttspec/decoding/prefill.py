@@ -6,7 +6,7 @@ Between two pieces other rows may have rounds: a row takes no part until its pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
+from ttspec.decoding.rollback import RollbackLimits
 from ttspec.decoding.row_sampling import RowSampling, includes
-from ttspec.decoding.rows import RowStates, SamplingSteps
+from ttspec.decoding.rows import Processors, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
@@ -39,7 +40,6 @@ ALONE = 8
 """Rows that are read one after the other then; more at a time are faster together."""
 ROUNDED = 16
 """A CPU that computes in two bytes reads multiples of it: oneDNN keeps 3 MiB for each length."""
-LOST = -1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +74,17 @@ class Prompts:
             del values[at]
 
 
+class Piece(NamedTuple):
+    """The next tokens of some rows' prompts, read together."""
+
+    rows: list[int]
+    parts: list[list[int]]
+    at: list[int]
+    """Where in its row each part begins."""
+    left: list[int]
+    """Prompt tokens that come behind each part."""
+
+
 class PromptReader:
     """Feeds rows, to the target and to its drafter."""
 
@@ -100,15 +111,14 @@ class PromptReader:
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
         self._pads = target.device.type == "cpu" and target.dtype.itemsize == 2
-        self._recurrent = [0] * rows.count
-        """The least length to which a row's recurrent states can go back, or `LOST`."""
+        self.rollback = RollbackLimits(rows, recurrent=target.recurrent)
         self._cropped: set[int] = set()
         """Rows that went back: features may be gone that their drafter sets out from."""
         self._piece = torch.zeros(3 + PIECE, dtype=torch.long, device=target.device)
         """What graphs read: a row, where its piece begins, its tokens' number, and these."""
         self._logits: Tensor
         """[1, 1, V], and from which logits a first token is drawn."""
-        self._drawn = SamplingSteps()
+        self._drawn = Processors()
         """How; where a row asks for more, its draw is not captured."""
 
     def capture(self, graphs: Graphs) -> None:
@@ -123,7 +133,7 @@ class PromptReader:
             self._logits = logits.clone()
             if self.learner and self.learner.study:
                 graphs(self._teach_padded, width, compile=False)
-        self._drawn = self._sampling.captured(self._sampling.steps(range(self._rows.count)))
+        self._drawn = self._sampling.captured(self._sampling.processors(range(self._rows.count)))
         graphs(self._draw_one, self._drawn, compile=False)
 
     def begin(
@@ -143,7 +153,7 @@ class PromptReader:
         self._deferred.before_prompt(rows)
         noise_key = self._rows.inputs.noise_key
         noise_key[noise_key.new_tensor(rows)] = noise_key.new_tensor(keys)
-        self.invalidate(rows)  # until all is read
+        self.rollback.invalidate(rows)  # until all is read
         position = [self._rows.lengths[row] for row in rows]
         return Prompts(
             rows=list(rows),
@@ -158,24 +168,18 @@ class PromptReader:
         """Read up to `PIECE` tokens of every row; with the last ones draw the first tokens."""
         last = prompts.last  # what longer prompts have more goes before
         if prompts.read < max(map(len, prompts.ids)) - last:
-            piece = slice(prompts.read, prompts.read + PIECE)
-            parts = [ids[:-last][piece] for ids in prompts.ids]
-            live = [i for i, part in enumerate(parts) if part]
-            at = [prompts.position[i] for i in live]
-            left = [len(prompts.ids[i]) - prompts.read - len(parts[i]) for i in live]
-            self._feed([prompts.rows[i] for i in live], [parts[i] for i in live], at, left)
-            for i in live:
-                prompts.position[i] += len(parts[i])
+            self._feed(self._next_piece(prompts))
             prompts.read += PIECE
             return
         masks = self._sampling.masks
         if masks and (masked := masks.masked(prompts.rows)):  # one that fails changes nothing
             masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         ends = [ids[-last:] for ids in prompts.ids]
-        logits = self._feed(prompts.rows, ends, prompts.position, [0] * len(ends), logits=True)
+        piece = Piece(prompts.rows, ends, prompts.position, [0] * len(ends))
+        logits = self._feed(piece, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
-        if penalises(self._sampling.steps(prompts.rows)):
+        if penalises(self._sampling.processors(prompts.rows)):
             ends = zip(prompts.rows, prompts.position, prompts.ids, strict=True)
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
@@ -188,42 +192,40 @@ class PromptReader:
         for row, length, ids, token, budget in zip(*given, strict=True):
             self._rows.begin(row, length, ids, token, budget - 1)
             self._deferred.clear(row)
-            self._recurrent[row] = length
+            self.rollback.validate(row)
 
-    def invalidate(self, rows: list[int]) -> None:
-        """Say that the target's recurrent states of some rows may be of another text."""
-        if self._target.recurrent:
-            for row in rows:
-                self._recurrent[row] = LOST
-
-    def validate(self, row: int) -> None:
-        """A round of this row is whole: its states go back to where it began, no further."""
-        self._recurrent[row] = self._rows.lengths[row]
-
-    def is_lost(self, row: int) -> bool:
-        """Whether all that a row holds is read again before it goes on."""
-        return self._recurrent[row] == LOST
+    def _next_piece(self, prompts: Prompts) -> Piece:
+        """Up to `PIECE` tokens of every row that has more than `prompts.last` left."""
+        here, last = slice(prompts.read, prompts.read + PIECE), prompts.last
+        piece = Piece([], [], [], [])
+        for i, ids in enumerate(prompts.ids):
+            if part := ids[:-last][here]:
+                piece.rows.append(prompts.rows[i])
+                piece.parts.append(part)
+                piece.at.append(prompts.position[i])
+                piece.left.append(len(ids) - prompts.read - len(part))
+                prompts.position[i] += len(part)
+        return piece
 
     def crop(self, row: int, length: int) -> None:
-        """A row goes back to `length`, further perhaps than its states do."""
+        """A row goes back to `length`."""
         self._cropped.add(row)
-        if length < self._recurrent[row]:
-            self.invalidate([row])
+        self.rollback.crop(row, length)
 
     def clear(self, row: int) -> None:
         """A row is empty."""
-        self._recurrent[row] = 0
+        self.rollback.validate(row)
         self._cropped.discard(row)
 
     def restore(self, rows: list[int]) -> None:
         """Read the texts of rows again whose states are lost; keys, values and features are not."""
         for row in rows:
-            if self._recurrent[row] != LOST:
+            if not self.rollback.is_lost(row):
                 continue
             text = self._rows.tokens[row][: self._rows.lengths[row]]
             for begin in range(0, len(text), PIECE):
                 self._read_again(row, text[begin : begin + PIECE], begin)
-            self._recurrent[row] = self._rows.lengths[row]
+            self.rollback.validate(row)
 
     def _restore_features(self, rows: list[int]) -> None:
         """Have the features of the last tokens of rows that went back further than they are kept.
@@ -250,8 +252,8 @@ class PromptReader:
 
     def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
         """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
-        steps, graphs = self._sampling.steps(prompts.rows), self.graphs
-        if graphs and len(prompts.rows) <= ALONE and includes(self._drawn, steps):
+        processors, graphs = self._sampling.processors(prompts.rows), self.graphs
+        if graphs and len(prompts.rows) <= ALONE and includes(self._drawn, processors):
             found = []
             for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
                 self._piece[:2].copy_(torch.tensor(given))
@@ -260,19 +262,19 @@ class PromptReader:
             drawn = torch.cat(found)
         else:
             rows, start = torch.tensor([prompts.rows, prompts.position], device=logits.device)
-            drawn = self._draw_of(logits, rows, start, max(prompts.position), steps)
+            drawn = self._draw_of(logits, rows, start, max(prompts.position), processors)
         drawn = drawn.tolist()  # the one wait for the device
         if any(not finite for _, finite in drawn):
             raise not_finite(self._target.name, self._target.dtype)
         return [token for token, _ in drawn]
 
-    def _draw_one(self, steps: SamplingSteps) -> Tensor:
+    def _draw_one(self, processors: Processors) -> Tensor:
         """As `_draw_of`, of the row and the start that stand first in `_piece`."""
         row, start = self._piece[:1], self._piece[1:2]
-        return self._draw_of(self._logits, row, start, self._rows.slots, steps)
+        return self._draw_of(self._logits, row, start, self._rows.slots, processors)
 
     def _draw_of(
-        self, logits: Tensor, rows: Tensor, start: Tensor, longest: int, steps: SamplingSteps
+        self, logits: Tensor, rows: Tensor, start: Tensor, longest: int, processors: Processors
     ) -> Tensor:
         """Tokens of rows int64 [B] at `start` int64 [B], and whether their logits are numbers.
 
@@ -280,47 +282,29 @@ class PromptReader:
             int64 [B, 2].
         """
         noise, finite = None, logits.amax(-1).isfinite().long()
-        logits = self._sampling.change(logits, start, longest, steps, rows)
-        sampling = self._sampling.tensors(steps, rows)
+        logits = self._sampling.change(logits, start, longest, processors, rows)
+        sampling = self._sampling.tensors(processors, rows)
         if sampling.temperature is not None:
             key, size = self._rows.inputs.noise_key[rows], int(self._target.config.vocab_size)
             noise = position_noise(key, start, 1, size, sampling.sampled)
         return torch.cat([pick(logits, noise, sampling), finite], dim=1)
 
-    def _feed(
-        self,
-        rows: list[int],
-        parts: list[list[int]],
-        at: list[int],
-        left: list[int],
-        *,
-        logits: bool = False,
-    ) -> Tensor | None:
-        """Read prompt tokens, of which `left` are still to come behind them.
-
-        Returns:
-            The logits [B, 1, V] of the last column, if asked for.
-        """
-        if self.graphs and len(rows) <= ALONE:
-            each = zip(rows, parts, at, left, strict=True)
-            read = [self._feed_captured(*of_row) for of_row in each]
+    def _feed(self, piece: Piece, *, logits: bool = False) -> Tensor | None:
+        """Read prompt tokens; the logits [B, 1, V] of the last column, if asked for."""
+        if self.graphs and len(piece.rows) <= ALONE:
+            read = [self._feed_captured(*of_row) for of_row in zip(*piece, strict=True)]
         else:
-            some = max(1, AT_ONCE // max(map(len, parts)))
-            groups = [slice(i, i + some) for i in range(0, len(rows), some)]
-            given = [(rows[g], parts[g], at[g], left[g]) for g in groups]
-            read = [self._feed_together(*of_group, logits=logits) for of_group in given]
+            some = max(1, AT_ONCE // max(map(len, piece.parts)))
+            groups = [slice(i, i + some) for i in range(0, len(piece.rows), some)]
+            pieces = [
+                Piece(piece.rows[g], piece.parts[g], piece.at[g], piece.left[g]) for g in groups
+            ]
+            read = [self._feed_together(each, logits=logits) for each in pieces]
         return torch.cat([part for part in read if part is not None]) if logits else None
 
-    def _feed_together(
-        self,
-        rows: list[int],
-        parts: list[list[int]],
-        at: list[int],
-        left: list[int],
-        *,
-        logits: bool,
-    ) -> Tensor | None:
+    def _feed_together(self, piece: Piece, *, logits: bool) -> Tensor | None:
         """As `_feed`, all at once."""
+        rows, parts, at, left = piece
         tokens, start, subset, counts, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             padded = self._pads and self._drafter.takes_padding
@@ -328,7 +312,7 @@ class PromptReader:
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
-        if self.learner and self.learner.study:
+        if self.learner and self.learner.study and self.learner.study.listens:
             near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
         return out
@@ -344,7 +328,7 @@ class PromptReader:
             subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        if self.learner and self.learner.study and left <= PIECE:
+        if (study := self.learner and self.learner.study) and study.listens and left <= PIECE:
             self.graphs(self._teach_padded, width, compile=False)
         return logits.clone()
 

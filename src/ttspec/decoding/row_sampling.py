@@ -17,10 +17,10 @@ from ttspec.config import SamplingConfig
 from ttspec.decoding.logprobs import RowLogprobs
 from ttspec.decoding.masks import RowMasks
 from ttspec.decoding.penalties import RowPenalties, penalises
-from ttspec.decoding.rows import SamplingSteps
+from ttspec.decoding.rows import Processors
 from ttspec.models.target import Target
 from ttspec.records import LogitMask
-from ttspec.sampling import SamplingTensors, steps_of, values_of
+from ttspec.sampling import SamplingTensors, processors_of, values_of
 
 PATIENCE = 64
 """Rounds that do more than their rows ask for, before what they ask for is captured."""
@@ -67,9 +67,9 @@ class RowSampling:
         self.logprobs = RowLogprobs(rows)
         self.masks: RowMasks | None = None
         """None where no row ever had one."""
-        self._met: Counter[SamplingSteps] = Counter()
-        self._captured: set[SamplingSteps] = set()
-        self._steps = [self._steps_of(row) for row in range(rows)]
+        self._met: Counter[Processors] = Counter()
+        self._captured: set[Processors] = set()
+        self._processors = [self._processors_of(row) for row in range(rows)]
 
     def set(
         self,
@@ -105,67 +105,67 @@ class RowSampling:
             for name, value in values_of(sampling).items():
                 self._tensors[name][row] = value
             self.penalties.set(row, sampling)
-        self._steps[row] = self._steps_of(row)
+        self._processors[row] = self._processors_of(row)
 
-    def steps(self, rows: Iterable[int]) -> SamplingSteps:
+    def processors(self, rows: Iterable[int]) -> Processors:
         """What is done where some rows take part."""
-        asked = {self._steps[row] for row in rows}
-        steps = asked.pop()
+        asked = {self._processors[row] for row in rows}
+        found = asked.pop()
         for other in asked:
-            steps = SamplingSteps(
-                steps.names | other.names,
-                max(steps.most_k, other.most_k),
-                max(steps.most_ngram, other.most_ngram),
+            found = Processors(
+                found.names | other.names,
+                max(found.most_k, other.most_k),
+                max(found.most_ngram, other.most_ngram),
             )
-        return steps._replace(words=self.penalties.words) if "words" in steps.names else steps
+        return found._replace(words=self.penalties.words) if "words" in found.names else found
 
-    def captured(self, steps: SamplingSteps) -> SamplingSteps:
+    def captured(self, processors: Processors) -> Processors:
         """The same, or more that has graphs already: so few are captured, and seldom.
 
         Rows that come and go make ever new combinations; what is more changes no bit. One that is
         met often gets graphs of its own.
         """
-        self._met[steps] += 1
-        if steps not in self._captured:
-            others = [other for other in self._captured if includes(other, steps)]
-            if others and self._met[steps] <= PATIENCE:
+        self._met[processors] += 1
+        if processors not in self._captured:
+            others = [other for other in self._captured if includes(other, processors)]
+            if others and self._met[processors] <= PATIENCE:
                 return min(others, key=lambda other: (len(other.names), other.most_k))
-            self._captured.add(steps)
-        return steps
+            self._captured.add(processors)
+        return processors
 
-    def _steps_of(self, row: int) -> SamplingSteps:
+    def _processors_of(self, row: int) -> Processors:
         """What a row asks for."""
         sampling, _ = self._of_row[row]
-        names = steps_of(sampling) | self.penalties.names(row)
+        names = processors_of(sampling) | self.penalties.names(row)
         if self._default.acceptance == "rejection" and sampling.temperature == 0:
             names |= {"greedy"}
         if self.masks and self.masks.masked([row]):
             names |= {"mask"}
         most_k = sampling.top_k if "top_k" in names else 0
-        return SamplingSteps(names, rounded(most_k), rounded(sampling.no_repeat_ngram_size))
+        return Processors(names, rounded(most_k), rounded(sampling.no_repeat_ngram_size))
 
     def tensors(
-        self, steps: SamplingSteps, subset: Tensor | slice | None = None
+        self, processors: Processors, subset: Tensor | slice | None = None
     ) -> SamplingTensors:
         """What temperature and filters read; of the rows `subset` int64 [B], or of all."""
-        values = {n: tensor for n, tensor in self._tensors.items() if n in steps.names}
+        values = {n: tensor for n, tensor in self._tensors.items() if n in processors.names}
         if subset is not None:
             values = {n: tensor[subset] for n, tensor in values.items()}
-        return SamplingTensors(**values, most_k=steps.most_k)
+        return SamplingTensors(**values, most_k=processors.most_k)
 
     def change(
         self,
         logits: Tensor,
         end: Tensor,
         longest: int,
-        steps: SamplingSteps,
+        processors: Processors,
         subset: Tensor | None = None,
     ) -> Tensor:
         """The target's logits as penalties, bans and masks change them; see `RowPenalties`."""
         changed = logits
-        if penalises(steps):
-            changed = self.penalties(logits, end, longest, steps, subset)
-        if "mask" in steps.names:
+        if penalises(processors):
+            changed = self.penalties(logits, end, longest, processors, subset)
+        if "mask" in processors.names:
             assert self.masks is not None
             changed = self.masks(logits, changed, subset)
         return changed
@@ -176,7 +176,7 @@ def rounded(size: int) -> int:
     return size and 1 << (size - 1).bit_length()
 
 
-def includes(more: SamplingSteps, steps: SamplingSteps) -> bool:
-    """Whether all that `steps` does is done."""
-    sizes = more.most_k >= steps.most_k and more.most_ngram >= steps.most_ngram
-    return more.names >= steps.names and sizes and steps.words in (more.words, (0, 0))
+def includes(more: Processors, few: Processors) -> bool:
+    """Whether all that `few` do is done by `more`."""
+    sizes = more.most_k >= few.most_k and more.most_ngram >= few.most_ngram
+    return more.names >= few.names and sizes and few.words in (more.words, (0, 0))

@@ -6,20 +6,21 @@ leaves a row where it was, and what it wrote past the row's length is dead. Know
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiled_once
 from ttspec.records import TokenLogprobs
 
 COPIES = 5
 """Numbers of a row that are uploaded besides the tokens it copies."""
 
 
-class SamplingSteps(NamedTuple):
+class Processors(NamedTuple):
     """What is done to logits before a token is taken: what some row asks for, and no more."""
 
     names: frozenset[str] = frozenset()
@@ -39,7 +40,7 @@ class RoundShape(NamedTuple):
     """Tokens that the drafter drafts; at 0 it is not run."""
     copy_length: int = 0
     """Tokens that rows copy at most; at 0 no row copies."""
-    steps: SamplingSteps = SamplingSteps()
+    processors: Processors = Processors()
     """How tokens are chosen. The values are in tensors that graphs read."""
     absorbs: bool = True
     """Whether the drafter makes context of what is committed, or does so some rounds later."""
@@ -127,8 +128,10 @@ class RowStates:
         self._answers = [0] * count
         """Where each row's answer begins."""
         uploaded = torch.zeros(COPIES + copies, count, dtype=torch.long, device=device)
-        self._uploaded, pin = uploaded, uploaded.is_cuda
+        self.uploaded, pin = uploaded, uploaded.is_cuda
+        """int64 [5 + C, B], all that `inputs` shows, but for the keys of noise."""
         self._staged = [torch.zeros_like(uploaded, device="cpu", pin_memory=pin) for _ in range(2)]
+        self._downloads: dict[torch.Size, list[tuple[Tensor, torch.cuda.Event]]] = {}
         self.inputs = RoundInputs(
             pending=uploaded[0],
             start=uploaded[1],
@@ -164,7 +167,41 @@ class RowStates:
             for row, tokens in copies.items():
                 end = COPIES + len(tokens)
                 table[COPIES - 1, row], table[COPIES:end, row] = len(tokens), tokens
-        self._uploaded[:most].copy_(staged[:most], non_blocking=True)
+        self.uploaded[:most].copy_(staged[:most], non_blocking=True)
+
+    def download(self, table: Tensor) -> Callable[[], list[list[int]]]:
+        """Begin to bring a verdict's table to the host.
+
+        Two rounds may be under way, so there are two places.
+
+        Returns:
+            What waits for it, and gives its rows.
+        """
+        if not table.is_cuda:
+            told: list[list[int]] = table.tolist()
+            return lambda: told
+        if table.shape not in self._downloads:
+            pinned = [torch.empty_like(table, device="cpu", pin_memory=True) for _ in range(2)]
+            self._downloads[table.shape] = [(to, torch.cuda.Event()) for to in pinned]
+        self._downloads[table.shape].reverse()
+        host, over = self._downloads[table.shape][0]
+        host.copy_(table, non_blocking=True)
+        over.record()
+
+        def read() -> list[list[int]]:
+            over.synchronize()
+            return host.tolist()
+
+        return read
+
+    def advance(self, table: Tensor) -> None:
+        """Bring what the device reads to where a round leaves it, as `commit` and `upload` would.
+
+        Args:
+            table: int64 [B, 4 + G+1], of the round's `Verdict`.
+        """
+        inputs = self.uploaded[: COPIES - 1]
+        inputs.copy_(_advanced(table, inputs, self.slots))
 
     def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""
@@ -202,3 +239,15 @@ class RowStates:
         """Empty a row."""
         self.lengths[row] = self.budget[row] = 0
         self.tokens[row] = []
+
+
+@compiled_once
+def _advanced(table: Tensor, inputs: Tensor, slots: int) -> Tensor:
+    """Pending tokens, their places, budgets and the round's number, int64 [4, B], a round later."""
+    pending, start, budget, number = inputs.unbind()
+    emitted, ended = table[:, 0], table[:, 3] > 0
+    last = table.gather(1, (emitted + 3).clamp(min=4)[:, None])[:, 0]
+    left = (budget - emitted).masked_fill(ended, 0)
+    goes_on = left > 0
+    places = (start + emitted).masked_fill(~goes_on, slots)
+    return torch.stack([torch.where(goes_on, last, pending), places, left, number + 1])

@@ -7,15 +7,15 @@ prompt holds up nobody for longer than a piece of it. Whoever serves adds a queu
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ttspec.config import GenerateConfig, SamplingConfig
-from ttspec.decoding.conversation import Conversation, shared_prefix
+from ttspec.decoding.conversation import Conversation, Request, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import Prompts
 from ttspec.errors import OptionError
-from ttspec.records import Chunk, LogitMask
+from ttspec.records import Chunk
 
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
@@ -25,50 +25,6 @@ SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
 LEAST_COPIED = 64
 """Tokens that two texts begin with alike, for which what was read is copied from row to row."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """A conversation that begins, or one turn."""
-
-    ids: list[int]
-    """Tokens of the first prompt."""
-    seed: int
-    """Of all noise of the conversation."""
-    occurrence: int = 0
-    """Tells equal prompts of equal seeds apart."""
-    quota: int | None = None
-    """Tokens that all turns together may have; None is no limit."""
-    thinking: bool | None = None
-    """What the chat template asked for; only told in the statistics."""
-    config: GenerateConfig | None = None
-    """Sampling, limits and stops of its own, each turn's; None is the scheduler's. `SHARED_OPTIONS`
-    must be alike."""
-    mask: LogitMask | None = None
-    """What the first answer may be, as a grammar says."""
-    logprobs: int | None = None
-    """Tell of each token what the target says of it, and of the so many likeliest in its place;
-    None tells nothing."""
-    tenant: str | None = None
-    """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
-    free row holds the beginning of its prompt, from a request of the same tenant, that is not read
-    again; None finds no such row."""
-    keeps_row: bool = False
-    """More turns may follow: the row is freed by `release`, not at the end of the answer."""
-
-
-@dataclass(slots=True)
-class Admitted:
-    """A request that was added, until its row is freed."""
-
-    talk: Conversation
-    sampling: SamplingConfig
-    mask: LogitMask | None
-    logprobs: int | None
-    tenant: str | None
-    keeps_row: bool
-    ids: list[int] | None
-    """The prompt of a turn that was not begun."""
 
 
 class Scheduler:
@@ -86,7 +42,8 @@ class Scheduler:
         self._free = list(range(decoder.rows.count))
         self._queue: deque[int] = deque()
         """Requests without a row."""
-        self._requests: dict[int, Admitted] = {}
+        self._requests: dict[int, Conversation] = {}
+        """Until their rows are freed."""
         self._left_by: dict[int, str | None] = {}
         """Whose text a free row holds."""
         self._ready: list[int] = []
@@ -110,60 +67,25 @@ class Scheduler:
         sampling = self._sampling_of(config)
         self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
-        talk = Conversation(
-            self.decoder,
-            config,
-            request.seed,
-            occurrence=request.occurrence,
-            quota=request.quota,
-            thinking=request.thinking,
-            stream=self._stream,
-        )
-        self._requests[number] = Admitted(
-            talk,
-            sampling,
-            request.mask,
-            request.logprobs,
-            request.tenant,
-            request.keeps_row,
-            request.ids,
-        )
+        talk = Conversation(self.decoder, request, config, sampling, stream=self._stream)
+        self._requests[number] = talk
         self._queue.append(number)
         return number
 
-    def add_turn(
-        self,
-        request: int,
-        ids: list[int],
-        *,
-        config: GenerateConfig | None = None,
-        seed: int | None = None,
-        mask: LogitMask | None = None,
-    ) -> None:
+    def add_turn(self, request: int, ids: list[int]) -> None:
         """Queue the next turn of a conversation that keeps its row.
 
         Args:
             request: Which one.
             ids: The whole conversation up to the answer. What its row holds of it is not read
                 again, up to the first token that is another.
-            config: From now on; None is as before.
-            seed: With one, the answer is what a new request of this seed for `ids` would get; None
-                goes on with the noise of the conversation.
-            mask: What this answer may be.
-
-        Raises:
-            OptionError: As `add_request`.
         """
-        known = self._requests[request]
-        if config is not None:
-            known.sampling = self._sampling_of(config)
-        known.mask, known.ids = mask, ids
-        known.talk.renew(config, seed)
+        self._requests[request].queued = ids
         self._ready.append(request)
 
     def conversation(self, request: int) -> Conversation:
         """What is known of a request, until its row is freed."""
-        return self._requests[request].talk
+        return self._requests[request]
 
     def has_unfinished(self) -> bool:
         """Whether there is anything to do."""
@@ -184,9 +106,9 @@ class Scheduler:
                 moved += self._read_piece()
         if self._decoding and (self._reading or not moved):
             moved += self._round()
-        events = [(request, self._requests[request].talk.chunk()) for request in moved]
+        events = [(request, self._requests[request].chunk()) for request in moved]
         for request, chunk in events:
-            if chunk.result and not self._requests[request].keeps_row:
+            if chunk.result and not self._requests[request].request.keeps_row:
                 self.release(request)
         return events
 
@@ -196,24 +118,20 @@ class Scheduler:
         Returns:
             Its last chunk; None if its answer was over, or it is not known.
         """
-        known = self._requests.get(request)
-        if known is None or (known.ids is None and known.talk.finish):
+        talk = self._requests.get(request)
+        if talk is None or (talk.queued is None and talk.finish):
             return None
-        talk = known.talk
-        if known.ids is None:
-            if self._reading and request in self._reading[1]:
-                self._reading[0].drop(talk.row)
-                self._reading[1].remove(request)
-                self._end_reading()
-            elif request in self._decoding:
-                self._decoding.remove(request)
-            talk.cancel()
-        else:
+        if talk.queued is not None:
             (self._ready if request in self._ready else self._queue).remove(request)
-            talk.cancel(known.ids)
-            known.ids = None
+        elif self._reading and request in self._reading[1]:
+            self._reading[0].drop(talk.row)
+            self._reading[1].remove(request)
+            self._end_reading()
+        elif request in self._decoding:
+            self._decoding.remove(request)
+        talk.cancel()
         chunk = talk.chunk()
-        if talk.row < 0 or not known.keeps_row:
+        if talk.row < 0 or not talk.request.keeps_row:
             self.release(request)
         return chunk
 
@@ -224,10 +142,10 @@ class Scheduler:
 
     def release(self, request: int) -> None:
         """Forget a conversation that is over; its row is free."""
-        known = self._requests.pop(request)
-        if known.talk.row >= 0:
-            self._free.append(known.talk.row)
-            self._left_by[known.talk.row] = known.tenant
+        talk = self._requests.pop(request)
+        if talk.row >= 0:
+            self._free.append(talk.row)
+            self._left_by[talk.row] = talk.request.tenant
 
     def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
         """How a request's tokens are chosen.
@@ -266,19 +184,18 @@ class Scheduler:
     def _give_rows(self) -> None:
         while self._free and self._queue:
             request = self._queue.popleft()
-            known = self._requests[request]
-            row = self._row_for(known)
-            self._free.remove(row)
-            known.talk.row = row
+            talk = self._requests[request]
+            talk.row = self._row_for(talk.request)
+            self._free.remove(talk.row)
             self._ready.append(request)
 
-    def _row_for(self, request: Admitted) -> int:
+    def _row_for(self, request: Request) -> int:
         """A free row, which holds what there is of a request's text from the same tenant.
 
         That is the row of a conversation that comes back. Who only begins alike, with the same
         system message as a rule, has a copy of that: each conversation keeps a row.
         """
-        decoder, tenant, ids = self.decoder, request.tenant, request.ids or []
+        decoder, tenant, ids = self.decoder, request.tenant, request.ids
         if tenant is None:
             decoder.clear(row := self._free[-1])
             return row
@@ -303,35 +220,26 @@ class Scheduler:
     def _begin(self) -> list[int]:
         """Begin to read what is ready; requests whose answers are over before they begin."""
         requests, self._ready = self._ready, []
-        live, over = list[tuple[int, Admitted]](), list[int]()
-        budgets = []
-        for request in requests:
-            known = self._requests[request]
-            assert known.ids is not None
-            budget = known.talk.open(known.ids)
-            known.ids = None
-            if not budget:
-                over.append(request)
-                continue
-            live.append((request, known))
-            budgets.append(budget)
+        budgets = {request: self._requests[request].open() for request in requests}
+        live = [request for request in requests if budgets[request]]
+        talks = [self._requests[request] for request in live]
+        for talk in talks:
             self.decoder.row_sampling.set(
-                known.talk.row,
-                known.sampling,
-                ignore_eos=known.talk.config.ignore_eos,
-                mask=known.mask,
-                logprobs=known.logprobs,
+                talk.row,
+                talk.sampling,
+                ignore_eos=talk.config.ignore_eos,
+                mask=None if talk.turn else talk.request.mask,
+                logprobs=talk.request.logprobs,
             )
         if live:
-            talks = [known.talk for _, known in live]
             prompts = self.decoder.prompts.begin(
                 [talk.row for talk in talks],
                 [talk.prompt_ids for talk in talks],
                 [talk.noise_key() for talk in talks],
-                budgets,
+                [budgets[request] for request in live],
             )
-            self._reading = prompts, [request for request, _ in live]
-        return over
+            self._reading = prompts, live
+        return [request for request in requests if not budgets[request]]
 
     def _read_piece(self) -> list[int]:
         """Read on; once all is read, the requests, which have their first token now."""
@@ -342,9 +250,9 @@ class Scheduler:
             return []
         first = zip(requests, prompts.first_tokens, prompts.logprobs, strict=True)
         for request, token, told in first:
-            self._requests[request].talk.begin(token, told)
+            self._requests[request].begin(token, told)
         self._end_reading()
-        self._decoding += [r for r in requests if not self._requests[r].talk.finish]
+        self._decoding += [r for r in requests if not self._requests[r].finish]
         return requests
 
     def _end_reading(self) -> None:
@@ -356,7 +264,7 @@ class Scheduler:
         ahead = self.decoder.works_ahead and not (self._reading or self._in_company)
         outcomes, moved = self.decoder.round(ahead=ahead), self._decoding
         for request in moved:
-            talk = self._requests[request].talk
+            talk = self._requests[request]
             talk.advance(outcomes[talk.row])
-        self._decoding = [r for r in moved if not self._requests[r].talk.finish]
+        self._decoding = [r for r in moved if not self._requests[r].finish]
         return moved

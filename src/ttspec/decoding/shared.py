@@ -10,6 +10,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import sampled_sha256
+from ttspec.models.packed import unpacked
 from ttspec.models.target import Target
 
 
@@ -59,7 +60,8 @@ class SharedWeights:
 
 def fingerprint(target: Target) -> str:
     """What tells a target's weights from any others."""
-    return sampled_sha256(dict(target.model.named_parameters()))
+    weights = {name: unpacked(w) for name, w in target.model.named_parameters()}
+    return sampled_sha256(weights)
 
 
 def _key(config: GenerateConfig) -> tuple[Any, ...]:

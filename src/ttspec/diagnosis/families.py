@@ -24,10 +24,7 @@ SHAPE: dict[str, Any] = {
 }
 WINDOW = 24
 """Shorter than any text here."""
-ALTERNATING = {
-    "layer_types": ["sliding_attention", "full_attention"],
-    "sliding_window": WINDOW,
-}
+ALTERNATING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -122,10 +119,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0], "tie_word_embeddings": True}),
     "olmo-2": ("olmo2", {}),
-    "cohere-2": (
-        "cohere2",
-        {**ALTERNATING, "logit_scale": 0.5},
-    ),
+    "cohere-2": ("cohere2", {**ALTERNATING, "logit_scale": 0.5}),
     "deepseek-v3": (
         "deepseek_v3",
         {
@@ -152,10 +146,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_5_moe_text",
         {**GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 48},
     ),
-    "qwen3-next": (
-        "qwen3_next",
-        {**GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 48},
-    ),
+    "qwen3-next": ("qwen3_next", {**GATED_DELTA, **EXPERTS, "shared_expert_intermediate_size": 48}),
     "mamba-2": (
         "mamba2",
         {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 2},
@@ -163,13 +154,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "lfm2": ("lfm2", {"layer_types": ["conv", "full_attention"]}),
     "bamba": ("bamba", {**STATE_SPACE, "attn_layer_indices": [1]}),
     "falcon-h1": ("falcon_h1", {**STATE_SPACE, "mamba_d_ssm": 128}),
-    "gpt-neo": (
-        "gpt_neo",
-        {
-            "window_size": WINDOW,
-            "attention_types": [[["global", "local"], 1]],
-        },
-    ),
+    "gpt-neo": ("gpt_neo", {"window_size": WINDOW, "attention_types": [[["global", "local"], 1]]}),
     "bloom": ("bloom", {}),
     "bert": ("bert", {}),
     "bart": ("bart", {}),

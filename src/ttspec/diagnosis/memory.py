@@ -35,7 +35,7 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     width = widths(drafter, DraftConfig(), batch_invariant=False)[-1]
     cache, states = _target_cache(target, width)
     parts = {
-        "target_weights": sum(p.nbytes for p in target.model.parameters()),
+        "target_weights": target.nbytes,
         "target_cache_per_1000_tokens": cache,
         "target_state_per_row": states,
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
@@ -78,7 +78,7 @@ def forecast(engine: Engine, rows: int, context: int) -> dict[str, int | None]:
     weights = None
     if target.path and not target.is_split:
         files = find_target(str(target.path))
-        weights = files.nbytes(target.dtype)
+        weights = files.nbytes(target.dtype, target.device)
     need = of_run(target, drafter, GenerateConfig(), rows, context)
     one = STRETCH - 1
     parts = Forecast(

@@ -53,7 +53,7 @@ class Effort:
     """Of each greedy text."""
 
 
-FULL, BRIEF, QUICK = Effort(), Effort(rounds=60, tokens=96), Effort(rounds=24, tokens=40)
+FULL, BRIEF = Effort(), Effort(rounds=60, tokens=96)
 REAL_WEIGHTS = Effort(rounds=6, tokens=12)
 
 
@@ -252,11 +252,7 @@ def texts(target: Target, reference: PreTrainedModel, tokens: int) -> tuple[int,
     for drafter in (None, Ngram()):
         target.taps = ()
         results = Engine(target, drafter).generate(
-            prompts.tolist(),
-            max_new_tokens=tokens,
-            temperature=0.0,
-            ignore_eos=True,
-            learn=None,
+            prompts.tolist(), max_new_tokens=tokens, temperature=0.0, ignore_eos=True, learn=None
         )
         for row, result in zip(whole, results, strict=True):
             found = row.new_tensor(result.token_ids)

@@ -8,8 +8,7 @@ were drafts.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,29 +23,20 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
+from ttspec.drafters.base import DraftState, Shapes, placed
 from ttspec.drafters.blocks import Blocks, Choices, Text, positions, row_index
-from ttspec.drafters.context import (
-    empty_context,
-    feature_ring,
-    first_seen,
-    same_block,
-    seen_mask,
-)
+from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
+    FunctionalDrafter,
     FunctionalState,
     InPlaceCache,
     Masks,
-    ModelFunction,
-    Projection,
     Reading,
     functional_model,
 )
 from ttspec.drafters.layers import Weights, activation_of
-from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
-from ttspec.errors import CheckpointError, OptionError
-from ttspec.models.attention import NAME as FOLDED
+from ttspec.errors import CheckpointError
 from ttspec.models.unfit import attention_windows
 from ttspec.records import Lesson, Verification
 
@@ -72,9 +62,15 @@ class Fed:
     """int64 [B, N]; below 0 is padding."""
     before: Tensor | None = None
     """[B, N, W], features to read along; see `Pard`."""
+    begin: Tensor | None = None
+    """int64 [B, N]: context slots below it are seen; None is the first position."""
+    same: Tensor | None = None
+    """bool [N, N], which of them may see each other; None is all."""
+    keep: int = 0
+    """Logits of so many last ones; 0 is all."""
 
 
-class Causal(Drafter):
+class Causal(FunctionalDrafter):
     """A draft model from its config.json and its weights by transformers' names."""
 
     kind = "causal"
@@ -99,22 +95,15 @@ class Causal(Drafter):
         self.windows = attention_windows(self.model_config)
         self.rebuilt = set((self.config.get("ttspec") or {}).get("rebuilt") or [])
         self.length = self._given_length()
-        base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
-        self._plain_rope = Rope.of({"rope_theta": base}, self.head_dim)
-        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
-        self.interpretation["rope base"] = f"{self._plain_rope.base:g}"
+        self._read_rope()
         self._shared = Shared()
         if isinstance(act := getattr(text, "hidden_act", None), str):
             activation_of(act)
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The transformers model; its own parameters are never used."""
+    def module(self) -> PreTrainedModel:
+        """See `FunctionalDrafter`."""
         return functional_model(self.model_config)
-
-    @cached_property
-    def _function(self) -> ModelFunction:
-        return ModelFunction(self.model)
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""
@@ -144,7 +133,7 @@ class Causal(Drafter):
         if self.model_config.tie_word_embeddings:
             self.weights.pop("lm_head.weight", None)
         self.weights = placed(self.weights, embedding)
-        torch.nn.Module.to(self.model, embedding.device)
+        torch.nn.Module.to(self.module, embedding.device)
         ours, theirs, own = int(text.vocab_size), embedding.shape[0], tokenizer_of(self.path)
         if own is None:
             self._require("vocabulary", ours, theirs)
@@ -164,34 +153,9 @@ class Causal(Drafter):
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
-        like = self.embedding
-        known = options, like.device  # a forecast starts on meta
-        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
-            self._ropes[known] = self._rope(options).to(like.device)
-        return CausalState(
-            weights=self.weights,
-            options=options,
-            rope=self._ropes[known],
-            tokens=torch.zeros(rows, slots + 1, dtype=torch.long, device=like.device),
-            anchor=self.weights,
-            takes_spans=self.model.config._attn_implementation == FOLDED,
-            **empty_context(self.layers, rows, self.kv_heads, slots, self.head_dim, like),
-            **feature_ring(rows, len(self.taps) * like.shape[1], like),
-        )
-
-    def _rope(self, options: DraftConfig) -> Rope:
-        """The model's rotation where positions are changed; else it is not looked at."""
-        if not options.rope_base and not options.rebase:
-            return self._plain_rope
-        text = self.model_config.get_text_config().to_dict()
-        with suppress(KeyError, TypeError, ValueError):
-            rope = Rope.of(text, self.head_dim, options.rope_base)
-            if self._function.rope_buffers(rope):
-                return rope
-        raise OptionError(
-            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
-            "are not possible.\nUse draft.window instead."
-        )
+        tokens = torch.zeros(rows, slots + 1, dtype=torch.long, device=self.embedding.device)
+        width = len(self.taps) * self.embedding.shape[1]
+        return CausalState(tokens=tokens, **self._context(rows, slots, options, width))
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Read tokens, and those before that may not have been read."""
@@ -218,9 +182,9 @@ class Causal(Drafter):
         ids = state.tokens[row[:, None], position.clamp(0, state.slots)]
         first = position[:, 0].clamp(min=0)
         first = first.masked_fill(first >= state.slots, 0)  # rows at rest
-        fed = Fed(ids, position, self._features_before(state, position, row))
+        fed = Fed(ids, position, self._features_before(state, position, row), keep=1)
         longest = int(first.max()) if first.is_cpu else state.slots  # nobody waits for a device
-        _, k, v = self._read(state, weights, fed, longest, row=subset, keep=1)
+        _, k, v = self._read(state, weights, fed, longest, row=subset)
         state.write(k, v, position, row)
 
     def absorb(self, state: DraftState, verification: Verification) -> None:
@@ -238,20 +202,15 @@ class Causal(Drafter):
             fed = Fed(self._shared.translate(token), blocks.start + step + 1)
         return None
 
-    def _replay(
-        self,
-        state: DraftState,
-        lesson: Lesson,
-        blocks: Blocks,
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, CausalState)
         length, before = blocks.length, lesson.before
         before = None if before is None else before.repeat_interleave(length, dim=1)
         ids = self._block_ids(lesson.tokens[..., :length]).flatten(1)
-        fed = Fed(ids, blocks.position(length), before)
         begin = blocks.start.repeat_interleave(length, dim=1)
         same = same_block(blocks.start.shape[1], length, ids.device)
-        logits, *_ = self._read(state, state.weights, fed, blocks.longest, begin=begin, same=same)
+        fed = Fed(ids, blocks.position(length), before, begin, same)
+        logits, *_ = self._read(state, state.weights, fed, blocks.longest)
         return logits.unflatten(1, (-1, length))
 
     def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
@@ -265,20 +224,20 @@ class Causal(Drafter):
         Returns:
             [N, R, H], what the head reads.
         """
-        return self._function.hidden(self.weights, ids, position, seen)
+        return self.function.hidden(self.weights, ids, position, seen)
 
     def _trainable(self) -> list[str]:
         """All but the tables."""
-        tables = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        tables = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
         frozen = {id(m.weight) for m in tables if m is not None}
-        return [n for n, p in self.model.named_parameters() if id(p) not in frozen]
+        return [n for n, p in self.module.named_parameters() if id(p) not in frozen]
 
     def _layer(self, index: int) -> str:
         return f".layers.{index}."
 
     def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; a matrix that transformers lays out otherwise gets no change."""
-        plain = {n for n, m in self.model.named_modules() if isinstance(m, Projection)}
+        """See `Drafter.matrices`."""
+        plain = self.plain_matrices()
         return [n for n in super().matrices(parameters) if n in plain]
 
     def _block_ids(self, tokens: Tensor) -> Tensor:
@@ -315,23 +274,22 @@ class Causal(Drafter):
             Logits [B, 1 + masks, V_draft] of the last token and the masks. They are the drafts from
             index `step` on.
         """
-        position, keep, longest = fed.position, 1 + masks, blocks.longest + step
+        fed = replace(fed, keep=1 + masks)
+        position, longest = fed.position, blocks.longest + step
         rest = blocks.start[:, 0] >= state.slots  # begins past the last slot and takes no part
         if not state.spans:
-            logits, k, v = self._read(
-                state, state.weights, fed, longest, origin=blocks.start, keep=keep
-            )
+            logits, k, v = self._read(state, state.weights, fed, longest, origin=blocks.start)
             known = position.shape[1] - masks  # masks are no context
             at = position[:, :known].masked_fill(rest[:, None], state.slots)
             state.write(k[..., :known, :], v[..., :known, :], at, row_index(at))
             return logits
         # What is written past the start is dead after this draft, keys of masks as well.
         seen = self._by_window(state, position, lambda f: state.seen_spans(f, position, rest))
-        layers = state.in_place(position, rest, longest + keep, [seen[w] for w in self.windows])
-        inputs, weights = self._inputs(state.weights, fed), self._with_rope(state, state.weights)
+        layers = state.in_place(position, rest, longest + fed.keep, [seen[w] for w in self.windows])
+        inputs, weights = self._inputs(state.weights, fed), self.with_rope(state, state.weights)
         cache = InPlaceCache(layers)
         return self._shared.drafted(
-            self._function(weights, Reading(inputs, position, seen, keep), cache)
+            self.function(weights, Reading(inputs, position, seen, fed.keep), cache)
         )
 
     def _by_window(
@@ -350,9 +308,6 @@ class Causal(Drafter):
         *,
         row: Tensor | None = None,
         origin: Tensor | None = None,
-        begin: Tensor | None = None,
-        same: Tensor | None = None,
-        keep: int = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run the model over new tokens, which see the context and each other.
 
@@ -363,30 +318,21 @@ class Causal(Drafter):
             longest: How far the context reaches, known on the host.
             row: int64 [B], the rows meant; None is all.
             origin: int64 [B, 1], from where re-based distances count; None is where `begin` is.
-            begin: int64 [B, N]: context slots below it are seen; None is the first position.
-            same: bool [N, N], which new tokens may see each other; None is all.
-            keep: Logits of so many last tokens; 0 is all.
 
         Returns:
             logits [B, keep, V_draft], keys and values [layers, B, kv heads, N, D].
         """
         position = fed.position
-        if begin is None:
-            begin = position[:, :1].expand_as(position)
+        begin = position[:, :1].expand_as(position) if fed.begin is None else fed.begin
         # What is fed again stays where it is.
         origin = begin[:, :1] if origin is None else origin
         keys, values = state.read(longest, origin, row, near=self.length)
 
         def mask(first: Tensor) -> Tensor:
-            return seen_mask(keys.shape[3], begin, position, first, position, same)[:, None]
+            return seen_mask(keys.shape[3], begin, position, first, position, fed.same)[:, None]
 
         masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
-        reading = Reading(inputs, position, masks, keep)
-        weights = self._with_rope(state, weights)
-        logits, k, v = self._function.concatenated(weights, reading, keys, values)
+        reading = Reading(inputs, position, masks, fed.keep)
+        weights = self.with_rope(state, weights)
+        logits, k, v = self.function.concatenated(weights, reading, keys, values)
         return self._shared.drafted(logits), k, v
-
-    def _with_rope(self, state: CausalState, weights: Weights) -> Weights:
-        """Weights, and rotary frequencies where they were overridden."""
-        override = state.options.rope_base
-        return {**weights, **self._function.rope_buffers(state.rope)} if override else weights

@@ -32,7 +32,7 @@ from ttspec.drafters.mtp_names import native_names
 from ttspec.drafters.pard import Pard
 from ttspec.drafters.peagle import PEagle
 from ttspec.drafters.vocabulary import ids_of
-from ttspec.errors import CheckpointError, ResourceError, TtspecError
+from ttspec.errors import CheckpointError, TtspecError, writing
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
@@ -191,7 +191,6 @@ def save_drafter(
 
     Raises:
         CheckpointError: The folder holds a checkpoint already.
-        ResourceError: The disk does not take it; nothing is left of it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     taken = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -200,20 +199,12 @@ def save_drafter(
             f"{folder} holds {taken[0]} already; nothing was overwritten.\nGive an empty folder."
         )
     tensors = {k: w.detach().to("cpu", copy=True).contiguous() for k, w in weights.items()}
-    try:
+    text = json.dumps(dict(config), indent=2, sort_keys=True)
+    with writing(folder):
         save_torch_state_dict(tensors, folder, max_shard_size=shard, metadata={"format": "pt"})
-        for file in folder.glob("*.safetensors"):
-            file.chmod(0o644)  # written for its owner alone
-        text = json.dumps(dict(config), indent=2, sort_keys=True)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
-        for name in ("*.safetensors", "*.safetensors.index.json", "config.json"):
-            for file in folder.glob(name):
-                file.unlink()
-        reason = getattr(error, "strerror", None) or error
-        raise ResourceError(
-            f"{folder} could not be written: {reason}.\nMake room, or give another folder."
-        ) from error
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # findings/safetensors_0_8_replaces_files.sh
 
 
 def kind_of(config: Mapping[str, Any], names: Collection[str] = ()) -> str | None:

@@ -218,12 +218,7 @@ class DFlash(FeatureDrafter):
         """
         return self.logits(states)
 
-    def _replay(
-        self,
-        state: DraftState,
-        lesson: Lesson,
-        blocks: Blocks,
-    ) -> Tensor:
+    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, ContextState)
         context = state.read(blocks.longest, blocks.start)
         contexts = self._concatenated(*context, blocks, state.options.window)
@@ -312,13 +307,7 @@ class DFlash(FeatureDrafter):
 
     @compiled
     def layer(
-        self,
-        weights: Weights,
-        x: Tensor,
-        position: Tensor,
-        rope: Rope,
-        attend: Attend,
-        width: int,
+        self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, attend: Attend, width: int
     ) -> Tensor:
         """A decoder layer.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +38,17 @@ from ttspec.records import Lesson
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
+
+
+class ChainPlan(NamedTuple):
+    """A chains a row."""
+
+    weights: Weights
+    position: Tensor
+    """int64 [B, A], of their first steps."""
+    rope: Rope
+    contexts: Iterable[Sequence[Attend]]
+    """Of each layer, at each step."""
 
 
 class Eagle3(FeatureDrafter):
@@ -225,8 +236,9 @@ class Eagle3(FeatureDrafter):
         contexts = self._in_place(state, blocks)
         if not state.spans:
             contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        chain = state.weights, h, blocks.tokens, blocks.start - 1, state.rope, contexts
-        self._chain(*chain, lambda step, hidden: choices(self.logits(hidden), step))
+        chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
+        follow: Follow = lambda step, hidden: choices(self.logits(hidden), step)  # noqa: E731
+        self._run(chains, h, blocks.tokens, follow)
         return before
 
     def features_before(self, state: DraftState, start: Tensor) -> Tensor:
@@ -242,8 +254,8 @@ class Eagle3(FeatureDrafter):
             chains = h, lesson.tokens[..., : blocks.length], blocks
             return self.logits(taught_chain.states_of_chains(self, state, *chains))
         contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        known = lesson.tokens, blocks.start - 1, state.rope, contexts
-        return self.logits(self._known_chain(state.weights, h, *known))
+        chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
+        return self.logits(self._run_known(chains, h, lesson.tokens))
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Training-time test (drafters.md 1d): some chains over whole sequences, with gradients.
@@ -266,17 +278,10 @@ class Eagle3(FeatureDrafter):
         h, contexts = fused[row, start - 1], grown(lying, blocks, self.windows)
         at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
         taught = tokens[row[..., None], at]
-        return self._known_chain(self.weights, h, taught, start - 1, self.rope, contexts)
+        chains = ChainPlan(self.weights, start - 1, self.rope, contexts)
+        return self._run_known(chains, h, taught)
 
-    def _known_chain(
-        self,
-        weights: Weights,
-        h: Tensor,
-        tokens: Tensor,
-        position: Tensor,
-        rope: Rope,
-        contexts: Iterable[Sequence[Attend]],
-    ) -> Tensor:
+    def _run_known(self, chains: ChainPlan, h: Tensor, tokens: Tensor) -> Tensor:
         """What the head reads of chains of known tokens int64 [B, A, T + 1]: [B, A, T, H]."""
         outs = list[Tensor]()
 
@@ -284,7 +289,7 @@ class Eagle3(FeatureDrafter):
             outs.append(hidden)
             return tokens[..., step + 1]
 
-        self._chain(weights, h, tokens[..., 0], position, rope, contexts, follow)
+        self._run(chains, h, tokens[..., 0], follow)
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
@@ -327,22 +332,11 @@ class Eagle3(FeatureDrafter):
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
         return beside(*context, blocks, width, state.options.window, self.windows)
 
-    def _chain(
-        self,
-        weights: Weights,
-        h: Tensor,
-        token: Tensor,
-        position: Tensor,
-        rope: Rope,
-        contexts: Iterable[Sequence[Attend]],
-        follow: Follow,
-    ) -> None:
-        """Run A chains a row from features h [B, A, H] and the token after, int64 [B, A].
-
-        A step for each context; `position` int64 [B, A] is the first's; `follow` says each token.
-        """
-        for step, layers in enumerate(contexts):
-            out, h = self._step(weights, h, token, position + step, rope, layers)
+    def _run(self, chains: ChainPlan, h: Tensor, token: Tensor, follow: Follow) -> None:
+        """From features h [B, A, H] and the token after, int64 [B, A]; `follow` says the next."""
+        for step, layers in enumerate(chains.contexts):
+            position = chains.position + step
+            out, h = self._step(chains.weights, h, token, position, chains.rope, layers)
             token = follow(step, out)
 
     @compiled

@@ -173,7 +173,7 @@ def _speculators_peagle(drafter: PEagle, target: Target) -> Written:
 def _published_model(drafter: Causal, target: Target) -> Written:  # noqa: ARG001 - bound has them
     config = {k: v for k, v in drafter.config.items() if k not in ("ttspec", "_name_or_path")}
     # We and transformers go by model_type, vLLM by this.
-    config["architectures"] = [type(drafter.model).__name__]
+    config["architectures"] = [type(drafter.module).__name__]
     if length := length_of(drafter):
         config["ttspec"] = {"length": length}
     return config, dict(drafter.weights)

@@ -21,6 +21,7 @@ from ttspec.drafters.context import empty_context
 from ttspec.drafters.layers import Weights, activation_of, project, rms_norm
 from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
+from ttspec.models.packed import head_product
 
 EPS_KEYS = ("rms_norm_eps", "norm_eps")
 ACT_KEYS = ("hidden_act", "hidden_activation")
@@ -173,10 +174,7 @@ class FeatureDrafter(Drafter):
         self._require("hidden size", self.target_hidden, embedding.shape[1])
 
     def _share(
-        self,
-        embedding: Tensor,
-        head: Tensor,
-        tokenizer: PreTrainedTokenizerBase | None,
+        self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
     ) -> None:
         """Tables are of the target's size after that, however the drafter's are padded."""
         ours, theirs = self.vocabulary, embedding.shape[0]
@@ -239,7 +237,7 @@ class FeatureDrafter(Drafter):
         Returns:
             [..., V_draft].
         """
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        flat = head_product(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
     def scaled(self, scores: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,9 +17,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
-from ttspec.drafters.context import FeatureState
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter
+from ttspec.drafters.context import FeatureState, empty_context, feature_ring
 from ttspec.drafters.layers import Weights, low_rank, product
-from ttspec.drafters.rotary import Rope
+from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
+from ttspec.errors import OptionError
+from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
 from ttspec.models.unfit import attention_windows, last_position
@@ -80,6 +87,76 @@ class FunctionalState(FeatureState):
             w.dim() > self.anchor[n].dim() for n, w in self.weights.items() if n in self.anchor
         )
         return self.takes_spans and not self.options.rebase and not own
+
+
+class FunctionalDrafter(Drafter):
+    """A drafter that transformers computes: its rotation and its low-rank changes."""
+
+    model_config: Any
+    kv_heads: int
+    head_dim: int
+    value_dim: int | None = None
+    """Of values; None is `head_dim`."""
+
+    @cached_property
+    @abstractmethod
+    def module(self) -> Any:
+        """The model, made by `as_function`; its own parameters are never used."""
+
+    @cached_property
+    def function(self) -> ModelFunction:
+        """The model as a function of its weights."""
+        return ModelFunction(self.module)
+
+    def _read_rope(self) -> None:
+        """Say what the rotary base is; the model rotates by itself."""
+        text = self.model_config.get_text_config().to_dict()
+        base = rope_parameters(text).get("rope_theta") or DEFAULT_BASE
+        self._plain_rope = Rope.of({"rope_theta": base}, 2)
+        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
+        self.interpretation["rope base"] = f"{self._plain_rope.base:g}"
+
+    def _context(self, rows: int, slots: int, options: DraftConfig, width: int) -> dict[str, Any]:
+        """The fields of an empty `FunctionalState`, with features of this width."""
+        like = self.embedding
+        known = options, like.device  # a forecast starts on meta
+        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
+            self._ropes[known] = self._rope(options).to(like.device)
+        sizes = self.kv_heads, slots, self.head_dim, like, self.value_dim
+        folded = self.module.config._attn_implementation == FOLDED
+        return {
+            "weights": self.weights,
+            "options": options,
+            "rope": self._ropes[known],
+            "anchor": self.weights,
+            "takes_spans": folded and self.value_dim in (None, self.head_dim),
+            **empty_context(self.layers, rows, *sizes),
+            **feature_ring(rows, width, like),
+        }
+
+    def _rope(self, options: DraftConfig) -> Rope:
+        """The model's rotation where positions are changed; else it is not looked at."""
+        if not options.rope_base and not options.rebase:
+            return self._plain_rope
+        text = self.model_config.get_text_config().to_dict()
+        if self.value_dim in (None, self.head_dim):  # else only the end of a key is rotated
+            with suppress(KeyError, TypeError, ValueError):
+                rope = Rope.of(text, self.head_dim, options.rope_base)
+                if self.function.rope_buffers(rope):
+                    return rope
+        raise OptionError(
+            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
+            "are not possible.\nUse draft.window instead."
+        )
+
+    def with_rope(self, state: FunctionalState, weights: Weights) -> Weights:
+        """Weights, and rotary frequencies where they were overridden."""
+        override = state.options.rope_base
+        return {**weights, **self.function.rope_buffers(state.rope)} if override else weights
+
+    def plain_matrices(self) -> set[str]:
+        """Matrices that can have low-rank changes: transformers lays out some otherwise."""
+        return {n for n, m in self.module.named_modules() if isinstance(m, Projection)}
 
 
 class ConcatenatedCache(Cache):

@@ -11,7 +11,6 @@ and head are the target's, and are not trained.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
@@ -22,42 +21,27 @@ from transformers import CONFIG_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, DraftState, Shapes, placed
+from ttspec.drafters.base import DraftState, Shapes, placed
 from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
-from ttspec.drafters.context import (
-    empty_context,
-    feature_ring,
-    first_seen,
-    same_block,
-    seen_mask,
-)
+from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
+    FunctionalDrafter,
     FunctionalState,
     InPlaceCache,
-    Projection,
     Reading,
     as_function,
 )
 from ttspec.drafters.layers import Weights
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
-from ttspec.drafters.mtp_names import (
-    ALIASES,
-    EXPERT,
-    STACKED,
-    published_names,
-    stacked,
-    unstacked,
-)
-from ttspec.drafters.rotary import DEFAULT_BASE, Rope, rope_parameters
-from ttspec.errors import OptionError
-from ttspec.models.attention import NAME as FOLDED
+from ttspec.drafters.mtp_names import ALIASES, EXPERT, STACKED, published_names, stacked, unstacked
+from ttspec.models.packed import head_product
 from ttspec.records import Lesson
 
 OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
 """Parts of the names of matrices that make keys and values of the context."""
 
 
-class Mtp(Drafter):
+class Mtp(FunctionalDrafter):
     """An MTP head from its target's config.json and its weights by the names of `MtpLayer`."""
 
     kind = "mtp"
@@ -83,29 +67,24 @@ class Mtp(Drafter):
         self.model_config = one_layer(CONFIG_MAPPING[own["model_type"]].from_dict(own))
         text = self.model_config
         self.hidden, self.vocabulary = int(text.hidden_size), int(own["vocab_size"])
-        self.kv_heads, self.key_size, self.value_size = sizes_of(text)
-        self.head_dim = self.key_size
+        self.kv_heads, self.head_dim, self.value_dim = sizes_of(text)
         heads = [n for n in ("mtp_num_hidden_layers", "num_nextn_predict_layers") if n in own]
         if any(own[n] not in (None, 0, 1) for n in heads):
             raise ValueError(f"{heads[0]} is {own[heads[0]]}; heads of one layer can be read")
         self.apart = any(EXPERT.match(name) for name in names)
         self.length = self._given_length()
-        base = rope_parameters(text.to_dict()).get("rope_theta") or DEFAULT_BASE
-        self._plain_rope = Rope.of({"rope_theta": base}, 2)
-        self._ropes: dict[tuple[DraftConfig, torch.device], Rope] = {}
-        self.interpretation = {
-            "taps": "the target's last hidden state, after its final norm",
-            "rope base": f"{self._plain_rope.base:g}",
-        }
+        self.interpretation = {"taps": "the target's last hidden state, after its final norm"}
+        self._read_rope()
 
     @cached_property
-    def layer(self) -> MtpLayer:
-        """The head as a module; its own parameters are never used."""
+    def module(self) -> MtpLayer:
+        """The head."""
         return as_function(MtpLayer(self.model_config))
 
     @cached_property
-    def _function(self) -> HeadFunction:
-        return HeadFunction(self.layer)
+    def function(self) -> HeadFunction:
+        """See `FunctionalDrafter`."""
+        return HeadFunction(self.module)
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape; experts as the files have them."""
@@ -137,39 +116,11 @@ class Mtp(Drafter):
     ) -> None:
         self.embedding, self.head = embedding, head
         self.weights = placed(stacked(self.weights), embedding)
-        self.layer.to(embedding.device)
+        self.module.to(embedding.device)
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> FunctionalState:
         """An empty context for `rows` rows, with the anchor weights."""
-        like = self.embedding
-        known = options, like.device  # a forecast starts on meta
-        if known not in self._ropes:  # kept: where this is captured nothing comes from the host
-            self._ropes[known] = self._rope(options).to(like.device)
-        folded = self.layer.config._attn_implementation == FOLDED
-        sizes = self.kv_heads, slots, self.key_size, like, self.value_size
-        return FunctionalState(
-            weights=self.weights,
-            options=options,
-            rope=self._ropes[known],
-            anchor=self.weights,
-            takes_spans=folded and self.key_size == self.value_size,
-            **empty_context(self.layers, rows, *sizes),
-            **feature_ring(rows, self.hidden, like),
-        )
-
-    def _rope(self, options: DraftConfig) -> Rope:
-        """The layer's rotation where positions are changed; else it is not looked at."""
-        if not options.rope_base and not options.rebase:
-            return self._plain_rope
-        if self.key_size == self.value_size:  # else only the end of a key is rotated
-            with suppress(KeyError, TypeError, ValueError):
-                rope = Rope.of(self.model_config.to_dict(), self.key_size, options.rope_base)
-                if self._function.rope_buffers(rope):
-                    return rope
-        raise OptionError(
-            f"Drafter {self.name} has no rotary embedding that ttspec knows: rope_base and rebase "
-            "are not possible.\nUse draft.window instead."
-        )
+        return FunctionalState(**self._context(rows, slots, options, self.hidden))
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Write keys and values of rows start - 1 onwards.
@@ -183,7 +134,7 @@ class Mtp(Drafter):
         at = text.position - 1  # a prompt's first token has no row
         nothing = state.keys[:, text.row, :, :0], state.values[:, text.row, :, :0]
         fed = self._reading(text.tokens, hidden, at)
-        _, k, v = self._function.concatenated(self._with_rope(state, weights), fed, *nothing)
+        _, k, v = self.function.concatenated(self.with_rope(state, weights), fed, *nothing)
         rest = text.position >= state.slots  # a row at rest begins past the last slot
         state.write(k, v, at.masked_fill(rest, state.slots), text.row)
         state.remember(text.features, text.position, text.row)
@@ -194,7 +145,7 @@ class Mtp(Drafter):
         before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, H]
 
         def follow(step: int, hidden: Tensor) -> Tensor:
-            return choices(self._logits(hidden), step)
+            return choices(self.logits(hidden), step)
 
         if state.spans:
             self._in_place(state, blocks, before, follow)
@@ -214,21 +165,21 @@ class Mtp(Drafter):
 
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
         self._side_by_side(state, blocks, lesson.before, *context, follow)
-        return self._logits(torch.stack(outs, dim=2))
+        return self.logits(torch.stack(outs, dim=2))
 
     def _in_place(
         self, state: FunctionalState, blocks: Blocks, hidden: Tensor, follow: Follow
     ) -> None:
         """Run one chain a row, whose keys are written behind the context."""
         token, origin, rest = blocks.tokens, blocks.start - 1, blocks.start[:, 0] >= state.slots
-        weights = self._with_rope(state, state.weights)
+        weights = self.with_rope(state, state.weights)
         for step in range(blocks.length):
             position = origin + step
             first = first_seen(position, origin, state.options.window)
             seen = state.seen_spans(first, position, rest)
             cache = InPlaceCache(state.in_place(position, rest, blocks.longest + step, [seen]))
             fed = self._reading(token, hidden, position, seen)
-            hidden = self._function(weights, fed, cache)
+            hidden = self.function(weights, fed, cache)
             token = follow(step, hidden)
 
     def _side_by_side(
@@ -251,7 +202,7 @@ class Mtp(Drafter):
             follow: Says each next token.
         """
         begin = blocks.start - 1
-        weights = self._with_rope(state, state.weights) if state else self.weights
+        weights = self.with_rope(state, state.weights) if state else self.weights
         first = first_seen(begin, begin, state.options.window if state else None)
         same = same_block(begin.shape[1], 1, begin.device)
         mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
@@ -261,7 +212,7 @@ class Mtp(Drafter):
             if step:
                 mask = torch.cat([mask, own], dim=-1)
             fed = self._reading(token, hidden, begin + step, mask)
-            hidden, k, v = self._function.concatenated(weights, fed, keys, values)
+            hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
             token = follow(step, hidden)
 
@@ -279,10 +230,10 @@ class Mtp(Drafter):
         """
         rows, count = tokens.shape
         position, row = torch.arange(count, device=tokens.device), row_index(tokens)[:, None]
-        keys = features.new_empty(1, rows, self.kv_heads, 0, self.key_size)
-        values = features.new_empty(1, rows, self.kv_heads, 0, self.value_size)
+        keys = features.new_empty(1, rows, self.kv_heads, 0, self.head_dim)
+        values = features.new_empty(1, rows, self.kv_heads, 0, self.value_dim or self.head_dim)
         fed = self._reading(tokens.roll(-1, dims=1), features, position.expand(rows, -1))
-        _, keys, values = self._function.concatenated(self.weights, fed, keys, values)
+        _, keys, values = self.function.concatenated(self.weights, fed, keys, values)
         outs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
@@ -307,25 +258,22 @@ class Mtp(Drafter):
 
     def _trainable(self) -> list[str]:
         """All of its parameters; what balances experts is none."""
-        own = dict(self.layer.named_parameters())
+        own = dict(self.module.named_parameters())
         return [n for n in self.weights if n in own]
 
     def _layer(self, index: int) -> str:
         return f"layers.{index}."
 
     def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; a matrix that transformers lays out otherwise gets no change."""
-        plain = {n for n, m in self.layer.named_modules() if isinstance(m, Projection)}
+        """See `Drafter.matrices`."""
+        plain = self.plain_matrices()
         names = [n.removesuffix(".weight") for n in self.learnable(parameters)]
         makes = {n for n in plain if n.split(".")[-1].startswith(OF_CONTEXT)}
         return [n for n in names if n in plain - makes]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Draft logits [..., V] of hidden [..., H]."""
-        return self._logits(hidden)
-
-    def _logits(self, hidden: Tensor) -> Tensor:
-        flat = F.linear(hidden.reshape(-1, self.hidden), self.head)
+        flat = head_product(hidden.reshape(-1, self.hidden), self.head)
         return flat.view(*hidden.shape[:-1], -1)
 
     def _reading(
@@ -334,8 +282,3 @@ class Mtp(Drafter):
         """States [B, N, H] and the tokens after them; without `seen` for their keys and values."""
         inputs = {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
         return Reading(inputs, position, {} if seen is None else {None: seen})
-
-    def _with_rope(self, state: FunctionalState, weights: Weights) -> Weights:
-        """Weights, and rotary frequencies where they were overridden."""
-        override = state.options.rope_base
-        return {**weights, **self._function.rope_buffers(state.rope)} if override else weights

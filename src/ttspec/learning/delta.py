@@ -23,7 +23,7 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, PICKLES
 from ttspec.drafters.layers import DOWN, UP, Weights, multiplied_out
-from ttspec.errors import CheckpointError, OptionError
+from ttspec.errors import CheckpointError, OptionError, writing
 from ttspec.learning.live_weights import resolve_learn_config
 
 SUFFIX, FORMAT = ".safetensors", "1"
@@ -201,8 +201,9 @@ def write_delta(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(0o644)  # written for its owner alone
+        with writing(path):
+            save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o644)  # findings/safetensors_0_8_replaces_files.sh
         path.touch(exist_ok=False)  # it is ours, or there is an error
         partial.replace(path)
     except FileExistsError:

@@ -74,8 +74,8 @@ class Learner:
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
         self.length = taught(drafter, length)
-        self.stride, self.strides = config.stride or 1, 1
-        """Rounds, and how many times so many, between updates."""
+        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
+        """Rounds, and how many times so many, between updates; and rounds that were."""
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
@@ -100,7 +100,6 @@ class Learner:
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
         """`_due` where the device reads it."""
-        self._rounds = 0
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
         if (self.shared and not self.study) or (config.publish == "ready" and not beside):
@@ -109,7 +108,9 @@ class Learner:
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
-            self._run_update = Graphs(drafter.embedding.device)
+            # Rows' own contexts have many lengths, and each would be compiled for itself.
+            compile = self._run.compile and self.study is not None
+            self._run_update = Graphs(drafter.embedding.device, compile=compile)
             self._stream = Streams.lend(drafter.embedding.device, self)
             self._update_over = torch.cuda.Event()
 
@@ -122,7 +123,7 @@ class Learner:
         *,
         drafted: bool = True,
         emitted: Mapping[int, int] | None = None,
-        number: int | None = None,
+        told: bool = True,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
@@ -133,14 +134,13 @@ class Learner:
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
-            number: The round's. Where updates are rare, so are rounds that a memory is told of.
+            told: Whether the lesson is kept.
 
         Returns:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        told = self.strides == 1 or number is None or not self.study or self.study.hears(number)
-        if self._lessons is None and not (drafted and told):
+        if not (self._lessons or (drafted and told)):
             return updated
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
@@ -160,6 +160,15 @@ class Learner:
             self.keeper.note(updated, self.updates)
         return updated
 
+    def restart(self) -> None:
+        """Count rounds anew; the rows were reset."""
+        self._rounds = 0
+
+    def needs(self, ahead: int) -> bool:
+        """Whether the round after so many that were not absorbed is near enough to an update."""
+        left = -(self._rounds + ahead) % (self.stride * self.strides)
+        return self.strides == 1 or left <= self.config.blocks + self.length
+
     @property
     def is_updating(self) -> bool:
         """Whether an update is under way or waits to be published."""
@@ -178,14 +187,10 @@ class Learner:
                 self.publish()  # the next one writes where this one reads
 
     def update(self, lesson: Lesson, longest: int) -> list[bool]:
-        """One step on a given lesson, published at once.
+        """One step on a lesson whose largest start is `longest`, published at once.
 
         A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
         Where all rows share one, it learns from the mean over the rows that have a lesson.
-
-        Args:
-            lesson: A blocks a row.
-            longest: Its largest start.
 
         Returns:
             For each row, whether it was updated.
@@ -247,10 +252,6 @@ class Learner:
         found = self._distillation.expected_drafts(self.drafter.weights, lesson, longest)
         blocks = int(lesson.count.sum())
         return float(found.sum()) / blocks if blocks else None
-
-    def restart(self) -> None:
-        """Count rounds anew; the rows were reset."""
-        self._rounds = 0
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
@@ -318,8 +319,9 @@ class Learner:
         """Update from the newest lessons, beside the next rounds where it has a stream."""
         assert self._lessons is not None
         self._compares = compare
-        # Captured first in any case: what it returns must not lie where an older graph works.
-        if compare or not self.study or not self._run_update.has(self._newest_lesson, 0):
+        # What it returns must not lie where an older graph of the update works.
+        kept = self._run_update is not self._run and self._run_update.keys
+        if compare or not (self.study and kept):
             self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
             self._lessons.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil

@@ -30,9 +30,11 @@ FEW_TEXTS, FEW_BLOCKS = 2, 16
 """The same off a GPU, where an update has far less time; not measured."""
 HELD_OUT_BLOCKS = 24
 """Of a held-out page."""
-STRETCH, HEARD = 128, 4
-"""While the drafter pauses, or updates are rare, the memory of all requests is told of one stretch
-of so many rounds in so many: telling costs about a tenth of a plain round."""
+STRETCH = 128
+HEARD = {1: 1, 2: 4, 16: 16}
+"""The memory of all requests is told of one stretch of so many rounds in so many, by the strides
+between updates at least: telling costs about a tenth of a plain round. While the drafter pauses it
+is no more than one in four."""
 DECAY = 1.5
 """The first drafts of a block weigh most: the others count only where those were right."""
 
@@ -161,11 +163,13 @@ class MemoryStudy(Study):
         """The row whose text is over, where a graph reads it."""
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
+        self.listens = True
+        """Whether the last round was told of: prompts are only then."""
 
     @staticmethod
-    def hears(number: int) -> bool:
-        """Whether the memory is told of a round where it is told of few."""
-        return number // STRETCH % HEARD == 0
+    def hears(number: int, strides: int) -> bool:
+        """Whether the memory is told of a round, with so many strides between updates."""
+        return number // STRETCH % HEARD[max(n for n in HEARD if n <= strides)] == 0
 
     def note(self, lessons: Lessons, emitted: Mapping[int, int] | None, *, due: bool) -> None:
         """Take note of a round, and `remember` if it is due or another might overwrite something.

@@ -18,11 +18,11 @@ MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
 RECENT = 64
 """Rounds whose median time is known."""
-SHARE, SHARE_UNUSED = 0.05, 0.02
-"""Of the time that updates of a drafter which all requests teach may take, and of those while it
-does not draft. What is learned grows with the logarithm of the updates, by 2.5 % of the tokens
-each time that they are e times as many, and by more at first. If as much work is still to come as
-there was, it pays to spend that same share of the time at any moment (docs/learned.md)."""
+SHARE, FULL, LEAST_SHARE, SHARE_UNUSED = 0.15, 64, 0.01, 0.02
+"""Of the time that updates of a drafter which all requests teach may take: the first for so many
+updates, then less as there are more, in proportion, down to the third; and the most while it does
+not draft. What is learned grows with the logarithm of the updates, so the next one brings less the
+more there were. Chosen by simulated clocks over replayed streams (docs/learned.md)."""
 UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
 of what they gain, the part that may be spent."""
@@ -82,7 +82,8 @@ class UpdateSchedule:
             return
         cost = self._cost / (learner.stride * learner.strides * usual)
         if learner.study:
-            may = SHARE if drafted else SHARE_UNUSED
+            may = max(LEAST_SHARE, SHARE * min(1.0, FULL / self._updates))
+            may = may if drafted else min(may, SHARE_UNUSED)
         else:
             static = self._accepted / max(learner.guard.gain(), 1e-3)
             may = max(UNPROVEN, SPENT * ((1 + self._accepted) / (1 + static) - 1))

@@ -82,10 +82,6 @@ class Graphs:
         """How many keys there are graphs of."""
         return len(self._made)
 
-    def has(self, work: Callable[[Key], object], key: Key) -> bool:
-        """Whether there is a graph of it."""
-        return work.__name__ in self._made.get(key, {})
-
     @property
     def nbytes(self) -> int:
         """Bytes of what the graphs of all keys return."""

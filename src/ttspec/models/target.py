@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from ttspec.models.fused_forward import FusedForward, fits_model
 from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
 from ttspec.models.loading import DeviceMap, Files, open_files
+from ttspec.models.packed import pack_linears
 from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
 from ttspec.models.unfit import attention_windows, last_position, refuse_generation, refuse_model
-from ttspec.rowcache import RowCache, causal_mask, reach_of
-from ttspec.spans import has_kernel
+from ttspec.rowcache import INVARIANT_STEP, STEP, RowCache, causal_mask, reach_of
+from ttspec.spans import has_kernel, is_batch_invariant
 from ttspec.spans import spans as spans_of
 
 
@@ -74,6 +76,11 @@ class Target:
     def dtype(self) -> torch.dtype:
         """Dtype of the weights."""
         return self.model.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights, with those that lie there packed as well."""
+        return sum(w.nbytes for w in chain(self.model.parameters(), self.model.buffers()))
 
     @property
     def recurrent(self) -> bool:
@@ -152,7 +159,8 @@ class Target:
             self._merge_layers(compiles)
             if self._fused and self._fused.takes(cache, tokens):
                 return self._fused(cache, tokens, start, self.taps, logits, subset)
-        reach = reach_of(longest + tokens.shape[1], cache.slots)
+        step = INVARIANT_STEP if is_batch_invariant() else STEP
+        reach = reach_of(longest + tokens.shape[1], cache.slots, step)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
         cache.aim(position, reach, subset, counts)
         mask = self._mask(position, reach, cache.slots, spans=spans)
@@ -287,6 +295,7 @@ def load_target(
     files = name if isinstance(name, Files) else find_target(name, notify)
     model, tokenizer = files.load(device, dtype, device_map)
     use_folded_attention(model)
+    pack_linears(model)
     return wrap_target(model, tokenizer, source=files.source)
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from difflib import get_close_matches
 from importlib.resources import files
 from typing import Any
 
@@ -30,11 +31,7 @@ from ttspec.serving.gate import Gate
 from ttspec.serving.keys import Keys
 from ttspec.serving.logs import log
 from ttspec.serving.meter import Meter
-from ttspec.serving.options import (
-    BODY_BYTES,
-    BODY_BYTES_PER_TOKEN,
-    SLOW_READER_SECONDS,
-)
+from ttspec.serving.options import BODY_BYTES, BODY_BYTES_PER_TOKEN, SLOW_READER_SECONDS
 from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.worker import Worker
@@ -195,7 +192,10 @@ def _explained(error: RequestValidationError) -> Problem:
             "application/json."
         )
     if kind == "extra_forbidden":
-        return refused(f"{param}: there is no such field; leave it out.", param)
+        known = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+        near = get_close_matches(param[:40], sorted(known), n=1)
+        advice = f"is {near[0]} meant?" if near else "leave it out."
+        return refused(f"{param}: there is no such field; {advice}", param)
     given = found["input"]
     is_told = kind != "missing" and isinstance(given, str | int | float)
     said = f" is {json.dumps(given)[:60]}" if is_told else ""

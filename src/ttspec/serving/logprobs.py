@@ -20,10 +20,7 @@ def of_chat(
         return {"token": _text(said), "logprob": logprob, "bytes": list(said)}
 
     content = [
-        {
-            **entry(token, of_token.logprob),
-            "top_logprobs": [entry(*pair) for pair in of_token.top],
-        }
+        {**entry(token, of_token.logprob), "top_logprobs": [entry(*pair) for pair in of_token.top]}
         for token, of_token in zip(tokens, told, strict=True)
     ]
     return {"content": content, "refusal": None}

@@ -17,8 +17,9 @@ from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.messages import FORMS, Turn, read_text, request_of, rows_of, user_turns
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.template import ChatTemplate
-from ttspec.errors import DataError
+from ttspec.errors import DataError, writing
 from ttspec.records import Result, repeated_ngrams
+from ttspec.training.config import TrainConfig
 
 ROWS = 32
 """Dialogues side by side, where there is room."""
@@ -53,12 +54,7 @@ def write_answers(
     engine: Engine,
     dialogues: Sequence[Turns],
     out: Path,
-    *,
-    rows: int | None,
-    max_answer: int,
-    max_length: int,
-    temperature: float,
-    seed: int,
+    options: TrainConfig,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Answer dialogues and append them to `out` as JSON lines; those in it already are skipped.
@@ -67,11 +63,7 @@ def write_answers(
         engine: Its target decodes; no drafter is used.
         dialogues: User turns.
         out: JSON lines {"n": dialogue, "ids": tokens, "spans": answers}.
-        rows: Dialogues side by side; None is `ROWS`, or as many of them as fit into memory.
-        max_answer: Tokens of an answer at most.
-        max_length: Tokens of a dialogue at most; a longer one ends with its last whole answer.
-        temperature: Of answers and written turns.
-        seed: Of all noise.
+        options: How long texts may be, temperature, seed, and dialogues side by side.
         progress: Called with (dialogues done, tokens written).
     """
     written = out.read_text(encoding="utf-8") if out.exists() else ""
@@ -83,21 +75,21 @@ def write_answers(
     if not todo:
         return
     config = GenerateConfig(
-        max_new_tokens=max_answer,
-        temperature=temperature,
-        context=max_length,
-        seed=seed,
+        max_new_tokens=options.max_answer,
+        temperature=options.temperature,
+        context=options.max_length,
+        seed=options.seed,
         draft=DraftConfig(length=0),
         learn=None,
     )
-    if rows is None:
-        rows = engine.rows_for(config, min(ROWS, len(todo)), 1, sessions=True)
+    most = min(options.rows or ROWS, len(todo))
+    rows = most if options.rows else engine.rows_for(config, most, 1, sessions=True)
     template = engine.chat_template(config)
-    decoder = engine.decoder(config, min(rows, len(todo)), 1, sessions=True)
+    decoder = engine.decoder(config, rows, 1, sessions=True)
     scheduler = Scheduler(decoder, config, stream=False)
     going: dict[int, tuple[int, GrowingDialogue]] = {}  # by request: which dialogue
     tokens = 0
-    with out.open("a", encoding="utf-8") as file:
+    with writing(out), out.open("a", encoding="utf-8") as file:
         while todo or going:
             while todo and len(going) < decoder.rows.count:
                 n = todo.pop()
@@ -105,7 +97,7 @@ def write_answers(
                 ids = dialogue.next(None)
                 # A prompt as long as a whole dialogue may be is no example.
                 if ids and len(ids) < decoder.rows.slots:
-                    request = Request(ids=ids, seed=seed, occurrence=n, keeps_row=True)
+                    request = Request(ids=ids, seed=options.seed, occurrence=n, keeps_row=True)
                     going[scheduler.add_request(request)] = n, dialogue
             for request, chunk in scheduler.step():
                 if chunk.result is None:

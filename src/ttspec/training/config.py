@@ -1,8 +1,12 @@
 """How a drafter is trained: the options of `ttspec train`. Imports no torch."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from ttspec.errors import OptionError
 
 Kind = Literal[
     "dflash", "dflash2", "domino", "dspark", "jetspec", "eagle3", "mtp", "pard", "causal"
@@ -61,3 +65,17 @@ class TrainConfig:
     """Of answers, initial weights, order and anchors."""
     resume: bool = False
     """Go on where a run with this folder stopped."""
+
+    def __post_init__(self) -> None:
+        def check(names: str, allowed: str, ok: Callable[[Any], bool]) -> None:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not ok(value):
+                    raise OptionError(f"{name} is {value!r}; allowed is {allowed}.")
+
+        check("epochs batch anchors rows layers taps", "1 or more", lambda n: n >= 1)
+        check("max_length max_answer block draft_vocabulary", "2 or more", lambda n: n >= 2)
+        check("minutes lr", "above 0", lambda x: 0 < x < math.inf)
+        check("keep keep_least", "above 0, at most 1", lambda x: 0 < x <= 1)
+        check("temperature", "0 (greedy) or more", lambda x: 0 <= x < math.inf)
+        check("seed", "from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)

@@ -32,11 +32,6 @@ def step_bytes(target: Target, config: TrainConfig, longest: int) -> int:
     return config.batch * size * (longest * states + logits)
 
 
-def optimiser_bytes(trained: Iterable[Tensor]) -> int:
-    """Bytes of float32 masters, gradients and two moments."""
-    return 16 * sum(weight.numel() for weight in trained)
-
-
 def step_notice(target: Target, config: TrainConfig) -> str | None:
     """What should be told before hours are spent on answers: a step may not fit."""
     need, free = step_bytes(target, config, config.max_length), free_memory(target.device)
@@ -66,7 +61,8 @@ def require_training(
         ResourceError: There is less memory than it takes.
     """
     free = free_memory(target.device)
-    masters, step = optimiser_bytes(trained), step_bytes(target, config, longest)
+    masters = 16 * sum(w.numel() for w in trained)  # float32, with gradients and two moments
+    step = step_bytes(target, config, longest)
     if free is None or masters + step <= free:
         return masters + step
     raise ResourceError(

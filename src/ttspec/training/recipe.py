@@ -19,6 +19,8 @@ from ttspec.training.batches import Batch, Example
 from ttspec.training.config import TrainConfig
 from ttspec.training.states import TargetStates
 
+LEAST_LAYERS = 5
+"""Fewer have no place for three taps."""
 D = TypeVar("D", bound=Drafter)
 
 
@@ -36,12 +38,11 @@ class Recipe(ABC, Generic[D]):
         """Train for `target`."""
         self.target, self.config = target, config
         self.layers = int(target.config.num_hidden_layers)
-        if self.layers < 5 or config.block < 2:
-            raise OptionError("A drafter needs a block of 2 and a target of 5 layers or more.")
-        for name in ("keep", "keep_least"):
-            value = getattr(config, name)
-            if not 0 < value <= 1:
-                raise OptionError(f"{name} is {value}; allowed is above 0, at most 1.")
+        if self.layers < LEAST_LAYERS:
+            raise OptionError(
+                f"The target has {self.layers} layers; a drafter can be trained for one of "
+                f"{LEAST_LAYERS} or more.\nGive another --target."
+            )
 
     @abstractmethod
     def new(self, examples: list[Example]) -> D:

@@ -128,7 +128,7 @@ class MtpRecipe(ChainRecipe[Mtp]):
         config["ttspec"] = {"length": self.config.block - 1}
         drafter = make_drafter("mtp", config)
         assert isinstance(drafter, Mtp)
-        own = dict(drafter.layer.named_parameters())  # norms are neutral from the start
+        own = dict(drafter.module.named_parameters())  # norms are neutral from the start
         drafter.weights = {n: w for n, w in own.items() if w.dim() == 1 and "norm" in n}
         drafter.weights = {n: w.detach().float().clone() for n, w in drafter.weights.items()}
         model: Any = self.target.model.get_decoder()

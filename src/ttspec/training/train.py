@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from ttspec.decoding.loading import drafter_folder
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.drafters.dflash import DFlash
-from ttspec.errors import OptionError, ResourceError, TrainingError
+from ttspec.errors import OptionError, TrainingError, writing
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batch, Batches, Example, read_examples
@@ -85,17 +85,7 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         left = (time.monotonic() - begun) * (1 - share) / max(share, 1e-9)
         report(Progress("answers", share, left, tokens=tokens))
 
-    write_answers(
-        engine,
-        dialogues,
-        answers,
-        rows=config.rows,
-        max_answer=config.max_answer,
-        max_length=config.max_length,
-        temperature=config.temperature,
-        seed=config.seed,
-        progress=answered,
-    )
+    write_answers(engine, dialogues, answers, config, answered)
     return fit(engine.target, config, [answers], report)
 
 
@@ -230,15 +220,9 @@ class Trainer:
         out = self.config.out
         out.mkdir(parents=True, exist_ok=True)
         part = out / "state.part"
-        try:
+        with writing(part):
             save_file(tensors, part, metadata={"step": str(self.steps), "seconds": str(seconds)})
-            part.replace(out / "state.safetensors")
-        except (OSError, SafetensorError) as error:
-            part.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise ResourceError(
-                f"{out} could not be written: {reason}.\nMake room and go on with --resume."
-            ) from error
+        part.replace(out / "state.safetensors")
 
     def load_state(self) -> float:
         """Go on where `out` left off, if it did; returns the seconds that were spent."""
@@ -279,11 +263,6 @@ def _init_drafter(config: TrainConfig) -> Drafter:
 
 def _open_folder(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
-    names = ("max_length", "max_answer", "epochs", "batch", "anchors", "rows", "lr")
-    for name in (*names, "layers", "taps", "draft_vocabulary"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise OptionError(f"{name} is {getattr(config, name)}; allowed is above 0.")
     loose = {"out", "resume", "minutes", "epochs", "rows", "prompts"}
     ours = {k: v for k, v in asdict(config).items() if k not in loose}
     path = config.out / "run.json"

@@ -1,0 +1,189 @@
+"""The stages of a round that the device computes: propose, verify, accept, absorb.
+
+Each may be captured as a graph: it is given the round's shape alone, reads what lies at fixed
+places, and waits for nothing. `round.py` launches them.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ttspec.acceptance import accept_rejection, apply_end_tokens, draw_and_accept
+from ttspec.config import SamplingConfig
+from ttspec.decoding.choice import DraftChoice, with_copies
+from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.penalties import penalises
+from ttspec.decoding.row_sampling import RowSampling
+from ttspec.decoding.rows import RoundShape, RowStates
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.models.target import Target
+from ttspec.records import Proposal, Verification, of_rows, spread
+from ttspec.rowcache import RowCache
+from ttspec.sampling import SamplingTensors, distribution, position_noise, rejection_noise
+from ttspec.spans import batch_invariant
+
+
+class RoundStages:
+    """What a round needs on the device, and what it computes there, for all rows at once."""
+
+    target: Target
+    cache: RowCache
+    drafter: Drafter | None
+    state: DraftState | None
+    """The drafter's context; None where nothing is ever drafted."""
+    sampling: SamplingConfig
+    """Of a row without its own; how drafts are made and accepted is the same in all rows."""
+    row_sampling: RowSampling
+    """How each row's tokens are chosen."""
+    rows: RowStates
+    width: int
+    """Tokens that a verification reads at most; where `batch_invariant` is set, padded to it."""
+    batch_invariant: bool
+    target_reads_spans: bool
+    """Whether the device knows how far each row reads, so that one graph serves any length."""
+    deferred: DeferredContext
+    works_ahead: bool
+    """Whether the next round may be launched before the last one is told of: once it is committed,
+    or, where nothing that the host sees has a say in it, before it is read."""
+    _proposed: tuple[Proposal, Tensor | None]
+    """What `propose` gave."""
+    _target_rows: Tensor | None = None
+    """int64, the rows that the target reads in this round, as they lie; None is all."""
+    _drafter_rows: slice | None = None
+    """The rows that the drafter drafts for; None is all."""
+
+    def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
+        """Drafts of every row, and the target's noise at their positions and the one after."""
+        rows, length, noise = self.rows.inputs, shape.draft_length, None
+        sampling = self.row_sampling.tensors(shape.processors)
+        if self.sampling.acceptance == "invariant" and sampling.temperature is not None:
+            noise = self._noise(shape.proposed + 1, sampling)
+        most = (rows.budget - 1).clamp(min=0)
+        if self.drafter is None or self.state is None or not length:
+            none = rows.pending.new_empty(self.rows.count, 0)
+            proposal = Proposal(tokens=none, count=most.clamp(max=0))
+        else:
+            proposal = self._draft(shape, noise, most.clamp(max=length))
+        if shape.copy_length:
+            proposal = with_copies(proposal, rows, shape.copy_length, most)
+        return proposal, noise
+
+    def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
+        """The target's noise [B, width, V] from each row's next position on."""
+        key, start, sampled = self.rows.inputs.noise_key, self.rows.inputs.start, sampling.sampled
+        some, size = self._drafter_rows or slice(None), int(self.target.config.vocab_size)
+        of_some = sampled if sampled is None else sampled[some]
+        noise = position_noise(key[some], start[some] + 1, width, size, of_some)
+        return spread(noise, some, self.rows.count)
+
+    def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
+        """What the drafter drafts, of which `count` int64 [B] will be used."""
+        assert self.drafter
+        penalties = self.row_sampling.penalties if penalises(shape.processors) else None
+        some = None if penalties else self._drafter_rows  # they know their rows by number
+        rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.processors, some)
+        if penalties:
+            penalties.write(rows.pending[:, None], rows.start)
+        if some:
+            rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
+            noise = noise if noise is None else noise[some]
+        vocabulary, processors = int(self.target.config.vocab_size), shape.processors
+        if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
+            noise = noise[:, : shape.draft_length, ids]
+        known = self.drafter, rows, vocabulary, noise, penalties, processors, shape.longest
+        choose = DraftChoice(sampling, *known)
+        asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
+        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
+        if some is None:
+            return proposal
+        parts = {f.name: getattr(proposal, f.name) for f in fields(proposal)}
+        given = {name: part for name, part in parts.items() if part is not None}
+        whole = {name: spread(part, some, self.rows.count) for name, part in given.items()}
+        return replace(proposal, **whole)
+
+    def _state_of(self, rows: slice | None) -> DraftState:
+        """The drafter's context, or what of it belongs to some rows."""
+        assert self.state is not None
+        assert self.drafter is not None
+        if rows is None:
+            return self.state
+        return self.state.of_rows(rows, self.drafter.weights_of(self.state.weights, rows))
+
+    def verify_and_accept(self, shape: RoundShape) -> tuple[Verification, Tensor]:
+        """Let the target read the drafts, keep what it agrees with; the drafter absorbs it.
+
+        The rows' inputs are moved on, for the next round to go on from there without the host.
+
+        Returns:
+            The verification, and the table of its `Verdict` for the host.
+        """
+        rows, (proposal, noise) = self.rows.inputs, self._proposed
+        fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
+        logits, features = self._forward(fed, shape.longest)
+        options = self.row_sampling
+        if penalises(shape.processors):
+            options.penalties.write(fed, rows.start)
+        # For the verdict; the learner is told the target's own.
+        changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.processors)
+        accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.processors))
+        judged = accepted, tokens, proposal.count, logits, rows.budget <= 0
+        verdict = apply_end_tokens(*judged, options.ends, options.heeded)
+        verification = Verification(
+            proposal=proposal,
+            fed=fed,
+            start=rows.start.clone(),
+            logits=logits,
+            features=features,
+            tokens=tokens,
+            accepted=verdict.accepted,
+            emitted=verdict.emitted,
+            ended=verdict.ended,
+        )
+        if self.drafter and self.state:
+            if shape.absorbs:
+                state, some = self._state_of(self._drafter_rows), self._drafter_rows
+                self.drafter.absorb(state, of_rows(verification, some) if some else verification)
+            else:
+                self.deferred.keep(verification)
+        if self.works_ahead:
+            self.rows.advance(verdict.table)
+        return verification, verdict.table
+
+    def accept(
+        self, logits: Tensor, proposal: Proposal, noise: Tensor | None, sampling: SamplingTensors
+    ) -> tuple[Tensor, Tensor]:
+        """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
+        if self.sampling.acceptance == "invariant" or sampling.temperature is None:
+            some, count = self._drafter_rows or slice(None), self.rows.count
+            noise = noise if noise is None else noise[some]
+            sampling = of_rows(sampling, some) if self._drafter_rows else sampling
+            given = logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
+            accepted, tokens = draw_and_accept(*given)
+            return spread(accepted, some, count), spread(tokens, some, count)
+        rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
+        u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
+        p = distribution(logits, sampling)
+        return accept_rejection(p, proposal, u, fresh)
+
+    def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Logits and features of tokens [B, T]; batch-invariant, they are padded to one width."""
+        width, spans, some = fed.shape[1], self.target_reads_spans, self._target_rows
+        start = self.rows.inputs.start
+        if some is not None:
+            fed, start = fed[some], start[some]
+        if self.batch_invariant:
+            fed = F.pad(fed, (0, self.width - width))
+        with batch_invariant() if self.batch_invariant else nullcontext():
+            logits, features = self.target.forward(
+                self.cache, fed, start, longest, subset=some, spans=spans
+            )
+        assert logits is not None
+        if some is not None:
+            logits = spread(logits, some, self.rows.count)
+            features = spread(features, some, self.rows.count)
+        return logits[:, :width], features[:, :width]
