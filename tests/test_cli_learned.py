@@ -1,14 +1,17 @@
 """`ttspec learned` and `ttspec adapt` as a user meets them."""
 
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from toys import complaint, make_drafter
+from toys import complaint, full_disk, make_drafter
 
 from ttspec import load
-from ttspec.cli import main
+from ttspec.cli import adapt, main
 from ttspec.learning.versions import VersionStore, stores_in
 
 LEARN = ["--learn.stride", "2", "--learn.lr", "3e-3", "--learn.blocks", "4"]
@@ -150,3 +153,75 @@ def test_the_text_of_a_run_is_read_and_not_written_again(kept: Path, models, cap
     assert main(["adapt", str(tmp_path / "run"), *words]) == 0
     assert "recorded tokens are what the target draws" in capsys.readouterr().err
     assert len(stores_in(tmp_path / "kept")) == 1
+
+
+def test_offline_no_clock_makes_updates_rare(kept: Path, capsys) -> None:
+    assert learned("list", kept / "kept", "--json") == 0
+    updates = json.loads(capsys.readouterr().out)["updates"]
+    assert updates >= 50, "130 tokens in two rows are more than 100 rounds, and the stride is 2"
+
+
+def test_a_disk_that_takes_no_version_is_not_called_too_little_traffic(
+    kept: Path, models, capsys, tmp_path
+) -> None:
+    out = ["--out", str(tmp_path / "out"), "--learn.keep", str(tmp_path / "kept")]
+    with full_disk():
+        assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *SAYS, *out]) == 1
+    told = capsys.readouterr().err
+    assert f"What was learned could not be written to {tmp_path / 'kept'}" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_could_not_be_exported_stays_and_is_named(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    export = adapt._export
+
+    def onto_a_full_disk(*given: object) -> None:
+        with full_disk():
+            export(*given)
+
+    monkeypatch.setattr(adapt, "_export", onto_a_full_disk)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *SAYS, *out]) == 1
+    *_, stays, error, what = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "out") in error
+    assert "Make room" in what
+    assert not (tmp_path / "out").exists()
+    words = stays.partition("ttspec ")[2].replace("FOLDER", str(tmp_path / "later"))
+    assert main(words.split()) == 0
+    assert (tmp_path / "later" / "config.json").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(adapt, "_adapt", None)
+    (tmp_path / "file").touch()
+    out = ["--out", str(tmp_path / "file" / "out")]
+    assert main(["adapt", str(kept / "traffic.jsonl"), *models, *out]) == 2
+    assert "cannot be made" in complaint(capsys)[0]
+
+
+def test_a_signal_to_end_keeps_what_was_learned(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    lines = [json.dumps({"prompt": f"count to {n}"}) for n in range(40)]
+    (tmp_path / "many.jsonl").write_text("\n".join(lines))
+    answered = adapt._answered
+
+    def ended_by_a_signal(*given: object) -> Iterator[object]:
+        for count, result in enumerate(answered(*given), 1):
+            yield result
+            if count == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(adapt, "_answered", ended_by_a_signal)
+    out = ["--out", str(tmp_path / "out"), "--rows", "4"]
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["adapt", str(tmp_path / "many.jsonl"), *models, *LEARN, *SAYS, *out]) == 130
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert "holds the drafter" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").exists()

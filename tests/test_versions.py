@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import full_disk
 
 from ttspec.errors import CheckpointError, OptionError, ResourceError
 from ttspec.learning.version_writer import VersionWriter
@@ -249,15 +249,11 @@ def test_a_disk_that_takes_nothing_is_told_once_and_tried_again(tmp_path: Path) 
     told: list[str] = []
     store = filled(tmp_path, 1)
     writer = VersionWriter(told.append)
-    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    with full_disk():
         for value in (2.0, 3.0):
             writer.submit(lambda value=value: write(store, value, size=100_000))
             writer.flush()
             assert writer.failed
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(told) == 1
     assert "could not be written" in told[0]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".partial")] == []

@@ -1,7 +1,9 @@
 """Random drafters for the toy targets, and short ways to what many tests need."""
 
+import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -614,3 +616,14 @@ def refused(name: str, kind: type[Exception] = TargetError) -> str:
 
 def copy_of(folder: Path, to: Path) -> Path:
     return Path(shutil.copytree(folder, to / "model"))
+
+
+@contextmanager
+def full_disk(size: int = 20_000) -> Iterator[None]:
+    """The system lets no file of this process grow beyond a size."""
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import signal
+import threading
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from ttspec.cli.options import (
@@ -17,11 +21,12 @@ from ttspec.cli.options import (
     require_positive,
 )
 from ttspec.cli.terminal import say
-from ttspec.errors import DataError, OptionError, TrainingError
+from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 
 if TYPE_CHECKING:
     from ttspec.config import GenerateConfig
     from ttspec.decoding.engine import Engine, Prompt
+    from ttspec.learning.versions import Version
     from ttspec.records import Result
 
 REPORT_EVERY = 50
@@ -41,7 +46,8 @@ def adapt(
     """Let a drafter learn from recorded traffic, with the learner that learns in use.
 
     What a file asks is answered anew, for a drafter learns what its target says; the text of a run
-    folder is there already and is read once. Ctrl-C keeps what was learned so far.
+    folder is there already and is read once. It learns every --learn.stride rounds, whatever that
+    takes. Ctrl-C, and a signal to end, keep what was learned so far.
 
     Parameters
     ----------
@@ -65,19 +71,70 @@ def adapt(
             "for versions of it, or both."
         )
     require_positive(rows=rows)
-    if out is not None:
-        from ttspec.drafters.export import require_empty
-
-        require_empty(out)
-    with TemporaryDirectory(prefix="ttspec-adapt-") as work:
-        learn = replace(learning, scope="shared", keep=keep or work).config()
+    # Nobody waits for these answers: updates may take the time that they take.
+    draft = draft if draft.adaptive is not None else replace(draft, adaptive=False)
+    with ExitStack() as work:
+        if out is not None:
+            work.enter_context(_folder(out))
+        if keep is None:
+            keep = Path(mkdtemp(prefix="ttspec-adapt-"))
+            work.callback(shutil.rmtree, keep, ignore_errors=True)
+        learn = replace(learning, scope="shared", keep=str(keep)).config()
         settings = {**options.options(), "draft": draft.config(), "learn": learn}
-        return _adapt(traffic, out, models, {"seed": 0} | settings, rows)
+        engine, version, interrupted = _adapt(traffic, models, {"seed": 0} | settings, rows)
+        if out is not None:
+            try:
+                _export(engine, version, out)
+            except OSError:
+                shutil.rmtree(out, ignore_errors=True)  # half a drafter is none
+                work.pop_all()
+                say(f"What was learned stays: ttspec learned export {keep} --out FOLDER")
+                raise
+    return 130 if interrupted else 0
+
+
+@contextmanager
+def _folder(out: Path) -> Iterator[None]:
+    """Make a folder before the work that fills it, and remove it if it stays empty.
+
+    Raises:
+        OptionError: It is not empty, or cannot be made.
+    """
+    from ttspec.drafters.export import require_empty
+
+    require_empty(out)
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OptionError(
+            f"{out} cannot be made: {error.strerror}.\nGive another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if is_new:
+                out.rmdir()
+
+
+@contextmanager
+def _ending_as_ctrl_c() -> Iterator[None]:
+    """Let a signal to end be an interrupt, which keeps what there is."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _adapt(
-    traffic: Path, out: Path | None, models: ModelFlags, settings: dict[str, Any], rows: int
-) -> int:
+    traffic: Path, models: ModelFlags, settings: dict[str, Any], rows: int
+) -> tuple[Engine, Version, bool]:
+    """Learn; the engine, the version that drafts best, and whether it was interrupted."""
     from ttspec.decoding.engine import make_config
     from ttspec.training.answers import read_dialogues
 
@@ -91,16 +148,16 @@ def _adapt(
     engine = models.load(notify=say)
     if engine.drafter is None or not engine.drafter.weights:
         raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
-    if is_run:
-        answers = _replayed(engine, traffic, config, rows)
-    else:
-        answers = _answered(engine, cast("list[list[Prompt]]", dialogues), config, rows)
-    try:
-        interrupted = _follow(answers)
-    finally:
-        engine.close()  # the last version is written
-    _export(engine, config, out)
-    return 130 if interrupted else 0
+    with _ending_as_ctrl_c():
+        if is_run:
+            answers = _replayed(engine, traffic, config, rows)
+        else:
+            answers = _answered(engine, cast("list[list[Prompt]]", dialogues), config, rows)
+        try:
+            interrupted = _follow(answers)
+        finally:
+            kept = engine.close()  # the last version is written
+    return engine, _kept(engine, config, written=kept), interrupted
 
 
 def _answered(
@@ -152,15 +209,25 @@ def _follow(answers: Iterator[Result]) -> bool:
     return False
 
 
-def _export(engine: Engine, config: GenerateConfig, out: Path | None) -> None:
+def _kept(engine: Engine, config: GenerateConfig, *, written: bool) -> Version:
+    """The version that drafts from now on; says what it is worth.
+
+    Raises:
+        ResourceError: The disk took none.
+        TrainingError: None is worth keeping.
+    """
     from ttspec.decoding.shared import fingerprint
-    from ttspec.drafters.export import export_drafter
     from ttspec.learning.delta import weights_sha256
     from ttspec.learning.versions import current_of, place_of
 
     assert engine.drafter is not None
     assert config.learn is not None
     root = Path(str(config.learn.keep)).expanduser()
+    if not written:
+        raise ResourceError(
+            f"What was learned could not be written to {root}, and is lost.\nMake room there, or "
+            "name another folder."
+        )
     pair = fingerprint(engine.target), weights_sha256(engine.drafter.weights)
     found = current_of(place_of(root, *pair, config.tenant))
     if found is None:
@@ -173,6 +240,12 @@ def _export(engine: Engine, config: GenerateConfig, out: Path | None) -> None:
         f"On {found.manifest['held_out']['blocks']} held-out blocks {accepted['version']:.3f} "
         f"drafts are accepted, {accepted['anchor']:.3f} of the drafter as it was."
     )
-    if out is not None:
-        export_drafter(found.delta().changed(engine.drafter), engine.target, "published", out)
-        say(f"{out} holds the drafter: --drafter {out}")
+    return found
+
+
+def _export(engine: Engine, version: Version, out: Path) -> None:
+    from ttspec.drafters.export import export_drafter
+
+    assert engine.drafter is not None
+    export_drafter(version.delta().changed(engine.drafter), engine.target, "published", out)
+    say(f"{out} holds the drafter: --drafter {out}")

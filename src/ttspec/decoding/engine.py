@@ -320,14 +320,15 @@ class Engine:
             self._told.add(notice)
             self.notify(notice)
 
-    def close(self) -> None:
-        """Keep what `learn.keep` asks to be kept, and let other processes have its folder.
+    def close(self) -> bool:
+        """Keep what `learn.keep` asks to be kept, where the engine, or another, then goes on.
 
-        The engine can be used again, and then begins at what was kept. Without `learn.keep` there
-        is nothing to do.
+        Returns:
+            False where a disk did not take it.
         """
-        if self._shared_weights.close():
+        if closed := self._shared_weights.close():
             self._spare = None
+        return all(closed)
 
     def margin(
         self,

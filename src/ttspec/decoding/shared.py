@@ -50,13 +50,12 @@ class SharedWeights:
             self._live[key] = tenants_weights(learn, drafter, known, config.tenant, notify)
         return self._live[key]
 
-    def close(self) -> bool:
-        """Keep what is to be kept, and forget it here; whether there was anything."""
-        kept = [key for key, live in self._live.items() if live.keeper]
-        for key in kept:
-            if keeper := self._live.pop(key).keeper:
-                keeper.close()
-        return bool(kept)
+    def close(self) -> list[bool]:
+        """Keep what is to be kept, and forget it here; of each, whether the disk took it."""
+        keepers = {key: live.keeper for key, live in self._live.items() if live.keeper}
+        for key in keepers:
+            del self._live[key]
+        return [keeper.close() for keeper in keepers.values()]
 
 
 def fingerprint(target: Target) -> str:

@@ -174,10 +174,14 @@ class Keeper:
         self.writer.submit(lambda: self._write(learned, facts))
         return True
 
-    def close(self) -> None:
-        """Keep what is worth it, wait until it is written, and let others have the folder."""
+    def close(self) -> bool:
+        """Keep what is worth it, wait until it is written, and let others have the folder.
+
+        Returns:
+            False where the disk did not take it.
+        """
         if not self.store.is_open:
-            return
+            return True
         try:
             self.writer.flush()
             if (self._news or self.writer.failed) and not self.make_version():
@@ -185,6 +189,7 @@ class Keeper:
             self.writer.close()
         finally:
             self.store.close()
+        return not self.writer.failed
 
     def _begin_at(self, version: Version, delta: Delta) -> None:
         delta.require(self.drafter)
