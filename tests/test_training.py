@@ -330,7 +330,7 @@ def test_options_that_cannot_be_are_refused(engine, prompts, tmp_path, change):
 
 def test_a_target_of_few_layers_is_refused(toy_target_dir, prompts, tmp_path):
     target = toy_engine(toy_target_dir).target
-    with pytest.raises(OptionError, match="has 4 layers; .* of 5 or more"):
+    with pytest.raises(OptionError, match=r"has 4 layers; .* of 5 or more"):
         RECIPES["dflash"](target, config(prompts, tmp_path))
 
 
