@@ -40,7 +40,7 @@ def demo(
 
     The arms take turns, so that a busy machine slows all of them alike. At the end come a table
     and an HTML page with the plot and the text, which all arms write alike: in float32, or in
-    bfloat16 with rounds of one width, plain decoding's too, where a GPU or AMX makes those fast.
+    bfloat16 with rounds of one width, plain decoding's too, which may slow that.
 
     Parameters
     ----------
@@ -199,7 +199,8 @@ def print_setting(console: Any, engine: Engine, goal: int, temperature: float, s
     if str(target.dtype) != "torch.float32":
         console.print(
             "Every forward pass reads 16 tokens or more, plain decoding's too: so rounding is the "
-            "same in all arms, and so is the text."
+            "same in all arms, and so is the text. Elsewhere plain decoding reads one, and may be "
+            "faster than here."
         )
 
 
