@@ -27,6 +27,7 @@ import json
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -241,10 +242,12 @@ def ask(
     began = lines.clock.seconds()
     config = replace(config, draft=spec.draft, learn=spec.learn)
     rows = min(READERS if spec.learn else WRITERS, len(talks))
+    turns, turn = len(talks[0]), Counter[int]()
     for number, result in answers_of(engine, talks, config, rows):
         rounds = result.rounds
         counts = {"tokens": sum(r.emitted for r in rounds), "rounds": len(rounds)}
-        lines.add(spec.name, n=first + number, **counts)
+        lines.add(spec.name, n=first + number * turns + turn[number], **counts)
+        turn[number] += 1
         if lines.clock.is_over():
             break
     facts: dict[str, Any] = {"seconds": round(lines.clock.seconds() - began, 1)}
