@@ -93,7 +93,7 @@ def test_without_a_clock_seconds_say_nothing():
         for number in range(1, 8 * PATIENCE + 1):
             updated = number % 8 == 0
             pace.observe(seconds * updated, updated, 1.0, learner)  # type: ignore[arg-type]
-        assert learner.strides == 8  # of one round an eighth of the time, and a fiftieth is allowed
+        assert learner.strides == 16  # of two rounds a quarter of the time; a fiftieth is allowed
 
 
 def test_a_gain_that_comes_late_is_taken():

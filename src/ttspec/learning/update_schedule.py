@@ -28,8 +28,8 @@ UNPROVEN, SPENT = 0.02, 0.5
 of what they gain, the part that may be spent."""
 PATIENCE = 8
 """Updates before the first change, and between two."""
-ASSUMED = 1.0
-"""Rounds that an update is taken to cost where no clock may decide. Measured: 0.9 to 1.6 on two
+ASSUMED = 2.0
+"""Rounds that an update is taken to cost where no clock may decide. Measured: about two on two
 cores of a CPU (docs/experiments.md)."""
 
 
