@@ -23,7 +23,8 @@ BUCKET = 256
 """The same where a shape is kept for later, as in a graph: few shapes."""
 INVARIANT_STEP = 512
 """The same where more slots must change no bit: torch's attention on a CPU sums over blocks of as
-many, one after the other, and a block that is masked adds nothing; a longer one sums otherwise."""
+many, one after the other, and a block that is masked adds nothing; a longer one sums otherwise:
+findings/torch_cpu_attention_hidden_keys.sh."""
 
 
 def reach_of(length: int, slots: int, step: int = STEP) -> int:
