@@ -1,7 +1,7 @@
 """Rows that ask for different things write what each writes alone; grammars inside blocks."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +24,12 @@ from transformers import (
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill, stages
+from ttspec.decoding import prefill
 from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.kept_noise import KeptNoise
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -260,9 +261,9 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
     seen: dict[bytes, tuple[int, int]] = {}
     silent = 0
 
-    def recorded(key, first, count, vocabulary, sampled=None):
+    def recorded(key, first, count, vocabulary, sampled=None, make=position_noise):
         nonlocal silent
-        noise = position_noise(key, first, count, vocabulary, sampled)
+        noise = make(key, first, count, vocabulary, sampled)
         assert sampled is not None
         for row in range(len(key)):
             for column in range(count):
@@ -275,7 +276,10 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
                     assert seen.setdefault(noise[row, column].numpy().tobytes(), place) == place
         return noise
 
-    monkeypatch.setattr(stages, "position_noise", recorded)
+    kept = KeptNoise.__call__
+    monkeypatch.setattr(
+        KeptNoise, "__call__", lambda own, *given: recorded(*given, make=partial(kept, own))
+    )
     monkeypatch.setattr(prefill, "position_noise", recorded)
     temperatures = (0.7, 0.0, 0.7, 1.3, 0.9)
     asked: list[Asked] = [

@@ -11,6 +11,7 @@ from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.feedback import PolicyFeedback
+from ttspec.decoding.kept_noise import KeptNoise
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
@@ -25,6 +26,7 @@ from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import LONGEST_COPY
+from ttspec.sampling import position_noise
 
 INVARIANT_WIDTH = 16
 """Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix
@@ -98,6 +100,8 @@ class Decoder(SpeculativeRound):
         self.target_reads_spans = self.graphs.on and target.reads_spans
         # A call works while it is made; and recurrent states of a dropped round would be read anew.
         self.works_ahead = self.graphs.on and not target.recurrent
+        keeps = target.device.type == "cpu" and not self.graphs.on
+        self.position_noise = KeptNoise() if keeps else position_noise
         # Batch-invariant, products are of as many rows always; recurrent states stay in place.
         stays = self.graphs.on or target.is_split or batch_invariant or target.recurrent
         self.cache.moves_rows = target.device.type == "cpu" and not stays

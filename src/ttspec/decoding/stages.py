@@ -6,6 +6,7 @@ places, and waits for nothing. `round.py` launches them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
 
@@ -24,7 +25,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification, of_rows, spread
 from ttspec.rowcache import RowCache
-from ttspec.sampling import SamplingTensors, distribution, position_noise, rejection_noise
+from ttspec.sampling import SamplingTensors, distribution, rejection_noise
 from ttspec.spans import batch_invariant
 
 
@@ -47,6 +48,8 @@ class RoundStages:
     target_reads_spans: bool
     """Whether the device knows how far each row reads, so that one graph serves any length."""
     deferred: DeferredContext
+    position_noise: Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]
+    """As `sampling.position_noise`."""
     works_ahead: bool
     """Whether the next round may be launched before the last one is told of: once it is committed,
     or, where nothing that the host sees has a say in it, before it is read."""
@@ -78,7 +81,7 @@ class RoundStages:
         key, start, sampled = self.rows.inputs.noise_key, self.rows.inputs.start, sampling.sampled
         some, size = self._drafter_rows or slice(None), int(self.target.config.vocab_size)
         of_some = sampled if sampled is None else sampled[some]
-        noise = position_noise(key[some], start[some] + 1, width, size, of_some)
+        noise = self.position_noise(key[some], start[some] + 1, width, size, of_some)
         return spread(noise, some, self.rows.count)
 
     def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
