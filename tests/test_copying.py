@@ -488,7 +488,7 @@ def test_several_rows_look_seldom_where_nothing_is_found():
     looks = []
     for new in range(10, 60):
         left_out = copying._left_out
-        assert not copying.expects([0, 1], tokens, 0)
+        assert not copying.expects([0, 1], tokens, drafts=False)
         looks.append(not left_out)
         for row in (0, 1):
             tokens[row].append(100 * row + new)
@@ -496,6 +496,6 @@ def test_several_rows_look_seldom_where_nothing_is_found():
     assert looks == [True] * IDLE + ([False] * LEFT_OUT + [True]) * 4 + [False] * 2
     for row in (0, 1):  # what was not looked at is caught up with
         tokens[row] += tokens[row][-6:] * 3
-    assert any(copying.expects([0, 1], tokens, 0) for _ in range(LEFT_OUT + 1))
+    assert any(copying.expects([0, 1], tokens, drafts=False) for _ in range(LEFT_OUT + 1))
     assert copying.choose([0, 1], tokens, drafts=False)[1][:3] == tokens[1][-6:-3]
     assert copying._rows[0]._tokens == tokens[0]

@@ -230,8 +230,10 @@ class Copying:
         cut = {row: copy.first(most) for row, copy in copies.items()}
         return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
 
-    def expects(self, active: Sequence[int], tokens: Sequence[Sequence[int]], drafts: int) -> bool:
-        """Whether rows may copy in the round after one that is not read yet.
+    def expects(
+        self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
+    ) -> bool:
+        """Whether rows may copy in the round after one that is not read yet; asked as `choose` is.
 
         One row's copies bring most, and begin where its last tokens stood before: it waits there.
         Several rows go on unless a copy would pay by now: they may begin to copy a round later.
@@ -240,7 +242,7 @@ class Copying:
             self._left_out, self._behind = self._left_out - 1, True
             return False
         if len(active) > 1:
-            found = bool(self.choose(active, tokens, drafts=drafts > 0))
+            found = bool(self.choose(active, tokens, drafts=drafts))
             self._idle = 0 if found else self._idle + 1
             self._left_out = LEFT_OUT if self._idle >= IDLE else 0
             return found

@@ -234,7 +234,7 @@ class SpeculativeRound(RoundStages):
         shape, active, rows = last.shape, last.active, self.rows
         if not (self.works_ahead and self._reads_spans) or last.copies or last.heard:
             return False
-        after = self._next_shape(last)
+        after, drafts = self._next_shape(last), shape.draft_length > 0
         return (
             after.absorbs == shape.absorbs
             and not self._is_heard(after, ahead=1)
@@ -242,7 +242,7 @@ class SpeculativeRound(RoundStages):
             and self.deferred.needs_nothing(shape, after)
             and not self._is_masked(active)
             and not self.row_sampling.logprobs.asked(active)
-            and not (self.copying and self.copying.expects(active, rows.tokens, shape.draft_length))
+            and not (self.copying and self.copying.expects(active, rows.tokens, drafts=drafts))
         )
 
     def _next_shape(self, last: Launched) -> RoundShape:

@@ -263,22 +263,16 @@ class MemoryStudy(Study):
         report.blocks[:1].copy_(lesson.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
 
-    @torch.no_grad()
     def compare_held_out(self, sets: Sequence[Weights]) -> Tensor:
         """Judge sets of weights on `held_out`, as `judge` does, but wait for nothing.
 
         Returns:
             Blocks, and the drafts of each set that all of them would accept, float32 [1 + sets].
         """
-        texts = self.held_out
-        chances = self._order[:, : texts.judged.shape[1]].expand_as(texts.judged)
-        lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
-        whole = lesson.mask.all(-1)
-        found = [whole.sum().float()]
-        for changed in sets:
-            weights = {**self.drafter.weights, **changed}
-            found.append((self.expected_drafts(weights, texts, lesson) * whole).sum())
-        return torch.stack(found)
+        judged = self.held_out.judged
+        return self._judged(
+            self.held_out, self._order[:, : judged.shape[1]].expand_as(judged), sets
+        )
 
     @torch.no_grad()
     def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
@@ -292,16 +286,24 @@ class MemoryStudy(Study):
             Blocks, and by name the drafts of one that would be accepted, on average.
         """
         device = self._pages.device
-        pages, count = self.memory.held_out_pages(most), 0
-        totals = dict.fromkeys(sets, 0.0)
+        pages, found = self.memory.held_out_pages(most), [0.0] * (1 + len(sets))
         for part in pages.split(len(self._pages)) if len(pages) else ():
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)
-            lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
-            whole = lesson.mask.all(-1)
-            count += int(whole.sum())
-            for name, changed in sets.items():
-                drafts = self.expected_drafts({**self.drafter.weights, **changed}, texts, lesson)
-                totals[name] += float((drafts * whole).sum())
-        return count, {name: total / max(count, 1) for name, total in totals.items()}
+            judged = self._judged(texts, chances, list(sets.values())).tolist()
+            found = [one + more for one, more in zip(found, judged, strict=True)]
+        count, *totals = found
+        means = [total / max(count, 1) for total in totals]
+        return int(count), dict(zip(sets, means, strict=True))
+
+    @torch.no_grad()
+    def _judged(self, texts: Texts, chances: Tensor, sets: Sequence[Weights]) -> Tensor:
+        """Whole held-out blocks of texts, and drafts of each set that they accept."""
+        lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+        whole = lesson.mask.all(-1)
+        found = [whole.sum().float()]
+        for changed in sets:
+            weights = {**self.drafter.weights, **changed}
+            found.append((self.expected_drafts(weights, texts, lesson) * whole).sum())
+        return torch.stack(found)
