@@ -4,7 +4,7 @@
 
 Needs only the standard library. The same bytes each time. `science.jsonl` is for choosing, the
 others are for reporting; no bundled drafter was trained on any of them. `mixed.jsonl` changes its
-kind every 100 requests.
+kind every 100 requests. `code-long.jsonl` asks each request of `code` in five ways.
 """
 
 import json
@@ -128,6 +128,10 @@ SUPPORT_SAYS = phrases("""
     The mattress smells.; The alarm rings at the wrong time.; The toy has sharp edges.;
     The flowers were withered.; The car seat does not click in.; The kettle tripped the fuse.
 """)
+CODE_WAYS = phrases("""
+    Explain each step in a comment.; Keep it short and readable.; Think of empty input, too.;
+    Say first how you would go about it.; Then name one way to make it faster.
+""")
 KINDS = {
     "science": (SCIENCE, SCIENCE_OF),
     "code": (CODE, CODE_THAT),
@@ -157,9 +161,12 @@ def main() -> None:
         for part in parts
         for prompt in streams[reported[part % 3]][part // 3 * CHANGE :][:CHANGE]
     ]
-    for kind, prompts in streams.items():
+    streams["code-long"] = [f"{p} {w}" for p, w in product(streams["code"], CODE_WAYS)]
+    Random("code-long").shuffle(streams["code-long"])
+    for name, prompts in streams.items():
+        kind = name.removesuffix("-long")
         lines = [json.dumps({"prompt": p, "kind": kind}, ensure_ascii=False) for p in prompts]
-        (folder / f"{kind}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
