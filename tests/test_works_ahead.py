@@ -114,6 +114,30 @@ def test_texts_are_the_same_where_the_device_goes_on_by_itself(
     assert chained
 
 
+@pytest.mark.parametrize("which", ["eagle3", "dflash"])
+def test_the_memory_gets_all_of_rounds_that_are_chained(toy_target_dir, which, monkeypatch):
+    """Also where the next round's lesson is there before the last one's was noted."""
+    monkeypatch.setattr(MemoryStudy, "hears", lambda *_: True)
+    learn = LearnConfig(scope="shared", lr=1e-9)
+    asked = {"max_new_tokens": 60, "rows": 3, "seed": 5, "ignore_eos": True, "learn": learn}
+    chained, found = list[int](), []
+    for chains in (None, chained):
+        engine = toy_engine(toy_target_dir, make_kind(which))
+        other = working_ahead(engine, chained=chains)
+        answers = [c.result for _, c in other.run([[p] for p in PROMPTS], **asked) if c.result]
+        (live,) = other._shared_weights._live.values()
+        texts = live.memory.read(live.memory.judged.any(1).nonzero()[:, 0], 8)
+        pairs = zip(texts.tokens, texts.judged, strict=True)
+        found.append(sorted(tuple(tokens[judged].tolist()) for tokens, judged in pairs))
+        assert len(answers) == len(PROMPTS)
+    for one, other in zip(*found, strict=True):  # the last ones' ends were not noted yet
+        least = min(len(one), len(other))
+        assert one[:least] == other[:least]
+        assert max(len(one), len(other)) <= least + 32
+    assert sum(len(one) == len(other) > 0 for one, other in zip(*found, strict=True)) >= 2
+    assert chained
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("options", [PAUSED, {**PLAIN, **SAMPLED}, {"learn": None}, SHARED])

@@ -108,20 +108,7 @@ class SpeculativeRound(RoundStages):
                 self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
         emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
         self.deferred.after_round(verification, emitted, shape)
-        updated = [False] * self.rows.count
-        if self.learner and self.learner.study:
-            self.learner.study.listens = launched.heard
-        counts = shape.absorbs and (shape.proposed > 0 or (self.learner and self.learner.study))
-        if self.learner and (launched.heard or counts):
-            updated = self.learner.absorb(
-                verification,
-                longest,
-                shape,
-                active,
-                drafted=shape.draft_length > 0,
-                emitted=emitted,
-                told=launched.heard,
-            )
+        updated = self._learn(launched, emitted, following)
         took, some, left = self.timer.finish(launched.marks), self._target_rows, self.rows.active()
         if following:  # the device knows as well which rows have ended
             self.launched = following._replace(active=left) if left else None
@@ -138,6 +125,34 @@ class SpeculativeRound(RoundStages):
             self.policy, took, shape, longest, outcomes, cost, chained=launched.chained
         )
         return outcomes
+
+    def _learn(
+        self, launched: Launched, emitted: dict[int, int], following: Launched | None
+    ) -> list[bool]:
+        """Let the learner take note of a round; of each row, whether what it learned is published.
+
+        Args:
+            launched: See above.
+            emitted: Tokens that each row committed.
+            following: The round after it, if it is under way.
+        """
+        learner, shape = self.learner, launched.shape
+        if not learner:
+            return [False] * self.rows.count
+        if learner.study:
+            learner.study.listens = launched.heard
+        counts = shape.absorbs and (shape.proposed > 0 or learner.study is not None)
+        if not (launched.heard or counts):
+            return [False] * self.rows.count
+        return learner.absorb(
+            None,  # it was kept when it was launched
+            launched.longest,
+            active=launched.active,
+            drafted=shape.draft_length > 0,
+            emitted=emitted,
+            told=launched.heard,
+            ahead=1 + max(self.policy.lengths) if following else 0,
+        )
 
     def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
         """Let the device propose, verify and accept.
@@ -167,8 +182,10 @@ class SpeculativeRound(RoundStages):
         verification, table = self.graphs(self.verify_and_accept, shape, changes=changes)
         read = self.rows.download(table)
         self.timer.lap(marks)
-        known = active, shape, longest, copies, verification, read
-        return Launched(*known, self._is_heard(shape, ahead=int(chained)), chained, marks)
+        heard = self._is_heard(shape, ahead=int(chained))
+        if heard and self.learner:  # now: the next round may overwrite it before it is read
+            self.learner.keep(verification, shape)
+        return Launched(active, shape, longest, copies, verification, read, heard, chained, marks)
 
     def drop(self, row: int) -> None:
         """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
@@ -229,15 +246,17 @@ class SpeculativeRound(RoundStages):
         """Whether the round after one that is under way can begin where the device leaves it.
 
         What a round returns is overwritten by the one after, and by the graphs that a learner runs
-        in between: so neither of the two may be one that somebody looks at.
+        in between: so the host may not look at either. What a row learns for itself from one round
+        drafts the next.
         """
         shape, active, rows = last.shape, last.active, self.rows
-        if not (self.works_ahead and self._reads_spans) or last.copies or last.heard:
+        for_itself = self.learner is not None and self.learner.study is None
+        if not (self.works_ahead and self._reads_spans) or last.copies:
             return False
         after, drafts = self._next_shape(last), shape.draft_length > 0
         return (
             after.absorbs == shape.absorbs
-            and not self._is_heard(after, ahead=1)
+            and not (for_itself and (last.heard or self._is_heard(after, ahead=1)))
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
             and not self._is_masked(active)

@@ -116,25 +116,25 @@ class Learner:
 
     def absorb(
         self,
-        verification: Verification,
+        verification: Verification | None,
         longest: int,
-        key: Hashable | None = None,
         active: Sequence[int] | None = None,
         *,
         drafted: bool = True,
         emitted: Mapping[int, int] | None = None,
         told: bool = True,
+        ahead: int = 0,
     ) -> list[bool]:
         """Keep the round's lesson and, every `stride` rounds, update.
 
         Args:
-            verification: The round just committed.
+            verification: The round just committed; None if `keep` was given it already.
             longest: Its largest start, known on the host.
-            key: Where it was captured, the key of its graph.
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
             told: Whether the lesson is kept.
+            ahead: Tokens of a row, at most, of the next round, if that is under way already.
 
         Returns:
             For each row, whether it was updated.
@@ -145,10 +145,10 @@ class Learner:
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if told:
-            self.keep(verification, longest if key is None else key)
-            if self.study and self._lessons:
-                self.study.note(self._lessons, emitted, due=self._rounds % self.stride == 0)
+        if told and verification:
+            self.keep(verification, longest)
+        if told and self.study and self._lessons:
+            self.study.note(self._lessons, emitted, self._rounds % self.stride == 0, ahead)
         due = counts and self._rounds % (self.stride * self.strides) == 0
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
@@ -280,7 +280,7 @@ class Learner:
             self._update_over.synchronize()
 
     def keep(self, verification: Verification, key: Hashable) -> None:
-        """Keep a round's verification, for what it teaches; `key` as in `absorb`."""
+        """Keep a round's verification, for what it teaches; `key` of the graph that made it."""
         if self._lessons is None:
             made_for = self.config, len(self.updates), self.length, verification
             self._lessons = Lessons(*made_for, features=self.study is not None)

@@ -175,30 +175,37 @@ class MemoryStudy(Study):
         """Whether the memory is told of a round, with so many strides between updates."""
         return number // STRETCH % HEARD[max(n for n in HEARD if n <= strides)] == 0
 
-    def note(self, lessons: Lessons, emitted: Mapping[int, int] | None, *, due: bool) -> None:
+    def note(
+        self, lessons: Lessons, emitted: Mapping[int, int] | None, due: bool, ahead: int
+    ) -> None:
         """Take note of a round, and `remember` if it is due or another might overwrite something.
 
         Args:
             lessons: Have it.
             emitted: Tokens of each row; None if that is not known on the host.
             due: See above.
+            ahead: Tokens of a row, at most, of a round that is under way already: the lessons have
+                those too, and may have those of one more before the next note.
         """
         if emitted is None or self._new is None:
             self._new = None
         else:
             for row, tokens in emitted.items():
                 self._new[row] += tokens
-            due = due or max(self._new) + LONGEST_COPY + 1 > lessons.ring
+            due = due or max(self._new) + (2 * ahead or LONGEST_COPY + 1) > lessons.ring
         if due:
-            self.remember(lessons)
+            self.remember(lessons, ahead=ahead)
 
-    def remember(self, lessons: Lessons | None, row: int | None = None) -> None:
-        """Note what a row, or all of them, have committed since the memory was last told."""
+    def remember(self, lessons: Lessons | None, row: int | None = None, ahead: int = 0) -> None:
+        """Note what a row, or all of them, have committed since the memory was last told.
+
+        Where a round is under way, so many of its tokens may be among the newest.
+        """
         if lessons is None:
             return
         work, most = self.write_newest, lessons.ring
         if self._new is None or row is None:
-            most = most if self._new is None else max(self._new)
+            most = most if self._new is None else max(self._new) + ahead
             self._new = [0] * len(self.rows.end)
         else:
             work, most, self._new[row] = self.write_newest_of_row, self._new[row], 0
