@@ -69,6 +69,18 @@ def test_what_rounds_take_longer_beside_an_update_is_its_cost():
         assert learner.strides == strides, slower
 
 
+def test_an_update_that_was_held_up_makes_the_others_no_rarer():
+    """On a GPU one of the first took a second, and it was 2,000 rounds until that was forgotten."""
+    learner = SimpleNamespace(
+        stride=8, strides=1, is_updating=False, study=None, guard=SimpleNamespace(gain=lambda: 1.5)
+    )
+    pace = UpdateSchedule()
+    for number in range(1, 1000):
+        updated, slow = number % (8 * learner.strides) == 0, number in (16, 160)
+        pace.observe(1.0 + 0.7 * updated + 500.0 * slow, updated, 1.0, learner)  # type: ignore[arg-type]
+        assert learner.strides == 1
+
+
 def test_where_every_round_is_slowed_down_there_are_fewer_updates():
     learner = SimpleNamespace(
         stride=4, strides=1, is_updating=True, study=None, guard=SimpleNamespace(gain=lambda: 1.0)

@@ -44,6 +44,9 @@ SPIKE = 4.0
 """Times its length's usual cost that a round is charged at most: more is another process's."""
 PLAIN_SEEN, COSTS_SEEN = 3, 5
 """Rounds of a kind whose middle time counts."""
+STALE = 256
+"""Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
+that were held up would speak against it for ever."""
 
 
 class FixedDraftLength:
@@ -93,6 +96,9 @@ class DraftPolicy:
         self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
         self._usual: dict[int, float] = {}
         """Their medians, by length."""
+        self._last: dict[int, int] = {}
+        """When each length was drafted last, in rounds."""
+        self._rounds = 0
         self._extra = 0.0
         """What a drafting round costs on average above the median, as every few rounds for an
         update."""
@@ -151,7 +157,7 @@ class DraftPolicy:
         """
         self._calibration = self._calibration or ConfidenceCalibration(self.longest)
         tokens = self._calibration.tokens(confidence)
-        if not self._costs[self.longest]:
+        if not self._usual:
             return self.longest
         possible = [n for n in self.lengths if n < len(tokens)]
         return max(possible, key=lambda n: tokens[n] / self._cost(n))
@@ -183,6 +189,7 @@ class DraftPolicy:
             first: Its time says nothing: it did what is done once, as to capture a graph, or had
                 an update beside it that would have come in any case.
         """
+        self._rounds += 1
         if length:
             for n in accepted:
                 self._counted[n] += 1
@@ -215,6 +222,7 @@ class DraftPolicy:
             cost = min(cost, SPIKE * self._usual[length])
         costs.append(cost)
         del costs[:-COSTS_SEEN]
+        self._last[length] = self._rounds
         usual = self._usual[length] = _middle(costs)
         self._extra += (max(0.0, cost - usual) - self._extra) * MEMORY
         self._won += emitted - cost
@@ -239,6 +247,7 @@ class DraftPolicy:
         if self._unseen < STAY and self._since < self._until:
             return
         self._count()
+        self._forget_costs()
         best = max(self.lengths, key=self.speed)
         now = self.speed(self._length)
         ease = EASE if now > SAFE else 1
@@ -263,6 +272,7 @@ class DraftPolicy:
             self._pause -= 1
             if self._pause > 0:
                 return
+            self._forget_costs()
             length = self.longest if self._calibration else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
@@ -295,6 +305,12 @@ class DraftPolicy:
                 self._kept[i] += share * reached
         self._counted = [0] * (self.longest + 1)
 
+    def _forget_costs(self) -> None:
+        """Hope anew for lengths that were not drafted for long."""
+        for length in [n for n in self._usual if self._rounds - self._last[n] > STALE]:
+            del self._usual[length]
+            self._costs[length].clear()
+
     def tokens(self, length: int) -> float:
         """Tokens a row that a round with so many drafts commits, as far as is known.
 
@@ -310,7 +326,7 @@ class DraftPolicy:
 
     def speed(self, length: int) -> float:
         """Tokens per time of a plain round, with so many drafts a round."""
-        if not self._costs[self.longest]:
+        if not self._usual:
             return float(length)  # nothing to go by: the drafter's own length
         return self.tokens(length) / self._cost(length)
 

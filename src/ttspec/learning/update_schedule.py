@@ -41,9 +41,11 @@ class UpdateSchedule:
         self._clock = clock
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
-        self._extra = self._cost = self._accepted = 0.0
-        """Seconds that the update under way has cost; seconds of an update, and drafts accepted a
-        round, both on average."""
+        self._costs = deque[float](maxlen=PATIENCE)
+        """Seconds that the last updates cost. The median counts: one that was held up, as by a
+        kernel that was compiled, would make all rare for long."""
+        self._extra = self._accepted = 0.0
+        """The same of the update under way; drafts accepted a round, on average."""
         self._rounds = self._updates = self._since_change = 0
         self._beside = False
         """Whether an update runs beside the next round."""
@@ -76,11 +78,11 @@ class UpdateSchedule:
             return
         self._updates += 1
         self._since_change += 1
-        self._cost += (self._extra - self._cost) * (1 / min(self._updates, PATIENCE))
+        self._costs.append(self._extra)
         self._extra = 0.0
         if self._since_change < PATIENCE:
             return
-        cost = self._cost / (learner.stride * learner.strides * usual)
+        cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.study:
             may = max(LEAST_SHARE, SHARE * min(1.0, FULL / self._updates))
             may = may if drafted else min(may, SHARE_UNUSED)
