@@ -373,10 +373,10 @@ def test_a_memory_is_told_of_few_rounds_where_updates_are_rare(engine, monkeypat
     keep, calls, done = Learner.keep, list[int](), list[tuple[int, int, int]]()
     for strides in (1, 2):
 
-        def counted(self, *given, strides: int = strides) -> None:
+        def counted(self, *given, strides: int = strides, **drafted) -> None:
             calls.append(1)
             self.strides = strides
-            keep(self, *given)
+            keep(self, *given, **drafted)
 
         monkeypatch.setattr(Learner, "keep", counted)
         calls.clear()

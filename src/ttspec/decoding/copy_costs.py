@@ -1,8 +1,9 @@
 """Whether copies pay where several rows read as many tokens as the longest copy has.
 
-A round is as wide for all rows as its longest copy, so one row's copy is paid for by all. What
-rounds took says what a width costs; until a width was seen it is hoped to cost nothing. Knows no
-tensors and no clock: it is told what a round took.
+A round is as wide for all rows as its longest copy, so one row's copy is paid for by all. Nor is it
+chained, and neither is the round after it: the device waits for the host twice. What rounds took
+says what a width costs; until a width was seen it is hoped to cost nothing. Knows no tensors and no
+clock: it is told what a round took.
 """
 
 from __future__ import annotations
@@ -25,24 +26,43 @@ class CopyCosts:
 
     def __init__(self) -> None:
         """No round was seen."""
-        self._without: dict[tuple[int, bool], float] = {}
-        """Seconds of a round in which no row copied, by rows and whether the drafter drafted."""
+        self._without: dict[tuple[int, bool, bool], float] = {}
+        """Seconds of a round in which no row copied, by rows, whether the drafter drafted, and
+        whether the device went on by itself."""
         self._ratios: dict[tuple[int, bool, int], float] = {}
         """Of a round with copies to one without, by rows (powers of two), drafts, and width."""
         self._rounds = 0
+        self._copied: tuple[tuple[int, bool, int], float] | None = None
+        """Of the last round, if rows copied: its kind, and its share in what is known of that."""
 
-    def observe(self, rows: int, drafts: bool, width: int, seconds: float) -> None:
-        """Take note of a round whose longest copy had `width` tokens; 0 if no row copied."""
-        if not width:
-            before = self._without.get((rows, drafts), seconds)
-            self._without[rows, drafts] = _moved(before, seconds)
-            self._rounds += 1
-            if self._rounds % STALE == 0:
-                self._ratios = {key: (1 + ratio) / 2 for key, ratio in self._ratios.items()}
-        elif without := self._seconds_without(rows, drafts):
-            key = rows.bit_length(), drafts, _bucket(width)
-            ratio = seconds / without
-            self._ratios[key] = _moved(self._ratios.get(key, ratio), ratio)
+    def observe(
+        self, rows: int, drafts: bool, width: int, seconds: float, *, chained: bool = False
+    ) -> None:
+        """Take note of a round.
+
+        Args:
+            rows: Rows that took part.
+            drafts: Whether the drafter drafted.
+            width: Tokens of its longest copy; 0 if no row copied.
+            seconds: What it took.
+            chained: Whether the device went on by itself.
+        """
+        before, self._copied = self._copied, None
+        without = self._seconds_without(rows, drafts)
+        if width:
+            if without:
+                key, ratio = (rows.bit_length(), drafts, _bucket(width)), seconds / without
+                self._copied = key, NEW if key in self._ratios else 1.0
+                self._ratios[key] = _moved(self._ratios.get(key, ratio), ratio)
+            return
+        if before and without and not chained:
+            key, share = before
+            self._ratios[key] += share * min(max(0.0, seconds / without - 1), SPIKE)
+        kind = rows, drafts, chained
+        self._without[kind] = _moved(self._without.get(kind, seconds), seconds)
+        self._rounds += 1
+        if self._rounds % STALE == 0:
+            self._ratios = {key: (1 + ratio) / 2 for key, ratio in self._ratios.items()}
 
     def cost(self, rows: int, drafts: bool, width: int) -> float | None:
         """Of a round with copies, in rounds without; None as long as none such was seen."""
@@ -85,11 +105,16 @@ class CopyCosts:
         return most
 
     def _seconds_without(self, rows: int, drafts: bool) -> float | None:
-        """Seconds of a round without copies, of as many rows or the nearest number seen."""
-        near = [n for n, drafting in self._without if drafting == drafts]
-        if not near:
-            return None
-        return self._without[min(near, key=lambda n: abs(n - rows)), drafts]
+        """Seconds of a round without copies, of as many rows or the nearest number seen.
+
+        Of one that was chained, where such was seen: so rounds are where nothing is copied.
+        """
+
+        def unlike(kind: tuple[int, bool, bool]) -> tuple[bool, int]:
+            return not kind[2], abs(kind[0] - rows)
+
+        kinds = [kind for kind in self._without if kind[1] == drafts]
+        return self._without[min(kinds, key=unlike)] if kinds else None
 
 
 def _bucket(width: int) -> int:

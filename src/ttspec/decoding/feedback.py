@@ -48,7 +48,10 @@ class PolicyFeedback:
             apart = updated or learner.is_updating
         first = took.captured or apart
         if self._copy_costs and not first:
-            self._copy_costs.observe(len(outcomes), draft_length > 0, copy_length, took.seconds)
+            drafts = draft_length > 0
+            self._copy_costs.observe(
+                len(outcomes), drafts, copy_length, took.seconds, chained=chained
+            )
         if not (policy.adaptive or self._schedule):
             return
         emitted = without = 0

@@ -184,7 +184,7 @@ class SpeculativeRound(RoundStages):
         self.timer.lap(marks)
         heard = self._is_heard(shape, ahead=int(chained))
         if heard and self.learner:  # now: the next round may overwrite it before it is read
-            self.learner.keep(verification, shape)
+            self.learner.keep(verification, shape, drafted=shape.draft_length > 0)
         return Launched(active, shape, longest, copies, verification, read, heard, chained, marks)
 
     def drop(self, row: int) -> None:

@@ -6,9 +6,8 @@ Weights change only between rounds, in `absorb`. On a GPU an update may run besi
 reads a copy of the lessons, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-No engine is needed. Whoever verifies drafts calls `drafter.absorb`, so that what was committed
-becomes context, and then `learner.absorb`; `forget` where a row is cropped, `reset` where it gets
-another request.
+Whoever verifies drafts calls `drafter.absorb`, so that what was committed becomes context, and then
+`learner.absorb`; `forget` where a row is cropped, `reset` where it gets another request.
 """
 
 from __future__ import annotations
@@ -140,14 +139,14 @@ class Learner:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        if not (self._lessons or (drafted and told)):
+        if told and verification:
+            self.keep(verification, longest, drafted=drafted)
+        if self._lessons is None:
             return updated
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if told and verification:
-            self.keep(verification, longest)
-        if told and self.study and self._lessons:
+        if told and self.study:
             self.study.note(self._lessons, emitted, self._rounds % self.stride == 0, ahead)
         due = counts and self._rounds % (self.stride * self.strides) == 0
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
@@ -215,9 +214,8 @@ class Learner:
         if self.study:
             taught = [any(taught) and row for row in self._taught]
             self._taught = [False] * len(taught)
-        # The update was made from the weights that were compared.
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
-        for copy, comparison in enumerate(comparisons.tolist()):
+        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
             had_lesson = any(taught) if self.shared else taught[copy]
             if had_lesson and steps[copy]:
                 self.guard.record_update(copy)
@@ -279,9 +277,11 @@ class Learner:
         if self._pending is not None and self._update_over:
             self._update_over.synchronize()
 
-    def keep(self, verification: Verification, key: Hashable) -> None:
-        """Keep a round's verification, for what it teaches; `key` of the graph that made it."""
+    def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
+        """Keep a round's verification, made by the graph of `key`, for what it teaches."""
         if self._lessons is None:
+            if not drafted:  # what lessons have is not known yet
+                return
             made_for = self.config, len(self.updates), self.length, verification
             self._lessons = Lessons(*made_for, features=self.study is not None)
         self._verification, changes = verification, self._lessons.changed_by_absorb
