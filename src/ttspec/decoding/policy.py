@@ -197,7 +197,9 @@ class DraftPolicy:
                 self._calibration.observe(length, accepted)
             self._copying, self._rows, self._chained = copying, rows, chained
             if not first and (plain := self._cost_of_plain):
-                self._charge(length, seconds / plain, emitted)
+                # A wait for the host is not the drafts': a plain round would have waited as long.
+                usual = self._seconds_of_plain((rows, copying, True))
+                self._charge(length, 1 + (seconds - plain) / (usual or plain), emitted)
             self._since += 1
             self._unseen += 1
             self._go_on(context)
@@ -355,9 +357,11 @@ class DraftPolicy:
             rows, copying, chained = kind
             return abs(rows - self._rows), copying != self._copying, chained != self._chained
 
-        near = min(self._plain, key=unlike)
-        times = self._plain[near]
-        return sorted(times)[(len(times) - 1) // 2]
+        return self._seconds_of_plain(min(self._plain, key=unlike))
+
+    def _seconds_of_plain(self, kind: tuple[int, bool, bool]) -> float:
+        times = self._plain.get(kind)
+        return sorted(times)[(len(times) - 1) // 2] if times else 0.0
 
 
 def _middle(values: Sequence[float]) -> float:
