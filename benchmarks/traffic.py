@@ -31,6 +31,7 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.heap import freeze_heap
 
 SHARED = "learn-shared[copy=true,context=auto,adaptive=true]"
 PARTS, RESAMPLED = 4, 2000
@@ -132,6 +133,7 @@ def run(
     serving = [Arm(spec, engine, config, setup.rows, longest) for spec in parse_arms(names)]
     for arm in serving:  # what is met first is not captured in a turn
         arm.serve(warm, len(prompts))
+    freeze_heap()  # as the commands do
     turns: list[dict[str, Any]] = []
     with out.open("w", encoding="utf-8") as file:
         for first in range(0, len(prompts), each):

@@ -1,6 +1,7 @@
 """The commands as a user meets them: what they print, where, and how they exit."""
 
 import errno
+import gc
 import io
 import json
 import os
@@ -104,6 +105,14 @@ def test_a_typing_mistake_is_answered_with_the_right_name(capsys) -> None:
 
 
 # Wrong inputs
+
+
+def test_commands_leave_what_was_loaded_out_of_full_collections(pair: list[str]) -> None:
+    """Else each would hold up all rows, by half a second with a real model."""
+    gc.unfreeze()
+    assert main(["generate", "hello", *pair, "--max-new-tokens", "4"]) == 0
+    assert gc.get_freeze_count() > 10_000
+    gc.unfreeze()
 
 
 def run_with(target: object, drafter: object) -> int:

@@ -173,9 +173,10 @@ class ModelFlags:
         """Load the pair. This is where torch is imported."""
         self._prepare()
         import ttspec
+        from ttspec.heap import freeze_heap
 
         drafter = None if self.drafter == "none" else self.drafter
-        return ttspec.load(
+        engine = ttspec.load(
             self.target,
             drafter,
             device=self.device,
@@ -184,6 +185,8 @@ class ModelFlags:
             compile=self.compile,
             notify=notify,
         )
+        freeze_heap()
+        return engine
 
     def _prepare(self) -> None:
         """Quiet libraries, and the threads that were asked for."""

@@ -22,6 +22,7 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import ResourceError, TtspecError
+from ttspec.heap import freeze_heap
 from ttspec.records import Chunk
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.keys import ANYBODY
@@ -270,7 +271,10 @@ class Worker:
         del self._schedulers
         self._keep_what_was_learned()
         self.engine = self.engine.sibling()
-        gc.collect()
+        if gc.get_freeze_count():
+            freeze_heap()
+        else:
+            gc.collect()
         self._make_rows()
 
     def _keep_what_was_learned(self) -> None:
