@@ -23,8 +23,10 @@ from typing import Any
 
 import common
 from cyclopts import App, Parameter
+from matplotlib.figure import Figure
 
 import ttspec
+from ttspec.bench import plot_style
 from ttspec.bench.arms import ArmSpec, parse_arms
 from ttspec.bench.suites import load_suite
 from ttspec.config import GenerateConfig
@@ -149,9 +151,11 @@ def run(
 
 
 @app.command
-def show(path: Path) -> None:
-    """The table of what a run wrote."""
+def show(path: Path, *, plot: Path | None = None) -> None:
+    """The table of what a run wrote; and a `plot` of tokens a second by request."""
     turns = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    if plot:
+        draw(turns).savefig(plot, dpi=130)
     arms = list(dict.fromkeys(turn["arm"] for turn in turns))
     firsts = sorted({turn["first"] for turn in turns})
     found = {(turn["arm"], turn["first"]): turn for turn in turns}
@@ -164,6 +168,24 @@ def show(path: Path) -> None:
             if base != arm:
                 parts = " ".join(ratios(found, arm, base, firsts))
                 print(f"  over {base}: {parts}")
+
+
+@plot_style.styled
+def draw(turns: list[dict[str, Any]]) -> Figure:
+    """Tokens a second of each turn, a line an arm; a turn takes some seconds."""
+    figure, (axes,) = plot_style.panels(1, height=3.4)
+    figure.set_size_inches(7.2, 3.4)
+    arms = list(dict.fromkeys(turn["arm"] for turn in turns))
+    colours = plot_style.colours([arm.partition("[")[0] for arm in arms])
+    for arm in arms:
+        own = [turn for turn in turns if turn["arm"] == arm]
+        name = arm.partition("[")[0]
+        speeds = [turn["tokens"] / turn["seconds"] for turn in own]
+        axes.plot([turn["first"] for turn in own], speeds, label=name, color=colours[name])
+    axes.set(xlabel="requests answered before", ylabel="tokens a second")
+    axes.set(xlim=(0, None), ylim=(0, None))
+    plot_style.legend(figure, axes, columns=4)
+    return figure
 
 
 def ratios(
