@@ -1,0 +1,190 @@
+"""Quantised checkpoints: which are kept packed, which are unpacked as they are read, and no others.
+
+Which of them verify right has to be tried: a verification reads tokens together that plain
+decoding reads alone, and some make a token's logits depend on the tokens beside it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ttspec.errors import ResourceError, TargetError
+
+KEPT = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
+"""Weights that stay packed, by quant_method, and the package that multiplies by them."""
+UNPACKED = {"fp8": "accelerate", "compressed-tensors": "compressed_tensors", "mxfp4": None}
+"""Weights that are unpacked into --dtype as they are read, and the package that it takes. Whatever
+the checkpoint says about rounding activations is left out."""
+TORCHAO = (
+    "Int8WeightOnlyConfig",
+    "Int4WeightOnlyConfig",
+    "Float8WeightOnlyConfig",
+    "IntxWeightOnlyConfig",
+    "Int8DynamicActivationInt8WeightConfig",
+    "Int8DynamicActivationIntxWeightConfig",
+    "Float8DynamicActivationFloat8WeightConfig",
+)
+"""Of torchao; those that round activations may do so for each token alone (`PerTensor` is not)."""
+ELSEWHERE = {
+    "gptq": "gptqmodel can write it unquantised or as GGUF",
+    "awq": "compressed-tensors can convert it (its entry point convert), llama.cpp to GGUF",
+    "quanto": "torchao quantises the unquantised model to as many bits",
+}
+"""What may be done with some that are not read."""
+
+
+def is_unpacked(config: Any) -> bool:
+    """Whether a model's weights are unpacked as they are read."""
+    return _method(_settings(config)) in UNPACKED
+
+
+def unpacking(config: Any) -> Any:
+    """The config with which transformers unpacks weights as it reads them."""
+    config = copy.deepcopy(config)
+    config.quantization_config = {**_settings(config), "dequantize": True}
+    return config
+
+
+def refuse_untried(path: Path, config: Any) -> None:
+    """Refuse what was not tried, or what verifies wrong.
+
+    Raises:
+        TargetError: Names what the checkpoint is quantised by.
+        ResourceError: The package that it takes is not installed.
+    """
+    given = _settings(config)
+    if not given:
+        return
+    method = _method(given)
+    if method not in KEPT | UNPACKED:
+        allowed = ", ".join([*KEPT, *UNPACKED])
+        raise TargetError(
+            f"{path} is quantised by {method}, which is not read; {allowed} and GGUF files are.\n"
+            f"Give the model in one of these or without quantisation"
+            + (f"; {ELSEWHERE[method]}." if method in ELSEWHERE else ".")
+        )
+    if method == "bitsandbytes" and given.get("load_in_8bit"):
+        raise _depends(path, "bitsandbytes to 8 bits", "Give the model in 4 bits")
+    if method == "torchao":
+        _refuse_torchao(path, given)
+    if method == "compressed-tensors" and given.get("kv_cache_scheme"):
+        raise TargetError(
+            f"{path} asks for a quantised key/value cache (kv_cache_scheme), which is not there.\n"
+            "Remove the entry from config.json, or give the model without it."
+        )
+    if package := (KEPT | UNPACKED)[method]:
+        require_package(package, f"{path.name}, which is quantised by {method},")
+
+
+def require_package(name: str, what: str) -> None:
+    """Refuse to go on without a package.
+
+    Raises:
+        ResourceError: It is not installed.
+    """
+    if find_spec(name) is None:
+        extra = "device-map" if name == "accelerate" and "device_map" in what else "quantised"
+        raise ResourceError(
+            f"{what[0].upper()}{what[1:]} needs the package {name.replace('_', '-')}, which is not "
+            f"installed.\nInstall it with: pip install 'ttspec[{extra}]'."
+        )
+
+
+def require_plain(path: Path, model: PreTrainedModel) -> None:
+    """Drafters read the target's embedding and head as they are.
+
+    Raises:
+        TargetError: One of them is packed.
+    """
+    for what, module in (
+        ("embedding", model.get_input_embeddings()),
+        ("output head", model.get_output_embeddings()),
+    ):
+        weight = getattr(module, "weight", None)
+        if type(weight) is not nn.Parameter or not weight.is_floating_point():
+            raise TargetError(
+                f"{path} has a quantised {what} ({type(weight).__name__}); drafters read it as it "
+                "is.\nQuantise the model without its embedding and head."
+            )
+
+
+def make_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Leave nothing of what unpacked a model: linear modules with weights in `dtype`.
+
+    compressed-tensors keeps scales, and a forward of its own that rounds activations.
+    """
+    for module in model.modules():
+        if vars(module).pop("quantization_scheme", None) is None:
+            continue
+        for name in ("forward", "_original_forward_func"):
+            vars(module).pop(name, None)
+        for store in (module._parameters, module._buffers):
+            for name in set(store) - {"weight", "bias"}:
+                del store[name]
+    for weight in model.parameters():
+        if weight.dtype == torch.bfloat16:  # transformers 5.17 unpacks mxfp4 into nothing else
+            weight.data = weight.data.to(dtype)
+
+
+def unpacked_bytes(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of a model's weights in `dtype`, from its config alone."""
+    own = {k: v for k, v in config.to_dict().items() if k != "quantization_config"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(type(config).from_dict(own))
+    return sum(weight.numel() for weight in model.parameters()) * dtype.itemsize
+
+
+def stored_nbytes(weight: torch.Tensor) -> int:
+    """Bytes that a weight takes, packed or not: a packed one's own `nbytes` are those unpacked."""
+    flatten: Any = getattr(weight, "__tensor_flatten__", None)
+    if flatten is None:
+        return weight.nbytes
+    names, _ = flatten()
+    return sum(stored_nbytes(getattr(weight, name)) for name in names)
+
+
+def _method(given: dict[str, Any]) -> str:
+    return str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
+
+
+def _settings(config: Any) -> dict[str, Any]:
+    given = getattr(config, "quantization_config", None) or {}
+    return given if isinstance(given, dict) else given.to_dict()
+
+
+def _refuse_torchao(path: Path, given: dict[str, Any]) -> None:
+    found = set(_types(given.get("quant_type")))
+    for name in sorted(n for n in found if n.endswith("WeightConfig") or "OnlyConfig" in n):
+        if name not in TORCHAO:
+            raise TargetError(
+                f"{path} is quantised by torchao's {name}, which was not tried; tried are "
+                f"{', '.join(TORCHAO)}.\nGive the model in one of these or without quantisation."
+            )
+        if "Activation" in name and "PerTensor" in found:
+            what = f"torchao's {name} with one scale for all tokens (PerTensor)"
+            raise _depends(path, what, "Quantise it with granularity PerRow")
+
+
+def _types(value: Any) -> Iterator[str]:
+    """All that torchao's serialised settings name by `_type`."""
+    if isinstance(value, dict):
+        yield from [value["_type"]] if isinstance(value.get("_type"), str) else []
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            yield from _types(part)
+
+
+def _depends(path: Path, what: str, instead: str) -> TargetError:
+    return TargetError(
+        f"{path} is quantised by {what}, where a token's logits depend on the tokens read with it: "
+        f"verified text would be another.\n{instead}, or without quantisation."
+    )
