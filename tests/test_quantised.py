@@ -38,23 +38,13 @@ def test_a_method_that_is_not_read_is_refused_by_name(toy_target_dir, tmp_path, 
     name = says(tmp_path / "q", toy_target_dir, quant_method=method, bits=4)
     with pytest.raises(TargetError, match=f"quantised by {method}, which is not read") as caught:
         load(name, None, **PLACE)
-    given, instead = str(caught.value).splitlines()
+    given, _ = str(caught.value).splitlines()
     assert "fp8" in given
-    assert ("GGUF" in instead) is (method in ("gptq", "awq"))
 
 
 def torchao_settings(name: str, **data) -> dict:
     """What torchao writes into config.json."""
     return {"default": {"_type": name, "_version": 2, "_data": data}}
-
-
-def test_torchao_with_one_scale_for_all_tokens_is_refused(toy_target_dir, tmp_path):
-    """Its logits of a token would depend on the largest number of all tokens read together."""
-    scales = [{"_type": "PerTensor", "_version": 1, "_data": {}}] * 2
-    given = torchao_settings("Float8DynamicActivationFloat8WeightConfig", granularity=scales)
-    name = says(tmp_path / "q", toy_target_dir, quant_method="torchao", quant_type=given)
-    with pytest.raises(TargetError, match=r"depend on the tokens read with it(.|\n)*PerRow"):
-        load(name, None, **PLACE)
 
 
 def test_what_of_torchao_was_not_tried_is_refused_by_name(toy_target_dir, tmp_path):
@@ -85,30 +75,35 @@ def test_a_missing_package_is_said(toy_target_dir, tmp_path, monkeypatch, method
         load(says(tmp_path / "q", toy_target_dir, **given), None, **PLACE)
 
 
-def quantised(which: str, source: Path, folder: Path) -> Path:
+TORCHAO = {
+    "torchao": "Int8WeightOnlyConfig",
+    "torchao float8": "Float8WeightOnlyConfig",
+    "torchao, activations too": "Int8DynamicActivationInt8WeightConfig",
+}
+
+
+def quantised(which: str, source: Path, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The toy target, packed and saved as its users do."""
-    if which == "torchao":
+    if which in TORCHAO:
         pytest.importorskip("torchao")
-        from torchao.quantization import Int8WeightOnlyConfig
+        from torchao import quantization
         from transformers import TorchAoConfig
 
-        config = TorchAoConfig(Int8WeightOnlyConfig())
+        config = TorchAoConfig(getattr(quantization, TORCHAO[which])())
     else:
         pytest.importorskip("bitsandbytes")
         pytest.importorskip("accelerate")
         from transformers import BitsAndBytesConfig
 
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=torch.float32, quantization_config=config
-    )
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, quantization_config=config)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("which", ["torchao", "bitsandbytes"])
+@pytest.mark.parametrize("which", ["torchao", "torchao float8", "bitsandbytes"])
 def test_a_quantised_target_says_what_it_says_alone(which: str, toy_target_dir, tmp_path: Path):
     folder = quantised(which, toy_target_dir, tmp_path / "q")
     engine: Engine = load(str(folder), toy_drafter(), **PLACE)
@@ -123,7 +118,7 @@ def test_a_quantised_target_says_what_it_says_alone(which: str, toy_target_dir, 
     logits = target.forward(target.cache(1, 32), ids, zero, 0)[0]
     with torch.no_grad():  # packed it is another model, and yet much the same
         error = (logits - whole(input_ids=ids).logits).abs().mean()
-    assert 0 < error < (0.1 if which == "torchao" else 2.0)
+    assert 0 < error < (0.4 if which in TORCHAO else 2.0)
     cache, alone = target.cache(1, 32), []
     for at in range(24):
         alone.append(target.forward(cache, ids[:, at : at + 1], zero + at, at)[0])
@@ -135,6 +130,32 @@ def test_a_quantised_target_says_what_it_says_alone(which: str, toy_target_dir, 
     weights = loading.stored_bytes(folder)
     assert 0.8 * stored < weights <= stored
     assert weights <= target.nbytes < 1.2 * stored
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_whose_activations_would_be_rounded_are_unpacked(toy_target_dir, tmp_path: Path):
+    """Rounded anew each time, by what the last bits of sums are, texts would be others."""
+    folder = quantised("torchao, activations too", toy_target_dir, tmp_path / "q", torch.bfloat16)
+    engine = load(str(folder), toy_drafter(), **PLACE)
+    plain = load(str(toy_target_dir), None, **PLACE).target
+    assert engine.target.nbytes == plain.nbytes
+    ours, theirs = (
+        unpacked(target.model.model.layers[1].mlp.up_proj.weight)
+        for target in (engine.target, plain)
+    )
+    assert ours.dtype == torch.float32
+    assert 0 < (ours - theirs).abs().mean() / theirs.abs().mean() < 0.02
+    options = {"max_new_tokens": 48, "ignore_eos": True}
+    text = engine.generate([[1, 2, 3]], **options, **PLAIN)[0].token_ids
+    assert engine.generate([[1, 2, 3]], **options)[0].token_ids == text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_do_not_multiply_the_dtype_are_refused(toy_target_dir, tmp_path: Path):
+    folder = quantised("torchao float8", toy_target_dir, tmp_path / "q", torch.bfloat16)
+    with pytest.raises(TargetError, match=r"packed in bfloat16.*float32(.|\n)*--dtype bfloat16"):
+        load(str(folder), None, **PLACE)
+    assert load(str(folder), None, device="cpu", dtype="bfloat16").target.dtype == torch.bfloat16
 
 
 @pytest.mark.filterwarnings("ignore")

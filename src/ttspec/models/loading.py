@@ -23,6 +23,7 @@ from ttspec.models.quantised import (
     refuse_untried,
     require_package,
     require_plain,
+    require_products,
     unpacked_bytes,
     unpacking,
 )
@@ -109,6 +110,7 @@ class Files:
             make_plain(model, dtype)
         if self.quantised:
             require_plain(path, model)
+            require_products(path, model, dtype)
         elif device_map is None:
             model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
         require_finite_weights(path, model)
@@ -255,7 +257,7 @@ def _check_map(device_map: DeviceMap, gguf: GgufFile | None) -> None:
             "device_map is auto, which spreads layers over GPUs, and torch finds none here.\n"
             "Leave it out."
         )
-    require_package("accelerate", "device_map")
+    require_package("accelerate", "device_map", "device-map")
 
 
 def _refuse_places(what: str, places: dict[str, Any]) -> None:

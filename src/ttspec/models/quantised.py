@@ -7,6 +7,7 @@ decoding reads alone, and some make a token's logits depend on the tokens beside
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,33 +24,35 @@ KEPT = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 UNPACKED = {"fp8": "accelerate", "compressed-tensors": "compressed_tensors", "mxfp4": None}
 """Weights that are unpacked into --dtype as they are read, and the package that it takes. Whatever
 the checkpoint says about rounding activations is left out."""
-TORCHAO = (
+TORCHAO_KEPT = (
     "Int8WeightOnlyConfig",
     "Int4WeightOnlyConfig",
     "Float8WeightOnlyConfig",
     "IntxWeightOnlyConfig",
+)
+TORCHAO_UNPACKED = (
     "Int8DynamicActivationInt8WeightConfig",
     "Int8DynamicActivationIntxWeightConfig",
     "Float8DynamicActivationFloat8WeightConfig",
 )
-"""Of torchao; those that round activations may do so for each token alone (`PerTensor` is not)."""
-ELSEWHERE = {
-    "gptq": "gptqmodel can write it unquantised or as GGUF",
-    "awq": "compressed-tensors can convert it (its entry point convert), llama.cpp to GGUF",
-    "quanto": "torchao quantises the unquantised model to as many bits",
-}
-"""What may be done with some that are not read."""
+"""These round activations, each time anew: the last bits of a sum, which differ with the tokens
+read together, decide where a number is rounded to. A toy's float32 logits differed by 0.3, and all
+texts (docs/experiments.md)."""
+KIND = re.compile(r"(WeightOnly|Activation.*Weight)Config$")
+"""Of torchao, what is a kind of quantisation, and no setting of one."""
 
 
 def is_unpacked(config: Any) -> bool:
     """Whether a model's weights are unpacked as they are read."""
-    return _method(_settings(config)) in UNPACKED
+    given = _settings(config)
+    return _method(given) in UNPACKED or bool(_torchao_kinds(given) & set(TORCHAO_UNPACKED))
 
 
 def unpacking(config: Any) -> Any:
     """The config with which transformers unpacks weights as it reads them."""
     config = copy.deepcopy(config)
-    config.quantization_config = {**_settings(config), "dequantize": True}
+    if _method(_settings(config)) in UNPACKED:  # of others it reads what `make_plain` unpacks
+        config.quantization_config = {**_settings(config), "dequantize": True}
     return config
 
 
@@ -65,16 +68,23 @@ def refuse_untried(path: Path, config: Any) -> None:
         return
     method = _method(given)
     if method not in KEPT | UNPACKED:
-        allowed = ", ".join([*KEPT, *UNPACKED])
         raise TargetError(
-            f"{path} is quantised by {method}, which is not read; {allowed} and GGUF files are.\n"
-            f"Give the model in one of these or without quantisation"
-            + (f"; {ELSEWHERE[method]}." if method in ELSEWHERE else ".")
+            f"{path} is quantised by {method}, which is not read; "
+            f"{', '.join([*KEPT, *UNPACKED])} and GGUF files are.\n"
+            "Give the model in one of these, or without quantisation."
         )
     if method == "bitsandbytes" and given.get("load_in_8bit"):
-        raise _depends(path, "bitsandbytes to 8 bits", "Give the model in 4 bits")
-    if method == "torchao":
-        _refuse_torchao(path, given)
+        raise TargetError(
+            f"{path} is quantised by bitsandbytes to 8 bits, where a token's logits depend on the "
+            "tokens read with it: verified text would be another.\n"
+            "Give the model in 4 bits, or without quantisation."
+        )
+    for name in sorted(_torchao_kinds(given) - {*TORCHAO_KEPT, *TORCHAO_UNPACKED}):
+        raise TargetError(
+            f"{path} is quantised by torchao's {name}, which was not tried; tried are "
+            f"{', '.join((*TORCHAO_KEPT, *TORCHAO_UNPACKED))}.\n"
+            "Give the model in one of these or without quantisation."
+        )
     if method == "compressed-tensors" and given.get("kv_cache_scheme"):
         raise TargetError(
             f"{path} asks for a quantised key/value cache (kv_cache_scheme), which is not there.\n"
@@ -84,14 +94,13 @@ def refuse_untried(path: Path, config: Any) -> None:
         require_package(package, f"{path.name}, which is quantised by {method},")
 
 
-def require_package(name: str, what: str) -> None:
+def require_package(name: str, what: str, extra: str = "quantised") -> None:
     """Refuse to go on without a package.
 
     Raises:
         ResourceError: It is not installed.
     """
     if find_spec(name) is None:
-        extra = "device-map" if name == "accelerate" and "device_map" in what else "quantised"
         raise ResourceError(
             f"{what[0].upper()}{what[1:]} needs the package {name.replace('_', '-')}, which is not "
             f"installed.\nInstall it with: pip install 'ttspec[{extra}]'."
@@ -129,9 +138,35 @@ def make_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for store in (module._parameters, module._buffers):
             for name in set(store) - {"weight", "bias"}:
                 del store[name]
-    for weight in model.parameters():
-        if weight.dtype == torch.bfloat16:  # transformers 5.17 unpacks mxfp4 into nothing else
-            weight.data = weight.data.to(dtype)
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and type(weight) is not nn.Parameter:
+                whole = weight.dequantize().to(dtype)
+                module._parameters[name] = nn.Parameter(whole, requires_grad=False)
+            elif weight is not None and weight.dtype == torch.bfloat16:
+                weight.data = weight.data.to(dtype)  # transformers 5.17 so unpacks mxfp4
+
+
+def require_products(path: Path, model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Refuse packed weights that do not multiply states in `dtype`.
+
+    Raises:
+        TargetError: Says in which they do.
+    """
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(module, nn.Linear) or type(weight) is nn.Parameter or weight is None:
+            continue
+        try:
+            module(torch.zeros(1, module.in_features, dtype=dtype, device=weight.device))
+        except Exception as error:  # each package has its own
+            asked, own = (str(kind).removeprefix("torch.") for kind in (dtype, weight.dtype))
+            raise TargetError(
+                f"{path} is packed in {own}, and its weights do not multiply {asked}: "
+                f"{str(error).splitlines()[0]}\n"
+                f"Give --dtype {own if weight.is_floating_point() else 'bfloat16'}."
+            ) from error
+        return
 
 
 def unpacked_bytes(config: Any, dtype: torch.dtype) -> int:
@@ -160,17 +195,9 @@ def _settings(config: Any) -> dict[str, Any]:
     return given if isinstance(given, dict) else given.to_dict()
 
 
-def _refuse_torchao(path: Path, given: dict[str, Any]) -> None:
-    found = set(_types(given.get("quant_type")))
-    for name in sorted(n for n in found if n.endswith("WeightConfig") or "OnlyConfig" in n):
-        if name not in TORCHAO:
-            raise TargetError(
-                f"{path} is quantised by torchao's {name}, which was not tried; tried are "
-                f"{', '.join(TORCHAO)}.\nGive the model in one of these or without quantisation."
-            )
-        if "Activation" in name and "PerTensor" in found:
-            what = f"torchao's {name} with one scale for all tokens (PerTensor)"
-            raise _depends(path, what, "Quantise it with granularity PerRow")
+def _torchao_kinds(given: dict[str, Any]) -> set[str]:
+    """The kinds of quantisation that torchao's serialised settings name."""
+    return {name for name in _types(given.get("quant_type")) if KIND.search(name)}
 
 
 def _types(value: Any) -> Iterator[str]:
@@ -181,10 +208,3 @@ def _types(value: Any) -> Iterator[str]:
     if isinstance(value, list):
         for part in value:
             yield from _types(part)
-
-
-def _depends(path: Path, what: str, instead: str) -> TargetError:
-    return TargetError(
-        f"{path} is quantised by {what}, where a token's logits depend on the tokens read with it: "
-        f"verified text would be another.\n{instead}, or without quantisation."
-    )
