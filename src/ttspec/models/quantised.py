@@ -91,7 +91,7 @@ def refuse_untried(path: Path, config: Any) -> None:
             "Remove the entry from config.json, or give the model without it."
         )
     if package := (KEPT | UNPACKED)[method]:
-        require_package(package, f"{path.name}, which is quantised by {method},")
+        require_package(package, f"{path}, which is quantised by {method},")
 
 
 def require_package(name: str, what: str, extra: str = "quantised") -> None:
