@@ -16,7 +16,7 @@ from ttspec.cli import main
 from ttspec.config import GenerateConfig
 from ttspec.decoding import decoder as decoders
 from ttspec.errors import OptionError, ResourceError
-from ttspec.models import loading
+from ttspec.models import quantised
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.capture import Graphs
 from ttspec.models.loading import _refuse_places
@@ -144,7 +144,7 @@ def test_weights_that_stay_are_no_obstacle(places: dict):
 
 def test_what_is_missing_is_said(toy_target_dir: Path, monkeypatch, capsys):
     place = {"device": "cpu", "dtype": "float32"}
-    monkeypatch.setattr(loading, "find_spec", lambda _: None)
+    monkeypatch.setattr(quantised, "find_spec", lambda _: None)
     with pytest.raises(ResourceError, match=r"accelerate.*\n.*ttspec\[device-map\]"):
         load(str(toy_target_dir), None, **place, device_map={"": "cpu"})
     with pytest.raises(OptionError, match="device_map is 'balanced'"):

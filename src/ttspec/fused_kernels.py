@@ -335,12 +335,14 @@ def combine(
     token, head = tl.program_id(0), tl.program_id(1)
     if pdl:
         cuda.gdc_launch_dependents()
-        cuda.gdc_wait()
+    # As in `attend`: nobody writes where a row begins while a forward runs.
     begin = tl.load(start + token // width).to(tl.int32) + ahead
     filled = tl.where(begin < slots, begin, 0)
     low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
     each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
     each = tl.maximum(each, least)
+    if pdl:
+        cuda.gdc_wait()
     split = tl.arange(0, splits)
     used = (low + split * each < filled) | (split == 0)
     at = (token * heads + head) * splits + split

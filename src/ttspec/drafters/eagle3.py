@@ -228,10 +228,9 @@ class Eagle3(FeatureDrafter):
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Draft a chain."""
         assert isinstance(state, ChainState)
-        before = self.features_before(state, blocks.start[:, 0])
-        h = self.fuse(state.weights, before[:, None])
+        before, h, at = self._set_out(state, state.weights, blocks.start[:, 0])
         if state.spans and FusedChain.fits(self, state):
-            FusedChain(self, state, blocks.start[:, 0]).draft(h[:, 0], blocks, choices)
+            FusedChain(self, state, at).draft(h[:, 0], blocks, choices)
             return before
         contexts = self._in_place(state, blocks)
         if not state.spans:
@@ -240,6 +239,13 @@ class Eagle3(FeatureDrafter):
         follow: Follow = lambda step, hidden: choices(self.logits(hidden), step)  # noqa: E731
         self._run(chains, h, blocks.tokens, follow)
         return before
+
+    @compiled_once
+    def _set_out(self, state: ChainState, weights: Weights, start: Tensor) -> tuple[Tensor, ...]:
+        """Features [B, W] of the token before `start` int64 [B], fused [B, 1, H], and its place."""
+        before = self.features_before(state, start)
+        at = (start - 1).masked_fill(start >= state.slots, state.slots)
+        return before, self.fuse(weights, before[:, None]), at
 
     def features_before(self, state: DraftState, start: Tensor) -> Tensor:
         """Features [B, W] of the token before `start` int64 [B]."""

@@ -31,9 +31,8 @@ class FusedChain:
     """One chain a row, step by step, in the context of a state; what `Eagle3._step` does."""
 
     def __init__(self, drafter: Eagle3, state: ChainState, start: Tensor) -> None:
-        """`start` int64 [B], where the token stands that the chains begin with."""
-        self.drafter, self.state = drafter, state
-        self.start = (start - 1).masked_fill(start >= state.slots, state.slots)
+        """`start` int64 [B], where the token before stands; past all slots in rows at rest."""
+        self.drafter, self.state, self.start = drafter, state, start
         self.weights = {n: w[0] if _by_row(n, w) else w for n, w in _ours(state).items()}
         self.heads = Heads(
             count=drafter.heads,

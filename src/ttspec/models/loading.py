@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,6 +17,16 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import OptionError, ResourceError, TargetError
 from ttspec.models.packed import can_pack
+from ttspec.models.quantised import (
+    is_unpacked,
+    make_plain,
+    refuse_untried,
+    require_package,
+    require_plain,
+    require_products,
+    unpacked_bytes,
+    unpacking,
+)
 from ttspec.models.source import Source
 from ttspec.models.unfit import softcap_of
 from ttspec.models.weights import require_finite_weights, require_whole
@@ -27,8 +36,6 @@ if TYPE_CHECKING:
 
 DeviceMap = str | dict[str, Any]
 """\"auto\" spreads layers over all GPUs; or a device for each module, as accelerate takes it."""
-QUANTISED = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
-"""Quantised weights that were tried, by quant_method, and the package that each needs."""
 TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "tekken.json")
 """Files of which a folder has one at least."""
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -46,7 +53,7 @@ class Files:
 
     @property
     def quantised(self) -> bool:
-        """Whether transformers keeps the weights packed."""
+        """Whether the weights in the files are packed."""
         return bool(getattr(self.config, "quantization_config", None))
 
     def nbytes(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -56,6 +63,8 @@ class Files:
             packed_head = text.vocab_size * text.hidden_size * dtype.itemsize
         if self.gguf:
             return packed_head + self.gguf.elements * dtype.itemsize
+        if is_unpacked(self.config):
+            return packed_head + unpacked_bytes(self.config, dtype)
         return packed_head + stored_bytes(self.source.path, None if self.quantised else dtype)
 
     def load(
@@ -76,13 +85,15 @@ class Files:
             return load_gguf(self.gguf, device, dtype)
         spread = device_map
         if self.quantised and device.type != "cpu":  # packed weights cannot be moved later
-            _require_package("accelerate", "a quantised target on a GPU")
+            require_package("accelerate", "a quantised target on a GPU")
             spread = spread or {"": device}
         options: dict[str, Any] = {} if spread is None else {"device_map": spread}
         if softcap_of(self.config):  # transformers 5.17's other attention drops the cap
             options["attn_implementation"] = "eager"
         # Of another shape than the config's, or missing: refused by name, rather than drawn.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+        if is_unpacked(self.config):
+            options["config"] = unpacking(self.config)
         tokenizer = _tokenizer_in(path)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -95,8 +106,11 @@ class Files:
         model, found = loaded
         require_whole(path, found)
         _refuse_offloaded(path, model)
+        if is_unpacked(self.config):
+            make_plain(model, dtype)
         if self.quantised:
-            _require_plain(path, model)
+            require_plain(path, model)
+            require_products(path, model, dtype)
         elif device_map is None:
             model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
         require_finite_weights(path, model)
@@ -126,7 +140,7 @@ def open_files(source: Source) -> Files:
                 "which ttspec never runs.\nGive a model that transformers knows by itself."
             ) from error
         raise _not_loaded(source.path, error) from error
-    _refuse_untried(source.path, config)
+    refuse_untried(source.path, config)
     return Files(source=source, config=config)
 
 
@@ -225,36 +239,6 @@ def _where(path: Path, value: object) -> str:
     return next((f" ({key} in config.json)" for key, given in pairs if given == value), "")
 
 
-def _refuse_untried(path: Path, config: Any) -> None:
-    """Quantised weights load in many ways; which of them verify right has to be tried."""
-    given = getattr(config, "quantization_config", None)
-    if not given:
-        return
-    given = given if isinstance(given, dict) else given.to_dict()
-    method = str(getattr(given.get("quant_method"), "value", given.get("quant_method")))
-    if method not in QUANTISED:
-        raise TargetError(
-            f"{path} is quantised by {method}, which was not tried with ttspec; "
-            f"{', '.join(QUANTISED)} and GGUF files were.\nGive the model without quantisation."
-        )
-    if method == "bitsandbytes" and given.get("load_in_8bit"):
-        raise TargetError(
-            f"{path} is quantised by bitsandbytes to 8 bits, where a token's logits depend on the "
-            "tokens read with it: verified text would be another.\n"
-            "Give the model in 4 bits, or without quantisation."
-        )
-    _require_package(QUANTISED[method], f"{path.name}, which is quantised by {method},")
-
-
-def _require_package(name: str, what: str) -> None:
-    if find_spec(name) is None:
-        extra = "device-map" if name == "accelerate" else "quantised"
-        raise ResourceError(
-            f"{what[0].upper()}{what[1:]} needs the package {name}, which is not installed.\n"
-            f"Install it with: pip install 'ttspec[{extra}]'."
-        )
-
-
 def _check_map(device_map: DeviceMap, gguf: GgufFile | None) -> None:
     """Refuse what cannot be, before anything is read."""
     if gguf:
@@ -273,7 +257,7 @@ def _check_map(device_map: DeviceMap, gguf: GgufFile | None) -> None:
             "device_map is auto, which spreads layers over GPUs, and torch finds none here.\n"
             "Leave it out."
         )
-    _require_package("accelerate", "device_map")
+    require_package("accelerate", "device_map", "device-map")
 
 
 def _refuse_places(what: str, places: dict[str, Any]) -> None:
@@ -291,17 +275,3 @@ def _refuse_offloaded(path: Path, model: PreTrainedModel) -> None:
     places = getattr(model, "hf_device_map", None)
     if places:
         _refuse_places(f"{path} does not fit into the GPUs", places)
-
-
-def _require_plain(path: Path, model: PreTrainedModel) -> None:
-    """Drafters read the target's embedding and head as they are."""
-    for what, module in (
-        ("embedding", model.get_input_embeddings()),
-        ("output head", model.get_output_embeddings()),
-    ):
-        weight = getattr(module, "weight", None)
-        if type(weight) is not torch.nn.Parameter or not weight.is_floating_point():
-            raise TargetError(
-                f"{path} has a quantised {what} ({type(weight).__name__}); drafters read it as it "
-                "is.\nQuantise the model without its embedding and head."
-            )

@@ -29,6 +29,7 @@ from ttspec.models.generation import sampling_defaults
 from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
 from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.packed import pack_linears
+from ttspec.models.quantised import stored_nbytes
 from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
 from ttspec.models.unfit import attention_windows, last_position, refuse_generation, refuse_model
@@ -79,8 +80,9 @@ class Target:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weights, with those that lie there packed as well."""
-        return sum(w.nbytes for w in chain(self.model.parameters(), self.model.buffers()))
+        """Bytes that the weights take, with those that lie there packed as well."""
+        parts = chain(self.model.parameters(), self.model.buffers())
+        return sum(map(stored_nbytes, parts))
 
     @property
     def recurrent(self) -> bool:
