@@ -128,7 +128,8 @@ def require_plain(path: Path, model: PreTrainedModel) -> None:
 def make_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Leave nothing of what unpacked a model: linear modules with weights in `dtype`.
 
-    compressed-tensors keeps scales, and a forward of its own that rounds activations.
+    compressed-tensors keeps scales, and a forward of its own that rounds activations
+    (findings/compressed_tensors_dequantized_still_rounds.sh).
     """
     for module in model.modules():
         if vars(module).pop("quantization_scheme", None) is None:
