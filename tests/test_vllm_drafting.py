@@ -11,11 +11,11 @@ from test_vllm_plugin import Fused
 from torch import Tensor
 
 from ttspec.errors import ResourceError
+from ttspec.learning.update_schedule import FULL
 from ttspec.models.capture import Graphs
 from ttspec.vllm import capturing, drafting
 from ttspec.vllm.capturing import capture_when_warm, room_left
 from ttspec.vllm.drafting import RAREST, LiveDrafter
-from ttspec.vllm.share import FALL, MOST, SOME, Pace
 
 NAME = "inner.weight"
 
@@ -60,16 +60,18 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
     distributed.get_tp_group = lambda: group
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
-    learner = SimpleNamespace()
+    learner = SimpleNamespace(updates=0)
     first.capture(learner)
     second.capture(None)
     sent: list[int] = []
     for step in range(1, 200):
         if step == 20:
-            first.publish(learner, strides=2)
+            learner.updates = 2 * FULL
+            first.publish(learner)
         if step == 60:
             learned.fill_(3.0)
-            first.publish(learner, strides=MOST)
+            learner.updates = 100 * FULL
+            first.publish(learner)
             assert first.module.inner.weight.eq(0).all()  # not before all have it
         due = [live.count_step() for live in (first, second)]
         assert due[0] == due[1]
@@ -179,18 +181,3 @@ def test_updates_are_compiled_where_vllm_compiles_and_where_that_works(
     learning.worker.compile_or_warm_up_model()
     line = "ttspec learns without compiled updates, which is slower: no compiler"
     assert learning.did == ["vLLM", *[line] * said, "learning", "loading by the learner"]
-
-
-def test_updates_become_rare_where_they_gain_nothing_and_frequent_where_texts_change() -> None:
-    pace = Pace()
-    for _ in range(SOME):
-        pace.note(1.0)
-    for i in range(4 * SOME):
-        pace.note(1.1 + 0.02 * i)
-    assert pace.strides == 1  # it still rises
-    for _ in range(20 * SOME):
-        pace.note(1.5)
-    assert pace.strides == MOST
-    for _ in range(SOME):
-        pace.note(1.5 * (1 - 2 * FALL))
-    assert pace.strides == 1

@@ -16,6 +16,7 @@ from toys import bound_kind, make_kind
 
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
+from ttspec.learning.update_schedule import FULL, share_of_updates
 from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
@@ -249,34 +250,41 @@ def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
     assert not share.admits
     for _ in range(5):
         now[0] += 0.05
-        share.tick()
+        share.tick(0)
     assert not share.allows
     now[0] += 3600  # counts as one second
-    share.tick()
+    share.tick(0)
     assert share.allows
     assert share.worked == pytest.approx(1.85)
     share.spend(5.0, "updates")
     assert not share.allows
 
 
-@pytest.mark.parametrize("given", [0.06, 0.2])
-def test_reading_gets_a_part_of_the_share_and_updates_the_rest(monkeypatch, given) -> None:
-    now = [0.0]
+@pytest.mark.parametrize("given", [0.06, 0.5])
+def test_the_more_was_learned_the_less_time_goes_into_it_and_a_part_of_it_into_reading(
+    monkeypatch, given
+) -> None:
+    now, updates, left = [0.0], 0, 0
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    share, left = TimeShare(given), 0
-    for step in range(20_000):  # of 2 ms; a request of 100 steps; an update takes 10 ms
-        now[0] += 0.002
-        share.tick()
-        left = left - 1 if left else 100 * share.admits
-        if left:
-            with share.charged("reading"):
-                now[0] += 0.0003
-        if step % 8 == 0 and share.allows:
-            with share.charged("updates"):
-                now[0] += 0.01
-    spent = sum(share.spent.values())
-    assert spent / share.worked == pytest.approx(given, rel=0.2)
-    assert share.spent["reading"] / spent < 0.35
+    share = TimeShare(given)
+    for until in (FULL, 4 * FULL, 20 * FULL):
+        began, spent, first = now[0], sum(share.spent.values()), updates
+        while updates < until:  # steps of 20 ms; a request of 100 steps; an update takes 0.2 s
+            now[0] += 0.02
+            share.tick(updates)
+            left = left - 1 if left else 100 * share.admits
+            if left:
+                with share.charged("reading"):
+                    now[0] += 0.003
+            if share.allows:
+                updates += 1
+                with share.charged("updates"):
+                    now[0] += 0.2
+        found = (sum(share.spent.values()) - spent) / (now[0] - began)
+        may = [min(given, share_of_updates(n)) for n in range(first, until)]
+        wanted = len(may) / sum(1 / m for m in may)  # all updates take as long
+        assert found == pytest.approx(wanted, rel=0.2), until
+    assert share.spent["reading"] / sum(share.spent.values()) < 0.35
 
 
 class Fused(nn.Module):

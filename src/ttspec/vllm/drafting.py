@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ttspec.learning.memory_learner import MemoryLearner
+from ttspec.learning.update_schedule import FULL
 from ttspec.models.capture import Graphs
 from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
 
@@ -61,17 +62,13 @@ class LiveDrafter:
             raise
 
     @torch.no_grad()
-    def publish(self, learner: MemoryLearner, strides: int = 1) -> None:
-        """Let vLLM draft with what was learned; several ranks do so when it is sent.
-
-        Args:
-            learner: Who learned it; always the same one.
-            strides: How many times rarer than at first there will be something new.
-        """
+    def publish(self, learner: MemoryLearner) -> None:
+        """Let vLLM draft with what was learned, always by one learner; ranks when it is sent."""
         self._learner = learner
         if self.ranks > 1:
             self._run(self._pack_learned, 0, compile=False)
-            self._row[-1:].fill_(min(strides, RAREST))
+            # As `share_of_updates` falls there is something new less often.
+            self._row[-1:].fill_(min(max(1, learner.updates // FULL), RAREST))
         else:
             self._run(self._load_learned, 0, compile=False)
 

@@ -28,7 +28,6 @@ FIGURES = {
     "accepted_to_anchor": "Drafts accepted of live weights, for one of the first weights.",
     "kept": "The newest version on disk.",
     "share": "Share of the engine's time that went into learning.",
-    "strides": "Times rarer than at first updates are, since they gain little more.",
 }
 _gauges: dict[str, Any] = {}
 

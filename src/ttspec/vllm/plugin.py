@@ -288,7 +288,7 @@ class WorkerLearning:
 
     def _publish(self, learner: MemoryLearner) -> None:
         """Let vLLM's drafter have what was learned."""
-        self.live.publish(learner, self.learner.pace.strides if self.learner else 1)
+        self.live.publish(learner)
 
     # Asked by an operator.
 

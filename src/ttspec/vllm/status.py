@@ -38,7 +38,6 @@ def figures(learner: EngineLearner) -> dict[str, Any]:
         "steps": share.steps,
         "host_ms_a_step": 1e3 * sum(share.on_host.values()) / max(share.steps, 1),
         "device_ms_an_update": 1e3 * shared.seconds,
-        "strides": learner.pace.strides,
         "captured": shared.run.on,
     }
     if shared.keeper:

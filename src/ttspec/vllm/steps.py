@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Drafter
-from ttspec.learning.live_weights import WARM_UP, LiveWeights
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm.rows import RequestRows
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.share import Pace, TimeShare
+from ttspec.vllm.share import TimeShare
 from ttspec.vllm.verified import PIECES, TextPieces, VerifiedRounds, on_device
 
 STALE = 32
@@ -84,7 +84,7 @@ class EngineLearner:
         self.rounds = VerifiedRounds(drafter, settings.rows, self._width)
         self.pieces = TextPieces(drafter)
         self.rows = RequestRows(settings.rows, settings.tokens)
-        self.share, self.pace = TimeShare(settings.share, self.device), Pace()
+        self.share = TimeShare(settings.share, self.device)
         self._drafted: set[str] = set()
         self._behind: set[int] = set()
         """Rows with rounds that the memory is not told yet."""
@@ -173,14 +173,14 @@ class EngineLearner:
         Args:
             step: Or what makes it, which is not called where nothing of it is looked at.
         """
-        self.share.tick()
+        self.share.tick(self.updates)
         if self.rows.taken or self.share.admits:
             with self.share.charged("reading"):
                 self._read_step(step if isinstance(step, EngineStep) else step())
         self._steps += 1
         if self.learner.is_updating:
             self._publish_if_over()
-        due = self._steps >= self.stride * self.pace.strides and self._knows
+        due = self._steps >= self.stride and self._knows
         if due and not self.learner.is_updating and self._since_read < STALE and self.share.allows:
             self._steps, self._since_read = 0, self._since_read + 1
             with self.share.charged("updates"):
@@ -192,18 +192,12 @@ class EngineLearner:
         self._publish_if_over(wait=True)
 
     def _publish_if_over(self, *, wait: bool = False) -> None:
-        comparisons, reverts = self.learner.comparisons, self.learner.reverts
         with self.share.charged("updates"):
             if not self.learner.publish(wait=wait):
                 return
             self.publications += 1
             self._publish(self.learner)
         self.share.spend(self.learner.seconds, "updates")
-        if self.learner.reverts > reverts:
-            self.pace = Pace()
-        elif self.learner.comparisons > comparisons and self.updates > WARM_UP:
-            self.pace.note(self.learner.gain)
-        self.share.strides = self.pace.strides
 
     def expected_drafts(self) -> float | None:
         """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
