@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from toys import bound_kind, make_kind
 
+from ttspec.config import LearnConfig
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
 from ttspec.learning.update_schedule import FULL, share_of_updates
@@ -21,8 +22,8 @@ from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
-from ttspec.vllm.steps import EngineStep
 from ttspec.vllm.v1 import teaches
+from ttspec.vllm.verified import EngineStep
 from ttspec.vllm.workers import asked_of
 
 
@@ -93,7 +94,7 @@ def config(**changes: object) -> SimpleNamespace:
         ("use_heterogeneous_vocab", True, "another vocabulary"),
         ("disable_padded_drafter_batch", True, "verdicts"),
         ("lora_config", object(), "LoRA"),
-        ("pipeline_parallel_size", 2, "pipeline stages"),
+        ("pipeline_parallel_size", 2, "pipeline stage"),
         ("prefill_context_parallel_size", 2, "context parallelism"),
         ("enable_batch_sharded_sampling", True, "splits the logits"),
         ("model_config", SimpleNamespace(enable_sleep_mode=True), "sleep mode"),
@@ -241,6 +242,41 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
         assert step.features is features
 
 
+def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
+    steps: list[EngineStep] = []
+
+    def propose(scheduler_output, sampled_token_ids, aux_hidden_states, spec_decode_metadata):
+        return "drafts"
+
+    learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
+    learning = SimpleNamespace(
+        watches=True, run=lambda work: work(learner), end_step=lambda drafted: said.append(drafted)
+    )
+    runner = SimpleNamespace(
+        _update_states=None,
+        _sample=None,
+        propose_draft_token_ids=propose,
+        input_batch=SimpleNamespace(num_reqs=2, req_ids=["a", "b", "gone"]),
+        optimistic_seq_lens_cpu=torch.tensor([14, 5, 0]),
+        input_ids=SimpleNamespace(gpu=torch.arange(9)),
+        _get_positions=torch.arange,
+    )
+    said: list[bool] = []
+    v1.wrap(runner, learning)
+    scheduled = SimpleNamespace(num_scheduled_tokens={"b": 5, "a": 4})
+    sampled, features = torch.tensor([[7, 8, -1], [9, -1, -1]]), [torch.zeros(9, 4)]
+    for metadata in (SimpleNamespace(num_draft_tokens=[3, 0]), None):
+        given = (scheduled, sampled, features)
+        assert runner.propose_draft_token_ids(*given, spec_decode_metadata=metadata) == "drafts"
+    assert said == [True, False]
+    assert [step.drafts for step in steps] == [[3, 0], [0, 0]]
+    for step in steps:
+        assert (step.ids, step.bounds, step.ends) == (["a", "b"], [0, 4, 9], [14, 5])
+        assert step.emitted.tolist() == [2, 1]
+        assert len(step.positions) == 9
+        assert step.features is features
+
+
 def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
@@ -317,7 +353,7 @@ def test_new_weights_reach_the_tensors_that_a_graph_has_captured() -> None:
 def test_tables_that_are_the_targets_are_never_given_to_vllm(which: str) -> None:
     drafter = bound_kind(which)
     for weights in ("full", "lora"):
-        names = learned_names(drafter, weights, "full")
+        names = learned_names(drafter, LearnConfig(weights=weights, parameters="full"))
         assert names
         assert all(n in drafter.weights for n in names)
         assert not any("embed_tokens" in n or "lm_head" in n or "d2t" in n for n in names)

@@ -24,7 +24,8 @@ from ttspec.learning.memory_learner import ENOUGH, JUDGED
 from ttspec.models.capture import Graphs
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.steps import STALE, EngineLearner, EngineStep
+from ttspec.vllm.steps import STALE, EngineLearner
+from ttspec.vllm.verified import EngineStep
 
 LEARN = LearnConfig(scope="shared", stride=2, lr=3e-3, blocks=3, guard=0)
 PROMPTS = ["hello there", "count to ten, please"]
@@ -191,9 +192,9 @@ def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, recor
     learner.absorb(prompt_step(found, at=at))  # at 96: behind a prefix that was cached
     feed(learner, found, [0], at=at)
     learner.forget(["request-0"])
-    assert_same_texts(learner.learner.weights.memory, found.memory)
-    assert len(published) == learner.updates > 3
-    learned, start = learner.learner.learned(), learner.drafter.weights
+    assert_same_texts(learner.shared.weights.memory, found.memory)
+    assert len(published) == learner.shared.updates > 3
+    learned, start = learner.shared.learned(), learner.drafter.weights
     assert any(not torch.equal(learned[n], start[n]) for n in learned)
 
 
@@ -204,7 +205,7 @@ def test_two_requests_in_any_order_of_the_batch(target):
         learner.absorb(prompt_step(found, rows=[0, 1]))
         feed(learner, found, order)
         learner.forget(["request-0", "request-1"])
-        assert_same_texts(learner.learner.weights.memory, found.memory)
+        assert_same_texts(learner.shared.weights.memory, found.memory)
 
 
 def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
@@ -212,10 +213,10 @@ def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
     learner, _ = learner_of(found, rows=1)
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
-    weights = learner.learner.weights
-    learner.learner.study.compute_gradients = spoil
-    learner.learner.update()
-    assert learner.learner.reverts == 1
+    weights = learner.shared.weights
+    learner.shared.study.compute_gradients = spoil
+    learner.shared.update()
+    assert learner.shared.reverts == 1
     assert torch.equal(weights._mean, weights._anchor[None])
 
 
@@ -267,10 +268,10 @@ def test_drafts_of_a_request_that_gets_a_row_in_the_middle_are_no_text() -> None
     learner = made(rows=1)
     learner.absorb(a_step(["a"], 5, 10, drafts=4))
     assert set(learner.rows.taken) == {"a"}
-    assert not texts_of(learner.learner.weights.memory)
+    assert not texts_of(learner.shared.weights.memory)
     teach(learner, a_step(["a"], 5, 15, drafts=4))
     learner.forget(["a"])
-    (text,) = texts_of(learner.learner.weights.memory)
+    (text,) = texts_of(learner.shared.weights.memory)
     assert text[2].sum() == 5  # judged
 
 
@@ -302,7 +303,7 @@ def test_a_preempted_request_begins_anew() -> None:
     teach(learner, a_step(["a"], 5, 15, drafts=4))
     learner.forget(["a"])
     assert learner.rounds.acceptance() == (10, 2)
-    assert len(texts_of(learner.learner.weights.memory)) == 2
+    assert len(texts_of(learner.shared.weights.memory)) == 2
 
 
 def test_who_must_not_teach_does_not() -> None:
@@ -317,14 +318,14 @@ def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
     learner.share._saved = -1e9
     for i in range(8):
         teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
-    assert learner.updates == 0
+    assert learner.shared.updates == 0
     assert set(learner.rows.taken) == {"a"}
     learner.forget(["a"])
     learner.absorb(lambda: pytest.fail("a step that nobody reads was looked at"))
     learner.share.share = 1.0
     for _ in range(4):
         teach(learner, a_step(["a"], 5, 20, drafts=4))
-    assert learner.updates > 0
+    assert learner.shared.updates > 0
 
 
 def test_updates_end_where_nothing_new_is_read() -> None:
@@ -336,7 +337,7 @@ def test_updates_end_where_nothing_new_is_read() -> None:
     learner._may_teach = lambda _: False
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
-    assert learner.updates <= STALE + 1
+    assert learner.shared.updates <= STALE + 1
 
 
 @pytest.mark.parametrize(
@@ -349,7 +350,7 @@ def test_updates_end_where_nothing_new_is_read() -> None:
     ],
 )
 def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts):
-    learner = made(rows=1).learner
+    learner = made(rows=1).shared
     for weight in learner.weights.master.values():
         weight.add_(1.0)
     for gain in judgements:
@@ -364,8 +365,8 @@ def test_held_out_texts_are_judged_alike_with_and_without_waiting(recorded):
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
     learner.forget(["request-0"])
-    study = learner.learner.study
-    sets = {"live": learner.learner.weights.published, "anchor": {}}
+    study = learner.shared.study
+    sets = {"live": learner.shared.weights.published, "anchor": {}}
     blocks, drafts = study.judge(sets, JUDGED)
     assert blocks > ENOUGH
     study.held_out = study.read_held_out(JUDGED)
@@ -382,9 +383,9 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
     learned = []
     for captured in (False, True):
         learner, published = learner_of(found, rows=2)
-        memory = learner.learner.weights.memory
+        memory = learner.shared.weights.memory
         memory.crops = False  # that is what a CPU waits for
-        learner.learner.config = replace(learner.learner.config, guard=3)
+        learner.shared.config = replace(learner.shared.config, guard=3)
         if captured:
             monkeypatch.setattr(context, "unwritten", lambda shape, like: like.new_zeros(shape))
             monkeypatch.setattr(memory_learner, "Graphs", Tapes)
@@ -395,11 +396,11 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
         learner.absorb(prompt_step(found))
         feed(learner, found, [0])
         learner.forget(["request-0"])
-        assert learner.updates == len(published) > 5
-        learned.append((texts_of(memory), learner.learner.learned(), learner.learner.comparisons))
+        assert learner.shared.updates == len(published) > 5
+        learned.append((texts_of(memory), learner.shared.learned(), learner.shared.comparisons))
         if captured:
             assert made == 5 + 1 + 2  # of an update, of rounds, of pieces
-            assert Tapes.replayed - replayed > 2 * learner.updates
+            assert Tapes.replayed - replayed > 2 * learner.shared.updates
     (texts, weights, compared), (texts_too, weights_too, compared_too) = learned
     assert compared == compared_too
     for one, other in zip(texts, texts_too, strict=True):
@@ -411,7 +412,7 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
 
 def test_a_capture_that_fails_changes_nothing(monkeypatch):
     learner = made()
-    before = learner.learner.run
+    before = learner.shared.run
 
     def fails(self, *_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -419,13 +420,13 @@ def test_a_capture_that_fails_changes_nothing(monkeypatch):
     monkeypatch.setattr(Graphs, "__call__", fails)
     with pytest.raises(RuntimeError, match="capturing"):
         learner.capture(compile=False)
-    assert learner.learner.run is learner.learner._run_update is before
+    assert learner.shared.run is learner.shared._run_update is before
 
 
 def test_an_update_that_is_not_over_is_published_when_it_is():
     learner = made(tokens=400)
     learner.absorb(a_step(["a"], 10, 0))
-    shared, over = learner.learner, [False]
+    shared, over = learner.shared, [False]
     shared._events = [SimpleNamespace(record=int, elapsed_time=lambda end: 5.0), Over(over)]
     for i in range(20):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
@@ -474,7 +475,7 @@ class Launches(TorchDispatchMode, Graphs):
 
 def test_the_host_launches_little():
     learner = made(rows=4, tokens=400)
-    shared, ids = learner.learner, list("abcd")
+    shared, ids = learner.shared, list("abcd")
     learner.stride, shared.weights.memory.crops = 1 << 30, False
     prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
     logits = torch.randn(20, 260)

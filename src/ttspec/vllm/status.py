@@ -22,11 +22,11 @@ HOPE = 0.3
 def figures(learner: EngineLearner) -> dict[str, Any]:
     """Plain values, of what the device has said so far."""
     emitted, rounds = learner.rounds.acceptance()
-    shared, share = learner.learner, learner.share
+    shared, share = learner.shared, learner.share
     spent = sum(share.spent.values())
     found = {
         "requests": len(learner.rows.taken),
-        "updates": learner.updates,
+        "updates": shared.updates,
         "reverts": shared.reverts,
         "version": learner.publications,
         "verified_rounds": rounds,
@@ -66,7 +66,7 @@ def why_never_accepted(status: Mapping[str, Any], expected: float) -> str:
 
     Args:
         status: Of `figures`.
-        expected: Of `EngineLearner.expected_drafts`.
+        expected: Of `MemoryLearner.expected_drafts`.
     """
     why = "the drafter is hardly this target's, or its config.json says it wrongly"
     if expected > HOPE:
