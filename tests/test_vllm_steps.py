@@ -24,6 +24,7 @@ from ttspec.learning.memory_learner import ENOUGH, JUDGED
 from ttspec.models.capture import Graphs
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
+from ttspec.vllm.share import PURPOSES
 from ttspec.vllm.steps import STALE, EngineLearner
 from ttspec.vllm.verified import EngineStep
 
@@ -315,7 +316,7 @@ def test_who_must_not_teach_does_not() -> None:
 def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
     learner = made(share=0.01)
     learner.absorb(a_step(["a"], 10, 0))
-    learner.share._saved = -1e9
+    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
     for i in range(8):
         teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
     assert learner.shared.updates == 0

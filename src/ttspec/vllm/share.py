@@ -19,15 +19,13 @@ LONGEST_STEP = 1.0
 """Seconds: what lies further apart was not one step after the other, but a pause."""
 SAVED = 5.0
 """Seconds of work whose share may be spent at once."""
-READING = 0.25
-"""Of what learning takes, so much goes into reading: updates are what pays, and without something
-new to read they would learn the same again."""
 
 Purpose = Literal["reading", "updates"]
+PURPOSES: tuple[Purpose, Purpose] = ("reading", "updates")
 
 
 class TimeShare:
-    """An account that working time fills and learning empties."""
+    """Two accounts that working time fills and learning empties: neither can starve the other."""
 
     def __init__(self, share: float, device: torch.device | None = None) -> None:
         """At most `share` of the time between steps; 1 is no limit.
@@ -35,10 +33,10 @@ class TimeShare:
         On a GPU the host only launches the work: what it takes there is charged as well.
         """
         self.share, self._last = share, time.perf_counter()
-        self._saved = self._most = SAVED * min(share, share_of_updates(0))
-        self.spent: dict[Purpose, float] = {"reading": 0.0, "updates": 0.0}
+        self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
+        self.spent = dict.fromkeys(PURPOSES, 0.0)
         """Seconds, in all."""
-        self.on_host: dict[Purpose, float] = dict(self.spent)
+        self.on_host = dict.fromkeys(PURPOSES, 0.0)
         """Those of them in which the host did nothing else."""
         self.steps = 0
         self.worked = 0.0
@@ -52,9 +50,12 @@ class TimeShare:
         worked, self._last = min(now - self._last, LONGEST_STEP), now
         self.worked += worked
         self.steps += 1
-        share = min(self.share, share_of_updates(updates))
-        self._most = SAVED * share
-        self._saved = min(self._most, self._saved + worked * share)
+        half = min(self.share, share_of_updates(updates)) / 2
+        for one, other in (PURPOSES, PURPOSES[::-1]):
+            self._saved[one] += worked * half
+            unused = max(0.0, self._saved[one] - SAVED * half)
+            self._saved[one] -= unused
+            self._saved[other] = min(SAVED * half, self._saved[other] + unused)
         while self._running and self._running[0][-1].query():
             host, begin, end = self._running.popleft()
             self.spend(max(0.0, begin.elapsed_time(end) / 1e3 - host), "reading")
@@ -62,7 +63,7 @@ class TimeShare:
     def spend(self, seconds: float, purpose: Purpose) -> None:
         """Take what was used."""
         self.spent[purpose] += seconds
-        self._saved -= seconds
+        self._saved[purpose] -= seconds
 
     @contextmanager
     def charged(self, purpose: Purpose) -> Iterator[None]:
@@ -89,11 +90,9 @@ class TimeShare:
     @property
     def allows(self) -> bool:
         """Whether an update may begin."""
-        return self.share >= 1 or self._saved > 0
+        return self.share >= 1 or self._saved["updates"] > 0
 
     @property
     def admits(self) -> bool:
         """Whether another request may teach."""
-        reading, updates = self.spent.values()
-        few = reading < READING * (reading + updates + self._most)
-        return self.share >= 1 or (self._saved > 0 and few)
+        return self.share >= 1 or self._saved["reading"] > 0
