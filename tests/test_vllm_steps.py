@@ -12,7 +12,7 @@ from test_capture import Tapes, kinds_of
 from test_conformance import engine_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import bound_kind, random_features, toy_engine
+from toys import bound_kind, make_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters import context
@@ -162,7 +162,7 @@ def texts_of(memory: LessonMemory) -> list[tuple[Tensor, ...]]:
         pages = (memory.text[:-1] == text).nonzero()[:, 0]
         pages = pages[memory.number[pages].argsort()]
         tokens, judged = memory.tokens[pages].flatten(), memory.judged[pages].flatten()
-        p = torch.zeros(len(tokens), 260)
+        p = torch.zeros(len(tokens), 260, device=tokens.device)
         p.scatter_(
             1, memory.likely[pages].flatten(0, 1).long(), memory.p[pages].flatten(0, 1).float()
         )
@@ -409,6 +409,49 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
     for name, weight in weights.items():
         torch.testing.assert_close(weights_too[name], weight)
         assert not torch.equal(weight, found.drafter.weights[name])
+
+
+def learned_on(device: str, *, captured: bool, compile: bool = False) -> tuple:
+    """What is remembered of 30 steps of two requests there, and learned of it."""
+    drafter = make_kind("eagle3")
+    drafter.weights = {name: weight.to(device) for name, weight in drafter.weights.items()}
+    table = torch.randn(2, 260, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    drafter.bind(table[0], 0.3 * table[1], 4)
+    learn = replace(LEARN, guard=3)
+    settings = Settings(rows=2, tokens=400, share=1.0, learn=learn)
+    learner = EngineLearner(settings, drafter, 4, lambda _: None)
+    memory = learner.shared.weights.memory
+    memory.crops = False
+    if captured:
+        learner.capture(compile=compile)
+    memory._generator.manual_seed(0)
+    said = torch.Generator().manual_seed(1)
+    for at in (0, *range(20, 170, 5)):
+        step = a_step(["a", "b"], 5 if at else 20, at, drafts=4 if at else 0)
+        tensors = {n: getattr(step, n).to(device) for n in ("tokens", "positions", "emitted")}
+        step = replace(step, features=[f.to(device) for f in step.features], **tensors)
+        if at:
+            logits = torch.randn(10, 260, generator=said).to(device)
+            learner.keep_logits(step.ids, step.drafts, logits)
+        learner.absorb(step)
+        learner.finish()
+    learner.forget(["a", "b"])
+    assert learner.shared.updates > 5
+    return texts_of(memory), learner.shared.learned(), drafter.weights
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_graphs_learn_what_operations_learn(compile: bool) -> None:
+    texts, weights, first = learned_on("cuda", captured=False)
+    texts_too, weights_too, _ = learned_on("cuda", captured=True, compile=compile)
+    for one, other in zip(texts, texts_too, strict=True):
+        for found, wanted in zip(one, other, strict=True):
+            torch.testing.assert_close(found, wanted)
+    for name, weight in weights.items():
+        moved = (weight - first[name].float()).norm()
+        assert moved > 0
+        assert (weights_too[name] - weight).norm() < 0.05 * moved, name
 
 
 def test_a_capture_that_fails_changes_nothing(monkeypatch):

@@ -71,13 +71,13 @@ def _capture(learning: WorkerLearning, learner: EngineLearner) -> None:
             f"they take about {needed / 1e6:.0f} MB, and {max(0, room) / 1e6:.0f} MB are left; a "
             "lower gpu_memory_utilization leaves more"
         )
-    free, began = torch.cuda.mem_get_info()[0], time.monotonic()
+    held, began = torch.cuda.memory_reserved(), time.monotonic()
     # As vLLM compiles its models, or does not.
     compiles = bool(getattr(learning.config.compilation_config, "mode", 0))
     otherwise = "learns without compiled updates"
     if not compiles or not _is_done(learning, otherwise, lambda: learner.capture(compile=True)):
         learner.capture(compile=False)
-    took = (free - torch.cuda.mem_get_info()[0]) / 1e6
+    took = (torch.cuda.memory_reserved() - held) / 1e6
     passed = time.monotonic() - began
     learning.log.info("ttspec learns by CUDA graphs: %.0f MB, made in %.0f s", took, passed)
 
