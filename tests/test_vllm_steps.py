@@ -329,16 +329,19 @@ def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
     assert learner.shared.updates > 0
 
 
-def test_updates_end_where_nothing_new_is_read() -> None:
-    learner = made()
+@pytest.mark.parametrize(("rounds", "updates"), [(7, 3), (80, STALE)])
+def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, updates: int) -> None:
+    learner = made(tokens=4000, share=0.5)
     learner.absorb(a_step(["a"], 10, 0))
-    for i in range(3):
+    learner.share.spend(1e9, "updates")
+    for i in range(rounds):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
     learner.forget(["a"])
-    learner._may_teach = lambda _: False
+    assert learner.shared.updates == 0
+    learner.share.share, learner._may_teach = 1.0, lambda _: False
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
-    assert learner.shared.updates <= STALE + 1
+    assert learner.shared.updates == updates
 
 
 @pytest.mark.parametrize(
@@ -477,7 +480,7 @@ def test_an_update_that_is_not_over_is_published_when_it_is():
     assert shared.is_updating
     assert learner.publications == 0
     over[0] = True
-    learner._steps = -1  # no other update is due
+    learner._new_rounds = 0  # no other update is due
     teach(learner, a_step(["a"], 5, 110, drafts=4))
     assert learner.publications == 1
     assert learner.share.spent["updates"] > 0.005  # what it took on the device

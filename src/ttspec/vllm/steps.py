@@ -28,7 +28,7 @@ from ttspec.vllm.share import TimeShare
 from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds, on_device
 
 STALE = 32
-"""Updates after which something new must be read."""
+"""Updates after which something new must be read, however much was read before."""
 
 
 class EngineLearner:
@@ -59,7 +59,8 @@ class EngineLearner:
         self.shared = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
         """What all requests teach."""
         self.stride = self.shared.config.stride or 1
-        """Steps between updates at least."""
+        """Rounds that are read for an update at least: more updates learn a few texts by heart, and
+        draft worse for all others (docs/experiments.md, vllm11)."""
         self.rounds = VerifiedRounds(self.shared, settings.rows, self._width)
         self.pieces = TextPieces(self.shared)
         self.rows = RequestRows(settings.rows, settings.tokens)
@@ -68,8 +69,8 @@ class EngineLearner:
         """Requests of this step whose logits are kept."""
         self._behind: set[int] = set()
         """Rows with rounds that the memory is not told yet."""
-        self._steps, self._since_read = 0, STALE
-        """Steps since the last update; updates since something was read."""
+        self._new_rounds = 0
+        """That the memory was told of, and no update was made for."""
         self.publications = 0
 
     @property
@@ -150,12 +151,11 @@ class EngineLearner:
         if self.rows.taken or self.share.admits:
             with self.share.charged("reading"):
                 self._read_step(step if isinstance(step, EngineStep) else step())
-        self._steps += 1
         if self.shared.is_updating:
             self._publish_if_over()
-        due = self._steps >= self.stride and self._since_read < STALE
-        if due and not self.shared.is_updating and self.share.allows:
-            self._steps, self._since_read = 0, self._since_read + 1
+        due = self._new_rounds >= self.stride and not self.shared.is_updating
+        if due and self.share.allows:
+            self._new_rounds -= self.stride
             with self.share.charged("updates"):
                 self.shared.begin_update()
             self._publish_if_over()
@@ -222,7 +222,7 @@ class EngineLearner:
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:
+            self._new_rounds = min(self._new_rounds + self.rounds.kept, STALE * self.stride)
             with self.share.device_charged():
                 self.rounds.tell()
             self._behind.clear()
-            self._since_read = 0
