@@ -149,7 +149,8 @@ def main() -> None:
                 learner.capture(compile=a.compile)
                 took = time.monotonic() - began, (torch.cuda.memory_reserved() - held) / 1e6
                 print(f"captured in {took[0]:.1f} s: {took[1]:.0f} MB, of {needed / 1e6:.0f}")
-            learner.share.share, learner.stride = 1.0, 1 << 30  # it begins no update by itself
+            learner.share.share = 1.0
+            learner.rounds_an_update = 1 << 30  # it begins no update by itself
             work(learner, clock, cycles)
             torch.cuda.synchronize()
             learner.finish()

@@ -46,7 +46,9 @@ def test_a_server_begins_where_the_last_one_ended(
         )
         settings = Settings(rows=1, tokens=200, share=1.0, learn=learn)
         length = found.rounds[0].proposal.tokens.shape[1]
-        return EngineLearner(settings, drafter, length, lambda _: None, live=live)
+        learner = EngineLearner(settings, drafter, length, lambda _: None, live=live)
+        learner.rounds_an_update = 2
+        return learner
 
     first = serve()
     with pytest.raises(ResourceError, match="in use"):

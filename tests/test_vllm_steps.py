@@ -105,6 +105,7 @@ def learner_of(found: Recorded, rows: int, **options) -> tuple[EngineLearner, li
     learner = EngineLearner(
         settings, found.drafter, length, lambda _: published.append(1), **options
     )
+    learner.rounds_an_update = 2
     return learner, published
 
 
@@ -244,7 +245,10 @@ def a_step(ids, size: int, at: int, drafts: int = 0, width: int = 192) -> Engine
 
 def made(rows: int = 2, tokens: int = 64, share: float = 1.0, **options) -> EngineLearner:
     settings = Settings(rows=rows, tokens=tokens, share=share, learn=LEARN)
-    return EngineLearner(settings, bound_kind("eagle3"), 4, lambda _: None, **options)
+    learner = EngineLearner(settings, bound_kind("eagle3"), 4, lambda _: None, **options)
+    assert learner.rounds_an_update == 8 * LEARN.stride
+    learner.rounds_an_update = 2
+    return learner
 
 
 def teach(learner: EngineLearner, step: EngineStep) -> None:
@@ -423,6 +427,7 @@ def learned_on(device: str, *, captured: bool, compile: bool = False) -> tuple:
     learn = replace(LEARN, guard=3)
     settings = Settings(rows=2, tokens=400, share=1.0, learn=learn)
     learner = EngineLearner(settings, drafter, 4, lambda _: None)
+    learner.rounds_an_update = 4
     memory = learner.shared.weights.memory
     memory.crops = False
     if captured:
@@ -523,7 +528,7 @@ class Launches(TorchDispatchMode, Graphs):
 def test_the_host_launches_little():
     learner = made(rows=4, tokens=400)
     shared, ids = learner.shared, list("abcd")
-    learner.stride, shared.weights.memory.crops = 1 << 30, False
+    learner.rounds_an_update, shared.weights.memory.crops = 1 << 30, False
     prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
     logits = torch.randn(20, 260)
 

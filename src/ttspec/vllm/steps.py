@@ -27,6 +27,8 @@ from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
 from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds, on_device
 
+ROWS = 8
+"""Requests whose rounds `stride` counts as one, as where that was measured in ttspec's engine."""
 STALE = 32
 """Updates after which something new must be read, however much was read before."""
 
@@ -58,9 +60,9 @@ class EngineLearner:
         self.device, self._width = drafter.embedding.device, length + 1
         self.shared = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
         """What all requests teach."""
-        self.stride = self.shared.config.stride or 1
-        """Rounds that are read for an update at least: more updates learn a few texts by heart, and
-        draft worse for all others (docs/experiments.md, vllm11)."""
+        self.rounds_an_update = ROWS * (self.shared.config.stride or 1)
+        """That are read for an update at least: more updates learn a few texts by heart, and draft
+        worse for all others (docs/experiments.md, vllm11)."""
         self.rounds = VerifiedRounds(self.shared, settings.rows, self._width)
         self.pieces = TextPieces(self.shared)
         self.rows = RequestRows(settings.rows, settings.tokens)
@@ -70,7 +72,7 @@ class EngineLearner:
         self._behind: set[int] = set()
         """Rows with rounds that the memory is not told yet."""
         self._new_rounds = 0
-        """That the memory was told of, and no update was made for."""
+        """Of requests, that the memory was told of and no update was made for."""
         self.publications = 0
 
     @property
@@ -153,9 +155,9 @@ class EngineLearner:
                 self._read_step(step if isinstance(step, EngineStep) else step())
         if self.shared.is_updating:
             self._publish_if_over()
-        due = self._new_rounds >= self.stride and not self.shared.is_updating
+        due = self._new_rounds >= self.rounds_an_update and not self.shared.is_updating
         if due and self.share.allows:
-            self._new_rounds -= self.stride
+            self._new_rounds -= self.rounds_an_update
             with self.share.charged("updates"):
                 self.shared.begin_update()
             self._publish_if_over()
@@ -222,7 +224,8 @@ class EngineLearner:
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:
-            self._new_rounds = min(self._new_rounds + self.rounds.kept, STALE * self.stride)
+            new = self._new_rounds + self.rounds.of_requests
+            self._new_rounds = min(new, STALE * self.rounds_an_update)
             with self.share.device_charged():
                 self.rounds.tell()
             self._behind.clear()

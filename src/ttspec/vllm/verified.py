@@ -77,6 +77,11 @@ class VerifiedRounds:
         """Rounds that the memory does not know yet."""
         return len(self._parts)
 
+    @property
+    def of_requests(self) -> int:
+        """The same, each counted once for every row that took part."""
+        return sum(map(sum, self._parts))
+
     def keep_logits(self, logits: Tensor, at: Tensor) -> None:
         """Begin a round: rows `at` int64 [B * width] of the target's logits [N, V], all rows."""
         take(self._logits[self.kept], logits, at)
