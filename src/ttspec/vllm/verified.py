@@ -1,4 +1,4 @@
-"""What an engine's steps showed, kept as it is until the memory is told of it.
+"""An engine's step, and what steps showed, kept as it is until the memory is told of it.
 
 To keep a round takes the device a copy of each tensor, to tell the memory a hundred small
 operations. Those are captured as a graph, so what they read lies where it is for good.
