@@ -9,9 +9,11 @@ requests of one kind (benchmarks/streams.py), and only one of them works at a ti
 until `--learn` requests were answered, then it is paused and drafts on; `learning-15` may take 15 %
 of the time. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
-turns, A B B A, of one engine with its hooks and without, and of two engines. `ttspec` is ttspec's
-own engine of 8 rows; `ttspec-1` and `ttspec-32` have other rows, for the parts with so many
-requests at a time. Ends in order, with its tables, on SIGTERM too.
+turns, A B B A, of one engine (`idle`, or else `learning`, paused then) with its hooks and without,
+and of two engines. `ttspec` is ttspec's own engine of 8 rows; `ttspec-1` and `ttspec-32` have other
+rows, for the parts with so many requests at a time. With `--pin N` all engines run on the same N
+cores near the GPU once they are warm: without it turns of one engine differed by 1.4, whatever it
+did. Ends in order, with its tables, on SIGTERM too.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ import os
 import random
 import signal
 import statistics
+import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -245,6 +250,32 @@ def end(process: BaseProcess) -> None:
         process.kill()
 
 
+def cores_near_gpu(count: int) -> set[int]:
+    """So many of the cores that this process may use, others for each GPU of a host."""
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    cores = sorted(os.sched_getaffinity(0))
+    try:
+        asked = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader", "-i", gpu]
+        bus = subprocess.check_output(asked, text=True).strip().lower()[-12:]
+        text = Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text()
+        ends = [list(map(int, part.split("-"))) for part in text.strip().split(",")]
+        near = {core for end in ends for core in range(end[0], end[-1] + 1)}
+        cores = sorted(near.intersection(cores)) or cores
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        print(f"not known which cores are near the GPU: {error}", flush=True)
+    first = count * int(gpu) if gpu.isdigit() else 0
+    return set(cores[first : first + count] or cores[:count])
+
+
+def pin(groups: Iterable[int | None], cores: set[int]) -> None:
+    """Let all threads of some groups of processes run on these cores only."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended
+            if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) in groups:
+                for thread in (folder / "task").iterdir():
+                    os.sched_setaffinity(int(thread.name), cores)
+
+
 class Arms:
     """The processes, and what they did."""
 
@@ -358,6 +389,10 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
+    if a.pin:
+        cores = cores_near_gpu(a.pin)
+        pin([p.pid for p in multiprocessing.active_children()], cores)
+        print(f"all engines on cores {sorted(cores)}", flush=True)
     print(f"warm after {arms.passed:.0f} s", flush=True)
     main_end = arms.passed + (end - arms.passed) * a.stream_part
     last = time.monotonic()
@@ -379,29 +414,32 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
     show(arms.turns, a)
-    idle_end = arms.passed + (end - arms.passed) * 0.6
-    same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
-    number = 0
-    while "idle" in names and arms.passed < idle_end:
-        numbers = [number % 600 + n for n in range(8)]
-        order = ("out", "in", "static") if number % 16 else ("static", "in", "out")
-        for which in order:
-            if which != "static":
-                arms.ask("idle", rpc="hooks", args=[which == "in"])
-            home = "static" if which == "static" else "idle"
-            arms.turn("idle", home, numbers, f"hooks {which}", **same)
-        number += 8
     others = [n for n in names if n != "idle" and ":" not in n]
     first = 0
-    while others and arms.passed < end:
+    others_end = arms.passed + (end - arms.passed) * 0.4
+    while others and arms.passed < others_end:
         for at_once, size in ((1, 4), (32, 64)):
             ours = [f"ttspec-{at_once}:{name}" for name in ("plain", "static")]
             both = others + [name for name in ours if name.partition(":")[0] in arms.pipes]
             for name in both if first % 2 else both[::-1]:
                 numbers = [(first * 64 + n) % 600 for n in range(size)]
-                if at_once <= max(a.at_once) and arms.passed < end:
+                if at_once <= max(a.at_once) and arms.passed < others_end:
                     arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
         first += 1
+    home = next((n for n in ("idle", "learning") if n in names), None)
+    if home == "learning":
+        arms.ask(home, rpc="ttspec_pause")
+    same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
+    number = 0
+    while home and arms.passed < end:
+        numbers = [number % 600 + n for n in range(8)]
+        order = ("out", "in", "static") if number % 16 else ("static", "in", "out")
+        for which in order:
+            if which != "static":
+                arms.ask(home, rpc="hooks", args=[which == "in"])
+            arm = "static" if which == "static" else home
+            arms.turn("idle", arm, numbers, f"hooks {which}", **same)
+        number += 8
 
 
 def show(turns: list[dict], a: argparse.Namespace) -> None:
@@ -419,11 +457,25 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         if all("usual_seconds" in t for t in turns if t["part"] == "idle"):
             found = ratio_of(*pair, unit="rounds", clock="usual_seconds")
             print(f"  {name:16s} if all steps took the median: {found}")
+    print(f"  a step with hooks in over one without, of neighbours: {neighbours(turns)}")
     for at_once in (1, 32):
         print(f"{at_once} at a time")
         part = f"{at_once} at a time"
         for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
             print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
+
+
+def neighbours(turns: list[dict]) -> str:
+    """Of turns that follow each other, the median of the ratios of their usual steps."""
+    found = [t for t in turns if t["arm"] in ("hooks in", "hooks out") and "median_ms" in t]
+    pairs = [{t["arm"]: t["median_ms"] for t in both} for both in pairwise(found)]
+    ratios = [pair["hooks in"] / pair["hooks out"] for pair in pairs if len(pair) == 2]
+    if not ratios:
+        return "nothing measured"
+    rng = random.Random(0)
+    drawn = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
+    low, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
+    return f"{statistics.median(ratios):.4f} [{low:.4f}, {high:.4f}], {len(ratios)} pairs"
 
 
 def show_steps(turns: list[dict]) -> None:
@@ -448,7 +500,7 @@ def show_steps(turns: list[dict]) -> None:
                 t["tokens"] / t[key] / (other["tokens"] / other[key])
                 for key in ("seconds", "rounds")
             )
-            keys = ("updates", "strides", "share", "share_of_reading", "host_ms_a_step")
+            keys = ("updates", "share", "share_of_reading", "host_ms_a_step")
             keys += ("device_ms_an_update", "accepted_to_anchor")
             facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
             print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
@@ -482,6 +534,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")
     parser.add_argument("--cache-mb", type=int, default=2048)
+    parser.add_argument("--pin", type=int, default=0, help="cores for all engines; 0: any")
     parser.add_argument("--ours-target", default="smollm2-135m")
     parser.add_argument("--ours-drafter", default="smollm2-135m-eagle3")
     parser.add_argument("--show", action="store_true", help="print the tables of --out again")

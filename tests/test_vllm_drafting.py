@@ -1,8 +1,7 @@
 """How what was learned gets into vLLM's drafter, by graphs or not. No vLLM here."""
 
-import sys
 from itertools import pairwise
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,11 +10,11 @@ from test_vllm_plugin import Fused
 from torch import Tensor
 
 from ttspec.errors import ResourceError
+from ttspec.learning.update_schedule import FULL
 from ttspec.models.capture import Graphs
 from ttspec.vllm import capturing, drafting
 from ttspec.vllm.capturing import capture_when_warm, room_left
 from ttspec.vllm.drafting import RAREST, LiveDrafter
-from ttspec.vllm.share import FALL, MOST, SOME, Pace
 
 NAME = "inner.weight"
 
@@ -30,7 +29,8 @@ def learned(monkeypatch) -> Tensor:
 
 def live_drafter(ranks: int = 1, stride: int = 2) -> LiveDrafter:
     first = {NAME: torch.zeros(2, 3)}
-    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), ranks, stride)
+    group = SimpleNamespace(world_size=ranks)
+    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), group, stride)
 
 
 @pytest.mark.parametrize("graphs", [Graphs, Tapes])
@@ -55,21 +55,20 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
 ) -> None:
     monkeypatch.setattr(drafting, "Graphs", graphs)
     first, second = live_drafter(ranks=2), live_drafter(ranks=2)
-    group = SimpleNamespace(broadcast=lambda row, src: row.copy_(first._row))
-    distributed = ModuleType("vllm.distributed")
-    distributed.get_tp_group = lambda: group
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.distributed", distributed)
-    learner = SimpleNamespace()
+    for live in (first, second):
+        live.group.broadcast = lambda row, src: row.copy_(first._row)
+    learner = SimpleNamespace(updates=0)
     first.capture(learner)
     second.capture(None)
     sent: list[int] = []
     for step in range(1, 200):
         if step == 20:
-            first.publish(learner, strides=2)
+            learner.updates = 2 * FULL
+            first.publish(learner)
         if step == 60:
             learned.fill_(3.0)
-            first.publish(learner, strides=MOST)
+            learner.updates = 100 * FULL
+            first.publish(learner)
             assert first.module.inner.weight.eq(0).all()  # not before all have it
         due = [live.count_step() for live in (first, second)]
         assert due[0] == due[1]
@@ -111,7 +110,7 @@ def worker_that_learns(device: str, *, eager: bool, compiles: bool = True) -> Si
     learner = SimpleNamespace(
         memory_of_update=lambda: 10 << 20,
         capture=capture,
-        learner="the learner",
+        shared="the learner",
     )
     return SimpleNamespace(
         did=did,
@@ -133,18 +132,10 @@ def worker_that_learns(device: str, *, eager: bool, compiles: bool = True) -> Si
     )
 
 
-def failure_of(part) -> str:
-    try:
-        part()
-    except ResourceError as error:
-        return str(error)
-    return ""
-
-
 @pytest.mark.parametrize(("device", "eager"), [("cpu", False), ("cuda", True)])
 def test_nothing_is_captured_where_vllm_captures_nothing(device: str, eager: bool) -> None:
     learning = worker_that_learns(device, eager=eager)
-    capture_when_warm(learning, failure_of)
+    capture_when_warm(learning)
     assert learning.worker.compile_or_warm_up_model() == "times"
     assert learning.did == ["vLLM"]
 
@@ -154,7 +145,7 @@ def test_graphs_take_what_vllm_left_or_one_line_says_so(free, fits, monkeypatch)
     learning = worker_that_learns("cuda", eager=False)
     monkeypatch.setattr(capturing.torch.cuda, "mem_get_info", lambda: (free << 20, 1 << 34))
     monkeypatch.setattr(capturing.torch.cuda, "empty_cache", lambda: None)
-    capture_when_warm(learning, failure_of)
+    capture_when_warm(learning)
     learning.worker.compile_or_warm_up_model()
     said = "compiled learning"
     if not fits:
@@ -175,22 +166,7 @@ def test_updates_are_compiled_where_vllm_compiles_and_where_that_works(
     learning.config.compilation_config.mode = mode
     monkeypatch.setattr(capturing.torch.cuda, "mem_get_info", lambda: (1 << 30, 1 << 34))
     monkeypatch.setattr(capturing.torch.cuda, "empty_cache", lambda: None)
-    capture_when_warm(learning, failure_of)
+    capture_when_warm(learning)
     learning.worker.compile_or_warm_up_model()
     line = "ttspec learns without compiled updates, which is slower: no compiler"
     assert learning.did == ["vLLM", *[line] * said, "learning", "loading by the learner"]
-
-
-def test_updates_become_rare_where_they_gain_nothing_and_frequent_where_texts_change() -> None:
-    pace = Pace()
-    for _ in range(SOME):
-        pace.note(1.0)
-    for i in range(4 * SOME):
-        pace.note(1.1 + 0.02 * i)
-    assert pace.strides == 1  # it still rises
-    for _ in range(20 * SOME):
-        pace.note(1.5)
-    assert pace.strides == MOST
-    for _ in range(SOME):
-        pace.note(1.5 * (1 - 2 * FALL))
-    assert pace.strides == 1

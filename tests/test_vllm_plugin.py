@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from torch import nn
 from toys import bound_kind, make_kind
 
+from ttspec.config import LearnConfig
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
+from ttspec.learning.update_schedule import FULL, share_of_updates
 from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
-from ttspec.vllm.steps import EngineStep
 from ttspec.vllm.v1 import teaches
+from ttspec.vllm.verified import EngineStep
 from ttspec.vllm.workers import asked_of
 
 
@@ -92,7 +94,7 @@ def config(**changes: object) -> SimpleNamespace:
         ("use_heterogeneous_vocab", True, "another vocabulary"),
         ("disable_padded_drafter_batch", True, "verdicts"),
         ("lora_config", object(), "LoRA"),
-        ("pipeline_parallel_size", 2, "pipeline stages"),
+        ("pipeline_parallel_size", 2, "pipeline stage"),
         ("prefill_context_parallel_size", 2, "context parallelism"),
         ("enable_batch_sharded_sampling", True, "splits the logits"),
         ("model_config", SimpleNamespace(enable_sleep_mode=True), "sleep mode"),
@@ -240,43 +242,102 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
         assert step.features is features
 
 
-def test_time_is_a_share_of_work_and_pauses_earn_little(monkeypatch) -> None:
+def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
+    steps: list[EngineStep] = []
+
+    def propose(scheduler_output, sampled_token_ids, aux_hidden_states, spec_decode_metadata):
+        return "drafts"
+
+    learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
+    learning = SimpleNamespace(
+        watches=True, run=lambda work: work(learner), end_step=lambda drafted: said.append(drafted)
+    )
+    runner = SimpleNamespace(
+        _update_states=None,
+        _sample=None,
+        propose_draft_token_ids=propose,
+        input_batch=SimpleNamespace(num_reqs=2, req_ids=["a", "b", "gone"]),
+        optimistic_seq_lens_cpu=torch.tensor([14, 5, 0]),
+        input_ids=SimpleNamespace(gpu=torch.arange(9)),
+        _get_positions=torch.arange,
+    )
+    said: list[bool] = []
+    v1.wrap(runner, learning)
+    scheduled = SimpleNamespace(num_scheduled_tokens={"b": 5, "a": 4})
+    sampled, features = torch.tensor([[7, 8, -1], [9, -1, -1]]), [torch.zeros(9, 4)]
+    for metadata in (SimpleNamespace(num_draft_tokens=[3, 0]), None):
+        given = (scheduled, sampled, features)
+        assert runner.propose_draft_token_ids(*given, spec_decode_metadata=metadata) == "drafts"
+    assert said == [True, False]
+    assert [step.drafts for step in steps] == [[3, 0], [0, 0]]
+    for step in steps:
+        assert (step.ids, step.bounds, step.ends) == (["a", "b"], [0, 4, 9], [14, 5])
+        assert step.emitted.tolist() == [2, 1]
+        assert len(step.positions) == 9
+        assert step.features is features
+
+
+@pytest.fixture
+def now(monkeypatch) -> list[float]:
+    """A clock that a test sets."""
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    return now
+
+
+def test_time_is_a_share_of_work_and_pauses_earn_little(now) -> None:
     share = TimeShare(0.1)
+    share.spend(0.1, "reading")
     with share.charged("updates"):
-        now[0] += 0.6  # of 0.5 saved
-    assert not share.admits
-    for _ in range(5):
-        now[0] += 0.05
-        share.tick()
+        now[0] += 0.3  # of 0.25 saved
+    share.tick(0)
     assert not share.allows
+    assert share.admits
     now[0] += 3600  # counts as one second
-    share.tick()
+    share.tick(0)
     assert share.allows
-    assert share.worked == pytest.approx(1.85)
+    assert share.worked == pytest.approx(1.3)
     share.spend(5.0, "updates")
     assert not share.allows
 
 
-@pytest.mark.parametrize("given", [0.06, 0.2])
-def test_reading_gets_a_part_of_the_share_and_updates_the_rest(monkeypatch, given) -> None:
-    now = [0.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    share, left = TimeShare(given), 0
-    for step in range(20_000):  # of 2 ms; a request of 100 steps; an update takes 10 ms
-        now[0] += 0.002
-        share.tick()
-        left = left - 1 if left else 100 * share.admits
-        if left:
-            with share.charged("reading"):
-                now[0] += 0.0003
-        if step % 8 == 0 and share.allows:
-            with share.charged("updates"):
-                now[0] += 0.01
-    spent = sum(share.spent.values())
-    assert spent / share.worked == pytest.approx(given, rel=0.2)
-    assert share.spent["reading"] / spent < 0.35
+def test_reading_that_took_too_much_goes_on_later_although_nothing_is_updated(now) -> None:
+    """Without something new to read there are no updates, so they cannot pay for it."""
+    share = TimeShare(0.06)
+    share.spend(0.2, "updates")
+    share.spend(0.5, "reading")
+    waited = 0.0
+    while not share.admits:
+        now[0] += 0.5
+        waited += 0.5
+        share.tick(60)
+    assert 0.35 / 0.06 < waited < 0.35 / 0.03
+
+
+@pytest.mark.parametrize("given", [0.06, 0.5])
+@pytest.mark.parametrize("reading", [0.0003, 0.03])
+def test_the_more_was_learned_the_less_time_goes_into_it_and_half_of_it_into_reading(
+    now, given, reading
+) -> None:
+    share, updates, left = TimeShare(given), 0, 0
+    for until in (FULL, 4 * FULL, 20 * FULL):
+        began, spent, first = now[0], sum(share.spent.values()), updates
+        while updates < until:  # steps of 20 ms; a request of 100 steps; an update takes 0.2 s
+            now[0] += 0.02
+            share.tick(updates)
+            left = left - 1 if left else 100 * share.admits
+            if left:
+                with share.charged("reading"):
+                    now[0] += reading
+            if share.allows:
+                updates += 1
+                with share.charged("updates"):
+                    now[0] += 0.2
+        found = (sum(share.spent.values()) - spent) / (now[0] - began)
+        may = [min(given, share_of_updates(n)) for n in range(first, until)]
+        wanted = len(may) / sum(1 / m for m in may)  # all updates take as long
+        assert found == pytest.approx(wanted, rel=0.25), until
+    assert share.spent["reading"] / sum(share.spent.values()) < 0.55
 
 
 class Fused(nn.Module):
@@ -309,7 +370,7 @@ def test_new_weights_reach_the_tensors_that_a_graph_has_captured() -> None:
 def test_tables_that_are_the_targets_are_never_given_to_vllm(which: str) -> None:
     drafter = bound_kind(which)
     for weights in ("full", "lora"):
-        names = learned_names(drafter, weights, "full")
+        names = learned_names(drafter, LearnConfig(weights=weights, parameters="full"))
         assert names
         assert all(n in drafter.weights for n in names)
         assert not any("embed_tokens" in n or "lm_head" in n or "d2t" in n for n in names)

@@ -12,7 +12,7 @@ from test_capture import Tapes, kinds_of
 from test_conformance import engine_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from toys import bound_kind, random_features, toy_engine
+from toys import bound_kind, make_kind, random_features, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters import context
@@ -24,7 +24,9 @@ from ttspec.learning.memory_learner import ENOUGH, JUDGED
 from ttspec.models.capture import Graphs
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.steps import STALE, EngineLearner, EngineStep
+from ttspec.vllm.share import PURPOSES
+from ttspec.vllm.steps import STALE, EngineLearner
+from ttspec.vllm.verified import EngineStep
 
 LEARN = LearnConfig(scope="shared", stride=2, lr=3e-3, blocks=3, guard=0)
 PROMPTS = ["hello there", "count to ten, please"]
@@ -103,6 +105,7 @@ def learner_of(found: Recorded, rows: int, **options) -> tuple[EngineLearner, li
     learner = EngineLearner(
         settings, found.drafter, length, lambda _: published.append(1), **options
     )
+    learner.rounds_an_update = 2
     return learner, published
 
 
@@ -160,7 +163,7 @@ def texts_of(memory: LessonMemory) -> list[tuple[Tensor, ...]]:
         pages = (memory.text[:-1] == text).nonzero()[:, 0]
         pages = pages[memory.number[pages].argsort()]
         tokens, judged = memory.tokens[pages].flatten(), memory.judged[pages].flatten()
-        p = torch.zeros(len(tokens), 260)
+        p = torch.zeros(len(tokens), 260, device=tokens.device)
         p.scatter_(
             1, memory.likely[pages].flatten(0, 1).long(), memory.p[pages].flatten(0, 1).float()
         )
@@ -191,9 +194,9 @@ def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, recor
     learner.absorb(prompt_step(found, at=at))  # at 96: behind a prefix that was cached
     feed(learner, found, [0], at=at)
     learner.forget(["request-0"])
-    assert_same_texts(learner.learner.weights.memory, found.memory)
-    assert len(published) == learner.updates > 3
-    learned, start = learner.learner.learned(), learner.drafter.weights
+    assert_same_texts(learner.shared.weights.memory, found.memory)
+    assert len(published) == learner.shared.updates > 3
+    learned, start = learner.shared.learned(), learner.drafter.weights
     assert any(not torch.equal(learned[n], start[n]) for n in learned)
 
 
@@ -204,7 +207,7 @@ def test_two_requests_in_any_order_of_the_batch(target):
         learner.absorb(prompt_step(found, rows=[0, 1]))
         feed(learner, found, order)
         learner.forget(["request-0", "request-1"])
-        assert_same_texts(learner.learner.weights.memory, found.memory)
+        assert_same_texts(learner.shared.weights.memory, found.memory)
 
 
 def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
@@ -212,10 +215,10 @@ def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):
     learner, _ = learner_of(found, rows=1)
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
-    weights = learner.learner.weights
-    learner.learner.study.compute_gradients = spoil
-    learner.learner.update()
-    assert learner.learner.reverts == 1
+    weights = learner.shared.weights
+    learner.shared.study.compute_gradients = spoil
+    learner.shared.update()
+    assert learner.shared.reverts == 1
     assert torch.equal(weights._mean, weights._anchor[None])
 
 
@@ -242,7 +245,10 @@ def a_step(ids, size: int, at: int, drafts: int = 0, width: int = 192) -> Engine
 
 def made(rows: int = 2, tokens: int = 64, share: float = 1.0, **options) -> EngineLearner:
     settings = Settings(rows=rows, tokens=tokens, share=share, learn=LEARN)
-    return EngineLearner(settings, bound_kind("eagle3"), 4, lambda _: None, **options)
+    learner = EngineLearner(settings, bound_kind("eagle3"), 4, lambda _: None, **options)
+    assert learner.rounds_an_update == 8 * LEARN.stride
+    learner.rounds_an_update = 2
+    return learner
 
 
 def teach(learner: EngineLearner, step: EngineStep) -> None:
@@ -267,10 +273,10 @@ def test_drafts_of_a_request_that_gets_a_row_in_the_middle_are_no_text() -> None
     learner = made(rows=1)
     learner.absorb(a_step(["a"], 5, 10, drafts=4))
     assert set(learner.rows.taken) == {"a"}
-    assert not texts_of(learner.learner.weights.memory)
+    assert not texts_of(learner.shared.weights.memory)
     teach(learner, a_step(["a"], 5, 15, drafts=4))
     learner.forget(["a"])
-    (text,) = texts_of(learner.learner.weights.memory)
+    (text,) = texts_of(learner.shared.weights.memory)
     assert text[2].sum() == 5  # judged
 
 
@@ -302,7 +308,7 @@ def test_a_preempted_request_begins_anew() -> None:
     teach(learner, a_step(["a"], 5, 15, drafts=4))
     learner.forget(["a"])
     assert learner.rounds.acceptance() == (10, 2)
-    assert len(texts_of(learner.learner.weights.memory)) == 2
+    assert len(texts_of(learner.shared.weights.memory)) == 2
 
 
 def test_who_must_not_teach_does_not() -> None:
@@ -314,29 +320,32 @@ def test_who_must_not_teach_does_not() -> None:
 def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
     learner = made(share=0.01)
     learner.absorb(a_step(["a"], 10, 0))
-    learner.share._saved = -1e9
+    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
     for i in range(8):
         teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
-    assert learner.updates == 0
+    assert learner.shared.updates == 0
     assert set(learner.rows.taken) == {"a"}
     learner.forget(["a"])
     learner.absorb(lambda: pytest.fail("a step that nobody reads was looked at"))
     learner.share.share = 1.0
     for _ in range(4):
         teach(learner, a_step(["a"], 5, 20, drafts=4))
-    assert learner.updates > 0
+    assert learner.shared.updates > 0
 
 
-def test_updates_end_where_nothing_new_is_read() -> None:
-    learner = made()
+@pytest.mark.parametrize(("rounds", "updates"), [(7, 3), (80, STALE)])
+def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, updates: int) -> None:
+    learner = made(tokens=4000, share=0.5)
     learner.absorb(a_step(["a"], 10, 0))
-    for i in range(3):
+    learner.share.spend(1e9, "updates")
+    for i in range(rounds):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
     learner.forget(["a"])
-    learner._may_teach = lambda _: False
+    assert learner.shared.updates == 0
+    learner.share.share, learner._may_teach = 1.0, lambda _: False
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
-    assert learner.updates <= STALE + 1
+    assert learner.shared.updates == updates
 
 
 @pytest.mark.parametrize(
@@ -349,7 +358,7 @@ def test_updates_end_where_nothing_new_is_read() -> None:
     ],
 )
 def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts):
-    learner = made(rows=1).learner
+    learner = made(rows=1).shared
     for weight in learner.weights.master.values():
         weight.add_(1.0)
     for gain in judgements:
@@ -364,8 +373,8 @@ def test_held_out_texts_are_judged_alike_with_and_without_waiting(recorded):
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
     learner.forget(["request-0"])
-    study = learner.learner.study
-    sets = {"live": learner.learner.weights.published, "anchor": {}}
+    study = learner.shared.study
+    sets = {"live": learner.shared.weights.published, "anchor": {}}
     blocks, drafts = study.judge(sets, JUDGED)
     assert blocks > ENOUGH
     study.held_out = study.read_held_out(JUDGED)
@@ -382,9 +391,9 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
     learned = []
     for captured in (False, True):
         learner, published = learner_of(found, rows=2)
-        memory = learner.learner.weights.memory
+        memory = learner.shared.weights.memory
         memory.crops = False  # that is what a CPU waits for
-        learner.learner.config = replace(learner.learner.config, guard=3)
+        learner.shared.config = replace(learner.shared.config, guard=3)
         if captured:
             monkeypatch.setattr(context, "unwritten", lambda shape, like: like.new_zeros(shape))
             monkeypatch.setattr(memory_learner, "Graphs", Tapes)
@@ -395,11 +404,11 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
         learner.absorb(prompt_step(found))
         feed(learner, found, [0])
         learner.forget(["request-0"])
-        assert learner.updates == len(published) > 5
-        learned.append((texts_of(memory), learner.learner.learned(), learner.learner.comparisons))
+        assert learner.shared.updates == len(published) > 5
+        learned.append((texts_of(memory), learner.shared.learned(), learner.shared.comparisons))
         if captured:
             assert made == 5 + 1 + 2  # of an update, of rounds, of pieces
-            assert Tapes.replayed - replayed > 2 * learner.updates
+            assert Tapes.replayed - replayed > 2 * learner.shared.updates
     (texts, weights, compared), (texts_too, weights_too, compared_too) = learned
     assert compared == compared_too
     for one, other in zip(texts, texts_too, strict=True):
@@ -409,9 +418,53 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
         assert not torch.equal(weight, found.drafter.weights[name])
 
 
+def learned_on(device: str, *, captured: bool, compile: bool = False) -> tuple:
+    """What is remembered of 30 steps of two requests there, and learned of it."""
+    drafter = make_kind("eagle3")
+    drafter.weights = {name: weight.to(device) for name, weight in drafter.weights.items()}
+    table = torch.randn(2, 260, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    drafter.bind(table[0], 0.3 * table[1], 4)
+    learn = replace(LEARN, guard=3)
+    settings = Settings(rows=2, tokens=400, share=1.0, learn=learn)
+    learner = EngineLearner(settings, drafter, 4, lambda _: None)
+    learner.rounds_an_update = 4
+    memory = learner.shared.weights.memory
+    memory.crops = False
+    if captured:
+        learner.capture(compile=compile)
+    memory._generator.manual_seed(0)
+    said = torch.Generator().manual_seed(1)
+    for at in (0, *range(20, 170, 5)):
+        step = a_step(["a", "b"], 5 if at else 20, at, drafts=4 if at else 0)
+        tensors = {n: getattr(step, n).to(device) for n in ("tokens", "positions", "emitted")}
+        step = replace(step, features=[f.to(device) for f in step.features], **tensors)
+        if at:
+            logits = torch.randn(10, 260, generator=said).to(device)
+            learner.keep_logits(step.ids, step.drafts, logits)
+        learner.absorb(step)
+        learner.finish()
+    learner.forget(["a", "b"])
+    assert learner.shared.updates > 5
+    return texts_of(memory), learner.shared.learned(), drafter.weights
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_on_a_gpu_graphs_learn_what_operations_learn(compile: bool) -> None:
+    texts, weights, first = learned_on("cuda", captured=False)
+    texts_too, weights_too, _ = learned_on("cuda", captured=True, compile=compile)
+    for one, other in zip(texts, texts_too, strict=True):
+        for found, wanted in zip(one, other, strict=True):
+            torch.testing.assert_close(found, wanted)
+    for name, weight in weights.items():
+        moved = (weight - first[name].float()).norm()
+        assert moved > 0
+        assert (weights_too[name] - weight).norm() < 0.05 * moved, name
+
+
 def test_a_capture_that_fails_changes_nothing(monkeypatch):
     learner = made()
-    before = learner.learner.run
+    before = learner.shared.run
 
     def fails(self, *_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -419,20 +472,20 @@ def test_a_capture_that_fails_changes_nothing(monkeypatch):
     monkeypatch.setattr(Graphs, "__call__", fails)
     with pytest.raises(RuntimeError, match="capturing"):
         learner.capture(compile=False)
-    assert learner.learner.run is learner.learner._run_update is before
+    assert learner.shared.run is learner.shared._run_update is before
 
 
 def test_an_update_that_is_not_over_is_published_when_it_is():
     learner = made(tokens=400)
     learner.absorb(a_step(["a"], 10, 0))
-    shared, over = learner.learner, [False]
+    shared, over = learner.shared, [False]
     shared._events = [SimpleNamespace(record=int, elapsed_time=lambda end: 5.0), Over(over)]
     for i in range(20):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
     assert shared.is_updating
     assert learner.publications == 0
     over[0] = True
-    learner._steps = -1  # no other update is due
+    learner._new_rounds = 0  # no other update is due
     teach(learner, a_step(["a"], 5, 110, drafts=4))
     assert learner.publications == 1
     assert learner.share.spent["updates"] > 0.005  # what it took on the device
@@ -474,8 +527,8 @@ class Launches(TorchDispatchMode, Graphs):
 
 def test_the_host_launches_little():
     learner = made(rows=4, tokens=400)
-    shared, ids = learner.learner, list("abcd")
-    learner.stride, shared.weights.memory.crops = 1 << 30, False
+    shared, ids = learner.shared, list("abcd")
+    learner.rounds_an_update, shared.weights.memory.crops = 1 << 30, False
     prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
     logits = torch.randn(20, 260)
 

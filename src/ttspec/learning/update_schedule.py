@@ -33,6 +33,11 @@ ASSUMED = 2.0
 cores of a CPU (docs/experiments.md)."""
 
 
+def share_of_updates(updates: int) -> float:
+    """Share of the time that updates which all requests teach may take, after so many."""
+    return max(LEAST_SHARE, SHARE * FULL / max(updates, FULL))
+
+
 class UpdateSchedule:
     """Widens the stride until updates cost no more of the time than they may, and narrows it."""
 
@@ -84,7 +89,7 @@ class UpdateSchedule:
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.study:
-            may = max(LEAST_SHARE, SHARE * min(1.0, FULL / self._updates))
+            may = share_of_updates(self._updates)
             may = may if drafted else min(may, SHARE_UNUSED)
         else:
             static = self._accepted / max(learner.guard.gain(), 1e-3)

@@ -8,8 +8,8 @@ hooks.py       what must be there in which version of vLLM, and when there is no
 workers.py     asks every worker, once it has its model runner
 plugin.py      a worker's learning: check, load the drafter, put the hooks in, and what may fail
 v1.py, v2.py   the two model runners: what a step's tensors are called there
-steps.py       a step as any engine could tell it, and when to learn
-verified.py    rounds as they were, until the memory is told of many at once
+steps.py       what is read of a step, and when an update comes
+verified.py    a step as any engine could tell it; rounds as they were, until the memory is told
 share.py       how much time that may take
 status.py      the figures of a worker that learns, and a warning
 rows.py        which request has which row

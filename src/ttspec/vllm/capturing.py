@@ -12,43 +12,57 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ttspec.errors import ResourceError
+from ttspec.errors import ResourceError, TtspecError
+from ttspec.vllm.steps import EngineLearner
 
 if TYPE_CHECKING:
     from ttspec.vllm.plugin import WorkerLearning
 
 
-def capture_when_warm(learning: WorkerLearning, failure_of: Callable[..., str]) -> None:
-    """Capture at the end of a worker's start, unless its engine captures nothing either.
+def failure_of(part: Callable[[], None]) -> str:
+    """Do a part of the preparations; what went wrong, or nothing."""
+    try:
+        with torch.inference_mode(False):
+            part()
+    except TtspecError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
-    Args:
-        learning: Has its models.
-        failure_of: Does a part; what went wrong, or nothing.
-    """
-    warm_up, engine = learning.worker.compile_or_warm_up_model, learning.config
-    captures = not engine.model_config.enforce_eager and learning.runner.device.type == "cuda"
+
+def capture_when_warm(learning: WorkerLearning) -> None:
+    """Capture at the end of a worker's start, unless its engine captures nothing either."""
+    warm_up = learning.worker.compile_or_warm_up_model
 
     def warm_up_and_capture(*args: Any, **kwargs: Any) -> Any:
         learning.worker.compile_or_warm_up_model = warm_up  # once: later something is remembered
-        found = warm_up(*args, **kwargs)
-        parts: dict[str, Callable[[], None]] = {}
-        if captures and learning.state == "learning":
-            if learning.learner:
-                parts["learns"] = lambda: _capture_learning(learning, failure_of)
-            parts["loads what it learned"] = lambda: _capture_loading(learning)
-        for what, part in parts.items():
-            failed = failure_of(part)
-            if failed:
-                _warn(learning, f"{what} without CUDA graphs", failed)
+        found, learner = warm_up(*args, **kwargs), learning.learner
+        if learning.state == "learning":
+            loads = "loads what it learned without CUDA graphs"
+            if learner:
+                _is_done(
+                    learning, "learns without CUDA graphs", lambda: _capture(learning, learner)
+                )
+            shared = learner.shared if learner else None
+            _is_done(learning, loads, lambda: learning.live.capture(shared))
         return found
 
-    learning.worker.compile_or_warm_up_model = warm_up_and_capture
+    if learning.runner.device.type == "cuda" and not learning.config.model_config.enforce_eager:
+        learning.worker.compile_or_warm_up_model = warm_up_and_capture
 
 
-def _capture_learning(learning: WorkerLearning, failure_of: Callable[..., str]) -> None:
+def _is_done(learning: WorkerLearning, otherwise: str, part: Callable[[], None]) -> bool:
+    """Whether a part worked; if not, one line says how learning goes on and why."""
+    failed = failure_of(part)
+    if failed:
+        why = failed.splitlines()[0]
+        learning.log.warning("ttspec %s, which is slower: %s", otherwise, why)
+    return not failed
+
+
+def _capture(learning: WorkerLearning, learner: EngineLearner) -> None:
     """The updates, and what the memory is told, on the rank that learns."""
-    learner = learning.learner
-    assert learner is not None
     needed = learner.memory_of_update()
     torch.cuda.empty_cache()
     room = room_left(learning.worker)
@@ -57,25 +71,15 @@ def _capture_learning(learning: WorkerLearning, failure_of: Callable[..., str]) 
             f"they take about {needed / 1e6:.0f} MB, and {max(0, room) / 1e6:.0f} MB are left; a "
             "lower gpu_memory_utilization leaves more"
         )
-    free, began = torch.cuda.mem_get_info()[0], time.monotonic()
+    held, began = torch.cuda.memory_reserved(), time.monotonic()
     # As vLLM compiles its models, or does not.
     compiles = bool(getattr(learning.config.compilation_config, "mode", 0))
-    failed = failure_of(lambda: learner.capture(compile=True)) if compiles else ""
-    if failed:
-        _warn(learning, "learns without compiled updates", failed)
-    if failed or not compiles:
+    otherwise = "learns without compiled updates"
+    if not compiles or not _is_done(learning, otherwise, lambda: learner.capture(compile=True)):
         learner.capture(compile=False)
-    took = (free - torch.cuda.mem_get_info()[0]) / 1e6
+    took = (torch.cuda.memory_reserved() - held) / 1e6
     passed = time.monotonic() - began
     learning.log.info("ttspec learns by CUDA graphs: %.0f MB, made in %.0f s", took, passed)
-
-
-def _capture_loading(learning: WorkerLearning) -> None:
-    learning.live.capture(learning.learner.learner if learning.learner else None)
-
-
-def _warn(learning: WorkerLearning, what: str, why: str) -> None:
-    learning.log.warning("ttspec %s, which is slower: %s", what, why.splitlines()[0])
 
 
 def room_left(worker: Any) -> int:

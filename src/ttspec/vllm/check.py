@@ -77,7 +77,7 @@ def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> 
     learn = resolve_learn_config(settings.learn, drafter, 1)
     weights = bytes_of_copy(learn, drafter, str(learn.weights))
     weights += bytes_of_memory(learn, drafter, str(learn.weights))
-    count = len(learned_names(drafter, str(learn.weights), learn.parameters))
+    count = len(learned_names(drafter, learn))
     return Line(
         "memory",
         True,

@@ -18,8 +18,7 @@ class Control:
 
     def ttspec_status(self) -> dict[str, Any]:
         """State, updates, reverts, acceptance, share of time."""
-        learning: WorkerLearning | None = getattr(self, "ttspec", None)
-        return learning.status() if learning else NOT_ASKED
+        return self._ttspec("status")
 
     def ttspec_pause(self) -> dict[str, Any]:
         """Stop learning for now; what was learned goes on drafting."""
@@ -35,13 +34,11 @@ class Control:
 
     def ttspec_save(self, folder: str) -> dict[str, Any]:
         """Write the drafter to a new folder, as vLLM loads it."""
-        learning: WorkerLearning | None = getattr(self, "ttspec", None)
-        if learning:
-            learning.save(Path(folder))
-        return self.ttspec_status()
+        return self._ttspec("save", Path(folder))
 
-    def _ttspec(self, what: str) -> dict[str, Any]:
+    def _ttspec(self, what: str, *given: Any) -> dict[str, Any]:
         learning: WorkerLearning | None = getattr(self, "ttspec", None)
-        if learning:
-            getattr(learning, what)()
-        return self.ttspec_status()
+        if learning is None:
+            return NOT_ASKED
+        getattr(learning, what)(*given)
+        return learning.status()

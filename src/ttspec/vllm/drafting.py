@@ -6,11 +6,13 @@ On a GPU that is captured as a graph: from Python, a drafter's loader takes mill
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ttspec.learning.memory_learner import MemoryLearner
+from ttspec.learning.update_schedule import FULL
 from ttspec.models.capture import Graphs
 from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
 
@@ -24,7 +26,7 @@ class LiveDrafter:
     _learner: MemoryLearner
 
     def __init__(
-        self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, ranks: int, stride: int
+        self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, group: Any, stride: int
     ) -> None:
         """Draft with what is loaded.
 
@@ -32,15 +34,15 @@ class LiveDrafter:
             module: Of vLLM.
             first: What learns, as it was loaded, by published name.
             like: Of the dtype and on the device of the row.
-            ranks: Tensor-parallel ranks.
+            group: Of vLLM, the tensor-parallel ranks.
             stride: Drafted steps between two times that these get the same weights.
         """
-        self.module, self.ranks, self.stride = module, ranks, stride
+        self.module, self.group, self.stride = module, group, stride
         self.names = list(first)
         self._shapes = {n: tuple(w.shape) for n, w in first.items()}
         self._run = Graphs(torch.device("cpu"))
         self._drafted_steps = 0
-        if ranks > 1:
+        if group.world_size > 1:
             # Its last number says how rare the next times are: all ranks must count alike.
             self._row = torch.cat([flat(first, like.dtype).to(like.device), like.new_ones(1)])
             self._rarer = torch.ones(1, dtype=like.dtype, pin_memory=like.is_cuda)
@@ -54,24 +56,20 @@ class LiveDrafter:
             self._run = Graphs(next(self.module.parameters()).device)
             if learner:
                 self.publish(learner)
-            if self.ranks > 1:
+            if self.group.world_size > 1:
                 self._run(self._load_row, 0, compile=False)
         except BaseException:
             self._run = before
             raise
 
     @torch.no_grad()
-    def publish(self, learner: MemoryLearner, strides: int = 1) -> None:
-        """Let vLLM draft with what was learned; several ranks do so when it is sent.
-
-        Args:
-            learner: Who learned it; always the same one.
-            strides: How many times rarer than at first there will be something new.
-        """
+    def publish(self, learner: MemoryLearner) -> None:
+        """Let vLLM draft with what was learned, always by one learner; ranks when it is sent."""
         self._learner = learner
-        if self.ranks > 1:
+        if self.group.world_size > 1:
             self._run(self._pack_learned, 0, compile=False)
-            self._row[-1:].fill_(min(strides, RAREST))
+            # As `share_of_updates` falls there is something new less often.
+            self._row[-1:].fill_(min(max(1, learner.updates // FULL), RAREST))
         else:
             self._run(self._load_learned, 0, compile=False)
 
@@ -87,9 +85,7 @@ class LiveDrafter:
     @torch.no_grad()
     def send(self) -> None:
         """Give every rank what rank 0 has; all ranks call it at the same step."""
-        from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
-
-        get_tp_group().broadcast(self._row, src=0)
+        self.group.broadcast(self._row, src=0)
         self._rarer.copy_(self._row[-1:], non_blocking=True)
         if self._told:
             self._told.record()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,47 +33,46 @@ class Hook:
         return f"{self.owner}.{self.name} in vllm/{self.file}"
 
 
+def _in_file(file: str, *methods: str) -> tuple[Hook, ...]:
+    """Hooks of one file, written as `Owner.method(argument, ...)`."""
+    words = [re.findall(r"\w+", method) for method in methods]
+    return tuple(Hook(file, owner, name, tuple(arguments)) for owner, name, *arguments in words)
+
+
 V1_FILE, V2_FILE = "v1/worker/gpu_model_runner.py", "v1/worker/gpu/model_runner.py"
+V2_SAMPLER = "v1/worker/gpu/spec_decode/rejection_sampler.py"
 V2_SPECULATOR = "v1/worker/gpu/spec_decode/speculator.py"
-WORKERS = (
-    Hook("v1/worker/worker_base.py", "WorkerWrapperBase", "init_device"),
-    Hook("v1/worker/worker_base.py", "WorkerBase", "compile_or_warm_up_model"),
-    Hook("v1/worker/worker_base.py", "WorkerBase", "shutdown"),
+WORKERS = _in_file(
+    "v1/worker/worker_base.py",
+    "WorkerWrapperBase.init_device()",
+    "WorkerBase.compile_or_warm_up_model()",
+    "WorkerBase.shutdown()",
 )
 HOOKS: dict[str, tuple[Hook, ...]] = {
-    "V1": (
-        *WORKERS,
-        Hook(V1_FILE, "GPUModelRunner", "load_model"),
-        Hook(V1_FILE, "GPUModelRunner", "get_draft_model"),
-        Hook(V1_FILE, "GPUModelRunner", "_get_positions", ("num_tokens",)),
-        Hook(V1_FILE, "GPUModelRunner", "_update_states", ("scheduler_output",)),
-        Hook(V1_FILE, "GPUModelRunner", "_sample", ("logits", "spec_decode_metadata")),
-        Hook(
-            V1_FILE,
-            "GPUModelRunner",
-            "propose_draft_token_ids",
-            ("scheduler_output", "sampled_token_ids", "aux_hidden_states", "spec_decode_metadata"),
-        ),
+    "V1": WORKERS
+    + _in_file(
+        V1_FILE,
+        "GPUModelRunner.load_model()",
+        "GPUModelRunner.get_draft_model()",
+        "GPUModelRunner._get_positions(num_tokens)",
+        "GPUModelRunner._update_states(scheduler_output)",
+        "GPUModelRunner._sample(logits, spec_decode_metadata)",
+        "GPUModelRunner.propose_draft_token_ids"
+        "(scheduler_output, sampled_token_ids, aux_hidden_states, spec_decode_metadata)",
     ),
-    "V2": (
-        *WORKERS,
-        Hook(V2_FILE, "GPUModelRunner", "load_model"),
-        Hook(V2_FILE, "GPUModelRunner", "get_draft_model"),
-        Hook(V2_FILE, "GPUModelRunner", "finish_requests", ("scheduler_output",)),
-        Hook(V2_FILE, "GPUModelRunner", "add_requests", ("scheduler_output",)),
-        Hook(V2_FILE, "GPUModelRunner", "sample", ("hidden_states", "input_batch")),
-        Hook(
-            "v1/worker/gpu/spec_decode/rejection_sampler.py",
-            "RejectionSampler",
-            "__call__",
-            ("logits", "input_batch", "draft_logits"),
-        ),
-        Hook(
-            V2_SPECULATOR,
-            "BaseSpeculator",
-            "propose",
-            ("input_batch", "aux_hidden_states", "num_sampled", "dummy_run"),
-        ),
+    "V2": WORKERS
+    + _in_file(
+        V2_FILE,
+        "GPUModelRunner.load_model()",
+        "GPUModelRunner.get_draft_model()",
+        "GPUModelRunner.finish_requests(scheduler_output)",
+        "GPUModelRunner.add_requests(scheduler_output)",
+        "GPUModelRunner.sample(hidden_states, input_batch)",
+    )
+    + _in_file(V2_SAMPLER, "RejectionSampler.__call__(logits, input_batch, draft_logits)")
+    + _in_file(
+        V2_SPECULATOR,
+        "BaseSpeculator.propose(input_batch, aux_hidden_states, num_sampled, dummy_run)",
     ),
 }
 """By model runner."""
@@ -104,28 +102,38 @@ def unknown_version(version: str) -> str | None:
 
 def missing_hooks(folder: Path, runner: str) -> list[str]:
     """What the installed vLLM has not, of what one of its two model runners must have."""
+    methods = {file: _methods(folder / file) for file in {hook.file for hook in HOOKS[runner]}}
     found: list[str] = []
     for hook in HOOKS[runner]:
-        arguments = _arguments(folder / hook.file, hook)
+        arguments = methods[hook.file].get((hook.owner, hook.name))
         if arguments is None:
             found.append(str(hook))
-        found += [
-            f"argument {a} of {hook}" for a in hook.arguments if arguments and a not in arguments
-        ]
+        else:
+            found += [f"argument {a} of {hook}" for a in hook.arguments if a not in arguments]
     return found
 
 
-def _arguments(file: Path, hook: Hook) -> list[str] | None:
-    """Names of a method's arguments, in the source; None if there is no such method."""
-    if not file.is_file():
-        return None
-    for owner in ast.parse(file.read_text("utf-8")).body:
-        if isinstance(owner, ast.ClassDef) and owner.name == hook.owner:
-            for method in owner.body:
-                if isinstance(method, ast.FunctionDef) and method.name == hook.name:
-                    given = method.args
-                    return [a.arg for a in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
-    return None
+def _methods(file: Path) -> dict[tuple[str, str], set[str]]:
+    """Names of the arguments of all methods in a source file, by class and method."""
+    classes = ast.parse(file.read_text("utf-8")).body if file.is_file() else []
+    return {
+        (owner.name, method.name): {a.arg for a in ast.walk(method.args) if isinstance(a, ast.arg)}
+        for owner in classes
+        if isinstance(owner, ast.ClassDef)
+        for method in owner.body
+        if isinstance(method, ast.FunctionDef)
+    }
+
+
+def unfit_engine(config: Any, runner: str) -> str | None:
+    """Why the engine that runs here, of this `VllmConfig`, must not learn; None if it may."""
+    folder = vllm_folder()
+    assert folder is not None
+    if unknown := unknown_version(version_of(folder)):
+        return unknown
+    if missing := missing_hooks(folder, runner):
+        return f"this vLLM has no {missing[0]}"
+    return unfit_config(config)
 
 
 def unfit_config(config: Any) -> str | None:
@@ -133,46 +141,27 @@ def unfit_config(config: Any) -> str | None:
 
     What a version of vLLM does not have yet, or no more, is not asked of it.
     """
-    speculative, parallel = config.speculative_config, config.parallel_config
+    speculative = config.speculative_config
     if speculative is None:
         return "there is no --speculative-config, so no drafter"
     if speculative.method not in METHODS:
         return f"method {speculative.method} drafts otherwise than {', '.join(METHODS)}"
-    model = speculative.draft_model_config
-    found: Iterable[tuple[bool, str]] = (
-        (
-            getattr(speculative, "rejection_sample_method", "standard") != "standard",
-            "rejection_sample_method is not standard: it is lossy",
-        ),
-        (
-            bool(getattr(model, "quantization", None)),
-            "the drafter is quantised: its weights cannot be written in place",
-        ),
-        (
-            bool(getattr(speculative, "use_heterogeneous_vocab", False)),
-            "the drafter has another vocabulary than the target",
-        ),
-        (
-            bool(getattr(speculative, "disable_padded_drafter_batch", False)),
-            "disable_padded_drafter_batch hides the verdicts",
-        ),
-        (config.lora_config is not None, "LoRA changes the target request by request"),
-        (parallel.pipeline_parallel_size > 1, "of pipeline stages, none has embedding and head"),
-        (
-            getattr(parallel, "prefill_context_parallel_size", 1) > 1,
-            "prefill context parallelism splits the features",
-        ),
-        (
-            bool(getattr(parallel, "enable_batch_sharded_sampling", None)),
-            "batch-sharded sampling splits the logits",
-        ),
-        (
-            bool(getattr(config.model_config, "enable_sleep_mode", False)),
-            "sleep mode may drop the drafter's weights",
-        ),
-        (
-            bool(getattr(config.model_config, "uses_mrope", False)),
-            "the target counts positions in several dimensions",
-        ),
+    drafter, model = speculative.draft_model_config, config.model_config
+    parallel = config.parallel_config
+    fits: tuple[tuple[Any, str, Any, str], ...] = (
+        (speculative, "rejection_sample_method", "standard", "rejection_sample_method is lossy"),
+        (speculative, "use_heterogeneous_vocab", False, "the drafter has another vocabulary"),
+        (speculative, "disable_padded_drafter_batch", False, "unpadded drafts hide the verdicts"),
+        (drafter, "quantization", None, "a quantised drafter cannot be written in place"),
+        (config, "lora_config", None, "LoRA changes the target request by request"),
+        (parallel, "pipeline_parallel_size", 1, "no pipeline stage has embedding and head"),
+        (parallel, "prefill_context_parallel_size", 1, "context parallelism splits the features"),
+        (parallel, "enable_batch_sharded_sampling", False, "sharded sampling splits the logits"),
+        (model, "enable_sleep_mode", False, "sleep mode may drop the drafter's weights"),
+        (model, "uses_mrope", False, "the target counts positions in several dimensions"),
     )
-    return next((reason for unfit, reason in found if unfit), None)
+    """Where, what, how it must be, and why."""
+    for where, name, must_be, reason in fits:
+        if getattr(where, name, must_be) not in (must_be, None):
+            return f"{reason} ({name})"
+    return None

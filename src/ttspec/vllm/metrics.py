@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import json
 import time
+from functools import cache
 from typing import Any
 
 from prometheus_client import Gauge  # type: ignore[import-not-found]
@@ -28,9 +29,12 @@ FIGURES = {
     "accepted_to_anchor": "Drafts accepted of live weights, for one of the first weights.",
     "kept": "The newest version on disk.",
     "share": "Share of the engine's time that went into learning.",
-    "strides": "Times rarer than at first updates are, since they gain little more.",
 }
-_gauges: dict[str, Any] = {}
+
+
+@cache
+def _gauge(name: str) -> Any:
+    return Gauge(f"ttspec:{name}", FIGURES[name], ["engine"], multiprocess_mode="mostrecent")
 
 
 class LearningMetrics(StatLoggerBase):
@@ -54,13 +58,9 @@ class LearningMetrics(StatLoggerBase):
             status["learning"] = float(status["state"] == "learning")
         except (OSError, ValueError, KeyError, TypeError):  # not there yet, or not a worker's
             return
-        for name, meaning in FIGURES.items():
-            if name not in _gauges:
-                _gauges[name] = Gauge(
-                    f"ttspec:{name}", meaning, ["engine"], multiprocess_mode="mostrecent"
-                )
+        for name in FIGURES:
             if name in status:
-                _gauges[name].labels(self._engine).set(status[name])
+                _gauge(name).labels(self._engine).set(status[name])
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

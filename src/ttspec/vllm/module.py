@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import PICKLES, canonical
 from ttspec.drafters.layers import multiplied_out
@@ -25,22 +26,20 @@ TABLES = ("embed_tokens", "lm_head", "d2t", "t2d")
 """In names of tensors that never learn, and that vLLM may share with the target."""
 
 
-def learned_names(drafter: Drafter, weights: str, parameters: str) -> list[str]:
-    """Published names of what learns, as it is given to vLLM; `weights` is full or lora."""
-    if weights == "full":
-        names = drafter.learnable(parameters)
-    else:
-        names = [name + ".weight" for name in drafter.matrices(parameters)]
+def learned_names(drafter: Drafter, learn: LearnConfig) -> list[str]:
+    """Published names of what learns, as it is given to vLLM; `learn` is resolved."""
+    names = drafter.learnable(learn.parameters)
+    if learn.weights != "full":
+        names = [name + ".weight" for name in drafter.matrices(learn.parameters)]
     return [n for n in names if not any(table in n for table in TABLES)]
 
 
 def learned_weights(learner: MemoryLearner) -> dict[str, Tensor]:
     """What is learned so far, by published name, with low-rank changes multiplied out."""
-    names = learned_names(learner.drafter, learner.config.weights, learner.config.parameters)
     learned = learner.learned()
     if learner.config.weights != "full":
         learned = multiplied_out({**learner.drafter.weights, **learned})
-    return {name: learned[name] for name in names}
+    return {name: learned[name] for name in learned_names(learner.drafter, learner.config)}
 
 
 def load_in_place(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

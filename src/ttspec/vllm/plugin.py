@@ -19,13 +19,12 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
-from ttspec.learning.keeper import Keeper
+from ttspec.learning.keeper import Keeper, tenants_weights
 from ttspec.learning.live_weights import resolve_learn_config
-from ttspec.learning.memory_learner import MemoryLearner
-from ttspec.vllm import hooks, status
-from ttspec.vllm.capturing import capture_when_warm
+from ttspec.vllm import hooks, status, v1, v2
+from ttspec.vllm.capturing import capture_when_warm, failure_of
 from ttspec.vllm.drafting import LiveDrafter
-from ttspec.vllm.kept import kept_weights
+from ttspec.vllm.kept import known_target
 from ttspec.vllm.module import learned_names, learned_weights, save_learned
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner
@@ -53,22 +52,10 @@ def _keep_weights_readable() -> None:
         _custom_ops._supports_onednn = False
 
 
-def _failure_of(part: Callable[[], None]) -> str:
-    """Do a part of the preparations; what went wrong, or nothing."""
-    try:
-        with torch.inference_mode(False):
-            part()
-    except TtspecError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
 def attach(worker: Any, given: Any) -> None:
     """Let a worker learn if all fits; else say why not, in one line."""
     worker.ttspec = learning = WorkerLearning(worker)
-    if failed := _failure_of(lambda: learning.prepare(given)):
+    if failed := failure_of(lambda: learning.prepare(given)):
         learning.stop(failed, said=learning.rank == 0)  # all ranks find the same
 
 
@@ -81,12 +68,12 @@ class WorkerLearning:
 
     def __init__(self, worker: Any) -> None:
         """Nothing is wrapped yet."""
+        from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
         from vllm.logger import init_logger  # type: ignore[import-not-found]
 
-        self.log = init_logger("vllm.ttspec")
+        self.log, self.group = init_logger("vllm.ttspec"), get_tp_group()
         self.worker, self.runner, self.config = worker, worker.model_runner, worker.vllm_config
-        self.rank: int = worker.rank % self.config.parallel_config.tensor_parallel_size
-        self.ranks: int = self.config.parallel_config.tensor_parallel_size
+        self.rank: int = self.group.rank_in_group
         self.state, self.reason = "off", ""
         self._all_learn = self._sends = False
         """Whether several ranks share weights, and whether they do so now."""
@@ -101,35 +88,25 @@ class WorkerLearning:
         Raises:
             TtspecError: Something does not fit.
         """
-        homes = [kind.__module__ for kind in type(self.runner).__mro__]
-        runner = "V2" if "vllm.v1.worker.gpu.model_runner" in homes else "V1"
-        folder = hooks.vllm_folder()
-        assert folder is not None
-        reason = hooks.unknown_version(hooks.version_of(folder))
-        missing = hooks.missing_hooks(folder, runner) if not reason else []
-        reason = reason or (f"this vLLM has no {missing[0]}" if missing else None)
-        reason = reason or hooks.unfit_config(self.config)
-        if reason:
+        homes = {kind.__module__ for kind in type(self.runner).__mro__}
+        is_v2 = "vllm.v1.worker.gpu.model_runner" in homes
+        if reason := hooks.unfit_engine(self.config, "V2" if is_v2 else "V1"):
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
         self.settings = Settings.of(given).for_engine(*engine)
-        front: Any
-        if runner == "V2":
-            from ttspec.vllm import v2 as front
-        else:
-            from ttspec.vllm import v1 as front
+        wrap = v2.wrap if is_v2 else v1.wrap
         load_model = self.runner.load_model
 
         def load_then_learn(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
-            for part in (self._read_drafter, self._bind, lambda: front.wrap(self.runner, self)):
-                failed = _failure_of(part)
+            for part in (self._read_drafter, self._bind, lambda: wrap(self.runner, self)):
+                failed = failure_of(part)
                 first = self._first_failing(bool(failed))  # all ask: else some would wait for ever
                 if first is not None:
                     return self.stop(failed or "another rank does not", said=first == self.rank)
-            self._sends = self._all_learn = self.ranks > 1
+            self._sends = self._all_learn = self.group.world_size > 1
             self.state = "learning"
-            capture_when_warm(self, _failure_of)
+            capture_when_warm(self)
             return None
 
         self.runner.load_model = load_then_learn
@@ -141,10 +118,8 @@ class WorkerLearning:
         self.drafter = load_drafter(self.source.name, self.source)
 
     def _bind(self) -> None:
-        """Bind the shadow to the target, on the rank that learns; take all memory now."""
-        model = self.runner.get_model()
-        text = self.config.model_config.hf_text_config
-        dtype = self.config.model_config.dtype
+        """Take all memory now; on the rank that learns, bind its own drafter to the target."""
+        model, text = self.runner.get_model(), self.config.model_config.hf_text_config
         if not hasattr(getattr(model, "model", None), "embed_tokens"):
             raise TtspecError(
                 f"{type(model).__name__} has its embedding elsewhere than text models"
@@ -152,48 +127,45 @@ class WorkerLearning:
         embedding = self._gathered(model.model.embed_tokens.weight, text.vocab_size)
         tied = getattr(text, "tie_word_embeddings", False) or not hasattr(model, "lm_head")
         head = embedding if tied else self._gathered(model.lm_head.weight, text.vocab_size)
-        self.drafter.embedding = embedding[:0].to(dtype)
+        self.drafter.embedding = embedding[:0].to(self.config.model_config.dtype)
         learn = resolve_learn_config(self.settings.learn, self.drafter, 1)
-        names = learned_names(self.drafter, str(learn.weights), learn.parameters)
-        self.live = LiveDrafter(
-            self.runner.get_draft_model(),
-            {n: self.drafter.weights[n] for n in names},
-            self.drafter.embedding,
-            self.ranks,
-            learn.stride or 1,
-        )
+        first = {n: self.drafter.weights[n] for n in learned_names(self.drafter, learn)}
+        draft_model, like = self.runner.get_draft_model(), self.drafter.embedding
+        self.live = LiveDrafter(draft_model, first, like, self.group, learn.stride or 1)
         if self.rank == 0:
-            self.drafter.bind(embedding.detach(), head.detach(), int(text.num_hidden_layers))
-            live = kept_weights(
-                self.settings.learn,
-                self.drafter,
-                _folder(self.config.model_config) if learn.keep else Path(),
-                tied=tied,
-                engine=self.config.parallel_config.data_parallel_rank,
-                notify=self.log.info,
-            )
-            self._keeper = live.keeper
-            self.learner = EngineLearner(
-                self.settings,
-                self.drafter,
-                int(self.config.speculative_config.num_speculative_tokens),
-                self._publish,
-                live=live,
-                may_teach=lambda request: self.may_teach(request),
-            )
-            if self._keeper:
-                self._publish(self.learner.learner)
-            self._close_with_worker()
-            taps = ", taps " + ", ".join(map(str, self.drafter.taps)) if self.drafter.taps else ""
-            self.log.info(
-                "ttspec learns: %s drafter %s%s, %d requests at a time, %.0f MB",
-                self.drafter.kind,
-                self.source.name,
-                taps,
-                self.settings.rows,
-                self.learner.nbytes / 1e6,
-            )
-            atexit.register(status_file(self.config).unlink, missing_ok=True)
+            self.drafter.bind(embedding, head, int(text.num_hidden_layers))
+            self._make_learner(tied=tied)
+
+    def _make_learner(self, *, tied: bool) -> None:
+        engine = self.config.parallel_config.data_parallel_rank
+        live = tenants_weights(
+            self.settings.learn,
+            self.drafter,
+            lambda: known_target(_folder(self.config.model_config), tied=tied),
+            f"engine-{engine}" if engine else None,
+            self.log.info,
+        )
+        self.learner = EngineLearner(
+            self.settings,
+            self.drafter,
+            int(self.config.speculative_config.num_speculative_tokens),
+            self.live.publish,
+            live=live,
+            may_teach=lambda request: self.may_teach(request),
+        )
+        self._keeper = live.keeper
+        if self._keeper:
+            self.live.publish(self.learner.shared)
+        self._close_with_worker()
+        self.log.info(
+            "ttspec learns: %s drafter %s, taps %s, %d requests at a time, %.0f MB",
+            self.drafter.kind,
+            self.source.name,
+            list(self.drafter.taps) or "none",
+            self.settings.rows,
+            self.learner.nbytes / 1e6,
+        )
+        atexit.register(status_file(self.config).unlink, missing_ok=True)
 
     def _close_with_worker(self) -> None:
         """Let what is to be written be written when the worker ends in an orderly way."""
@@ -221,25 +193,14 @@ class WorkerLearning:
 
     def _first_failing(self, here: bool) -> int | None:
         """The first rank on which something failed; None if it did on none."""
-        failed = torch.zeros(self.ranks, device=self.runner.device)
+        failed = torch.zeros(self.group.world_size, device=self.runner.device)
         failed[self.rank] = here
-        if self.ranks > 1:
-            from vllm.distributed import (  # type: ignore[import-not-found]
-                tensor_model_parallel_all_reduce,
-            )
-
-            failed = tensor_model_parallel_all_reduce(failed)
+        failed = self.group.all_reduce(failed)
         return int(failed.argmax()) if failed.any() else None
 
     def _gathered(self, weight: Tensor, vocabulary: int) -> Tensor:
         """A table of the target, of which every rank has a part."""
-        if self.ranks > 1:
-            from vllm.distributed import (  # type: ignore[import-not-found]
-                tensor_model_parallel_all_gather,
-            )
-
-            weight = tensor_model_parallel_all_gather(weight.detach(), dim=0)
-        return weight.detach()[:vocabulary]
+        return self.group.all_gather(weight.detach(), dim=0)[:vocabulary]
 
     # Called by the hooks.
 
@@ -286,10 +247,6 @@ class WorkerLearning:
             except Exception as error:  # the other ranks go on sending, and so must this one
                 self.stop(f"{type(error).__name__}: {error}")
 
-    def _publish(self, learner: MemoryLearner) -> None:
-        """Let vLLM's drafter have what was learned."""
-        self.live.publish(learner, self.learner.pace.strides if self.learner else 1)
-
     # Asked by an operator.
 
     def stop(self, reason: str, *, said: bool = True) -> None:
@@ -319,8 +276,8 @@ class WorkerLearning:
         if self.learner:
             with torch.inference_mode(False), torch.no_grad():
                 self.learner.finish()
-                self.learner.learner.revert()
-                self._publish(self.learner.learner)
+                self.learner.shared.revert()
+                self.live.publish(self.learner.shared)
         if self._all_learn:
             self._send()
 
@@ -333,7 +290,7 @@ class WorkerLearning:
             return
         with torch.inference_mode(False), torch.no_grad():
             self.learner.finish()
-        weights = learned_weights(self.learner.learner)
+        weights = learned_weights(self.learner.shared)
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
 
@@ -365,7 +322,7 @@ class WorkerLearning:
 
     def _warn(self, learner: EngineLearner, figures: dict[str, Any]) -> None:
         """Say once that no draft is ever accepted, and why."""
-        expected = learner.expected_drafts()
+        expected = learner.shared.expected_drafts()
         if expected is not None:
             self._warned = True
             self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))

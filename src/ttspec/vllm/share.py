@@ -1,4 +1,7 @@
-"""How much time learning may take: a share of that in which the engine works."""
+"""How much time learning may take: a share of that in which the engine works.
+
+The share is that of ttspec's own engine (`share_of_updates`), and never more than an operator's.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,30 @@ from typing import Literal
 
 import torch
 
+from ttspec.learning.update_schedule import share_of_updates
+
 LONGEST_STEP = 1.0
 """Seconds: what lies further apart was not one step after the other, but a pause."""
 SAVED = 5.0
 """Seconds of work whose share may be spent at once."""
-READING = 0.25
-"""Of what learning takes, so much goes into reading: updates are what pays, and without something
-new to read they would learn the same again."""
-
-SOME, RISE, FALL = 4, 0.01, 0.1
-"""Comparisons whose mean is compared with that of as many before; what it must have risen by for
-updates to stay as frequent, and fallen by for all to begin anew."""
-MOST = 64
-"""Times rarer than at first that updates become."""
 
 Purpose = Literal["reading", "updates"]
+PURPOSES: tuple[Purpose, Purpose] = ("reading", "updates")
 
 
 class TimeShare:
-    """An account that working time fills and learning empties."""
+    """Two accounts that working time fills and learning empties: neither can starve the other."""
 
     def __init__(self, share: float, device: torch.device | None = None) -> None:
-        """`share` of the time between steps; 1 is no limit.
+        """At most `share` of the time between steps; 1 is no limit.
 
         On a GPU the host only launches the work: what it takes there is charged as well.
         """
-        self.share, self._most = share, SAVED * share
-        self._saved, self._last = self._most, time.perf_counter()
-        self.strides = 1
-        """How many times rarer than at first updates are: so much smaller is the share."""
-        self.spent: dict[Purpose, float] = {"reading": 0.0, "updates": 0.0}
+        self.share, self._last = share, time.perf_counter()
+        self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
+        self.spent = dict.fromkeys(PURPOSES, 0.0)
         """Seconds, in all."""
-        self.on_host: dict[Purpose, float] = dict(self.spent)
+        self.on_host = dict.fromkeys(PURPOSES, 0.0)
         """Those of them in which the host did nothing else."""
         self.steps = 0
         self.worked = 0.0
@@ -49,13 +44,18 @@ class TimeShare:
         self._running: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
         """Of reading: seconds of the host, begin and end on the device."""
 
-    def tick(self) -> None:
-        """A step is over."""
+    def tick(self, updates: int) -> None:
+        """A step is over, and so many updates were made in all."""
         now = time.perf_counter()
         worked, self._last = min(now - self._last, LONGEST_STEP), now
         self.worked += worked
         self.steps += 1
-        self._saved = min(self._most, self._saved + worked * self.share / self.strides)
+        half = min(self.share, share_of_updates(updates)) / 2
+        for one, other in (PURPOSES, PURPOSES[::-1]):
+            self._saved[one] += worked * half
+            unused = max(0.0, self._saved[one] - SAVED * half)
+            self._saved[one] -= unused
+            self._saved[other] = min(SAVED * half, self._saved[other] + unused)
         while self._running and self._running[0][-1].query():
             host, begin, end = self._running.popleft()
             self.spend(max(0.0, begin.elapsed_time(end) / 1e3 - host), "reading")
@@ -63,7 +63,7 @@ class TimeShare:
     def spend(self, seconds: float, purpose: Purpose) -> None:
         """Take what was used."""
         self.spent[purpose] += seconds
-        self._saved -= seconds
+        self._saved[purpose] -= seconds
 
     @contextmanager
     def charged(self, purpose: Purpose) -> Iterator[None]:
@@ -90,38 +90,9 @@ class TimeShare:
     @property
     def allows(self) -> bool:
         """Whether an update may begin."""
-        return self.share >= 1 or self._saved > 0
+        return self.share >= 1 or self._saved["updates"] > 0
 
     @property
     def admits(self) -> bool:
         """Whether another request may teach."""
-        reading, updates = self.spent.values()
-        few = reading < READING * (reading + updates + self._most)
-        return self.share >= 1 or (self._saved > 0 and few)
-
-
-class Pace:
-    """Makes updates, and with them reading, rarer once the drafter gains nothing more.
-
-    It sees comparisons only: drafts of live weights that get accepted for one of the first ones.
-    """
-
-    def __init__(self) -> None:
-        """Full pace."""
-        self.strides = 1
-        self._gains = deque[float](maxlen=2 * SOME)
-
-    def note(self, gain: float) -> None:
-        """Take the newest comparison."""
-        self._gains.append(gain)
-        if len(self._gains) < 2 * SOME:
-            return
-        gains = list(self._gains)
-        before, now = (sum(part) / SOME for part in (gains[:SOME], gains[SOME:]))
-        if now < before * (1 - FALL):  # other texts than those that it learned from
-            self.strides = 1
-        elif now < before * (1 + RISE):
-            self.strides = min(2 * self.strides, MOST)
-        else:
-            return
-        self._gains = deque(gains[SOME:], 2 * SOME)
+        return self.share >= 1 or self._saved["reading"] > 0

@@ -22,11 +22,11 @@ HOPE = 0.3
 def figures(learner: EngineLearner) -> dict[str, Any]:
     """Plain values, of what the device has said so far."""
     emitted, rounds = learner.rounds.acceptance()
-    shared, share = learner.learner, learner.share
+    shared, share = learner.shared, learner.share
     spent = sum(share.spent.values())
     found = {
         "requests": len(learner.rows.taken),
-        "updates": learner.updates,
+        "updates": shared.updates,
         "reverts": shared.reverts,
         "version": learner.publications,
         "verified_rounds": rounds,
@@ -38,7 +38,6 @@ def figures(learner: EngineLearner) -> dict[str, Any]:
         "steps": share.steps,
         "host_ms_a_step": 1e3 * sum(share.on_host.values()) / max(share.steps, 1),
         "device_ms_an_update": 1e3 * shared.seconds,
-        "strides": learner.pace.strides,
         "captured": shared.run.on,
     }
     if shared.keeper:
@@ -67,7 +66,7 @@ def why_never_accepted(status: Mapping[str, Any], expected: float) -> str:
 
     Args:
         status: Of `figures`.
-        expected: Of `EngineLearner.expected_drafts`.
+        expected: Of `MemoryLearner.expected_drafts`.
     """
     why = "the drafter is hardly this target's, or its config.json says it wrongly"
     if expected > HOPE:

@@ -15,42 +15,22 @@ yet.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Drafter
-from ttspec.learning.live_weights import WARM_UP, LiveWeights
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory_learner import MemoryLearner
-from ttspec.vllm.rows import RequestRows
+from ttspec.vllm.rows import RequestRows, Row
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.share import Pace, TimeShare
-from ttspec.vllm.verified import PIECES, TextPieces, VerifiedRounds, on_device
+from ttspec.vllm.share import TimeShare
+from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds, on_device
 
+ROWS = 8
+"""Requests whose rounds `stride` counts as one, as where that was measured in ttspec's engine."""
 STALE = 32
-"""Updates after which something new must be read."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineStep:
-    """One step of n requests, in the order of the engine's batch."""
-
-    ids: Sequence[str]
-    bounds: Sequence[int]
-    """[n + 1]: a request's tokens are those from bounds[i] up to bounds[i + 1]."""
-    drafts: Sequence[int]
-    """How many of a request's tokens, the last ones, are drafts."""
-    ends: Sequence[int]
-    """Upper bounds of the positions behind each request's tokens."""
-    tokens: Tensor
-    """Integers [T], what the target read."""
-    positions: Tensor
-    """Integers [T]."""
-    features: Sequence[Tensor]
-    """[T, H] of each tap; none where the drafter reads none."""
-    emitted: Tensor
-    """Integers [n]: how many tokens the engine emits of each request."""
+"""Updates after which something new must be read, however much was read before."""
 
 
 class EngineLearner:
@@ -78,20 +58,21 @@ class EngineLearner:
         """
         self.drafter, self._publish, self._may_teach = drafter, publish, may_teach
         self.device, self._width = drafter.embedding.device, length + 1
-        self.learner = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
-        self.stride = self.learner.config.stride or 1
-        """Steps between updates at least."""
-        self.rounds = VerifiedRounds(drafter, settings.rows, self._width)
-        self.pieces = TextPieces(drafter)
+        self.shared = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
+        """What all requests teach."""
+        self.rounds_an_update = ROWS * (self.shared.config.stride or 1)
+        """That are read for an update at least: more updates learn a few texts by heart, and draft
+        worse for all others (docs/experiments.md, vllm11)."""
+        self.rounds = VerifiedRounds(self.shared, settings.rows, self._width)
+        self.pieces = TextPieces(self.shared)
         self.rows = RequestRows(settings.rows, settings.tokens)
-        self.share, self.pace = TimeShare(settings.share, self.device), Pace()
+        self.share = TimeShare(settings.share, self.device)
         self._drafted: set[str] = set()
+        """Requests of this step whose logits are kept."""
         self._behind: set[int] = set()
         """Rows with rounds that the memory is not told yet."""
-        self._knows = False
-        """Whether the memory has anything that teaches."""
-        self._steps = self._since_read = 0
-        """Steps since the last update; updates since something was read."""
+        self._new_rounds = 0
+        """Of requests, that the memory was told of and no update was made for."""
         self.publications = 0
 
     @property
@@ -102,29 +83,24 @@ class EngineLearner:
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.rounds.nbytes + self.learner.weights.nbytes
+        return self.rounds.nbytes + self.shared.weights.nbytes
 
     def capture(self, *, compile: bool) -> None:
         """Capture what a GPU is told again and again, updates compiled; nothing was read yet."""
 
         def tell() -> None:
-            self.rounds.run(self.learner)
-            self.pieces.run(self.learner)
+            self.rounds.run()
+            self.pieces.run()
 
-        self.learner.capture(tell, compile=compile)
+        self.shared.capture(tell, compile=compile)
 
     def memory_of_update(self) -> int:
         """Bytes that captured updates take on a GPU, about; does one that changes nothing."""
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        self.learner.try_update()
+        self.shared.try_update()
         # Of a graph, what one function leaves over the next one cannot always use.
         return int(1.3 * (torch.cuda.max_memory_allocated() - before)) + self.rounds.nbytes
-
-    @property
-    def updates(self) -> int:
-        """How many."""
-        return self.learner.updates
 
     def forget(self, ids: Collection[str]) -> None:
         """Requests that ended, were aborted or preempted; their texts stay in the memory."""
@@ -133,7 +109,7 @@ class EngineLearner:
             with self.share.charged("reading"):
                 self._tell()
                 for row in rows:
-                    self.learner.begin_text(row)
+                    self.shared.begin_text(row)
 
     def forget_all(self) -> None:
         """Know no request any more, as after a pause, and have no update under way."""
@@ -173,18 +149,17 @@ class EngineLearner:
         Args:
             step: Or what makes it, which is not called where nothing of it is looked at.
         """
-        self.share.tick()
+        self.share.tick(self.shared.updates)
         if self.rows.taken or self.share.admits:
             with self.share.charged("reading"):
                 self._read_step(step if isinstance(step, EngineStep) else step())
-        self._steps += 1
-        if self.learner.is_updating:
+        if self.shared.is_updating:
             self._publish_if_over()
-        due = self._steps >= self.stride * self.pace.strides and self._knows
-        if due and not self.learner.is_updating and self._since_read < STALE and self.share.allows:
-            self._steps, self._since_read = 0, self._since_read + 1
+        due = self._new_rounds >= self.rounds_an_update and not self.shared.is_updating
+        if due and self.share.allows:
+            self._new_rounds -= self.rounds_an_update
             with self.share.charged("updates"):
-                self.learner.begin_update()
+                self.shared.begin_update()
             self._publish_if_over()
 
     def finish(self) -> None:
@@ -192,66 +167,47 @@ class EngineLearner:
         self._publish_if_over(wait=True)
 
     def _publish_if_over(self, *, wait: bool = False) -> None:
-        comparisons, reverts = self.learner.comparisons, self.learner.reverts
         with self.share.charged("updates"):
-            if not self.learner.publish(wait=wait):
+            if not self.shared.publish(wait=wait):
                 return
             self.publications += 1
-            self._publish(self.learner)
-        self.share.spend(self.learner.seconds, "updates")
-        if self.learner.reverts > reverts:
-            self.pace = Pace()
-        elif self.learner.comparisons > comparisons and self.updates > WARM_UP:
-            self.pace.note(self.learner.gain)
-        self.share.strides = self.pace.strides
-
-    def expected_drafts(self) -> float | None:
-        """Drafts a round that should be accepted, as ttspec reads the drafter; None: not known."""
-        return self.learner.expected_drafts()
+            self._publish(self.shared)
+        self.share.spend(self.shared.seconds, "updates")
 
     def _read_step(self, step: EngineStep) -> None:
         pieces: list[tuple[int, int, int]] = []
-        """Row, first token and the one behind the last."""
+        """First token, the one behind the last, row."""
         verified: list[tuple[int, int]] = []
         too_long: list[int] = []
         for i, request in enumerate(step.ids):
-            row = self._row_of(step, i, too_long)
+            row = self._row_of(step, i)
             if row is None:
                 continue
-            if request in self._drafted:
-                verified.append((row, i))
-                continue
-            if step.drafts[i]:  # its row is new, and what the target said of them was not kept
-                continue
-            end = step.bounds[i + 1]
-            for begin in range(step.bounds[i], end, PIECES[-1]):
-                pieces.append((row, begin, min(end, begin + PIECES[-1])))
+            if step.ends[i] - row.begin > self.rows.tokens:
+                too_long.append(self.rows.end_too_long(request))
+            elif request in self._drafted:
+                verified.append((row.index, i))
+            elif not step.drafts[i]:  # else the row is new: what the target said was not kept
+                begin, end = step.bounds[i : i + 2]
+                begins = range(begin, end, PIECES[-1])
+                pieces += [(b, min(end, b + PIECES[-1]), row.index) for b in begins]
         self._drafted.clear()
         full = bool(verified) and self._keep(step, verified)
-        if full or too_long or any(row in self._behind for row, *_ in pieces):
+        if full or too_long or any(row in self._behind for *_, row in pieces):
             self._tell()
         for row in too_long:
-            self.learner.begin_text(row)
-        for row, begin, end in pieces:
-            features = [f[begin:end] for f in step.features]
-            position = step.positions[begin : begin + 1]
+            self.shared.begin_text(row)
+        for piece in pieces:
             with self.share.device_charged():
-                self.pieces.tell(self.learner, step.tokens[begin:end], position, features, row)
+                self.pieces.tell(step, *piece)
 
-    def _row_of(self, step: EngineStep, i: int, too_long: list[int]) -> int | None:
-        """The row of a request, a new one if it is new and may have one; or one `too_long` now."""
+    def _row_of(self, step: EngineStep, i: int) -> Row | None:
+        """The row of a request; a new one if it is new and may have one."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
         row = self.rows.taken.get(request)
-        if row is None:
-            if not self.share.admits or not fed or not self._may_teach(request):
-                return None
+        if row is None and fed and self.share.admits and self._may_teach(request):
             row = self.rows.give(request, step.ends[i] - fed)
-            if row is None:
-                return None
-        if step.ends[i] - row.begin > self.rows.tokens:
-            too_long.append(self.rows.end_too_long(request))
-            return None
-        return row.index
+        return row
 
     def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
         """Keep a round of every row; whether that was the last one that there is room for."""
@@ -263,14 +219,13 @@ class EngineLearner:
             at[row * width : (row + 1) * width] = [pending + min(j, count) for j in range(width)]
             request[row], took_part[row] = i, 1
             self._behind.add(row)
-        there = on_device([*at, *first, *request], self.device)
-        given = step.tokens, step.positions, step.features, step.emitted
-        return self.rounds.keep(*given, there, took_part)
+        return self.rounds.keep(step, on_device([*at, *first, *request], self.device), took_part)
 
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:
+            new = self._new_rounds + self.rounds.of_requests
+            self._new_rounds = min(new, STALE * self.rounds_an_update)
             with self.share.device_charged():
-                self.rounds.tell(self.learner)
+                self.rounds.tell()
             self._behind.clear()
-            self._knows, self._since_read = True, 0

@@ -5,11 +5,13 @@ Wrapped are methods of this one runner, and of each only what comes before or af
 
 from __future__ import annotations
 
+from inspect import signature
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ttspec.vllm.steps import EngineStep
+from ttspec.vllm.verified import EngineStep
 
 if TYPE_CHECKING:
     from ttspec.vllm.plugin import WorkerLearning
@@ -19,6 +21,7 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
     """Let a runner that has its models tell `learning` of every step."""
     update_states, sample = runner._update_states, runner._sample
     propose = runner.propose_draft_token_ids
+    names = list(signature(propose).parameters)
 
     def may_teach(request: str) -> bool:
         known = runner.requests[request]
@@ -40,38 +43,14 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
             learning.run(lambda learner: learner.keep_logits(ids, drafts, logits))
         return sample(logits, spec_decode_metadata)
 
-    def learn_and_propose(
-        scheduler_output: Any,
-        sampled_token_ids: Any,
-        sampling_metadata: Any,
-        hidden_states: Tensor,
-        sample_hidden_states: Tensor,
-        aux_hidden_states: list[Tensor] | None,
-        spec_decode_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
         if learning.watches:
-            drafts = spec_decode_metadata.num_draft_tokens if spec_decode_metadata else None
-            learning.run(
-                lambda learner: learner.absorb(
-                    lambda: step(
-                        runner, scheduler_output, sampled_token_ids, aux_hidden_states, drafts
-                    )
-                )
-            )
-            learning.end_step(drafted=bool(drafts) and any(drafts))
-        return propose(
-            scheduler_output,
-            sampled_token_ids,
-            sampling_metadata,
-            hidden_states,
-            sample_hidden_states,
-            aux_hidden_states,
-            spec_decode_metadata,
-            *args,
-            **kwargs,
-        )
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            metadata = given["spec_decode_metadata"]
+            drafts = metadata.num_draft_tokens if metadata else []
+            learning.run(lambda learner: learner.absorb(lambda: step(runner, given, drafts)))
+            learning.end_step(drafted=any(drafts))
+        return propose(*args, **kwargs)
 
     learning.may_teach = may_teach
     runner._update_states = update_states_and_forget
@@ -79,25 +58,21 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
     runner.propose_draft_token_ids = learn_and_propose
 
 
-def step(
-    runner: Any, scheduler_output: Any, sampled: Tensor, aux: list[Tensor] | None, drafts: Any
-) -> EngineStep:
-    """The step that a runner has just sampled."""
-    batch = runner.input_batch
-    count = batch.num_reqs
-    ids = list(batch.req_ids[:count])
-    bounds = [0]
-    for request in ids:
-        bounds.append(bounds[-1] + scheduler_output.num_scheduled_tokens[request])
+def step(runner: Any, given: dict[str, Any], drafts: list[int]) -> EngineStep:
+    """The step that a runner has just sampled, by what `propose_draft_token_ids` was given."""
+    count = runner.input_batch.num_reqs
+    ids = list(runner.input_batch.req_ids[:count])
+    scheduled = given["scheduler_output"].num_scheduled_tokens
+    bounds = [0, *accumulate(scheduled[request] for request in ids)]
     return EngineStep(
         ids=ids,
         bounds=bounds,
-        drafts=list(drafts) if drafts else [0] * count,
+        drafts=drafts or [0] * count,
         ends=runner.optimistic_seq_lens_cpu[:count].tolist(),
         tokens=runner.input_ids.gpu,
         positions=runner._get_positions(bounds[-1]),
-        features=aux or (),
-        emitted=(sampled >= 0).sum(1),
+        features=given["aux_hidden_states"] or (),
+        emitted=(given["sampled_token_ids"] >= 0).sum(1),
     )
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ttspec.vllm.steps import EngineStep
 from ttspec.vllm.v1 import teaches
+from ttspec.vllm.verified import EngineStep
 
 if TYPE_CHECKING:
     from ttspec.vllm.plugin import WorkerLearning

@@ -1,4 +1,4 @@
-"""What an engine's steps showed, kept as it is until the memory is told of it.
+"""An engine's step, and what steps showed, kept as it is until the memory is told of it.
 
 To keep a round takes the device a copy of each tensor, to tell the memory a hundred small
 operations. Those are captured as a graph, so what they read lies where it is for good.
@@ -7,6 +7,7 @@ operations. Those are captured as a graph, so what they read lies where it is fo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -29,13 +30,36 @@ def take(out: Tensor, source: Tensor, at: Tensor) -> None:
         out.copy_(source.index_select(0, at))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStep:
+    """One step of n requests, in the order of the engine's batch."""
+
+    ids: Sequence[str]
+    bounds: Sequence[int]
+    """[n + 1]: a request's tokens are those from bounds[i] up to bounds[i + 1]."""
+    drafts: Sequence[int]
+    """How many of a request's tokens, the last ones, are drafts."""
+    ends: Sequence[int]
+    """Upper bounds of the positions behind each request's tokens."""
+    tokens: Tensor
+    """Integers [T], what the target read."""
+    positions: Tensor
+    """Integers [T]."""
+    features: Sequence[Tensor]
+    """[T, H] of each tap; none where the drafter reads none."""
+    emitted: Tensor
+    """Integers [n]: how many tokens the engine emits of each request."""
+
+
 class VerifiedRounds:
     """The newest rounds of some rows, on the device."""
 
-    def __init__(self, drafter: Drafter, rows: int, width: int) -> None:
+    def __init__(self, learner: MemoryLearner, rows: int, width: int) -> None:
         """Room for rounds of `rows` rows, of `width` tokens each, which is one more than drafts."""
+        self._learner, drafter = learner, learner.drafter
         like, (vocabulary, hidden) = drafter.embedding, drafter.embedding.shape
         self.rounds, self.rows, self.width = rounds_for(drafter, rows, width), rows, width
+        self.nbytes = bytes_for(drafter, rows, width, like.element_size())
         tokens = self.rounds, rows * width
         self._tokens = like.new_zeros(tokens, dtype=torch.int32)
         self._features = [like.new_zeros(*tokens, hidden) for _ in drafter.taps]
@@ -47,7 +71,6 @@ class VerifiedRounds:
         self._told = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
         self._parts: list[list[int]] = []
         """By round that the memory does not know yet: 1 for rows that took part."""
-        self._learner: MemoryLearner
 
     @property
     def kept(self) -> int:
@@ -55,56 +78,44 @@ class VerifiedRounds:
         return len(self._parts)
 
     @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return sum(t.nbytes for t in (self._tokens, *self._features, self._logits))
+    def of_requests(self) -> int:
+        """The same, each counted once for every row that took part."""
+        return sum(map(sum, self._parts))
 
     def keep_logits(self, logits: Tensor, at: Tensor) -> None:
         """Begin a round: rows `at` int64 [B * width] of the target's logits [N, V], all rows."""
         take(self._logits[self.kept], logits, at)
 
-    def keep(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        features: Sequence[Tensor],
-        emitted: Tensor,
-        at: Tensor,
-        took_part: list[int],
-    ) -> bool:
+    def keep(self, step: EngineStep, at: Tensor, took_part: list[int]) -> bool:
         """End a round; whether there is no room for another one.
 
         Args:
-            tokens: Integers [T], what the target read.
-            positions: Integers [T].
-            features: [T, H] of each tap.
-            emitted: Integers [n], tokens that each of the engine's requests commits.
+            step: Had it verified.
             at: int64 [B * width + B + B]: each row's tokens and its first one, as places in the
-                others, and which request it is.
+                step's, and which request it is.
             took_part: For each row 1 if it did.
         """
         k, (flat, first, request) = self.kept, at.split([len(at) - 2 * self.rows, *2 * [self.rows]])
-        take(self._tokens[k], tokens, flat)
-        take(self._start[k], positions, first)
-        take(self._emitted[k], emitted, request)
-        for kept, feature in zip(self._features, features, strict=True):
+        take(self._tokens[k], step.tokens, flat)
+        take(self._start[k], step.positions, first)
+        take(self._emitted[k], step.emitted, request)
+        for kept, feature in zip(self._features, step.features, strict=True):
             take(kept[k], feature, flat)
         self._parts.append(took_part)
         return self.kept == self.rounds
 
-    def tell(self, learner: MemoryLearner) -> None:
+    def tell(self) -> None:
         """Have all that is kept remembered; a row's rounds follow each other without a gap."""
         if self._parts:
             parts = self._parts + [[0] * self.rows] * (self.rounds - self.kept)
             self._took_part.copy_(on_device(parts, self._start.device))
-            self.run(learner)
+            self.run()
             self._told.copy_(self._figures, non_blocking=True)
             self._parts = []
 
-    def run(self, learner: MemoryLearner) -> None:
+    def run(self) -> None:
         """The same of what is on the device, as it may be captured."""
-        self._learner = learner
-        learner.run(self._remember, 0, compile=False)
+        self._learner.run(self._remember, 0, compile=False)
 
     def _remember(self, key: int) -> None:  # noqa: ARG002
         width, device = self.width, self._start.device
@@ -143,58 +154,39 @@ class VerifiedRounds:
 class TextPieces:
     """Pieces of texts that no drafts were among, told to the memory one by one."""
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, learner: MemoryLearner) -> None:
         """Room for one."""
-        like = drafter.embedding
+        self._learner, like = learner, learner.drafter.embedding
         self._tokens = like.new_zeros(1, PIECES[-1], dtype=torch.long)
-        self._features = like.new_zeros(1, PIECES[-1], feature_width(drafter))
+        self._features = like.new_zeros(1, PIECES[-1], feature_width(learner.drafter))
         self._start, self._count, self._row = like.new_zeros(3, 1, dtype=torch.long)
-        self._learner: MemoryLearner
 
-    def tell(
-        self,
-        learner: MemoryLearner,
-        tokens: Tensor,
-        position: Tensor,
-        features: Sequence[Tensor],
-        row: int,
-    ) -> None:
-        """Have a piece remembered, as what follows in a row.
-
-        Args:
-            learner: Whose memory.
-            tokens: Integers [n], at most the last of `PIECES`.
-            position: Integer [1], of the first one.
-            features: [n, H] of each tap.
-            row: Which.
-        """
-        size = len(tokens)
-        self._tokens[0, :size].copy_(tokens)
-        for part, feature in zip(self._parts(len(features)), features, strict=True):
-            part[:size].copy_(feature)
-        self._start.copy_(position)
+    def tell(self, step: EngineStep, begin: int, end: int, row: int) -> None:
+        """Have tokens of a step, at most the last of `PIECES`, remembered as a row's next ones."""
+        size, taps = end - begin, len(step.features)
+        self._tokens[0, :size].copy_(step.tokens[begin:end])
+        parts = self._features[0].chunk(taps, dim=-1) if taps else ()
+        for part, feature in zip(parts, step.features, strict=True):
+            part[:size].copy_(feature[begin:end])
+        self._start.copy_(step.positions[begin : begin + 1])
         self._count.fill_(size)
         self._row.fill_(row)
-        self._run(learner, size)
+        self._run(size)
 
-    def run(self, learner: MemoryLearner) -> None:
+    def run(self) -> None:
         """Capture all sizes, where nothing is told."""
         self._count.zero_()
         for size in PIECES:
-            self._run(learner, size)
+            self._run(size)
 
-    def _run(self, learner: MemoryLearner, size: int) -> None:
-        if learner.run.on:  # few graphs; a CPU reads no more than there is
+    def _run(self, size: int) -> None:
+        if self._learner.run.on:  # few graphs; a CPU reads no more than there is
             size = next(n for n in PIECES if n >= size)
-        self._learner = learner
-        learner.run(self._remember_piece, size, compile=False)
+        self._learner.run(self._remember_piece, size, compile=False)
 
     def _remember_piece(self, size: int) -> None:
         tokens, features = self._tokens[:, :size], self._features[:, :size]
         self._learner.read(tokens, features, self._start, self._count, None, self._row)
-
-    def _parts(self, taps: int) -> tuple[Tensor, ...]:
-        return self._features[0].chunk(taps, dim=-1) if taps else ()
 
 
 def on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
