@@ -13,9 +13,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
@@ -47,11 +47,32 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
+def _convert(kind: Any, tokens: Any) -> Any:
+    """What cyclopts makes of an option's text; alone it would round 1.5 to a whole number."""
+    if _is_whole(kind):
+        for token in tokens:
+            _require_whole(token)
+    return convert(kind, tokens)
+
+
+def _is_whole(kind: Any) -> bool:
+    """It is a type of whole numbers: int, int | None, tuple[int, ...] and so on."""
+    return kind is int or any(map(_is_whole, get_args(kind)))
+
+
+def _require_whole(token: Token) -> None:
+    try:
+        int(token.value)
+    except ValueError:
+        raise ValueError(f"{token.value!r} was given; allowed is a whole number.") from None
+
+
 app = App(
     name="ttspec",
     version=_version,
     help="Speculative decoding whose drafter learns while it generates.",
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(converter=_convert),
     help_format="plaintext",  # the list of commands comes at once, without a renderer
 )
 for _name, _help in COMMANDS.items():
@@ -70,8 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except CycloptsError as error:
-        command = f"{tokens[0]} " if tokens and tokens[0] in COMMANDS else ""
-        advice = f"Try: ttspec {command}--help"
+        advice = f"Try: {' '.join(['ttspec', *app.parse_commands(tokens)[0]])} --help"
         return _complain(f"{_old_option(tokens) or error}\n{advice}", WRONG_INPUT)
     except TtspecError as error:
         failed = isinstance(error, ResourceError | TrainingError)

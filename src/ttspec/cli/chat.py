@@ -11,7 +11,14 @@ from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlag, ModelFlags, SessionLearnFlags
 from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
-from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
+from ttspec.cli.terminal import (
+    follow,
+    low_acceptance,
+    note_missing_template,
+    say,
+    show_text,
+    summary,
+)
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, TtspecError
 
@@ -61,6 +68,7 @@ def chat(
     models, resume = resumed(models, resume_drafter)
     engine = models.load(notify=say)
     check_drafter(save_drafter, engine)
+    note_missing_template(engine, raw=bool(settings.get("raw")))
     conversation = Conversation(engine, settings, resume)
     try:
         return conversation.run(at_terminal=sys.stdin.isatty())
@@ -137,8 +145,7 @@ class Conversation:
         self.results.append(result)
         if result.finish_reason == "context":
             say("The target's context is full; /reset starts afresh.")
-        drafting = self.engine.drafter is not None and self.settings["draft"].length != 0
-        if drafting and not self.warned and (warning := low_acceptance(result.stats)):
+        if not self.warned and (warning := low_acceptance(result.rounds)):
             self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"

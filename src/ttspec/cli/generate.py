@@ -18,6 +18,7 @@ from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
 from ttspec.cli.terminal import (
     follow,
     low_acceptance,
+    note_missing_template,
     say,
     show_nothing,
     show_text,
@@ -64,6 +65,7 @@ def generate(
     text = read_prompt(prompt)
     engine = models.load(notify=say)
     check_drafter(save_drafter, engine)
+    note_missing_template(engine, raw=bool(settings.get("raw")))
     session = engine.session(resume=resume, **settings) if save_drafter or resume else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     result = follow(chunks, show_nothing if as_json else show_text)
@@ -73,8 +75,7 @@ def generate(
         print(flush=True)
     if sys.stderr.isatty():
         say(summary(result.stats))
-    drafting = engine.drafter is not None and draft.length != 0
-    if drafting and (warning := low_acceptance(result.stats)):
+    if warning := low_acceptance(result.rounds):
         say(warning)
     if session:
         save_learned(session, save_drafter)
