@@ -2,8 +2,7 @@
 
 A hook notes what each forward of the target is fed and how long its cache is then: the first token
 is pending, the others are drafts, and those that stand in the answer were accepted. What a forward
-that reads the prompt emits belongs to no round, also where transformers lets it verify drafts
-besides (assisted generation, prompt lookup).
+that reads the prompt emits belongs to no round.
 """
 
 from __future__ import annotations

@@ -160,9 +160,6 @@ def open_peers(
 
     Returns:
         Peers by the arm's name, and why others are skipped, one line each.
-
-    Raises:
-        TargetError, ResourceError: A draft model that an arm names cannot be loaded.
     """
     peers, skipped = {}, {}
     for arm in arms:

@@ -114,9 +114,6 @@ def prepare_run(
         raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
     mark = forced({"random_weights": engine.random_weights})
     title = f"ttspec bench: {suite.name}" + (f" ({mark})" if mark else "")
-    meaning = {arm.name: arm.options() for arm in arms}
-    for name, peer in peers.items():
-        meaning[name] |= peer.loop.provenance
     manifest = describe(engine, title=title) | {
         "suite": {
             "name": suite.name,
@@ -130,7 +127,7 @@ def prepare_run(
         "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
         "session_tokens": session_tokens,
         "arms": [arm.name for arm in arms],
-        "arm_options": meaning,
+        "arm_options": {arm.name: arm.options() for arm in arms},
         "skipped": skipped or None,
         "seeds": list(seeds),
     }
