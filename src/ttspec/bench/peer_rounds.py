@@ -66,13 +66,7 @@ def rounds_from(
 ) -> tuple[list[Round], list[float]]:
     """Rounds, and when each began; last, when all was over (s).
 
-    Args:
-        watch: What was watched.
-        prompt: The prompt's tokens.
-        tokens: The answer.
-        end: When the call returned (s).
-        position: Tokens that the conversation had generated before.
-
+    `end` is when the call returned (s); `position` are tokens that the conversation had before.
     """
     # A rejected draft never stands where it would have stood: the target's token replaces it. So
     # the drafts at the head of a forward that the answer repeats are those that were accepted.

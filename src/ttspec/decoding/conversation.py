@@ -66,12 +66,8 @@ class Conversation:
     ) -> None:
         """Start an empty conversation.
 
-        Args:
-            decoder: Has its row.
-            request: Begins it.
-            config: The request's own, or that of all.
-            sampling: How its tokens are chosen, as `config` says.
-            stream: Without it, text comes only with the result.
+        Its options are the request's own, or those of all. Without `stream` text comes at
+        the end.
         """
         self.decoder, self.request = decoder, request
         self.config, self.sampling = config, sampling

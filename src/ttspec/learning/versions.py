@@ -49,11 +49,7 @@ _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 def place_of(root: Path, target: str, drafter: str, tenant: str | None = None) -> Path:
     """The folder of a pair's versions for a tenant.
 
-    Args:
-        root: What the user named.
-        target: The target's fingerprint.
-        drafter: That of the drafter's own weights.
-        tenant: Whose lessons; None is of all who name no tenant.
+    Target and drafter are told by their fingerprints; a tenant of None is all without one.
     """
     if tenant is None:
         name = EVERYONE
@@ -149,10 +145,7 @@ class VersionStore:
     ) -> None:
         """Open or make a folder, and set aside what an earlier process left half written.
 
-        Args:
-            folder: From `place_of`.
-            kept: Versions to keep, the latest, at least 1.
-            notify: Told what is set aside.
+        The latest `kept` versions stay.
 
         Raises:
             ResourceError: Another process has it, or it cannot be made.

@@ -23,12 +23,6 @@ class Schedulers:
     def __init__(self, engine: Engine, config: GenerateConfig, rows: int, tenant: str) -> None:
         """Make the rows of one tenant, which are those of all where one scheduler serves all.
 
-        Args:
-            engine: The pair.
-            config: What all requests have in common.
-            rows: Of a scheduler, if so many fit.
-            tenant: Any of them.
-
         Raises:
             TtspecError: Not even one row fits, or another process keeps what it learns in the
                 tenant's folder.
