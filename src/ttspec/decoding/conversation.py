@@ -129,9 +129,9 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def begin(self, token: int, told: Sequence[TokenLogprobs] = ()) -> None:
+    def begin(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
-        self._logprobs += told
+        self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends
         self._take([token], ended=token in ends)
 
@@ -171,7 +171,7 @@ class Conversation:
 
     def chunk(self) -> Chunk:
         """What is new since the last chunk; with the result if the answer is over."""
-        new, told = self.tokens[self._shown :], tuple(self._logprobs)
+        new, logprobs = self.tokens[self._shown :], tuple(self._logprobs)
         self._shown = len(self.tokens)
         self._logprobs.clear()
         text = self._text.take(final=self.finish is not None) if self._stream else ""
@@ -180,7 +180,7 @@ class Conversation:
             token_ids=tuple(new),
             round=self.rounds[-1] if self.rounds and new else None,
             result=self._result() if self.finish else None,
-            logprobs=told,
+            logprobs=logprobs,
         )
 
     def _reset(self) -> None:

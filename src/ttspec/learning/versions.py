@@ -93,11 +93,11 @@ def read_version(path: Path) -> Version:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        said = manifest.pop("sha256_of_manifest")
+        sha256 = manifest.pop("sha256_of_manifest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}.") from error
-    if said != _manifest_sha256(manifest):
-        raise CheckpointError(f"{file} is damaged: its sha256 is not {str(said)[:12]}…")
+    if sha256 != _manifest_sha256(manifest):
+        raise CheckpointError(f"{file} is damaged: its sha256 is not {str(sha256)[:12]}…")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} is of format {manifest.get('format')}; this ttspec reads {FORMAT}."
@@ -312,8 +312,8 @@ def sampled_sha256(weights: Mapping[str, Tensor], each: int = 64) -> str:
 def _reverted(folder: Path) -> tuple[int, int]:
     """The version that was chosen by hand, and the newest one when that was; 0 and 0 for none."""
     try:
-        said = json.loads((folder / REVERTED).read_text(encoding="utf-8"))
-        return int(said["to"]), int(said["after"])
+        reverted = json.loads((folder / REVERTED).read_text(encoding="utf-8"))
+        return int(reverted["to"]), int(reverted["after"])
     except FileNotFoundError:
         return ANCHOR, ANCHOR
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -51,10 +51,10 @@ class Schedulers:
             decoder = engine.decoder(config, rows, longest, sessions=True)
             decoder.tenant = whose
             self._of[whose] = Scheduler(decoder, config)
-            told = {"tenant": tenant, "rows": rows}
+            fields = {"tenant": tenant, "rows": rows}
             if decoder.learner and (keeper := decoder.learner.keeper):
-                told |= {"version": keeper.version}  # of what was learned, 0 is none
-            log.info("rows made", extra={"event": "rows", "fields": told})
+                fields |= {"version": keeper.version}  # of what was learned, 0 is none
+            log.info("rows made", extra={"event": "rows", "fields": fields})
         return self._of[whose]
 
     def step(self) -> list[tuple[tuple[Scheduler, int], Chunk]]:
