@@ -193,6 +193,13 @@ def test_a_full_disk_is_a_failed_job(command: list[str], pair, capsys, tmp_path)
     assert said[-1].startswith("Make room")
 
 
+@pytest.mark.parametrize("command", [["demo"], ["bench", "run", "--arms", "plain"]])
+def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, tmp_path) -> None:
+    (tmp_path / "taken").touch()
+    assert main([*command, "--out", str(tmp_path / "taken"), *pair]) == 2
+    assert capsys.readouterr().err.endswith("File exists\nName a folder; this is a file.\n")
+
+
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
     def shut(*_: object) -> None:
         raise OSError(errno.EROFS, "Read-only file system", "rounds.jsonl")

@@ -20,8 +20,17 @@ from cyclopts import App, CycloptsError, Parameter, Token, convert
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHUT = (errno.EACCES, errno.EPERM, errno.EROFS)
+TAKEN = (errno.EEXIST, errno.ENOTDIR)
+ADVICE: dict[int | None, str] = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there, or name another place."
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "Allow writing there, or name another place."
+    ),
+    **dict.fromkeys(TAKEN, "Name a folder; this is a file."),
+}
+"""What to do about an error of the system."""
 
 COMMANDS = {
     "demo": "Show what learning does: one session in four ways, with a table and a page.",
@@ -103,9 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        advice = "Make room there, or name another place." if error.errno in NO_ROOM else ""
-        advice = "Allow writing there, or name another place." if error.errno in SHUT else advice
-        return _complain(f"{_reason(error)}\n{advice}", FAILED)
+        code = WRONG_INPUT if error.errno in TAKEN else FAILED
+        return _complain(f"{_reason(error)}\n{ADVICE.get(error.errno, '')}", code)
 
 
 def _complain(message: str, code: int) -> int:
