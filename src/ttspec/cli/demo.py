@@ -69,15 +69,14 @@ def demo(
             "Name one with --drafter, or use the built-in target."
         )
 
-    from rich.console import Console
-
     from ttspec.bench.manifest import describe
     from ttspec.bench.report import write_report
     from ttspec.bench.sentences import demo_sentences, demo_table
     from ttspec.bench.store import write_run
+    from ttspec.bench.table import table_console
 
     shared["deterministic"] = str(engine.target.dtype) != "torch.float32"
-    console = Console(highlight=False)
+    console = table_console()
     print_setting(console, engine, goal, temperature, seed)
     turns = LONG if long or goal > TURN_TOKENS * len(SHORT) else SHORT
     arms, interrupted = run_session(engine, turns, goal, shared, learn, console)
