@@ -6,12 +6,12 @@ import io
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from toys import DRAFTER, complaint, make_drafter
 from ttspec.cli import COMMANDS, main
 from ttspec.cli.live import sparkline
 from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
-from ttspec.cli.terminal import follow, low_acceptance
+from ttspec.cli.terminal import follow, low_acceptance, summary
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
@@ -73,6 +73,10 @@ def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixtur
         ["generate", "hi", "--no-learn", "--learn.lr", "1e-4"],
         ["generate", "hi", "--threads", "0"],
         ["generate", "hi", "--threads", "100000"],
+        ["generate", "hi", "--max-new-tokens", "1.5"],
+        ["generate", "hi", "--suppress-tokens", "1.0"],
+        ["bench", "run", "--out", "o", "--rows", "1.5"],
+        ["chat", "--learn.stride", "0x10"],
         ["train", "--prompts", "p", "--out", "o", "--minutes", "nan"],
         ["train", "--prompts", "p", "--out", "o", "--lr", "-1"],
         ["train", "--prompts", "p", "--out", "o", "--block", "1"],
@@ -102,6 +106,13 @@ def test_a_typing_mistake_is_answered_with_the_right_name(capsys) -> None:
     first, second = complaint(capsys)
     assert "--learn.stride" in first
     assert second == "Try: ttspec generate --help"
+
+
+def test_a_number_that_is_not_whole_is_told_with_the_flag_and_what_is_allowed(capsys) -> None:
+    assert main(["bench", "run", "--out", "o", "--rows", "1.5"]) == 2
+    first, second = complaint(capsys)
+    assert first.endswith("--rows: '1.5' was given; allowed is a whole number.")
+    assert second == "Try: ttspec bench run --help"
 
 
 # Wrong inputs
@@ -189,6 +200,13 @@ def test_a_full_disk_is_a_failed_job(command: list[str], pair, capsys, tmp_path)
     assert said[-2].startswith(f"ttspec: error: {place}")
     assert ": File too large" in said[-2]
     assert said[-1].startswith("Make room")
+
+
+@pytest.mark.parametrize("command", [["demo"], ["bench", "run", "--arms", "plain"]])
+def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, tmp_path) -> None:
+    (tmp_path / "taken").touch()
+    assert main([*command, "--out", str(tmp_path / "taken"), *pair]) == 2
+    assert capsys.readouterr().err.endswith("File exists\nName a folder; this is a file.\n")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
@@ -284,7 +302,7 @@ def test_flags_reach_the_generation(pair, capsys) -> None:
 
 def test_a_drafter_that_hardly_helps_is_reported_with_the_way_to_look_closer(pair, capsys) -> None:
     options = ["--max-new-tokens", "90", "--ignore-eos"]
-    assert main(["generate", "hello", *pair, *options]) == 0
+    assert main(["generate", "hello", *pair, *options, "--draft.no-adaptive"]) == 0
     assert "ttspec doctor" in capsys.readouterr().err
     assert main(["generate", "hello", *pair, *options, "--draft.length", "0"]) == 0
     assert capsys.readouterr().err == ""
@@ -452,14 +470,50 @@ def test_no_learning_and_learning_options_contradict_each_other() -> None:
         LearnFlags(stride=2).config_if(False)
 
 
-def test_low_acceptance_needs_enough_rounds_to_be_said() -> None:
-    def stats(rounds: int, emitted: int) -> SimpleNamespace:
-        every = [Round(position=i, proposed=5, accepted=0, emitted=emitted) for i in range(rounds)]
-        return summarise(every, token_ids=[], prompt_tokens=1, seed=0, seconds=1.0)  # type: ignore[return-value]
+def test_low_acceptance_needs_enough_rounds_with_drafts_to_be_said() -> None:
+    def rounds(count: int, accepted: int = 0, **kind: object) -> list[Round]:
+        one = Round(position=0, proposed=5, accepted=accepted, emitted=1 + accepted)
+        return [replace(one, **kind)] * count
 
-    assert low_acceptance(stats(63, 1)) is None  # type: ignore[arg-type]
-    assert "ttspec doctor" in str(low_acceptance(stats(64, 1)))  # type: ignore[arg-type]
-    assert low_acceptance(stats(64, 2)) is None  # type: ignore[arg-type]
+    assert low_acceptance(rounds(15)) is None
+    assert "1.00 over 16 rounds" in str(low_acceptance(rounds(16)))
+    assert low_acceptance(rounds(62) + rounds(1, 1)) is None
+    assert "ttspec doctor" in str(low_acceptance(rounds(63) + rounds(1, 1)))
+    assert low_acceptance(rounds(64, 1)) is None
+    paused, copied = rounds(80, proposed=0, length=0), rounds(80, copied=True)
+    assert low_acceptance(paused + copied) is None
+    assert low_acceptance(paused + copied + rounds(64, 1)) is None
+
+
+def test_a_summary_says_where_the_policy_drafted_nothing() -> None:
+    plain = Round(position=1, proposed=0, accepted=0, emitted=1, length=0)
+    drafted = Round(position=2, proposed=2, accepted=1, emitted=2, length=2)
+    given = {"token_ids": [1] * 4, "prompt_tokens": 1, "seed": 0, "seconds": 2.0}
+    line = "4 tokens · 2.0 tokens/s · acceptance length 1.50 · "
+    assert summary(summarise([plain, drafted], **given)) == (  # type: ignore[arg-type]
+        line + "no drafts in 1 of 2 rounds · 0 updates"
+    )
+    assert summary(summarise([drafted], **given)) == (  # type: ignore[arg-type]
+        "4 tokens · 2.0 tokens/s · acceptance length 2.00 · 0 updates"
+    )
+
+
+def test_a_target_without_a_chat_template_is_named_unless_raw_is_asked_for(
+    toy_target_dir, pair, capsys, monkeypatch, tmp_path
+) -> None:
+    bare = tmp_path / "bare"
+    shutil.copytree(toy_target_dir, bare, ignore=shutil.ignore_patterns("chat_template*"))
+
+    def said(command: list[str], *flags: str, target: Path) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        models = ["--target", str(target), *pair[2:], "--max-new-tokens", "4"]
+        assert main([*command, *models, *flags]) == 0
+        return capsys.readouterr().err
+
+    for command in (["generate", "hello"], ["chat"]):
+        assert said(command, target=bare).count("has no chat template") == 1
+        assert "template" not in said(command, "--raw", target=bare)
+        assert "template" not in said(command, target=toy_target_dir)
 
 
 def test_a_sparkline_goes_from_one_to_four() -> None:

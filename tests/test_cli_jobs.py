@@ -130,7 +130,15 @@ def test_training_that_is_interrupted_says_how_to_go_on(pair, capsys, monkeypatc
         raise KeyboardInterrupt
 
     monkeypatch.setattr("ttspec.training.train.train", interrupted)
-    out = str(tmp_path / "out")
-    assert main(["train", *pair[:2], "--prompts", "p.jsonl", "--out", out]) == 130
+    out, prompts = str(tmp_path / "out"), tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "hi"}\n')
+    assert main(["train", *pair[:2], "--prompts", str(prompts), "--out", out]) == 130
     assert f"{out} has the answers so far" in (said := capsys.readouterr().err)
     assert "--resume" in said
+
+
+def test_training_looks_at_its_prompts_before_it_loads_a_model(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("ttspec.load", None)
+    arguments = ["--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(["train", *arguments]) == 2
+    assert "none.jsonl cannot be read" in complaint(capsys)[0]

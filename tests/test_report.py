@@ -11,7 +11,7 @@ from ttspec.bench.figures import position_figure
 from ttspec.bench.plot_style import to_svg
 from ttspec.bench.report import write_report
 from ttspec.bench.results import Arm
-from ttspec.bench.sentences import demo_rows, demo_sentences
+from ttspec.bench.sentences import demo_sentences, demo_table
 from ttspec.bench.store import read_run, write_run
 from ttspec.errors import DataError
 from ttspec.records import Chunk, Result, Round, summarise
@@ -79,7 +79,7 @@ def test_a_run_folder_gives_back_what_was_written(folder: Path, arms: list[Arm])
     for mine, theirs in zip(arms, found, strict=True):
         assert theirs.token_ids == mine.token_ids
         assert [r.emitted for r in theirs.rounds] == [r.emitted for r in mine.rounds]
-        assert demo_rows([theirs]) == demo_rows([mine])
+        assert demo_table([theirs]) == demo_table([mine])
         assert theirs.turns[0].result.stats.reverts == 2
 
 
@@ -139,7 +139,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(arms: list[Arm]) -> Non
 
 
 def test_the_table_compares_the_arms_with_plain_decoding(arms: list[Arm]) -> None:
-    rows = dict(demo_rows(arms))
+    rows = {name: list(cells) for name, *cells in demo_table(arms).rows}
     assert rows["speed against plain"][0] == "1.00x"
     assert rows["acceptance length"][0] == "1.00"
     assert rows["updates"][:2] == ["0", "0"]

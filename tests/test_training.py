@@ -249,8 +249,13 @@ def test_a_half_written_answer_is_written_again(run, engine, tmp_path):
 
 
 def test_a_finished_run_can_be_resumed_to_nothing(run, engine, prompts):
-    before = weights(run[0])
+    def card() -> dict[str, object]:
+        found = json.loads((run[0] / "drafter" / "training.json").read_text())
+        return {name: found[name] for name in ("steps", "loss", "accuracy")}
+
+    before, known = weights(run[0]), card()
     train(engine, config(prompts, run[0], resume=True))
+    assert card() == known
     assert all(torch.equal(weights(run[0])[n], w) for n, w in before.items())
 
 

@@ -57,7 +57,7 @@ def writing(path: Path) -> Iterator[None]:
         error.filename = error.filename or str(path)
         raise
     except Exception as error:
-        if not (said := re.search(r"os error (\d+)", str(error))):
+        if not (code := re.search(r"os error (\d+)", str(error))):
             raise
-        number = int(said[1])
+        number = int(code[1])
         raise OSError(number, os.strerror(number), str(path)) from error

@@ -30,8 +30,6 @@ KINDS: dict[str, dict[str, Any]] = {
 PEERS: dict[str, dict[str, type]] = {
     "hf": {},
     "hf-compiled": {},
-    "hf-lookup": {"length": int},
-    "hf-assisted": {"model": str, "length": int},
     "hf-dflash": {"drafter": str},
     "dflash": {"drafter": str},
 }
@@ -52,8 +50,6 @@ class ArmSpec:
     learn: LearnConfig | None
     drafter: str | None = None
     """A drafter of its own, by name; None is the run's."""
-    peer: tuple[tuple[str, Any], ...] = ()
-    """Another implementation's options."""
 
     @property
     def drafts(self) -> bool:
@@ -65,7 +61,7 @@ class ArmSpec:
         learn = asdict(self.learn) if self.learn else None
         meaning: dict[str, Any] = {"draft": asdict(self.draft), "learn": learn}
         if self.kind in PEERS:
-            meaning = {"peer": dict(self.peer)}
+            meaning = {"peer": {}}
         return meaning | ({"drafter": self.drafter} if self.drafter else {})
 
 
@@ -126,25 +122,13 @@ def _parse(name: str) -> ArmSpec:
             raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])
     drafter = given.pop("drafter", None)
-    if is_peer:
-        _check_peer(kind, given)
     return ArmSpec(
         name=name,
         kind=kind,
-        draft=DraftConfig(**{n: v for n, v in given.items() if n in draft and not is_peer}),
+        draft=DraftConfig(**{n: v for n, v in given.items() if n in draft}),
         learn=LearnConfig(**{n: v for n, v in given.items() if n in learn}) if learns else None,
         drafter=drafter,
-        peer=tuple(sorted(given.items())) if is_peer else (),
     )
-
-
-def _check_peer(kind: str, given: dict[str, Any]) -> None:
-    if kind == "hf-assisted" and "model" not in given:
-        raise OptionError(
-            "hf-assisted names no draft model.\nName one: hf-assisted[model=FOLDER or hub id]."
-        )
-    if given.get("length", 1) < 1:
-        raise OptionError(f"{kind}[length] is {given['length']}; allowed is 1 or more.")
 
 
 def _value(name: str, text: str, hint: Any) -> Any:

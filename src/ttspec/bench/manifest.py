@@ -151,7 +151,11 @@ def git_revision() -> str | None:
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
-    return _output(["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"])
+    # Not `describe --dirty`, which locks the index: cut short, by a full disk say, it stays locked.
+    git = ["git", "--no-optional-locks", "-C", str(root)]
+    revision = _output([*git, "describe", "--always", "--abbrev=12"])
+    changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
+    return f"{revision}-dirty" if revision and changed else revision
 
 
 def _output(command: list[str]) -> str | None:

@@ -7,30 +7,25 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StaticCache
+from transformers import GenerationConfig, StaticCache
 from transformers import __version__ as transformers_version
 
 from ttspec.bench.arms import ArmSpec
-from ttspec.bench.manifest import weights_checksum
 from ttspec.bench.peer_rounds import Watch
 from ttspec.config import SamplingConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.rotary import Rope
 from ttspec.models.attention import NAME as FOLDED
-from ttspec.models.source import resolve
 from ttspec.models.target import Target, cache_keyword
 
-LOOKUP = 10
-"""Tokens that prompt lookup drafts without `length`: transformers' own default."""
 Generate = Callable[[Tensor, int, Watch], Tensor]
 """From tokens [1, P] and how many to generate at most to tokens [1, P + N]."""
 
@@ -61,8 +56,6 @@ class Loop:
     """What drafts, where it is a model."""
     streams: bool = False
     """Watched as a streamer, not by hooks, which a compiled forward would trace."""
-    provenance: dict[str, Any] = field(default_factory=dict)
-    """For the manifest: what tells it from another of its name."""
 
 
 def open_loop(arm: ArmSpec, engine: Engine, asked: PeerOptions) -> Loop:
@@ -70,22 +63,17 @@ def open_loop(arm: ArmSpec, engine: Engine, asked: PeerOptions) -> Loop:
 
     Raises:
         SkippedError: It cannot run here.
-        TargetError, ResourceError: A draft model that the arm names cannot be loaded.
     """
-    target, options = engine.target, dict(arm.peer)
+    target = engine.target
     model = _twin(target.model)
     if arm.kind == "dflash":
         return _package_dflash(_dflash_drafter(engine), model, target, asked)
-    config, extra, provenance = _config(target, asked), {}, {}
+    config, extra = _config(target, asked), {}
     streams = arm.kind in ("hf", "hf-compiled")
     if arm.kind == "hf-compiled":
         if not _compiles(target.device):
             raise SkippedError("transformers compiles `generate` on GPUs only")
         extra["static"] = StaticCache(config=model.config, max_cache_len=asked.slots)
-    elif arm.kind == "hf-lookup":
-        config["prompt_lookup_num_tokens"] = options.get("length", LOOKUP)
-    elif arm.kind == "hf-assisted":
-        extra, provenance = _assistant(options, target)
     elif arm.kind == "hf-dflash":
         config["speculation_type"] = "dflash"
         extra["assistant_model"] = _transformers_dflash(_dflash_drafter(engine))
@@ -94,7 +82,6 @@ def open_loop(arm: ArmSpec, engine: Engine, asked: PeerOptions) -> Loop:
         model=model,
         helper=extra.get("assistant_model"),
         streams=streams,
-        provenance=provenance,
     )
 
 
@@ -165,22 +152,6 @@ def _generate(
         streamer=watch if streams else None,
         **extra,
     )
-
-
-def _assistant(options: Mapping[str, Any], target: Target) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What assisted generation wants of a draft model, and the model's checksum."""
-    path = resolve(options["model"]).path
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        path, dtype=target.dtype, use_safetensors=True, trust_remote_code=False
-    )
-    model = nn.Module.to(model.eval(), target.device)
-    if length := options.get("length"):
-        model.generation_config.num_assistant_tokens = length
-    extra: dict[str, Any] = {"assistant_model": model}
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    if tokenizer.get_vocab() != target.tokenizer.get_vocab():
-        extra |= {"tokenizer": target.tokenizer, "assistant_tokenizer": tokenizer}
-    return extra, {"model_sha256": weights_checksum(path)}
 
 
 def _dflash_drafter(engine: Engine) -> DFlash:
@@ -282,5 +253,4 @@ def _package_dflash(drafter: DFlash, model: nn.Module, target: Target, asked: Pe
             top_k=sampling.top_k,
         )
 
-    provenance = {"dflash": version("dflash")}
-    return Loop(generate=generate, model=model, helper=own, provenance=provenance)
+    return Loop(generate=generate, model=model, helper=own)

@@ -2,8 +2,7 @@
 
 A hook notes what each forward of the target is fed and how long its cache is then: the first token
 is pending, the others are drafts, and those that stand in the answer were accepted. What a forward
-that reads the prompt emits belongs to no round, also where transformers lets it verify drafts
-besides (assisted generation, prompt lookup).
+that reads the prompt emits belongs to no round.
 """
 
 from __future__ import annotations
@@ -67,13 +66,7 @@ def rounds_from(
 ) -> tuple[list[Round], list[float]]:
     """Rounds, and when each began; last, when all was over (s).
 
-    Args:
-        watch: What was watched.
-        prompt: The prompt's tokens.
-        tokens: The answer.
-        end: When the call returned (s).
-        position: Tokens that the conversation had generated before.
-
+    `end` is when the call returned (s); `position` are tokens that the conversation had before.
     """
     # A rejected draft never stands where it would have stood: the target's token replaces it. So
     # the drafts at the head of a forward that the answer repeats are those that were accepted.

@@ -48,11 +48,7 @@ class Peer:
     ) -> list[Turn]:
         """The answers to a request's turns, timed.
 
-        Args:
-            request: What the user says.
-            number: The request's number in the suite.
-            seed: Of the sampling.
-            quota: Tokens that all turns together may have; None is no limit.
+        All turns together may have `quota` tokens.
 
         Raises:
             OptionError: The prompt leaves no room for an answer.
@@ -149,20 +145,8 @@ def open_peers(
 ) -> tuple[dict[str, Peer], dict[str, str]]:
     """Make the peers among the arms ready.
 
-    Args:
-        engines: Target and drafter of each arm.
-        arms: All arms of the run.
-        requests: The suite.
-        max_new_tokens: Generated tokens of a turn at most.
-        sampling: How the target's next token is chosen.
-        ignore_eos: Go on past end tokens.
-        rows: Requests side by side.
-
     Returns:
         Peers by the arm's name, and why others are skipped, one line each.
-
-    Raises:
-        TargetError, ResourceError: A draft model that an arm names cannot be loaded.
     """
     peers, skipped = {}, {}
     for arm in arms:

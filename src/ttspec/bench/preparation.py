@@ -75,15 +75,7 @@ def prepare_run(
 ) -> PreparedRun:
     """Everything that arms need to run, and how the run is described.
 
-    Args:
-        engine: The run's target and drafter.
-        arms: What is to be measured; one that cannot run here is told and left out.
-        suite: The requests.
-        seeds: Every request is answered once under each.
-        rows: Requests of one arm side by side.
-        session_tokens: Tokens that a request may have over its turns; None is no limit.
-        notify: Told what is left out, and what may not fit into memory.
-        **options: `max_new_tokens`, `temperature` and `ignore_eos` of all arms.
+    An arm that cannot run here is told to `notify` and left out.
 
     Raises:
         OptionError: An arm needs a drafter, or a learning one, and there is none; or none can run.
@@ -114,9 +106,6 @@ def prepare_run(
         raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
     mark = forced({"random_weights": engine.random_weights})
     title = f"ttspec bench: {suite.name}" + (f" ({mark})" if mark else "")
-    meaning = {arm.name: arm.options() for arm in arms}
-    for name, peer in peers.items():
-        meaning[name] |= peer.loop.provenance
     manifest = describe(engine, title=title) | {
         "suite": {
             "name": suite.name,
@@ -130,7 +119,7 @@ def prepare_run(
         "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
         "session_tokens": session_tokens,
         "arms": [arm.name for arm in arms],
-        "arm_options": meaning,
+        "arm_options": {arm.name: arm.options() for arm in arms},
         "skipped": skipped or None,
         "seeds": list(seeds),
     }
@@ -188,11 +177,7 @@ def engines_for(
 ) -> dict[str, Engine]:
     """The engine of each arm: the one given, or another drafter on the same target.
 
-    Args:
-        engine: The run's target and drafter.
-        arms: What is to be measured.
-        drafters: Those that arms name, by name.
-        one_each: Every arm has an engine for itself, also where drafters are the same.
+    With `one_each` every arm has an engine for itself, also where drafters are the same.
 
     Raises:
         OptionError: An arm needs a drafter, or a learning one, and there is none.
@@ -230,12 +215,7 @@ def require_rows(
 ) -> list[str]:
     """Refuse rows that do not fit, before anything is measured.
 
-    Args:
-        engines: By arm.
-        arms: Those of ours.
-        requests: The suite.
-        rows: Side by side.
-        **options: Fields of `GenerateConfig` for all arms.
+    `arms` are those of ours; `options` fields of `GenerateConfig` for all.
 
     Returns:
         What a user should know all the same.

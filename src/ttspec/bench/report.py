@@ -21,9 +21,8 @@ from ttspec.bench.plot_style import COLOURS, colours, stamp, to_svg, write_figur
 from ttspec.bench.report_tables import all_tables, pairs_of
 from ttspec.bench.results import Arm
 from ttspec.bench.run_set import RunSet
-from ttspec.bench.sentences import bench_sentences, demo_rows, demo_sentences, label
+from ttspec.bench.sentences import bench_sentences, demo_sentences, demo_table, label
 from ttspec.bench.store import read_run
-from ttspec.bench.table import Table
 
 
 def write_report(folder: Path) -> Path:
@@ -42,8 +41,6 @@ def write_report(folder: Path) -> Path:
     write_figure(figure, out / "acceptance", "png")
     plots = _plots({"acceptance": figure})
     plots[0]["caption"] += " One session has no bands: read trends, not wiggles."
-    head = ("", *(label(arm.name) for arm in arms))
-    rows = [(name, *cells) for name, cells in demo_rows(arms)]
     shown = arms[-1] if arms else Arm(name="")
     same = all(arm.first_difference(shown) is None for arm in arms)
     return _write_page(
@@ -53,7 +50,7 @@ def write_report(folder: Path) -> Path:
         title=manifest.get("title", "ttspec run"),
         lead=demo_sentences(arms),
         plots=plots,
-        tables=[Table(title="Figures", head=head, rows=rows)],
+        tables=[demo_table(arms)],
         session=_session(arms),
         author="All arms wrote this text." if same else f"What the {label(shown.name)} wrote.",
     )

@@ -55,12 +55,7 @@ def measure_all(
 ) -> Iterator[Progress]:
     """Measure what the store does not have yet; an arm's failure is noted and costs that batch.
 
-    Args:
-        engine: Target and drafter.
-        run: What to measure.
-        store: Where finished units go.
-        warm_up: Tokens that each arm generates uncounted before its first batch.
-        notify: Told of failures.
+    Each arm generates `warm_up` tokens uncounted before its first batch.
 
     Yields:
         The progress, at first and after each batch; the same object each time.

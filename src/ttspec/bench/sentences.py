@@ -8,7 +8,7 @@ from ttspec.bench.estimates import Estimate
 from ttspec.bench.metrics import pair_acceptance, pair_speed
 from ttspec.bench.report_tables import learning_pairs
 from ttspec.bench.results import Arm
-from ttspec.bench.table import EMPTY, interval, number
+from ttspec.bench.table import EMPTY, Table, interval, number
 
 EARLY, LATE = 512, 1024
 """Positions before which learning has had little time, and after which it should show."""
@@ -27,7 +27,7 @@ def label(arm: str) -> str:
     return LABELS.get(arm, arm)
 
 
-def demo_rows(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
+def demo_table(arms: Sequence[Arm]) -> Table:
     """What was measured: a row is a quantity and its value in each arm."""
     plain = next((arm for arm in arms if arm.name == "plain"), None)
     base = plain.tokens_per_second if plain else 0.0
@@ -50,7 +50,8 @@ def demo_rows(arms: Sequence[Arm]) -> list[tuple[str, list[str]]]:
     }
     if not base:
         del cells["speed against plain"], cells["text"]
-    return [(title, [value(arm) for arm in arms]) for title, value in cells.items()]
+    rows = [(name, *map(value, arms)) for name, value in cells.items()]
+    return Table(title="Figures", head=("", *(label(arm.name) for arm in arms)), rows=rows)
 
 
 def demo_sentences(arms: Sequence[Arm]) -> list[str]:

@@ -112,14 +112,7 @@ def measure(
 ) -> Roofline:
     """Count every stage's work, measure this device's rates and the time of every stage.
 
-    Args:
-        engine: Target and drafter.
-        rows: Rows side by side.
-        context: Tokens in every row's cache when the rounds begin.
-        rounds: Rounds to measure at least.
-        draft: How the drafter is run.
-        learn: How it learns; None is a static drafter.
-        temperature: 0 is greedy; above, every round makes noise for its positions.
+    At least `rounds` of them, which begin behind `context` tokens a row.
 
     Raises:
         OptionError: The context leaves no room for the rounds, or the drafter is of a kind that is

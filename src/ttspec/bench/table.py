@@ -46,7 +46,7 @@ class Table:
         for row in self.rows:
             grid.add_row(*map(Text, row))
         console.print(grid)
-        console.print(self.note + "\n", style="dim", markup=False)
+        console.print(f"{self.note}\n" if self.note else "", style="dim", markup=False)
 
 
 def table_console() -> Console:

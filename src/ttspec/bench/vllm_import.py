@@ -51,11 +51,6 @@ class _UnknownRoundsError(Exception):
 def import_run(file: Path, out: Path, arm: str = "vllm") -> Imported:
     """Write a run folder of one arm from a file of vLLM's responses, or from a recording.
 
-    Args:
-        file: JSON lines.
-        out: The run folder, new or empty.
-        arm: What reports call it.
-
     Raises:
         DataError: The file is damaged or has no rounds, or the folder is not empty.
     """

@@ -13,15 +13,24 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, get_args
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, Parameter, Token, convert
 
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-SHUT = (errno.EACCES, errno.EPERM, errno.EROFS)
+TAKEN = (errno.EEXIST, errno.ENOTDIR)
+ADVICE: dict[int | None, str] = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "Make room there, or name another place."
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS), "Allow writing there, or name another place."
+    ),
+    **dict.fromkeys(TAKEN, "Name a folder; this is a file."),
+}
+"""What to do about an error of the system."""
 
 COMMANDS = {
     "demo": "Show what learning does: one session in four ways, with a table and a page.",
@@ -47,11 +56,32 @@ def _version() -> str:
         return "unknown (not installed)"
 
 
+def _convert(kind: Any, tokens: Any) -> Any:
+    """What cyclopts makes of an option's text; alone it would round 1.5 to a whole number."""
+    if _is_whole(kind):
+        for token in tokens:
+            _require_whole(token)
+    return convert(kind, tokens)
+
+
+def _is_whole(kind: Any) -> bool:
+    """It is a type of whole numbers: int, int | None, tuple[int, ...] and so on."""
+    return kind is int or any(map(_is_whole, get_args(kind)))
+
+
+def _require_whole(token: Token) -> None:
+    try:
+        int(token.value)
+    except ValueError:
+        raise ValueError(f"{token.value!r} was given; allowed is a whole number.") from None
+
+
 app = App(
     name="ttspec",
     version=_version,
     help="Speculative decoding whose drafter learns while it generates.",
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(converter=_convert),
     help_format="plaintext",  # the list of commands comes at once, without a renderer
 )
 for _name, _help in COMMANDS.items():
@@ -70,8 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except CycloptsError as error:
-        command = f"{tokens[0]} " if tokens and tokens[0] in COMMANDS else ""
-        advice = f"Try: ttspec {command}--help"
+        advice = f"Try: {' '.join(['ttspec', *app.parse_commands(tokens)[0]])} --help"
         return _complain(f"{_old_option(tokens) or error}\n{advice}", WRONG_INPUT)
     except TtspecError as error:
         failed = isinstance(error, ResourceError | TrainingError)
@@ -83,9 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except OSError as error:
-        advice = "Make room there, or name another place." if error.errno in NO_ROOM else ""
-        advice = "Allow writing there, or name another place." if error.errno in SHUT else advice
-        return _complain(f"{_reason(error)}\n{advice}", FAILED)
+        code = WRONG_INPUT if error.errno in TAKEN else FAILED
+        return _complain(f"{_reason(error)}\n{ADVICE.get(error.errno, '')}", code)
 
 
 def _complain(message: str, code: int) -> int:

@@ -71,8 +71,8 @@ def run(
         Of plain, ngram, static, static-window, static-rebased, static-copy, learn, learn-session,
         learn-shared, default, with options in brackets, as in static,default[stride=4,lr=3e-5];
         static[drafter=FOLDER] has a drafter of its own. Other implementations, where they are
-        installed: hf, hf-compiled, hf-lookup, hf-assisted[model=FOLDER] and hf-dflash are
-        transformers' own `generate`, dflash is the package of that name.
+        installed: hf, hf-compiled and hf-dflash are transformers' own `generate`, dflash is the
+        package of that name.
     rows
         Requests of one arm side by side. More finish sooner; times are then those of a row among
         others.

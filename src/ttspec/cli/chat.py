@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any
 from cyclopts import Parameter
 
 from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlag, ModelFlags, SessionLearnFlags
-from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
-from ttspec.cli.terminal import follow, low_acceptance, say, show_text, summary
+from ttspec.cli.saving import SaveFlags
+from ttspec.cli.terminal import (
+    follow,
+    low_acceptance,
+    note_missing_template,
+    say,
+    show_text,
+    summary,
+)
 from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, TtspecError
 
@@ -38,8 +45,7 @@ def chat(
     draft: DraftFlags = DraftFlags(),
     learn: LearnFlag = True,
     learning: SessionLearnFlags = SessionLearnFlags(),
-    save_drafter: Path | None = None,
-    resume_drafter: Path | None = None,
+    saving: SaveFlags = SaveFlags(),
 ) -> int:
     """Talk with the target; the drafter learns over the whole conversation.
 
@@ -49,23 +55,19 @@ def chat(
     ----------
     learn
         Whether the drafter learns while it talks.
-    save_drafter
-        A new or empty folder for the drafter as it is at the end, for --drafter; or a new
-        .safetensors file for what was learned only, for --resume-drafter.
-    resume_drafter
-        What --save-drafter wrote: drafting begins there.
     """
-    check_place(save_drafter, learn=learn)
+    saving.check_place(learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
-    models, resume = resumed(models, resume_drafter)
+    models, resume = saving.resumed(models)
     engine = models.load(notify=say)
-    check_drafter(save_drafter, engine)
+    saving.check_drafter(engine)
+    note_missing_template(engine, raw=bool(settings.get("raw")))
     conversation = Conversation(engine, settings, resume)
     try:
         return conversation.run(at_terminal=sys.stdin.isatty())
     finally:
-        save_learned(conversation.session, save_drafter)
+        saving.save(conversation.session)
         engine.close()
 
 
@@ -137,8 +139,7 @@ class Conversation:
         self.results.append(result)
         if result.finish_reason == "context":
             say("The target's context is full; /reset starts afresh.")
-        drafting = self.engine.drafter is not None and self.settings["draft"].length != 0
-        if drafting and not self.warned and (warning := low_acceptance(result.stats)):
+        if not self.warned and (warning := low_acceptance(result.rounds)):
             self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"

@@ -69,14 +69,14 @@ def demo(
             "Name one with --drafter, or use the built-in target."
         )
 
-    from rich.console import Console
-
     from ttspec.bench.manifest import describe
     from ttspec.bench.report import write_report
+    from ttspec.bench.sentences import demo_sentences, demo_table
     from ttspec.bench.store import write_run
+    from ttspec.bench.table import table_console
 
     shared["deterministic"] = str(engine.target.dtype) != "torch.float32"
-    console = Console(highlight=False)
+    console = table_console()
     print_setting(console, engine, goal, temperature, seed)
     turns = LONG if long or goal > TURN_TOKENS * len(SHORT) else SHORT
     arms, interrupted = run_session(engine, turns, goal, shared, learn, console)
@@ -86,7 +86,10 @@ def demo(
     manifest |= shared | {"learning": str(learn), "interrupted": interrupted or None}
     write_run(folder, manifest, arms)
     page = write_report(folder)
-    print_table(console, arms)
+    console.print()
+    demo_table(arms).print(console)
+    for sentence in demo_sentences(arms):
+        console.print(sentence)
     console.print(f"\npage  {page}\nplot  {page.parent / 'acceptance.png'}", soft_wrap=True)
     return 130 if interrupted else 0
 
@@ -202,21 +205,3 @@ def print_setting(console: Any, engine: Engine, goal: int, temperature: float, s
             "same in all arms, and so is the text. Elsewhere plain decoding reads one, and may be "
             "faster than here."
         )
-
-
-def print_table(console: Any, arms: Sequence[Arm]) -> None:
-    """The arms side by side, and what follows from it."""
-    from rich.table import Table
-
-    from ttspec.bench.sentences import demo_rows, demo_sentences, label
-
-    grid = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    grid.add_column("")
-    for arm in arms:
-        grid.add_column(label(arm.name), justify="right")
-    for title, cells in demo_rows(arms):
-        grid.add_row(title, *cells)
-    console.print()
-    console.print(grid)
-    for sentence in demo_sentences(arms):
-        console.print(sentence)

@@ -1,7 +1,6 @@
 """`ttspec generate`: one answer to one prompt."""
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -14,10 +13,11 @@ from ttspec.cli.options import (
     LearnFlags,
     ModelFlags,
 )
-from ttspec.cli.saving import check_drafter, check_place, resumed, save_learned
+from ttspec.cli.saving import SaveFlags
 from ttspec.cli.terminal import (
     follow,
     low_acceptance,
+    note_missing_template,
     say,
     show_nothing,
     show_text,
@@ -37,8 +37,7 @@ def generate(
     draft: DraftFlags = DraftFlags(),
     learn: LearnFlag = True,
     learning: LearnFlags = LearnFlags(),
-    save_drafter: Path | None = None,
-    resume_drafter: Path | None = None,
+    saving: SaveFlags = SaveFlags(),
     as_json: JsonFlag = False,
 ) -> int:
     """Generate one answer and stream it to standard output.
@@ -49,22 +48,18 @@ def generate(
         The user's text; - reads it from standard input.
     learn
         Whether the drafter learns while it generates.
-    save_drafter
-        A new or empty folder for the drafter as it is at the end, for --drafter; or a new
-        .safetensors file for what was learned only, for --resume-drafter.
-    resume_drafter
-        What --save-drafter wrote: drafting begins there.
     as_json
         Print one JSON object with text, token_ids, finish_reason and stats instead.
     """
-    check_place(save_drafter, learn=learn)
+    saving.check_place(learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
-    models, resume = resumed(models, resume_drafter)
+    models, resume = saving.resumed(models)
     text = read_prompt(prompt)
     engine = models.load(notify=say)
-    check_drafter(save_drafter, engine)
-    session = engine.session(resume=resume, **settings) if save_drafter or resume else None
+    saving.check_drafter(engine)
+    note_missing_template(engine, raw=bool(settings.get("raw")))
+    session = engine.session(resume=resume, **settings) if saving.save_drafter or resume else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     result = follow(chunks, show_nothing if as_json else show_text)
     if as_json:
@@ -73,11 +68,10 @@ def generate(
         print(flush=True)
     if sys.stderr.isatty():
         say(summary(result.stats))
-    drafting = engine.drafter is not None and draft.length != 0
-    if drafting and (warning := low_acceptance(result.stats)):
+    if warning := low_acceptance(result.rounds):
         say(warning)
     if session:
-        save_learned(session, save_drafter)
+        saving.save(session)
     engine.close()
     return 130 if result.finish_reason == "cancelled" else 0
 

@@ -5,15 +5,17 @@ A folder is a checkpoint like any other; a .safetensors file has only the change
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cyclopts import Parameter
+
+from ttspec.cli.options import ModelFlags
 from ttspec.cli.terminal import say
 from ttspec.errors import OptionError
 
 if TYPE_CHECKING:
-    from ttspec.cli.options import ModelFlags
     from ttspec.decoding.engine import Engine
     from ttspec.decoding.session import Session
 
@@ -22,79 +24,90 @@ FILE = ".safetensors"
 """How the name of a file ends that has only the change."""
 
 
-def resumed(models: ModelFlags, path: Path | None) -> tuple[ModelFlags, Path | None]:
-    """The models to load when drafting goes on from `path`, and the file that a session needs.
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class SaveFlags:
+    """Where what is learned goes, and where drafting begins."""
 
-    Raises:
-        OptionError: `--drafter` says something else.
-        CheckpointError: There is no such file, or it is unusable.
-    """
-    if path is None:
-        return models, None
-    if models.drafter == "none" or (path.is_dir() and models.drafter != "auto"):
-        raise OptionError(
-            f"--resume-drafter was given together with --drafter {models.drafter}.\n"
-            "Drop one of the two."
-        )
-    if path.is_dir():
-        return replace(models, drafter=str(path)), None
-    from ttspec.learning.delta import read_delta
+    save_drafter: Path | None = None
+    """A new or empty folder for the drafter as it is at the end, for --drafter; or a new
+    .safetensors file for what was learned only, for --resume-drafter."""
+    resume_drafter: Path | None = None
+    """What --save-drafter wrote: drafting begins there."""
 
-    delta = read_delta(path)  # complains before a model is loaded
-    return replace(models, drafter=delta.drafter) if models.drafter == "auto" else models, path
+    def check_place(self, *, learn: bool) -> None:
+        """Refuse what cannot be saved, before anything is loaded.
 
-
-def check_place(path: Path | None, *, learn: bool) -> None:
-    """Refuse what cannot be saved, before anything is loaded.
-
-    Raises:
-        OptionError: There is something at `path`, or nothing will be learned.
-    """
-    if path is None:
-        return
-    if not learn:
-        raise OptionError(
-            "--no-learn was given together with --save-drafter.\nDrop one of the two."
-        )
-    if path.suffix == FILE:
-        from ttspec.learning.delta import require_new
-
-        require_new(path)
-        return
-    from ttspec.drafters.export import require_empty
-
-    require_empty(path)
-
-
-def check_drafter(path: Path | None, engine: Engine) -> None:
-    """Refuse a drafter that has nothing to save.
-
-    Raises:
-        OptionError: There is none, or its kind has no weights.
-    """
-    if path is None or (engine.drafter is not None and engine.drafter.weights):
-        return
-    why = "there is none" if engine.drafter is None else f"{engine.drafter.name} has none"
-    raise OptionError(
-        f"--save-drafter needs a drafter with weights, and {why}.\n"
-        "Give --drafter a checkpoint, or drop --save-drafter."
-    )
-
-
-def save_learned(session: Session, path: Path | None) -> None:
-    """Write the session's drafter as it is now; says so, or why there is nothing to write."""
-    if path is None:
-        return
-    from ttspec.drafters.export import export_drafter
-
-    try:
-        if path.suffix == FILE:
-            session.save(path)
-            say(f"{path} holds what was learned; --resume-drafter {path} goes on from there.")
+        Raises:
+            OptionError: Something is there already, or nothing will be learned.
+        """
+        if self.save_drafter is None:
             return
-        drafter = session.learned()
-    except OptionError as error:
-        say(f"Nothing was saved: {error}")
-        return
-    export_drafter(drafter, session.engine.target, "published", path, dtype="auto")
-    say(f"{path} holds the drafter as it is now; --drafter {path} goes on from there.")
+        if not learn:
+            raise OptionError(
+                "--no-learn was given together with --save-drafter.\nDrop one of the two."
+            )
+        if self.save_drafter.suffix == FILE:
+            from ttspec.learning.delta import require_new
+
+            require_new(self.save_drafter)
+            return
+        from ttspec.drafters.export import require_empty
+
+        require_empty(self.save_drafter)
+
+    def resumed(self, models: ModelFlags) -> tuple[ModelFlags, Path | None]:
+        """The models to load where drafting goes on, and the file that a session needs.
+
+        Raises:
+            OptionError: `--drafter` says something else.
+            CheckpointError: There is no such file, or it is unusable.
+        """
+        path = self.resume_drafter
+        if path is None:
+            return models, None
+        if models.drafter == "none" or (path.is_dir() and models.drafter != "auto"):
+            raise OptionError(
+                f"--resume-drafter was given together with --drafter {models.drafter}.\n"
+                "Drop one of the two."
+            )
+        if path.is_dir():
+            return replace(models, drafter=str(path)), None
+        from ttspec.learning.delta import read_delta
+
+        delta = read_delta(path)  # complains before a model is loaded
+        return replace(models, drafter=delta.drafter) if models.drafter == "auto" else models, path
+
+    def check_drafter(self, engine: Engine) -> None:
+        """Refuse a drafter that has nothing to save.
+
+        Raises:
+            OptionError: There is none, or its kind has no weights.
+        """
+        drafter = engine.drafter
+        if self.save_drafter is None or (drafter is not None and drafter.weights):
+            return
+        why = "there is none" if drafter is None else f"{drafter.name} has none"
+        raise OptionError(
+            f"--save-drafter needs a drafter with weights, and {why}.\n"
+            "Give --drafter a checkpoint, or drop --save-drafter."
+        )
+
+    def save(self, session: Session) -> None:
+        """Write the session's drafter as it is now; says so, or why there is nothing to write."""
+        path = self.save_drafter
+        if path is None:
+            return
+        from ttspec.drafters.export import export_drafter
+
+        try:
+            if path.suffix == FILE:
+                session.save(path)
+                say(f"{path} holds what was learned; --resume-drafter {path} goes on from there.")
+                return
+            drafter = session.learned()
+        except OptionError as error:
+            say(f"Nothing was saved: {error}")
+            return
+        export_drafter(drafter, session.engine.target, "published", path, dtype="auto")
+        say(f"{path} holds the drafter as it is now; --drafter {path} goes on from there.")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ttspec.records import Chunk, Result, Stats
+    from ttspec.decoding.engine import Engine
+    from ttspec.records import Chunk, Result, Round, Stats
 
 LOW_ACCEPTANCE = 1.2
-ENOUGH_ROUNDS = 64
+ENOUGH_ROUNDS, ENOUGH_IN_VAIN = 64, 16
+"""With drafts, before they are judged: where some were kept, and where none was."""
 
 
 def say(message: str) -> None:
@@ -66,18 +68,38 @@ def summary(stats: Stats) -> str:
     parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
     if stats.rounds:
         parts.append(f"acceptance length {stats.acceptance_length:.2f}")
+    if stats.plain_rounds:
+        parts.append(f"no drafts in {stats.plain_rounds} of {stats.rounds} rounds")
     parts.append(f"{stats.updates} updates")
     if stats.reread_tokens:
         parts.append(f"{stats.reread_tokens} tokens read again")
     return " · ".join(parts)
 
 
-def low_acceptance(stats: Stats) -> str | None:
-    """What to tell a user whose drafter hardly helps; None if it does, or too little was seen."""
-    if stats.rounds < ENOUGH_ROUNDS or stats.acceptance_length >= LOW_ACCEPTANCE:
+def low_acceptance(rounds: Sequence[Round]) -> str | None:
+    """What to tell a user whose drafter hardly helps; None if it does, or too little was seen.
+
+    Only rounds in which the drafter drafted say something of it: not copies, and not the rounds in
+    which the policy let it pause.
+    """
+    from ttspec.records import acceptance_length
+
+    drafted = [r for r in rounds if r.proposed and not r.copied]
+    enough = ENOUGH_ROUNDS if any(r.accepted for r in drafted) else ENOUGH_IN_VAIN
+    length = acceptance_length(drafted)
+    if len(drafted) < enough or length >= LOW_ACCEPTANCE:
         return None
     return (
-        f"warning: acceptance length is {stats.acceptance_length:.2f} over {stats.rounds} rounds: "
+        f"warning: acceptance length is {length:.2f} over {len(drafted)} rounds with drafts: "
         "the drafter hardly helps.\nRun `ttspec doctor TARGET DRAFTER` to see what was loaded; "
         "--drafter none switches it off."
     )
+
+
+def note_missing_template(engine: Engine, *, raw: bool) -> None:
+    """Say it where a prompt is fed as it is and nobody asked for that."""
+    if not raw and engine.tokenizer.chat_template is None:
+        say(
+            f"{engine.target.name} has no chat template, so it goes on with the text as it is; "
+            "--raw asks for that and drops this line."
+        )

@@ -36,9 +36,11 @@ def train(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from ttspec.training.answers import read_dialogues
     from ttspec.training.train import Progress as Where
     from ttspec.training.train import train as run
 
+    read_dialogues(config.prompts)  # complains before anything is loaded
     models = ModelFlags(target=target, drafter="none", device=device, dtype=dtype, threads=threads)
     console = Console(stderr=True)
     engine = models.load(notify=console.print)

@@ -66,12 +66,8 @@ class Conversation:
     ) -> None:
         """Start an empty conversation.
 
-        Args:
-            decoder: Has its row.
-            request: Begins it.
-            config: The request's own, or that of all.
-            sampling: How its tokens are chosen, as `config` says.
-            stream: Without it, text comes only with the result.
+        Its options are the request's own, or those of all. Without `stream` text comes at
+        the end.
         """
         self.decoder, self.request = decoder, request
         self.config, self.sampling = config, sampling
@@ -133,9 +129,9 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def begin(self, token: int, told: Sequence[TokenLogprobs] = ()) -> None:
+    def begin(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
-        self._logprobs += told
+        self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends
         self._take([token], ended=token in ends)
 
@@ -175,7 +171,7 @@ class Conversation:
 
     def chunk(self) -> Chunk:
         """What is new since the last chunk; with the result if the answer is over."""
-        new, told = self.tokens[self._shown :], tuple(self._logprobs)
+        new, logprobs = self.tokens[self._shown :], tuple(self._logprobs)
         self._shown = len(self.tokens)
         self._logprobs.clear()
         text = self._text.take(final=self.finish is not None) if self._stream else ""
@@ -184,7 +180,7 @@ class Conversation:
             token_ids=tuple(new),
             round=self.rounds[-1] if self.rounds and new else None,
             result=self._result() if self.finish else None,
-            logprobs=told,
+            logprobs=logprobs,
         )
 
     def _reset(self) -> None:

@@ -114,10 +114,7 @@ def of_run(
 def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> int:
     """How many rows fit, caches full: 1 to `most`; `most` where nothing can be told.
 
-    Args:
-        need: What so many rows take.
-        target: Where they are.
-        most: Rows that are wanted.
+    `need` says what so many rows take.
     """
     free = free_memory(target.device)
     if free is None or target.is_split:

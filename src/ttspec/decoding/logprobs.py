@@ -43,9 +43,9 @@ class RowLogprobs:
         most = self._most[row]
         if most is None or not tokens:
             return ()
-        told = logits[at, : len(tokens)].float().log_softmax(-1)
-        chosen = told.gather(-1, told.new_tensor(tokens).long()[:, None])[:, 0].tolist()
-        best = told.topk(most, dim=-1)
+        logprobs = logits[at, : len(tokens)].float().log_softmax(-1)
+        chosen = logprobs.gather(-1, logprobs.new_tensor(tokens).long()[:, None])[:, 0].tolist()
+        best = logprobs.topk(most, dim=-1)
         pairs = zip(chosen, best.indices.tolist(), best.values.tolist(), strict=True)
         return tuple(
             TokenLogprobs(value, tuple(zip(ids, values, strict=True)))

@@ -157,8 +157,8 @@ def request_of(row: Any, where: str) -> list[Turn]:
                 asked = any(m["role"] == "user" for m in found)
                 if asked and (found[-1]["role"] in ("user", "tool") or _is_begun(found[-1])):
                     return [found]
-            case {"conversations": [*said]}:
-                return user_turns(as_messages([_shared(m) for m in said]))
+            case {"conversations": [*messages]}:
+                return user_turns(as_messages([_shared(m) for m in messages]))
             case {"prompt": str(prompt)} if prompt.strip():
                 return [prompt]
     except DataError as error:
@@ -175,16 +175,16 @@ def user_turns(messages: Sequence[Message]) -> list[Turn]:
         DataError: No user says anything.
     """
     turns: list[Turn] = []
-    said: list[Message] = []
+    turn: list[Message] = []
     for message in messages:
         role = message["role"]
         if role == "tool":
             break
         if role != "assistant":
-            said.append(message)
+            turn.append(message)
         if role == "user":
-            turns.append(message["content"] if len(said) == 1 else said)
-            said = []
+            turns.append(message["content"] if len(turn) == 1 else turn)
+            turn = []
     if not turns:
         raise DataError("no message is a user's.\nGive at least one.")
     return turns
@@ -230,8 +230,8 @@ def _call(call: Any) -> Any:
 def _shared(value: Any) -> Message:
     """A message of ShareGPT's form, or of ours."""
     match value:
-        case {"from": str(speaker), "value": said} if speaker in _SPEAKERS:
-            return {"role": _SPEAKERS[speaker], "content": said}
+        case {"from": str(speaker), "value": content} if speaker in _SPEAKERS:
+            return {"role": _SPEAKERS[speaker], "content": content}
         case {"role": str(), "content": _}:
             return value
     raise DataError(

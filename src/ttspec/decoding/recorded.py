@@ -84,8 +84,8 @@ class RecordedRows(RowCache):
         pairs = zip(
             (self.hidden, *self.states), (self._recording.hidden, *self._tables), strict=True
         )
-        for table, said in pairs:
-            table[row, :size] = said[part].to(table)
+        for table, whole in pairs:
+            table[row, :size] = whole[part].to(table)
         self.last[row], self._held[row] = size - 1, answer.first
 
     def at(self, start: Tensor, width: int, subset: Tensor | None = None) -> tuple[Tensor, Tensor]:

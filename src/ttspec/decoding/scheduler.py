@@ -249,8 +249,8 @@ class Scheduler:
         if not prompts.is_read:
             return []
         first = zip(requests, prompts.first_tokens, prompts.logprobs, strict=True)
-        for request, token, told in first:
-            self._requests[request].begin(token, told)
+        for request, token, logprobs in first:
+            self._requests[request].begin(token, logprobs)
         self._end_reading()
         self._decoding += [r for r in requests if not self._requests[r].finish]
         return requests

@@ -153,10 +153,7 @@ class Session:
 def resumed_session(engine: Engine, config: GenerateConfig, path: Path) -> Session:
     """A session whose drafter begins with what another one has learned.
 
-    Args:
-        engine: Its drafter is the one that learned.
-        config: Of the new session.
-        path: A drafter's folder, or the file of a change.
+    `path` is a drafter's folder, or the file of a change.
 
     Raises:
         CheckpointError, OptionError: The file is unusable, or of another drafter.

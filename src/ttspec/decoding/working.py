@@ -33,15 +33,7 @@ def working(
 ) -> int:
     """Bytes at the height of a prompt's piece, a round or an update.
 
-    Args:
-        target: Verifies.
-        drafter: Drafts; None is plain decoding.
-        config: How tokens are chosen.
-        learn: As resolved for these rows; None where nothing learns.
-        rows: Side by side.
-        prompt: Tokens of the longest one.
-        drafts: Tokens drafted a round at most.
-        width: Tokens of a verification.
+    `prompt` are the tokens of the longest one, `drafts` and `width` those of a round.
     """
     piece = reading(target, min(rows * min(PIECE, prompt), AT_ONCE))
     verification = reading(target, rows * width) + choosing(target, config, rows * width)

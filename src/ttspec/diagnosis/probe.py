@@ -311,9 +311,9 @@ def _compare(
         )
         logits = drafter.replay(state, lesson, length, int(places[-1]))
         logits = drafter.widen(logits[0, :, 0].float())
-        told = tokens[0, places + 1]
-        nats = -logits.log_softmax(-1).gather(-1, told[:, None])[:, 0]
-        found += zip((logits.argmax(-1) == told).tolist(), nats.tolist(), strict=True)
+        following = tokens[0, places + 1]
+        nats = -logits.log_softmax(-1).gather(-1, following[:, None])[:, 0]
+        found += zip((logits.argmax(-1) == following).tolist(), nats.tolist(), strict=True)
     return found
 
 

@@ -151,8 +151,8 @@ class Drafter(ABC):
         """Tokens drafted a round, as the config says or by default."""
         methods = (self.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
         own = (self.config.get("ttspec") or {}).get("length")
-        said = own or methods[0].get("speculative_tokens") or self.config.get("ttt_length")
-        return int(said or self.default_length)
+        length = own or methods[0].get("speculative_tokens") or self.config.get("ttt_length")
+        return int(length or self.default_length)
 
     @classmethod
     def recognises(cls, config: Mapping[str, Any], names: Collection[str]) -> bool:  # noqa: ARG003

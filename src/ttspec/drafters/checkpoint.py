@@ -81,10 +81,6 @@ class Stored:
 def load_drafter(name: str, folder: Path) -> Drafter:
     """Read a drafter from a local folder.
 
-    Args:
-        name: What to call it.
-        folder: Holds config.json and safetensors.
-
     Raises:
         CheckpointError: The files are missing, damaged, of no known kind, or do not fit.
     """
@@ -105,11 +101,6 @@ def load_drafter(name: str, folder: Path) -> Drafter:
 
 def load_native_head(name: str, folder: Path, config: Any) -> Drafter | None:
     """Read the MTP head that a target was published with; None if its files hold none.
-
-    Args:
-        name: What to call it.
-        folder: The target's.
-        config: Its text config.
 
     Raises:
         CheckpointError: There is one of a form that ttspec does not read, or it is damaged.
@@ -268,9 +259,7 @@ def missing_and_left_over(
 ) -> tuple[list[str], list[str], list[str]]:
     """Tensors that a drafter lacks, that it has no use for, and whose shape is wrong.
 
-    Args:
-        drafter: Not loaded yet.
-        found: Shapes by canonical name.
+    `found` are shapes by canonical name.
     """
     needed = drafter.shapes()
     known = needed | drafter.optional()

@@ -48,10 +48,10 @@ class DSpark(LeftToRight):
                 f"markov_rank {self.rank} and markov_head_type {self.head_type!r} cannot be; "
                 f"types are vanilla, {', '.join(INNER)}"
             )
-        said = self._one(("enable_confidence_head", "use_confidence_head"))
+        enabled = self._one(("enable_confidence_head", "use_confidence_head"))
         held = any(name.startswith(CONFIDENCE) for name in names)
         # Some files leave it out, as it is not needed to draft.
-        self.confident = held if said is None else bool(said) and (held or not names)
+        self.confident = held if enabled is None else bool(enabled) and (held or not names)
         self.confidence_reads_token = bool(self._one(("confidence_head_with_markov",)))
         self._confidence_bias = f"{CONFIDENCE}proj.bias" in names or not names
         if self.confident and self.confidence_reads_token and not self.rank:
@@ -62,8 +62,12 @@ class DSpark(LeftToRight):
 
     def _predicts_from_anchor(self) -> bool:
         """By default so, but not in older files of speculators, as vLLM reads them."""
-        said = self._one(("sample_from_anchor", "shift_label"))  # Model-Optimizer's
-        return "speculators_model_type" not in self.config if said is None else bool(said)
+        from_anchor = self._one(("sample_from_anchor", "shift_label"))  # Model-Optimizer's
+        return (
+            "speculators_model_type" not in self.config
+            if from_anchor is None
+            else bool(from_anchor)
+        )
 
     def shapes(self) -> Shapes:
         """Every published tensor name with its shape."""

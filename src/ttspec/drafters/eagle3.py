@@ -75,9 +75,9 @@ class Eagle3(FeatureDrafter):
     def _configure(self, names: Collection[str]) -> None:
         config = self.config
         body = dict(config.get("transformer_layer_config") or config)
-        said, layers = int(body["num_hidden_layers"]), layers_of(body, names)
+        stated, layers = int(body["num_hidden_layers"]), layers_of(body, names)
         body["num_hidden_layers"] = layers
-        if said != layers:  # of the target, and so are its kinds of layers
+        if stated != layers:  # of the target, and so are its kinds of layers
             body.pop("layer_types", None)
         kv_heads = body.get("num_key_value_heads") or body["num_attention_heads"]
         self._read_body(body, kv_heads, "eagle_config", names)
@@ -121,8 +121,8 @@ class Eagle3(FeatureDrafter):
             + (" (not given)" if normed is None else ""),
             **self._unusual(),
         }
-        if said != layers:
-            self.interpretation["layers"] = f"{layers}, as in its files; config.json says {said}"
+        if stated != layers:
+            self.interpretation["layers"] = f"{layers}, as in its files; config.json says {stated}"
 
     def shapes(self) -> Shapes:
         """Every tensor that must be there, with its shape."""

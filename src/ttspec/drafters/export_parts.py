@@ -86,22 +86,22 @@ def layer_config(drafter: DFlash | Eagle3, target: Target, model_type: str) -> d
 def arithmetic(drafter: DFlash | Eagle3, model_type: str) -> dict[str, Any]:
     """Biases, rotary layout and scales: what says them, where they are not the usual ones."""
     attention = {n for n in drafter.biased if n[0] in "qkvo"}
-    said: dict[str, Any] = {"attention_bias": "o_proj" in attention}
-    if bool(attention) != said["attention_bias"]:  # as Qwen2's: none after attention
-        said["qkv_bias"] = "q_proj" in attention
+    keys: dict[str, Any] = {"attention_bias": "o_proj" in attention}
+    if bool(attention) != keys["attention_bias"]:  # as Qwen2's: none after attention
+        keys["qkv_bias"] = "q_proj" in attention
     mlp = "up_proj" in drafter.biased
     if mlp or model_type == "llama":
-        said["mlp_bias"] = mlp
+        keys["mlp_bias"] = mlp
     if drafter.rope.interleaved:
-        said["is_neox_style"] = False
+        keys["is_neox_style"] = False
     for key, value in (
         ("input_embedding_scale", drafter.embedding_scale),
         ("logit_scale", drafter.logit_scale),
         ("final_logit_softcapping", drafter.softcap),
     ):
         if value not in (None, 1):
-            said[key] = value
-    return said
+            keys[key] = value
+    return keys
 
 
 def sliding(body: dict[str, Any]) -> list[bool]:

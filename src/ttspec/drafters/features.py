@@ -96,10 +96,10 @@ class FeatureDrafter(Drafter):
         Raises:
             ValueError: It says two things.
         """
-        said = [p[key] for p in self._places for key in keys if p.get(key) is not None]
-        if any(value != said[0] for value in said):
-            raise ValueError(f"{' and '.join(keys)} are given as {', '.join(map(str, said))}")
-        return said[0] if said else None
+        values = [p[key] for p in self._places for key in keys if p.get(key) is not None]
+        if any(value != values[0] for value in values):
+            raise ValueError(f"{' and '.join(keys)} are given as {', '.join(map(str, values))}")
+        return values[0] if values else None
 
     def _rope(self, base: float | None = None) -> Rope:
         """Rotation, as the config says or with another base."""
@@ -139,11 +139,11 @@ class FeatureDrafter(Drafter):
         """Matrices of a layer that have one: as the config says, else as the files do."""
         attention, qkv = self._one(("attention_bias",)), self._one(("qkv_bias",))
         qkv = attention if qkv is None else qkv
-        said = {"o_proj": attention, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv)}
-        said |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self._one(("mlp_bias",)))
+        flags = {"o_proj": attention, **dict.fromkeys(("q_proj", "k_proj", "v_proj"), qkv)}
+        flags |= dict.fromkeys(("gate_proj", "up_proj", "down_proj"), self._one(("mlp_bias",)))
         layers = [n for n in names if ".self_attn." in n or ".mlp." in n]
         held = {n.split(".")[-2] for n in layers if n.endswith("_proj.bias")}
-        return {n for n, flag in said.items() if (n in held if flag is None else flag)}
+        return {n for n, flag in flags.items() if (n in held if flag is None else flag)}
 
     def _matrices(self, width: int) -> Shapes:
         """Shapes of a layer's matrices and biases, whose attention reads states of this width."""

@@ -213,11 +213,6 @@ TABLES = {
 def refuse_keys(kind: str, config: Mapping[str, Any], where: str) -> None:
     """Refuse a config.json with a key that is neither used nor known to change nothing.
 
-    Args:
-        kind: Of the drafter.
-        config: Its config.json.
-        where: What to call it.
-
     Raises:
         CheckpointError: Names the key.
     """

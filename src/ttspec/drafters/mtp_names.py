@@ -75,10 +75,6 @@ def unstacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def native_names(config: Any, names: Collection[str]) -> list[str]:
     """Which of a target's tensors are its own MTP head; none if it has none.
 
-    Args:
-        config: The target's text config.
-        names: All of its tensors.
-
     Raises:
         CheckpointError: There is one that ttspec does not read.
     """

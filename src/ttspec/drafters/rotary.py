@@ -63,12 +63,12 @@ def is_interleaved(*places: Mapping[str, Any]) -> bool:
     Raises:
         ValueError: Parts of a config contradict each other.
     """
-    said = {not p["is_neox_style"] for p in places if p.get("is_neox_style") is not None}
+    interleaved = {not p["is_neox_style"] for p in places if p.get("is_neox_style") is not None}
     for key in ("rope_interleave", "rope_interleaved"):
-        said |= {bool(p[key]) for p in places if p.get(key) is not None}
-    if len(said) > 1:
+        interleaved |= {bool(p[key]) for p in places if p.get(key) is not None}
+    if len(interleaved) > 1:
         raise ValueError("is_neox_style and rope_interleave contradict each other")
-    return True in said
+    return True in interleaved
 
 
 @dataclass(frozen=True, slots=True)

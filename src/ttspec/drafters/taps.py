@@ -33,9 +33,9 @@ def layers_of(body: Mapping[str, Any], names: Collection[str]) -> int:
 
     Code that trains a head of one layer copies the number of the target's.
     """
-    said = int(body["num_hidden_layers"])
-    if said < 1:
-        raise ValueError(f"num_hidden_layers is {said}")
+    layers = int(body["num_hidden_layers"])
+    if layers < 1:
+        raise ValueError(f"num_hidden_layers is {layers}")
     more = re.compile(r"layers\.([1-9]\d*)\.self_attn\.")
     held = [int(found[1]) for name in names if (found := more.match(name))]
-    return 1 + max(held, default=0) if names else said
+    return 1 + max(held, default=0) if names else layers

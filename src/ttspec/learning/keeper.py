@@ -93,13 +93,7 @@ class Keeper:
     ) -> None:
         """Begin at the newest version.
 
-        Args:
-            root: The user's folder, for all pairs and tenants.
-            drafter: Has the anchor weights.
-            live: Shared by all rows.
-            target: Its `name` and `sha256`, from `sampled_sha256`.
-            tenant: Whose requests teach.
-            notify: Told what a user should know.
+        `root` is the user's folder, for all pairs and tenants.
 
         Raises:
             ResourceError: Another process has the pair's folder, or it cannot be made.

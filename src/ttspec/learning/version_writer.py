@@ -73,8 +73,8 @@ class VersionWriter:
         try:
             self.written = job()
         except TtspecError as error:
-            told, self.failed = self.failed, True
-            if not told:
+            failed_before, self.failed = self.failed, True
+            if not failed_before:
                 self._tell(
                     f"{str(error).splitlines()[0]} What is learned goes on drafting, and is kept "
                     "as soon as the disk takes it."

@@ -49,11 +49,7 @@ _PLAIN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 def place_of(root: Path, target: str, drafter: str, tenant: str | None = None) -> Path:
     """The folder of a pair's versions for a tenant.
 
-    Args:
-        root: What the user named.
-        target: The target's fingerprint.
-        drafter: That of the drafter's own weights.
-        tenant: Whose lessons; None is of all who name no tenant.
+    Target and drafter are told by their fingerprints; a tenant of None is all without one.
     """
     if tenant is None:
         name = EVERYONE
@@ -97,11 +93,11 @@ def read_version(path: Path) -> Version:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        said = manifest.pop("sha256_of_manifest")
+        sha256 = manifest.pop("sha256_of_manifest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}.") from error
-    if said != _manifest_sha256(manifest):
-        raise CheckpointError(f"{file} is damaged: its sha256 is not {str(said)[:12]}…")
+    if sha256 != _manifest_sha256(manifest):
+        raise CheckpointError(f"{file} is damaged: its sha256 is not {str(sha256)[:12]}…")
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} is of format {manifest.get('format')}; this ttspec reads {FORMAT}."
@@ -149,10 +145,7 @@ class VersionStore:
     ) -> None:
         """Open or make a folder, and set aside what an earlier process left half written.
 
-        Args:
-            folder: From `place_of`.
-            kept: Versions to keep, the latest, at least 1.
-            notify: Told what is set aside.
+        The latest `kept` versions stay.
 
         Raises:
             ResourceError: Another process has it, or it cannot be made.
@@ -319,8 +312,8 @@ def sampled_sha256(weights: Mapping[str, Tensor], each: int = 64) -> str:
 def _reverted(folder: Path) -> tuple[int, int]:
     """The version that was chosen by hand, and the newest one when that was; 0 and 0 for none."""
     try:
-        said = json.loads((folder / REVERTED).read_text(encoding="utf-8"))
-        return int(said["to"]), int(said["after"])
+        reverted = json.loads((folder / REVERTED).read_text(encoding="utf-8"))
+        return int(reverted["to"]), int(reverted["after"])
     except FileNotFoundError:
         return ANCHOR, ANCHOR
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -36,10 +36,6 @@ NEUTRAL = (None, False, 0, 0.0, 1, 1.0, [], {})
 def sampling_defaults(generation: Any, vocabulary: int) -> dict[str, Any]:
     """How a target's tokens are chosen where nobody says otherwise.
 
-    Args:
-        generation: Its transformers `GenerationConfig`.
-        vocabulary: Tokens that it has.
-
     Returns:
         Every field of `SamplingConfig` that `GenerateConfig` leaves to the target, by name.
 

@@ -49,8 +49,8 @@ def gguf_tokenizer(path: Path, meta: dict[str, Any]) -> PreTrainedTokenizerBase:
     elif model == "llama" and get("scores") and not get("precompiled_charsmap"):
         backend, begins = _sentencepiece(path, get), True
     else:
-        said = f"{model!r}, {get('pre') or 'no tokenizer.ggml.pre'!r}"
-        return _tokenizer_beside(path, meta, tokens, said)
+        described = f"{model!r}, {get('pre') or 'no tokenizer.ggml.pre'!r}"
+        return _tokenizer_beside(path, meta, tokens, described)
     roles = {"bos": "bos", "eos": "eos", "padding": "pad", "unknown": "unk"}
     ids = {role: get(f"{name}_token_id") for name, role in roles.items()}
     outside = [i for i in ids.values() if i is not None and not 0 <= i < len(tokens)]
@@ -183,13 +183,13 @@ def _merges(pieces: list[tuple[float, int, str]]) -> list[tuple[str, str]]:
 
 
 def _tokenizer_beside(
-    path: Path, meta: dict[str, Any], tokens: list[str], said: str
+    path: Path, meta: dict[str, Any], tokens: list[str], described: str
 ) -> PreTrainedTokenizerBase:
     """The model's own, if it lies there and has the same tokens."""
     folder = path.parent
     if not (folder / "tokenizer.json").is_file():
         raise TargetError(
-            f"{path} has a tokenizer ({said}) that ttspec does not build; it does llama "
+            f"{path} has a tokenizer ({described}) that ttspec does not build; it does llama "
             f"(sentencepiece) and gpt2 with {', '.join(SPLITS)}.\n"
             "Put the model's tokenizer.json and tokenizer_config.json beside it."
         )

@@ -236,9 +236,7 @@ def use_states(model: nn.Module, layers: list[int]) -> None:
 
     Without one, or with a cache of transformers, their own forward runs.
 
-    Args:
-        model: Changed in place; a second time changes nothing.
-        layers: Numbers of its recurrent layers.
+    `layers` are the numbers of its recurrent ones.
 
     Raises:
         TargetError: One of them is of a class that we do not know.

@@ -80,8 +80,8 @@ class Answers:
                 pass
         finally:
             self.give_up()
-        said = {"choices": [self._finished(choice) for choice in self.choices]}
-        return self._envelope(streams=False) | said | self._usage() | self._metrics()
+        answers = {"choices": [self._finished(choice) for choice in self.choices]}
+        return self._envelope(streams=False) | answers | self._usage() | self._metrics()
 
     async def stream(self) -> AsyncIterator[str]:
         """Server-sent events; whoever sends them calls `give_up` at the end."""
@@ -158,30 +158,30 @@ class Answers:
         """What a stream says of a chunk, if anything; the last `calls` of the choice are new."""
         ids = {"token_ids": list(chunk.token_ids)} if self.body.return_token_ids else {}
         end = _end(choice) if chunk.result else {}
-        told = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
+        likely = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
         if not (thoughts or text or calls or end or ids.get("token_ids") or chunk.logprobs):
             return None
         if not self.is_chat:
-            return _of_choice(choice, text=text) | told | end | ids
+            return _of_choice(choice, text=text) | likely | end | ids
         delta: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
         delta |= {"content": text} if text else {}
         if calls:
             numbered = list(enumerate(choice.calls))[-calls:]
             delta["tool_calls"] = [{"index": number, **call} for number, call in numbered]
-        return _of_choice(choice, delta=delta) | told | end | ids
+        return _of_choice(choice, delta=delta) | likely | end | ids
 
     def _logprobs(
-        self, choice: Choice, tokens: Sequence[int], told: Sequence[TokenLogprobs]
+        self, choice: Choice, tokens: Sequence[int], of_tokens: Sequence[TokenLogprobs]
     ) -> dict[str, Any]:
         """What is told of the next tokens of an answer, if anything is asked."""
         bytes_of = self.written.bytes_of
         if bytes_of is None:
             return {}
         if self.is_chat:
-            return {"logprobs": logprobs.of_chat(tokens, told, bytes_of)}
-        said = logprobs.of_completion(tokens, told, bytes_of, choice.offset)
-        choice.offset += sum(map(len, said["tokens"]))
-        return {"logprobs": said}
+            return {"logprobs": logprobs.of_chat(tokens, of_tokens, bytes_of)}
+        found = logprobs.of_completion(tokens, of_tokens, bytes_of, choice.offset)
+        choice.offset += sum(map(len, found["tokens"]))
+        return {"logprobs": found}
 
     def _finished(self, choice: Choice) -> dict[str, Any]:
         result = choice.result
@@ -189,25 +189,25 @@ class Answers:
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
-        told = self._logprobs(choice, choice.tokens, choice.logprobs)
+        likely = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
-            return _of_choice(choice, text=choice.text) | told | _end(choice) | ids
+            return _of_choice(choice, text=choice.text) | likely | _end(choice) | ids
         text = choice.text if choice.text or not choice.calls else None
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if choice.calls:
             message["tool_calls"] = choice.calls
         if self.written.marks_thoughts:
             message["reasoning_content"] = choice.thoughts or None
-        return _of_choice(choice, message=message) | told | _end(choice) | ids
+        return _of_choice(choice, message=message) | likely | _end(choice) | ids
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
         options = self.body.stream_options
-        said = self._envelope(streams=True) | {"choices": choices}
+        event = self._envelope(streams=True) | {"choices": choices}
         if options and options.continuous_usage_stats:
-            said |= self._usage()
+            event |= self._usage()
         elif options and options.include_usage:
-            said["usage"] = None  # as OpenAI has it; the last event tells it
-        return _sse(said)
+            event["usage"] = None  # as OpenAI has it; the last event tells it
+        return _sse(event)
 
     def _envelope(self, *, streams: bool) -> dict[str, Any]:
         if self.is_chat:
@@ -235,12 +235,12 @@ class Answers:
         (choice,) = self.choices
         assert choice.result is not None
         level = self.worker.options.per_request_spec_decode_metrics
-        told = reports.metrics(choice.job, choice.result, level, self.worker.draft_length)
-        return {"metrics": told}
+        most = self.worker.draft_length
+        return {"metrics": reports.metrics(choice.job, choice.result, level, most)}
 
 
-def _of_choice(choice: Choice, **said: Any) -> dict[str, Any]:
-    return {"index": choice.job.index, **said, "logprobs": None, "finish_reason": None}
+def _of_choice(choice: Choice, **content: Any) -> dict[str, Any]:
+    return {"index": choice.job.index, **content, "logprobs": None, "finish_reason": None}
 
 
 def _end(choice: Choice) -> dict[str, Any]:

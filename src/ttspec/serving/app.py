@@ -56,8 +56,8 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     )
 
     def entry() -> dict[str, Any]:
-        told = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
-        return told | ({"max_model_len": worker.slots} if worker.slots else {})
+        fields = {"id": model, "object": "model", "created": _STARTED, "owned_by": "ttspec"}
+        return fields | ({"max_model_len": worker.slots} if worker.slots else {})
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -198,8 +198,8 @@ def _explained(error: RequestValidationError) -> Problem:
         return refused(f"{param}: there is no such field; {advice}", param)
     given = found["input"]
     is_told = kind != "missing" and isinstance(given, str | int | float)
-    said = f" is {json.dumps(given)[:60]}" if is_told else ""
-    return refused(f"{param}{said}: {message}.", param)
+    shown = f" is {json.dumps(given)[:60]}" if is_told else ""
+    return refused(f"{param}{shown}: {message}.", param)
 
 
 def _is_type(part: int | str) -> bool:

@@ -22,7 +22,7 @@ class CallSplitter:
         if not self._tools:
             return text, []
         self._held += text
-        said, calls = "", list[dict[str, Any]]()
+        out, calls = "", list[dict[str, Any]]()
         while self._held:
             if self._called:  # white space behind a call is nobody's
                 self._held = self._held.lstrip()
@@ -30,29 +30,28 @@ class CallSplitter:
             if not opened:
                 size = 0 if final else _begun(before)
                 new, self._held = before[: len(before) - size], before[len(before) - size :]
-                said, self._called = said + new, self._called and not new
+                out, self._called = out + new, self._called and not new
                 break
             inside, closed, after = rest.partition(CLOSE)
             if not (closed or final):
                 cut = before.rstrip()
-                said, self._held = said + cut, self._held[len(cut) :]
+                out, self._held = out + cut, self._held[len(cut) :]
                 break
             call = self._call(inside)
             calls += [call] if call else []
-            said += before.rstrip() if call else before + opened + inside + closed
+            out += before.rstrip() if call else before + opened + inside + closed
             self._held, self._called = after, call is not None
-        return said, calls
+        return out, calls
 
     def _call(self, text: str) -> dict[str, Any] | None:
         """A call of one of the tools; None if it is none."""
         try:
-            said = json.loads(text)
+            call = json.loads(text)
         except ValueError:
             return None
-        match said:
+        match call:
             case {"name": str(name), "arguments": dict(arguments)} if name in self._tools:
-                told = json.dumps(arguments, ensure_ascii=False)
-                function = {"name": name, "arguments": told}
+                function = {"name": name, "arguments": json.dumps(arguments, ensure_ascii=False)}
                 return {"id": f"call_{secrets.token_hex(12)}", "type": "function"} | {
                     "function": function
                 }

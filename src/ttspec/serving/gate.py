@@ -24,7 +24,7 @@ from ttspec.serving.problems import Problem
 FOR_ANYBODY = ("/", "/health")
 """Paths that need no key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-"""A client's own, which is told again and logged."""
+"""A client's own, which is fields again and logged."""
 
 
 class Gate:
@@ -93,8 +93,8 @@ class Gate:
             if begun:
                 raise
         self._refused(found.status)
-        told = {"request_id": name, "status": found.status, "code": found.code}
-        log.info("refused", extra={"event": "refused", "fields": told})
+        fields = {"request_id": name, "status": found.status, "code": found.code}
+        log.info("refused", extra={"event": "refused", "fields": fields})
         close = {} if is_read else {"Connection": "close"}
         response = JSONResponse(found.body(), found.status, {**found.headers, **close})
         await response(scope, receive, named)

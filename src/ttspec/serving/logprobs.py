@@ -11,29 +11,29 @@ BytesOf = Callable[[int], bytes]
 
 
 def of_chat(
-    tokens: Sequence[int], told: Sequence[TokenLogprobs], bytes_of: BytesOf
+    tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], bytes_of: BytesOf
 ) -> dict[str, Any]:
     """What chat completions have for some tokens."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
-        said = bytes_of(token)
-        return {"token": _text(said), "logprob": logprob, "bytes": list(said)}
+        text = bytes_of(token)
+        return {"token": _text(text), "logprob": logprob, "bytes": list(text)}
 
     content = [
         {**entry(token, of_token.logprob), "top_logprobs": [entry(*pair) for pair in of_token.top]}
-        for token, of_token in zip(tokens, told, strict=True)
+        for token, of_token in zip(tokens, logprobs, strict=True)
     ]
     return {"content": content, "refusal": None}
 
 
 def of_completion(
-    tokens: Sequence[int], told: Sequence[TokenLogprobs], bytes_of: BytesOf, offset: int
+    tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], bytes_of: BytesOf, offset: int
 ) -> dict[str, Any]:
     """What completions have for some tokens.
 
     Args:
         tokens: Of an answer.
-        told: Of each of them.
+        logprobs: Of each of them.
         bytes_of: What a token stands for.
         offset: Characters of the tokens before.
     """
@@ -44,19 +44,19 @@ def of_completion(
     likely = [
         # What came is among them, as OpenAI has it.
         {_text(bytes_of(t)): value for t, value in (*of_token.top, (token, of_token.logprob))}
-        for token, of_token in zip(tokens, told, strict=True)
+        for token, of_token in zip(tokens, logprobs, strict=True)
     ]
     return {
         "tokens": texts,
-        "token_logprobs": [of_token.logprob for of_token in told],
+        "token_logprobs": [of_token.logprob for of_token in logprobs],
         "top_logprobs": likely,
         "text_offset": offsets,
     }
 
 
-def _text(said: bytes) -> str:
+def _text(data: bytes) -> str:
     """Half a character has no text of its own; its bytes are told beside, or it is escaped."""
     try:
-        return said.decode()
+        return data.decode()
     except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)

@@ -19,12 +19,7 @@ class Problem(Exception):
     ) -> None:
         """Say what was given, what is allowed, what to do.
 
-        Args:
-            status: Of HTTP.
-            message: For people.
-            param: The field that is wrong.
-            code: For programs.
-            retry_after: Seconds after which to try again.
+        `param` is the field that is wrong; `code` is for programs; `retry_after` seconds.
         """
         super().__init__(message)
         self.status, self.message, self.param, self.code = status, message, param, code

@@ -36,7 +36,7 @@ def metrics(job: Job, result: Result, level: DraftMetrics, draft_length: int) ->
     tokens, stats = len(result.token_ids), result.stats
     first = ended if first is None else first
     wait = (ended - first) / (tokens - 1) if tokens > 1 else None
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "time_to_first_token_ms": _milliseconds(first - started),
         "generation_time_ms": _milliseconds(ended - first),
         "queue_time_ms": _milliseconds(started - job.queued),
@@ -55,10 +55,10 @@ def metrics(job: Job, result: Result, level: DraftMetrics, draft_length: int) ->
         },
     }
     if level != "none":
-        told["speculative_decoding"] = speculative_decoding(
+        figures["speculative_decoding"] = speculative_decoding(
             result.rounds, draft_length, detailed=level == "detailed"
         )
-    return told
+    return figures
 
 
 def speculative_decoding(
@@ -79,7 +79,7 @@ def speculative_decoding(
         for length in sorted({p for p, _ in pairs})
     }
     accepted = Counter(a for _, a in pairs)
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "mean_acceptance_length": 1 + kept / len(pairs) if pairs else 0.0,
         "draft_acceptance_rate": kept / drafted if drafted else 0.0,
         "acceptance_histogram": [accepted[i] for i in range(most + 1)],
@@ -90,9 +90,9 @@ def speculative_decoding(
         "num_spec_tokens": most,
     }
     if detailed:
-        told["per_step_accepted"] = [a for _, a in pairs]
-        told["per_step_drafted"] = [p for p, _ in pairs]
-    return told
+        figures["per_step_accepted"] = [a for _, a in pairs]
+        figures["per_step_drafted"] = [p for p, _ in pairs]
+    return figures
 
 
 def held_tokens(job: Job, result: Result) -> int:

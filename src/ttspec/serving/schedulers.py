@@ -23,12 +23,6 @@ class Schedulers:
     def __init__(self, engine: Engine, config: GenerateConfig, rows: int, tenant: str) -> None:
         """Make the rows of one tenant, which are those of all where one scheduler serves all.
 
-        Args:
-            engine: The pair.
-            config: What all requests have in common.
-            rows: Of a scheduler, if so many fit.
-            tenant: Any of them.
-
         Raises:
             TtspecError: Not even one row fits, or another process keeps what it learns in the
                 tenant's folder.
@@ -57,10 +51,10 @@ class Schedulers:
             decoder = engine.decoder(config, rows, longest, sessions=True)
             decoder.tenant = whose
             self._of[whose] = Scheduler(decoder, config)
-            told = {"tenant": tenant, "rows": rows}
+            fields = {"tenant": tenant, "rows": rows}
             if decoder.learner and (keeper := decoder.learner.keeper):
-                told |= {"version": keeper.version}  # of what was learned, 0 is none
-            log.info("rows made", extra={"event": "rows", "fields": told})
+                fields |= {"version": keeper.version}  # of what was learned, 0 is none
+            log.info("rows made", extra={"event": "rows", "fields": fields})
         return self._of[whose]
 
     def step(self) -> list[tuple[tuple[Scheduler, int], Chunk]]:

@@ -63,12 +63,7 @@ def make_server(
 ) -> Server:
     """A server that has not begun.
 
-    Args:
-        load: Gives the pair; called in the engine's thread, while the server already listens.
-        config: What all requests have in common.
-        options: The server's.
-        model: Its name in the API.
-        say: Shows a line to whoever started it.
+    `load` is called in the engine's thread, while the server already listens.
 
     Raises:
         OptionError, DataError: Keys are missing, or their file is unusable.

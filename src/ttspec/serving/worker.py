@@ -50,12 +50,8 @@ class Worker:
     ) -> None:
         """Nothing is loaded before `start`.
 
-        Args:
-            load: Gives the pair; called in the thread.
-            config: What all requests have in common; a request changes limits and sampling.
-            options: The server's.
-            meter: Told of all that happens.
-            tenant: One of those who may ask.
+        `load` gives the pair, and is called in the thread. `tenant` is one of those who may
+        ask.
         """
         self._load, self.config, self.options, self.meter = load, config, options, meter
         self.state: State = "loading"

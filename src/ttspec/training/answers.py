@@ -59,12 +59,8 @@ def write_answers(
 ) -> None:
     """Answer dialogues and append them to `out` as JSON lines; those in it already are skipped.
 
-    Args:
-        engine: Its target decodes; no drafter is used.
-        dialogues: User turns.
-        out: JSON lines {"n": dialogue, "ids": tokens, "spans": answers}.
-        options: How long texts may be, temperature, seed, and dialogues side by side.
-        progress: Called with (dialogues done, tokens written).
+    A line is {"n": dialogue, "ids": tokens, "spans": answers}. `progress` is told how many
+    dialogues are done and tokens written.
     """
     written = out.read_text(encoding="utf-8") if out.exists() else ""
     whole = written[: written.rfind("\n") + 1]

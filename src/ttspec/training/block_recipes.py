@@ -163,9 +163,9 @@ class DSparkRecipe(BlockRecipe[DSpark]):
         """KL of the confidence to the share of drafts that would be kept."""
         assert p is not None
         kept = kept_share(p, logits).clamp(0.0, 1.0)
-        said = drafter.confidence(drafter.weights, hidden.detach(), text)
+        confidence = drafter.confidence(drafter.weights, hidden.detach(), text)
         least = F.binary_cross_entropy(kept, kept, reduction="none")
-        return F.binary_cross_entropy_with_logits(said, kept, reduction="none") - least
+        return F.binary_cross_entropy_with_logits(confidence, kept, reduction="none") - least
 
 
 class DFlash2Recipe(BlockRecipe[DFlash2]):

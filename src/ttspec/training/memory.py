@@ -48,11 +48,7 @@ def require_training(
 ) -> int:
     """Refuse training that does not fit, before anything of it is made.
 
-    Args:
-        target: Is read.
-        config: How to train.
-        trained: The weights that are.
-        longest: Tokens of the longest example.
+    `longest` are the tokens of the longest example.
 
     Returns:
         The bytes that it takes.

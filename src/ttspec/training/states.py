@@ -24,11 +24,7 @@ class TargetStates:
     ) -> None:
         """Nothing is read yet.
 
-        Args:
-            target: It reads.
-            batches: Of all examples there are.
-            taps: Of all drafters that will ask.
-            reserved: Bytes that training takes besides.
+        `taps` are of all drafters that will ask; `reserved` bytes are for training besides.
         """
         self.target, self._batches = target, batches
         self._taps, self.reserved = tuple(sorted(set(taps))), reserved

@@ -221,7 +221,9 @@ class Trainer:
         out.mkdir(parents=True, exist_ok=True)
         part = out / "state.part"
         with writing(part):
-            save_file(tensors, part, metadata={"step": str(self.steps), "seconds": str(seconds)})
+            last = {"loss": self.loss, "accuracy": self.accuracy}
+            metadata = {"step": self.steps, "seconds": seconds, "last": json.dumps(last)}
+            save_file(tensors, part, metadata={k: str(v) for k, v in metadata.items()})
         part.replace(out / "state.safetensors")
 
     def load_state(self) -> float:
@@ -241,6 +243,8 @@ class Trainer:
                     if f"{key}.{name}" in tensors
                 }
         self.steps = int(metadata["step"])
+        if last := json.loads(metadata.get("last", "null")):  # states of before have none
+            self.loss, self.accuracy = last["loss"], tuple(last["accuracy"])
         return float(metadata["seconds"])
 
 
@@ -282,4 +286,5 @@ def _open_folder(config: TrainConfig) -> None:
     if config.out.exists() and any(config.out.iterdir()):
         raise OptionError(f"{config.out} is not empty.\nGive a new folder.")
     config.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    with writing(path):
+        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
