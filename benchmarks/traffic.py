@@ -108,9 +108,8 @@ class Arm:
         assert learner
         assert engine.drafter
         drafter = copy.copy(engine.drafter)
-        drafter.weights = drafter.weights | {
-            n: w.clone() for n, w in learner.weights.published.items()
-        }
+        learned = learner.weights.averaged()
+        drafter.weights = drafter.weights | {n: w.clone() for n, w in learned.items()}
         spec = replace(self.spec, name=name, learn=None)
         return Arm(spec, engine.with_drafter(drafter), self.config, self.rows, self.longest)
 

@@ -262,7 +262,7 @@ def learned_by(engine: Engine) -> Drafter | None:
         return None
     drafter, live = copy.copy(engine.drafter), engine._spare.learner.weights
     assert drafter is not None
-    drafter.weights = drafter.weights | {n: w.clone() for n, w in live.published.items()}
+    drafter.weights = drafter.weights | {n: w.clone() for n, w in live.averaged().items()}
     return drafter
 
 

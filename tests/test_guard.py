@@ -101,6 +101,32 @@ def test_a_copy_that_seems_behind_is_compared_until_that_is_decided():
     assert median(again) < 12  # what was put back before needs less proof
 
 
+def anchor_drafts(guard: Guard, rng: Random, gain: float, updates: int) -> list[bool]:
+    """After each update, of which the due ones compare 8 rows: 32 blocks, as noisy as replayed."""
+    found = []
+    for _ in range(updates):
+        if guard.due([True])[0]:
+            live = 16 * gain + rng.gauss(0, 1)
+            assert not guard.is_worse(0, live, 16, before=0.0, after=0.0, rows=8)
+        guard.record_update(0)
+        found.append(guard.is_behind(0))
+    return found
+
+
+def test_where_all_teach_the_anchor_drafts_soon_after_the_texts_change_and_not_before():
+    """And what was learned drafts again soon after they change back."""
+    ahead, gone, back = list[bool](), list[int](), list[int]()
+    for seed in range(40):
+        rng, guard = Random(seed), Guard(8, 8, 1, falls_back=True)
+        ahead += anchor_drafts(guard, rng, 1.15, 200 + seed % 8)
+        gone.append([*anchor_drafts(guard, rng, 0.93, 60), True].index(True))
+        back.append([*anchor_drafts(guard, rng, 1.15, 60), False].index(False))
+    assert sum(ahead) < 0.02 * len(ahead)
+    assert median(gone) <= 8
+    assert max(gone) <= 16
+    assert max(back) <= 4
+
+
 def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     guard = Guard(4, 8, 2)
     for times in range(4):

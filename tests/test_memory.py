@@ -281,6 +281,46 @@ def assert_remembered(engine: Engine, answers: list[list[int]]) -> None:
         assert any(answer[:20] == f[k : k + 20] for f in found for k in range(len(f))), row
 
 
+def test_where_what_was_learned_drafts_worse_the_anchor_does_until_it_is_better_again(
+    engine, monkeypatch
+) -> None:
+    """It is not lost, and it goes on learning: the next texts may be of the kind that taught it."""
+    own = Engine(engine.target, make_kind("eagle3"))
+    learn = LearnConfig(scope="shared", stride=1, lr=3e-3)
+    asked = {"max_new_tokens": 60, "seed": 5, "temperature": 0.8, "ignore_eos": True}
+    prompts, drafts = ["hello there", "count to ten, please"], list[bool]()
+    draft = DraftConfig(copy=False, adaptive=False)
+    publish = LiveWeights.publish
+
+    def noted(self, *, anchor: bool = False) -> None:
+        drafts.append(not anchor)
+        publish(self, anchor=anchor)
+
+    monkeypatch.setattr(LiveWeights, "publish", noted)
+    for _ in range(2):
+        own.generate(prompts, learn=learn, draft=draft, **asked)
+    (live,) = own._shared_weights._live.values()
+    assert all(drafts[-20:])
+    learned = live._mean.clone()
+
+    def plant(weights: Tensor) -> None:
+        live._master.copy_(weights)
+        live._mean.copy_(weights)
+        drafts.clear()
+
+    plant(live._anchor - 3 * (learned - live._anchor))
+    live.rate = 1e-6
+    own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert not all(drafts[:12]), "the guard was too late"
+    assert not any(drafts[20:])
+    assert torch.equal(live._published[0], live._anchor.to(live._published.dtype))
+    assert own._spare.learner.reverts == [0, 0]
+    plant(learned)
+    own.generate(prompts, learn=learn, draft=draft, **asked)
+    assert any(drafts[:12])
+    assert all(drafts[20:])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("which", "compile"),

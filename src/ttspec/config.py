@@ -217,7 +217,8 @@ class LearnConfig(_Options):
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
     guard: int = 8
     """Every so many updates live and anchor weights are compared on rows that taught neither; live
-    ones that are worse are put back, and rest. 0 never compares."""
+    ones that are worse are put back, and rest. In scope shared it is twice as often, and the anchor
+    drafts while it is better. 0 never compares."""
     keep: str | None = None
     """In scope shared, a folder of versions that held-out lessons find no worse: learning goes on
     from the newest; None forgets with the process."""

@@ -1,4 +1,8 @@
-"""When not to learn: live weights that draft worse than the anchor weights are reverted, and rest.
+"""When not to draft with what was learned, and when not to learn.
+
+Live weights that draft worse than the anchor weights are reverted, and rest. Where a memory of all
+requests teaches, they learn on instead, and the anchor drafts until they are ahead again: their
+next texts may be of another kind.
 
 Knows numbers only. Compared is the expected number of accepted drafts, over blocks that taught
 neither side: live against anchor weights, and updated weights, before they are published, against
@@ -23,7 +27,8 @@ EAGLE-3 7 % in the end, at 0.5 nothing (docs/experiments.md)."""
 RUIN, LEAST = 0.5, 2.0
 """Live weights are worse at once if they lose this share of at least so many drafts."""
 MEMORY = 0.95
-"""What a comparison weighs after the next one: the last 20 count."""
+"""What a row's comparison weighs after the next one: the last 20 count. Rows that share a copy are
+compared together, as so many: of 8 rows the last two or three comparisons count."""
 LEAP, SLACK = 0.4, 0.2
 """Updated weights that lose this share of the drafts, and more than so many, took too large a
 step."""
@@ -45,13 +50,21 @@ class CopyRecord:
     live: float = 0.0
     anchor: float = 0.0
     squares: float = 0.0
+    lost: bool = False
+    """The last comparison."""
 
-    def add(self, live: float, anchor: float) -> None:
-        """Add a comparison; older ones fade."""
-        self.live = self.live * MEMORY + live
-        self.anchor = self.anchor * MEMORY + anchor
-        self.squares = self.squares * MEMORY + (live - anchor) ** 2
-        self.count = self.count * MEMORY + 1
+    def add(self, live: float, anchor: float, rows: int) -> None:
+        """Add a comparison of so many rows; older ones fade."""
+        fade, self.lost = MEMORY**rows, live < anchor
+        self.live = self.live * fade + live
+        self.anchor = self.anchor * fade + anchor
+        self.squares = self.squares * fade + (live - anchor) ** 2
+        self.count = self.count * fade + 1
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether the anchor's drafts are the better ones, by all that counts."""
+        return self.live < self.anchor
 
     @property
     def errors_behind(self) -> float:
@@ -66,11 +79,15 @@ class CopyRecord:
 class Guard:
     """Compares live with anchor weights, copy by copy."""
 
-    def __init__(self, every: int, stride: int, copies: int, after: int = 0) -> None:
+    def __init__(
+        self, every: int, stride: int, copies: int, after: int = 0, *, falls_back: bool = False
+    ) -> None:
         """Compare at every `every`th update, which come every `stride` rounds; 0 is never.
 
-        A copy sits out its first `after` rounds.
+        A copy sits out its first `after` rounds. Where it `falls_back`, it is compared twice as
+        often, and not put back when it is behind: `is_behind` says so.
         """
+        self._falls_back = falls_back
         self.every, self._rest, self._first_rest = every, -(-REST // stride), -(-after // stride)
         self._copies = [CopyRecord(self._first_rest) for _ in range(copies)]
 
@@ -78,16 +95,20 @@ class Guard:
         """Which copies sit out the update that begins now; ask before `due`."""
         return [copy.rest > 0 for copy in self._copies]
 
-    def due(self, active: Sequence[bool]) -> list[bool]:
+    def due(self, active: Sequence[bool], strides: int = 1) -> list[bool]:
         """Which copies the update that begins now shall compare. Counts rests.
 
         Args:
             active: Copies that had rounds since the last update; it is nothing to the others.
+            strides: How many times rarer updates are than they were meant to be.
         """
-        due = []
+        due, every = [], max(1, self.every // strides // (1 + self._falls_back))
         for copy, is_active in zip(self._copies, active, strict=True):
-            often = copy.updates < EARLY or (self.every and copy.updates % self.every == 0)
-            often = often or copy.errors_behind > SUSPECT
+            often = copy.updates < EARLY or copy.updates % every == 0
+            if self._falls_back:
+                often = often or copy.lost or copy.is_behind
+            else:
+                often = often or copy.errors_behind > SUSPECT
             due.append(bool(self.every and is_active and not copy.rest and often))
             copy.rest = max(0, copy.rest - is_active)
         return due
@@ -96,7 +117,9 @@ class Guard:
         """An update had a lesson for the copy, which not every update has."""
         self._copies[copy].updates += 1
 
-    def is_worse(self, copy: int, live: float, anchor: float, before: float, after: float) -> bool:
+    def is_worse(
+        self, copy: int, live: float, anchor: float, before: float, after: float, rows: int = 1
+    ) -> bool:
         """Take a comparison and say whether the copy shall have its anchor weights again.
 
         Args:
@@ -105,15 +128,20 @@ class Guard:
             anchor: The same of anchor weights; both 0 is no comparison.
             before: Over blocks held out of the update, with the weights it started from.
             after: The same with the updated ones.
+            rows: Whose blocks these are.
         """
         record = self._copies[copy]
         if live + anchor > 0:
-            record.add(live, anchor)
+            record.add(live, anchor, rows)
         lost, proof = record.anchor - record.live, PROOF_AGAIN if record.reverts else PROOF
         proven = record.count > FEW and record.errors_behind > proof
-        worse = lost > MARGIN * record.anchor and proven
+        worse = lost > MARGIN * record.anchor and proven and not self._falls_back
         ruined = record.anchor >= LEAST and lost > RUIN * record.anchor
         return worse or ruined or after + SLACK < before * (1 - LEAP)
+
+    def is_behind(self, copy: int) -> bool:
+        """Whether the anchor shall draft for a copy that learns on."""
+        return self._falls_back and self._copies[copy].is_behind
 
     def gain(self) -> float:
         """Accepted drafts of live weights for one of the anchor's; 1 if nothing was compared."""

@@ -200,14 +200,14 @@ class Keeper:
         self.version = version.number
 
     def _drafting(self) -> dict[str, Tensor]:
-        """A copy of the weights that draft now."""
-        return {name: weight.detach().clone() for name, weight in self.live.published.items()}
+        """A copy of what was learned, as it drafts."""
+        return {name: weight.detach().clone() for name, weight in self.live.averaged().items()}
 
     def _judge(self) -> Judgement:
         """Score the live weights, and those they are compared with."""
         if self.study is None:
             return Judgement(0)
-        sets = {"live": self.live.published, "before": self._before, "anchor": {}}
+        sets = {"live": self.live.averaged(), "before": self._before, "anchor": {}}
         blocks, drafts = self.study.judge(sets, MOST_PAGES)
         return Judgement(blocks, **drafts)
 

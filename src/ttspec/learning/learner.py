@@ -91,7 +91,7 @@ class Learner:
         self._lesson: Lesson
         device, copies = drafter.embedding.device, len(self.weights.resting)
         self._report = UpdateReport.empty(rows, device)
-        self.guard = Guard(config.guard, self.stride, copies, after)
+        self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
         self._held_out = HELD_OUT if config.blocks >= 2 * HELD_OUT and not self.study else 0
         self._active, self._taught = [False] * copies, [False] * rows
         """Copies, and rows, that had rounds since the last update."""
@@ -210,19 +210,19 @@ class Learner:
         report, self._pending = UpdateReport(self._pending.table.cpu()), None
         may_step = self.weights.may_step(report).tolist()
         steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
-        taught = (report.blocks > 0).tolist()
+        taught, rows = (report.blocks > 0).tolist(), 1
         if self.study:
             taught = [any(taught) and row for row in self._taught]
-            self._taught = [False] * len(taught)
+            self._taught, rows = [False] * len(taught), sum(taught)
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
             had_lesson = any(taught) if self.shared else taught[copy]
             if had_lesson and steps[copy]:
                 self.guard.record_update(copy)
-            worse = steps[copy] and self.guard.is_worse(copy, *comparison)
+            worse = steps[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
             if worse or (had_lesson and not may_step[copy]):
                 self.revert(copy)
-        self.weights.publish()
+        self.weights.publish(anchor=self.guard.is_behind(0))
         updated = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, updated, strict=True)]
         return updated
@@ -302,7 +302,7 @@ class Learner:
     def _begin_update(self, longest: int) -> None:
         """Start an update on the newest lessons, if any copy may learn."""
         before, self._resting = self._resting, self.guard.resting()
-        due = self.guard.due(self._active)
+        due = self.guard.due(self._active, self.strides if self.study else 1)
         self._active = [False] * len(due)
         if all(self._resting):
             return
@@ -367,9 +367,9 @@ class Learner:
 
     @torch.no_grad()
     def _compare_newest(self, longest: int) -> None:
-        """Compare what drafts now with the anchor, on blocks that hardly taught yet."""
+        """Compare what was learned with the anchor, on blocks that hardly taught yet."""
         newest = self._lesson.part(0, COMPARED)
-        weights = {**self.drafter.weights, **self.weights.published}
+        weights = {**self.drafter.weights, **self.weights.averaged()}
         self._compare(self._distillation.expected_drafts(weights, newest, longest), longest)
 
     def _compare(self, live: Tensor, longest: int) -> None:

@@ -115,7 +115,7 @@ class LiveWeights:
         self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
         self.learned = self._views(self._mean)
-        """What drafts once it is published, float32."""
+        """What drafts once it is published, if not the anchor does; float32."""
         self.published = {n: self._for_drafter(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
@@ -172,14 +172,24 @@ class LiveWeights:
             weight = ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # short at first
             self._mean.lerp_(self._master, (1 - weight) * stepped)
 
-    def publish(self) -> None:
-        """Let the masters draft: in place, whoever holds the published weights sees it."""
+    def publish(self, *, anchor: bool = False) -> None:
+        """Let the masters draft, or the `anchor`, where nothing reads them as they are.
+
+        In place: whoever holds the published weights sees it.
+        """
         if self._published is not self._master:
-            self._published.copy_(self._mean)
+            self._published.copy_(self._anchor if anchor else self._mean)
 
     def candidate(self) -> dict[str, Tensor]:
         """The masters as what drafts is rounded."""
-        rounded = self._views(self._master.to(self._published.dtype))
+        return self._rounded(self._master)
+
+    def averaged(self) -> dict[str, Tensor]:
+        """What was learned as what drafts is rounded, whether or not it drafts."""
+        return self._rounded(self._mean)
+
+    def _rounded(self, table: Tensor) -> dict[str, Tensor]:
+        rounded = self._views(table.to(self._published.dtype))
         return {n: self._for_drafter(w) for n, w in rounded.items()}
 
     def start_from(self, start: Mapping[str, Tensor]) -> None:
