@@ -40,8 +40,9 @@ FORGET = 1 / 8
 """The same of drafts that the round did not have, so that longer rounds are tried again soon."""
 HOPE = 0.7
 """Chance of a first draft, as long as nothing is known."""
-SPIKE = 4.0
-"""Times its length's usual cost that a round is charged at most: more is another process's."""
+SPIKE = 2.0
+"""Times its length's usual cost that a round is charged at most: more is another process's, and
+would have held up plain rounds as well, of which the middle one counts."""
 PLAIN_SEEN, COSTS_SEEN = 3, 5
 """Rounds of a kind whose middle time counts."""
 STALE = 256
@@ -220,7 +221,7 @@ class DraftPolicy:
     def _charge(self, length: int, cost: float, emitted: float) -> None:
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
         costs = self._costs[length]
-        if len(costs) == COSTS_SEEN:
+        if costs:
             cost = min(cost, SPIKE * self._usual[length])
         costs.append(cost)
         del costs[:-COSTS_SEEN]
