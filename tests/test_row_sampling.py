@@ -477,13 +477,13 @@ def test_rows_without_a_grammar_pay_nothing_for_it(engine) -> None:
 )
 def test_a_grammar_teaches_the_targets_own_distribution(engine, monkeypatch, supervision) -> None:
     """What a mask forbids here may be right elsewhere; and a law with zeros has logits of -inf."""
-    absorb, told = Learner.absorb, list[Tensor]()
+    keep, told = Learner.keep, list[Tensor]()
 
     def recorded(learner, verification, *args, **options):
         told.append(verification.logits[verification.emitted > 0].clone())
-        return absorb(learner, verification, *args, **options)
+        keep(learner, verification, *args, **options)
 
-    monkeypatch.setattr(Learner, "absorb", recorded)
+    monkeypatch.setattr(Learner, "keep", recorded)
     learn = LearnConfig(stride=1, lr=3e-3, publish="now", supervision=supervision, guard=0)
     options = {"temperature": 0.9, "max_new_tokens": 30}
     config = GenerateConfig(learn=learn, **options)

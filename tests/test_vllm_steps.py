@@ -59,10 +59,11 @@ def record(which: str, target, prompts: list[str], tokens: int = 30) -> Recorded
             found.prompts[row] = torch.cat([read, tokens[i]]), torch.cat([seen, features[i]])
         extend(self, state, tokens, features, start, subset)
 
-    def watched_absorb(self, verification, *args, **options):
+    def watched_absorb(self, *args, **options):
+        verification = self._verification  # kept when it was made
         if verification.proposal.count.min() == 0:  # near a limit ttspec drafts nothing
             done.append(1)
-        updated = absorb(self, verification, *args, **options)
+        updated = absorb(self, *args, **options)
         if not found.rounds:  # what the round itself made context is no prompt
             for row, (read, seen) in found.prompts.items():
                 begin = int(verification.start[row])

@@ -108,7 +108,7 @@ class SpeculativeRound(RoundStages):
                 self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
         emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
         self.deferred.after_round(verification, emitted, shape)
-        updated = self._learn(launched, emitted, following)
+        updated = self._teach(launched, emitted, following)
         took, some, left = self.timer.finish(launched.marks), self._target_rows, self.rows.active()
         if following:  # the device knows as well which rows have ended
             self.launched = following._replace(active=left) if left else None
@@ -126,7 +126,7 @@ class SpeculativeRound(RoundStages):
         )
         return outcomes
 
-    def _learn(
+    def _teach(
         self, launched: Launched, emitted: dict[int, int], following: Launched | None
     ) -> list[bool]:
         """Let the learner take note of a round; of each row, whether what it learned is published.
