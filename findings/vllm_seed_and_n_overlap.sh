@@ -6,7 +6,7 @@
 # averages over a third as many answers as he believes, and error bars come out too small. Nothing tells.
 # Expected: 40 different answers, of a model whose next token is nearly uniform over 512: streams of a request's choices that depend on seed and
 # choice together, as transformers' and OpenAI's users know no other relation of two seeds than "another answer".
-# Seen, 2026-11-29, a Xeon, torch 2.13.0; a llama of one layer with random weights:
+# Seen, 2026-11-29, torch 2.13.0; a llama of one layer with random weights:
 #     40 answers, 13 different; each choice is the one before of the next seed: True
 # Fails when there are not 13. Takes some minutes and 4 GB for a while: it installs vLLM.
 set -eu
