@@ -313,7 +313,7 @@ def test_statistics_tell_what_was_read_again(typist, capsys):
     assert second.stats.reread_tokens == len(was) - 1 - len("A talk of ")
     assert json.loads(json.dumps(second.to_dict()))["stats"]["reread_tokens"] > 0
     copied = replace(second.stats, copied_tokens=7)
-    assert "7 of them copied" in summary(copied)
+    assert "7 copied" in summary(copied)
     assert "copied" not in summary(replace(copied, copied_tokens=0))
     assert f"{second.stats.reread_tokens} tokens read again" in summary(second.stats)
     assert "read again" not in summary(first.stats)

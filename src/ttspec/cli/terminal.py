@@ -64,7 +64,7 @@ def summary(stats: Stats) -> str:
     """One line of figures."""
     parts = [f"{stats.emitted_tokens} tokens"]
     if stats.copied_tokens:
-        parts.append(f"{stats.copied_tokens} of them copied")
+        parts.append(f"{stats.copied_tokens} copied")
     parts.append(f"{stats.tokens_per_second:.1f} tokens/s")
     if stats.rounds:
         parts.append(f"acceptance length {stats.acceptance_length:.2f}")
