@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import NOW, G, bound_drafter, fake_round, lesson, make_learner
+from toys import NOW, G, bound_drafter, fake_round, learn_from, lesson, make_learner
 
 from ttspec.config import LearnConfig
 from ttspec.learning import guard as guards
@@ -163,7 +163,7 @@ def taught(learner, drafter, state, rounds: int, rows: int = 2) -> list[list[boo
     for number in range(rounds):
         v = fake_round(number, rows, emitted=[1 + number % 2] * rows, same=True)
         drafter.absorb(state, v)
-        done.append(learner.absorb(v, int(v.start.max())))
+        done.append(learn_from(learner, v, int(v.start.max())))
     return done
 
 

@@ -13,6 +13,7 @@ from toys import (
     bound_drafter,
     bound_kind,
     fake_round,
+    learn_from,
     lesson,
     make_learner,
     random_features,
@@ -34,7 +35,7 @@ from ttspec.records import Lesson, Verification
 
 def step(learner: Learner, drafter: DFlash, state: DraftState, v: Verification) -> list[bool]:
     drafter.absorb(state, v)
-    return learner.absorb(v, int(v.start.max()))
+    return learn_from(learner, v, int(v.start.max()))
 
 
 def bits(weights: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +128,7 @@ def test_a_first_step_goes_down_the_weighted_kl():
     weights = torch.exp(-torch.arange(G) / 2.0)
     loss = ((p.exp() * (p - q)).sum(-1) * weights).sum() / weights.sum()
     loss.backward()
-    learner.absorb(v, 8)
+    learn_from(learner, v, 8)
     for name, leaf in leaves.items():
         moved = state.weights[name][0] - drafter.weights[name]
         clear = leaf.grad.abs() > 1e-5
@@ -152,7 +153,7 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
     for n in range(6):
         v = fake_round(n, 1)
         drafter.absorb(state, v)
-        learner.absorb(v, 8 + n)
+        learn_from(learner, v, 8 + n)
     lessons = Lessons(config, 1, G, v)
     for n in range(6):
         lessons.absorb(fake_round(n, 1))
@@ -205,7 +206,7 @@ def test_after_a_revert_a_row_learns_as_from_the_start():
     # The history's keys and values were made with other weights; the block sees them all.
     other.keys.copy_(state.keys)
     other.values.copy_(state.values)
-    fresh.absorb(v, int(v.start.max()))
+    learn_from(fresh, v, int(v.start.max()))
     for name in learner.weights.anchor:
         torch.testing.assert_close(
             learner.weights.master[name][0],

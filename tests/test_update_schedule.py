@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from toys import bound_drafter, fake_round, toy_engine
+from toys import bound_drafter, fake_round, learn_from, toy_engine
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.learning.learner import Learner
@@ -138,7 +138,7 @@ def test_a_row_used_again_waits_again():
         for number in range(first, first + 5):
             v = fake_round(number, 2)
             drafter.absorb(state, v)
-            found.append(learner.absorb(v, 8 + number))
+            found.append(learn_from(learner, v, 8 + number))
         return found
 
     assert rounds(0) == [[False] * 2] * 3 + [[True] * 2] * 2

@@ -465,6 +465,12 @@ def make_learner(
     return Learner(config, drafter, state, rows, G), drafter, state
 
 
+def learn_from(learner: Learner, v: Verification, longest: int) -> list[bool]:
+    """Give a learner a round, and commit it."""
+    learner.keep(v, longest)
+    return learner.absorb(longest)
+
+
 def fake_round(
     number: int,
     rows: int,

@@ -145,9 +145,8 @@ class SpeculativeRound(RoundStages):
         if not (launched.heard or counts):
             return [False] * self.rows.count
         return learner.absorb(
-            None,  # it was kept when it was launched
             launched.longest,
-            active=launched.active,
+            launched.active,
             drafted=shape.draft_length > 0,
             emitted=emitted,
             told=launched.heard,

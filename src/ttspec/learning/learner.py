@@ -6,8 +6,8 @@ Weights change only between rounds, in `absorb`. On a GPU an update may run besi
 reads a copy of the lessons, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-Whoever verifies drafts calls `drafter.absorb`, so that what was committed becomes context, and then
-`learner.absorb`; `forget` where a row is cropped, `reset` where it gets another request.
+Whoever verifies drafts calls `drafter.absorb`, so that what was committed becomes context, `keep`,
+and `absorb` once it is committed; `forget` where a row is cropped, `reset` for another request.
 """
 
 from __future__ import annotations
@@ -115,7 +115,6 @@ class Learner:
 
     def absorb(
         self,
-        verification: Verification | None,
         longest: int,
         active: Sequence[int] | None = None,
         *,
@@ -124,23 +123,20 @@ class Learner:
         told: bool = True,
         ahead: int = 0,
     ) -> list[bool]:
-        """Keep the round's lesson and, every `stride` rounds, update.
+        """Take note of a round that is committed and, every `stride` rounds, update.
 
         Args:
-            verification: The round just committed; None if `keep` was given it already.
             longest: Its largest start, known on the host.
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
-            told: Whether the lesson is kept.
+            told: Whether `keep` was given it.
             ahead: Tokens of a row, at most, of the next round, if that is under way already.
 
         Returns:
             For each row, whether it was updated.
         """
         counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        if told and verification:
-            self.keep(verification, longest, drafted=drafted)
         if self._lessons is None:
             return updated
         self._rounds += counts
