@@ -175,12 +175,12 @@ def draw(turns: list[dict[str, Any]]) -> Figure:
     figure, (axes,) = plot_style.panels(1, height=3.4)
     figure.set_size_inches(7.2, 3.4)
     arms = list(dict.fromkeys(turn["arm"] for turn in turns))
-    colours = plot_style.colours([arm.partition("[")[0] for arm in arms])
-    for arm in arms:
+    kinds, colours = [arm.partition("[")[0] for arm in arms], plot_style.colours(arms)
+    for arm, kind in zip(arms, kinds, strict=True):
         own = [turn for turn in turns if turn["arm"] == arm]
-        name = arm.partition("[")[0]
         speeds = [turn["tokens"] / turn["seconds"] for turn in own]
-        axes.plot([turn["first"] for turn in own], speeds, label=name, color=colours[name])
+        name = kind if kinds.count(kind) == 1 else arm
+        axes.plot([turn["first"] for turn in own], speeds, label=name, color=colours[arm])
     axes.set(xlabel="requests answered before", ylabel="tokens a second")
     axes.set(xlim=(0, None), ylim=(0, None))
     plot_style.legend(figure, axes, columns=4)

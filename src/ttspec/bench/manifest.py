@@ -154,8 +154,10 @@ def git_revision() -> str | None:
     # Not `describe --dirty`, which locks the index: cut short, by a full disk say, it stays locked.
     git = ["git", "--no-optional-locks", "-C", str(root)]
     revision = _output([*git, "describe", "--always", "--abbrev=12"])
+    if not revision:
+        return None
     changed = _output([*git, "status", "--porcelain", "--untracked-files=no"])
-    return f"{revision}-dirty" if revision and changed else revision
+    return f"{revision}-dirty" if changed else revision
 
 
 def _output(command: list[str]) -> str | None:

@@ -46,7 +46,9 @@ class Table:
         for row in self.rows:
             grid.add_row(*map(Text, row))
         console.print(grid)
-        console.print(f"{self.note}\n" if self.note else "", style="dim", markup=False)
+        if self.note:
+            console.print(self.note, style="dim", markup=False)
+        console.print()
 
 
 def table_console() -> Console:

@@ -247,6 +247,7 @@ class ShapeFlags(ModelFlags):
         self._prepare()
         from ttspec.bench.manifest import forced_sentence
         from ttspec.decoding.forced import load_random
+        from ttspec.heap import freeze_heap
 
         if notify:
             notify(f"Making random weights in the shapes of {self.random_weights}.")
@@ -257,6 +258,7 @@ class ShapeFlags(ModelFlags):
             dtype=self.dtype,
             compile=self.compile,
         )
+        freeze_heap()
         if notify:
             notify(forced_sentence({"random_weights": engine.random_weights}))
         return engine

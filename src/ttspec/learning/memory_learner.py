@@ -63,7 +63,7 @@ class MemoryLearner:
         self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.study = self.study
-        self.updates = self.reverts = self.comparisons = 0
+        self.updates = self.reverts = 0
         self.gain = 1.0
         """Drafts accepted of the live weights, for one of the anchor's, when last compared."""
         self._behind = self._rest = self._new_texts = 0
@@ -170,7 +170,7 @@ class MemoryLearner:
 
     def judge(self, gain: float) -> None:
         """Take a comparison, drafts of live weights for one of the anchor's; maybe revert."""
-        self.gain, self.comparisons = gain, self.comparisons + 1
+        self.gain = gain
         self._behind = self._behind + 1 if gain < WORSE else 0
         if self._behind == 2 or gain < RUINED:
             self.revert()

@@ -24,7 +24,7 @@ from ttspec.serving.problems import Problem
 FOR_ANYBODY = ("/", "/health")
 """Paths that need no key."""
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
-"""A client's own, which is fields again and logged."""
+"""A client's own, which is sent back and logged."""
 
 
 class Gate:

@@ -41,18 +41,16 @@ def capture_when_warm(learning: WorkerLearning) -> None:
         if learning.state == "learning":
             loads = "loads what it learned without CUDA graphs"
             if learner:
-                _is_done(
-                    learning, "learns without CUDA graphs", lambda: _capture(learning, learner)
-                )
+                _try(learning, "learns without CUDA graphs", lambda: _capture(learning, learner))
             shared = learner.shared if learner else None
-            _is_done(learning, loads, lambda: learning.live.capture(shared))
+            _try(learning, loads, lambda: learning.live.capture(shared))
         return found
 
     if learning.runner.device.type == "cuda" and not learning.config.model_config.enforce_eager:
         learning.worker.compile_or_warm_up_model = warm_up_and_capture
 
 
-def _is_done(learning: WorkerLearning, otherwise: str, part: Callable[[], None]) -> bool:
+def _try(learning: WorkerLearning, otherwise: str, part: Callable[[], None]) -> bool:
     """Whether a part worked; if not, one line says how learning goes on and why."""
     failed = failure_of(part)
     if failed:
@@ -75,7 +73,7 @@ def _capture(learning: WorkerLearning, learner: EngineLearner) -> None:
     # As vLLM compiles its models, or does not.
     compiles = bool(getattr(learning.config.compilation_config, "mode", 0))
     otherwise = "learns without compiled updates"
-    if not compiles or not _is_done(learning, otherwise, lambda: learner.capture(compile=True)):
+    if not compiles or not _try(learning, otherwise, lambda: learner.capture(compile=True)):
         learner.capture(compile=False)
     took = (torch.cuda.memory_reserved() - held) / 1e6
     passed = time.monotonic() - began

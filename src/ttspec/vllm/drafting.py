@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ttspec.learning.memory_learner import MemoryLearner
-from ttspec.learning.update_schedule import FULL
+from ttspec.learning.update_schedule import share_of_updates
 from ttspec.models.capture import Graphs
 from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
 
@@ -68,8 +68,8 @@ class LiveDrafter:
         self._learner = learner
         if self.group.world_size > 1:
             self._run(self._pack_learned, 0, compile=False)
-            # As `share_of_updates` falls there is something new less often.
-            self._row[-1:].fill_(min(max(1, learner.updates // FULL), RAREST))
+            rarer = share_of_updates(0) / share_of_updates(learner.updates)
+            self._row[-1:].fill_(min(int(rarer + 1e-6), RAREST))
         else:
             self._run(self._load_learned, 0, compile=False)
 

@@ -1,8 +1,6 @@
-"""Which request has which row of the shadow drafter, and for how long. Knows no engine.
+"""Which request is read in which row of the memory, and for how long. Knows no engine.
 
-A request begins at position 0 of its row wherever it is in its text: what was not seen of it, as
-a prompt that a prefix cache had, is not there. Rotary attention knows distances only, so nothing
-else needs to know.
+What was not seen of a request, as a prompt that a prefix cache had, is not there.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class TimeShare:
         self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
         self.spent = dict.fromkeys(PURPOSES, 0.0)
         """Seconds, in all."""
-        self.on_host = dict.fromkeys(PURPOSES, 0.0)
+        self.on_host = 0.0
         """Those of them in which the host did nothing else."""
         self.steps = 0
         self.worked = 0.0
@@ -71,7 +71,7 @@ class TimeShare:
         began = time.perf_counter()
         yield
         host = time.perf_counter() - began
-        self.on_host[purpose] += host
+        self.on_host += host
         self.spend(host, purpose)
 
     @contextmanager
