@@ -74,7 +74,7 @@ class Learner:
         self.config, self.drafter, self.state = config, drafter, state
         self.length = taught(drafter, length)
         self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
-        """Rounds, and how many times so many, between updates; and rounds that were."""
+        """Rounds, and how many times so many, between updates; and rounds since the last one."""
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
@@ -144,10 +144,11 @@ class Learner:
             self._active[0 if self.shared else row] = self._taught[row] = True
         if told and self.study:
             self.study.note(self._lessons, emitted, self._rounds % self.stride == 0, ahead)
-        due = counts and self._rounds % (self.stride * self.strides) == 0
+        due = counts and self._rounds >= self.stride * self.strides
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
         if due:
+            self._rounds = 0
             self._begin_update(longest)
             if self._publish == "now":
                 updated = self.publish()

@@ -7,7 +7,7 @@ own comparison of live with anchor weights.
 from __future__ import annotations
 
 from collections import deque
-from math import ceil, log2
+from math import ceil
 from statistics import median
 
 from ttspec.learning.learner import Learner
@@ -27,7 +27,12 @@ UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
 of what they gain, the part that may be spent."""
 PATIENCE = 8
-"""Updates before the first change, and between two."""
+"""Updates that are to be seen before anything follows from what they cost, and remembered."""
+FIRST_STRIDES = 4
+"""Strides between those, where all requests teach: with less a slow update runs beside every round,
+so that no round says what drafting costs."""
+ENOUGH = 0.7
+"""Part of the share that may stay unused before updates come more often."""
 ASSUMED = 2.0
 """Rounds that an update is taken to cost where no clock may decide. Measured: about two on two
 cores of a CPU (docs/experiments.md)."""
@@ -51,12 +56,18 @@ class UpdateSchedule:
         kernel that was compiled, would make all rare for long."""
         self._extra = self._accepted = 0.0
         """The same of the update under way; drafts accepted a round, on average."""
-        self._rounds = self._updates = self._since_change = 0
+        self._rounds = self._updates = 0
         self._beside = False
         """Whether an update runs beside the next round."""
 
     def observe(
-        self, seconds: float, updated: bool, accepted: float | None, learner: Learner
+        self,
+        seconds: float,
+        updated: bool,
+        accepted: float | None,
+        learner: Learner,
+        *,
+        pauses: bool = False,
     ) -> None:
         """Take note of a round, and set the learner's `strides`.
 
@@ -66,6 +77,7 @@ class UpdateSchedule:
                 before: all that these took more is its cost.
             accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
             learner: Whose gain is asked, and whose `strides` are set.
+            pauses: Whether the drafter is not to draft for long.
         """
         drafted = accepted is not None
         if accepted is not None:
@@ -82,19 +94,18 @@ class UpdateSchedule:
         if not updated:
             return
         self._updates += 1
-        self._since_change += 1
         self._costs.append(self._extra)
         self._extra = 0.0
-        if self._since_change < PATIENCE:
+        if self._updates < PATIENCE:
+            learner.strides = FIRST_STRIDES if learner.study else learner.strides
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.study:
             may = share_of_updates(self._updates)
-            may = may if drafted else min(may, SHARE_UNUSED)
+            may = min(may, SHARE_UNUSED) if pauses else may
         else:
             static = self._accepted / max(learner.guard.gain(), 1e-3)
             may = max(UNPROVEN, SPENT * ((1 + self._accepted) / (1 + static) - 1))
         excess = cost / may
-        if excess > 1 or excess < 1 / 3:
-            wanted = 1 << ceil(log2(max(1.0, learner.strides * excess)))
-            learner.strides, self._since_change = min(wanted, MAX_STRIDES), 0
+        if excess > 1 or excess < ENOUGH:
+            learner.strides = min(max(1, ceil(learner.strides * excess)), MAX_STRIDES)
