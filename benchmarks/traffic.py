@@ -37,6 +37,12 @@ from ttspec.heap import freeze_heap
 
 SHARED = "learn-shared[copy=true,context=auto,adaptive=true]"
 PARTS, RESAMPLED = 4, 2000
+LABELS = {
+    "plain": "plain decoding",
+    "static-copy": "static drafter",
+    "learn-shared": "drafter that learns",
+    "frozen": "what it learned, kept",
+}
 app = App(help=__doc__)
 
 
@@ -179,7 +185,7 @@ def draw(turns: list[dict[str, Any]]) -> Figure:
     for arm, kind in zip(arms, kinds, strict=True):
         own = [turn for turn in turns if turn["arm"] == arm]
         speeds = [turn["tokens"] / turn["seconds"] for turn in own]
-        name = kind if kinds.count(kind) == 1 else arm
+        name = LABELS.get(kind, kind) if kinds.count(kind) == 1 else arm
         axes.plot([turn["first"] for turn in own], speeds, label=name, color=colours[arm])
     axes.set(xlabel="requests answered before", ylabel="tokens a second")
     axes.set(xlim=(0, None), ylim=(0, None))
