@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from servers import CONTEXT, FORM, HELLO, LEARN, chat, complete, events, running, until
 
+from ttspec.cli import main
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.errors import DataError, OptionError
@@ -303,6 +304,30 @@ def in_background(ask: Callable[[], httpx.Response], found: list[int]) -> thread
     thread = threading.Thread(target=lambda: found.append(ask().status_code))
     thread.start()
     return thread
+
+
+@pytest.mark.parametrize(
+    ("flags", "scope"),
+    [
+        ([], "shared"),
+        (["--api-key-file", "keys.txt"], "request"),
+        (["--learn.scope", "session"], "session"),
+        (["--no-learn"], None),
+    ],
+)
+def test_without_keys_all_requests_teach_one_drafter(
+    flags: list[str], scope: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def serve(_: object, config: GenerateConfig, *rest: object) -> int:
+        found.append(config.learn)
+        return 0
+
+    monkeypatch.setattr("ttspec.serving.server.serve", serve)
+    assert main(["serve", *flags]) == 0
+    (learn,) = found
+    assert (learn and learn.scope) == scope
 
 
 def test_who_comes_first_is_served_first_and_who_is_too_many_told_when_to_come_again(

@@ -35,7 +35,8 @@ def serve(
     target
         The same as --target.
     learn
-        Whether drafters learn while they generate.
+        Whether drafters learn while they generate: without --api-key-file one drafter from all
+        requests, as with --learn.scope shared; with it each request its own, as keys are tenants.
     add_key
         Draw a key for this name, add its hash to --api-key-file, show the key once, and end.
     """
@@ -44,6 +45,8 @@ def serve(
     if target is not None:
         models = replace(models, target=target)
     serving.require_keys()
+    if learn and learning.scope is None and serving.api_key_file is None:
+        learning = replace(learning, scope="shared")  # everybody is one tenant
     config = GenerateConfig(
         context=serving.context,
         max_new_tokens=1,  # a request says how many, or has what room there is

@@ -38,9 +38,6 @@ MEMORY = 64.0
 LEAST_CHANCE, LEAST_FREE_CHANCE = 0.15, 0.01
 """A copy ends where the chance that a token is kept falls below this: the second where rounds in
 which rows copy are all as wide, and only the host's time is spared."""
-IDLE, LEFT_OUT = 16, 7
-"""Looks in a row that found nothing for several rows, after which so many rounds are left out
-between two: then the device need not wait for the host."""
 WIDER = 0.15
 """What the next width of a round is taken to cost more where no clock may decide."""
 DRAFTED, DRAFTS_SEEN = 1.0, 16.0
@@ -183,8 +180,9 @@ class Copying:
                 much less. From the weights that it reads, not from a clock.
             widths: Rounds in which rows copy are as wide as one of these, ascending; of none, as
                 the longest copy.
-            costs: What wide rounds take, by the clock: rows copy where the round pays. Without it
-                each row copies where that promises more than a draft.
+            costs: What wide rounds take, by the clock: rows copy where the round pays, and look
+                for copies where looking does. Without it each row copies where that promises more
+                than a draft.
         """
         self.most, self._block_cost, self.widths = most, block_cost, widths
         self._least = LEAST_FREE_CHANCE if widths else LEAST_CHANCE
@@ -192,8 +190,6 @@ class Copying:
         self._rows = [SuffixIndex() for _ in range(rows)]
         self._accepted = [DRAFTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
-        self._idle = self._left_out = 0
-        """Looks that found nothing, and rounds that go without one."""
         self._behind = False
         """Whether rows have tokens that were not looked at."""
 
@@ -207,6 +203,9 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
+        if self._costs and not self._costs.trials.looks:
+            self._behind = True
+            return {}
         copies, self._behind = dict[int, Copy](), False
         for row in active:
             index = self._rows[row]
@@ -238,14 +237,8 @@ class Copying:
         One row's copies bring most, and begin where its last tokens stood before: it waits there.
         Several rows go on unless a copy would pay by now: they may begin to copy a round later.
         """
-        if self._left_out:
-            self._left_out, self._behind = self._left_out - 1, True
-            return False
         if len(active) > 1:
-            found = bool(self.choose(active, tokens, drafts=drafts))
-            self._idle = 0 if found else self._idle + 1
-            self._left_out = LEFT_OUT if self._idle >= IDLE else 0
-            return found
+            return bool(self.choose(active, tokens, drafts=drafts))
         index = self._rows[active[0]]
         index.follow(tokens[active[0]])
         return index.is_met

@@ -122,10 +122,8 @@ class Decoder(SpeculativeRound):
         repeats = batch_invariant or sampling.acceptance == "rejection"
         by_clock = draft.adaptive and not repeats
         if by_clock and self.state is not None:
-            # Where a graph is launched a shorter block saves nothing, and each length of a chain is
-            # captured, and read by a target that may be compiled for it.
-            at_once = drafter is not None and drafter.at_once
-            halvings = (0 if at_once else 1) if self.graphs.on else 2
+            # Where a graph is launched a block that is drafted at once is no cheaper if shorter.
+            halvings = 0 if self.graphs.on and drafter and drafter.at_once else 2
             self.policy = policy or DraftPolicy(self.gamma, halvings=halvings)
         self.copying, copy_costs = None, None
         if by_clock and rows > 1:  # one row's copy is paid for by all

@@ -48,9 +48,13 @@ class PolicyFeedback:
             apart = updated or learner.is_updating
         first = took.captured or apart
         if self._copy_costs and not first:
-            drafts = draft_length > 0
             self._copy_costs.observe(
-                len(outcomes), drafts, copy_length, took.seconds, chained=chained
+                len(outcomes),
+                draft_length > 0,
+                copy_length,
+                took.seconds,
+                tokens=sum(len(outcome.tokens) for outcome in outcomes.values()),
+                chained=chained,
             )
         if not (policy.adaptive or self._schedule):
             return

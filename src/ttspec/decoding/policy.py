@@ -43,6 +43,8 @@ HOPE = 0.7
 SPIKE = 2.0
 """Times its length's usual cost that a round is charged at most: more is another process's, and
 would have held up plain rounds as well, of which the middle one counts."""
+MOST_ENTRY = 8.0
+"""Plain rounds that the first round of a try is charged at most, for the same reason."""
 PLAIN_SEEN, COSTS_SEEN = 3, 5
 """Rounds of a kind whose middle time counts."""
 STALE = 256
@@ -110,6 +112,9 @@ class DraftPolicy:
         self._account = 0.0
         self._won = 0.0
         """Plain rounds that the present try has gained."""
+        self._entry: float | None = 0.0
+        """Plain rounds that its first round lost, and that were not won back: by so much more may
+        drafting be behind. None before it."""
         self._length = longest
         """Of drafting rounds; 0 while they pause."""
         self._failures, self._pause = 0, 0
@@ -220,6 +225,11 @@ class DraftPolicy:
 
     def _charge(self, length: int, cost: float, emitted: float) -> None:
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
+        if self._entry is None:  # the drafter reads first what it missed: no cost of the length
+            cost = min(cost, MOST_ENTRY)
+            self._entry = max(0.0, cost - emitted)
+            self._book(cost - emitted, emitted)
+            return
         costs = self._costs[length]
         if costs:
             cost = min(cost, SPIKE * self._usual[length])
@@ -232,6 +242,7 @@ class DraftPolicy:
         if self._won >= BEHIND:
             self._failures = 0
         self._book(cost - emitted, emitted)
+        self._entry = min(self._entry, max(0.0, self._account))
 
     def _book(self, loss: float, emitted: float) -> None:
         self._account += loss
@@ -241,7 +252,7 @@ class DraftPolicy:
 
     def _go_on(self, context: int) -> None:
         """After a drafting round: what comes next."""
-        if self._account > BEHIND:
+        if self._account > BEHIND + (self._entry or 0.0):
             if self._since < RECENT:
                 self._fail()
             else:  # plain rounds may be slower by now, too
@@ -267,8 +278,11 @@ class DraftPolicy:
         if self._doubt is not None:
             slower = self._cost_of_plain > 1.1 * self._doubt
             self._doubt = None
-            if slower:
+            if slower:  # what drafts cost lately was reckoned by another plain round
                 self._account = 0.0
+                self._usual.clear()
+                for costs in self._costs.values():
+                    costs.clear()
             else:
                 self._fail()
         elif not self._length:
@@ -279,7 +293,7 @@ class DraftPolicy:
             length = self.longest if self._calibration else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
-                self._length, self._won = length, 0.0
+                self._length, self._won, self._entry = length, 0.0, None
                 self._until = REFRESH  # it is known well by now
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
@@ -330,7 +344,7 @@ class DraftPolicy:
     def speed(self, length: int) -> float:
         """Tokens per time of a plain round, with so many drafts a round."""
         if not self._usual:
-            return float(length)  # nothing to go by: the drafter's own length
+            return 0.0  # nothing to go by: none is better than another
         return self.tokens(length) / self._cost(length)
 
     def _cost(self, length: int) -> float:
