@@ -26,6 +26,13 @@ from ttspec.serving.worker import Worker
 KEEP_ALIVE = 15
 """Seconds that an idle connection stays."""
 
+LEARNS = {
+    "request": "Each request teaches its own drafter",
+    "session": "Each conversation teaches its own drafter",
+    "shared": "All requests of a tenant teach one drafter",
+}
+"""What a server says of who learns, by scope."""
+
 
 def serve(
     load: Callable[[], Engine],
@@ -164,4 +171,7 @@ class Server(uvicorn.Server):
             self.should_exit = True
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
-            self._say(f"Ready: {rows} rows of {slots:,} tokens. To chat: {self.address}/")
+            learn, drafter = self.worker.config.learn, self.worker.engine.drafter
+            learns = learn and drafter and drafter.weights
+            who = LEARNS[learn.scope] if learn and learns else "Nothing is learned"
+            self._say(f"Ready: {rows} rows of {slots:,} tokens. {who}. To chat: {self.address}/")
