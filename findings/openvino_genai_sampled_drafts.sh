@@ -2,13 +2,13 @@
 # openvino-genai 2026.4.1.0: a pipeline that samples with a draft model writes the drafter's text, tokens that the target excludes among them.
 #
 # Its sampler draws a token from the target, then keeps the draft at a chance of q(draft) / p(drawn token): the drafter's probability
-# over the target's, of two tokens. The rule of speculative sampling is p(draft) / q(draft). A sure drafter is always kept, whatever
-# the target thinks of its tokens. With top_k = 1 a text has nothing random, and it shows without statistics. Greedy decoding compares
+# over the target's, of two tokens. The rule of speculative sampling is p(draft) / q(draft). A sure drafter's tokens are kept
+# whatever the target thinks of them. With top_k = 1 a text has nothing random, and it shows without statistics. Greedy decoding compares
 # tokens, and prompt lookup does too: both write the target's text.
 # Expected: with top_k = 1 the greedy text of the target in all cases; with top_k = 6 no token out of the target's six.
 # Seen, 2026-11-30 (a CPU; two llamas of one layer with random weights in float32):
 #     greedy:  target 2 12 9 6, with drafter 2 12 9 6
-#     top_k 1: target 2 12 9 6, with drafter 2 13 16 8, with prompt lookup 2 12 9 6; the drafter alone after 2: 13 16 8
+#     top_k 1: target 2 12 9 6, with drafter 2 13 16 8, with prompt lookup 2 12 9 6; the drafter alone after 2: 13 16
 #     top_k 6: 239 of 300 texts with drafter begin with two tokens that 1,000 texts of the target never begin with
 # Fails when top_k = 1 gives the target's text. Takes some minutes and 2 GB for a while: it installs what converts a model.
 set -eu
@@ -76,14 +76,14 @@ greedy, greedy_drafted = text(alone), text(drafted, **three)
 print("greedy:  target", *greedy, " with drafter", *greedy_drafted)
 sampled, sampled_drafted = text(alone, **one), text(drafted, **one, **three)
 lookup = text(copied, **one, **three, max_ngram_size=2)
-drafters = text(other, prompt=[*PROMPT, sampled[0]])[:3]
+drafters = text(other, prompt=[*PROMPT, sampled[0]])[:2]
 print("top_k 1: target", *sampled, " with drafter", *sampled_drafted, " with prompt lookup", *lookup, end="; ")
-print("the drafter alone after", sampled[0], "", *drafters)
+print(f"the drafter alone after {sampled[0]}:", *drafters)
 begins = {tuple(text(alone, seed, **six)[:2]) for seed in range(1000)}
 outside = sum(tuple(text(drafted, seed, **six, **three)[:2]) not in begins for seed in range(300))
 print(f"top_k 6: {outside} of 300 texts with drafter begin with two tokens that 1,000 texts of the target never begin with")
 same = greedy == greedy_drafted == sampled == lookup
-sys.exit(not (same and sampled_drafted == [sampled[0], *drafters] != sampled and outside > 30))
+sys.exit(not (same and sampled_drafted[1:3] == drafters != sampled[1:3] and outside > 30))
 PYTHON
 HF_HUB_OFFLINE=1 "$folder/venv/bin/python" -W ignore models.py > log 2>&1 || { cat log; exit 1; }
 "$folder/venv/bin/python" drafts.py
