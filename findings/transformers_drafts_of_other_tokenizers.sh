@@ -7,8 +7,8 @@
 # those in the order of ids. So each draft is judged by a probability q that belongs to another token. Nothing fails or warns.
 # Expected: the first token after a prompt comes as often as the target's softmax says, up to the noise of 100 draws.
 # Seen, 2026-11-30 (torch 2.13.0), total variation from the target's softmax, mean of ten drafters of random weights (each one's):
-#     as it is: 0.298 (0.43, 0.24, 0.06, 0.13, 0.50, 0.08, 0.60, 0.66, 0.17, 0.11), other ones in each process
-#     the same, where get_vocab() is in the order of ids: 0.043 (0.03, 0.07, 0.05, 0.04, 0.06, 0.04, 0.03, 0.06, 0.03, 0.04)
+#     as it is: 0.342 (0.76, 0.17, 0.29, 0.18, 0.60, 0.10, 0.26, 0.44, 0.51, 0.12), others in each process
+#     the same, where get_vocab() is in the order of ids: 0.065 (0.05, 0.07, 0.09, 0.05, 0.10, 0.05, 0.07, 0.05, 0.04, 0.08)
 # With transformers 5.17.0 it is the same. Greedy decoding takes another way.
 # Fails when the law is the target's.
 set -eu
@@ -79,5 +79,5 @@ print("as it is: ", end="")
 as_is = mean_distance(PreTrainedTokenizerFast)
 print("the same, where get_vocab() is in the order of ids: ", end="")
 in_order = mean_distance(InOrder)
-sys.exit(not (as_is > 0.1 and in_order < 0.08))
+sys.exit(not (as_is > 0.15 and in_order < 0.1))
 PYTHON
