@@ -8,6 +8,7 @@ from toys import bound_drafter, fake_round, learn_from, toy_engine
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import (
+    FIRST_STRIDES,
     FULL,
     LEAST_SHARE,
     MAX_STRIDES,
@@ -19,93 +20,113 @@ from ttspec.learning.update_schedule import (
 )
 
 
-def fake_learner(gain: float, *, study: bool = False) -> SimpleNamespace:
-    """A learner at stride 8 of which no update is under way."""
-    guard = SimpleNamespace(gain=lambda: gain)
-    return SimpleNamespace(stride=8, strides=1, is_updating=False, study=study, guard=guard)
+class FakeLearner(SimpleNamespace):
+    """At stride 8, on a clock by which a round takes 1 s and an update `cost` s more."""
+
+    def __init__(self, *, study: bool = False, gain: float = 1.0, clock: bool = True) -> None:
+        guard = SimpleNamespace(gain=lambda: self.gain)
+        super().__init__(stride=8, strides=1, is_updating=False, study=study, guard=guard)
+        self.gain, self.since, self.updates = gain, 0, 0
+        self.schedule = UpdateSchedule(self, clock=clock)  # type: ignore[arg-type]
+
+    def learn(
+        self, *, updates: int, cost: float, drafts: float | None = 1.0, slow: tuple[int, ...] = ()
+    ) -> int:
+        """Until there were so many updates more; those that are `slow` take 500 s. The strides."""
+        until = self.updates + updates
+        while self.updates < until:
+            self.since += 1
+            updated = self.since >= self.stride * self.strides
+            self.since -= self.since * updated
+            self.updates += updated
+            seconds = 1.0 + cost * updated + 500.0 * (updated and self.updates in slow)
+            self.schedule.observe(seconds, updated, drafts, pauses=not drafts)
+        return self.strides
 
 
-def learned(rounds: int, cost: float, gain: float, drafts: float = 1.0) -> SimpleNamespace:
-    """A learner at stride 8 after so many rounds of 1 s, an update costing `cost` s more."""
-    learner = fake_learner(gain)
-    pace = UpdateSchedule()
-    for number in range(1, rounds + 1):
-        updated = number % (8 * learner.strides) == 0
-        pace.observe(1.0 + cost * updated, updated, drafts, learner)  # type: ignore[arg-type]
-    return learner
+def test_the_first_updates_are_rare_until_it_is_known_what_they_cost():
+    learner = FakeLearner(gain=1.5)
+    assert learner.learn(updates=PATIENCE - 1, cost=0.1) == FIRST_STRIDES
+    assert learner.learn(updates=1, cost=0.1) == 1
 
 
 def test_what_does_not_pay_is_done_seldom():
-    assert learned(8 * PATIENCE - 1, cost=2.0, gain=1.0).strides == 1
-    share = 2.0 / (8 * learned(8 * PATIENCE, cost=2.0, gain=1.0).strides)
+    share = 2.0 / (8 * FakeLearner().learn(updates=PATIENCE, cost=2.0))
     assert UNPROVEN / 2 < share <= UNPROVEN
-    assert learned(50_000, cost=20.0, gain=1.0).strides == MAX_STRIDES
+    assert FakeLearner().learn(updates=100, cost=20.0) == MAX_STRIDES
 
 
 def test_what_pays_is_done_as_often_as_the_stride_says():
-    assert learned(5_000, cost=0.7, gain=1.5).strides == 1
+    assert FakeLearner(gain=1.5).learn(updates=100, cost=0.7) == 1
 
 
 @pytest.mark.parametrize(("cost", "strides"), [(0.18, 1), (0.36, 2), (1.8, 10)])
 def test_of_a_small_gain_a_half_is_spent(cost: float, strides: int):
     """A tenth more drafts is 4.8 % more tokens; at stride 8 an update of 0.2 rounds costs 2.5 %."""
-    assert learned(50_000, cost=cost, gain=1.1).strides == strides
+    assert FakeLearner(gain=1.1).learn(updates=100, cost=cost) == strides
 
 
 def test_what_rounds_take_longer_beside_an_update_is_its_cost():
     """Published 4 rounds after it began, each 0.5 s longer: as dear as 2 s at once."""
     for slower, strides in ((0.5, 13), (0.0, 1)):
-        learner = fake_learner(1.05)
-        pace, left = UpdateSchedule(), 0
+        learner, left = FakeLearner(gain=1.05), 0
         for number in range(1, 50_000):
             seconds = 1.0 + slower * (left > 0)
             left -= 1
             if number % (8 * learner.strides) == 0:
                 left = 4
             learner.is_updating = left > 0
-            pace.observe(seconds, left == 0, 1.0, learner)  # type: ignore[arg-type]
+            learner.schedule.observe(seconds, left == 0, 1.0)
         assert learner.strides == strides, slower
 
 
 def test_an_update_that_was_held_up_makes_the_others_no_rarer():
     """On a GPU one of the first took a second, and it was 2,000 rounds until that was forgotten."""
-    learner = fake_learner(1.5)
-    pace = UpdateSchedule()
-    for number in range(1, 1000):
-        updated, slow = number % (8 * learner.strides) == 0, number in (16, 160)
-        pace.observe(1.0 + 0.7 * updated + 500.0 * slow, updated, 1.0, learner)  # type: ignore[arg-type]
-        assert learner.strides == 1
+    assert FakeLearner(gain=1.5).learn(updates=PATIENCE, cost=0.7, slow=(2, 7)) == 1
 
 
 def test_where_every_round_is_slowed_down_there_are_fewer_updates():
-    learner = SimpleNamespace(
-        stride=4, strides=1, is_updating=True, study=None, guard=SimpleNamespace(gain=lambda: 1.0)
-    )
-    pace = UpdateSchedule()
-    for number in range(1, 4 * PATIENCE + 1):
-        seconds = 1.3 if number > 1 else 1.0  # none is ever free of one again
-        pace.observe(seconds, number % 4 == 0, 1.0, learner)  # type: ignore[arg-type]
+    learner = FakeLearner()
+    learner.is_updating = True
+    learner.schedule.observe(1.0, False, 1.0)
+    for number in range(1, 8 * PATIENCE + 1):  # none is ever free of one again
+        learner.schedule.observe(1.3, number % 8 == 0, 1.0)
     assert learner.strides == 16
 
 
 def test_without_a_clock_seconds_say_nothing():
-    for seconds in (1.0, 50.0):
-        learner = fake_learner(1.0)
-        pace = UpdateSchedule(clock=False)
-        for number in range(1, 8 * PATIENCE + 1):
-            updated = number % 8 == 0
-            pace.observe(seconds * updated, updated, 1.0, learner)  # type: ignore[arg-type]
-        assert learner.strides == 13  # of two rounds a quarter of the time; a fiftieth is allowed
+    for cost in (0.0, 50.0):  # of two rounds a quarter of the time; a fiftieth is allowed
+        assert FakeLearner(clock=False).learn(updates=PATIENCE, cost=cost) == 13
 
 
 def test_a_gain_that_comes_late_is_taken():
-    learner = learned(20_000, cost=2.0, gain=1.0)
-    pace = UpdateSchedule()
-    learner.guard.gain = lambda: 1.6
-    for number in range(1, 60_000):
-        updated = number % (8 * learner.strides) == 0
-        pace.observe(1.0 + 2.0 * updated, updated, 1.0, learner)  # type: ignore[arg-type]
-    assert learner.strides <= 4  # a quarter of all time for a quarter more tokens is no gain
+    learner = FakeLearner()
+    assert learner.learn(updates=100, cost=2.0) == 13
+    learner.gain = 1.6
+    # A quarter of all time for a quarter more tokens is no gain.
+    assert learner.learn(updates=10, cost=2.0) <= 4
+
+
+@pytest.mark.parametrize("drafts", [1.0, None])
+def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None):
+    """And a smaller one the more was learned."""
+    learner, cost, most = FakeLearner(study=True), 4.0, SHARE if drafts else SHARE_UNUSED
+    for until in (FULL, 4 * FULL, 40 * FULL):
+        strides = learner.learn(updates=until - learner.updates, cost=cost, drafts=drafts)
+        share, may = cost / (8 * strides), max(LEAST_SHARE, min(most, SHARE * FULL / until))
+        assert 0.6 * may < share <= 1.1 * may or strides == MAX_STRIDES, until
+    cheap = FakeLearner(study=True)  # as often as the stride says
+    assert cheap.learn(updates=PATIENCE, cost=0.02, drafts=drafts) == 1
+
+
+def test_a_plain_round_between_drafts_makes_no_update_rare():
+    """One in some rounds is, to know its cost; an update that was published in it counted as one
+    of a drafter that does not draft, and eight updates came 256 rounds apart."""
+    learner = FakeLearner(study=True)
+    learner.learn(updates=FULL - 20, cost=4.0)
+    strides = learner.strides
+    learner.schedule.observe(5.0, True, None)
+    assert learner.strides == strides <= FIRST_STRIDES
 
 
 def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_dir):
@@ -134,39 +155,6 @@ def test_a_row_used_again_waits_again():
     assert rounds(0) == [[False] * 2] * 3 + [[True] * 2] * 2
     learner.reset(0)
     assert rounds(5) == [[False, True]] * 3 + [[True] * 2] * 2
-
-
-@pytest.mark.parametrize("drafts", [1.0, None])
-def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None):
-    """And a smaller one the more was learned."""
-    learner = fake_learner(1.0, study=True)
-    pace, cost, updates, number = UpdateSchedule(), 4.0, 0, 0
-    most = SHARE if drafts else SHARE_UNUSED
-    for until in (FULL, 4 * FULL, 40 * FULL):
-        while updates < until:
-            number += 1
-            updated = number % (8 * learner.strides) == 0
-            updates += updated
-            pace.observe(1.0 + cost * updated, updated, drafts, learner, pauses=not drafts)  # type: ignore[arg-type]
-        share, may = cost / (8 * learner.strides), max(LEAST_SHARE, min(most, SHARE * FULL / until))
-        assert may / 3 < share <= 1.1 * may or learner.strides == MAX_STRIDES, until
-    pace = UpdateSchedule()
-    for number in range(1, 20_000):  # cheaper: as often as the stride says
-        updated = number % (8 * learner.strides) == 0
-        pace.observe(1.0 + 0.02 * updated, updated, drafts, learner)  # type: ignore[arg-type]
-    assert learner.strides == 1
-
-
-def test_a_plain_round_between_drafts_makes_no_update_rare():
-    """One in some rounds is, to know its cost; an update that was published in it counted as one
-    of a drafter that does not draft, and eight updates came 256 rounds apart."""
-    learner, pace, since = fake_learner(1.0, study=True), UpdateSchedule(), 0
-    for _ in range(2_000):
-        since += 1
-        updated = since == 8 * learner.strides
-        since -= since * updated
-        pace.observe(1.0 + 4.0 * updated, updated, None if updated else 1.0, learner)  # type: ignore[arg-type]
-        assert learner.strides <= 4
 
 
 def test_updates_are_as_far_apart_as_the_strides_say_when_these_change():

@@ -146,7 +146,9 @@ class Decoder(SpeculativeRound):
         self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
         self.prompts.learner = self.learner
         self.timer = RoundTimer(target.device)
-        schedule = UpdateSchedule(clock=by_clock) if draft.adaptive else None
+        schedule = None
+        if draft.adaptive and self.learner:
+            schedule = UpdateSchedule(self.learner, clock=by_clock)
         self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
 
     @torch.no_grad()

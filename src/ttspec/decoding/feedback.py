@@ -79,4 +79,4 @@ class PolicyFeedback:
         if learner and self._schedule and not took.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
             if mean is not None or learner.study:
-                self._schedule.observe(took.seconds, updated, mean, learner, pauses=policy.pauses)
+                self._schedule.observe(took.seconds, updated, mean, pauses=policy.pauses)

@@ -29,8 +29,8 @@ of what they gain, the part that may be spent."""
 PATIENCE = 8
 """Updates that are to be seen before anything follows from what they cost, and remembered."""
 FIRST_STRIDES = 4
-"""Strides between those, where all requests teach: with less a slow update runs beside every round,
-so that no round says what drafting costs."""
+"""Strides between those: with fewer they cost a short answer more than any ever brought it, and
+where one runs beside every round none says what drafting costs."""
 ENOUGH = 0.7
 """Part of the share that may stay unused before updates come more often."""
 ASSUMED = 2.0
@@ -46,9 +46,15 @@ def share_of_updates(updates: int) -> float:
 class UpdateSchedule:
     """Widens the stride until updates cost no more of the time than they may, and narrows it."""
 
-    def __init__(self, *, clock: bool = True) -> None:
-        """Nothing is known; without a `clock` an update costs `ASSUMED` rounds."""
-        self._clock = clock
+    def __init__(self, learner: Learner, *, clock: bool = True) -> None:
+        """Nothing is known.
+
+        Args:
+            learner: Whose gain is asked, and whose `strides` are set.
+            clock: Whether it may decide; else an update costs `ASSUMED` rounds.
+        """
+        self._learner, self._clock = learner, clock
+        learner.strides = FIRST_STRIDES
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._costs = deque[float](maxlen=PATIENCE)
@@ -65,7 +71,6 @@ class UpdateSchedule:
         seconds: float,
         updated: bool,
         accepted: float | None,
-        learner: Learner,
         *,
         pauses: bool = False,
     ) -> None:
@@ -76,10 +81,9 @@ class UpdateSchedule:
             updated: Whether an update was published after it, which may have run beside some rounds
                 before: all that these took more is its cost.
             accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
-            learner: Whose gain is asked, and whose `strides` are set.
             pauses: Whether the drafter is not to draft for long.
         """
-        drafted = accepted is not None
+        learner, drafted = self._learner, accepted is not None
         if accepted is not None:
             self._rounds = min(self._rounds + 1, RECENT)
             self._accepted += (accepted - self._accepted) / self._rounds
@@ -89,7 +93,7 @@ class UpdateSchedule:
         if not (updated or beside):
             self._seconds[drafted].append(seconds)
             return
-        usual = median(self._seconds[drafted] or [seconds])
+        usual = median(self._seconds[drafted] or self._seconds[not drafted] or [seconds])
         self._extra += max(0.0, seconds - usual)
         if not updated:
             return
@@ -97,7 +101,6 @@ class UpdateSchedule:
         self._costs.append(self._extra)
         self._extra = 0.0
         if self._updates < PATIENCE:
-            learner.strides = FIRST_STRIDES if learner.study else learner.strides
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.study:
