@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ttspec.config import DraftConfig, LearnConfig, refuse_old_option
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.errors import OptionError
 
 WINDOW = REBASE = 512
@@ -112,8 +112,6 @@ def _parse(name: str) -> ArmSpec:
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in allowed:
-            refuse_old_option(f"draft.{key}")
-            refuse_old_option(f"learn.{key}")
             options = ", ".join(allowed) or "none"
             raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])

@@ -105,7 +105,7 @@ class Engine:
         """A conversation whose turns share context and, with scope "session", what was learned.
 
         Args:
-            resume: What `Session.save` or `--save-drafter` wrote: drafting begins there.
+            resume: A file that `Session.save` wrote: drafting begins there.
             **options: Fields of `GenerateConfig`.
 
         Raises:
