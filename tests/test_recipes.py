@@ -27,7 +27,7 @@ from ttspec.training.train import Progress, fit
 KINDS = ["dspark", "dflash", "domino", "dflash2", "jetspec", "eagle3", "mtp", "pard", "causal"]
 MADE = {"jetspec": "dflash"}
 """Kinds whose drafter is of another kind."""
-MORE = dict.fromkeys(("dflash", "jetspec", "domino"), {"epochs": 40})
+MORE = {kind: {"epochs": 40} for kind in ("dflash", "jetspec", "domino")}
 """A mask that knows the token before only as another mask learns slowly; so does a GRU."""
 DRAFTED = 120
 """Of 260 tokens, by EAGLE-3."""

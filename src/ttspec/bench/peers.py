@@ -164,7 +164,6 @@ class Peer:
             "first_token": clock.puts[1] - start,
             "waits": waits,
             "began": began,
-            "ended": time.time(),
             "peak_memory": torch.cuda.max_memory_allocated(device) if cuda else None,
         }
 
