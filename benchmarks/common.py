@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import IO, Any
 
 import torch
@@ -95,6 +97,18 @@ def timed(device: torch.device, run: Callable[[], Any]) -> float:
     if cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
+
+
+def middle_95(ratio: Callable[[list[Any]], float], units: Sequence[Any], draws: int) -> str:
+    """The middle 95 of 100 resamplings of what a function makes of some units: "[LOW, HIGH]"."""
+    rng = Random(0)
+    drawn = sorted(ratio(rng.choices(units, k=len(units))) for _ in range(draws))
+    return f"[{drawn[draws // 40]:.3f}, {drawn[-draws // 40]:.3f}]"
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that this share of them does not pass; nan of none."""
+    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
 def allocated(device: torch.device) -> int:

@@ -343,10 +343,9 @@ def speed_of(tree: Tree, case: Case) -> tuple[float, float]:
 
 def with_interval(values: list[float]) -> str:
     """The median and its 95 % bootstrap interval."""
-    draw = Random(SEED)
-    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
-    return f"{median(values):.3f} [{low:.3f}, {high:.3f}]"
+    import common  # not at the top: the probe of an older tree knows other modules
+
+    return f"{median(values):.3f} {common.middle_95(median, values, RESAMPLES)}"
 
 
 def checked_out(revision: str, folder: Path) -> Path:
