@@ -26,9 +26,9 @@ from transformers import (
 from ttspec import load
 from ttspec.cli import main
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import forecast
+from ttspec.decoding import memory_forecast as forecast
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import (
+from ttspec.decoding.memory_forecast import (
     Forecast,
     drafter_cache,
     drafter_weights,

@@ -17,9 +17,9 @@ from ttspec.bench.peers import Peer, open_peers
 from ttspec.bench.suites import Request, Suite
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
-from ttspec.decoding.forecast import SPARE, free_memory
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
+from ttspec.decoding.memory_forecast import SPARE, free_memory
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter

@@ -9,7 +9,7 @@ import torch
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import learning_row, mib, of_run
+from ttspec.decoding.memory_forecast import learning_row, mib, of_run
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
 from ttspec.models.target import Target
