@@ -31,6 +31,8 @@ def test_a_name_that_never_was_an_option_is_refused_with_those_there_are(capsys)
         LearnConfig(speed=3)  # type: ignore[call-arg]
     with pytest.raises(OptionError, match=r"speed is no option of learn; options are length, "):
         parse_arms("learn[speed=3]")
+    with pytest.raises(OptionError, match=r"\nIs stride meant\? Options stand in brackets"):
+        parse_arms("learn[strid=3]")
     assert main(["generate", "hello", "--learn.strid", "3"]) == WRONG_INPUT
     assert "Did you mean --learn.stride?" in complaint(capsys)[0]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -113,7 +114,9 @@ def _parse(name: str) -> ArmSpec:
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in allowed:
             options = ", ".join(allowed) or "none"
-            raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
+            near = get_close_matches(key, allowed, n=1)
+            advice = f"Is {near[0]} meant? {_EXAMPLE}" if near else _EXAMPLE
+            raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{advice}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])
     drafter = given.pop("drafter", None)
     return ArmSpec(
