@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from cyclopts import App, Parameter
 from ttspec.bench.manifest import device_name
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forced import load_random
+from ttspec.drafters.checkpoint import BUNDLED, read_config
 from ttspec.errors import OptionError, TtspecError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -97,6 +99,16 @@ def timed(device: torch.device, run: Callable[[], Any]) -> float:
     if cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
+
+
+def plain_draft_model(folder: Path) -> str:
+    """The bundled PARD drafter as a plain draft model, which drafts one token after the other."""
+    source = BUNDLED / "smollm2-135m-pard"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = read_config(source)
+    kept = {name: v for name, v in config.items() if name not in ("pard_token", "spd_type")}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return str(folder)
 
 
 def middle_95(ratio: Callable[[list[Any]], float], units: Sequence[Any], draws: int) -> str:

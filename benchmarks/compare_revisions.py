@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = Path("src/ttspec/drafters/bundled")
 DRAFTERS = ("smollm2-135m-dflash", "smollm2-135m-eagle3", "smollm2-135m-pard")
 SEED = 7
 LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 16
@@ -171,7 +169,8 @@ def answer(case: dict[str, Any], engine: Any, context: int | None) -> dict[str, 
     learn, on_gpu = case["learn"], engine.target.device.type == "cuda"
     if learn is not None:
         learn = ttspec.LearnConfig.paper() if "preset" in learn else ttspec.LearnConfig(**learn)
-    draft = ttspec.DraftConfig(**case["draft"])
+    # What a policy does goes by the clock, which no two runs have in common.
+    draft = ttspec.DraftConfig(**{"adaptive": case["timed"], **case["draft"]})
     options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
     if on_gpu and not case["timed"]:
         options["deterministic"] = True
@@ -360,16 +359,6 @@ def checked_out(revision: str, folder: Path) -> Path:
     return folder
 
 
-def causal_drafter(folder: Path) -> str:
-    """The bundled PARD drafter as a plain draft model, which drafts one token after the other."""
-    to = shutil.copytree(ROOT / BUNDLED / DRAFTERS[-1], folder / "causal")
-    path = to / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {name: v for name, v in config.items() if name not in ("pard_token", "spd_type")}
-    path.write_text(json.dumps(kept), encoding="utf-8")
-    return str(to)
-
-
 @app.default
 def compare(
     base: str | None = None,
@@ -452,7 +441,10 @@ def compare(
             each = [list(speed_cases(tokens or 128, drafter, count)) for count in rows]
             cases = [case for some in each for case in some]
         else:
-            cases = list(text_cases(tokens or 96, causal_drafter(Path(folder))))
+            import common
+
+            causal = common.plain_draft_model(Path(folder, "causal"))
+            cases = list(text_cases(tokens or 96, causal))
         cases = [case for case in cases if re.search(only, case.name)]
         if not cases:
             raise SystemExit(f"No case's name contains {only!r}.")

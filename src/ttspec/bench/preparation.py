@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any, cast
 
@@ -188,9 +188,7 @@ def engines_for(
         name = "ngram" if arm.kind == "ngram" else arm.drafter
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
-            made[name] = Engine(replace(engine.target, taps=()), other)
-            made[name].compile = engine.compile
-            made[name].make_decoder = engine.make_decoder
+            made[name] = engine.with_drafter(other)
         engines[arm.name] = made[name].sibling() if one_each else made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:
