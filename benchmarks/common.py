@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import IO, Any
 
 import torch
@@ -19,6 +22,7 @@ from cyclopts import App, Parameter
 from ttspec.bench.manifest import device_name
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forced import load_random
+from ttspec.drafters.checkpoint import BUNDLED, read_config
 from ttspec.errors import OptionError, TtspecError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,6 +99,28 @@ def timed(device: torch.device, run: Callable[[], Any]) -> float:
     if cuda:
         torch.cuda.synchronize(device)
     return time.perf_counter() - began
+
+
+def plain_draft_model(folder: Path) -> str:
+    """The bundled PARD drafter as a plain draft model, which drafts one token after the other."""
+    source = BUNDLED / "smollm2-135m-pard"
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    config = read_config(source)
+    kept = {name: v for name, v in config.items() if name not in ("pard_token", "spd_type")}
+    (folder / "config.json").write_text(json.dumps(kept), encoding="utf-8")
+    return str(folder)
+
+
+def middle_95(ratio: Callable[[list[Any]], float], units: Sequence[Any], draws: int) -> str:
+    """The middle 95 of 100 resamplings of what a function makes of some units: "[LOW, HIGH]"."""
+    rng = Random(0)
+    drawn = sorted(ratio(rng.choices(units, k=len(units))) for _ in range(draws))
+    return f"[{drawn[draws // 40]:.3f}, {drawn[-draws // 40]:.3f}]"
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that this share of them does not pass; nan of none."""
+    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
 def allocated(device: torch.device) -> int:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -32,7 +31,6 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-BUNDLED = Path("src/ttspec/drafters/bundled")
 DRAFTERS = ("smollm2-135m-dflash", "smollm2-135m-eagle3", "smollm2-135m-pard")
 SEED = 7
 LONG = "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. " * 16
@@ -171,7 +169,8 @@ def answer(case: dict[str, Any], engine: Any, context: int | None) -> dict[str, 
     learn, on_gpu = case["learn"], engine.target.device.type == "cuda"
     if learn is not None:
         learn = ttspec.LearnConfig.paper() if "preset" in learn else ttspec.LearnConfig(**learn)
-    draft = ttspec.DraftConfig(**case["draft"])
+    # What a policy does goes by the clock, which no two runs have in common.
+    draft = ttspec.DraftConfig(**{"adaptive": case["timed"], **case["draft"]})
     options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
     if on_gpu and not case["timed"]:
         options["deterministic"] = True
@@ -343,10 +342,9 @@ def speed_of(tree: Tree, case: Case) -> tuple[float, float]:
 
 def with_interval(values: list[float]) -> str:
     """The median and its 95 % bootstrap interval."""
-    draw = Random(SEED)
-    medians = sorted(median(draw.choices(values, k=len(values))) for _ in range(RESAMPLES))
-    low, high = medians[int(0.025 * RESAMPLES)], medians[int(0.975 * RESAMPLES)]
-    return f"{median(values):.3f} [{low:.3f}, {high:.3f}]"
+    import common  # not at the top: the probe of an older tree knows other modules
+
+    return f"{median(values):.3f} {common.middle_95(median, values, RESAMPLES)}"
 
 
 def checked_out(revision: str, folder: Path) -> Path:
@@ -359,16 +357,6 @@ def checked_out(revision: str, folder: Path) -> Path:
     with tarfile.open(archive) as packed:
         packed.extractall(folder, filter="data")
     return folder
-
-
-def causal_drafter(folder: Path) -> str:
-    """The bundled PARD drafter as a plain draft model, which drafts one token after the other."""
-    to = shutil.copytree(ROOT / BUNDLED / DRAFTERS[-1], folder / "causal")
-    path = to / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    kept = {name: v for name, v in config.items() if name not in ("pard_token", "spd_type")}
-    path.write_text(json.dumps(kept), encoding="utf-8")
-    return str(to)
 
 
 @app.default
@@ -453,7 +441,10 @@ def compare(
             each = [list(speed_cases(tokens or 128, drafter, count)) for count in rows]
             cases = [case for some in each for case in some]
         else:
-            cases = list(text_cases(tokens or 96, causal_drafter(Path(folder))))
+            import common
+
+            causal = common.plain_draft_model(Path(folder, "causal"))
+            cases = list(text_cases(tokens or 96, causal))
         cases = [case for case in cases if re.search(only, case.name)]
         if not cases:
             raise SystemExit(f"No case's name contains {only!r}.")

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from common import quantile
 from streams import stream
 
 SHOW_EVERY = 30.0
@@ -104,11 +105,6 @@ async def models_of(servers: dict[str, str], until: float) -> dict[str, str]:
 
     await asyncio.gather(*(wait(name, url) for name, url in servers.items()))
     return found
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value that this share of them does not pass."""
-    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
 def show(turns: list[dict[str, Any]]) -> None:

@@ -23,6 +23,7 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
+from common import quantile
 
 MEMORY = "process_resident_memory_bytes"
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
@@ -191,11 +192,6 @@ def spread(values: list[float]) -> dict[str, float] | None:
     """Median, 99th percentile and the largest."""
     at = {"p50": 0.5, "p99": 0.99, "most": 1.0}
     return {name: round(quantile(values, q), 3) for name, q in at.items()} if values else None
-
-
-def quantile(values: list[float], share: float) -> float:
-    """The value that this share of them does not pass; 0 of none."""
-    return sorted(values)[int(share * (len(values) - 1))] if values else 0.0
 
 
 if __name__ == "__main__":

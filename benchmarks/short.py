@@ -5,7 +5,6 @@ where its last 64 tokens repeat (share of repeated 8-grams over 0.3): loops flat
 """
 
 import json
-import shutil
 from pathlib import Path
 
 import common
@@ -14,7 +13,7 @@ from cyclopts import App
 
 import ttspec
 from ttspec import DraftConfig, LearnConfig
-from ttspec.drafters.checkpoint import BUNDLED, read_config
+from ttspec.drafters.checkpoint import BUNDLED
 from ttspec.records import acceptance_length, repeated_ngrams
 
 TAIL, LOOP = 64, 0.3
@@ -26,18 +25,6 @@ def before_loop(tokens: list[int]) -> int:
     ends = range(TAIL, len(tokens) + 1)
     looping = (end for end in ends if repeated_ngrams(tokens[end - TAIL : end]) > LOOP)
     return next(looping, len(tokens))
-
-
-def draft_model() -> str:
-    """The bundled PARD drafter as a plain draft model, in a folder."""
-    source, folder = BUNDLED / "smollm2-135m-pard", Path("runs/draft-model")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.glob("*.safetensors"):
-        shutil.copy(file, folder)
-    config = read_config(source)
-    config = {k: v for k, v in config.items() if k not in ("pard_token", "spd_type")}
-    (folder / "config.json").write_text(json.dumps(config))
-    return str(folder)
 
 
 @app.default
@@ -55,10 +42,10 @@ def run(
     if threads:
         torch.set_num_threads(threads)
     prompts = [json.loads(line)["prompt"] for line in suite.read_text().split("\n") if line]
-    texts = None
+    texts, draft_model = None, common.plain_draft_model(Path("runs/draft-model"))
     for arm in arms.split(","):
         name, _, learn = arm.partition("+")
-        drafter = {"plain": "none", "draft-model": draft_model()}.get(name, name)
+        drafter = {"plain": "none", "draft-model": draft_model}.get(name, name)
         if (BUNDLED / f"smollm2-135m-{name}").is_dir():
             drafter = f"smollm2-135m-{name}"
         engine = ttspec.load("smollm2-135m", drafter, device=device, dtype=dtype)

@@ -22,7 +22,7 @@ from ttspec.errors import DataError, OptionError
 
 SUITES = {"session": 20, "mixed": 20}
 """Multi-turn suites, and how many requests each has."""
-PEERS = "hf,hf-compiled,dflash,hf-dflash"
+PEERS = "hf,hf-compiled"
 app = App(help=__doc__)
 
 
@@ -81,7 +81,7 @@ def run(
     compile
         Compile the models' layers, on a GPU.
     peers
-        Other implementations too, at one row.
+        transformers' own `generate` too, at one row.
     """
     options = {"temperature": temperature, "device": device, "dtype": dtype, "compile": compile}
     options |= {"max_new_tokens": turn, "session_tokens": tokens, "suite": ",".join(SUITES)}

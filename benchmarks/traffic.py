@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -207,10 +206,7 @@ def ratios(
             tokens / seconds * sum(t["seconds"] for t in theirs) / sum(t["tokens"] for t in theirs)
         )
 
-    rng = random.Random(0)
-    drawn = sorted(ratio(rng.choices(both, k=len(both))) for _ in range(RESAMPLED))
-    low, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-    yield f"{ratio(both):.3f} [{low:.3f}, {high:.3f}] |"
+    yield f"{ratio(both):.3f} {common.middle_95(ratio, both, RESAMPLED)} |"
     for at in range(0, len(both), size):
         yield f"{ratio(both[at : at + size]):.3f}"
 

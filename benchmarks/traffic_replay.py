@@ -50,7 +50,7 @@ from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.recorded import use_recording
+from ttspec.decoding.recorded_text import use_recording
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.models.target import Target

@@ -12,8 +12,9 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from random import Random
 from typing import Any
+
+import common
 
 SHOWN, AFTER, RESAMPLED = 50, 64, 1000
 COLOURS = ("#0b6e4f", "#3b7dd8", "#c77700", "#8e44ad", "#b03a2e", "#5d6d7e")
@@ -54,13 +55,11 @@ class Case:
             return "-"
         ours, theirs = self.arms[arm], self.arms[base]
         both = [n for n in range(first, end) if n in ours and n in theirs]
-        rng, drawn = Random(0), []
-        for _ in range(RESAMPLED):
-            some = rng.choices(both, k=len(both))
-            drawn.append(per_round(ours, some) / per_round(theirs, some))
-        drawn.sort()
-        low, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-        return f"{ratio:.3f} [{low:.3f}, {high:.3f}]"
+
+        def drawn(some: list[int]) -> float:
+            return per_round(ours, some) / per_round(theirs, some)
+
+        return f"{ratio:.3f} {common.middle_95(drawn, both, RESAMPLED)}"
 
 
 def per_round(counts: Counts, numbers: Iterable[int]) -> float:

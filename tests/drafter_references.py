@@ -173,53 +173,6 @@ def eagle3(
     return torch.cat(found)
 
 
-def mtp(
-    weights: Weights, tables: Tensor, features: Tensor, tokens: Tensor, steps: int, part: float
-) -> Tensor:
-    """Logits [G, V] of the chain of a Qwen3.5 head, under the names of its files.
-
-    Written from the published model: norms of 1 + weight, queries with a gate beside each, the
-    first `part` of a head rotated with base 10,000, heads of 16, an epsilon of 1e-6.
-    Features [n, H] are the target's.
-    """
-
-    def normed(x: Tensor, name: str) -> Tensor:
-        share = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-        return share * (1 + weights[f"mtp.{name}.weight"])
-
-    def of(x: Tensor, name: str) -> Tensor:
-        return x @ weights[f"mtp.{name}.weight"].T
-
-    def turned(x: Tensor) -> Tensor:
-        """X [T, heads, 16]."""
-        size = int(16 * part) // 2
-        angle = torch.arange(len(x))[:, None, None] * 1e4 ** (-torch.arange(size) / size)
-        a, b, rest = x[..., :size], x[..., size : 2 * size], x[..., 2 * size :]
-        cos, sin = angle.cos(), angle.sin()
-        return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
-
-    states, found = features, []
-    for _ in range(steps):  # row i reads token i + 1; all but the last are context
-        n, at = len(states), "layers.0.self_attn."
-        embedded = normed(tables[0][tokens[1 : n + 1]], "pre_fc_norm_embedding")
-        x = of(torch.cat([embedded, normed(states, "pre_fc_norm_hidden")], dim=-1), "fc")
-        y = normed(x, "layers.0.input_layernorm")
-        q, gate = of(y, at + "q_proj").view(n, -1, 32).chunk(2, dim=-1)
-        k, v = (of(y, f"{at}{name}_proj").view(n, -1, 16) for name in ("k", "v"))
-        q, k = turned(normed(q, at + "q_norm")), turned(normed(k, at + "k_norm"))
-        k, v = (part_.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part_ in (k, v))
-        scores = torch.einsum("qhd,khd->hqk", q, k) / 4
-        scores = scores.masked_fill(torch.ones(n, n, dtype=torch.bool).triu(1), -torch.inf)
-        out = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v) * gate.sigmoid()
-        x = x + of(out.flatten(1), at + "o_proj")
-        y, mlp = normed(x, "layers.0.post_attention_layernorm"), "layers.0.mlp."
-        gated = nn.functional.silu(of(y, mlp + "gate_proj")) * of(y, mlp + "up_proj")
-        last = normed(x + of(gated, mlp + "down_proj"), "norm")[-1:]
-        found.append(last @ tables[1].T)
-        states = torch.cat([states, last])
-    return torch.cat(found)
-
-
 def model(config: Mapping[str, Any], weights: Weights, ids: Tensor) -> Tensor:
     """Logits [T, V] of a draft model of transformers, as its own code reads its own config."""
     own = {k: v for k, v in config.items() if k != "ttspec"}

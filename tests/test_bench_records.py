@@ -58,7 +58,7 @@ def unit(name: str, request: int, seed: int = 0, clock: float = 0.0, turns: int 
         result = Result(
             text=f"answer {turn}", token_ids=ids, finish_reason="eos", stats=stats, rounds=rounds
         )
-        arm.finish("ask", result, request, began=clock, ended=clock + 1)
+        arm.finish("ask", result, request, began=clock)
     return arm
 
 
@@ -172,21 +172,6 @@ def test_two_models_in_one_run_are_found(folder: Path) -> None:
 
     change(folder / "requests.jsonl", mix)
     assert "mixes models" in refusal(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "edit"),
-    [
-        ("rounds.jsonl", lambda row: row["milliseconds"].update(verify=-3.0)),
-        ("rounds.jsonl", lambda row: row.update(wait=-1.0)),
-        ("requests.jsonl", lambda row: row.update(seconds=-0.5)),
-        ("requests.jsonl", lambda row: row.update(ended=row["began"] - 60)),
-        ("requests.jsonl", lambda row: row.update(began=row["began"] - 600)),
-    ],
-)
-def test_a_clock_that_went_backwards_is_found(folder: Path, name: str, edit) -> None:
-    change(folder / name, lambda rows: edit(rows[6]))
-    assert "clock went backwards" in refusal(folder)
 
 
 def test_other_greedy_tokens_are_found(folder: Path) -> None:

@@ -21,8 +21,6 @@ from toys import (
     toy_drafter,
     toy_engine,
 )
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
@@ -543,43 +541,6 @@ def test_a_config_without_a_key_is_refused(tmp_path, which, key):
         assert "config.json" in message
 
 
-VALUES = [
-    ("hidden_size", "wide"),
-    ("hidden_size", None),
-    ("hidden_size", [64]),
-    ("hidden_size", -64),
-    ("hidden_size", 63),
-    ("num_attention_heads", 0),
-    ("num_attention_heads", "4"),
-    ("num_hidden_layers", 3),
-    ("num_hidden_layers", -1),
-    ("num_key_value_heads", 3),
-    ("vocab_size", 261),
-    ("rope_parameters", "yes"),
-    ("rope_parameters", {"rope_type": "of another planet", "rope_theta": 10000.0}),
-    ("rope_scaling", {"rope_type": "llama3"}),
-    ("rope_theta", "big"),
-    ("ttspec", "yes"),
-]
-
-
-@pytest.mark.parametrize("which", KINDS)
-@pytest.mark.parametrize(("key", "value"), VALUES, ids=lambda x: str(x)[:24])
-def test_a_config_of_odd_values_is_refused(tmp_path, which, key, value):
-    if which == "dflash" and key == "ttspec":
-        return  # reads nothing there
-    if which == "eagle3" and (key, value) == ("num_hidden_layers", 3):
-        return  # the target's number, beside the files of one layer
-    if key == "vocab_size" and which in ("dflash", "eagle3"):
-        value = 100  # fewer than are drafted; 261 shows at bind only
-    folder = write(tmp_path / "d", which, **(PART if which in ("dflash", "eagle3") else {}))
-    edit_config(folder, **{key: value})
-    if key == "num_attention_heads" and value == "4" and which in ("dflash", "eagle3"):
-        load_drafter("d", folder)  # a number all the same
-    else:
-        refusal(folder)
-
-
 @pytest.mark.parametrize(
     ("which", "changes", "named"),
     [
@@ -689,78 +650,6 @@ def test_dflash_layer_ids_leave_a_layer_but_those_of_speculators_enter_it(config
 
 
 # Rotation.
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-ROPES: dict[str, tuple[dict[str, Any], float]] = {
-    "nothing": ({"rope_theta": ...}, 10000.0),
-    "theta": ({"rope_theta": 500000.0}, 500000.0),
-    "parameters": (
-        {"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        1e6,
-    ),
-    "llama3": ({"rope_theta": 500000.0, "rope_scaling": LLAMA3}, 500000.0),
-    "llama3 parameters": (
-        {"rope_theta": ..., "rope_parameters": {**LLAMA3, "rope_theta": 500000.0}},
-        500000.0,
-    ),
-    "null scaling": ({"rope_theta": 1e6, "rope_scaling": None}, 1e6),
-}
-
-
-@pytest.mark.parametrize("form", ROPES)
-@pytest.mark.parametrize("which", ["eagle3", "dflash", "pard", "causal"])
-def test_the_rope_base_is_found_wherever_it_is_written(tmp_path, which, form):
-    folder = write(tmp_path / "d", which)
-    changes, base = ROPES[form]
-    edit_config(folder, **changes)
-    drafter = bound(load_drafter("d", folder))
-    assert float(drafter.interpretation["rope base"].split()[0]) == base
-    plain = base ** (-torch.arange(0, 16, 2) / 16)
-    if drafter.kind in ("pard", "causal"):
-        frequencies = dict(drafter.module.named_buffers())["model.rotary_emb.inv_freq"]
-    else:
-        frequencies = drafter.rope.frequencies
-    if "llama3" in form:
-        own = LlamaConfig(
-            hidden_size=64,
-            num_attention_heads=4,
-            head_dim=16,
-            rope_parameters={**LLAMA3, "rope_theta": base},
-        )
-        wanted = LlamaRotaryEmbedding(own).inv_freq
-        assert not torch.allclose(wanted, plain, rtol=1e-3, atol=0)
-        torch.testing.assert_close(wanted, by_hand(plain), rtol=1e-5, atol=0)
-    else:
-        wanted = plain
-    torch.testing.assert_close(frequencies, wanted, rtol=1e-5, atol=0)
-
-
-def by_hand(frequencies: Tensor) -> Tensor:
-    """Llama 3.1's rule: slow ones divided, fast ones kept, between them a mixture."""
-    turns = 8192 * frequencies / (2 * math.pi)
-    kept = ((turns - 1.0) / (4.0 - 1.0)).clamp(0, 1)
-    return kept * frequencies + (1 - kept) * frequencies / 8.0
-
-
-@pytest.mark.parametrize("which", ["eagle3", "dflash"])
-def test_partial_rotation_turns_the_first_dimensions_of_a_head_only(tmp_path, which):
-    folder = write(tmp_path / "d", which)
-    whole = proposal_logits(bound(load_drafter("d", folder)))
-    part = {"partial_rotary_factor": 0.25, "rope_theta": 1e4, "rope_type": "default"}
-    edit_config(folder, rope_parameters=part, rope_theta=...)
-    drafter = bound(load_drafter("d", folder))
-    torch.testing.assert_close(drafter.rope.frequencies, torch.tensor([1.0, 0.01]))
-    x = torch.randn(1, 2, 3, 16)
-    turned = drafter.rope(x, torch.tensor([[5, 6, 7]]))
-    assert torch.equal(turned[..., 4:], x[..., 4:])
-    assert not torch.isclose(turned[..., :4], x[..., :4]).all(-1).any()
-    assert not torch.allclose(proposal_logits(drafter), whole, atol=1e-3)
 
 
 @pytest.mark.parametrize("which", EVERY)

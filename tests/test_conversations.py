@@ -11,7 +11,6 @@ from hybrids import random_hybrid
 from toys import LEARN, make_kind, plain, twin
 
 from ttspec import DraftConfig, LearnConfig, load
-from ttspec.bench.peers import Peer
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.session import Session
@@ -228,16 +227,15 @@ def test_dialogues_of_a_batch_are_sessions(typist, which):
 
 def test_a_peer_is_asked_what_a_session_is_asked(typist):
     from ttspec.bench.arms import parse_arms
-    from ttspec.bench.peer_loops import PeerOptions, open_loop
+    from ttspec.bench.peers import open_peers
 
     engine = engine_with(typist.target, THINKS, "dflash")
     options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0}
     results = [r for _, r in talk(engine.session(**options, context=512, learn=None))]
     sampling = session_sampling(engine, **options)
-    ask = PeerOptions(max_new_tokens=24, sampling=sampling, slots=512)
-    [arm] = parse_arms("hf")
-    peer = Peer(target=engine.target, loop=open_loop(arm, engine, ask), asked=ask)
-    turns = peer.measure(TURNS, 0, 0)
+    how: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling}
+    peers, _ = open_peers({"hf": engine}, parse_arms("hf"), [TURNS], **how)
+    turns = peers["hf"].measure(TURNS, 0, 0)
     assert [t.result.token_ids for t in turns] == [r.token_ids for r in results]
 
 

@@ -19,7 +19,6 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.session import Session
-from ttspec.drafters.export import export_drafter
 from ttspec.errors import CheckpointError, OptionError, TtspecError
 from ttspec.learning.delta import Delta, difference, read_delta, weights_sha256
 
@@ -248,18 +247,6 @@ def test_a_checksum_is_that_of_values_in_any_dtype_and_file():
         assert weights_sha256(other) != weights_sha256(weights), name
 
 
-def test_a_folder_is_the_drafter(target, saved, tmp_path):
-    session, _ = saved("dflash", "full")
-    export_drafter(session.learned(), target, "published", tmp_path / "d", dtype="auto")
-    engine = fresh(target, "eagle3")
-    taps = engine.target.taps
-    resumed = engine.session(resume=tmp_path / "d", learn=None, **SAID)
-    next(resumed.stream("anything"))
-    for name, weight in session.learned().weights.items():
-        assert torch.equal(resumed.learned().weights[name], weight), name
-    assert engine.target.taps == taps != resumed.engine.target.taps
-
-
 # What is refused.
 
 
@@ -416,18 +403,14 @@ def test_the_commands_save_a_change_and_go_on_from_it(
     assert "nothing was written" in complaint(capsys)[0]
 
 
-def test_the_commands_take_a_folder_for_the_drafter_and_refuse_what_contradicts(
-    pair, capsys, monkeypatch, tmp_path, saved
-):
+def test_the_commands_refuse_what_contradicts(pair, capsys, monkeypatch, tmp_path, saved):
     folder = make_drafter(tmp_path / "d")
     at = pair.index("--drafter")
     unnamed = [*pair[:at], *pair[at + 2 :]]
-    assert said([*unnamed, "--resume-drafter", str(folder)], "generate", monkeypatch) == 0
-    capsys.readouterr()
     _, path = saved("dflash", "lora")
     (tmp_path / "p.pt").write_bytes(pickle.dumps(1))
     for flags, words in (
-        ([*pair, "--resume-drafter", str(folder)], "together with --drafter"),
+        ([*pair, "--resume-drafter", str(folder)], "is a folder"),
         ([*unnamed, "--drafter", "none", "--resume-drafter", str(path)], "--drafter none"),
         ([*pair, "--resume-drafter", str(path)], "other weights"),
         ([*unnamed, "--drafter", "ngram", "--resume-drafter", str(path)], "of kind ngram"),

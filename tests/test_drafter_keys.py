@@ -128,6 +128,8 @@ SHARED: dict[str, Change] = {
     ),
     "halves": ({"is_neox_style": True, "rope_interleave": False}, {}),
     "in part": ({"partial_rotary_factor": 0.25}, {"part": 0.25}),
+    "no base": ({"rope_theta": None, "rope_parameters": None}, {}),
+    "a base": ({"rope_theta": 1e2, "rope_scaling": None}, plain_rope(1e2)),
     "a stale base": (
         {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e2}},
         plain_rope(1e2),

@@ -1,9 +1,8 @@
-"""Learning must not bend the output's law: the four holes of exactness.md.
+"""Learning must not bend the output's law: many short texts over a small vocabulary.
 
-The holes are looked for in bulk: many short texts over a small vocabulary, with a drafter that
-learns grossly from every verdict, rejected drafts included. Drafting and accepting are the
-decoder's own code; tables stand in for the two models. Each test also runs the wrong way that
-exactness.md names, and demands that the same measure finds it.
+The drafter learns grossly from every verdict, rejected drafts included. Drafting and accepting are
+the decoder's own code; tables stand in for the two models. Noise that is used twice (holes B and C
+of exactness.md) is planted, and the same measure must find it.
 """
 
 import itertools
@@ -67,10 +66,8 @@ class Loop:
         # What the decoder's `accept` looks at.
         self.count = len(keys)
         self.rows, self._drafter_rows = SimpleNamespace(inputs=self.inputs, count=self.count), None
-        self.sampling, self.coupled = (
-            SamplingConfig(temperature=1.0, acceptance=acceptance),
-            coupled,
-        )
+        self.sampling = SamplingConfig(temperature=1.0, acceptance=acceptance)
+        self.coupled = coupled
         self.asked = SamplingTensors.of(self.sampling, keys.device)
         self.draft_ids = None
 
@@ -91,10 +88,6 @@ class Loop:
 
     def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
         return Decoder.accept(self, logits, proposal, noise, self.asked)  # type: ignore[arg-type]
-
-    def length(self, proposal: Proposal) -> Tensor:
-        """How many drafts are verified: the decoder's answer, a matter of the budget alone."""
-        return proposal.count
 
     def learn(self, start: Tensor, proposal: Proposal, live: Tensor) -> None:
         """Push q at each drafted position towards the token that was drafted there."""
@@ -119,9 +112,6 @@ class Loop:
             if self.sampling.acceptance == "invariant":
                 noise = position_noise(self.inputs.noise_key, start + 1, G + 1, V)
             proposal = self.draft(start, count, noise)
-            proposal = Proposal(
-                tokens=proposal.tokens, q=proposal.q, count=self.length(proposal).clamp(max=count)
-            )
             fed = torch.cat([text.gather(1, start[:, None]), proposal.tokens], dim=1)
             at = (start[:, None] + torch.arange(G + 1)).clamp(max=LONG - 1)
             accepted, tokens = self.accept(self.logp[at, fed], proposal, start, noise)
@@ -185,80 +175,7 @@ def test_invariant_texts_do_not_depend_on_what_was_learned():
     assert torch.equal(learned, Static(keys, acceptance="invariant").write())
 
 
-# Hole A: draft length.
-
-
-def surest(proposal: Proposal) -> Tensor:
-    """q of the drafted tokens, [TEXTS, G]."""
-    return proposal.q.gather(-1, proposal.tokens[..., None])[..., 0]
-
-
-class StopAfterDoubt(Loop):
-    """Exact: a token that the drafter doubts is still verified; those after it are not."""
-
-    def length(self, proposal: Proposal) -> Tensor:
-        return (surest(proposal) >= 0.4).long().cumprod(-1).sum(-1) + 1
-
-
-class LengthFromQ(Loop):
-    """Exact: a length from the distributions, whatever was drawn."""
-
-    def length(self, proposal: Proposal) -> Tensor:
-        return (proposal.q.amax(-1) >= 0.55).long().cumprod(-1).sum(-1)
-
-
-class DropDoubt(Loop):
-    """Wrong: the doubted token itself is dropped."""
-
-    def length(self, proposal: Proposal) -> Tensor:
-        return (surest(proposal) >= 0.4).long().cumprod(-1).sum(-1)
-
-
-class MostLikelyLength(Loop):
-    """Wrong: a length that depends on the product of q over the drawn tokens."""
-
-    def length(self, proposal: Proposal) -> Tensor:
-        return (surest(proposal).cumprod(-1) >= 0.2).sum(-1)
-
-
-class BetterOfTwo(Loop):
-    """Wrong: of two sampled proposals the better looking one."""
-
-    def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
-        one = super().draft(start, count, noise)
-        other_key = fold(
-            fold(self.inputs.noise_key[:, None], 77, self.inputs.number), torch.arange(G)
-        )
-        two = draw(one.q.log(), gumbel(other_key, V))
-        look = [one.q.gather(-1, t[..., None]).prod(1) for t in (one.tokens, two)]
-        return Proposal(
-            tokens=torch.where(look[1] > look[0], two, one.tokens), q=one.q, count=one.count
-        )
-
-
-@pytest.mark.parametrize("way", [StopAfterDoubt, LengthFromQ])
-def test_hole_a_a_draft_length_may_depend_on_distributions_and_verified_tokens(way: type[Loop]):
-    loop = way(fresh_keys(1))
-    assert_exact(loop.write(), loop)
-
-
-@pytest.mark.parametrize("way", [DropDoubt, MostLikelyLength, BetterOfTwo])
-def test_hole_a_a_draft_length_that_looks_at_dropped_tokens_is_found(way: type[Loop]):
-    loop = way(fresh_keys(1))
-    assert_found(loop.write(), loop)
-
-
-def test_hole_a_with_one_hot_drafts_any_length_is_exact():
-    class Any(DropDoubt):
-        def length(self, proposal: Proposal) -> Tensor:
-            return (proposal.tokens != 0).long().cumprod(-1).sum(-1)
-
-    loop = Any(fresh_keys(2), coupled=False)
-    assert loop.draft(torch.zeros(TEXTS, dtype=torch.long), torch.full((TEXTS,), G), None).q is None
-    assert_exact(loop.write(), loop)
-
-
-# Hole B: noise keyed by position.
+# Noise keyed by position.
 
 
 class DraftNoiseByPosition(Loop):
@@ -297,36 +214,18 @@ class UniformsByPosition(VerdictLearner):
         return fold(self.inputs.noise_key[:, None], ACCEPT, start[:, None] + torch.arange(G))
 
 
-class UniformsFromDraftNoise(VerdictLearner):
-    """Wrong: the number that drew a token also judges it."""
-
-    def u_keys(self, start: Tensor) -> Tensor:
-        return fold(
-            fold(self.inputs.noise_key[:, None], DRAFT, self.inputs.number), torch.arange(G)
-        )
-
-
-def test_hole_b_fresh_noise_is_exact_even_when_every_verdict_is_a_lesson():
+def test_fresh_noise_is_exact_even_when_every_verdict_is_a_lesson():
     loop = VerdictLearner(fresh_keys(3))
     assert_exact(loop.write(), loop)
 
 
-@pytest.mark.parametrize("way", [DraftNoiseByPosition, UniformsByPosition, UniformsFromDraftNoise])
-def test_hole_b_noise_used_twice_is_found(way: type[Loop]):
+@pytest.mark.parametrize("way", [DraftNoiseByPosition, UniformsByPosition])
+def test_noise_used_twice_is_found(way: type[Loop]):
     loop = way(fresh_keys(3))
     assert_found(loop.write(), loop)
 
 
-def test_hole_b_without_learning_position_keys_are_harmless_so_a_static_test_misses_them():
-    class Static(DraftNoiseByPosition):
-        def learn(self, *_) -> None:
-            pass
-
-    loop = Static(fresh_keys(3))
-    assert_exact(loop.write(), loop)
-
-
-# Hole C: a second turn, a drafter that learned in the first.
+# A second turn, a drafter that learned in the first.
 
 
 def second_turn(key_of_turn: Callable[[int, int], int]) -> tuple[Tensor, Loop]:
@@ -340,50 +239,11 @@ def second_turn(key_of_turn: Callable[[int, int], int]) -> tuple[Tensor, Loop]:
     return loop.write(), loop
 
 
-def test_hole_c_a_second_turn_is_exact_with_the_keys_of_turns():
+def test_a_second_turn_is_exact_with_the_keys_of_turns():
     texts, loop = second_turn(lambda n, turn: noise_key(n, [1, 2], turn=turn))
     assert_exact(texts, loop)
 
 
-def test_hole_c_a_second_turn_seeded_as_the_first_is_found():
+def test_a_second_turn_seeded_as_the_first_is_found():
     texts, loop = second_turn(lambda n, _: noise_key(n, [1, 2]))
     assert_found(texts, loop)
-
-
-# Hole D: second chances.
-
-
-class Retry(Loop):
-    """Wrong: a round whose first draft was rejected is done again, with fresh noise."""
-
-    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        first, tokens = super().accept(logits, proposal, start, noise)
-        self.inputs.number.add_(1_000_000)
-        second, again = super().accept(logits, proposal, start, noise)
-        self.inputs.number.sub_(1_000_000)
-        bad = (first == 0) & (proposal.count > 0)
-        return torch.where(bad, second, first), torch.where(bad[:, None], again, tokens)
-
-
-class BetterWeights(Loop):
-    """Wrong: drafts of live and of anchor weights are both verified, the luckier ones count."""
-
-    def accept(self, logits: Tensor, proposal: Proposal, start: Tensor, noise: Tensor | None):
-        first, tokens = super().accept(logits, proposal, start, noise)
-        live, self.q = self.q, Loop(self.inputs.noise_key).q
-        self.inputs.number.add_(1_000_000)
-        anchor = self.draft(start, proposal.count, noise)
-        second, again = super().accept(logits, anchor, start, noise)
-        self.inputs.number.sub_(1_000_000)
-        self.q = live
-        # Only the first position is comparable: p past it hangs on the draft that was fed.
-        lucky = (second > 0) & (first == 0) & (proposal.count > 0)
-        return torch.where(lucky, 0, first), torch.where(
-            lucky[:, None], torch.cat([again[:, :1], tokens[:, 1:]], dim=1), tokens
-        )
-
-
-@pytest.mark.parametrize("way", [Retry, BetterWeights])
-def test_hole_d_a_second_chance_after_the_verdict_is_found(way: type[Loop]):
-    loop = way(fresh_keys(4))
-    assert_found(loop.write(), loop)

@@ -1,6 +1,5 @@
 """What is forecast is what is taken; too little memory is told before it is touched."""
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import accumulate
@@ -27,9 +26,9 @@ from transformers import (
 from ttspec import load
 from ttspec.cli import main
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import forecast
+from ttspec.decoding import memory_forecast as forecast
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import (
+from ttspec.decoding.memory_forecast import (
     Forecast,
     drafter_cache,
     drafter_weights,
@@ -41,7 +40,6 @@ from ttspec.decoding.forecast import (
     require_weights,
     target_cache,
 )
-from ttspec.diagnosis.memory import forecast as told
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError
@@ -129,15 +127,15 @@ def test_learning_is_what_a_pupil_takes(engine: Engine):
 @pytest.mark.weights
 def test_the_built_in_pair_is_as_forecast(smollm2_dir: Path):
     engine = load("smollm2-135m", "smollm2-135m-dflash", device="cpu", dtype="bfloat16")
-    parts, ahead = memory(engine, 2, 1000), told(engine, 2, 1000)
-    for name in (
-        "target_weights",
-        "drafter_weights",
-        "target_cache_per_1000_tokens",
-        "drafter_cache_per_1000_tokens",
-        "total",
-    ):
-        assert near(ahead[name], parts[name]), name
+    parts, need = (
+        memory(engine, 2, 1000),
+        of_run(engine.target, engine.drafter, GenerateConfig(), 2, 1000),
+    )
+    files = find_target("smollm2-135m").nbytes(torch.bfloat16, CPU)
+    assert near(files, parts["target_weights"])
+    weights = drafter_weights(engine.drafter, torch.bfloat16)
+    assert near(weights, parts["drafter_weights"])
+    assert near(need.total + files + weights, parts["total"])
 
 
 # What is there.
@@ -273,19 +271,6 @@ def test_layers_that_are_not_understood_are_unknown():
     config.num_kv_shared_layers = 2
     assert target_cache(config, 1, 10, torch.float32) is None
     assert Forecast(target_cache=None, learning=3).total == 3
-
-
-def test_doctor_says_what_was_forecast(toy_target_dir: Path, tmp_path: Path, capsys):
-    drafter = make_drafter(tmp_path / "drafter")
-    command = ["doctor", str(toy_target_dir), str(drafter), "--dtype", "float32"]
-    assert main([*command, "--json"]) == 0
-    out = json.loads(capsys.readouterr().out)
-    for name, size in out["forecast"].items():
-        if name != "free":
-            assert near(size, out["memory"][name]), name
-    assert main(command) == 0
-    target = mib(out["forecast"]["target_weights"])
-    assert f"forecast     target {target} + " in capsys.readouterr().out
 
 
 # What comes and goes.

@@ -1,7 +1,6 @@
-"""Options: which there are, and what old names say."""
+"""Options: which there are, and what is refused."""
 
-import re
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -9,30 +8,10 @@ from toys import complaint
 
 from ttspec.bench.arms import parse_arms
 from ttspec.cli import WRONG_INPUT, main
-from ttspec.config import OLD_OPTIONS, DraftConfig, LearnConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.errors import OptionError
 
 KINDS = {"learn": LearnConfig, "draft": DraftConfig}
-NEW_NAMES = {"learn.rows": "learn.supervision", "draft.gate": "draft.adaptive"}
-
-
-@pytest.mark.parametrize("old", OLD_OPTIONS)
-def test_an_old_option_says_what_became_of_it(old: str, capsys) -> None:
-    group, name = old.split(".")
-    asked = {
-        "new": lambda: KINDS[group](**{name: 1}),
-        "changed": lambda: replace(KINDS[group](), **{name: 1}),
-        "arm": lambda: parse_arms(f"learn-session[{name}=1]"),
-    }
-    for how, ask in asked.items():
-        with pytest.raises(OptionError, match="^" + re.escape(f"{old} {OLD_OPTIONS[old]}")) as told:
-            ask()
-        assert NEW_NAMES.get(old, "docs/options.md") in str(told.value), how
-    for given in ([f"--{old}", "1"], [f"--{old}=1"], [f"--{old}"]):
-        assert main(["generate", "hello", *given]) == WRONG_INPUT
-        first, second = complaint(capsys)
-        assert first == f"ttspec: error: --{old} {OLD_OPTIONS[old]}"
-        assert second == "Try: ttspec generate --help"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +29,10 @@ def test_a_value_that_is_gone_is_refused_with_those_that_stayed(name: str, value
 def test_a_name_that_never_was_an_option_is_refused_with_those_there_are() -> None:
     with pytest.raises(OptionError, match=r"learn\.speed is no option; options are stride, "):
         LearnConfig(speed=3)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match=r"speed is no option of learn; options are length, "):
+        parse_arms("learn[speed=3]")
+    with pytest.raises(OptionError, match=r"\nIs stride meant\? Options stand in brackets"):
+        parse_arms("learn[strid=3]")
 
 
 def test_the_papers_preset_is_what_it_was() -> None:
@@ -70,10 +53,8 @@ def test_the_papers_preset_is_what_it_was() -> None:
     )
 
 
-def test_the_docs_say_what_keeps_every_option_and_why_every_old_one_went() -> None:
+def test_the_docs_say_what_keeps_every_option() -> None:
     text = (Path(__file__).parent.parent / "docs" / "options.md").read_text()
     for group, record in KINDS.items():
         for field in fields(record):
             assert f"| `{group}.{field.name}` |" in text, field.name
-    for old in OLD_OPTIONS:
-        assert f"| `{old}` |" in text, old

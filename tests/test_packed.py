@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from toys import toy_engine
 from transformers import LlamaForCausalLM
 
-from ttspec.decoding.shared import fingerprint
+from ttspec.decoding.shared_weights import fingerprint
 from ttspec.models import packed
 from ttspec.models.packed import PackedLinear, can_pack, head_product
 from ttspec.models.target import Target, wrap_target

@@ -15,7 +15,8 @@ from ttspec.bench.store import read_run
 from ttspec.cli import main
 from ttspec.decoding import decoder as decoders
 from ttspec.decoding import engine as engines
-from ttspec.decoding import forecast, loading
+from ttspec.decoding import loading
+from ttspec.decoding import memory_forecast as forecast
 from ttspec.decoding import round as rounds
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.errors import DataError

@@ -92,16 +92,6 @@ def test_the_learning_arms_really_change_what_is_drafted(engine):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("arm", ["static", "hindsight"])
-def test_a_row_of_a_batch_writes_what_it_writes_alone(engine, arm, temperature):
-    options = {"max_new_tokens": 24, "seed": 9, "temperature": temperature, **ARMS[arm]}
-    together = engine.generate(PROMPTS, **options)
-    alone = [engine.generate(prompt, **options)[0] for prompt in PROMPTS]
-    assert [r.token_ids for r in together] == [r.token_ids for r in alone]
-    assert [r.text for r in together] == [r.text for r in alone]
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_two_turns_of_a_session_are_the_same_for_every_drafter(engine, temperature):
     def talk(**options) -> list[list[int]]:
         session = engine.session(

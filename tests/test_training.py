@@ -13,7 +13,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import load
 from ttspec.decoding.engine import Engine
-from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import DataError, OptionError, TrainingError
 from ttspec.training import train as training
 from ttspec.training.answers import read_dialogues, write_answers
@@ -98,34 +97,6 @@ def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
     assert answers == sorted(answers)
     assert answers[-1] == 1.0
     assert [p.done for p in steps] == sorted(p.done for p in steps)
-
-
-def test_the_drafter_loads_and_drafts_better_than_an_untrained_one(run, engine, prompts):
-    out, _ = run
-    fresh = RECIPES["dflash"](engine.target, config(prompts, out)).new([])
-    trained = load_drafter("trained", out / "drafter")
-    assert dict(trained.config) == dict(fresh.config)
-    assert {w.dtype for w in trained.weights.values()} == {torch.bfloat16}
-    kept = []  # drafts a round
-    for drafter in (fresh, trained):
-        given = load((engine.target.model, engine.tokenizer), drafter)
-        results = given.generate(
-            [f"another prompt {n}" for n in range(8)],
-            max_new_tokens=60,
-            temperature=0.5,
-            seed=1,
-            learn=None,
-            ignore_eos=True,
-        )
-        drafted = sum(r.accepted for result in results for r in result.rounds)
-        kept.append(drafted / sum(len(result.rounds) for result in results))
-    assert kept[1] > 2 * kept[0], kept
-
-
-def test_training_leaves_the_target_as_it_was(run, engine):
-    found = engine.target.model.state_dict()
-    for name, weight in speaker().state_dict().items():
-        assert torch.equal(found[name], weight), name
 
 
 def test_nothing_is_learned_from_a_gradient_that_is_not_finite(

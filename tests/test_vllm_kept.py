@@ -17,7 +17,7 @@ from test_vllm_steps import (  # noqa: F401
 from toys import bound_kind
 
 from ttspec.cli import main
-from ttspec.decoding.shared import fingerprint as of_engine
+from ttspec.decoding.shared_weights import fingerprint as of_engine
 from ttspec.errors import CheckpointError, OptionError, ResourceError
 from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.versions import VersionStore, stores_in

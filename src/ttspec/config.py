@@ -19,28 +19,6 @@ PENALTIES = (
 COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
 
-OLD_OPTIONS = {
-    "draft.gate": "is called draft.adaptive now.",
-    "learn.rows": "is called learn.supervision now.",
-} | {
-    f"learn.{name}": "is gone: no measurement shows a gain (docs/options.md)."
-    for name in (
-        *("rebuild", "temperature", "chain", "vocabulary", "clip", "eps"),
-        *("emphasis", "proximal", "warmup", "cap"),
-    )
-}
-"""Options of earlier versions, and what became of them."""
-
-
-def refuse_old_option(name: str) -> None:
-    """Say what became of an option such as `learn.rows`.
-
-    Raises:
-        OptionError: An earlier version had it, this one has not.
-    """
-    if name in OLD_OPTIONS:
-        raise OptionError(f"{name} {OLD_OPTIONS[name]}")
-
 
 def _require(ok: bool, name: str, value: object, allowed: str) -> None:
     if not ok:
@@ -48,7 +26,7 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 class _Options:
-    """A record whose unknown or old keywords, and unknown choices, are an `OptionError`."""
+    """A record whose unknown keywords and unknown choices are an `OptionError`."""
 
     __slots__ = ()
     group: ClassVar[str]
@@ -59,7 +37,6 @@ class _Options:
         for name, value in options.items():
             full_name = f"{cls.group}.{name}"
             if name not in known:
-                refuse_old_option(full_name)
                 raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
             if get_origin(hints[name]) is Literal:
                 choices = get_args(hints[name])

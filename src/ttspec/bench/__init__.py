@@ -12,8 +12,8 @@ Where to start: `cli/bench.py`, which calls these in this order.
 
 What they share: results.py (`Turn`, `Arm`: what was measured), store.py and jsonl.py (the run
 folder), manifest.py (how it was made), estimates.py and metrics.py (numbers with intervals). A
-report is made by report_tables.py, figures.py and sentences.py. Other implementations are arms
-too: peers.py, their calls in peer_loops.py, their rounds seen from outside in peer_rounds.py.
+report is made by report_tables.py, figures.py and sentences.py. transformers' own `generate` is an
+arm too: peers.py.
 
 To add an arm: an entry in `arms.KINDS`, with the options it fixes; a colour in plot_style.py.
 """

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ttspec.config import DraftConfig, LearnConfig, refuse_old_option
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.errors import OptionError
 
 WINDOW = REBASE = 512
@@ -27,13 +28,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "learn-shared": FIXED_RECIPE | {"scope": "shared", "context": "whole"},
     "default": {"scope": "session"},
 }
-PEERS: dict[str, dict[str, type]] = {
-    "hf": {},
-    "hf-compiled": {},
-    "hf-dflash": {"drafter": str},
-    "dflash": {"drafter": str},
-}
-"""Other implementations, with their options: transformers' `generate`, and the package dflash."""
+PEERS = ("hf", "hf-compiled")
+"""transformers' own `generate`, which has no options."""
 FIXED = ("scope",)
 """Options that the arm's name says."""
 _ARM = re.compile(r"^(?P<kind>[a-z-]+)(?:\[(?P<options>[^\[\]]*)\])?$")
@@ -58,10 +54,10 @@ class ArmSpec:
 
     def options(self) -> dict[str, Any]:
         """What the name means in this version, as JSON values."""
+        if self.kind in PEERS:
+            return {"peer": {}}
         learn = asdict(self.learn) if self.learn else None
         meaning: dict[str, Any] = {"draft": asdict(self.draft), "learn": learn}
-        if self.kind in PEERS:
-            meaning = {"peer": {}}
         return meaning | ({"drafter": self.drafter} if self.drafter else {})
 
 
@@ -100,26 +96,27 @@ def check_forced(arms: Sequence[ArmSpec]) -> None:
 def _parse(name: str) -> ArmSpec:
     found = _ARM.match(name)
     kind = found["kind"] if found else name
-    if not found or kind not in KINDS | PEERS:
+    if not found or kind not in (*KINDS, *PEERS):
         names = ", ".join([*KINDS, *PEERS])
         raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
     draft, learn = (
         {f.name: get_type_hints(record)[f.name] for f in fields(record)}
         for record in (DraftConfig, LearnConfig)
     )
-    learns, is_peer = "scope" in KINDS.get(kind, {}), kind in PEERS
-    allowed = ({} if kind == "plain" else draft) | (learn if learns else {}) | {"drafter": str}
-    allowed = PEERS[kind] if is_peer else {n: t for n, t in allowed.items() if n not in FIXED}
-    if kind in ("plain", "ngram"):
-        del allowed["drafter"]
+    learns = "scope" in KINDS.get(kind, {})
+    allowed = {} if kind == "plain" or kind in PEERS else draft
+    allowed = allowed | (learn if learns else {})
+    allowed = {n: t for n, t in allowed.items() if n not in FIXED}
+    if kind not in ("plain", "ngram", *PEERS):
+        allowed["drafter"] = str
     given = dict(KINDS.get(kind, {}))
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in allowed:
-            refuse_old_option(f"draft.{key}")
-            refuse_old_option(f"learn.{key}")
             options = ", ".join(allowed) or "none"
-            raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{_EXAMPLE}")
+            near = get_close_matches(key, allowed, n=1)
+            advice = f"Is {near[0]} meant? {_EXAMPLE}" if near else _EXAMPLE
+            raise OptionError(f"{key} is no option of {kind}; options are {options}.\n{advice}")
         given[key] = _value(f"{kind}[{key}]", value, allowed[key])
     drafter = given.pop("drafter", None)
     return ArmSpec(

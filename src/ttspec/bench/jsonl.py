@@ -19,7 +19,7 @@ Key = tuple[str, int, int]
 """A unit's arm, request and seed."""
 STAGES = ("draft", "verify", "learn")
 ROUND_FIELDS = ("position", "proposed", "accepted", "emitted", "updates")
-CLOCK_FIELDS = ("began", "ended", "peak_memory")
+CLOCK_FIELDS = ("began", "peak_memory")
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
 """What a row that is no round, or no turn, raises."""
 

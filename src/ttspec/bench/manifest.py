@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
     from ttspec.drafters.base import Drafter
 
-PACKAGES = ("ttspec", "torch", "transformers", "dflash")
+PACKAGES = ("ttspec", "torch", "transformers")
 
 
-def describe(engine: Engine, *, title: str, argv: list[str] | None = None) -> dict[str, Any]:
+def describe(engine: Engine, *, title: str) -> dict[str, Any]:
     """What somebody needs to run it again, as JSON values; what is not known is None."""
     target, drafter = engine.target, engine.drafter
-    program, *rest = sys.argv if argv is None else argv
+    program, *rest = sys.argv
     program = Path(program).name.replace("__main__.py", "ttspec")
     return {
         "title": title,

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any, cast
 
@@ -17,9 +17,9 @@ from ttspec.bench.peers import Peer, open_peers
 from ttspec.bench.suites import Request, Suite
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
-from ttspec.decoding.forecast import SPARE, free_memory
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
+from ttspec.decoding.memory_forecast import SPARE, free_memory
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
@@ -188,9 +188,7 @@ def engines_for(
         name = "ngram" if arm.kind == "ngram" else arm.drafter
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
-            made[name] = Engine(replace(engine.target, taps=()), other)
-            made[name].compile = engine.compile
-            made[name].make_decoder = engine.make_decoder
+            made[name] = engine.with_drafter(other)
         engines[arm.name] = made[name].sibling() if one_each else made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:

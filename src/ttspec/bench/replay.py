@@ -21,11 +21,11 @@ from ttspec.bench.store import Store, read_run
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import free_memory, mib
 from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.memory_forecast import free_memory, mib
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import ATTENTION
-from ttspec.decoding.recorded import Answer, Recording, use_recording
+from ttspec.decoding.recorded_text import Answer, Recording, use_recording
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError

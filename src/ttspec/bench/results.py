@@ -28,8 +28,7 @@ class Turn:
     waits: list[float] = field(default_factory=list)
     """Seconds until each round's tokens came, counted from those before."""
     began: float | None = None
-    ended: float | None = None
-    """Seconds of the machine's calendar clock."""
+    """When its batch began, by the calendar clock (s): rows side by side have this in common."""
     peak_memory: int | None = None
     """Bytes on the device at most, where it counts them."""
 

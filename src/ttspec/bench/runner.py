@@ -148,7 +148,7 @@ def measure(
     if cuda:
         torch.cuda.reset_peak_memory_stats(engine.target.device)
     arms = [Arm(name=job.arm.name) for job in batch]
-    began, last = [time.time()] * len(batch), [time.perf_counter()] * len(batch)
+    began, last = time.time(), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[job.request]) for job in batch]
     options |= {"seeds": [job.seed for job in batch]}
     options |= {"rows": len(batch), "stream": False, "quota": quota}
@@ -161,12 +161,10 @@ def measure(
         if chunk.result is None:
             continue
         _stop_if_cancelled(chunk.result)
-        ended, number = time.time(), batch[row].request
+        number = batch[row].request
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
         user = text_of(requests[number][len(arms[row].turns)])
-        clock = {"began": began[row], "ended": ended, "peak_memory": peak}
-        arms[row].finish(user, chunk.result, number, **clock)
-        began[row] = ended
+        arms[row].finish(user, chunk.result, number, began=began, peak_memory=peak)
     return [arm.turns for arm in arms]
 
 

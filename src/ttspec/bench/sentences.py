@@ -15,7 +15,6 @@ EARLY, LATE = 512, 1024
 LABELS = {
     "plain": "plain decoding",
     "static": "static drafter",
-    "learn-session": "learning drafter",
     "static-copy": "with copies",
     "default": "default: learning",
 }

@@ -35,8 +35,6 @@ from ttspec.config import SamplingConfig
 from ttspec.errors import DataError, ResourceError
 
 MANIFEST, ROUNDS, REQUESTS = "manifest.json", "rounds.jsonl", "requests.jsonl"
-CLOCK_TOLERANCE = 2.0
-"""Seconds by which a network may set back a healthy clock."""
 RESTORE = "Restore it from a copy, or delete the folder and run again."
 SETTINGS = (
     *("max_new_tokens", "session_tokens", "rows", "temperature", "ignore_eos"),
@@ -200,7 +198,6 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
     rounds, requests = without_unfinished(folder, rounds, requests)
     check_counts(folder, rounds, requests)
     check_models(folder, manifest, requests)
-    check_clock(folder, manifest, rounds, requests)
     return manifest, rounds, requests
 
 
@@ -274,31 +271,3 @@ def check_models(folder: Path, manifest: Row, requests: list[Row]) -> None:
                 f"with {row['models']}, the manifest says {wanted} (target/drafter checksums).\n"
                 "Runs of different models belong into different folders; run them again."
             )
-
-
-def check_clock(folder: Path, manifest: Row, rounds: list[Row], requests: list[Row]) -> None:
-    """No time is negative, and nothing ended before it began."""
-    alone = manifest.get("rows", 1) == 1  # rows of a batch begin together and overlap
-
-    def wrong(row: Row, what: str) -> DataError:
-        return DataError(
-            f"{folder}: a clock went backwards in arm {row['arm']}, request {row['request']}: "
-            f"{what}.\nIts times mean nothing; mend the clock, then run again into a new folder."
-        )
-
-    for row in rounds:
-        for stage, spent in {**row["milliseconds"], "wait": row.get("wait") or 0.0}.items():
-            if spent < 0:
-                raise wrong(row, f"{stage} took {spent} ms in round {row['round']}")
-    latest = 0.0
-    for row in requests:
-        if min(row["seconds"], row.get("first_token") or 0.0) < 0:
-            raise wrong(row, f"it took {row['seconds']} s")
-        began, ended = row.get("began"), row.get("ended")
-        if began is None or ended is None:
-            continue
-        ordered = alone or row["turn"] == 0
-        if ended < began - CLOCK_TOLERANCE or (ordered and began < latest - CLOCK_TOLERANCE):
-            raise wrong(row, f"from {began:.1f} s to {ended:.1f} s, after {latest:.1f} s")
-        if ordered:
-            latest = max(latest, ended if alone else began)

@@ -22,6 +22,8 @@ WARM_UP = 3
 """Rounds that are not counted: allocations, and on a GPU the capture of a graph."""
 UPDATES = 5
 """Updates to measure at least."""
+RUNS = 5
+"""Of which the median counts, where a rate is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,11 +217,11 @@ def within(budget: float, sizes: tuple[int, ...]) -> Iterator[int]:
             return
 
 
-def seconds_of(device: torch.device, run: Callable[[], Any], times: int = 5) -> float:
+def seconds_of(device: torch.device, run: Callable[[], Any]) -> float:
     """Median of some runs, after one that is not counted; device time on a GPU."""
     run()
     took = []
-    for _ in range(times):
+    for _ in range(RUNS):
         if device.type == "cuda":
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             marks[0].record()

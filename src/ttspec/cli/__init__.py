@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else DONE
     except CycloptsError as error:
         advice = f"Try: {' '.join(['ttspec', *app.parse_commands(tokens)[0]])} --help"
-        return _complain(f"{_old_option(tokens) or error}\n{advice}", WRONG_INPUT)
+        return _complain(f"{error}\n{advice}", WRONG_INPUT)
     except TtspecError as error:
         failed = isinstance(error, ResourceError | TrainingError)
         return _complain(str(error), FAILED if failed else WRONG_INPUT)
@@ -121,14 +121,6 @@ def _complain(message: str, code: int) -> int:
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown error"]
     print("ttspec: error: " + lines[0], *lines[1:2], sep="\n", file=sys.stderr)
     return code
-
-
-def _old_option(tokens: Sequence[str]) -> str | None:
-    """What became of an option of an earlier version, if one was given."""
-    from ttspec.config import OLD_OPTIONS
-
-    names = [t.removeprefix("--").partition("=")[0] for t in tokens if t.startswith("--")]
-    return next((f"--{n} {OLD_OPTIONS[n]}" for n in names if n in OLD_OPTIONS), None)
 
 
 def _reason(error: OSError) -> str:

@@ -216,7 +216,7 @@ def _kept(engine: Engine, config: GenerateConfig, *, written: bool) -> Version:
         ResourceError: The disk took none.
         TrainingError: None is worth keeping.
     """
-    from ttspec.decoding.shared import fingerprint
+    from ttspec.decoding.shared_weights import fingerprint
     from ttspec.learning.delta import weights_sha256
     from ttspec.learning.versions import current_of, place_of
 

@@ -70,9 +70,8 @@ def run(
     arms
         Of plain, ngram, static, static-window, static-rebased, static-copy, learn, learn-session,
         learn-shared, default, with options in brackets, as in static,default[stride=4,lr=3e-5];
-        static[drafter=FOLDER] has a drafter of its own. Other implementations, where they are
-        installed: hf, hf-compiled and hf-dflash are transformers' own `generate`, dflash is the
-        package of that name.
+        static[drafter=FOLDER] has a drafter of its own. hf and hf-compiled are transformers' own
+        `generate`, without a drafter.
     rows
         Requests of one arm side by side. More finish sooner; times are then those of a row among
         others.
@@ -141,7 +140,7 @@ def replay(
     out
         Run folder: a new one, or one to go on with.
     arms
-        As in `ttspec bench run`; not learn[supervision=block], nor other implementations.
+        As in `ttspec bench run`; not learn[supervision=block], nor hf and hf-compiled.
     text
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
     rows

@@ -62,7 +62,7 @@ def chat(
     models, resume = saving.resumed(models)
     engine = models.load(notify=say)
     saving.check_drafter(engine)
-    note_missing_template(engine, raw=bool(settings.get("raw")))
+    note_missing_template(engine, settings)
     conversation = Conversation(engine, settings, resume)
     try:
         return conversation.run(at_terminal=sys.stdin.isatty())

@@ -101,7 +101,7 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
     """Everything there is to tell, as JSON values; memory is in bytes."""
     from ttspec.decoding.engine import SESSION_CONTEXT
     from ttspec.diagnosis import findings
-    from ttspec.diagnosis.memory import forecast, judge, memory
+    from ttspec.diagnosis.memory import judge, memory
 
     target, drafter = engine.target, engine.drafter
     parts = memory(engine, rows, min(context or SESSION_CONTEXT, target.context))
@@ -111,7 +111,6 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
         "target": _target(target),
         "drafter": _drafter(drafter) if drafter is not None else None,
         "memory": parts,
-        "forecast": forecast(engine, rows, parts["context"]),
         "findings": [asdict(finding) for finding in found],
     }
 
@@ -152,7 +151,6 @@ def lines(report: dict[str, Any]) -> list[str]:
         out += [f"drafter      does not fit: {first}", *(f"             {line}" for line in rest)]
     else:
         out.append("drafter      none: plain decoding")
-    out.append(f"forecast     {_forecast(report['forecast'])}")
     out.append("findings")
     for f in report["findings"]:
         head = f"  {f['name']:<13} {f['level']:<8} "
@@ -227,18 +225,6 @@ def _targets(device: Device, *, as_json: bool) -> int:
     else:
         print(f"{counts['pass']} pass, {counts['fail']} fail, {counts['refused']} refused by name")
     return int(counts["fail"] > 0)
-
-
-def _forecast(parts: dict[str, int | None]) -> str:
-    """What was told before anything was loaded, to be compared with what is there."""
-    from ttspec.diagnosis.memory import mib
-
-    sizes = {name: "unknown" if size is None else mib(size) for name, size in parts.items()}
-    return (
-        f"target {sizes['target_weights']} + {sizes['target_cache_per_1000_tokens']}, drafter "
-        f"{sizes['drafter_weights']} + {sizes['drafter_cache_per_1000_tokens']}; in all "
-        f"{sizes['total']}, {sizes['free']} free now"
-    )
 
 
 def _probe(engine: Engine, findings: list[dict[str, Any]]) -> dict[str, Any]:

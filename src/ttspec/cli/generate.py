@@ -58,7 +58,7 @@ def generate(
     text = read_prompt(prompt)
     engine = models.load(notify=say)
     saving.check_drafter(engine)
-    note_missing_template(engine, raw=bool(settings.get("raw")))
+    note_missing_template(engine, settings)
     session = engine.session(resume=resume, **settings) if saving.save_drafter or resume else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     result = follow(chunks, show_nothing if as_json else show_text)

@@ -1,6 +1,6 @@
 """`--save-drafter` and `--resume-drafter`: what a drafter learned, and going on from there.
 
-A folder is a checkpoint like any other; a .safetensors file has only the change.
+A folder is a checkpoint for `--drafter`; a .safetensors file has only the change.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class SaveFlags:
     """A new or empty folder for the drafter as it is at the end, for --drafter; or a new
     .safetensors file for what was learned only, for --resume-drafter."""
     resume_drafter: Path | None = None
-    """What --save-drafter wrote: drafting begins there."""
+    """A .safetensors file that --save-drafter wrote: drafting begins there."""
 
     def check_place(self, *, learn: bool) -> None:
         """Refuse what cannot be saved, before anything is loaded.
@@ -66,13 +66,10 @@ class SaveFlags:
         path = self.resume_drafter
         if path is None:
             return models, None
-        if models.drafter == "none" or (path.is_dir() and models.drafter != "auto"):
+        if models.drafter == "none":
             raise OptionError(
-                f"--resume-drafter was given together with --drafter {models.drafter}.\n"
-                "Drop one of the two."
+                "--resume-drafter was given together with --drafter none.\nDrop one of the two."
             )
-        if path.is_dir():
-            return replace(models, drafter=str(path)), None
         from ttspec.learning.delta import read_delta
 
         delta = read_delta(path)  # complains before a model is loaded

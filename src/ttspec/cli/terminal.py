@@ -96,9 +96,9 @@ def low_acceptance(rounds: Sequence[Round]) -> str | None:
     )
 
 
-def note_missing_template(engine: Engine, *, raw: bool) -> None:
+def note_missing_template(engine: Engine, settings: dict[str, Any]) -> None:
     """Say it where a prompt is fed as it is and nobody asked for that."""
-    if not raw and engine.tokenizer.chat_template is None:
+    if not settings.get("raw") and engine.tokenizer.chat_template is None:
         say(
             f"{engine.target.name} has no chat template, so it goes on with the text as it is; "
             "--raw asks for that and drops this line."

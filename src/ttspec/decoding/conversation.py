@@ -1,4 +1,7 @@
-"""One row's conversation on the host: turns, answers, where an answer ends, and its statistics."""
+"""One row's conversation on the host: turns, answers, where an answer ends, and its statistics.
+
+The scheduler makes one for each `Request` and tells it what rounds emitted.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Text in, text out: one target and drafter, ready to answer prompts and to hold conversations."""
+"""Text in, text out: one target and drafter, ready to answer prompts and to hold conversations.
+
+What `ttspec.load` returns. All of it ends in `Engine.run`, which feeds a `Scheduler`.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +17,13 @@ import torch
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder, DecoderSpec
-from ttspec.decoding.forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.history import ChatHistory, Prompt
+from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
-from ttspec.decoding.shared import SharedWeights
+from ttspec.decoding.shared_weights import SharedWeights
 from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
@@ -105,7 +108,7 @@ class Engine:
         """A conversation whose turns share context and, with scope "session", what was learned.
 
         Args:
-            resume: What `Session.save` or `--save-drafter` wrote: drafting begins there.
+            resume: A file that `Session.save` wrote: drafting begins there.
             **options: Fields of `GenerateConfig`.
 
         Raises:

@@ -1,4 +1,7 @@
-"""Where an engine comes from: names, folders and options to a target and a drafter."""
+"""Where an engine comes from: names, folders and options to a target and a drafter.
+
+`load` is `ttspec.load`; commands call it by their `--target` and `--drafter`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.decoding.engine import Engine, Notify
-from ttspec.decoding.forecast import SMALLER, drafter_weights, require_weights
+from ttspec.decoding.memory_forecast import SMALLER, drafter_weights, require_weights
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter, load_native_head
 from ttspec.drafters.ngram import Ngram

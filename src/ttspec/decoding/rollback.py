@@ -1,4 +1,7 @@
-"""Which rows' recurrent states can go back, and how far. Keys and values go back any distance."""
+"""Which rows' recurrent states can go back, and how far. Keys and values go back any distance.
+
+`PromptReader` asks it which rows must be read again.
+"""
 
 from ttspec.decoding.rows import RowStates
 

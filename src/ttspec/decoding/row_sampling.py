@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ttspec.config import SamplingConfig
-from ttspec.decoding.logprobs import RowLogprobs
-from ttspec.decoding.masks import RowMasks
 from ttspec.decoding.penalties import RowPenalties, penalises
+from ttspec.decoding.row_logprobs import RowLogprobs
+from ttspec.decoding.row_masks import RowMasks
 from ttspec.decoding.rows import Processors
 from ttspec.models.target import Target
 from ttspec.records import LogitMask

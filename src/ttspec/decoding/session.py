@@ -13,7 +13,6 @@ from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import load_drafter
 from ttspec.drafters.layers import Weights, multiplied_out
 from ttspec.errors import OptionError
 from ttspec.learning.delta import difference, read_delta, write_delta
@@ -151,15 +150,11 @@ class Session:
 
 
 def resumed_session(engine: Engine, config: GenerateConfig, path: Path) -> Session:
-    """A session whose drafter begins with what another one has learned.
-
-    `path` is a drafter's folder, or the file of a change.
+    """A session whose drafter begins with what another one has learned, in the file of a change.
 
     Raises:
         CheckpointError, OptionError: The file is unusable, or of another drafter.
     """
-    if path.is_dir():
-        return Session(engine.with_drafter(load_drafter(str(path), path)), config)
     if config.learn and config.learn.scope == "shared":
         raise OptionError(
             "learn.scope is shared, and a session goes on from what one has learned.\n"

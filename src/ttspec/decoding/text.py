@@ -1,4 +1,4 @@
-"""From tokens to text that is safe to show."""
+"""From tokens to text that is safe to show, for a `Conversation` that streams."""
 
 from __future__ import annotations
 

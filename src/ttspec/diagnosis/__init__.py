@@ -3,7 +3,7 @@
 Where to start: `cli/doctor.py`, which prints what these find.
 
     findings.py   what the files of a pair say, one function a finding; `examine` lists them
-    memory.py     what the pair takes, measured and forecast
+    memory.py     what the pair takes
     probe.py      --probe: is the drafter accepted more often when it is read otherwise?
     targets.py    --targets: architectures beside transformers; families.py builds them small
 

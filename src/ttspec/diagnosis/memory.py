@@ -1,4 +1,4 @@
-"""What a pair needs in memory: caches measured by making one, beside what was forecast."""
+"""What a pair needs in memory: caches measured by making one, the rest told from shapes."""
 
 from __future__ import annotations
 
@@ -9,20 +9,10 @@ import torch
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import (
-    Forecast,
-    drafter_cache,
-    drafter_weights,
-    free_memory,
-    learning_row,
-    mib,
-    of_run,
-    target_cache,
-)
+from ttspec.decoding.memory_forecast import learning_row, mib, of_run
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
-from ttspec.learning.live_weights import resolve_learn_config
-from ttspec.models.target import Target, find_target
+from ttspec.models.target import Target
 
 STRETCH = 1000
 """Tokens for which a cache's memory is told."""
@@ -44,18 +34,11 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
         "learning_per_row_lora": learning_row(drafter, lora) if drafter else 0,
     }
     caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
-    learning = parts["learning_per_row"]
-    if (
-        drafter
-        and drafter.weights
-        and resolve_learn_config(LearnConfig(), drafter, rows).weights == "lora"
-    ):
-        learning = parts["learning_per_row_lora"]
-    row = caches * context // STRETCH + states + learning
     need = of_run(target, drafter, GenerateConfig(), rows, context)
-    parts["work"] = (need.lessons or 0) + (need.working or 0)
-    total = parts["target_weights"] + parts["drafter_weights"] + rows * row + parts["work"]
-    return parts | {"rows": rows, "context": context, "total": total}
+    weights = parts["target_weights"] + parts["drafter_weights"]
+    total = weights + rows * (caches * context // STRETCH + states) + need.at_once
+    work = need.at_once - (need.learning or 0)
+    return parts | {"work": work, "rows": rows, "context": context, "total": total}
 
 
 def judge(parts: dict[str, int], device: torch.device) -> Finding:
@@ -70,32 +53,6 @@ def judge(parts: dict[str, int], device: torch.device) -> Finding:
         return Finding(name="memory", level="ok", text=f"{text}; {device.type} has {mib(has)}")
     text += f", but {device.type} has {mib(has)}: fewer rows, a smaller --context or --no-learn"
     return Finding(name="memory", level="warning", text=text)
-
-
-def forecast(engine: Engine, rows: int, context: int) -> dict[str, int | None]:
-    """The same parts as told from headers and shapes; None for what cannot be told."""
-    target, drafter = engine.target, engine.drafter
-    weights = None
-    if target.path and not target.is_split:
-        files = find_target(str(target.path))
-        weights = files.nbytes(target.dtype, target.device)
-    need = of_run(target, drafter, GenerateConfig(), rows, context)
-    one = STRETCH - 1
-    parts = Forecast(
-        target=weights,
-        drafter=drafter_weights(drafter, target.dtype),
-        target_cache=target_cache(target.config, 1, one, target.dtype),
-        drafter_cache=drafter_cache(drafter, 1, one, DraftConfig()) if drafter else 0,
-    )
-    return {
-        "target_weights": parts.target,
-        "drafter_weights": parts.drafter,
-        "target_cache_per_1000_tokens": parts.target_cache,
-        "drafter_cache_per_1000_tokens": parts.drafter_cache,
-        "work": (need.lessons or 0) + (need.working or 0),
-        "total": need.total + (weights or 0) + (parts.drafter or 0),
-        "free": free_memory(target.device),
-    }
 
 
 def _target_cache(target: Target, width: int) -> tuple[int, int]:

@@ -231,9 +231,11 @@ def read_delta(path: Path) -> Delta:
     Raises:
         CheckpointError: There is no such file, or it is a pickle, damaged or something else.
     """
-    advice = f"Give what --save-drafter wrote: a folder or a {SUFFIX} file."
+    advice = f"Give a {SUFFIX} file that --save-drafter wrote."
+    if path.is_dir():
+        raise CheckpointError(f"{path} is a folder, so a whole drafter.\nUse --drafter {path}")
     if not path.is_file():
-        raise CheckpointError(f"There is no such file or folder: {path}.\n{advice}")
+        raise CheckpointError(f"There is no such file: {path}.\n{advice}")
     with path.open("rb") as file:
         pickled = file.read(4).startswith(_MAGIC)
     if pickled or path.suffix in PICKLES:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forecast import SPARE, free_memory, target_cache
+from ttspec.decoding.memory_forecast import SPARE, free_memory, target_cache
 from ttspec.decoding.scheduler import Scheduler
 from ttspec.records import Chunk
 from ttspec.serving.keys import ANYBODY

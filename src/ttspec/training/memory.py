@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from ttspec.decoding.forecast import free_memory, mib
+from ttspec.decoding.memory_forecast import free_memory, mib
 from ttspec.errors import ResourceError
 from ttspec.models.target import Target
 from ttspec.training.config import TrainConfig

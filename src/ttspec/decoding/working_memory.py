@@ -1,7 +1,7 @@
 """What rounds, prompts and updates take in memory while they are computed, told from shapes.
 
-Only what grows with rows and vocabulary or with the model's width is counted; the rest is small.
-Everything is in bytes.
+Only `memory_forecast.py` asks. What grows with rows and vocabulary or with the model's width is
+counted; the rest is small. Everything is in bytes.
 """
 
 from __future__ import annotations

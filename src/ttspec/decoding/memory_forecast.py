@@ -1,7 +1,8 @@
 """What target, drafter, caches and learning take in memory, told before any of it is taken.
 
-Weights come from the files' headers, caches from shapes. What cannot be told is None, and nothing
-is refused for it. `working` tells what comes and goes.
+Weights come from the files' headers, caches from shapes; `working_memory.py` tells what comes and
+goes. The loader, the engine, `bench`, `train` and the server ask it how much fits. What cannot be
+told is None, and nothing is refused for it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import widths
-from ttspec.decoding.working import lessons, working
+from ttspec.decoding.working_memory import lessons, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import (

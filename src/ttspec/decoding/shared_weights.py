@@ -1,4 +1,7 @@
-"""Weights that learn from all requests of a tenant, and where they are kept."""
+"""Weights that learn from all requests of a tenant, and where they are kept.
+
+An `Engine` has one `SharedWeights`, and asks it for what a decoder in scope shared learns on.
+"""
 
 from __future__ import annotations
 
