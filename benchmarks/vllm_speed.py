@@ -48,6 +48,7 @@ class Switch:
     """A worker's extension besides ttspec's: take the hooks out, and put them in again."""
 
     model_runner: Any
+    ttspec: Any
 
     def hooks(self, on: bool) -> None:
         """As they were, or as stock vLLM."""
@@ -65,6 +66,44 @@ class Switch:
                 setattr(owner, name, hook)
         if self._sampler is not None:
             runner.rejection_sampler = self._sampler if on else self._sampler.sampler
+
+    def watch(self) -> None:
+        """Time what the learner does from now on, part by part."""
+        learner = self.ttspec.learner
+        parts = [(learner, name) for name in PARTS]
+        parts += [(learner.shared, "begin_update"), (learner.pieces, "tell")]
+        self._times = {name: list[tuple[float, float]]() for _, name in parts}
+        for owner, name in parts:
+            setattr(owner, name, timed(getattr(owner, name), self._times[name]))
+
+    def times(self) -> dict[str, Any]:
+        """Of each part how often, and milliseconds: the median and most, in all, of the CPU."""
+        found = {name: list(zip(*times, strict=True)) for name, times in self._times.items()}
+        return {
+            name: [len(wall), *(round(1e3 * t, 3) for t in of(wall, cpu))]
+            for name, (wall, cpu) in ((n, both) for n, both in found.items() if both)
+        }
+
+
+PARTS = ("forget", "keep_logits", "absorb", "_read_step", "_keep", "_tell", "_publish_if_over")
+"""Of an `EngineLearner`; some call others."""
+
+
+def of(wall: tuple[float, ...], cpu: tuple[float, ...]) -> tuple[float, float, float, float]:
+    """The median, the most, the sum, and the sum of the thread's own time."""
+    return statistics.median(wall), max(wall), sum(wall), sum(cpu)
+
+
+def timed(work: Any, times: list[tuple[float, float]]) -> Any:
+    """The same function, which writes down what it took by the clock and by the thread's own."""
+
+    def work_and_note(*args: Any, **kwargs: Any) -> Any:
+        began, own = time.perf_counter(), time.thread_time()
+        out = work(*args, **kwargs)
+        times.append((time.perf_counter() - began, time.thread_time() - own))
+        return out
+
+    return work_and_note
 
 
 HOOKED = (
@@ -386,6 +425,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     for name in names:
         if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
+            arms.ask(name, rpc="watch")
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
@@ -413,6 +453,10 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
+    for name in filter(learns, names):
+        print(f"{name}, what its parts took: times, ms: median, most, all, of the CPU")
+        for part, found in (arms.ask(name, rpc="times") or {}).items():
+            print(f"  {part:18s} {found}")
     show(arms.turns, a)
     others = [n for n in names if n != "idle" and ":" not in n]
     first = 0

@@ -27,10 +27,10 @@ def learned(monkeypatch) -> Tensor:
     return weight
 
 
-def live_drafter(ranks: int = 1, stride: int = 2) -> LiveDrafter:
+def live_drafter(ranks: int = 1, every: int = 4) -> LiveDrafter:
     first = {NAME: torch.zeros(2, 3)}
     group = SimpleNamespace(world_size=ranks)
-    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), group, stride)
+    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), group, every)
 
 
 @pytest.mark.parametrize("graphs", [Graphs, Tapes])
@@ -49,9 +49,9 @@ def test_what_is_learned_reaches_what_vllm_runs_with(graphs, learned, monkeypatc
     assert Tapes.made == made
 
 
-@pytest.mark.parametrize("graphs", [Graphs, Tapes])
+@pytest.mark.parametrize(("graphs", "at_once"), [(Graphs, 1), (Graphs, 2), (Tapes, 2)])
 def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
-    graphs, learned, monkeypatch
+    graphs, at_once, learned, monkeypatch
 ) -> None:
     monkeypatch.setattr(drafting, "Graphs", graphs)
     first, second = live_drafter(ranks=2), live_drafter(ranks=2)
@@ -61,7 +61,7 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
     first.capture(learner)
     second.capture(None)
     sent: list[int] = []
-    for step in range(1, 200):
+    for step in range(1, 300):
         if step == 20:
             learner.updates = 2 * FULL
             first.publish(learner)
@@ -70,16 +70,17 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
             learner.updates = 100 * FULL
             first.publish(learner)
             assert first.module.inner.weight.eq(0).all()  # not before all have it
-        due = [live.count_step() for live in (first, second)]
+        due = [live.count_rounds(at_once) for live in (first, second)]
         assert due[0] == due[1]
         if due[0]:
             first.send()
             second.send()
             sent.append(step)
     gaps = [b - a for a, b in pairwise(sent)]
-    assert gaps[:5] == [2] * 5
-    assert gaps[-5:] == [2 * RAREST] * 5
-    assert max(gaps) == 2 * RAREST
+    usual = 4 // at_once
+    assert gaps[:3] == [usual] * 3
+    assert gaps[-3:] == [usual * RAREST] * 3
+    assert max(gaps) == usual * RAREST
     for live in (first, second):
         assert live.module.inner.weight.eq(3.0).all()
 

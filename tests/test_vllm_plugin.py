@@ -209,7 +209,7 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
         watches=True,
         is_reading=False,
         run=lambda work: work(learner),
-        end_step=lambda drafted: None,
+        end_step=lambda drafts: None,
     )
     runner = SimpleNamespace(
         finish_requests=None,
@@ -244,14 +244,13 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
 
 def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
     steps: list[EngineStep] = []
+    said: list[list[int]] = []
 
     def propose(scheduler_output, sampled_token_ids, aux_hidden_states, spec_decode_metadata):
         return "drafts"
 
     learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
-    learning = SimpleNamespace(
-        watches=True, run=lambda work: work(learner), end_step=lambda drafted: said.append(drafted)
-    )
+    learning = SimpleNamespace(watches=True, run=lambda work: work(learner), end_step=said.append)
     runner = SimpleNamespace(
         _update_states=None,
         _sample=None,
@@ -261,14 +260,13 @@ def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
         input_ids=SimpleNamespace(gpu=torch.arange(9)),
         _get_positions=torch.arange,
     )
-    said: list[bool] = []
     v1.wrap(runner, learning)
     scheduled = SimpleNamespace(num_scheduled_tokens={"b": 5, "a": 4})
     sampled, features = torch.tensor([[7, 8, -1], [9, -1, -1]]), [torch.zeros(9, 4)]
     for metadata in (SimpleNamespace(num_draft_tokens=[3, 0]), None):
         given = (scheduled, sampled, features)
         assert runner.propose_draft_token_ids(*given, spec_decode_metadata=metadata) == "drafts"
-    assert said == [True, False]
+    assert said == [[3, 0], []]
     assert [step.drafts for step in steps] == [[3, 0], [0, 0]]
     for step in steps:
         assert (step.ids, step.bounds, step.ends) == (["a", "b"], [0, 4, 9], [14, 5])

@@ -23,6 +23,7 @@ from ttspec.learning.memory import LessonMemory
 from ttspec.learning.memory_learner import ENOUGH, JUDGED
 from ttspec.models.capture import Graphs
 from ttspec.records import Verification
+from ttspec.vllm import verified
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import PURPOSES
 from ttspec.vllm.steps import STALE, EngineLearner
@@ -194,7 +195,7 @@ def test_the_rounds_of_a_ttspec_run_are_remembered_as_by_itself(which, at, recor
     learner, published = learner_of(found, rows=2)
     learner.absorb(prompt_step(found, at=at))  # at 96: behind a prefix that was cached
     feed(learner, found, [0], at=at)
-    learner.forget(["request-0"])
+    learner.forget_all()
     assert_same_texts(learner.shared.weights.memory, found.memory)
     assert len(published) == learner.shared.updates > 3
     learned, start = learner.shared.learned(), learner.drafter.weights
@@ -207,7 +208,7 @@ def test_two_requests_in_any_order_of_the_batch(target):
         learner, _ = learner_of(found, rows=3)
         learner.absorb(prompt_step(found, rows=[0, 1]))
         feed(learner, found, order)
-        learner.forget(["request-0", "request-1"])
+        learner.forget_all()
         assert_same_texts(learner.shared.weights.memory, found.memory)
 
 
@@ -237,10 +238,10 @@ def a_step(ids, size: int, at: int, drafts: int = 0, width: int = 192) -> Engine
         bounds=[i * size for i in range(n + 1)],
         drafts=[drafts] * n,
         ends=[at + size] * n,
-        tokens=torch.arange(n * size) % 200,
+        tokens=torch.arange(n * size, dtype=torch.int32) % 200,
         positions=(at + torch.arange(size)).repeat(n),
         features=random_features(1, n * size, width)[0].chunk(3, dim=-1),
-        emitted=torch.full((n,), drafts + 1),
+        emitted=torch.full((n,), drafts + 1, dtype=torch.int32),
     )
 
 
@@ -276,7 +277,7 @@ def test_drafts_of_a_request_that_gets_a_row_in_the_middle_are_no_text() -> None
     assert set(learner.rows.taken) == {"a"}
     assert not texts_of(learner.shared.weights.memory)
     teach(learner, a_step(["a"], 5, 15, drafts=4))
-    learner.forget(["a"])
+    learner.forget_all()
     (text,) = texts_of(learner.shared.weights.memory)
     assert text[2].sum() == 5  # judged
 
@@ -289,6 +290,21 @@ def test_a_prompt_that_joins_lets_others_rounds_wait() -> None:
     assert learner.rounds.kept == 1
     learner.absorb(a_step(["a"], 1, 15))  # one that follows its own
     assert learner.rounds.kept == 0
+
+
+def test_a_request_that_ends_is_told_of_with_others_or_before_its_row_is_anothers() -> None:
+    learner = made()
+    learner.absorb(a_step(["a", "b"], 10, 0))
+    teach(learner, a_step(["a", "b"], 5, 10, drafts=4))
+    learner.forget(["a"])
+    teach(learner, a_step(["b"], 5, 15, drafts=4))
+    assert learner.rounds.kept == 2
+    learner.absorb(a_step(["c"], 20, 0))
+    assert learner.rounds.kept == 0
+    teach(learner, a_step(["b", "c"], 5, 20, drafts=4))
+    learner.forget_all()
+    judged = [int(text[2].sum()) for text in texts_of(learner.shared.weights.memory)]
+    assert judged == [5, 15, 5]
 
 
 def test_a_request_that_outgrows_its_row_teaches_no_more() -> None:
@@ -307,7 +323,7 @@ def test_a_preempted_request_begins_anew() -> None:
     learner.forget(["a"])
     learner.absorb(a_step(["a"], 15, 0))
     teach(learner, a_step(["a"], 5, 15, drafts=4))
-    learner.forget(["a"])
+    learner.forget_all()
     assert learner.rounds.acceptance() == (10, 2)
     assert len(texts_of(learner.shared.weights.memory)) == 2
 
@@ -326,7 +342,7 @@ def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
         teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
     assert learner.shared.updates == 0
     assert set(learner.rows.taken) == {"a"}
-    learner.forget(["a"])
+    learner.forget_all()
     learner.absorb(lambda: pytest.fail("a step that nobody reads was looked at"))
     learner.share.share = 1.0
     for _ in range(4):
@@ -341,7 +357,7 @@ def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, up
     learner.share.spend(1e9, "updates")
     for i in range(rounds):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
-    learner.forget(["a"])
+    learner.forget_all()
     assert learner.shared.updates == 0
     learner.share.share, learner._may_teach = 1.0, lambda _: False
     for _ in range(200):
@@ -373,7 +389,7 @@ def test_held_out_texts_are_judged_alike_with_and_without_waiting(recorded):
     learner, _ = learner_of(found, rows=1)
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
-    learner.forget(["request-0"])
+    learner.forget_all()
     study = learner.shared.study
     sets = {"live": learner.shared.weights.published, "anchor": {}}
     blocks, drafts = study.judge(sets, JUDGED)
@@ -404,11 +420,11 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
         memory._generator.manual_seed(0)
         learner.absorb(prompt_step(found))
         feed(learner, found, [0])
-        learner.forget(["request-0"])
+        learner.forget_all()
         assert learner.shared.updates == len(published) > 5
         learned.append((texts_of(memory), learner.shared.learned(), learner.shared.gain))
         if captured:
-            assert made == 5 + 1 + 2  # of an update, of rounds, of pieces
+            assert made == 5 + 2 + 2  # of an update, of rounds, of pieces
             assert Tapes.replayed - replayed > 2 * learner.shared.updates
     (texts, weights, compared), (texts_too, weights_too, compared_too) = learned
     assert compared == pytest.approx(compared_too)
@@ -444,7 +460,7 @@ def learned_on(device: str, *, captured: bool, compile: bool = False) -> tuple:
             learner.keep_logits(step.ids, step.drafts, logits)
         learner.absorb(step)
         learner.finish()
-    learner.forget(["a", "b"])
+    learner.forget_all()
     assert learner.shared.updates > 5
     return texts_of(memory), learner.shared.learned(), drafter.weights
 
@@ -526,7 +542,7 @@ class Launches(TorchDispatchMode, Graphs):
         return out
 
 
-def test_the_host_launches_little():
+def test_the_host_launches_little(monkeypatch):
     learner = made(rows=4, tokens=400)
     shared, ids = learner.shared, list("abcd")
     learner.rounds_an_update, shared.weights.memory.crops = 1 << 30, False
@@ -537,15 +553,20 @@ def test_the_host_launches_little():
         learner.keep_logits(ids, step.drafts, logits)
         learner.absorb(step)
 
-    # Operations, and graphs. Of a round the indices are two: the logits' come before the rest.
+    sent: list[int] = []
+    monkeypatch.setattr(verified, "on_device", lambda n, _: sent.append(1) or torch.tensor(n))
+    # Operations, copies of indices, and graphs.
     wanted = {
-        "a prompt": (lambda: learner.absorb(prompt), (7, 1)),
-        "a round": (read, (9, 0)),
-        "rounds, to the memory": (learner._tell, (2, 1)),
-        "an update": (shared.update, (10, 3)),
+        "a prompt": (lambda: learner.absorb(prompt), (8, 0, 1)),
+        "a round, three requests are new": (read, (7 + 3, 2, 0)),
+        "a round of all four": (read, (7, 2, 0)),
+        "a round of the same": (read, (7, 0, 0)),
+        "rounds, to the memory": (learner._tell, (2, 1, 1)),
+        "an update": (shared.update, (10, 0, 3)),
     }
     for what, (work, few) in wanted.items():
         shared.run = shared._run_update = launches = Launches()
+        sent.clear()
         with launches:
             work()
-        assert (launches.operations, launches.graphs) == few, what
+        assert (launches.operations, len(sent), launches.graphs) == few, what

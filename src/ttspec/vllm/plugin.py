@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import known_target
 from ttspec.vllm.module import learned_names, learned_weights, save_learned
 from ttspec.vllm.settings import Settings, status_file
-from ttspec.vllm.steps import EngineLearner
+from ttspec.vllm.steps import EngineLearner, rounds_an_update
 
 
 def _folder(model: Any) -> Path:
@@ -131,7 +131,7 @@ class WorkerLearning:
         learn = resolve_learn_config(self.settings.learn, self.drafter, 1)
         first = {n: self.drafter.weights[n] for n in learned_names(self.drafter, learn)}
         draft_model, like = self.runner.get_draft_model(), self.drafter.embedding
-        self.live = LiveDrafter(draft_model, first, like, self.group, learn.stride or 1)
+        self.live = LiveDrafter(draft_model, first, like, self.group, rounds_an_update(learn))
         if self.rank == 0:
             self.drafter.bind(embedding, head, int(text.num_hidden_layers))
             self._make_learner(tied=tied)
@@ -228,9 +228,9 @@ class WorkerLearning:
             self.stop(f"{type(error).__name__}: {error}")
             self.log.debug("ttspec failed", exc_info=True)
 
-    def end_step(self, *, drafted: bool) -> None:
-        """A step was read: let all ranks have the same weights, and write figures."""
-        if self._sends and drafted and self.live.count_step():
+    def end_step(self, drafts: Sequence[int]) -> None:
+        """A step with so many drafts of each request was read: other ranks, and figures."""
+        if self._sends and self.live.count_rounds(sum(count > 0 for count in drafts)):
             self._send()
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:
