@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
@@ -366,39 +367,51 @@ def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, up
 
 
 @pytest.mark.parametrize(
-    ("judgements", "reverts"),
+    ("judgements", "anchor_drafts", "reverts"),
     [
-        ([0.8, 0.8], 1),  # twice in a row
-        ([0.8, 1.1, 0.8, 0.95], 0),
-        ([0.4], 1),  # half of the drafts at once
-        ([1.2, 1.3], 0),
+        ([(120, 100)], False, 0),
+        ([(90, 100)], True, 0),
+        ([(90, 100), (120, 100)], False, 0),  # learning went on
+        ([(110, 100), (40, 100)], True, 0),
+        ([(40, 100)], True, 1),  # lost more than half of the drafts
+        ([(math.nan, 0)], True, 1),
     ],
 )
-def test_weights_that_held_out_texts_find_worse_are_put_back(judgements, reverts):
-    learner = made(rows=1).shared
-    for weight in learner.weights.master.values():
+def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
+    judgements, anchor_drafts, reverts
+) -> None:
+    learner = made(rows=8).shared
+    learner.guard.every, weights = 1, learner.weights
+    for weight in weights.master.values():
         weight.add_(1.0)
-    for gain in judgements:
-        learner.judge(gain)
+    weights._mean.add_(1.0)
+    for live, anchor in judgements:
+        judged = torch.tensor([99.0, live, anchor])
+        learner.study.compare_newest = lambda _, judged=judged: judged
+        if live != live:
+            learner.study.compute_gradients = spoil
+        assert learner.update()
     assert learner.reverts == reverts
+    drafting, anchor = learner.drafting(), learner.drafter.weights
+    assert all(torch.equal(drafting[n], anchor[n]) for n in drafting) == anchor_drafts
     assert learner.update() == (reverts == 0)  # it rests
 
 
-def test_held_out_texts_are_judged_alike_with_and_without_waiting(recorded):
+def test_the_newest_pages_judge_what_was_learned(recorded) -> None:
     found = recorded("eagle3", tokens=150)
     learner, _ = learner_of(found, rows=1)
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
     learner.forget_all()
     study = learner.shared.study
-    sets = {"live": learner.shared.weights.published, "anchor": {}}
-    blocks, drafts = study.judge(sets, JUDGED)
-    assert blocks > ENOUGH
-    study.held_out = study.read_held_out(JUDGED)
-    count, *totals = study.compare_held_out(list(sets.values())).tolist()
-    assert count == blocks
-    for total, wanted in zip(totals, drafts.values(), strict=True):
-        assert total / count == pytest.approx(wanted, rel=0.05)  # of other blocks of the same pages
+    study.newest = study.read_newest(JUDGED)
+    pages = study.memory.newest_pages(JUDGED)
+    judged = study.memory.judged[pages].sum(1)
+    assert study.newest.last.sum(1).tolist() == judged.tolist()
+    assert (judged > 0).sum() == 3  # of 150 tokens
+    blocks, live, anchor = study.compare_newest([learner.shared.weights.averaged(), {}]).tolist()
+    assert ENOUGH < blocks < judged.sum()
+    assert live != anchor
 
 
 @pytest.mark.parametrize("which", ["eagle3", "dflash"])
@@ -422,7 +435,7 @@ def test_captured_it_learns_what_it_learns_else(which, recorded, monkeypatch):
         feed(learner, found, [0])
         learner.forget_all()
         assert learner.shared.updates == len(published) > 5
-        learned.append((texts_of(memory), learner.shared.learned(), learner.shared.gain))
+        learned.append((texts_of(memory), learner.shared.learned(), learner.shared.guard.gain()))
         if captured:
             assert made == 5 + 2 + 2  # of an update, of rounds, of pieces
             assert Tapes.replayed - replayed > 2 * learner.shared.updates

@@ -29,7 +29,7 @@ TEXTS, BLOCKS, WINDOW = 16, 32, 8
 FEW_TEXTS, FEW_BLOCKS = 2, 16
 """The same off a GPU, where an update has far less time; not measured."""
 HELD_OUT_BLOCKS = 24
-"""Of a held-out page."""
+"""Of a page that judges."""
 STRETCH = 128
 HEARD = {1: 1, 2: 4, 16: 16}
 """The memory of all requests is told of one stretch of so many rounds in so many, by the strides
@@ -138,8 +138,8 @@ class MemoryStudy(Study):
 
     texts: Texts
     """Those of the update that begins."""
-    held_out: Texts
-    """Those that judge it."""
+    newest: Texts
+    """Those that judge what was learned before."""
 
     _lessons: Lessons
     """What rows have committed."""
@@ -256,9 +256,9 @@ class MemoryStudy(Study):
         """What was chosen, out of reach of rows that write on."""
         return self.memory.read(self._pages, WINDOW)
 
-    def read_held_out(self, most: int) -> Texts:
-        """Texts up to the newest held-out pages; where there are fewer, such as teach nothing."""
-        return self.memory.read(self.memory.newest_held_out(most), WINDOW)
+    def read_newest(self, most: int) -> Texts:
+        """Texts up to the newest pages, which hardly taught; where there are fewer, nothing."""
+        return self.memory.read(self.memory.newest_pages(most), WINDOW)
 
     def compute_gradients(self, live: LiveWeights, report: UpdateReport) -> None:
         """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
@@ -270,15 +270,15 @@ class MemoryStudy(Study):
         report.blocks[:1].copy_(lesson.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
 
-    def compare_held_out(self, sets: Sequence[Weights]) -> Tensor:
-        """Judge sets of weights on `held_out`, as `judge` does, but wait for nothing.
+    def compare_newest(self, sets: Sequence[Weights]) -> Tensor:
+        """Judge sets of weights on the last pages of `newest`, and wait for nothing.
 
         Returns:
             Blocks, and the drafts of each set that all of them would accept, float32 [1 + sets].
         """
-        judged = self.held_out.judged
+        last = self.newest.last
         return self._judged(
-            self.held_out, self._order[:, : judged.shape[1]].expand_as(judged), sets
+            self.newest, last, self._order[:, : last.shape[1]].expand_as(last), sets
         )
 
     @torch.no_grad()
@@ -298,16 +298,18 @@ class MemoryStudy(Study):
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)
-            judged = self._judged(texts, chances, list(sets.values())).tolist()
+            judged = self._judged(texts, texts.held_out, chances, list(sets.values())).tolist()
             found = [one + more for one, more in zip(found, judged, strict=True)]
         count, *totals = found
         means = [total / max(count, 1) for total in totals]
         return int(count), dict(zip(sets, means, strict=True))
 
     @torch.no_grad()
-    def _judged(self, texts: Texts, chances: Tensor, sets: Sequence[Weights]) -> Tensor:
-        """Whole held-out blocks of texts, and drafts of each set that they accept."""
-        lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+    def _judged(
+        self, texts: Texts, may: Tensor, chances: Tensor, sets: Sequence[Weights]
+    ) -> Tensor:
+        """Whole blocks of what texts may show, and drafts of each set that they accept."""
+        lesson = self.blocks(texts, may, chances, HELD_OUT_BLOCKS)
         whole = lesson.mask.all(-1)
         found = [whole.sum().float()]
         for changed in sets:

@@ -95,13 +95,16 @@ class LiveDrafter:
             self._told.record()
         self._run(self._load_row, 0, compile=False)
 
+    def _drafting(self) -> dict[str, Tensor]:
+        return learned_weights(self._learner, self._learner.drafting())
+
     # What may be captured as a graph, by its name: twice is as once.
 
     def _load_learned(self, key: int) -> None:  # noqa: ARG002
-        load_in_place(self.module, learned_weights(self._learner))
+        load_in_place(self.module, self._drafting())
 
     def _pack_learned(self, key: int) -> None:  # noqa: ARG002
-        self._row[:-1].copy_(flat(learned_weights(self._learner), self._row.dtype))
+        self._row[:-1].copy_(flat(self._drafting(), self._row.dtype))
 
     def _load_row(self, key: int) -> None:  # noqa: ARG002
         load_in_place(self.module, unflattened(self._row[:-1], self.names, self._shapes))

@@ -290,7 +290,7 @@ class WorkerLearning:
             return
         with torch.inference_mode(False), torch.no_grad():
             self.learner.finish()
-        weights = learned_weights(self.learner.shared)
+        weights = learned_weights(self.learner.shared, self.learner.shared.learned())
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
 
