@@ -26,7 +26,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -294,13 +293,14 @@ def cores_near_gpu(count: int) -> set[int]:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     cores = sorted(os.sched_getaffinity(0))
     try:
-        asked = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader", "-i", gpu]
-        bus = subprocess.check_output(asked, text=True).strip().lower()[-12:]
-        text = Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text()
-        ends = [list(map(int, part.split("-"))) for part in text.strip().split(",")]
-        near = {core for end in ends for core in range(end[0], end[-1] + 1)}
-        cores = sorted(near.intersection(cores)) or cores
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        from vllm.utils.import_utils import import_pynvml  # type: ignore[import-not-found]
+
+        nvml = import_pynvml()
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu))
+        words = nvml.nvmlDeviceGetCpuAffinity(handle, cores[-1] // 64 + 1)
+        cores = [core for core in cores if words[core // 64] >> core % 64 & 1] or cores
+    except Exception as error:  # no GPU, or one that is named otherwise
         print(f"not known which cores are near the GPU: {error}", flush=True)
     first = count * int(gpu) if gpu.isdigit() else 0
     return set(cores[first : first + count] or cores[:count])
