@@ -107,8 +107,8 @@ class LessonMemory:
 
     @torch.no_grad()
     def newest_pages(self, most: int) -> Tensor:
-        """The newest pages of all, int64 [`most`]; the last one of all where there are fewer."""
-        judged = self.judged.any(1)
+        """The newest pages that are a quarter judged, int64 [`most`]; else the last one of all."""
+        judged = self.judged.sum(1) >= PAGE // 4
         age = self._next_page - 1 - torch.arange(self.pages + 1, device=judged.device)
         age = (age % self.pages).masked_fill(~judged, self.pages)[:-1]
         ages, pages = age.topk(most, largest=False)

@@ -17,15 +17,15 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
+from ttspec.learning.learner import COMPARED
 from ttspec.learning.lessons import taught
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.study import ENOUGH, MemoryStudy
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 
-JUDGED, ENOUGH = 8, 16
-"""Pages, the newest, by which what was learned is compared with the anchor; and blocks of them
-without which nothing can be said."""
+HELD_OUT = 8
+"""Held-out pages, the newest, that say what the anchor should get accepted."""
 
 
 class MemoryLearner:
@@ -152,7 +152,7 @@ class MemoryLearner:
         self.guard.record_update(0)
         ruined = blocks and not (isfinite(loss) and isfinite(norm))
         if judged >= ENOUGH:
-            rows = len(self.study.rows.end)
+            rows = round(judged / COMPARED)
             ruined = self.guard.is_worse(0, learned, anchor, 0, 0, rows=rows) or ruined
         if ruined:
             self.revert()
@@ -181,7 +181,7 @@ class MemoryLearner:
     @torch.no_grad()
     def expected_drafts(self) -> float | None:
         """Drafts a block that the anchor would get accepted; None where nothing is held out."""
-        blocks, drafts = self.study.judge({"anchor": {}}, JUDGED)
+        blocks, drafts = self.study.judge({"anchor": {}}, HELD_OUT)
         return drafts["anchor"] if blocks else None
 
     def _enqueue_update(self, *, compare: bool) -> None:
@@ -191,7 +191,7 @@ class MemoryLearner:
         # Captured first: what they return must not lie where an older graph works.
         self.study.texts = run(self.study.read_texts, 0)
         if compare:
-            self.study.newest = run(self.study.read_newest, JUDGED)
+            self.study.newest = run(self.study.read_newest, 0)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
