@@ -197,6 +197,18 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
     assert learner.update() == (reverts == 0)  # it rests
 
 
+def test_where_no_page_has_enough_to_judge_nothing_is_compared() -> None:
+    learner = made()
+    learner.shared.guard.every = 1
+    learner.absorb(a_step(["a"], 10, 0))
+    for i in range(2):
+        teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
+    learner.forget_all()
+    assert learner.shared.update()
+    assert learner.shared._compares
+    assert learner.shared.guard.gain() == 1
+
+
 def test_the_newest_pages_judge_what_was_learned(recorded) -> None:  # noqa: F811
     found = recorded("eagle3", tokens=150)
     learner, _ = learner_of(found, rows=1)

@@ -126,7 +126,7 @@ class LessonMemory:
         """
         page = chained(pages, length, self.before, self.number, self.text)
         if self.crops and len(page):
-            page = page[:, : int((page != self.pages).sum(1).max())]
+            page = page[:, : max(1, int((page != self.pages).sum(1).max()))]
         judged = self.judged[page]
         return Texts(
             tokens=self.tokens[page].flatten(1, 2),
