@@ -2,7 +2,8 @@
 
 import pytest
 
-from ttspec.learning.update_schedule import FULL, share_of_updates
+from ttspec.learning.update_schedule import FULL, SHARE, share_of_updates
+from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
 
 
@@ -12,6 +13,10 @@ def now(monkeypatch) -> list[float]:
     now = [100.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
     return now
+
+
+def test_by_default_learning_begins_as_in_ttspecs_own_engine() -> None:
+    assert Settings().share == SHARE
 
 
 def test_time_is_a_share_of_work_and_pauses_earn_little(now) -> None:
