@@ -373,16 +373,6 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
-@pytest.mark.parametrize("which", ["pard", "pard2"])
-def test_who_says_so_has_the_same_first_drafts_in_a_shorter_block(which: str) -> None:
-    drafter = bound_kind(which)
-    assert drafter.first_alone
-    state = read(drafter, *text_of(drafter, 2, 30), DraftConfig())
-    taught, _ = drafts(drafter, state)
-    whole = drafter.replay(state, taught, drafter.length, 30)
-    torch.testing.assert_close(drafter.replay(state, taught, 2, 30), whole[:, :, :2], **CLOSE)
-
-
 def gradients(drafter: Drafter, state: DraftState, taught: Lesson) -> dict[str, Tensor]:
     """Gradients of a row's own copy of every learnable weight."""
     leaves = {}

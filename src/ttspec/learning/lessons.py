@@ -17,8 +17,7 @@ from ttspec.records import LONGEST_COPY, Lesson, Verification
 AT_ONCE = 1 << 27
 """Logits that are copied together: more only take more memory."""
 CHAIN = 4
-"""Drafts of a block that teach a drafter which drafts one after the other, and off a GPU one whose
-first drafts are the same without them, from a memory of all requests: the others would nearly
+"""Drafts of a block that teach a drafter which drafts one after the other: the others would nearly
 double an update's cost and gained nothing (docs/experiments.md)."""
 
 

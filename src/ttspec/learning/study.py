@@ -16,7 +16,7 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.blocks import Text
 from ttspec.drafters.layers import Weights
-from ttspec.learning.lessons import CHAIN, Lessons
+from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import PAGE, LessonMemory, MemoryRows, Texts
 from ttspec.learning.update_report import UpdateReport
@@ -159,15 +159,13 @@ class MemoryStudy(Study):
         run: Graphs,
     ) -> None:
         """Of `rows` rows, whose rounds `run` captures; the rest as in `Study`."""
-        on_gpu = memory.tokens.is_cuda
-        if drafter.first_alone and not on_gpu:  # the others weigh little, and cost as much
-            length = min(length, CHAIN)
         super().__init__(drafter, options, length)
         self._run = run
         self._new: list[int] | None = [0] * rows
         """Tokens of each row that the memory was not told of; None if that is not known."""
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
+        on_gpu = device.type == "cuda"
         texts, self.count = (TEXTS, BLOCKS) if on_gpu else (FEW_TEXTS, FEW_BLOCKS)
         self._newest = NEWEST if on_gpu else FEW_NEWEST
         order = torch.Generator(device).manual_seed(0)  # the same blocks for all
