@@ -215,13 +215,12 @@ class EngineLearner:
     def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
         """Keep a round of every row; whether that was the last one that there is room for."""
         rows, width = self.rows.count, self._width
-        at, first, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows, [0] * rows
+        at, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows
         for row, i in verified:
-            count = min(step.drafts[i], width - 1)
-            first[row] = pending = step.bounds[i + 1] - step.drafts[i] - 1
+            count, pending = step.drafts[i], step.bounds[i + 1] - step.drafts[i] - 1
             at[row * width : (row + 1) * width] = [pending + min(j, count) for j in range(width)]
             request[row], took_part[row] = i, 1
-        return self.rounds.keep(step, [*at, *first, *request], took_part)
+        return self.rounds.keep(step, [*at, *request], took_part)
 
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""

@@ -98,14 +98,14 @@ class VerifiedRounds:
 
         Args:
             step: Had it verified.
-            at: [B * width + B + B]: each row's tokens and its first one, as places in the step's,
-                and which request it is.
+            at: [B * width + B]: each row's tokens, as places in the step's, and which request it
+                is.
             took_part: For each row 1 if it did.
         """
-        k, sizes = self.kept, [len(at) - 2 * self.rows, self.rows, self.rows]
-        flat, first, request = self._places(at).split(sizes)
+        k = self.kept
+        flat, request = self._places(at).split([len(at) - self.rows, self.rows])
         take(self._tokens[k], step.tokens, flat)
-        take(self._start[k], step.positions, first)
+        take(self._start[k], step.positions, flat[:: self.width])
         take(self._emitted[k], step.emitted, request)
         for kept, feature in zip(self._features, step.features, strict=True):
             take(kept[k], feature, flat)
