@@ -19,7 +19,7 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
-from ttspec.learning.keeper import Keeper, tenants_weights
+from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.live_weights import resolve_learn_config
 from ttspec.vllm import hooks, status, v1, v2
 from ttspec.vllm.capturing import capture_when_warm, failure_of
@@ -80,7 +80,6 @@ class WorkerLearning:
         self._status_written = 0.0
         self._warned = False
         self._saving: threading.Thread | None = None
-        self._keeper: Keeper | None = None
 
     def prepare(self, given: Any) -> None:
         """Check what all ranks find alike, and wait for the models.
@@ -153,8 +152,7 @@ class WorkerLearning:
             live=live,
             may_teach=lambda request: self.may_teach(request),
         )
-        self._keeper = live.keeper
-        if self._keeper:
+        if live.keeper:
             self.live.publish(self.learner.shared)
         self._close_with_worker()
         self.log.info(
@@ -180,13 +178,11 @@ class WorkerLearning:
     def _close(self) -> None:
         if self._saving:
             self._saving.join()
-        if self._keeper is None:
+        if self.learner is None or (keeper := self.learner.shared.keeper) is None:
             return
-        keeper, self._keeper = self._keeper, None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                if self.learner:
-                    self.learner.finish()
+                self.learner.finish()
                 keeper.close()
         except Exception as error:
             self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
