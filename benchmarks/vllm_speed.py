@@ -544,8 +544,8 @@ def show_steps(turns: list[dict]) -> None:
                 t["tokens"] / t[key] / (other["tokens"] / other[key])
                 for key in ("seconds", "rounds")
             )
-            keys = ("updates", "share", "share_of_reading", "host_ms_a_step")
-            keys += ("device_ms_an_update", "accepted_to_anchor")
+            keys = ("updates", "share", "share_of_reading", "device_ms_an_update")
+            keys += ("accepted_to_anchor", "anchor_drafts")
             facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
             print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 

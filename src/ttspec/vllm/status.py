@@ -36,8 +36,6 @@ def figures(learner: EngineLearner) -> dict[str, Any]:
         "seconds": spent,
         "share": spent / share.worked if share.worked else 0.0,
         "share_of_reading": share.spent["reading"] / spent if spent else 0.0,
-        "steps": share.steps,
-        "host_ms_a_step": 1e3 * share.on_host / max(share.steps, 1),
         "device_ms_an_update": 1e3 * shared.seconds,
         "captured": shared.run.on,
     }

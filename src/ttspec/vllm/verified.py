@@ -62,6 +62,7 @@ class VerifiedRounds:
         like, (vocabulary, hidden) = drafter.embedding, drafter.embedding.shape
         self.rounds, self.rows, self.width = rounds_for(drafter, rows, width), rows, width
         self.nbytes = bytes_for(drafter, rows, width, like.element_size())
+        self._sizes = sorted({min(FEW_ROUNDS, self.rounds), self.rounds})
         tokens = self.rounds, rows * width
         self._tokens = like.new_zeros(tokens, dtype=torch.int32)
         self._features = [like.new_zeros(*tokens, hidden) for _ in drafter.taps]
@@ -115,12 +116,10 @@ class VerifiedRounds:
     def tell(self) -> None:
         """Have all that is kept remembered; a row's rounds follow each other without a gap."""
         if self._parts:
-            size = self.kept
-            if self._learner.run.on:  # few graphs
-                size = next(n for n in self._sizes if n >= size)
+            size = size_of_graph(self._learner, self.kept, self._sizes)
             parts = self._parts + [[0] * self.rows] * (size - self.kept)
             self._took_part[:size].copy_(on_device(parts, self._start.device))
-            self._run(size)
+            self._learner.run(self._remember, size, compile=False)
             self._told.copy_(self._figures, non_blocking=True)
             self._parts = []
 
@@ -128,14 +127,7 @@ class VerifiedRounds:
         """Capture all sizes, where nothing is told."""
         self._took_part.zero_()
         for size in self._sizes:
-            self._run(size)
-
-    @property
-    def _sizes(self) -> list[int]:
-        return sorted({min(FEW_ROUNDS, self.rounds), self.rounds})
-
-    def _run(self, size: int) -> None:
-        self._learner.run(self._remember, size, compile=False)
+            self._learner.run(self._remember, size, compile=False)
 
     def _remember(self, rounds: int) -> None:
         width, device = self.width, self._start.device
@@ -192,22 +184,23 @@ class TextPieces:
         self._start.copy_(step.positions[begin : begin + 1])
         self._count.fill_(size)
         self._row.fill_(row)
-        self._run(size)
+        size = size_of_graph(self._learner, size, PIECES)
+        self._learner.run(self._remember_piece, size, compile=False)
 
     def run(self) -> None:
         """Capture all sizes, where nothing is told."""
         self._count.zero_()
         for size in PIECES:
-            self._run(size)
-
-    def _run(self, size: int) -> None:
-        if self._learner.run.on:  # few graphs; a CPU reads no more than there is
-            size = next(n for n in PIECES if n >= size)
-        self._learner.run(self._remember_piece, size, compile=False)
+            self._learner.run(self._remember_piece, size, compile=False)
 
     def _remember_piece(self, size: int) -> None:
         tokens, features = self._tokens[:, :size], self._features[:, :size]
         self._learner.read(tokens, features, self._start, self._count, None, self._row)
+
+
+def size_of_graph(learner: MemoryLearner, size: int, sizes: Sequence[int]) -> int:
+    """Few graphs: the smallest of their sizes that is enough; uncaptured, what is asked for."""
+    return next(n for n in sizes if n >= size) if learner.run.on else size
 
 
 class Sent:
