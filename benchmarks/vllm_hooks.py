@@ -109,10 +109,10 @@ def work(learner: EngineLearner, clock: Clock, cycles: int) -> None:
         with clock.timed("indices to the device"):
             on_device([1] * 48, learner.device)
         if number % 24 == 20:
-            with clock.timed("a request ends, told"):
+            with clock.timed("a request ends"):
                 learner.forget(ids[:1])
             ids[0] += "+"
-            with clock.timed("a prompt"):
+            with clock.timed("a prompt, rounds told"):
                 learner.absorb(engine.step(ids[:1], 0, PROMPT, 0))
         if number > 60 and number % 8 == 0:
             with clock.timed("an update begins"):

@@ -26,7 +26,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
@@ -48,6 +47,7 @@ class Switch:
     """A worker's extension besides ttspec's: take the hooks out, and put them in again."""
 
     model_runner: Any
+    ttspec: Any
 
     def hooks(self, on: bool) -> None:
         """As they were, or as stock vLLM."""
@@ -65,6 +65,44 @@ class Switch:
                 setattr(owner, name, hook)
         if self._sampler is not None:
             runner.rejection_sampler = self._sampler if on else self._sampler.sampler
+
+    def watch(self) -> None:
+        """Time what the learner does from now on, part by part."""
+        learner = self.ttspec.learner
+        parts = [(learner, name) for name in PARTS]
+        parts += [(learner.shared, "begin_update"), (learner.pieces, "tell")]
+        self._times = {name: list[tuple[float, float]]() for _, name in parts}
+        for owner, name in parts:
+            setattr(owner, name, timed(getattr(owner, name), self._times[name]))
+
+    def times(self) -> dict[str, Any]:
+        """Of each part how often, and milliseconds: the median and most, in all, of the CPU."""
+        found = {name: list(zip(*times, strict=True)) for name, times in self._times.items()}
+        return {
+            name: [len(wall), *(round(1e3 * t, 3) for t in of(wall, cpu))]
+            for name, (wall, cpu) in ((n, both) for n, both in found.items() if both)
+        }
+
+
+PARTS = ("forget", "keep_logits", "absorb", "_read_step", "_keep", "_tell", "_publish_if_over")
+"""Of an `EngineLearner`; some call others."""
+
+
+def of(wall: tuple[float, ...], cpu: tuple[float, ...]) -> tuple[float, float, float, float]:
+    """The median, the most, the sum, and the sum of the thread's own time."""
+    return statistics.median(wall), max(wall), sum(wall), sum(cpu)
+
+
+def timed(work: Any, times: list[tuple[float, float]]) -> Any:
+    """The same function, which writes down what it took by the clock and by the thread's own."""
+
+    def work_and_note(*args: Any, **kwargs: Any) -> Any:
+        began, own = time.perf_counter(), time.thread_time()
+        out = work(*args, **kwargs)
+        times.append((time.perf_counter() - began, time.thread_time() - own))
+        return out
+
+    return work_and_note
 
 
 HOOKED = (
@@ -255,13 +293,14 @@ def cores_near_gpu(count: int) -> set[int]:
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     cores = sorted(os.sched_getaffinity(0))
     try:
-        asked = ["nvidia-smi", "--query-gpu=pci.bus_id", "--format=csv,noheader", "-i", gpu]
-        bus = subprocess.check_output(asked, text=True).strip().lower()[-12:]
-        text = Path(f"/sys/bus/pci/devices/{bus}/local_cpulist").read_text()
-        ends = [list(map(int, part.split("-"))) for part in text.strip().split(",")]
-        near = {core for end in ends for core in range(end[0], end[-1] + 1)}
-        cores = sorted(near.intersection(cores)) or cores
-    except (OSError, ValueError, subprocess.SubprocessError) as error:
+        from vllm.utils.import_utils import import_pynvml  # type: ignore[import-not-found]
+
+        nvml = import_pynvml()
+        nvml.nvmlInit()
+        handle = nvml.nvmlDeviceGetHandleByIndex(int(gpu))
+        words = nvml.nvmlDeviceGetCpuAffinity(handle, cores[-1] // 64 + 1)
+        cores = [core for core in cores if words[core // 64] >> core % 64 & 1] or cores
+    except Exception as error:  # no GPU, or one that is named otherwise
         print(f"not known which cores are near the GPU: {error}", flush=True)
     first = count * int(gpu) if gpu.isdigit() else 0
     return set(cores[first : first + count] or cores[:count])
@@ -386,6 +425,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     for name in names:
         if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
+            arms.ask(name, rpc="watch")
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
@@ -413,6 +453,10 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
+    for name in filter(learns, names):
+        print(f"{name}, what its parts took: times, ms: median, most, all, of the CPU")
+        for part, found in (arms.ask(name, rpc="times") or {}).items():
+            print(f"  {part:18s} {found}")
     show(arms.turns, a)
     others = [n for n in names if n != "idle" and ":" not in n]
     first = 0
@@ -500,8 +544,8 @@ def show_steps(turns: list[dict]) -> None:
                 t["tokens"] / t[key] / (other["tokens"] / other[key])
                 for key in ("seconds", "rounds")
             )
-            keys = ("updates", "share", "share_of_reading", "host_ms_a_step")
-            keys += ("device_ms_an_update", "accepted_to_anchor")
+            keys = ("updates", "share", "share_of_reading", "device_ms_an_update")
+            keys += ("accepted_to_anchor", "anchor_drafts")
             facts = ", ".join(f"{k} {found[k]:.4g}" for k in keys if k in found)
             print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 

@@ -23,20 +23,20 @@ NAME = "inner.weight"
 def learned(monkeypatch) -> Tensor:
     """What a learner has, in place of one."""
     weight = torch.zeros(2, 3)
-    monkeypatch.setattr(drafting, "learned_weights", lambda learner: {NAME: weight})
+    monkeypatch.setattr(drafting, "learned_weights", lambda *_: {NAME: weight})
     return weight
 
 
-def live_drafter(ranks: int = 1, stride: int = 2) -> LiveDrafter:
+def live_drafter(ranks: int = 1, every: int = 4) -> LiveDrafter:
     first = {NAME: torch.zeros(2, 3)}
     group = SimpleNamespace(world_size=ranks)
-    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), group, stride)
+    return LiveDrafter(Fused(), first, torch.empty(0, dtype=torch.bfloat16), group, every)
 
 
 @pytest.mark.parametrize("graphs", [Graphs, Tapes])
 def test_what_is_learned_reaches_what_vllm_runs_with(graphs, learned, monkeypatch) -> None:
     monkeypatch.setattr(drafting, "Graphs", graphs)
-    live, learner = live_drafter(), SimpleNamespace()
+    live, learner = live_drafter(), SimpleNamespace(drafting=dict)
     live.capture(learner)
     made = Tapes.made
     fused = live.module.inner.fused
@@ -49,19 +49,19 @@ def test_what_is_learned_reaches_what_vllm_runs_with(graphs, learned, monkeypatc
     assert Tapes.made == made
 
 
-@pytest.mark.parametrize("graphs", [Graphs, Tapes])
+@pytest.mark.parametrize(("graphs", "at_once"), [(Graphs, 1), (Graphs, 2), (Tapes, 2)])
 def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
-    graphs, learned, monkeypatch
+    graphs, at_once, learned, monkeypatch
 ) -> None:
     monkeypatch.setattr(drafting, "Graphs", graphs)
     first, second = live_drafter(ranks=2), live_drafter(ranks=2)
     for live in (first, second):
         live.group.broadcast = lambda row, src: row.copy_(first._row)
-    learner = SimpleNamespace(updates=0)
+    learner = SimpleNamespace(updates=0, drafting=dict)
     first.capture(learner)
     second.capture(None)
     sent: list[int] = []
-    for step in range(1, 200):
+    for step in range(1, 300):
         if step == 20:
             learner.updates = 2 * FULL
             first.publish(learner)
@@ -70,16 +70,17 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
             learner.updates = 100 * FULL
             first.publish(learner)
             assert first.module.inner.weight.eq(0).all()  # not before all have it
-        due = [live.count_step() for live in (first, second)]
+        due = [live.count_rounds(at_once) for live in (first, second)]
         assert due[0] == due[1]
         if due[0]:
             first.send()
             second.send()
             sent.append(step)
     gaps = [b - a for a, b in pairwise(sent)]
-    assert gaps[:5] == [2] * 5
-    assert gaps[-5:] == [2 * RAREST] * 5
-    assert max(gaps) == 2 * RAREST
+    usual = 4 // at_once
+    assert gaps[:3] == [usual] * 3
+    assert gaps[-3:] == [usual * RAREST] * 3
+    assert max(gaps) == usual * RAREST
     for live in (first, second):
         assert live.module.inner.weight.eq(3.0).all()
 
@@ -88,7 +89,7 @@ def test_a_loader_that_cannot_be_captured_is_called(learned, monkeypatch) -> Non
     def fails(self, *_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    live, learner = live_drafter(), SimpleNamespace()
+    live, learner = live_drafter(), SimpleNamespace(drafting=dict)
     with monkeypatch.context() as patch:
         patch.setattr(Graphs, "__call__", fails)
         with pytest.raises(RuntimeError, match="capturing"):

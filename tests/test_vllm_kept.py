@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from test_vllm_steps import (  # noqa: F401
+from engine_steps import (  # noqa: F401
     LEARN,
     feed,
     learner_of,
@@ -14,6 +13,7 @@ from test_vllm_steps import (  # noqa: F401
     recorded,
     target,
 )
+from safetensors.torch import load_file, save_file
 from toys import bound_kind
 
 from ttspec.cli import main

@@ -17,11 +17,9 @@ from toys import bound_kind, make_kind
 from ttspec.config import LearnConfig
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
-from ttspec.learning.update_schedule import FULL, share_of_updates
 from ttspec.vllm import hooks, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.share import TimeShare
 from ttspec.vllm.v1 import teaches
 from ttspec.vllm.verified import EngineStep
 from ttspec.vllm.workers import asked_of
@@ -209,7 +207,7 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
         watches=True,
         is_reading=False,
         run=lambda work: work(learner),
-        end_step=lambda drafted: None,
+        end_step=lambda drafts: None,
     )
     runner = SimpleNamespace(
         finish_requests=None,
@@ -244,14 +242,13 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
 
 def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
     steps: list[EngineStep] = []
+    said: list[list[int]] = []
 
     def propose(scheduler_output, sampled_token_ids, aux_hidden_states, spec_decode_metadata):
         return "drafts"
 
     learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
-    learning = SimpleNamespace(
-        watches=True, run=lambda work: work(learner), end_step=lambda drafted: said.append(drafted)
-    )
+    learning = SimpleNamespace(watches=True, run=lambda work: work(learner), end_step=said.append)
     runner = SimpleNamespace(
         _update_states=None,
         _sample=None,
@@ -261,83 +258,19 @@ def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
         input_ids=SimpleNamespace(gpu=torch.arange(9)),
         _get_positions=torch.arange,
     )
-    said: list[bool] = []
     v1.wrap(runner, learning)
     scheduled = SimpleNamespace(num_scheduled_tokens={"b": 5, "a": 4})
     sampled, features = torch.tensor([[7, 8, -1], [9, -1, -1]]), [torch.zeros(9, 4)]
     for metadata in (SimpleNamespace(num_draft_tokens=[3, 0]), None):
         given = (scheduled, sampled, features)
         assert runner.propose_draft_token_ids(*given, spec_decode_metadata=metadata) == "drafts"
-    assert said == [True, False]
+    assert said == [[3, 0], []]
     assert [step.drafts for step in steps] == [[3, 0], [0, 0]]
     for step in steps:
         assert (step.ids, step.bounds, step.ends) == (["a", "b"], [0, 4, 9], [14, 5])
         assert step.emitted.tolist() == [2, 1]
         assert len(step.positions) == 9
         assert step.features is features
-
-
-@pytest.fixture
-def now(monkeypatch) -> list[float]:
-    """A clock that a test sets."""
-    now = [100.0]
-    monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    return now
-
-
-def test_time_is_a_share_of_work_and_pauses_earn_little(now) -> None:
-    share = TimeShare(0.1)
-    share.spend(0.1, "reading")
-    with share.charged("updates"):
-        now[0] += 0.3  # of 0.25 saved
-    share.tick(0)
-    assert not share.allows
-    assert share.admits
-    now[0] += 3600  # counts as one second
-    share.tick(0)
-    assert share.allows
-    assert share.worked == pytest.approx(1.3)
-    share.spend(5.0, "updates")
-    assert not share.allows
-
-
-def test_reading_that_took_too_much_goes_on_later_although_nothing_is_updated(now) -> None:
-    """Without something new to read there are no updates, so they cannot pay for it."""
-    share = TimeShare(0.06)
-    share.spend(0.2, "updates")
-    share.spend(0.5, "reading")
-    waited = 0.0
-    while not share.admits:
-        now[0] += 0.5
-        waited += 0.5
-        share.tick(60)
-    assert 0.35 / 0.06 < waited < 0.35 / 0.03
-
-
-@pytest.mark.parametrize("given", [0.06, 0.5])
-@pytest.mark.parametrize("reading", [0.0003, 0.03])
-def test_the_more_was_learned_the_less_time_goes_into_it_and_half_of_it_into_reading(
-    now, given, reading
-) -> None:
-    share, updates, left = TimeShare(given), 0, 0
-    for until in (FULL, 4 * FULL, 20 * FULL):
-        began, spent, first = now[0], sum(share.spent.values()), updates
-        while updates < until:  # steps of 20 ms; a request of 100 steps; an update takes 0.2 s
-            now[0] += 0.02
-            share.tick(updates)
-            left = left - 1 if left else 100 * share.admits
-            if left:
-                with share.charged("reading"):
-                    now[0] += reading
-            if share.allows:
-                updates += 1
-                with share.charged("updates"):
-                    now[0] += 0.2
-        found = (sum(share.spent.values()) - spent) / (now[0] - began)
-        may = [min(given, share_of_updates(n)) for n in range(first, until)]
-        wanted = len(may) / sum(1 / m for m in may)  # all updates take as long
-        assert found == pytest.approx(wanted, rel=0.25), until
-    assert share.spent["reading"] / sum(share.spent.values()) < 0.55
 
 
 class Fused(nn.Module):

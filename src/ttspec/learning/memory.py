@@ -39,6 +39,8 @@ class Texts:
     """bool [N, L]: whether it is known what the target said after the token."""
     held_out: Tensor
     """bool [N, L]: which of those shall not teach."""
+    last: Tensor
+    """bool [N, L]: which of those are of the page that was asked for."""
     likely: Tensor
     """int64 [N, L, K]: the likeliest tokens after it, as places in the draft vocabulary."""
     p: Tensor
@@ -104,11 +106,11 @@ class LessonMemory:
         return pages[(age[pages] % self.pages).argsort()[:most]]
 
     @torch.no_grad()
-    def newest_held_out(self, most: int) -> Tensor:
-        """The same without waiting, int64 [`most`]; the last page of all where there are fewer."""
-        held_out = self.is_held_out() & self.judged.any(1)
-        age = self._next_page - 1 - torch.arange(self.pages + 1, device=held_out.device)
-        age = (age % self.pages).masked_fill(~held_out, self.pages)[:-1]
+    def newest_pages(self, most: int) -> Tensor:
+        """The newest pages that are a quarter judged, int64 [`most`]; else the last one of all."""
+        judged = self.judged.sum(1) >= PAGE // 4
+        age = self._next_page - 1 - torch.arange(self.pages + 1, device=judged.device)
+        age = (age % self.pages).masked_fill(~judged, self.pages)[:-1]
         ages, pages = age.topk(most, largest=False)
         return pages.masked_fill(ages == self.pages, self.pages)
 
@@ -124,13 +126,14 @@ class LessonMemory:
         """
         page = chained(pages, length, self.before, self.number, self.text)
         if self.crops and len(page):
-            page = page[:, : int((page != self.pages).sum(1).max())]
+            page = page[:, : max(1, int((page != self.pages).sum(1).max()))]
         judged = self.judged[page]
         return Texts(
             tokens=self.tokens[page].flatten(1, 2),
             features=self.features[page].flatten(1, 2),
             judged=judged.flatten(1, 2),
             held_out=(judged & self.is_held_out()[page][..., None]).flatten(1, 2),
+            last=(judged & (page == pages[:, None])[..., None]).flatten(1, 2),
             likely=self.likely[page].flatten(1, 2).long(),
             p=self.p[page].flatten(1, 2),
             rest=self.rest[page].flatten(1, 2),

@@ -16,21 +16,16 @@ from torch import Tensor
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.layers import Weights
+from ttspec.learning.guard import Guard
+from ttspec.learning.learner import COMPARED
 from ttspec.learning.lessons import taught
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.study import ENOUGH, MemoryStudy
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 
-JUDGED, ENOUGH = 16, 16
-"""Held-out pages, the newest, by which live and anchor weights are compared; and blocks of them
-without which nothing can be said."""
-WORSE, RUINED = 0.9, 0.5
-"""Live weights that get fewer drafts accepted than these shares of the anchor's are put back: the
-second time in a row, and at once. Much the same blocks judge them each time, and the first updates
-may cost some drafts."""
-REST, LONGER = 8, 4
-"""Updates that are left out then, and how many times as many each further time."""
+HELD_OUT = 8
+"""Held-out pages, the newest, that say what the anchor should get accepted."""
 
 
 class MemoryLearner:
@@ -63,16 +58,14 @@ class MemoryLearner:
         self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.study = self.study
-        self.updates = self.reverts = 0
-        self.gain = 1.0
-        """Drafts accepted of the live weights, for one of the anchor's, when last compared."""
-        self._behind = self._rest = self._new_texts = 0
+        self.guard = Guard(self.config.guard, self.config.stride or 1, 1, falls_back=True)
+        self.updates = self.reverts = self._new_texts = 0
         self.is_updating = False
         """Whether an update is under way or waits to be published."""
         self._compares = False
         self._report = UpdateReport.empty(1, device)
         self._judgement = torch.zeros(3, device=device)
-        """Held-out blocks, and drafts of live and of anchor weights that they accept."""
+        """Blocks, and drafts of what was learned and of the anchor that they accept."""
         gpu = memory.tokens.is_cuda
         self._told = torch.zeros(10, pin_memory=gpu)
         """Report and judgement on the host, once the device has got there."""
@@ -134,20 +127,18 @@ class MemoryLearner:
     @torch.no_grad()
     def begin_update(self) -> None:
         """Begin a step on texts of the memory, unless the drafter rests. The last one is over."""
-        if self._rest:
-            self._rest -= 1
-            return
-        every = self.config.guard
-        self._enqueue_update(compare=bool(every) and (self.updates + 1) % every == 0)
-        self.is_updating = True
+        (rests,), (compare,) = self.guard.resting(), self.guard.due([True])
+        if not rests:
+            self._enqueue_update(compare=compare)
+            self.is_updating = True
 
     @torch.no_grad()
     def publish(self, *, wait: bool = False) -> bool:
         """Publish the update under way if it is over, or `wait` for it.
 
         Returns:
-            Whether other weights may draft now. A loss or gradient that is not finite, and drafts
-            that held-out texts find worse, put the first ones back.
+            Whether other weights may draft now. A loss or gradient that is not finite puts the
+            anchor's back for good; while the newest texts find those better, they draft.
         """
         if not self.is_updating or (self._events and not wait and not self._events[1].query()):
             return False
@@ -156,40 +147,41 @@ class MemoryLearner:
             self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
         self.is_updating = False
         blocks, loss, norm, *_ = told = self._told.tolist()
+        judged, learned, anchor = told[-3:] if self._compares else (0.0, 0.0, 0.0)
         self.updates += 1
-        if blocks and not (isfinite(loss) and isfinite(norm)):
+        self.guard.record_update(0)
+        ruined = blocks and not (isfinite(loss) and isfinite(norm))
+        if judged >= ENOUGH:
+            rows = round(judged / COMPARED)
+            ruined = self.guard.is_worse(0, learned, anchor, 0, 0, rows=rows) or ruined
+        if ruined:
             self.revert()
             return True
-        self.weights.publish()
-        if self._compares and told[-3] >= ENOUGH:
-            self.judge(told[-2] / max(told[-1], 1e-6))
+        self.weights.publish(anchor=self.guard.is_behind(0))
         if self.keeper:
             self.keeper.note([True] * max(1, self._new_texts), [1] * self._new_texts or [2])
         self._new_texts = 0
         return True
 
-    def judge(self, gain: float) -> None:
-        """Take a comparison, drafts of live weights for one of the anchor's; maybe revert."""
-        self.gain = gain
-        self._behind = self._behind + 1 if gain < WORSE else 0
-        if self._behind == 2 or gain < RUINED:
-            self.revert()
-
     def revert(self) -> None:
         """Give the drafter its anchor weights back and let it rest; its moments go."""
         self.publish(wait=True)
         self.weights.restore_anchor(0)
-        self._rest, self._behind, self.gain = REST * LONGER**self.reverts, 0, 1.0
+        self.guard.record_revert(0)
         self.reverts += 1
 
     def learned(self) -> Weights:
         """What learns, as it is now, float32; where no update is under way."""
         return {name: weight[0] for name, weight in self.weights.learned.items()}
 
+    def drafting(self) -> Weights:
+        """What vLLM, say, shall draft with since the last `publish`, float32."""
+        return {name: weight.float() for name, weight in self.weights.published.items()}
+
     @torch.no_grad()
     def expected_drafts(self) -> float | None:
         """Drafts a block that the anchor would get accepted; None where nothing is held out."""
-        blocks, drafts = self.study.judge({"anchor": {}}, JUDGED)
+        blocks, drafts = self.study.judge({"anchor": {}}, HELD_OUT)
         return drafts["anchor"] if blocks else None
 
     def _enqueue_update(self, *, compare: bool) -> None:
@@ -199,7 +191,7 @@ class MemoryLearner:
         # Captured first: what they return must not lie where an older graph works.
         self.study.texts = run(self.study.read_texts, 0)
         if compare:
-            self.study.held_out = run(self.study.read_held_out, JUDGED)
+            self.study.newest = run(self.study.read_newest, 0)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -208,7 +200,7 @@ class MemoryLearner:
             run(self._study_texts, 0)
             run(self._step_weights, 0, compile=False, warm=False)
             if compare:
-                run(self._compare_held_out, 0)
+                run(self._compare_newest, 0)
             found = torch.cat([self._report.table[0], self._judgement])
             self._told.copy_(found, non_blocking=True)
             for event in self._events[1:]:
@@ -223,5 +215,5 @@ class MemoryLearner:
     def _step_weights(self, key: int) -> None:  # noqa: ARG002
         self.weights.step(self._report)
 
-    def _compare_held_out(self, key: int) -> None:  # noqa: ARG002
-        self._judgement.copy_(self.study.compare_held_out([self.weights.published, {}]))
+    def _compare_newest(self, key: int) -> None:  # noqa: ARG002
+        self._judgement.copy_(self.study.compare_newest([self.weights.averaged(), {}]))

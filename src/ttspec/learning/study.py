@@ -28,6 +28,11 @@ TEXTS, BLOCKS, WINDOW = 16, 32, 8
 """Of an update: texts, blocks of each, and pages that a text has at most."""
 FEW_TEXTS, FEW_BLOCKS = 2, 16
 """The same off a GPU, where an update has far less time; not measured."""
+NEWEST, FEW_NEWEST = (8, 4), (2, 8)
+"""Pages, the newest, by which what was learned is compared with the anchor, and blocks of each; off
+a GPU a comparison would cost more than an update else."""
+ENOUGH = 8
+"""Blocks without which nothing can be said."""
 HELD_OUT_BLOCKS = 24
 """Of a held-out page."""
 STRETCH = 128
@@ -138,8 +143,8 @@ class MemoryStudy(Study):
 
     texts: Texts
     """Those of the update that begins."""
-    held_out: Texts
-    """Those that judge it."""
+    newest: Texts
+    """Those that judge what was learned before."""
 
     _lessons: Lessons
     """What rows have committed."""
@@ -160,7 +165,9 @@ class MemoryStudy(Study):
         """Tokens of each row that the memory was not told of; None if that is not known."""
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
-        texts, self.count = (TEXTS, BLOCKS) if device.type == "cuda" else (FEW_TEXTS, FEW_BLOCKS)
+        on_gpu = device.type == "cuda"
+        texts, self.count = (TEXTS, BLOCKS) if on_gpu else (FEW_TEXTS, FEW_BLOCKS)
+        self._newest = NEWEST if on_gpu else FEW_NEWEST
         order = torch.Generator(device).manual_seed(0)  # the same blocks for all
         self._order = torch.rand(1, WINDOW * PAGE, generator=order, device=device)
         self._row = torch.zeros(1, dtype=torch.long, device=device)
@@ -256,9 +263,9 @@ class MemoryStudy(Study):
         """What was chosen, out of reach of rows that write on."""
         return self.memory.read(self._pages, WINDOW)
 
-    def read_held_out(self, most: int) -> Texts:
-        """Texts up to the newest held-out pages; where there are fewer, such as teach nothing."""
-        return self.memory.read(self.memory.newest_held_out(most), WINDOW)
+    def read_newest(self, key: int) -> Texts:  # noqa: ARG002
+        """Texts up to the newest pages, which hardly taught; where there are fewer, nothing."""
+        return self.memory.read(self.memory.newest_pages(self._newest[0]), WINDOW)
 
     def compute_gradients(self, live: LiveWeights, report: UpdateReport) -> None:
         """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
@@ -270,16 +277,15 @@ class MemoryStudy(Study):
         report.blocks[:1].copy_(lesson.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
 
-    def compare_held_out(self, sets: Sequence[Weights]) -> Tensor:
-        """Judge sets of weights on `held_out`, as `judge` does, but wait for nothing.
+    def compare_newest(self, sets: Sequence[Weights]) -> Tensor:
+        """Judge sets of weights on the last pages of `newest`, and wait for nothing.
 
         Returns:
             Blocks, and the drafts of each set that all of them would accept, float32 [1 + sets].
         """
-        judged = self.held_out.judged
-        return self._judged(
-            self.held_out, self._order[:, : judged.shape[1]].expand_as(judged), sets
-        )
+        last, count = self.newest.last, self._newest[1]
+        chances = self._order[:, : last.shape[1]].expand_as(last)
+        return self._judged(self.newest, self.blocks(self.newest, last, chances, count), sets)
 
     @torch.no_grad()
     def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
@@ -298,16 +304,16 @@ class MemoryStudy(Study):
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)
-            judged = self._judged(texts, chances, list(sets.values())).tolist()
+            lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+            judged = self._judged(texts, lesson, list(sets.values())).tolist()
             found = [one + more for one, more in zip(found, judged, strict=True)]
         count, *totals = found
         means = [total / max(count, 1) for total in totals]
         return int(count), dict(zip(sets, means, strict=True))
 
     @torch.no_grad()
-    def _judged(self, texts: Texts, chances: Tensor, sets: Sequence[Weights]) -> Tensor:
-        """Whole held-out blocks of texts, and drafts of each set that they accept."""
-        lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+    def _judged(self, texts: Texts, lesson: Lesson, sets: Sequence[Weights]) -> Tensor:
+        """How many of a lesson's blocks are whole, and drafts of each set that those accept."""
         whole = lesson.mask.all(-1)
         found = [whole.sum().float()]
         for changed in sets:

@@ -26,7 +26,7 @@ class LiveDrafter:
     _learner: MemoryLearner
 
     def __init__(
-        self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, group: Any, stride: int
+        self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, group: Any, every: int
     ) -> None:
         """Draft with what is loaded.
 
@@ -35,13 +35,14 @@ class LiveDrafter:
             first: What learns, as it was loaded, by published name.
             like: Of the dtype and on the device of the row.
             group: Of vLLM, the tensor-parallel ranks.
-            stride: Drafted steps between two times that these get the same weights.
+            every: Rounds of requests between two times that these get the same weights.
         """
-        self.module, self.group, self.stride = module, group, stride
+        self.module, self.group, self.every = module, group, every
         self.names = list(first)
         self._shapes = {n: tuple(w.shape) for n, w in first.items()}
         self._run = Graphs(torch.device("cpu"))
-        self._drafted_steps = 0
+        self._rounds = 0
+        """Since the last time."""
         if group.world_size > 1:
             # Its last number says how rare the next times are: all ranks must count alike.
             self._row = torch.cat([flat(first, like.dtype).to(like.device), like.new_ones(1)])
@@ -73,14 +74,17 @@ class LiveDrafter:
         else:
             self._run(self._load_learned, 0, compile=False)
 
-    def count_step(self) -> bool:
-        """Count a step with drafts, on all ranks alike; whether weights are to be sent now."""
-        self._drafted_steps += 1
-        if self._drafted_steps % self.stride:
+    def count_rounds(self, rounds: int) -> bool:
+        """Count a step's requests with drafts, on all ranks alike; whether to send weights now."""
+        self._rounds += rounds
+        if self._rounds < self.every:
             return False
         if self._told:
             self._told.synchronize()  # of many steps ago
-        return self._drafted_steps // self.stride % int(self._rarer) == 0
+        if self._rounds < self.every * int(self._rarer):
+            return False
+        self._rounds = 0
+        return True
 
     @torch.no_grad()
     def send(self) -> None:
@@ -91,13 +95,16 @@ class LiveDrafter:
             self._told.record()
         self._run(self._load_row, 0, compile=False)
 
+    def _drafting(self) -> dict[str, Tensor]:
+        return learned_weights(self._learner, self._learner.drafting())
+
     # What may be captured as a graph, by its name: twice is as once.
 
     def _load_learned(self, key: int) -> None:  # noqa: ARG002
-        load_in_place(self.module, learned_weights(self._learner))
+        load_in_place(self.module, self._drafting())
 
     def _pack_learned(self, key: int) -> None:  # noqa: ARG002
-        self._row[:-1].copy_(flat(learned_weights(self._learner), self._row.dtype))
+        self._row[:-1].copy_(flat(self._drafting(), self._row.dtype))
 
     def _load_row(self, key: int) -> None:  # noqa: ARG002
         load_in_place(self.module, unflattened(self._row[:-1], self.names, self._shapes))

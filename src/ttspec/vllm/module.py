@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import PICKLES, canonical
-from ttspec.drafters.layers import multiplied_out
+from ttspec.drafters.layers import Weights, multiplied_out
 from ttspec.learning.memory_learner import MemoryLearner
 
 TABLES = ("embed_tokens", "lm_head", "d2t", "t2d")
@@ -34,9 +34,8 @@ def learned_names(drafter: Drafter, learn: LearnConfig) -> list[str]:
     return [n for n in names if not any(table in n for table in TABLES)]
 
 
-def learned_weights(learner: MemoryLearner) -> dict[str, Tensor]:
-    """What is learned so far, by published name, with low-rank changes multiplied out."""
-    learned = learner.learned()
+def learned_weights(learner: MemoryLearner, learned: Weights) -> dict[str, Tensor]:
+    """What of a learner drafts, or what it learned, by published name, changes multiplied out."""
     if learner.config.weights != "full":
         learned = multiplied_out({**learner.drafter.weights, **learned})
     return {name: learned[name] for name in learned_names(learner.drafter, learner.config)}

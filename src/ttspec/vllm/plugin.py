@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.errors import TtspecError
-from ttspec.learning.keeper import Keeper, tenants_weights
+from ttspec.learning.keeper import tenants_weights
 from ttspec.learning.live_weights import resolve_learn_config
 from ttspec.vllm import hooks, status, v1, v2
 from ttspec.vllm.capturing import capture_when_warm, failure_of
@@ -27,7 +27,7 @@ from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import known_target
 from ttspec.vllm.module import learned_names, learned_weights, save_learned
 from ttspec.vllm.settings import Settings, status_file
-from ttspec.vllm.steps import EngineLearner
+from ttspec.vllm.steps import EngineLearner, rounds_an_update
 
 
 def _folder(model: Any) -> Path:
@@ -80,7 +80,6 @@ class WorkerLearning:
         self._status_written = 0.0
         self._warned = False
         self._saving: threading.Thread | None = None
-        self._keeper: Keeper | None = None
 
     def prepare(self, given: Any) -> None:
         """Check what all ranks find alike, and wait for the models.
@@ -131,7 +130,7 @@ class WorkerLearning:
         learn = resolve_learn_config(self.settings.learn, self.drafter, 1)
         first = {n: self.drafter.weights[n] for n in learned_names(self.drafter, learn)}
         draft_model, like = self.runner.get_draft_model(), self.drafter.embedding
-        self.live = LiveDrafter(draft_model, first, like, self.group, learn.stride or 1)
+        self.live = LiveDrafter(draft_model, first, like, self.group, rounds_an_update(learn))
         if self.rank == 0:
             self.drafter.bind(embedding, head, int(text.num_hidden_layers))
             self._make_learner(tied=tied)
@@ -153,8 +152,7 @@ class WorkerLearning:
             live=live,
             may_teach=lambda request: self.may_teach(request),
         )
-        self._keeper = live.keeper
-        if self._keeper:
+        if live.keeper:
             self.live.publish(self.learner.shared)
         self._close_with_worker()
         self.log.info(
@@ -180,13 +178,11 @@ class WorkerLearning:
     def _close(self) -> None:
         if self._saving:
             self._saving.join()
-        if self._keeper is None:
+        if self.learner is None or (keeper := self.learner.shared.keeper) is None:
             return
-        keeper, self._keeper = self._keeper, None
         try:
             with torch.inference_mode(False), torch.no_grad():
-                if self.learner:
-                    self.learner.finish()
+                self.learner.finish()
                 keeper.close()
         except Exception as error:
             self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
@@ -228,9 +224,9 @@ class WorkerLearning:
             self.stop(f"{type(error).__name__}: {error}")
             self.log.debug("ttspec failed", exc_info=True)
 
-    def end_step(self, *, drafted: bool) -> None:
-        """A step was read: let all ranks have the same weights, and write figures."""
-        if self._sends and drafted and self.live.count_step():
+    def end_step(self, drafts: Sequence[int]) -> None:
+        """A step with so many drafts of each request was read: other ranks, and figures."""
+        if self._sends and self.live.count_rounds(sum(count > 0 for count in drafts)):
             self._send()
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:
@@ -290,7 +286,7 @@ class WorkerLearning:
             return
         with torch.inference_mode(False), torch.no_grad():
             self.learner.finish()
-        weights = learned_weights(self.learner.shared)
+        weights = learned_weights(self.learner.shared, self.learner.shared.learned())
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
 

@@ -5,6 +5,7 @@ What was not seen of a request, as a prompt that a prefix cache had, is not ther
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -19,33 +20,28 @@ class Row:
 
 
 class RequestRows:
-    """At most so many requests have a row; a row is free again when its request is gone."""
+    """At most so many requests have a row; of those that are free the longest free one is given."""
 
     def __init__(self, count: int, tokens: int) -> None:
         """`tokens` a row at most, those of a round included."""
         self.count, self.tokens = count, tokens
         self.taken: dict[str, Row] = {}
-        self._free = list(range(count))[::-1]
+        self._free = deque(range(count))
         self._too_long: set[str] = set()
 
     def give(self, request: str, begin: int) -> Row | None:
         """A free row for a request; None if there is none, or it was too long before."""
         if not self._free or request in self._too_long:
             return None
-        row = self.taken[request] = Row(self._free.pop(), begin)
+        row = self.taken[request] = Row(self._free.popleft(), begin)
         return row
 
-    def end_too_long(self, request: str) -> int:
-        """Take the row of a request that outgrew it; it gets none again. Returns the row."""
+    def end_too_long(self, request: str) -> None:
+        """Take the row of a request that outgrew it; it gets none again."""
         self._too_long.add(request)
-        return self._release(request)
+        self._free.append(self.taken.pop(request).index)
 
-    def forget(self, requests: Collection[str]) -> list[int]:
-        """Requests that ended, were aborted or preempted; returns the rows that they had."""
+    def forget(self, requests: Collection[str]) -> None:
+        """Free the rows of requests that ended, were aborted or preempted."""
         self._too_long.difference_update(requests)
-        return [self._release(r) for r in requests if r in self.taken]
-
-    def _release(self, request: str) -> int:
-        row = self.taken.pop(request)
-        self._free.append(row.index)
-        return row.index
+        self._free.extend(self.taken.pop(r).index for r in requests if r in self.taken)

@@ -11,6 +11,12 @@ from typing import Any
 from ttspec.config import LearnConfig
 from ttspec.errors import OptionError
 
+FOR_ALL = (
+    ("scope", "shared", "vLLM has one drafter for all requests"),
+    ("supervision", "hindsight", "it learns from what was committed"),
+)
+"""Fields of `LearnConfig` that have one value here, and why."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -20,8 +26,9 @@ class Settings:
     """Requests that are read at the same time, at most; the others are served all the same."""
     tokens: int = 4096
     """Tokens of a request after which it teaches no more."""
-    share: float = 0.06
-    """Of the time in which the engine works, at most so much goes into learning."""
+    share: float = 0.15
+    """Of the time in which the engine works, at most so much goes into learning: as much as in
+    ttspec's own engine at first."""
     learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))
     """How; one drafter learns from all requests. With `keep`, a folder, versions stay on disk."""
 
@@ -44,16 +51,9 @@ class Settings:
         if not isinstance(learn, Mapping):
             raise OptionError(f"ttspec.learn is {learn!r}; allowed is a table of LearnConfig.")
         chosen["learn"] = LearnConfig(**{"scope": "shared", **learn})
-        if chosen["learn"].scope != "shared":
-            raise OptionError(
-                f"ttspec.learn.scope is {chosen['learn'].scope!r}; allowed is shared: vLLM has one "
-                "drafter for all requests."
-            )
-        if chosen["learn"].supervision != "hindsight":
-            raise OptionError(
-                f"ttspec.learn.supervision is {chosen['learn'].supervision!r}; allowed is "
-                "hindsight: it learns from what was committed."
-            )
+        for name, must_be, why in FOR_ALL:
+            if (value := getattr(chosen["learn"], name)) != must_be:
+                raise OptionError(f"ttspec.learn.{name} is {value!r}; allowed is {must_be}: {why}.")
         settings = cls(**chosen)
         for name, least in (("rows", 1), ("tokens", 64)):
             value = getattr(settings, name)

@@ -36,9 +36,6 @@ class TimeShare:
         self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
         self.spent = dict.fromkeys(PURPOSES, 0.0)
         """Seconds, in all."""
-        self.on_host = 0.0
-        """Those of them in which the host did nothing else."""
-        self.steps = 0
         self.worked = 0.0
         self._on_gpu = device is not None and device.type == "cuda"
         self._running: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
@@ -49,7 +46,6 @@ class TimeShare:
         now = time.perf_counter()
         worked, self._last = min(now - self._last, LONGEST_STEP), now
         self.worked += worked
-        self.steps += 1
         half = min(self.share, share_of_updates(updates)) / 2
         for one, other in (PURPOSES, PURPOSES[::-1]):
             self._saved[one] += worked * half
@@ -70,9 +66,7 @@ class TimeShare:
         """Charge what the host does within."""
         began = time.perf_counter()
         yield
-        host = time.perf_counter() - began
-        self.on_host += host
-        self.spend(host, purpose)
+        self.spend(time.perf_counter() - began, purpose)
 
     @contextmanager
     def device_charged(self) -> Iterator[None]:

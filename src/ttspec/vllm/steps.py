@@ -19,18 +19,28 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm.rows import RequestRows, Row
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
-from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds, on_device
+from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds
 
 ROWS = 8
 """Requests whose rounds `stride` counts as one, as where that was measured in ttspec's engine."""
 STALE = 32
 """Updates after which something new must be read, however much was read before."""
+
+
+def rounds_an_update(learn: LearnConfig) -> int:
+    """Rounds of requests that are read for an update at least; `learn` is resolved.
+
+    More updates learn a few texts by heart, and draft worse for all others (docs/experiments.md,
+    vllm11).
+    """
+    return ROWS * (learn.stride or 1)
 
 
 class EngineLearner:
@@ -60,17 +70,13 @@ class EngineLearner:
         self.device, self._width = drafter.embedding.device, length + 1
         self.shared = MemoryLearner(settings.learn, drafter, settings.rows, length, live)
         """What all requests teach."""
-        self.rounds_an_update = ROWS * (self.shared.config.stride or 1)
-        """That are read for an update at least: more updates learn a few texts by heart, and draft
-        worse for all others (docs/experiments.md, vllm11)."""
+        self.rounds_an_update = rounds_an_update(self.shared.config)
         self.rounds = VerifiedRounds(self.shared, settings.rows, self._width)
         self.pieces = TextPieces(self.shared)
         self.rows = RequestRows(settings.rows, settings.tokens)
         self.share = TimeShare(settings.share, self.device)
         self._drafted: set[str] = set()
         """Requests of this step whose logits are kept."""
-        self._behind: set[int] = set()
-        """Rows with rounds that the memory is not told yet."""
         self._new_rounds = 0
         """Of requests, that the memory was told of and no update was made for."""
         self.publications = 0
@@ -104,17 +110,13 @@ class EngineLearner:
 
     def forget(self, ids: Collection[str]) -> None:
         """Requests that ended, were aborted or preempted; their texts stay in the memory."""
-        rows = self.rows.forget(ids)
-        if rows:
-            with self.share.charged("reading"):
-                self._tell()
-                for row in rows:
-                    self.shared.begin_text(row)
+        self.rows.forget(ids)
 
     def forget_all(self) -> None:
         """Know no request any more, as after a pause, and have no update under way."""
         self.finish()
         self.forget(list(self.rows.taken))
+        self._tell()
         self._drafted.clear()
 
     @torch.no_grad()
@@ -140,7 +142,7 @@ class EngineLearner:
         if self._drafted:
             with self.share.charged("reading"):
                 logits = logits[:, : self.drafter.embedding.shape[0]]
-                self.rounds.keep_logits(logits, on_device(at, self.device))
+                self.rounds.keep_logits(logits, at)
 
     @torch.no_grad()
     def absorb(self, step: EngineStep | Callable[[], EngineStep]) -> None:
@@ -153,13 +155,12 @@ class EngineLearner:
         if self.rows.taken or self.share.admits:
             with self.share.charged("reading"):
                 self._read_step(step if isinstance(step, EngineStep) else step())
-        if self.shared.is_updating:
-            self._publish_if_over()
         due = self._new_rounds >= self.rounds_an_update and not self.shared.is_updating
         if due and self.share.allows:
             self._new_rounds -= self.rounds_an_update
             with self.share.charged("updates"):
                 self.shared.begin_update()
+        if self.shared.is_updating:
             self._publish_if_over()
 
     def finish(self) -> None:
@@ -178,13 +179,15 @@ class EngineLearner:
         pieces: list[tuple[int, int, int]] = []
         """First token, the one behind the last, row."""
         verified: list[tuple[int, int]] = []
-        too_long: list[int] = []
+        begun: list[int] = []
         for i, request in enumerate(step.ids):
-            row = self._row_of(step, i)
+            row = self.rows.taken.get(request)
+            if row is None and (row := self._new_row(step, i)):
+                begun.append(row.index)
             if row is None:
                 continue
             if step.ends[i] - row.begin > self.rows.tokens:
-                too_long.append(self.rows.end_too_long(request))
+                self.rows.end_too_long(request)
             elif request in self._drafted:
                 verified.append((row.index, i))
             elif not step.drafts[i]:  # else the row is new: what the target said was not kept
@@ -193,33 +196,31 @@ class EngineLearner:
                 pieces += [(b, min(end, b + PIECES[-1]), row.index) for b in begins]
         self._drafted.clear()
         full = bool(verified) and self._keep(step, verified)
-        if full or too_long or any(row in self._behind for *_, row in pieces):
+        # A row's last request, or its own rounds, come before what is read now.
+        if full or any(self.rounds.has(row) for row in (*begun, *(row for *_, row in pieces))):
             self._tell()
-        for row in too_long:
+        for row in begun:
             self.shared.begin_text(row)
         for piece in pieces:
             with self.share.device_charged():
                 self.pieces.tell(step, *piece)
 
-    def _row_of(self, step: EngineStep, i: int) -> Row | None:
-        """The row of a request; a new one if it is new and may have one."""
+    def _new_row(self, step: EngineStep, i: int) -> Row | None:
+        """A row for a request that has none, if it may have one."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
-        row = self.rows.taken.get(request)
-        if row is None and fed and self.share.admits and self._may_teach(request):
-            row = self.rows.give(request, step.ends[i] - fed)
-        return row
+        if fed and self.share.admits and self._may_teach(request):
+            return self.rows.give(request, step.ends[i] - fed)
+        return None
 
     def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
         """Keep a round of every row; whether that was the last one that there is room for."""
         rows, width = self.rows.count, self._width
-        at, first, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows, [0] * rows
+        at, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows
         for row, i in verified:
-            count = min(step.drafts[i], width - 1)
-            first[row] = pending = step.bounds[i + 1] - step.drafts[i] - 1
+            count, pending = step.drafts[i], step.bounds[i + 1] - step.drafts[i] - 1
             at[row * width : (row + 1) * width] = [pending + min(j, count) for j in range(width)]
             request[row], took_part[row] = i, 1
-            self._behind.add(row)
-        return self.rounds.keep(step, on_device([*at, *first, *request], self.device), took_part)
+        return self.rounds.keep(step, [*at, *request], took_part)
 
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
@@ -228,4 +229,3 @@ class EngineLearner:
             self._new_rounds = min(new, STALE * self.rounds_an_update)
             with self.share.device_charged():
                 self.rounds.tell()
-            self._behind.clear()

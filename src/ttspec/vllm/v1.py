@@ -49,7 +49,7 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
             metadata = given["spec_decode_metadata"]
             drafts = metadata.num_draft_tokens if metadata else []
             learning.run(lambda learner: learner.absorb(lambda: step(runner, given, drafts)))
-            learning.end_step(drafted=any(drafts))
+            learning.end_step(drafts)
         return propose(*args, **kwargs)
 
     learning.may_teach = may_teach

@@ -77,13 +77,9 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         if was_sampled and learning.watches:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if not given.get("dummy_run"):
-                batch = given["input_batch"]
-                learning.run(
-                    lambda learner: learner.absorb(
-                        lambda: step(batch, given["num_sampled"], given["aux_hidden_states"])
-                    )
-                )
-                learning.end_step(drafted=batch.num_draft_tokens_per_req is not None)
+                drafts = drafts_of(given["input_batch"])
+                learning.run(lambda learner: learner.absorb(lambda: step(given, drafts)))
+                learning.end_step(drafts)
         was_sampled = False
         return propose(*args, **kwargs)
 
@@ -101,16 +97,17 @@ def drafts_of(batch: Any) -> list[int]:
     return [0] * batch.num_reqs if per_request is None else per_request[: batch.num_reqs].tolist()
 
 
-def step(batch: Any, num_sampled: Tensor, aux: list[Tensor] | None) -> EngineStep:
-    """The step of an `InputBatch` that was just sampled."""
+def step(given: dict[str, Any], drafts: list[int]) -> EngineStep:
+    """The step that was just sampled, by what `propose` was given."""
+    batch = given["input_batch"]
     count = batch.num_reqs
     return EngineStep(
         ids=batch.req_ids,
         bounds=batch.query_start_loc_np[: count + 1].tolist(),
-        drafts=drafts_of(batch),
+        drafts=drafts,
         ends=batch.seq_lens_cpu_upper_bound[:count].tolist(),
         tokens=batch.input_ids,
         positions=batch.positions,
-        features=aux or (),
-        emitted=num_sampled,
+        features=given["aux_hidden_states"] or (),
+        emitted=given["num_sampled"],
     )

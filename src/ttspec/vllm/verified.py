@@ -1,7 +1,7 @@
 """An engine's step, and what steps showed, kept as it is until the memory is told of it.
 
 To keep a round takes the device a copy of each tensor, to tell the memory a hundred small
-operations. Those are captured as a graph, so what they read lies where it is for good.
+operations. Those are captured as graphs, so what they read lies where it is for good.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from ttspec.learning.memory_learner import MemoryLearner
 
 MOST_ROUNDS, MOST_BYTES = 16, 64 << 20
 """Rounds that are kept, and bytes that the target's logits of them may take."""
+FEW_ROUNDS = 4
+"""Rounds of which the memory has a graph of its own, a quarter as dear as that of all."""
 PIECES = 128, 512
 """Tokens of a prompt that are read at once: as many as the smallest of these that they fit in."""
 
@@ -60,6 +62,7 @@ class VerifiedRounds:
         like, (vocabulary, hidden) = drafter.embedding, drafter.embedding.shape
         self.rounds, self.rows, self.width = rounds_for(drafter, rows, width), rows, width
         self.nbytes = bytes_for(drafter, rows, width, like.element_size())
+        self._sizes = sorted({min(FEW_ROUNDS, self.rounds), self.rounds})
         tokens = self.rounds, rows * width
         self._tokens = like.new_zeros(tokens, dtype=torch.int32)
         self._features = [like.new_zeros(*tokens, hidden) for _ in drafter.taps]
@@ -71,6 +74,7 @@ class VerifiedRounds:
         self._told = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
         self._parts: list[list[int]] = []
         """By round that the memory does not know yet: 1 for rows that took part."""
+        self._places, self._places_of_logits = Sent(like.device), Sent(like.device)
 
     @property
     def kept(self) -> int:
@@ -82,22 +86,27 @@ class VerifiedRounds:
         """The same, each counted once for every row that took part."""
         return sum(map(sum, self._parts))
 
-    def keep_logits(self, logits: Tensor, at: Tensor) -> None:
-        """Begin a round: rows `at` int64 [B * width] of the target's logits [N, V], all rows."""
-        take(self._logits[self.kept], logits, at)
+    def has(self, row: int) -> bool:
+        """Whether the memory does not know some round of a row yet."""
+        return any(part[row] for part in self._parts)
 
-    def keep(self, step: EngineStep, at: Tensor, took_part: list[int]) -> bool:
+    def keep_logits(self, logits: Tensor, at: list[int]) -> None:
+        """Begin a round: places `at` [B * width] in the target's logits [N, V], all rows."""
+        take(self._logits[self.kept], logits, self._places_of_logits(at))
+
+    def keep(self, step: EngineStep, at: list[int], took_part: list[int]) -> bool:
         """End a round; whether there is no room for another one.
 
         Args:
             step: Had it verified.
-            at: int64 [B * width + B + B]: each row's tokens and its first one, as places in the
-                step's, and which request it is.
+            at: [B * width + B]: each row's tokens, as places in the step's, and which request it
+                is.
             took_part: For each row 1 if it did.
         """
-        k, (flat, first, request) = self.kept, at.split([len(at) - 2 * self.rows, *2 * [self.rows]])
+        k = self.kept
+        flat, request = self._places(at).split([len(at) - self.rows, self.rows])
         take(self._tokens[k], step.tokens, flat)
-        take(self._start[k], step.positions, first)
+        take(self._start[k], step.positions, flat[:: self.width])
         take(self._emitted[k], step.emitted, request)
         for kept, feature in zip(self._features, step.features, strict=True):
             take(kept[k], feature, flat)
@@ -107,31 +116,35 @@ class VerifiedRounds:
     def tell(self) -> None:
         """Have all that is kept remembered; a row's rounds follow each other without a gap."""
         if self._parts:
-            parts = self._parts + [[0] * self.rows] * (self.rounds - self.kept)
-            self._took_part.copy_(on_device(parts, self._start.device))
-            self.run()
+            size = size_of_graph(self._learner, self.kept, self._sizes)
+            parts = self._parts + [[0] * self.rows] * (size - self.kept)
+            self._took_part[:size].copy_(on_device(parts, self._start.device))
+            self._learner.run(self._remember, size, compile=False)
             self._told.copy_(self._figures, non_blocking=True)
             self._parts = []
 
     def run(self) -> None:
-        """The same of what is on the device, as it may be captured."""
-        self._learner.run(self._remember, 0, compile=False)
+        """Capture all sizes, where nothing is told."""
+        self._took_part.zero_()
+        for size in self._sizes:
+            self._learner.run(self._remember, size, compile=False)
 
-    def _remember(self, key: int) -> None:  # noqa: ARG002
+    def _remember(self, rounds: int) -> None:
         width, device = self.width, self._start.device
-        emitted = (self._emitted.clamp(max=width) * self._took_part).long().T  # [rows, rounds]
+        took_part, start = self._took_part[:rounds], self._start[:rounds]
+        emitted = (self._emitted[:rounds].clamp(max=width) * took_part).long().T  # [rows, rounds]
         self._figures += torch.stack([emitted.sum(), (emitted > 0).sum()])
         count = emitted.sum(1)
         before = emitted.cumsum(1) - emitted
-        first = (self._start.T - before).masked_fill(emitted == 0, 0).amax(1)
-        size = self.rounds * width
+        first = (start.T - before).masked_fill(emitted == 0, 0).amax(1)
+        size = rounds * width
         if device.type == "cpu" and not self._learner.run.on:  # else it would have to be waited for
             size = max(1, int(count.max()))
         column = torch.arange(width, device=device)
         inside = column < emitted[..., None]
         place = (before[..., None] + column).masked_fill(~inside, size).flatten(1)
-        source = torch.arange(self._tokens.numel(), device=device)
-        source = source.view(self.rounds, self.rows, width).transpose(0, 1).flatten(1)
+        source = torch.arange(rounds * self.rows * width, device=device)
+        source = source.view(rounds, self.rows, width).transpose(0, 1).flatten(1)
         at = torch.zeros(self.rows, size + 1, dtype=torch.long, device=device)
         at = at.scatter_(1, place, source)[:, :size]
         rows = torch.arange(self.rows, device=device)
@@ -171,22 +184,38 @@ class TextPieces:
         self._start.copy_(step.positions[begin : begin + 1])
         self._count.fill_(size)
         self._row.fill_(row)
-        self._run(size)
+        size = size_of_graph(self._learner, size, PIECES)
+        self._learner.run(self._remember_piece, size, compile=False)
 
     def run(self) -> None:
         """Capture all sizes, where nothing is told."""
         self._count.zero_()
         for size in PIECES:
-            self._run(size)
-
-    def _run(self, size: int) -> None:
-        if self._learner.run.on:  # few graphs; a CPU reads no more than there is
-            size = next(n for n in PIECES if n >= size)
-        self._learner.run(self._remember_piece, size, compile=False)
+            self._learner.run(self._remember_piece, size, compile=False)
 
     def _remember_piece(self, size: int) -> None:
         tokens, features = self._tokens[:, :size], self._features[:, :size]
         self._learner.read(tokens, features, self._start, self._count, None, self._row)
+
+
+def size_of_graph(learner: MemoryLearner, size: int, sizes: Sequence[int]) -> int:
+    """Few graphs: the smallest of their sizes that is enough; uncaptured, what is asked for."""
+    return next(n for n in sizes if n >= size) if learner.run.on else size
+
+
+class Sent:
+    """Numbers of the host on the device: those of the last step are seldom others."""
+
+    def __init__(self, device: torch.device) -> None:
+        """None yet."""
+        self._device, self._numbers = device, list[int]()
+        self._sent = torch.zeros(0, dtype=torch.long, device=device)
+
+    def __call__(self, numbers: list[int]) -> Tensor:
+        """They, int64; sent if they are others."""
+        if numbers != self._numbers:
+            self._numbers, self._sent = numbers, on_device(numbers, self._device)
+        return self._sent
 
 
 def on_device(numbers: list[int] | list[list[int]], device: torch.device) -> Tensor:
