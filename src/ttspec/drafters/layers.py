@@ -79,8 +79,11 @@ def laid_together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def with_tables(weights: Weights) -> Weights:
     """The same, with the whole table of those that lie together; `project_all` takes it.
 
-    Weights that learn do so where they come one after the other in what all of them lie in.
+    Weights that learn do so where they come one after the other in what all of them lie in. Where
+    gradients are recorded there are no tables.
     """
+    if torch.is_grad_enabled():
+        return weights
     tables = {
         "+".join(names): _whole([weights[n + ".weight"] for n in names])
         for names in _together(weights)
