@@ -1,17 +1,22 @@
 """Rounds that are launched before the last one was told of: as on a GPU, here on a CPU."""
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import pytest
+import torch
 from toys import LEARN, PLAIN, assert_goes_on, make_kind, plain, toy_engine
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding import choice, stages
+from ttspec.decoding import decoder as decoders
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.drafters.eagle3 import Eagle3
 from ttspec.learning.study import MemoryStudy
+from ttspec.models.capture import Branch
 
 PROMPTS = ["hello", "hello hello hello hello", "x", "a longer prompt than the others", "z" * 40]
 SAMPLED = {"temperature": 0.9}
@@ -229,3 +234,74 @@ def test_a_policy_that_was_not_told_yet_looks_as_often():
     assert policy.choose() == 0
     assert policy.choose(unobserved=0) > 0
     assert policy.choose(unobserved=4) == 0
+
+
+def test_noise_and_context_are_made_beside_the_rest(toy_target_dir, monkeypatch):
+    """Each stage forks once, and comes back before anybody reads what was made aside."""
+    said = list[str]()
+
+    class Told(Branch):
+        def fork(self):
+            said.append("fork")
+
+        def join(self):
+            said.append("join")
+
+        @contextmanager
+        def aside(self):
+            said.append("aside")
+            yield
+
+    def told(name, function):
+        def run(*given, **options):
+            said.append(name)
+            return function(*given, **options)
+
+        return run
+
+    monkeypatch.setattr(decoders, "Branch", Told)
+    for module, name in (
+        (choice, "pick"),
+        (stages, "draw_and_accept"),
+        (stages, "apply_end_tokens"),
+    ):
+        monkeypatch.setattr(module, name, told(name, getattr(module, name)))
+    monkeypatch.setattr(Eagle3, "absorb", told("absorb", Eagle3.absorb))
+    engine = toy_engine(toy_target_dir, make_kind("eagle3"))
+    drafts = DraftConfig(length=2, copy=False, adaptive=False)
+    engine.generate("hello", max_new_tokens=2, draft=drafts, learn=None, **SAMPLED)
+    propose = ["fork", "aside", "aside", "join", "pick", "pick", "join"]
+    verify = ["fork", "draw_and_accept", "apply_end_tokens", "aside", "absorb", "join"]
+    assert said[-len(propose + verify) :] == propose + verify
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("slow", ["neither", "aside", "rest"])
+@pytest.mark.parametrize("which", ["eagle3", "dflash", "causal"])
+def test_on_a_gpu_work_aside_changes_no_text(toy_target_dir, which, slow, compile, monkeypatch):
+    """One branch waits some milliseconds: what is read too early, or written over, shows."""
+    engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    engine.compile, found = compile, list[dict]()
+
+    class Slow(Branch):
+        def fork(self):
+            super().fork()
+            if slow == "aside":
+                with self.aside():
+                    torch.cuda._sleep(4_000_000)
+            if slow == "rest":
+                torch.cuda._sleep(4_000_000)
+
+    class Off(Branch):
+        def __init__(self, device):
+            super().__init__(torch.device("cpu"))
+
+    for kind in (Off, Slow, Slow):
+        monkeypatch.setattr(decoders, "Branch", kind)
+        options = {"max_new_tokens": 32, "rows": 3, "seed": 5, "ignore_eos": True, "learn": None}
+        drafts = DraftConfig(copy=False, adaptive=False)
+        done = engine.sibling().run([[p] for p in PROMPTS], draft=drafts, **options, **SAMPLED)
+        results = {n: c.result for n, c in done if c.result}
+        found.append({n: (r.token_ids, r.stats.acceptance_length) for n, r in results.items()})
+    assert found[0] == found[1] == found[2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -33,6 +34,8 @@ class DraftChoice:
     processors: Processors = field(default_factory=Processors)
     longest: int = 0
     """The largest start of a row, known on the host."""
+    ready: Callable[[], None] = lambda: None
+    """Called before the noise is looked at for the first time."""
 
     def __call__(self, logits: Tensor, first: int) -> tuple[Tensor, Tensor | None]:
         """Choose some drafts of every row.
@@ -45,6 +48,8 @@ class DraftChoice:
             Tokens int64 [B, g], and q float32 [B, g, V_draft] that they were drawn from, or [B, g,
             V] where drafts are penalised; None is one-hot.
         """
+        if first == 0:
+            self.ready()
         if self.penalties is None:
             return self._choose(logits, first, self.drafter.draft_ids)
         # One after the other, though drafted at once: each is penalised for those before it.

@@ -22,6 +22,7 @@ from ttspec.decoding.penalties import penalises
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.models.capture import Branch
 from ttspec.models.target import Target
 from ttspec.records import Proposal, Verification, of_rows, spread
 from ttspec.rowcache import RowCache
@@ -47,6 +48,8 @@ class RoundStages:
     batch_invariant: bool
     target_reads_spans: bool
     """Whether the device knows how far each row reads, so that one graph serves any length."""
+    branch: Branch
+    """Beside which the rest of a stage is launched."""
     deferred: DeferredContext
     position_noise: Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]
     """As `sampling.position_noise`."""
@@ -64,8 +67,10 @@ class RoundStages:
         """Drafts of every row, and the target's noise at their positions and the one after."""
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         sampling = self.row_sampling.tensors(shape.processors)
+        self.branch.fork()
         if self.sampling.acceptance == "invariant" and sampling.temperature is not None:
-            noise = self._noise(shape.proposed + 1, sampling)
+            with self.branch.aside():  # the first draft is chosen some kernels later
+                noise = self._noise(shape.proposed + 1, sampling)
         most = (rows.budget - 1).clamp(min=0)
         if self.drafter is None or self.state is None or not length:
             none = rows.pending.new_empty(self.rows.count, 0)
@@ -74,6 +79,7 @@ class RoundStages:
             proposal = self._draft(shape, noise, most.clamp(max=length))
         if shape.copy_length:
             proposal = with_copies(proposal, rows, shape.copy_length, most)
+        self.branch.join()
         return proposal, noise
 
     def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
@@ -97,9 +103,10 @@ class RoundStages:
             noise = noise if noise is None else noise[some]
         vocabulary, processors = int(self.target.config.vocab_size), shape.processors
         if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
-            noise = noise[:, : shape.draft_length, ids]
+            with self.branch.aside():
+                noise = noise[:, : shape.draft_length, ids]
         known = self.drafter, rows, vocabulary, noise, penalties, processors, shape.longest
-        choose = DraftChoice(sampling, *known)
+        choose = DraftChoice(sampling, *known, ready=self.branch.join)
         asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
         proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
         if some is None:
@@ -128,7 +135,8 @@ class RoundStages:
         rows, (proposal, noise) = self.rows.inputs, self._proposed
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        options = self.row_sampling
+        start, options = rows.start.clone(), self.row_sampling
+        self.branch.fork()
         if penalises(shape.processors):
             options.penalties.write(fed, rows.start)
         # For the verdict; the learner is told the target's own.
@@ -139,7 +147,7 @@ class RoundStages:
         verification = Verification(
             proposal=proposal,
             fed=fed,
-            start=rows.start.clone(),
+            start=start,
             logits=logits,
             features=features,
             tokens=tokens,
@@ -150,11 +158,14 @@ class RoundStages:
         if self.drafter and self.state:
             if shape.absorbs:
                 state, some = self._state_of(self._drafter_rows), self._drafter_rows
-                self.drafter.absorb(state, of_rows(verification, some) if some else verification)
+                with self.branch.aside():  # whatever is kept, all that was fed becomes context
+                    fed = of_rows(verification, some) if some else verification
+                    self.drafter.absorb(state, fed)
             else:
                 self.deferred.keep(verification)
         if self.works_ahead:
             self.rows.advance(verdict.table)
+        self.branch.join()
         return verification, verdict.table
 
     def accept(

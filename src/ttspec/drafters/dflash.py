@@ -29,6 +29,7 @@ from ttspec.drafters.layers import (
     linear,
     project,
     rms_norm,
+    with_tables,
 )
 from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
@@ -162,7 +163,7 @@ class DFlash(FeatureDrafter):
         fused = linear(features, weights["fc.weight"])
         fused = rms_norm(fused, weights["hidden_norm.weight"], self.eps)
         layers = [self._layer_weights(weights, i) for i in range(self.layers)]
-        pairs = [self._keys_values(layer, "self_attn.", fused) for layer in layers]
+        pairs = [self._heads(layer, "self_attn.", fused, "kv") for layer in layers]
         return [k for k, _ in pairs], [v for _, v in pairs]
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
@@ -295,7 +296,8 @@ class DFlash(FeatureDrafter):
         ids[..., 0] = tokens
         x = self.embed(ids.flatten(1))
         for i, attend in enumerate(contexts):
-            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
+            own = with_tables(self._layer_weights(weights, i))
+            x = self.layer(own, x, position, rope, attend, width)
         x = rms_norm(x, weights["norm.weight"], self.eps)
         first = 0 if self.from_anchor else 1
         return x.unflatten(1, (tokens.shape[1], -1))[:, :, first : first + blocks.length]
@@ -324,8 +326,7 @@ class DFlash(FeatureDrafter):
         """
 
         def attention(y: Tensor) -> Tensor:
-            q = self._heads(weights, "self_attn.q", y, self.heads)
-            k, v = self._keys_values(weights, "self_attn.", y)
+            q, k, v = self._heads(weights, "self_attn.", y)
             out = attend(rope(q, position), rope(k, position), v)
             return project(weights, "self_attn.o_proj", out)
 

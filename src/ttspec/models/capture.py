@@ -47,6 +47,34 @@ class Streams:
         return stream
 
 
+class Branch:
+    """Work beside the rest of a stage, on a GPU: a stream that leaves the current one for a while.
+
+    What is launched within `aside` reads only what was there at `fork`, and nothing writes to that,
+    or reads what comes of it, before `join`. A graph that is captured has both branches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Lend a stream; off a GPU all is done where it stands."""
+        self._stream = Streams.lend(device, self) if device.type == "cuda" else None
+
+    def fork(self) -> None:
+        """What is launched aside from now on waits for what was launched so far."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Within, launch beside the rest."""
+        with torch.cuda.stream(self._stream) if self._stream else nullcontext():
+            yield
+
+    def join(self) -> None:
+        """What is launched from now on waits for what was launched aside."""
+        if self._stream:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+
+
 class Graphs:
     """One graph per function and key, made when that pair is first seen; off a GPU plain calls.
 
