@@ -6,12 +6,11 @@ from test_learning import taught
 from toys import bound_kind, logits_of
 
 from ttspec.config import LearnConfig
-from ttspec.drafters import dflash, eagle3
+from ttspec.drafters import eagle3
 from ttspec.drafters.layers import with_tables
 
 QKV = [f"midlayer.self_attn.{n}_proj" for n in "qkv"]
 GATE_UP = [f"midlayer.mlp.{n}_proj" for n in ("gate", "up")]
-module_of = {"eagle3": eagle3, "dflash": dflash}
 TABLES = {"+".join(names): names for names in (QKV, GATE_UP)}
 
 
@@ -37,12 +36,11 @@ def test_weights_that_lie_elsewhere_have_no_table():
 
 
 @pytest.mark.parametrize("weights", ["full", "lora"])
-@pytest.mark.parametrize("which", ["eagle3", "dflash"])
-def test_one_product_says_what_several_do(which, weights, monkeypatch):
-    learner, drafter, given = taught(which, LearnConfig(stride=1, lr=1e-2, weights=weights))
+def test_one_product_says_what_several_do(weights, monkeypatch):
+    learner, drafter, given = taught("eagle3", LearnConfig(stride=1, lr=1e-2, weights=weights))
     learner.update(given, 31)
     found = []
     for kept in (with_tables, lambda weights: weights):
-        monkeypatch.setattr(module_of[which], "with_tables", kept)
+        monkeypatch.setattr(eagle3, "with_tables", kept)
         found.append(logits_of(drafter, learner.state, [1, 2], [31, 31]))
     torch.testing.assert_close(*found)

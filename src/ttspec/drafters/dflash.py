@@ -29,7 +29,6 @@ from ttspec.drafters.layers import (
     linear,
     project,
     rms_norm,
-    with_tables,
 )
 from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
@@ -296,8 +295,7 @@ class DFlash(FeatureDrafter):
         ids[..., 0] = tokens
         x = self.embed(ids.flatten(1))
         for i, attend in enumerate(contexts):
-            own = with_tables(self._layer_weights(weights, i))
-            x = self.layer(own, x, position, rope, attend, width)
+            x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
         x = rms_norm(x, weights["norm.weight"], self.eps)
         first = 0 if self.from_anchor else 1
         return x.unflatten(1, (tokens.shape[1], -1))[:, :, first : first + blocks.length]

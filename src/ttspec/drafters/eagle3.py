@@ -56,6 +56,7 @@ class Eagle3(FeatureDrafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
+    lays_tables = True
     default_window = 512
     learning_rate = 3e-5
     memory_rate = 2e-4
@@ -236,8 +237,7 @@ class Eagle3(FeatureDrafter):
         contexts = self._in_place(state, blocks)
         if not state.spans:
             contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        weights = with_tables(state.weights)
-        chains = ChainPlan(weights, blocks.start - 1, state.rope, contexts)
+        chains = ChainPlan(with_tables(state.weights), blocks.start - 1, state.rope, contexts)
         follow: Follow = lambda step, hidden: choices(self.logits(hidden), step)  # noqa: E731
         self._run(chains, h, blocks.tokens, follow)
         return before

@@ -7,7 +7,7 @@ the parts of a Llama layer, under its published names.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class FeatureDrafter(Drafter):
     """A drafter of Llama's or Qwen3's decoder layers."""
 
     takes_padding = True
+    lays_tables: ClassVar[bool] = False
+    """Whether matrices that read the same states lie in one table; see `laid_together`."""
 
     def _read_body(
         self, body: Mapping[str, Any], kv_heads: Any, own: str, names: Collection[str]
@@ -182,7 +184,9 @@ class FeatureDrafter(Drafter):
         same = ours == known or abs(ours - theirs) <= PADDING * theirs
         if not (same and 0 < known <= min(ours, theirs)):
             self._require("vocabulary", ours, theirs)
-        self.weights = laid_together(placed(self.weights, embedding))
+        self.weights = placed(self.weights, embedding)
+        if self.lays_tables:
+            self.weights = laid_together(self.weights)
         own = self.weights.get("embed_tokens.weight")
         if own is not None:
             missing = own.new_zeros(max(0, theirs - ours), own.shape[1])
