@@ -162,7 +162,7 @@ class DFlash(FeatureDrafter):
         fused = linear(features, weights["fc.weight"])
         fused = rms_norm(fused, weights["hidden_norm.weight"], self.eps)
         layers = [self._layer_weights(weights, i) for i in range(self.layers)]
-        pairs = [self._heads(layer, "self_attn.", fused, "kv") for layer in layers]
+        pairs = [self._keys_values(layer, "self_attn.", fused) for layer in layers]
         return [k for k, _ in pairs], [v for _, v in pairs]
 
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
@@ -324,7 +324,8 @@ class DFlash(FeatureDrafter):
         """
 
         def attention(y: Tensor) -> Tensor:
-            q, k, v = self._heads(weights, "self_attn.", y)
+            q = self._heads(weights, "self_attn.q", y, self.heads)
+            k, v = self._keys_values(weights, "self_attn.", y)
             out = attend(rope(q, position), rope(k, position), v)
             return project(weights, "self_attn.o_proj", out)
 

@@ -30,7 +30,6 @@ from ttspec.drafters.layers import (
     gated_mlp,
     project,
     rms_norm,
-    with_tables,
 )
 from ttspec.drafters.rotary import Rope, rope_parameters
 from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
@@ -56,7 +55,6 @@ class Eagle3(FeatureDrafter):
     """An EAGLE-3 drafter, from its config.json and its weights by published name."""
 
     kind = "eagle3"
-    lays_tables = True
     default_window = 512
     learning_rate = 3e-5
     memory_rate = 2e-4
@@ -218,7 +216,7 @@ class Eagle3(FeatureDrafter):
         Of fused features h [B, N, H] at positions int64 [B or 1, N], and the tokens after them.
         """
         if self.layers == 1:
-            k, v = self._heads(weights, ATTENTION, self._read(weights, h, tokens), "kv")
+            _, k, v = self._read(weights, h, tokens)
             return rope(k, at)[None], v[None]
         nothing = self.embedding.new_empty(len(h), self.kv_heads, 0, self.head_dim)
         firsts = [first_seen(at, at, near, window) for window in self.windows]
@@ -237,7 +235,7 @@ class Eagle3(FeatureDrafter):
         contexts = self._in_place(state, blocks)
         if not state.spans:
             contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        chains = ChainPlan(with_tables(state.weights), blocks.start - 1, state.rope, contexts)
+        chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
         follow: Follow = lambda step, hidden: choices(self.logits(hidden), step)  # noqa: E731
         self._run(chains, h, blocks.tokens, follow)
         return before
@@ -375,9 +373,10 @@ class Eagle3(FeatureDrafter):
             at = self._layer(i)
             if i:
                 x = rms_norm(y, weights[f"{at}input_layernorm.weight"], self.eps)
+                k, v = self._keys_values(weights, f"{at}self_attn.", x)
             else:
-                x = self._read(weights, h, tokens)
-            q, k, v = self._heads(weights, f"{at}self_attn.", x)
+                x, k, v = self._read(weights, h, tokens)
+            q = self._heads(weights, f"{at}self_attn.q", x, self.heads)
             out = attend(rope(q, position), rope(k, position), v)
             out = project(weights, f"{at}self_attn.o_proj", out)
             if self.residual_is_normed and not i:
@@ -388,13 +387,14 @@ class Eagle3(FeatureDrafter):
         out = rms_norm(y, weights["norm.weight"], self.eps)
         return out, out if self.norm_output else y
 
-    def _read(self, weights: Weights, h: Tensor, tokens: Tensor) -> Tensor:
-        """The first layer's input [B, N, 2H]."""
+    def _read(self, weights: Weights, h: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The first layer's input [B, N, 2H]; keys (not rotated) and values [B, kv, N, D]."""
         embedded = self.embed(tokens)
-        return torch.cat(
+        x = torch.cat(
             [
                 rms_norm(embedded, weights["midlayer.input_layernorm.weight"], self.eps),
                 rms_norm(h, weights["midlayer.hidden_norm.weight"], self.eps),
             ],
             dim=-1,
         )
+        return x, *self._keys_values(weights, ATTENTION, x)

@@ -7,7 +7,7 @@ the parts of a Llama layer, under its published names.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, Shapes, placed
 from ttspec.drafters.context import empty_context
-from ttspec.drafters.layers import Weights, activation_of, laid_together, project_all, rms_norm
+from ttspec.drafters.layers import Weights, activation_of, project, rms_norm
 from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.models.packed import head_product
@@ -35,8 +35,6 @@ class FeatureDrafter(Drafter):
     """A drafter of Llama's or Qwen3's decoder layers."""
 
     takes_padding = True
-    lays_tables: ClassVar[bool] = False
-    """Whether matrices that read the same states lie in one table; see `laid_together`."""
 
     def _read_body(
         self, body: Mapping[str, Any], kv_heads: Any, own: str, names: Collection[str]
@@ -185,8 +183,6 @@ class FeatureDrafter(Drafter):
         if not (same and 0 < known <= min(ours, theirs)):
             self._require("vocabulary", ours, theirs)
         self.weights = placed(self.weights, embedding)
-        if self.lays_tables:
-            self.weights = laid_together(self.weights)
         own = self.weights.get("embed_tokens.weight")
         if own is not None:
             missing = own.new_zeros(max(0, theirs - ours), own.shape[1])
@@ -215,16 +211,16 @@ class FeatureDrafter(Drafter):
         empty = empty_context(self.layers, rows, self.kv_heads, slots, self.head_dim, like)
         return {"weights": self.weights, "options": options, "rope": rope.to(like.device), **empty}
 
-    def _heads(self, weights: Weights, at: str, x: Tensor, which: str = "qkv") -> list[Tensor]:
-        """Queries, keys and values [B, heads, N, D] of x [B, N, ...], normed if there is a norm."""
-        found = []
-        for name, made in zip(
-            which, project_all(weights, [f"{at}{n}_proj" for n in which], x), strict=True
-        ):
-            y = made.unflatten(-1, (self.heads if name == "q" else self.kv_heads, -1))
-            norm = weights.get(f"{at}{name}_norm.weight")
-            found.append((y if norm is None else rms_norm(y, norm, self.eps)).transpose(1, 2))
-        return found
+    def _heads(self, weights: Weights, name: str, x: Tensor, count: int) -> Tensor:
+        """Queries, keys or values [B, heads, N, D] of x [B, N, ...], normed if there is a norm."""
+        y = project(weights, name + "_proj", x).unflatten(-1, (count, -1))
+        norm = weights.get(name + "_norm.weight")
+        return (y if norm is None else rms_norm(y, norm, self.eps)).transpose(1, 2)
+
+    def _keys_values(self, weights: Weights, at: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (normed, not rotated) and values [B, kv heads, N, D] of x [B, N, ...]."""
+        k = self._heads(weights, at + "k", x, self.kv_heads)
+        return k, self._heads(weights, at + "v", x, self.kv_heads)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Embeddings [..., H] of tokens int64 [...]."""

@@ -5,7 +5,7 @@ Pure functions on tensors; no drafter is known by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,74 +63,9 @@ DOWN, UP = ".down", ".up"
 """After a matrix's name: the two factors [r, in] and [out, r] of a low-rank change of it."""
 
 
-TOGETHER = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-"""Matrices of a module that read the same states."""
-
-
-def laid_together(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same, but those of `TOGETHER` are views of one table, one after the other here too."""
-    for names in _together(weights):
-        tables = [weights.pop(n + ".weight") for n in names]
-        views = torch.cat(tables).split([len(table) for table in tables])
-        weights |= {n + ".weight": view for n, view in zip(names, views, strict=True)}
-    return weights
-
-
-def with_tables(weights: Weights) -> Weights:
-    """The same, with the whole table of those that lie together; `project_all` takes it.
-
-    Weights that learn do so where they come one after the other in what all of them lie in. Where
-    gradients are recorded there are no tables.
-    """
-    if torch.is_grad_enabled():
-        return weights
-    tables = {
-        "+".join(names): _whole([weights[n + ".weight"] for n in names])
-        for names in _together(weights)
-    }
-    return {**weights, **{n: table for n, table in tables.items() if table is not None}}
-
-
-def _together(weights: Weights) -> list[list[str]]:
-    """Names, without `.weight`, of matrices that may lie together."""
-    found = []
-    for first, *others in TOGETHER:
-        ends = [n for n in weights if n.endswith(f".{first}.weight")]
-        groups = [[n.replace(f"{first}.weight", part) for part in (first, *others)] for n in ends]
-        found += [names for names in groups if all(n + ".weight" in weights for n in names)]
-    return found
-
-
-def _whole(parts: Sequence[Tensor]) -> Tensor | None:
-    """Tables [..., out, in] that follow each other in memory, as a view; None if they do not."""
-    first, outputs = parts[0], 0
-    for part in parts:
-        begin = first.storage_offset() + outputs * first.shape[-1]
-        place = part.untyped_storage().data_ptr(), part.storage_offset(), part.stride()
-        if place != (first.untyped_storage().data_ptr(), begin, first.stride()):
-            return None
-        outputs += part.shape[-2]
-    return first.as_strided((*first.shape[:-2], outputs, first.shape[-1]), first.stride())
-
-
-def project_all(weights: Weights, names: Sequence[str], x: Tensor) -> list[Tensor]:
-    """What `project` makes of each name, as one product where `with_tables` found a table."""
-    table = weights.get("+".join(names))
-    if table is None:
-        return [project(weights, name, x) for name in names]
-    sizes = [weights[name + ".weight"].shape[-2] for name in names]
-    parts = zip(names, linear(x, table).split(sizes, dim=-1), strict=True)
-    return [_changed(weights, name, x, y) for name, y in parts]
-
-
 def project(weights: Weights, name: str, x: Tensor) -> Tensor:
     """X [B, ..., in] times `{name}.weight`, with its bias and low-rank change if it has them."""
-    return _changed(weights, name, x, linear(x, weights[name + ".weight"]))
-
-
-def _changed(weights: Weights, name: str, x: Tensor, y: Tensor) -> Tensor:
-    """A product y of x, with the matrix's bias and low-rank change."""
-    down = weights.get(name + DOWN)
+    y, down = linear(x, weights[name + ".weight"]), weights.get(name + DOWN)
     if down is not None:
         y = low_rank(y, x, down, weights[name + UP])
     bias = weights.get(name + ".bias")
@@ -195,8 +130,8 @@ def activation_of(name: str) -> Activation:
 
 def gated_mlp(weights: Weights, at: str, x: Tensor, activation: Activation = F.silu) -> Tensor:
     """A gated MLP under the published names `{at}gate_proj.weight` and so on."""
-    gate, up = project_all(weights, [at + "gate_proj", at + "up_proj"], x)
-    return project(weights, at + "down_proj", activation(gate) * up)
+    gate = activation(project(weights, at + "gate_proj", x))
+    return project(weights, at + "down_proj", gate * project(weights, at + "up_proj", x))
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
