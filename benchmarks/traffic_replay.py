@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any, cast
+from unittest import mock
 
 import common
 import torch
@@ -53,6 +54,8 @@ from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.recorded_text import use_recording
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
+from ttspec.models import target as target_module
+from ttspec.models.packed import pack_linears
 from ttspec.models.target import Target
 from ttspec.records import Result
 from ttspec.training.config import Kind, TrainConfig
@@ -80,6 +83,16 @@ class Setup:
     max_new_tokens: int = 200
     temperature: float = 0.7
     dtype: str = "auto"
+
+    def load(self) -> Engine:
+        """The pair, its target changed before its weights are packed for a CPU."""
+        with mock.patch.object(target_module, "pack_linears") as pack:
+            engine = ttspec.load(self.target, self.drafter, dtype=self.dtype, notify=print)
+        if self.change:
+            change(engine.target, self.change)
+        for call in pack.call_args_list:
+            pack_linears(*call.args)
+        return engine
 
 
 class Clock:
@@ -148,10 +161,8 @@ def run(
     clock = Clock(minutes)
     names = (setup.drafter, Path(suite).stem, setup.change)
     lines = Lines(out, case or " ".join(filter(None, names)), clock)
-    engine = ttspec.load(setup.target, setup.drafter, dtype=setup.dtype, notify=print)
+    engine = setup.load()
     assert engine.drafter is not None
-    if setup.change:
-        change(engine.target, setup.change)
     config = GenerateConfig(
         max_new_tokens=setup.max_new_tokens, temperature=setup.temperature, seed=0
     )
@@ -300,7 +311,9 @@ def fine_tuned(
 def change(target: Target, how: str) -> None:
     """Make another model of the target, in place, before anything was read by it."""
     if how in ("int8", "int4"):
-        for layer in linear_layers(target):
+        layers = linear_layers(target)
+        assert layers, "nothing is changed"
+        for layer in layers:
             layer.weight.data.copy_(rounded(layer.weight.data, 8 if how == "int8" else 4))
     else:
         fine_tune(target, Path(how))
