@@ -172,6 +172,6 @@ class Server(uvicorn.Server):
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
             learn, drafter = self.worker.config.learn, self.worker.engine.drafter
-            learns = learn and drafter and drafter.weights
-            who = LEARNS[learn.scope] if learn and learns else "Nothing is learned"
+            can = drafter is not None and bool(drafter.weights)
+            who = LEARNS[learn.scope] if learn and can else "Nothing is learned"
             self._say(f"Ready: {rows} rows of {slots:,} tokens. {who}. To chat: {self.address}/")
