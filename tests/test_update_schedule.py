@@ -45,7 +45,7 @@ class FakeLearner(SimpleNamespace):
 
 
 def test_the_first_updates_are_rare_until_it_is_known_what_they_cost():
-    learner = FakeLearner(gain=1.5)
+    learner = FakeLearner(study=True)
     assert learner.learn(updates=PATIENCE - 1, cost=0.1) == FIRST_STRIDES
     assert learner.learn(updates=1, cost=0.1) == 1
 

@@ -29,8 +29,8 @@ of what they gain, the part that may be spent."""
 PATIENCE = 8
 """Updates that are to be seen before anything follows from what they cost, and remembered."""
 FIRST_STRIDES = 4
-"""Strides between those: with fewer they cost a short answer more than any ever brought it, and
-where one runs beside every round none says what drafting costs."""
+"""Strides between those, where all requests teach: with fewer a slow one runs beside every round,
+and none says what drafting costs."""
 ENOUGH = 0.7
 """Part of the share that may stay unused before updates come more often."""
 ASSUMED = 2.0
@@ -54,7 +54,7 @@ class UpdateSchedule:
             clock: Whether it may decide; else an update costs `ASSUMED` rounds.
         """
         self._learner, self._clock = learner, clock
-        learner.strides = FIRST_STRIDES
+        learner.strides = FIRST_STRIDES if learner.study else 1
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._costs = deque[float](maxlen=PATIENCE)
