@@ -142,6 +142,16 @@ def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     assert guard._copies[0].rest == REST // 8
 
 
+@pytest.mark.parametrize("strides", [1, 4])
+def test_a_rest_is_of_rounds_however_rare_updates_are(strides: int):
+    """The first update of a drafter that all teach came after 256 rounds, not after 64."""
+    guard, rounds = Guard(8, 8, 1, after=64, falls_back=True), 0
+    while guard.resting()[0]:
+        guard.due([True], strides)
+        rounds += 8 * strides
+    assert rounds == 64
+
+
 def test_updates_of_others_are_nothing_to_a_copy_without_rounds():
     guard = Guard(4, 8, 2)
     guard.record_revert(0)

@@ -110,7 +110,7 @@ class Guard:
             else:
                 often = often or copy.errors_behind > SUSPECT
             due.append(bool(self.every and is_active and not copy.rest and often))
-            copy.rest = max(0, copy.rest - is_active)
+            copy.rest = max(0, copy.rest - strides * is_active)
         return due
 
     def record_update(self, copy: int) -> None:
