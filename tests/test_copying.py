@@ -3,6 +3,7 @@
 import random
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,10 @@ from ttspec.decoding.copying import (
 )
 from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.rows import RowStates
+from ttspec.decoding.feedback import PolicyFeedback
+from ttspec.decoding.policy import FixedDraftLength
+from ttspec.decoding.rows import Processors, RoundShape, RowStates
+from ttspec.decoding.timing import NO_STAGES, Took
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
 from ttspec.records import LONGEST_COPY, Proposal
@@ -525,6 +529,19 @@ def test_several_rows_look_for_copies_where_that_pays(brought: float, pays: bool
     assert copied_rounds(brought, chains=False, rounds=500)[1] == 1.0
 
 
+def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else() -> None:
+    costs, policy = CopyCosts(), FixedDraftLength(7)
+    feedback = PolicyFeedback(None, None, costs)
+    kinds = list[tuple[int, bool]]()
+    costs.trials.observe = lambda rows, drafts, *_: kinds.append((rows, drafts))  # type: ignore[method-assign]
+    for draft_length, copy_length in ((7, 0), (0, 7), (0, 0)):
+        shape = RoundShape(0, draft_length, copy_length, Processors(), absorbs=True)
+        outcome = SimpleNamespace(tokens=[1, 2], copied=copy_length > 0, updated=False, accepted=1)
+        took = Took(1.0, NO_STAGES, captured=False)
+        feedback.observe(policy, took, shape, 8, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
+    assert kinds == [(1, True), (1, True), (1, False)]
+
+
 def test_what_was_not_looked_at_is_caught_up_with() -> None:
     costs = CopyCosts()
     costs.observe(2, False, 0, 1.0)
@@ -532,6 +549,7 @@ def test_what_was_not_looked_at_is_caught_up_with() -> None:
     costs.trials.looks = False
     for new in range(10, 40):
         assert not copying.expects([0, 1], tokens, drafts=False)
+        assert not copying.expects([0], [[7, 8] * 9], drafts=False)
         for row in (0, 1):
             tokens[row].append(100 * row + new)
             copying.commit(row, tokens[row][-1:], None)

@@ -36,7 +36,7 @@ def live_drafter(ranks: int = 1, every: int = 4) -> LiveDrafter:
 @pytest.mark.parametrize("graphs", [Graphs, Tapes])
 def test_what_is_learned_reaches_what_vllm_runs_with(graphs, learned, monkeypatch) -> None:
     monkeypatch.setattr(drafting, "Graphs", graphs)
-    live, learner = live_drafter(), SimpleNamespace(drafting=dict)
+    live, learner = live_drafter(), SimpleNamespace(weights=SimpleNamespace(published={}))
     live.capture(learner)
     made = Tapes.made
     fused = live.module.inner.fused
@@ -57,7 +57,7 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
     first, second = live_drafter(ranks=2), live_drafter(ranks=2)
     for live in (first, second):
         live.group.broadcast = lambda row, src: row.copy_(first._row)
-    learner = SimpleNamespace(updates=0, drafting=dict)
+    learner = SimpleNamespace(updates=0, weights=SimpleNamespace(published={}))
     first.capture(learner)
     second.capture(None)
     sent: list[int] = []
@@ -89,7 +89,7 @@ def test_a_loader_that_cannot_be_captured_is_called(learned, monkeypatch) -> Non
     def fails(self, *_: object, **__: object) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    live, learner = live_drafter(), SimpleNamespace(drafting=dict)
+    live, learner = live_drafter(), SimpleNamespace(weights=SimpleNamespace(published={}))
     with monkeypatch.context() as patch:
         patch.setattr(Graphs, "__call__", fails)
         with pytest.raises(RuntimeError, match="capturing"):

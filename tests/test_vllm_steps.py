@@ -192,7 +192,7 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
             learner.study.compute_gradients = spoil
         assert learner.update()
     assert learner.reverts == reverts
-    drafting, anchor = learner.drafting(), learner.drafter.weights
+    drafting, anchor = learner.weights.published, learner.drafter.weights
     assert all(torch.equal(drafting[n], anchor[n]) for n in drafting) == anchor_drafts
     assert learner.update() == (reverts == 0)  # it rests
 

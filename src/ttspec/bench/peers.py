@@ -197,12 +197,11 @@ def open_peers(
         try:
             if rows > 1:
                 raise SkippedError(f"it answers one request at a time, and --rows is {rows}")
-            config = _config(target, sampling, ends)
-            model, cache = _twin(target.model), None
-            if arm.kind == "hf-compiled":
-                if not _compiles(target.device):
-                    raise SkippedError("transformers compiles `generate` on GPUs only")
-                cache = StaticCache(config=model.config, max_cache_len=slots)
+            compiled = arm.kind == "hf-compiled"
+            if compiled and not _compiles(target.device):
+                raise SkippedError("transformers compiles `generate` on GPUs only")
+            config, model = _config(target, sampling, ends), _twin(target.model)
+            cache = StaticCache(config=model.config, max_cache_len=slots) if compiled else None
         except SkippedError as reason:
             skipped[arm.name] = str(reason)
             continue

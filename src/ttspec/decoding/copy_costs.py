@@ -107,7 +107,7 @@ class CopyCosts:
 
         Args:
             rows: Rows that took part.
-            drafts: Whether the drafter drafted.
+            drafts: Whether the drafter drafts for rows that do not copy.
             width: Tokens of its longest copy; 0 if no row copied.
             seconds: What it took.
             tokens: What all rows committed.
@@ -117,7 +117,7 @@ class CopyCosts:
         if self._chains:
             self.trials.observe(rows, drafts, tokens, seconds)
         before, self._copied = self._copied, None
-        without = self._seconds_without(rows, drafts)
+        without = self._seconds_without(rows, drafts) if width or before else None
         if width:
             if without:
                 key, ratio = (rows.bit_length(), drafts, _bucket(width)), seconds / without
@@ -135,7 +135,7 @@ class CopyCosts:
 
     def cost(self, rows: int, drafts: bool, width: int) -> float | None:
         """Of a round with copies, in rounds without; None as long as none such was seen."""
-        if not self._seconds_without(rows, drafts):
+        if all(kind[1] != drafts for kind in self._without):
             return None
         known = [
             self._ratios.get((rows.bit_length(), drafts, i)) for i in range(_bucket(width) + 1)

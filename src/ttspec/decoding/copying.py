@@ -237,7 +237,7 @@ class Copying:
         One row's copies bring most, and begin where its last tokens stood before: it waits there.
         Several rows go on unless a copy would pay by now: they may begin to copy a round later.
         """
-        if len(active) > 1:
+        if len(active) > 1 or (self._costs and not self._costs.trials.looks):
             return bool(self.choose(active, tokens, drafts=drafts))
         index = self._rows[active[0]]
         index.follow(tokens[active[0]])

@@ -47,21 +47,22 @@ class PolicyFeedback:
         if learner and learner.study:  # it learns whether or not the drafter drafts
             apart = updated or learner.is_updating
         first = took.captured or apart
+        emitted = sum(len(outcome.tokens) for outcome in outcomes.values())
         if self._copy_costs and not first:
+            # Where all rows copy, the drafter drafts for none of them, as it else would.
+            drafts = not policy.pauses and policy.lengths[-1] > 0 if copy_length else False
             self._copy_costs.observe(
                 len(outcomes),
-                draft_length > 0,
+                drafts or draft_length > 0,
                 copy_length,
                 took.seconds,
-                tokens=sum(len(outcome.tokens) for outcome in outcomes.values()),
+                tokens=emitted,
                 chained=chained,
             )
         if not (policy.adaptive or self._schedule):
             return
-        emitted = without = 0
-        accepted = []
+        without, accepted = 0, []
         for outcome in outcomes.values():
-            emitted += len(outcome.tokens)
             without += len(outcome.tokens) if outcome.copied else 1
             if not outcome.copied:
                 accepted.append(outcome.accepted)

@@ -1,9 +1,10 @@
 """Whether to draft, and how much: never slower than plain decoding, by keeping an account.
 
 The account says by how many plain rounds drafting is behind plain decoding. While that is little,
-the drafter drafts; when it is overdrawn, rounds are plain until it has drafted off again, at a few
-tokens in a thousand, and a pause that doubles with every failure is over. So the promise holds for
-any drafter and any text, as far as the clock can be believed. Rows that copy do so in either case.
+the drafter drafts; when it is overdrawn, rounds are plain until that is paid off, at 1.5 % of their
+tokens, and a pause that doubles with every failure is over. What the first round of a try loses may
+be owed on top. So the promise holds for any drafter and any text, as far as the clock can be
+believed. Rows that copy do so in either case.
 Knows no tensors and no clock: it is told what a round took, after it, so that no draft of a round
 has a say in how many there are. It is asked in every round, so it reckons in few of them.
 """
@@ -16,7 +17,7 @@ from ttspec.decoding.confidence import ConfidenceCalibration
 from ttspec.decoding.copy_costs import CopyCosts
 
 BEHIND = 4.0
-"""Plain rounds by which drafting may be behind before it stops."""
+"""Plain rounds by which drafting may be behind before it stops, besides what a try began with."""
 AHEAD = 8.0
 """Plain rounds that are remembered of being ahead: more would hide a later decay."""
 SHARE = 0.015

@@ -118,7 +118,13 @@ class Guard:
         self._copies[copy].updates += 1
 
     def is_worse(
-        self, copy: int, live: float, anchor: float, before: float, after: float, rows: int = 1
+        self,
+        copy: int,
+        live: float,
+        anchor: float,
+        before: float = 0.0,
+        after: float = 0.0,
+        rows: int = 1,
     ) -> bool:
         """Take a comparison and say whether the copy shall have its anchor weights again.
 

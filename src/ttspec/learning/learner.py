@@ -142,9 +142,10 @@ class Learner:
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
-        if told and self.study:
-            self.study.note(self._lessons, emitted, self._rounds % self.stride == 0, ahead)
         due = counts and self._rounds >= self.stride * self.strides
+        if told and self.study:
+            note = due or self._rounds % self.stride == 0
+            self.study.note(self._lessons, emitted, note, ahead)
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
         if due:

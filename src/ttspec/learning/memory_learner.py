@@ -137,8 +137,9 @@ class MemoryLearner:
         """Publish the update under way if it is over, or `wait` for it.
 
         Returns:
-            Whether other weights may draft now. A loss or gradient that is not finite puts the
-            anchor's back for good; while the newest texts find those better, they draft.
+            Whether other weights may draft now. A loss or gradient that is not finite, or the loss
+            of half of the drafts, puts the anchor's back and lets it rest; while the newest texts
+            only find those better, they draft.
         """
         if not self.is_updating or (self._events and not wait and not self._events[1].query()):
             return False
@@ -153,7 +154,7 @@ class MemoryLearner:
         ruined = blocks and not (isfinite(loss) and isfinite(norm))
         if judged >= ENOUGH:
             rows = round(judged / COMPARED)
-            ruined = self.guard.is_worse(0, learned, anchor, 0, 0, rows=rows) or ruined
+            ruined = self.guard.is_worse(0, learned, anchor, rows=rows) or ruined
         if ruined:
             self.revert()
             return True
@@ -173,10 +174,6 @@ class MemoryLearner:
     def learned(self) -> Weights:
         """What learns, as it is now, float32; where no update is under way."""
         return {name: weight[0] for name, weight in self.weights.learned.items()}
-
-    def drafting(self) -> Weights:
-        """What vLLM, say, shall draft with since the last `publish`, float32."""
-        return {name: weight.float() for name, weight in self.weights.published.items()}
 
     @torch.no_grad()
     def expected_drafts(self) -> float | None:

@@ -96,7 +96,7 @@ class LiveDrafter:
         self._run(self._load_row, 0, compile=False)
 
     def _drafting(self) -> dict[str, Tensor]:
-        return learned_weights(self._learner, self._learner.drafting())
+        return learned_weights(self._learner, self._learner.weights.published)
 
     # What may be captured as a graph, by its name: twice is as once.
 

@@ -26,7 +26,7 @@ FIGURES = {
     "reverts": "Times that the drafter got its first weights back.",
     "version": "Times that vLLM's drafter got new weights.",
     "acceptance_length": "Tokens a verified round, of requests that teach.",
-    "accepted_to_anchor": "Drafts accepted of live weights, for one of the first weights.",
+    "accepted_to_anchor": "Drafts accepted of what was learned, for one of the first weights.",
     "anchor_drafts": "1 while the drafter as it came drafts, since it is the better one.",
     "kept": "The newest version on disk.",
     "share": "Share of the engine's time that went into learning.",

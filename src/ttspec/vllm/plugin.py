@@ -226,7 +226,9 @@ class WorkerLearning:
 
     def end_step(self, drafts: Sequence[int]) -> None:
         """A step with so many drafts of each request was read: other ranks, and figures."""
-        if self._sends and self.live.count_rounds(sum(count > 0 for count in drafts)):
+        # Of no more requests than are read: an update counts theirs.
+        rounds = min(self.settings.rows, sum(count > 0 for count in drafts))
+        if self._sends and self.live.count_rounds(rounds):
             self._send()
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:

@@ -1,4 +1,4 @@
-"""What an operator can set: `--additional-config '{"ttspec": {"share": 0.2}}'`."""
+"""What an operator can set: `--additional-config '{"ttspec": {"share": 0.05}}'`."""
 
 from __future__ import annotations
 
