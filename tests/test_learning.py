@@ -26,7 +26,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
-from ttspec.learning import distillation, live_weights
+from ttspec.learning import adam, distillation
 from ttspec.learning.learner import Learner
 from ttspec.learning.lessons import Lessons
 from ttspec.losses import forward_kl
@@ -319,7 +319,7 @@ def taught(which: str, config: LearnConfig) -> tuple[Learner, Drafter, Lesson]:
 @pytest.mark.parametrize("which", KINDS)
 def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monkeypatch):
     # With so large an eps a step is the gradient itself, not its sign, which rounding may turn.
-    monkeypatch.setattr(live_weights, "EPSILON", 1.0)
+    monkeypatch.setattr(adam, "EPSILON", 1.0)
     config = LearnConfig(stride=1, lr=0.5, decay=2.0)
     moved, calls = [], []
     for limit in (1 << 20, at_once):

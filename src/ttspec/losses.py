@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled, is_compiling
+from ttspec.compiled import compiled, compiled_once, is_compiling
 
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
 """Logits worked on together: wide intermediate results stay small, and on a CPU in its cache."""
@@ -42,7 +42,7 @@ class _ForwardKL(torch.autograd.Function):
         p_logits, q_logits = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
         loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
         gradient = torch.empty_like(q_logits)
-        rows = max(1, (LOGITS_AT_ONCE if q_logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU) // size)
+        rows = _rows_at_once(q_logits)
         for i in range(0, len(q_logits), rows):
             part = slice(i, i + rows)
             loss[part], gradient[part] = _kl_and_gradient(p_logits[part], q_logits[part])
@@ -173,31 +173,29 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
     return 1 - p.minimum(q).sum(-1)
 
 
-def agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+def agreement(p_logits: Tensor, q_logits: Tensor, ids: Tensor | None = None) -> Tensor:
     """Share of drafts of q that rejection sampling keeps, per row; of a part of them at a time.
 
     Args:
         p_logits: [..., V] the target's logits.
-        q_logits: [..., V] the drafter's.
+        q_logits: [..., V_draft] the drafter's.
+        ids: int64 [V_draft], the tokens that it knows; None is all.
 
     Returns:
         float32 [...], without a gradient.
     """
-    size = q_logits.shape[-1]
-    some = max(1, LOGITS_AT_ONCE // size)
+    p, q = p_logits.flatten(0, -2), q_logits.flatten(0, -2)
+    some = _rows_at_once(p)
     with torch.no_grad():
-        parts = zip(
-            p_logits.reshape(-1, size).split(some),
-            q_logits.reshape(-1, size).split(some),
-            strict=True,
-        )
-        found = [_agreement(p, q) for p, q in parts]
+        parts = zip(p.split(some), q.split(some), strict=True)
+        found = [_agreement(*part, ids) for part in parts]
     return torch.cat(found).view(q_logits.shape[:-1])
 
 
-@compiled
-def _agreement(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    return 1 - total_variation(p_logits.float().softmax(-1), q_logits.float().softmax(-1))
+@compiled_once
+def _agreement(p_logits: Tensor, q_logits: Tensor, ids: Tensor | None) -> Tensor:
+    p = p_logits.float().softmax(-1)
+    return 1 - total_variation(p if ids is None else p[..., ids], q_logits.float().softmax(-1))
 
 
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:

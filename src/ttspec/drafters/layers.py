@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from ttspec.compiled import is_compiling
+from ttspec.compiled import compiled, is_compiling
 from ttspec.rowcache import LayerCache
 from ttspec.spans import span_attention
 
@@ -130,8 +131,37 @@ def activation_of(name: str) -> Activation:
 
 def gated_mlp(weights: Weights, at: str, x: Tensor, activation: Activation = F.silu) -> Tensor:
     """A gated MLP under the published names `{at}gate_proj.weight` and so on."""
-    gate = activation(project(weights, at + "gate_proj", x))
-    return project(weights, at + "down_proj", gate * project(weights, at + "up_proj", x))
+    gate, up = (project(weights, at + name, x) for name in ("gate_proj", "up_proj"))
+    if activation is F.silu and torch.is_grad_enabled():
+        inner = cast(Tensor, _Gated.apply(gate, up))
+    else:
+        inner = activation(gate) * up
+    return project(weights, at + "down_proj", inner)
+
+
+class _Gated(torch.autograd.Function):
+    """A kernel each way where it is compiled; autograd would take five."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate.detach(), up.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return _gated_back(gate, up, outer[0])
+
+
+@compiled
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+@compiled
+def _gated_back(gate: Tensor, up: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    inner = F.silu(gate)
+    return torch.ops.aten.silu_backward(outer * up, gate), outer * inner
 
 
 def grouped_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from ttspec.compiled import compiled
 
 DEFAULT_BASE = 10000.0
 PLAIN = ("default", "mrope")
@@ -134,11 +136,36 @@ class Rope:
 
     def __call__(self, x: Tensor, position: Tensor) -> Tensor:
         """Rotate x [B, heads, T, D] by position int64 [B, T]."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return cast(Tensor, _Rotation.apply(self, x, position))
+        return self.turned(x, position)
+
+    def turned(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
+        """The same, or the other way, as gradients go."""
         half = self.frequencies.shape[0]
         cos, sin = self.angles(position[:, None], x.dtype)
+        sin = -sin if back else sin
         if self.interleaved:
             a, b = x[..., : 2 * half].unflatten(-1, (half, 2)).unbind(-1)
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2)
             return torch.cat([turned, x[..., 2 * half :]], dim=-1)
         a, b = x[..., :half], x[..., half : 2 * half]
         return torch.cat([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], dim=-1)
+
+
+class _Rotation(torch.autograd.Function):
+    """A kernel each way where it is compiled; autograd would take thirty."""
+
+    @staticmethod
+    def forward(ctx: Any, rope: Rope, x: Tensor, position: Tensor) -> Tensor:
+        ctx.rope, ctx.position = rope, position
+        return _turned(rope, x.detach(), position, back=False)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
+        return None, _turned(ctx.rope, outer[0], ctx.position, back=True), None
+
+
+@compiled
+def _turned(rope: Rope, x: Tensor, position: Tensor, *, back: bool) -> Tensor:
+    return rope.turned(x, position, back=back)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.losses import (
-    LOGITS_AT_ONCE,
+    agreement,
     expected_length,
     forward_kl,
     position_weights,
@@ -60,20 +60,23 @@ class Distillation:
         mask = lesson.mask if held_out is None else lesson.mask & ~held_out[..., None]
         rows, count = self._rows_with(lesson), len(lesson.start)
         lesson, mask = of_rows(lesson, rows), mask[rows]
-        published = self.drafter.weights_of(live.published, rows)
+        published = self._weights_of(live.published, rows)
         leaves = {name: w.detach().requires_grad_() for name, w in published.items()}
         some = self._blocks_at_once(lesson)
         total, expected = torch.zeros_like(lesson.count, dtype=torch.float32), list[Tensor]()
         for i in range(0, lesson.start.shape[1], some):
             part = lesson.part(i, some)
             with torch.enable_grad():
-                q_logits = self._replay({**self.drafter.weights, **leaves}, part, longest, rows)
-                with compiling() if self.compile else nullcontext():
+                with self._compiling(layers=True):
+                    weights = {**self.drafter.weights, **leaves}
+                    q_logits = self._replay(weights, part, longest, rows)
+                with self._compiling():
                     loss = self.loss(part, q_logits)
-                weights = position_weights(self.length, self.config.decay, q_logits.device)
-                loss = weighted_mean(loss, weights, mask[:, i : i + some])
+                by_place = position_weights(self.length, self.config.decay, q_logits.device)
+                loss = weighted_mean(loss, by_place, mask[:, i : i + some])
                 loss = loss.sum(-1) / part.count.clamp(min=1)  # [B]
-                gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
+                with self._compiling(layers=True):
+                    gradients = torch.autograd.grad(loss.sum(), list(leaves.values()))
             live.set_gradients(list(gradients), rows, add=i > 0)
             total += loss.detach()
             if held_out is not None:
@@ -99,7 +102,7 @@ class Distillation:
     def expected_drafts(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [B, A]."""
         rows, count, found = self._rows_with(lesson), len(lesson.start), []
-        lesson, weights = of_rows(lesson, rows), self.drafter.weights_of(weights, rows)
+        lesson, weights = of_rows(lesson, rows), self._weights_of(weights, rows)
         some = self._blocks_at_once(lesson)
         for i in range(0, lesson.start.shape[1], some):
             part = lesson.part(i, some)
@@ -111,16 +114,29 @@ class Distillation:
         return blocks_at_once(len(lesson.start), self.length, lesson.logits.shape[-1])
 
     def _expected(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
-        """Drafts of each block, float32 [B, A]; some rows at a time: probabilities are wide."""
-        some = max(1, LOGITS_AT_ONCE // lesson.logits.shape[-1])
-        pairs = zip(
-            lesson.logits.flatten(0, -2).split(some),
-            q_logits.flatten(0, -2).split(some),
-            strict=True,
-        )
-        found = [total_variation(self._target(p), q.float().softmax(-1)) for p, q in pairs]
-        agreement = 1 - torch.cat(found).view(q_logits.shape[:-1])
-        return expected_length(agreement, lesson.mask)
+        """Drafts of each block, float32 [B, A]."""
+        with self._compiling():
+            kept = agreement(lesson.logits, q_logits, self.drafter.draft_ids)
+        return expected_length(kept, lesson.mask)
+
+    def _compiling(self, *, layers: bool = False) -> AbstractContextManager[None]:
+        """Within, what makes its own gradients is compiled, if rounds are.
+
+        Of `layers` those that draft a block at once: a chain's would be for each length of context.
+        """
+        on = self.compile and (self.drafter.at_once or not layers)
+        return compiling() if on else nullcontext()
+
+    def _weights_of(self, weights: Weights, rows: slice) -> Weights:
+        """As some rows have them; one row's own without a dimension for rows.
+
+        So norms are one kernel, and no gradient is copied into one of all rows.
+        """
+        own = self.drafter.weights_of(weights, rows)
+        return {
+            n: w.squeeze(0) if self.drafter.is_own(n, w) and len(w) == 1 else w
+            for n, w in own.items()
+        }
 
     def _rows_with(self, lesson: Lesson) -> slice:
         """From the first row that has a lesson to the last: on a CPU each row costs as much."""

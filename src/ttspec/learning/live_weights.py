@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
+from ttspec.learning.adam import Adam, FusedAdam
 from ttspec.learning.memory import LessonMemory
 from ttspec.learning.update_report import UpdateReport
 
@@ -18,11 +19,10 @@ if TYPE_CHECKING:
     from ttspec.learning.keeper import Keeper
 
 SMALL = 4 << 30
-"""Bytes that all copies may take for `weights="auto"` to mean the weights themselves."""
+"""Bytes that all copies would take off a GPU, at most, for `weights="auto"` to mean the weights
+themselves."""
 MAX_NORM = 1.0
 """Longer gradients of a row are clipped."""
-EPSILON = 1e-8
-"""Adam's."""
 MOMENTUM = 0.9
 """Adam's decay of the first moment where the memory teaches: its lessons are drawn at random."""
 WARM_UP = 24
@@ -37,13 +37,18 @@ def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> Le
     """The same, with what is left open chosen for this drafter and so many rows."""
     weights, copies = config.weights, 1 if config.scope == "shared" else rows
     if weights == "auto":
-        small = copies * bytes_of_copy(config, drafter, "full") <= SMALL
+        numbers = copies * learned_numbers(config, drafter, "full")
+        small = numbers * (16 + drafter.embedding.element_size()) <= SMALL
         weights = "full" if small or not drafter.matrices(config.parameters) else "lora"
     stride = config.stride or (8 if weights == "full" else 16)
-    beta1 = config.beta1
-    if beta1 is None:  # replayed blocks smooth a gradient by themselves
-        beta1 = MOMENTUM if remembers(config) else 0.0
-    return replace(config, weights=weights, stride=stride, beta1=beta1)
+    return replace(config, weights=weights, stride=stride, beta1=momentum(config))
+
+
+def momentum(config: LearnConfig) -> float:
+    """Adam's decay of the first moment."""
+    if config.beta1 is not None:
+        return config.beta1
+    return MOMENTUM if remembers(config) else 0.0  # replayed blocks smooth by themselves
 
 
 def remembers(config: LearnConfig) -> bool:
@@ -60,8 +65,15 @@ def learned_numbers(config: LearnConfig, drafter: Drafter, weights: str) -> int:
 
 
 def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
-    """Bytes of a copy: float32 master, gradient and two moments, and the published weights."""
-    return learned_numbers(config, drafter, weights) * (16 + drafter.embedding.element_size())
+    """Bytes of a copy: float32 master, gradient and two moments, and the published weights.
+
+    On a GPU gradients are kept as they come, and a first moment only if anything decays in it.
+    """
+    item = drafter.embedding.element_size()
+    each = 16 + item
+    if drafter.embedding.is_cuda:
+        each = 8 + 2 * item + 4 * bool(momentum(config))
+    return learned_numbers(config, drafter, weights) * each
 
 
 def bytes_of_memory(config: LearnConfig, drafter: Drafter, weights: str) -> int:
@@ -100,9 +112,9 @@ class LiveWeights:
         self._start = self._anchor
         # Float32 masters: bfloat16 would swallow small steps. A rounded copy is published.
         self._master = self._anchor.repeat(copies, 1)
-        self._gradient = torch.zeros_like(self._master)
-        dtype = next(iter(self.anchor.values())).dtype
-        beside = config.publish == "ready" and self._anchor.is_cuda
+        dtype, fused = next(iter(self.anchor.values())).dtype, self._anchor.is_cuda
+        self._gradient = torch.zeros_like(self._master, dtype=dtype if fused else torch.float32)
+        beside = config.publish == "ready" and fused
         waits = not self.shared and (beside or config.publish == "stride")
         mean = None
         if remembers(config):
@@ -119,29 +131,38 @@ class LiveWeights:
         self.published = {n: self._for_drafter(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
-        self._optimisers = [self._make_optimiser(copy) for copy in range(copies)]
+        rate = self._rate if self.memory else self.rate
+        tables = self._master, self._gradient, rate, (config.beta1 or 0.0, config.beta2)
+        self._publishes_steps = fused and not waits and self._published is not self._master
+        """Whether what a step made drafts at once."""
+        published = self._published if self._publishes_steps else None
+        self._adam = FusedAdam(*tables, mean=mean, published=published) if fused else Adam(*tables)
         # Without lessons this changes nothing, but Adam's moments have their addresses now.
         self.step(UpdateReport.empty(1 if self.shared else copies, self._anchor.device))
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: master, gradient and two moments, what drafts, the mean and the memory."""
+        """Bytes held: master, gradient and moments, what drafts, the mean and the memory."""
         published = 0 if self._published is self._master else self._published.nbytes
         mean = 0 if self._mean is self._master else self._mean.nbytes
         memory = self.memory.nbytes if self.memory else 0
-        return 4 * self._master.nbytes + published + mean + memory
+        own = self._master.nbytes + self._gradient.nbytes + self._adam.nbytes
+        return own + published + mean + memory
 
     def set_gradients(
         self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
     ) -> None:
         """Take gradients of some rows' copies, or `add` them to those there are."""
         own = self._gradient if self.shared else self._gradient[rows]
-        given = torch.cat([g.reshape(len(own), -1) for g in gradients], 1)
-        own.add_(given) if add else own.copy_(given)
+        given = [g.reshape(len(own), -1) for g in gradients]
+        if add:
+            own.add_(torch.cat(given, 1))
+        else:
+            torch.cat(given, 1, out=own)
 
     def gradient_norms(self) -> Tensor:
         """Of each copy, float32 [copies]."""
-        return self._gradient.norm(dim=1)
+        return torch.linalg.vector_norm(self._gradient, dim=1, dtype=torch.float32)
 
     def may_step(self, report: UpdateReport) -> Tensor:
         """Copies that some row taught, where loss and gradient are finite, bool [copies]."""
@@ -157,27 +178,23 @@ class LiveWeights:
         # What all rows share learns from their mean.
         share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
         scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
-        skipped, divisors = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
         if self.memory:
             self._rate.copy_(self.rate * ((1 + self._steps[0, 0]) / WARM_UP).clamp(max=1.0))
-        for optimiser, skip, divisor in zip(self._optimisers, skipped, divisors, strict=True):
-            # As a gradient scaler does: fused Adam divides, and skips, on the device.
-            optimiser.found_inf, optimiser.grad_scale = skip, divisor  # type: ignore[attr-defined]
-            optimiser.step()
-            # They may lie in the memory of a graph, which these weights may outlive.
-            del optimiser.found_inf, optimiser.grad_scale  # type: ignore[attr-defined]
+        self._steps.add_(steps[:, None])
+        weight = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # large at first
+        if isinstance(self._adam, FusedAdam):
+            self._adam.step(steps, scale, self._steps[:, 0], weight[:, 0])
+            return
+        self._adam.step(steps, scale)
         if self._mean is not self._master:
-            stepped = steps.float()[:, None]
-            self._steps.add_(stepped)
-            weight = ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # short at first
-            self._mean.lerp_(self._master, (1 - weight) * stepped)
+            self._mean.lerp_(self._master, weight * steps[:, None])
 
     def publish(self, *, anchor: bool = False) -> None:
         """Let the masters draft, or the `anchor`, where nothing reads them as they are.
 
         In place: whoever holds the published weights sees it.
         """
-        if self._published is not self._master:
+        if self._published is not self._master and not self._publishes_steps:
             self._published.copy_(self._anchor if anchor else self._mean)
 
     def candidate(self) -> dict[str, Tensor]:
@@ -210,15 +227,7 @@ class LiveWeights:
         self._master[copy] = self._mean[copy] = weights
         self._steps[copy] = 0
         self._published[copy] = weights.to(self._published.dtype)
-        for state in self._optimisers[copy].state.values():
-            for moment in state.values():
-                moment.zero_()
-
-    def _make_optimiser(self, copy: int) -> torch.optim.Adam:
-        weights, betas = self._master[copy], (self.config.beta1 or 0.0, self.config.beta2)
-        weights.grad, cuda = self._gradient[copy], weights.is_cuda
-        rate = self._rate if self.memory else self.rate
-        return torch.optim.Adam([weights], rate, betas, EPSILON, fused=True, capturable=cuda)
+        self._adam.reset(copy)
 
     def _for_drafter(self, table: Tensor) -> Tensor:
         return table[0] if self.shared else table
