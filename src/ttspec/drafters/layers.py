@@ -40,9 +40,35 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     In two dimensions: on a CPU in bfloat16 that of a slice takes 25 times as long in three
     (findings/torch_linear_of_a_slice.sh).
     """
+    if torch.is_grad_enabled() and bias is None and hasattr(weight, PLACE):
+        place = getattr(weight, PLACE)
+        delattr(weight, PLACE)  # of another product with it the gradient is added elsewhere
+        return cast(Tensor, _Product.apply(x, weight, place))
     if x.dim() < 3 or not x.is_cpu:
         return F.linear(x, weight, bias)
     return F.linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+
+
+PLACE = "gradient_place"
+"""Attribute of a weight: a tensor to which the first product with it writes its gradient."""
+
+
+class _Product(torch.autograd.Function):
+    """X [..., in] times a weight [out, in], whose gradient is written to a place like it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.place = place
+        return product(x.detach(), weight.detach())
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        of_y = outer[0].reshape(-1, weight.shape[0])
+        torch.mm(of_y.T, x.reshape(-1, weight.shape[1]), out=ctx.place)
+        of_x = (of_y @ weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        return of_x, ctx.place, None
 
 
 def lookup(table: Tensor, ids: Tensor) -> Tensor:
@@ -80,7 +106,8 @@ def low_rank(y: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
     it costs one row.
     """
     if down.dim() == 2:
-        return y + F.linear(F.linear(x, down), up)
+        inner = F.linear(x, down).flatten(0, -2)
+        return torch.addmm(y.flatten(0, -2), inner, up.T).view_as(y)
     if is_compiling():  # as sums: they melt into what is done to y, where products are kernels
         inner = (x.flatten(1, -2)[:, :, None] * down[:, None]).sum(-1)
         return y + (inner[:, :, None] * up[:, None]).sum(-1).view_as(y)

@@ -63,6 +63,8 @@ class Distillation:
         published = self._weights_of(live.published, rows)
         leaves = {name: w.detach().requires_grad_() for name, w in published.items()}
         some = self._blocks_at_once(lesson)
+        if some >= lesson.start.shape[1]:
+            live.place_gradients(leaves, rows)
         total, expected = torch.zeros_like(lesson.count, dtype=torch.float32), list[Tensor]()
         for i in range(0, lesson.start.shape[1], some):
             part = lesson.part(i, some)

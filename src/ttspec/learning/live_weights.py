@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
+from ttspec.drafters.layers import PLACE
 from ttspec.learning.adam import Adam, FusedAdam
 from ttspec.learning.memory import LessonMemory
 from ttspec.learning.update_report import UpdateReport
@@ -155,10 +156,22 @@ class LiveWeights:
         """Take gradients of some rows' copies, or `add` them to those there are."""
         own = self._gradient if self.shared else self._gradient[rows]
         given = [g.reshape(len(own), -1) for g in gradients]
+        pairs = list(zip(self._split(own), given, strict=True))
+        missing = [(place, g) for place, g in pairs if place.data_ptr() != g.data_ptr()]
         if add:
             own.add_(torch.cat(given, 1))
-        else:
+        elif len(missing) == len(pairs):
             torch.cat(given, 1, out=own)
+        else:
+            for place, gradient in missing:
+                place.copy_(gradient)
+
+    def place_gradients(self, leaves: Mapping[str, Tensor], rows: slice) -> None:
+        """Let products write the gradients of one copy's matrices where they are kept."""
+        own = self._gradient if self.shared else self._gradient[rows]
+        for place, leaf in zip(self._split(own), leaves.values(), strict=True):
+            if leaf.numel() == place.numel() and leaf.dim() == 2 and leaf.dtype == place.dtype:
+                setattr(leaf, PLACE, place.view_as(leaf))
 
     def gradient_norms(self) -> Tensor:
         """Of each copy, float32 [copies]."""
@@ -233,6 +246,8 @@ class LiveWeights:
         return table[0] if self.shared else table
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
-        sizes = [w.numel() for w in self.anchor.values()]
-        parts = zip(self.anchor.items(), flat.split(sizes, dim=1), strict=True)
+        parts = zip(self.anchor.items(), self._split(flat), strict=True)
         return {n: part.view(len(flat), *w.shape) for (n, w), part in parts}
+
+    def _split(self, flat: Tensor) -> Sequence[Tensor]:
+        return flat.split([w.numel() for w in self.anchor.values()], dim=1)
