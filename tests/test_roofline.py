@@ -138,7 +138,7 @@ def test_a_draft_at_qwen3_8b_shapes_is_the_published_share_of_a_verification(
 
 
 def test_an_update_at_qwen3_8b_shapes_moves_the_published_37_to_40_gb() -> None:
-    drafter, learn = published("dflash"), LearnConfig(blocks=1)
+    drafter, learn = published("dflash"), LearnConfig(blocks=1, beta1=0.9)
     parts = r.parts_of(drafter, 15)
     learned = 5 * LAYER + 4096
     batch = r.Batch(rows=1, filled=0, item=2)
@@ -146,6 +146,8 @@ def test_an_update_at_qwen3_8b_shapes_moves_the_published_37_to_40_gb() -> None:
     logits, keys = 15 * 5 * 151936 * 2, 2 * 5 * 2 * 8 * 128 * 2 * 2 * 16
     assert work.moved == 36 * learned + 2 * 2 * HEAD + logits + keys
     assert 37 < work.moved / 1e9 < 40
+    less = r.update(drafter, parts, 151936, 15, LearnConfig(blocks=1), batch)
+    assert work.moved - less.moved == 8 * learned, "without momentum there is no first moment"
 
 
 def test_rows_that_learn_read_weights_of_their_own() -> None:

@@ -25,6 +25,7 @@ from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
 from ttspec.learning.lessons import taught
+from ttspec.learning.live_weights import momentum
 from ttspec.models.target import Target
 
 
@@ -352,7 +353,7 @@ def update(
         (
             replay(drafter, parts, length, learn.blocks / calls, learn, batch) * calls,
             Work(batch.item * (2 * (calls - 1) * learned + logits)),
-            step(learned, batch.item),
+            step(learned, batch.item, moments=2 if momentum(learn) else 1),
         )
     )
 
@@ -389,12 +390,13 @@ def replay(
     return total(works)
 
 
-def step(learned: int, item: int) -> Work:
+def step(learned: int, item: int, moments: int) -> Work:
     """Clip and Adam.
 
-    Moved, per learned element of every row: its gradient read twice (2 s), float32 master and two
-    moments read and written (8 + 16), the live copy written (s). With the 3 s of `replay` that is
-    36 bytes in bfloat16, and 37 GB with the head at Qwen3-8B / DFlash-b16 shapes (exactness.md 7:
-    37 to 40). Operations are left out: about 20 an element.
+    Moved, per learned element of every row: its gradient read twice (2 s), float32 master and
+    moments read and written (8 each), the live copy written (s). Without momentum the first moment
+    is the gradient. With the 3 s of `replay` that is 36 bytes in bfloat16, without momentum 28, and
+    37 and 30 GB with the head at Qwen3-8B / DFlash-b16 shapes (exactness.md 7: 37 to 40).
+    Operations are left out: about 20 an element.
     """
-    return Work(learned * (2 * item + 8 + 16 + item))
+    return Work(learned * (2 * item + 8 + 8 * moments + item))
