@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled_once
 
 DEFAULT_BASE = 10000.0
 PLAIN = ("default", "mrope")
@@ -166,6 +166,6 @@ class _Rotation(torch.autograd.Function):
         return None, _turned(ctx.rope, outer[0], ctx.position, back=True), None
 
 
-@compiled
+@compiled_once
 def _turned(rope: Rope, x: Tensor, position: Tensor, *, back: bool) -> Tensor:
     return rope.turned(x, position, back=back)
