@@ -81,23 +81,24 @@ class FusedAdam:
         first, second = (1 - beta ** count.double() for beta in self._betas)
         numbers = [steps, scale, self._rate / first, second.rsqrt(), weight]
         master, size = self._master, self._master.shape[1]
-        self._kernel[(-(-size // BLOCK), len(master))](
-            self._gradient,
-            master,
-            master if self._first is None else self._first,
-            self._second,
-            master if self._mean is None else self._mean,
-            master if self._published is None else self._published,
-            torch.stack([x.float().expand_as(steps) for x in numbers], 1),
-            size,
-            *self._betas,
-            EPSILON,
-            has_first=self._first is not None,
-            has_mean=self._mean is not None,
-            publishes=self._published is not None,
-            block=BLOCK,
-            num_warps=WARPS,
-        )
+        with torch.cuda.device_of(master):  # Triton launches on the current one
+            self._kernel[(-(-size // BLOCK), len(master))](
+                self._gradient,
+                master,
+                master if self._first is None else self._first,
+                self._second,
+                master if self._mean is None else self._mean,
+                master if self._published is None else self._published,
+                torch.stack([x.float().expand_as(steps) for x in numbers], 1),
+                size,
+                *self._betas,
+                EPSILON,
+                has_first=self._first is not None,
+                has_mean=self._mean is not None,
+                publishes=self._published is not None,
+                block=BLOCK,
+                num_warps=WARPS,
+            )
 
     def reset(self, copy: int) -> None:
         """Forget a copy's moments."""

@@ -212,7 +212,7 @@ class LiveWeights:
 
     def candidate(self) -> dict[str, Tensor]:
         """The masters as what drafts is rounded."""
-        return self._rounded(self._master)
+        return self.published if self._publishes_steps else self._rounded(self._master)
 
     def averaged(self) -> dict[str, Tensor]:
         """What was learned as what drafts is rounded, whether or not it drafts."""
