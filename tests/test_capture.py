@@ -90,7 +90,7 @@ class Tapes(Graphs):
     made = replayed = waited = 0
     kept = 1 << 40
 
-    def __init__(self, device: torch.device, *, compile: bool = False, **_: object) -> None:
+    def __init__(self, device: torch.device, *, compile: bool = False) -> None:
         super().__init__(device, compile=compile)
         self.on, self.room = True, Tapes.kept
 

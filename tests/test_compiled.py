@@ -22,7 +22,7 @@ PROMPTS = ["hello there", "count to ten, please"]
 class Compiled(Graphs):
     """`Graphs` that compiles what it would capture, and runs it."""
 
-    def __init__(self, device, *, compile=False, **_) -> None:
+    def __init__(self, device, *, compile=False) -> None:
         super().__init__(device, compile=compile)
         self.on = True
 

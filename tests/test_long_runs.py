@@ -19,7 +19,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.learning import learner as learners
 from ttspec.models import capture
 from ttspec.models import target as targets
-from ttspec.models.capture import FIRST, Graphs, Streams
+from ttspec.models.capture import Graphs, Streams
 from ttspec.rowcache import RowCache
 
 SCOPES = ("request", "session", "shared")
@@ -165,13 +165,12 @@ def test_what_graphs_return_is_counted_once_and_bounded():
 
 def test_streams_are_used_again(monkeypatch):
     monkeypatch.setattr(Streams, "_free", {})
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: object())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
     place, owners = torch.device("cuda"), [Graphs(torch.device("cpu")) for _ in range(3)]
     streams = [Streams.lend(place, owner) for owner in owners]
     assert len(set(streams)) == 3
     del owners[1]
     owners.append(Graphs(torch.device("cpu")))
-    assert Streams.lend(place, owners[-1], FIRST) not in streams
     assert Streams.lend(place, owners[-1]) is streams[1]
 
 

@@ -23,7 +23,7 @@ from ttspec.drafters.context import ContextState
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.update_schedule import AFTER, UpdateSchedule
-from ttspec.models.capture import FIRST, Branch, Graphs
+from ttspec.models.capture import Branch, Graphs
 from ttspec.models.target import Target
 from ttspec.records import LONGEST_COPY
 from ttspec.sampling import position_noise
@@ -96,7 +96,7 @@ class Decoder(SpeculativeRound):
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         # A graph belongs to one device: what a split target does is called, as on a CPU.
         captures = torch.device("cpu") if target.is_split else target.device
-        self.compile, self.graphs = compile, Graphs(captures, compile=compile, priority=FIRST)
+        self.compile, self.graphs = compile, Graphs(captures, compile=compile)
         self.branch = Branch(captures)
         self.target_reads_spans = self.graphs.on and target.reads_spans
         # A call works while it is made; and recurrent states of a dropped round would be read anew.

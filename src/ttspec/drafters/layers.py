@@ -128,7 +128,8 @@ def multiplied_out(weights: Weights) -> dict[str, Tensor]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
-    if torch.is_grad_enabled() and weight.dim() == 1:  # a kernel there and one or two back
+    one_kernel = torch.is_grad_enabled() or (x.is_cuda and not is_compiling())
+    if one_kernel and weight.dim() == 1:  # and one or two back
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-8
-BLOCK, WARPS = 2048, 8
+BLOCK, WARPS = 1024, 4
 """Weights of one program of the kernel, and its warps."""
 
 

@@ -283,7 +283,7 @@ class Learner:
             made_for = self.config, len(self.updates), self.length, verification
             self._lessons = Lessons(*made_for, features=self.study is not None)
         self._verification, changes = verification, self._lessons.changed_by_absorb
-        self._run(self._keep_lesson, key, changes=changes)
+        self._run(self._keep_lesson, key, compile=False, changes=changes)
 
     def read(
         self,

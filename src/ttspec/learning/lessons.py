@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled_once
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.records import LONGEST_COPY, Lesson, Verification
@@ -88,7 +87,6 @@ class Lessons:
         some = (self._before, self._ring_features, self._ring_fed)
         return [*blocks, *(tensor for tensor in some if tensor is not None)]
 
-    @compiled_once
     def absorb(self, v: Verification) -> None:
         """Keep a round's verification; rows that take no part are left alone.
 

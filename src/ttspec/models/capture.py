@@ -29,11 +29,6 @@ TIGHT = 4
 take nothing of it: it has a pool of its own."""
 
 
-ORDINARY, FIRST = 0, -1
-"""Priorities of streams, and of the graphs that are captured there: what belongs to a round goes
-first where an update beside it waits for the device as well."""
-
-
 class Streams:
     """Streams that are used again.
 
@@ -41,15 +36,13 @@ class Streams:
     that stream: new ones for every decoder would take more and more.
     """
 
-    _free: ClassVar[dict[tuple[torch.device, int], list[torch.cuda.Stream]]] = {}
+    _free: ClassVar[dict[torch.device, list[torch.cuda.Stream]]] = {}
 
     @classmethod
-    def lend(
-        cls, device: torch.device, owner: object, priority: int = ORDINARY
-    ) -> torch.cuda.Stream:
+    def lend(cls, device: torch.device, owner: object) -> torch.cuda.Stream:
         """One that nobody else has as long as `owner` lives."""
-        free = cls._free.setdefault((device, priority), [])
-        stream = free.pop() if free else torch.cuda.Stream(device, priority=priority)
+        free = cls._free.setdefault(device, [])
+        stream = free.pop() if free else torch.cuda.Stream(device)
         weakref.finalize(owner, free.append, stream)
         return stream
 
@@ -63,8 +56,7 @@ class Branch:
 
     def __init__(self, device: torch.device) -> None:
         """Lend a stream; off a GPU all is done where it stands."""
-        cuda = device.type == "cuda"
-        self._stream = Streams.lend(device, self, FIRST) if cuda else None
+        self._stream = Streams.lend(device, self) if device.type == "cuda" else None
 
     def fork(self) -> None:
         """What is launched aside from now on waits for what was launched so far."""
@@ -95,9 +87,7 @@ class Graphs:
     captured: ClassVar[int] = 0
     """Graphs made so far, by all: what took part in making one took longer than it will again."""
 
-    def __init__(
-        self, device: torch.device, *, compile: bool = False, priority: int = ORDINARY
-    ) -> None:
+    def __init__(self, device: torch.device, *, compile: bool = False) -> None:
         """Capture on a CUDA device, compiled before if so wanted; call everywhere else."""
         self.on, self.compile = device.type == "cuda", compile
         self.most, self.room = MOST, 0
@@ -113,7 +103,7 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
             # Libraries keep scratch memory per stream of capture: graphs that may run at the same
             # time must not have it in common.
-            self._stream = Streams.lend(device, self, priority)
+            self._stream = Streams.lend(device, self)
 
     @property
     def keys(self) -> int:
