@@ -25,7 +25,7 @@ def position_weights(length: int, decay: float, device: torch.device | str = "cp
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row; its gradient q - p is made on the way, so one V-wide tensor is kept.
+    """KL(p || q) per row; off a GPU its gradient q - p is made on the way, so only that is kept.
 
     Args:
         p_logits: [..., V] the target's logits, no gradient.
@@ -81,7 +81,7 @@ class _ForwardKL(torch.autograd.Function):
         p_logits, q_logits = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
         loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
         gradient = torch.empty_like(q_logits)
-        rows = _rows_at_once(q_logits)
+        rows = max(1, LOGITS_AT_ONCE_ON_A_CPU // size)
         for i in range(0, len(q_logits), rows):
             part = slice(i, i + rows)
             loss[part], gradient[part] = _kl_and_gradient(p_logits[part], q_logits[part])
@@ -94,7 +94,6 @@ class _ForwardKL(torch.autograd.Function):
         return None, gradient * outer[0][..., None].to(gradient.dtype)
 
 
-@compiled
 def _kl_and_gradient(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
     # 0 times -inf, where a head masks tokens, would be NaN.
     log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
