@@ -45,6 +45,7 @@ from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder, DecoderSpec
 from ttspec.decoding.engine import Engine, make_config
 from ttspec.decoding.rows import RoundShape
+from ttspec.drafters import dflash
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import load_drafter, make_drafter, save_drafter
@@ -370,6 +371,26 @@ def test_replay_gives_the_logits_of_propose_before_any_update(which: str, seen: 
     if drafter.kind == "dflash2":  # a replay scores what is no candidate, too
         assert (wanted == -math.inf).sum(-1).eq(VOCABULARY - drafter.candidates).all()
         found = found.where(wanted > -math.inf, wanted)
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("which", ["dflash", "dflash-sliding", "jetspec", "dspark", "domino"])
+def test_a_replay_within_a_window_reads_no_more_of_a_long_context(which: str, monkeypatch):
+    drafter = bound_kind(which)
+    state = read(drafter, *text_of(drafter, 2, 30), SEEN["window"])
+    taught, _ = drafts(drafter, state)
+    wanted = drafter.replay(state, taught, drafter.length, 30)
+    begins, read_from = [], type(state).read_from
+
+    def noting(state: DraftState, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        begins.append(first.tolist())
+        return read_from(state, first, count)
+
+    monkeypatch.setattr(type(state), "read_from", noting)
+    monkeypatch.setattr(dflash, "SPAN", max(max(row) - min(row) for row in STARTS))
+    found = drafter.replay(state, taught, drafter.length, 30)
+    assert len(begins) == 1
+    assert max(begins[0]) > 0, "the toy's context is longer than what is read"
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 

@@ -89,6 +89,14 @@ class ContextState(DraftState):
             keys = turned.unflatten(0, keys.shape[:2])
         return keys, values
 
+    def read_from(self, first: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [layers, B, kv heads, count, D] of slots from `first` int64 [B] on."""
+        slot = first[:, None] + torch.arange(count, device=first.device)
+        slot = slot.clamp(max=self.slots)[None, :, None, :, None]
+        sizes = (kept.shape for kept in (self.keys, self.values))
+        keys, values = (slot.expand(*size[:3], count, size[4]) for size in sizes)
+        return self.keys.gather(3, keys), self.values.gather(3, values)
+
     def seen_spans(self, first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
         """Tokens that see positions first to last, int64 [B, N]; see `spans.spans`."""
         return spans(first, last.clamp(max=self.slots - 1), rest)

@@ -8,6 +8,7 @@ once and appended. Only the block makes queries. Embedding and head are the targ
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
 from ttspec.records import Lesson
 
+SPAN = 512
+"""Tokens before the newest block, and before its window, that the blocks of a lesson see at most,
+however long the context is: older blocks, with long copies between, see no more than that."""
 Keys = Tensor | Sequence[Tensor]
 """[B, kv heads, S, D] of each layer."""
 
@@ -220,8 +224,14 @@ class DFlash(FeatureDrafter):
 
     def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
         assert isinstance(state, ContextState)
-        context = state.read(blocks.longest, blocks.start)
-        contexts = self._concatenated(*context, blocks, state.options.window)
+        window, near = state.options.window, blocks
+        if window is None or state.options.rebase or blocks.longest <= window + SPAN:
+            context = state.read(blocks.longest, blocks.start)
+        else:
+            first = (blocks.start.amax(1) - window - SPAN).clamp(min=0)
+            context = state.read_from(first, window + SPAN)
+            near = replace(blocks, start=blocks.start - first[:, None])
+        contexts = self._concatenated(*context, near, window)
         states = self._fill(state.weights, blocks, state.rope, contexts)
         return self.following(state.weights, states, lesson.tokens)
 
