@@ -11,9 +11,6 @@ from ttspec.compiled import compiled, compiled_once, is_compiling
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
 """Logits worked on together: wide intermediate results stay small, and on a CPU in its cache."""
 
-SHARE, BLOCK = 16384, 1024
-"""Of a row, what a program of a kernel reads, and how much of it at once."""
-
 
 def position_weights(length: int, decay: float, device: torch.device | str = "cpu") -> Tensor:
     """w_j = exp(-(j - 1) / decay) for j = 1..length, float32; all 1 when `decay` is 0.
@@ -25,7 +22,7 @@ def position_weights(length: int, decay: float, device: torch.device | str = "cp
 
 
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) per row; off a GPU its gradient q - p is made on the way, so only that is kept.
+    """KL(p || q) per row; its gradient q - p is made on the way, so one V-wide tensor is kept.
 
     Args:
         p_logits: [..., V] the target's logits, no gradient.
@@ -34,43 +31,7 @@ def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     Returns:
         float32 [...], not negative but for rounding.
     """
-    function = _FusedKL if q_logits.is_cuda else _ForwardKL
-    return cast(Tensor, function.apply(p_logits, q_logits))
-
-
-def _kernels() -> Any:
-    from ttspec import loss_kernels  # Triton is there only where torch can use a GPU
-
-    return loss_kernels
-
-
-class _FusedKL(torch.autograd.Function):
-    """Reads p and q once each way; a row is the work of several programs."""
-
-    @staticmethod
-    def forward(ctx: Any, p_logits: Tensor, q_logits: Tensor) -> Tensor:
-        kernels = _kernels()
-        size = q_logits.shape[-1]
-        p, q = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
-        rows, parts = len(q), -(-size // SHARE)
-        made = torch.empty(rows, parts, 5, device=q.device)
-        loss, logs = made.new_empty(rows), made.new_empty(rows, 2)
-        with torch.cuda.device_of(q):  # Triton launches on the current one
-            kernels.masses[(rows, parts)](p, q, made, size, share=SHARE, block=BLOCK)
-            kernels.whole[(rows,)](made, loss, logs, parts, wide=1 << parts.bit_length())
-        ctx.save_for_backward(p, q, logs)
-        ctx.shape = q_logits.shape
-        return loss.view(q_logits.shape[:-1])
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
-        p, q, logs = ctx.saved_tensors
-        gradient, size = torch.empty_like(q), q.shape[-1]
-        with torch.cuda.device_of(q):
-            grid = len(q), -(-size // BLOCK)
-            slope = outer[0].reshape(-1).contiguous()
-            _kernels().slopes[grid](p, q, logs, slope, gradient, size, block=BLOCK)
-        return None, gradient.view(ctx.shape)
+    return cast(Tensor, _ForwardKL.apply(p_logits, q_logits))
 
 
 class _ForwardKL(torch.autograd.Function):
@@ -81,7 +42,7 @@ class _ForwardKL(torch.autograd.Function):
         p_logits, q_logits = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
         loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
         gradient = torch.empty_like(q_logits)
-        rows = max(1, LOGITS_AT_ONCE_ON_A_CPU // size)
+        rows = _rows_at_once(q_logits)
         for i in range(0, len(q_logits), rows):
             part = slice(i, i + rows)
             loss[part], gradient[part] = _kl_and_gradient(p_logits[part], q_logits[part])
@@ -94,6 +55,7 @@ class _ForwardKL(torch.autograd.Function):
         return None, gradient * outer[0][..., None].to(gradient.dtype)
 
 
+@compiled
 def _kl_and_gradient(p_logits: Tensor, q_logits: Tensor) -> tuple[Tensor, Tensor]:
     # 0 times -inf, where a head masks tokens, would be NaN.
     log_p = p_logits.float().log_softmax(-1).clamp(min=-1e4)
