@@ -172,7 +172,7 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
 CHAINS = [
     # Hidden size, size of the MLP, heads, key heads, head size, rows, window, what else is given.
     (64, 128, 2, 1, 64, 1, None, {}),
-    (64, 128, 2, 2, 64, 3, 70, {"norm_before_residual": True}),
+    (64, 128, 2, 2, 64, 9, 70, {"norm_before_residual": True}),
     (128, 192, 4, 2, 128, 3, 70, {"architectures": ["LlamaForCausalLMEagle3Qwen3"]}),
     (896, 4864, 14, 2, 64, 8, 130, {"draft_vocab_size": 32000, "vocab_size": 50000}),
 ]

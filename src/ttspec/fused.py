@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST, MANY = 16, 512
 """Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
@@ -25,8 +26,9 @@ KEYS = 64
 """Slots that are read together."""
 LEAST = 128
 """Slots of a part of a row's context, at least."""
-LONG = 16384
-"""Outputs past which a product is a head's."""
+AT_ONCE = 264
+"""Programs of a product of gate and up that run at once: two a processor. Where there are more, the
+device's own product is quicker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def product(
     for table in tables:
         ends.append(ends[-1] + table.shape[0])
     outputs = ends[1] if gated else ends[-1]
-    tiles = tiles_of(width, outputs, gated)
+    tiles = tiles_of(width)
     out = x.new_empty(count, outputs)
     _kernels().product[(-(-outputs // tiles.block),)](
         x,
@@ -313,15 +315,31 @@ def gated(made: Tensor) -> Tensor:
     return out
 
 
-def tiles_of(width: int, outputs: int, gated: bool) -> Tiles:
+def inner_of(x: Tensor, table: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """What an MLP's way down reads: the SiLU of gate times up, of RMS-normalised states.
+
+    Args:
+        x: [tokens, H], at most `MOST` tokens.
+        table: [2 * outputs, H]: gate, then up.
+        gain: [H] of the norm.
+        eps: Of the norm.
+
+    Returns:
+        [tokens, outputs].
+    """
+    outputs, width = len(table) // 2, x.shape[1]
+    if outputs > AT_ONCE * tiles_of(width).block:
+        return gated(F.linear(normed(x, gain, eps)[1], table))
+    return product(x, *table.chunk(2), gain=gain, eps=eps, gated=True)
+
+
+def tiles_of(width: int) -> Tiles:
     """How to cut a product of [tokens, width] and [outputs, width]."""
-    if outputs > LONG:
-        return Tiles(64, 4, 64, 3, 4)
     if width <= 1024:
         whole = 1 << (width - 1).bit_length()
-        splits = min(8 if gated else 4, whole // 16)  # a product of fewer is none
+        splits = min(4, whole // 16)  # a product of fewer is none
         return Tiles(16, splits, whole // splits, 1, splits)
-    return Tiles(16, 8, 64, 4, 8)
+    return Tiles(16, 8, 64, 6, 8)
 
 
 def splits_of(programs: int, slots: int) -> int:
