@@ -319,7 +319,7 @@ def inner_of(x: Tensor, table: Tensor, gain: Tensor, eps: float) -> Tensor:
     """What an MLP's way down reads: the SiLU of gate times up, of RMS-normalised states.
 
     Args:
-        x: [tokens, H], at most `MOST` tokens.
+        x: [tokens, H].
         table: [2 * outputs, H]: gate, then up.
         gain: [H] of the norm.
         eps: Of the norm.

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
-from ttspec.drafters.layers import DOWN, with_tables
-from ttspec.fused import MOST, Heads, attention, fits, inner_of, joined, normed, product
+from ttspec.drafters.layers import DOWN
+from ttspec.fused import MOST, Heads, attention, fits, joined, normed, product
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -35,10 +35,6 @@ class FusedChain:
         """`start` int64 [B], where the token before stands; past all slots in rows at rest."""
         self.drafter, self.state, self.start = drafter, state, start
         self.weights = {n: w[0] if _by_row(n, w) else w for n, w in _ours(state).items()}
-        mlp = [f"midlayer.mlp.{n}_proj" for n in ("gate", "up")]
-        table = with_tables(self.weights).get("+".join(mlp))
-        parts = [self.weights[n + ".weight"] for n in mlp]
-        self.gate_up = torch.cat(parts) if table is None else table
         self.heads = Heads(
             count=drafter.heads,
             kv_count=drafter.kv_heads,
@@ -111,7 +107,8 @@ class FusedChain:
         before = x[:, drafter.hidden :] if drafter.residual_is_normed else h
         y = product(seen, w["midlayer.self_attn.o_proj.weight"], residual=before)
         gain = w["midlayer.post_attention_layernorm.weight"]
-        inner = inner_of(y, self.gate_up, gain, eps)
+        mlp = [w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up")]
+        inner = product(y, *mlp, gain=gain, eps=eps, gated=True)
         y = product(inner, w["midlayer.mlp.down_proj.weight"], residual=y)
         return F.linear(normed(y, w["norm.weight"], eps)[1], drafter.head), y
 
