@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-MOST, MANY = 16, 512
+MOST, MANY = 32, 512
 """Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
 LONGEST = 128
 """Tokens of one row whose own keys `attention` holds at once."""
@@ -106,7 +106,7 @@ def product(
     for table in tables:
         ends.append(ends[-1] + table.shape[0])
     outputs = ends[1] if gated else ends[-1]
-    tiles = tiles_of(width)
+    tiles = tiles_of(width, count)
     out = x.new_empty(count, outputs)
     _kernels().product[(-(-outputs // tiles.block),)](
         x,
@@ -129,7 +129,7 @@ def product(
         gated=gated,
         biased=bias is not None,
         added=residual is not None,
-        wide=8 if count <= 8 else 16,
+        wide=max(8, 1 << (count - 1).bit_length()),
         block=tiles.block,
         splits=tiles.splits,
         share=tiles.share,
@@ -327,19 +327,20 @@ def inner_of(x: Tensor, table: Tensor, gain: Tensor, eps: float) -> Tensor:
     Returns:
         [tokens, outputs].
     """
-    outputs, width = len(table) // 2, x.shape[1]
-    if outputs > AT_ONCE * tiles_of(width).block:
+    outputs = len(table) // 2
+    if outputs > AT_ONCE * tiles_of(x.shape[1], len(x)).block:
         return gated(F.linear(normed(x, gain, eps)[1], table))
     return product(x, *table.chunk(2), gain=gain, eps=eps, gated=True)
 
 
-def tiles_of(width: int) -> Tiles:
+def tiles_of(width: int, tokens: int) -> Tiles:
     """How to cut a product of [tokens, width] and [outputs, width]."""
+    many = tokens > 16
     if width <= 1024:
         whole = 1 << (width - 1).bit_length()
-        splits = min(4, whole // 16)  # a product of fewer is none
+        splits = min(8 if many else 4, whole // 16)  # a product of fewer is none
         return Tiles(16, splits, whole // splits, 1, splits)
-    return Tiles(16, 8, 64, 6, 8)
+    return Tiles(16, 8, 64, 4 if many else 6, 8)
 
 
 def splits_of(programs: int, slots: int) -> int:
