@@ -9,9 +9,9 @@ from toys import (
     SLOTS,
     bound_drafter,
     context,
-    lesson,
     logits_of,
     random_features,
+    replay_batch,
     toy_drafter,
 )
 
@@ -117,7 +117,7 @@ def test_training_and_drafting_compute_the_same_logits():
     tokens, start = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[6, 19], [11, 24]])
     states = drafter.teach(features, tokens, start, 4)
     taught = drafter.following(drafter.weights, states, tokens[..., None])
-    replayed = drafter.replay(state, lesson(tokens, start), 4, 24)
+    replayed = drafter.replay(state, replay_batch(tokens, start), 4, 24)
     torch.testing.assert_close(taught, replayed, atol=2e-5, rtol=1e-4)
 
 

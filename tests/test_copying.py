@@ -25,7 +25,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.rows import Processors, RoundShape, RowStates
-from ttspec.decoding.timing import NO_STAGES, Took
+from ttspec.decoding.timing import NO_STAGES, RoundTime
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
 from ttspec.records import LONGEST_COPY, Proposal
@@ -537,7 +537,7 @@ def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else() 
     for draft_length, copy_length in ((7, 0), (0, 7), (0, 0)):
         shape = RoundShape(0, draft_length, copy_length, Processors(), absorbs=True)
         outcome = SimpleNamespace(tokens=[1, 2], copied=copy_length > 0, updated=False, accepted=1)
-        took = Took(1.0, NO_STAGES, captured=False)
+        took = RoundTime(1.0, NO_STAGES, captured=False)
         feedback.observe(policy, took, shape, 8, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
     assert kinds == [(1, True), (1, True), (1, False)]
 

@@ -44,7 +44,7 @@ def test_it_learns_from_the_mean_over_rows(which: str, monkeypatch) -> None:
         torch.testing.assert_close(m, (a + b) / 2, atol=1e-6, rtol=1e-4)
 
 
-def test_a_row_without_a_lesson_does_not_weigh(monkeypatch) -> None:
+def test_a_row_without_a_batch_does_not_weigh(monkeypatch) -> None:
     monkeypatch.setattr("ttspec.learning.live_weights.MAX_NORM", 1e9)
     given = taught("dflash", LearnConfig())[2]
     given.mask[1] = False

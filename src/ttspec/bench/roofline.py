@@ -24,7 +24,7 @@ from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
-from ttspec.learning.lessons import taught
+from ttspec.learning.replay_buffer import taught
 from ttspec.models.target import Target
 
 

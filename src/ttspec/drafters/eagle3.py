@@ -34,7 +34,7 @@ from ttspec.drafters.layers import (
 from ttspec.drafters.rotary import Rope, rope_parameters
 from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
@@ -252,16 +252,16 @@ class Eagle3(FeatureDrafter):
         assert isinstance(state, FeatureState)
         return state.recall(start[:, None] - 1, row_index(start))[:, 0]
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, ChainState)
-        assert lesson.before is not None
-        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
+        assert batch.before is not None
+        h = self.fuse(state.weights, batch.before)  # [B, A, H]
         if taught_chain.fits(self, state):
-            chains = h, lesson.tokens[..., : blocks.length], blocks
+            chains = h, batch.tokens[..., : blocks.length], blocks
             return self.logits(taught_chain.states_of_chains(self, state, *chains))
         contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
         chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
-        return self.logits(self._run_known(chains, h, lesson.tokens))
+        return self.logits(self._run_known(chains, h, batch.tokens))
 
     def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
         """Training-time test (drafters.md 1d): some chains over whole sequences, with gradients.

@@ -35,7 +35,7 @@ from ttspec.drafters.layers import Weights
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
 from ttspec.drafters.mtp_names import ALIASES, EXPERT, STACKED, published_names, stacked, unstacked
 from ttspec.models.packed import head_product
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
 """Parts of the names of matrices that make keys and values of the context."""
@@ -154,17 +154,17 @@ class Mtp(FunctionalDrafter):
             self._side_by_side(state, blocks, before, *context, follow)
         return before[:, 0]
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, FunctionalState)
-        assert lesson.before is not None
+        assert batch.before is not None
         outs: list[Tensor] = []
 
         def follow(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
-            return lesson.tokens[..., step + 1]
+            return batch.tokens[..., step + 1]
 
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        self._side_by_side(state, blocks, lesson.before, *context, follow)
+        self._side_by_side(state, blocks, batch.before, *context, follow)
         return self.logits(torch.stack(outs, dim=2))
 
     def _in_place(

@@ -19,7 +19,7 @@ from ttspec.drafters.context import FeatureState
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.layers import Attend
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 MASK = "mask_hidden"
 
@@ -64,11 +64,11 @@ class PEagle(Eagle3):
         choices(self.logits(hidden)[:, 0], 0)
         return before
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
-        assert lesson.before is not None
+        assert batch.before is not None
         contexts = self._beside(state, blocks, blocks.length)
-        return self.logits(self._fill(state, lesson.before, blocks, contexts))
+        return self.logits(self._fill(state, batch.before, blocks, contexts))
 
     def _fill(
         self, state: FeatureState, before: Tensor, blocks: Blocks, contexts: Sequence[Attend]

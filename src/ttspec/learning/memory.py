@@ -49,7 +49,7 @@ class Texts:
     """float [N, L]: the probability of all others that can be drafted."""
 
 
-class LessonMemory:
+class TextMemory:
     """Pages of texts."""
 
     def __init__(self, drafter: Drafter, pages: int = PAGES) -> None:
@@ -214,7 +214,7 @@ def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Te
 class MemoryRows:
     """Where the texts of some rows go on."""
 
-    def __init__(self, memory: LessonMemory, rows: int) -> None:
+    def __init__(self, memory: TextMemory, rows: int) -> None:
         """No row has a text."""
         self.memory, device = memory, memory.tokens.device
         self._text = torch.zeros(rows, dtype=torch.long, device=device)
