@@ -179,13 +179,13 @@ class Engine:
             while scheduler.has_unfinished():
                 for index, chunk in scheduler.step():
                     if chunk.result and sessions:
-                        talk = scheduler.conversation(index)
-                        if talk.is_over(turns=len(dialogues[index])):
+                        conversation = scheduler.conversation(index)
+                        if conversation.is_over(turns=len(dialogues[index])):
                             scheduler.release(index)
                         else:
                             history = histories[index]
                             history.answer(chunk.result.text, chunk.result.token_ids)
-                            ids = history.ask(dialogues[index][talk.turn])
+                            ids = history.ask(dialogues[index][conversation.turn])
                             scheduler.add_turn(index, ids)
                     yield index, chunk
             self._spare = decoder
