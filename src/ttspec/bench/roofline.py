@@ -38,11 +38,9 @@ class Work:
     """Multiplications and additions, each counted."""
 
     def __add__(self, other: Work) -> Work:
-        """One after the other."""
         return Work(self.moved + other.moved, self.operations + other.operations)
 
     def __mul__(self, times: float) -> Work:
-        """So many times."""
         return Work(self.moved * times, self.operations * times)
 
 

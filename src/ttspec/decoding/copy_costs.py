@@ -34,7 +34,6 @@ class CopyTrials:
     looks = True
 
     def __init__(self) -> None:
-        """No round was seen."""
         self._kind: tuple[int, bool] | None = None
         """Rows, and whether the drafter drafts, of the rounds that count in this stretch."""
         self._others = self._tokens = self._stretches = 0
@@ -81,7 +80,6 @@ class CopyCosts:
     """What rounds took, by the length of their longest copy."""
 
     def __init__(self) -> None:
-        """No round was seen."""
         self._without: dict[tuple[int, bool, bool], float] = {}
         """Seconds of a round in which no row copied, by rows, whether the drafter drafted, and
         whether the device went on by itself."""

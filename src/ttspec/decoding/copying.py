@@ -65,7 +65,6 @@ class SuffixIndex:
     """One row's tokens, and where its last ones stood before."""
 
     def __init__(self) -> None:
-        """No tokens yet."""
         self._tokens: list[int] = []
         self._newest: dict[tuple[int, ...], int] = {}
         """By `LEAST_MATCH` tokens: where the token after their newest place stands."""

@@ -11,7 +11,6 @@ from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.feedback import PolicyFeedback
-from ttspec.decoding.kept_noise import KeptNoise
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
@@ -26,7 +25,7 @@ from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Branch, Graphs
 from ttspec.models.target import Target
 from ttspec.records import LONGEST_COPY
-from ttspec.sampling import position_noise
+from ttspec.sampling import NoiseCache, position_noise
 
 INVARIANT_WIDTH = 16
 """Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix
@@ -98,7 +97,7 @@ class Decoder(SpeculativeRound):
         # A call works while it is made; and recurrent states of a dropped round would be read anew.
         self.works_ahead = self.graphs.on and not target.recurrent
         on_cpu = device.type == "cpu"
-        self.position_noise = KeptNoise() if on_cpu and not self.graphs.on else position_noise
+        self.position_noise = NoiseCache() if on_cpu and not self.graphs.on else position_noise
 
         # What the rows hold.
         self.cache = target.cache(rows, slots, self.width)

@@ -14,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.rollback import RollbackLimits
 from ttspec.decoding.row_sampling import RowSampling, includes
-from ttspec.decoding.rows import Processors, RowStates
+from ttspec.decoding.rows import Processors, RollbackLimits, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
@@ -107,7 +106,6 @@ class PromptReader:
         rows: RowStates,
         deferred: DeferredContext,
     ) -> None:
-        """Nothing is read yet."""
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
         self._pads = target.device.type == "cpu" and target.dtype.itemsize == 2

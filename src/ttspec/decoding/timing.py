@@ -46,7 +46,6 @@ class RoundTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """No round was timed."""
         self._cuda = device.type == "cuda"
         self._previous: list[Any] = []
         self._spare: list[Any] = []

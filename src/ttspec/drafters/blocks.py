@@ -79,7 +79,6 @@ class Choices:
     """The tokens of a draft, chosen piece by piece, and what each was drawn from."""
 
     def __init__(self, choose: Choose) -> None:
-        """See `Drafter.propose`."""
         self._choose = choose
         self._tokens: list[Tensor] = []
         self._q: list[Tensor] = []

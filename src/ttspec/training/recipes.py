@@ -110,7 +110,6 @@ class MtpRecipe(ChainRecipe[Mtp]):
     kind, lr = "mtp", 3e-4  # it begins with trained weights; at 1e-3 gradients became infinite
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         super().__init__(target, config)
         try:
             sizes_of(one_layer(target.config))
@@ -151,7 +150,6 @@ class PardRecipe(Recipe[Causal]):
     kind, default_layers = "pard", 6
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         super().__init__(target, config)
         layers = config.layers or self.default_layers
         if config.init is None and layers >= self.layers:
