@@ -30,6 +30,7 @@ from toys import (
     replay_batch,
     toy_engine,
     twin,
+    update_on,
     verification,
 )
 from transformers import (
@@ -735,7 +736,7 @@ def test_batches_weigh_by_the_mass_of_what_can_be_drafted():
     p = 2 * torch.randn(taught.logits.shape, generator=generator)
     taught = dataclasses.replace(taught, logits=p)
     learner = Learner(LearnConfig(stride=1), drafter, state, 2, drafter.length)
-    assert learner.update(taught, 30) == [True, True]
+    assert update_on(learner, taught, 30) == [True, True]
     logits = drafter.replay(state, taught, drafter.length, 30)
     logp = p.log_softmax(-1)[..., drafter.draft_ids]
     mass = logp.exp().sum(-1)

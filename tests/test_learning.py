@@ -19,6 +19,7 @@ from toys import (
     replay_batch,
     take,
     toy_engine,
+    update_on,
     verification,
 )
 
@@ -161,7 +162,7 @@ def test_repeating_a_batch_lowers_its_loss(rows: str):
     taught = take(buffer)
     before = loss()
     for _ in range(25):
-        learner.update(taught, 24)
+        update_on(learner, taught, 24)
     assert loss() < 0.6 * before
 
 
@@ -334,7 +335,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 
         calls.append([])
         monkeypatch.setattr(drafter, "replay", counted)
-        assert learner.update(given, 31) == [True, True]
+        assert update_on(learner, given, 31) == [True, True]
         moved.append({n: w - learner.weights.anchor[n] for n, w in learner.weights.master.items()})
     some = max(1, at_once // (2 * G))
     assert calls[0] == [5]
@@ -348,7 +349,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 @pytest.mark.parametrize("which", KINDS)
 def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which: str, lr):
     learner, drafter, given = taught(which, LearnConfig(stride=1, lr=lr))
-    assert learner.update(given, 31) == [True, True]
+    assert update_on(learner, given, 31) == [True, True]
     moved = [
         (learner.weights.master[n] - w).abs().flatten() for n, w in learner.weights.anchor.items()
     ]

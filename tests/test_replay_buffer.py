@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import NOW, G, bound_drafter, fake_round, make_learner, take, verification
+from toys import NOW, G, bound_drafter, fake_round, make_learner, take, update_on, verification
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
@@ -100,7 +100,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has(monkeypatch):
             fresh=torch.tensor([[True]]),
             count=torch.tensor([1]),
         )
-        learner.update(batch, 8)
+        update_on(learner, batch, 8)
         return torch.cat([g.flatten() for g in learner.weights.gradient.values()])
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])

@@ -6,8 +6,8 @@ Weights change only between rounds, in `absorb`. On a GPU an update may run besi
 reads a copy of the buffer, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-Whoever verifies drafts calls `drafter.absorb`, so that what was committed becomes context, `keep`,
-and `absorb` once it is committed; `forget` where a row is cropped, `reset` for another request.
+Each round calls `keep` with its verification, and `absorb` once it is committed; `forget` where a
+row is cropped, `reset` for another request.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
 from ttspec.learning.memory_trainer import MemoryTrainer
-from ttspec.learning.replay_buffer import ReplayBuffer, taught
+from ttspec.learning.replay_buffer import ReplayBuffer, trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 from ttspec.records import ReplayBatch, Verification
@@ -72,7 +72,7 @@ class Learner:
         """
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
-        self.length = taught(drafter, length)
+        self.length = trained_length(drafter, length)
         self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
         """Rounds, and how many times so many, between updates; and rounds since the last one."""
         self.shared = config.scope == "shared"
@@ -92,9 +92,7 @@ class Learner:
         device, copies = drafter.embedding.device, len(self.weights.resting)
         self._report = UpdateReport.empty(rows, device)
         self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
-        self._held_out = (
-            HELD_OUT if config.blocks >= 2 * HELD_OUT and not self.memory_trainer else 0
-        )
+        self._held_out = 0 if memory or config.blocks < 2 * HELD_OUT else HELD_OUT
         self._active, self._taught = [False] * copies, [False] * rows
         """Copies, and rows, that had rounds since the last update."""
         self._resting, self._due = [False] * copies, [False] * copies
@@ -114,6 +112,16 @@ class Learner:
             self._run_update = Graphs(drafter.embedding.device, compile=compile)
             self._stream = Streams.lend(drafter.embedding.device, self)
             self._update_over = torch.cuda.Event()
+
+    def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
+        """Keep a round's verification, made by the graph of `key`, for what it teaches."""
+        if self._buffer is None:
+            if not drafted:  # what the buffer has is not known yet
+                return
+            made_for = self.config, len(self.updates), self.length, verification
+            self._buffer = ReplayBuffer(*made_for, features=self.memory_trainer is not None)
+        self._verification, changes = verification, self._buffer.changed_by_absorb
+        self._run(self._keep_verification, key, compile=False, changes=changes)
 
     def absorb(
         self,
@@ -159,10 +167,6 @@ class Learner:
             self.keeper.note(updated, self.updates)
         return updated
 
-    def restart(self) -> None:
-        """Count rounds anew; the rows were reset."""
-        self._rounds = 0
-
     def needs(self, ahead: int) -> bool:
         """Whether the round after so many that were not absorbed is near enough to an update."""
         left = -(self._rounds + ahead) % (self.stride * self.strides)
@@ -173,33 +177,6 @@ class Learner:
         """Whether an update is under way or waits to be published."""
         return self._pending is not None
 
-    def capture_updates(self, slots: int) -> None:
-        """Capture updates of rows of up to `slots` tokens; without a batch they change nothing."""
-        reaches = [MIN_CONTEXT]
-        while reaches[-1] < slots:
-            reaches.append(2 * reaches[-1])
-        if self.memory_trainer and self._buffer:
-            self.memory_trainer.capture(self._buffer)
-        for longest in reaches:
-            for compare in (False, True) if self.config.guard else (False,):
-                self._enqueue_update(longest, compare=compare)
-                self.publish()  # the next one writes where this one reads
-
-    def update(self, batch: ReplayBatch, longest: int) -> list[bool]:
-        """One step on a batch whose largest start is `longest`, published at once.
-
-        A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
-        Where all rows share one, it learns from the mean over the rows that have a batch.
-
-        Returns:
-            For each row, whether it was updated.
-        """
-        self._batch, self._taught = batch, (batch.count > 0).tolist()
-        self._distil(longest)
-        self._step_weights(0)
-        self._pending = self._report
-        return self.publish()
-
     @torch.no_grad()
     def publish(self) -> list[bool]:
         """Publish the update under way, once it is over; of each row, whether there was one."""
@@ -208,24 +185,30 @@ class Learner:
         if self._update_over:
             self._update_over.synchronize()
         report, self._pending = UpdateReport(self._pending.table.cpu()), None
-        may_step = self.weights.may_step(report).tolist()
-        steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
-        taught, rows = (report.blocks > 0).tolist(), 1
-        if self.memory_trainer:
+        taught = (report.blocks > 0).tolist()
+        if self.memory_trainer:  # its report is of all rows together
             taught = [any(taught) and row for row in self._taught]
-            self._taught, rows = [False] * len(taught), sum(taught)
-        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
-        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
-            has_batch = any(taught) if self.shared else taught[copy]
-            if has_batch and steps[copy]:
-                self.guard.record_update(copy)
-            worse = steps[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
-            if worse or (has_batch and not may_step[copy]):
-                self.revert(copy)
+            self._taught = [False] * len(taught)
+        stepped = self._revert_what_is_worse(report, taught)
         self.weights.publish(anchor=self.guard.is_behind(0))
-        updated = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
+        updated = [had and stepped[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, updated, strict=True)]
         return updated
+
+    def _revert_what_is_worse(self, report: UpdateReport, taught: list[bool]) -> list[bool]:
+        """Revert copies that got worse, or whose gradient was not finite; which ones stepped."""
+        may_step = self.weights.may_step(report).tolist()
+        stepped = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
+        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
+        rows = sum(taught) if self.memory_trainer else 1
+        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
+            has_batch = any(taught) if self.shared else taught[copy]
+            if has_batch and stepped[copy]:
+                self.guard.record_update(copy)
+            worse = stepped[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
+            if worse or (has_batch and not may_step[copy]):
+                self.revert(copy)
+        return stepped
 
     def revert(self, copy: int) -> None:
         """Give a copy its anchor weights back and let it rest; its moments and kept blocks go."""
@@ -241,15 +224,9 @@ class Learner:
         self.publish()
         return {n: w[0 if self.shared else row] for n, w in self.weights.learned.items()}
 
-    @torch.no_grad()
-    def expected_drafts(self, longest: int) -> float | None:
-        """Drafts a block that the anchor would get accepted; None without new buffer."""
-        if self._buffer is None:
-            return None
-        batch = self._buffer.newest()
-        found = self._distillation.expected_drafts(self.drafter.weights, batch, longest)
-        blocks = int(batch.count.sum())
-        return float(found.sum()) / blocks if blocks else None
+    def restart(self) -> None:
+        """Count rounds anew; the rows were reset."""
+        self._rounds = 0
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
@@ -272,21 +249,6 @@ class Learner:
                 self.memory_trainer.forget(row, self._buffer)
             self._buffer.clear_above(row, length)
 
-    def __del__(self) -> None:
-        """Wait for an update: what it reads and writes must outlive it."""
-        if self._pending is not None and self._update_over:
-            self._update_over.synchronize()
-
-    def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
-        """Keep a round's verification, made by the graph of `key`, for what it teaches."""
-        if self._buffer is None:
-            if not drafted:  # what the buffer has is not known yet
-                return
-            made_for = self.config, len(self.updates), self.length, verification
-            self._buffer = ReplayBuffer(*made_for, features=self.memory_trainer is not None)
-        self._verification, changes = verification, self._buffer.changed_by_absorb
-        self._run(self._keep_verification, key, compile=False, changes=changes)
-
     def read(
         self,
         tokens: Tensor,
@@ -298,6 +260,11 @@ class Learner:
         """Note a piece of some rows' prompts; arguments as in `MemoryRows.write`."""
         if self.memory_trainer:
             self.memory_trainer.rows.write(tokens, features, start, count, None, subset)
+
+    def __del__(self) -> None:
+        """Wait for an update: what it reads and writes must outlive it."""
+        if self._pending is not None and self._update_over:
+            self._update_over.synchronize()
 
     def _begin_update(self, longest: int) -> None:
         """Start an update on the newest buffer, if any copy may learn."""
@@ -341,6 +308,18 @@ class Learner:
             if self._stream and self._update_over:
                 self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
                 self._update_over.record()
+
+    def capture_updates(self, slots: int) -> None:
+        """Capture updates of rows of up to `slots` tokens; without a batch they change nothing."""
+        reaches = [MIN_CONTEXT]
+        while reaches[-1] < slots:
+            reaches.append(2 * reaches[-1])
+        if self.memory_trainer and self._buffer:
+            self.memory_trainer.capture(self._buffer)
+        for longest in reaches:
+            for compare in (False, True) if self.config.guard else (False,):
+                self._enqueue_update(longest, compare=compare)
+                self.publish()  # the next one writes where this one reads
 
     # What may be captured as a graph, by its name: it takes a key and repeating it changes nothing,
     # but for `_keep_verification` and `_step_weights`.

@@ -20,7 +20,7 @@ from ttspec.learning.guard import Guard
 from ttspec.learning.learner import COMPARED
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory_trainer import ENOUGH, MemoryTrainer
-from ttspec.learning.replay_buffer import taught
+from ttspec.learning.replay_buffer import trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 
@@ -55,7 +55,7 @@ class MemoryLearner:
         self.run = self._run_update = Graphs(torch.device("cpu"))
         """Graphs of what an engine tells the memory, and of an update: off until `capture`."""
         self.memory_trainer = MemoryTrainer(
-            memory, drafter, rows, whole, taught(drafter, length), self.run
+            memory, drafter, rows, whole, trained_length(drafter, length), self.run
         )
         self.keeper = self.weights.keeper
         if self.keeper:

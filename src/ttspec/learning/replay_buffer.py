@@ -21,7 +21,7 @@ CHAIN = 4
 double an update's cost and gained nothing (docs/experiments.md)."""
 
 
-def taught(drafter: Drafter, length: int) -> int:
+def trained_length(drafter: Drafter, length: int) -> int:
     """Drafts of a block of `length` that teach."""
     return length if drafter.at_once else min(length, CHAIN)
 
