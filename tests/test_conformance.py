@@ -338,7 +338,7 @@ def test_chains_that_are_taught_say_what_is_drafted(which: str):
     features = random_features(2, count, 64 * len(drafter.taps))
     start = torch.tensor([places, places[::-1]])
     with torch.no_grad():
-        logits = drafter.logits(drafter.teach(features, ids, start, drafter.length))
+        logits = drafter.logits(drafter.training_forward(features, ids, start, drafter.length))
     for row, at in ((0, 0), (0, 1), (1, 0), (1, 2)):
         begin = int(start[row, at])
         state = drafter.start(1, SLOTS, DraftConfig())
@@ -656,11 +656,11 @@ class LateUpdate(Decoder):
 
     def verify_and_accept(self, shape: RoundShape):
         learner, (proposal, noise) = self.learner, self._proposed
-        if not hasattr(self, "_learn"):
-            self._learn, learner.absorb = learner.absorb, self._wait
+        if not hasattr(self, "_absorb"):
+            self._absorb, learner.absorb = learner.absorb, self._wait
         else:
             waiting, options = self._waiting
-            assert any(self._learn(*waiting, **options)), "no weight moved"
+            assert any(self._absorb(*waiting, **options)), "no weight moved"
             self._proposed = self._judged(proposal, shape.longest), noise
         return super().verify_and_accept(shape)
 

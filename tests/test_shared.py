@@ -53,7 +53,7 @@ def test_a_row_without_a_batch_does_not_weigh(monkeypatch) -> None:
     together = taught("dflash", LearnConfig(stride=1, scope="shared"))[0]
     for a, m in zip(gradients(alone, given)[0], gradients(together, given)[0], strict=True):
         torch.testing.assert_close(m, a, atol=1e-6, rtol=1e-4)
-    assert together.update(given, 31) == [True, False]
+    assert update_on(together, given, 31) == [True, False]
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])

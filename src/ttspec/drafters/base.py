@@ -333,10 +333,6 @@ class Drafter(ABC):
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
 
-    def features_before(self, state: DraftState, start: Tensor) -> Tensor | None:  # noqa: ARG002
-        """What `Proposal.before` is of blocks at `start` int64 [B]; None if nothing sets out so."""
-        return None
-
     def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
         """Read what `absorb` left to the next proposal, if that comes late or is short.
 

@@ -13,7 +13,7 @@ from ttspec.records import Proposal
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V or V_draft] or None."""
-Follow = Callable[[int, Tensor], Tensor]
+NextToken = Callable[[int, Tensor], Tensor]
 """(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 

@@ -213,7 +213,7 @@ class Causal(FunctionalDrafter):
         logits, *_ = self._read(state, state.weights, fed, blocks.longest)
         return logits.unflatten(1, (-1, length))
 
-    def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+    def training_forward(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Read whole sequences, with gradients to all of `weights`.
 
         Args:

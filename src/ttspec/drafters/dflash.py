@@ -225,7 +225,9 @@ class DFlash(FeatureDrafter):
         states = self._fill(state.weights, blocks, state.rope, contexts)
         return self.following(state.weights, states, batch.tokens)
 
-    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    def training_forward(
+        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
+    ) -> Tensor:
         """What the head reads of blocks over whole sequences, with gradients to all of `weights`.
 
         Args:

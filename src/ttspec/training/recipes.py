@@ -45,7 +45,7 @@ class ChainRecipe(Recipe[C]):
         steps = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, steps)
         features, states = self.states.of(batch, drafter.taps)
-        outs = drafter.teach(features, batch.ids, blocks.start, steps)
+        outs = drafter.training_forward(features, batch.ids, blocks.start, steps)
         row = torch.arange(len(states), device=states.device)[:, None]
         total, right = states.new_zeros((), dtype=torch.float32), []
         for j in range(steps):  # one at a time: logits are wide
@@ -191,7 +191,7 @@ class PardRecipe(Recipe[Causal]):
         depth = self.config.block - 1 if self.kind == "pard" else 1
         rows = masked_rows(batch, depth, self.config.keep, self.config.keep_least)
         ids = torch.where(rows.depth > 0, getattr(drafter, "mask_token", 0), rows.ids)
-        hidden = drafter.teach(ids, rows.position, rows.seen)
+        hidden = drafter.training_forward(ids, rows.position, rows.seen)
         row, at = rows.has_label.nonzero(as_tuple=True)
         place = rows.position[row, at]
         _, states = self.states.of(batch, ())
