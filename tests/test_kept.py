@@ -1,4 +1,4 @@
-"""What all requests of a tenant taught, kept on disk and gone on from; whose lessons go where."""
+"""What all requests of a tenant taught, kept on disk and gone on from; whose texts teach what."""
 
 from pathlib import Path
 

@@ -197,7 +197,7 @@ class LearnConfig(_Options):
     ones that are worse are put back, and rest. In scope shared it is twice as often, and the anchor
     drafts while it is better. 0 never compares."""
     keep: str | None = None
-    """In scope shared, a folder of versions that held-out lessons find no worse: learning goes on
+    """In scope shared, a folder of versions that held-out blocks find no worse: learning goes on
     from the newest; None forgets with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
     """Which round first drafts with what an update made: the next after it is over (ready; a GPU

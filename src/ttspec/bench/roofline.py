@@ -24,7 +24,7 @@ from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
-from ttspec.learning.lessons import taught
+from ttspec.learning.replay_buffer import trained_length
 from ttspec.models.target import Target
 
 
@@ -38,11 +38,9 @@ class Work:
     """Multiplications and additions, each counted."""
 
     def __add__(self, other: Work) -> Work:
-        """One after the other."""
         return Work(self.moved + other.moved, self.operations + other.operations)
 
     def __mul__(self, times: float) -> Work:
-        """So many times."""
         return Work(self.moved * times, self.operations * times)
 
 
@@ -343,7 +341,7 @@ def update(
     Besides, 2 s W more for each further call that adds to the gradients, and 5 s R x blocks x G x V
     of logits: the target's read, the draft's and their gradients written and read.
     """
-    length = taught(drafter, length)
+    length = trained_length(drafter, length)
     at_once = blocks_at_once(batch.rows, length, vocabulary)
     calls = -(-learn.blocks // at_once)
     learned = batch.rows * elements(drafter, drafter.learnable(learn.parameters))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.rows import RoundShape, RowOutcome
-from ttspec.decoding.timing import Took
+from ttspec.decoding.timing import RoundTime
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import UpdateSchedule
 
@@ -22,7 +22,7 @@ class PolicyFeedback:
     def observe(
         self,
         policy: DraftPolicy | FixedDraftLength,
-        took: Took,
+        time: RoundTime,
         shape: RoundShape,
         longest: int,
         outcomes: dict[int, RowOutcome],
@@ -34,7 +34,7 @@ class PolicyFeedback:
 
         Args:
             policy: Chose its length.
-            took: What it took.
+            time: What it time.
             shape: Drafts that each row might have, and tokens of the longest copy.
             longest: An upper bound of the rows' lengths.
             outcomes: What it did to the rows that took part.
@@ -44,9 +44,9 @@ class PolicyFeedback:
         draft_length, copy_length = shape.draft_length, shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
         learner, apart = self._learner, False
-        if learner and learner.study:  # it learns whether or not the drafter drafts
+        if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
             apart = updated or learner.is_updating
-        first = took.captured or apart
+        first = time.captured or apart
         emitted = sum(len(outcome.tokens) for outcome in outcomes.values())
         if self._copy_costs and not first:
             # Where all rows copy, the drafter drafts for none of them, as it else would.
@@ -55,7 +55,7 @@ class PolicyFeedback:
                 len(outcomes),
                 drafts or draft_length > 0,
                 copy_length,
-                took.seconds,
+                time.seconds,
                 tokens=emitted,
                 chained=chained,
             )
@@ -68,7 +68,7 @@ class PolicyFeedback:
                 accepted.append(outcome.accepted)
         policy.observe(
             draft_length,
-            took.seconds,
+            time.seconds,
             emitted=emitted / without,
             accepted=accepted,
             context=longest,
@@ -77,7 +77,7 @@ class PolicyFeedback:
             chained=chained,
             first=first,
         )
-        if learner and self._schedule and not took.captured:
+        if learner and self._schedule and not time.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
-            if mean is not None or learner.study:
-                self._schedule.observe(took.seconds, updated, mean, pauses=policy.pauses)
+            if mean is not None or learner.memory_trainer:
+                self._schedule.observe(time.seconds, updated, mean, pauses=policy.pauses)

@@ -22,7 +22,6 @@ class ChatHistory:
     """Messages and answers so far. Without a template, the tokens so far, which go on."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        """Nothing was said yet."""
         self._template = template
         self._messages: list[Message] | None = []
         """None where there are tokens that no template wrote."""

@@ -77,7 +77,7 @@ def returned(target: Target, config: GenerateConfig, positions: int) -> int:
 
 
 def lessons(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
-    """Of the target's logits that `Lessons` keeps, which stay."""
+    """Of the target's logits that `ReplayBuffer` keeps, which stay."""
     if learn is None or not drafts:
         return 0
     kept = learn.blocks * drafts

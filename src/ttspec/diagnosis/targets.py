@@ -277,7 +277,6 @@ class Errors:
     """The largest difference from what is right, in its standard deviations."""
 
     def __init__(self) -> None:
-        """None yet."""
         self.largest = 0.0
 
     def add(self, found: Tensor, wanted: Tensor) -> None:

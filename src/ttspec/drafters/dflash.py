@@ -32,7 +32,7 @@ from ttspec.drafters.layers import (
 )
 from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 Keys = Tensor | Sequence[Tensor]
 """[B, kv heads, S, D] of each layer."""
@@ -218,14 +218,16 @@ class DFlash(FeatureDrafter):
         """
         return self.logits(states)
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, ContextState)
         context = state.read(blocks.longest, blocks.start)
         contexts = self._concatenated(*context, blocks, state.options.window)
         states = self._fill(state.weights, blocks, state.rope, contexts)
-        return self.following(state.weights, states, lesson.tokens)
+        return self.following(state.weights, states, batch.tokens)
 
-    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    def training_forward(
+        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
+    ) -> Tensor:
         """What the head reads of blocks over whole sequences, with gradients to all of `weights`.
 
         Args:

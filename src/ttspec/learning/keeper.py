@@ -1,6 +1,6 @@
 """Keeps what all requests taught: begins at the newest version on disk, and writes better ones.
 
-A version is written only if held-out lessons find that it drafts no worse than the anchor weights,
+A version is written only if held-out blocks find that it drafts no worse than the anchor weights,
 and no worse than the version before it. Judging and copying to the host happen between rounds;
 files are written beside them.
 """
@@ -20,7 +20,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
 from ttspec.learning.delta import Delta, delta_metadata, difference
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.learning.version_writer import VersionWriter
 from ttspec.learning.versions import ANCHOR, Version, VersionStore, place_of
 
@@ -78,7 +78,7 @@ def tenants_weights(
 class Keeper:
     """What connects weights that learn with a store of versions of them."""
 
-    study: MemoryStudy | None = None
+    memory_trainer: MemoryTrainer | None = None
     """Has what is held out; a learner's, once there is one."""
 
     def __init__(
@@ -205,10 +205,10 @@ class Keeper:
 
     def _judge(self) -> Judgement:
         """Score the live weights, and those they are compared with."""
-        if self.study is None:
+        if self.memory_trainer is None:
             return Judgement(0)
         sets = {"live": self.live.averaged(), "before": self._before, "anchor": {}}
-        blocks, drafts = self.study.judge(sets, MOST_PAGES)
+        blocks, drafts = self.memory_trainer.judge(sets, MOST_PAGES)
         return Judgement(blocks, **drafts)
 
     def _write(self, learned: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:

@@ -54,7 +54,7 @@ class UpdateSchedule:
             clock: Whether it may decide; else an update costs `ASSUMED` rounds.
         """
         self._learner, self._clock = learner, clock
-        learner.strides = FIRST_STRIDES if learner.study else 1
+        learner.strides = FIRST_STRIDES if learner.memory_trainer else 1
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._costs = deque[float](maxlen=PATIENCE)
@@ -103,7 +103,7 @@ class UpdateSchedule:
         if self._updates < PATIENCE:
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
-        if learner.study:
+        if learner.memory_trainer:
             may = share_of_updates(self._updates)
             may = min(may, SHARE_UNUSED) if pauses else may
         else:

@@ -39,7 +39,7 @@ FORMAT = 1
 KEPT = 5
 """Versions that stay on disk."""
 EVERYONE = "everyone"
-"""Whose lessons those are that name no tenant."""
+"""Whose versions those are that name no tenant."""
 ANCHOR = 0
 """The number of the drafter's own weights, which are no version."""
 _NUMBER = re.compile(r"\d{8}")

@@ -56,7 +56,7 @@ class BlockRecipe(Recipe[B]):
         length = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, length)
         features, states = self.states.of(batch, drafter.taps)
-        hidden = drafter.teach(features, blocks.tokens, blocks.start, length)
+        hidden = drafter.training_forward(features, blocks.tokens, blocks.start, length)
         text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
         logits = drafter.following(drafter.weights, hidden, text)
         row = torch.arange(len(states), device=states.device)[:, None, None]

@@ -35,7 +35,6 @@ class Recipe(ABC, Generic[D]):
     """What the target says of the examples; given before the first step."""
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         self.target, self.config = target, config
         self.layers = int(target.config.num_hidden_layers)
         if self.layers < LEAST_LAYERS:
