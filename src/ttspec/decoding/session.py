@@ -57,9 +57,9 @@ class Session:
         return last.result
 
     def stream(self, text: Prompt) -> Iterator[Chunk]:
-        """Answer a user turn chunk by chunk; an interrupt, a dropped stream or another turn ends it.
+        """Answer a user turn chunk by chunk.
 
-        The answer so far is then the answer, and its last chunk says "cancelled".
+        An interrupt, a dropped stream or another turn cancels it: the answer so far is the answer.
         """
         self._cancel()
         self._cancelled = cancelled = list[Chunk]()
@@ -145,11 +145,10 @@ class Session:
         decoder = engine.decoder(config, 1, len(ids), sessions=True)
         if self._start is not None and decoder.learner:
             decoder.learner.weights.start_from(self._start)
-        self._scheduler = Scheduler(decoder, config)
-        self._request = self._scheduler.add_request(
-            Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
-        )
-        return self._scheduler
+        scheduler = Scheduler(decoder, config)
+        request = Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
+        self._request, self._scheduler = scheduler.add_request(request), scheduler
+        return scheduler
 
     def _cancel(self) -> None:
         """End the answer that is being written, if there is one."""
