@@ -21,10 +21,10 @@ from ttspec.cli.options import (
     require_positive,
 )
 from ttspec.cli.terminal import say
+from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 
 if TYPE_CHECKING:
-    from ttspec.config import GenerateConfig
     from ttspec.decoding.engine import Engine, Prompt
     from ttspec.learning.versions import Version
     from ttspec.records import Result
