@@ -41,10 +41,10 @@ from transformers import (
 )
 
 from ttspec import load
-from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder, DecoderSpec
-from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RoundShape
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal
@@ -969,7 +969,7 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     engine = engine_of(target, "eagle3")
     drafter, known = engine.drafter, engine.drafter.draft_ids
     assert known is not None
-    config = make_config({"temperature": 0.8, "learn": None, **sampling})
+    config = GenerateConfig(temperature=0.8, learn=None, **sampling)
     decoder = engine.decoder(config, 2, 8, sessions=False)
     logits = torch.randn(2, 1, len(known))
     given: list[Any] = []

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import copy_of, refused
 
-from ttspec.errors import ResourceError
+from ttspec import load
+from ttspec.errors import OptionError, ResourceError
 from ttspec.models import source
 from ttspec.models.source import resolve
 
@@ -16,6 +17,13 @@ from ttspec.models.source import resolve
 def test_a_folder_is_taken_as_it_is(toy_target_dir: Path) -> None:
     found = resolve(str(toy_target_dir))
     assert (found.path, found.origin) == (toy_target_dir.resolve(), "folder")
+
+
+def test_python_takes_paths_and_refuses_what_is_none(toy_target_dir: Path, pair) -> None:
+    engine = load(toy_target_dir, Path(pair[3]), device="cpu", dtype="float32")
+    assert engine.drafter is not None
+    with pytest.raises(OptionError, match=r"target is a LlamaForCausalLM; allowed are a name, "):
+        load(engine.target.model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

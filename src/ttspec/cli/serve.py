@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -68,8 +69,9 @@ def serve(
 
 
 def _show(line: str) -> None:
-    """For people; standard error has the log."""
-    print(line, flush=True)
+    """For people; standard error has the log. Nobody may read it, and a disk may be full."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _add_key(path: Path | None, name: str) -> int:

@@ -9,15 +9,15 @@ import copy
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder, DecoderSpec
-from ttspec.decoding.history import ChatHistory, Prompt
+from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
@@ -89,9 +89,11 @@ class Engine:
 
         Returns:
             One result per prompt, in order. A prompt's answer does not depend on the others.
+
+        Raises:
+            OptionError, DataError: An option or a prompt is not allowed.
         """
-        single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict | int))
-        many = cast(list[Prompt], [prompts] if single else list(prompts))
+        many = as_prompts(prompts)
         results: list[Result | None] = [None] * len(many)
         for index, chunk in self.run([[p] for p in many], stream=False, **options):
             results[index] = chunk.result or results[index]
@@ -112,7 +114,7 @@ class Engine:
         Raises:
             CheckpointError, OptionError: The file is unusable, or of another drafter.
         """
-        config = make_config(options)
+        config = GenerateConfig(**options)
         if resume is not None:
             return resumed_session(self, config, Path(resume))
         return Session(self, config)
@@ -141,8 +143,13 @@ class Engine:
 
         Yields:
             (index of the dialogue, chunk). A chunk with a result ends a turn.
+
+        Raises:
+            OptionError, DataError: An option or a prompt is not allowed.
         """
-        config = make_config(options)
+        config = GenerateConfig(**options)
+        if rows is not None and rows < 1:
+            raise OptionError(f"rows is {rows}; allowed is 1 or more, or None.")
         template = self.chat_template(config)
         histories = [ChatHistory(template) for _ in dialogues]
         prompts = [h.ask(turns[0]) for h, turns in zip(histories, dialogues, strict=True)]
@@ -336,16 +343,3 @@ class Engine:
         """
         how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
         return ChatTemplate(self.tokenizer, system=config.system, **how)
-
-
-def make_config(options: dict[str, Any]) -> GenerateConfig:
-    """A `GenerateConfig` from keyword options.
-
-    Raises:
-        OptionError: A name or a value is not allowed.
-    """
-    known = {f.name for f in fields(GenerateConfig)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise OptionError(f"{unknown[0]} is no option; options are {', '.join(sorted(known))}.")
-    return GenerateConfig(**options)

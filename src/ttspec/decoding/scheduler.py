@@ -14,7 +14,7 @@ from ttspec.decoding.conversation import Conversation, Request, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import Prompts
-from ttspec.errors import OptionError
+from ttspec.errors import DataError, OptionError
 from ttspec.records import Chunk
 
 ROWS_PER_PREFILL = 16
@@ -64,9 +64,11 @@ class Scheduler:
         Raises:
             OptionError: It asks for something that the decoder was not made for, or names a token
                 that the target does not have.
+            DataError: Its prompt has such a token.
         """
         config = request.config or self.config
         sampling = self._sampling_of(config)
+        self._check_tokens(request.ids)
         self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
         conversation = Conversation(
@@ -83,7 +85,11 @@ class Scheduler:
             request: Which one.
             ids: The whole conversation up to the answer. What its row holds of it is not read
                 again, up to the first token that is another.
+
+        Raises:
+            DataError: There is a token that the target does not have.
         """
+        self._check_tokens(ids)
         conversation = self._conversations[request]
         conversation.queued = ids
         self._ready.append(conversation)
@@ -170,6 +176,16 @@ class Scheduler:
         if config is self.config:
             return self.decoder.sampling
         return sampling_of(replace(config, seed=0), self.decoder.target)
+
+    def _check_tokens(self, ids: list[int]) -> None:
+        """Refuse what a table of tokens would be read at, out of it: on a GPU that ends all."""
+        size = int(self.decoder.target.config.vocab_size)
+        wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < size)]
+        if wrong:
+            raise DataError(
+                f"A prompt has the token {wrong[0]!r}; the target has {size}, from 0.\n"
+                "Give tokens of its tokenizer."
+            )
 
     def _check_tenant(self, tenant: str | None) -> None:
         """Refuse a tenant that would draft with, and teach, another one's weights."""

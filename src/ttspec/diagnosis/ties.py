@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ttspec.decoding.engine import Engine, make_config
+from ttspec.config import GenerateConfig
+from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.penalties import Rules, penalise
 from ttspec.sampling import position_noise, process
@@ -37,7 +38,7 @@ def token_margin(
         The gap in processed logits, noise included.
     """
     target = engine.target
-    sampling = sampling_of(replace(make_config(options), seed=0), target)
+    sampling = sampling_of(replace(GenerateConfig(**options), seed=0), target)
     cache = target.cache(1, at + 1)
     tokens = torch.tensor([list(ids[:at])], device=target.device)
     start = torch.zeros(1, dtype=torch.long, device=target.device)

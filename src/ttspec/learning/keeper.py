@@ -176,13 +176,18 @@ class Keeper:
         """
         if not self.store.is_open:
             return True
+        why_not = None
         try:
             self.writer.flush()
             if (self._news or self.writer.failed) and not self.make_version():
-                self._tell_why_not()
+                why_not = self._why_not()
             self.writer.close()
         finally:
             self.store.close()
+        if self.writer.failed:
+            why_not = "it could not be written"
+        if why_not and self._notify:
+            self._notify(f"What was learned last is not kept in {self.store.folder}: {why_not}.")
         return not self.writer.failed
 
     def _begin_at(self, version: Version, delta: Delta) -> None:
@@ -220,15 +225,11 @@ class Keeper:
         self.version = version.number
         return version
 
-    def _tell_why_not(self) -> None:
+    def _why_not(self) -> str:
         found = self.judgement
-        if self._notify is None:
-            return
         if found.blocks < LEAST_BLOCKS:
-            why = f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
-        else:
-            why = (
-                f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
-                f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"
-            )
-        self._notify(f"What was learned last is not kept in {self.store.folder}: {why}.")
+            return f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
+        return (
+            f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
+            f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"
+        )
