@@ -319,12 +319,14 @@ def in_background(ask: Callable[[], httpx.Response], found: list[int]) -> thread
     ("flags", "scope"),
     [
         ([], "shared"),
-        (["--api-key-file", "keys.txt"], "request"),
+        (["--api-key-file", "keys.txt"], None),
+        (["--api-key-file", "keys.txt", "--learn.stride", "4"], "request"),
+        (["--api-key-file", "keys.txt", "--learn.scope", "shared"], "shared"),
         (["--learn.scope", "session"], "session"),
         (["--no-learn"], None),
     ],
 )
-def test_without_keys_all_requests_teach_one_drafter(
+def test_without_keys_all_requests_teach_one_drafter_with_keys_none_unless_asked_for(
     flags: list[str], scope: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
