@@ -1,17 +1,17 @@
 #!/bin/sh
-# onnxruntime-genai 0.18.0, a CPU: top_p without top_k (0; the default is 50) keeps hundreds of tokens where two make up the share; with top_k beside it, it is exact.
+# onnxruntime-genai 0.18.0, a CPU: top_p without top_k (0; the default is 50) keeps hundreds of tokens where two make up the share; with top_k it is exact.
 #
 # The smallest set with a share p needs the sum over the vocabulary. To save that sum the search puts a bound in its place: all tokens not looked at
 # yet are counted as probable as the last one looked at. In a vocabulary of tens of thousands the bound falls under 1 - p only far down the tail, so
-# the set goes on until a token has about (1 - p) / p / vocabulary. A comment in its source speaks of a few tokens too many. At top_p 0.5 nearly nine tenths of
-# the whole law, or more, are drawn from. top_k takes another way, sums what it keeps, and is right, also where k is the whole vocabulary.
+# the set goes on until a token has about (1 - p) / p / vocabulary. A comment in its source speaks of a few tokens too many. At top_p 0.5 nine tenths
+# of the law and more are drawn from here. top_k takes another way, sums what it keeps, and is right, also where k is the whole vocabulary.
 # So text sampled with top_p alone is no reference for another engine's, and a drafter measured on it meets a flatter law than it should.
 # Expected: with top_p 0.5 and a first token of probability 0.6, that token each time; otherwise a draw out of the smallest set never.
 # Seen, 2026-11-30, 32,000 tokens, 2,000 draws each, tokens in the smallest set; draws outside it, and the share of the law down to the last drawn:
 #     first token 0.6, top_p 0.5: 1 token; 40 % outside, 0.983; with top_k 32000 none, 0.600
 #     first token 0.4, top_p 0.5: 2 tokens; 44 % outside, 0.924; with top_k 32000 none, 0.521
 #     first token 0.4, top_p 0.9: 480 tokens; 6 % outside, 0.967; with top_k 32000 none, 0.900
-# 0.13.1 is exact in all of these; it is so since 0.13.2. Fails when draws stay in the set.
+# 0.13.1 is exact in all of these; 0.13.2 and later draw so. Fails when draws stay in the set.
 set -eu
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

@@ -4,7 +4,8 @@
 # transformers 5.24.0 calls the argument that carries the key-value cache `cache`; 5.23.0 called it `past_key_values`. The model takes both names,
 # so most code goes on as before. What a model's `prepare_inputs_for_generation` returns has the new name only, and peft looks in there for the old one:
 # it finds no cache, so it takes each step for the first. With prompt tuning and P-tuning the virtual tokens go into the cache once a token; with prefix
-# tuning the prefix is put beside a cache that is used instead, and the base model writes. `pip` finds nothing wrong with the two, and nothing fails or warns.
+# tuning the prefix is put beside a cache that is used instead, and the base model writes. `pip check` finds nothing wrong with the two, and nothing fails.
+# With a prefix a FutureWarning of torch's module.py says which of two names is ignored; with the others nothing is said.
 # The model's own forward is right, so losses and scores look as they should.
 # Expected: greedy `generate` writes the tokens that the same model's forward has as its largest, as with transformers 5.23.0.
 # Seen, 2026-11-30 (torch 2.13.0, float32, a llama of two layers with random weights, 7 virtual tokens, a prompt of 6, 12 texts of 20 tokens):
