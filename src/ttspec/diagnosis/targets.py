@@ -232,7 +232,7 @@ def reading(target: Target, reference: PreTrainedModel) -> float:
     features, hidden = target.read(tokens)
     errors = Errors()
     errors.add(features, states)
-    errors.add(target.judge(hidden), wanted)
+    errors.add(target.compute_logits(hidden), wanted)
     return errors.largest
 
 

@@ -289,7 +289,7 @@ class MemoryTrainer(TextTrainer):
         return self._judged(self.newest, self.blocks(self.newest, last, chances, count), sets)
 
     @torch.no_grad()
-    def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
+    def evaluate(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
         """How well sets of weights draft what is held out, the newest; waits for the device.
 
         Args:
