@@ -3,7 +3,7 @@
 Every row learns for itself from its newest blocks: live weights, moments and reverts are its own,
 so rows cannot touch each other. In scope "shared" one drafter learns from a memory of all texts.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
-reads a copy of the buffer, context that no round writes any more, and weights that stay as they
+reads a copy of the batch, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
 Each round calls `keep` with its verification, and `absorb` once it is committed; `forget` where a
@@ -267,7 +267,7 @@ class Learner:
             self._update_over.synchronize()
 
     def _begin_update(self, longest: int) -> None:
-        """Start an update on the newest buffer, if any copy may learn."""
+        """Start an update on the newest batch, if any copy may learn."""
         before, self._resting = self._resting, self.guard.resting()
         due = self.guard.due(self._active, self.strides if self.memory_trainer else 1)
         self._active = [False] * len(due)
@@ -283,7 +283,7 @@ class Learner:
         self._enqueue_update(longest, compare=any(due))
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest buffer, beside the next rounds where it has a stream."""
+        """Update from the newest batch, beside the next rounds where it has a stream."""
         assert self._buffer is not None
         self._compares = compare
         # What it returns must not lie where an older graph of the update works.

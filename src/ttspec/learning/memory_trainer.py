@@ -189,7 +189,7 @@ class MemoryTrainer(TextTrainer):
         """Take note of a round, and `remember` if it is due or another might overwrite something.
 
         Args:
-            buffer: Have it.
+            buffer: Has it.
             emitted: Tokens of each row; None if that is not known on the host.
             due: See above.
             ahead: Tokens of a row, at most, of a round that is under way already: the buffer has
