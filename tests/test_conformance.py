@@ -316,7 +316,7 @@ STARTS = [[9, 20, 26], [12, 13, 30]]
 
 
 def drafts(drafter: Drafter, state: DraftState) -> tuple[ReplayBatch, Tensor]:
-    """A batch about what is drafted at `STARTS`, and the logits [B, A, G, V] it came from."""
+    """A batch of what is drafted at `STARTS`, and the logits [B, A, G, V] it came from."""
     blocks = []
     for block in range(3):
         start = [row[block] for row in STARTS]

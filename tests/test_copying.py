@@ -24,7 +24,7 @@ from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
-from ttspec.decoding.rows import Processors, RoundShape, RowStates
+from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowStates
 from ttspec.decoding.timing import NO_STAGES, RoundTime
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
@@ -537,8 +537,8 @@ def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else() 
     for draft_length, copy_length in ((7, 0), (0, 7), (0, 0)):
         shape = RoundShape(0, draft_length, copy_length, Processors(), absorbs=True)
         outcome = SimpleNamespace(tokens=[1, 2], copied=copy_length > 0, updated=False, accepted=1)
-        took = RoundTime(1.0, NO_STAGES, captured=False)
-        feedback.observe(policy, took, shape, 8, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
+        plan, time = RoundPlan([0], shape, 8, {}), RoundTime(1.0, NO_STAGES, captured=False)
+        feedback.observe(policy, plan, time, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
     assert kinds == [(1, True), (1, True), (1, False)]
 
 

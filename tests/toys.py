@@ -501,7 +501,7 @@ def fake_round(
 
 
 def take(buffer: ReplayBuffer) -> ReplayBatch:
-    """The newest buffer, which are then no longer new."""
+    """The newest batch, which is then no longer new."""
     batch = buffer.newest()
     buffer.mark_used()
     return batch

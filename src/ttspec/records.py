@@ -96,7 +96,7 @@ class Proposal:
     """float32 [B, G, V] probabilities the tokens were drawn from; None means one-hot."""
     before: Tensor | None = None
     """[B, W]: the target's features of the token before the pending one, if the drafter sets out
-    from them; a batch about this proposal needs them."""
+    from them; to replay this proposal needs them."""
     copied: Tensor | None = None
     """bool [B]: rows whose tokens were copied, not drafted; None is no row."""
     confidence: Tensor | None = None
@@ -152,7 +152,7 @@ class ReplayBatch:
     fresh: Tensor
     """bool [B, A]: blocks that taught no update yet."""
     count: Tensor
-    """int64 [B]: blocks of a row that hold a batch."""
+    """int64 [B]: blocks of a row that have something to teach."""
 
     def part(self, begin: int, blocks: int = 1) -> ReplayBatch:
         """Some blocks of every row, from block `begin` on."""

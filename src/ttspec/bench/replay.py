@@ -204,7 +204,7 @@ def _count_drawn_again(
     rules = Rules.of(s, target.ends, int(target.config.vocab_size), ids.device)
     for at in range(begin, end, CHUNK):
         upto = min(at + CHUNK, end)
-        logits = target.judge(hidden[None, at - 1 : upto - 1])
+        logits = target.compute_logits(hidden[None, at - 1 : upto - 1])
         if rules:
             places = ids.new_tensor([[at], [begin]])
             logits = penalise(logits, ids[None, :upto], places[0], places[1], rules)

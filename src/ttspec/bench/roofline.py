@@ -328,8 +328,8 @@ def absorb(drafter: Drafter, parts: Parts, features: int, length: int, batch: Ba
     return work + Work(batch.item * positions * (features + made))
 
 
-def keep_lesson(vocabulary: int, length: int, batch: Batch) -> Work:
-    """Copy the round's target logits to where lessons wait: 2 s R (G + 1) V."""
+def keep_round(vocabulary: int, length: int, batch: Batch) -> Work:
+    """Copy the round's target logits to the replay buffer: 2 s R (G + 1) V."""
     return Work(2 * batch.item * batch.rows * (length + 1) * vocabulary)
 
 

@@ -144,7 +144,7 @@ class RecordedTarget(Target):
         else:
             at = at[:, -(logits or 0) :]
         hidden = cache.hidden[row, at]
-        return self.judge(hidden), features
+        return self.compute_logits(hidden), features
 
 
 class RecordedPrompts(PromptReader):

@@ -17,7 +17,7 @@ from ttspec.decoding.copying import Copying
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
-from ttspec.decoding.rows import RoundShape, RowOutcome, RowVerdict
+from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
 from ttspec.decoding.stages import RoundStages
 from ttspec.decoding.timing import RoundTimer, StageMarks
 from ttspec.learning.learner import Learner
@@ -25,18 +25,6 @@ from ttspec.models.capture import Graphs
 from ttspec.models.weights import not_finite
 from ttspec.records import Verification
 from ttspec.rowcache import BUCKET, reach_of
-
-
-class RoundPlan(NamedTuple):
-    """What the host decides about a round before it is launched."""
-
-    active: list[int]
-    """Rows that take part."""
-    shape: RoundShape
-    longest: int
-    """An upper bound of the rows' lengths."""
-    copies: dict[int, list[int]]
-    """By row, the tokens of its own text that it proposes instead of drafts."""
 
 
 class Launched(NamedTuple):
@@ -102,8 +90,9 @@ class SpeculativeRound(RoundStages):
             row: RowOutcome(*v, updated[row], time.stages, length, row in copies, logprobs[row])
             for row, v in verdicts.items()
         }
-        longest, chained = launched.plan.longest, launched.chained
-        self.feedback.observe(self.policy, time, shape, longest, outcomes, cost, chained=chained)
+        self.feedback.observe(
+            self.policy, launched.plan, time, outcomes, cost, chained=launched.chained
+        )
         return outcomes
 
     def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:

@@ -52,6 +52,18 @@ class RoundShape(NamedTuple):
         return max(self.draft_length, self.copy_length)
 
 
+class RoundPlan(NamedTuple):
+    """What the host decides about a round before it is launched."""
+
+    active: list[int]
+    """Rows that take part."""
+    shape: RoundShape
+    longest: int
+    """An upper bound of the rows' lengths."""
+    copies: dict[int, list[int]]
+    """By row, the tokens of its own text that it proposes instead of drafts."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundInputs:
     """Rows as the device sees them. The tensors stay where they are: captured graphs read them."""

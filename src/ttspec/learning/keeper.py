@@ -33,7 +33,7 @@ MOST_PAGES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Evaluation:
     """Expected accepted drafts a block, of three sets of weights on the same held-out blocks."""
 
     blocks: int
@@ -107,7 +107,7 @@ class Keeper:
         self.writer = VersionWriter(notify)
         self.updates = self.requests = self.refused = 0
         """Since the process began: updates, requests that taught, and what was found worse."""
-        self.judgement = Judgement(0)
+        self.evaluation = Evaluation(0)
         """The last one."""
         self._notify = notify
         known = {name: self._metadata[name] for name in ("kind", "drafter")}
@@ -145,9 +145,9 @@ class Keeper:
         self._tried = time.monotonic()
         if not (self._news or self.writer.failed):
             return False
-        self.judgement = self._judge()
-        if not self.judgement.is_kept:
-            self.refused += self.judgement.blocks >= LEAST_BLOCKS
+        self.evaluation = self._evaluate()
+        if not self.evaluation.is_kept:
+            self.refused += self.evaluation.blocks >= LEAST_BLOCKS
             return False
         self._news, self._before = False, self._drafting()
         learned = {n: w[0].to("cpu", copy=True) for n, w in self.live.learned.items()}
@@ -157,11 +157,11 @@ class Keeper:
             "requests": self.requests,
             "refused": self.refused,
             "held_out": {
-                "blocks": self.judgement.blocks,
+                "blocks": self.evaluation.blocks,
                 "accepted": {
-                    "version": round(self.judgement.live, 4),
-                    "anchor": round(self.judgement.anchor, 4),
-                    "before": round(self.judgement.before, 4),
+                    "version": round(self.evaluation.live, 4),
+                    "anchor": round(self.evaluation.anchor, 4),
+                    "before": round(self.evaluation.before, 4),
                 },
             },
         }
@@ -208,13 +208,13 @@ class Keeper:
         """A copy of what was learned, as it drafts."""
         return {name: weight.detach().clone() for name, weight in self.live.averaged().items()}
 
-    def _judge(self) -> Judgement:
+    def _evaluate(self) -> Evaluation:
         """Score the live weights, and those they are compared with."""
         if self.memory_trainer is None:
-            return Judgement(0)
+            return Evaluation(0)
         sets = {"live": self.live.averaged(), "before": self._before, "anchor": {}}
-        blocks, drafts = self.memory_trainer.judge(sets, MOST_PAGES)
-        return Judgement(blocks, **drafts)
+        blocks, drafts = self.memory_trainer.evaluate(sets, MOST_PAGES)
+        return Evaluation(blocks, **drafts)
 
     def _write(self, learned: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:
         """On the writer's thread: what was learned, as a change of the anchor weights."""
@@ -226,7 +226,7 @@ class Keeper:
         return version
 
     def _why_not(self) -> str:
-        found = self.judgement
+        found = self.evaluation
         if found.blocks < LEAST_BLOCKS:
             return f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
         return (

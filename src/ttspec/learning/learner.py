@@ -3,7 +3,7 @@
 Every row learns for itself from its newest blocks: live weights, moments and reverts are its own,
 so rows cannot touch each other. In scope "shared" one drafter learns from a memory of all texts.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
-reads a copy of the buffer, context that no round writes any more, and weights that stay as they
+reads a copy of the batch, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
 Each round calls `keep` with its verification, and `absorb` once it is committed; `forget` where a
@@ -73,44 +73,52 @@ class Learner:
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
         self.length = trained_length(drafter, length)
-        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
-        """Rounds, and how many times so many, between updates; and rounds since the last one."""
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
+        device, copies = drafter.embedding.device, len(self.weights.resting)
+
+        # When an update is due.
+        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
+        """Rounds, and how many times so many, between updates; and rounds since the last one."""
         self.updates, self.reverts = [0] * rows, [0] * rows
-        self.keeper = self.weights.keeper
+        self._active, self._taught = [False] * copies, [False] * rows
+        """Copies, and rows, that had rounds since the last update."""
+
+        # What it learns from.
         self._run = run or Graphs(torch.device("cpu"))
         memory, made_for = self.weights.memory, (drafter, rows, state.options, self.length)
         self.memory_trainer = MemoryTrainer(memory, *made_for, self._run) if memory else None
+        self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.memory_trainer = self.memory_trainer
         self._distillation = Distillation(config, drafter, state, self.length, self._run)
         self._buffer: ReplayBuffer | None = None
         self._verification: Verification
         self._batch: ReplayBatch
-        device, copies = drafter.embedding.device, len(self.weights.resting)
+
+        # What an update is compared with.
         self._report = UpdateReport.empty(rows, device)
         self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
         self._held_out = 0 if memory or config.blocks < 2 * HELD_OUT else HELD_OUT
-        self._active, self._taught = [False] * copies, [False] * rows
-        """Copies, and rows, that had rounds since the last update."""
         self._resting, self._due = [False] * copies, [False] * copies
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
         """`_due` where the device reads it."""
+
+        # Where an update runs, and when it is published.
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
-        if (self.shared and not self.memory_trainer) or (config.publish == "ready" and not beside):
+        if (self.shared and not memory) or (config.publish == "ready" and not beside):
             self._publish = "now"
         self._run_update = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
             # Rows' own contexts have many lengths, and each would be compiled for itself.
-            compile = self._run.compile and self.memory_trainer is not None
-            self._run_update = Graphs(drafter.embedding.device, compile=compile)
-            self._stream = Streams.lend(drafter.embedding.device, self)
+            compile = self._run.compile and memory is not None
+            self._run_update = Graphs(device, compile=compile)
+            self._stream = Streams.lend(device, self)
             self._update_over = torch.cuda.Event()
 
     def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
@@ -267,7 +275,7 @@ class Learner:
             self._update_over.synchronize()
 
     def _begin_update(self, longest: int) -> None:
-        """Start an update on the newest buffer, if any copy may learn."""
+        """Start an update on the newest batch, if any copy may learn."""
         before, self._resting = self._resting, self.guard.resting()
         due = self.guard.due(self._active, self.strides if self.memory_trainer else 1)
         self._active = [False] * len(due)
@@ -283,7 +291,7 @@ class Learner:
         self._enqueue_update(longest, compare=any(due))
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest buffer, beside the next rounds where it has a stream."""
+        """Update from the newest batch, beside the next rounds where it has a stream."""
         assert self._buffer is not None
         self._compares = compare
         # What it returns must not lie where an older graph of the update works.

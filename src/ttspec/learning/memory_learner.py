@@ -66,11 +66,11 @@ class MemoryLearner:
         """Whether an update is under way or waits to be published."""
         self._compares = False
         self._report = UpdateReport.empty(1, device)
-        self._judgement = torch.zeros(3, device=device)
+        self._evaluation = torch.zeros(3, device=device)
         """Blocks, and drafts of what was learned and of the anchor that they accept."""
         gpu = memory.tokens.is_cuda
         self._told = torch.zeros(10, pin_memory=gpu)
-        """Report and judgement on the host, once the device has got there."""
+        """Report and evaluation on the host, once the device has got there."""
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
         """Begin and end of the update on a GPU."""
         self.seconds = 0.0
@@ -180,7 +180,7 @@ class MemoryLearner:
     @torch.no_grad()
     def expected_drafts(self) -> float | None:
         """Drafts a block that the anchor would get accepted; None where nothing is held out."""
-        blocks, drafts = self.memory_trainer.judge({"anchor": {}}, HELD_OUT)
+        blocks, drafts = self.memory_trainer.evaluate({"anchor": {}}, HELD_OUT)
         return drafts["anchor"] if blocks else None
 
     def _enqueue_update(self, *, compare: bool) -> None:
@@ -200,7 +200,7 @@ class MemoryLearner:
             run(self._step_weights, 0, compile=False, warm=False)
             if compare:
                 run(self._compare_newest, 0)
-            found = torch.cat([self._report.table[0], self._judgement])
+            found = torch.cat([self._report.table[0], self._evaluation])
             self._told.copy_(found, non_blocking=True)
             for event in self._events[1:]:
                 event.record()
@@ -215,4 +215,4 @@ class MemoryLearner:
         self.weights.step(self._report)
 
     def _compare_newest(self, key: int) -> None:  # noqa: ARG002
-        self._judgement.copy_(self.memory_trainer.compare_newest([self.weights.averaged(), {}]))
+        self._evaluation.copy_(self.memory_trainer.compare_newest([self.weights.averaged(), {}]))

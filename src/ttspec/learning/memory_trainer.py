@@ -189,7 +189,7 @@ class MemoryTrainer(TextTrainer):
         """Take note of a round, and `remember` if it is due or another might overwrite something.
 
         Args:
-            buffer: Have it.
+            buffer: Has it.
             emitted: Tokens of each row; None if that is not known on the host.
             due: See above.
             ahead: Tokens of a row, at most, of a round that is under way already: the buffer has
@@ -289,7 +289,7 @@ class MemoryTrainer(TextTrainer):
         return self._judged(self.newest, self.blocks(self.newest, last, chances, count), sets)
 
     @torch.no_grad()
-    def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
+    def evaluate(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
         """How well sets of weights draft what is held out, the newest; waits for the device.
 
         Args:

@@ -1,6 +1,6 @@
 """What a drafter can learn from: the newest verifications, per row, on the device.
 
-A batch is a block's start, its tokens, and the target's logits for the tokens after the first.
+A batch has blocks of each row: a start, tokens, and the target's logits for those after the first.
 Supervision `block` and `accepted` take a round's own verification; `hindsight` takes the logits of
 what was committed in the end, from a ring of slots by absolute position.
 """

@@ -249,7 +249,7 @@ class Target:
         return torch.cat([last[..., :0], *(states[i] for i in self.taps)], dim=-1), last
 
     @torch.no_grad()
-    def judge(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """What the head says of what it reads [..., H]: logits [..., V]."""
         states = hidden.reshape(1, -1, hidden.shape[-1])
         tokens = states.new_zeros(states.shape[:2], dtype=torch.long)

@@ -62,7 +62,7 @@ class BlockRecipe(Recipe[B]):
         row = torch.arange(len(states), device=states.device)[:, None, None]
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
-        p = self.target.judge(states[row, at]) if self.asks_target else None
+        p = self.target.compute_logits(states[row, at]) if self.asks_target else None
         if p is not None and self.config.loss == "kl":
             values = kl(p, logits)
         else:

@@ -97,7 +97,7 @@ class Recipe(ABC, Generic[D]):
         """
         if self.config.loss == "ce" and ids is None:
             return cross_entropy(labels, q)
-        p = self.target.judge(states)
+        p = self.target.compute_logits(states)
         if ids is None:
             return kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.
