@@ -104,10 +104,11 @@ def test_a_hub_model_is_fetched_without_pickles(
 
 def test_a_hub_that_cannot_be_reached_is_a_two_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Name or service not known\nand much more")
+        raise ConnectionError("It is not on the disk and traffic has\nbeen switched off. Much more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert "Name or service not known" in refused("owner/name", ResourceError)
+    message = refused("owner/name", ResourceError)
+    assert ": It is not on the disk and traffic has been switched off.\n" in message
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:

@@ -55,8 +55,10 @@ def _is_of(value: object, kind: Any) -> bool:
     """Whether a value is of a kind; what collections hold is looked at where they are used."""
     if get_origin(kind) is Literal:
         return value in get_args(kind)
-    if get_origin(kind) or isinstance(value, bool):
-        return bool(get_origin(kind)) or kind is bool
+    if get_origin(kind):
+        return True
+    if isinstance(value, bool):  # which Python takes for an int
+        return kind is bool
     return isinstance(value, Real if kind is float else kind)
 
 

@@ -70,9 +70,9 @@ class Session:
                     self._note(chunk)
                     yield chunk
         except KeyboardInterrupt:
-            self._cancel()
+            pass  # what is written is the answer
         finally:
-            if cancelled is self._cancelled:
+            if cancelled is self._cancelled:  # else another turn has ended it
                 self._cancel()
         yield from cancelled
 

@@ -75,9 +75,9 @@ class VersionWriter:
         except Exception as error:  # the thread must live: who closes waits for it
             failed_before, self.failed = self.failed, True
             if not failed_before:
-                first = (str(error).splitlines() or [f"{type(error).__name__}."])[0]
+                first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 self._tell(
-                    f"{first} What is learned goes on drafting, and is kept "
+                    f"{first}. What is learned goes on drafting, and is kept "
                     "as soon as the disk takes it."
                 )
             return

@@ -165,7 +165,8 @@ class Server(uvicorn.Server):
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
             who = self._who_learns()
-            self._say(f"Ready: {rows} rows of {slots:,} tokens. {who}. To chat: {self.address}/")
+            many = f"{rows} row{'s' * (rows > 1)} of {slots:,} tokens"
+            self._say(f"Ready: {many}. {who}. To chat: {self.address}/")
 
     def _who_learns(self) -> str:
         learn, drafter = self.worker.config.learn, self.worker.engine.drafter
