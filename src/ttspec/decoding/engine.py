@@ -85,7 +85,8 @@ class Engine:
 
         Args:
             prompts: A text, or a list of texts, message lists or token lists.
-            **options: Fields of `GenerateConfig`.
+            **options: Fields of `GenerateConfig`. Without `learn` many prompts teach nothing: each
+                for itself measured slower. Thousands pay with scope "shared" (docs/learned.md).
 
         Returns:
             One result per prompt, in order. A prompt's answer does not depend on the others.
@@ -139,7 +140,8 @@ class Engine:
             stream: Without it, text comes only with the result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
             seeds: One for each dialogue; None is `seed` for all.
-            **options: Fields of `GenerateConfig`; limits hold for each turn.
+            **options: Fields of `GenerateConfig`; limits hold for each turn. Without `learn`
+                several conversations side by side teach nothing.
 
         Yields:
             (index of the dialogue, chunk). A chunk with a result ends a turn.
@@ -150,6 +152,8 @@ class Engine:
         config = GenerateConfig(**options)
         if rows is not None and rows < 1:
             raise OptionError(f"rows is {rows}; allowed is 1 or more, or None.")
+        if "learn" not in options and len(dialogues) > 1 and rows != 1:
+            config = replace(config, learn=None)
         template = self.chat_template(config)
         histories = [ChatHistory(template) for _ in dialogues]
         prompts = [h.ask(turns[0]) for h, turns in zip(histories, dialogues, strict=True)]
