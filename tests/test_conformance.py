@@ -969,7 +969,7 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     engine = engine_of(target, "eagle3")
     drafter, known = engine.drafter, engine.drafter.draft_ids
     assert known is not None
-    config = GenerateConfig(temperature=0.8, learn=None, **sampling)
+    config = GenerateConfig(**{"temperature": 0.8, "learn": None} | sampling)
     decoder = engine.decoder(config, 2, 8, sessions=False)
     logits = torch.randn(2, 1, len(known))
     given: list[Any] = []
