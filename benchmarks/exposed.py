@@ -42,7 +42,6 @@ class Setting:
     """A decoder that learns in its own way, warmed up."""
 
     def __init__(self, engine: Engine, arm: str, rows: int, context: int, rounds: int) -> None:
-        """Make it: graphs captured, caches full."""
         assert engine.drafter is not None
         (spec,) = parse_arms(arm)
         most = rounds * (engine.drafter.length + 1)

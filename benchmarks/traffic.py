@@ -74,7 +74,6 @@ class Arm:
     def __init__(
         self, spec: ArmSpec, engine: Engine, config: GenerateConfig, rows: int, longest: int
     ) -> None:
-        """Make caches and graphs."""
         self.spec, self.name = spec, spec.name
         self.config = replace(config, draft=spec.draft, learn=spec.learn)
         self.engine, self.rows, self.longest = engine.sibling(), rows, longest

@@ -99,7 +99,6 @@ class Clock:
     """When it is time to stop."""
 
     def __init__(self, minutes: float) -> None:
-        """It begins now."""
         self._began, self._limit = time.monotonic(), 60 * minutes
 
     def seconds(self) -> float:
@@ -115,7 +114,6 @@ class Lines:
     """The file of results, to which processes may add side by side; a line is written at once."""
 
     def __init__(self, path: Path, case: str, clock: Clock) -> None:
-        """Lines of one case."""
         self._file = path.open("a", encoding="utf-8")
         self._case, self.clock = case, clock
 

@@ -26,7 +26,6 @@ class Case:
     """What arms did on the same requests."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
         self.arms: dict[str, Counts] = {}
         self.facts: dict[str, dict[str, Any]] = {}
 

@@ -34,7 +34,6 @@ class Clock:
     """Times of kinds of work."""
 
     def __init__(self) -> None:
-        """None yet."""
         self.host = defaultdict[str, list[float]](list)
         self.device = defaultdict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]](list)
 

@@ -14,7 +14,7 @@ from toys import bound_kind, random_features, toy_engine
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
-from ttspec.learning.memory import LessonMemory
+from ttspec.learning.memory import TextMemory
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.steps import EngineLearner
@@ -35,7 +35,7 @@ class Recorded:
 
     prompts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     rounds: list[Verification] = field(default_factory=list)
-    memory: LessonMemory | None = None
+    memory: TextMemory | None = None
     drafter: Drafter | None = None
 
 
@@ -62,7 +62,7 @@ def record(which: str, target, prompts: list[str], tokens: int = 30) -> Recorded
                 found.prompts[row] = read[:begin], seen[:begin]
         if not done:
             found.rounds.append(verification)
-            self.study.remember(self._lessons)
+            self.memory_trainer.remember(self._buffer)
             found.memory = copy.deepcopy(self.weights.memory)
         return updated
 
@@ -148,7 +148,7 @@ def feed(learner: EngineLearner, found: Recorded, order: list[int], at: int = 0)
         learner.absorb(step)
 
 
-def texts_of(memory: LessonMemory) -> list[tuple[Tensor, ...]]:
+def texts_of(memory: TextMemory) -> list[tuple[Tensor, ...]]:
     """What is remembered of each text, the first one first: tokens, features, and the target's p
     of the tokens that it judged."""
     found = []
@@ -165,7 +165,7 @@ def texts_of(memory: LessonMemory) -> list[tuple[Tensor, ...]]:
     return found
 
 
-def assert_same_texts(found: LessonMemory, wanted: LessonMemory | None) -> None:
+def assert_same_texts(found: TextMemory, wanted: TextMemory | None) -> None:
     """Of each text what both remember; the other one may go on for a round."""
     assert wanted is not None
     texts = list(zip(texts_of(found), texts_of(wanted), strict=True))

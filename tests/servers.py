@@ -28,12 +28,15 @@ FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEM
 
 @contextmanager
 def running(
-    engine: Engine, learn: LearnConfig | None = LEARN, **options: Any
+    engine: Engine,
+    learn: LearnConfig | None = LEARN,
+    say: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> Iterator[tuple[httpx.Client, Server]]:
     """A server in a thread, and a client of it."""
     config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=learn, ignore_eos=True)
     given = {"port": 0, "rows": 2, "queue": 4, "context": CONTEXT, "drain": 5.0, **options}
-    server = make_server(engine.sibling, config, ServeOptions(**given), "toy", lambda line: None)
+    server = make_server(engine.sibling, config, ServeOptions(**given), "toy", say)
     thread = threading.Thread(target=server.run_to_the_end)
     thread.start()
     try:

@@ -9,9 +9,9 @@ from toys import (
     SLOTS,
     bound_drafter,
     context,
-    lesson,
     logits_of,
     random_features,
+    replay_batch,
     toy_drafter,
 )
 
@@ -115,9 +115,9 @@ def test_training_and_drafting_compute_the_same_logits():
     features = random_features(2, 24)
     state = context(drafter, [24, 24])
     tokens, start = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[6, 19], [11, 24]])
-    states = drafter.teach(features, tokens, start, 4)
+    states = drafter.training_forward(features, tokens, start, 4)
     taught = drafter.following(drafter.weights, states, tokens[..., None])
-    replayed = drafter.replay(state, lesson(tokens, start), 4, 24)
+    replayed = drafter.replay(state, replay_batch(tokens, start), 4, 24)
     torch.testing.assert_close(taught, replayed, atol=2e-5, rtol=1e-4)
 
 

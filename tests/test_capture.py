@@ -156,7 +156,7 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "pard2", "causal"])
 def test_captured_rounds_of_changing_lengths_do_what_the_rounds_do(target, which, monkeypatch):
-    """A draft, its verification and its lesson are recorded once for each length."""
+    """A draft, its verification and its batch are recorded once for each length."""
     monkeypatch.setattr(rounds, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: which != "eagle3")
     for learn in (None, NOW):

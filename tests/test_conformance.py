@@ -23,13 +23,14 @@ from toys import (
     bound_kind,
     chi_square,
     finish,
-    lesson,
     make_kind,
     plain,
     random_features,
     random_weights,
+    replay_batch,
     toy_engine,
     twin,
+    update_on,
     verification,
 )
 from transformers import (
@@ -40,10 +41,10 @@ from transformers import (
 )
 
 from ttspec import load
-from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder, DecoderSpec
-from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RoundShape
 from ttspec.drafters import dflash
 from ttspec.drafters.base import Drafter, DraftState
@@ -54,7 +55,7 @@ from ttspec.drafters.layers import multiplied_out
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import CheckpointError
 from ttspec.learning.learner import Learner
-from ttspec.records import Lesson, Proposal, Result
+from ttspec.records import Proposal, ReplayBatch, Result
 from ttspec.sampling import SamplingTensors, position_noise, process
 
 ALL = [*CONFIGS, "ngram"]
@@ -315,8 +316,8 @@ def test_reading_some_rows_leaves_the_others_alone(which: str):
 STARTS = [[9, 20, 26], [12, 13, 30]]
 
 
-def drafts(drafter: Drafter, state: DraftState) -> tuple[Lesson, Tensor]:
-    """A lesson about what is drafted at `STARTS`, and the logits [B, A, G, V] it came from."""
+def drafts(drafter: Drafter, state: DraftState) -> tuple[ReplayBatch, Tensor]:
+    """A batch of what is drafted at `STARTS`, and the logits [B, A, G, V] it came from."""
     blocks = []
     for block in range(3):
         start = [row[block] for row in STARTS]
@@ -327,7 +328,7 @@ def drafts(drafter: Drafter, state: DraftState) -> tuple[Lesson, Tensor]:
         blocks.append((fed, logits, before))
     fed, logits, before = zip(*blocks, strict=True)
     before = None if before[0] is None else torch.stack(before, dim=1)
-    return lesson(torch.stack(fed, dim=1), STARTS, before), torch.stack(logits, dim=1)
+    return replay_batch(torch.stack(fed, dim=1), STARTS, before), torch.stack(logits, dim=1)
 
 
 @pytest.mark.parametrize("which", ["eagle3", "eagle3-layers", "eagle3-unusual", "mtp", "mtp-gated"])
@@ -338,7 +339,7 @@ def test_chains_that_are_taught_say_what_is_drafted(which: str):
     features = random_features(2, count, 64 * len(drafter.taps))
     start = torch.tensor([places, places[::-1]])
     with torch.no_grad():
-        logits = drafter.logits(drafter.teach(features, ids, start, drafter.length))
+        logits = drafter.logits(drafter.training_forward(features, ids, start, drafter.length))
     for row, at in ((0, 0), (0, 1), (1, 0), (1, 2)):
         begin = int(start[row, at])
         state = drafter.start(1, SLOTS, DraftConfig())
@@ -394,7 +395,7 @@ def test_a_replay_within_a_window_reads_no_more_of_a_long_context(which: str, mo
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
-def gradients(drafter: Drafter, state: DraftState, taught: Lesson) -> dict[str, Tensor]:
+def gradients(drafter: Drafter, state: DraftState, taught: ReplayBatch) -> dict[str, Tensor]:
     """Gradients of a row's own copy of every learnable weight."""
     leaves = {}
     for name in drafter.learnable("full"):
@@ -470,7 +471,7 @@ def test_rows_with_weights_of_their_own_give_what_each_gives_alone(which: str):
         more = torch.cat([tokens[rows][..., None], drawn[:, None].expand(-1, 2, -1)], dim=-1)
         if before is not None:
             before = torch.stack([before, before.flip(-1)], dim=1)
-        taught = lesson(more, [[begin[i], 7] for i in range(len(rows))], before)
+        taught = replay_batch(more, [[begin[i], 7] for i in range(len(rows))], before)
         replayed = drafter.replay(state, taught, drafter.length, 14)
         return logits, drawn, replayed, gradients(drafter, state, taught)
 
@@ -518,7 +519,7 @@ def test_low_rank_changes_of_each_row_draft_and_learn_as_the_weights_they_make(w
         more = torch.cat([tokens[rows][..., None], drawn[:, None].expand(-1, 2, -1)], dim=-1)
         if before is not None:
             before = torch.stack([before, before.flip(-1)], dim=1)
-        taught = lesson(more, [[begin[i], 7] for i in range(len(rows))], before)
+        taught = replay_batch(more, [[begin[i], 7] for i in range(len(rows))], before)
         return logits, drawn, drafter.replay(state, taught, drafter.length, 14)
 
     leaves = {n: w.requires_grad_() for n, w in own.items()}
@@ -676,11 +677,11 @@ class LateUpdate(Decoder):
 
     def verify_and_accept(self, shape: RoundShape):
         learner, (proposal, noise) = self.learner, self._proposed
-        if not hasattr(self, "_learn"):
-            self._learn, learner.absorb = learner.absorb, self._wait
+        if not hasattr(self, "_absorb"):
+            self._absorb, learner.absorb = learner.absorb, self._wait
         else:
             waiting, options = self._waiting
-            assert any(self._learn(*waiting, **options)), "no weight moved"
+            assert any(self._absorb(*waiting, **options)), "no weight moved"
             self._proposed = self._judged(proposal, shape.longest), noise
         return super().verify_and_accept(shape)
 
@@ -700,7 +701,7 @@ class LateQ(LateUpdate):
         at = self.rows.inputs.start[:, None]
         before = None if proposal.before is None else proposal.before[:, None]
         logits = self.drafter.replay(
-            self.state, lesson(fed[:, None], at, before), self.gamma, longest
+            self.state, replay_batch(fed[:, None], at, before), self.gamma, longest
         )
         q = process(logits[:, 0], self.sampling).softmax(-1)
         return dataclasses.replace(proposal, q=self.drafter.widen(q, 0.0))
@@ -748,7 +749,7 @@ def test_tokens_outside_the_draft_vocabulary_are_never_drafted(target, which: st
             torch.testing.assert_close(proposal.q.sum(-1), torch.ones(proposal.tokens.shape))
 
 
-def test_lessons_weigh_by_the_mass_of_what_can_be_drafted():
+def test_batches_weigh_by_the_mass_of_what_can_be_drafted():
     drafter = bound_kind("eagle3")
     state = read(drafter, *text_of(drafter, 2, 30))
     taught, _ = drafts(drafter, state)
@@ -756,7 +757,7 @@ def test_lessons_weigh_by_the_mass_of_what_can_be_drafted():
     p = 2 * torch.randn(taught.logits.shape, generator=generator)
     taught = dataclasses.replace(taught, logits=p)
     learner = Learner(LearnConfig(stride=1), drafter, state, 2, drafter.length)
-    assert learner.update(taught, 30) == [True, True]
+    assert update_on(learner, taught, 30) == [True, True]
     logits = drafter.replay(state, taught, drafter.length, 30)
     logp = p.log_softmax(-1)[..., drafter.draft_ids]
     mass = logp.exp().sum(-1)
@@ -971,7 +972,7 @@ def test_a_draft_model_that_is_the_target_is_always_right(request, folder: str, 
 
 
 def test_an_eagle_state_needs_the_features_of_the_token_before():
-    """Its first context row waits for the second token; a lesson carries what it set out from."""
+    """Its first context row waits for the second token; a batch carries what it set out from."""
     drafter = bound_kind("eagle3")
     assert isinstance(drafter, Eagle3)
     ids, features = text_of(drafter, 1, 12)
@@ -989,7 +990,7 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
     engine = engine_of(target, "eagle3")
     drafter, known = engine.drafter, engine.drafter.draft_ids
     assert known is not None
-    config = make_config({"temperature": 0.8, "learn": None, **sampling})
+    config = GenerateConfig(**{"temperature": 0.8, "learn": None} | sampling)
     decoder = engine.decoder(config, 2, 8, sessions=False)
     logits = torch.randn(2, 1, len(known))
     given: list[Any] = []

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from conftest import CHATML, byte_tokenizer
 from hybrids import random_hybrid
 from toys import LEARN, make_kind, plain, twin
@@ -15,6 +16,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.session import Session
 from ttspec.drafters.ngram import Ngram
+from ttspec.errors import DataError
 from ttspec.models.target import wrap_target
 from ttspec.records import Result
 
@@ -271,6 +273,33 @@ def test_a_session_may_begin_with_tokens_and_take_messages(typist):
     messages = [{"role": role, "content": text} for role, text in said]
     assert second.token_ids == plain(engine, [messages[:3]], **options).token_ids
     assert third.token_ids == plain(engine, [messages], **options).token_ids
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (torch.tensor([1, 2]), "A prompt is a Tensor"),
+        ([torch.tensor([1, 2])], "A prompt is a Tensor"),
+        (b"hello", "A prompt is a bytes"),
+        ({"role": "user", "content": "hello"}, "A prompt is a dict"),
+        (None, "A prompt is a NoneType"),
+        ([3, 10**6], "A prompt has the token 1000000; the target has "),
+        ([[-1]], "A prompt has the token -1; the target has "),
+        ([3, 1.5], "A prompt has the token 1.5; the target has "),
+    ],
+)
+def test_what_is_no_prompt_is_refused_by_name_and_disturbs_nothing(typist, given, says):
+    with pytest.raises(DataError, match=f"^{says}"):
+        typist.generate(given, max_new_tokens=4)
+    session, ids = typist.session(max_new_tokens=4, context=300), [104, 105]
+    if isinstance(given, list) and given != [[-1]]:
+        given = given if isinstance(given[0], int) else given[0]
+        with pytest.raises(DataError, match=f"^{says}"):
+            session.send(given)
+        assert session.send(ids).token_ids == plain(typist, [ids], max_new_tokens=4).token_ids
+        with pytest.raises(DataError, match=f"^{says}"):
+            session.send(given)
+        assert session.send("and now?").finish_reason == "length"
 
 
 def test_a_begun_answer_is_continued_and_remembered(typist):

@@ -15,8 +15,8 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConf
 from ttspec.decoding.choice import with_copies
 from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
 from ttspec.decoding.copying import (
-    LEAST_MATCH,
-    LONGEST_MATCH,
+    MAX_MATCH,
+    MIN_MATCH,
     Copying,
     SuffixIndex,
 )
@@ -24,8 +24,8 @@ from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
-from ttspec.decoding.rows import Processors, RoundShape, RowStates
-from ttspec.decoding.timing import NO_STAGES, Took
+from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowStates
+from ttspec.decoding.timing import NO_STAGES, RoundTime
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
 from ttspec.records import LONGEST_COPY, Proposal
@@ -38,14 +38,14 @@ def expected(ids: list[int], followed: int) -> tuple[int, int]:
 
     def match(place: int) -> int:
         n = 0
-        while n < min(place, LONGEST_MATCH) and ids[place - n - 1] == ids[-n - 1]:
+        while n < min(place, MAX_MATCH) and ids[place - n - 1] == ids[-n - 1]:
             n += 1
         return n
 
     if followed and ids[followed] == ids[-1]:
         return followed + 1, match(followed + 1)
-    end = ids[-LEAST_MATCH:]
-    places = [p for p in range(LEAST_MATCH, len(ids)) if ids[p - LEAST_MATCH : p] == end]
+    end = ids[-MIN_MATCH:]
+    places = [p for p in range(MIN_MATCH, len(ids)) if ids[p - MIN_MATCH : p] == end]
     return (places[-1], match(places[-1])) if places else (0, 0)
 
 
@@ -75,11 +75,11 @@ def test_a_copy_is_what_followed_and_goes_round_in_a_loop() -> None:
     index = SuffixIndex()
     index.extend([7, 1, 2, 3, 4, 5, 9, 1, 2], count=False)
     assert index.copy(3).tokens == [3, 4, 5]
-    assert 0.5 < index.copy(3).promise < 3
+    assert 0.5 < index.copy(3).expected < 3
     loop = SuffixIndex()
     loop.extend([1, 2, 3] * 40, count=True)
     assert loop.copy(LONGEST_COPY).tokens == ([1, 2, 3] * 11)[:LONGEST_COPY]
-    assert loop.copy(LONGEST_COPY).promise > 0.8 * LONGEST_COPY
+    assert loop.copy(LONGEST_COPY).expected > 0.8 * LONGEST_COPY
     assert SuffixIndex().copy(5) == ([], [])
 
 
@@ -88,7 +88,7 @@ def test_copies_that_were_wrong_lately_promise_less() -> None:
     index = SuffixIndex()
     index.extend([t for i in range(100) for t in (1, 2, 10 + i)], count=True)
     index.extend([1, 2], count=True)
-    assert index.copy(LONGEST_COPY).promise < 0.2
+    assert index.copy(LONGEST_COPY).expected < 0.2
 
 
 def test_a_row_copies_where_that_promises_more_than_its_drafter() -> None:
@@ -509,7 +509,7 @@ def copied_rounds(brought: int, *, chains: bool, rounds: int = 6000) -> tuple[fl
     costs, rng = CopyCosts(), random.Random(0)
     tokens, seconds, plain, looked = 0, 0.0, 0.0, 0
     for _ in range(rounds):
-        looks = costs.trials.looks
+        looks = costs.search.is_on
         copies = looks and rng.random() < 0.12
         held_up = rng.uniform(0.95, 1.05) * (20 if rng.random() < 0.002 else 1)
         took = (1 + 0.1 * looks + 0.6 * copies) * held_up
@@ -533,12 +533,12 @@ def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else() 
     costs, policy = CopyCosts(), FixedDraftLength(7)
     feedback = PolicyFeedback(None, None, costs)
     kinds = list[tuple[int, bool]]()
-    costs.trials.observe = lambda rows, drafts, *_: kinds.append((rows, drafts))  # type: ignore[method-assign]
+    costs.search.observe = lambda rows, drafts, *_: kinds.append((rows, drafts))  # type: ignore[method-assign]
     for draft_length, copy_length in ((7, 0), (0, 7), (0, 0)):
         shape = RoundShape(0, draft_length, copy_length, Processors(), absorbs=True)
         outcome = SimpleNamespace(tokens=[1, 2], copied=copy_length > 0, updated=False, accepted=1)
-        took = Took(1.0, NO_STAGES, captured=False)
-        feedback.observe(policy, took, shape, 8, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
+        plan, time = RoundPlan([0], shape, 8, {}), RoundTime(1.0, NO_STAGES, captured=False)
+        feedback.observe(policy, plan, time, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
     assert kinds == [(1, True), (1, True), (1, False)]
 
 
@@ -546,7 +546,7 @@ def test_what_was_not_looked_at_is_caught_up_with() -> None:
     costs = CopyCosts()
     costs.observe(2, False, 0, 1.0)
     copying, tokens = Copying(2, 8, costs=costs), [[1, 2, 3], [4, 5, 6]]
-    costs.trials.looks = False
+    costs.search.is_on = False
     for new in range(10, 40):
         assert not copying.expects([0, 1], tokens, drafts=False)
         assert not copying.expects([0], [[7, 8] * 9], drafts=False)
@@ -555,6 +555,6 @@ def test_what_was_not_looked_at_is_caught_up_with() -> None:
             copying.commit(row, tokens[row][-1:], None)
     for row in (0, 1):
         tokens[row] += tokens[row][-6:] * 3
-    costs.trials.looks = True
+    costs.search.is_on = True
     assert copying.choose([0, 1], tokens, drafts=False)[1][:3] == tokens[1][-6:-3]
     assert copying._rows[0]._tokens == tokens[0]

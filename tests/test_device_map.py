@@ -103,7 +103,11 @@ def test_every_tensor_is_where_its_layer_is(which: str, first: str, second: str)
         kept |= {i: own.state.device for i, own in getattr(cache, "states", {}).items()}
         assert [kept[i] for i in range(4)] == places
         features, last = target.read(tokens)
-        assert (features.device, last.device, target.judge(last).device) == (home, home, home)
+        assert (features.device, last.device, target.compute_logits(last).device) == (
+            home,
+            home,
+            home,
+        )
 
 
 def test_a_split_target_is_not_captured(toy_target_dir: Path, monkeypatch):

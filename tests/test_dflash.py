@@ -8,7 +8,7 @@ from toys import (
     bound_drafter,
     context,
     greedy,
-    lesson,
+    replay_batch,
     toy_engine,
 )
 
@@ -67,6 +67,6 @@ def test_a_round_of_the_engine_replays_to_the_same_logits(toy_target_dir):
         decoder.round()
     starts = torch.tensor([[int(v.start[0]) for v in drafted]])
     tokens = torch.stack([v.fed for v in drafted], dim=1)
-    taught = lesson(tokens, starts)
+    taught = replay_batch(tokens, starts)
     logits = decoder.drafter.replay(decoder.state, taught, 4, int(starts.max()))
     assert logits.argmax(-1)[0].tolist() == [v.proposal.tokens[0].tolist() for v in drafted]

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from toys import copy_of, refused
 
-from ttspec.errors import ResourceError
+from ttspec import load
+from ttspec.errors import OptionError, ResourceError
 from ttspec.models import source
 from ttspec.models.source import resolve
 
@@ -16,6 +17,13 @@ from ttspec.models.source import resolve
 def test_a_folder_is_taken_as_it_is(toy_target_dir: Path) -> None:
     found = resolve(str(toy_target_dir))
     assert (found.path, found.origin) == (toy_target_dir.resolve(), "folder")
+
+
+def test_python_takes_paths_and_refuses_what_is_none(toy_target_dir: Path, pair) -> None:
+    engine = load(toy_target_dir, Path(pair[3]), device="cpu", dtype="float32")
+    assert engine.drafter is not None
+    with pytest.raises(OptionError, match=r"target is a LlamaForCausalLM; allowed are a name, "):
+        load(engine.target.model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -96,10 +104,11 @@ def test_a_hub_model_is_fetched_without_pickles(
 
 def test_a_hub_that_cannot_be_reached_is_a_two_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
-        raise ConnectionError("Name or service not known\nand much more")
+        raise ConnectionError("It is not on the disk and traffic has\nbeen switched off. Much more")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    assert "Name or service not known" in refused("owner/name", ResourceError)
+    message = refused("owner/name", ResourceError)
+    assert ": It is not on the disk and traffic has been switched off.\n" in message
 
 
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:

@@ -314,11 +314,11 @@ def test_what_rounds_take_is_near_the_forecast(which: str, options: dict):
     def work() -> None:
         numbers = [*range(rows)]
         decoder.prefill(numbers, [[5] * 20] * rows, numbers, [24] * rows)
-        for _ in range(5):  # one more than the lessons that are kept
+        for _ in range(5):  # one more than the blocks that are kept
             decoder.round()
 
     measured = height(work)
-    assert 0.7 * measured < (need.working or 0) + (need.lessons or 0) < 1.5 * measured
+    assert 0.7 * measured < (need.working or 0) + (need.replay_buffer or 0) < 1.5 * measured
 
 
 # How many rows.

@@ -15,6 +15,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ttspec import fused
 from ttspec.config import DraftConfig
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.eagle3 import Eagle3
@@ -172,7 +173,7 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
 CHAINS = [
     # Hidden size, size of the MLP, heads, key heads, head size, rows, window, what else is given.
     (64, 128, 2, 1, 64, 1, None, {}),
-    (64, 128, 2, 2, 64, 3, 70, {"norm_before_residual": True}),
+    (64, 128, 2, 2, 64, 9, 70, {"norm_before_residual": True}),
     (128, 192, 4, 2, 128, 3, 70, {"architectures": ["LlamaForCausalLMEagle3Qwen3"]}),
     (896, 4864, 14, 2, 64, 8, 130, {"draft_vocab_size": 32000, "vocab_size": 50000}),
 ]
@@ -246,9 +247,19 @@ def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
     monkeypatch.setattr(FusedChain, "fits", lambda *_: False)
     exact, own = said(torch.float64), said(dtype)
     monkeypatch.setattr(FusedChain, "fits", lambda *_: True)
-    for fused, plain, wanted in zip(said(dtype), own, exact, strict=True):
+    for ours, plain, wanted in zip(said(dtype), own, exact, strict=True):
         limit = 1e-5 if dtype == torch.float32 else 5e-3 + 1.5 * error(plain, wanted)
-        assert error(fused, wanted) < limit
+        assert error(ours, wanted) < limit
     drafter, state, _ = random_chain(case, dtype)
     monkeypatch.undo()
     assert FusedChain.fits(drafter, state) is (DEVICE == "cuda")
+
+
+def test_an_mlp_s_inner_states_are_those_of_one_kernel_where_they_are_made_by_three(monkeypatch):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    x, table, gain = (torch.randn(*s).to(DEVICE, dtype) for s in ((3, 64), (256, 64), (64,)))
+    one = fused.inner_of(x, table, gain, 1e-6)
+    monkeypatch.setattr(fused, "BROADEST", 0)
+    limit = 1e-2 if DEVICE == "cuda" else 1e-5
+    assert error(fused.inner_of(x, table, gain, 1e-6), one.double()) < limit

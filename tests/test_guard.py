@@ -8,7 +8,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from toys import NOW, G, bound_drafter, fake_round, learn_from, lesson, make_learner
+from toys import (
+    NOW,
+    G,
+    bound_drafter,
+    fake_round,
+    learn_from,
+    make_learner,
+    replay_batch,
+    update_on,
+)
 
 from ttspec.config import LearnConfig
 from ttspec.learning import guard as guards
@@ -217,14 +226,14 @@ def test_each_loss_brings_the_drafter_nearer(loss: str, weights: str):
     learner, drafter, state = make_learner(1, config)
     v = fake_round(0, 1, same=True)
     drafter.absorb(state, v)
-    block = replace(lesson(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
+    block = replace(replay_batch(v.fed[:, None], v.start[:, None]), logits=v.logits[:, None, :G])
 
     def drafts() -> float:
         return float(learner._distillation.expected_drafts(state.weights, block, 8).sum())
 
     before = drafts()
     for _ in range(30):
-        learner.update(block, 8)
+        update_on(learner, block, 8)
     assert drafts() > 1.2 * before
 
 

@@ -119,6 +119,31 @@ def test_after_an_abandoned_stream_the_next_turn_goes_on(typist, chunks: int, op
     assert_goes_on(typist, before, session.send("and now?"))
 
 
+@pytest.mark.parametrize("options", [PLAIN, LEARN], ids=["plain", "learn"])
+def test_another_turn_ends_a_stream_that_is_still_open(typist, options):
+    session = typist.session(max_new_tokens=30, context=300, **options)
+    stream = session.stream("hello")
+    shown = [token for _ in range(2) for token in next(stream).token_ids]
+    before = session.conversation.prompt_ids + shown
+    other = session.stream("and now?")
+    first = next(other)
+    last = stream.throw(KeyboardInterrupt)  # which is nothing to the other one
+    assert last.result.finish_reason == "cancelled"
+    assert last.result.token_ids == shown
+    _, tokens, result = finish(other)
+    assert result.token_ids == [*first.token_ids, *tokens]
+    assert_goes_on(typist, before, result)
+
+
+def test_a_session_that_is_closed_ends_its_stream(typist):
+    session = typist.session(max_new_tokens=30, context=300, **PLAIN)
+    stream = session.stream("hello")
+    shown = next(stream).token_ids
+    session.close()
+    (last,) = stream
+    assert (last.result.finish_reason, tuple(last.result.token_ids)) == ("cancelled", shown)
+
+
 def test_a_stream_that_was_never_read_is_no_turn(typist):
     session = typist.session(max_new_tokens=10, context=200)
     session.stream("nothing")

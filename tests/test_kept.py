@@ -1,4 +1,4 @@
-"""What all requests of a tenant taught, kept on disk and gone on from; whose lessons go where."""
+"""What all requests of a tenant taught, kept on disk and gone on from; whose texts teach what."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError, ResourceError
-from ttspec.learning.keeper import Judgement
+from ttspec.learning.keeper import Evaluation
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import numbers_in, stores_in
 
@@ -54,7 +54,7 @@ def test_learning_goes_on_from_the_bits_that_were_kept(target, tmp_path, weights
     weights_then = {n: w.clone() for n, w in live(engine).learned.items()}
     keeper = live(engine).keeper
     engine.close()
-    assert keeper.judgement.is_kept, keeper.judgement
+    assert keeper.evaluation.is_kept, keeper.evaluation
     assert engine.told == []
     (store,) = stores_in(tmp_path)
     assert numbers_in(store) == [1]
@@ -80,7 +80,7 @@ def kept(target, tmp_path_factory) -> Path:
     keeper = live(engine).keeper
     assert keeper.make_version()
     keeper.writer.flush()
-    keeper.judgement = Judgement(0)
+    keeper.evaluation = Evaluation(0)
     keeper._news = True
     engine.close()
     (store,) = stores_in(folder)
@@ -124,7 +124,7 @@ def test_worse_weights_are_not_kept_and_the_reason_is_told(target, tmp_path: Pat
         learned.copy_(weights.anchor[name] - 3 * (learned - weights.anchor[name]))
     weights.publish(anchor=True)  # what is judged is what would be kept, not what drafts
     engine.close()
-    found = weights.keeper.judgement
+    found = weights.keeper.evaluation
     assert found.live < found.anchor
     assert found.blocks > 16
     (told,) = engine.told
@@ -144,7 +144,7 @@ def test_worse_weights_are_not_kept_and_the_reason_is_told(target, tmp_path: Pat
     ],
 )
 def test_a_version_must_be_behind_neither(blocks: int, figures, good: bool) -> None:
-    assert Judgement(blocks, *figures).is_kept is good
+    assert Evaluation(blocks, *figures).is_kept is good
 
 
 # Whose text.

@@ -69,7 +69,7 @@ def small() -> Engine:
 
 @pytest.mark.parametrize("which", ["mtp-gated", "dspark"])
 def test_sampled_texts_follow_the_targets_law_while_the_drafter_learns(small, which):
-    """By p / q, whose lessons are of drafts that were rejected too."""
+    """By p / q, whose batches are of drafts that were rejected too."""
     assert written(small, which) > 1e-3
 
 

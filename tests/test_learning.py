@@ -14,11 +14,12 @@ from toys import (
     bound_kind,
     fake_round,
     learn_from,
-    lesson,
     make_learner,
     random_features,
+    replay_batch,
     take,
     toy_engine,
+    update_on,
     verification,
 )
 
@@ -28,9 +29,9 @@ from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
 from ttspec.learning import adam, distillation
 from ttspec.learning.learner import Learner
-from ttspec.learning.lessons import Lessons
+from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.losses import forward_kl
-from ttspec.records import Lesson, Verification
+from ttspec.records import ReplayBatch, Verification
 
 
 def step(learner: Learner, drafter: DFlash, state: DraftState, v: Verification) -> list[bool]:
@@ -123,7 +124,8 @@ def test_a_first_step_goes_down_the_weighted_kl():
     drafter.absorb(state, v)
     leaves = {n: drafter.weights[n].clone().requires_grad_() for n in learner.weights.anchor}
     before = replace(state, weights={**drafter.weights, **leaves})
-    q = drafter.replay(before, lesson(v.fed[:, None], v.start[:, None]), G, 8)[0, 0].log_softmax(-1)
+    batch = replay_batch(v.fed[:, None], v.start[:, None])
+    q = drafter.replay(before, batch, G, 8)[0, 0].log_softmax(-1)
     p = v.logits[0, :G].log_softmax(-1)
     weights = torch.exp(-torch.arange(G) / 2.0)
     loss = ((p.exp() * (p - q)).sum(-1) * weights).sum() / weights.sum()
@@ -139,7 +141,7 @@ def test_a_first_step_goes_down_the_weighted_kl():
 
 
 @pytest.mark.parametrize("rows", ["block", "accepted", "hindsight"])
-def test_repeating_a_lesson_lowers_its_loss(rows: str):
+def test_repeating_a_batch_lowers_its_loss(rows: str):
     config = LearnConfig(stride=1, blocks=1, supervision=rows, lr=1e-3)
     learner, drafter, state = make_learner(1, config)
     taught = None
@@ -154,13 +156,13 @@ def test_repeating_a_lesson_lowers_its_loss(rows: str):
         v = fake_round(n, 1)
         drafter.absorb(state, v)
         learn_from(learner, v, 8 + n)
-    lessons = Lessons(config, 1, G, v)
+    buffer = ReplayBuffer(config, 1, G, v)
     for n in range(6):
-        lessons.absorb(fake_round(n, 1))
-    taught = take(lessons)
+        buffer.absorb(fake_round(n, 1))
+    taught = take(buffer)
     before = loss()
     for _ in range(25):
-        learner.update(taught, 24)
+        update_on(learner, taught, 24)
     assert loss() < 0.6 * before
 
 
@@ -296,8 +298,8 @@ KINDS = ["dflash", "eagle3", "pard"]
 STARTS = [[9, 20, 26, 29, 30], [12, 13, 15, 21, 30]]
 
 
-def taught(which: str, config: LearnConfig) -> tuple[Learner, Drafter, Lesson]:
-    """A learner of two rows that have read 31 tokens, and a lesson of five blocks a row."""
+def taught(which: str, config: LearnConfig) -> tuple[Learner, Drafter, ReplayBatch]:
+    """A learner of two rows that have read 31 tokens, and a batch of five blocks a row."""
     drafter = bound_kind(which)
     width = 64 * len(drafter.taps)
     generator = torch.Generator().manual_seed(0)
@@ -309,9 +311,9 @@ def taught(which: str, config: LearnConfig) -> tuple[Learner, Drafter, Lesson]:
     before = random_features(2, 5, width, seed=1) if which == "eagle3" else None
     logits = 3 * torch.randn(2, 5, G, VOCABULARY, generator=generator)
     mask = torch.ones(2, 5, G, dtype=torch.bool)
-    mask[0, 1:3] = False  # a row with fewer lessons
+    mask[0, 1:3] = False  # a row with fewer blocks
     count = mask.any(-1).sum(-1)
-    whole = lesson(tokens, STARTS, before)
+    whole = replay_batch(tokens, STARTS, before)
     return learner, drafter, replace(whole, logits=logits, mask=mask, count=count)
 
 
@@ -333,7 +335,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 
         calls.append([])
         monkeypatch.setattr(drafter, "replay", counted)
-        assert learner.update(given, 31) == [True, True]
+        assert update_on(learner, given, 31) == [True, True]
         moved.append({n: w - learner.weights.anchor[n] for n, w in learner.weights.master.items()})
     some = max(1, at_once // (2 * G))
     assert calls[0] == [5]
@@ -347,7 +349,7 @@ def test_an_update_in_parts_is_the_update_at_once(which: str, at_once: int, monk
 @pytest.mark.parametrize("which", KINDS)
 def test_a_first_step_is_as_long_as_the_rate_of_the_kind_or_of_the_config(which: str, lr):
     learner, drafter, given = taught(which, LearnConfig(stride=1, lr=lr))
-    assert learner.update(given, 31) == [True, True]
+    assert update_on(learner, given, 31) == [True, True]
     moved = [
         (learner.weights.master[n] - w).abs().flatten() for n, w in learner.weights.anchor.items()
     ]

@@ -130,7 +130,7 @@ def test_graphs_of_few_shapes_are_kept_and_the_text_stays(
     Forgetful.most_seen = Forgetful.dropped = 0
     assert say() == wanted
     assert Forgetful.dropped > 5
-    updates = 1 + 6  # of a lesson, and of contexts of 8 to 256 tokens
+    updates = 1 + 6  # of a batch, and of contexts of 8 to 256 tokens
     assert Forgetful.most_seen <= updates + (5 if bound == "most" else capture.FEW)
 
 

@@ -13,14 +13,14 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.drafters import taught_chain
-from ttspec.learning import study
+from ttspec.learning import memory_trainer
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.memory import HELD_OUT, PAGE, LessonMemory, MemoryRows
-from ttspec.learning.study import BLOCKS, Study
+from ttspec.learning.memory import HELD_OUT, PAGE, MemoryRows, TextMemory
+from ttspec.learning.memory_trainer import BLOCKS, TextTrainer
 from ttspec.losses import forward_kl, likely_kl
 from ttspec.models.capture import Graphs
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 VOCABULARY = 260
 KINDS = ["dflash", "eagle3", "eagle3-layers", "causal", "pard", "mtp"]
@@ -44,7 +44,7 @@ def test_every_page_holds_what_a_row_wrote(engine, seed: int) -> None:
     """Rows that come, go, rest and take each other's oldest pages, in pieces of any size."""
     drafter, rng = bound(engine, "dflash"), random.Random(seed)
     torch.manual_seed(seed)
-    memory, rows = LessonMemory(drafter, pages=24), 3
+    memory, rows = TextMemory(drafter, pages=24), 3
     writer, width = MemoryRows(memory, rows), memory.features.shape[-1]
     texts: list[dict] = [{"ids": [], "logits": {}} for _ in range(rows)]
     over: list[dict] = []
@@ -103,7 +103,7 @@ def test_every_page_holds_what_a_row_wrote(engine, seed: int) -> None:
 
 def test_a_full_memory_takes_no_more_and_keeps_the_newest(engine) -> None:
     drafter = bound(engine, "dflash")
-    memory = LessonMemory(drafter, pages=8)
+    memory = TextMemory(drafter, pages=8)
     rows, nbytes = MemoryRows(memory, 1), memory.nbytes
     width = memory.features.shape[-1]
     for begin in range(0, 20 * PAGE, 32):
@@ -112,7 +112,7 @@ def test_a_full_memory_takes_no_more_and_keeps_the_newest(engine) -> None:
         features = torch.zeros(1, 32, width)
         rows.write(ids, features, torch.tensor([begin]), torch.tensor([32]), logits)
     assert memory.nbytes == nbytes
-    assert nbytes == pytest.approx(LessonMemory.bytes_for(drafter, 8), rel=0.01)
+    assert nbytes == pytest.approx(TextMemory.bytes_for(drafter, 8), rel=0.01)
     assert set(memory.tokens[:-1].flatten().tolist()) == set(range(12, 20))
     assert len(memory.held_out_pages(99)) == sum(n % HELD_OUT == 1 for n in range(12, 20))
 
@@ -120,7 +120,7 @@ def test_a_full_memory_takes_no_more_and_keeps_the_newest(engine) -> None:
 @pytest.mark.parametrize("which", KINDS)
 def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> None:
     drafter = bound(engine, which)
-    memory, size = LessonMemory(drafter), 40
+    memory, size = TextMemory(drafter), 40
     width, rows = memory.features.shape[-1], MemoryRows(memory, 2)
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, VOCABULARY - 4, (2, size), generator=generator)
@@ -129,36 +129,36 @@ def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> No
     zero, all_of_it = torch.zeros(2, dtype=torch.long), torch.full((2,), size)
     rows.write(ids, features, zero, all_of_it, logits)
     options, length = drafter.with_context(DraftConfig()), 3
-    study = Study(drafter, options, length)
+    trainer = TextTrainer(drafter, options, length)
     texts = memory.read(torch.tensor([0, 1]), 1)
     chance = torch.rand(2, PAGE, generator=generator)
-    lesson = study.blocks(texts, texts.judged, chance, 5)
-    assert lesson.mask.any(-1).all()
+    batch = trainer.blocks(texts, texts.judged, chance, 5)
+    assert batch.mask.any(-1).all()
 
     state = drafter.start(2, 64, options)
     drafter.extend(state, ids, features, zero)
-    at = lesson.start[..., None] + torch.arange(length)
+    at = batch.start[..., None] + torch.arange(length)
     row = torch.arange(2)[:, None]
-    before = features[row, lesson.start - 1] if width else None
-    own = Lesson(
+    before = features[row, batch.start - 1] if width else None
+    own = ReplayBatch(
         tokens=torch.cat([ids, ids], 1)[row[..., None], torch.cat([at, at[..., -1:] + 1], -1)],
-        start=lesson.start,
+        start=batch.start,
         before=before,
         logits=logits[row[..., None], at.clamp(max=size - 1)],
         mask=at < size,
-        fresh=lesson.fresh,
-        count=lesson.count,
+        fresh=batch.fresh,
+        count=batch.count,
     )
-    assert torch.equal(own.mask, lesson.mask)
+    assert torch.equal(own.mask, batch.mask)
     learner = Learner(LearnConfig(stride=1), drafter, state, 2, length)
     q_logits = drafter.replay(state, own, length, size)
     p = learner._distillation._target(own.logits)
     q = q_logits.float().softmax(-1)
     agreement = torch.minimum(p, q).sum(-1)
-    found = study.expected_drafts(drafter.weights, texts, lesson)
-    drafts = [study._draft(drafter.weights, texts, lesson)]
+    found = trainer.expected_drafts(drafter.weights, texts, batch)
+    drafts = [trainer._draft(drafter.weights, texts, batch)]
     with torch.no_grad():
-        drafts.append(study._draft(drafter.weights, texts, lesson))
+        drafts.append(trainer._draft(drafter.weights, texts, batch))
     torch.testing.assert_close(*drafts, atol=1e-4, rtol=1e-4)
     wanted = (agreement * own.mask).cumprod(-1).sum(-1)
     # 64 of 260 tokens are known: what the others would add is not counted.
@@ -169,21 +169,21 @@ def test_a_remembered_text_is_drafted_as_its_row_would(engine, which: str) -> No
 @pytest.mark.parametrize("which", ["eagle3", "eagle3-layers", "peagle"])
 def test_a_text_that_is_read_with_gradients_is_drafted_as_one_without(engine, which: str) -> None:
     drafter = bound(engine, which)
-    memory, size = LessonMemory(drafter), 40
+    memory, size = TextMemory(drafter), 40
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(0, VOCABULARY - 4, (2, size), generator=generator)
     features = random_features(2, size, memory.features.shape[-1])
     logits = torch.randn(2, size, VOCABULARY, generator=generator)
     zero = torch.zeros(2, dtype=torch.long)
     MemoryRows(memory, 2).write(ids, features, zero, zero + size, logits)
-    study = Study(drafter, DraftConfig(window=7), 3)
+    trainer = TextTrainer(drafter, DraftConfig(window=7), 3)
     texts = memory.read(torch.tensor([0, 1]), 1)
-    lesson = study.blocks(texts, texts.judged, torch.rand(2, PAGE, generator=generator), 5)
+    batch = trainer.blocks(texts, texts.judged, torch.rand(2, PAGE, generator=generator), 5)
     names = drafter.learnable("full")
     leaves = {n: drafter.weights[n].clone().requires_grad_() for n in names}
-    found = study._draft({**drafter.weights, **leaves}, texts, lesson)
+    found = trainer._draft({**drafter.weights, **leaves}, texts, batch)
     with torch.no_grad():
-        wanted = study._draft(drafter.weights, texts, lesson)
+        wanted = trainer._draft(drafter.weights, texts, batch)
     torch.testing.assert_close(found.detach(), wanted, atol=5e-5, rtol=1e-4)
     for name, gradient in zip(
         names, torch.autograd.grad(found.square().mean(), list(leaves.values())), strict=True
@@ -197,19 +197,19 @@ def test_a_text_that_is_read_with_gradients_is_drafted_as_one_without(engine, wh
 def test_gradients_made_by_hand_are_those_of_autograd(engine, normed, window, monkeypatch) -> None:
     drafter, target = make_kind("eagle3", norm_before_residual=normed), engine.target
     drafter.bind(target.embedding, target.head, int(target.config.num_hidden_layers))
-    memory, size = LessonMemory(drafter), 40
+    memory, size = TextMemory(drafter), 40
     ids = torch.randint(0, VOCABULARY - 4, (2, size))
     features = torch.randn(2, size, memory.features.shape[-1])
     logits = 3 * torch.randn(2, size, VOCABULARY)
     zero = torch.zeros(2, dtype=torch.long)
     MemoryRows(memory, 2).write(ids, features, zero, zero + size, logits)
-    study = Study(drafter, DraftConfig(window=window), 3)
+    trainer = TextTrainer(drafter, DraftConfig(window=window), 3)
     texts = memory.read(torch.tensor([0, 1]), 1)
-    lesson = study.blocks(texts, texts.judged, torch.rand(2, PAGE), 5)
+    batch = trainer.blocks(texts, texts.judged, torch.rand(2, PAGE), 5)
     live = LiveWeights(LearnConfig(scope="shared"), drafter, 1)
 
     def made() -> tuple[Tensor, dict[str, Tensor]]:
-        loss = study.backward(live, texts, lesson)
+        loss = trainer.backward(live, texts, batch)
         return loss, {name: gradient.clone() for name, gradient in live.gradient.items()}
 
     loss, wanted = made()
@@ -337,7 +337,7 @@ def test_on_a_gpu_it_remembers_what_was_said(toy_target_dir, which: str, compile
 
 
 @pytest.mark.parametrize("apart", [True, False])
-def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engine, apart) -> None:
+def test_the_newest_batch_is_captured_before_what_would_work_where_it_lies(engine, apart) -> None:
     """All graphs of updates share memory: a later one's output may lie in an older one's."""
     own, called = Engine(engine.target, make_kind("eagle3")), list[str]()
 
@@ -360,7 +360,7 @@ def test_the_newest_lesson_is_captured_before_what_would_work_where_it_lies(engi
     if not apart:  # as where updates are published at once
         learner._run = learner._run_update
     learner.capture_updates(600)
-    assert called[0] == "_newest_lesson"
+    assert called[0] == "_newest_batch"
     assert called.count("_compare_newest") == 2
 
 
@@ -407,7 +407,7 @@ def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> N
 
 def test_a_memory_is_told_of_few_rounds_where_updates_are_rare(engine, monkeypatch) -> None:
     """And those updates come as often as they would."""
-    monkeypatch.setattr(study, "STRETCH", 4)
+    monkeypatch.setattr(memory_trainer, "RECORDED_ROUNDS", 4)
     asked = {"max_new_tokens": 70, "seed": 5, "ignore_eos": True}
     learn = LearnConfig(scope="shared", stride=1, guard=0)
     keep, calls, done = Learner.keep, list[int](), list[tuple[int, int, int]]()
@@ -431,7 +431,7 @@ def test_a_memory_is_told_of_few_rounds_where_updates_are_rare(engine, monkeypat
 
 def test_an_update_leaves_alone_what_is_held_out(engine) -> None:
     drafter = bound(engine, "dflash")
-    memory = LessonMemory(drafter)
+    memory = TextMemory(drafter)
     rows, width = MemoryRows(memory, 1), memory.features.shape[-1]
     length = 20 * PAGE
     ids = torch.randint(0, VOCABULARY, (1, length))
@@ -440,14 +440,14 @@ def test_an_update_leaves_alone_what_is_held_out(engine) -> None:
     rows.write(ids, random_features(1, length, width), *where, logits)
     pages = memory.held_out_pages(9)
     assert memory.number[pages].tolist() == [17, 1]
-    study = Study(drafter, DraftConfig(), 4)
+    trainer = TextTrainer(drafter, DraftConfig(), 4)
     texts = memory.read(pages[:1], 8)
     assert texts.held_out.sum() == PAGE
     teach = texts.judged & ~texts.held_out
     chance = torch.rand(teach.shape)
-    lesson = study.blocks(texts, teach, chance, BLOCKS)
-    at = (lesson.start[..., None] + torch.arange(4))[lesson.mask]
+    batch = trainer.blocks(texts, teach, chance, BLOCKS)
+    at = (batch.start[..., None] + torch.arange(4))[batch.mask]
     assert not texts.held_out[0, at].any()
-    held = study.blocks(texts, texts.held_out, chance, 8)
+    held = trainer.blocks(texts, texts.held_out, chance, 8)
     at = (held.start[..., None] + torch.arange(4))[held.mask]
     assert texts.held_out[0, at].all()

@@ -2,13 +2,15 @@
 
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from toys import complaint
 
 from ttspec.bench.arms import parse_arms
 from ttspec.cli import WRONG_INPUT, main
-from ttspec.config import DraftConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
 
 KINDS = {"learn": LearnConfig, "draft": DraftConfig}
@@ -33,6 +35,34 @@ def test_a_name_that_never_was_an_option_is_refused_with_those_there_are() -> No
         parse_arms("learn[speed=3]")
     with pytest.raises(OptionError, match=r"\nIs stride meant\? Options stand in brackets"):
         parse_arms("learn[strid=3]")
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"learn": False}, "learn is False; allowed is a LearnConfig or None."),
+        ({"learn": {"stride": 4}}, "learn is {'stride': 4}; allowed is a LearnConfig or None."),
+        ({"max_new_tokens": 8.0}, "max_new_tokens is 8.0; allowed is a whole number (int)."),
+        ({"max_new_tokens": True}, "max_new_tokens is True; allowed is a whole number (int)."),
+        ({"temperature": "0.5"}, "temperature is '0.5'; allowed is a number or None."),
+        ({"seed": "a"}, "seed is 'a'; allowed is a whole number (int) or None."),
+        ({"raw": 1}, "raw is 1; allowed is True or False."),
+        ({"stop": "END"}, "stop is 'END'; allowed is a list of texts, none of them empty."),
+        ({"stop": None}, "stop is None; allowed is a list of texts, none of them empty."),
+        ({"stop": [3]}, "stop is [3]; allowed is a list of texts, none of them empty."),
+        ({"acceptance": "typical"}, "acceptance is 'typical'; allowed is invariant, rejection."),
+        ({"max_tokens": 8}, "max_tokens is no option; options are max_new_tokens, temperature"),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_name(options: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(OptionError) as caught:
+        GenerateConfig(**options)
+    assert str(caught.value).startswith(allowed)
+
+
+def test_numbers_of_numpy_and_lists_of_stop_texts_are_taken() -> None:
+    config = GenerateConfig(temperature=np.float32(0.5), stop=["a", "b"])  # type: ignore[arg-type]
+    assert config.sampling({}).temperature == 0.5
 
 
 def test_the_papers_preset_is_what_it_was() -> None:

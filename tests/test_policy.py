@@ -18,7 +18,7 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, DraftPolicy
 from ttspec.errors import OptionError
-from ttspec.learning.lessons import Lessons
+from ttspec.learning.replay_buffer import ReplayBuffer
 
 # A clock that is told.
 
@@ -653,7 +653,7 @@ def test_arms_name_the_policy() -> None:
         parse_arms("static[adaptive=yes]")
 
 
-# Lessons of shortened and of left out rounds.
+# Batches of shortened and of left out rounds.
 
 
 def short(number: int, length: int):
@@ -670,28 +670,28 @@ def short(number: int, length: int):
     )
 
 
-def test_a_short_round_s_lesson_has_only_what_was_drafted() -> None:
-    store = Lessons(LearnConfig(supervision="block", blocks=3), 1, G, fake_round(0, 1))
+def test_a_short_round_s_batch_has_only_what_was_drafted() -> None:
+    store = ReplayBuffer(LearnConfig(supervision="block", blocks=3), 1, G, fake_round(0, 1))
     rounds = [fake_round(0, 1), short(1, 2), fake_round(2, 1)]
     for v in rounds:
         store.absorb(v)
-    lesson = take(store)
-    assert lesson.mask[0].tolist() == [[True] * G, [True] * 2 + [False] * (G - 2), [True] * G]
+    batch = take(store)
+    assert batch.mask[0].tolist() == [[True] * G, [True] * 2 + [False] * (G - 2), [True] * G]
     for block_of, v in zip((2, 1, 0), rounds, strict=True):
         width = v.proposal.tokens.shape[1]
-        assert lesson.logits[0, block_of, :width].equal(v.logits[0, :width])
-        assert lesson.tokens[0, block_of, : width + 1].equal(v.fed[0])
+        assert batch.logits[0, block_of, :width].equal(v.logits[0, :width])
+        assert batch.tokens[0, block_of, : width + 1].equal(v.fed[0])
 
 
 def test_what_plain_rounds_said_teaches_nobody() -> None:
-    """Hindsight rows of positions that no lesson recorded are masked."""
-    store = Lessons(LearnConfig(supervision="hindsight", blocks=4), 1, G, fake_round(0, 1))
+    """Hindsight rows of positions that no batch recorded are masked."""
+    store = ReplayBuffer(LearnConfig(supervision="hindsight", blocks=4), 1, G, fake_round(0, 1))
     for number in (0, 1, *range(4, 9)):  # rounds 2 and 3 were plain
         store.absorb(fake_round(number, 1))
-    lesson = store.newest()
-    assert lesson.start[0].tolist() == [13, 12, 9, 8]
-    position = lesson.start[0, :, None] + 1 + torch.arange(G)
-    assert lesson.mask[0].equal((position != 11) & (position != 12))
+    batch = store.newest()
+    assert batch.start[0].tolist() == [13, 12, 9, 8]
+    position = batch.start[0, :, None] + 1 + torch.arange(G)
+    assert batch.mask[0].equal((position != 11) & (position != 12))
 
 
 @pytest.mark.parametrize("which", ["eagle3", "pard"])

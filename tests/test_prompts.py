@@ -8,9 +8,9 @@ from torch.nn import functional
 from toys import make_kind, toy_engine
 
 from ttspec import load
-from ttspec.config import DraftConfig, LearnConfig
+from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
-from ttspec.decoding.engine import Engine, make_config
+from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PADDED, Piece
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.context import FeatureState
@@ -87,7 +87,7 @@ def test_a_cpu_reads_few_lengths_where_each_costs_memory(
 
     monkeypatch.setattr(Target, "forward", counted)
     lengths = [1, *range(20, 100)]  # padded, the longest have no room in a row
-    config = make_config({"max_new_tokens": 1, "ignore_eos": True, "context": 100})
+    config = GenerateConfig(max_new_tokens=1, ignore_eos=True, context=100)
     scheduler = Scheduler(engine.decoder(config, 1, 1, sessions=True), config)
     for length in lengths:
         scheduler.add_request(Request(ids=[n % 200 for n in range(length)], seed=1))
@@ -118,7 +118,7 @@ def test_no_product_is_of_a_slice(toy_target_dir, monkeypatch, which: str) -> No
 def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> None:
     """To compile a target lays its weights elsewhere: an older graph would read freed memory."""
     engine = toy_engine(toy_target_dir, dtype="bfloat16")
-    decoder = engine.decoder(make_config({}), 2, 50, sessions=False)
+    decoder = engine.decoder(GenerateConfig(), 2, 50, sessions=False)
     called: list[str] = []
 
     class Recording(Graphs):
@@ -157,7 +157,7 @@ def test_graphs_of_prompts_read_weights_that_are_there(toy_target_dir) -> None:
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "causal", "mtp"])
 def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) -> None:
     engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
-    config = make_config({"max_new_tokens": 20, "learn": LearnConfig(scope="shared")})
+    config = GenerateConfig(max_new_tokens=20, learn=LearnConfig(scope="shared"))
     decoder = engine.decoder(config, 3, 100, sessions=False)
     prompts, found = decoder.prompts, []
     assert prompts.graphs

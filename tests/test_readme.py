@@ -274,7 +274,7 @@ def test_acceptance_in_the_readme_is_that_of_the_committed_runs(kind: str) -> No
     [
         ("SmolLM2-135M, DFlash (bundled)", "smollm2-135m-dflash"),
         ("SmolLM2-135M, EAGLE-3 (bundled)", "smollm2-135m-eagle3"),
-        ("Qwen2.5-Coder-0.5B, EAGLE-3", "qwen2.5-coder-0.5b-eagle3-ahead"),
+        ("Qwen2.5-Coder-0.5B, EAGLE-3", "qwen2.5-coder-0.5b-eagle3-one-text"),
         ("Qwen2.5-Coder-0.5B, DFlash", "qwen2.5-coder-0.5b-dflash"),
     ],
 )

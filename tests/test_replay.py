@@ -1,6 +1,7 @@
 """`ttspec bench replay`: over the text of a run, arms accept what they accept live."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,44 @@ def test_in_bfloat16_the_text_is_the_recorded_one(pairs, run, tmp_path) -> None:
     found = told(tmp_path / "b")
     assert len(found) == 3 * len(wanted)
     assert all(said[:2] == wanted[key[1:]][:2] for key, said in found.items())
+
+
+@pytest.mark.parametrize("which", QUICK)
+def test_a_timed_replay_does_round_for_round_what_the_run_did(
+    pairs, suite, tmp_path, monkeypatch, which: str
+) -> None:
+    monkeypatch.setitem(runner.measure_all.__kwdefaults__, "warm_up", 0)
+    pair, rows = pairs[which], ["--temperature", "0.7", "--rows", "2"]
+    arms = ARMS["0.7"] + ",static-copy"
+    a, out = live(pair, suite, tmp_path / "a", arms, *rows), tmp_path / "b"
+    assert replay(pair, a, out, arms, "--timed") == 0
+    assert told(out) == told(a)
+    manifest, found = read_run(out)
+    assert manifest["rows"] == 2
+    assert all(arm.seconds for arm in found)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_a_timed_replay_writes_a_text_that_the_target_would_not(
+    pairs, run, tmp_path, monkeypatch, capsys, captured: bool
+) -> None:
+    shutil.copytree(run, tmp_path / "a")
+    path = tmp_path / "a" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sampling"]["temperature"] = 0.2
+    path.write_text(json.dumps(manifest))
+    if captured:
+        monkeypatch.setattr(rounds, "BUCKET", 16)
+        monkeypatch.setattr(decoders, "Graphs", Tapes)
+    arms, out = f"plain,ngram,static-copy,learn[{LEARN},supervision=block],default", tmp_path / "b"
+    assert replay(pairs["eagle3"], tmp_path / "a", out, arms, "--timed", "--rows", "2") == 0
+    assert "where an arm would have chosen another token" in capsys.readouterr().err
+    wanted = {key[1:]: said[:2] for key, said in told(run).items()}
+    found = told(out)
+    assert len(found) == 5 * len(wanted)
+    assert all(said[:2] == wanted[key[1:]] for key, said in found.items())
+    assert any(r[1] for *_, each in found.values() for r in each), "nothing was drafted"
+    assert main(["bench", "compare", f"{out}:ngram", f"{out}:plain", "--metric", "speed"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from toys import CONFIGS, SLOTS, Parrot, Watch, bound_kind, complaint, random_features, toy_engine
-from toys import lesson as blocks_of
+from toys import replay_batch as blocks_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ttspec.bench import roofline as r

@@ -29,7 +29,6 @@ from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.kept_noise import KeptNoise
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -38,7 +37,7 @@ from ttspec.learning.learner import Learner
 from ttspec.models import target as targets
 from ttspec.models.target import Target, wrap_target
 from ttspec.records import LogitMask, Proposal, Result
-from ttspec.sampling import SamplingTensors, position_noise, process
+from ttspec.sampling import NoiseCache, SamplingTensors, position_noise, process
 
 LEARN = LearnConfig(stride=1, lr=3e-3, publish="now", blocks=2)
 HOW: dict[str, dict[str, Any]] = {
@@ -276,9 +275,9 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
                     assert seen.setdefault(noise[row, column].numpy().tobytes(), place) == place
         return noise
 
-    kept = KeptNoise.__call__
+    kept = NoiseCache.__call__
     monkeypatch.setattr(
-        KeptNoise, "__call__", lambda own, *given: recorded(*given, make=partial(kept, own))
+        NoiseCache, "__call__", lambda own, *given: recorded(*given, make=partial(kept, own))
     )
     monkeypatch.setattr(prefill, "position_noise", recorded)
     temperatures = (0.7, 0.0, 0.7, 1.3, 0.9)

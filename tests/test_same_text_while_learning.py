@@ -120,6 +120,17 @@ def test_equal_prompts_of_one_call_get_different_answers(engine):
     assert len({tuple(r.token_ids) for r in results}) == 3
 
 
+def test_several_prompts_of_one_call_teach_nothing_unless_asked(engine):
+    for prompts, options, learns in (
+        (["a", "b"], {}, False),
+        ("a", {}, True),
+        (["a"], {}, True),
+        (["a", "b"], {"learn": LearnConfig()}, True),
+    ):
+        engine.generate(prompts, max_new_tokens=4, seed=1, **options)
+        assert (engine._spare.learner is not None) is learns
+
+
 def test_equal_prompts_get_equal_answers_where_greedy(engine):
     results = engine.generate(["same"] * 3, max_new_tokens=20, seed=1, temperature=0.0)
     assert len({tuple(r.token_ids) for r in results}) == 1

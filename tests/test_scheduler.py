@@ -13,7 +13,7 @@ from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
-from ttspec.records import Chunk, Lesson, Result
+from ttspec.records import Chunk, ReplayBatch, Result
 from ttspec.rowcache import RowCache
 
 OPTIONS = {"max_new_tokens": 12, "temperature": 0.8, "ignore_eos": True}
@@ -103,7 +103,7 @@ def test_rows_at_rest_are_neither_drafted_for_nor_taught(
         real = getattr(type(drafter), name)
 
         def spied(drafter, state, given, *args, real=real):
-            rows.append(len(given.start) if isinstance(given, Lesson) else len(given))
+            rows.append(len(given.start) if isinstance(given, ReplayBatch) else len(given))
             return real(drafter, state, given, *args)
 
         monkeypatch.setattr(type(drafter), name, spied)

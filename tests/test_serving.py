@@ -173,6 +173,15 @@ def test_what_cannot_be_answered_is_refused_by_name(client, body, param) -> None
         assert json.dumps(value) in error["message"] or repr(value) in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [([], "prompt: List should have at least 1 item"), ([-1], "greater than or equal to 0")],
+)
+def test_of_what_a_field_may_be_the_nearest_is_told(client, prompt, says) -> None:
+    response = client.post("/v1/completions", json={"prompt": prompt})
+    assert says in response.json()["error"]["message"]
+
+
 def test_what_a_text_model_cannot_read_is_refused_by_name(client) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://localhost/x.png"}}
     response = chat(client, messages=[{"role": "user", "content": [image]}])
@@ -310,12 +319,14 @@ def in_background(ask: Callable[[], httpx.Response], found: list[int]) -> thread
     ("flags", "scope"),
     [
         ([], "shared"),
-        (["--api-key-file", "keys.txt"], "request"),
+        (["--api-key-file", "keys.txt"], None),
+        (["--api-key-file", "keys.txt", "--learn.stride", "4"], "request"),
+        (["--api-key-file", "keys.txt", "--learn.scope", "shared"], "shared"),
         (["--learn.scope", "session"], "session"),
         (["--no-learn"], None),
     ],
 )
-def test_without_keys_all_requests_teach_one_drafter(
+def test_without_keys_all_requests_teach_one_drafter_with_keys_none_unless_asked_for(
     flags: list[str], scope: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
@@ -567,7 +578,12 @@ def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engi
 
 
 def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
-    for schema in ({"not": {"type": "string"}}, {"type": "king"}, {"$ref": "http://x/y"}):
+    for schema in (
+        {"not": {"type": "string"}},
+        {"type": "king"},
+        {"$ref": "http://x/y"},
+        {"$ref": "#"},
+    ):
         form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
         response = chat(client, max_tokens=5, response_format=form)
         assert response.status_code == 400, schema

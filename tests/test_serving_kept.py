@@ -11,7 +11,7 @@ from toys import make_kind, toy_engine, twin
 from ttspec.config import LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.learning.versions import VersionStore, numbers_in, stores_in
+from ttspec.learning.versions import VersionStore, current_of, numbers_in, stores_in
 from ttspec.serving.keys import add_key
 
 
@@ -30,7 +30,8 @@ def ask(client: httpx.Client, tokens: int, **body: Any) -> dict[str, Any]:
     response = client.post("/v1/completions", json={**asked, "return_token_ids": True, **body})
     assert response.status_code == 200, response.text
     found = response.json()
-    return {"ids": found["choices"][0]["token_ids"], **found["metrics"]["ttspec"]}
+    told = found["metrics"]["ttspec"] if found["metrics"] else {}  # of a single answer only
+    return {"ids": found["choices"][0]["token_ids"], **told}
 
 
 def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path, caplog) -> None:
@@ -63,6 +64,39 @@ def test_each_tenant_s_is_kept_apart_and_gone_on_from(engine, tmp_path, caplog) 
                 assert told["rounds"] < first["bob"]["rounds"], "alice's drafter knows this text"
     made = [record.fields for record in caplog.records if record.event == "rows"]
     assert {told["tenant"]: told["version"] for told in made[-2:]} == {"alice": 1, "bob": 0}
+
+
+def test_an_update_of_one_drafter_is_counted_once_however_many_rows_it_taught(
+    engine, tmp_path
+) -> None:
+    with running(engine, shared(tmp_path)) as (client, _):
+        for _ in range(2):
+            ask(client, 140, n=2)
+        counted = client.get("/metrics").text.partition("\nttspec:learn_updates_total{")[2]
+    (store,) = stores_in(tmp_path)
+    made = current_of(store).manifest["updates"]  # type: ignore[union-attr]
+    assert float(counted.split()[1]) == made > 10
+
+
+@pytest.mark.parametrize("keys", [False, True])
+@pytest.mark.parametrize(
+    ("learn", "who"),
+    [
+        (None, "Nothing is learned."),
+        (LearnConfig(), "Each request teaches a drafter of its own."),
+        (LearnConfig(scope="session"), "Each conversation teaches a drafter of its own."),
+        (shared(None), "All requests teach one drafter, which ends with the server."),
+        (shared(Path("FOLDER")), "All requests teach one drafter, kept in FOLDER."),
+    ],
+)
+def test_a_server_says_who_learns(engine, tmp_path, monkeypatch, learn, who, keys) -> None:
+    monkeypatch.chdir(tmp_path)
+    add_key(path := tmp_path / "keys", "alice")
+    said: list[str] = []
+    with running(engine, learn, said.append, api_key_file=path if keys else None):
+        until(lambda: len(said) == 2)
+    who = who.replace("requests", "requests of a tenant") if keys else who
+    assert f" tokens. {who} To chat: " in said[1]
 
 
 def test_without_keys_all_share_and_a_fault_loses_nothing(engine, tmp_path, monkeypatch) -> None:

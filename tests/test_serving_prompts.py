@@ -2,7 +2,9 @@
 
 import copy
 import json
+import sys
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from servers import SCHEMA
 from transformers import LlamaForCausalLM, LogitsProcessor
 
-from ttspec.cli import main
+from ttspec.cli import main, serve
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -153,6 +155,15 @@ def test_the_command_refuses_what_is_not_safe_and_makes_keys(tmp_path, capsys) -
     path.write_text("nothing\n")
     assert main(["serve", "--api-key-file", str(path)]) == 2
     assert main(["serve", "--rows", "0"]) == 2
+
+
+def test_a_server_goes_on_where_nobody_can_read_what_it_says(monkeypatch) -> None:
+    full = Path("/dev/full").open("w", encoding="utf-8")  # noqa: SIM115
+    monkeypatch.setattr(sys, "stdout", full)
+    serve._show("Ready")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="No space left"):
+        full.close()
 
 
 def test_a_pair_that_cannot_be_loaded_ends_the_server_with_its_error(tmp_path, capsys) -> None:

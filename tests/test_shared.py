@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_conformance import engine_of
 from test_learning import taught
-from toys import toy_engine
+from toys import toy_engine, update_on
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
@@ -28,7 +28,7 @@ def rounds(results) -> list[list[tuple[int, int]]]:
 
 
 def gradients(learner: Learner, given) -> list[list[torch.Tensor]]:
-    learner.update(given, 31)
+    update_on(learner, given, 31)
     rows = zip(*(g.clone().unbind() for g in learner.weights.gradient.values()), strict=True)
     return [list(own) for own in rows]
 
@@ -44,7 +44,7 @@ def test_it_learns_from_the_mean_over_rows(which: str, monkeypatch) -> None:
         torch.testing.assert_close(m, (a + b) / 2, atol=1e-6, rtol=1e-4)
 
 
-def test_a_row_without_a_lesson_does_not_weigh(monkeypatch) -> None:
+def test_a_row_without_a_batch_does_not_weigh(monkeypatch) -> None:
     monkeypatch.setattr("ttspec.learning.live_weights.MAX_NORM", 1e9)
     given = taught("dflash", LearnConfig())[2]
     given.mask[1] = False
@@ -53,7 +53,7 @@ def test_a_row_without_a_lesson_does_not_weigh(monkeypatch) -> None:
     together = taught("dflash", LearnConfig(stride=1, scope="shared"))[0]
     for a, m in zip(gradients(alone, given)[0], gradients(together, given)[0], strict=True):
         torch.testing.assert_close(m, a, atol=1e-6, rtol=1e-4)
-    assert together.update(given, 31) == [True, False]
+    assert update_on(together, given, 31) == [True, False]
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])
@@ -98,9 +98,9 @@ def test_what_own_requests_learn_does_not_reach_the_shared_one(target) -> None:
 
 def test_a_loss_that_is_not_finite_puts_the_anchor_back() -> None:
     learner, drafter, given = taught("dflash", LearnConfig(stride=1, scope="shared"))
-    assert learner.update(given, 31) == [True, True]
+    assert update_on(learner, given, 31) == [True, True]
     given.logits[0, 0, 0, 0] = float("nan")
-    assert learner.update(given, 31) == [False, False]
+    assert update_on(learner, given, 31) == [False, False]
     assert learner.reverts == [1, 1]
     for name, weight in learner.weights.published.items():
         assert weight.equal(drafter.weights[name]), name

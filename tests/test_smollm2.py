@@ -14,6 +14,7 @@ from safetensors import safe_open
 from ttspec import DraftConfig, LearnConfig, load
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
+from ttspec.diagnosis.ties import token_margin
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS
 from ttspec.records import Result
 
@@ -64,7 +65,7 @@ def assert_same(engine: Engine, wanted: Result, found: list[int], temperature: f
         return
     ids = wanted.prompt_ids + wanted.token_ids
     key = noise_key(11, wanted.prompt_ids) if temperature else None
-    gap = engine.margin(ids, len(wanted.prompt_ids) + differs, key, temperature=temperature)
+    gap = token_margin(engine, ids, len(wanted.prompt_ids) + differs, key, temperature=temperature)
     assert gap < NEAR_TIE, f"token {differs} differs at a gap of {gap}"
     warnings.warn(f"near-tie at token {differs}: gap {gap}", NearTie, stacklevel=2)
 

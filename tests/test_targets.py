@@ -104,7 +104,7 @@ def see_rejected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forget_logit_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        target_module.Target, "judge", lambda target, hidden: hidden @ target.head.T
+        target_module.Target, "compute_logits", lambda target, hidden: hidden @ target.head.T
     )
 
 

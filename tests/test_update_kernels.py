@@ -12,14 +12,13 @@ import pytest
 import torch
 from toys import NOW, VOCABULARY, G, bound_drafter
 
-from ttspec import losses
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.layers import gated_mlp
 from ttspec.drafters.rotary import Rope
 from ttspec.learning.adam import Adam, FusedAdam
 from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -87,7 +86,7 @@ def test_the_way_back_of_a_gated_mlp_is_autograd_s():
 
 
 def learner_on(drafter: Any, rows: int, config: LearnConfig, *, compile: bool) -> Any:
-    """A learner whose rows read the same text, and a lesson of two blocks a row for it."""
+    """A learner whose rows read the same text, and a batch of two blocks a row for it."""
     device = drafter.embedding.device
     state = drafter.start(rows, 128, DraftConfig())
     generator = torch.Generator().manual_seed(0)
@@ -99,7 +98,7 @@ def learner_on(drafter: Any, rows: int, config: LearnConfig, *, compile: bool) -
     drafter.extend(state, torch.zeros(rows, 8, dtype=torch.long), random(8, 128), start)
     run = Graphs(device, compile=compile)
     learner = Learner(config, drafter, state, rows, G, run=run)
-    learner._lesson = Lesson(
+    learner._batch = ReplayBatch(
         tokens=torch.randint(250, (rows, 2, G + 1), generator=generator).to(device),
         start=start[:, None] + torch.tensor([8, 5], device=device),
         before=None,

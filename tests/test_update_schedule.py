@@ -23,9 +23,9 @@ from ttspec.learning.update_schedule import (
 class FakeLearner(SimpleNamespace):
     """At stride 8, on a clock by which a round takes 1 s and an update `cost` s more."""
 
-    def __init__(self, *, study: bool = False, gain: float = 1.0, clock: bool = True) -> None:
+    def __init__(self, *, memory: bool = False, gain: float = 1.0, clock: bool = True) -> None:
         guard = SimpleNamespace(gain=lambda: self.gain)
-        super().__init__(stride=8, strides=1, is_updating=False, study=study, guard=guard)
+        super().__init__(stride=8, strides=1, is_updating=False, memory_trainer=memory, guard=guard)
         self.gain, self.since, self.updates = gain, 0, 0
         self.schedule = UpdateSchedule(self, clock=clock)  # type: ignore[arg-type]
 
@@ -45,7 +45,7 @@ class FakeLearner(SimpleNamespace):
 
 
 def test_the_first_updates_are_rare_until_it_is_known_what_they_cost():
-    learner = FakeLearner(study=True)
+    learner = FakeLearner(memory=True)
     assert learner.learn(updates=PATIENCE - 1, cost=0.1) == FIRST_STRIDES
     assert learner.learn(updates=1, cost=0.1) == 1
 
@@ -110,23 +110,23 @@ def test_a_gain_that_comes_late_is_taken():
 @pytest.mark.parametrize("drafts", [1.0, None])
 def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None):
     """And a smaller one the more was learned."""
-    learner, cost, most = FakeLearner(study=True), 4.0, SHARE if drafts else SHARE_UNUSED
+    learner, cost, most = FakeLearner(memory=True), 4.0, SHARE if drafts else SHARE_UNUSED
     for until in (FULL, 4 * FULL, 40 * FULL):
         strides = learner.learn(updates=until - learner.updates, cost=cost, drafts=drafts)
         share, may = cost / (8 * strides), max(LEAST_SHARE, min(most, SHARE * FULL / until))
         assert 0.6 * may < share <= 1.1 * may or strides == MAX_STRIDES, until
-    cheap = FakeLearner(study=True)  # as often as the stride says
+    cheap = FakeLearner(memory=True)  # as often as the stride says
     assert cheap.learn(updates=PATIENCE, cost=0.02, drafts=drafts) == 1
 
 
 def test_a_plain_round_between_drafts_makes_no_update_rare():
     """One in some rounds is, to know its cost; an update that was published in it counted as one
     of a drafter that does not draft, and eight updates came 256 rounds apart."""
-    learner = FakeLearner(study=True)
+    learner = FakeLearner(memory=True)
     learner.learn(updates=FULL - 20, cost=4.0)
     strides = learner.strides
     learner.schedule.observe(5.0, True, None)
-    assert learner.strides == strides <= FIRST_STRIDES
+    assert learner.strides == strides < MAX_STRIDES / 2
 
 
 def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_dir):

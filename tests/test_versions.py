@@ -266,6 +266,22 @@ def test_a_disk_that_takes_nothing_is_told_once_and_tried_again(tmp_path: Path) 
     assert value_of(store.current()[0]) == 4.0
 
 
+def test_a_writer_outlives_what_it_writes_and_who_is_told(tmp_path: Path) -> None:
+    """Else whoever closes it would wait for ever."""
+
+    def fails(_: object = None) -> Version:
+        raise OSError
+
+    store, writer = VersionStore(tmp_path), VersionWriter(fails)
+    writer.submit(fails)
+    writer.flush()
+    assert writer.failed
+    writer.submit(lambda: write(store, 1.0))
+    writer.close()
+    assert not writer.failed
+    assert now(store) == 1
+
+
 def test_of_versions_that_wait_only_the_newest_is_written(tmp_path: Path) -> None:
     store, go, begun = VersionStore(tmp_path), threading.Event(), threading.Event()
     writer, written = VersionWriter(), []

@@ -10,11 +10,11 @@ from test_vllm_plugin import Fused
 from torch import Tensor
 
 from ttspec.errors import ResourceError
-from ttspec.learning.update_schedule import FULL
+from ttspec.learning.update_schedule import FULL, LEAST_SHARE, SHARE
 from ttspec.models.capture import Graphs
 from ttspec.vllm import capturing, drafting
 from ttspec.vllm.capturing import capture_when_warm, room_left
-from ttspec.vllm.drafting import RAREST, LiveDrafter
+from ttspec.vllm.drafting import LiveDrafter
 
 NAME = "inner.weight"
 
@@ -79,8 +79,9 @@ def test_ranks_load_what_the_first_one_sends_at_steps_they_all_count(
     gaps = [b - a for a, b in pairwise(sent)]
     usual = 4 // at_once
     assert gaps[:3] == [usual] * 3
-    assert gaps[-3:] == [usual * RAREST] * 3
-    assert max(gaps) == usual * RAREST
+    rarest = usual * round(SHARE / LEAST_SHARE)
+    assert gaps[-3:] == [rarest] * 3
+    assert max(gaps) == rarest
     for live in (first, second):
         assert live.module.inner.weight.eq(3.0).all()
 

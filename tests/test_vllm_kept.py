@@ -111,7 +111,7 @@ def test_what_should_be_accepted_comes_from_what_is_held_out(recorded) -> None: 
     learner.forget(["request-0"])
     expected = learner.shared.expected_drafts()
     assert expected is not None
-    assert 0 < expected < learner.shared.study.length
+    assert 0 < expected < learner.shared.memory_trainer.length
 
 
 def test_a_folder_of_versions_that_is_a_file_is_refused(tmp_path: Path, toy_target_dir) -> None:

@@ -20,17 +20,17 @@ def test_by_default_learning_begins_as_in_ttspecs_own_engine() -> None:
 
 
 def test_time_is_a_share_of_work_and_pauses_earn_little(now) -> None:
-    share = TimeShare(0.1)
-    share.spend(0.1, "reading")
+    share = TimeShare(0.04)
+    share.spend(0.04, "reading")
     with share.charged("updates"):
-        now[0] += 0.3  # of 0.25 saved
+        now[0] += 0.11  # of 0.1 saved
     share.tick(0)
     assert not share.allows
     assert share.admits
     now[0] += 3600  # counts as one second
     share.tick(0)
     assert share.allows
-    assert share.worked == pytest.approx(1.3)
+    assert share.worked == pytest.approx(1.11)
     share.spend(5.0, "updates")
     assert not share.allows
 

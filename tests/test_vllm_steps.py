@@ -54,7 +54,7 @@ def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):  # noqa:
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
     weights = learner.shared.weights
-    learner.shared.study.compute_gradients = spoil
+    learner.shared.memory_trainer.compute_gradients = spoil
     learner.shared.update()
     assert learner.shared.reverts == 1
     assert torch.equal(weights._mean, weights._anchor[None])
@@ -187,9 +187,9 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
     weights._mean.add_(1.0)
     for live, anchor in judgements:
         judged = torch.tensor([99.0, live, anchor])
-        learner.study.compare_newest = lambda _, judged=judged: judged
+        learner.memory_trainer.compare_newest = lambda _, judged=judged: judged
         if live != live:
-            learner.study.compute_gradients = spoil
+            learner.memory_trainer.compute_gradients = spoil
         assert learner.update()
     assert learner.reverts == reverts
     drafting, anchor = learner.weights.published, learner.drafter.weights
@@ -215,13 +215,13 @@ def test_the_newest_pages_judge_what_was_learned(recorded) -> None:  # noqa: F81
     learner.absorb(prompt_step(found))
     feed(learner, found, [0])
     learner.forget_all()
-    study, memory = learner.shared.study, learner.shared.weights.memory
-    study._newest = 8, 4
+    trainer, memory = learner.shared.memory_trainer, learner.shared.weights.memory
+    trainer._newest = 8, 4
     pages = memory.newest_pages(8)
     assert memory.number[pages[:3]].tolist() == [2, 1, 0]  # of 150 tokens and a prompt
     assert (pages[3:] == memory.pages).all()
-    study.newest = study.read_newest(0)
-    assert study.newest.last.sum(1).tolist() == memory.judged[pages].sum(1).tolist()
-    blocks, live, anchor = study.compare_newest([learner.shared.weights.averaged(), {}]).tolist()
+    trainer.newest = trainer.read_newest(0)
+    assert trainer.newest.last.sum(1).tolist() == memory.judged[pages].sum(1).tolist()
+    blocks, live, anchor = trainer.compare_newest([learner.shared.weights.averaged(), {}]).tolist()
     assert blocks == 12
     assert live != anchor

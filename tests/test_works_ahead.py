@@ -15,7 +15,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.models.capture import Branch
 
 PROMPTS = ["hello", "hello hello hello hello", "x", "a longer prompt than the others", "z" * 40]
@@ -48,7 +48,7 @@ def working_ahead(
                 seen.append(len(decoder.rows.active()))
             if after:
                 assert chained is not None
-                chained.append(len(after.active))
+                chained.append(len(after.plan.active))
             return launch(unobserved, after)
 
         decoder._launch = launched
@@ -104,7 +104,7 @@ SHARED = {"learn": LearnConfig(scope="shared", stride=1)}
 def test_texts_are_the_same_where_the_device_goes_on_by_itself(
     toy_target_dir, kind, rows, options, monkeypatch
 ):
-    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
+    monkeypatch.setattr(MemoryTrainer, "records", lambda _, number, strides: number // 3 % 3 == 0)
     engine = toy_engine(toy_target_dir, make_kind(kind))
     asked = {"max_new_tokens": 24, "rows": rows, "seed": 5, "stop": ("e", "\n"), **options}
     # What the rejection rule draws hangs on the round's number, and so on who joined when.
@@ -121,8 +121,8 @@ def test_texts_are_the_same_where_the_device_goes_on_by_itself(
 
 @pytest.mark.parametrize("which", ["eagle3", "dflash"])
 def test_the_memory_gets_all_of_rounds_that_are_chained(toy_target_dir, which, monkeypatch):
-    """Also where the next round's lesson is there before the last one's was noted."""
-    monkeypatch.setattr(MemoryStudy, "hears", lambda *_: True)
+    """Also where the next round's batch is there before the last one's was noted."""
+    monkeypatch.setattr(MemoryTrainer, "records", lambda *_: True)
     learn = LearnConfig(scope="shared", lr=1e-9)
     asked = {"max_new_tokens": 60, "rows": 3, "seed": 5, "ignore_eos": True, "learn": learn}
     chained, found = list[int](), []
@@ -147,7 +147,7 @@ def test_the_memory_gets_all_of_rounds_that_are_chained(toy_target_dir, which, m
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.parametrize("options", [PAUSED, {**PLAIN, **SAMPLED}, {"learn": None}, SHARED])
 def test_on_a_gpu_the_device_goes_on_by_itself(toy_target_dir, options, compile, monkeypatch):
-    monkeypatch.setattr(MemoryStudy, "hears", lambda _, number, strides: number // 3 % 3 == 0)
+    monkeypatch.setattr(MemoryTrainer, "records", lambda _, number, strides: number // 3 % 3 == 0)
     engine = load(str(toy_target_dir), make_kind("eagle3"), device="cuda", dtype="bfloat16")
     engine.compile = compile
     many, launch = [[prompt] for prompt in PROMPTS * 2], Decoder._launch
@@ -230,7 +230,7 @@ def test_a_policy_that_was_not_told_yet_looks_as_often():
     for _ in range(2):
         policy.observe(0, 1.0, emitted=1.0, accepted=[])
     policy.observe(4, 1.0, emitted=3.0, accepted=[2])
-    policy._look = 1
+    policy._plain_due = 1
     assert policy.choose() == 0
     assert policy.choose(unobserved=0) > 0
     assert policy.choose(unobserved=4) == 0

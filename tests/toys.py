@@ -20,11 +20,11 @@ from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
-from ttspec.learning.lessons import Lessons
+from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.models.packed import PackedLinear
 from ttspec.models.source import resolve
 from ttspec.models.target import Target
-from ttspec.records import Lesson, Proposal, Result, Verification
+from ttspec.records import Proposal, ReplayBatch, Result, Verification
 
 VOCABULARY = 260
 MASK = 259
@@ -317,7 +317,7 @@ def verification(
     )
 
 
-def lesson(tokens: Any, start: Any, before: Tensor | None = None) -> Lesson:
+def replay_batch(tokens: Any, start: Any, before: Tensor | None = None) -> ReplayBatch:
     """Blocks to draft again; all their rows teach nothing in particular.
 
     Args:
@@ -329,7 +329,7 @@ def lesson(tokens: Any, start: Any, before: Tensor | None = None) -> Lesson:
     if tokens.dim() == 2:
         tokens = torch.cat([tokens[..., None], tokens.new_zeros(*tokens.shape, G)], dim=-1)
     length = tokens.shape[2] - 1
-    return Lesson(
+    return ReplayBatch(
         tokens=tokens,
         start=start,
         before=before,
@@ -387,7 +387,7 @@ class Parrot(Drafter):
             tokens = torch.where(at % self.wrong == 0, (tokens + 1) % 256, tokens)
         return Proposal(tokens=tokens, count=count)
 
-    def _replay(self, state, lesson, length, longest) -> Tensor:
+    def _replay(self, state, batch, length, longest) -> Tensor:
         raise NotImplementedError
 
     def learnable(self, parameters: str) -> list[str]:
@@ -500,11 +500,11 @@ def fake_round(
     )
 
 
-def take(lessons: Lessons) -> Lesson:
-    """The newest lessons, which are then no longer new."""
-    lesson = lessons.newest()
-    lessons.mark_used()
-    return lesson
+def take(buffer: ReplayBuffer) -> ReplayBatch:
+    """The newest batch, which is then no longer new."""
+    batch = buffer.newest()
+    buffer.mark_used()
+    return batch
 
 
 # What decoding is asked for.
@@ -633,3 +633,12 @@ def full_disk(size: int = 20_000) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def update_on(learner: Learner, batch: ReplayBatch, longest: int) -> list[bool]:
+    """One step on a batch whose largest start is `longest`, published at once; rows updated."""
+    learner._batch, learner._taught = batch, (batch.count > 0).tolist()
+    learner._distil(longest)
+    learner._step_weights(0)
+    learner._pending = learner._report
+    return learner.publish()

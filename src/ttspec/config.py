@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from numbers import Real
+from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 from ttspec.errors import OptionError
@@ -26,22 +29,43 @@ def _require(ok: bool, name: str, value: object, allowed: str) -> None:
 
 
 class _Options:
-    """A record whose unknown keywords and unknown choices are an `OptionError`."""
+    """A record whose unknown keywords, and values of other kinds, are an `OptionError`."""
 
     __slots__ = ()
-    group: ClassVar[str]
+    group: ClassVar[str] = ""
 
     def __new__(cls, **options: object) -> Self:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
         for name, value in options.items():
-            full_name = f"{cls.group}.{name}"
+            full_name = f"{cls.group}.{name}" if cls.group else name
             if name not in known:
                 raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
-            if get_origin(hints[name]) is Literal:
-                choices = get_args(hints[name])
-                _require(value in choices, full_name, value, ", ".join(choices))
+            kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
+            fits = any(_is_of(value, kind) for kind in kinds)
+            _require(fits, full_name, value, " or ".join(map(_named, kinds)))
         return object.__new__(cls)
+
+
+_hints = cache(get_type_hints)
+_KINDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "a text"}
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a kind; what collections hold is looked at where they are used."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind):
+        return True
+    if isinstance(value, bool):  # which Python takes for an int
+        return kind is bool
+    return isinstance(value, Real if kind is float else kind)
+
+
+def _named(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(get_args(kind))
+    return "None" if kind is NoneType else _KINDS.get(kind, f"a {kind.__name__}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +221,7 @@ class LearnConfig(_Options):
     ones that are worse are put back, and rest. In scope shared it is twice as often, and the anchor
     drafts while it is better. 0 never compares."""
     keep: str | None = None
-    """In scope shared, a folder of versions that held-out lessons find no worse: learning goes on
+    """In scope shared, a folder of versions that held-out blocks find no worse: learning goes on
     from the newest; None forgets with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
     """Which round first drafts with what an update made: the next after it is over (ready; a GPU
@@ -241,7 +265,7 @@ class LearnConfig(_Options):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(_Options):
     """Everything one generation can be told. None leaves a choice to the target's own defaults."""
 
     max_new_tokens: int = 256
@@ -318,9 +342,11 @@ class GenerateConfig:
                     "Drop one of the two."
                 )
         _require(self.tenant != "", "tenant", self.tenant, "a name of at least one character")
-        _require(all(self.stop), "stop", self.stop, "texts of at least one character")
-        are_texts = not isinstance(self.bad_words, str) and all(self.bad_words)
-        _require(are_texts, "bad_words", self.bad_words, "a list of texts, none of them empty")
+        for name in ("stop", "bad_words"):
+            texts = getattr(self, name)  # one text alone would be read as its characters
+            are_many = isinstance(texts, Collection) and not isinstance(texts, str)
+            ok = are_many and all(isinstance(text, str) and text for text in texts)
+            _require(ok, name, texts, "a list of texts, none of them empty")
         self.sampling({})  # refuses what SamplingConfig refuses
         least, most = self.min_new_tokens or 0, self.max_new_tokens
         _require(least <= most, "min_new_tokens", least, f"0 to max_new_tokens, which is {most}")

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 MOST, MANY = 16, 512
 """Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
@@ -25,22 +26,23 @@ KEYS = 64
 """Slots that are read together."""
 LEAST = 128
 """Slots of a part of a row's context, at least."""
-LONG = 16384
-"""Outputs past which a product is a head's."""
+FEW, BROADEST = 8, 4224
+"""Tokens, and outputs of an MLP's gate (two programs for each of 132 processors), past which the
+device's own product of gate and up is quicker."""
+BLOCK = 16
+"""Outputs of one program of `product`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
     """How a product is cut."""
 
-    block: int
-    """Outputs of a program."""
     splits: int
-    """Parts of K, worked on by warps side by side."""
+    """Parts of K, each for a warp of its own."""
     share: int
     """Elements of K that one part takes at a time."""
     stages: int
-    warps: int
+    """Shares that are on their way at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +106,9 @@ def product(
     for table in tables:
         ends.append(ends[-1] + table.shape[0])
     outputs = ends[1] if gated else ends[-1]
-    tiles = tiles_of(width, outputs, gated)
+    tiles = tiles_of(width, count)
     out = x.new_empty(count, outputs)
-    _kernels().product[(-(-outputs // tiles.block),)](
+    _kernels().product[(-(-outputs // BLOCK),)](
         x,
         tables[0],
         tables[min(1, len(tables) - 1)],
@@ -127,12 +129,12 @@ def product(
         gated=gated,
         biased=bias is not None,
         added=residual is not None,
-        wide=8 if count <= 8 else 16,
-        block=tiles.block,
+        wide=FEW if count <= FEW else MOST,
+        block=BLOCK,
         splits=tiles.splits,
         share=tiles.share,
         stages=tiles.stages,
-        num_warps=tiles.warps,
+        num_warps=tiles.splits,
         **_launch(x),
     )
     return out
@@ -313,15 +315,30 @@ def gated(made: Tensor) -> Tensor:
     return out
 
 
-def tiles_of(width: int, outputs: int, gated: bool) -> Tiles:
+def inner_of(x: Tensor, table: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """What an MLP's way down reads: the SiLU of gate times up, of RMS-normalised states.
+
+    Args:
+        x: [tokens, H].
+        table: [2 * outputs, H]: gate, then up.
+        gain: [H] of the norm.
+        eps: Of the norm.
+
+    Returns:
+        [tokens, outputs].
+    """
+    if len(x) > FEW or len(table) > 2 * BROADEST:
+        return gated(F.linear(normed(x, gain, eps)[1], table))
+    return product(x, *table.chunk(2), gain=gain, eps=eps, gated=True)
+
+
+def tiles_of(width: int, tokens: int) -> Tiles:
     """How to cut a product of [tokens, width] and [outputs, width]."""
-    if outputs > LONG:
-        return Tiles(64, 4, 64, 3, 4)
     if width <= 1024:
         whole = 1 << (width - 1).bit_length()
-        splits = min(8 if gated else 4, whole // 16)  # a product of fewer is none
-        return Tiles(16, splits, whole // splits, 1, splits)
-    return Tiles(16, 8, 64, 4, 8)
+        splits = min(4, whole // 16)  # a product of fewer is none
+        return Tiles(splits, whole // splits, 1)
+    return Tiles(8, 64, 6) if tokens <= FEW else Tiles(4, 128, 5)
 
 
 def splits_of(programs: int, slots: int) -> int:

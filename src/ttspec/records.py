@@ -47,6 +47,13 @@ def spread(part: Tensor, rows: slice | Tensor, count: int) -> Tensor:
     return whole
 
 
+def spread_record(record: Record, rows: slice, count: int) -> Record:
+    """The same for every tensor of a record."""
+    parts = {f.name: getattr(record, f.name) for f in fields(record)}
+    tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
+    return replace(record, **{n: spread(part, rows, count) for n, part in tensors.items()})
+
+
 class LogitMask(Protocol):
     """Says which tokens may come in one row's answer: a grammar, for one.
 
@@ -89,7 +96,7 @@ class Proposal:
     """float32 [B, G, V] probabilities the tokens were drawn from; None means one-hot."""
     before: Tensor | None = None
     """[B, W]: the target's features of the token before the pending one, if the drafter sets out
-    from them; a lesson about this proposal needs them."""
+    from them; to replay this proposal needs them."""
     copied: Tensor | None = None
     """bool [B]: rows whose tokens were copied, not drafted; None is no row."""
     confidence: Tensor | None = None
@@ -128,7 +135,7 @@ class Verification:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Lesson:
+class ReplayBatch:
     """A blocks a row to draft again, and what the target says about each drafted token."""
 
     tokens: Tensor
@@ -145,12 +152,12 @@ class Lesson:
     fresh: Tensor
     """bool [B, A]: blocks that taught no update yet."""
     count: Tensor
-    """int64 [B]: blocks of a row that hold a lesson."""
+    """int64 [B]: blocks of a row that have something to teach."""
 
-    def part(self, begin: int, blocks: int = 1) -> Lesson:
+    def part(self, begin: int, blocks: int = 1) -> ReplayBatch:
         """Some blocks of every row, from block `begin` on."""
         some = slice(begin, begin + blocks)
-        return Lesson(
+        return ReplayBatch(
             tokens=self.tokens[:, some],
             start=self.start[:, some],
             before=None if self.before is None else self.before[:, some],

@@ -78,7 +78,6 @@ class RowCache(Cache):
     """
 
     def __init__(self, rows: int, slots: int) -> None:
-        """Make room for `rows` rows of `slots` tokens."""
         super().__init__(layers=[])
         self.rows = rows
         self.slots = slots

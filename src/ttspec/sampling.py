@@ -253,6 +253,37 @@ def position_noise(
     return gumbel(fold(key[:, None], 0, position), vocabulary, sampled)
 
 
+class NoiseCache:
+    """`position_noise` that keeps what it made last, by the key of a row's answer.
+
+    A row moves on by fewer tokens than it had noise for: drawing the rest anew takes a tenth of a
+    round on a CPU.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[int, tuple[int, Tensor]] = {}
+        """By key: the first position, and noise [T, V] from there on."""
+
+    def __call__(
+        self, key: Tensor, first: Tensor, count: int, vocabulary: int, sampled: Tensor | None = None
+    ) -> Tensor:
+        """As `position_noise`; the same bits."""
+        rows, kept = list[Tensor](), dict[int, tuple[int, Tensor]]()
+        for row, (of, begin) in enumerate(zip(key.tolist(), first.tolist(), strict=True)):
+            at, noise = self._kept.get(of, (0, key.new_empty(0)))
+            skipped = begin - at
+            noise = noise[skipped:] if skipped >= 0 else noise[:0]
+            if (more := count - len(noise)) > 0:
+                here = slice(row, row + 1)
+                new = position_noise(key[here], first[here] + len(noise), more, vocabulary)[0]
+                noise = torch.cat([noise, new]) if len(noise) else new
+            kept[of] = begin, noise
+            rows.append(noise[:count])
+        self._kept = kept
+        noise = torch.stack(rows)
+        return noise if sampled is None else noise * sampled
+
+
 @compiled
 def pick(
     logits: Tensor, noise: Tensor | None, sampling: SamplingConfig | SamplingTensors

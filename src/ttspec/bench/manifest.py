@@ -93,9 +93,12 @@ def mark_sentence(manifest: Mapping[str, Any]) -> str:
     """The same for people who do not know what that means."""
     if not (found := manifest.get("replay")):
         return forced_sentence(manifest)
+    text = f"The text is that of the arm {found['arm']} in {found['run']} ({found['dtype']})"
+    if found.get("timed"):
+        return f"{text}, in all arms: where an arm would have chosen another token, it was given."
     return (
-        f"The text is that of the arm {found['arm']} in {found['run']} ({found['dtype']}), which "
-        "the target has read once: acceptance means something here; there are no times."
+        f"{text}, which the target has read once: acceptance means something here; there are no "
+        "times."
     )
 
 

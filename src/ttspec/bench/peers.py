@@ -41,7 +41,6 @@ class Clock(BaseStreamer):
     """When the prompt, then each token was handed on (s)."""
 
     def __init__(self) -> None:
-        """Nothing was."""
         self.puts: list[float] = []
 
     def put(self, value: Tensor) -> None:  # noqa: ARG002 - only the time counts

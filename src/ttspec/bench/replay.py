@@ -1,9 +1,14 @@
-"""Arms over the text of an earlier run: what they accept is exact, and their times are nobody's."""
+"""Arms over the text of an earlier run.
+
+Either the target has read it once: what is accepted is exact, and times are nobody's. Or each round
+reads its part as it would live, and is timed: then times of arms are of one text.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ from ttspec.bench.store import Store, read_run
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.followed_text import FollowingDecoder, KnownAnswer
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.memory_forecast import free_memory, mib
 from ttspec.decoding.penalties import sampling_of
@@ -80,6 +86,9 @@ class RecordedText:
     """Where each turn's answer begins in it, by the turn's number."""
 
 
+Texts = dict[Unit, list[RecordedText]]
+
+
 @torch.no_grad()
 def record(
     target: Target, taps: Sequence[int], source: Source, sampling: SamplingConfig
@@ -93,8 +102,6 @@ def record(
         DataError: The target would have written another text, or nothing can be replayed.
     """
     texts_of, notes = conversations(source, target.tokenizer)
-    if not texts_of:
-        raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
     reader = replace(target, taps=tuple(taps))
     size = sum(len(text.ids) for texts in texts_of.values() for text in texts)
     shape, dtype = (size, int(target.head.shape[1])), target.dtype
@@ -147,11 +154,13 @@ def _require_host(need: int, tokens: int) -> None:
         )
 
 
-def conversations(
-    source: Source, tokenizer: PreTrainedTokenizerBase
-) -> tuple[dict[Unit, list[RecordedText]], list[str]]:
-    """The texts of each unit; what is left out, in sentences."""
-    found: dict[Unit, list[RecordedText]] = {}
+def conversations(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, list[str]]:
+    """The texts of each unit; what is left out, in sentences.
+
+    Raises:
+        DataError: Nothing is left.
+    """
+    found: Texts = {}
     starts: set[tuple[int, ...]] = set()
     notes = []
     template = ChatTemplate(tokenizer)
@@ -181,7 +190,10 @@ def conversations(
             elif texts:
                 starts.add(start)
                 found[request, seed] = texts
-    return found, list(dict.fromkeys(notes))
+    notes = list(dict.fromkeys(notes))
+    if not found:
+        raise DataError(f"{source.folder} has nothing to replay. {' '.join(notes)}")
+    return found, notes
 
 
 def _count_drawn_again(
@@ -192,7 +204,7 @@ def _count_drawn_again(
     rules = Rules.of(s, target.ends, int(target.config.vocab_size), ids.device)
     for at in range(begin, end, CHUNK):
         upto = min(at + CHUNK, end)
-        logits = target.judge(hidden[None, at - 1 : upto - 1])
+        logits = target.compute_logits(hidden[None, at - 1 : upto - 1])
         if rules:
             places = ids.new_tensor([[at], [begin]])
             logits = penalise(logits, ids[None, :upto], places[0], places[1], rules)
@@ -204,8 +216,23 @@ def _count_drawn_again(
     return same
 
 
-def replayable(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
-    """Arms as they are replayed: no clock decides, and what is published when ready is so now.
+def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
+    """A run's answers by their noise keys."""
+    answers = {}
+    for (request, seed), texts in texts_of.items():
+        turns = {turn.turn: turn.result for turn in source.units[request, seed]}
+        start = texts[0].ids[: min(texts[0].begins.values())]
+        for number in (n for text in texts for n in text.begins):
+            result = turns[number]
+            cut = result.finish_reason in ("length", "context")
+            answers[noise_key(seed, start, turn=number)] = KnownAnswer(result.token_ids, cut)
+    return answers
+
+
+def replayable(arms: Sequence[ArmSpec], *, timed: bool = False) -> list[ArmSpec]:
+    """Arms as they are replayed.
+
+    Untimed, no clock decides, and what is published when ready is so now.
 
     Raises:
         OptionError: An arm needs more than the text that was written, or is no arm of ours.
@@ -215,11 +242,13 @@ def replayable(arms: Sequence[ArmSpec]) -> list[ArmSpec]:
             raise OptionError(
                 f"{arm.name} cannot be replayed: it draws its own text.\nLeave it out."
             )
-        if arm.learn and arm.learn.supervision == "block":
+        if not timed and arm.learn and arm.learn.supervision == "block":
             raise OptionError(
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "
                 "rejected draft, which a text does not hold.\nRun it live, with `ttspec bench run`."
             )
+    if timed:
+        return list(arms)
     replayed = []
     for arm in arms:
         learn = arm.learn
@@ -237,8 +266,11 @@ def prepare(
     rows: int | None = None,
     *,
     at_most: int | None = None,
+    timed: bool = False,
 ) -> PreparedRun:
-    """Let an engine replay a run: its target becomes its recorded reading of the run's text.
+    """Let an engine replay a run.
+
+    Untimed, its target becomes its recorded reading of the run's text.
 
     Args:
         engine: Of the run's target.
@@ -247,6 +279,7 @@ def prepare(
         drafters: Those that arms name, by name.
         rows: Side by side, in the run's own batches; None is conversations of all seeds.
         at_most: So many of those; None is all that fit into memory.
+        timed: Each round is as live, but writes the run's text.
 
     Raises:
         DataError: It is not the run's target.
@@ -254,6 +287,8 @@ def prepare(
     """
     old = source.manifest
     replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
+    if timed:
+        replay["timed"] = True
     title = f"ttspec bench: {old['suite']['name']} ({replayed({'replay': replay})})"
     manifest = describe(engine, title=title) | {"replay": replay}
     if checksum_of(manifest, "target") != checksum_of(old, "target"):
@@ -261,13 +296,18 @@ def prepare(
             f"{source.folder} was written by {old['target']['name']}, not by "
             f"{engine.target.name}.\nName its --target."
         )
-    taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
     options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
     recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
     options |= {name: recorded[name] for name in engine.target.defaults}
     sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
-    recording, units, notes = record(engine.target, sorted(taps), source, sampling)
-    use_recording(engine, recording)
+    if timed:
+        texts_of, notes = conversations(source, engine.target.tokenizer)
+        units, answers = set(texts_of), known_answers(source, texts_of)
+        engine.make_decoder = partial(FollowingDecoder, answers=answers)
+    else:
+        taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
+        recording, units, notes = record(engine.target, sorted(taps), source, sampling)
+        use_recording(engine, recording)
 
     count = old["suite"]["requests"]
     seeds = old["seeds"]

@@ -24,8 +24,8 @@ from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.pard import Pard
 from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
-from ttspec.learning.lessons import taught
 from ttspec.learning.live_weights import momentum
+from ttspec.learning.replay_buffer import trained_length
 from ttspec.models.target import Target
 
 
@@ -39,11 +39,9 @@ class Work:
     """Multiplications and additions, each counted."""
 
     def __add__(self, other: Work) -> Work:
-        """One after the other."""
         return Work(self.moved + other.moved, self.operations + other.operations)
 
     def __mul__(self, times: float) -> Work:
-        """So many times."""
         return Work(self.moved * times, self.operations * times)
 
 
@@ -331,8 +329,8 @@ def absorb(drafter: Drafter, parts: Parts, features: int, length: int, batch: Ba
     return work + Work(batch.item * positions * (features + made))
 
 
-def keep_lesson(vocabulary: int, length: int, batch: Batch) -> Work:
-    """Copy the round's target logits to where lessons wait: 2 s R (G + 1) V."""
+def keep_round(vocabulary: int, length: int, batch: Batch) -> Work:
+    """Copy the round's target logits to the replay buffer: 2 s R (G + 1) V."""
     return Work(2 * batch.item * batch.rows * (length + 1) * vocabulary)
 
 
@@ -344,7 +342,7 @@ def update(
     Besides, 2 s W more for each further call that adds to the gradients, and 5 s R x blocks x G x V
     of logits: the target's read, the draft's and their gradients written and read.
     """
-    length = taught(drafter, length)
+    length = trained_length(drafter, length)
     at_once = blocks_at_once(batch.rows, length, vocabulary)
     calls = -(-learn.blocks // at_once)
     learned = batch.rows * elements(drafter, drafter.learnable(learn.parameters))

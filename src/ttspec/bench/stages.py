@@ -160,7 +160,7 @@ def measure(
         ]
         share = ""
         if learn:
-            keep = r.keep_lesson(read.vocabulary, length, batch)
+            keep = r.keep_round(read.vocabulary, length, batch)
             update = r.update(drafter, parts, read.vocabulary, length, learn, batch)
             shares += learning_stages(keep, update, learn.blocks, plan.stride, rates, found)
             share = f", 1/{plan.stride} update in it" if plan.stride > 1 else ", update in it"
@@ -191,7 +191,7 @@ def learning_stages(
 ) -> list[tuple[Stage, float]]:
     """What a round keeps for later, and an update, and how often a round has each.
 
-    In the round that updates, the learner keeps a lesson too: its time is in the update's.
+    In the round that updates, the learner keeps the round too: its time is in the update's.
     """
     kept = [t.learn for t in found if not t.updated]
     took = [t.learn for t in found if t.updated]

@@ -21,10 +21,10 @@ from ttspec.cli.options import (
     require_positive,
 )
 from ttspec.cli.terminal import say
+from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 
 if TYPE_CHECKING:
-    from ttspec.config import GenerateConfig
     from ttspec.decoding.engine import Engine, Prompt
     from ttspec.learning.versions import Version
     from ttspec.records import Result
@@ -135,10 +135,9 @@ def _adapt(
     traffic: Path, models: ModelFlags, settings: dict[str, Any], rows: int
 ) -> tuple[Engine, Version, bool]:
     """Learn; the engine, the version that drafts best, and whether it was interrupted."""
-    from ttspec.decoding.engine import make_config
     from ttspec.training.answers import read_dialogues
 
-    config, is_run = make_config(settings), (traffic / "manifest.json").is_file()
+    config, is_run = GenerateConfig(**settings), (traffic / "manifest.json").is_file()
     dialogues = [] if is_run else read_dialogues(traffic)  # complains before a model is loaded
     if any(turn is None for turns in dialogues for turn in turns):
         raise DataError(

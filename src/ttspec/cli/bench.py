@@ -125,13 +125,15 @@ def replay(
     out: Path,
     arms: str = "static,learn",
     text: str | None = None,
+    timed: Flag = False,
     models: ModelFlags = ModelFlags(),
     rows: int | None = None,
 ) -> int:
     """Measure what arms accept on the text of an earlier run, which the target reads only once.
 
     Whatever drafts, the text is the same, so what is accepted is what a live run would accept.
-    Nothing is timed. Ctrl-C keeps the finished units, and the same command goes on after them.
+    Nothing is timed, unless you ask for it. Ctrl-C keeps the finished units, and the same command
+    goes on after them.
 
     Parameters
     ----------
@@ -140,12 +142,15 @@ def replay(
     out
         Run folder: a new one, or one to go on with.
     arms
-        As in `ttspec bench run`; not learn[supervision=block], nor hf and hf-compiled.
+        As in `ttspec bench run`; not hf and hf-compiled, and untimed not learn[supervision=block].
     text
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
+    timed
+        Do all the work of a live run, and time it: in bfloat16 too, speeds of arms are then those
+        of one text.
     rows
         Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
-        of all seeds, or as many as fit into memory]
+        of all seeds, or as many as fit into memory; timed as many as the run had]
     """
     require_positive(rows=rows)
 
@@ -153,16 +158,21 @@ def replay(
     from ttspec.bench.manifest import mark_sentence
     from ttspec.bench.preparation import find_drafters
     from ttspec.bench.replay import TimelessStore, open_source, prepare, replayable
-    from ttspec.bench.store import rows_of
+    from ttspec.bench.store import Store, rows_of
 
-    specs = replayable(parse_arms(arms))
+    specs = replayable(parse_arms(arms), timed=timed)
     source = open_source(folder, text)
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
+    if timed:
+        rows = rows or source.manifest["rows"]
     # What fits may be another number today: a replay goes on in the rows that it had.
-    prepared = prepare(engine, source, specs, drafters, rows, at_most=rows_of(out))
+    at_most = rows_of(out)
+    prepared = prepare(engine, source, specs, drafters, rows, at_most=at_most, timed=timed)
     for sentence in (mark_sentence(prepared.manifest), *prepared.manifest["notes"]):
         say(sentence)
+    if timed:
+        return _measured(engine, prepared, Store(out, prepared.manifest))
     return _measured(engine, prepared, TimelessStore(out, prepared.manifest), warm_up=0)
 
 

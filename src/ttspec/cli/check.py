@@ -150,11 +150,12 @@ def judge(
 def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateConfig) -> float:
     """How far the target itself prefers its token to the next best, recomputed in one row."""
     from ttspec.decoding.conversation import noise_key
+    from ttspec.diagnosis.ties import token_margin
 
     key = noise_key(expected.stats.seed, expected.prompt_ids)
     ids = [*expected.prompt_ids, *expected.token_ids]
     answer = len(expected.prompt_ids)
-    return engine.margin(ids, answer + position, key, answer=answer, **options_of(plain))
+    return token_margin(engine, ids, answer + position, key, answer=answer, **options_of(plain))
 
 
 def tie(dtype: str) -> float:

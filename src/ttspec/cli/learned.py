@@ -21,7 +21,7 @@ learned = App(
 )
 HEAD = ("version", "made", "requests", "updates", "accepted", "anchor", "before", "MB")
 NOTE = (
-    "Accepted drafts a block, on lessons that taught nothing: of the version, of the drafter's own "
+    "Accepted drafts a block, on blocks that taught nothing: of the version, of the drafter's own "
     "weights, and of the version before."
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -36,7 +37,8 @@ def serve(
         The same as --target.
     learn
         Whether drafters learn while they generate: without --api-key-file one drafter from all
-        requests, as with --learn.scope shared; with it each request its own, as keys are tenants.
+        requests, as with --learn.scope shared. With it, where keys are tenants, they do not, unless
+        a --learn option says how: each request for itself measured slower than not to learn.
     add_key
         Draw a key for this name, add its hash to --api-key-file, show the key once, and end.
     """
@@ -45,8 +47,11 @@ def serve(
     if target is not None:
         models = replace(models, target=target)
     serving.require_keys()
-    if learn and learning.scope is None and serving.api_key_file is None:
-        learning = replace(learning, scope="shared")  # everybody is one tenant
+    if learn and learning.scope is None:
+        if serving.api_key_file is None:  # everybody is one tenant
+            learning = replace(learning, scope="shared")
+        else:
+            learn = learning != LearnFlags()
     config = GenerateConfig(
         context=serving.context,
         max_new_tokens=1,  # a request says how many, or has what room there is
@@ -68,8 +73,9 @@ def serve(
 
 
 def _show(line: str) -> None:
-    """For people; standard error has the log."""
-    print(line, flush=True)
+    """For people; standard error has the log. Nobody may read it, and a disk may be full."""
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def _add_key(path: Path | None, name: str) -> int:

@@ -60,6 +60,7 @@ class Conversation:
 
     def __init__(
         self,
+        id: int,
         decoder: Decoder,
         request: Request,
         config: GenerateConfig,
@@ -72,7 +73,7 @@ class Conversation:
         Its options are the request's own, or those of all. Without `stream` text comes at
         the end.
         """
-        self.decoder, self.request = decoder, request
+        self.id, self.decoder, self.request = id, decoder, request
         self.config, self.sampling = config, sampling
         self.queued: list[int] | None = request.ids
         """The prompt of a turn that was not begun."""

@@ -4,8 +4,8 @@ A round is as wide for all rows as its longest copy, so one row's copy is paid f
 chained, and neither is the round after it: the device waits for the host twice. What rounds took
 says what a width costs; until a width was seen it is hoped to cost nothing. And to look for copies
 takes the host's time in every round, and keeps the device from going on by itself: where it else
-would, stretches of rounds that look are timed against stretches that do not. Knows no tensors and
-no clock: it is told what a round took.
+would, intervals with and without the search are timed. Knows no tensors and no clock: `observe`
+gets what a round took.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ SPIKE = 4.0
 STALE = 256
 """Rounds without copies after which a width is believed to cost half as much more: the text, or
 the machine, may be another by now."""
-STRETCH, FIRST, SEEN, TRY = 64, 3, 5, 16
-"""Rounds that are timed together; stretches that look, and that do not, before anything follows;
-those whose middle one counts; and one stretch in so many does what was slower lately."""
+INTERVAL, MIN_INTERVALS, INTERVALS_KEPT, EXPLORE = 64, 3, 5, 16
+"""Rounds that are timed together; intervals with and without the search before one is preferred;
+those whose median counts; and one interval in so many explores what was slower lately."""
 
 
-class CopyTrials:
-    """Whether rows look for copies, by tokens a second of stretches that do, and that do not."""
+class CopySearch:
+    """Whether rows look for copies, by tokens a second of intervals that do, and that do not."""
 
-    looks = True
+    is_on = True
 
     def __init__(self) -> None:
-        """No round was seen."""
         self._kind: tuple[int, bool] | None = None
-        """Rows, and whether the drafter drafts, of the rounds that count in this stretch."""
-        self._others = self._tokens = self._stretches = 0
+        """Rows, and whether the drafter drafts, of the rounds that count in this interval."""
+        self._others = self._tokens = self._intervals = 0
         self._seconds: list[float] = []
         self._speeds: dict[tuple[int, bool, bool], deque[float]] = {}
-        """Of the last stretches, by kind and by whether rows looked."""
+        """Of the last intervals, by kind and by whether the search was on."""
 
     def observe(self, rows: int, drafts: bool, tokens: int, seconds: float) -> None:
-        """Take note of a round, and decide about the next stretch where one is over.
+        """Take note of a round, and decide about the next interval where one is over.
 
         Args:
             rows: Rows that took part.
@@ -54,41 +53,40 @@ class CopyTrials:
         kind = rows, drafts
         if kind != (self._kind or kind):
             self._others += 1
-            if self._others == STRETCH:
+            if self._others == INTERVAL:
                 self._begin(kind)
             return
         self._kind = kind
         self._tokens += tokens
         self._seconds.append(seconds)
-        if len(self._seconds) == STRETCH:
+        if len(self._seconds) == INTERVAL:
             most = SPIKE * median(self._seconds)
-            speeds = self._speeds.setdefault((*kind, self.looks), deque(maxlen=SEEN))
+            speeds = self._speeds.setdefault((*kind, self.is_on), deque(maxlen=INTERVALS_KEPT))
             speeds.append(self._tokens / sum(min(took, most) for took in self._seconds))
-            self._stretches += 1
+            self._intervals += 1
             self._begin(kind)
 
     def _begin(self, kind: tuple[int, bool]) -> None:
         self._kind, self._others, self._tokens, self._seconds = kind, 0, 0, []
-        looking, without = (self._speeds.get((*kind, looks), ()) for looks in (True, False))
-        if min(len(looking), len(without)) < FIRST:
-            self.looks = len(looking) <= len(without)
+        on, off = (self._speeds.get((*kind, is_on), ()) for is_on in (True, False))
+        if min(len(on), len(off)) < MIN_INTERVALS:
+            self.is_on = len(on) <= len(off)
         else:
-            pays = median(looking) >= median(without)
-            self.looks = pays != (self._stretches % TRY == 0)
+            pays = median(on) >= median(off)
+            self.is_on = pays != (self._intervals % EXPLORE == 0)
 
 
 class CopyCosts:
     """What rounds took, by the length of their longest copy."""
 
     def __init__(self) -> None:
-        """No round was seen."""
         self._without: dict[tuple[int, bool, bool], float] = {}
         """Seconds of a round in which no row copied, by rows, whether the drafter drafted, and
         whether the device went on by itself."""
         self._ratios: dict[tuple[int, bool, int], float] = {}
         """Of a round with copies to one without, by rows (powers of two), drafts, and width."""
         self._rounds = 0
-        self.trials, self._chains = CopyTrials(), False
+        self.search, self._chains = CopySearch(), False
         """The second: whether rounds are ever chained."""
         self._copied: tuple[tuple[int, bool, int], float] | None = None
         """Of the last round, if rows copied: its kind, and its share in what is known of that."""
@@ -115,7 +113,7 @@ class CopyCosts:
         """
         self._chains = self._chains or chained
         if self._chains:
-            self.trials.observe(rows, drafts, tokens, seconds)
+            self.search.observe(rows, drafts, tokens, seconds)
         before, self._copied = self._copied, None
         without = self._seconds_without(rows, drafts) if width or before else None
         if width:

@@ -16,31 +16,31 @@ from typing import NamedTuple
 from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
 from ttspec.records import LONGEST_COPY
 
-LEAST_MATCH = 2
+MIN_MATCH = 2
 """Last tokens that must have stood at an earlier place; the newest such place is copied. To look
 for the longest match among older ones gained nothing (docs/experiments.md)."""
 BUCKETS = (2, 3, 4, 5, 6, 8, 11, 16, 24)
 """The least length of match of each bucket whose copies are counted together."""
-LONGEST_MATCH = BUCKETS[-1]
-_BUCKET = [sum(n >= least for least in BUCKETS) - 1 for n in range(LONGEST_MATCH + 1)]
+MAX_MATCH = BUCKETS[-1]
+_BUCKET = [sum(n >= least for least in BUCKETS) - 1 for n in range(MAX_MATCH + 1)]
 _BUCKETS_OF_COPY = [
-    [_BUCKET[min(match + i, LONGEST_MATCH)] for i in range(LONGEST_COPY)]
-    for match in range(LONGEST_MATCH + 1)
+    [_BUCKET[min(match + i, MAX_MATCH)] for i in range(LONGEST_COPY)]
+    for match in range(MAX_MATCH + 1)
 ]
 """Of each token of a copy, by the length of the match."""
-CHANCES = (0.49, 0.59, 0.64, 0.68, 0.72, 0.77, 0.81, 0.86, 0.92)
+PRIOR_CHANCES = (0.49, 0.59, 0.64, 0.68, 0.72, 0.77, 0.81, 0.86, 0.92)
 """How often the next token of a copy was right, by bucket, on other text (docs/experiments.md):
 what is believed before a row has said otherwise."""
-BELIEF = 8.0
+PRIOR_WEIGHT = 8.0
 """Tokens for which that belief counts."""
 MEMORY = 64.0
 """Tokens of a bucket that are remembered."""
-LEAST_CHANCE, LEAST_FREE_CHANCE = 0.15, 0.01
+MIN_CHANCE, MIN_FREE_CHANCE = 0.15, 0.01
 """A copy ends where the chance that a token is kept falls below this: the second where rounds in
 which rows copy are all as wide, and only the host's time is spared."""
-WIDER = 0.15
+WIDTH_COST = 0.15
 """What the next width of a round is taken to cost more where no clock may decide."""
-DRAFTED, DRAFTS_SEEN = 1.0, 16.0
+PRIOR_ACCEPTED, ROUNDS_REMEMBERED = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
 
@@ -52,7 +52,7 @@ class Copy(NamedTuple):
     """How likely each is kept."""
 
     @property
-    def promise(self) -> float:
+    def expected(self) -> float:
         """How many of them are expected to be kept."""
         return sum(self.chances)
 
@@ -65,18 +65,17 @@ class SuffixIndex:
     """One row's tokens, and where its last ones stood before."""
 
     def __init__(self) -> None:
-        """No tokens yet."""
         self._tokens: list[int] = []
         self._newest: dict[tuple[int, ...], int] = {}
-        """By `LEAST_MATCH` tokens: where the token after their newest place stands."""
+        """By `MIN_MATCH` tokens: where the token after their newest place stands."""
         self._older: list[int] = []
         """By place: the one before it with the same tokens in front, or 0."""
         self._place = self._match = 0
         """Where the next token stood before, and how many tokens before both places agree; 0 and 0
         if nowhere."""
-        self._right = [BELIEF * chance for chance in CHANCES]
-        self._seen = [BELIEF] * len(CHANCES)
-        self._shares = list(CHANCES)
+        self._hits = [PRIOR_WEIGHT * chance for chance in PRIOR_CHANCES]
+        self._tries = [PRIOR_WEIGHT] * len(PRIOR_CHANCES)
+        self._rates = list(PRIOR_CHANCES)
         """How often copies were right lately, by bucket."""
 
     def extend(self, tokens: Sequence[int], *, count: bool) -> None:
@@ -87,21 +86,21 @@ class SuffixIndex:
             is_next = place > 0 and ours[place] == token
             if count and place:
                 bucket = _BUCKET[match]
-                if self._seen[bucket] >= MEMORY:
-                    self._seen[bucket] *= 1 - 1 / MEMORY
-                    self._right[bucket] *= 1 - 1 / MEMORY
-                self._seen[bucket] += 1
-                self._right[bucket] += is_next
-                self._shares[bucket] = self._right[bucket] / self._seen[bucket]
+                if self._tries[bucket] >= MEMORY:
+                    self._tries[bucket] *= 1 - 1 / MEMORY
+                    self._hits[bucket] *= 1 - 1 / MEMORY
+                self._tries[bucket] += 1
+                self._hits[bucket] += is_next
+                self._rates[bucket] = self._hits[bucket] / self._tries[bucket]
             ours.append(token)
             end = len(ours)
-            gram = tuple(ours[-LEAST_MATCH:])
+            gram = tuple(ours[-MIN_MATCH:])
             before = newest.get(gram, 0)
             older.append(before)
-            if end >= LEAST_MATCH:
+            if end >= MIN_MATCH:
                 newest[gram] = end
             if is_next:
-                self._place, self._match = place + 1, min(match + 1, LONGEST_MATCH)
+                self._place, self._match = place + 1, min(match + 1, MAX_MATCH)
             else:
                 self._find(before)
 
@@ -116,8 +115,8 @@ class SuffixIndex:
         """Take back the tokens from `length` on."""
         if length >= len(self._tokens):
             return
-        for end in range(len(self._tokens), max(length, LEAST_MATCH - 1), -1):
-            gram = tuple(self._tokens[end - LEAST_MATCH : end])
+        for end in range(len(self._tokens), max(length, MIN_MATCH - 1), -1):
+            gram = tuple(self._tokens[end - MIN_MATCH : end])
             before = self._older[end - 1]
             if before:
                 self._newest[gram] = before
@@ -126,14 +125,14 @@ class SuffixIndex:
         del self._tokens[length:], self._older[length:]
         self._find(self._older[-1] if length else 0)
 
-    def copy(self, most: int, least: float = LEAST_CHANCE) -> Copy:
+    def copy(self, most: int, least: float = MIN_CHANCE) -> Copy:
         """Up to `most` tokens that may come next, each kept with a chance of `least` or more."""
         place, ours, chance, chances = self._place, self._tokens, 1.0, list[float]()
         if not place:
             return Copy([], chances)
-        shares = self._shares
+        rates = self._rates
         for bucket in _BUCKETS_OF_COPY[self._match][:most]:
-            chance *= shares[bucket]
+            chance *= rates[bucket]
             if chance < least:
                 break
             chances.append(chance)
@@ -143,7 +142,7 @@ class SuffixIndex:
         return Copy(copied, chances)
 
     @property
-    def is_met(self) -> bool:
+    def has_match(self) -> bool:
         """Whether the last tokens stood before."""
         return self._place > 0
 
@@ -153,7 +152,7 @@ class SuffixIndex:
         if not place:
             return
         ours, end = self._tokens, len(self._tokens)
-        match, most = LEAST_MATCH, min(place, LONGEST_MATCH)
+        match, most = MIN_MATCH, min(place, MAX_MATCH)
         while match < most and ours[place - match - 1] == ours[end - match - 1]:
             match += 1
         self._match = match
@@ -176,7 +175,7 @@ class Copying:
         Args:
             rows: How many there are.
             most: Tokens copied in a round at most.
-            block_cost: What a drafter's block costs, in rounds without one: a copy may promise so
+            block_cost: What a drafter's block costs, in rounds without one: a copy may bring so
                 much less. From the weights that it reads, not from a clock.
             widths: Rounds in which rows copy are as wide as one of these, ascending; of none, as
                 the longest copy.
@@ -185,12 +184,12 @@ class Copying:
                 than a draft.
         """
         self.most, self._block_cost, self.widths = most, block_cost, widths
-        self._least = LEAST_FREE_CHANCE if widths else LEAST_CHANCE
+        self._least = MIN_FREE_CHANCE if widths else MIN_CHANCE
         self._costs = costs
         self._rows = [SuffixIndex() for _ in range(rows)]
-        self._accepted = [DRAFTED] * rows
+        self._accepted = [PRIOR_ACCEPTED] * rows
         """Drafts of the drafter that were accepted a round, on average."""
-        self._behind = False
+        self._stale = False
         """Whether rows have tokens that were not looked at."""
 
     def choose(
@@ -203,10 +202,10 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
-        if self._costs and not self._costs.trials.looks:
-            self._behind = True
+        if self._costs and not self._costs.search.is_on:
+            self._stale = True
             return {}
-        copies, self._behind = dict[int, Copy](), False
+        copies, self._stale = dict[int, Copy](), False
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
@@ -227,7 +226,7 @@ class Copying:
         if not self._costs:
             copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
-        return {row: copy.tokens for row, copy in cut.items() if copy.promise > least[row]}
+        return {row: copy.tokens for row, copy in cut.items() if copy.expected > least[row]}
 
     def expects(
         self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
@@ -237,11 +236,11 @@ class Copying:
         One row's copies bring most, and begin where its last tokens stood before: it waits there.
         Several rows go on unless a copy would pay by now: they may begin to copy a round later.
         """
-        if len(active) > 1 or (self._costs and not self._costs.trials.looks):
+        if len(active) > 1 or (self._costs and not self._costs.search.is_on):
             return bool(self.choose(active, tokens, drafts=drafts))
         index = self._rows[active[0]]
         index.follow(tokens[active[0]])
-        return index.is_met
+        return index.has_match
 
     def length(self, copies: dict[int, list[int]]) -> int:
         """Width of a round's copies."""
@@ -252,7 +251,7 @@ class Copying:
         """The copy, cut to the width that promises most tokens a time, where no clock says it."""
         best, speed = self.most, 0.0
         for step, width in enumerate(self.widths):
-            promised = (1 + sum(copy.chances[:width])) / (1 + WIDER * step)
+            promised = (1 + sum(copy.chances[:width])) / (1 + WIDTH_COST * step)
             if promised > speed:
                 best, speed = width, promised
         return copy.first(best)
@@ -265,10 +264,10 @@ class Copying:
             tokens: What it emitted.
             accepted: Drafts that it kept of the drafter's; None where the drafter drafted none.
         """
-        if not self._behind:  # else the next look takes them
+        if not self._stale:  # else the next search takes them
             self._rows[row].extend(tokens, count=True)
         if accepted is not None:
-            self._accepted[row] += (accepted - self._accepted[row]) / DRAFTS_SEEN
+            self._accepted[row] += (accepted - self._accepted[row]) / ROUNDS_REMEMBERED
 
     def crop(self, row: int, length: int) -> None:
         """A row goes back to `length` tokens."""
@@ -276,4 +275,4 @@ class Copying:
 
     def clear(self, row: int) -> None:
         """Another request has the row."""
-        self._rows[row], self._accepted[row] = SuffixIndex(), DRAFTED
+        self._rows[row], self._accepted[row] = SuffixIndex(), PRIOR_ACCEPTED

@@ -11,7 +11,6 @@ from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.feedback import PolicyFeedback
-from ttspec.decoding.kept_noise import KeptNoise
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.round import SpeculativeRound
@@ -26,13 +25,11 @@ from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.capture import Branch, Graphs
 from ttspec.models.target import Target
 from ttspec.records import LONGEST_COPY
-from ttspec.sampling import position_noise
+from ttspec.sampling import NoiseCache, position_noise
 
 INVARIANT_WIDTH = 16
 """Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix
 products and attention of one size give a token the same result, bit by bit, wherever it stands."""
-
-
 COPY_WIDTHS = 7, LONGEST_COPY
 """Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
 
@@ -86,71 +83,79 @@ class Decoder(SpeculativeRound):
             policy: What an adaptive policy knows already.
             compile: Compile what rounds do, on a GPU.
         """
-        self.made_for, rows, slots = made_for, made_for.rows, made_for.slots
-        sampling, draft, learn = made_for.sampling, made_for.draft, made_for.learn
-        batch_invariant = made_for.batch_invariant
-        self.target, self.drafter, self.sampling = target, drafter, sampling
-        self.gamma, copies, self.width = widths(drafter, draft, batch_invariant=batch_invariant)
-        self.batch_invariant = batch_invariant
-        self.cache = target.cache(rows, slots, self.width)
-        self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
-        # A graph belongs to one device: what a split target does is called, as on a CPU.
-        captures = torch.device("cpu") if target.is_split else target.device
+        rows, slots, draft, device = made_for.rows, made_for.slots, made_for.draft, target.device
+        self.made_for, self.sampling = made_for, made_for.sampling
+        self.target, self.drafter = target, drafter
+        self.batch_invariant = made_for.batch_invariant
+        self.gamma, copies, self.width = widths(drafter, draft, self.batch_invariant)
+
+        # Where the device works. A graph belongs to one: a split target is called, as on a CPU.
+        captures = torch.device("cpu") if target.is_split else device
         self.compile, self.graphs = compile, Graphs(captures, compile=compile)
-        self.branch = Branch(captures)
+        self.branch, self.timer = Branch(captures), RoundTimer(device)
         self.target_reads_spans = self.graphs.on and target.reads_spans
         # A call works while it is made; and recurrent states of a dropped round would be read anew.
         self.works_ahead = self.graphs.on and not target.recurrent
-        keeps = target.device.type == "cpu" and not self.graphs.on
-        self.position_noise = KeptNoise() if keeps else position_noise
+        on_cpu = device.type == "cpu"
+        self.position_noise = NoiseCache() if on_cpu and not self.graphs.on else position_noise
+
+        # What the rows hold.
+        self.cache = target.cache(rows, slots, self.width)
         # Batch-invariant, products are of as many rows always; recurrent states stay in place.
-        stays = self.graphs.on or target.is_split or batch_invariant or target.recurrent
-        self.cache.moves_rows = target.device.type == "cpu" and not stays
-        self.learner = None
-        if learn and drafter and self.state is not None and drafter.weights:
-            self.learner = Learner(
-                learn,
-                drafter,
-                self.state,
-                rows,
-                self.gamma,
-                live_weights=live_weights,
-                run=self.graphs,
-                after=AFTER if draft.adaptive else 0,
-            )
-        self.policy = FixedDraftLength(self.gamma)
-        # A round has noise of its own for the rejection rule: its length would change the text.
-        repeats = batch_invariant or sampling.acceptance == "rejection"
+        stays = self.graphs.on or target.is_split or self.batch_invariant or target.recurrent
+        self.cache.moves_rows = on_cpu and not stays
+        self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
+        self.rows = RowStates(rows, slots, device, copies)
+        self.deferred = DeferredContext(drafter, self.state, self.rows)
+        self.row_sampling = RowSampling(
+            self.sampling, target, rows=rows, slots=slots, width=self.width, ends=made_for.ends
+        )
+        self.prompts = self.reads_prompts(
+            target, self.cache, drafter, self.state, self.row_sampling, self.rows, self.deferred
+        )
+
+        # Who learns, and who decides what is drafted and copied.
+        self.learner = self.prompts.learner = self._learner(live_weights)
+        # With the rejection rule a round has noise of its own: its length would change the text.
+        repeats = self.batch_invariant or self.sampling.acceptance == "rejection"
         by_clock = draft.adaptive and not repeats
+        self.policy = FixedDraftLength(self.gamma)
         if by_clock and self.state is not None:
             # Where a graph is launched a block that is drafted at once is no cheaper if shorter.
             halvings = 0 if self.graphs.on and drafter and drafter.at_once else 2
             self.policy = policy or DraftPolicy(self.gamma, halvings=halvings)
-        self.copying, copy_costs = None, None
+        copy_costs = None
         if by_clock and rows > 1:  # one row's copy is paid for by all
             copy_costs = self.policy.copy_costs or CopyCosts()
-        if copies:
-            block_cost = 0.0
-            if drafter and self.gamma:
-                weights = sum(w.numel() for w in target.model.parameters())
-                block_cost = drafter.weights_read(self.gamma) / weights
-            # A graph is captured for each width.
-            wide = tuple(sorted({min(n, copies) for n in COPY_WIDTHS})) if self.graphs.on else ()
-            costs = {"block_cost": block_cost, "costs": copy_costs}
-            self.copying = Copying(rows, copies, widths=wide, **costs)
-        self.rows = RowStates(rows, slots, target.device, copies)
-        self.deferred = DeferredContext(drafter, self.state, self.rows)
-        self.row_sampling = RowSampling(
-            sampling, target, rows=rows, slots=slots, width=self.width, ends=made_for.ends
-        )
-        known = self.row_sampling, self.rows, self.deferred
-        self.prompts = self.reads_prompts(target, self.cache, drafter, self.state, *known)
-        self.prompts.learner = self.learner
-        self.timer = RoundTimer(target.device)
+        self.copying = self._copying(copies, copy_costs) if copies else None
         schedule = None
         if draft.adaptive and self.learner:
             schedule = UpdateSchedule(self.learner, clock=by_clock)
         self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
+
+    def _learner(self, live_weights: LiveWeights | None) -> Learner | None:
+        learn, drafter = self.made_for.learn, self.drafter
+        if learn is None or drafter is None or self.state is None or not drafter.weights:
+            return None
+        return Learner(
+            learn,
+            drafter,
+            self.state,
+            self.made_for.rows,
+            self.gamma,
+            live_weights=live_weights,
+            run=self.graphs,
+            after=AFTER if self.made_for.draft.adaptive else 0,
+        )
+
+    def _copying(self, copies: int, costs: CopyCosts | None) -> Copying:
+        block_cost = 0.0
+        if self.drafter and self.gamma:
+            weights = sum(w.numel() for w in self.target.model.parameters())
+            block_cost = self.drafter.weights_read(self.gamma) / weights
+        # A graph is captured for each width.
+        wide = tuple(sorted({min(n, copies) for n in COPY_WIDTHS})) if self.graphs.on else ()
+        return Copying(self.made_for.rows, copies, block_cost=block_cost, widths=wide, costs=costs)
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -182,7 +187,7 @@ class Decoder(SpeculativeRound):
         for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
             self._proposed = self.graphs(self.propose, shape, first=True)
             verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and self._is_heard(shape):
+            if self.learner and self._is_kept(shape):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(slots)
@@ -257,7 +262,7 @@ class Decoder(SpeculativeRound):
 
 
 def widths(
-    drafter: Drafter | None, draft: DraftConfig, *, batch_invariant: bool
+    drafter: Drafter | None, draft: DraftConfig, batch_invariant: bool
 ) -> tuple[int, int, int]:
     """Tokens that are drafted, copied and verified a round at most; plain decoding: 0, 0 and 1."""
     if drafter is None or draft.length == 0:

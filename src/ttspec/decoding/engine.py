@@ -9,15 +9,15 @@ import copy
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder, DecoderSpec
-from ttspec.decoding.history import ChatHistory, Prompt
+from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
@@ -28,10 +28,8 @@ from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
 from ttspec.models.target import Target
-from ttspec.penalties import Rules, penalise
 from ttspec.records import Chunk, Result
 from ttspec.rowcache import BUCKET, INVARIANT_STEP, reach_of
-from ttspec.sampling import position_noise, process
 
 SESSION_CONTEXT = 8192
 """Tokens a session makes room for unless told otherwise; the target's context if that is less."""
@@ -58,8 +56,8 @@ class Engine:
         """Whether rounds are compiled on a GPU; see `loading.load`."""
         self.notify: Notify | None = None
         """Told what may not fit into memory."""
-        self._told: set[str] = set()
-        """What it was told."""
+        self._notices: set[str] = set()
+        """What it was told already."""
         self.random_weights: dict[str, Any] | None = None
         """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
         self._spare: Decoder | None = None
@@ -87,13 +85,16 @@ class Engine:
 
         Args:
             prompts: A text, or a list of texts, message lists or token lists.
-            **options: Fields of `GenerateConfig`.
+            **options: Fields of `GenerateConfig`. Without `learn` many prompts teach nothing: each
+                for itself measured slower. Thousands pay with scope "shared" (docs/learned.md).
 
         Returns:
             One result per prompt, in order. A prompt's answer does not depend on the others.
+
+        Raises:
+            OptionError, DataError: An option or a prompt is not allowed.
         """
-        single = isinstance(prompts, str) or (prompts and isinstance(prompts[0], dict | int))
-        many = cast(list[Prompt], [prompts] if single else list(prompts))
+        many = as_prompts(prompts)
         results: list[Result | None] = [None] * len(many)
         for index, chunk in self.run([[p] for p in many], stream=False, **options):
             results[index] = chunk.result or results[index]
@@ -114,7 +115,7 @@ class Engine:
         Raises:
             CheckpointError, OptionError: The file is unusable, or of another drafter.
         """
-        config = make_config(options)
+        config = GenerateConfig(**options)
         if resume is not None:
             return resumed_session(self, config, Path(resume))
         return Session(self, config)
@@ -139,58 +140,59 @@ class Engine:
             stream: Without it, text comes only with the result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
             seeds: One for each dialogue; None is `seed` for all.
-            **options: Fields of `GenerateConfig`; limits hold for each turn.
+            **options: Fields of `GenerateConfig`; limits hold for each turn. Without `learn`
+                several conversations side by side teach nothing.
 
         Yields:
             (index of the dialogue, chunk). A chunk with a result ends a turn.
+
+        Raises:
+            OptionError, DataError: An option or a prompt is not allowed.
         """
-        config = make_config(options)
-        if seeds is None:
-            seed = secrets.randbits(31) if config.seed is None else config.seed
-            seeds = [seed] * len(dialogues)
-        thinking = self.thinking(config)
+        config = GenerateConfig(**options)
+        if rows is not None and rows < 1:
+            raise OptionError(f"rows is {rows}; allowed is 1 or more, or None.")
+        if "learn" not in options and len(dialogues) > 1 and rows != 1:
+            config = replace(config, learn=None)
         template = self.chat_template(config)
         histories = [ChatHistory(template) for _ in dialogues]
-        prompts = [h.ask(d[0]) for h, d in zip(histories, dialogues, strict=True)]
+        prompts = [h.ask(turns[0]) for h, turns in zip(histories, dialogues, strict=True)]
         if not prompts:
             return
         sessions, longest = max(map(len, dialogues)) > 1, max(map(len, prompts))
-        wanted = len(prompts)
-        rows = (
-            min(rows, wanted) if rows else self.rows_for(config, wanted, longest, sessions=sessions)
-        )
-        decoder = self.decoder(config, rows, longest, sessions=sessions)
+        rows = rows or self.rows_for(config, len(prompts), longest, sessions=sessions)
+        decoder = self.decoder(config, min(rows, len(prompts)), longest, sessions=sessions)
         scheduler = Scheduler(decoder, config, stream=stream)
-        asked_before: Counter[tuple[int, ...]] = Counter()  # by seed and prompt
-        for ids, seed in zip(prompts, seeds, strict=True):  # a request's id is its place
-            occurrence = asked_before[seed, *ids]
-            asked_before[seed, *ids] += 1
-            scheduler.add_request(
-                Request(
-                    ids=ids,
-                    seed=seed,
-                    occurrence=occurrence,
-                    quota=quota,
-                    thinking=thinking,
-                    keeps_row=sessions,
-                )
-            )
+        for request in self._requests(config, prompts, seeds):  # its id is its place
+            scheduler.add_request(replace(request, quota=quota, keeps_row=sessions))
         try:
             while scheduler.has_unfinished():
                 for index, chunk in scheduler.step():
                     if chunk.result and sessions:
-                        talk = scheduler.conversation(index)
-                        if talk.is_over(turns=len(dialogues[index])):
+                        turns, history = dialogues[index], histories[index]
+                        turn = scheduler.conversation(index).turn
+                        if scheduler.conversation(index).is_over(turns=len(turns)):
                             scheduler.release(index)
                         else:
-                            history = histories[index]
                             history.answer(chunk.result.text, chunk.result.token_ids)
-                            ids = history.ask(dialogues[index][talk.turn])
-                            scheduler.add_turn(index, ids)
+                            scheduler.add_turn(index, history.ask(turns[turn]))
                     yield index, chunk
             self._spare = decoder
         except KeyboardInterrupt:
             yield from scheduler.abort_all()
+
+    def _requests(
+        self, config: GenerateConfig, prompts: list[list[int]], seeds: Sequence[int] | None
+    ) -> Iterator[Request]:
+        """A request for each prompt; equal ones of equal seeds are told apart."""
+        if seeds is None:
+            seed = secrets.randbits(31) if config.seed is None else config.seed
+            seeds = [seed] * len(prompts)
+        thinking, asked_before = self.thinking(config), Counter[tuple[int, ...]]()
+        for ids, seed in zip(prompts, seeds, strict=True):
+            occurrence = asked_before[seed, *ids]
+            asked_before[seed, *ids] += 1
+            yield Request(ids=ids, seed=seed, occurrence=occurrence, thinking=thinking)
 
     def decoder(
         self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
@@ -217,9 +219,8 @@ class Engine:
             spare.restart()
             return spare
         del spare  # before the new caches are made
-        self._tell(self.require_rows(config, rows, longest_prompt, sessions=sessions))
-        how = config.draft, config.learn, made_for.sampling, self.compile
-        known = rows, config.tenant, *how
+        self._notify_once(self.require_rows(config, rows, longest_prompt, sessions=sessions))
+        costs_of = rows, config.tenant, config.draft, config.learn, made_for.sampling, self.compile
         try:
             live_weights = self._shared_weights.find(config, self.target, self.drafter, self.notify)
             decoder = self.make_decoder(
@@ -227,7 +228,7 @@ class Engine:
                 self.drafter,
                 made_for,
                 live_weights=live_weights,
-                policy=self._policies.get(known),
+                policy=self._policies.get(costs_of),
                 compile=self.compile,
             )
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -237,7 +238,7 @@ class Engine:
             ) from error
         decoder.tenant = config.tenant
         if isinstance(decoder.policy, DraftPolicy):
-            self._policies[known] = decoder.policy
+            self._policies[costs_of] = decoder.policy
         decoder.capture()
         return decoder
 
@@ -263,7 +264,7 @@ class Engine:
 
         rows = fitting_rows(need, self.target, wanted)
         if rows < wanted:
-            self._tell(
+            self._notify_once(
                 f"{rows} of {wanted} requests fit into memory side by side, at {slots:,} tokens "
                 "each; the others follow."
             )
@@ -317,10 +318,10 @@ class Engine:
         step = INVARIANT_STEP if config.deterministic else BUCKET
         return min(reach_of(need, need + step, step), context)
 
-    def _tell(self, notice: str | None) -> None:
+    def _notify_once(self, notice: str | None) -> None:
         """Say what may not fit, once."""
-        if notice and self.notify and notice not in self._told:
-            self._told.add(notice)
+        if notice and self.notify and notice not in self._notices:
+            self._notices.add(notice)
             self.notify(notice)
 
     def close(self) -> bool:
@@ -332,43 +333,6 @@ class Engine:
         if closed := self._shared_weights.close():
             self._spare = None
         return all(closed)
-
-    def margin(
-        self,
-        ids: Sequence[int],
-        at: int,
-        key: int | None = None,
-        *,
-        answer: int = 0,
-        **options: Any,
-    ) -> float:
-        """How clear-cut a token was: best minus second best score, recomputed in one row.
-
-        Args:
-            ids: Prompt and answer.
-            at: Index into `ids` of the token in question.
-            key: Its noise key; None is greedy.
-            answer: Where in `ids` the answer begins.
-            **options: Fields of `GenerateConfig`, for the sampling.
-
-        Returns:
-            The gap in processed logits, noise included.
-        """
-        sampling = sampling_of(replace(make_config(options), seed=0), self.target)
-        cache = self.target.cache(1, at + 1)
-        tokens = torch.tensor([list(ids[:at])], device=self.target.device)
-        start = torch.zeros(1, dtype=torch.long, device=self.target.device)
-        row = torch.zeros_like(start)
-        logits, _ = self.target.forward(cache, tokens, start, 0, subset=row, counts=start + at)
-        assert logits is not None
-        if rules := Rules.of(sampling, self.target.ends, logits.shape[-1], tokens.device):
-            logits = penalise(logits[:, -1:], tokens, start + at, start + answer, rules)
-        scores = process(logits[0, -1], sampling)
-        if key is not None and sampling.temperature > 0:
-            keys = torch.tensor([key], device=start.device)
-            scores = scores + position_noise(keys, start + at, 1, scores.shape[-1])[0, 0]
-        best = scores.topk(2).values
-        return float(best[0] - best[1])
 
     def thinking(self, config: GenerateConfig) -> bool | None:
         """Whether prompts ask the target to think; None where its template has no such switch."""
@@ -383,16 +347,3 @@ class Engine:
         """
         how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
         return ChatTemplate(self.tokenizer, system=config.system, **how)
-
-
-def make_config(options: dict[str, Any]) -> GenerateConfig:
-    """A `GenerateConfig` from keyword options.
-
-    Raises:
-        OptionError: A name or a value is not allowed.
-    """
-    known = {f.name for f in fields(GenerateConfig)}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise OptionError(f"{unknown[0]} is no option; options are {', '.join(sorted(known))}.")
-    return GenerateConfig(**options)

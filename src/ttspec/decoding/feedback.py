@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
-from ttspec.decoding.rows import RoundShape, RowOutcome
-from ttspec.decoding.timing import Took
+from ttspec.decoding.rows import RoundPlan, RowOutcome
+from ttspec.decoding.timing import RoundTime
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import UpdateSchedule
 
@@ -22,9 +22,8 @@ class PolicyFeedback:
     def observe(
         self,
         policy: DraftPolicy | FixedDraftLength,
-        took: Took,
-        shape: RoundShape,
-        longest: int,
+        plan: RoundPlan,
+        time: RoundTime,
         outcomes: dict[int, RowOutcome],
         rows: int,
         *,
@@ -33,20 +32,18 @@ class PolicyFeedback:
         """Take note of a round that is over.
 
         Args:
-            policy: Chose its length.
-            took: What it took.
-            shape: Drafts that each row might have, and tokens of the longest copy.
-            longest: An upper bound of the rows' lengths.
+            policy: Chose its draft length.
+            plan: What it was to do.
+            time: What it took.
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
             chained: Whether the device went on by itself.
         """
-        draft_length, copy_length = shape.draft_length, shape.copy_length
+        draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
-        learner, apart = self._learner, False
-        if learner and learner.study:  # it learns whether or not the drafter drafts
-            apart = updated or learner.is_updating
-        first = took.captured or apart
+        learner, first = self._learner, time.captured
+        if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
+            first = first or updated or learner.is_updating
         emitted = sum(len(outcome.tokens) for outcome in outcomes.values())
         if self._copy_costs and not first:
             # Where all rows copy, the drafter drafts for none of them, as it else would.
@@ -55,7 +52,7 @@ class PolicyFeedback:
                 len(outcomes),
                 drafts or draft_length > 0,
                 copy_length,
-                took.seconds,
+                time.seconds,
                 tokens=emitted,
                 chained=chained,
             )
@@ -68,16 +65,16 @@ class PolicyFeedback:
                 accepted.append(outcome.accepted)
         policy.observe(
             draft_length,
-            took.seconds,
+            time.seconds,
             emitted=emitted / without,
             accepted=accepted,
-            context=longest,
+            context=plan.longest,
             copying=len(accepted) < len(outcomes),
             rows=rows,
             chained=chained,
             first=first,
         )
-        if learner and self._schedule and not took.captured:
+        if learner and self._schedule and not time.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
-            if mean is not None or learner.study:
-                self._schedule.observe(took.seconds, updated, mean, pauses=policy.pauses)
+            if mean is not None or learner.memory_trainer:
+                self._schedule.observe(time.seconds, updated, mean, pauses=policy.pauses)

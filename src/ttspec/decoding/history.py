@@ -18,11 +18,30 @@ from ttspec.errors import DataError
 Prompt = str | Sequence[Message] | Sequence[int]
 
 
+def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, or a list of them, as a list.
+
+    Raises:
+        DataError: It is neither.
+    """
+    _require_prompt(given)
+    if isinstance(given, str) or (given and isinstance(given[0], dict | int)):
+        return [cast(Prompt, given)]
+    return list(cast(Sequence[Prompt], given))
+
+
+def _require_prompt(given: object) -> None:
+    if isinstance(given, bytes | bytearray) or not isinstance(given, Sequence):
+        raise DataError(
+            f"A prompt is a {type(given).__name__}; allowed are a text, a list of messages and a "
+            "list of token ids.\nOf bytes give .decode(), of a tensor or an array .tolist()."
+        )
+
+
 class ChatHistory:
     """Messages and answers so far. Without a template, the tokens so far, which go on."""
 
     def __init__(self, template: ChatTemplate) -> None:
-        """Nothing was said yet."""
         self._template = template
         self._messages: list[Message] | None = []
         """None where there are tokens that no template wrote."""
@@ -37,8 +56,8 @@ class ChatHistory:
             turn: A text of the user's, messages, or tokens, which are read as they are.
 
         Raises:
-            DataError: Messages are not well-formed, or there is no template to write them; the
-                prompt has no tokens and the tokenizer has no token to begin with.
+            DataError: It is no prompt; messages are not well-formed, or there is no template to
+                write them; the prompt has no tokens and the tokenizer has no token to begin with.
             OptionError: The template refuses the system message.
         """
         self._asked = self._with(turn)
@@ -65,6 +84,7 @@ class ChatHistory:
         return self._template.before_user_turn(self._messages or [])
 
     def _with(self, turn: Prompt) -> tuple[list[Message] | None, list[int]]:
+        _require_prompt(turn)
         template, tokenizer = self._template, self._template.tokenizer
         if not isinstance(turn, str) and turn and isinstance(turn[0], int):
             return None, [*self._ids, *turn]  # type: ignore[list-item]

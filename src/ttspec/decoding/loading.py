@@ -23,8 +23,8 @@ from ttspec.models.target import Target, find_target, load_target, wrap_target
 
 
 def load(
-    target: str | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
-    drafter: str | Drafter | None = "auto",
+    target: str | Path | tuple[PreTrainedModel, PreTrainedTokenizerBase] = "smollm2-135m",
+    drafter: str | Path | Drafter | None = "auto",
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -50,6 +50,13 @@ def load(
     Raises:
         TargetError, CheckpointError, ResourceError, OptionError: See their messages.
     """
+    target = str(target) if isinstance(target, Path) else target
+    drafter = str(drafter) if isinstance(drafter, Path) else drafter
+    if not isinstance(target, str | tuple):
+        raise OptionError(
+            f"target is a {type(target).__name__}; allowed are a name, a folder, a hub id and a "
+            "loaded (model, tokenizer)."
+        )
     place = device_of(device)
     files = find_target(target, notify) if isinstance(target, str) else None
     loaded = None if isinstance(target, str) else wrap_target(*target)

@@ -19,7 +19,7 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import widths
-from ttspec.decoding.working_memory import lessons, working
+from ttspec.decoding.working_memory import replay_buffer, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import (
@@ -48,7 +48,7 @@ class Forecast:
     target_cache: int | None = None
     drafter_cache: int | None = None
     learning: int | None = None
-    lessons: int | None = None
+    replay_buffer: int | None = None
     working: int | None = None
 
     @property
@@ -59,7 +59,7 @@ class Forecast:
     @property
     def at_once(self) -> int:
         """Of what is taken before a cache is full."""
-        return (self.learning or 0) + (self.lessons or 0) + (self.working or 0)
+        return (self.learning or 0) + (self.replay_buffer or 0) + (self.working or 0)
 
     def __str__(self) -> str:
         """The parts that take anything, and their sum."""
@@ -73,7 +73,7 @@ class Forecast:
             "target's cache": self.target_cache,
             "drafter's cache": self.drafter_cache,
             "learning": self.learning,
-            "lessons": self.lessons,
+            "lessons": self.replay_buffer,
             "work": self.working,
         }
         return [(name, size) for name, size in named.items() if size is not None]
@@ -107,7 +107,7 @@ def of_run(
         target_cache=cache,
         drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
         learning=learning(drafter, learn, rows) if drafter and learn else 0,
-        lessons=lessons(target, learn, rows, drafts),
+        replay_buffer=replay_buffer(target, learn, rows, drafts),
         working=working(target, drafter, config, learn, **shape),
     )
 

@@ -29,7 +29,6 @@ class RowPenalties:
     """
 
     def __init__(self, target: Target, rows: int, slots: int) -> None:
-        """No row has a rule."""
         self._ends, self._size = target.ends, int(target.config.vocab_size)
         self._rows, self._slots, self._device = rows, slots, target.device
         self._of_row: list[Rules | None] = [None] * rows

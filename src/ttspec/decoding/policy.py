@@ -2,52 +2,52 @@
 
 The account says by how many plain rounds drafting is behind plain decoding. While that is little,
 the drafter drafts; when it is overdrawn, rounds are plain until that is paid off, at 1.5 % of their
-tokens, and a pause that doubles with every failure is over. What the first round of a try loses may
-be owed on top. So the promise holds for any drafter and any text, as far as the clock can be
-believed. Rows that copy do so in either case.
-Knows no tensors and no clock: it is told what a round took, after it, so that no draft of a round
-has a say in how many there are. It is asked in every round, so it reckons in few of them.
+tokens, and a pause that doubles with every failure is over: then the next trial begins. So the
+promise holds for any drafter and any text, as far as the clock can be believed.
+Knows no tensors and no clock: `observe` gets what a round took, after it, so that no draft of a
+round has a say in how many there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median, median_low
 
 from ttspec.decoding.confidence import ConfidenceCalibration
 from ttspec.decoding.copy_costs import CopyCosts
 
 BEHIND = 4.0
-"""Plain rounds by which drafting may be behind before it stops, besides what a try began with."""
+"""Plain rounds by which drafting may be behind before it stops, besides what a trial began with."""
 AHEAD = 8.0
 """Plain rounds that are remembered of being ahead: more would hide a later decay."""
 SHARE = 0.015
-"""Of the time that plain decoding would have taken, what tries may cost in the long run."""
+"""Of the time that plain decoding would have taken, what trials may cost in the long run."""
 PAUSE, LONGEST_PAUSE = 64, 1024
 """Plain rounds after a first failure, doubled with each further one."""
-SOON, REFRESH = 4, 64
+FIRST_INTERVAL, INTERVAL = 4, 64
 """Drafting rounds after which a plain one is taken, to know what it costs by now: at first soon,
 since few were seen, then later and later."""
-SAFE, EASE = 1.3, 4
+SAFE, SAFE_FACTOR = 1.3, 4
 """Past this speed, in plain decoding's, what a plain round costs need be known less often."""
 RECENT = 16
 """Drafting rounds for which that is still believed where the drafter is about to be stopped."""
 GAIN = 1.04
 """Tokens a second that another length must promise: less may be noise."""
-STAY = 4
-"""Drafting rounds between two looks at what is known, and for which a length is kept at least."""
+REVIEW = 4
+"""Drafting rounds between two choices of the length."""
 MEMORY = 1 / 32
 """Share of what is known about acceptance that a round replaces."""
 FORGET = 1 / 8
-"""The same of drafts that the round did not have, so that longer rounds are tried again soon."""
-HOPE = 0.7
+"""The same of drafts that the round did not have, so that longer rounds get a trial again soon."""
+PRIOR = 0.7
 """Chance of a first draft, as long as nothing is known."""
 SPIKE = 2.0
 """Times its length's usual cost that a round is charged at most: more is another process's, and
-would have held up plain rounds as well, of which the middle one counts."""
-MOST_ENTRY = 8.0
-"""Plain rounds that the first round of a try is charged at most, for the same reason."""
+would have held up plain rounds as well, of which the median counts."""
+MOST_CATCH_UP = 8.0
+"""Plain rounds that the first round of a trial is charged at most, for the same reason."""
 PLAIN_SEEN, COSTS_SEEN = 3, 5
-"""Rounds of a kind whose middle time counts."""
+"""Rounds of a kind whose median time counts."""
 STALE = 256
 """Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
 that were held up would speak against it for ever."""
@@ -94,49 +94,51 @@ class DraftPolicy:
         """Allow `longest` drafts, a half of it, a half of that and so on."""
         self.lengths = sorted({longest >> n for n in range(halvings + 1)} - {0})
         self.longest = longest
-        self._plain: dict[tuple[int, bool, bool], list[float]] = {}
-        """Seconds of the last plain rounds, by rows that cost something, whether any copied, and
-        whether the device went on by itself."""
-        self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
-        self._usual: dict[int, float] = {}
-        """Their medians, by length."""
-        self._last: dict[int, int] = {}
-        """When each length was drafted last, in rounds."""
-        self._rounds = 0
-        self._extra = 0.0
-        """What a drafting round costs on average above the median, as every few rounds for an
-        update."""
-        self._reached, self._kept = [0.0] * longest, [0.0] * longest
-        """How often, lately, all drafts before the i-th were right, and how often it was too."""
-        self._counted = [0] * (longest + 1)
-        """Rows by accepted drafts, in the rounds of this length that are not in there yet."""
-        self._account = 0.0
-        self._won = 0.0
-        """Plain rounds that the present try has gained."""
-        self._entry: float | None = 0.0
-        """Plain rounds that its first round lost, and that were not won back: by so much more may
-        drafting be behind. None before it."""
         self._length = longest
         """Of drafting rounds; 0 while they pause."""
-        self._failures, self._pause = 0, 0
-        self._look = 2
-        """Plain rounds to take next, to know what they cost."""
-        self._doubt: float | None = None
-        """Cost of a plain round before it was measured again, to judge a drafter by."""
-        self._since, self._until = 0, SOON
-        """Drafting rounds since a plain one, and how many are to be."""
-        self._unseen = 0
-        """Drafting rounds since the last look at what is known."""
-        self._context = 0
-        """Tokens of context that the last plain round had."""
-        self._copying = False
-        """Whether rows copied in the last drafting round."""
-        self._rows, self._chained = 1, False
-        """Rows that cost something in it, and whether the device went on by itself."""
-        self.copy_costs = CopyCosts()
-        """What rounds of several rows took in which some copied."""
+        # What rounds cost.
+        self._plain: dict[tuple[int, bool, bool], list[float]] = {}
+        """Seconds of the last plain rounds, by rows that cost something, whether any copied, and
+        whether the round was chained."""
+        self._costs: dict[int, list[float]] = {n: [] for n in self.lengths}
+        """Of the last rounds of each draft length, in plain rounds."""
+        self._median_cost: dict[int, float] = {}
+        self._last_drafted: dict[int, int] = {}
+        """When each length was drafted last, in rounds."""
+        self._rounds = 0
+        self._excess = 0.0
+        """What a drafting round costs on average above the median, as every few rounds for an
+        update."""
+        self._rows, self._copying, self._chained = 1, False, False
+        """Of the last drafting round, as in `observe`."""
+        # What is accepted.
+        self._reached, self._kept = [0.0] * longest, [0.0] * longest
+        """How often, lately, all drafts before the i-th were right, and how often it was too."""
+        self._counts = [0] * (longest + 1)
+        """Rows by accepted drafts, in the rounds of this length that are not in there yet."""
+        self._uncounted_rounds = 0
         self._calibration: ConfidenceCalibration | None = None
         """What the drafter says of its drafts, if it does."""
+        # The account.
+        self._account = 0.0
+        """Plain rounds by which drafting is behind plain decoding; below 0 it is ahead."""
+        self._gained = 0.0
+        """Plain rounds that the present trial has gained."""
+        self._catch_up: float | None = 0.0
+        """Plain rounds that its first round lost, and that were not won back: by so much more may
+        drafting be behind. None before it."""
+        self._failures, self._pause = 0, 0
+        # When to measure plain rounds again.
+        self._plain_due = 2
+        """Plain rounds to take next, to know what they cost."""
+        self._plain_before: float | None = None
+        """Seconds of a plain round before it was measured again, to judge a drafter by."""
+        self._since_plain, self._plain_interval = 0, FIRST_INTERVAL
+        """Drafting rounds since a plain one, and how many are to be."""
+        self._context = 0
+        """Tokens of context that the last plain round had."""
+        self.copy_costs = CopyCosts()
+        """What rounds of several rows took in which some copied."""
 
     @property
     def pauses(self) -> bool:
@@ -153,7 +155,7 @@ class DraftPolicy:
         Args:
             unobserved: That of the last round, where `observe` is told of it only later.
         """
-        return 0 if self._look > (unobserved == 0) else self._length
+        return 0 if self._plain_due > (unobserved == 0) else self._length
 
     def drafts_to_verify(self, confidence: Sequence[Sequence[float]]) -> int:
         """How many of a round's drafts the target should read.
@@ -164,7 +166,7 @@ class DraftPolicy:
         """
         self._calibration = self._calibration or ConfidenceCalibration(self.longest)
         tokens = self._calibration.tokens(confidence)
-        if not self._usual:
+        if not self._median_cost:
             return self.longest
         possible = [n for n in self.lengths if n < len(tokens)]
         return max(possible, key=lambda n: tokens[n] / self._cost(n))
@@ -199,93 +201,94 @@ class DraftPolicy:
         self._rounds += 1
         if length:
             for n in accepted:
-                self._counted[n] += 1
+                self._counts[n] += 1
             if self._calibration:
                 self._calibration.observe(length, accepted)
             self._copying, self._rows, self._chained = copying, rows, chained
-            if not first and (plain := self._cost_of_plain):
+            if not first and (plain := self._plain_seconds):
                 # A wait for the host is not the drafts': a plain round would have waited as long.
-                usual = self._seconds_of_plain((rows, copying, True))
-                self._charge(length, 1 + (seconds - plain) / (usual or plain), emitted)
-            self._since += 1
-            self._unseen += 1
-            self._go_on(context)
-            if not self._look and self._length and all(n != rows for n, *_ in self._plain):
-                self._look = 1
+                usual = self._plain_seconds_of((rows, copying, True))
+                self._charge_round(length, 1 + (seconds - plain) / (usual or plain), emitted)
+            self._since_plain += 1
+            self._uncounted_rounds += 1
+            self._after_drafting(context)
+            if not self._plain_due and self._length and all(n != rows for n, *_ in self._plain):
+                self._plain_due = 1
             return
         if not first:
             times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
             del times[:-PLAIN_SEEN]
         if copying == self._copying:
-            self._look = max(0, self._look - (not first))
+            self._plain_due = max(0, self._plain_due - (not first))
             if not first:
-                self._since, self._context = 0, context
-            self._book(0.0, emitted)
-            self._wait()
+                self._since_plain, self._context = 0, context
+            self._charge_account(0.0, emitted)
+            self._after_plain()
 
-    def _charge(self, length: int, cost: float, emitted: float) -> None:
+    def _charge_round(self, length: int, cost: float, emitted: float) -> None:
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
-        if self._entry is None:  # the drafter reads first what it missed: no cost of the length
-            cost = min(cost, MOST_ENTRY)
-            self._entry = max(0.0, cost - emitted)
-            self._book(cost - emitted, emitted)
+        if self._catch_up is None:  # the drafter reads first what it missed: no cost of the length
+            cost = min(cost, MOST_CATCH_UP)
+            self._catch_up = max(0.0, cost - emitted)
+            self._charge_account(cost - emitted, emitted)
             return
         costs = self._costs[length]
         if costs:
-            cost = min(cost, SPIKE * self._usual[length])
+            cost = min(cost, SPIKE * self._median_cost[length])
         costs.append(cost)
         del costs[:-COSTS_SEEN]
-        self._last[length] = self._rounds
-        usual = self._usual[length] = _middle(costs)
-        self._extra += (max(0.0, cost - usual) - self._extra) * MEMORY
-        self._won += emitted - cost
-        if self._won >= BEHIND:
+        self._last_drafted[length] = self._rounds
+        usual = self._median_cost[length] = median(costs)
+        self._excess += (max(0.0, cost - usual) - self._excess) * MEMORY
+        self._gained += emitted - cost
+        if self._gained >= BEHIND:
             self._failures = 0
-        self._book(cost - emitted, emitted)
-        self._entry = min(self._entry, max(0.0, self._account))
+        self._charge_account(cost - emitted, emitted)
+        self._catch_up = min(self._catch_up, max(0.0, self._account))
 
-    def _book(self, loss: float, emitted: float) -> None:
+    def _charge_account(self, loss: float, emitted: float) -> None:
         self._account += loss
         if self._account > 0:
             self._account = max(0.0, self._account - SHARE * emitted)
         self._account = max(-AHEAD, self._account)
 
-    def _go_on(self, context: int) -> None:
+    def _after_drafting(self, context: int) -> None:
         """After a drafting round: what comes next."""
-        if self._account > BEHIND + (self._entry or 0.0):
-            if self._since < RECENT:
-                self._fail()
+        if self._account > BEHIND + (self._catch_up or 0.0):
+            if self._since_plain < RECENT:
+                self._start_pause()
             else:  # plain rounds may be slower by now, too
-                self._look, self._doubt = PLAIN_SEEN, self._cost_of_plain
+                self._plain_due, self._plain_before = PLAIN_SEEN, self._plain_seconds
             return
-        if self._unseen < STAY and self._since < self._until:
+        if self._uncounted_rounds < REVIEW and self._since_plain < self._plain_interval:
             return
-        self._count()
+        self._update_acceptance()
         self._forget_costs()
         best = max(self.lengths, key=self.speed)
         now = self.speed(self._length)
-        ease = EASE if now > SAFE else 1
-        grown = abs(context - self._context)
-        if self._since >= ease * self._until or grown > ease * (self._context / 4 + REFRESH):
-            self._look, self._until = 1, min(4 * self._until, REFRESH)
+        ease = SAFE_FACTOR if now > SAFE else 1
+        is_due = self._since_plain >= ease * self._plain_interval
+        has_grown = abs(context - self._context) > ease * (self._context / 4 + INTERVAL)
+        if is_due or has_grown:
+            self._plain_due, self._plain_interval = 1, min(4 * self._plain_interval, INTERVAL)
         if not self._calibration and best != self._length and self.speed(best) > GAIN * now:
             self._length = best
 
-    def _wait(self) -> None:
+    def _after_plain(self) -> None:
         """After a plain round: what comes next."""
-        if self._look:
+        if self._plain_due:
             return
-        if self._doubt is not None:
-            slower = self._cost_of_plain > 1.1 * self._doubt
-            self._doubt = None
+        if self._plain_before is not None:
+            slower = self._plain_seconds > 1.1 * self._plain_before
+            self._plain_before = None
             if slower:  # what drafts cost lately was reckoned by another plain round
                 self._account = 0.0
-                self._usual.clear()
+                self._median_cost.clear()
                 for costs in self._costs.values():
                     costs.clear()
             else:
-                self._fail()
+                self._start_pause()
         elif not self._length:
             self._pause -= 1
             if self._pause > 0:
@@ -294,22 +297,22 @@ class DraftPolicy:
             length = self.longest if self._calibration else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
-                self._length, self._won, self._entry = length, 0.0, None
-                self._until = REFRESH  # it is known well by now
+                self._length, self._gained, self._catch_up = length, 0.0, None
+                self._plain_interval = INTERVAL  # it is known well by now
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]
 
-    def _fail(self) -> None:
-        self._count()
+    def _start_pause(self) -> None:
+        self._update_acceptance()
         self._length = 0
         self._pause = min(PAUSE << self._failures, LONGEST_PAUSE)
         self._failures = min(self._failures + 1, 10)
 
-    def _count(self) -> None:
+    def _update_acceptance(self) -> None:
         """Add what was counted since the last time to what is known about acceptance."""
-        rows, rounds = sum(self._counted), self._unseen
-        self._unseen = 0
+        rows, rounds = sum(self._counts), self._uncounted_rounds
+        self._uncounted_rounds = 0
         if not rows:
             return
         share, reached = rounds / rows, rows
@@ -319,15 +322,16 @@ class DraftPolicy:
             self._kept[i] *= left
             if i < self._length:
                 self._reached[i] += share * reached
-                reached -= self._counted[i]
+                reached -= self._counts[i]
                 self._kept[i] += share * reached
-        self._counted = [0] * (self.longest + 1)
+        self._counts = [0] * (self.longest + 1)
 
     def _forget_costs(self) -> None:
         """Hope anew for lengths that were not drafted for long."""
-        for length in [n for n in self._usual if self._rounds - self._last[n] > STALE]:
-            del self._usual[length]
-            self._costs[length].clear()
+        for length, last in self._last_drafted.items():
+            if self._rounds - last > STALE:
+                self._median_cost.pop(length, None)
+                self._costs[length].clear()
 
     def tokens(self, length: int) -> float:
         """Tokens a row that a round with so many drafts commits, as far as is known.
@@ -335,7 +339,7 @@ class DraftPolicy:
         Where little is known about a draft, as where rounds were shorter lately, its chance is
         taken to be that of the one before.
         """
-        chance, all_right, tokens = HOPE, 1.0, 1.0
+        chance, all_right, tokens = PRIOR, 1.0, 1.0
         for reached, kept in zip(self._reached[:length], self._kept[:length], strict=True):
             chance = (kept + chance) / (reached + 1)
             all_right *= chance
@@ -344,23 +348,23 @@ class DraftPolicy:
 
     def speed(self, length: int) -> float:
         """Tokens per time of a plain round, with so many drafts a round."""
-        if not self._usual:
+        if not self._median_cost:
             return 0.0  # nothing to go by: none is better than another
         return self.tokens(length) / self._cost(length)
 
     def _cost(self, length: int) -> float:
         """Of a round, in plain rounds; from its neighbours where it was not measured."""
-        if length in self._usual:
-            return self._usual[length] + self._extra
-        known = [(0, 1.0), *self._usual.items()]
+        if length in self._median_cost:
+            return self._median_cost[length] + self._excess
+        known = [(0, 1.0), *self._median_cost.items()]
         below, left = max(pair for pair in known if pair[0] <= length)
         above, right = min((pair for pair in known if pair[0] >= length), default=(below, left))
         share = (length - below) / (above - below) if above > below else 0.0
-        return left + share * (right - left) + self._extra
+        return left + share * (right - left) + self._excess
 
     @property
-    def _cost_of_plain(self) -> float:
-        """Seconds; the lower of two middle ones, so that a doubt is not the drafter's gain.
+    def _plain_seconds(self) -> float:
+        """Seconds of a plain round, the lower median: a doubt is not the drafter's gain.
 
         Of rounds like the last drafting one: of as many rows, in which some copied if they did
         there, and with as much of a wait for the host. Of others where none such was seen; 0 if
@@ -373,13 +377,8 @@ class DraftPolicy:
             rows, copying, chained = kind
             return abs(rows - self._rows), copying != self._copying, chained != self._chained
 
-        return self._seconds_of_plain(min(self._plain, key=unlike))
+        return self._plain_seconds_of(min(self._plain, key=unlike))
 
-    def _seconds_of_plain(self, kind: tuple[int, bool, bool]) -> float:
+    def _plain_seconds_of(self, kind: tuple[int, bool, bool]) -> float:
         times = self._plain.get(kind)
-        return sorted(times)[(len(times) - 1) // 2] if times else 0.0
-
-
-def _middle(values: Sequence[float]) -> float:
-    ordered, half = sorted(values), len(values) // 2
-    return ordered[half] if len(values) % 2 else (ordered[half - 1] + ordered[half]) / 2
+        return median_low(times) if times else 0.0

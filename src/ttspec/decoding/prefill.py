@@ -14,9 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.rollback import RollbackLimits
 from ttspec.decoding.row_sampling import RowSampling, includes
-from ttspec.decoding.rows import Processors, RowStates
+from ttspec.decoding.rows import Processors, RollbackLimits, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
@@ -107,7 +106,6 @@ class PromptReader:
         rows: RowStates,
         deferred: DeferredContext,
     ) -> None:
-        """Nothing is read yet."""
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._sampling, self._rows, self._deferred = sampling, rows, deferred
         self._pads = target.device.type == "cpu" and target.dtype.itemsize == 2
@@ -131,7 +129,7 @@ class PromptReader:
         for width in PADDED:
             logits, self._features = graphs(self._read_padded, width, compile=compile)
             self._logits = logits.clone()
-            if self.learner and self.learner.study:
+            if self.learner and self.learner.memory_trainer:
                 graphs(self._teach_padded, width, compile=False)
         self._drawn = self._sampling.captured(self._sampling.processors(range(self._rows.count)))
         graphs(self._draw_one, self._drawn, compile=False)
@@ -312,7 +310,7 @@ class PromptReader:
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
-        if self.learner and self.learner.study and self.learner.study.listens:
+        if self.learner and self._records_prompts:
             near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
         return out
@@ -328,9 +326,15 @@ class PromptReader:
             subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        if (study := self.learner and self.learner.study) and study.listens and left <= PIECE:
+        if self._records_prompts and left <= PIECE:
             self.graphs(self._teach_padded, width, compile=False)
         return logits.clone()
+
+    @property
+    def _records_prompts(self) -> bool:
+        """Whether the memory of all requests is to have the prompts that are read."""
+        trainer = self.learner.memory_trainer if self.learner else None
+        return trainer is not None and trainer.records_prompts
 
     def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
         """Logits [1, 1, V] of a piece's last token and features [1, width, W], from `_piece`."""

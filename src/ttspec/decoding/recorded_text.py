@@ -61,7 +61,6 @@ class RecordedRows(RowCache):
     def __init__(
         self, rows: int, slots: int, recording: Recording, taps: Sequence[int], device: torch.device
     ) -> None:
-        """No row has a conversation yet."""
         super().__init__(rows, slots)
         self._recording, size = recording, min(slots + 1, recording.longest)
         # Made here and never replaced: a captured graph reads them where they are.
@@ -145,7 +144,7 @@ class RecordedTarget(Target):
         else:
             at = at[:, -(logits or 0) :]
         hidden = cache.hidden[row, at]
-        return self.judge(hidden), features
+        return self.compute_logits(hidden), features
 
 
 class RecordedPrompts(PromptReader):

@@ -1,20 +1,8 @@
-"""One round of speculative decoding, straight down. Knows tokens, not text.
+"""One round of speculative decoding: draft, verify, accept, commit, learn. Start at `round`.
 
-propose   the drafter drafts tokens; a row whose own text promises more copies them from there
-verify    the target reads the pending token and the drafts in one forward
-accept    which drafts are kept, and which token comes after them
-commit    each row's length moves on the host; no key or value is copied
-hand on   the learner gets the verification, the policy what the round took and brought; the
-          drafter has made it context already, on the device, right after the verdict
-
-A round is computed for all rows at once; what it says of rows that take no part is dead. On a CPU,
-where each row costs, the target reads those that take part, and the drafter drafts for the rows
-from the first of them to the last. Weights change in `learner.absorb` and nowhere else: what
-drafted a round is what it is judged by.
-
-What happens between rounds is a neighbour's job: `prefill.py` reads prompts, `deferred.py` what
-a drafter has not read yet, `policy.py` says how much is drafted, `copying.py` which rows copy,
-`decoder.py` puts it together.
+A round is computed for all rows at once; what it says of rows that take no part is dead. What the
+device computes is in `stages.py`. Weights change in `learner.absorb` and nowhere else: what drafted
+a round is what it is judged by.
 """
 
 from __future__ import annotations
@@ -29,9 +17,9 @@ from ttspec.decoding.copying import Copying
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
-from ttspec.decoding.rows import RoundShape, RowOutcome, RowVerdict
+from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
 from ttspec.decoding.stages import RoundStages
-from ttspec.decoding.timing import Marks, RoundTimer
+from ttspec.decoding.timing import RoundTimer, StageMarks
 from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs
 from ttspec.models.weights import not_finite
@@ -42,20 +30,15 @@ from ttspec.rowcache import BUCKET, reach_of
 class Launched(NamedTuple):
     """A round that the device works on."""
 
-    active: list[int]
-    """Rows that take part."""
-    shape: RoundShape
-    longest: int
-    copies: dict[int, list[int]]
-    """These two as `_plan` says."""
+    plan: RoundPlan
     verification: Verification
-    read: Callable[[], list[list[int]]]
-    """Waits for the verdict's table, and gives its rows."""
-    heard: bool
-    """Whether the learner is told what the target said."""
+    read_verdicts: Callable[[], list[list[int]]]
+    """Waits for the device; gives the verdict of each row, as `RowVerdict.of` takes it."""
+    kept: bool
+    """Whether the learner keeps the verification to train on it."""
     chained: bool
-    """It began where the device left the round before, of which the host knew nothing yet."""
-    marks: Marks
+    """It began where the device left the round before, which the host had not read yet."""
+    marks: StageMarks
 
 
 class SpeculativeRound(RoundStages):
@@ -76,7 +59,7 @@ class SpeculativeRound(RoundStages):
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
-        """Propose, verify, accept, commit, hand on: one round of all rows that take part.
+        """Draft, verify, accept, commit, learn: one round of all rows that take part.
 
         Args:
             ahead: Launch the next round before the host does what is left to do for this one; not
@@ -85,177 +68,202 @@ class SpeculativeRound(RoundStages):
         Returns:
             What it did to each of them, by row.
         """
-        launched, self.launched = self.launched or self._launch(), None
+        launched, self.launched = self.launched or self._launch(), None  # draft, verify, accept
         following = None
         if ahead and self._is_chainable(launched):
             following = self._launch(after=launched)
-        active, shape, longest, copies, verification = launched[:5]
-        verdict = launched.read()  # the round's one wait for the device
-        if any(verdict[row][3] >= BROKEN for row in active):
-            raise not_finite(self.target.name, self.target.dtype)
+        verdicts = self._read_verdicts(launched)  # the round's one wait for the device
+        logits, logprobs_of = launched.verification.logits, self.row_sampling.logprobs.of
+        logprobs = {row: logprobs_of(row, logits, row, v.tokens) for row, v in verdicts.items()}
 
-        self.round_number += 1
-        verdicts = {row: RowVerdict.of(verdict[row]) for row in active}
-        tell = self.row_sampling.logprobs.of
-        told = {row: tell(row, verification.logits, row, v.tokens) for row, v in verdicts.items()}
-        for row, of_row in verdicts.items():
-            self.prompts.rollback.validate(row)  # to where the round began
-            self.rows.commit(row, of_row.tokens)
-            if of_row.ended:
-                self.rows.budget[row] = 0
-            if self.copying:
-                drafted = shape.draft_length > 0 and row not in copies
-                self.copying.commit(row, of_row.tokens, of_row.accepted if drafted else None)
-        emitted = {row: len(verdict.tokens) for row, verdict in verdicts.items()}
-        self.deferred.after_round(verification, emitted, shape)
-        updated = self._teach(launched, emitted, following)
-        took, some, left = self.timer.finish(launched.marks), self._target_rows, self.rows.active()
-        if following:  # the device knows as well which rows have ended
-            self.launched = following._replace(active=left) if left else None
-        elif ahead and left == active and not self._is_masked(active):
-            self.launched = self._launch(unobserved=shape.draft_length)
+        self._commit(launched, verdicts)
+        updated = self._learn(launched, verdicts, following)
+        time, cost = self.timer.finish(launched.marks), self.rows.count
+        if self._target_rows is not None:
+            cost = len(self._target_rows)
+        if ahead:
+            self._launch_ahead(launched.plan, following)
 
-        reported = None if copies else self.policy.reported(shape.draft_length)
+        shape, copies = launched.plan.shape, launched.plan.copies
+        length = None if copies else self.policy.reported(shape.draft_length)
         outcomes = {
-            row: RowOutcome(*of_row, updated[row], took.stages, reported, row in copies, told[row])
-            for row, of_row in verdicts.items()
+            row: RowOutcome(*v, updated[row], time.stages, length, row in copies, logprobs[row])
+            for row, v in verdicts.items()
         }
-        cost = self.rows.count if some is None else len(some)
         self.feedback.observe(
-            self.policy, took, shape, longest, outcomes, cost, chained=launched.chained
+            self.policy, launched.plan, time, outcomes, cost, chained=launched.chained
         )
         return outcomes
 
-    def _teach(
-        self, launched: Launched, emitted: dict[int, int], following: Launched | None
-    ) -> list[bool]:
-        """Let the learner take note of a round; of each row, whether what it learned is published.
+    def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
+        """Let the device draft, verify and accept.
 
         Args:
-            launched: See above.
-            emitted: Tokens that each row committed.
-            following: The round after it, if it is under way.
+            unobserved: Draft length of a round that the policy has not observed yet.
+            after: A round that was not read yet, where the device goes on from.
         """
-        learner, shape = self.learner, launched.shape
-        if not learner:
-            return [False] * self.rows.count
-        if learner.study:
-            learner.study.listens = launched.heard
-        counts = shape.absorbs and (shape.proposed > 0 or learner.study is not None)
-        if not (launched.heard or counts):
+        marks = self.timer.start()
+        if after:
+            plan = self._plan_after(after.plan)
+            self.timer.lap(after.marks)  # it teaches nothing
+        else:
+            plan = self._plan(unobserved)
+            self._prepare(plan)
+        self._proposed = self.graphs(self.propose, plan.shape, first=True)
+        plan = plan._replace(shape=self._trim_by_confidence(plan))
+        self.timer.lap(marks)
+        self._ask_masks(plan)
+        changes = [self.rows.uploaded]  # which a warm-up moves on, too
+        verification, table = self.graphs(self.verify_and_accept, plan.shape, changes=changes)
+        read_verdicts, drafted = self.rows.download(table), plan.shape.draft_length > 0
+        self.timer.lap(marks)
+        kept = self._is_kept(plan.shape, ahead=int(after is not None))
+        if kept and self.learner:  # now: the next round may overwrite it before it is read
+            self.learner.keep(verification, plan.shape, drafted=drafted)
+        return Launched(plan, verification, read_verdicts, kept, after is not None, marks)
+
+    def _read_verdicts(self, launched: Launched) -> dict[int, RowVerdict]:
+        """What the target decided about each row that takes part; waits for the device.
+
+        Raises:
+            TargetError: Its logits are not finite.
+        """
+        table = launched.read_verdicts()
+        if any(table[row][3] >= BROKEN for row in launched.plan.active):
+            raise not_finite(self.target.name, self.target.dtype)
+        self.round_number += 1
+        return {row: RowVerdict.of(table[row]) for row in launched.plan.active}
+
+    def _commit(self, launched: Launched, verdicts: dict[int, RowVerdict]) -> None:
+        """Move each row's length on the host; no key or value is copied."""
+        shape, copies = launched.plan.shape, launched.plan.copies
+        for row, verdict in verdicts.items():
+            self.prompts.rollback.validate(row)  # to where the round began
+            self.rows.commit(row, verdict.tokens)
+            if verdict.ended:
+                self.rows.budget[row] = 0
+            if self.copying:
+                drafted = shape.draft_length > 0 and row not in copies
+                self.copying.commit(row, verdict.tokens, verdict.accepted if drafted else None)
+        self.deferred.after_round(launched.verification, _emitted(verdicts), shape)
+
+    def _learn(
+        self, launched: Launched, verdicts: dict[int, RowVerdict], following: Launched | None
+    ) -> list[bool]:
+        """Let the learner take note of a round; of each row, whether an update was published.
+
+        `following` is the round after it, if that is under way.
+        """
+        learner, (active, shape, longest, _) = self.learner, launched.plan
+        if learner and learner.memory_trainer:
+            learner.memory_trainer.records_prompts = launched.kept
+        trains = shape.absorbs and (shape.proposed > 0 or bool(learner and learner.memory_trainer))
+        if learner is None or not (launched.kept or trains):
             return [False] * self.rows.count
         return learner.absorb(
-            launched.longest,
-            launched.active,
+            longest,
+            active,
             drafted=shape.draft_length > 0,
-            emitted=emitted,
-            told=launched.heard,
+            emitted=_emitted(verdicts),
+            kept=launched.kept,
             ahead=1 + max(self.policy.lengths) if following else 0,
         )
 
-    def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
-        """Let the device propose, verify and accept.
-
-        Args:
-            unobserved: Draft length of a round of which the policy was not told yet.
-            after: A round that was not read yet, where the device goes on from.
-        """
-        marks, chained = self.timer.start(), after is not None
-        if after:
-            active, copies = after.active, dict[int, list[int]]()
-            shape, longest = self._next_shape(after), after.longest
-            self.timer.lap(after.marks)  # nothing is learned from it
-        else:
-            active = self.rows.active()
-            shape, longest, copies = self._plan(active, unobserved)
-            self.deferred.before_round(active, shape)
-            self.prompts.restore(active)
-            self.prompts.rollback.invalidate(active)  # until they are committed
-            self.rows.upload(self.round_number, copies)
-            self._choose_rows(active)
-        self._proposed = self.graphs(self.propose, shape, first=True)
-        shape = self._trim_by_confidence(active, shape)
-        self.timer.lap(marks)
-        self._ask_masks(active, shape)
-        changes = [self.rows.uploaded]  # which a warm-up moves on, too
-        verification, table = self.graphs(self.verify_and_accept, shape, changes=changes)
-        read = self.rows.download(table)
-        self.timer.lap(marks)
-        heard = self._is_heard(shape, ahead=int(chained))
-        if heard and self.learner:  # now: the next round may overwrite it before it is read
-            self.learner.keep(verification, shape, drafted=shape.draft_length > 0)
-        return Launched(active, shape, longest, copies, verification, read, heard, chained, marks)
+    def _launch_ahead(self, last: RoundPlan, following: Launched | None) -> None:
+        """Launch the next round, unless it is under way or the host must see it first."""
+        active = self.rows.active()
+        if following:  # the device knows as well which rows have ended
+            plan = following.plan._replace(active=active)
+            self.launched = following._replace(plan=plan) if active else None
+        elif active == last.active and not self._is_masked(active):
+            self.launched = self._launch(unobserved=last.shape.draft_length)
 
     def drop(self, row: int) -> None:
         """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
-        if self.launched and row in self.launched.active:
+        if self.launched and row in self.launched.plan.active:
             self.launched = None
 
     def _is_masked(self, rows: list[int]) -> bool:
         """Whether the host must look at drafts of some rows before they are verified."""
         return bool((masks := self.row_sampling.masks) and masks.masked(rows))
 
-    def _plan(
-        self, active: list[int], unobserved: int | None
-    ) -> tuple[RoundShape, int, dict[int, list[int]]]:
-        """The next round's shape, an upper bound of its rows' lengths, and what rows copy."""
-        draft_length, copies = self.policy.choose(unobserved), dict[int, list[int]]()
+    def _plan(self, unobserved: int | None) -> RoundPlan:
+        """The next round, of all rows that are active."""
+        active, copies = self.rows.active(), dict[int, list[int]]()
+        draft_length, copy_length = self.policy.choose(unobserved), 0
         if self.copying:
             drafts = draft_length > 0
             copies = self.copying.choose(active, self.rows.tokens, drafts=drafts)
-        copy_length = self.copying.length(copies) if self.copying else 0
+            copy_length = self.copying.length(copies)
         if len(copies) == len(active):  # nobody needs the drafter
             draft_length = 0
         longest = self._longest(active)
-        reach = self.rows.slots if self._reads_spans else longest
         processors = self.row_sampling.processors(active)
         if self.graphs.on:
             processors = self.row_sampling.captured(processors)
+        reach = self.rows.slots if self._reads_spans else longest
         absorbs = not self.policy.pauses
-        return RoundShape(reach, draft_length, copy_length, processors, absorbs), longest, copies
+        shape = RoundShape(reach, draft_length, copy_length, processors, absorbs)
+        return RoundPlan(active, shape, longest, copies)
 
-    def _trim_by_confidence(self, active: list[int], shape: RoundShape) -> RoundShape:
+    def _plan_after(self, last: RoundPlan) -> RoundPlan:
+        """The round after one that is under way, where nothing is copied."""
+        length = self.policy.choose(last.shape.draft_length)
+        shape = last.shape._replace(draft_length=length, absorbs=not self.policy.pauses)
+        return last._replace(shape=shape, copies={})
+
+    def _prepare(self, plan: RoundPlan) -> None:
+        """Bring rows, caches and the device's inputs to where the round begins."""
+        self.deferred.before_round(plan.active, plan.shape)
+        self.prompts.restore(plan.active)
+        self.prompts.rollback.invalidate(plan.active)  # until they are committed
+        self.rows.upload(self.round_number, plan.copies)
+        self._choose_rows(plan.active)
+
+    def _trim_by_confidence(self, plan: RoundPlan) -> RoundShape:
         """The shape of a round whose target reads no more drafts than pay, by the drafter's word.
 
         Not where graphs are captured: they are of one width.
         """
-        (proposal, noise), policy = self._proposed, self.policy
+        (proposal, noise), policy, shape = self._proposed, self.policy, plan.shape
         confidence = proposal.confidence
         if confidence is None or shape.copy_length or self.graphs.on or not policy.adaptive:
             return shape
-        length = policy.drafts_to_verify(confidence[active].tolist())
+        length = policy.drafts_to_verify(confidence[plan.active].tolist())
         self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
         return shape._replace(draft_length=length)
 
-    def _is_heard(self, shape: RoundShape, ahead: int = 0) -> bool:
-        """Whether the learner is told what the target said in a round of this shape.
+    def _is_kept(self, shape: RoundShape, ahead: int = 0) -> bool:
+        """Whether the learner keeps a round of this shape.
 
         Args:
             shape: See above.
             ahead: Rounds that were launched before it and are not committed.
         """
-        learner, number = self.learner, self.round_number + 1 + ahead
+        learner = self.learner
         if learner is None:
             return False
-        if learner.study is None:
+        if learner.memory_trainer is None:
             return shape.proposed > 0 and shape.absorbs and learner.needs(ahead)
-        return learner.study.hears(number, max(learner.strides, 1 + (not shape.absorbs)))
+        number = self.round_number + 1 + ahead
+        return learner.memory_trainer.records(number, max(learner.strides, 1 + (not shape.absorbs)))
 
-    def _is_chainable(self, last: Launched) -> bool:
+    def _is_chainable(self, launched: Launched) -> bool:
         """Whether the round after one that is under way can begin where the device leaves it.
 
         What a round returns is overwritten by the one after, and by the graphs that a learner runs
         in between: so the host may not look at either. What a row learns for itself from one round
         drafts the next.
         """
-        shape, active, rows = last.shape, last.active, self.rows
-        for_itself = self.learner is not None and self.learner.study is None
+        last, rows = launched.plan, self.rows
         if not (self.works_ahead and self._reads_spans) or last.copies:
             return False
-        after, drafts = self._next_shape(last), shape.draft_length > 0
+        active, shape, after = last.active, last.shape, self._plan_after(last).shape
+        learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
+        drafts = shape.draft_length > 0
         return (
             after.absorbs == shape.absorbs
-            and not (for_itself and (last.heard or self._is_heard(after, ahead=1)))
+            and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
             and not self._is_masked(active)
@@ -263,18 +271,13 @@ class SpeculativeRound(RoundStages):
             and not (self.copying and self.copying.expects(active, rows.tokens, drafts=drafts))
         )
 
-    def _next_shape(self, last: Launched) -> RoundShape:
-        """That of the round after one that is under way, where nothing is copied."""
-        length = self.policy.choose(last.shape.draft_length)
-        return last.shape._replace(draft_length=length, absorbs=not self.policy.pauses)
-
-    def _ask_masks(self, active: list[int], shape: RoundShape) -> None:
+    def _ask_masks(self, plan: RoundPlan) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""
         masks = self.row_sampling.masks
-        if masks is None or not (rows := masks.masked(active)):
+        if masks is None or not (rows := masks.masked(plan.active)):
             return
         drafts: list[list[int]] = [[] for _ in rows]
-        if shape.proposed:
+        if plan.shape.proposed:
             proposal, _ = self._proposed
             drafted = torch.cat([proposal.count[:, None], proposal.tokens], dim=1).tolist()
             drafts = [drafted[row][1 : 1 + drafted[row][0]] for row in rows]
@@ -300,3 +303,8 @@ class SpeculativeRound(RoundStages):
             return longest
         reach = reach_of(longest + self.width, slots, BUCKET)
         return slots if reach == slots else reach - self.width
+
+
+def _emitted(verdicts: dict[int, RowVerdict]) -> dict[int, int]:
+    """Tokens that each row committed."""
+    return {row: len(verdict.tokens) for row, verdict in verdicts.items()}

@@ -18,7 +18,6 @@ class RowLogprobs:
     """Which rows are to be told of, and how many likely tokens beside each that came."""
 
     def __init__(self, rows: int) -> None:
-        """None is."""
         self._most: list[int | None] = [None] * rows
 
     def set(self, row: int, most: int | None) -> None:

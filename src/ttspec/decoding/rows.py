@@ -18,6 +18,7 @@ from ttspec.records import TokenLogprobs
 
 COPIES = 5
 """Numbers of a row that are uploaded besides the tokens it copies."""
+LOST = -1
 
 
 class Processors(NamedTuple):
@@ -49,6 +50,18 @@ class RoundShape(NamedTuple):
     def proposed(self) -> int:
         """Tokens of a proposal."""
         return max(self.draft_length, self.copy_length)
+
+
+class RoundPlan(NamedTuple):
+    """What the host decides about a round before it is launched."""
+
+    active: list[int]
+    """Rows that take part."""
+    shape: RoundShape
+    longest: int
+    """An upper bound of the rows' lengths."""
+    copies: dict[int, list[int]]
+    """By row, the tokens of its own text that it proposes instead of drafts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +252,36 @@ class RowStates:
         """Empty a row."""
         self.lengths[row] = self.budget[row] = 0
         self.tokens[row] = []
+
+
+class RollbackLimits:
+    """How far back the target's recurrent states of each row can go.
+
+    Keys and values go back any distance; a row whose states are lost is read again.
+    """
+
+    def __init__(self, rows: RowStates, *, recurrent: bool) -> None:
+        self._rows, self._recurrent = rows, recurrent
+        self._least = [0] * rows.count
+        """A row's length, or `LOST`: then all that it holds is read again before it goes on."""
+
+    def invalidate(self, rows: list[int]) -> None:
+        """Say that the states of some rows may be of another text."""
+        for row in rows if self._recurrent else ():
+            self._least[row] = LOST
+
+    def validate(self, row: int) -> None:
+        """The states of this row go back to where it is now, no further."""
+        self._least[row] = self._rows.lengths[row]
+
+    def is_lost(self, row: int) -> bool:
+        """Whether the states are of another text."""
+        return self._least[row] == LOST
+
+    def crop(self, row: int, length: int) -> None:
+        """A row goes back to `length`, further perhaps than its states do."""
+        if length < self._least[row]:
+            self.invalidate([row])
 
 
 @compiled_once

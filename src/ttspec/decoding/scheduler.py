@@ -14,7 +14,7 @@ from ttspec.decoding.conversation import Conversation, Request, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import Prompts
-from ttspec.errors import OptionError
+from ttspec.errors import DataError, OptionError
 from ttspec.records import Chunk
 
 ROWS_PER_PREFILL = 16
@@ -39,18 +39,20 @@ class Scheduler:
             stream: Without it, text comes only with a result.
         """
         self.decoder, self.config, self._stream = decoder, config, stream
+        self._conversations: dict[int, Conversation] = {}
+        """By the request's id, until their rows are freed."""
+        self._waiting: deque[Conversation] = deque()
+        """Without a row."""
+        self._ready: list[Conversation] = []
+        """With a row, whose turn was not begun."""
+        self._prefilling: list[Conversation] = []
+        """Whose `_prompts` are being read."""
+        self._prompts: Prompts | None = None
+        self._running: list[Conversation] = []
+        """That decode."""
         self._free = list(range(decoder.rows.count))
-        self._queue: deque[int] = deque()
-        """Requests without a row."""
-        self._requests: dict[int, Conversation] = {}
-        """Until their rows are freed."""
         self._left_by: dict[int, str | None] = {}
         """Whose text a free row holds."""
-        self._ready: list[int] = []
-        """Requests with a row whose turn was not begun."""
-        self._reading: tuple[Prompts, list[int]] | None = None
-        """Prompts that are being read, and whose."""
-        self._decoding: list[int] = []
         self._next_id = 0
 
     def add_request(self, request: Request) -> int:
@@ -62,14 +64,18 @@ class Scheduler:
         Raises:
             OptionError: It asks for something that the decoder was not made for, or names a token
                 that the target does not have.
+            DataError: Its prompt has such a token.
         """
         config = request.config or self.config
         sampling = self._sampling_of(config)
+        self._check_tokens(request.ids)
         self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
-        talk = Conversation(self.decoder, request, config, sampling, stream=self._stream)
-        self._requests[number] = talk
-        self._queue.append(number)
+        conversation = Conversation(
+            number, self.decoder, request, config, sampling, stream=self._stream
+        )
+        self._conversations[number] = conversation
+        self._waiting.append(conversation)
         return number
 
     def add_turn(self, request: int, ids: list[int]) -> None:
@@ -79,17 +85,22 @@ class Scheduler:
             request: Which one.
             ids: The whole conversation up to the answer. What its row holds of it is not read
                 again, up to the first token that is another.
+
+        Raises:
+            DataError: There is a token that the target does not have.
         """
-        self._requests[request].queued = ids
-        self._ready.append(request)
+        self._check_tokens(ids)
+        conversation = self._conversations[request]
+        conversation.queued = ids
+        self._ready.append(conversation)
 
     def conversation(self, request: int) -> Conversation:
         """What is known of a request, until its row is freed."""
-        return self._requests[request]
+        return self._conversations[request]
 
     def has_unfinished(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self._queue or self._ready or self._reading or self._decoding)
+        return bool(self._waiting or self._ready or self._prefilling or self._running)
 
     def step(self) -> list[tuple[int, Chunk]]:
         """Read a piece of prompts, or have a round; both where a long prompt would hold up others.
@@ -97,20 +108,20 @@ class Scheduler:
         Returns:
             (request, chunk) of each request with something new. A chunk with a result ends a turn.
         """
-        moved: list[int] = []
+        moved: list[Conversation] = []
         if not self.decoder.launched:  # graphs of prompts and memory may work where its results lie
             self._give_rows()
-            if self._ready and not self._reading and (self._in_company or not self._decoding):
+            if self._ready and not self._prompts and (self._in_company or not self._running):
                 moved = self._begin()
-            if self._reading:
-                moved += self._read_piece()
-        if self._decoding and (self._reading or not moved):
+            if self._prompts:
+                moved += self._read_piece(self._prompts)
+        if self._running and (self._prompts or not moved):
             moved += self._round()
-        events = [(request, self._requests[request].chunk()) for request in moved]
-        for request, chunk in events:
-            if chunk.result and not self._requests[request].request.keeps_row:
-                self.release(request)
-        return events
+        events = [(conversation, conversation.chunk()) for conversation in moved]
+        for conversation, chunk in events:
+            if chunk.result and not conversation.request.keeps_row:
+                self.release(conversation.id)
+        return [(conversation.id, chunk) for conversation, chunk in events]
 
     def abort(self, request: int) -> Chunk | None:
         """End a request's answer as it is. Its row is free at once, unless it keeps it.
@@ -118,34 +129,36 @@ class Scheduler:
         Returns:
             Its last chunk; None if its answer was over, or it is not known.
         """
-        talk = self._requests.get(request)
-        if talk is None or (talk.queued is None and talk.finish):
+        conversation = self._conversations.get(request)
+        if conversation is None or (conversation.queued is None and conversation.finish):
             return None
-        if talk.queued is not None:
-            (self._ready if request in self._ready else self._queue).remove(request)
-        elif self._reading and request in self._reading[1]:
-            self._reading[0].drop(talk.row)
-            self._reading[1].remove(request)
-            self._end_reading()
-        elif request in self._decoding:
-            self._decoding.remove(request)
-        talk.cancel()
-        chunk = talk.chunk()
-        if talk.row < 0 or not talk.request.keeps_row:
+        if conversation in self._ready:
+            self._ready.remove(conversation)
+        elif conversation in self._waiting:
+            self._waiting.remove(conversation)
+        elif self._prompts and conversation in self._prefilling:
+            self._prompts.drop(conversation.row)
+            self._prefilling.remove(conversation)
+            self._prompts = self._prompts if self._prefilling else None
+        elif conversation in self._running:
+            self._running.remove(conversation)
+        conversation.cancel()
+        chunk = conversation.chunk()
+        if conversation.row < 0 or not conversation.request.keeps_row:
             self.release(request)
         return chunk
 
     def abort_all(self) -> list[tuple[int, Chunk]]:
         """End all answers, those that were not begun too."""
-        chunks = [(request, self.abort(request)) for request in list(self._requests)]
+        chunks = [(request, self.abort(request)) for request in list(self._conversations)]
         return [(request, chunk) for request, chunk in chunks if chunk]
 
     def release(self, request: int) -> None:
         """Forget a conversation that is over; its row is free."""
-        talk = self._requests.pop(request)
-        if talk.row >= 0:
-            self._free.append(talk.row)
-            self._left_by[talk.row] = talk.request.tenant
+        conversation = self._conversations.pop(request)
+        if conversation.row >= 0:
+            self._free.append(conversation.row)
+            self._left_by[conversation.row] = conversation.request.tenant
 
     def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
         """How a request's tokens are chosen.
@@ -164,6 +177,16 @@ class Scheduler:
             return self.decoder.sampling
         return sampling_of(replace(config, seed=0), self.decoder.target)
 
+    def _check_tokens(self, ids: list[int]) -> None:
+        """Refuse what a table of tokens would be read at, out of it: on a GPU that ends all."""
+        size = int(self.decoder.target.config.vocab_size)
+        wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < size)]
+        if wrong:
+            raise DataError(
+                f"A prompt has the token {wrong[0]!r}; the target has {size}, from 0.\n"
+                "Give tokens of its tokenizer."
+            )
+
     def _check_tenant(self, tenant: str | None) -> None:
         """Refuse a tenant that would draft with, and teach, another one's weights."""
         learner, ours = self.decoder.learner, self.decoder.tenant
@@ -178,16 +201,15 @@ class Scheduler:
     def _in_company(self) -> bool:
         """Whether enough turns wait for their prompts to be read."""
         prompts, rows = self.decoder.prompts, self.decoder.rows.count
-        waiting = len(self._ready) + min(len(self._queue), len(self._free))
+        waiting = len(self._ready) + min(len(self._waiting), len(self._free))
         return waiting > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
 
     def _give_rows(self) -> None:
-        while self._free and self._queue:
-            request = self._queue.popleft()
-            talk = self._requests[request]
-            talk.row = self._row_for(talk.request)
-            self._free.remove(talk.row)
-            self._ready.append(request)
+        while self._free and self._waiting:
+            conversation = self._waiting.popleft()
+            conversation.row = self._row_for(conversation.request)
+            self._free.remove(conversation.row)
+            self._ready.append(conversation)
 
     def _row_for(self, request: Request) -> int:
         """A free row, which holds what there is of a request's text from the same tenant.
@@ -217,54 +239,46 @@ class Scheduler:
             decoder.clear(oldest)
         return oldest
 
-    def _begin(self) -> list[int]:
-        """Begin to read what is ready; requests whose answers are over before they begin."""
-        requests, self._ready = self._ready, []
-        budgets = {request: self._requests[request].open() for request in requests}
-        live = [request for request in requests if budgets[request]]
-        talks = [self._requests[request] for request in live]
-        for talk in talks:
+    def _begin(self) -> list[Conversation]:
+        """Begin to read what is ready; conversations whose answers are over before they begin."""
+        ready, self._ready = self._ready, []
+        budgets = {conversation.row: conversation.open() for conversation in ready}
+        live = [conversation for conversation in ready if budgets[conversation.row]]
+        for conversation in live:
             self.decoder.row_sampling.set(
-                talk.row,
-                talk.sampling,
-                ignore_eos=talk.config.ignore_eos,
-                mask=None if talk.turn else talk.request.mask,
-                logprobs=talk.request.logprobs,
+                conversation.row,
+                conversation.sampling,
+                ignore_eos=conversation.config.ignore_eos,
+                mask=None if conversation.turn else conversation.request.mask,
+                logprobs=conversation.request.logprobs,
             )
         if live:
-            prompts = self.decoder.prompts.begin(
-                [talk.row for talk in talks],
-                [talk.prompt_ids for talk in talks],
-                [talk.noise_key() for talk in talks],
-                [budgets[request] for request in live],
+            self._prefilling = live
+            self._prompts = self.decoder.prompts.begin(
+                [conversation.row for conversation in live],
+                [conversation.prompt_ids for conversation in live],
+                [conversation.noise_key() for conversation in live],
+                [budgets[conversation.row] for conversation in live],
             )
-            self._reading = prompts, live
-        return [request for request in requests if not budgets[request]]
+        return [conversation for conversation in ready if conversation not in live]
 
-    def _read_piece(self) -> list[int]:
-        """Read on; once all is read, the requests, which have their first token now."""
-        assert self._reading is not None
-        prompts, requests = self._reading
+    def _read_piece(self, prompts: Prompts) -> list[Conversation]:
+        """Read on; once all is read, the conversations, which have their first token now."""
         self.decoder.prompts.read_piece(prompts)
         if not prompts.is_read:
             return []
-        first = zip(requests, prompts.first_tokens, prompts.logprobs, strict=True)
-        for request, token, logprobs in first:
-            self._requests[request].begin(token, logprobs)
-        self._end_reading()
-        self._decoding += [r for r in requests if not self._requests[r].finish]
-        return requests
+        begun, self._prefilling, self._prompts = self._prefilling, [], None
+        first = zip(begun, prompts.first_tokens, prompts.logprobs, strict=True)
+        for conversation, token, logprobs in first:
+            conversation.begin(token, logprobs)
+        self._running += [conversation for conversation in begun if not conversation.finish]
+        return begun
 
-    def _end_reading(self) -> None:
-        if self._reading and self._reading[0].is_read:
-            self._reading = None
-
-    def _round(self) -> list[int]:
-        """One round; the requests that took part."""
-        ahead = self.decoder.works_ahead and not (self._reading or self._in_company)
-        outcomes, moved = self.decoder.round(ahead=ahead), self._decoding
-        for request in moved:
-            talk = self._requests[request]
-            talk.advance(outcomes[talk.row])
-        self._decoding = [r for r in moved if not self._requests[r].finish]
+    def _round(self) -> list[Conversation]:
+        """One round; the conversations that took part."""
+        ahead = self.decoder.works_ahead and not (self._prompts or self._in_company)
+        outcomes, moved = self.decoder.round(ahead=ahead), self._running
+        for conversation in moved:
+            conversation.advance(outcomes[conversation.row])
+        self._running = [conversation for conversation in moved if not conversation.finish]
         return moved

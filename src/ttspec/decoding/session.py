@@ -47,6 +47,8 @@ class Session:
         self._scheduler: Scheduler | None = None
         self._request = 0
         self._history: ChatHistory
+        self._cancelled: list[Chunk] = []
+        """Of the newest stream: its last chunk, if it was ended before its answer was over."""
 
     def send(self, text: Prompt) -> Result:
         """Answer a user turn."""
@@ -55,20 +57,24 @@ class Session:
         return last.result
 
     def stream(self, text: Prompt) -> Iterator[Chunk]:
-        """Answer a user turn chunk by chunk; an interrupt or a dropped stream cancels it."""
+        """Answer a user turn chunk by chunk.
+
+        An interrupt, a dropped stream or another turn cancels it: the answer so far is the answer.
+        """
+        self._cancel()
+        self._cancelled = cancelled = list[Chunk]()
         scheduler = self._ask(text)
         try:
-            while scheduler.has_unfinished():
+            while not cancelled and scheduler.has_unfinished():
                 for _, chunk in scheduler.step():
                     self._note(chunk)
                     yield chunk
         except KeyboardInterrupt:
-            if last := scheduler.abort(self._request):
-                self._note(last)
-                yield last
+            pass  # what is written is the answer
         finally:
-            if last := scheduler.abort(self._request):
-                self._note(last)
+            if cancelled is self._cancelled:  # else another turn has ended it
+                self._cancel()
+        yield from cancelled
 
     @property
     def conversation(self) -> Conversation | None:
@@ -124,6 +130,7 @@ class Session:
 
     def close(self) -> None:
         """Free the session's caches and what its drafter learned."""
+        self._cancel()
         self._scheduler = None
 
     def _ask(self, text: Prompt) -> Scheduler:
@@ -138,11 +145,16 @@ class Session:
         decoder = engine.decoder(config, 1, len(ids), sessions=True)
         if self._start is not None and decoder.learner:
             decoder.learner.weights.start_from(self._start)
-        self._scheduler = Scheduler(decoder, config)
-        self._request = self._scheduler.add_request(
-            Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
-        )
-        return self._scheduler
+        scheduler = Scheduler(decoder, config)
+        request = Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
+        self._request, self._scheduler = scheduler.add_request(request), scheduler
+        return scheduler
+
+    def _cancel(self) -> None:
+        """End the answer that is being written, if there is one."""
+        if self._scheduler and (last := self._scheduler.abort(self._request)):
+            self._note(last)
+            self._cancelled.append(last)
 
     def _note(self, chunk: Chunk) -> None:
         if chunk.result:

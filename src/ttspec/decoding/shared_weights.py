@@ -21,7 +21,6 @@ class SharedWeights:
     """The shared weights of an engine: one for each way of learning, of drafting, and tenant."""
 
     def __init__(self) -> None:
-        """None yet."""
         self._live: dict[tuple[Any, ...], LiveWeights] = {}
 
     def __contains__(self, config: GenerateConfig) -> bool:

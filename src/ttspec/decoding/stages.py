@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.models.capture import Branch
 from ttspec.models.target import Target
-from ttspec.records import Proposal, Verification, of_rows, spread
+from ttspec.records import Proposal, Verification, of_rows, spread, spread_record
 from ttspec.rowcache import RowCache
 from ttspec.sampling import SamplingTensors, distribution, rejection_noise
 from ttspec.spans import batch_invariant
@@ -54,8 +54,7 @@ class RoundStages:
     position_noise: Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]
     """As `sampling.position_noise`."""
     works_ahead: bool
-    """Whether the next round may be launched before the last one is told of: once it is committed,
-    or, where nothing that the host sees has a say in it, before it is read."""
+    """Whether the next round may be launched before the host is done with the last one."""
     _proposed: tuple[Proposal, Tensor | None]
     """What `propose` gave."""
     _target_rows: Tensor | None = None
@@ -93,33 +92,40 @@ class RoundStages:
     def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
         """What the drafter drafts, of which `count` int64 [B] will be used."""
         assert self.drafter
-        penalties = self.row_sampling.penalties if penalises(shape.processors) else None
-        some = None if penalties else self._drafter_rows  # they know their rows by number
-        rows, sampling = self.rows.inputs, self.row_sampling.tensors(shape.processors, some)
+        rows, processors = self.rows.inputs, shape.processors
+        penalties = self.row_sampling.penalties if penalises(processors) else None
+        some = None if penalties else self._drafter_rows  # penalties know their rows by number
         if penalties:
             penalties.write(rows.pending[:, None], rows.start)
         if some:
             rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
-            noise = noise if noise is None else noise[some]
-        vocabulary, processors = int(self.target.config.vocab_size), shape.processors
+            noise = None if noise is None else noise[some]
         if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
             with self.branch.aside():
                 noise = noise[:, : shape.draft_length, ids]
-        known = self.drafter, rows, vocabulary, noise, penalties, processors, shape.longest
-        choose = DraftChoice(sampling, *known, ready=self.branch.join)
-        asked = rows.pending, rows.start, count, shape.draft_length, shape.longest, choose
-        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *asked))
-        if some is None:
-            return proposal
-        parts = {f.name: getattr(proposal, f.name) for f in fields(proposal)}
-        given = {name: part for name, part in parts.items() if part is not None}
-        whole = {name: spread(part, some, self.rows.count) for name, part in given.items()}
-        return replace(proposal, **whole)
+        choose = DraftChoice(
+            sampling=self.row_sampling.tensors(processors, some),
+            drafter=self.drafter,
+            rows=rows,
+            vocabulary=int(self.target.config.vocab_size),
+            noise=noise,
+            penalties=penalties,
+            processors=processors,
+            longest=shape.longest,
+            ready=self.branch.join,
+        )
+        state, length = self._state_of(some), shape.draft_length
+        proposal = choose.over_all(
+            self.drafter.propose(
+                state, rows.pending, rows.start, count, length, shape.longest, choose
+            )
+        )
+        return proposal if some is None else spread_record(proposal, some, self.rows.count)
 
     def _state_of(self, rows: slice | None) -> DraftState:
         """The drafter's context, or what of it belongs to some rows."""
-        assert self.state is not None
-        assert self.drafter is not None
+        assert self.state
+        assert self.drafter
         if rows is None:
             return self.state
         return self.state.of_rows(rows, self.drafter.weights_of(self.state.weights, rows))
@@ -132,18 +138,20 @@ class RoundStages:
         Returns:
             The verification, and the table of its `Verdict` for the host.
         """
-        rows, (proposal, noise) = self.rows.inputs, self._proposed
+        rows, options, (proposal, noise) = self.rows.inputs, self.row_sampling, self._proposed
+        start, processors = rows.start.clone(), shape.processors
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
-        start, options = rows.start.clone(), self.row_sampling
         self.branch.fork()
-        if penalises(shape.processors):
+        if penalises(processors):
             options.penalties.write(fed, rows.start)
-        # For the verdict; the learner is told the target's own.
-        changed = options.change(logits, rows.start + 1, shape.longest + 1, shape.processors)
-        accepted, tokens = self.accept(changed, proposal, noise, options.tensors(shape.processors))
-        judged = accepted, tokens, proposal.count, logits, rows.budget <= 0
-        verdict = apply_end_tokens(*judged, options.ends, options.heeded)
+        # For the verdict alone: the learner gets the target's own logits.
+        processed = options.change(logits, rows.start + 1, shape.longest + 1, processors)
+        accepted, tokens = self.accept(processed, proposal, noise, options.tensors(processors))
+        rests = rows.budget <= 0
+        verdict = apply_end_tokens(
+            accepted, tokens, proposal.count, logits, rests, options.ends, options.heeded
+        )
         verification = Verification(
             proposal=proposal,
             fed=fed,
@@ -155,14 +163,14 @@ class RoundStages:
             emitted=verdict.emitted,
             ended=verdict.ended,
         )
-        if self.drafter and self.state:
-            if shape.absorbs:
-                state, some = self._state_of(self._drafter_rows), self._drafter_rows
-                with self.branch.aside():  # whatever is kept, all that was fed becomes context
-                    fed = of_rows(verification, some) if some else verification
-                    self.drafter.absorb(state, fed)
-            else:
-                self.deferred.keep(verification)
+        if self.drafter and self.state and shape.absorbs:
+            some = self._drafter_rows
+            read = of_rows(verification, some) if some else verification
+            state = self._state_of(some)
+            with self.branch.aside():  # whatever is accepted, all that was fed becomes context
+                self.drafter.absorb(state, read)
+        elif self.drafter and self.state:
+            self.deferred.keep(verification)
         if self.works_ahead:
             self.rows.advance(verdict.table)
         self.branch.join()
@@ -174,10 +182,11 @@ class RoundStages:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
             some, count = self._drafter_rows or slice(None), self.rows.count
-            noise = noise if noise is None else noise[some]
+            noise = None if noise is None else noise[some]
             sampling = of_rows(sampling, some) if self._drafter_rows else sampling
-            given = logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
-            accepted, tokens = draw_and_accept(*given)
+            accepted, tokens = draw_and_accept(
+                logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
+            )
             return spread(accepted, some, count), spread(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])

@@ -16,7 +16,7 @@ StageSeconds = tuple[float, float, float]
 NO_STAGES: StageSeconds = (0.0, 0.0, 0.0)
 
 
-class Took(NamedTuple):
+class RoundTime(NamedTuple):
     """What a round took."""
 
     seconds: float
@@ -28,7 +28,7 @@ class Took(NamedTuple):
 
 
 @dataclass(slots=True)
-class Marks:
+class StageMarks:
     """When the stages of a round under way began and ended."""
 
     began: float
@@ -46,7 +46,6 @@ class RoundTimer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """No round was timed."""
         self._cuda = device.type == "cuda"
         self._previous: list[Any] = []
         self._spare: list[Any] = []
@@ -55,14 +54,14 @@ class RoundTimer:
         self._stream: torch.cuda.Stream | None = None
         """Of the round; to ask for it takes longer than to record an event."""
 
-    def start(self) -> Marks:
+    def start(self) -> StageMarks:
         """Start a round's first stage."""
-        marks = Marks(time.perf_counter(), Graphs.captured, [])
+        marks = StageMarks(time.perf_counter(), Graphs.captured, [])
         self._stream = torch.cuda.current_stream() if self._cuda else None
         self.lap(marks)
         return marks
 
-    def lap(self, marks: Marks) -> None:
+    def lap(self, marks: StageMarks) -> None:
         """End a stage."""
         if self._cuda:
             mark = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
@@ -71,7 +70,7 @@ class RoundTimer:
         else:
             marks.stages.append(time.perf_counter())
 
-    def finish(self, marks: Marks) -> Took:
+    def finish(self, marks: StageMarks) -> RoundTime:
         """End a round, whose last stage may have ended."""
         if len(marks.stages) == len(NO_STAGES):
             self.lap(marks)
@@ -82,7 +81,7 @@ class RoundTimer:
         self._spare += finished if self._cuda else []
         stages = (spans[0], spans[1], spans[2]) if spans else NO_STAGES
         began, self._finished = max(marks.began, self._finished), time.perf_counter()
-        return Took(self._finished - began, stages, Graphs.captured > marks.captured)
+        return RoundTime(self._finished - began, stages, Graphs.captured > marks.captured)
 
     def restart(self) -> None:
         """Forget the round before."""

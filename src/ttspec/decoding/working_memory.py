@@ -76,8 +76,8 @@ def returned(target: Target, config: GenerateConfig, positions: int) -> int:
     return positions * (int(target.config.vocab_size) * (size + noise) + features)
 
 
-def lessons(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
-    """Of the target's logits that `Lessons` keeps, which stay."""
+def replay_buffer(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
+    """Of the target's logits that `ReplayBuffer` keeps, which stay."""
     if learn is None or not drafts:
         return 0
     kept = learn.blocks * drafts
@@ -87,14 +87,14 @@ def lessons(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -
 
 
 def updating(target: Target, drafter: Drafter, learn: LearnConfig, rows: int, drafts: int) -> int:
-    """Of a lesson's logits, those of the blocks that are drafted again, and their gradients."""
+    """Of a batch's logits, those of the blocks that are drafted again, and their gradients."""
     vocabulary, size = int(target.config.vocab_size), target.dtype.itemsize
     of_block = rows * drafts * vocabulary
-    lesson = of_block * learn.blocks * size
+    batch = of_block * learn.blocks * size
     at_once = min(learn.blocks, blocks_at_once(rows, drafts, vocabulary))
     drafted = len(drafter.draft_ids) if drafter.draft_ids is not None else vocabulary
     again = rows * drafts * drafted * at_once
     covered = size if drafter.draft_ids is not None else 0
     on_cpu = target.device.type == "cpu"
     loss = min(LOSSES_AT_ONCE_ON_A_CPU if on_cpu else LOSSES_AT_ONCE, again)
-    return lesson + again * (3 * size + covered) + 5 * FLOAT * loss
+    return batch + again * (3 * size + covered) + 5 * FLOAT * loss

@@ -90,7 +90,6 @@ class Rotary:
         return cls(float(base) if base else None, kind, rope.get("factor"))
 
     def __str__(self) -> str:
-        """Its scaling."""
         scale = f", factor {self.factor:g}" if self.factor and self.kind != "default" else ""
         return "none" if self.kind == "default" else f"{self.kind}{scale}"
 

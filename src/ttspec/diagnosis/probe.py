@@ -36,7 +36,7 @@ from ttspec.diagnosis.findings import (
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import OptionError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 PROMPTS = (
     "Explain in a few sentences why the sea is salty.",
@@ -300,7 +300,7 @@ def _compare(
     for places in torch.arange(begin, count - 1, device=tokens.device).split(BLOCKS):
         block = padded[0, places[:, None] + torch.arange(length + 1, device=tokens.device)]
         shape = (1, len(places), length)
-        lesson = Lesson(
+        batch = ReplayBatch(
             tokens=block[None],
             start=places[None],
             before=features[:, places - 1] if reading.taps else None,
@@ -309,7 +309,7 @@ def _compare(
             fresh=torch.ones(shape[:2], dtype=torch.bool, device=tokens.device),
             count=tokens.new_full((1,), len(places)),
         )
-        logits = drafter.replay(state, lesson, length, int(places[-1]))
+        logits = drafter.replay(state, batch, length, int(places[-1]))
         logits = drafter.widen(logits[0, :, 0].float())
         following = tokens[0, places + 1]
         nats = -logits.log_softmax(-1).gather(-1, following[:, None])[:, 0]

@@ -79,7 +79,6 @@ class Row:
 def check_targets(
     device: torch.device,
     names: Sequence[str] = (*FAMILIES, *BUILT_IN),
-    effort: Effort = FULL,
     notify: Callable[[str], None] | None = None,
 ) -> Iterator[Row]:
     """Compare architectures with transformers, one row each.
@@ -88,7 +87,6 @@ def check_targets(
         device: Where the models run.
         names: Keys of `FAMILIES`, or built-in targets, whose real weights are read for a short
             while only; one that cannot be fetched has no row.
-        effort: How much is compared; the full one is less for those of `BRIEFLY`.
         notify: Told what has no row, and why.
     """
     for name in names:
@@ -97,8 +95,7 @@ def check_targets(
             if name in BUILT_IN:
                 row = check_real(name, device)
             else:
-                less = name in BRIEFLY and effort == FULL
-                row = check_family(name, device, BRIEF if less else effort)
+                row = check_family(name, device, BRIEF if name in BRIEFLY else FULL)
         except ResourceError as error:
             if notify:
                 notify(f"{name} is left out: {str(error).splitlines()[0]}")
@@ -232,7 +229,7 @@ def reading(target: Target, reference: PreTrainedModel) -> float:
     features, hidden = target.read(tokens)
     errors = Errors()
     errors.add(features, states)
-    errors.add(target.judge(hidden), wanted)
+    errors.add(target.compute_logits(hidden), wanted)
     return errors.largest
 
 
@@ -277,7 +274,6 @@ class Errors:
     """The largest difference from what is right, in its standard deviations."""
 
     def __init__(self) -> None:
-        """None yet."""
         self.largest = 0.0
 
     def add(self, found: Tensor, wanted: Tensor) -> None:

@@ -38,7 +38,7 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.blocks import Blocks, Choices, Choose, Text
 from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson, Proposal, Verification, of_rows
+from ttspec.records import Proposal, ReplayBatch, Verification, of_rows
 
 Shapes = dict[str, tuple[int, ...]]
 AFTER_ATTENTION = ("o_proj", ".mlp.", "mlp_conv", "post_attention_layernorm")
@@ -259,25 +259,25 @@ class Drafter(ABC):
         """Hand the logits of one block a row to `choices`; returns `Proposal.before`."""
         raise NotImplementedError
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         """Logits [B, A, length, V_draft]; see `replay`."""
         raise NotImplementedError
 
-    def replay(self, state: DraftState, lesson: Lesson, length: int, longest: int) -> Tensor:
+    def replay(self, state: DraftState, batch: ReplayBatch, length: int, longest: int) -> Tensor:
         """Draft logits as `propose` would compute them now, with gradients to `state.weights`.
 
         Args:
             state: Context at and past a block's start is not looked at.
-            lesson: A blocks a row; of its target logits nothing is read.
+            batch: A blocks a row; of its target logits nothing is read.
             length: Drafted rows per block.
             longest: The largest start, known on the host.
 
         Returns:
             [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
-        parts = [lesson]
+        parts = [batch]
         if state.options.rebase:  # where a context token seems to be depends on the block
-            parts = [lesson.part(i) for i in range(lesson.start.shape[1])]
+            parts = [batch.part(i) for i in range(batch.start.shape[1])]
         blocks = [Blocks(part.tokens[..., 0], part.start, length, longest) for part in parts]
         found = [self._replay(state, *some) for some in zip(parts, blocks, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=1)
@@ -332,10 +332,6 @@ class Drafter(ABC):
     def absorb(self, state: DraftState, verification: Verification) -> None:
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
-
-    def features_before(self, state: DraftState, start: Tensor) -> Tensor | None:  # noqa: ARG002
-        """What `Proposal.before` is of blocks at `start` int64 [B]; None if nothing sets out so."""
-        return None
 
     def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
         """Read what `absorb` left to the next proposal, if that comes late or is short.

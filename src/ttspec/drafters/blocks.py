@@ -13,7 +13,7 @@ from ttspec.records import Proposal
 Choose = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 """(logits [B, g, V_draft], index of the first drafted token) -> the target's tokens int64 [B, g],
 and q [B, g, V or V_draft] or None."""
-Follow = Callable[[int, Tensor], Tensor]
+NextToken = Callable[[int, Tensor], Tensor]
 """(step, hidden [B, A, H] that the head reads) -> int64 [B, A], the token that comes next."""
 
 
@@ -79,7 +79,6 @@ class Choices:
     """The tokens of a draft, chosen piece by piece, and what each was drawn from."""
 
     def __init__(self, choose: Choose) -> None:
-        """See `Drafter.propose`."""
         self._choose = choose
         self._tokens: list[Tensor] = []
         self._q: list[Tensor] = []

@@ -38,7 +38,7 @@ from ttspec.drafters.layers import Weights, activation_of
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError
 from ttspec.models.unfit import attention_windows
-from ttspec.records import Lesson, Verification
+from ttspec.records import ReplayBatch, Verification
 
 READ_AT_ONCE = 512
 """Tokens read at once where many were left unread."""
@@ -202,18 +202,18 @@ class Causal(FunctionalDrafter):
             fed = Fed(self._shared.translate(token), blocks.start + step + 1)
         return None
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, CausalState)
-        length, before = blocks.length, lesson.before
+        length, before = blocks.length, batch.before
         before = None if before is None else before.repeat_interleave(length, dim=1)
-        ids = self._block_ids(lesson.tokens[..., :length]).flatten(1)
+        ids = self._block_ids(batch.tokens[..., :length]).flatten(1)
         begin = blocks.start.repeat_interleave(length, dim=1)
         same = same_block(blocks.start.shape[1], length, ids.device)
         fed = Fed(ids, blocks.position(length), before, begin, same)
         logits, *_ = self._read(state, state.weights, fed, blocks.longest)
         return logits.unflatten(1, (-1, length))
 
-    def teach(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
+    def training_forward(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
         """Read whole sequences, with gradients to all of `weights`.
 
         Args:

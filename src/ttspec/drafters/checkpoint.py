@@ -74,7 +74,6 @@ class Stored:
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        """How an error names it."""
         return f"{self.file}: {self.key}"
 
 

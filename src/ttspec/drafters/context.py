@@ -165,7 +165,7 @@ def same_block(blocks: int, width: int, device: torch.device) -> Tensor:
     return index[:, None] == index
 
 
-def beside(
+def concatenated(
     keys: Iterable[Tensor],
     values: Iterable[Tensor],
     blocks: Blocks,
@@ -194,17 +194,17 @@ def beside(
     return found
 
 
-def grown(
+def growing_contexts(
     contexts: Sequence[ConcatenatedContext], blocks: Blocks, windows: Iterable[int | None]
 ) -> Iterator[Sequence[Attend]]:
-    """The contexts of layers at each step of the chains that lie beside them (`growing`)."""
+    """The contexts of layers at each step of the chains that lie beside them (`_growing`)."""
     steps, begin = blocks.length, blocks.start - 1
     each = zip(contexts, windows, strict=True)
-    layers = [growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
+    layers = [_growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
     return zip(*layers, strict=True)
 
 
-def growing(
+def _growing(
     context: ConcatenatedContext, steps: int, slots: int, origin: Tensor, window: int | None
 ) -> Iterator[Attend]:
     """A context that each of A chains adds a key to in every step, to see it from then on.
@@ -283,6 +283,10 @@ class FeatureState(ContextState):
         """Whether the features of a row's tokens from position `begin` up to `end` are at hand."""
         position = torch.arange(begin, end, device=self.held.device)
         return bool((self.held[row, position % FEATURES_KEPT] == position).all())
+
+    def before(self, start: Tensor) -> Tensor:
+        """Features [B, W] of the token before `start` int64 [B] of each row."""
+        return self.recall(start[:, None] - 1, torch.arange(len(start), device=start.device))[:, 0]
 
     def recall(self, position: Tensor, row: Tensor) -> Tensor:
         """Features [B, T, W] of the tokens at position int64 [B, T]; zeros where not at hand."""

@@ -33,7 +33,7 @@ from ttspec.drafters.layers import (
 )
 from ttspec.drafters.rotary import Rope
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 SPAN = 512
 """Tokens before the newest block, and before its window, that the blocks of a lesson see at most,
@@ -222,7 +222,7 @@ class DFlash(FeatureDrafter):
         """
         return self.logits(states)
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, ContextState)
         window, near = state.options.window, blocks
         if window is None or state.options.rebase or blocks.longest <= window + SPAN:
@@ -233,9 +233,11 @@ class DFlash(FeatureDrafter):
             near = replace(blocks, start=blocks.start - first[:, None])
         contexts = self._concatenated(*context, near, window)
         states = self._fill(state.weights, blocks, state.rope, contexts)
-        return self.following(state.weights, states, lesson.tokens)
+        return self.following(state.weights, states, batch.tokens)
 
-    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    def training_forward(
+        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
+    ) -> Tensor:
         """What the head reads of blocks over whole sequences, with gradients to all of `weights`.
 
         Args:

@@ -19,8 +19,15 @@ from ttspec.compiled import compiled, compiled_once
 from ttspec.config import DraftConfig
 from ttspec.drafters import taught_chain
 from ttspec.drafters.base import DraftState, Shapes
-from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, positions, row_index
-from ttspec.drafters.context import FeatureState, beside, feature_ring, first_seen, grown, seen_mask
+from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, positions, row_index
+from ttspec.drafters.context import (
+    FeatureState,
+    concatenated,
+    feature_ring,
+    first_seen,
+    growing_contexts,
+    seen_mask,
+)
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.drafters.layers import (
@@ -34,7 +41,7 @@ from ttspec.drafters.layers import (
 from ttspec.drafters.rotary import Rope, rope_parameters
 from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
@@ -226,44 +233,44 @@ class Eagle3(FeatureDrafter):
         return torch.stack([c.keys for c in fresh]), torch.stack([c.values for c in fresh])
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
-        """Draft a chain."""
         assert isinstance(state, ChainState)
-        before, h, at = self._set_out(state, state.weights, blocks.start[:, 0])
+        before, h, at = self._begin(state, state.weights, blocks.start[:, 0])
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, at).draft(h[:, 0], blocks, choices)
             return before
-        contexts = self._in_place(state, blocks)
-        if not state.spans:
-            contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
-        follow: Follow = lambda step, hidden: choices(self.logits(hidden), step)  # noqa: E731
-        self._run(chains, h, blocks.tokens, follow)
+        chains = self._chains(state, blocks, in_place=state.spans)
+        self._run(chains, h, blocks.tokens, lambda step, out: choices(self.logits(out), step))
         return before
 
     @compiled_once
-    def _set_out(self, state: ChainState, weights: Weights, start: Tensor) -> tuple[Tensor, ...]:
+    def _begin(self, state: ChainState, weights: Weights, start: Tensor) -> tuple[Tensor, ...]:
         """Features [B, W] of the token before `start` int64 [B], fused [B, 1, H], and its place."""
-        before = self.features_before(state, start)
+        before = state.before(start)
         at = (start - 1).masked_fill(start >= state.slots, state.slots)
         return before, self.fuse(weights, before[:, None]), at
 
-    def features_before(self, state: DraftState, start: Tensor) -> Tensor:
-        """Features [B, W] of the token before `start` int64 [B]."""
-        assert isinstance(state, FeatureState)
-        return state.recall(start[:, None] - 1, row_index(start))[:, 0]
-
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, ChainState)
-        assert lesson.before is not None
-        h = self.fuse(state.weights, lesson.before)  # [B, A, H]
+        assert batch.before is not None
+        h = self.fuse(state.weights, batch.before)  # [B, A, H]
         if taught_chain.fits(self, state):
-            chains = h, lesson.tokens[..., : blocks.length], blocks
-            return self.logits(taught_chain.states_of_chains(self, state, *chains))
-        contexts = grown(self._beside(state, blocks, 1), blocks, self.windows)
-        chains = ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
-        return self.logits(self._run_known(chains, h, lesson.tokens))
+            tokens = batch.tokens[..., : blocks.length]
+            return self.logits(taught_chain.states_of_chains(self, state, h, tokens, blocks))
+        chains = self._chains(state, blocks, in_place=False)
+        return self.logits(self._teacher_forced(chains, h, batch.tokens))
 
-    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    def _chains(self, state: ChainState, blocks: Blocks, *, in_place: bool) -> ChainPlan:
+        """Chains after the context; gradients pass where this is not read in place."""
+        if in_place:
+            contexts = self._in_place(state, blocks)
+        else:
+            lying = self._concatenated(state, blocks, 1)
+            contexts = growing_contexts(lying, blocks, self.windows)
+        return ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
+
+    def training_forward(
+        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
+    ) -> Tensor:
         """Training-time test (drafters.md 1d): some chains over whole sequences, with gradients.
 
         Args:
@@ -276,26 +283,25 @@ class Eagle3(FeatureDrafter):
             [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
         """
         count, row = tokens.shape[1], row_index(tokens)[:, None]
-        position, fused = positions(start.new_zeros(1), count), self.fuse(self.weights, features)
-        given = tokens.roll(-1, dims=1), position, self.rope, None
-        context = self._fresh(self.weights, fused, *given)
+        fused, position = self.fuse(self.weights, features), positions(start.new_zeros(1), count)
+        following = tokens.roll(-1, dims=1)
+        keys, values = self._fresh(self.weights, fused, following, position, self.rope, None)
         blocks = Blocks(tokens.gather(1, start), start, length, count)
-        lying = beside(*context, blocks, 1, None, self.windows)
-        h, contexts = fused[row, start - 1], grown(lying, blocks, self.windows)
-        at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
-        taught = tokens[row[..., None], at]
+        lying = concatenated(keys, values, blocks, 1, None, self.windows)
+        contexts = growing_contexts(lying, blocks, self.windows)
         chains = ChainPlan(self.weights, start - 1, self.rope, contexts)
-        return self._run_known(chains, h, taught)
+        at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
+        return self._teacher_forced(chains, fused[row, start - 1], tokens[row[..., None], at])
 
-    def _run_known(self, chains: ChainPlan, h: Tensor, tokens: Tensor) -> Tensor:
+    def _teacher_forced(self, chains: ChainPlan, h: Tensor, tokens: Tensor) -> Tensor:
         """What the head reads of chains of known tokens int64 [B, A, T + 1]: [B, A, T, H]."""
         outs = list[Tensor]()
 
-        def follow(step: int, hidden: Tensor) -> Tensor:
+        def next_token(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return tokens[..., step + 1]
 
-        self._run(chains, h, tokens[..., 0], follow)
+        self._run(chains, h, tokens[..., 0], next_token)
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
@@ -333,17 +339,19 @@ class Eagle3(FeatureDrafter):
             seen = self._spans(state, origin + step, origin, rest)
             yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
-    def _beside(self, state: FeatureState, blocks: Blocks, width: int) -> list[ConcatenatedContext]:
+    def _concatenated(
+        self, state: FeatureState, blocks: Blocks, width: int
+    ) -> list[ConcatenatedContext]:
         """Each layer's context, beside which the first `width` rows of A blocks a row lie."""
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        return beside(*context, blocks, width, state.options.window, self.windows)
+        return concatenated(*context, blocks, width, state.options.window, self.windows)
 
-    def _run(self, chains: ChainPlan, h: Tensor, token: Tensor, follow: Follow) -> None:
-        """From features h [B, A, H] and the token after, int64 [B, A]; `follow` says the next."""
+    def _run(self, chains: ChainPlan, h: Tensor, token: Tensor, next_token: NextToken) -> None:
+        """From features h [B, A, H] and the token after, int64 [B, A]."""
         for step, layers in enumerate(chains.contexts):
             position = chains.position + step
             out, h = self._step(chains.weights, h, token, position, chains.rope, layers)
-            token = follow(step, out)
+            token = next_token(step, out)
 
     @compiled
     def _step(
@@ -357,16 +365,8 @@ class Eagle3(FeatureDrafter):
     ) -> tuple[Tensor, Tensor]:
         """The decoder layers and the final norm.
 
-        Args:
-            weights: By published name.
-            h: [B, N, H], fused features or the last layer's own states.
-            tokens: int64 [B, N], the tokens after.
-            position: int64 [B, N].
-            rope: Rotation.
-            contexts: Attention of each layer.
-
-        Returns:
-            What the head reads and what the next step is fed, [B, N, H].
+        Of h [B, N, H], fused features or the chain's own states, at position int64 [B, N], and of
+        the tokens after. Returns what the head reads and what the next step is fed, [B, N, H].
         """
         y = h
         for i, attend in enumerate(contexts):

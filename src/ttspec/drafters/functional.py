@@ -187,7 +187,6 @@ class InPlaceCache(Cache):
     """Old keys and values, into which new ones are written where they belong."""
 
     def __init__(self, layers: Sequence[LayerCache]) -> None:
-        """The context of each layer."""
         super().__init__(layers=[])
         self._layers = layers
 

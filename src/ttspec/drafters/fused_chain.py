@@ -1,4 +1,4 @@
-"""EAGLE-3's one layer for one token a row, as six kernels and one for the head."""
+"""EAGLE-3's one layer for one token a row, as few kernels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
 from ttspec.drafters.layers import DOWN
-from ttspec.fused import LONG, MOST, Heads, attention, fits, joined, product
+from ttspec.fused import MOST, Heads, attention, fits, joined, normed, product
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -58,8 +59,7 @@ class FusedChain:
             widths=(drafter.intermediate, queries),
             activation=drafter.activation_name,
         )
-        made = queries + 2 * drafter.kv_heads * size
-        if not sizes or made > LONG or state.keys.shape[1] > MOST:
+        if not sizes or state.keys.shape[1] > MOST:
             return False
         if drafter.layers > 1 or drafter.windows[0] is not None or drafter.norm_output:
             return False
@@ -89,8 +89,8 @@ class FusedChain:
             The head's scores [B, V_draft], and what the next step is fed, [B, H].
         """
         drafter, state, w, eps = self.drafter, self.state, self.weights, self.drafter.eps
-        gain, normed = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]
-        x = joined(tokens, drafter.embedding, h, gain, normed, eps)
+        gains = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]
+        x = joined(tokens, drafter.embedding, h, *gains, eps)
         own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
         nearest = state.options.window
         assert state.angles
@@ -110,7 +110,7 @@ class FusedChain:
         mlp = [w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up")]
         inner = product(y, *mlp, gain=gain, eps=eps, gated=True)
         y = product(inner, w["midlayer.mlp.down_proj.weight"], residual=y)
-        return product(y, drafter.head, gain=w["norm.weight"], eps=eps), y
+        return F.linear(normed(y, w["norm.weight"], eps)[1], drafter.head), y
 
     def _gain(self, name: str) -> Tensor | None:
         return self.weights.get(f"midlayer.{name}.weight")

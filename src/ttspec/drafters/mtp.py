@@ -22,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import DraftState, Shapes, placed
-from ttspec.drafters.blocks import Blocks, Choices, Follow, Text, row_index
+from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, row_index
 from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
     FunctionalDrafter,
@@ -35,7 +35,7 @@ from ttspec.drafters.layers import Weights
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
 from ttspec.drafters.mtp_names import ALIASES, EXPERT, STACKED, published_names, stacked, unstacked
 from ttspec.models.packed import head_product
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 OF_CONTEXT = ("fc", "k_proj", "v_proj", "kv_a_proj", "kv_b_proj")
 """Parts of the names of matrices that make keys and values of the context."""
@@ -144,31 +144,31 @@ class Mtp(FunctionalDrafter):
         assert isinstance(state, FunctionalState)
         before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, H]
 
-        def follow(step: int, hidden: Tensor) -> Tensor:
+        def next_token(step: int, hidden: Tensor) -> Tensor:
             return choices(self.logits(hidden), step)
 
         if state.spans:
-            self._in_place(state, blocks, before, follow)
+            self._in_place(state, blocks, before, next_token)
         else:
             context = state.read(blocks.longest, blocks.start - 1)
-            self._side_by_side(state, blocks, before, *context, follow)
+            self._side_by_side(state, blocks, before, *context, next_token)
         return before[:, 0]
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, FunctionalState)
-        assert lesson.before is not None
+        assert batch.before is not None
         outs: list[Tensor] = []
 
-        def follow(step: int, hidden: Tensor) -> Tensor:
+        def next_token(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
-            return lesson.tokens[..., step + 1]
+            return batch.tokens[..., step + 1]
 
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        self._side_by_side(state, blocks, lesson.before, *context, follow)
+        self._side_by_side(state, blocks, batch.before, *context, next_token)
         return self.logits(torch.stack(outs, dim=2))
 
     def _in_place(
-        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, follow: Follow
+        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, next_token: NextToken
     ) -> None:
         """Run one chain a row, whose keys are written behind the context."""
         token, origin, rest = blocks.tokens, blocks.start - 1, blocks.start[:, 0] >= state.slots
@@ -180,7 +180,7 @@ class Mtp(FunctionalDrafter):
             cache = InPlaceCache(state.in_place(position, rest, blocks.longest + step, [seen]))
             fed = self._reading(token, hidden, position, seen)
             hidden = self.function(weights, fed, cache)
-            token = follow(step, hidden)
+            token = next_token(step, hidden)
 
     def _side_by_side(
         self,
@@ -189,7 +189,7 @@ class Mtp(FunctionalDrafter):
         hidden: Tensor,
         keys: Tensor,
         values: Tensor,
-        follow: Follow,
+        next_token: NextToken,
     ) -> None:
         """Run A chains a row, which lie beside the context and do not see each other.
 
@@ -199,7 +199,7 @@ class Mtp(FunctionalDrafter):
             hidden: [B, A, H], the target's state before each.
             keys: [1, B, kv heads, S, D], the context.
             values: [1, B, kv heads, S, D].
-            follow: Says each next token.
+            next_token: Says each next token.
         """
         begin = blocks.start - 1
         weights = self.with_rope(state, state.weights) if state else self.weights
@@ -214,9 +214,11 @@ class Mtp(FunctionalDrafter):
             fed = self._reading(token, hidden, begin + step, mask)
             hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
-            token = follow(step, hidden)
+            token = next_token(step, hidden)
 
-    def teach(self, features: Tensor, tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    def training_forward(
+        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
+    ) -> Tensor:
         """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
 
         Args:
@@ -236,12 +238,12 @@ class Mtp(FunctionalDrafter):
         _, keys, values = self.function.concatenated(self.weights, fed, keys, values)
         outs: list[Tensor] = []
 
-        def follow(step: int, hidden: Tensor) -> Tensor:
+        def next_token(step: int, hidden: Tensor) -> Tensor:
             outs.append(hidden)
             return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
 
         blocks = Blocks(tokens.gather(1, start), start, length, count)
-        self._side_by_side(None, blocks, features[row, start - 1], keys, values, follow)
+        self._side_by_side(None, blocks, features[row, start - 1], keys, values, next_token)
         return torch.stack(outs, dim=2)
 
     def published(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

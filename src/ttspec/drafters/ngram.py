@@ -23,7 +23,6 @@ class Ngram(Drafter):
     length = 0
 
     def __init__(self) -> None:
-        """Nothing is read."""
         self.name, self.path, self.config = "ngram", None, {}
         self.weights, self.interpretation = {}, {}
 

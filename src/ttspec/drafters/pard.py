@@ -80,12 +80,6 @@ class Pard(Causal):
         choices(self._append(state, fed, blocks, 0, masks), 0)
         return None if before is None else before[:, -1]
 
-    def features_before(self, state: DraftState, start: Tensor) -> Tensor | None:
-        """Features [B, W] of the token before `start` int64 [B], in a drafter that reads them."""
-        assert isinstance(state, CausalState)
-        before = self._features_before(state, start[:, None], row_index(start))
-        return None if before is None else before[:, 0]
-
     def _trainable(self) -> list[str]:
         names = super()._trainable()
         return [*names, PROJECTION] if self._features else names

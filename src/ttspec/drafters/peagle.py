@@ -19,7 +19,7 @@ from ttspec.drafters.context import FeatureState
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.layers import Attend
 from ttspec.errors import CheckpointError
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 MASK = "mask_hidden"
 
@@ -58,17 +58,17 @@ class PEagle(Eagle3):
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         """Fill one block a row."""
         assert isinstance(state, FeatureState)
-        before = self.features_before(state, blocks.start[:, 0])
+        before = state.before(blocks.start[:, 0])
         contexts = self._behind(state, blocks)
         hidden = self._fill(state, before[:, None], blocks, contexts)
         choices(self.logits(hidden)[:, 0], 0)
         return before
 
-    def _replay(self, state: DraftState, lesson: Lesson, blocks: Blocks) -> Tensor:
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
         assert isinstance(state, FeatureState)
-        assert lesson.before is not None
-        contexts = self._beside(state, blocks, blocks.length)
-        return self.logits(self._fill(state, lesson.before, blocks, contexts))
+        assert batch.before is not None
+        contexts = self._concatenated(state, blocks, blocks.length)
+        return self.logits(self._fill(state, batch.before, blocks, contexts))
 
     def _fill(
         self, state: FeatureState, before: Tensor, blocks: Blocks, contexts: Sequence[Attend]
@@ -90,7 +90,7 @@ class PEagle(Eagle3):
         """The context of one block a row, behind which its keys are written if they may be."""
         length = blocks.length
         if not state.spans:
-            return self._beside(state, blocks, length)
+            return self._concatenated(state, blocks, length)
         position, rest = blocks.position(length - 1, -1), blocks.start[:, 0] >= state.slots
         seen = self._spans(state, position, (blocks.start - 1).expand_as(position), rest)
         return state.in_place(position, rest, blocks.longest + length - 1, seen)

@@ -1,4 +1,4 @@
-"""What an update computes of a lesson: gradients of its loss, and how well weights draft it."""
+"""What an update computes of a batch: gradients of its loss, and how well weights draft it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ttspec.losses import (
     weighted_mean,
 )
 from ttspec.models.capture import Graphs
-from ttspec.records import Lesson, of_rows, spread
+from ttspec.records import ReplayBatch, of_rows, spread
 
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
@@ -43,13 +43,13 @@ class Distillation:
         self.compile, self._captured = run.compile, run.on
 
     def backward(
-        self, live: LiveWeights, lesson: Lesson, longest: int, held_out: Tensor | None = None
+        self, live: LiveWeights, batch: ReplayBatch, longest: int, held_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Set the gradients of a lesson's loss in `live`.
+        """Set the gradients of a batch's loss in `live`.
 
         Args:
             live: Whose published weights the gradients are of.
-            lesson: A blocks a row.
+            batch: A blocks a row.
             longest: Its largest start, or more.
             held_out: bool [B, A], blocks that do not teach; None if nothing is compared.
 
@@ -57,17 +57,17 @@ class Distillation:
             Each row's loss, float32 [B]; and where something is compared, how many drafts of each
             block `live` would get accepted, on average, float32 [B, A].
         """
-        mask = lesson.mask if held_out is None else lesson.mask & ~held_out[..., None]
-        rows, count = self._rows_with(lesson), len(lesson.start)
-        lesson, mask = of_rows(lesson, rows), mask[rows]
+        mask = batch.mask if held_out is None else batch.mask & ~held_out[..., None]
+        rows, count = self._rows_with(batch), len(batch.start)
+        batch, mask = of_rows(batch, rows), mask[rows]
         published = self._weights_of(live.published, rows)
         leaves = {name: w.detach().requires_grad_() for name, w in published.items()}
-        some = self._blocks_at_once(lesson)
-        if some >= lesson.start.shape[1]:
+        some = self._blocks_at_once(batch)
+        if some >= batch.start.shape[1]:
             live.place_gradients(leaves, rows)
-        total, expected = torch.zeros_like(lesson.count, dtype=torch.float32), list[Tensor]()
-        for i in range(0, lesson.start.shape[1], some):
-            part = lesson.part(i, some)
+        total, expected = torch.zeros_like(batch.count, dtype=torch.float32), list[Tensor]()
+        for i in range(0, batch.start.shape[1], some):
+            part = batch.part(i, some)
             with torch.enable_grad():
                 with self._compiling(layers=True):
                     weights = {**self.drafter.weights, **leaves}
@@ -86,40 +86,40 @@ class Distillation:
         found = spread(torch.cat(expected, dim=1), rows, count) if expected else None
         return spread(total, rows, count), found
 
-    def loss(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+    def loss(self, batch: ReplayBatch, q_logits: Tensor) -> Tensor:
         """Of each drafted row, float32 [B, A, G].
 
         Where a drafter knows only some tokens, KL is to p restricted to those, times their mass:
         it cannot teach a row about tokens that it cannot draft.
         """
         if self.config.loss == "tv":
-            return total_variation(self._target(lesson.logits), q_logits.float().softmax(-1))
-        p_logits, ids = lesson.logits, self.drafter.draft_ids
+            return total_variation(self._target(batch.logits), q_logits.float().softmax(-1))
+        p_logits, ids = batch.logits, self.drafter.draft_ids
         if ids is None:
             return forward_kl(p_logits, q_logits)
         covered = p_logits[..., ids]
         mass = covered.float().logsumexp(-1) - p_logits.float().logsumexp(-1)
         return forward_kl(covered, q_logits) * mass.exp()
 
-    def expected_drafts(self, weights: Weights, lesson: Lesson, longest: int) -> Tensor:
+    def expected_drafts(self, weights: Weights, batch: ReplayBatch, longest: int) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [B, A]."""
-        rows, count, found = self._rows_with(lesson), len(lesson.start), []
-        lesson, weights = of_rows(lesson, rows), self._weights_of(weights, rows)
-        some = self._blocks_at_once(lesson)
-        for i in range(0, lesson.start.shape[1], some):
-            part = lesson.part(i, some)
+        rows, count, found = self._rows_with(batch), len(batch.start), []
+        batch, weights = of_rows(batch, rows), self._weights_of(weights, rows)
+        some = self._blocks_at_once(batch)
+        for i in range(0, batch.start.shape[1], some):
+            part = batch.part(i, some)
             found.append(self._expected(part, self._replay(weights, part, longest, rows)))
         return spread(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
 
-    def _blocks_at_once(self, lesson: Lesson) -> int:
+    def _blocks_at_once(self, batch: ReplayBatch) -> int:
         """Blocks of each row that are replayed together."""
-        return blocks_at_once(len(lesson.start), self.length, lesson.logits.shape[-1])
+        return blocks_at_once(len(batch.start), self.length, batch.logits.shape[-1])
 
-    def _expected(self, lesson: Lesson, q_logits: Tensor) -> Tensor:
+    def _expected(self, batch: ReplayBatch, q_logits: Tensor) -> Tensor:
         """Drafts of each block, float32 [B, A]."""
         with self._compiling():
-            kept = agreement(lesson.logits, q_logits, self.drafter.draft_ids)
-        return expected_length(kept, lesson.mask)
+            kept = agreement(batch.logits, q_logits, self.drafter.draft_ids)
+        return expected_length(kept, batch.mask)
 
     def _compiling(self, *, layers: bool = False) -> AbstractContextManager[None]:
         """Within, what makes its own gradients is compiled, if rounds are.
@@ -140,17 +140,17 @@ class Distillation:
             for n, w in own.items()
         }
 
-    def _rows_with(self, lesson: Lesson) -> slice:
-        """From the first row that has a lesson to the last: on a CPU each row costs as much."""
-        if self._captured or not lesson.count.is_cpu:
+    def _rows_with(self, batch: ReplayBatch) -> slice:
+        """From the first row that has a batch to the last: on a CPU each row costs as much."""
+        if self._captured or not batch.count.is_cpu:
             return slice(None)
-        there = lesson.count.nonzero().flatten().tolist()
+        there = batch.count.nonzero().flatten().tolist()
         return slice(there[0], there[-1] + 1) if there else slice(1)
 
-    def _replay(self, weights: Weights, lesson: Lesson, longest: int, rows: slice) -> Tensor:
+    def _replay(self, weights: Weights, batch: ReplayBatch, longest: int, rows: slice) -> Tensor:
         """Logits [B, A, G, V_draft] of blocks of some rows, drafted with `weights` of theirs."""
         state = self.state.of_rows(rows, weights)
-        return self.drafter.replay(state, lesson, self.length, longest)
+        return self.drafter.replay(state, batch, self.length, longest)
 
     def _target(self, logits: Tensor) -> Tensor:
         """P [..., V_draft] of what can be drafted, among all tokens, of logits [..., V]."""

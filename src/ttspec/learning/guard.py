@@ -114,7 +114,7 @@ class Guard:
         return due
 
     def record_update(self, copy: int) -> None:
-        """An update had a lesson for the copy, which not every update has."""
+        """An update had blocks for the copy, which not every update has."""
         self._copies[copy].updates += 1
 
     def is_worse(

@@ -1,6 +1,6 @@
 """Keeps what all requests taught: begins at the newest version on disk, and writes better ones.
 
-A version is written only if held-out lessons find that it drafts no worse than the anchor weights,
+A version is written only if held-out blocks find that it drafts no worse than the anchor weights,
 and no worse than the version before it. Judging and copying to the host happen between rounds;
 files are written beside them.
 """
@@ -20,7 +20,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
 from ttspec.learning.delta import Delta, delta_metadata, difference
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.learning.version_writer import VersionWriter
 from ttspec.learning.versions import ANCHOR, Version, VersionStore, place_of
 
@@ -33,7 +33,7 @@ MOST_PAGES = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Judgement:
+class Evaluation:
     """Expected accepted drafts a block, of three sets of weights on the same held-out blocks."""
 
     blocks: int
@@ -78,7 +78,7 @@ def tenants_weights(
 class Keeper:
     """What connects weights that learn with a store of versions of them."""
 
-    study: MemoryStudy | None = None
+    memory_trainer: MemoryTrainer | None = None
     """Has what is held out; a learner's, once there is one."""
 
     def __init__(
@@ -107,7 +107,7 @@ class Keeper:
         self.writer = VersionWriter(notify)
         self.updates = self.requests = self.refused = 0
         """Since the process began: updates, requests that taught, and what was found worse."""
-        self.judgement = Judgement(0)
+        self.evaluation = Evaluation(0)
         """The last one."""
         self._notify = notify
         known = {name: self._metadata[name] for name in ("kind", "drafter")}
@@ -145,9 +145,9 @@ class Keeper:
         self._tried = time.monotonic()
         if not (self._news or self.writer.failed):
             return False
-        self.judgement = self._judge()
-        if not self.judgement.is_kept:
-            self.refused += self.judgement.blocks >= LEAST_BLOCKS
+        self.evaluation = self._evaluate()
+        if not self.evaluation.is_kept:
+            self.refused += self.evaluation.blocks >= LEAST_BLOCKS
             return False
         self._news, self._before = False, self._drafting()
         learned = {n: w[0].to("cpu", copy=True) for n, w in self.live.learned.items()}
@@ -157,11 +157,11 @@ class Keeper:
             "requests": self.requests,
             "refused": self.refused,
             "held_out": {
-                "blocks": self.judgement.blocks,
+                "blocks": self.evaluation.blocks,
                 "accepted": {
-                    "version": round(self.judgement.live, 4),
-                    "anchor": round(self.judgement.anchor, 4),
-                    "before": round(self.judgement.before, 4),
+                    "version": round(self.evaluation.live, 4),
+                    "anchor": round(self.evaluation.anchor, 4),
+                    "before": round(self.evaluation.before, 4),
                 },
             },
         }
@@ -176,13 +176,18 @@ class Keeper:
         """
         if not self.store.is_open:
             return True
+        why_not = None
         try:
             self.writer.flush()
             if (self._news or self.writer.failed) and not self.make_version():
-                self._tell_why_not()
+                why_not = self._why_not()
             self.writer.close()
         finally:
             self.store.close()
+        if self.writer.failed:
+            why_not = "it could not be written"
+        if why_not and self._notify:
+            self._notify(f"What was learned last is not kept in {self.store.folder}: {why_not}.")
         return not self.writer.failed
 
     def _begin_at(self, version: Version, delta: Delta) -> None:
@@ -203,13 +208,13 @@ class Keeper:
         """A copy of what was learned, as it drafts."""
         return {name: weight.detach().clone() for name, weight in self.live.averaged().items()}
 
-    def _judge(self) -> Judgement:
+    def _evaluate(self) -> Evaluation:
         """Score the live weights, and those they are compared with."""
-        if self.study is None:
-            return Judgement(0)
+        if self.memory_trainer is None:
+            return Evaluation(0)
         sets = {"live": self.live.averaged(), "before": self._before, "anchor": {}}
-        blocks, drafts = self.study.judge(sets, MOST_PAGES)
-        return Judgement(blocks, **drafts)
+        blocks, drafts = self.memory_trainer.evaluate(sets, MOST_PAGES)
+        return Evaluation(blocks, **drafts)
 
     def _write(self, learned: dict[str, Tensor], facts: Mapping[str, Any]) -> Version:
         """On the writer's thread: what was learned, as a change of the anchor weights."""
@@ -220,15 +225,11 @@ class Keeper:
         self.version = version.number
         return version
 
-    def _tell_why_not(self) -> None:
-        found = self.judgement
-        if self._notify is None:
-            return
+    def _why_not(self) -> str:
+        found = self.evaluation
         if found.blocks < LEAST_BLOCKS:
-            why = f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
-        else:
-            why = (
-                f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
-                f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"
-            )
-        self._notify(f"What was learned last is not kept in {self.store.folder}: {why}.")
+            return f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
+        return (
+            f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
+            f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"
+        )

@@ -3,11 +3,11 @@
 Every row learns for itself from its newest blocks: live weights, moments and reverts are its own,
 so rows cannot touch each other. In scope "shared" one drafter learns from a memory of all texts.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
-reads a copy of the lessons, context that no round writes any more, and weights that stay as they
+reads a copy of the batch, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
 
-Whoever verifies drafts calls `drafter.absorb`, so that what was committed becomes context, `keep`,
-and `absorb` once it is committed; `forget` where a row is cropped, `reset` for another request.
+Each round calls `keep` with its verification, and `absorb` once it is committed; `forget` where a
+row is cropped, `reset` for another request.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
-from ttspec.learning.lessons import Lessons, taught
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
-from ttspec.learning.study import MemoryStudy
+from ttspec.learning.memory_trainer import MemoryTrainer
+from ttspec.learning.replay_buffer import ReplayBuffer, trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
-from ttspec.records import Lesson, Verification
+from ttspec.records import ReplayBatch, Verification
 
 COMPARED, HELD_OUT = 4, 2
 """Blocks, the newest, over which weights are compared; and those of them that then do not teach, by
@@ -72,46 +72,64 @@ class Learner:
         """
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
-        self.length = taught(drafter, length)
-        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
-        """Rounds, and how many times so many, between updates; and rounds since the last one."""
+        self.length = trained_length(drafter, length)
         self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
-        self.updates, self.reverts = [0] * rows, [0] * rows
-        self.keeper = self.weights.keeper
-        self._run = run or Graphs(torch.device("cpu"))
-        memory, made_for = self.weights.memory, (drafter, rows, state.options, self.length)
-        self.study = MemoryStudy(memory, *made_for, self._run) if memory else None
-        if self.keeper:
-            self.keeper.study = self.study
-        self._distillation = Distillation(config, drafter, state, self.length, self._run)
-        self._lessons: Lessons | None = None
-        self._verification: Verification
-        self._lesson: Lesson
         device, copies = drafter.embedding.device, len(self.weights.resting)
-        self._report = UpdateReport.empty(rows, device)
-        self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
-        self._held_out = HELD_OUT if config.blocks >= 2 * HELD_OUT and not self.study else 0
+
+        # When an update is due.
+        self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
+        """Rounds, and how many times so many, between updates; and rounds since the last one."""
+        self.updates, self.reverts = [0] * rows, [0] * rows
         self._active, self._taught = [False] * copies, [False] * rows
         """Copies, and rows, that had rounds since the last update."""
+
+        # What it learns from.
+        self._run = run or Graphs(torch.device("cpu"))
+        memory, made_for = self.weights.memory, (drafter, rows, state.options, self.length)
+        self.memory_trainer = MemoryTrainer(memory, *made_for, self._run) if memory else None
+        self.keeper = self.weights.keeper
+        if self.keeper:
+            self.keeper.memory_trainer = self.memory_trainer
+        self._distillation = Distillation(config, drafter, state, self.length, self._run)
+        self._buffer: ReplayBuffer | None = None
+        self._verification: Verification
+        self._batch: ReplayBatch
+
+        # What an update is compared with.
+        self._report = UpdateReport.empty(rows, device)
+        self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
+        self._held_out = 0 if memory or config.blocks < 2 * HELD_OUT else HELD_OUT
         self._resting, self._due = [False] * copies, [False] * copies
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
         """`_due` where the device reads it."""
+
+        # Where an update runs, and when it is published.
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
-        if (self.shared and not self.study) or (config.publish == "ready" and not beside):
+        if (self.shared and not memory) or (config.publish == "ready" and not beside):
             self._publish = "now"
         self._run_update = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
             # Rows' own contexts have many lengths, and each would be compiled for itself.
-            compile = self._run.compile and self.study is not None
-            self._run_update = Graphs(drafter.embedding.device, compile=compile)
-            self._stream = Streams.lend(drafter.embedding.device, self)
+            compile = self._run.compile and memory is not None
+            self._run_update = Graphs(device, compile=compile)
+            self._stream = Streams.lend(device, self)
             self._update_over = torch.cuda.Event()
+
+    def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
+        """Keep a round's verification, made by the graph of `key`, for what it teaches."""
+        if self._buffer is None:
+            if not drafted:  # what the buffer has is not known yet
+                return
+            made_for = self.config, len(self.updates), self.length, verification
+            self._buffer = ReplayBuffer(*made_for, features=self.memory_trainer is not None)
+        self._verification, changes = verification, self._buffer.changed_by_absorb
+        self._run(self._keep_verification, key, compile=False, changes=changes)
 
     def absorb(
         self,
@@ -120,7 +138,7 @@ class Learner:
         *,
         drafted: bool = True,
         emitted: Mapping[int, int] | None = None,
-        told: bool = True,
+        kept: bool = True,
         ahead: int = 0,
     ) -> list[bool]:
         """Take note of a round that is committed and, every `stride` rounds, update.
@@ -130,22 +148,22 @@ class Learner:
             active: Rows that took part; None is all.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
             emitted: Tokens that each of these rows committed, if the host knows it.
-            told: Whether `keep` was given it.
+            kept: Whether `keep` was given it.
             ahead: Tokens of a row, at most, of the next round, if that is under way already.
 
         Returns:
             For each row, whether it was updated.
         """
-        counts, updated = drafted or self.study is not None, [False] * len(self.updates)
-        if self._lessons is None:
+        counts, updated = drafted or self.memory_trainer is not None, [False] * len(self.updates)
+        if self._buffer is None:
             return updated
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
             self._active[0 if self.shared else row] = self._taught[row] = True
         due = counts and self._rounds >= self.stride * self.strides
-        if told and self.study:
+        if kept and self.memory_trainer:
             note = due or self._rounds % self.stride == 0
-            self.study.note(self._lessons, emitted, note, ahead)
+            self.memory_trainer.note(self._buffer, emitted, note, ahead)
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
         if due:
@@ -157,10 +175,6 @@ class Learner:
             self.keeper.note(updated, self.updates)
         return updated
 
-    def restart(self) -> None:
-        """Count rounds anew; the rows were reset."""
-        self._rounds = 0
-
     def needs(self, ahead: int) -> bool:
         """Whether the round after so many that were not absorbed is near enough to an update."""
         left = -(self._rounds + ahead) % (self.stride * self.strides)
@@ -171,33 +185,6 @@ class Learner:
         """Whether an update is under way or waits to be published."""
         return self._pending is not None
 
-    def capture_updates(self, slots: int) -> None:
-        """Capture updates of rows of up to `slots` tokens; without lessons they change nothing."""
-        reaches = [MIN_CONTEXT]
-        while reaches[-1] < slots:
-            reaches.append(2 * reaches[-1])
-        if self.study and self._lessons:
-            self.study.capture(self._lessons)
-        for longest in reaches:
-            for compare in (False, True) if self.config.guard else (False,):
-                self._enqueue_update(longest, compare=compare)
-                self.publish()  # the next one writes where this one reads
-
-    def update(self, lesson: Lesson, longest: int) -> list[bool]:
-        """One step on a lesson whose largest start is `longest`, published at once.
-
-        A copy whose loss or gradient is not finite takes no step and gets the anchor weights back.
-        Where all rows share one, it learns from the mean over the rows that have a lesson.
-
-        Returns:
-            For each row, whether it was updated.
-        """
-        self._lesson, self._taught = lesson, (lesson.count > 0).tolist()
-        self._distil(longest)
-        self._step_weights(0)
-        self._pending = self._report
-        return self.publish()
-
     @torch.no_grad()
     def publish(self) -> list[bool]:
         """Publish the update under way, once it is over; of each row, whether there was one."""
@@ -206,84 +193,69 @@ class Learner:
         if self._update_over:
             self._update_over.synchronize()
         report, self._pending = UpdateReport(self._pending.table.cpu()), None
-        may_step = self.weights.may_step(report).tolist()
-        steps = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
-        taught, rows = (report.blocks > 0).tolist(), 1
-        if self.study:
+        taught = (report.blocks > 0).tolist()
+        if self.memory_trainer:  # its report is of all rows together
             taught = [any(taught) and row for row in self._taught]
-            self._taught, rows = [False] * len(taught), sum(taught)
-        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
-        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
-            had_lesson = any(taught) if self.shared else taught[copy]
-            if had_lesson and steps[copy]:
-                self.guard.record_update(copy)
-            worse = steps[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
-            if worse or (had_lesson and not may_step[copy]):
-                self.revert(copy)
+            self._taught = [False] * len(taught)
+        stepped = self._revert_what_is_worse(report, taught)
         self.weights.publish(anchor=self.guard.is_behind(0))
-        updated = [had and steps[0 if self.shared else row] for row, had in enumerate(taught)]
+        updated = [had and stepped[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, updated, strict=True)]
         return updated
 
+    def _revert_what_is_worse(self, report: UpdateReport, taught: list[bool]) -> list[bool]:
+        """Revert copies that got worse, or whose gradient was not finite; which ones stepped."""
+        may_step = self.weights.may_step(report).tolist()
+        stepped = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
+        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
+        rows = sum(taught) if self.memory_trainer else 1
+        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
+            has_batch = any(taught) if self.shared else taught[copy]
+            if has_batch and stepped[copy]:
+                self.guard.record_update(copy)
+            worse = stepped[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
+            if worse or (has_batch and not may_step[copy]):
+                self.revert(copy)
+        return stepped
+
     def revert(self, copy: int) -> None:
-        """Give a copy its anchor weights back and let it rest; its moments and lessons go."""
+        """Give a copy its anchor weights back and let it rest; its moments and kept blocks go."""
         self.weights.restore_anchor(copy)
         self.guard.record_revert(copy)
         for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
-            if self._lessons:
-                self._lessons.clear(row)
+            if self._buffer:
+                self._buffer.clear(row)
 
     def learned(self, row: int) -> Weights:
         """What learns, as a row has it now, float32; with the update under way."""
         self.publish()
         return {n: w[0 if self.shared else row] for n, w in self.weights.learned.items()}
 
-    @torch.no_grad()
-    def expected_drafts(self, longest: int) -> float | None:
-        """Drafts a block that the anchor would get accepted; None without new lessons."""
-        if self._lessons is None:
-            return None
-        lesson = self._lessons.newest()
-        found = self._distillation.expected_drafts(self.drafter.weights, lesson, longest)
-        blocks = int(lesson.count.sum())
-        return float(found.sum()) / blocks if blocks else None
+    def restart(self) -> None:
+        """Count rounds anew; the rows were reset."""
+        self._rounds = 0
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        if not self.study or self._compares:  # else no update reads what is the row's own
+        if not self.memory_trainer or self._compares:  # else no update reads what is the row's own
             self.publish()
-        if self.study:
-            self.study.forget(row, self._lessons)
+        if self.memory_trainer:
+            self.memory_trainer.forget(row, self._buffer)
         if not self.shared:
             self.weights.reset(row)
             self.guard.reset(row)
-        if self._lessons:
-            self._lessons.clear(row)
+        if self._buffer:
+            self._buffer.clear(row)
         self.updates[row] = self.reverts[row] = 0
 
     def forget(self, row: int, length: int) -> None:
-        """Drop the lessons about what a row's crop to `length` took back."""
+        """Drop the blocks of what a row's crop to `length` took back."""
         self.publish()  # it reads what will be overwritten
-        if self._lessons is not None:
-            if self.study:
-                self.study.forget(row, self._lessons)
-            self._lessons.clear_above(row, length)
-
-    def __del__(self) -> None:
-        """Wait for an update: what it reads and writes must outlive it."""
-        if self._pending is not None and self._update_over:
-            self._update_over.synchronize()
-
-    def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
-        """Keep a round's verification, made by the graph of `key`, for what it teaches."""
-        if self._lessons is None:
-            if not drafted:  # what lessons have is not known yet
-                return
-            made_for = self.config, len(self.updates), self.length, verification
-            self._lessons = Lessons(*made_for, features=self.study is not None)
-        self._verification, changes = verification, self._lessons.changed_by_absorb
-        self._run(self._keep_lesson, key, compile=False, changes=changes)
+        if self._buffer is not None:
+            if self.memory_trainer:
+                self.memory_trainer.forget(row, self._buffer)
+            self._buffer.clear_above(row, length)
 
     def read(
         self,
@@ -294,13 +266,18 @@ class Learner:
         subset: Tensor | None = None,
     ) -> None:
         """Note a piece of some rows' prompts; arguments as in `MemoryRows.write`."""
-        if self.study:
-            self.study.rows.write(tokens, features, start, count, None, subset)
+        if self.memory_trainer:
+            self.memory_trainer.rows.write(tokens, features, start, count, None, subset)
+
+    def __del__(self) -> None:
+        """Wait for an update: what it reads and writes must outlive it."""
+        if self._pending is not None and self._update_over:
+            self._update_over.synchronize()
 
     def _begin_update(self, longest: int) -> None:
-        """Start an update on the newest lessons, if any copy may learn."""
+        """Start an update on the newest batch, if any copy may learn."""
         before, self._resting = self._resting, self.guard.resting()
-        due = self.guard.due(self._active, self.strides if self.study else 1)
+        due = self.guard.due(self._active, self.strides if self.memory_trainer else 1)
         self._active = [False] * len(due)
         if all(self._resting):
             return
@@ -314,42 +291,54 @@ class Learner:
         self._enqueue_update(longest, compare=any(due))
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest lessons, beside the next rounds where it has a stream."""
-        assert self._lessons is not None
+        """Update from the newest batch, beside the next rounds where it has a stream."""
+        assert self._buffer is not None
         self._compares = compare
         # What it returns must not lie where an older graph of the update works.
         kept = self._run_update is not self._run and self._run_update.keys
-        if compare or not (self.study and kept):
-            self._lesson = self._run_update(self._newest_lesson, 0, compile=False)
-            self._lessons.mark_used()
+        if compare or not (self.memory_trainer and kept):
+            self._batch = self._run_update(self._newest_batch, 0, compile=False)
+            self._buffer.mark_used()
         work = self._compute_gradients_and_compare if compare else self._distil
-        if self.study:
-            work = self._study_texts
-            self.study.choose()
-            self.study.texts = self._run_update(self.study.read_texts, 0)
+        if self.memory_trainer:
+            work = self._train_on_texts
+            self.memory_trainer.choose()
+            self.memory_trainer.texts = self._run_update(self.memory_trainer.read_texts, 0)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._run_update(work, 0 if self.study else longest)
+            self._run_update(work, 0 if self.memory_trainer else longest)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
-            if compare and (self.study or self._held_out):
-                compare_too = self._compare_newest if self.study else self._compare_candidate
-                self._run_update(compare_too, longest, compile=False)
+            if compare and (self.memory_trainer or self._held_out):
+                last = self._compare_newest if self.memory_trainer else self._compare_candidate
+                self._run_update(last, longest, compile=False)
             self._pending = self._report
             if self._stream and self._update_over:
                 self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
                 self._update_over.record()
 
+    def capture_updates(self, slots: int) -> None:
+        """Capture updates of rows of up to `slots` tokens; without a batch they change nothing."""
+        reaches = [MIN_CONTEXT]
+        while reaches[-1] < slots:
+            reaches.append(2 * reaches[-1])
+        if self.memory_trainer and self._buffer:
+            self.memory_trainer.capture(self._buffer)
+        for longest in reaches:
+            for compare in (False, True) if self.config.guard else (False,):
+                self._enqueue_update(longest, compare=compare)
+                self.publish()  # the next one writes where this one reads
+
     # What may be captured as a graph, by its name: it takes a key and repeating it changes nothing,
-    # but for `_keep_lesson` and `_step_weights`.
+    # but for `_keep_verification` and `_step_weights`.
 
-    def _keep_lesson(self, key: Hashable) -> None:  # noqa: ARG002
-        assert self._lessons is not None
-        self._lessons.absorb(self._verification)
+    def _keep_verification(self, key: Hashable) -> None:  # noqa: ARG002
+        assert self._buffer is not None
+        self._buffer.absorb(self._verification)
 
-    def _newest_lesson(self, key: int) -> Lesson:  # noqa: ARG002
-        assert self._lessons is not None
-        return self._lessons.newest()
+    def _newest_batch(self, key: int) -> ReplayBatch:  # noqa: ARG002
+        assert self._buffer is not None
+        return self._buffer.newest()
 
     def _compute_gradients_and_compare(self, longest: int) -> None:
         """The same without held-out blocks, and live weights compared with the anchor's."""
@@ -359,19 +348,19 @@ class Learner:
         self._compare(live[:, :COMPARED], longest)
         self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
-    def _study_texts(self, key: int) -> None:  # noqa: ARG002
-        assert self.study
-        self.study.compute_gradients(self.weights, self._report)
+    def _train_on_texts(self, key: int) -> None:  # noqa: ARG002
+        assert self.memory_trainer
+        self.memory_trainer.compute_gradients(self.weights, self._report)
 
     @torch.no_grad()
     def _compare_newest(self, longest: int) -> None:
         """Compare what was learned with the anchor, on blocks that hardly taught yet."""
-        newest = self._lesson.part(0, COMPARED)
+        newest = self._batch.part(0, COMPARED)
         weights = {**self.drafter.weights, **self.weights.averaged()}
         self._compare(self._distillation.expected_drafts(weights, newest, longest), longest)
 
     def _compare(self, live: Tensor, longest: int) -> None:
-        newest = self._lesson.part(0, COMPARED)
+        newest = self._batch.part(0, COMPARED)
         anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
         self._report.live.copy_((live * newest.fresh * self._compared).sum(-1))
         self._report.anchor.copy_((anchor * newest.fresh * self._compared).sum(-1))
@@ -383,16 +372,16 @@ class Learner:
     @torch.no_grad()
     def _compare_candidate(self, longest: int) -> None:
         weights = {**self.drafter.weights, **self.weights.candidate()}
-        held_out = self._lesson.part(0, self._held_out)
+        held_out = self._batch.part(0, self._held_out)
         drafts = self._distillation.expected_drafts(weights, held_out, longest)
         self._report.after.copy_((drafts * self._compared).sum(-1))
 
     @torch.no_grad()
     def _distil(self, longest: int, held_out: Tensor | None = None) -> Tensor | None:
-        report, lesson = self._report, self._lesson
+        report, batch = self._report, self._batch
         report.table.zero_()
-        report.blocks.copy_(lesson.count)
-        loss, live = self._distillation.backward(self.weights, lesson, longest, held_out)
+        report.blocks.copy_(batch.count)
+        loss, live = self._distillation.backward(self.weights, batch, longest, held_out)
         report.loss.copy_(loss)
         report.norm.copy_(self.weights.gradient_norms())
         return live

@@ -13,7 +13,7 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.layers import PLACE
 from ttspec.learning.adam import Adam, FusedAdam
-from ttspec.learning.memory import LessonMemory
+from ttspec.learning.memory import TextMemory
 from ttspec.learning.update_report import UpdateReport
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ microseconds; many small ones are a kernel each."""
 MAX_NORM = 1.0
 """Longer gradients of a row are clipped."""
 MOMENTUM = 0.9
-"""Adam's decay of the first moment where the memory teaches: its lessons are drawn at random."""
+"""Adam's decay of the first moment where the memory teaches: its blocks are drawn at random."""
 WARM_UP = 24
 """Updates over which the rate rises where the memory teaches: Adam's first steps are as long as
 any, and cost a drafter that is good already a tenth of its drafts (docs/experiments.md)."""
@@ -84,7 +84,7 @@ def bytes_of_memory(config: LearnConfig, drafter: Drafter, weights: str) -> int:
     """Bytes that scope shared takes besides: the mean of the weights in float32, and the memory."""
     if not remembers(config):
         return 0
-    return 4 * learned_numbers(config, drafter, weights) + LessonMemory.bytes_for(drafter)
+    return 4 * learned_numbers(config, drafter, weights) + TextMemory.bytes_for(drafter)
 
 
 class LiveWeights:
@@ -97,7 +97,7 @@ class LiveWeights:
 
     keeper: Keeper | None = None
     """Writes versions of them to disk, if anything does."""
-    memory: LessonMemory | None = None
+    memory: TextMemory | None = None
     """Of what all requests taught, if it teaches."""
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
@@ -122,7 +122,7 @@ class LiveWeights:
         waits = not self.shared and (beside or config.publish == "stride")
         mean = None
         if remembers(config):
-            self.memory, waits, mean = LessonMemory(drafter), True, self._master.clone()
+            self.memory, waits, mean = TextMemory(drafter), True, self._master.clone()
         self._mean = self._master if mean is None else mean
         """What is published: the masters, or the mean of them after the last updates."""
         self._steps = self._master.new_zeros(len(self._master), 1)
@@ -141,7 +141,7 @@ class LiveWeights:
         """Whether what a step made drafts at once."""
         published = self._published if self._publishes_steps else None
         self._adam = FusedAdam(*tables, mean=mean, published=published) if fused else Adam(*tables)
-        # Without lessons this changes nothing, but Adam's moments have their addresses now.
+        # Without a batch this changes nothing, but Adam's moments have their addresses now.
         self.step(UpdateReport.empty(1 if self.shared else copies, self._anchor.device))
 
     @property

@@ -49,11 +49,10 @@ class Texts:
     """float [N, L]: the probability of all others that can be drafted."""
 
 
-class LessonMemory:
+class TextMemory:
     """Pages of texts."""
 
     def __init__(self, drafter: Drafter, pages: int = PAGES) -> None:
-        """Room for what teaches a drafter."""
         like, self.pages, self.draft_ids = drafter.embedding, pages, drafter.draft_ids
         here, device = (pages + 1, PAGE), like.device  # the last page takes what is kept nowhere
         self.tokens = torch.zeros(here, dtype=torch.long, device=device)
@@ -214,8 +213,7 @@ def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Te
 class MemoryRows:
     """Where the texts of some rows go on."""
 
-    def __init__(self, memory: LessonMemory, rows: int) -> None:
-        """No row has a text."""
+    def __init__(self, memory: TextMemory, rows: int) -> None:
         self.memory, device = memory, memory.tokens.device
         self._text = torch.zeros(rows, dtype=torch.long, device=device)
         self._begin, self.end = torch.zeros_like(self._text), torch.full_like(self._text, -1)

@@ -18,9 +18,9 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
 from ttspec.learning.learner import COMPARED
-from ttspec.learning.lessons import taught
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.study import ENOUGH, MemoryStudy
+from ttspec.learning.memory_trainer import ENOUGH, MemoryTrainer
+from ttspec.learning.replay_buffer import trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 
@@ -54,21 +54,23 @@ class MemoryLearner:
         whole, device = DraftConfig(context="whole"), memory.tokens.device
         self.run = self._run_update = Graphs(torch.device("cpu"))
         """Graphs of what an engine tells the memory, and of an update: off until `capture`."""
-        self.study = MemoryStudy(memory, drafter, rows, whole, taught(drafter, length), self.run)
+        self.memory_trainer = MemoryTrainer(
+            memory, drafter, rows, whole, trained_length(drafter, length), self.run
+        )
         self.keeper = self.weights.keeper
         if self.keeper:
-            self.keeper.study = self.study
+            self.keeper.memory_trainer = self.memory_trainer
         self.guard = Guard(self.config.guard, self.config.stride or 1, 1, falls_back=True)
         self.updates = self.reverts = self._new_texts = 0
         self.is_updating = False
         """Whether an update is under way or waits to be published."""
         self._compares = False
         self._report = UpdateReport.empty(1, device)
-        self._judgement = torch.zeros(3, device=device)
+        self._evaluation = torch.zeros(3, device=device)
         """Blocks, and drafts of what was learned and of the anchor that they accept."""
         gpu = memory.tokens.is_cuda
         self._told = torch.zeros(10, pin_memory=gpu)
-        """Report and judgement on the host, once the device has got there."""
+        """Report and evaluation on the host, once the device has got there."""
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
         """Begin and end of the update on a GPU."""
         self.seconds = 0.0
@@ -78,7 +80,7 @@ class MemoryLearner:
     def begin_text(self, row: int) -> None:
         """A row's next tokens are another text; the last one stays in the memory."""
         self._new_texts += 1
-        self.study.rows.forget(row)
+        self.memory_trainer.rows.forget(row)
 
     def read(
         self,
@@ -90,7 +92,7 @@ class MemoryLearner:
         rows: Tensor,
     ) -> None:
         """Remember verified tokens of some rows; arguments as in `MemoryRows.write`."""
-        self.study.rows.write(tokens, features, start, count, logits, rows)
+        self.memory_trainer.rows.write(tokens, features, start, count, logits, rows)
 
     @torch.no_grad()
     def capture(self, tell: Callable[[], None], *, compile: bool) -> None:
@@ -178,39 +180,39 @@ class MemoryLearner:
     @torch.no_grad()
     def expected_drafts(self) -> float | None:
         """Drafts a block that the anchor would get accepted; None where nothing is held out."""
-        blocks, drafts = self.study.judge({"anchor": {}}, HELD_OUT)
+        blocks, drafts = self.memory_trainer.evaluate({"anchor": {}}, HELD_OUT)
         return drafts["anchor"] if blocks else None
 
     def _enqueue_update(self, *, compare: bool) -> None:
         """Have the device do an update; what it reads of the memory is copied before."""
         run, self._compares = self._run_update, compare
-        self.study.choose()
+        self.memory_trainer.choose()
         # Captured first: what they return must not lie where an older graph works.
-        self.study.texts = run(self.study.read_texts, 0)
+        self.memory_trainer.texts = run(self.memory_trainer.read_texts, 0)
         if compare:
-            self.study.newest = run(self.study.read_newest, 0)
+            self.memory_trainer.newest = run(self.memory_trainer.read_newest, 0)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for event in self._events[:1]:
                 event.record()
-            run(self._study_texts, 0)
+            run(self._train_on_texts, 0)
             run(self._step_weights, 0, compile=False, warm=False)
             if compare:
                 run(self._compare_newest, 0)
-            found = torch.cat([self._report.table[0], self._judgement])
+            found = torch.cat([self._report.table[0], self._evaluation])
             self._told.copy_(found, non_blocking=True)
             for event in self._events[1:]:
                 event.record()
 
     # What may be captured as a graph, by its name: the key says nothing.
 
-    def _study_texts(self, key: int) -> None:  # noqa: ARG002
-        self.study.compute_gradients(self.weights, self._report)
+    def _train_on_texts(self, key: int) -> None:  # noqa: ARG002
+        self.memory_trainer.compute_gradients(self.weights, self._report)
 
     @torch.no_grad()
     def _step_weights(self, key: int) -> None:  # noqa: ARG002
         self.weights.step(self._report)
 
     def _compare_newest(self, key: int) -> None:  # noqa: ARG002
-        self._judgement.copy_(self.study.compare_newest([self.weights.averaged(), {}]))
+        self._evaluation.copy_(self.memory_trainer.compare_newest([self.weights.averaged(), {}]))

@@ -9,7 +9,7 @@ from torch import Tensor
 class UpdateReport:
     """Columns, float32 [B], of one table [B, 7]; where nothing was compared the last four are 0.
 
-    `blocks` with a lesson, `loss`, `norm` of the gradient of the row's copy; and the expected
+    `blocks` with a batch, `loss`, `norm` of the gradient of the row's copy; and the expected
     accepted drafts that `Guard.is_worse` takes: `live`, `anchor`, `before` and `after`.
     """
 
@@ -21,5 +21,5 @@ class UpdateReport:
 
     @classmethod
     def empty(cls, rows: int, device: torch.device) -> UpdateReport:
-        """A report of an update without a lesson."""
+        """A report of an update without a batch."""
         return cls(torch.zeros(rows, 7, device=device))

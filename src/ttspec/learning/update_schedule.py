@@ -18,17 +18,17 @@ MAX_STRIDES = 32
 """Strides between updates at most: what is learned later may pay yet."""
 RECENT = 64
 """Rounds whose median time is known."""
-SHARE, FULL, LEAST_SHARE, SHARE_UNUSED = 0.15, 64, 0.01, 0.02
+SHARE, FULL, LEAST_SHARE, SHARE_UNUSED = 0.06, 160, 0.01, 0.02
 """Of the time that updates of a drafter which all requests teach may take: the first for so many
 updates, then less as there are more, in proportion, down to the third; and the most while it does
 not draft. What is learned grows with the logarithm of the updates, so the next one brings less the
-more there were. Chosen by simulated clocks over replayed streams (docs/learned.md)."""
+more there were; and of few requests more updates than these brought nothing (docs/learned.md)."""
 UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
 of what they gain, the part that may be spent."""
 PATIENCE = 8
 """Updates that are to be seen before anything follows from what they cost, and remembered."""
-FIRST_STRIDES = 4
+FIRST_STRIDES = 8
 """Strides between those, where all requests teach: with fewer a slow one runs beside every round,
 and none says what drafting costs."""
 ENOUGH = 0.7
@@ -54,7 +54,7 @@ class UpdateSchedule:
             clock: Whether it may decide; else an update costs `ASSUMED` rounds.
         """
         self._learner, self._clock = learner, clock
-        learner.strides = FIRST_STRIDES if learner.study else 1
+        learner.strides = FIRST_STRIDES if learner.memory_trainer else 1
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._costs = deque[float](maxlen=PATIENCE)
@@ -103,7 +103,7 @@ class UpdateSchedule:
         if self._updates < PATIENCE:
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
-        if learner.study:
+        if learner.memory_trainer:
             may = share_of_updates(self._updates)
             may = min(may, SHARE_UNUSED) if pauses else may
         else:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
-from ttspec.errors import TtspecError
 from ttspec.learning.versions import Version
 
 Job = Callable[[], Version]
@@ -72,11 +72,12 @@ class VersionWriter:
     def _write(self, job: Job) -> None:
         try:
             self.written = job()
-        except TtspecError as error:
+        except Exception as error:  # the thread must live: who closes waits for it
             failed_before, self.failed = self.failed, True
             if not failed_before:
+                first = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
                 self._tell(
-                    f"{str(error).splitlines()[0]} What is learned goes on drafting, and is kept "
+                    f"{first}. What is learned goes on drafting, and is kept "
                     "as soon as the disk takes it."
                 )
             return
@@ -86,4 +87,5 @@ class VersionWriter:
 
     def _tell(self, message: str) -> None:
         if self._notify:
-            self._notify(message)
+            with suppress(Exception):
+                self._notify(message)

@@ -36,10 +36,12 @@ from ttspec.learning.delta import Delta, read_delta
 WEIGHTS, MANIFEST, REVERTED = "weights.safetensors", "manifest.json", "reverted.json"
 LOCK, SET_ASIDE, PARTIAL, OLD = ".lock", "set-aside", ".partial-", ".old-"
 FORMAT = 1
+SAMPLED = 64
+"""Values of each weight that a fingerprint is made of."""
 KEPT = 5
 """Versions that stay on disk."""
 EVERYONE = "everyone"
-"""Whose lessons those are that name no tenant."""
+"""Whose versions those are that name no tenant."""
 ANCHOR = 0
 """The number of the drafter's own weights, which are no version."""
 _NUMBER = re.compile(r"\d{8}")
@@ -288,7 +290,7 @@ class VersionStore:
             self._notify(f"{path} is no whole version: {why} It lies in {aside / to} now.")
 
 
-def sampled_sha256(weights: Mapping[str, Tensor], each: int = 64) -> str:
+def sampled_sha256(weights: Mapping[str, Tensor]) -> str:
     """A fingerprint of a model from a few values of every weight, spread evenly.
 
     A fine-tuned or quantised model has another one; the dtype in which one is loaded, float32 or
@@ -301,7 +303,7 @@ def sampled_sha256(weights: Mapping[str, Tensor], each: int = 64) -> str:
         flat = weight.reshape(-1)
         if not len(flat):
             continue
-        at = torch.linspace(0, len(flat) - 1, min(each, len(flat)), dtype=torch.float64)
+        at = torch.linspace(0, len(flat) - 1, min(SAMPLED, len(flat)), dtype=torch.float64)
         some = flat[at.long().to(flat.device)].cpu()
         if some.is_floating_point():
             some = some.to(torch.bfloat16)

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import LONGEST, MANY, MOST, Heads, attention, fits, gated, normed, product
+from ttspec.fused import (
+    LONGEST,
+    MANY,
+    MOST,
+    Heads,
+    attention,
+    fits,
+    gated,
+    inner_of,
+    normed,
+    product,
+)
 from ttspec.models.layers import MergedLinear
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
@@ -74,10 +85,7 @@ class FusedForward:
             return None, read
         elif logits is not None and logits < width:
             x = x.view(rows, width, -1)[:, -logits:].flatten(0, 1).contiguous()
-        if len(x) <= MOST:
-            out = product(x, head.weight, bias=head.bias, gain=norm.weight, eps=self.eps)
-        else:
-            out = head(normed(x, norm.weight, self.eps)[1])
+        out = head(normed(x, norm.weight, self.eps)[1])
         return out.view(rows, -1, out.shape[-1]), read
 
     def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
@@ -89,7 +97,7 @@ class FusedForward:
             seen = self._attention(index, made, *context)
             x = product(seen, out.weight, bias=out.bias, residual=x)
             gain = layer.post_attention_layernorm.weight
-            made = product(x, *mlp.weight.chunk(2), gain=gain, eps=eps, gated=True)
+            made = inner_of(x, mlp.weight, gain, eps)
             x = product(made, layer.mlp.down_proj.weight, residual=x)
             states.append(x)
         return states

@@ -28,7 +28,6 @@ class MergedLinear:
     """
 
     def __init__(self, parent: nn.Module, names: tuple[str, ...]) -> None:
-        """Merge the weights of some modules of `parent`."""
         self.parent = parent
         modules = [cast(nn.Linear, getattr(parent, name)) for name in names]
         with torch.no_grad():
@@ -56,7 +55,6 @@ class MergedSlice(nn.Module):
     """Stands in for one of the modules that were merged."""
 
     def __init__(self, merged: MergedLinear, begin: int, end: int) -> None:
-        """Outputs begin to end of the whole."""
         super().__init__()
         self.merged, self.place = merged, (begin, end)
 

@@ -155,10 +155,10 @@ def _from_hub(name: str, tell: Notify) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise TargetError(f"No folder and no hub model is named {name!r}.\n{_CHOICES}") from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
-        reason = str(error).strip().removeprefix("Got: ")
-        reason = reason.partition("\n")[0][:120] or type(error).__name__
+        reason = " ".join(str(error).split()).removeprefix("Got: ")
+        first = reason.partition(". ")[0].rstrip(".")[:200] or type(error).__name__
         raise ResourceError(
-            f"{name!r} is no folder here and the model hub did not give it: {reason}\n{_CHOICES}"
+            f"{name!r} is no folder here and the model hub did not give it: {first}.\n{_CHOICES}"
         ) from error
     return Path(path)
 

@@ -168,31 +168,30 @@ class Target:
         mask = self._mask(position, reach, cache.slots, spans=spans)
         if (last := last_position(self.config)) is not None:
             position = position.clamp(max=last)  # what is past all slots is dead, and in no table
-        headless = not isinstance(logits, Tensor) and logits == 0
-        reader, keep = self.model.base_model if headless else self.model, {}
-        if not headless and logits is not None and _keeps_logits(type(reader)):
+        needs_head = isinstance(logits, Tensor) or logits != 0
+        model = self.model if needs_head else self.model.base_model
+        keyword, keep = cache_keyword(model), dict[str, Any]()
+        if needs_head and logits is not None and _keeps_logits(type(model)):
             keep = {"logits_to_keep": logits}
-        own: Any = nullcontext()
+        layers: Any = nullcontext()
         if compiles:
             assert self._merged is not None
-            own = compiled_layers(self.model.base_model, self._merged, cache, cache_keyword(reader))
-        with own:
-            out = reader(
+            layers = compiled_layers(self.model.base_model, self._merged, cache, keyword)
+        with layers:
+            out = model(
                 input_ids=tokens,
                 attention_mask=mask,
                 position_ids=position,
                 use_cache=True,
                 output_hidden_states=bool(self.taps),
                 **keep,
-                **{cache_keyword(reader): cache},
+                **{keyword: cache},
             )
-        if self.taps:
-            # Of a split target each is where its layer is.
+        features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
+        if self.taps:  # of a split target each is where its layer is
             states = [out.hidden_states[i].to(tokens.device) for i in self.taps]
             features = torch.cat(states, dim=-1)
-        else:
-            features = tokens.new_empty(*tokens.shape, 0, dtype=self.dtype)
-        if headless:
+        if not needs_head:
             return None, features
         found = out.logits
         if not keep and logits is not None:
@@ -250,7 +249,7 @@ class Target:
         return torch.cat([last[..., :0], *(states[i] for i in self.taps)], dim=-1), last
 
     @torch.no_grad()
-    def judge(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden: Tensor) -> Tensor:
         """What the head says of what it reads [..., H]: logits [..., V]."""
         states = hidden.reshape(1, -1, hidden.shape[-1])
         tokens = states.new_zeros(states.shape[:2], dtype=torch.long)

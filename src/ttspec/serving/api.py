@@ -32,7 +32,6 @@ class Api:
     """What routes share: the worker, and who writes prompts."""
 
     def __init__(self, worker: Worker, model: str) -> None:
-        """Serve `model`."""
         self.worker, self.model = worker, model
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="ttspec-prompts")
         self._writer: PromptWriter | None = None

@@ -178,9 +178,11 @@ async def _left(request: Request) -> None:
 def _explained(error: RequestValidationError) -> Problem:
     """The first thing that is wrong with a body."""
     errors = error.errors()
-    # Where a field may be one of several things, the error that lies deepest says most.
+    # Where a field may be one of several things, the error that lies deepest says most, and of
+    # those one of a value that is of the right kind.
     field = errors[0]["loc"][:2]
-    found = max((e for e in errors if e["loc"][:2] == field), key=lambda e: len(e["loc"]))
+    of_field = [e for e in errors if e["loc"][:2] == field]
+    found = max(of_field, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
     param = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
     if kind == "value_error" and not param:  # begins with the field's name

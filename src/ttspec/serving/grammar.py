@@ -62,6 +62,9 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise _cannot(matcher.get_error())
+        matcher.compute_bitmask()
+        if matcher.is_error():  # as of a schema that only refers to itself
+            raise _cannot("no text could begin an answer")
         return GrammarMask(matcher, begins_after)
 
 

@@ -79,7 +79,7 @@ class Meter:
         self._of_rounds = count("ttspec:round_tokens", "Tokens that rounds emitted.")
         self._copied = count("ttspec:copied_tokens", "Accepted tokens that rows copied.")
         self._updates = count("ttspec:learn_updates", "Updates of drafters.")
-        self._reverts = count("ttspec:learn_reverts", "Updates that were taken back.")
+        self._reverts = count("ttspec:learn_reverts", "Reverts, once for each answer that one met.")
         self._crashes = count("ttspec:rounds_failed", "Rounds that failed with their answers.")
         self._cancelled = count("ttspec:requests_cancelled", "Answers whose client went away.")
         self._errors = count("ttspec:request_errors", "Requests answered with an error.", "status")
@@ -88,16 +88,18 @@ class Meter:
         """A job has a row, after so many seconds."""
         self._queue.observe(seconds)
 
-    def step(self, chunks: Sequence[Chunk]) -> None:
-        """A step of the scheduler gave these."""
+    def step(self, events: Sequence[tuple[Job, Chunk]], *, shared: bool) -> None:
+        """A step of the schedulers gave these; `shared`: all rows of a tenant teach one drafter."""
+        chunks = [chunk for _, chunk in events]
         rounds = [chunk.round for chunk in chunks if chunk.round]
+        updated = [job for job, chunk in events if chunk.round and chunk.round.updates]
         drafts = [r for r in rounds if r.proposed]
         new = {
             "tokens": sum(len(chunk.token_ids) for chunk in chunks),
             "rounds": len(rounds),
             "round_tokens": sum(r.emitted for r in rounds),
             "copied": sum(r.accepted for r in rounds if r.copied),
-            "updates": sum(r.updates for r in rounds),
+            "updates": len({job.tenant for job in updated} if shared else updated),
         }
         self._generated.inc(new["tokens"])
         self._rounds.inc(new["rounds"])

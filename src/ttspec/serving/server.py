@@ -26,13 +26,6 @@ from ttspec.serving.worker import Worker
 KEEP_ALIVE = 15
 """Seconds that an idle connection stays."""
 
-LEARNS = {
-    "request": "Each request teaches its own drafter",
-    "session": "Each conversation teaches its own drafter",
-    "shared": "All requests of a tenant teach one drafter",
-}
-"""What a server says of who learns, by scope."""
-
 
 def serve(
     load: Callable[[], Engine],
@@ -171,7 +164,17 @@ class Server(uvicorn.Server):
             self.should_exit = True
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
-            learn, drafter = self.worker.config.learn, self.worker.engine.drafter
-            can = drafter is not None and bool(drafter.weights)
-            who = LEARNS[learn.scope] if learn and can else "Nothing is learned"
-            self._say(f"Ready: {rows} rows of {slots:,} tokens. {who}. To chat: {self.address}/")
+            who = self._who_learns()
+            many = f"{rows} row{'s' * (rows > 1)} of {slots:,} tokens"
+            self._say(f"Ready: {many}. {who}. To chat: {self.address}/")
+
+    def _who_learns(self) -> str:
+        learn, drafter = self.worker.config.learn, self.worker.engine.drafter
+        if learn is None or drafter is None or not drafter.weights:
+            return "Nothing is learned"
+        if learn.scope != "shared":
+            one = "request" if learn.scope == "request" else "conversation"
+            return f"Each {one} teaches a drafter of its own"
+        whose = " of a tenant" if self.worker.options.api_key_file else ""
+        kept = f"kept in {learn.keep}" if learn.keep else "which ends with the server"
+        return f"All requests{whose} teach one drafter, {kept}"

@@ -285,7 +285,8 @@ class Worker:
         for job, chunk in events:
             if job.first_token is None and chunk.token_ids:
                 job.first_token = now
-        self.meter.step([chunk for _, chunk in events])
+        learn = self.config.learn
+        self.meter.step(events, shared=learn is not None and learn.scope == "shared")
         self._end([job for job, chunk in events if chunk.result])
         for job, chunk in events:
             if chunk.result:

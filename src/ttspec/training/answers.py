@@ -117,7 +117,6 @@ class AnsweredText:
     """One text and where the answers are in it: an example of `read_examples`."""
 
     def __init__(self) -> None:
-        """Empty."""
         self.ids: list[int] = []
         self.spans: list[tuple[int, int]] = []
         """Where the answers are: [start, end), end tokens included."""

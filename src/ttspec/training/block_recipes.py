@@ -56,13 +56,13 @@ class BlockRecipe(Recipe[B]):
         length = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, length)
         features, states = self.states.of(batch, drafter.taps)
-        hidden = drafter.teach(features, blocks.tokens, blocks.start, length)
+        hidden = drafter.training_forward(features, blocks.tokens, blocks.start, length)
         text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
         logits = drafter.following(drafter.weights, hidden, text)
         row = torch.arange(len(states), device=states.device)[:, None, None]
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
-        p = self.target.judge(states[row, at]) if self.asks_target else None
+        p = self.target.compute_logits(states[row, at]) if self.asks_target else None
         if p is not None and self.config.loss == "kl":
             values = kl(p, logits)
         else:

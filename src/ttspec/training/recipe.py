@@ -35,7 +35,6 @@ class Recipe(ABC, Generic[D]):
     """What the target says of the examples; given before the first step."""
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         self.target, self.config = target, config
         self.layers = int(target.config.num_hidden_layers)
         if self.layers < LEAST_LAYERS:
@@ -98,7 +97,7 @@ class Recipe(ABC, Generic[D]):
         """
         if self.config.loss == "ce" and ids is None:
             return cross_entropy(labels, q)
-        p = self.target.judge(states)
+        p = self.target.compute_logits(states)
         if ids is None:
             return kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.

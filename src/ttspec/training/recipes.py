@@ -45,7 +45,7 @@ class ChainRecipe(Recipe[C]):
         steps = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, steps)
         features, states = self.states.of(batch, drafter.taps)
-        outs = drafter.teach(features, batch.ids, blocks.start, steps)
+        outs = drafter.training_forward(features, batch.ids, blocks.start, steps)
         row = torch.arange(len(states), device=states.device)[:, None]
         total, right = states.new_zeros((), dtype=torch.float32), []
         for j in range(steps):  # one at a time: logits are wide
@@ -110,7 +110,6 @@ class MtpRecipe(ChainRecipe[Mtp]):
     kind, lr = "mtp", 3e-4  # it begins with trained weights; at 1e-3 gradients became infinite
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         super().__init__(target, config)
         try:
             sizes_of(one_layer(target.config))
@@ -151,7 +150,6 @@ class PardRecipe(Recipe[Causal]):
     kind, default_layers = "pard", 6
 
     def __init__(self, target: Target, config: TrainConfig) -> None:
-        """Train for `target`."""
         super().__init__(target, config)
         layers = config.layers or self.default_layers
         if config.init is None and layers >= self.layers:
@@ -193,7 +191,7 @@ class PardRecipe(Recipe[Causal]):
         depth = self.config.block - 1 if self.kind == "pard" else 1
         rows = masked_rows(batch, depth, self.config.keep, self.config.keep_least)
         ids = torch.where(rows.depth > 0, getattr(drafter, "mask_token", 0), rows.ids)
-        hidden = drafter.teach(ids, rows.position, rows.seen)
+        hidden = drafter.training_forward(ids, rows.position, rows.seen)
         row, at = rows.has_label.nonzero(as_tuple=True)
         place = rows.position[row, at]
         _, states = self.states.of(batch, ())

@@ -16,9 +16,6 @@ from ttspec.learning.update_schedule import share_of_updates
 from ttspec.models.capture import Graphs
 from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
 
-RAREST = 8
-"""Times rarer than at first, at most, that ranks get the same weights."""
-
 
 class LiveDrafter:
     """vLLM's draft module, and where several ranks share it, one row of all its learned weights."""
@@ -70,7 +67,7 @@ class LiveDrafter:
         if self.group.world_size > 1:
             self._run(self._pack_learned, 0, compile=False)
             rarer = share_of_updates(0) / share_of_updates(learner.updates)
-            self._row[-1:].fill_(min(int(rarer + 1e-6), RAREST))
+            self._row[-1:].fill_(int(rarer + 1e-6))
         else:
             self._run(self._load_learned, 0, compile=False)
 

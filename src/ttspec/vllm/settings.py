@@ -26,7 +26,7 @@ class Settings:
     """Requests that are read at the same time, at most; the others are served all the same."""
     tokens: int = 4096
     """Tokens of a request after which it teaches no more."""
-    share: float = 0.15
+    share: float = 0.06
     """Of the time in which the engine works, at most so much goes into learning: as much as in
     ttspec's own engine at first."""
     learn: LearnConfig = field(default_factory=lambda: LearnConfig(scope="shared"))

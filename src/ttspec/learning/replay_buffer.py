@@ -1,6 +1,6 @@
 """What a drafter can learn from: the newest verifications, per row, on the device.
 
-A lesson is a block's start, its tokens, and the target's logits for the tokens after the first.
+A batch has blocks of each row: a start, tokens, and the target's logits for those after the first.
 Supervision `block` and `accepted` take a round's own verification; `hindsight` takes the logits of
 what was committed in the end, from a ring of slots by absolute position.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
-from ttspec.records import LONGEST_COPY, Lesson, Verification
+from ttspec.records import LONGEST_COPY, ReplayBatch, Verification
 
 AT_ONCE = 1 << 27
 """Logits that are copied together: more only take more memory."""
@@ -21,13 +21,13 @@ CHAIN = 4
 double an update's cost and gained nothing (docs/experiments.md)."""
 
 
-def taught(drafter: Drafter, length: int) -> int:
+def trained_length(drafter: Drafter, length: int) -> int:
     """Drafts of a block of `length` that teach."""
     return length if drafter.at_once else min(length, CHAIN)
 
 
-class Lessons:
-    """Keeps verifications until the learner asks for a lesson."""
+class ReplayBuffer:
+    """Keeps verifications until the learner asks for a batch."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class Lessons:
         """What `newest` gave last is no longer new."""
         self._used.copy_(self._used.maximum(self._newest))
 
-    def newest(self) -> Lesson:
+    def newest(self) -> ReplayBatch:
         """The newest blocks of every row, newest first; all masked where none of them is new."""
         last = torch.full_like(self._used, self._kept - 1)
         if self.hindsight:  # the newest block whose tokens have all been committed
@@ -151,7 +151,7 @@ class Lessons:
         else:
             mask, logits = self._masks[row, pick], self._logits[row, pick]
         mask = mask & ((start >= 0) & is_new[:, None])[..., None]
-        return Lesson(
+        return ReplayBatch(
             tokens=tokens,
             start=start.clamp(min=0),
             before=None if self._before is None else self._before[row, pick],

@@ -1,4 +1,4 @@
-"""Lessons: which rows teach, when, and with which labels."""
+"""Batches: which rows teach, when, and with which labels."""
 
 import math
 from dataclasses import replace
@@ -6,72 +6,72 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from toys import NOW, G, bound_drafter, fake_round, make_learner, take, verification
+from toys import NOW, G, bound_drafter, fake_round, make_learner, take, update_on, verification
 
 from ttspec.config import LearnConfig
 from ttspec.learning.learner import Learner
-from ttspec.learning.lessons import Lessons
+from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.losses import position_weights, weighted_mean
-from ttspec.records import Lesson
+from ttspec.records import ReplayBatch
 
 
-def test_block_lessons_are_all_rows_of_the_round():
-    lessons = Lessons(NOW, 2, G, fake_round(0, 2))
+def test_block_batches_are_all_rows_of_the_round():
+    buffer = ReplayBuffer(NOW, 2, G, fake_round(0, 2))
     v = fake_round(0, 2, count=[4, 2])
-    lessons.absorb(v)
-    lesson = take(lessons)
-    assert lesson.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
-    assert torch.equal(lesson.logits[:, 0], v.logits[:, :G])
-    assert torch.equal(lesson.tokens[:, 0], v.fed)
-    assert lesson.before is None
-    assert lesson.start.tolist() == [[8], [8]]
-    assert lesson.count.tolist() == [1, 1]
+    buffer.absorb(v)
+    batch = take(buffer)
+    assert batch.mask.tolist() == [[[True] * 4], [[True, True, False, False]]]
+    assert torch.equal(batch.logits[:, 0], v.logits[:, :G])
+    assert torch.equal(batch.tokens[:, 0], v.fed)
+    assert batch.before is None
+    assert batch.start.tolist() == [[8], [8]]
+    assert batch.count.tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("accepted", range(5))
-def test_accepted_lessons_end_with_the_first_rejection(accepted: int):
+def test_accepted_batches_end_with_the_first_rejection(accepted: int):
     config = LearnConfig(stride=1, blocks=1, supervision="accepted")
-    lessons = Lessons(config, 1, G, fake_round(0, 1))
+    buffer = ReplayBuffer(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
     fed = v.fed
-    lessons.absorb(verification([8], fed, v.logits, v.features, fed, [accepted]))
+    buffer.absorb(verification([8], fed, v.logits, v.features, fed, [accepted]))
     wanted = [j <= accepted for j in range(G)]
-    assert take(lessons).mask[0, 0].tolist() == wanted
+    assert take(buffer).mask[0, 0].tolist() == wanted
 
 
 @pytest.mark.parametrize("rows", ["block", "accepted"])
 def test_rows_past_an_end_token_teach_nothing_and_the_row_that_predicts_it_does(rows: str):
     config = LearnConfig(stride=1, blocks=1, supervision=rows)
-    lessons = Lessons(config, 1, G, fake_round(0, 1))
+    buffer = ReplayBuffer(config, 1, G, fake_round(0, 1))
     v = fake_round(0, 1)
-    lessons.absorb(
+    buffer.absorb(
         verification([8], v.fed, v.logits, v.features, v.fed, [2], emitted=[2], ended=[True])
     )
-    assert take(lessons).mask[0, 0].tolist() == [True, True, False, False]
+    assert take(buffer).mask[0, 0].tolist() == [True, True, False, False]
 
 
-def test_a_lesson_is_taken_once():
-    lessons = Lessons(NOW, 2, G, fake_round(0, 2))
-    lessons.absorb(fake_round(0, 2))
-    assert take(lessons).count.tolist() == [1, 1]
-    lessons.absorb(fake_round(1, 2, emitted=[1, 0]))
-    assert take(lessons).count.tolist() == [1, 0]
-    assert take(lessons).count.tolist() == [0, 0]
+def test_a_batch_is_taken_once():
+    buffer = ReplayBuffer(NOW, 2, G, fake_round(0, 2))
+    buffer.absorb(fake_round(0, 2))
+    assert take(buffer).count.tolist() == [1, 1]
+    buffer.absorb(fake_round(1, 2, emitted=[1, 0]))
+    assert take(buffer).count.tolist() == [1, 0]
+    assert take(buffer).count.tolist() == [0, 0]
 
 
 def test_a_hindsight_block_waits_until_all_of_it_is_committed():
     config = LearnConfig(stride=1, blocks=1, supervision="hindsight")
-    lessons = Lessons(config, 1, G, fake_round(0, 1))
+    buffer = ReplayBuffer(config, 1, G, fake_round(0, 1))
     rounds = [fake_round(n, 1) for n in range(6)]
     ready = []
     for v in rounds:
-        lessons.absorb(v)
-        ready.append(take(lessons))
-    assert [int(lesson.count) for lesson in ready] == [0, 0, 0, 1, 1, 1]
-    for n, lesson in enumerate(ready[3:]):
-        assert lesson.start.tolist() == [[8 + n]]
+        buffer.absorb(v)
+        ready.append(take(buffer))
+    assert [int(batch.count) for batch in ready] == [0, 0, 0, 1, 1, 1]
+    for n, batch in enumerate(ready[3:]):
+        assert batch.start.tolist() == [[8 + n]]
         for j in range(G):  # row j is what the target said when that position was committed
-            assert torch.equal(lesson.logits[0, 0, j], rounds[n + j].logits[0, 0])
+            assert torch.equal(batch.logits[0, 0, j], rounds[n + j].logits[0, 0])
 
 
 def test_a_masked_row_stays_in_the_denominator():
@@ -91,7 +91,7 @@ def test_a_partial_block_pulls_with_the_rows_it_has(monkeypatch):
         learner, _, _ = make_learner(1, LearnConfig(stride=1), drafter)
         v = fake_round(0, 1)
         v.logits[:] = v.logits[:, :1]
-        lesson = Lesson(
+        batch = ReplayBatch(
             tokens=v.fed[:, None],
             start=v.start[:, None],
             before=None,
@@ -100,22 +100,22 @@ def test_a_partial_block_pulls_with_the_rows_it_has(monkeypatch):
             fresh=torch.tensor([[True]]),
             count=torch.tensor([1]),
         )
-        learner.update(lesson, 8)
+        update_on(learner, batch, 8)
         return torch.cat([g.flatten() for g in learner.weights.gradient.values()])
 
     first, second = gradient([True, True, False, False]), gradient([False, False, True, True])
     torch.testing.assert_close(first + second, gradient([True] * 4), atol=1e-5, rtol=1e-3)
 
 
-def listen(learner: Learner, taught: list[Lesson]) -> None:
-    """Note the lessons that a learner is given."""
+def listen(learner: Learner, taught: list[ReplayBatch]) -> None:
+    """Note the batches that a learner is given."""
     distil = learner._distil
 
     def noted(longest: int, held_out: torch.Tensor | None = None) -> torch.Tensor | None:
-        lesson = learner._lesson
+        batch = learner._batch
         if held_out is not None:
-            lesson = replace(lesson, mask=lesson.mask & ~held_out[..., None])
-        taught.append(lesson)
+            batch = replace(batch, mask=batch.mask & ~held_out[..., None])
+        taught.append(batch)
         return distil(longest, held_out)
 
     learner._distil = noted
@@ -131,7 +131,7 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
         context=400,
         learn=LearnConfig(stride=stride, blocks=8, supervision="hindsight", scope="session"),
     )
-    taught: list[Lesson] = []
+    taught: list[ReplayBatch] = []
     text: list[int] = []
     drawn: set[int] = set()  # positions of tokens that a round committed
     ends: set[int] = set()
@@ -153,18 +153,16 @@ def test_hindsight_labels_are_the_targets_rows_for_the_committed_answers(engine,
     zero = torch.zeros(1, dtype=torch.long)
     full, _ = target.forward(cache, torch.tensor([text]), zero, 0)
     labels: set[int] = set()
-    for lesson in taught:
-        assert lesson.mask.shape == (1, 8, G)
+    for batch in taught:
+        assert batch.mask.shape == (1, 8, G)
         for block in range(8):
-            start = int(lesson.start[0, block])
+            start = int(batch.start[0, block])
             for j in range(G):
-                if lesson.mask[0, block, j]:
-                    assert int(lesson.tokens[0, block, 0]) == text[start]
-                    assert int(lesson.tokens[0, block, j + 1]) == text[start + j + 1]
+                if batch.mask[0, block, j]:
+                    assert int(batch.tokens[0, block, 0]) == text[start]
+                    assert int(batch.tokens[0, block, j + 1]) == text[start + j + 1]
                     wanted = full[0, start + j]
-                    torch.testing.assert_close(
-                        lesson.logits[0, block, j], wanted, atol=2e-3, rtol=0
-                    )
+                    torch.testing.assert_close(batch.logits[0, block, j], wanted, atol=2e-3, rtol=0)
                     labels.add(start + j + 1)
     assert labels <= drawn  # never a user's token, nor the template's
     if stride == 1:
@@ -182,6 +180,6 @@ def test_what_a_stop_text_cut_off_is_no_label(engine):
     )
     assert session.send("hello").finish_reason == "stop"
     decoder = session._scheduler.decoder
-    lessons = decoder.learner._lessons
-    assert int(lessons._ring_positions.max()) <= decoder.rows.lengths[0]
-    assert int(lessons._starts.max()) < decoder.rows.lengths[0]
+    buffer = decoder.learner._buffer
+    assert int(buffer._ring_positions.max()) <= decoder.rows.lengths[0]
+    assert int(buffer._starts.max()) < decoder.rows.lengths[0]

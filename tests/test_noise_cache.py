@@ -5,14 +5,13 @@ import random
 import pytest
 import torch
 
-from ttspec.decoding import kept_noise
-from ttspec.decoding.kept_noise import KeptNoise
-from ttspec.sampling import position_noise
+from ttspec import sampling
+from ttspec.sampling import NoiseCache, position_noise
 
 
 @pytest.mark.parametrize("vocabulary", [259, 49_152])
 def test_what_is_kept_has_the_same_bits(vocabulary: int) -> None:
-    rng, made = random.Random(0), KeptNoise()
+    rng, made = random.Random(0), NoiseCache()
     keys, first = [11, -7, 5], [3, 40, 9]
     for _ in range(40):
         count = rng.choice((1, 1, 4, 8, 8, 16))
@@ -28,13 +27,13 @@ def test_what_is_kept_has_the_same_bits(vocabulary: int) -> None:
 
 
 def test_little_is_drawn_again(monkeypatch) -> None:
-    drawn, made = [], KeptNoise()
+    drawn, made = [], NoiseCache()
 
     def counted(key, first, count, vocabulary):
         drawn.append((int(first[0]), count))
         return position_noise(key, first, count, vocabulary)
 
-    monkeypatch.setattr(kept_noise, "position_noise", counted)
+    monkeypatch.setattr(sampling, "position_noise", counted)
     for first, count in ((5, 8), (7, 8), (8, 1), (9, 8)):
         made(torch.tensor([3]), torch.tensor([first]), count, 259)
     assert drawn == [(5, 8), (13, 2), (15, 2)]

@@ -16,13 +16,13 @@ from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.blocks import Text
 from ttspec.drafters.layers import Weights
-from ttspec.learning.lessons import Lessons
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.memory import PAGE, LessonMemory, MemoryRows, Texts
+from ttspec.learning.memory import PAGE, MemoryRows, TextMemory, Texts
+from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.learning.update_report import UpdateReport
 from ttspec.losses import expected_length, likely_kl, log_likely, position_weights
 from ttspec.models.capture import Graphs
-from ttspec.records import LONGEST_COPY, Lesson
+from ttspec.records import LONGEST_COPY, ReplayBatch
 
 TEXTS, BLOCKS, WINDOW = 16, 32, 8
 """Of an update: texts, blocks of each, and pages that a text has at most."""
@@ -35,52 +35,52 @@ ENOUGH = 8
 """Blocks without which nothing can be said."""
 HELD_OUT_BLOCKS = 24
 """Of a held-out page."""
-STRETCH = 128
-HEARD = {1: 1, 2: 4, 16: 16}
-"""The memory of all requests is told of one stretch of so many rounds in so many, by the strides
-between updates at least: telling costs about a tenth of a plain round. While the drafter pauses it
-is no more than one in four."""
+RECORDED_ROUNDS = 128
+RECORDED_PART = {1: 1, 2: 4, 16: 16}
+"""The memory of all requests records so many rounds, then leaves out others: one part in so many is
+recorded, by the strides between updates at least, since recording costs about a tenth of a plain
+round. While the drafter pauses it is no more than one in four."""
 DECAY = 1.5
 """The first drafts of a block weigh most: the others count only where those were right."""
 
 
-class Study:
+class TextTrainer:
     """Drafts again what a drafter of these options would draft."""
 
     def __init__(self, drafter: Drafter, options: DraftConfig, length: int) -> None:
         """Blocks of `length` drafts."""
         self.drafter, self.options, self.length = drafter, options, length
 
-    def backward(self, live: LiveWeights, texts: Texts, lesson: Lesson) -> Tensor:
-        """Set the gradients of a lesson's loss in `live`: its mean over the drafts that teach.
+    def backward(self, live: LiveWeights, texts: Texts, batch: ReplayBatch) -> Tensor:
+        """Set the gradients of a batch's loss in `live`: its mean over the drafts that teach.
 
         Args:
             live: Whose masters the gradients are of.
             texts: N texts.
-            lesson: A blocks of each, as from `blocks`.
+            batch: A blocks of each, as from `blocks`.
 
         Returns:
             The loss.
         """
         leaves = {n: w.detach().requires_grad_() for n, w in live.candidate().items()}
         with torch.enable_grad():
-            q_logits = self._draft({**self.drafter.weights, **leaves}, texts, lesson)
-            loss = likely_kl(*self._target(texts, lesson), q_logits)
-            weight = position_weights(self.length, DECAY, loss.device) * lesson.mask
+            q_logits = self._draft({**self.drafter.weights, **leaves}, texts, batch)
+            loss = likely_kl(*self._target(texts, batch), q_logits)
+            weight = position_weights(self.length, DECAY, loss.device) * batch.mask
             total = (loss * weight).sum() / weight.sum().clamp(min=1e-6)
             gradients = torch.autograd.grad(total, list(leaves.values()))
         live.set_gradients(list(gradients), add=False)
         return total.detach()
 
     @torch.no_grad()
-    def expected_drafts(self, weights: Weights, texts: Texts, lesson: Lesson) -> Tensor:
+    def expected_drafts(self, weights: Weights, texts: Texts, batch: ReplayBatch) -> Tensor:
         """Drafts of each block that `weights` would get accepted, on average, float32 [N, A]."""
-        likely, p, _ = self._target(texts, lesson)
-        q = log_likely(likely, self._draft(weights, texts, lesson)).exp()
-        return expected_length(q.minimum(p.float()).sum(-1), lesson.mask)
+        likely, p, _ = self._target(texts, batch)
+        q = log_likely(likely, self._draft(weights, texts, batch)).exp()
+        return expected_length(q.minimum(p.float()).sum(-1), batch.mask)
 
     @torch.no_grad()
-    def blocks(self, texts: Texts, may: Tensor, chance: Tensor, count: int) -> Lesson:
+    def blocks(self, texts: Texts, may: Tensor, chance: Tensor, count: int) -> ReplayBatch:
         """Some blocks of each text, at random.
 
         Args:
@@ -90,7 +90,7 @@ class Study:
             count: How many of each text.
         """
         row, start, at, mask = places(may, chance, count, self.length)
-        return Lesson(
+        return ReplayBatch(
             tokens=texts.tokens[row[..., None], at],
             start=start,
             before=texts.features[row, start - 1] if texts.features.shape[-1] else None,
@@ -100,19 +100,19 @@ class Study:
             count=mask.any(-1).sum(-1),
         )
 
-    def _draft(self, weights: Weights, texts: Texts, lesson: Lesson) -> Tensor:
-        """Logits [N, A, G, V_draft] of a lesson's blocks."""
+    def _draft(self, weights: Weights, texts: Texts, batch: ReplayBatch) -> Tensor:
+        """Logits [N, A, G, V_draft] of a batch's blocks."""
         rows, size = texts.tokens.shape
         state = self.drafter.start(rows, size + self.length + 1, self.options)
         state.weights = weights
-        begin = lesson.start.new_zeros(rows)
+        begin = batch.start.new_zeros(rows)
         self.drafter._extend(state, weights, Text.after(begin, texts.tokens, texts.features))
-        return self.drafter.replay(state, lesson, self.length, size)
+        return self.drafter.replay(state, batch, self.length, size)
 
-    def _target(self, texts: Texts, lesson: Lesson) -> tuple[Tensor, Tensor, Tensor]:
-        """What the target said of a lesson's drafts: likely tokens, their p, the others'."""
+    def _target(self, texts: Texts, batch: ReplayBatch) -> tuple[Tensor, Tensor, Tensor]:
+        """What the target said of a batch's drafts: likely tokens, their p, the others'."""
         size = texts.tokens.shape[1]
-        at = lesson.start[..., None] + torch.arange(self.length, device=lesson.start.device)
+        at = batch.start[..., None] + torch.arange(self.length, device=batch.start.device)
         row = torch.arange(len(at), device=at.device)[:, None, None]
         at = at.clamp(max=size - 1)
         return texts.likely[row, at], texts.p[row, at], texts.rest[row, at]
@@ -122,7 +122,7 @@ class Study:
 def places(
     may: Tensor, chance: Tensor, count: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where some blocks of texts stand; arguments as in `Study.blocks`.
+    """Where some blocks of texts stand; arguments as in `TextTrainer.blocks`.
 
     Returns:
         Rows int64 [N, 1], starts [N, A], places [N, A, G + 1] and bool [N, A, G], which drafts may
@@ -138,7 +138,7 @@ def places(
     return row, start, at, mask & (found > 0)[..., None]
 
 
-class MemoryStudy(Study):
+class MemoryTrainer(TextTrainer):
     """What the rows of a learner remember, and its updates from the memory of all."""
 
     texts: Texts
@@ -146,19 +146,19 @@ class MemoryStudy(Study):
     newest: Texts
     """Those that judge what was learned before."""
 
-    _lessons: Lessons
+    _buffer: ReplayBuffer
     """What rows have committed."""
 
     def __init__(
         self,
-        memory: LessonMemory,
+        memory: TextMemory,
         drafter: Drafter,
         rows: int,
         options: DraftConfig,
         length: int,
         run: Graphs,
     ) -> None:
-        """Of `rows` rows, whose rounds `run` captures; the rest as in `Study`."""
+        """Of `rows` rows, whose rounds `run` captures; the rest as in `TextTrainer`."""
         super().__init__(drafter, options, length)
         self._run = run
         self._new: list[int] | None = [0] * rows
@@ -174,24 +174,25 @@ class MemoryStudy(Study):
         """The row whose text is over, where a graph reads it."""
         self._pages = torch.zeros(texts, dtype=torch.long, device=device)
         self._chances = torch.zeros(texts, WINDOW * PAGE, device=device)
-        self.listens = True
-        """Whether the last round was told of: prompts are only then."""
+        self.records_prompts = True
+        """Whether the last round was recorded: prompts are only then."""
 
     @staticmethod
-    def hears(number: int, strides: int) -> bool:
-        """Whether the memory is told of a round, with so many strides between updates."""
-        return number // STRETCH % HEARD[max(n for n in HEARD if n <= strides)] == 0
+    def records(number: int, strides: int) -> bool:
+        """Whether the memory records a round, with so many strides between updates."""
+        one_in = RECORDED_PART[max(n for n in RECORDED_PART if n <= strides)]
+        return number // RECORDED_ROUNDS % one_in == 0
 
     def note(
-        self, lessons: Lessons, emitted: Mapping[int, int] | None, due: bool, ahead: int
+        self, buffer: ReplayBuffer, emitted: Mapping[int, int] | None, due: bool, ahead: int
     ) -> None:
         """Take note of a round, and `remember` if it is due or another might overwrite something.
 
         Args:
-            lessons: Have it.
+            buffer: Has it.
             emitted: Tokens of each row; None if that is not known on the host.
             due: See above.
-            ahead: Tokens of a row, at most, of a round that is under way already: the lessons have
+            ahead: Tokens of a row, at most, of a round that is under way already: the buffer has
                 those too, and may have those of one more before the next note.
         """
         if emitted is None or self._new is None:
@@ -199,18 +200,18 @@ class MemoryStudy(Study):
         else:
             for row, tokens in emitted.items():
                 self._new[row] += tokens
-            due = due or max(self._new) + (2 * ahead or LONGEST_COPY + 1) > lessons.ring
+            due = due or max(self._new) + (2 * ahead or LONGEST_COPY + 1) > buffer.ring
         if due:
-            self.remember(lessons, ahead=ahead)
+            self.remember(buffer, ahead=ahead)
 
-    def remember(self, lessons: Lessons | None, row: int | None = None, ahead: int = 0) -> None:
+    def remember(self, buffer: ReplayBuffer | None, row: int | None = None, ahead: int = 0) -> None:
         """Note what a row, or all of them, have committed since the memory was last told.
 
         Where a round is under way, so many of its tokens may be among the newest.
         """
-        if lessons is None:
+        if buffer is None:
             return
-        work, most = self.write_newest, lessons.ring
+        work, most = self.write_newest, buffer.ring
         if self._new is None or row is None:
             most = most if self._new is None else max(self._new) + ahead
             self._new = [0] * len(self.rows.end)
@@ -218,37 +219,37 @@ class MemoryStudy(Study):
             work, most, self._new[row] = self.write_newest_of_row, self._new[row], 0
             self._row.fill_(row)
         if most:
-            self._lessons = lessons
-            width = next(n for n in self.widths(lessons) if n >= min(most, lessons.ring))
+            self._buffer = buffer
+            width = next(n for n in self.widths(buffer) if n >= min(most, buffer.ring))
             self._run(work, width, compile=False)
 
-    def capture(self, lessons: Lessons) -> None:
+    def capture(self, buffer: ReplayBuffer) -> None:
         """Capture what notes texts, where nothing is new."""
-        self._lessons = lessons
-        for width in self.widths(lessons):
+        self._buffer = buffer
+        for width in self.widths(buffer):
             self._run(self.write_newest, width, compile=False)
             self._run(self.write_newest_of_row, width, compile=False)
 
     @staticmethod
-    def widths(lessons: Lessons) -> list[int]:
+    def widths(buffer: ReplayBuffer) -> list[int]:
         """Tokens of a row that are noted together; few, since each is captured."""
-        return [*(n for n in (8, 16, 32) if n < lessons.ring), lessons.ring]
+        return [*(n for n in (8, 16, 32) if n < buffer.ring), buffer.ring]
 
     def write_newest(self, width: int) -> None:
         """Write the last tokens of all rows, where they are new; twice is as once."""
         end = self.rows.end
         rows = torch.arange(len(end), device=end.device)
-        for some in rows.split(self._lessons.rows_at_once(width)):
-            self.rows.write(*self._lessons.newest_text(end[some], some, width), subset=some)
+        for some in rows.split(self._buffer.rows_at_once(width)):
+            self.rows.write(*self._buffer.newest_text(end[some], some, width), subset=some)
 
     def write_newest_of_row(self, width: int) -> None:
         """The same of the row that `_row` says."""
-        text = self._lessons.newest_text(self.rows.end[self._row], self._row, width)
+        text = self._buffer.newest_text(self.rows.end[self._row], self._row, width)
         self.rows.write(*text, subset=self._row)
 
-    def forget(self, row: int, lessons: Lessons | None) -> None:
+    def forget(self, row: int, buffer: ReplayBuffer | None) -> None:
         """A row's text is over; it stays in the memory."""
-        self.remember(lessons, row)
+        self.remember(buffer, row)
         self.rows.forget(row)
 
     def choose(self) -> None:
@@ -271,10 +272,10 @@ class MemoryStudy(Study):
         """Set the gradients of what `texts` teach in `live`, and report as of the first row."""
         teach = self.texts.judged & ~self.texts.held_out
         chances = self._chances[:, : teach.shape[1]]
-        lesson = self.blocks(self.texts, teach, chances, self.count)
+        batch = self.blocks(self.texts, teach, chances, self.count)
         report.table.zero_()
-        report.loss[:1].copy_(self.backward(live, self.texts, lesson))
-        report.blocks[:1].copy_(lesson.count.sum())
+        report.loss[:1].copy_(self.backward(live, self.texts, batch))
+        report.blocks[:1].copy_(batch.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
 
     def compare_newest(self, sets: Sequence[Weights]) -> Tensor:
@@ -288,7 +289,7 @@ class MemoryStudy(Study):
         return self._judged(self.newest, self.blocks(self.newest, last, chances, count), sets)
 
     @torch.no_grad()
-    def judge(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
+    def evaluate(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
         """How well sets of weights draft what is held out, the newest; waits for the device.
 
         Args:
@@ -304,19 +305,19 @@ class MemoryStudy(Study):
             texts = self.memory.read(part, WINDOW)
             order = torch.Generator(device).manual_seed(0)  # the same blocks for all
             chances = torch.rand(texts.judged.shape, generator=order, device=device)
-            lesson = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
-            judged = self._judged(texts, lesson, list(sets.values())).tolist()
+            batch = self.blocks(texts, texts.held_out, chances, HELD_OUT_BLOCKS)
+            judged = self._judged(texts, batch, list(sets.values())).tolist()
             found = [one + more for one, more in zip(found, judged, strict=True)]
         count, *totals = found
         means = [total / max(count, 1) for total in totals]
         return int(count), dict(zip(sets, means, strict=True))
 
     @torch.no_grad()
-    def _judged(self, texts: Texts, lesson: Lesson, sets: Sequence[Weights]) -> Tensor:
-        """How many of a lesson's blocks are whole, and drafts of each set that those accept."""
-        whole = lesson.mask.all(-1)
+    def _judged(self, texts: Texts, batch: ReplayBatch, sets: Sequence[Weights]) -> Tensor:
+        """How many of a batch's blocks are whole, and drafts of each set that those accept."""
+        whole = batch.mask.all(-1)
         found = [whole.sum().float()]
         for changed in sets:
             weights = {**self.drafter.weights, **changed}
-            found.append((self.expected_drafts(weights, texts, lesson) * whole).sum())
+            found.append((self.expected_drafts(weights, texts, batch) * whole).sum())
         return torch.stack(found)
