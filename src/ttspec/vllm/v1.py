@@ -68,7 +68,7 @@ def step(runner: Any, given: dict[str, Any], drafts: list[int]) -> EngineStep:
         ids=ids,
         bounds=bounds,
         drafts=drafts or [0] * count,
-        ends=runner.optimistic_seq_lens_cpu[:count].tolist(),
+        ends=runner.optimistic_seq_lens_cpu,
         tokens=runner.input_ids.gpu,
         positions=runner._get_positions(bounds[-1]),
         features=given["aux_hidden_states"] or (),
