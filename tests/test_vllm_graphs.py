@@ -1,5 +1,6 @@
 """What a GPU is told of steps as graphs, and how little else. No vLLM here."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -183,13 +184,22 @@ def test_the_host_launches_little(monkeypatch):
     learner = made(rows=4, tokens=400)
     shared, ids = learner.shared, list("abcd")
     learner.rounds_an_update, shared.weights.memory.crops = 1 << 30, False
-    prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
-    step = replace(step, features=[seen.contiguous() for seen in step.features])  # as vLLM's
-    logits = torch.randn(20, 260)
+    prompt = a_step(["a"], 10, 0)
 
-    def read() -> None:
-        learner.keep_logits(ids, step.drafts, logits)
-        learner.absorb(step)
+    def round_of(ids: list[str]) -> Callable[[], None]:
+        step = a_step(ids, 5, 10, drafts=4)
+        step = replace(step, features=[seen.contiguous() for seen in step.features])  # as vLLM's
+        logits = torch.randn(5 * len(ids), 260)
+
+        def read() -> None:
+            learner.keep_logits(ids, step.drafts, logits)
+            learner.absorb(step)
+
+        return read
+
+    read = round_of(ids)
+    some, many = (["a", *map(str, range(count)), "b", "c", "d"] for count in (8, 20))
+    among_some, among_many = round_of(some), round_of(many)
 
     sent: list[int] = []
     monkeypatch.setattr(verified, "on_device", lambda n, _: sent.append(1) or torch.as_tensor(n))
@@ -200,6 +210,10 @@ def test_the_host_launches_little(monkeypatch):
         "a round of all four": (read, (4, 0, 0)),
         "a round of the same": (read, (3, 0, 0)),
         "another round of the same": (read, (3, 0, 0)),
+        "they lie among some others": (among_some, (5, 1, 0)),
+        "the same again": (among_some, (4, 0, 0)),
+        "they lie among many others": (among_many, (10, 2, 0)),
+        "all of it again": (among_many, (8, 0, 0)),
         "rounds, to the memory": (learner._tell, (2, 1, 1)),
         "an update": (shared.update, (10, 0, 3)),
     }

@@ -123,6 +123,38 @@ def test_rows_that_lie_far_apart_in_a_batch_are_read_alike(between: int, at_once
         assert all(map(torch.equal, one, other))
 
 
+def test_in_a_batch_that_stays_the_same_requests_outgrow_rows_and_get_free_ones() -> None:
+    learner = made(rows=2, tokens=64)
+    learner.absorb(a_step(["a"], 10, 0))
+    learner.share.share = 0.01
+    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
+    taken = []
+    for i in range(14):
+        if i == 6:
+            learner.share.share = 1.0
+        teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
+        taken.append(set(learner.rows.taken))
+    assert taken == [{"a"}] * 6 + [{"a", "b"}] * 4 + [{"b"}] * 4  # 64 tokens were 10 steps
+    learner.forget_all()
+    assert learner.rounds.acceptance() == (10 * 5 + 7 * 5, 10 + 7)
+
+
+def test_an_engine_calls_in_inference_mode() -> None:
+    learned = []
+    for mode in (False, True):
+        torch.manual_seed(0)
+        learner = made(tokens=400)
+        with torch.inference_mode(mode):
+            learner.absorb(a_step(["a"], 10, 0))
+            for i in range(20):
+                teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
+            learner.absorb(a_step(["b"], 10, 0))
+        assert learner.shared.updates > 5
+        learner.forget_all()
+        learned.append(learner.shared.learned())
+    assert all(torch.equal(learned[0][n], learned[1][n]) for n in learned[0])
+
+
 def test_a_prompt_that_joins_lets_others_rounds_wait() -> None:
     learner = made()
     learner.absorb(a_step(["a"], 10, 0))
@@ -173,6 +205,10 @@ def test_who_must_not_teach_does_not() -> None:
     learner = made(may_teach=lambda request: request != "secret")
     learner.absorb(a_step(["secret", "a"], 10, 0))
     assert set(learner.rows.taken) == {"a"}
+    for i in range(2):
+        teach(learner, a_step(["secret", "a"], 5, 10 + 5 * i, drafts=4))
+    learner._read_anew = lambda *_: pytest.fail("nothing is new")
+    teach(learner, a_step(["secret", "a"], 5, 20, drafts=4))
 
 
 def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:

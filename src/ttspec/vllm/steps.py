@@ -204,7 +204,8 @@ class EngineLearner:
             if row is None and (row := self._new_row(step, i)):
                 begun.append(row.index)
             if row is None:
-                others = True
+                # Who was asked and must not teach need not be asked again.
+                others |= not (self.rows.has_free and self.share.admits)
                 continue
             begin, end = step.bounds[i : i + 2]
             left = self.rows.tokens - (int(step.ends[i]) - row.begin)
@@ -235,10 +236,12 @@ class EngineLearner:
     def _new_row(self, step: EngineStep, i: int) -> Row | None:
         """A row for a request that has none, if it may have one."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
-        if fed and self.share.admits and self._may_teach(request):
+        if not (fed and self.share.admits and self._may_teach(request)):
+            return None
+        row = self.rows.give(request, int(step.ends[i]) - fed)
+        if row:
             self._layout = None
-            return self.rows.give(request, int(step.ends[i]) - fed)
-        return None
+        return row
 
     @torch.inference_mode(False)
     @torch.no_grad()

@@ -9,6 +9,7 @@ from inspect import signature
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ttspec.vllm.verified import EngineStep
@@ -72,7 +73,7 @@ def step(runner: Any, given: dict[str, Any], drafts: list[int]) -> EngineStep:
         tokens=runner.input_ids.gpu,
         positions=runner._get_positions(bounds[-1]),
         features=given["aux_hidden_states"] or (),
-        emitted=(given["sampled_token_ids"] >= 0).sum(1),
+        emitted=(given["sampled_token_ids"] >= 0).sum(1, dtype=torch.int32),
     )
 
 

@@ -19,7 +19,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.learning.memory import feature_width
 from ttspec.learning.memory_learner import MemoryLearner
 
-MOST_ROUNDS, MOST_BYTES = 16, 64 << 20
+MOST_ROUNDS, MOST_BYTES = 16, 96 << 20
 """Rounds that are kept, and bytes that they may take."""
 FEW_ROUNDS = 4
 """Rounds of which the memory has a graph of its own, a quarter as dear as that of all."""
@@ -93,7 +93,7 @@ class Layout:
     kept, its request, and 1 if it took part."""
     bounds: Sequence[int] = ()
     others: bool = True
-    """Whether there are requests without a row."""
+    """Whether there are requests that have no row and may get one."""
     repeats: int = 0
     """Steps that may follow in which no request outgrows its row, or begins another part."""
 
