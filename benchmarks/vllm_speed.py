@@ -13,7 +13,8 @@ turns, A B B A, of one engine (`idle`, or else `learning`, paused then) with its
 and of two engines. `ttspec` is ttspec's own engine of 8 rows; `ttspec-1` and `ttspec-32` have other
 rows, for the parts with so many requests at a time. With `--pin N` all engines run on the same N
 cores near the GPU once they are warm: without it turns of one engine differed by 1.4, whatever it
-did. Ends in order, with its tables, on SIGTERM too.
+did. With `--watch` those that learn answer one turn more after the stream, in which each part of
+their learner is timed. Ends in order, with its tables, on SIGTERM too.
 """
 
 from __future__ import annotations
@@ -74,9 +75,15 @@ class Switch:
         self._times = {name: list[tuple[float, float]]() for _, name in parts}
         for owner, name in parts:
             setattr(owner, name, timed(getattr(owner, name), self._times[name]))
+        self._watched = parts
 
     def times(self) -> dict[str, Any]:
-        """Of each part how often, and milliseconds: the median and most, in all, of the CPU."""
+        """Of each part how often, and milliseconds: the median and most, in all, of the CPU.
+
+        No longer watches.
+        """
+        for owner, name in self._watched:
+            delattr(owner, name)
         found = {name: list(zip(*times, strict=True)) for name, times in self._times.items()}
         return {
             name: [len(wall), *(round(1e3 * t, 3) for t in of(wall, cpu))]
@@ -84,7 +91,7 @@ class Switch:
         }
 
 
-PARTS = ("forget", "keep_logits", "absorb", "_read_step", "_keep", "_tell", "_publish_if_over")
+PARTS = ("forget", "keep_logits", "absorb", "_read_step", "_read_anew", "_tell", "finish")
 """Of an `EngineLearner`; some call others."""
 
 
@@ -425,7 +432,6 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     for name in names:
         if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
-            arms.ask(name, rpc="watch")
     if "idle" in names:
         arms.ask("idle", rpc="ttspec_pause")
         arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
@@ -453,8 +459,11 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 arms.turns[-1]["status"] = found = arms.ask(name, rpc="ttspec_status")
                 arms.file.write(json.dumps({"status": found, "arm": name, "first": first}) + "\n")
     print(f"stream over after {arms.passed:.0f} s", flush=True)
-    for name in filter(learns, names):
-        print(f"{name}, what its parts took: times, ms: median, most, all, of the CPU")
+    for name in filter(learns, names) if a.watch else ():
+        arms.ask(name, rpc="watch")
+        arms.turn("watched", name, [(a.requests + n) % 600 for n in range(a.each)])
+        steps = arms.turns[-1].get("steps") if arms.turns else None
+        print(f"{name}, what its parts took in {steps} steps: times, ms: median, most, all, of CPU")
         for part, found in (arms.ask(name, rpc="times") or {}).items():
             print(f"  {part:18s} {found}")
     show(arms.turns, a)
@@ -565,6 +574,9 @@ def main() -> None:
     parser.add_argument("--start-seconds", type=float, default=150.0)
     parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
     parser.add_argument("--kind", default="code")
+    parser.add_argument(
+        "--watch", action="store_true", help="time parts of the learner in a turn after the stream"
+    )
     parser.add_argument("--each", type=int, default=32, help="requests of a turn")
     parser.add_argument("--requests", type=int, default=600, help="of the stream, at most")
     parser.add_argument("--stream-part", type=float, default=0.58, help="of the time, at most")

@@ -1,5 +1,6 @@
 """What a GPU is told of steps as graphs, and how little else. No vLLM here."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -160,7 +161,8 @@ class Launches(TorchDispatchMode, Graphs):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         is_view = kinds_of(func)[3] or "empty" in str(func)
-        self.operations += not (self.in_graph or is_view)
+        if not (self.in_graph or is_view):
+            self.operations += kernels_of(args) if "_foreach_" in str(func) else 1
         return func(*args, **(kwargs or {}))
 
     def __call__(self, work, key, **_):
@@ -170,25 +172,48 @@ class Launches(TorchDispatchMode, Graphs):
         return out
 
 
+def kernels_of(lists) -> int:
+    """One for lists of tensors if pairs have one shape and layout and all one dtype, as on CUDA."""
+    pairs = list(zip(*lists, strict=True))
+    alike = all(one.shape == two.shape and one.stride() == two.stride() for one, two in pairs)
+    dtypes = {tensor.dtype for pair in pairs for tensor in pair}
+    return 1 if alike and len(dtypes) == 1 else len(pairs)
+
+
 def test_the_host_launches_little(monkeypatch):
     learner = made(rows=4, tokens=400)
     shared, ids = learner.shared, list("abcd")
     learner.rounds_an_update, shared.weights.memory.crops = 1 << 30, False
-    prompt, step = a_step(["a"], 10, 0), a_step(ids, 5, 10, drafts=4)
-    logits = torch.randn(20, 260)
+    prompt = a_step(["a"], 10, 0)
 
-    def read() -> None:
-        learner.keep_logits(ids, step.drafts, logits)
-        learner.absorb(step)
+    def round_of(ids: list[str]) -> Callable[[], None]:
+        step = a_step(ids, 5, 10, drafts=4)
+        step = replace(step, features=[seen.contiguous() for seen in step.features])  # as vLLM's
+        logits = torch.randn(5 * len(ids), 260)
+
+        def read() -> None:
+            learner.keep_logits(ids, step.drafts, logits)
+            learner.absorb(step)
+
+        return read
+
+    read = round_of(ids)
+    some, many = (["a", *map(str, range(count)), "b", "c", "d"] for count in (8, 20))
+    among_some, among_many = round_of(some), round_of(many)
 
     sent: list[int] = []
-    monkeypatch.setattr(verified, "on_device", lambda n, _: sent.append(1) or torch.tensor(n))
+    monkeypatch.setattr(verified, "on_device", lambda n, _: sent.append(1) or torch.as_tensor(n))
     # Operations, copies of indices, and graphs.
     wanted = {
         "a prompt": (lambda: learner.absorb(prompt), (8, 0, 1)),
-        "a round, three requests are new": (read, (7 + 3, 2, 0)),
-        "a round of all four": (read, (7, 2, 0)),
-        "a round of the same": (read, (7, 0, 0)),
+        "a round, three requests are new": (read, (4 + 3, 0, 0)),
+        "a round of all four": (read, (4, 0, 0)),
+        "a round of the same": (read, (3, 0, 0)),
+        "another round of the same": (read, (3, 0, 0)),
+        "they lie among some others": (among_some, (5, 1, 0)),
+        "the same again": (among_some, (4, 0, 0)),
+        "they lie among many others": (among_many, (10, 2, 0)),
+        "all of it again": (among_many, (8, 0, 0)),
         "rounds, to the memory": (learner._tell, (2, 1, 1)),
         "an update": (shared.update, (10, 0, 3)),
     }

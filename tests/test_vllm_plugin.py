@@ -235,7 +235,7 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
     assert len(steps) == 2
     for step in steps:
         assert (step.ids, step.bounds, step.drafts) == (["a", "b"], [0, 4, 9], [3, 0])
-        assert step.ends == [14, 5]
+        assert step.ends[:2].tolist() == [14, 5]
         assert step.emitted is emitted
         assert step.features is features
 
@@ -267,7 +267,8 @@ def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
     assert said == [[3, 0], []]
     assert [step.drafts for step in steps] == [[3, 0], [0, 0]]
     for step in steps:
-        assert (step.ids, step.bounds, step.ends) == (["a", "b"], [0, 4, 9], [14, 5])
+        assert (step.ids, step.bounds) == (["a", "b"], [0, 4, 9])
+        assert step.ends[:2].tolist() == [14, 5]
         assert step.emitted.tolist() == [2, 1]
         assert len(step.positions) == 9
         assert step.features is features

@@ -83,6 +83,78 @@ def test_drafts_of_a_request_that_gets_a_row_in_the_middle_are_no_text() -> None
     assert text[2].sum() == 5  # judged
 
 
+@pytest.mark.parametrize("between", [0, 3, 20])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_rows_that_lie_far_apart_in_a_batch_are_read_alike(between: int, at_once: bool) -> None:
+    """With 20 between them each is copied for itself: more than 4 times what two rows have."""
+    others = [f"other {n}" for n in range(between)]
+    ids, places = ["a", *others, "b"], [0, between + 1]
+    alone, crowded = made(tokens=400), made(tokens=400)
+    for learner in (alone, crowded):
+        learner.rounds_an_update = 1 << 30
+        learner.absorb(a_step(["a", "b"], 10, 0))
+    said = torch.Generator().manual_seed(0)
+    ends = 10
+    for i in range(20):
+        pair = a_step(["a", "b"], 5, ends, drafts=4)
+        crowd = a_step(ids, 5, ends, drafts=4)
+        numbers = torch.randint(200, (2, 5), generator=said, dtype=torch.int32)
+        logits = torch.randn(2, 5, 260, generator=said)
+        features, emitted = torch.randn(3, 2, 5, 64, generator=said), int(i % 5 != 3) * (i % 5 + 1)
+        for learner, step, where in ((alone, pair, [0, 1]), (crowded, crowd, places)):
+            n = len(step.ids)
+            all_logits = torch.zeros(n, 5, 260)
+            step.tokens.view(n, 5)[where], all_logits[where] = numbers, logits
+            for seen, feature in zip(step.features, features, strict=True):
+                seen.unflatten(0, (n, 5))[where] = feature
+            step.emitted[where] = emitted
+            learner.keep_logits(step.ids, step.drafts, all_logits.flatten(0, 1))
+            learner.absorb(step)
+            if not at_once:
+                learner._tell()
+        ends += emitted
+    for learner in (alone, crowded):
+        learner.forget_all()
+        assert learner.rounds.acceptance() == (2 * (ends - 10), 2 * 16)
+    wanted, found = (texts_of(learner.shared.weights.memory) for learner in (alone, crowded))
+    assert len(wanted) == 2
+    for one, other in zip(wanted, found, strict=True):
+        assert one[2].sum() == ends - 10
+        assert all(map(torch.equal, one, other))
+
+
+def test_in_a_batch_that_stays_the_same_requests_outgrow_rows_and_get_free_ones() -> None:
+    learner = made(rows=2, tokens=64)
+    learner.absorb(a_step(["a"], 10, 0))
+    learner.share.share = 0.01
+    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
+    taken = []
+    for i in range(14):
+        if i == 6:
+            learner.share.share = 1.0
+        teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
+        taken.append(set(learner.rows.taken))
+    assert taken == [{"a"}] * 6 + [{"a", "b"}] * 4 + [{"b"}] * 4  # 64 tokens were 10 steps
+    learner.forget_all()
+    assert learner.rounds.acceptance() == (10 * 5 + 7 * 5, 10 + 7)
+
+
+def test_an_engine_calls_in_inference_mode() -> None:
+    learned = []
+    for mode in (False, True):
+        torch.manual_seed(0)
+        learner = made(tokens=400)
+        with torch.inference_mode(mode):
+            learner.absorb(a_step(["a"], 10, 0))
+            for i in range(20):
+                teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
+            learner.absorb(a_step(["b"], 10, 0))
+        assert learner.shared.updates > 5
+        learner.forget_all()
+        learned.append(learner.shared.learned())
+    assert all(torch.equal(learned[0][n], learned[1][n]) for n in learned[0])
+
+
 def test_a_prompt_that_joins_lets_others_rounds_wait() -> None:
     learner = made()
     learner.absorb(a_step(["a"], 10, 0))
@@ -133,6 +205,10 @@ def test_who_must_not_teach_does_not() -> None:
     learner = made(may_teach=lambda request: request != "secret")
     learner.absorb(a_step(["secret", "a"], 10, 0))
     assert set(learner.rows.taken) == {"a"}
+    for i in range(2):
+        teach(learner, a_step(["secret", "a"], 5, 10 + 5 * i, drafts=4))
+    learner._read_anew = lambda *_: pytest.fail("nothing is new")
+    teach(learner, a_step(["secret", "a"], 5, 20, drafts=4))
 
 
 def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:

@@ -121,6 +121,11 @@ class MemoryLearner:
         for event in self._events[1:]:
             event.synchronize()
 
+    @property
+    def is_over(self) -> bool:
+        """Whether an update is under way that waits for nothing but to be published."""
+        return self.is_updating and not (self._events and not self._events[1].query())
+
     def update(self) -> bool:
         """One step on texts of the memory, published at once; see `begin_update` and `publish`."""
         self.begin_update()
@@ -143,7 +148,7 @@ class MemoryLearner:
             of half of the drafts, puts the anchor's back and lets it rest; while the newest texts
             only find those better, they draft.
         """
-        if not self.is_updating or (self._events and not wait and not self._events[1].query()):
+        if not (self.is_updating if wait else self.is_over):
             return False
         if self._events:
             self._events[1].synchronize()

@@ -16,7 +16,7 @@ from ttspec.learning.live_weights import bytes_of_copy, bytes_of_memory, resolve
 from ttspec.vllm import hooks
 from ttspec.vllm.module import learned_names
 from ttspec.vllm.settings import Settings
-from ttspec.vllm.verified import bytes_for
+from ttspec.vllm.verified import room_for
 
 METHOD_OF = {"eagle3": "eagle3", "dflash": "dflash", "pard": "draft_model", "causal": "draft_model"}
 """vLLM's name of the method of a kind of drafter."""
@@ -73,7 +73,7 @@ def examine_pair(target: Path, drafter: Drafter, settings: Settings) -> list[Lin
 def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> Line:
     """What learning takes, in the dtype of the target."""
     element = 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
-    rounds = bytes_for(drafter, settings.rows, drafter.length + 1, element)
+    _, rounds = room_for(drafter, settings.rows, drafter.length + 1, element)
     learn = resolve_learn_config(settings.learn, drafter, 1)
     weights = bytes_of_copy(learn, drafter, str(learn.weights))
     weights += bytes_of_memory(learn, drafter, str(learn.weights))

@@ -181,8 +181,8 @@ class WorkerLearning:
         if self.learner is None or (keeper := self.learner.shared.keeper) is None:
             return
         try:
+            self.learner.finish()
             with torch.inference_mode(False), torch.no_grad():
-                self.learner.finish()
                 keeper.close()
         except Exception as error:
             self.log.warning("ttspec kept nothing at the end: %s", " ".join(str(error).split()))
@@ -218,18 +218,18 @@ class WorkerLearning:
         if self.state != "learning" or self.learner is None:
             return
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                work(self.learner)
+            work(self.learner)
         except Exception as error:
             self.stop(f"{type(error).__name__}: {error}")
             self.log.debug("ttspec failed", exc_info=True)
 
     def end_step(self, drafts: Sequence[int]) -> None:
         """A step with so many drafts of each request was read: other ranks, and figures."""
-        # Of no more requests than are read: an update counts theirs.
-        rounds = min(self.settings.rows, sum(count > 0 for count in drafts))
-        if self._sends and self.live.count_rounds(rounds):
-            self._send()
+        if self._sends:
+            # Of no more requests than are read: an update counts theirs.
+            rounds = min(self.settings.rows, sum(count > 0 for count in drafts))
+            if self.live.count_rounds(rounds):
+                self._send()
         now = time.monotonic()
         if self.rank == 0 and now - self._status_written > status.EVERY:
             self._status_written = now
@@ -286,8 +286,7 @@ class WorkerLearning:
         if self._saving and self._saving.is_alive():
             self.log.warning("ttspec saved nothing in %s: it still writes another", folder)
             return
-        with torch.inference_mode(False), torch.no_grad():
-            self.learner.finish()
+        self.learner.finish()
         weights = learned_weights(self.learner.shared, self.learner.shared.learned())
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
@@ -320,7 +319,8 @@ class WorkerLearning:
 
     def _warn(self, learner: EngineLearner, figures: dict[str, Any]) -> None:
         """Say once that no draft is ever accepted, and why."""
-        expected = learner.shared.expected_drafts()
+        with torch.inference_mode(False):
+            expected = learner.shared.expected_drafts()
         if expected is not None:
             self._warned = True
             self.log.warning("ttspec: %s", status.why_never_accepted(figures, expected))

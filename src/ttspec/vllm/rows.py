@@ -29,6 +29,11 @@ class RequestRows:
         self._free = deque(range(count))
         self._too_long: set[str] = set()
 
+    @property
+    def has_free(self) -> bool:
+        """Whether another request may have a row."""
+        return bool(self._free)
+
     def give(self, request: str, begin: int) -> Row | None:
         """A free row for a request; None if there is none, or it was too long before."""
         if not self._free or request in self._too_long:

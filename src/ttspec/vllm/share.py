@@ -17,6 +17,8 @@ from ttspec.learning.update_schedule import share_of_updates
 
 LONGEST_STEP = 1.0
 """Seconds: what lies further apart was not one step after the other, but a pause."""
+SETTLED = 0.02
+"""Seconds of work between two looks at the accounts: not at each step of a fast engine."""
 SAVED = 5.0
 """Seconds of work whose share may be spent at once."""
 
@@ -36,7 +38,7 @@ class TimeShare:
         self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
         self.spent = dict.fromkeys(PURPOSES, 0.0)
         """Seconds, in all."""
-        self.worked = 0.0
+        self.worked = self._unsettled = 0.0
         self._on_gpu = device is not None and device.type == "cuda"
         self._running: deque[tuple[float, torch.cuda.Event, torch.cuda.Event]] = deque()
         """Of reading: seconds of the host, begin and end on the device."""
@@ -44,7 +46,13 @@ class TimeShare:
     def tick(self, updates: int) -> None:
         """A step is over, and so many updates were made in all."""
         now = time.perf_counter()
-        worked, self._last = min(now - self._last, LONGEST_STEP), now
+        self._unsettled += min(now - self._last, LONGEST_STEP)
+        self._last = now
+        if self._unsettled >= SETTLED:
+            self._settle(updates)
+
+    def _settle(self, updates: int) -> None:
+        worked, self._unsettled = self._unsettled, 0.0
         self.worked += worked
         half = min(self.share, share_of_updates(updates)) / 2
         for one, other in (PURPOSES, PURPOSES[::-1]):

@@ -9,11 +9,14 @@ Every step of the engine is read so:
 Some requests are read, as many as the share of time allows; of a step without any of them nothing
 is looked at. Indices are made on the host from counts that an engine knows there. Tokens, positions
 and verdicts are read on the device only: with asynchronous scheduling the host does not know them
-yet.
+yet. Steps of the same requests that draft as much as before are copied and not looked at.
+
+An engine calls in inference mode. Copies may be made there; whatever makes tensors leaves it.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -26,7 +29,7 @@ from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.vllm.rows import RequestRows, Row
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.share import TimeShare
-from ttspec.vllm.verified import PIECES, EngineStep, TextPieces, VerifiedRounds
+from ttspec.vllm.verified import PIECES, EngineStep, Layout, TextPieces, VerifiedRounds
 
 ROWS = 8
 """Requests whose rounds `stride` counts as one, as where that was measured in ttspec's engine."""
@@ -75,8 +78,10 @@ class EngineLearner:
         self.pieces = TextPieces(self.shared)
         self.rows = RequestRows(settings.rows, settings.tokens)
         self.share = TimeShare(settings.share, self.device)
-        self._drafted: set[str] = set()
-        """Requests of this step whose logits are kept."""
+        self._layout: Layout | None = None
+        """Of the last step, unless rows have changed."""
+        self._kept: Layout | None = None
+        """Of this one, if some of its logits are kept."""
         self._new_rounds = 0
         """Of requests, that the memory was told of and no update was made for."""
         self.publications = 0
@@ -111,15 +116,17 @@ class EngineLearner:
     def forget(self, ids: Collection[str]) -> None:
         """Requests that ended, were aborted or preempted; their texts stay in the memory."""
         self.rows.forget(ids)
+        self._layout = None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def forget_all(self) -> None:
         """Know no request any more, as after a pause, and have no update under way."""
         self.finish()
         self.forget(list(self.rows.taken))
         self._tell()
-        self._drafted.clear()
+        self._kept = None
 
-    @torch.no_grad()
     def keep_logits(self, ids: Sequence[str], drafts: Sequence[int], logits: Tensor) -> None:
         """Keep the target's logits of the requests that have rows and drafts.
 
@@ -129,22 +136,16 @@ class EngineLearner:
             logits: [sum of drafts + 1 each, at least V], request by request, before the engine's
                 sampler changes them.
         """
-        self._drafted.clear()
-        width, first = self._width, 0
-        at = [0] * (self.rows.count * width)
-        for request, count in zip(ids, drafts, strict=True):
-            row = self.rows.taken.get(request)
-            if row and count:
-                begin = row.index * width
-                at[begin : begin + width] = [first + min(j, count) for j in range(width)]
-                self._drafted.add(request)
-            first += count + 1
-        if self._drafted:
-            with self.share.charged("reading"):
-                logits = logits[:, : self.drafter.embedding.shape[0]]
-                self.rounds.keep_logits(logits, at)
+        began, layout = time.perf_counter(), self._layout
+        if layout is None or layout.drafts != drafts or layout.ids != ids:
+            taken = ((i, self.rows.taken.get(request)) for i, request in enumerate(ids))
+            rows = {row.index: i for i, row in taken if row and drafts[i]}
+            layout = self._layout = self.rounds.layout(ids, drafts, rows)
+        self._kept = layout if layout.rows else None
+        if self._kept:
+            self.rounds.keep_logits(logits, layout)
+        self.share.spend(time.perf_counter() - began, "reading")
 
-    @torch.no_grad()
     def absorb(self, step: EngineStep | Callable[[], EngineStep]) -> None:
         """Read a step, and maybe update; what was learned is published at once.
 
@@ -153,49 +154,76 @@ class EngineLearner:
         """
         self.share.tick(self.shared.updates)
         if self.rows.taken or self.share.admits:
-            with self.share.charged("reading"):
-                self._read_step(step if isinstance(step, EngineStep) else step())
-        due = self._new_rounds >= self.rounds_an_update and not self.shared.is_updating
-        if due and self.share.allows:
-            self._new_rounds -= self.rounds_an_update
-            with self.share.charged("updates"):
-                self.shared.begin_update()
+            began = time.perf_counter()
+            self._read_step(step if isinstance(step, EngineStep) else step())
+            self.share.spend(time.perf_counter() - began, "reading")
         if self.shared.is_updating:
-            self._publish_if_over()
+            if self.shared.is_over:
+                self.finish()
+        elif self._new_rounds >= self.rounds_an_update and self.share.allows:
+            self._begin_update()
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _begin_update(self) -> None:
+        self._new_rounds -= self.rounds_an_update
+        with self.share.charged("updates"):
+            self.shared.begin_update()
+        if self.shared.is_over:
+            self.finish()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def finish(self) -> None:
         """Wait for an update that is under way, and publish it."""
-        self._publish_if_over(wait=True)
-
-    def _publish_if_over(self, *, wait: bool = False) -> None:
         with self.share.charged("updates"):
-            if not self.shared.publish(wait=wait):
+            if not self.shared.publish(wait=True):
                 return
             self.publications += 1
             self._publish(self.shared)
         self.share.spend(self.shared.seconds, "updates")
 
     def _read_step(self, step: EngineStep) -> None:
+        kept, self._kept = self._kept, None
+        may_begin = self.rows.has_free and self.share.admits
+        if kept is None or not kept.is_again(step, may_begin=may_begin):
+            self._read_anew(step, kept)
+        elif self.rounds.keep(step, kept):
+            self._tell()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _read_anew(self, step: EngineStep, kept: Layout | None) -> None:
+        """Read a step that is not as the last one was; `kept` has its rows with drafts."""
         pieces: list[tuple[int, int, int]] = []
         """First token, the one behind the last, row."""
-        verified: list[tuple[int, int]] = []
-        begun: list[int] = []
+        verified, begun = set[int](), list[int]()
+        others, steps = False, self.rows.tokens
         for i, request in enumerate(step.ids):
             row = self.rows.taken.get(request)
             if row is None and (row := self._new_row(step, i)):
                 begun.append(row.index)
             if row is None:
+                # Who was asked and must not teach need not be asked again.
+                others |= not (self.rows.has_free and self.share.admits)
                 continue
-            if step.ends[i] - row.begin > self.rows.tokens:
+            begin, end = step.bounds[i : i + 2]
+            left = self.rows.tokens - (int(step.ends[i]) - row.begin)
+            if left < 0:
                 self.rows.end_too_long(request)
-            elif request in self._drafted:
-                verified.append((row.index, i))
+                self._layout = None
+            elif kept and kept.rows.get(row.index) == i:
+                verified.add(row.index)
+                steps = min(steps, left // (end - begin))
             elif not step.drafts[i]:  # else the row is new: what the target said was not kept
-                begin, end = step.bounds[i : i + 2]
-                begins = range(begin, end, PIECES[-1])
+                begins, steps = range(begin, end, PIECES[-1]), 0
                 pieces += [(b, min(end, b + PIECES[-1]), row.index) for b in begins]
-        self._drafted.clear()
-        full = bool(verified) and self._keep(step, verified)
+        full = False
+        if kept and verified:
+            kept = self.rounds.placed(kept, step, verified)
+            full = self.rounds.keep(step, kept)
+            if self._layout:
+                kept.repeats, kept.others, self._layout = steps, others, kept
         # A row's last request, or its own rounds, come before what is read now.
         if full or any(self.rounds.has(row) for row in (*begun, *(row for *_, row in pieces))):
             self._tell()
@@ -208,20 +236,15 @@ class EngineLearner:
     def _new_row(self, step: EngineStep, i: int) -> Row | None:
         """A row for a request that has none, if it may have one."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
-        if fed and self.share.admits and self._may_teach(request):
-            return self.rows.give(request, step.ends[i] - fed)
-        return None
+        if not (fed and self.share.admits and self._may_teach(request)):
+            return None
+        row = self.rows.give(request, int(step.ends[i]) - fed)
+        if row:
+            self._layout = None
+        return row
 
-    def _keep(self, step: EngineStep, verified: list[tuple[int, int]]) -> bool:
-        """Keep a round of every row; whether that was the last one that there is room for."""
-        rows, width = self.rows.count, self._width
-        at, request, took_part = [0] * (rows * width), [0] * rows, [0] * rows
-        for row, i in verified:
-            count, pending = step.drafts[i], step.bounds[i + 1] - step.drafts[i] - 1
-            at[row * width : (row + 1) * width] = [pending + min(j, count) for j in range(width)]
-            request[row], took_part[row] = i, 1
-        return self.rounds.keep(step, [*at, *request], took_part)
-
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def _tell(self) -> None:
         """Have the rounds remembered that were only kept."""
         if self.rounds.kept:

@@ -9,6 +9,7 @@ from inspect import signature
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from ttspec.vllm.verified import EngineStep
@@ -68,11 +69,11 @@ def step(runner: Any, given: dict[str, Any], drafts: list[int]) -> EngineStep:
         ids=ids,
         bounds=bounds,
         drafts=drafts or [0] * count,
-        ends=runner.optimistic_seq_lens_cpu[:count].tolist(),
+        ends=runner.optimistic_seq_lens_cpu,
         tokens=runner.input_ids.gpu,
         positions=runner._get_positions(bounds[-1]),
         features=given["aux_hidden_states"] or (),
-        emitted=(given["sampled_token_ids"] >= 0).sum(1),
+        emitted=(given["sampled_token_ids"] >= 0).sum(1, dtype=torch.int32),
     )
 
 

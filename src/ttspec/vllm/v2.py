@@ -105,7 +105,7 @@ def step(given: dict[str, Any], drafts: list[int]) -> EngineStep:
         ids=batch.req_ids,
         bounds=batch.query_start_loc_np[: count + 1].tolist(),
         drafts=drafts,
-        ends=batch.seq_lens_cpu_upper_bound[:count].tolist(),
+        ends=batch.seq_lens_cpu_upper_bound,
         tokens=batch.input_ids,
         positions=batch.positions,
         features=given["aux_hidden_states"] or (),
