@@ -39,7 +39,7 @@ def test_a_step_in_one_kernel_is_a_step_of_torch_s_adam(beta1: float, averaged: 
     gradient, published = slope.to(small), master.to(small)
     tables: dict[str, Any] = {"mean": mean} if averaged else {"published": published}
     fused = FusedAdam(master, gradient, 1e-2, (beta1, 0.99), **tables)
-    plain = Adam(wanted, slope, 1e-2, (beta1, 0.99))
+    plain = Adam(wanted, slope, 1e-2, (beta1, 0.99), mean=wanted_mean)
     count = torch.zeros(3, device=DEVICE)
     for turn in range(6):
         gradient.copy_(torch.randn(3, size))
@@ -48,8 +48,7 @@ def test_a_step_in_one_kernel_is_a_step_of_torch_s_adam(beta1: float, averaged: 
         scale, weight = torch.rand(3, device=DEVICE), torch.rand(3, device=DEVICE)
         count += steps
         fused.step(steps, scale, count, weight)
-        plain.step(steps, scale)
-        wanted_mean.lerp_(wanted, (weight * steps)[:, None])
+        plain.step(steps, scale, count, weight)
         if turn == 4:
             fused.reset(1)
             plain.reset(1)

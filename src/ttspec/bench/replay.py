@@ -37,7 +37,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
-from ttspec.records import summarise
+from ttspec.records import Result, summarise
 from ttspec.sampling import pick, position_noise
 
 CHUNK = 256
@@ -113,8 +113,10 @@ def record(
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
     for (request, seed), texts in texts_of.items():
-        turns = {turn.turn: turn for turn in source.units[request, seed]}
-        start = texts[0].ids[: min(texts[0].begins.values())]
+        turns, keys = (
+            {turn.turn: turn for turn in source.units[request, seed]},
+            keys_of(seed, texts),
+        )
         for text in texts:
             ids, last = text.ids, first + len(text.ids) - 1
             fed = torch.tensor([ids], device=target.device)
@@ -126,13 +128,11 @@ def record(
             for table, part in zip(states.values(), parts, strict=False):
                 table[here] = part.cpu()
             for number, begin in text.begins.items():
-                result = turns[number].result
-                written, cut = result.token_ids, result.finish_reason in ("length", "context")
-                key = noise_key(seed, start, turn=number)
-                answers[key] = Answer(first, last, written, cut)
-                end = begin + len(written)
+                result, key = turns[number].result, keys[number]
+                answers[key] = Answer(first, last, result.token_ids, is_cut(result))
+                end = begin + len(result.token_ids)
                 drawn += _count_drawn_again(target, read[0], fed[0], key, begin, end, sampling)
-                count += len(written)
+                count += len(result.token_ids)
             first = last + 1
     if drawn < LEAST_AGREEMENT * count:
         raise DataError(
@@ -216,16 +216,26 @@ def _count_drawn_again(
     return same
 
 
+def keys_of(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
+    """The noise key of each turn's answer, by the turn's number."""
+    start = texts[0].ids[: min(texts[0].begins.values())]
+    numbers = (number for text in texts for number in text.begins)
+    return {number: noise_key(seed, start, turn=number) for number in numbers}
+
+
+def is_cut(result: Result) -> bool:
+    """Whether a limit ended an answer."""
+    return result.finish_reason in ("length", "context")
+
+
 def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
     """A run's answers by their noise keys."""
     answers = {}
     for (request, seed), texts in texts_of.items():
-        turns = {turn.turn: turn.result for turn in source.units[request, seed]}
-        start = texts[0].ids[: min(texts[0].begins.values())]
-        for number in (n for text in texts for n in text.begins):
-            result = turns[number]
-            cut = result.finish_reason in ("length", "context")
-            answers[noise_key(seed, start, turn=number)] = KnownAnswer(result.token_ids, cut)
+        keys = keys_of(seed, texts)
+        for turn in source.units[request, seed]:
+            if key := keys.get(turn.turn):
+                answers[key] = KnownAnswer(turn.result.token_ids, is_cut(turn.result))
     return answers
 
 
@@ -277,7 +287,8 @@ def prepare(
         source: The run.
         arms: What is to be measured.
         drafters: Those that arms name, by name.
-        rows: Side by side, in the run's own batches; None is conversations of all seeds.
+        rows: Side by side, in the run's own batches; None is conversations of all seeds, and timed
+            as many as the run had.
         at_most: So many of those; None is all that fit into memory.
         timed: Each round is as live, but writes the run's text.
 
@@ -301,6 +312,7 @@ def prepare(
     options |= {name: recorded[name] for name in engine.target.defaults}
     sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
     if timed:
+        rows = rows or old["rows"]
         texts_of, notes = conversations(source, engine.target.tokenizer)
         units, answers = set(texts_of), known_answers(source, texts_of)
         engine.make_decoder = partial(FollowingDecoder, answers=answers)

@@ -164,8 +164,6 @@ def replay(
     source = open_source(folder, text)
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
-    if timed:
-        rows = rows or source.manifest["rows"]
     # What fits may be another number today: a replay goes on in the rows that it had.
     at_most = rows_of(out)
     prepared = prepare(engine, source, specs, drafters, rows, at_most=at_most, timed=timed)

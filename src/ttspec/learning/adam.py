@@ -16,9 +16,16 @@ class Adam:
     """As torch does it, one parameter per copy: off a GPU."""
 
     def __init__(
-        self, master: Tensor, gradient: Tensor, rate: float | Tensor, betas: tuple[float, float]
+        self,
+        master: Tensor,
+        gradient: Tensor,
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        *,
+        mean: Tensor | None = None,
     ) -> None:
         """Of float32 tables [copies, size]; `rate` may be a tensor that changes."""
+        self._master, self._mean = master, mean
         self._optimisers = list[torch.optim.Adam]()
         for weights, slope in zip(master, gradient, strict=True):
             weights.grad = slope
@@ -26,13 +33,15 @@ class Adam:
         self.nbytes = 2 * master.nbytes
         """Of its moments."""
 
-    def step(self, steps: Tensor, scale: Tensor) -> None:
-        """Move some copies, bool [copies], by their gradients times `scale` [copies]."""
+    def step(self, steps: Tensor, scale: Tensor, count: Tensor, weight: Tensor) -> None:  # noqa: ARG002
+        """As `FusedAdam.step`; torch counts the steps itself."""
         skipped, divisors = (~steps).float().unbind(), (1 / scale).expand(len(steps)).unbind()
         for optimiser, skip, divisor in zip(self._optimisers, skipped, divisors, strict=True):
             # As a gradient scaler does: fused Adam divides, and skips.
             optimiser.found_inf, optimiser.grad_scale = skip, divisor  # type: ignore[attr-defined]
             optimiser.step()
+        if self._mean is not None:
+            self._mean.lerp_(self._master, (weight * steps)[:, None])
 
     def reset(self, copy: int) -> None:
         """Forget a copy's moments."""

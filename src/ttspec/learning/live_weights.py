@@ -140,7 +140,11 @@ class LiveWeights:
         self._publishes_steps = fused and not waits and self._published is not self._master
         """Whether what a step made drafts at once."""
         published = self._published if self._publishes_steps else None
-        self._adam = FusedAdam(*tables, mean=mean, published=published) if fused else Adam(*tables)
+        self._adam = (
+            FusedAdam(*tables, mean=mean, published=published)
+            if fused
+            else Adam(*tables, mean=mean)
+        )
         # Without a batch this changes nothing, but Adam's moments have their addresses now.
         self.step(UpdateReport.empty(1 if self.shared else copies, self._anchor.device))
 
@@ -198,12 +202,7 @@ class LiveWeights:
             self._rate.copy_(self.rate * ((1 + self._steps[0, 0]) / WARM_UP).clamp(max=1.0))
         self._steps.add_(steps[:, None])
         weight = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # large at first
-        if isinstance(self._adam, FusedAdam):
-            self._adam.step(steps, scale, self._steps[:, 0], weight[:, 0])
-            return
-        self._adam.step(steps, scale)
-        if self._mean is not self._master:
-            self._mean.lerp_(self._master, weight * steps[:, None])
+        self._adam.step(steps, scale, self._steps[:, 0], weight[:, 0])
 
     def publish(self, *, anchor: bool = False) -> None:
         """Let the masters draft, or the `anchor`, where nothing reads them as they are.

@@ -186,7 +186,7 @@ class EngineLearner:
     def _read_step(self, step: EngineStep) -> None:
         kept, self._kept = self._kept, None
         may_begin = self.rows.has_free and self.share.admits
-        if kept is None or not kept.is_again(step, may_begin=may_begin):
+        if kept is None or not kept.reuse(step, may_begin=may_begin):
             self._read_anew(step, kept)
         elif self.rounds.keep(step, kept):
             self._tell()

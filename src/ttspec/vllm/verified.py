@@ -97,8 +97,11 @@ class Layout:
     repeats: int = 0
     """Steps that may follow in which no request outgrows its row, or begins another part."""
 
-    def is_again(self, step: EngineStep, *, may_begin: bool) -> bool:
-        """Whether nothing but tensors is new in a step; `may_begin`: others may get a row."""
+    def reuse(self, step: EngineStep, *, may_begin: bool) -> bool:
+        """Whether nothing but tensors is new in a step; uses up one of `repeats` if so.
+
+        `may_begin`: others may get a row.
+        """
         if (
             self.repeats <= 0
             or (may_begin and self.others)
