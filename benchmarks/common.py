@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ from ttspec.bench.manifest import device_name
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.forced import load_random
 from ttspec.drafters.checkpoint import BUNDLED, read_config
-from ttspec.errors import OptionError, TtspecError
+from ttspec.errors import TtspecError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -118,29 +117,9 @@ def middle_95(ratio: Callable[[list[Any]], float], units: Sequence[Any], draws: 
     return f"[{drawn[draws // 40]:.3f}, {drawn[-draws // 40]:.3f}]"
 
 
-def quantile(values: list[float], share: float) -> float:
-    """The value that this share of them does not pass; nan of none."""
-    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
-
-
 def allocated(device: torch.device) -> int:
     """Bytes on a GPU; 0 on a CPU, which does not count them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def numbers(name: str, text: str) -> list[int]:
-    """Whole numbers from 1 up, with commas between them, in order.
-
-    Raises:
-        OptionError: They are not.
-    """
-    try:
-        found = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        found = []
-    if not found or found[0] < 1:
-        raise OptionError(f"--{name} is {text!r}; allowed are whole numbers from 1 up, as in 1,2.")
-    return found
 
 
 def show_tables(folder: Path, table: Callable[[dict[str, Any]], Any]) -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 import time
@@ -23,7 +24,6 @@ from contextlib import suppress
 from typing import Any
 
 import httpx
-from common import quantile
 
 MEMORY = "process_resident_memory_bytes"
 TOPICS = ("rivers", "bread", "prime numbers", "the moon", "bees", "trains", "salt", "chess")
@@ -186,6 +186,11 @@ def report(tally: Tally, seconds: float) -> dict[str, Any]:
         "between_chunks_seconds": spread(tally.gaps),
         "memory_mib": {"by_minute": tally.memory[::12], "most": max(tally.memory)},
     }
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The value that this share of them does not pass; nan of none."""
+    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
 def spread(values: list[float]) -> dict[str, float] | None:

@@ -1,10 +1,8 @@
-"""Rows side by side: batches by the clock on the wall, and where speculation stops paying."""
+"""Rows side by side: batches by the clock on the wall."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
-import speed as sp
 from test_bench_measures import arm_of
 
 from ttspec.bench import metrics as m
@@ -31,13 +29,6 @@ def test_a_batchs_seconds_count_once() -> None:
     alone = m.speed(arm)
     assert alone
     assert alone.value == pytest.approx(14 / 7)
-
-
-def test_past_some_tokens_a_batch_is_timed_from_when_its_rows_have_them_in_the_mean() -> None:
-    # Tokens after: 1 + 1 at 0.5 s, 2 at 1.5 s, 2 and 4 at 2.5 s (10 in all), 2 and 2 at 3.5 s.
-    found = Batches(2, past=4).speed(batch_of("plain", 0.5))
-    assert found
-    assert found.value == pytest.approx(4 / 1.0)
 
 
 def test_arms_are_paired_by_batch_and_short_batches_are_left_out() -> None:
@@ -71,27 +62,3 @@ def test_compare_pairs_whole_batches_where_rows_ran_side_by_side(tmp_path) -> No
     assert together.ratio("acceptance") == alone.ratio("acceptance")
     assert math.isnan(together.ratio("speed").low)  # one batch: no interval
     assert not math.isnan(alone.ratio("speed").low)
-
-
-@pytest.mark.parametrize(
-    ("rows", "batches", "expected"),
-    [(1, 4, (2, 1)), (4, 4, (8, 1)), (16, 4, (16, 2)), (32, 4, (16, 4)), (3, 2, (3, 1))],
-)
-def test_requests_and_seeds_fill_every_batch(rows, batches, expected) -> None:
-    each, seeds = sp.sizes(rows, batches)
-    assert (each, seeds) == expected
-    assert 2 * each % rows == 0
-    assert 2 * each * seeds // rows >= batches
-
-
-def test_where_speculation_stops_paying_is_said() -> None:
-    runs = {}
-    for rows, wait in ((1, 0.25), (2, 0.75)):
-        arms = [batch_of("plain", 0.5), batch_of("static", wait)]
-        if rows == 1:
-            for arm in arms:
-                arm.turns = arm.turns[:1]
-        runs[rows] = SimpleNamespace(arms=arms)
-    assert list(sp.where_it_pays(runs)) == [
-        "- static: first slower than plain at 2 rows (of 1, 2 tried)."
-    ]

@@ -1,6 +1,7 @@
 """A target over several devices: what is refused, and that every tensor is moved to its layer."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,16 +163,44 @@ def test_what_is_missing_is_said(toy_target_dir: Path, monkeypatch, capsys):
         assert "finds none here" in capsys.readouterr().err
 
 
-def test_a_map_of_one_device_says_the_same_text(toy_target_dir: Path):
+def halves(*places: int | str) -> dict[str, int | str]:
+    """A device map by hand: embedding and half of the layers here, the rest and the head there."""
+    first = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1"]
+    second = ["model.layers.2", "model.layers.3", "model.norm", "lm_head"]
+    return dict.fromkeys(first, places[0]) | dict.fromkeys(second, places[-1])
+
+
+def answers(folder: Path, drafter: str, device: str, device_map: Any) -> list[Any]:
+    """Texts, acceptance and updates of two rows, float32; the number of devices last."""
+    drafters = {"plain": None, "copy": str(folder), "learning": toy_drafter()}
+    place: dict[str, Any] = {"device": device, "dtype": "float32", "device_map": device_map}
+    engine = load(str(folder), drafters[drafter], **place)
+    learn = LEARN if drafter == "learning" else {"learn": None}
+    results = engine.generate([[1, 2, 3] * 20, [7, 8]], max_new_tokens=100, **learn)
+    counts = [(r.token_ids, r.stats.acceptance_length, r.stats.updates) for r in results]
+    return [*counts, len(set(getattr(engine.target.model, "hf_device_map", {"": 0}).values()))]
+
+
+@pytest.mark.parametrize("places", [{"": "cpu"}, halves("cpu")])
+def test_a_map_of_one_device_says_the_same_text(toy_target_dir: Path, places: dict[str, str]):
     pytest.importorskip("accelerate")
-    parts = [f"model.layers.{i}" for i in range(4)]
-    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", *parts]
-    plain = toy_engine(toy_target_dir).generate([[1, 2, 3]], max_new_tokens=24, **LEARN)[0]
-    for places in ({"": "cpu"}, dict.fromkeys(names, "cpu")):
-        engine = load(
-            str(toy_target_dir), toy_drafter(), device="cpu", dtype="float32", device_map=places
-        )
-        assert not engine.target.is_split
-        found = engine.generate([[1, 2, 3]], max_new_tokens=24, **LEARN)[0]
-        assert found.token_ids == plain.token_ids
-        assert found.stats.acceptance_length == plain.stats.acceptance_length
+    (*mapped, devices), (*plain, _) = (
+        answers(toy_target_dir, "learning", "cpu", place) for place in (places, None)
+    )
+    assert mapped == plain
+    assert devices == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("places", [halves(0, 1), "auto"])
+@pytest.mark.parametrize("drafter", ["plain", "copy", "learning"])
+def test_a_target_split_over_two_gpus_says_the_same_text(
+    toy_target_dir: Path, drafter: str, places: Any
+):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    (*split, devices), (*whole, _) = (
+        answers(toy_target_dir, drafter, "cuda", place) for place in (places, None)
+    )
+    assert split == whole
+    assert devices == 2 or places == "auto"  # which may find that one has room for all

@@ -5,7 +5,7 @@ All seeds of a request are summed together, since they are not independent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
@@ -276,8 +276,6 @@ class Batches:
     """
 
     rows: int
-    past: int = 0
-    """Only from when the rows have generated so many tokens each, in the mean."""
 
     def speed(self, arm: Arm) -> Estimate | None:
         """Tokens of all rows a second, prefills, updates and rows already done included."""
@@ -302,36 +300,14 @@ class Batches:
         return [units for units in found.values() if len(units) == self.rows]
 
     def _sums(self, arm: Arm) -> dict[tuple[Unit, ...], tuple[float, float]]:
-        """Tokens and seconds of each batch, by its units."""
+        """Tokens of each batch, and seconds until its last row was done, by its units."""
         return {
-            tuple(sorted(turns[0].unit for turns in units)): self._tokens_and_seconds(units)
+            tuple(sorted(turns[0].unit for turns in units)): (
+                sum(map(tokens, units)),
+                max(map(seconds, units)),
+            )
             for units in self.of(arm)
         }
-
-    def _tokens_and_seconds(self, units: list[list[Turn]]) -> tuple[float, float]:
-        arrivals = sorted(event for turns in units for event in _arrivals(turns))
-        count, start, before = 0, 0.0, 0
-        for at, number in arrivals:
-            if before < self.rows * self.past:
-                start, before = at, before + number
-            count += number
-        return count - before, arrivals[-1][0] - start if arrivals else 0.0
-
-
-def _arrivals(turns: Sequence[Turn]) -> Iterator[tuple[float, int]]:
-    """Seconds after a unit's beginning, and tokens that came then."""
-    began = 0.0
-    for turn in turns:
-        rounds, count = turn.result.rounds, len(turn.result.token_ids)
-        if len(turn.waits) < len(rounds):  # nobody knows when: at its end
-            yield began + turn.seconds, count
-        else:
-            at = began + turn.first_token
-            yield at, count - sum(r.emitted for r in rounds)
-            for r, wait in zip(rounds, turn.waits, strict=False):
-                at += wait
-                yield at, r.emitted
-        began += turn.seconds
 
 
 def _columns(pairs: Iterable[tuple[float, float]]) -> tuple[Sums, Sums]:

@@ -24,10 +24,10 @@ class TargetStates:
     ) -> None:
         """Nothing is read yet.
 
-        `taps` are of all drafters that will ask; `reserved` bytes are for training besides.
+        `taps` are all that will be asked for; `reserved` bytes are for training besides.
         """
         self.target, self._batches = target, batches
-        self._taps, self.reserved = tuple(sorted(set(taps))), reserved
+        self._taps, self._reserved = tuple(sorted(set(taps))), reserved
         self._hidden = int(target.config.hidden_size)
         self._lengths = torch.tensor([len(example.ids) for example in batches.examples])
         self._kept: Tensor | None = None
@@ -54,7 +54,7 @@ class TargetStates:
         target, slots = self.target, int(self._lengths.sum()) + 1
         width, free = (len(self._taps) + 1) * self._hidden, free_memory(target.device)
         self._unread = {}
-        if free is None or slots * width * target.dtype.itemsize + self.reserved > free:
+        if free is None or slots * width * target.dtype.itemsize + self._reserved > free:
             return
         self._kept = torch.empty(slots, width, dtype=target.dtype, device=target.device)
         for step in range(self._batches.per_epoch):
