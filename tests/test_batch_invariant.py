@@ -6,8 +6,9 @@ from toys import toy_drafter, toy_engine
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.decoder import INVARIANT_WIDTH, Decoder
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.stages import INVARIANT_WIDTH
 from ttspec.models.target import Target
 from ttspec.spans import batch_invariant
 

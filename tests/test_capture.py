@@ -18,8 +18,8 @@ from toys import toy_engine
 
 from ttspec import sampling as samplings
 from ttspec.config import DraftConfig
-from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
+from ttspec.decoding import stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.models import target as targets
@@ -148,7 +148,7 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
             return Engine(target, None) if which == "none" else engine_of(target, which)
 
         with monkeypatch.context() as patch:
-            patch.setattr(decoders, "Graphs", Tapes)
+            patch.setattr(stages, "Graphs", Tapes)
             captured = say(engine(), **options)
         assert captured == say(engine(), **options), options
     assert Tapes.replayed - replayed > 2 * (Tapes.made - made) > 0
@@ -162,7 +162,7 @@ def test_captured_rounds_of_changing_lengths_do_what_the_rounds_do(target, which
     for learn in (None, NOW):
         arms = []
         for graphs in (Tapes, Graphs):
-            monkeypatch.setattr(decoders, "Graphs", graphs)
+            monkeypatch.setattr(stages, "Graphs", graphs)
             made = scheduled(engine_of(target, which), [9, 1, 0, 0, 2, 9, 0, 0, 0, 0, 0, 0])
             arms.append(say(made, learn=learn, max_new_tokens=24))
         assert arms[0] == arms[1]
@@ -185,7 +185,7 @@ def test_a_round_that_waits_is_found(target, monkeypatch, wait: str) -> None:
         return real(WAITING[wait](logits), sampling)
 
     monkeypatch.setattr(samplings, "process", waiting)
-    monkeypatch.setattr(decoders, "Graphs", Tapes)
+    monkeypatch.setattr(stages, "Graphs", Tapes)
     with pytest.raises(AssertionError, match="waits for the device"):
         say(engine_of(target, "dflash"))
 
@@ -198,9 +198,9 @@ def test_a_number_of_python_s_that_changes_is_found(target, monkeypatch) -> None
         return accepted, (tokens + self.round_number) % 250
 
     monkeypatch.setattr(Decoder, "accept", stale)
-    monkeypatch.setattr(decoders, "Graphs", Tapes)
+    monkeypatch.setattr(stages, "Graphs", Tapes)
     captured = say(engine_of(target, "ngram"), temperature=0.0)
-    monkeypatch.setattr(decoders, "Graphs", Graphs)
+    monkeypatch.setattr(stages, "Graphs", Graphs)
     assert captured != say(engine_of(target, "ngram"), temperature=0.0)
 
 

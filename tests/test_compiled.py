@@ -10,7 +10,7 @@ from toys import toy_engine
 
 from ttspec import compiled
 from ttspec.config import DraftConfig
-from ttspec.decoding import decoder as decoders
+from ttspec.decoding import stages
 from ttspec.decoding.engine import Engine
 from ttspec.drafters import context
 from ttspec.models import layers
@@ -66,7 +66,7 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
         return [tokens[:16] for tokens in said]
 
     plain = say()
-    monkeypatch.setattr(decoders, "Graphs", Compiled)
+    monkeypatch.setattr(stages, "Graphs", Compiled)
     # As on a GPU, where attention reads what is seen.
     monkeypatch.setattr(context, "reach_to_see", lambda length, keys: None)
     assert say() == plain

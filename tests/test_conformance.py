@@ -43,9 +43,10 @@ from transformers import (
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice
-from ttspec.decoding.decoder import Decoder, DecoderSpec
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RoundShape
+from ttspec.decoding.stages import DecoderSpec
 from ttspec.drafters import dflash
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.causal import Causal

@@ -20,11 +20,12 @@ from ttspec.decoding.copying import (
     Copying,
     SuffixIndex,
 )
-from ttspec.decoding.decoder import Decoder, DecoderSpec, widths
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowStates
+from ttspec.decoding.stages import DecoderSpec, widths
 from ttspec.decoding.timing import NO_STAGES, RoundTime
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 from ttspec import load
 from ttspec.cli import main
 from ttspec.config import GenerateConfig
-from ttspec.decoding import decoder as decoders
+from ttspec.decoding import stages
 from ttspec.errors import OptionError, ResourceError
 from ttspec.models import quantised
 from ttspec.models.attention import use_folded_attention
@@ -120,7 +120,7 @@ def test_a_split_target_is_not_captured(toy_target_dir: Path, monkeypatch):
             captured.append(device.type)
             super().__init__(CPU, **options)
 
-    monkeypatch.setattr(decoders, "Graphs", Told)
+    monkeypatch.setattr(stages, "Graphs", Told)
     monkeypatch.setattr(Target, "device", META)
     for places in ({"": 0}, {"model.embed_tokens": 0, "lm_head": 1}):
         engine.target.model.hf_device_map = places

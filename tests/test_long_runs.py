@@ -12,8 +12,7 @@ from test_rows_come_and_go import held
 from toys import make_kind, toy_engine, twin
 
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill
+from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
 from ttspec.decoding.engine import Engine
 from ttspec.learning import learner as learners
@@ -124,7 +123,7 @@ def test_graphs_of_few_shapes_are_kept_and_the_text_stays(
         return [(r.token_ids, [(x.proposed, x.accepted) for x in r.rounds]) for r in results]
 
     wanted = say()
-    monkeypatch.setattr(decoders, "Graphs", Forgetful)
+    monkeypatch.setattr(stages, "Graphs", Forgetful)
     monkeypatch.setattr(capture, "MOST", 5 if bound == "most" else 1 << 20)
     monkeypatch.setattr(Tapes, "kept", 1 << 40 if bound == "most" else 1)
     Forgetful.most_seen = Forgetful.dropped = 0

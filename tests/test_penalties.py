@@ -25,8 +25,8 @@ from ttspec import load
 from ttspec.bench.store import read_run
 from ttspec.cli import WRONG_INPUT, main
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import decoder as decoders
 from ttspec.decoding import round as rounds
+from ttspec.decoding import stages
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import penalises, sampling_of
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -467,7 +467,7 @@ def test_captured_rounds_do_what_the_rounds_do(engines, monkeypatch, which, span
         return [r.token_ids for r in fresh.generate([PROMPT, ASKED], **options)]
 
     want, replayed = say(), Tapes.replayed
-    monkeypatch.setattr(decoders, "Graphs", Tapes)
+    monkeypatch.setattr(stages, "Graphs", Tapes)
     assert say() == want
     assert Tapes.replayed > replayed + 4
 

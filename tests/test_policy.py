@@ -571,7 +571,7 @@ def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
         def observe(self, length, seconds, **facts) -> None:
             super().observe(length, costs[min(length, len(costs) - 1)], **facts)
 
-    monkeypatch.setattr("ttspec.decoding.decoder.DraftPolicy", Told)
+    monkeypatch.setattr("ttspec.decoding.round.DraftPolicy", Told)
     return engine
 
 

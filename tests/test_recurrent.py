@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.stages import widths
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import TargetError

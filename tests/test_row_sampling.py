@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import decoder as decoders
-from ttspec.decoding import prefill
+from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
 from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
@@ -303,7 +302,7 @@ def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
     want = [said(r) for r in run(engine, [*asked, *others], 2, **HOW["static"])]
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoders, "Graphs", Tapes)
+        patch.setattr(stages, "Graphs", Tapes)
         fresh = Engine(twin(engine.target), engine.drafter)
         made, scheduler_made = [], Scheduler._begin
 

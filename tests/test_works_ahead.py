@@ -9,7 +9,6 @@ from toys import LEARN, PLAIN, assert_goes_on, make_kind, plain, toy_engine
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import choice, stages
-from ttspec.decoding import decoder as decoders
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
@@ -259,7 +258,7 @@ def test_noise_and_context_are_made_beside_the_rest(toy_target_dir, monkeypatch)
 
         return run
 
-    monkeypatch.setattr(decoders, "Branch", Told)
+    monkeypatch.setattr(stages, "Branch", Told)
     for module, name in (
         (choice, "pick"),
         (stages, "draw_and_accept"),
@@ -298,7 +297,7 @@ def test_on_a_gpu_work_aside_changes_no_text(toy_target_dir, which, slow, compil
             super().__init__(torch.device("cpu"))
 
     for kind in (Off, Slow, Slow):
-        monkeypatch.setattr(decoders, "Branch", kind)
+        monkeypatch.setattr(stages, "Branch", kind)
         options = {"max_new_tokens": 32, "rows": 3, "seed": 5, "ignore_eos": True, "learn": None}
         drafts = DraftConfig(copy=False, adaptive=False)
         done = engine.sibling().run([[p] for p in PROMPTS], draft=drafts, **options, **SAMPLED)

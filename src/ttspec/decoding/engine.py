@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ttspec.config import GenerateConfig
-from ttspec.decoding.decoder import Decoder, DecoderSpec
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
 from ttspec.decoding.penalties import sampling_of
@@ -24,6 +24,7 @@ from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.decoding.session import Session, resumed_session
 from ttspec.decoding.shared_weights import SharedWeights
+from ttspec.decoding.stages import DecoderSpec
 from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.decoder import widths
+from ttspec.decoding.stages import widths
 from ttspec.decoding.working_memory import replay_buffer, working
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError

@@ -13,18 +13,25 @@ from typing import NamedTuple
 import torch
 
 from ttspec.acceptance import BROKEN
+from ttspec.decoding.copy_costs import CopyCosts
 from ttspec.decoding.copying import Copying
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import DraftPolicy, FixedDraftLength
 from ttspec.decoding.prefill import PromptReader
 from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
-from ttspec.decoding.stages import RoundStages
+from ttspec.decoding.stages import DecoderSpec, RoundStages
 from ttspec.decoding.timing import RoundTimer, StageMarks
+from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
-from ttspec.models.capture import Graphs
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.update_schedule import AFTER, UpdateSchedule
+from ttspec.models.target import Target
 from ttspec.models.weights import not_finite
-from ttspec.records import Verification
+from ttspec.records import LONGEST_COPY, Verification
 from ttspec.rowcache import BUCKET, reach_of
+
+COPY_WIDTHS = 7, LONGEST_COPY
+"""Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
 
 
 class Launched(NamedTuple):
@@ -44,18 +51,78 @@ class Launched(NamedTuple):
 class SpeculativeRound(RoundStages):
     """Target, drafter and rows; `round` is one round of all rows that take part."""
 
-    policy: DraftPolicy | FixedDraftLength
-    copying: Copying | None
-    """None where no row ever copies."""
-    learner: Learner | None
-    prompts: PromptReader
-    timer: RoundTimer
-    feedback: PolicyFeedback
-    graphs: Graphs
-    round_number: int = 0
-    """Rounds so far."""
-    launched: Launched | None = None
-    """The next round, where it was launched ahead."""
+    reads_prompts: type[PromptReader] = PromptReader
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        made_for: DecoderSpec,
+        *,
+        live_weights: LiveWeights | None = None,
+        policy: DraftPolicy | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Allocate caches, and what learns.
+
+        Args:
+            target: Verifies.
+            drafter: Drafts; None is plain decoding.
+            made_for: Rows and options.
+            live_weights: In scope shared, the weights that learn from all requests.
+            policy: What an adaptive policy knows already.
+            compile: Compile what rounds do, on a GPU.
+        """
+        super().__init__(target, drafter, made_for, compile=compile)
+        self.timer, self.round_number = RoundTimer(target.device), 0
+        self.launched: Launched | None = None
+        """The next round, where it was launched ahead."""
+        self.prompts = self.reads_prompts(
+            target, self.cache, drafter, self.state, self.row_sampling, self.rows, self.deferred
+        )
+        self.learner = self.prompts.learner = self._learner(live_weights)
+
+        # Who decides what is drafted and copied.
+        # With the rejection rule a round has noise of its own: its length would change the text.
+        repeats = self.batch_invariant or self.sampling.acceptance == "rejection"
+        by_clock = made_for.draft.adaptive and not repeats
+        self.policy: DraftPolicy | FixedDraftLength = FixedDraftLength(self.gamma)
+        if by_clock and self.state is not None:
+            # Where a graph is launched a block that is drafted at once is no cheaper if shorter.
+            halvings = 0 if self.graphs.on and drafter and drafter.at_once else 2
+            self.policy = policy or DraftPolicy(self.gamma, halvings=halvings)
+        copy_costs = None
+        if by_clock and made_for.rows > 1:  # one row's copy is paid for by all
+            copy_costs = self.policy.copy_costs or CopyCosts()
+        self.copying = self._copying(copy_costs) if self.copies else None
+        schedule = None
+        if made_for.draft.adaptive and self.learner:
+            schedule = UpdateSchedule(self.learner, clock=by_clock)
+        self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
+
+    def _learner(self, live_weights: LiveWeights | None) -> Learner | None:
+        learn, drafter = self.made_for.learn, self.drafter
+        if learn is None or drafter is None or self.state is None or not drafter.weights:
+            return None
+        return Learner(
+            learn,
+            drafter,
+            self.state,
+            self.made_for.rows,
+            self.gamma,
+            live_weights=live_weights,
+            run=self.graphs,
+            after=AFTER if self.made_for.draft.adaptive else 0,
+        )
+
+    def _copying(self, costs: CopyCosts | None) -> Copying:
+        block_cost, copies = 0.0, self.copies
+        if self.drafter and self.gamma:
+            weights = sum(w.numel() for w in self.target.model.parameters())
+            block_cost = self.drafter.weights_read(self.gamma) / weights
+        # A graph is captured for each width.
+        wide = tuple(sorted({min(n, copies) for n in COPY_WIDTHS})) if self.graphs.on else ()
+        return Copying(self.made_for.rows, copies, block_cost=block_cost, widths=wide, costs=costs)
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:

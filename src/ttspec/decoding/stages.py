@@ -6,61 +6,117 @@ places, and waits for nothing. `round.py` launches them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ttspec.acceptance import accept_rejection, apply_end_tokens, draw_and_accept
-from ttspec.config import SamplingConfig
+from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
 from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
-from ttspec.models.capture import Branch
+from ttspec.models.capture import Branch, Graphs
 from ttspec.models.target import Target
-from ttspec.records import Proposal, Verification, of_rows, spread, spread_record
-from ttspec.rowcache import RowCache
-from ttspec.sampling import SamplingTensors, distribution, rejection_noise
+from ttspec.records import (
+    LONGEST_COPY,
+    Proposal,
+    Verification,
+    of_rows,
+    spread,
+    spread_record,
+)
+from ttspec.sampling import (
+    NoiseCache,
+    SamplingTensors,
+    distribution,
+    position_noise,
+    rejection_noise,
+)
 from ttspec.spans import batch_invariant
+
+INVARIANT_WIDTH = 16
+"""Tokens, or a multiple of it, that every verification reads where each must be read alike: matrix
+products and attention of one size give a token the same result, bit by bit, wherever it stands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderSpec:
+    """What a decoder is made for; after `restart`, another request for the same may have it."""
+
+    rows: int
+    """Side by side."""
+    slots: int
+    """Tokens that each may have."""
+    sampling: SamplingConfig
+    """How tokens are chosen, in rows without options of their own (`row_sampling`)."""
+    draft: DraftConfig
+    """How the drafter is run."""
+    learn: LearnConfig | None
+    """How it learns; None is a static drafter."""
+    ends: tuple[int, ...] = ()
+    """End tokens; none where rows go on past them, unless one has options of its own."""
+    batch_invariant: bool = False
+    """Every verification reads the same number of tokens."""
 
 
 class RoundStages:
     """What a round needs on the device, and what it computes there, for all rows at once."""
 
-    target: Target
-    cache: RowCache
-    drafter: Drafter | None
-    state: DraftState | None
-    """The drafter's context; None where nothing is ever drafted."""
-    sampling: SamplingConfig
-    """Of a row without its own; how drafts are made and accepted is the same in all rows."""
-    row_sampling: RowSampling
-    """How each row's tokens are chosen."""
-    rows: RowStates
-    width: int
-    """Tokens that a verification reads at most; where `batch_invariant` is set, padded to it."""
-    batch_invariant: bool
-    target_reads_spans: bool
-    """Whether the device knows how far each row reads, so that one graph serves any length."""
-    branch: Branch
-    """Beside which the rest of a stage is launched."""
-    deferred: DeferredContext
-    position_noise: Callable[[Tensor, Tensor, int, int, Tensor | None], Tensor]
-    """As `sampling.position_noise`."""
-    works_ahead: bool
-    """Whether the next round may be launched before the host is done with the last one."""
-    _proposed: tuple[Proposal, Tensor | None]
-    """What `propose` gave."""
-    _target_rows: Tensor | None = None
-    """int64, the rows that the target reads in this round, as they lie; None is all."""
-    _drafter_rows: slice | None = None
-    """The rows that the drafter drafts for; None is all."""
+    def __init__(
+        self, target: Target, drafter: Drafter | None, made_for: DecoderSpec, *, compile: bool
+    ) -> None:
+        """Allocate the caches and all that is known of rows.
+
+        Args:
+            target: Verifies.
+            drafter: Drafts; None is plain decoding.
+            made_for: Rows and options.
+            compile: Compile what rounds do, on a GPU.
+        """
+        rows, slots, draft, device = made_for.rows, made_for.slots, made_for.draft, target.device
+        self.made_for, self.sampling = made_for, made_for.sampling
+        self.target, self.drafter = target, drafter
+        self.batch_invariant = made_for.batch_invariant
+        self.gamma, self.copies, self.width = widths(drafter, draft, self.batch_invariant)
+        """Tokens that a round drafts, copies and verifies at most."""
+
+        # Where the device works. A graph belongs to one: a split target is called, as on a CPU.
+        captures = torch.device("cpu") if target.is_split else device
+        self.compile, self.graphs = compile, Graphs(captures, compile=compile)
+        self.branch = Branch(captures)
+        """Beside which the rest of a stage is launched."""
+        self.target_reads_spans = self.graphs.on and target.reads_spans
+        """Whether the device knows how far each row reads, so that one graph serves any length."""
+        # A call works while it is made; and recurrent states of a dropped round would be read anew.
+        self.works_ahead = self.graphs.on and not target.recurrent
+        """Whether the next round may be launched before the host is done with the last one."""
+        on_cpu = device.type == "cpu"
+        self.position_noise = NoiseCache() if on_cpu and not self.graphs.on else position_noise
+
+        # What the rows hold.
+        self.cache = target.cache(rows, slots, self.width)
+        # Batch-invariant, products are of as many rows always; recurrent states stay in place.
+        stays = self.graphs.on or target.is_split or self.batch_invariant or target.recurrent
+        self.cache.moves_rows = on_cpu and not stays
+        self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
+        """The drafter's context; None where nothing is ever drafted."""
+        self.rows = RowStates(rows, slots, device, self.copies)
+        self.deferred = DeferredContext(drafter, self.state, self.rows)
+        self.row_sampling = RowSampling(
+            self.sampling, target, rows=rows, slots=slots, width=self.width, ends=made_for.ends
+        )
+        self._proposed: tuple[Proposal, Tensor | None]
+        """What `propose` gave."""
+        self._target_rows: Tensor | None = None
+        """int64, the rows that the target reads in this round, as they lie; None is all."""
+        self._drafter_rows: slice | None = None
+        """The rows that the drafter drafts for; None is all."""
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""
@@ -210,3 +266,21 @@ class RoundStages:
             logits = spread(logits, some, self.rows.count)
             features = spread(features, some, self.rows.count)
         return logits[:, :width], features[:, :width]
+
+
+def widths(
+    drafter: Drafter | None, draft: DraftConfig, batch_invariant: bool
+) -> tuple[int, int, int]:
+    """Tokens that are drafted, copied and verified a round at most; plain decoding: 0, 0 and 1."""
+    if drafter is None or draft.length == 0:
+        drafted = copied = 0
+    elif not drafter.drafts:  # copies are all that it does
+        drafted, copied = 0, min(LONGEST_COPY, draft.length or LONGEST_COPY)
+    else:
+        drafted = min(drafter.length, draft.length or drafter.length)
+        copied = LONGEST_COPY if draft.copy else 0
+    if not batch_invariant:
+        return drafted, copied, max(drafted, copied) + 1
+    # A wide round is slower: beside a drafter copies take what room there is.
+    width = -(-((drafted or copied) + 1) // INVARIANT_WIDTH) * INVARIANT_WIDTH
+    return drafted, min(copied, width - 1), width

@@ -7,9 +7,9 @@ import os
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.decoder import widths
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.memory_forecast import learning_row, mib, of_run
+from ttspec.decoding.stages import widths
 from ttspec.diagnosis.findings import Finding
 from ttspec.drafters.base import Drafter
 from ttspec.models.target import Target
