@@ -1,12 +1,10 @@
-"""Compare the working tree with a revision before: the same texts and acceptance, and how fast.
+"""Compare the working tree with a revision before: the same texts and acceptance?
 
     python benchmarks/compare_revisions.py BASE
-    python benchmarks/compare_revisions.py BASE --speed
 
-The same probe runs in one process for each tree, and the two answer the same cases by turns. Texts
-and acceptance are compared on fixed seeds, for every bundled drafter; exit code 1 says that
-something differs. `--speed` times pairs of equal requests instead, one by each tree. A case whose
-options one of the trees does not know is left out.
+The same probe runs in one process for each tree. Texts and acceptance are compared on fixed seeds,
+for every bundled drafter; exit code 1 says that something differs. A case whose options one of the
+trees does not know is left out.
 """
 
 from __future__ import annotations
@@ -19,10 +17,8 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from random import Random
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -40,7 +36,6 @@ PROMPTS = (
     "Say the days of the week, again and again.",
 )
 FOLLOW_UP = "Now the same once more, backwards."
-RESAMPLES = 2000
 app = App(help=__doc__)
 
 
@@ -107,17 +102,6 @@ def text_cases(tokens: int, causal: str) -> Iterator[Case]:
             yield Case(name=f"{short} learning: {what}", learn=config, **given)
 
 
-def speed_cases(tokens: int, drafter: str, rows: int) -> Iterator[Case]:
-    """What is timed: plain decoding, a drafter that does not learn, and one that does."""
-    prompts = tuple(PROMPTS[i % len(PROMPTS)] for i in range(rows))
-    options = {"max_new_tokens": tokens, "temperature": 0.7, "ignore_eos": True}
-    shared: dict[str, Any] = {"prompts": prompts, "options": options, "drafter": drafter}
-    plural = "" if rows == 1 else "s"
-    yield Case(name=f"plain, {rows} row{plural}", **shared | {"draft": {"length": 0}})
-    yield Case(name=f"static, {rows} row{plural}", **shared)
-    yield Case(name=f"learning, {rows} row{plural}", learn={}, **shared)
-
-
 # The probe: runs in the tree that PYTHONPATH names.
 
 
@@ -138,7 +122,7 @@ def probe() -> None:
     for line in sys.stdin:
         case = json.loads(line)
         try:
-            found = answer(case, engine_of(case["drafter"], engines, settings), settings["context"])
+            found = answer(case, engine_of(case["drafter"], engines, settings))
         except OptionError as error:  # an option that this tree does not have
             found = {"skipped": str(error).splitlines()[0]}
         print(json.dumps(found), file=answers, flush=True)
@@ -148,38 +132,26 @@ def engine_of(drafter: str, engines: dict[str, Any], settings: dict[str, Any]) -
     """An engine for a drafter; the target is loaded once."""
     import ttspec
 
-    how = {name: settings[name] for name in ("device", "dtype", "compile")}
-    if settings["random_weights"] is not None and not engines:
-        from ttspec.decoding.forced import load_random
-
-        engines[drafter] = load_random(settings["random_weights"], settings["accept"], **how)
-    elif drafter not in engines:
+    if drafter not in engines:
         known = next(iter(engines.values()), None)
         target = (known.target.model, known.tokenizer) if known else settings["target"]
+        how = {name: settings[name] for name in ("device", "dtype", "compile")}
         engines[drafter] = ttspec.load(target, drafter, **how)
     return engines[drafter]
 
 
-def answer(case: dict[str, Any], engine: Any, context: int | None) -> dict[str, Any]:
+def answer(case: dict[str, Any], engine: Any) -> dict[str, Any]:
     """What a case gives: its results, and how long they took."""
-    import torch
-
     import ttspec
 
-    learn, on_gpu = case["learn"], engine.target.device.type == "cuda"
+    learn, prompts = case["learn"], case["prompts"]
     if learn is not None:
         learn = ttspec.LearnConfig.paper() if "preset" in learn else ttspec.LearnConfig(**learn)
     # What a policy does goes by the clock, which no two runs have in common.
-    draft = ttspec.DraftConfig(**{"adaptive": case["timed"], **case["draft"]})
+    draft = ttspec.DraftConfig(**{"adaptive": False, **case["draft"]})
     options = {"seed": SEED, "learn": learn, "draft": draft, **case["options"]}
-    if on_gpu and not case["timed"]:
+    if engine.target.device.type == "cuda":
         options["deterministic"] = True
-    prompts: list[Any] = case["prompts"]
-    if context:
-        draw, size = Random(SEED), int(engine.target.config.vocab_size)
-        prompts = [[draw.randrange(size) for _ in range(context)] for _ in prompts]
-    if on_gpu:
-        torch.cuda.synchronize()
     began = time.perf_counter()
     if case["turns"]:
         session = engine.session(**options)
@@ -191,8 +163,6 @@ def answer(case: dict[str, Any], engine: Any, context: int | None) -> dict[str, 
         run = engine.run([[p] for p in prompts], rows=case["rows"], stream=False, **options)
         found = {index: chunk.result for index, chunk in run if chunk.result}
         results = [found[index] for index in sorted(found)]
-    if on_gpu:
-        torch.cuda.synchronize()
     seconds = time.perf_counter() - began
     return {"seconds": seconds, "results": [recorded(result) for result in results]}
 
@@ -228,10 +198,9 @@ class Tree:
         )
         self._write({"source": str(source), **settings})
 
-    def ask(self, case: Case, *, timed: bool = False) -> None:
+    def ask(self, case: Case) -> None:
         """Let it begin with a case."""
-        plain = {name: getattr(case, name) for name in case.__slots__}
-        self._write({**plain, "timed": timed})
+        self._write(asdict(case))
 
     def answer(self) -> dict[str, Any]:
         """What it found; ends the comparison if it ended itself."""
@@ -306,47 +275,6 @@ def compare_texts(old: Tree, new: Tree, cases: list[Case], console: Console) -> 
     return count
 
 
-def compare_speed(old: Tree, new: Tree, cases: list[Case], pairs: int, console: Console) -> None:
-    """Time every case in both trees by turns; print tokens per second, and how they compare.
-
-    In bfloat16 the trees may write other texts, which are accepted otherwise: rounds per second
-    are compared beside them.
-    """
-    heads = ("case", "before", "now", "now / before, 95 %", "rounds: now / before, 95 %")
-    table = Table(*heads, title="Tokens per second")
-    for case in cases:
-        for tree in (old, new):  # loads, compiles and fills what is kept between requests
-            for _ in range(2):
-                speed_of(tree, case)
-        before, now = [], []
-        for number in range(pairs):
-            for tree in ((old, new), (new, old))[number % 2]:
-                (before if tree is old else now).append(speed_of(tree, case))
-        both = list(zip(now, before, strict=True))
-        tokens, rounds = ([a[i] / b[i] for a, b in both] for i in (0, 1))
-        speeds = (f"{median(tokens for tokens, _ in own):.1f}" for own in (before, now))
-        table.add_row(case.name, *speeds, with_interval(tokens), with_interval(rounds))
-        console.print(f"{case.name}: {median(tokens):.3f}", highlight=False)
-    console.print(table)
-    console.print(f"Medians of {pairs} pairs, with 95 % bootstrap intervals.", highlight=False)
-
-
-def speed_of(tree: Tree, case: Case) -> tuple[float, float]:
-    """Tokens a second of all rows, and rounds a second of the row that had most."""
-    tree.ask(case, timed=True)
-    found = tree.answer()
-    results, seconds = found["results"], found["seconds"]
-    rounds = max(len(r["emitted"]) for r in results)
-    return sum(len(r["tokens"]) for r in results) / seconds, rounds / seconds
-
-
-def with_interval(values: list[float]) -> str:
-    """The median and its 95 % bootstrap interval."""
-    import common  # not at the top: the probe of an older tree knows other modules
-
-    return f"{median(values):.3f} {common.middle_95(median, values, RESAMPLES)}"
-
-
 def checked_out(revision: str, folder: Path) -> Path:
     """The source tree of a revision, written to a folder."""
     archive = folder / "base.tar"
@@ -364,16 +292,9 @@ def compare(
     base: str | None = None,
     *,
     base_folder: Path | None = None,
-    speed: bool = False,
-    tokens: int | None = None,
+    tokens: int = 96,
     only: str = "",
-    pairs: int = 8,
     target: str = "smollm2-135m",
-    drafter: str = DRAFTERS[0],
-    random_weights: str | None = None,
-    accept: str = "3,2,4",
-    rows: tuple[int, ...] = (1,),
-    context: int | None = None,
     device: str = "cpu",
     dtype: str = "float32",
     compile: bool = False,
@@ -387,26 +308,12 @@ def compare(
         A git revision.
     base_folder
         A folder with its source tree instead, where there is no git history.
-    speed
-        Time pairs of requests instead of comparing what they give.
     tokens
-        Of an answer. [default: 96; with --speed 128]
+        Of an answer.
     only
         A regular expression that a case's name must contain.
-    pairs
-        Requests that are timed in each tree.
     target
-        What --speed runs, or a folder with the built-in target.
-    drafter
-        What --speed runs.
-    random_weights
-        With --speed: published shapes without weights, as in `ttspec bench roofline`.
-    accept
-        With random weights: drafts kept a round, in turn.
-    rows
-        With --speed: numbers of requests side by side.
-    context
-        With --speed: tokens of a prompt, drawn at random. [default: texts; 512 with random weights]
+        A folder with the built-in target, where it has another name.
     device
         auto, cpu or cuda.
     dtype
@@ -418,15 +325,8 @@ def compare(
     """
     if (base is None) == (base_folder is None):
         raise SystemExit("Name what to compare with: a git revision, or --base-folder.")
-    if random_weights and not speed:
-        raise SystemExit("--random-weights is for --speed: random weights write nothing.")
-    if random_weights and context is None:
-        context = 512
     settings = {
         "target": target,
-        "random_weights": random_weights,
-        "accept": accept,
-        "context": context if speed else None,
         "device": device,
         "dtype": dtype,
         "compile": compile,
@@ -437,22 +337,14 @@ def compare(
         if base is not None:
             base_folder = checked_out(base, Path(folder))
         assert base_folder is not None
-        if speed:
-            each = [list(speed_cases(tokens or 128, drafter, count)) for count in rows]
-            cases = [case for some in each for case in some]
-        else:
-            import common
+        import common  # not at the top: the probe of an older tree knows other modules
 
-            causal = common.plain_draft_model(Path(folder, "causal"))
-            cases = list(text_cases(tokens or 96, causal))
-        cases = [case for case in cases if re.search(only, case.name)]
+        causal = common.plain_draft_model(Path(folder, "causal"))
+        cases = [case for case in text_cases(tokens, causal) if re.search(only, case.name)]
         if not cases:
             raise SystemExit(f"No case's name contains {only!r}.")
         old, new = (Tree(tree / "src", settings) for tree in (base_folder, ROOT))
         try:
-            if speed:
-                compare_speed(old, new, cases, pairs, console)
-                return 0
             return 1 if compare_texts(old, new, cases, console) else 0
         finally:
             old.close()
