@@ -14,9 +14,8 @@ from ttspec.bench.arms import parse_arms
 from ttspec.bench.replay import open_source, prepare, replayable
 from ttspec.bench.store import read_run
 from ttspec.cli import main
-from ttspec.decoding import decoder as decoders
 from ttspec.decoding import engine as engines
-from ttspec.decoding import loading
+from ttspec.decoding import loading, stages
 from ttspec.decoding import memory_forecast as forecast
 from ttspec.decoding import round as rounds
 from ttspec.drafters.checkpoint import save_drafter
@@ -110,7 +109,7 @@ def test_a_round_of_a_replay_can_be_captured(pairs, run, tmp_path, monkeypatch) 
     arms = f"plain,static,learn[{LEARN}]"
     assert replay(pairs["eagle3"], run, tmp_path / "a", arms) == 0
     monkeypatch.setattr(rounds, "BUCKET", 16)
-    monkeypatch.setattr(decoders, "Graphs", Tapes)
+    monkeypatch.setattr(stages, "Graphs", Tapes)
     before = Tapes.replayed
     assert replay(pairs["eagle3"], run, tmp_path / "b", arms) == 0
     assert Tapes.replayed > before
@@ -181,7 +180,7 @@ def test_a_timed_replay_writes_a_text_that_the_target_would_not(
     path.write_text(json.dumps(manifest))
     if captured:
         monkeypatch.setattr(rounds, "BUCKET", 16)
-        monkeypatch.setattr(decoders, "Graphs", Tapes)
+        monkeypatch.setattr(stages, "Graphs", Tapes)
     arms, out = f"plain,ngram,static-copy,learn[{LEARN},supervision=block],default", tmp_path / "b"
     assert replay(pairs["eagle3"], tmp_path / "a", out, arms, "--timed", "--rows", "2") == 0
     assert "where an arm would have chosen another token" in capsys.readouterr().err
@@ -239,6 +238,15 @@ def test_another_target_another_arm_and_no_run_are_refused(
     assert replay(pair, tmp_path / "none", out, "static") == 2
     assert "not a readable run folder" in complaint(capsys)[0]
     assert not out.exists()
+
+
+def test_a_folder_of_another_run_is_refused_before_anything_is_read(
+    pairs, run, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr("ttspec.bench.replay.record", None)
+    other = shutil.copytree(run, tmp_path / "other")
+    assert replay(pairs["dflash"], run, other, "static") == 2
+    assert "holds a run with another" in complaint(capsys)[0]
 
 
 def test_a_text_that_the_target_would_not_write_is_refused(pairs, run, monkeypatch) -> None:

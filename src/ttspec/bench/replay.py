@@ -22,7 +22,7 @@ from ttspec.bench.manifest import describe, describe_drafter, replayed
 from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
 from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
-from ttspec.bench.store import Store, read_run
+from ttspec.bench.store import Store, begun_run, read_run, require_same_run
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
@@ -275,7 +275,7 @@ def prepare(
     drafters: Mapping[str, Drafter],
     rows: int | None = None,
     *,
-    at_most: int | None = None,
+    out: Path | None = None,
     timed: bool = False,
 ) -> PreparedRun:
     """Let an engine replay a run.
@@ -289,11 +289,11 @@ def prepare(
         drafters: Those that arms name, by name.
         rows: Side by side, in the run's own batches; None is conversations of all seeds, and timed
             as many as the run had.
-        at_most: So many of those; None is all that fit into memory.
+        out: Where this replay may have been begun: then it goes on, and in the rows that it had.
         timed: Each round is as live, but writes the run's text.
 
     Raises:
-        DataError: It is not the run's target.
+        DataError: It is not the run's target, or `out` holds another run.
         OptionError: An arm's drafter is missing or cannot learn.
     """
     old = source.manifest
@@ -307,6 +307,15 @@ def prepare(
             f"{source.folder} was written by {old['target']['name']}, not by "
             f"{engine.target.name}.\nName its --target."
         )
+    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
+    manifest |= {name: old[name] for name in (*same, "seeds")} | {
+        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
+        "arms": [arm.name for arm in arms],
+        "arm_options": {arm.name: arm.options() for arm in arms},
+    }
+    begun = begun_run(out) if out else {}
+    if out and begun:
+        require_same_run(out, begun, manifest | {"rows": begun.get("rows")})
     options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
     recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
     options |= {name: recorded[name] for name in engine.target.defaults}
@@ -325,7 +334,8 @@ def prepare(
     seeds = old["seeds"]
     if rows is None:
         everything = sorted(units)
-        rows = at_most or _fitting_rows(engine, source, arms, drafters, everything, options)
+        fitting = partial(_fitting_rows, engine, source, arms, drafters, everything, options)
+        rows = int(begun.get("rows") or fitting())  # what fits may be another number today
         groups = [everything[i : i + rows] for i in range(0, len(everything), rows)]
         batches = [[Job(arm, *unit) for unit in group] for group in groups for arm in arms]
     else:
@@ -335,14 +345,7 @@ def prepare(
     for request, seed in units:
         users = [turn.user for turn in source.units[request, seed]]
         requests[request] = max(users, requests[request], key=len)
-    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
-    manifest |= {name: old[name] for name in (*same, "seeds")} | {
-        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
-        "rows": max(map(len, batches), default=1),
-        "arms": [arm.name for arm in arms],
-        "arm_options": {arm.name: arm.options() for arm in arms},
-        "notes": notes,
-    }
+    manifest |= {"rows": max(map(len, batches), default=1), "notes": notes}
     return PreparedRun(
         manifest=manifest,
         requests=requests,

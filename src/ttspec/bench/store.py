@@ -101,11 +101,7 @@ class Store:
 
     def _go_on(self) -> None:
         before, rounds, requests = _load(self.folder)
-        if differs := different_settings(before, self.manifest):
-            raise DataError(
-                f"{self.folder} holds a run with another {differs}.\n"
-                "Repeat the command that began it, or name another --out."
-            )
+        require_same_run(self.folder, before, self.manifest)
         self.done = set(map(key_of, requests))
         for name, rows in ((ROUNDS, rounds), (REQUESTS, requests)):
             replace_file(self.folder / name, to_lines(rows))  # without an interrupted unit's rows
@@ -126,6 +122,19 @@ def continued(before: Row, now: Row) -> Row:
     return {**before, "continued": [*before.get("continued", []), again]}
 
 
+def require_same_run(folder: Path, before: Row, now: Row) -> None:
+    """Refuse to go on with another run.
+
+    Raises:
+        DataError: The manifests differ in what makes a run.
+    """
+    if differs := different_settings(before, now):
+        raise DataError(
+            f"{folder} holds a run with another {differs}.\n"
+            "Repeat the command that began it, or name another --out."
+        )
+
+
 def different_settings(a: Row, b: Row) -> str | None:
     """What two manifests must share to be one run, and do not."""
     for part in ("target", "drafter", "suite"):
@@ -143,14 +152,13 @@ def different_settings(a: Row, b: Row) -> str | None:
     return next((n for n in SETTINGS if a.get(n) != b.get(n)), changed[0] if changed else None)
 
 
-def rows_of(folder: Path) -> int | None:
-    """Requests side by side of a run that was begun in a folder; None where none was."""
+def begun_run(folder: Path) -> Row:
+    """The manifest of a run that was begun in a folder; empty where none was."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    rows = manifest.get("rows") if isinstance(manifest, dict) else None
-    return rows if isinstance(rows, int) and rows > 0 else None
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def write_run(folder: Path, manifest: Row, arms: Iterable[Arm]) -> None:

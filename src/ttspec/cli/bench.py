@@ -158,15 +158,13 @@ def replay(
     from ttspec.bench.manifest import mark_sentence
     from ttspec.bench.preparation import find_drafters
     from ttspec.bench.replay import TimelessStore, open_source, prepare, replayable
-    from ttspec.bench.store import Store, rows_of
+    from ttspec.bench.store import Store
 
     specs = replayable(parse_arms(arms), timed=timed)
     source = open_source(folder, text)
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
-    # What fits may be another number today: a replay goes on in the rows that it had.
-    at_most = rows_of(out)
-    prepared = prepare(engine, source, specs, drafters, rows, at_most=at_most, timed=timed)
+    prepared = prepare(engine, source, specs, drafters, rows, out=out, timed=timed)
     for sentence in (mark_sentence(prepared.manifest), *prepared.manifest["notes"]):
         say(sentence)
     if timed:
