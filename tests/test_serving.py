@@ -19,7 +19,7 @@ from ttspec.cli import main
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.errors import DataError, OptionError
-from ttspec.serving import gate
+from ttspec.serving import middleware
 from ttspec.serving.keys import add_key, read_keys
 from ttspec.serving.logs import JsonLines
 from ttspec.serving.options import ServeOptions
@@ -349,7 +349,7 @@ def test_who_comes_first_is_served_first_and_who_is_too_many_told_when_to_come_a
         running(engine, rows=1, queue=2) as (client, server),
         held_up(monkeypatch) as go,
     ):
-        server.worker.meter._row_seconds = 3.0
+        server.worker.metrics._row_seconds = 3.0
         threads = []
         for tokens in (20, 40, 30):
 
@@ -450,7 +450,7 @@ def test_sigterm_lets_answers_end_refuses_new_ones_and_exits_with_0(engine, monk
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch) -> None:
-    monkeypatch.setattr(gate, "BODY_SECONDS", 0.1)
+    monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
 
     def slow() -> Iterator[bytes]:
         yield b'{"prompt": '

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from servers import HELLO, events, running
 
 from ttspec.decoding.engine import Engine
-from ttspec.serving.calls import CallSplitter
-from ttspec.serving.thoughts import ThoughtSplitter
+from ttspec.serving.reasoning import ReasoningParser
+from ttspec.serving.tool_calls import ToolCallParser
 
 MARKED = (
     "{% for tool in tools or [] %}<tool_call>{{ tool | tojson }}</tool_call>{% endfor %}" + CHATML
@@ -30,7 +30,7 @@ SAID = (
 
 
 def split(text: str, cuts: list[int], tools: Any = ("look_up", "add")) -> tuple[str, list[Any]]:
-    splitter, said, calls = CallSplitter(tools), "", []
+    splitter, said, calls = ToolCallParser(tools), "", []
     for a, b in pairwise([0, *sorted(cuts), len(text)]):
         new, found = splitter.push(text[a:b])
         said, calls = said + new, calls + found
@@ -87,8 +87,8 @@ def test_a_server_tells_calls_as_openai_does(engine: Engine, monkeypatch) -> Non
     marked.tokenizer = copy.deepcopy(engine.tokenizer)
     marked.tokenizer.chat_template = MARKED
     with running(marked) as (client, _):
-        monkeypatch.setattr(ThoughtSplitter, "push", written)  # what the target wrote
-        monkeypatch.setattr("ttspec.serving.reports.finish_reason", lambda _: "stop")
+        monkeypatch.setattr(ReasoningParser, "push", written)  # what the target wrote
+        monkeypatch.setattr("ttspec.serving.usage.finish_reason", lambda _: "stop")
         whole = ask(client)
         assert whole["finish_reason"] == "tool_calls"
         assert whole["message"]["content"] == "I look."

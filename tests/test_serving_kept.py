@@ -1,5 +1,6 @@
 """What a server's requests taught is kept when it ends: each tenant's in a folder of its own."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,14 @@ import pytest
 from servers import running, until
 from toys import make_kind, toy_engine, twin
 
-from ttspec.config import LearnConfig
+from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
+from ttspec.errors import ResourceError
 from ttspec.learning.versions import VersionStore, current_of, numbers_in, stores_in
 from ttspec.serving.keys import add_key
+from ttspec.serving.options import ServeOptions
+from ttspec.serving.server import make_server
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,16 @@ def test_without_keys_all_share_and_a_fault_loses_nothing(engine, tmp_path, monk
         after = ask(client, 140)
     assert after["ids"] == before["ids"]
     assert after["rounds"] < before["rounds"]
+
+
+def test_a_server_that_lost_what_it_learned_does_not_exit_with_0(engine, monkeypatch) -> None:
+    monkeypatch.setattr(Engine, "close", lambda _: False)
+    config = GenerateConfig(context=300, max_new_tokens=1, learn=shared(None))
+    options = ServeOptions(port=0, rows=1, context=300)
+    server = make_server(engine.sibling, config, options, "toy", lambda _: None)
+    with ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(server.run_to_the_end)
+        until(lambda: server.worker.state == "ready")
+        server.should_exit = True
+        with pytest.raises(ResourceError, match="could not be written"):
+            ended.result(30)

@@ -19,23 +19,23 @@ from ttspec.cli import main, serve
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.serving.errors import ApiError
 from ttspec.serving.grammar import Grammars
-from ttspec.serving.problems import Problem
-from ttspec.serving.prompts import PromptWriter
-from ttspec.serving.reports import speculative_decoding
+from ttspec.serving.prompts import PromptRenderer
+from ttspec.serving.reasoning import ReasoningParser
 from ttspec.serving.schema import ChatRequest, ResponseFormat
-from ttspec.serving.thoughts import ThoughtSplitter
+from ttspec.serving.usage import speculative_decoding
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 THINKS = CHATML.replace("assistant\n' }}", "assistant\n' + ('<think>\n' if thinking else '') }}")
 CALLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + CHATML
 
 
-def writer(engine: Engine, template: str) -> PromptWriter:
+def writer(engine: Engine, template: str) -> PromptRenderer:
     other = engine.sibling()
     other.tokenizer = copy.deepcopy(engine.tokenizer)
     other.tokenizer.chat_template = template
-    return PromptWriter(other)
+    return PromptRenderer(other)
 
 
 def body(**given: Any) -> ChatRequest:
@@ -51,7 +51,7 @@ SAID = "\n<think>\n a <b, </thin or so \n</think>\n\n the answer, </think> "
 
 @given(st.lists(st.integers(0, len(SAID))))
 def test_thoughts_come_apart_however_the_text_is_cut(cuts) -> None:
-    splitter = ThoughtSplitter(marks=True, begun=False)
+    splitter = ReasoningParser(marks=True, begun=False)
     pairs = pairwise([0, *sorted(cuts), len(SAID)])
     parts = [splitter.push(SAID[a:b]) for a, b in pairs] + [splitter.push("", final=True)]
     thoughts, answer = ("".join(part[i] for part in parts) for i in (0, 1))
@@ -60,11 +60,11 @@ def test_thoughts_come_apart_however_the_text_is_cut(cuts) -> None:
 
 
 def test_an_answer_without_thoughts_and_a_thought_that_does_not_end() -> None:
-    assert ThoughtSplitter(marks=False, begun=False).push(" <think>") == ("", " <think>")
-    plain = ThoughtSplitter(marks=True, begun=False)
+    assert ReasoningParser(marks=False, begun=False).push(" <think>") == ("", " <think>")
+    plain = ReasoningParser(marks=True, begun=False)
     assert plain.push(" <th") == ("", "")
     assert plain.push("e", final=True) == ("", " <the")
-    cut = ThoughtSplitter(marks=True, begun=True)
+    cut = ReasoningParser(marks=True, begun=True)
     assert cut.push("one two ") == ("one two", "")
     assert cut.push("three", final=True) == (" three", "")
 
@@ -73,10 +73,10 @@ def test_a_prompt_that_opens_a_thought_is_noticed(engine) -> None:
     thinks = writer(engine, "{# </think> #}" + THINKS)
     on = thinks.chat(body(chat_template_kwargs={"enable_thinking": True}))
     off = thinks.chat(body(chat_template_kwargs={"enable_thinking": False}))
-    assert (on.marks_thoughts, on.begins_in_thought, on.thinking) == (True, True, True)
-    assert (off.begins_in_thought, off.thinking) == (False, False)
+    assert (on.marks_reasoning, on.begins_in_reasoning, on.thinking) == (True, True, True)
+    assert (off.begins_in_reasoning, off.thinking) == (False, False)
     assert text_of(engine, on.prompts[0]).endswith("assistant\n<think>\n")
-    with pytest.raises(Problem, match="no switch"):
+    with pytest.raises(ApiError, match="no switch"):
         writer(engine, CHATML).chat(body(chat_template_kwargs={"enable_thinking": True}))
 
 
@@ -87,7 +87,7 @@ def test_tools_are_written_by_the_template_or_refused(engine) -> None:
     assert "look_up" not in text_of(engine, silent)
     user = {"type": "function", "function": {"name": "user"}}  # a word of the template's own
     for tools in (asked, body(tools=[user])):
-        with pytest.raises(Problem, match="no place for tools"):
+        with pytest.raises(ApiError, match="no place for tools"):
             writer(engine, CHATML).chat(tools)
 
 
@@ -112,7 +112,7 @@ def test_greedy_json_is_what_transformers_writes_under_the_same_grammar(
     asked = body(
         response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
     )
-    written = PromptWriter(engine).chat(asked)
+    written = PromptRenderer(engine).chat(asked)
     (ids,) = written.prompts
     grammars = Grammars(engine.tokenizer, 260, engine.target.ends)
     model = LlamaForCausalLM.from_pretrained(toy_target_dir).eval()

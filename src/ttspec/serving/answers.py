@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ttspec.records import Chunk, Result, Round, TokenLogprobs, acceptance_length
-from ttspec.serving import logprobs, reports
-from ttspec.serving.calls import CallSplitter
+from ttspec.serving import logprobs, usage
+from ttspec.serving.errors import ApiError
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.logs import log
-from ttspec.serving.problems import Problem
-from ttspec.serving.prompts import Written
+from ttspec.serving.prompts import RenderedPrompts
+from ttspec.serving.reasoning import ReasoningParser
 from ttspec.serving.schema import ChatRequest, Sampled
-from ttspec.serving.thoughts import ThoughtSplitter
+from ttspec.serving.tool_calls import ToolCallParser
 from ttspec.serving.worker import Worker
 
 
@@ -27,11 +27,11 @@ class Choice:
     """One answer so far."""
 
     job: Job
-    splitter: ThoughtSplitter
-    caller: CallSplitter
+    reasoning_parser: ReasoningParser
+    tool_parser: ToolCallParser
     calls: list[dict[str, Any]] = field(default_factory=list)
     """Tools that it calls."""
-    thoughts: str = ""
+    reasoning: str = ""
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Answers:
     worker: Worker
     model: str
     request_id: str
-    written: Written
+    rendered: RenderedPrompts
     jobs: list[Job]
     events: asyncio.Queue[Event]
     id: str = field(default_factory=lambda: secrets.token_hex(12))
@@ -61,10 +61,10 @@ class Answers:
         self.choices = [
             Choice(
                 job,
-                ThoughtSplitter(
-                    marks=self.written.marks_thoughts, begun=self.written.begins_in_thought
+                ReasoningParser(
+                    marks=self.rendered.marks_reasoning, begun=self.rendered.begins_in_reasoning
                 ),
-                CallSplitter(self.written.tools),
+                ToolCallParser(self.rendered.tools),
             )
             for job in self.jobs
         ]
@@ -73,23 +73,23 @@ class Answers:
         """The response.
 
         Raises:
-            Problem: An answer failed; the others are given up.
+            ApiError: An answer failed; the others are given up.
         """
         try:
-            async for _ in self._pieces():
+            async for _ in self._updates():
                 pass
         finally:
-            self.give_up()
-        answers = {"choices": [self._finished(choice) for choice in self.choices]}
+            self.abort()
+        answers = {"choices": [self._choice(choice) for choice in self.choices]}
         return self._envelope(streams=False) | answers | self._usage() | self._metrics()
 
     async def stream(self) -> AsyncIterator[str]:
-        """Server-sent events; whoever sends them calls `give_up` at the end."""
+        """Server-sent events; whoever sends them calls `abort` at the end."""
         options = self.body.stream_options
         silent = set(self.choices if self.is_chat else ())
         try:
-            async for choice, thoughts, text, calls, chunk in self._pieces():
-                part = self._news(choice, thoughts, text, calls, chunk)
+            async for choice, reasoning, text, calls, chunk in self._updates():
+                part = self._delta(choice, reasoning, text, calls, chunk)
                 if choice in silent:
                     silent.remove(choice)  # now, not before: clients time the first token by it
                     delta = {"role": "assistant", "content": ""}
@@ -99,11 +99,11 @@ class Answers:
             if options and options.include_usage:
                 last = self._envelope(streams=True) | {"choices": []}
                 yield _sse(last | self._usage() | self._metrics())
-        except Problem as problem:
-            yield _sse(problem.body())
+        except ApiError as error:
+            yield _sse(error.body())
         yield "data: [DONE]\n\n"
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Cancel what is not over, and write the request to the log."""
         missing = [choice.job for choice in self.choices if choice.result is None]
         self.worker.cancel(missing)
@@ -128,12 +128,12 @@ class Answers:
             "acceptance_length": round(acceptance_length(rounds), 3),
         }
 
-    async def _pieces(self) -> AsyncIterator[tuple[Choice, str, str, int, Chunk]]:
-        """(choice, thoughts, text, number of calls, chunk) as they come, until all are over."""
+    async def _updates(self) -> AsyncIterator[tuple[Choice, str, str, int, Chunk]]:
+        """(choice, reasoning, text, number of calls, chunk) as they come, until all are over."""
         missing = len(self.choices)
         while missing:
             job, event = await self.events.get()
-            if isinstance(event, Problem):
+            if isinstance(event, ApiError):
                 self.failed = True
                 raise event
             choice = self.choices[job.index]
@@ -142,39 +142,39 @@ class Answers:
             if event.round:
                 choice.rounds.append(event.round)
             final = event.result is not None
-            thoughts, text = choice.splitter.push(event.text, final=final)
-            text, calls = choice.caller.push(text, final=final)
-            choice.thoughts += thoughts
+            reasoning, text = choice.reasoning_parser.push(event.text, final=final)
+            text, calls = choice.tool_parser.push(text, final=final)
+            choice.reasoning += reasoning
             choice.text += text
             choice.calls += calls
             if final:
                 choice.result = event.result
                 missing -= 1
-            yield choice, thoughts, text, len(calls), event
+            yield choice, reasoning, text, len(calls), event
 
-    def _news(
-        self, choice: Choice, thoughts: str, text: str, calls: int, chunk: Chunk
+    def _delta(
+        self, choice: Choice, reasoning: str, text: str, calls: int, chunk: Chunk
     ) -> dict[str, Any] | None:
         """What a stream says of a chunk, if anything; the last `calls` of the choice are new."""
         ids = {"token_ids": list(chunk.token_ids)} if self.body.return_token_ids else {}
         end = _end(choice) if chunk.result else {}
-        likely = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
-        if not (thoughts or text or calls or end or ids.get("token_ids") or chunk.logprobs):
+        logprob_part = self._logprobs(choice, chunk.token_ids, chunk.logprobs)
+        if not (reasoning or text or calls or end or ids.get("token_ids") or chunk.logprobs):
             return None
         if not self.is_chat:
-            return _of_choice(choice, text=text) | likely | end | ids
-        delta: dict[str, Any] = {"reasoning_content": thoughts} if thoughts else {}
+            return _of_choice(choice, text=text) | logprob_part | end | ids
+        delta: dict[str, Any] = {"reasoning_content": reasoning} if reasoning else {}
         delta |= {"content": text} if text else {}
         if calls:
             numbered = list(enumerate(choice.calls))[-calls:]
             delta["tool_calls"] = [{"index": number, **call} for number, call in numbered]
-        return _of_choice(choice, delta=delta) | likely | end | ids
+        return _of_choice(choice, delta=delta) | logprob_part | end | ids
 
     def _logprobs(
         self, choice: Choice, tokens: Sequence[int], of_tokens: Sequence[TokenLogprobs]
     ) -> dict[str, Any]:
         """What is told of the next tokens of an answer, if anything is asked."""
-        bytes_of = self.written.bytes_of
+        bytes_of = self.rendered.bytes_of
         if bytes_of is None:
             return {}
         if self.is_chat:
@@ -183,22 +183,22 @@ class Answers:
         choice.offset += sum(map(len, found["tokens"]))
         return {"logprobs": found}
 
-    def _finished(self, choice: Choice) -> dict[str, Any]:
+    def _choice(self, choice: Choice) -> dict[str, Any]:
         result = choice.result
         assert result is not None
         ids: dict[str, Any] = {}
         if self.body.return_token_ids:
             ids = {"token_ids": result.token_ids, "prompt_token_ids": choice.job.ids}
-        likely = self._logprobs(choice, choice.tokens, choice.logprobs)
+        logprob_part = self._logprobs(choice, choice.tokens, choice.logprobs)
         if not self.is_chat:
-            return _of_choice(choice, text=choice.text) | likely | _end(choice) | ids
+            return _of_choice(choice, text=choice.text) | logprob_part | _end(choice) | ids
         text = choice.text if choice.text or not choice.calls else None
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if choice.calls:
             message["tool_calls"] = choice.calls
-        if self.written.marks_thoughts:
-            message["reasoning_content"] = choice.thoughts or None
-        return _of_choice(choice, message=message) | likely | _end(choice) | ids
+        if self.rendered.marks_reasoning:
+            message["reasoning_content"] = choice.reasoning or None
+        return _of_choice(choice, message=message) | logprob_part | _end(choice) | ids
 
     def _event(self, choices: list[dict[str, Any]]) -> str:
         options = self.body.stream_options
@@ -223,10 +223,10 @@ class Answers:
 
     def _usage(self) -> dict[str, Any]:
         held = {
-            id(c.job.ids): reports.held_tokens(c.job, c.result) for c in self.choices if c.result
+            id(c.job.ids): usage.cached_tokens(c.job, c.result) for c in self.choices if c.result
         }
         done = [(choice.job, len(choice.tokens)) for choice in self.choices]
-        return {"usage": reports.usage(done, sum(held.values()))}
+        return {"usage": usage.usage(done, sum(held.values()))}
 
     def _metrics(self) -> dict[str, Any]:
         """As in vLLM, of a single answer only."""
@@ -236,7 +236,7 @@ class Answers:
         assert choice.result is not None
         level = self.worker.options.per_request_spec_decode_metrics
         most = self.worker.draft_length
-        return {"metrics": reports.metrics(choice.job, choice.result, level, most)}
+        return {"metrics": usage.metrics(choice.job, choice.result, level, most)}
 
 
 def _of_choice(choice: Choice, **content: Any) -> dict[str, Any]:
@@ -245,7 +245,7 @@ def _of_choice(choice: Choice, **content: Any) -> dict[str, Any]:
 
 def _end(choice: Choice) -> dict[str, Any]:
     assert choice.result is not None
-    reason = reports.finish_reason(choice.result)
+    reason = usage.finish_reason(choice.result)
     return {"finish_reason": "tool_calls" if choice.calls and reason == "stop" else reason}
 
 

@@ -14,10 +14,10 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.penalties import sampling_of
 from ttspec.errors import TtspecError
 from ttspec.serving.answers import Answers
+from ttspec.serving.errors import ApiError, bad_request
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.options import MAX_CHOICES
-from ttspec.serving.problems import Problem, refused
-from ttspec.serving.prompts import PromptWriter, Written
+from ttspec.serving.prompts import PromptRenderer, RenderedPrompts
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.worker import Worker
 
@@ -34,16 +34,16 @@ class Api:
     def __init__(self, worker: Worker, model: str) -> None:
         self.worker, self.model = worker, model
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="ttspec-prompts")
-        self._writer: PromptWriter | None = None
+        self._renderer: PromptRenderer | None = None
 
     def require_model(self, name: str) -> None:
         """Refuse any model but the one that is here.
 
         Raises:
-            Problem: It is another.
+            ApiError: It is another.
         """
         if name != self.model:
-            raise Problem(
+            raise ApiError(
                 404,
                 f"The model {name[:80]!r} is not here; this server has {self.model}.",
                 param="model",
@@ -54,21 +54,21 @@ class Api:
         """Queue what a request asks for.
 
         Raises:
-            Problem: It cannot be answered, or not now.
+            ApiError: It cannot be answered, or not now.
         """
         worker = self.worker
         if body.model is not None:
             self.require_model(body.model)
         worker.require_ready()
         loop = asyncio.get_running_loop()
-        written = await loop.run_in_executor(self._threads, self._write, body)
-        if len(written.prompts) * body.n > MAX_CHOICES:
-            raise refused(f"Prompts times n are more than {MAX_CHOICES}.", "n")
+        rendered = await loop.run_in_executor(self._threads, self._render, body)
+        if len(rendered.prompts) * body.n > MAX_CHOICES:
+            raise bad_request(f"Prompts times n are more than {MAX_CHOICES}.", "n")
         events: asyncio.Queue[Event] = asyncio.Queue()
         seed = secrets.randbits(31) if body.seed is None else body.seed % 2**63
         asked_before: Counter[tuple[int, ...]] = Counter()
         jobs = []
-        for ids in written.prompts:
+        for ids in rendered.prompts:
             config = self._config(body, len(ids))
             for _ in range(body.n):
                 jobs.append(
@@ -78,36 +78,36 @@ class Api:
                         seed=seed,
                         occurrence=asked_before[tuple(ids)],
                         tenant=tenant,
-                        thinking=written.thinking,
+                        thinking=rendered.thinking,
                         deadline=time.monotonic() + worker.options.deadline,
                         index=len(jobs),
-                        mask=written.mask.copy() if written.mask else None,
-                        logprobs=body.told_logprobs,
+                        mask=rendered.mask.copy() if rendered.mask else None,
+                        logprobs=body.num_logprobs,
                         events=events,
                     )
                 )
                 asked_before[tuple(ids)] += 1
         worker.submit(jobs)
-        return Answers(body, worker, self.model, request_id, written, jobs, events)
+        return Answers(body, worker, self.model, request_id, rendered, jobs, events)
 
     def close(self) -> None:
         """End the thread of prompts."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _write(self, body: Sampled) -> Written:
-        if self._writer is None:
-            self._writer = PromptWriter(self.worker.engine)
+    def _render(self, body: Sampled) -> RenderedPrompts:
+        if self._renderer is None:
+            self._renderer = PromptRenderer(self.worker.engine)
         if isinstance(body, ChatRequest):
-            return self._writer.chat(body)
+            return self._renderer.chat(body)
         assert isinstance(body, CompletionRequest)
-        return self._writer.completion(body)
+        return self._renderer.completion(body)
 
     def _config(self, body: Sampled, prompt: int) -> GenerateConfig:
-        """What one answer is told."""
+        """How one answer is generated."""
         room = self.worker.slots - prompt
         asked = getattr(body, "max_completion_tokens", None) or body.max_tokens
         if room < (asked or 1):
-            raise refused(
+            raise bad_request(
                 f"The prompt has {prompt} tokens and {asked or 1} are asked for; this server has "
                 f"room for {self.worker.slots} in all. Shorten the prompt or ask for less.",
                 "messages" if isinstance(body, ChatRequest) else "prompt",
@@ -127,7 +127,7 @@ class Api:
             sampling_of(replace(config, seed=0), self.worker.engine.target)
         except TtspecError as error:  # the engine has longer names for two fields
             message = str(error).replace("_new_tokens", "_tokens")
-            raise refused(message, message.partition(" ")[0]) from error
+            raise bad_request(message, message.partition(" ")[0]) from error
         return config
 
 
@@ -135,6 +135,6 @@ def _biases(given: dict[str, float]) -> dict[int, float]:
     try:
         return {int(token): bias for token, bias in given.items()}
     except ValueError:
-        raise refused(
+        raise bad_request(
             "logit_bias names what is no token; allowed is as in {'198': -5}.", "logit_bias"
         ) from None

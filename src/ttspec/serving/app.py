@@ -27,17 +27,17 @@ from starlette.types import Receive, Scope, Send
 
 from ttspec.serving.answers import Answers
 from ttspec.serving.api import Api
-from ttspec.serving.gate import Gate
+from ttspec.serving.errors import ApiError, bad_request
 from ttspec.serving.keys import Keys
 from ttspec.serving.logs import log
-from ttspec.serving.meter import Meter
+from ttspec.serving.metrics import ServerMetrics
+from ttspec.serving.middleware import AccessMiddleware
 from ttspec.serving.options import BODY_BYTES, BODY_BYTES_PER_TOKEN, SLOW_READER_SECONDS
-from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ChatRequest, CompletionRequest, Sampled
 from ttspec.serving.worker import Worker
 
 
-def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> FastAPI:
+def make_app(worker: Worker, keys: Keys | None, metrics: ServerMetrics, model: str) -> FastAPI:
     """The application; whoever runs it starts and stops the worker."""
     api = Api(worker, model)
 
@@ -81,8 +81,8 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
         return JSONResponse({"status": worker.state}, 200 if worker.state == "ready" else 503)
 
     @app.get("/metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(meter.exposition(*worker.load), media_type=_PROMETHEUS)
+    async def exposition() -> Response:
+        return Response(metrics.exposition(*worker.load), media_type=_PROMETHEUS)
 
     @app.get("/live")
     async def live() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
             "waiting": waiting,
             "rows": worker.rows,
             "now": time.time(),
-            "seconds": meter.history(),
+            "seconds": metrics.history(),
         }
 
     @app.get("/", response_class=HTMLResponse)
@@ -103,7 +103,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
 
     @app.exception_handler(RequestValidationError)
     async def body_invalid(_: Request, error: RequestValidationError) -> Response:
-        raise _explained(error)
+        raise _validation_error(error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -111,7 +111,7 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
         if error.status_code in (404, 405):
             paths = (route.path for route in app.routes if isinstance(route, APIRoute))
             message += f" There are {', '.join(paths)}."
-        raise Problem(error.status_code, message)
+        raise ApiError(error.status_code, message)
 
     def most() -> int:
         return BODY_BYTES + BODY_BYTES_PER_TOKEN * max(worker.slots, worker.options.context)
@@ -119,8 +119,10 @@ def make_app(worker: Worker, keys: Keys | None, meter: Meter, model: str) -> Fas
     hosts = None
     if keys is None and worker.options.is_local:
         hosts = {"localhost", "127.0.0.1", "::1", worker.options.host}
-    app.add_middleware(Gate, hosts=hosts, keys=keys, most=most, refused=meter.refused)
-    app.add_middleware(  # before the gate: a browser asks first without the key
+    app.add_middleware(
+        AccessMiddleware, hosts=hosts, keys=keys, most=most, count_error=metrics.count_error
+    )
+    app.add_middleware(  # before that one: a browser asks first without the key
         CORSMiddleware,
         allow_origins=["*"] if keys else [],
         allow_origin_regex=None if keys else _LOCAL_PAGES,
@@ -136,7 +138,7 @@ async def _answer(api: Api, body: Sampled, request: Request) -> Response:
     if body.stream:
         return _EventStream(answers)
     writing = asyncio.ensure_future(answers.whole())
-    leaving = asyncio.ensure_future(_left(request))
+    leaving = asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not writing.done():
@@ -166,16 +168,16 @@ class _EventStream(StreamingResponse):
         except TimeoutError:
             log.warning("a client did not read", extra={"event": "slow_reader"})
         finally:
-            answers.give_up()
+            answers.abort()
 
 
-async def _left(request: Request) -> None:
+async def _disconnected(request: Request) -> None:
     """Return when the client goes away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
-def _explained(error: RequestValidationError) -> Problem:
+def _validation_error(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong with a body."""
     errors = error.errors()
     # Where a field may be one of several things, the error that lies deepest says most, and of
@@ -186,10 +188,10 @@ def _explained(error: RequestValidationError) -> Problem:
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
     param = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
     if kind == "value_error" and not param:  # begins with the field's name
-        return refused(f"{message}.", message.partition(" ")[0])
+        return bad_request(f"{message}.", message.partition(" ")[0])
     if kind in ("json_invalid", "model_attributes_type") or not param:
         why = f" ({message})" if kind == "json_invalid" else ""
-        return refused(
+        return bad_request(
             f"The body is no JSON object{why}. Send one, with the header Content-Type: "
             "application/json."
         )
@@ -197,11 +199,11 @@ def _explained(error: RequestValidationError) -> Problem:
         known = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
         near = get_close_matches(param[:40], sorted(known), n=1)
         advice = f"is {near[0]} meant?" if near else "leave it out."
-        return refused(f"{param}: there is no such field; {advice}", param)
+        return bad_request(f"{param}: there is no such field; {advice}", param)
     given = found["input"]
     is_told = kind != "missing" and isinstance(given, str | int | float)
     shown = f" is {json.dumps(given)[:60]}" if is_told else ""
-    return refused(f"{param}{shown}: {message}.", param)
+    return bad_request(f"{param}{shown}: {message}.", param)
 
 
 def _is_type(part: int | str) -> bool:

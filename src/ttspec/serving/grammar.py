@@ -14,8 +14,8 @@ from llguidance import LLMatcher, LLTokenizer
 from llguidance.hf import from_tokenizer
 from torch import Tensor
 
+from ttspec.serving.errors import ApiError, bad_request
 from ttspec.serving.logs import log
-from ttspec.serving.problems import Problem, refused
 from ttspec.serving.schema import ResponseFormat
 
 WHITE_SPACE = r"[ \n\r\t]{0,12}"
@@ -49,7 +49,7 @@ class Grammars:
             begins_after: A token before which nothing is masked: the end of a thought.
 
         Raises:
-            Problem: The schema is none, or says what cannot be kept to.
+            ApiError: The schema is none, or says what cannot be kept to.
         """
         schema: dict[str, Any] = {"type": "object"}
         if form.json_schema is not None:
@@ -58,13 +58,13 @@ class Grammars:
         try:
             grammar = LLMatcher.grammar_from_json_schema(schema, overrides=options)
         except (ValueError, RecursionError) as error:
-            raise _cannot(str(error)) from error
+            raise _unsupported_schema(str(error)) from error
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise _cannot(matcher.get_error())
+            raise _unsupported_schema(matcher.get_error())
         matcher.compute_bitmask()
         if matcher.is_error():  # as of a schema that only refers to itself
-            raise _cannot("no text could begin an answer")
+            raise _unsupported_schema("no text could begin an answer")
         return GrammarMask(matcher, begins_after)
 
 
@@ -76,7 +76,7 @@ class GrammarMask:
         self._matcher, self._begins_after = matcher, begins_after
         self._read = 0
         """Tokens of the text that the matcher has read, or that came before it begins."""
-        self._begun = begins_after is None
+        self._partial_mark_length = begins_after is None
         self.failed = False
         """Whether the grammar could not be followed: what comes then is nothing."""
 
@@ -89,25 +89,25 @@ class GrammarMask:
         for token in text[self._read :]:
             self._take(token)
         self._read = len(text)
-        begun, taken = self._begun, 0
+        begun, taken = self._partial_mark_length, 0
         for row, token in enumerate([*drafted, None]):
-            if self._begun:
+            if self._partial_mark_length:
                 bitmask[row] = self._allowed()[: bitmask.shape[1]]  # it may have a word more
             if token is None:
                 break
-            if self._begun:
+            if self._partial_mark_length:
                 if self._matcher.try_consume_tokens([token]) != 1:
                     break
                 taken += 1
-            self._begun = self._begun or token == self._begins_after
+            self._partial_mark_length = self._partial_mark_length or token == self._begins_after
         if taken and not self._matcher.rollback(taken):
             self._fail()
-        self._begun = begun
+        self._partial_mark_length = begun
 
     def _take(self, token: int) -> None:
-        if self._begun and not self._matcher.consume_token(token):
+        if self._partial_mark_length and not self._matcher.consume_token(token):
             self._fail()
-        self._begun = self._begun or token == self._begins_after
+        self._partial_mark_length = self._partial_mark_length or token == self._begins_after
 
     def _allowed(self) -> Tensor:
         bits = bytearray(self._matcher.compute_bitmask())
@@ -123,6 +123,6 @@ class GrammarMask:
         self.failed = True
 
 
-def _cannot(reason: str) -> Problem:
+def _unsupported_schema(reason: str) -> ApiError:
     first = next(iter(reason.strip().splitlines()), "it is no JSON schema")
-    return refused(f"The schema cannot be kept to: {first[:300]}.", "response_format")
+    return bad_request(f"The schema cannot be kept to: {first[:300]}.", "response_format")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ttspec.config import GenerateConfig
 from ttspec.decoding.scheduler import Request
 from ttspec.records import Chunk
-from ttspec.serving.problems import Problem
+from ttspec.serving.errors import ApiError
 
 if TYPE_CHECKING:
     from ttspec.serving.grammar import GrammarMask
@@ -55,5 +55,5 @@ class Job:
         )
 
 
-Event = tuple[Job, Chunk | Problem]
+Event = tuple[Job, Chunk | ApiError]
 """What is new of an answer: a chunk, the last one with the result, or what went wrong."""

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
 from ttspec.serving.options import MAX_CHOICES, MAX_LOGPROBS, MAX_MESSAGES, MAX_STOPS, MAX_TOOLS
 
-HARMLESS = (
+IGNORED = (
     *("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("parallel_tool_calls", "service_tier", "store", "prediction"),
 )
 """Change no answer here."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "best_of": (1,),
@@ -183,9 +183,9 @@ class Sampled(Strict):
             return given
         kept = {}
         for name, value in given.items():
-            if name in HARMLESS or (name in NEUTRAL and value in (None, *NEUTRAL[name])):
+            if name in IGNORED or (name in UNSUPPORTED and value in (None, *UNSUPPORTED[name])):
                 continue
-            if name in NEUTRAL:
+            if name in UNSUPPORTED:
                 raise ValueError(f"{name} is not supported by this server; leave it out")
             kept[name] = value
         return kept
@@ -197,7 +197,7 @@ class Sampled(Strict):
         return self
 
     @property
-    def told_logprobs(self) -> int | None:
+    def num_logprobs(self) -> int | None:
         """Likely tokens to tell of beside each token of an answer; None tells nothing at all."""
         raise NotImplementedError
 
@@ -243,8 +243,8 @@ class ChatRequest(Sampled):
         return self
 
     @property
-    def told_logprobs(self) -> int | None:
-        """See `Sampled.told_logprobs`."""
+    def num_logprobs(self) -> int | None:
+        """See `Sampled.num_logprobs`."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
@@ -261,6 +261,6 @@ class CompletionRequest(Sampled):
     )
 
     @property
-    def told_logprobs(self) -> int | None:
-        """See `Sampled.told_logprobs`."""
+    def num_logprobs(self) -> int | None:
+        """See `Sampled.num_logprobs`."""
         return self.logprobs

@@ -19,7 +19,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
 from ttspec.serving.app import make_app
 from ttspec.serving.keys import ANYBODY, read_keys
-from ttspec.serving.meter import Meter
+from ttspec.serving.metrics import ServerMetrics
 from ttspec.serving.options import ServeOptions
 from ttspec.serving.worker import Worker
 
@@ -70,9 +70,9 @@ def make_server(
     """
     options.require_keys()
     keys = read_keys(options.api_key_file) if options.api_key_file else None
-    meter, tenant = Meter(model), keys.names[0] if keys else ANYBODY
-    worker = Worker(load, config, options, meter, tenant)
-    app = make_app(worker, keys, meter, model)
+    metrics, tenant = ServerMetrics(model), keys.names[0] if keys else ANYBODY
+    worker = Worker(load, config, options, metrics, tenant)
+    app = make_app(worker, keys, metrics, model)
     settings = uvicorn.Config(
         app,
         host=options.host,
@@ -118,7 +118,7 @@ class Server(uvicorn.Server):
                 "Give another --port or --host."
             ) from error
         loop = asyncio.get_running_loop()
-        self.worker.start(loop, self._tell_state)
+        self.worker.start(loop, self._on_state)
         host, port = self.servers[0].sockets[0].getsockname()[:2]
         self.address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._say(f"Listening at {self.address} while the models load.")
@@ -158,17 +158,17 @@ class Server(uvicorn.Server):
             await asyncio.to_thread(self.worker.stop)
         self.should_exit = True
 
-    def _tell_state(self) -> None:
+    def _on_state(self) -> None:
         """The worker is ready, or over."""
         if self.worker.state == "stopped":
             self.should_exit = True
         elif self.worker.state == "ready":
             rows, slots = self.worker.rows, self.worker.slots
-            who = self._who_learns()
+            who = self._learning_scope()
             many = f"{rows} row{'s' * (rows > 1)} of {slots:,} tokens"
             self._say(f"Ready: {many}. {who}. To chat: {self.address}/")
 
-    def _who_learns(self) -> str:
+    def _learning_scope(self) -> str:
         learn, drafter = self.worker.config.learn, self.worker.engine.drafter
         if learn is None or drafter is None or not drafter.weights:
             return "Nothing is learned"

@@ -24,16 +24,16 @@ from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import ResourceError, TtspecError
 from ttspec.heap import freeze_heap
 from ttspec.records import Chunk
+from ttspec.serving.errors import FAILED, NO_ROOM, NOT_KEPT, STOPPED, ApiError, bad_request
 from ttspec.serving.jobs import Event, Job
 from ttspec.serving.keys import ANYBODY
 from ttspec.serving.logs import log
-from ttspec.serving.meter import Meter
+from ttspec.serving.metrics import ServerMetrics
 from ttspec.serving.options import ServeOptions
-from ttspec.serving.problems import FAILED, NO_ROOM, STOPPED, Problem, refused
 from ttspec.serving.schedulers import Schedulers
 
 State = Literal["loading", "ready", "draining", "stopped"]
-PATIENCE = 0.05
+POLL_SECONDS = 0.05
 """Seconds between looks at what waits for time or memory."""
 
 
@@ -45,7 +45,7 @@ class Worker:
         load: Callable[[], Engine],
         config: GenerateConfig,
         options: ServeOptions,
-        meter: Meter,
+        metrics: ServerMetrics,
         tenant: str = ANYBODY,
     ) -> None:
         """Nothing is loaded before `start`.
@@ -53,7 +53,7 @@ class Worker:
         `load` gives the pair, and is called in the thread. `tenant` is one of those who may
         ask.
         """
-        self._load, self.config, self.options, self.meter = load, config, options, meter
+        self._load, self.config, self.options, self.metrics = load, config, options, metrics
         self.state: State = "loading"
         self.failure: BaseException | None = None
         """Why the thread ended, if nobody asked it to."""
@@ -83,20 +83,20 @@ class Worker:
         """Queue jobs, all or none.
 
         Raises:
-            Problem: The server does not take any, or too many wait.
+            ApiError: The server does not take any, or too many wait.
         """
         most = self.rows + self.options.queue
         if len(jobs) > most:
-            raise refused(f"The request asks for {len(jobs)} answers; allowed are {most}.", "n")
+            raise bad_request(f"The request asks for {len(jobs)} answers; allowed are {most}.", "n")
         with self._lock:
             self.require_ready()  # nobody looks at what comes after `_end_all`
             if self._in_flight + len(jobs) > most:
-                raise Problem(
+                raise ApiError(
                     429,
                     f"{self._in_flight} answers are being written or wait; this server takes "
                     f"{most}. Try again later.",
                     code="queue_full",
-                    retry_after=self.meter.seconds_until_free(self.rows),
+                    retry_after=self.metrics.retry_after(self.rows),
                 )
             self._in_flight += len(jobs)
             for job in jobs:
@@ -106,12 +106,12 @@ class Worker:
         """Refuse work while there is nobody to do it.
 
         Raises:
-            Problem: It is loading, draining or stopped.
+            ApiError: It is loading, draining or stopped.
         """
         if self.state != "ready":
             wait = 5 if self.state == "loading" else self.options.drain
             message = f"The server is {self.state}. Try again later."
-            raise Problem(503, message, code=self.state, retry_after=max(1, round(wait)))
+            raise ApiError(503, message, code=self.state, retry_after=max(1, round(wait)))
 
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Give up jobs; those that are over stay so."""
@@ -149,21 +149,22 @@ class Worker:
             self._make_rows()
             if self.state == "loading":
                 self.state = "ready"
-                self._tell(self._notify)
+                self._call_in_loop(self._notify)
             while not self._stopping:
                 self._step()
-            self._end_all(Problem(503, STOPPED, code="stopped"))
-            self.engine.close()
+            self._end_all(ApiError(503, STOPPED, code="stopped"))
+            if not self.engine.close():
+                raise ResourceError(NOT_KEPT)
         except BaseException as error:  # told to whoever runs the server
             self.failure = error
-            self._end_all(Problem(500, FAILED))
+            self._end_all(ApiError(500, FAILED))
             if hasattr(self, "engine"):
                 self._keep_what_was_learned()
         self.state = "stopped"
         # Who made the server may live on, and FastAPI keeps its routes for good.
         for name in ("engine", "_schedulers", "_load"):
             self.__dict__.pop(name, None)
-        self._tell(self._notify)
+        self._call_in_loop(self._notify)
 
     def _make_rows(self) -> None:
         """As many as fit."""
@@ -187,9 +188,9 @@ class Worker:
             if chunk.result:
                 del self._running[key]
         for job in lost:
-            self._drop(job)
-        self._fail(lost, Problem(500, "The grammar of this answer failed.", code="grammar_failed"))
-        self._hand_out([(job, chunk) for job, chunk in moved if job not in lost])
+            self._remove(job)
+        self._fail(lost, ApiError(500, "The grammar of this answer failed.", code="grammar_failed"))
+        self._deliver_chunks([(job, chunk) for job, chunk in moved if job not in lost])
 
     def _take_commands(self) -> None:
         """Do what the event loop asked for; wait for it where there is nothing else to do."""
@@ -197,7 +198,7 @@ class Worker:
         if self._running:
             timeout = 0.0
         elif self._waiting:
-            timeout = PATIENCE
+            timeout = POLL_SECONDS
         with suppress(Empty):
             self._commands.get(timeout=timeout, block=timeout != 0.0)()
             while True:
@@ -210,10 +211,10 @@ class Worker:
         now = time.monotonic()
         late = [j for j in (*self._running.values(), *self._waiting) if j.deadline < now]
         for job in late:
-            self._drop(job)
+            self._remove(job)
         seconds = f"{self.options.deadline:g}"
-        problem = Problem(504, f"The answer took more than {seconds} seconds.", code="deadline")
-        self._fail(late, problem)
+        error = ApiError(504, f"The answer took more than {seconds} seconds.", code="deadline")
+        self._fail(late, error)
 
     def _admit(self) -> None:
         """Give free rows to those who wait, as far as memory allows."""
@@ -229,25 +230,25 @@ class Worker:
                 request = scheduler.add_request(job.request())
             except ResourceError:  # which may name a folder: for the log only
                 log.exception("no rows", extra={"event": "no_rows"})
-                self._fail([job], Problem(503, NO_ROOM, code="no_room", retry_after=60))
+                self._fail([job], ApiError(503, NO_ROOM, code="no_room", retry_after=60))
                 continue
             except TtspecError as error:
-                self._fail([job], refused(str(error)))
+                self._fail([job], bad_request(str(error)))
                 continue
             except Exception:  # no request may end the thread
                 log.exception("request failed", extra={"event": "request_failed"})
-                self._fail([job], Problem(500, FAILED))
+                self._fail([job], ApiError(500, FAILED))
                 continue
             self._running[scheduler, request] = job
-            self.meter.started(job.started - job.queued)
+            self.metrics.observe_start(job.started - job.queued)
 
     def _cancel(self, job: Job) -> None:
         if job.ended is None:
-            self._drop(job)
+            self._remove(job)
             self._end([job])
-            self.meter.cancelled()
+            self.metrics.count_cancelled()
 
-    def _drop(self, job: Job) -> None:
+    def _remove(self, job: Job) -> None:
         """Take a job out; its row is free."""
         if job in self._waiting:
             self._waiting.remove(job)
@@ -260,10 +261,10 @@ class Worker:
         """Fail what had a row, and go on with new rows."""
         log.exception("round failed", extra={"event": "round_failed"})
         error.__traceback__ = None  # it holds the old caches
-        self.meter.crashed()
+        self.metrics.count_failed_round()
         lost = list(self._running.values())
         self._running.clear()
-        self._fail(lost, Problem(500, FAILED, code="round_failed"))
+        self._fail(lost, ApiError(500, FAILED, code="round_failed"))
         del self._schedulers
         self._keep_what_was_learned()
         self.engine = self.engine.sibling()
@@ -280,31 +281,31 @@ class Worker:
         except Exception:
             log.exception("learned weights not kept", extra={"event": "keep_failed"})
 
-    def _hand_out(self, events: list[tuple[Job, Chunk]]) -> None:
+    def _deliver_chunks(self, events: list[tuple[Job, Chunk]]) -> None:
         now = time.monotonic()
         for job, chunk in events:
             if job.first_token is None and chunk.token_ids:
                 job.first_token = now
         learn = self.config.learn
-        self.meter.step(events, shared=learn is not None and learn.scope == "shared")
+        self.metrics.observe_step(events, shared=learn is not None and learn.scope == "shared")
         self._end([job for job, chunk in events if chunk.result])
         for job, chunk in events:
             if chunk.result:
-                self.meter.finished(job, chunk)
+                self.metrics.observe_end(job, chunk)
         self._send(events)
 
-    def _fail(self, jobs: Sequence[Job], problem: Problem) -> None:
+    def _fail(self, jobs: Sequence[Job], error: ApiError) -> None:
         live = [job for job in jobs if job.ended is None]
         self._end(live)
-        self._send([(job, problem) for job in live])
+        self._send([(job, error) for job in live])
 
-    def _end_all(self, problem: Problem) -> None:
+    def _end_all(self, error: ApiError) -> None:
         with self._lock:
             self.state = "draining"
         with suppress(Empty):
             while True:
                 self._commands.get_nowait()()
-        self._fail([*self._running.values(), *self._waiting], problem)
+        self._fail([*self._running.values(), *self._waiting], error)
 
     def _end(self, jobs: Sequence[Job]) -> None:
         now = time.monotonic()
@@ -315,14 +316,14 @@ class Worker:
 
     def _send(self, events: Sequence[Event]) -> None:
         if events:
-            self._tell(partial(_deliver, events))
+            self._call_in_loop(partial(_put_events, events))
 
-    def _tell(self, what: Callable[[], None]) -> None:
+    def _call_in_loop(self, what: Callable[[], None]) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # the loop is closed: nobody listens any more
             self._loop.call_soon_threadsafe(what)
 
 
-def _deliver(events: Sequence[Event]) -> None:
+def _put_events(events: Sequence[Event]) -> None:
     for job, event in events:
         job.events.put_nowait((job, event))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 
-class Problem(Exception):
+class ApiError(Exception):
     """A request that is answered with an error; its message is for the client."""
 
     def __init__(
@@ -49,11 +49,15 @@ class Problem(Exception):
         }
 
 
-def refused(message: str, param: str | None = None, code: str | None = None) -> Problem:
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that can never be answered as it is."""
-    return Problem(400, " ".join(message.split()), param=param, code=code)
+    return ApiError(400, " ".join(message.split()), param=param, code=code)
 
 
 NO_ROOM = "The server has no room for answers of this tenant. Try again later."
 FAILED = "The server failed while it wrote this answer. It goes on; send the request again."
 STOPPED = "The server stops. Send the request to another, or later."
+NOT_KEPT = (
+    "What was learned last could not be written, and is lost.\n"
+    "Make room in the folder of --learn.keep, or name another."
+)

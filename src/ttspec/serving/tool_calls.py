@@ -10,7 +10,7 @@ from typing import Any
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
-class CallSplitter:
+class ToolCallParser:
     """Text comes in pieces; text and whole calls go out. What is no call stays text, as it is."""
 
     def __init__(self, tools: Collection[str]) -> None:
@@ -28,7 +28,7 @@ class CallSplitter:
                 self._held = self._held.lstrip()
             before, opened, rest = self._held.partition(OPEN)
             if not opened:
-                size = 0 if final else _begun(before)
+                size = 0 if final else _partial_mark_length(before)
                 new, self._held = before[: len(before) - size], before[len(before) - size :]
                 out, self._called = out + new, self._called and not new
                 break
@@ -58,7 +58,7 @@ class CallSplitter:
         return None
 
 
-def _begun(text: str) -> int:
+def _partial_mark_length(text: str) -> int:
     """Characters at the end that may be the beginning of a mark, and the white space before."""
     marks = (size for size in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:size]))
     cut = text[: len(text) - next(marks, 0)]

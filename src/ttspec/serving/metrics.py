@@ -21,7 +21,7 @@ from prometheus_client import (
 )
 
 from ttspec.records import Chunk
-from ttspec.serving import reports
+from ttspec.serving import usage
 
 if TYPE_CHECKING:
     from ttspec.serving.jobs import Job
@@ -33,7 +33,7 @@ EACH = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5
 SIZES = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
 
 
-class Meter:
+class ServerMetrics:
     """Counters of one server."""
 
     def __init__(self, model: str) -> None:
@@ -84,11 +84,11 @@ class Meter:
         self._cancelled = count("ttspec:requests_cancelled", "Answers whose client went away.")
         self._errors = count("ttspec:request_errors", "Requests answered with an error.", "status")
 
-    def started(self, seconds: float) -> None:
+    def observe_start(self, seconds: float) -> None:
         """A job has a row, after so many seconds."""
         self._queue.observe(seconds)
 
-    def step(self, events: Sequence[tuple[Job, Chunk]], *, shared: bool) -> None:
+    def observe_step(self, events: Sequence[tuple[Job, Chunk]], *, shared: bool) -> None:
         """A step of the schedulers gave these; `shared`: all rows of a tenant teach one drafter."""
         chunks = [chunk for _, chunk in events]
         rounds = [chunk.round for chunk in chunks if chunk.round]
@@ -119,18 +119,18 @@ class Meter:
             for name, value in new.items():
                 self._seconds[-1][name] += value
 
-    def finished(self, job: Job, chunk: Chunk) -> None:
+    def observe_end(self, job: Job, chunk: Chunk) -> None:
         """An answer ended."""
         result = chunk.result
         assert result is not None
         assert job.ended is not None
         assert job.started is not None
         self._row_seconds += 0.2 * (job.ended - job.started - self._row_seconds)
-        reason = reports.finish_reason(result)
+        reason = usage.finish_reason(result)
         self._success.labels(model_name=self._model, finished_reason=reason).inc()
         self._prompt.inc(len(job.ids))
         self._asked.inc(len(job.ids))
-        self._held.inc(reports.held_tokens(job, result))
+        self._held.inc(usage.cached_tokens(job, result))
         self._reverts.inc(result.stats.reverts)
         self._whole.observe(job.ended - job.queued)
         if job.first_token is not None:
@@ -142,19 +142,19 @@ class Meter:
         self._answers.observe(len(result.token_ids))
         self._prompts.observe(len(job.ids))
 
-    def cancelled(self) -> None:
+    def count_cancelled(self) -> None:
         """A client went away."""
         self._cancelled.inc()
 
-    def crashed(self) -> None:
+    def count_failed_round(self) -> None:
         """A round failed."""
         self._crashes.inc()
 
-    def refused(self, status: int) -> None:
+    def count_error(self, status: int) -> None:
         """A request was answered with an error."""
         self._errors.labels(model_name=self._model, status=str(status)).inc()
 
-    def seconds_until_free(self, rows: int) -> int:
+    def retry_after(self, rows: int) -> int:
         """A guess, 1 to 60, of when one more answer may be asked for."""
         return max(1, min(60, round(self._row_seconds / max(rows, 1))))
 

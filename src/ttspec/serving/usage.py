@@ -95,7 +95,7 @@ def speculative_decoding(
     return figures
 
 
-def held_tokens(job: Job, result: Result) -> int:
+def cached_tokens(job: Job, result: Result) -> int:
     """Tokens of its prompt that its row held already."""
     return len(job.ids) - len(result.prompt_ids)
 

@@ -16,10 +16,10 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ttspec.serving.errors import ApiError
 from ttspec.serving.keys import ANYBODY, Keys
 from ttspec.serving.logs import log
 from ttspec.serving.options import BODY_SECONDS
-from ttspec.serving.problems import Problem
 
 FOR_ANYBODY = ("/", "/health")
 """Paths that need no key."""
@@ -27,7 +27,7 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:@/+=-]{1,128}")
 """A client's own, which is sent back and logged."""
 
 
-class Gate:
+class AccessMiddleware:
     """Refuses what no route should see.
 
     Tells routes who asks, as `scope["tenant"]`, and what the request is called, as
@@ -41,7 +41,7 @@ class Gate:
         hosts: Collection[str] | None,
         keys: Keys | None,
         most: Callable[[], int],
-        refused: Callable[[int], None],
+        count_error: Callable[[int], None],
     ) -> None:
         """Stand before `app`.
 
@@ -51,10 +51,10 @@ class Gate:
                 could else reach a server on its reader's machine under a name of its own.
             keys: Who may ask; without them anybody may.
             most: Bytes of a body.
-            refused: Told of the status of each request that is answered with an error.
+            count_error: Called with the status of each request that is answered with an error.
         """
         self._app, self._hosts, self._keys = app, hosts, keys
-        self._most, self._refused = most, refused
+        self._most, self._count_error = most, count_error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -81,18 +81,18 @@ class Gate:
             body, is_read = await self._body(headers, scope["method"], receive), True
             await self._app(scope, _replayed(body, receive), named)
             return
-        except _GoneError:
+        except _DisconnectedError:
             return
-        except Problem as problem:
+        except ApiError as error:
             if begun:
                 raise
-            found = problem
+            found = error
         except Exception:
             log.exception("fault", extra={"event": "fault", "fields": {"request_id": name}})
-            found = Problem(500, "The server failed. Send the request again.")
+            found = ApiError(500, "The server failed. Send the request again.")
             if begun:
                 raise
-        self._refused(found.status)
+        self._count_error(found.status)
         fields = {"request_id": name, "status": found.status, "code": found.code}
         log.info("refused", extra={"event": "refused", "fields": fields})
         close = {} if is_read else {"Connection": "close"}
@@ -102,7 +102,7 @@ class Gate:
     def _require_host(self, headers: Headers) -> None:
         host = _host(headers.get("host", ""))
         if self._hosts is not None and host not in self._hosts:
-            raise Problem(403, f"This server is not called {host[:80]!r}.", code="unknown_host")
+            raise ApiError(403, f"This server is not called {host[:80]!r}.", code="unknown_host")
 
     def _tenant(self, headers: Headers) -> str:
         if self._keys is None:
@@ -110,7 +110,7 @@ class Gate:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         tenant = self._keys.tenant(key.strip()) if scheme.lower() == "bearer" else None
         if tenant is None:
-            raise Problem(
+            raise ApiError(
                 401,
                 "The request has no API key that this server knows. Send the header "
                 "Authorization: Bearer KEY.",
@@ -122,7 +122,7 @@ class Gate:
         if method not in ("POST", "PUT", "PATCH"):
             return b""
         most = self._most()
-        large = Problem(
+        large = ApiError(
             413, f"The body is larger than {most} bytes, which is all a row has room for."
         )
         length = headers.get("content-length", "")
@@ -134,17 +134,17 @@ class Gate:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise _GoneError
+                        raise _DisconnectedError
                     body += message.get("body", b"")
                     if len(body) > most:
                         raise large
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise Problem(408, f"The body did not come within {BODY_SECONDS} seconds.") from None
+            raise ApiError(408, f"The body did not come within {BODY_SECONDS} seconds.") from None
 
 
-class _GoneError(Exception):
+class _DisconnectedError(Exception):
     """The client went away."""
 
 

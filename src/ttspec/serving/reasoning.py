@@ -5,7 +5,7 @@ from __future__ import annotations
 OPEN, CLOSE = "<think>", "</think>"
 
 
-class ThoughtSplitter:
+class ReasoningParser:
     """Text comes in pieces; thoughts and answer go out, white space around them left out."""
 
     def __init__(self, *, marks: bool, begun: bool) -> None:
@@ -41,7 +41,7 @@ class ThoughtSplitter:
                 self._stage, self._held = "gap", rest
                 thoughts = thoughts.rstrip()
             else:
-                thoughts = thoughts.rstrip() if final else _safe(thoughts)
+                thoughts = thoughts.rstrip() if final else _before_mark(thoughts)
                 self._held = self._held[len(thoughts) :]
         if self._stage == "gap":
             self._held = self._held.lstrip()
@@ -53,7 +53,7 @@ class ThoughtSplitter:
         return thoughts, answer
 
 
-def _safe(text: str) -> str:
+def _before_mark(text: str) -> str:
     """Without an end that may be white space before, or the beginning of, the closing mark."""
     for size in range(min(len(CLOSE) - 1, len(text)), 0, -1):
         if CLOSE.startswith(text[-size:]):
