@@ -94,17 +94,17 @@ def test_positions_say_who_is_alive_and_compare_the_same_requests() -> None:
 def test_only_units_of_all_arms_are_matched() -> None:
     a = arm_of("static", {(0, 0): [1], (1, 0): [1], (0, 1): [1]})
     b = arm_of("learn", {(1, 0): [2], (0, 0): [2]})
-    kept = m.matched([a, Arm(name="empty"), b])
+    kept = m.on_common_units([a, Arm(name="empty"), b])
     assert [list(arm.units) for arm in kept] == [[(0, 0), (1, 0)]] * 2
-    assert m.matched([Arm(name="empty")]) == []
+    assert m.on_common_units([Arm(name="empty")]) == []
 
 
 def test_a_token_s_time_is_its_round_s_wait_over_its_tokens() -> None:
     arm = arm_of("static", {(0, 0): [1, 2, 3, 4]}, wait=0.02)
-    found = m.inter_token(arm)
+    found = m.inter_token_latency(arm)
     assert found == pytest.approx([0.02] * 3)
     arm.turns[0].waits[3] = 4.0
-    found = m.inter_token(arm)
+    found = m.inter_token_latency(arm)
     assert found
     assert found[0] == pytest.approx(0.02)
     assert found[2] == pytest.approx(1.0)
@@ -113,7 +113,7 @@ def test_a_token_s_time_is_its_round_s_wait_over_its_tokens() -> None:
 def test_drafted_tokens_are_counted_by_place() -> None:
     arm = arm_of("static", {(0, 0): [1, 2, 3, 5]})
     assert m.draft_positions(arm) == [0.75, 0.5, 0.25, 0.25]
-    assert m.drafted_share(arm) == pytest.approx(7 / 16)
+    assert m.draft_acceptance_rate(arm) == pytest.approx(7 / 16)
 
 
 def test_stages_add_up_to_the_wall_clock() -> None:

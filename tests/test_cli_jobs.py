@@ -8,7 +8,7 @@ from toys import DRAFTER, complaint, make_drafter
 
 from ttspec.bench.results import first_difference
 from ttspec.cli import main
-from ttspec.cli.check import Finding, tie, verdict
+from ttspec.cli.check import Finding, tie_margin, verdict
 from ttspec.drafters.dflash import DFlash
 from ttspec.records import Result
 
@@ -100,7 +100,7 @@ def test_check_asks_the_target_where_answers_part(pair, capsys, monkeypatch) -> 
     assert not told["ok"]
     assert static["verdict"] == "identical"
     assert (learning["verdict"], learning["position"]) == ("different", 5)
-    assert learning["margin"] > tie("float32")
+    assert learning["margin"] > tie_margin("float32")
 
 
 def test_near_ties_are_forgiven_but_not_many_of_them() -> None:
@@ -116,7 +116,7 @@ def test_near_ties_are_forgiven_but_not_many_of_them() -> None:
     assert verdict(findings(9, 100), "bfloat16") == 0
     assert verdict(findings(1, 100, "different"), "bfloat16") == 1
     assert verdict(findings(1, 100), "bfloat16", strict=True) == 1
-    assert tie("bfloat16") == 0.5
+    assert tie_margin("bfloat16") == 0.5
 
 
 def test_the_first_difference_counts_a_missing_end() -> None:

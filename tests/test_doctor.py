@@ -16,7 +16,7 @@ from ttspec import load
 from ttspec.cli import main
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.findings import Finding, examine
-from ttspec.diagnosis.memory import judge, memory
+from ttspec.diagnosis.memory import memory, memory_finding
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import make_drafter as make_drafter_of
 from ttspec.drafters.checkpoint import save_drafter
@@ -255,8 +255,8 @@ def test_memory_of_a_run_is_rows_times_context(engine):
     assert one["total"] == fixed + cache + one["learning_per_row"] + one["work"]
     assert many["total"] == fixed + 3 * (2 * cache + one["learning_per_row"]) + many["work"]
     cpu = torch.device("cpu")
-    assert judge(many, cpu).level == "ok"
-    short = judge(many | {"total": 2**60}, cpu)
+    assert memory_finding(many, cpu).level == "ok"
+    short = memory_finding(many | {"total": 2**60}, cpu)
     assert short.level == "warning"
     assert "fewer rows" in short.text
 

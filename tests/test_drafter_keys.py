@@ -20,7 +20,7 @@ from transformers import LlamaConfig, Qwen3Config
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import kind_of, load_drafter, make_drafter
-from ttspec.drafters.keys import LAYER, NO_EFFECT, SCALES, refuse_keys
+from ttspec.drafters.config_keys import LAYER, NO_EFFECT, SCALES, refuse_keys
 from ttspec.errors import CheckpointError, TtspecError
 
 KINDS = ("dflash", "eagle3", "pard", "causal")

@@ -12,7 +12,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FixedDraftLength
-from ttspec.drafters import taught_chain
+from ttspec.drafters import teacher_forced_chain
 from ttspec.learning import memory_trainer
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
@@ -213,8 +213,8 @@ def test_gradients_made_by_hand_are_those_of_autograd(engine, normed, window, mo
         return loss, {name: gradient.clone() for name, gradient in live.gradient.items()}
 
     loss, wanted = made()
-    assert taught_chain.can_do(drafter, drafter.start(1, 8, DraftConfig()))
-    monkeypatch.setattr(taught_chain, "fits", lambda *_: torch.is_grad_enabled())
+    assert teacher_forced_chain.can_do(drafter, drafter.start(1, 8, DraftConfig()))
+    monkeypatch.setattr(teacher_forced_chain, "fits", lambda *_: torch.is_grad_enabled())
     by_hand, found = made()
     torch.testing.assert_close(by_hand, loss)
     assert len(found) == len(drafter.learnable("full"))

@@ -147,8 +147,8 @@ def test_the_interval_is_wilsons():
 def test_only_positions_that_differ_say_which_is_better():
     a = made("a", [True] * 8 + [False] * 2 + [True] * 90, [1.0] * 100)
     b = made("b", [False] * 8 + [True] * 2 + [True] * 90, [1.0] * 100)
-    assert a.chance(b) == b.chance(a) == pytest.approx(2 * (1 + 10 + 45) / 1024)
-    assert a.chance(a) == 1
+    assert a.sign_test(b) == b.sign_test(a) == pytest.approx(2 * (1 + 10 + 45) / 1024)
+    assert a.sign_test(a) == 1
 
 
 def test_noise_recommends_nothing():
@@ -158,7 +158,7 @@ def test_noise_recommends_nothing():
              (2 + torch.randn(400, generator=generator)).tolist())
         for i in range(5)
     ]  # fmt: skip
-    assert probes.judge(noisy).level == "ok"
+    assert probes.probe_finding(noisy).level == "ok"
 
 
 def test_a_better_reading_is_recommended_by_either_measure():
@@ -167,23 +167,23 @@ def test_a_better_reading_is_recommended_by_either_measure():
     likely = made("likely", hits, [x - 0.2 + 0.05 * (i % 3) for i, x in enumerate(nats)])
     often = made("often", [True] * 180 + [False] * 20, nats)
     for better in (likely, often):
-        finding = probes.judge([present, better])
+        finding = probes.probe_finding([present, better])
         assert finding.level == "warning"
         assert better.reading.name in finding.text
         assert "do this" in finding.text
-        assert probes.judge([better, present]).level == "ok"
+        assert probes.probe_finding([better, present]).level == "ok"
     torn = made("torn", [False] * 200, likely.nats)  # type: ignore[arg-type]
-    assert probes.judge([present, torn]).level == "ok"
+    assert probes.probe_finding([present, torn]).level == "ok"
 
 
 def test_a_bad_best_and_too_little_text_are_told():
     low = made("as read", [True] + [False] * 199, [9.0] * 200)
-    finding = probes.judge([low])
+    finding = probes.probe_finding([low])
     assert finding.level == "warning"
     assert "no other reading helps" in finding.text
-    assert probes.judge([made("as read", [True], [1.0])]).level == "note"
+    assert probes.probe_finding([made("as read", [True], [1.0])]).level == "note"
     unknown = made("as read", [True, False] * 100, [1.0, math.inf] * 100)
-    assert "50% of the target's tokens can be drafted" in probes.judge([unknown]).text
+    assert "50% of the target's tokens can be drafted" in probes.probe_finding([unknown]).text
 
 
 # The bundled pair.
@@ -205,7 +205,7 @@ def copied(to: Path, **config: Any) -> Path:
 def judged(bundled, folder: Path | str) -> Finding:
     target, texts = bundled
     drafter = load_drafter("d", BUNDLED / folder if isinstance(folder, str) else folder)
-    return probes.judge(measure(Engine(twin(target), drafter), texts))
+    return probes.probe_finding(measure(Engine(twin(target), drafter), texts))
 
 
 @pytest.mark.slow

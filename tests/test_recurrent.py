@@ -25,7 +25,7 @@ from ttspec.drafters.ngram import Ngram
 from ttspec.errors import TargetError
 from ttspec.models.recurrent import StateCache
 from ttspec.models.target import Target, load_target, wrap_target
-from ttspec.models.unfit import attention_windows
+from ttspec.models.unsupported import attention_windows
 from ttspec.rowcache import RowCache
 
 WIDTH, SLOTS = 6, 500

@@ -16,7 +16,7 @@ from toys import replay_batch as blocks_of
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from ttspec.bench import roofline as r
-from ttspec.bench.stages import Stage
+from ttspec.bench.roofline_report import Stage
 from ttspec.bench.timing import Plan, Rates, measure_rates, time_rounds
 from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
@@ -336,7 +336,7 @@ def test_the_command_tells_every_stage(pair, capsys, monkeypatch) -> None:
 
 @pytest.mark.parametrize("flags", [("--drafter", "none"), ("--draft.length", "0")])
 def test_without_a_drafter_there_is_only_the_plain_step(pair, capsys, monkeypatch, flags) -> None:
-    monkeypatch.setattr("ttspec.bench.stages.measure_rates", lambda *_: Rates(1e10, 1e11))
+    monkeypatch.setattr("ttspec.bench.roofline_report.measure_rates", lambda *_: Rates(1e10, 1e11))
     given = [*pair[:2], *pair[4:]] if flags[0] == "--drafter" else pair
     assert roofline(given, *flags, "--context", "20", "--rounds", "2", "--json") == 0
     told = json.loads(capsys.readouterr().out)

@@ -9,8 +9,8 @@ import torch
 from test_manifests import MANIFESTS
 from toys import complaint
 
+from ttspec.bench.roofline_report import measure
 from ttspec.bench.run_set import open_runs
-from ttspec.bench.stages import measure
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import random_suite
 from ttspec.cli import main

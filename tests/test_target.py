@@ -25,7 +25,7 @@ from ttspec import DraftConfig, load
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME, folded_attention
 from ttspec.models.target import Target, wrap_target
-from ttspec.models.unfit import attention_windows
+from ttspec.models.unsupported import attention_windows
 
 PLAIN = {"learn": None, "draft": DraftConfig(length=0)}
 WINDOWED = {

@@ -19,7 +19,7 @@ from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
 from ttspec.models.attention import folded_attention
 from ttspec.models.target import wrap_target
-from ttspec.models.unfit import attention_windows
+from ttspec.models.unsupported import attention_windows
 
 CPU = torch.device("cpu")
 QUICK = Effort(rounds=24, tokens=40)
@@ -128,7 +128,7 @@ def test_a_planted_fault_fails(fault, name: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_error_is_told_in_standard_deviations() -> None:
-    errors, right = targets.Errors(), 100 * torch.randn(1000, generator=torch.Generator())
+    errors, right = targets.LargestError(), 100 * torch.randn(1000, generator=torch.Generator())
     errors.add(right + 0.01, right)
     assert errors.largest == pytest.approx(0.01 / float(right.std()), rel=0.05)
     errors.add(right * torch.nan, right)

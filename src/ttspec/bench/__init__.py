@@ -8,7 +8,7 @@ Where to start: `cli/bench.py`, which calls these in this order.
     bench report    run_set.py (folders as one run), report.py (plots, tables, page)
     bench compare   compare.py
     bench import    vllm_import.py
-    bench roofline  stages.py; roofline.py counts bytes, timing.py runs rounds by the clock
+    bench roofline  roofline_report.py; roofline.py counts bytes, timing.py runs rounds by the clock
 
 What they share: results.py (`Turn`, `Arm`: what was measured), store.py and jsonl.py (the run
 folder), manifest.py (how it was made), estimates.py and metrics.py (numbers with intervals). A

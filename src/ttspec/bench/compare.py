@@ -9,7 +9,7 @@ from typing import Literal
 
 from ttspec.bench import metrics as m
 from ttspec.bench.estimates import Estimate, Pair
-from ttspec.bench.manifest import mark
+from ttspec.bench.manifest import run_label
 from ttspec.bench.metrics import Batches
 from ttspec.bench.results import Arm
 from ttspec.bench.run_set import Manifest, check_alike, check_texts, different_part
@@ -69,7 +69,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
             "Compare runs with the same options."
         )
     found = []
-    for arms in _couples(mine, theirs, a, b):
+    for arms in _arm_pairs(mine, theirs, a, b):
         x, y = _on_common_units(*arms, a, b)
         if not different_texts:
             check_texts(one if one.get("dtype") == other.get("dtype") else {}, [y, x])
@@ -80,7 +80,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         known = {name: pair for name, pair in pairs.items() if pair}
         if "acceptance" not in known:
             raise DataError(f"{x.name} of {a} or {y.name} of {b} has no rounds.\nCompare others.")
-        marked, units = mark(one) or mark(other), len(x.units)
+        marked, units = run_label(one) or run_label(other), len(x.units)
         found.append(Comparison(a=x.name, b=y.name, units=units, pairs=known, mark=marked))
     return found
 
@@ -137,7 +137,7 @@ def _open(name: str) -> tuple[Manifest, list[Arm]]:
     return manifest, chosen
 
 
-def _couples(mine: list[Arm], theirs: list[Arm], a: str, b: str) -> list[tuple[Arm, Arm]]:
+def _arm_pairs(mine: list[Arm], theirs: list[Arm], a: str, b: str) -> list[tuple[Arm, Arm]]:
     if len(mine) == len(theirs) == 1:
         return [(mine[0], theirs[0])]
     by_name = {arm.name: arm for arm in theirs}
@@ -148,7 +148,7 @@ def _couples(mine: list[Arm], theirs: list[Arm], a: str, b: str) -> list[tuple[A
 
 
 def _on_common_units(x: Arm, y: Arm, a: str, b: str) -> list[Arm]:
-    kept = m.matched([x, y])
+    kept = m.on_common_units([x, y])
     if len(kept) < 2 or not kept[0].turns:
         raise DataError(
             f"{x.name} of {a} and {y.name} of {b} have no finished request in common.\n"

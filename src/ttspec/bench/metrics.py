@@ -146,12 +146,12 @@ STRETCHES = (
 _repeated = cache(repeated_ngrams)
 
 
-def only(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:
+def of_requests(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:
     """The arms with the requests low..high - 1."""
     return [replace(arm, turns=[t for t in arm.turns if low <= t.request < high]) for arm in arms]
 
 
-def matched(arms: Sequence[Arm]) -> list[Arm]:
+def on_common_units(arms: Sequence[Arm]) -> list[Arm]:
     """The arms with the units that all of them have finished; arms with none are left out."""
     some = [arm for arm in arms if arm.turns]
     if not some:
@@ -222,13 +222,13 @@ def draft_positions(arm: Arm) -> list[float]:
     return [float(np.mean(accepted[proposed >= i] >= i)) for i in longest]
 
 
-def drafted_share(arm: Arm) -> float | None:
+def draft_acceptance_rate(arm: Arm) -> float | None:
     """Accepted over proposed; None where nothing was drafted."""
     proposed = sum(r.proposed for r in arm.rounds)
     return sum(r.accepted for r in arm.rounds) / proposed if proposed else None
 
 
-def inter_token(arm: Arm) -> list[float] | None:
+def inter_token_latency(arm: Arm) -> list[float] | None:
     """p50, p95 and p99 over tokens of the seconds a token took: its round's wait over its tokens.
 
     The tokens of a round come together; giving all the wait to the first would make p50 zero.
@@ -244,7 +244,7 @@ def inter_token(arm: Arm) -> list[float] | None:
     return np.quantile(each, (0.5, 0.95, 0.99), method="inverted_cdf").tolist()
 
 
-def first_token(arm: Arm) -> float | None:
+def time_to_first_token(arm: Arm) -> float | None:
     """Median seconds until a turn's first token."""
     known = [turn.first_token for turn in arm.turns if turn.first_token > 0]
     return median_low(known) if known else None

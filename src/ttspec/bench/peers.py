@@ -37,7 +37,7 @@ class SkippedError(Exception):
     """Why a peer cannot run here, in one line."""
 
 
-class Clock(BaseStreamer):
+class TokenTimes(BaseStreamer):
     """When the prompt, then each token was handed on (s)."""
 
     def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Peer:
     def warm_up(self, tokens: int) -> None:
         """Generate, uncounted."""
         ids = torch.tensor([prompt_ids(self.target.tokenizer, "Hello")], device=self.target.device)
-        self.generate(ids, min(tokens, self.max_new_tokens), Clock())
+        self.generate(ids, min(tokens, self.max_new_tokens), TokenTimes())
 
     def measure(
         self, request: Request, number: int, seed: int, quota: int | None = None
@@ -110,7 +110,7 @@ class Peer:
             )
         return turns
 
-    def generate(self, ids: Tensor, most: int, clock: Clock) -> Tensor:
+    def generate(self, ids: Tensor, most: int, clock: TokenTimes) -> Tensor:
         """What `generate` makes of int64 [1, P]: int64 [1, P + N], with N up to `most`."""
         cache = {}
         if self.cache is not None:
@@ -130,7 +130,7 @@ class Peer:
         self, ids: list[int], most: int, position: int, reason: FinishReason, seed: int
     ) -> dict[str, Any]:
         """One turn's fields."""
-        device, target, clock = self.target.device, self.target, Clock()
+        device, target, clock = self.target.device, self.target, TokenTimes()
         cuda = device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(device)
@@ -199,7 +199,10 @@ def open_peers(
             compiled = arm.kind == "hf-compiled"
             if compiled and not _compiles(target.device):
                 raise SkippedError("transformers compiles `generate` on GPUs only")
-            config, model = _config(target, sampling, ends), _twin(target.model)
+            config, model = (
+                _config(target, sampling, ends),
+                _with_transformers_attention(target.model),
+            )
             cache = StaticCache(config=model.config, max_cache_len=slots) if compiled else None
         except SkippedError as reason:
             skipped[arm.name] = str(reason)
@@ -220,7 +223,7 @@ def _compiles(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _twin(model: nn.Module) -> Any:
+def _with_transformers_attention(model: nn.Module) -> Any:
     """The same modules with the same weights, and transformers' own attention."""
     shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     twin: Any = copy.deepcopy(model, shared)

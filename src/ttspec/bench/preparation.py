@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, cast
 
 from ttspec.bench.arms import PEERS, ArmSpec
-from ttspec.bench.manifest import describe, describe_drafter, forced
+from ttspec.bench.manifest import describe, describe_drafter, forced_acceptance_label
 from ttspec.bench.peers import Peer, open_peers
 from ttspec.bench.suites import Request, Suite
 from ttspec.config import GenerateConfig
@@ -104,7 +104,7 @@ def prepare_run(
     arms = [arm for arm in arms if arm.name not in skipped]
     if not arms:
         raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
-    mark = forced({"random_weights": engine.random_weights})
+    mark = forced_acceptance_label({"random_weights": engine.random_weights})
     title = f"ttspec bench: {suite.name}" + (f" ({mark})" if mark else "")
     manifest = describe(engine, title=title) | {
         "suite": {
@@ -224,7 +224,7 @@ def require_rows(
     notices = []
     for arm in arms:
         engine = engines[arm.name]
-        config, lengths = _config_and_lengths(engine, arm, requests, **options)
+        config, lengths = _config_and_row_length(engine, arm, requests, **options)
         try:
             notice = engine.require_rows(config, rows, **lengths)
         except ResourceError as error:
@@ -233,7 +233,7 @@ def require_rows(
     return notices
 
 
-def fit_side_by_side(
+def fits_into_memory(
     engines: Mapping[str, Engine],
     arms: Sequence[ArmSpec],
     requests: Sequence[Request],
@@ -246,26 +246,26 @@ def fit_side_by_side(
     """
     need = 0
     for arm in arms:
-        config, lengths = _config_and_lengths(engines[arm.name], arm, requests, **options)
+        config, lengths = _config_and_row_length(engines[arm.name], arm, requests, **options)
         need += engines[arm.name].forecast(config, rows, **lengths).total
     free = free_memory(next(iter(engines.values())).target.device)
     return free is not None and need <= SPARE * free
 
 
-def _config_and_lengths(
+def _config_and_row_length(
     engine: Engine, arm: ArmSpec, requests: Sequence[Request], **options: Any
 ) -> tuple[GenerateConfig, dict[str, Any]]:
     """An arm's options, and what of the suite says how long its rows are."""
     config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)
     template = engine.chat_template(config)
-    lengths = [_tokens_of(template, cast("Prompt", request[0])) for request in requests]
+    lengths = [_prompt_length(template, cast("Prompt", request[0])) for request in requests]
     context = min(engine.target.context, config.context or engine.target.context)
     longest = max((n for n in lengths if n < context), default=1)  # others fail by themselves
     sessions = max(map(len, requests)) > 1
     return config, {"longest_prompt": longest, "sessions": sessions}
 
 
-def _tokens_of(template: ChatTemplate, prompt: Prompt) -> int:
+def _prompt_length(template: ChatTemplate, prompt: Prompt) -> int:
     """Tokens of a first prompt; 1 of one that will fail by itself."""
     try:
         return len(ChatHistory(template).ask(prompt))

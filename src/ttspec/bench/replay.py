@@ -18,7 +18,7 @@ from torch.nn.attention import sdpa_kernel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.bench.arms import PEERS, ArmSpec
-from ttspec.bench.manifest import describe, describe_drafter, replayed
+from ttspec.bench.manifest import describe, describe_drafter, replay_label
 from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
 from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
@@ -115,7 +115,7 @@ def record(
     for (request, seed), texts in texts_of.items():
         turns, keys = (
             {turn.turn: turn for turn in source.units[request, seed]},
-            keys_of(seed, texts),
+            noise_keys(seed, texts),
         )
         for text in texts:
             ids, last = text.ids, first + len(text.ids) - 1
@@ -129,9 +129,9 @@ def record(
                 table[here] = part.cpu()
             for number, begin in text.begins.items():
                 result, key = turns[number].result, keys[number]
-                answers[key] = Answer(first, last, result.token_ids, is_cut(result))
+                answers[key] = Answer(first, last, result.token_ids, ended_by_limit(result))
                 end = begin + len(result.token_ids)
-                drawn += _count_drawn_again(target, read[0], fed[0], key, begin, end, sampling)
+                drawn += _count_reproduced(target, read[0], fed[0], key, begin, end, sampling)
                 count += len(result.token_ids)
             first = last + 1
     if drawn < LEAST_AGREEMENT * count:
@@ -196,7 +196,7 @@ def conversations(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[T
     return found, notes
 
 
-def _count_drawn_again(
+def _count_reproduced(
     target: Target, hidden: Tensor, ids: Tensor, key: int, begin: int, end: int, s: SamplingConfig
 ) -> int:
     """How many tokens ids[begin:end] are what the target draws after hidden [L, H] before them."""
@@ -216,14 +216,14 @@ def _count_drawn_again(
     return same
 
 
-def keys_of(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
+def noise_keys(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
     """The noise key of each turn's answer, by the turn's number."""
     start = texts[0].ids[: min(texts[0].begins.values())]
     numbers = (number for text in texts for number in text.begins)
     return {number: noise_key(seed, start, turn=number) for number in numbers}
 
 
-def is_cut(result: Result) -> bool:
+def ended_by_limit(result: Result) -> bool:
     """Whether a limit ended an answer."""
     return result.finish_reason in ("length", "context")
 
@@ -232,10 +232,10 @@ def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
     """A run's answers by their noise keys."""
     answers = {}
     for (request, seed), texts in texts_of.items():
-        keys = keys_of(seed, texts)
+        keys = noise_keys(seed, texts)
         for turn in source.units[request, seed]:
             if key := keys.get(turn.turn):
-                answers[key] = KnownAnswer(turn.result.token_ids, is_cut(turn.result))
+                answers[key] = KnownAnswer(turn.result.token_ids, ended_by_limit(turn.result))
     return answers
 
 
@@ -300,7 +300,7 @@ def prepare(
     replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
     if timed:
         replay["timed"] = True
-    title = f"ttspec bench: {old['suite']['name']} ({replayed({'replay': replay})})"
+    title = f"ttspec bench: {old['suite']['name']} ({replay_label({'replay': replay})})"
     manifest = describe(engine, title=title) | {"replay": replay}
     if checksum_of(manifest, "target") != checksum_of(old, "target"):
         raise DataError(
@@ -375,15 +375,15 @@ def _fitting_rows(
     return rows
 
 
-class TimelessStore(Store):
+class UntimedStore(Store):
     """A run folder without times: those of a replay are nobody's."""
 
     def add(self, arm: str, turns: Sequence[Turn]) -> None:
         """Write a finished unit."""
-        super().add(arm, [_timeless(turn) for turn in turns])
+        super().add(arm, [_without_times(turn) for turn in turns])
 
 
-def _timeless(turn: Turn) -> Turn:
+def _without_times(turn: Turn) -> Turn:
     result = turn.result
     rounds = [replace(r, seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
     stats = summarise(

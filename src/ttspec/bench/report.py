@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from ttspec.bench import metrics as m
 from ttspec.bench.figures import PLOTS, position_figure
-from ttspec.bench.manifest import mark
+from ttspec.bench.manifest import run_label
 from ttspec.bench.plot_style import COLOURS, colours, stamp, to_svg, write_figure
 from ttspec.bench.report_tables import all_tables, pairs_of
 from ttspec.bench.results import Arm
@@ -70,7 +70,7 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
     if any(arm.folder for arm in run.arms):  # a panel a folder, for a README
         figures["across"] = position_figure(run.arms, across=True)
     for name, figure in figures.items():
-        if marked := mark(run.manifest):
+        if marked := run_label(run.manifest):
             stamp(figure, marked)
         write_figure(figure, out / name)
     tables = all_tables(run.arms, run.manifest)
@@ -99,12 +99,12 @@ def summarise_run(run: RunSet) -> dict[str, Any]:
             "tokens": arm.tokens,
             "acceptance_length": json_values(m.acceptance(arm)),
             "acceptance_length_over_requests": json_values(m.acceptance_over_requests(arm)),
-            "accepted_share": m.drafted_share(arm),
+            "accepted_share": m.draft_acceptance_rate(arm),
             "accepted_at": m.draft_positions(arm),
             "repeated_8grams": arm.repeated_8grams,
             "tokens_per_second": json_values(m.speed(arm)),
-            "first_token_seconds": m.first_token(arm),
-            "inter_token_seconds": m.inter_token(arm),
+            "first_token_seconds": m.time_to_first_token(arm),
+            "inter_token_seconds": m.inter_token_latency(arm),
             "seconds_a_token": m.stage_seconds(arm),
             "learning_share": arm.learning_share,
             "updates": arm.updates,

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttspec.bench import metrics as m
 from ttspec.bench.arms import PEERS
-from ttspec.bench.manifest import mark
+from ttspec.bench.manifest import run_label
 from ttspec.bench.metrics import Batches
 from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, Table, interval, number, ratio
@@ -28,11 +28,11 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     ]
     if len(parts) > 1:
         tables += [
-            stretch_table(m.only(arms, *span), f"{STRETCH_TITLE}: {name}")
+            stretch_table(m.of_requests(arms, *span), f"{STRETCH_TITLE}: {name}")
             for name, span in parts.items()
         ]
     tables += position_tables(arms)
-    if found := mark(manifest):
+    if found := run_label(manifest):
         tables = [replace(table, title=f"{table.title} ({found})") for table in tables]
     return [table for table in tables if table.rows]
 
@@ -45,7 +45,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     # Other implementations draw with other noise: their samples say nothing about ours.
     incomparable = [first.name, *(peers if manifest.get("temperature") else [])]
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
-    if mark(manifest):  # what is drafted is emitted there, or what was recorded
+    if run_label(manifest):  # what is drafted is emitted there, or what was recorded
         incomparable = list(same)
     return Table(
         title="Acceptance",
@@ -74,7 +74,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
                 f"{arm.tokens:,}",
                 interval(m.acceptance(arm)),
                 interval(m.acceptance_over_requests(arm)),
-                number(m.drafted_share(arm), ".1%"),
+                number(m.draft_acceptance_rate(arm), ".1%"),
                 f"{arm.repeated_8grams:.1%}",
                 EMPTY if arm.name in incomparable else f"{same[arm.name]} of {len(arm.units)}",
             )
@@ -87,7 +87,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     """Wall clock of each arm, all of it; `side_by_side` requests shared the machine."""
 
     def waits(arm: Arm) -> str:
-        found = m.inter_token(arm)
+        found = m.inter_token_latency(arm)
         return EMPTY if found is None else " / ".join(number(w, ".1f", 1000) for w in found)
 
     peaks = {a.name: max((t.peak_memory or 0 for t in a.turns), default=0) for a in arms}
@@ -95,7 +95,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
         "arm": lambda arm: arm.name,
         "tokens per second": lambda arm: interval(m.speed(arm), 1),
         f"of {side_by_side} rows": lambda arm: interval(Batches(side_by_side).speed(arm), 1),
-        "first token (ms)": lambda arm: number(m.first_token(arm), ".0f", 1000),
+        "first token (ms)": lambda arm: number(m.time_to_first_token(arm), ".0f", 1000),
         "a token p50 / p95 / p99 (ms)": waits,
         "share of learning": lambda arm: number(
             arm.learning_share if arm.updates and arm.seconds else None, ".1%"

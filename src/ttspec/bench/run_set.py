@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ttspec.bench.arms import PEERS
-from ttspec.bench.manifest import forced, forced_sentence, mark_sentence
-from ttspec.bench.metrics import different_texts, matched
+from ttspec.bench.manifest import forced_acceptance_label, forced_acceptance_notice, run_notice
+from ttspec.bench.metrics import different_texts, on_common_units
 from ttspec.bench.results import Arm
 from ttspec.bench.store import read_run
 from ttspec.errors import DataError
@@ -65,7 +65,7 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunS
         for label, (_, own) in runs.items()
         for arm in own
     ]
-    pairs = matched(arms)
+    pairs = on_common_units(arms)
     if not pairs or not pairs[0].turns:
         raise DataError(
             f"{', '.join(map(str, folders))} has no request that every arm has finished.\n"
@@ -84,7 +84,7 @@ def check_alike(a: Manifest, b: Manifest, one: str, other: str) -> None:
         DataError: Two manifests differ in it; `one` and `other` are what to call them.
     """
     if a.get("random_weights") != b.get("random_weights"):
-        mine, theirs = (forced_sentence(m) or "It ran on real weights." for m in (a, b))
+        mine, theirs = (forced_acceptance_notice(m) or "It ran on real weights." for m in (a, b))
         raise DataError(
             f"{one}: {mine} {other}: {theirs}\n"
             "Compare runs of the same shapes and the same --accept, or runs on real weights."
@@ -122,7 +122,9 @@ def check_texts(manifest: Manifest, arms: Sequence[Arm]) -> None:
 
 def _same_expected(manifest: Manifest) -> bool:
     greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
-    return greedy and not forced(manifest)  # where drafts are kept unread, texts differ
+    return greedy and not forced_acceptance_label(
+        manifest
+    )  # where drafts are kept unread, texts differ
 
 
 def _different_peers(manifest: Manifest, arms: Sequence[Arm]) -> Iterator[str]:
@@ -142,7 +144,7 @@ def _left_out(
     arms: Sequence[Arm], kept: Sequence[Arm], manifests: Iterable[Manifest]
 ) -> Iterator[str]:
     manifests = list(manifests)
-    yield from filter(None, map(mark_sentence, manifests))
+    yield from filter(None, map(run_notice, manifests))
     units = {arm.name: len(arm.units) for arm in kept}
     yield from (f"{a.name} has no finished request." for a in arms if a.name not in units)
     for arm in arms:

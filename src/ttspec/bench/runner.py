@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 
-from ttspec.bench.preparation import Batch, PreparedRun, engines_for, fit_side_by_side
+from ttspec.bench.preparation import Batch, PreparedRun, engines_for, fits_into_memory
 from ttspec.bench.results import Arm, Turn
 from ttspec.bench.store import Store
 from ttspec.bench.suites import Request, is_tokens, text_of
@@ -70,7 +70,7 @@ def measure_all(
     rows = max(map(len, batches), default=1)
     ours = [arm for arm in arms if arm.name not in run.peers]
     # Each arm keeps the caches and graphs of its last requests for its next ones, if they fit.
-    if rows == 1 or fit_side_by_side(engines, ours, requests, rows, **run.options):
+    if rows == 1 or fits_into_memory(engines, ours, requests, rows, **run.options):
         engines = engines_for(engine, arms, run.drafters, one_each=True)
     total = sum(map(len, batches))
     left = [[job for job in batch if job.key not in store.done] for batch in batches]

@@ -58,14 +58,14 @@ def import_run(file: Path, out: Path, arm: str = "vllm") -> Imported:
         raise DataError(f"{out} is there already and not empty.\nName a new or empty folder.")
     rows = _read(file)
     head = rows.pop(0)[1] if rows and "recording" in rows[0][1] else {}
-    with _understood(f"{file}, line 1"):
+    with _naming_line(f"{file}, line 1"):
         wanted = head["suite"]["requests"] if head else max(len(rows), 1)
     if len(rows) != wanted:
         raise DataError(f"{file} has {len(rows)} requests of {wanted}.\nRecord it again.")
     found, places = Imported(), {}
     for count, (where, row) in enumerate(rows):
         row.setdefault("request", count)
-        with _understood(where):
+        with _naming_line(where):
             for mark in {(row["request"], row.get("seed", 0)), row.get("id")} - {None}:
                 if mark in places:
                     raise DataError(
@@ -106,14 +106,14 @@ def _read(file: Path) -> list[tuple[str, Row]]:
     rows = []
     for number, line in enumerate(lines, 1):
         where = f"{file}, line {number}"
-        with _understood(where):
+        with _naming_line(where):
             if line.strip():
                 rows.append((where, dict(json.loads(line))))
     return rows
 
 
 @contextmanager
-def _understood(where: str) -> Iterator[None]:
+def _naming_line(where: str) -> Iterator[None]:
     """Name the line where something in it is not what it should be."""
     try:
         yield
@@ -130,7 +130,7 @@ def _turn(where: str, row: Row) -> Turn:
     ids = choice.get("token_ids")
     if not ids:
         raise DataError(f'{where} has no token_ids.\nAsk vLLM with "return_token_ids": true.')
-    _whole(row["request"], seed, usage["prompt_tokens"], *ids)
+    _require_counts(row["request"], seed, usage["prompt_tokens"], *ids)
     if usage["completion_tokens"] != len(ids):
         raise ValueError(f"{len(ids)} token_ids for {usage['completion_tokens']} tokens")
     if choice["finish_reason"] not in REASONS:
@@ -197,7 +197,7 @@ def _rounds(counts: Sequence[Sequence[int]], tokens: int) -> list[Round]:
     """
     rounds, position = [], 1
     for proposed, accepted in counts:
-        _whole(proposed, accepted)
+        _require_counts(proposed, accepted)
         emitted = min(accepted + 1, tokens - position)
         if accepted > proposed or emitted < 1:
             raise ValueError(f"{accepted} of {proposed} drafts accepted after token {position}")
@@ -209,7 +209,7 @@ def _rounds(counts: Sequence[Sequence[int]], tokens: int) -> list[Round]:
     return rounds
 
 
-def _whole(*values: Any) -> None:
+def _require_counts(*values: Any) -> None:
     for value in values:
         if type(value) is not int or value < 0:
             raise ValueError(f"{value!r} is no whole number from 0 up")
@@ -228,7 +228,7 @@ def _manifest(file: Path, head: Row, rows: list[tuple[str, Row]], arm: str, foun
         raise DataError(
             f"{file} mixes the models {', '.join(map(str, models))}.\nImport each alone."
         )
-    asked = [_asked(row) for _, row in rows]
+    asked = [_prompt_identity(row) for _, row in rows]
     return {
         "title": f"ttspec bench import: {file.name}",
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -252,7 +252,7 @@ def _manifest(file: Path, head: Row, rows: list[tuple[str, Row]], arm: str, foun
     }
 
 
-def _asked(row: Row) -> Any:
+def _prompt_identity(row: Row) -> Any:
     """What tells a request's prompt from others: its tokens where vLLM returned them."""
     ids = row.get("prompt_token_ids") or row["choices"][0].get("prompt_token_ids")
     return ids or [row.get("prompt"), row["usage"]["prompt_tokens"]]

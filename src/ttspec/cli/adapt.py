@@ -75,7 +75,7 @@ def adapt(
     draft = draft if draft.adaptive is not None else replace(draft, adaptive=False)
     with ExitStack() as work:
         if out is not None:
-            work.enter_context(_folder(out))
+            work.enter_context(_new_folder(out))
         if keep is None:
             keep = Path(mkdtemp(prefix="ttspec-adapt-"))
             work.callback(shutil.rmtree, keep, ignore_errors=True)
@@ -94,7 +94,7 @@ def adapt(
 
 
 @contextmanager
-def _folder(out: Path) -> Iterator[None]:
+def _new_folder(out: Path) -> Iterator[None]:
     """Make a folder before the work that fills it, and remove it if it stays empty.
 
     Raises:
@@ -149,17 +149,17 @@ def _adapt(
         raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
     with _ending_as_ctrl_c():
         if is_run:
-            answers = _replayed(engine, traffic, config, rows)
+            answers = _replayed_answers(engine, traffic, config, rows)
         else:
-            answers = _answered(engine, cast("list[list[Prompt]]", dialogues), config, rows)
+            answers = _new_answers(engine, cast("list[list[Prompt]]", dialogues), config, rows)
         try:
-            interrupted = _follow(answers)
+            interrupted = _report_progress(answers)
         finally:
             kept = engine.close()  # the last version is written
-    return engine, _kept(engine, config, written=kept), interrupted
+    return engine, _kept_version(engine, config, written=kept), interrupted
 
 
-def _answered(
+def _new_answers(
     engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, rows: int
 ) -> Iterator[Result]:
     """The target's answers to what was asked."""
@@ -168,7 +168,9 @@ def _answered(
             yield chunk.result
 
 
-def _replayed(engine: Engine, folder: Path, config: GenerateConfig, rows: int) -> Iterator[Result]:
+def _replayed_answers(
+    engine: Engine, folder: Path, config: GenerateConfig, rows: int
+) -> Iterator[Result]:
     """The answers of a run, which are read and not written."""
     from ttspec.bench.arms import ArmSpec
     from ttspec.bench.replay import open_source, prepare, replayable
@@ -186,7 +188,7 @@ def _replayed(engine: Engine, folder: Path, config: GenerateConfig, rows: int) -
             yield from (turn.result for turn in turns)
 
 
-def _follow(answers: Iterator[Result]) -> bool:
+def _report_progress(answers: Iterator[Result]) -> bool:
     """Say how far it is and what the drafter gains; whether it was interrupted."""
     from ttspec.records import acceptance_length
 
@@ -208,7 +210,7 @@ def _follow(answers: Iterator[Result]) -> bool:
     return False
 
 
-def _kept(engine: Engine, config: GenerateConfig, *, written: bool) -> Version:
+def _kept_version(engine: Engine, config: GenerateConfig, *, written: bool) -> Version:
     """The version that drafts from now on; says what it is worth.
 
     Raises:

@@ -103,7 +103,7 @@ def run(
     GenerateConfig(**options, seed=0)  # complains before anything is loaded
     engine = models.load(notify=say)
 
-    from ttspec.bench.manifest import forced_sentence
+    from ttspec.bench.manifest import forced_acceptance_notice
     from ttspec.bench.preparation import prepare_run
     from ttspec.bench.store import Store
 
@@ -114,7 +114,7 @@ def run(
     prepared = prepare_run(engine, specs, asked, numbers, **shape, **options)
     code = _measured(engine, prepared, Store(out, prepared.manifest))
     if is_random:
-        say(forced_sentence(prepared.manifest))
+        say(forced_acceptance_notice(prepared.manifest))
     return code
 
 
@@ -155,9 +155,9 @@ def replay(
     require_positive(rows=rows)
 
     from ttspec.bench.arms import parse_arms
-    from ttspec.bench.manifest import mark_sentence
+    from ttspec.bench.manifest import run_notice
     from ttspec.bench.preparation import find_drafters
-    from ttspec.bench.replay import TimelessStore, open_source, prepare, replayable
+    from ttspec.bench.replay import UntimedStore, open_source, prepare, replayable
     from ttspec.bench.store import Store
 
     specs = replayable(parse_arms(arms), timed=timed)
@@ -165,11 +165,11 @@ def replay(
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
     prepared = prepare(engine, source, specs, drafters, rows, out=out, timed=timed)
-    for sentence in (mark_sentence(prepared.manifest), *prepared.manifest["notes"]):
+    for sentence in (run_notice(prepared.manifest), *prepared.manifest["notes"]):
         say(sentence)
     if timed:
         return _measured(engine, prepared, Store(out, prepared.manifest))
-    return _measured(engine, prepared, TimelessStore(out, prepared.manifest), warm_up=0)
+    return _measured(engine, prepared, UntimedStore(out, prepared.manifest), warm_up=0)
 
 
 def _measured(engine: Engine, prepared: PreparedRun, store: Store, **options: Any) -> int:
@@ -274,13 +274,13 @@ def compare(
     different_texts
         Compare also where greedy arms emitted different tokens.
     """
-    from ttspec.bench import compare as judge
+    from ttspec.bench import compare as comparison
     from ttspec.bench.table import table_console
 
-    found = judge.compare(a, b, different_texts=different_texts)
+    found = comparison.compare(a, b, different_texts=different_texts)
     console = table_console()
-    judge.comparison_table(found, a, b).print(console)
-    line, good = judge.verdict(found, metric, fail_below)
+    comparison.comparison_table(found, a, b).print(console)
+    line, good = comparison.verdict(found, metric, fail_below)
     console.print(line, markup=False, soft_wrap=True)
     return 0 if good else 1
 
@@ -319,7 +319,7 @@ def roofline(
     options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
     engine = models.load(notify=say)
 
-    from ttspec.bench.stages import measure
+    from ttspec.bench.roofline_report import measure
     from ttspec.bench.table import table_console
 
     options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}

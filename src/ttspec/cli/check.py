@@ -125,13 +125,13 @@ def compare(
         expected = engine.generate(prompt, **options_of(plain))[0]
         for name, config in arms.items():
             result = engine.generate(prompt, **options_of(config))[0]
-            finding = judge(engine, prompt, name, expected, result, plain)
+            finding = compare_answers(engine, prompt, name, expected, result, plain)
             if not quiet:
                 print(line(finding), flush=True)
             yield finding
 
 
-def judge(
+def compare_answers(
     engine: Engine, prompt: str, arm: str, expected: Result, found: Result, plain: GenerateConfig
 ) -> Finding:
     """Compare two answers, and where they part ask the target how sure it was."""
@@ -142,7 +142,7 @@ def judge(
     if position is None:
         return base
     margin = margin_at(engine, expected, position, plain)
-    tied = margin < tie(str(engine.target.dtype).removeprefix("torch."))
+    tied = margin < tie_margin(str(engine.target.dtype).removeprefix("torch."))
     kind = "near-tie" if tied else "different"
     return replace(base, verdict=kind, position=position, margin=margin)
 
@@ -158,7 +158,7 @@ def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateCo
     return token_margin(engine, ids, answer + position, key, answer=answer, **options_of(plain))
 
 
-def tie(dtype: str) -> float:
+def tie_margin(dtype: str) -> float:
     """The gap under which the target's best two tokens count as tied."""
     return NEAR_TIE if dtype == "float32" else COARSE_TIE
 
@@ -189,7 +189,7 @@ def conclusion(findings: list[Finding], dtype: str, *, ok: bool, strict: bool = 
     different = len(findings) - sum(counts.values())
     text = (
         f"{'ok' if ok else 'FAILED'}: {len(findings)} answers, {counts['identical']} identical, "
-        f"{counts['near-tie']} identical up to a near-tie (margin under {tie(dtype):g}), "
+        f"{counts['near-tie']} identical up to a near-tie (margin under {tie_margin(dtype):g}), "
         f"{different} different, in {dtype}"
     )
     if strict:

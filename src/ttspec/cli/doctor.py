@@ -101,11 +101,11 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
     """Everything there is to tell, as JSON values; memory is in bytes."""
     from ttspec.decoding.engine import SESSION_CONTEXT
     from ttspec.diagnosis import findings
-    from ttspec.diagnosis.memory import judge, memory
+    from ttspec.diagnosis.memory import memory, memory_finding
 
     target, drafter = engine.target, engine.drafter
     parts = memory(engine, rows, min(context or SESSION_CONTEXT, target.context))
-    found = [*findings.examine(engine), judge(parts, target.device)]
+    found = [*findings.examine(engine), memory_finding(parts, target.device)]
     return {
         "path": str(target.path) if target.path else None,
         "target": _target(target),

@@ -245,7 +245,7 @@ class ShapeFlags(ModelFlags):
                 "Give the drafts kept a round, in turn, as in --accept 3,2,4."
             )
         self._prepare()
-        from ttspec.bench.manifest import forced_sentence
+        from ttspec.bench.manifest import forced_acceptance_notice
         from ttspec.decoding.forced import load_random
         from ttspec.heap import freeze_heap
 
@@ -260,5 +260,5 @@ class ShapeFlags(ModelFlags):
         )
         freeze_heap()
         if notify:
-            notify(forced_sentence({"random_weights": engine.random_weights}))
+            notify(forced_acceptance_notice({"random_weights": engine.random_weights}))
         return engine

@@ -29,7 +29,7 @@ from ttspec.learning.live_weights import (
     resolve_learn_config,
 )
 from ttspec.models.target import Target
-from ttspec.models.unfit import ORDINARY, RECURRENT
+from ttspec.models.unsupported import ORDINARY, RECURRENT
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
 """Config entries with which layers' keys differ in ways that are not told here."""

@@ -21,7 +21,7 @@ from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
-from ttspec.models.weights import not_finite
+from ttspec.models.weight_checks import not_finite
 from ttspec.records import TokenLogprobs
 from ttspec.rowcache import RowCache, reach_of
 from ttspec.sampling import pick, position_noise

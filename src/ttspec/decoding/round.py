@@ -26,7 +26,7 @@ from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.update_schedule import AFTER, UpdateSchedule
 from ttspec.models.target import Target
-from ttspec.models.weights import not_finite
+from ttspec.models.weight_checks import not_finite
 from ttspec.records import LONGEST_COPY, Verification
 from ttspec.rowcache import BUCKET, reach_of
 

@@ -41,7 +41,7 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     return parts | {"work": work, "rows": rows, "context": context, "total": total}
 
 
-def judge(parts: dict[str, int], device: torch.device) -> Finding:
+def memory_finding(parts: dict[str, int], device: torch.device) -> Finding:
     """Does it fit into what the device has?"""
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory

@@ -109,7 +109,7 @@ class Measured:
             1.0, max(high, p)
         )  # rounding may pass p where it is 0 or 1
 
-    def chance(self, other: Measured) -> float:
+    def sign_test(self, other: Measured) -> float:
         """How likely positions that differ are shared out so unevenly by chance (sign test)."""
         pairs = list(zip(self.hits, other.hits, strict=True))
         more, less = pairs.count((True, False)), pairs.count((False, True))
@@ -125,11 +125,11 @@ class Measured:
         error = stdev(differences) / math.sqrt(len(differences))
         return mean(differences), _standard_errors(tries) * error
 
-    def beats(self, other: Measured, tries: int) -> bool:
+    def is_better_than(self, other: Measured, tries: int) -> bool:
         """Better in one measure and worse in none, beyond what chance does in so many tries."""
         change, margin = self.change(other, tries)
         clear = abs(change) > margin
-        uneven = self.chance(other) < (1 - CONFIDENCE) / tries
+        uneven = self.sign_test(other) < (1 - CONFIDENCE) / tries
         better = (clear and change < 0) or (uneven and self.acceptance > other.acceptance)
         worse = (clear and change > 0) or (uneven and self.acceptance < other.acceptance)
         return better and not worse
@@ -150,7 +150,7 @@ def probe(
             "\nName a drafter, or drop --probe."
         )
     measured = measure(engine, write(engine, prompts, tokens))
-    return measured, judge(measured)
+    return measured, probe_finding(measured)
 
 
 def write(engine: Engine, prompts: Sequence[str], tokens: int) -> list[tuple[list[int], int]]:
@@ -252,7 +252,7 @@ def tap_ids(drafter: Drafter, taps: Sequence[int]) -> tuple[str, list[int]] | No
     return None
 
 
-def judge(measured: Sequence[Measured]) -> Finding:
+def probe_finding(measured: Sequence[Measured]) -> Finding:
     """Which reading is best, if chance does not explain it; the first one is the present one."""
     present, *others = measured
     count = len(present.hits)
@@ -262,7 +262,7 @@ def judge(measured: Sequence[Measured]) -> Finding:
     if count < TOO_FEW:
         text = f"{here}; too few positions to tell readings apart"
         return Finding(name="probe", level="note", text=text)
-    better = [m for m in others if m.beats(present, len(others))]
+    better = [m for m in others if m.is_better_than(present, len(others))]
     if better:
         best = min(better, key=lambda m: (m.surprise, -m.acceptance))
         text = (
@@ -270,7 +270,7 @@ def judge(measured: Sequence[Measured]) -> Finding:
             f"first drafts accepted at {best.surprise:.3f} nats a token, "
             f"as read {_share_of(present)} at {present.surprise:.3f}; {best.reading.setting}"
         )
-        if best.chance(present) >= (1 - CONFIDENCE) / len(others):
+        if best.sign_test(present) >= (1 - CONFIDENCE) / len(others):
             text += " (the nats tell them apart, acceptance alone does not yet)"
         return Finding(name="probe", level="warning", text=text)
     if present.acceptance < LOW_ACCEPTANCE:

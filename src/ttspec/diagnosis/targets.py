@@ -147,7 +147,9 @@ def _check(
         ties, wrong = texts(target, reference, effort.tokens)
     except TargetError:
         raise
-    except Exception as error:  # whatever an unfit model raises, the other rows are to be seen
+    except (
+        Exception
+    ) as error:  # whatever an unsupported model raises, the other rows are to be seen
         first = (str(error).strip() or repr(error)).splitlines()[0]
         return Row(name=name, status="fail", reason=f"{type(error).__name__}: {first}")
     count = 2 * PROMPTS * effort.tokens
@@ -188,7 +190,7 @@ def rollback(target: Target, reference: PreTrainedModel, rounds: int) -> tuple[f
     cache = target.cache(ROWS, text.shape[1], WIDEST)
     lengths = torch.zeros(ROWS, dtype=torch.long)
     kept: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    logit_errors, feature_errors = Errors(), Errors()
+    logit_errors, feature_errors = LargestError(), LargestError()
     for number in range(rounds):
         width = int(torch.randint(1, WIDEST + 1, (), generator=draw))
         keep = 1 + torch.randint(1 << 30, (ROWS,), generator=draw) % width
@@ -205,17 +207,17 @@ def rollback(target: Target, reference: PreTrainedModel, rounds: int) -> tuple[f
         if number % max(1, rounds // TAILS) == 0:
             whole = text[:, : int(place.max()) + 1].clone()
             whole[rows, place] = block
-            wanted, states = _read(reference, whole.to(device))
+            expected, states = _read(reference, whole.to(device))
             at = rejected.nonzero(as_tuple=True)
             there = at[0], place[at]
-            logit_errors.add(found[at], wanted[there])
+            logit_errors.add(found[at], expected[there])
             feature_errors.add(features[at], states[there])
         lengths += keep
-    wanted, states = _read(reference, text[:, : int(lengths.max())].to(device))
+    expected, states = _read(reference, text[:, : int(lengths.max())].to(device))
     for place, committed, found, features in kept:
         at = committed.nonzero(as_tuple=True)
         there = at[0], place[at]
-        logit_errors.add(found[at], wanted[there])
+        logit_errors.add(found[at], expected[there])
         feature_errors.add(features[at], states[there])
     return logit_errors.largest, feature_errors.largest
 
@@ -225,11 +227,11 @@ def reading(target: Target, reference: PreTrainedModel) -> float:
     draw = torch.Generator().manual_seed(1)
     tokens = torch.randint(int(target.config.vocab_size), (2, 48), generator=draw)
     tokens = tokens.to(target.device)
-    wanted, states = _read(reference, tokens)
+    expected, states = _read(reference, tokens)
     features, hidden = target.read(tokens)
-    errors = Errors()
+    errors = LargestError()
     errors.add(features, states)
-    errors.add(target.compute_logits(hidden), wanted)
+    errors.add(target.compute_logits(hidden), expected)
     return errors.largest
 
 
@@ -270,16 +272,16 @@ def texts(target: Target, reference: PreTrainedModel, tokens: int) -> tuple[int,
     return ties, wrong[:1]
 
 
-class Errors:
+class LargestError:
     """The largest difference from what is right, in its standard deviations."""
 
     def __init__(self) -> None:
         self.largest = 0.0
 
-    def add(self, found: Tensor, wanted: Tensor) -> None:
+    def add(self, found: Tensor, expected: Tensor) -> None:
         """Compare two tensors of one shape; a NaN counts as infinite."""
-        if wanted.numel() > 1:
-            error = (found - wanted).abs().max() / wanted.std()
+        if expected.numel() > 1:
+            error = (found - expected).abs().max() / expected.std()
             self.largest = max(self.largest, float(error.nan_to_num(torch.inf)))
 
 

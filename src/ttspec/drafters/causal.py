@@ -37,7 +37,7 @@ from ttspec.drafters.functional import (
 from ttspec.drafters.layers import Weights, activation_of
 from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError
-from ttspec.models.unfit import attention_windows
+from ttspec.models.unsupported import attention_windows
 from ttspec.records import ReplayBatch, Verification
 
 READ_AT_ONCE = 512

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
+from ttspec.drafters.config_keys import refuse_keys
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.dflash2 import DFlash2
 from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.drafters.keys import refuse_keys
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_names import native_names
 from ttspec.drafters.pard import Pard

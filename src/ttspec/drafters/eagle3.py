@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ttspec.compiled import compiled, compiled_once
 from ttspec.config import DraftConfig
-from ttspec.drafters import taught_chain
+from ttspec.drafters import teacher_forced_chain
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, positions, row_index
 from ttspec.drafters.context import (
@@ -182,8 +182,8 @@ class Eagle3(FeatureDrafter):
     @compiled_once
     def _extend_layer(self, state: ChainState, weights: Weights, text: Text) -> None:
         h, at = self._fused_before(state, weights, text), text.position - 1
-        if taught_chain.fits(self, state):  # nothing is drafted there
-            return taught_chain.make_context(self, state, h, text.tokens, at)
+        if teacher_forced_chain.fits(self, state):  # nothing is drafted there
+            return teacher_forced_chain.make_context(self, state, h, text.tokens, at)
         given = weights, h, text.tokens, at, state.rope, state.options.window
         rest = text.position >= state.slots  # a row at rest begins past the last slot
         # A prompt's first token has no row.
@@ -253,9 +253,11 @@ class Eagle3(FeatureDrafter):
         assert isinstance(state, ChainState)
         assert batch.before is not None
         h = self.fuse(state.weights, batch.before)  # [B, A, H]
-        if taught_chain.fits(self, state):
+        if teacher_forced_chain.fits(self, state):
             tokens = batch.tokens[..., : blocks.length]
-            return self.logits(taught_chain.states_of_chains(self, state, h, tokens, blocks))
+            return self.logits(
+                teacher_forced_chain.states_of_chains(self, state, h, tokens, blocks)
+            )
         chains = self._chains(state, blocks, in_place=False)
         return self.logits(self._teacher_forced(chains, h, batch.tokens))
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Drafter
+from ttspec.drafters.config_keys import LAYOUT
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.drafters.keys import LAYOUT
 from ttspec.drafters.rotary import PLAIN, rope_parameters
 from ttspec.models.target import Target
 

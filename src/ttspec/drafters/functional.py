@@ -26,7 +26,7 @@ from ttspec.errors import OptionError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
-from ttspec.models.unfit import attention_windows, last_position
+from ttspec.models.unsupported import attention_windows, last_position
 from ttspec.rowcache import LayerCache
 
 Module = TypeVar("Module", bound=torch.nn.Module)

@@ -24,7 +24,7 @@ from ttspec.errors import TargetError
 from ttspec.models.gguf_config import ROPE_FACTORS, config_of, sampling_of
 from ttspec.models.gguf_parts import read_parts
 from ttspec.models.gguf_tokenizer import end_tokens, gguf_tokenizer
-from ttspec.models.weights import require_finite
+from ttspec.models.weight_checks import require_finite
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,18 +18,18 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.errors import OptionError, ResourceError, TargetError
 from ttspec.models.packed import can_pack
 from ttspec.models.quantised import (
-    is_unpacked,
-    make_plain,
-    refuse_untried,
+    refuse_unsupported,
     require_package,
     require_plain,
     require_products,
+    unpack_linears,
     unpacked_bytes,
-    unpacking,
+    unpacking_config,
+    unpacks_on_load,
 )
 from ttspec.models.source import Source
-from ttspec.models.unfit import softcap_of
-from ttspec.models.weights import require_finite_weights, require_whole
+from ttspec.models.unsupported import softcap_of
+from ttspec.models.weight_checks import require_finite_weights, require_whole
 
 if TYPE_CHECKING:
     from ttspec.models.gguf import GgufFile
@@ -63,7 +63,7 @@ class Files:
             packed_head = text.vocab_size * text.hidden_size * dtype.itemsize
         if self.gguf:
             return packed_head + self.gguf.elements * dtype.itemsize
-        if is_unpacked(self.config):
+        if unpacks_on_load(self.config):
             return packed_head + unpacked_bytes(self.config, dtype)
         return packed_head + stored_bytes(self.source.path, None if self.quantised else dtype)
 
@@ -92,8 +92,8 @@ class Files:
             options["attn_implementation"] = "eager"
         # Of another shape than the config's, or missing: refused by name, rather than drawn.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        if is_unpacked(self.config):
-            options["config"] = unpacking(self.config)
+        if unpacks_on_load(self.config):
+            options["config"] = unpacking_config(self.config)
         tokenizer = _tokenizer_in(path)
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -106,8 +106,8 @@ class Files:
         model, found = loaded
         require_whole(path, found)
         _refuse_offloaded(path, model)
-        if is_unpacked(self.config):
-            make_plain(model, dtype)
+        if unpacks_on_load(self.config):
+            unpack_linears(model, dtype)
         if self.quantised:
             require_plain(path, model)
             require_products(path, model, dtype)
@@ -140,7 +140,7 @@ def open_files(source: Source) -> Files:
                 "which ttspec never runs.\nGive a model that transformers knows by itself."
             ) from error
         raise _not_loaded(source.path, error) from error
-    refuse_untried(source.path, config)
+    refuse_unsupported(source.path, config)
     return Files(source=source, config=config)
 
 

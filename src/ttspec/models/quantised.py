@@ -42,13 +42,13 @@ KIND = re.compile(r"(WeightOnly|Activation.*Weight)Config$")
 """Of torchao, what is a kind of quantisation, and no setting of one."""
 
 
-def is_unpacked(config: Any) -> bool:
+def unpacks_on_load(config: Any) -> bool:
     """Whether a model's weights are unpacked as they are read."""
     given = _settings(config)
     return _method(given) in UNPACKED or bool(_torchao_kinds(given) & set(TORCHAO_UNPACKED))
 
 
-def unpacking(config: Any) -> Any:
+def unpacking_config(config: Any) -> Any:
     """The config with which transformers unpacks weights as it reads them."""
     config = copy.deepcopy(config)
     if _method(_settings(config)) in UNPACKED:  # of others it reads what `make_plain` unpacks
@@ -56,7 +56,7 @@ def unpacking(config: Any) -> Any:
     return config
 
 
-def refuse_untried(path: Path, config: Any) -> None:
+def refuse_unsupported(path: Path, config: Any) -> None:
     """Refuse what was not tried, or what verifies wrong.
 
     Raises:
@@ -125,7 +125,7 @@ def require_plain(path: Path, model: PreTrainedModel) -> None:
             )
 
 
-def make_plain(model: PreTrainedModel, dtype: torch.dtype) -> None:
+def unpack_linears(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Leave nothing of what unpacked a model: linear modules with weights in `dtype`.
 
     compressed-tensors keeps scales, and a forward of its own that rounds activations

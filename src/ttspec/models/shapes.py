@@ -28,7 +28,7 @@ from ttspec.drafters.checkpoint import kind_of, make_drafter
 from ttspec.errors import OptionError
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import Target, wrap_target
-from ttspec.models.unfit import attention_windows
+from ttspec.models.unsupported import attention_windows
 
 SCALE = 0.02
 """Standard deviation of random matrices, as transformers initialises; norms are 1."""

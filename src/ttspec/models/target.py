@@ -25,14 +25,19 @@ from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.fused_forward import FusedForward, fits_model
-from ttspec.models.generation import sampling_defaults
+from ttspec.models.generation_config import sampling_defaults
 from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
 from ttspec.models.loading import DeviceMap, Files, open_files
 from ttspec.models.packed import pack_linears
 from ttspec.models.quantised import stored_nbytes
 from ttspec.models.recurrent import StateCache, use_states
 from ttspec.models.source import Source, resolve
-from ttspec.models.unfit import attention_windows, last_position, refuse_generation, refuse_model
+from ttspec.models.unsupported import (
+    attention_windows,
+    last_position,
+    refuse_generation,
+    refuse_model,
+)
 from ttspec.rowcache import INVARIANT_STEP, STEP, RowCache, causal_mask, reach_of
 from ttspec.spans import has_kernel, is_batch_invariant
 from ttspec.spans import spans as spans_of

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ttspec.bench import roofline as r
-from ttspec.bench.manifest import describe_device, forced, forced_sentence
+from ttspec.bench.manifest import describe_device, forced_acceptance_label, forced_acceptance_notice
 from ttspec.bench.table import Table, number
 from ttspec.bench.timing import Plan, Rates, Timed, measure_rates, models_alone, timed
 from ttspec.config import DraftConfig, LearnConfig
@@ -91,7 +91,7 @@ class Roofline:
             for name, seconds in self.outside.items()
         ]
         pair = " with ".join(filter(None, (self.settings["target"], self.settings["drafter"])))
-        mark = forced(self.settings)
+        mark = forced_acceptance_label(self.settings)
         return Table(
             title=f"{pair} ({mark})" if mark else pair,
             note="\n".join(self.notes),
@@ -243,7 +243,7 @@ def _settings(engine: Engine, drafter: Drafter | None, learn: LearnConfig | None
 def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
     s = settings
     notes = [
-        forced_sentence(s),
+        forced_acceptance_notice(s),
         f"{s['device']}, {s['dtype']}, {'compiled, ' * s['compiled']}{s['rows']} x {s['context']} "
         f"tokens; CPU threads {s['threads']}, torch {s['torch']}, commit {s['git'] or 'unknown'}.",
         f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
