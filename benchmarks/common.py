@@ -10,45 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import IO, Any
 
 import torch
-from cyclopts import App, Parameter
+from cyclopts import App
 
-from ttspec.bench.manifest import device_name
-from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 from ttspec.drafters.checkpoint import BUNDLED, read_config
 from ttspec.errors import TtspecError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
 INTERRUPTED = 130
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class Shapes:
-    """Published shapes with random weights, and where they run."""
-
-    random_weights: str = "qwen3-8b+dflash"
-    """As of `ttspec bench roofline`."""
-    accept: str = "3,2,4"
-    """Drafts kept a round, in turn."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    dtype: str = "auto"
-    """Number format; auto is bfloat16 where the hardware has it."""
-    compile: bool = True
-    """Compile the models' layers, on a GPU."""
-
-    def load(self) -> Engine:
-        """Make the pair."""
-        where = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
-        return load_random(self.random_weights, self.accept, **where)
 
 
 def main(app: App) -> None:
@@ -79,15 +53,6 @@ def portable(text: str, name: str, folder: str) -> str:
     return re.sub(rf"--out \S*?({folder})", rf"--out runs/{name}/\1", text)
 
 
-def device_info(device: torch.device, dtype: str | torch.dtype) -> dict[str, Any]:
-    """What a figure must say about where it was measured."""
-    return {
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-    }
-
-
 def timed(device: torch.device, run: Callable[[], Any]) -> float:
     """Seconds until the device has nothing left to do."""
     cuda = device.type == "cuda"
@@ -115,14 +80,3 @@ def middle_95(ratio: Callable[[list[Any]], float], units: Sequence[Any], draws: 
     rng = Random(0)
     drawn = sorted(ratio(rng.choices(units, k=len(units))) for _ in range(draws))
     return f"[{drawn[draws // 40]:.3f}, {drawn[-draws // 40]:.3f}]"
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes on a GPU; 0 on a CPU, which does not count them."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def show_tables(folder: Path, table: Callable[[dict[str, Any]], Any]) -> None:
-    """Print the Markdown table of every JSON file of a folder."""
-    for path in sorted(folder.glob("*.json")):
-        print(table(json.loads(path.read_text(encoding="utf-8"))).markdown())

@@ -7,7 +7,9 @@ beside the rounds is counted whole. What a setting costs is its time against tha
 the same turn; the interval is a bootstrap over turns.
 """
 
+import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -15,15 +17,18 @@ from typing import Any
 
 import common
 import numpy as np
-from cyclopts import App
+import torch
+from cyclopts import App, Parameter
 
 from ttspec.bench.arms import parse_arms
 from ttspec.bench.estimates import share
 from ttspec.bench.jsonl import write_json
+from ttspec.bench.manifest import device_name
 from ttspec.bench.table import EMPTY, Table
 from ttspec.bench.timing import fill
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.forced import load_random
 
 WARM_UPDATES = 3
 """Updates of each graph before anything is counted."""
@@ -32,10 +37,37 @@ NEVER = 1_000_000
 app = App(help=__doc__)
 
 
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """Published shapes with random weights, and where they run."""
+
+    random_weights: str = "qwen3-8b+dflash"
+    """As of `ttspec bench roofline`."""
+    accept: str = "3,2,4"
+    """Drafts kept a round, in turn."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = "auto"
+    """Number format; auto is bfloat16 where the hardware has it."""
+    compile: bool = True
+    """Compile the models' layers, on a GPU."""
+
+    def load(self) -> Engine:
+        """Make the pair."""
+        where = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
+        return load_random(self.random_weights, self.accept, **where)
+
+
 def arms_of(strides: str) -> str:
     """static, low-rank changes that never learn, and those that learn at every stride."""
     learning = (f"learn[weights=lora,rank=8,stride={n}]" for n in (NEVER, *strides.split(",")))
     return ";".join(("static", *learning))
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes on a GPU; 0 on a CPU, which does not count them."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 class Setting:
@@ -47,7 +79,7 @@ class Setting:
         most = rounds * (engine.drafter.length + 1)
         self.arm, self.context, self.rounds = arm, context, rounds
         self.device = engine.target.device
-        before = common.allocated(self.device)
+        before = allocated(self.device)
         options = {"max_new_tokens": most, "ignore_eos": True}
         config = GenerateConfig(**options, draft=spec.draft, learn=spec.learn)
         self.decoder = engine.decoder(config, rows, context, sessions=False)
@@ -55,7 +87,7 @@ class Setting:
         stride = (spec.learn.stride if spec.learn else 1) or 1
         for _ in range(1 if stride > rounds else -(-WARM_UPDATES * stride // rounds) + 1):
             self.turn()
-        self.bytes_added = common.allocated(self.device) - before
+        self.bytes_added = allocated(self.device) - before
         self.turns: list[float] = []
         print(f"{arm}: {self.bytes_added / 2**20:,.0f} MiB", file=sys.stderr, flush=True)
 
@@ -86,7 +118,7 @@ class Setting:
 def run(
     out: Path = Path("runs/exposed"),
     *,
-    shapes: common.Shapes = common.Shapes(),
+    shapes: Shapes = Shapes(),
     rows: int = 1,
     context: int = 512,
     arms: str = "",
@@ -122,7 +154,9 @@ def run(
             setting.turns.append(setting.turn())
     found = {
         "pair": shapes.random_weights,
-        **common.device_info(engine.target.device, engine.target.dtype),
+        "device": device_name(engine.target.device),
+        "torch": torch.__version__,
+        "dtype": str(engine.target.dtype).removeprefix("torch."),
         "compile": shapes.compile,
         "accept": shapes.accept,
         "context": context,
@@ -136,7 +170,8 @@ def run(
 @app.command
 def show(folder: Path = common.RESULTS / "exposed") -> None:
     """Print the tables of what was measured."""
-    common.show_tables(folder, table)
+    for path in sorted(folder.glob("*.json")):
+        print(table(json.loads(path.read_text(encoding="utf-8"))).markdown())
 
 
 def table(found: dict[str, Any]) -> Table:

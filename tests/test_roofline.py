@@ -355,9 +355,9 @@ def test_every_kind_of_drafter_is_counted(which: str) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (("--rows", "0"), "--rows is 0; allowed is 1 or more."),
-        (("--context", "0"), "--context is 0; allowed is 1 or more."),
-        (("--rounds", "0"), "--rounds is 0; allowed is 1 or more."),
+        (("--rows", "0"), 'Invalid value "0" for --rows. Must be >= 1.'),
+        (("--context", "0"), 'Invalid value "0" for --context. Must be >= 1.'),
+        (("--rounds", "0"), 'Invalid value "0" for --rounds. Must be >= 1.'),
         (("--context", "500"), "--context is 500, but"),
         (("--rounds", "500"), "--context is 512, but"),
         (("--no-learn", "--learn.stride", "2"), "--no-learn was given"),

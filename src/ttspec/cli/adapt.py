@@ -17,8 +17,8 @@ from ttspec.cli.options import (
     GenerateFlags,
     LearnFlags,
     ModelFlags,
+    Positive,
     options_of,
-    require_positive,
 )
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
@@ -41,7 +41,7 @@ def adapt(
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
     learning: LearnFlags = LearnFlags(),
-    rows: int = 8,
+    rows: Positive = 8,
 ) -> int:
     """Let a drafter learn from recorded traffic, with the learner that learns in use.
 
@@ -70,7 +70,6 @@ def adapt(
             "adapt would keep nothing.\nGive --out, a folder for the drafter, or --learn.keep, one "
             "for versions of it, or both."
         )
-    require_positive(rows=rows)
     # Nobody waits for these answers: updates may take the time that they take.
     draft = draft if draft.adaptive is not None else replace(draft, adaptive=False)
     with ExitStack() as work:

@@ -14,8 +14,9 @@ from ttspec.cli.options import (
     LearnFlag,
     LearnFlags,
     ModelFlags,
+    Positive,
+    PositiveOrNone,
     ShapeFlags,
-    require_positive,
 )
 from ttspec.cli.progress import show_progress
 from ttspec.cli.terminal import say, to_json
@@ -39,13 +40,13 @@ def run(
     *,
     out: Path,
     suite: str | None = None,
-    requests: int | None = None,
-    prompt_tokens: int | None = None,
+    requests: PositiveOrNone = None,
+    prompt_tokens: PositiveOrNone = None,
     arms: str = "plain,static,learn",
     models: ShapeFlags = ShapeFlags(),
-    rows: int = 1,
+    rows: Positive = 1,
     max_new_tokens: int = 256,
-    session_tokens: int | None = None,
+    session_tokens: PositiveOrNone = None,
     temperature: float = 0.0,
     seeds: str = "0",
     ignore_eos: Flag = False,
@@ -89,9 +90,6 @@ def run(
     from ttspec.bench.arms import check_forced, parse_arms
     from ttspec.bench.suites import load_suites, random_suite
 
-    require_positive(
-        requests=requests, prompt_tokens=prompt_tokens, rows=rows, session_tokens=session_tokens
-    )
     specs, numbers = parse_arms(arms), _seeds(seeds)
     is_random = models.random_weights is not None
     if is_random:
@@ -127,7 +125,7 @@ def replay(
     text: str | None = None,
     timed: Flag = False,
     models: ModelFlags = ModelFlags(),
-    rows: int | None = None,
+    rows: PositiveOrNone = None,
 ) -> int:
     """Measure what arms accept on the text of an earlier run, which the target reads only once.
 
@@ -152,8 +150,6 @@ def replay(
         Requests side by side. As many as the run had: then rounds are its rounds. [default: all,
         of all seeds, or as many as fit into memory; timed as many as the run had]
     """
-    require_positive(rows=rows)
-
     from ttspec.bench.arms import parse_arms
     from ttspec.bench.manifest import run_notice
     from ttspec.bench.preparation import find_drafters
@@ -289,9 +285,9 @@ def compare(
 def roofline(
     *,
     models: ShapeFlags = ShapeFlags(),
-    rows: int = 1,
-    context: int = 512,
-    rounds: int = 20,
+    rows: Positive = 1,
+    context: Positive = 512,
+    rounds: Positive = 20,
     temperature: float = 0.0,
     draft: DraftFlags = DraftFlags(),
     learn: LearnFlag = True,
@@ -315,7 +311,6 @@ def roofline(
     as_json
         Print one JSON object, in bytes, operations and seconds.
     """
-    require_positive(rows=rows, context=context, rounds=rounds)
     options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
     engine = models.load(notify=say)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttspec.cli.demo_turns import LONG, SHORT
-from ttspec.cli.options import Flag, ModelFlags, SessionLearnFlags, require_positive
+from ttspec.cli.options import Flag, ModelFlags, PositiveOrNone, SessionLearnFlags
 from ttspec.cli.terminal import follow, say
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
@@ -28,7 +28,7 @@ def demo(
     *,
     models: ModelFlags = ModelFlags(),
     long: Flag = False,
-    tokens: int | None = None,
+    tokens: PositiveOrNone = None,
     temperature: float = 0.7,
     seed: int = 0,
     learning: SessionLearnFlags = SessionLearnFlags(),
@@ -55,7 +55,6 @@ def demo(
     out
         Folder for the page, the plot and the rounds as JSON. [default: runs/demo-DATE-TIME]
     """
-    require_positive(tokens=tokens)
     goal = tokens if tokens is not None else 6000 if long else SESSION_TOKENS
     learn = learning.config()
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"

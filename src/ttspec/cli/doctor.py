@@ -15,7 +15,8 @@ from ttspec.cli.options import (
     Flag,
     JsonFlag,
     ModelFlags,
-    require_positive,
+    Positive,
+    PositiveOrNone,
 )
 from ttspec.cli.terminal import say, to_json
 from ttspec.errors import CheckpointError, OptionError
@@ -35,8 +36,8 @@ def doctor(
     *,
     probe: Flag = False,
     targets: Flag = False,
-    rows: int = 1,
-    context: int | None = None,
+    rows: Positive = 1,
+    context: PositiveOrNone = None,
     device: Device = "auto",
     device_map: DeviceMap | None = None,
     dtype: Dtype = "auto",
@@ -72,7 +73,6 @@ def doctor(
     if targets:
         _only_targets(target=target, drafter=drafter, probe=probe, context=context, dtype=dtype)
         return _targets(device, as_json=as_json)
-    require_positive(rows=rows, context=context)
     models = ModelFlags(
         target=target, drafter=drafter, device=device, device_map=device_map, dtype=dtype
     )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import docstring_parser
 from cyclopts import Parameter
+from cyclopts.validators import Number
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, Scope
 from ttspec.errors import OptionError
@@ -27,6 +28,8 @@ DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 """Without a --no- form."""
+Positive = Annotated[int, Parameter(validator=Number(gte=1))]
+PositiveOrNone = Annotated[int | None, Parameter(validator=Number(gte=1))]
 JsonFlag = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
 LearnFlag = Annotated[bool, Parameter(name="--learn")]
 """Also --no-learn; `LearnFlags` are the options behind its dot."""
@@ -55,18 +58,6 @@ def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> A
         kind = Annotated[types[field.name] | None, Parameter(help=note, negative=no)]
         flags.append((field.name, kind, None))
     return make_dataclass(f"{record.__name__}Flags", flags, frozen=True, kw_only=True)
-
-
-def require_positive(**given: int | None) -> None:
-    """Refuse flags below 1; None was not given.
-
-    Raises:
-        OptionError: Names the flag.
-    """
-    for name, value in given.items():
-        if value is not None and value < 1:
-            flag = name.replace("_", "-")
-            raise OptionError(f"--{flag} is {value}; allowed is 1 or more.")
 
 
 def options_of(record: Any) -> dict[str, Any]:
@@ -166,7 +157,7 @@ class ModelFlags:
     compile: Annotated[bool, Parameter(negative=())] = False
     """On a GPU, compile the models when they are first run: up to a minute for a third less time
     a round."""
-    threads: int | None = None
+    threads: PositiveOrNone = None
     """CPU threads; left out, torch decides."""
 
     def load(self, notify: Callable[[str], None] | None = None) -> Engine:
@@ -190,7 +181,6 @@ class ModelFlags:
 
     def _prepare(self) -> None:
         """Quiet libraries, and the threads that were asked for."""
-        require_positive(threads=self.threads)
         most = THREADS * (os.cpu_count() or 1)
         if (self.threads or 0) > most:  # more than the system gives end the process
             raise OptionError(f"--threads is {self.threads}; allowed is 1 to {most} here.")

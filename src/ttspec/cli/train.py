@@ -4,7 +4,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import Device, Dtype, ModelFlags
+from ttspec.cli.options import Device, Dtype, ModelFlags, PositiveOrNone
 from ttspec.cli.terminal import say
 from ttspec.training.config import TrainConfig
 
@@ -18,7 +18,7 @@ def train(
     target: str = "smollm2-135m",
     device: Device = "auto",
     dtype: Dtype = "auto",
-    threads: int | None = None,
+    threads: PositiveOrNone = None,
 ) -> int:
     """Train a drafter for a target on answers that the target writes itself.
 

@@ -120,10 +120,10 @@ class Eagle3(FeatureDrafter):
                 f"num_aux_hidden_states is {self.tap_count}, {TAP_KEY} names {list(self.taps)}"
             )
         given = rope_parameters(body).get("rope_theta")
+        base = "" if given else " (no rope_theta: as the published training code)"
         self.interpretation = {
             "taps": convention,
-            "rope base": f"{self.rope.base:g}"
-            + ("" if given else " (no rope_theta: as the published training code)"),
+            "rope base": f"{self.rope.base:g}{base}",
             "norm_before_residual": str(self.residual_is_normed).lower()
             + (" (not given)" if normed is None else ""),
             **self._unusual(),
@@ -255,9 +255,8 @@ class Eagle3(FeatureDrafter):
         h = self.fuse(state.weights, batch.before)  # [B, A, H]
         if teacher_forced_chain.fits(self, state):
             tokens = batch.tokens[..., : blocks.length]
-            return self.logits(
-                teacher_forced_chain.states_of_chains(self, state, h, tokens, blocks)
-            )
+            h = teacher_forced_chain.states_of_chains(self, state, h, tokens, blocks)
+            return self.logits(h)
         chains = self._chains(state, blocks, in_place=False)
         return self.logits(self._teacher_forced(chains, h, batch.tokens))
 

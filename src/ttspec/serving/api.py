@@ -23,7 +23,7 @@ from ttspec.serving.worker import Worker
 
 SAMPLING = (
     *("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
-    *("repetition_penalty", "ignore_eos"),
+    *("repetition_penalty", "logit_bias", "ignore_eos"),
 )
 """Fields that go to the engine under their own names."""
 
@@ -116,8 +116,6 @@ class Api:
         changes: dict[str, Any] = {n: v for n in SAMPLING if (v := getattr(body, n)) is not None}
         if body.top_k is not None:
             changes["top_k"] = max(0, body.top_k)  # -1 is vLLM's word for all
-        if body.logit_bias is not None:
-            changes["logit_bias"] = _biases(body.logit_bias)
         if body.min_tokens is not None:
             changes["min_new_tokens"] = body.min_tokens
         try:
@@ -129,12 +127,3 @@ class Api:
             message = str(error).replace("_new_tokens", "_tokens")
             raise bad_request(message, message.partition(" ")[0]) from error
         return config
-
-
-def _biases(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise bad_request(
-            "logit_bias names what is no token; allowed is as in {'198': -5}.", "logit_bias"
-        ) from None

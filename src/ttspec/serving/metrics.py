@@ -9,6 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import (
@@ -45,7 +46,13 @@ class ServerMetrics:
         self._seconds = deque[dict[str, int]](maxlen=HISTORY)
         self._row_seconds = 10.0
         """That an answer has a row, the latest weighing most."""
-        count, gauge, spread = self._counter, self._gauge, self._histogram
+
+        def make(kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+            made = kind(name, text, ["model_name", *labels], registry=self.registry, **options)
+            return made if labels else made.labels(model_name=model)
+
+        count, gauge = partial(make, Counter), partial(make, Gauge)
+        spread = partial(make, Histogram, buckets=LATENCIES)
         self._running = gauge("vllm:num_requests_running", "Answers that have a row.")
         self._waiting = gauge("vllm:num_requests_waiting", "Answers that wait for a row.")
         self._prompt = count("vllm:prompt_tokens", "Tokens of prompts.")
@@ -63,7 +70,7 @@ class ServerMetrics:
         )
         self._first = spread("vllm:time_to_first_token_seconds", "From request to first token.")
         self._whole = spread("vllm:e2e_request_latency_seconds", "From request to last token.")
-        self._queue = spread("vllm:request_queue_time_seconds", "Waiting for a row.")
+        self.queue_time = spread("vllm:request_queue_time_seconds", "Waiting for a row.")
         self._prefill = spread("vllm:request_prefill_time_seconds", "From row to first token.")
         self._decode = spread("vllm:request_decode_time_seconds", "From first to last token.")
         self._each = spread(
@@ -80,13 +87,9 @@ class ServerMetrics:
         self._copied = count("ttspec:copied_tokens", "Accepted tokens that rows copied.")
         self._updates = count("ttspec:learn_updates", "Updates of drafters.")
         self._reverts = count("ttspec:learn_reverts", "Reverts, once for each answer that one met.")
-        self._crashes = count("ttspec:rounds_failed", "Rounds that failed with their answers.")
-        self._cancelled = count("ttspec:requests_cancelled", "Answers whose client went away.")
+        self.failed_rounds = count("ttspec:rounds_failed", "Rounds that failed with their answers.")
+        self.cancelled = count("ttspec:requests_cancelled", "Answers whose client went away.")
         self._errors = count("ttspec:request_errors", "Requests answered with an error.", "status")
-
-    def observe_start(self, seconds: float) -> None:
-        """A job has a row, after so many seconds."""
-        self._queue.observe(seconds)
 
     def observe_step(self, events: Sequence[tuple[Job, Chunk]], *, shared: bool) -> None:
         """A step of the schedulers gave these; `shared`: all rows of a tenant teach one drafter."""
@@ -142,14 +145,6 @@ class ServerMetrics:
         self._answers.observe(len(result.token_ids))
         self._prompts.observe(len(job.ids))
 
-    def count_cancelled(self) -> None:
-        """A client went away."""
-        self._cancelled.inc()
-
-    def count_failed_round(self) -> None:
-        """A round failed."""
-        self._crashes.inc()
-
     def count_error(self, status: int) -> None:
         """A request was answered with an error."""
         self._errors.labels(model_name=self._model, status=str(status)).inc()
@@ -168,16 +163,3 @@ class ServerMetrics:
         """What happened in each of the last seconds in which anything did."""
         with self._lock:
             return [dict(second) for second in self._seconds]
-
-    def _counter(self, name: str, text: str, *labels: str) -> Any:
-        made = Counter(name, text, ["model_name", *labels], registry=self.registry)
-        return made if labels else made.labels(model_name=self._model)
-
-    def _gauge(self, name: str, text: str) -> Any:
-        return Gauge(name, text, ["model_name"], registry=self.registry).labels(
-            model_name=self._model
-        )
-
-    def _histogram(self, name: str, text: str, buckets: Sequence[float] = LATENCIES) -> Any:
-        made = Histogram(name, text, ["model_name"], registry=self.registry, buckets=buckets)
-        return made.labels(model_name=self._model)

@@ -40,7 +40,9 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "n_probs": (0,),
 }
 """Known to OpenAI or vLLM and not supported here, and the values that ask for nothing."""
-Token = Annotated[int, Ge(0)]
+TokenKey = Annotated[int, Field(strict=False)]
+"""A token as JSON has it where it is a key: text."""
+Bias = Annotated[float, Ge(-100), Le(100)]
 
 
 class Strict(BaseModel):
@@ -164,9 +166,7 @@ class Sampled(Strict):
     presence_penalty: Annotated[float, Ge(-2), Le(2)] | None = None
     frequency_penalty: Annotated[float, Ge(-2), Le(2)] | None = None
     repetition_penalty: Annotated[float, Le(10)] | None = None
-    logit_bias: Annotated[dict[str, Annotated[float, Ge(-100), Le(100)]], Len(0, 1024)] | None = (
-        None
-    )
+    logit_bias: Annotated[dict[TokenKey, Bias], Len(0, 1024)] | None = None
     n: Annotated[int, Ge(1), Le(MAX_CHOICES)] = 1
     stop: str | Annotated[list[str], Len(0, MAX_STOPS)] | None = None
     seed: Annotated[int, Ge(-(2**63)), Le(2**63 - 1)] | None = None

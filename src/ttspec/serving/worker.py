@@ -240,13 +240,13 @@ class Worker:
                 self._fail([job], ApiError(500, FAILED))
                 continue
             self._running[scheduler, request] = job
-            self.metrics.observe_start(job.started - job.queued)
+            self.metrics.queue_time.observe(job.started - job.queued)
 
     def _cancel(self, job: Job) -> None:
         if job.ended is None:
             self._remove(job)
             self._end([job])
-            self.metrics.count_cancelled()
+            self.metrics.cancelled.inc()
 
     def _remove(self, job: Job) -> None:
         """Take a job out; its row is free."""
@@ -261,7 +261,7 @@ class Worker:
         """Fail what had a row, and go on with new rows."""
         log.exception("round failed", extra={"event": "round_failed"})
         error.__traceback__ = None  # it holds the old caches
-        self.metrics.count_failed_round()
+        self.metrics.failed_rounds.inc()
         lost = list(self._running.values())
         self._running.clear()
         self._fail(lost, ApiError(500, FAILED, code="round_failed"))
