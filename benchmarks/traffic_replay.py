@@ -69,31 +69,24 @@ class Setup:
         return ttspec.load(self.target, self.drafter, dtype=self.dtype, notify=print)
 
 
-class Clock:
-    """When it is time to stop."""
-
-    def __init__(self, minutes: float) -> None:
-        self._began, self._limit = time.monotonic(), 60 * minutes
-
-    def seconds(self) -> float:
-        """Since it began."""
-        return time.monotonic() - self._began
-
-    def is_over(self) -> bool:
-        """Whether nothing more may begin."""
-        return self.seconds() > self._limit
-
-
 class Lines:
     """The file of results, to which processes may add side by side; a line is written at once."""
 
-    def __init__(self, path: Path, case: str, clock: Clock) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._case, self.clock = case, clock
+    def __init__(self, path: Path, case: str, minutes: float) -> None:
+        self._file, self._case = path.open("a", encoding="utf-8"), case
+        self._began, self._limit = time.monotonic(), 60 * minutes
+
+    def seconds(self) -> float:
+        """Since the file was opened."""
+        return time.monotonic() - self._began
+
+    def is_over(self) -> bool:
+        """Whether the minutes are over, and nothing more may begin."""
+        return self.seconds() > self._limit
 
     def add(self, arm: str, **facts: Any) -> None:
         """Write what an arm did."""
-        line = {"case": self._case, "arm": arm, "at": round(self.clock.seconds(), 1), **facts}
+        line = {"case": self._case, "arm": arm, "at": round(self.seconds(), 1), **facts}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
@@ -127,8 +120,7 @@ def run(
     minutes
         Until it stops.
     """
-    clock = Clock(minutes)
-    lines = Lines(out, case or f"{setup.drafter} {Path(suite).stem}", clock)
+    lines = Lines(out, case or f"{setup.drafter} {Path(suite).stem}", minutes)
     engine = setup.load()
     assert engine.drafter is not None
     config = GenerateConfig(
@@ -152,7 +144,7 @@ def run(
         spec = replace(specs[0], name="adapted")
         ask(recorded.with_drafter(adapted), spec, asked[half:], half, config, lines)
     for wanted in tune if tune != ("none",) else ():
-        if clock.is_over():
+        if lines.is_over():
             break
         tuned, name = fine_tuned(engine, setup.drafter, answers[:half], wanted, lines)
         spec = replace(specs[0], name=name)
@@ -170,7 +162,7 @@ def write_texts(
     engine: Engine, asked: Asked, config: GenerateConfig, lines: Lines
 ) -> tuple[Engine, list[Result]]:
     """Let the target answer everything; an engine that replays it, and the answers."""
-    began, turns = lines.clock.seconds(), dict[tuple[int, int], list[Turn]]()
+    began, turns = lines.seconds(), dict[tuple[int, int], list[Turn]]()
     plain = replace(config, draft=DraftConfig(length=0), learn=None)
     for number, result in answers_of(engine, asked, plain, min(WRITERS, len(asked))):
         user = cast("str", asked[number][0])
@@ -180,7 +172,7 @@ def write_texts(
     sampling = sampling_of(config, engine.target)
     recording, known, notes = record(engine.target, sorted(engine.drafter.taps), source, sampling)
     tokens = sum(len(turn.result.token_ids) for (turn,) in turns.values())
-    lines.add("texts", seconds=lines.clock.seconds() - began, tokens=tokens, notes=notes)
+    lines.add("texts", seconds=lines.seconds() - began, tokens=tokens, notes=notes)
     if len(known) < len(asked):  # one that is not known could not be asked
         asked[:] = [one for number, one in enumerate(asked) if (number, 0) in known]
     recorded = engine.sibling()
@@ -204,16 +196,16 @@ def ask(
     engine: Engine, spec: ArmSpec, asked: Asked, first: int, config: GenerateConfig, lines: Lines
 ) -> None:
     """Let an arm answer, the first request as number `first`; note what it accepted of each."""
-    began = lines.clock.seconds()
+    began = lines.seconds()
     config = replace(config, draft=spec.draft, learn=spec.learn)
     rows = min(READERS if spec.learn else WRITERS, len(asked))
     for number, result in answers_of(engine, asked, config, rows):
         rounds = result.rounds
         counts = {"tokens": sum(r.emitted for r in rounds), "rounds": len(rounds)}
         lines.add(spec.name, n=first + number, **counts)
-        if lines.clock.is_over():
+        if lines.is_over():
             break
-    facts: dict[str, Any] = {"seconds": round(lines.clock.seconds() - began, 1)}
+    facts: dict[str, Any] = {"seconds": round(lines.seconds() - began, 1)}
     if engine._spare and (learner := engine._spare.learner):
         facts |= {"updates": int(learner.weights._steps[0]), "reverts": max(learner.reverts)}
     lines.add(spec.name, **facts)
@@ -234,7 +226,7 @@ def fine_tuned(
 ) -> tuple[Drafter, str]:
     """What `ttspec train --init` makes of answers, and a name for it."""
     epochs, rate = wanted.split(":")
-    drafter, name, began = engine.drafter, f"tuned {epochs} {rate}", lines.clock.seconds()
+    drafter, name, began = engine.drafter, f"tuned {epochs} {rate}", lines.seconds()
     assert drafter is not None
     with TemporaryDirectory() as work:
         texts, folder = Path(work, "answers.jsonl"), Path(work, "run")
@@ -256,7 +248,7 @@ def fine_tuned(
         last: list[Any] = []
         fit(engine.target, config, [texts], last.append)
         told = {"steps": last[-1].tokens, "loss": last[-1].loss, "accuracy": last[-1].accuracy}
-        lines.add(name, training=round(lines.clock.seconds() - began, 1), **told)
+        lines.add(name, training=round(lines.seconds() - began, 1), **told)
         return load_drafter("tuned", folder / "drafter"), name
 
 

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from servers import CONTEXT, HELLO, events, running
 from toys import plain, toy_engine
 
-from ttspec.serving.app import _explained
+from ttspec.serving.app import _validation_error
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 WRONG: dict[str, list[Any]] = {
@@ -140,7 +140,7 @@ def test_each_is_refused_and_nobody_else_is_disturbed(toy_target_dir: Path, monk
 def test_a_field_with_a_typing_mistake_is_told_with_the_one_that_is_near() -> None:
     def told(name: str) -> str:
         wrong = {"type": "extra_forbidden", "loc": ("body", name), "msg": "", "input": 1}
-        return str(_explained(RequestValidationError([wrong])))
+        return str(_validation_error(RequestValidationError([wrong])))
 
     assert told("max_token") == "max_token: there is no such field; is max_tokens meant?"
     assert told("best_of") == "best_of: there is no such field; leave it out."

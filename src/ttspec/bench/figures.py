@@ -41,7 +41,7 @@ def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
         folders.setdefault(arm.folder, []).append(arm)
     several = {folder: own for folder, own in folders.items() if len(own) > 1} or folders
     dotted = [own[0] for folder, own in folders.items() if folder not in several]
-    last = _last_position(arms)
+    last = max([1, *(r.position for arm in arms for r in arm.rounds)])
     width = next((w for most, w in WIDTHS if last <= most), 512)
     figure, grid = panels(len(several), across=across)
     top = 2.0
@@ -162,10 +162,6 @@ def cost_figure(arms: Sequence[Arm]) -> Figure:
     axes.set_xlabel("ratio; right of 1 is better with learning")
     legend(figure, axes, columns=3)
     return figure
-
-
-def _last_position(arms: Sequence[Arm]) -> int:
-    return max([1, *(r.position for arm in arms for r in arm.rounds)])
 
 
 class Plot(NamedTuple):

@@ -121,8 +121,7 @@ def weights_checksum(folder: Path | None) -> str | None:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest() if files else None
 
 

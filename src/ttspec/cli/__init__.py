@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, get_args
 
-from cyclopts import App, CycloptsError, Parameter, Token, convert
+from cyclopts import App, CycloptsError, Parameter, convert
 
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
@@ -58,22 +58,18 @@ def _version() -> str:
 
 def _convert(kind: Any, tokens: Any) -> Any:
     """What cyclopts makes of an option's text; alone it would round 1.5 to a whole number."""
-    if _is_whole(kind):
-        for token in tokens:
-            _require_whole(token)
+    for token in tokens if _is_whole(kind) else ():
+        try:
+            int(token.value)
+        except ValueError:
+            message = f"{token.value!r} was given; allowed is a whole number."
+            raise ValueError(message) from None
     return convert(kind, tokens)
 
 
 def _is_whole(kind: Any) -> bool:
     """It is a type of whole numbers: int, int | None, tuple[int, ...] and so on."""
     return kind is int or any(map(_is_whole, get_args(kind)))
-
-
-def _require_whole(token: Token) -> None:
-    try:
-        int(token.value)
-    except ValueError:
-        raise ValueError(f"{token.value!r} was given; allowed is a whole number.") from None
 
 
 app = App(
@@ -113,7 +109,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     except OSError as error:
         code = WRONG_INPUT if error.errno in TAKEN else FAILED
-        return _complain(f"{_reason(error)}\n{ADVICE.get(error.errno, '')}", code)
+        where = f"{error.filename}: " if error.filename else ""
+        advice = ADVICE.get(error.errno, "")
+        return _complain(f"{where}{error.strerror or error}\n{advice}", code)
 
 
 def _complain(message: str, code: int) -> int:
@@ -121,11 +119,6 @@ def _complain(message: str, code: int) -> int:
     lines = [line.strip() for line in message.splitlines() if line.strip()] or ["unknown error"]
     print("ttspec: error: " + lines[0], *lines[1:2], sep="\n", file=sys.stderr)
     return code
-
-
-def _reason(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    return f"{where}{error.strerror or error}"
 
 
 def _show_what_can_be_shown() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,7 +80,8 @@ def show(folder: Path, *, version: int | None = None, tenant: str | None = None)
         Whose, where there are several.
     """
     found = _version(_store(folder, tenant), version)
-    print(to_json({"path": str(found.path), **found.manifest, "learn": _learn(found)}))
+    learn = json.loads(found.delta().learn)
+    print(to_json({"path": str(found.path), **found.manifest, "learn": learn}))
     return 0
 
 
@@ -231,9 +233,3 @@ def _row(version: Version, is_current: bool) -> tuple[str, ...]:
     counts = [f"{known[name]:,}" for name in ("requests", "updates")]
     name = f"{version.number}{' *' if is_current else ''}"
     return name, known["made"][:16], *counts, *figures, f"{known['bytes'] / 1e6:.1f}"
-
-
-def _learn(version: Version) -> Any:
-    import json
-
-    return json.loads(version.delta().learn)

@@ -49,7 +49,9 @@ class PlainView:
         """The current arm has answered the turn."""
         arm = self.current
         line = f"turn {self.turn + 1:2d}  {self.labels[arm.name]:<16}  {arm.tokens:5d} tokens"
-        self.console.print(f"{line}  {_speed(arm)} tokens/s  {_so_far(arm)} tokens a forward")
+        self.console.print(
+            f"{line}  {arm.tokens_per_second:.1f} tokens/s  {_so_far(arm)} tokens a forward"
+        )
 
 
 class LiveView(PlainView):
@@ -115,7 +117,7 @@ class LiveView(PlainView):
             table.add_row(
                 ("> " if arm is self.current else "  ") + self.labels[arm.name],
                 f"{arm.tokens}/{self.goal}",
-                _speed(arm),
+                f"{arm.tokens_per_second:.1f}",
                 f"{sum(r.emitted for r in recent) / len(recent):.2f}" if recent else "–",
                 _so_far(arm),
                 str(arm.updates),
@@ -133,10 +135,6 @@ def sparkline(values: Sequence[float], width: int = 20, top: float = 4.0) -> str
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     levels = [min(max((mean - 1) / (top - 1), 0.0), 1.0) for mean in means]
     return "".join(BARS[round(level * (len(BARS) - 1))] for level in levels)
-
-
-def _speed(arm: Arm) -> str:
-    return f"{arm.tokens_per_second:.1f}"
 
 
 def _so_far(arm: Arm) -> str:

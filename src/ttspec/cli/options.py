@@ -163,21 +163,24 @@ class ModelFlags:
     def load(self, notify: Callable[[str], None] | None = None) -> Engine:
         """Load the pair. This is where torch is imported."""
         self._prepare()
-        import ttspec
         from ttspec.heap import freeze_heap
 
-        drafter = None if self.drafter == "none" else self.drafter
-        engine = ttspec.load(
+        engine = self._engine(notify)
+        freeze_heap()
+        return engine
+
+    def _engine(self, notify: Callable[[str], None] | None) -> Engine:
+        import ttspec
+
+        return ttspec.load(
             self.target,
-            drafter,
+            None if self.drafter == "none" else self.drafter,
             device=self.device,
             device_map=self.device_map,
             dtype=self.dtype,
             compile=self.compile,
             notify=notify,
         )
-        freeze_heap()
-        return engine
 
     def _prepare(self) -> None:
         """Quiet libraries, and the threads that were asked for."""
@@ -234,21 +237,17 @@ class ShapeFlags(ModelFlags):
                 "--random-weights needs --accept, for random models agree on nothing.\n"
                 "Give the drafts kept a round, in turn, as in --accept 3,2,4."
             )
-        self._prepare()
+        return super().load(notify)
+
+    def _engine(self, notify: Callable[[str], None] | None) -> Engine:
+        if self.random_weights is None or self.accept is None:
+            return super()._engine(notify)
         from ttspec.bench.manifest import forced_acceptance_notice
         from ttspec.decoding.forced import load_random
-        from ttspec.heap import freeze_heap
 
-        if notify:
-            notify(f"Making random weights in the shapes of {self.random_weights}.")
-        engine = load_random(
-            self.random_weights,
-            self.accept,
-            device=self.device,
-            dtype=self.dtype,
-            compile=self.compile,
-        )
-        freeze_heap()
-        if notify:
-            notify(forced_acceptance_notice({"random_weights": engine.random_weights}))
+        tell = notify or (lambda _: None)
+        tell(f"Making random weights in the shapes of {self.random_weights}.")
+        place = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
+        engine = load_random(self.random_weights, self.accept, **place)
+        tell(forced_acceptance_notice({"random_weights": engine.random_weights}))
         return engine

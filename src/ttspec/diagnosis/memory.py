@@ -11,7 +11,6 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.memory_forecast import learning_row, mib, of_run
 from ttspec.decoding.stages import widths
 from ttspec.diagnosis.findings import Finding
-from ttspec.drafters.base import Drafter
 from ttspec.models.target import Target
 
 STRETCH = 1000
@@ -29,7 +28,9 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
         "target_cache_per_1000_tokens": cache,
         "target_state_per_row": states,
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
-        "drafter_cache_per_1000_tokens": _drafter_cache(drafter) if drafter else 0,
+        "drafter_cache_per_1000_tokens": drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
+        if drafter
+        else 0,
         "learning_per_row": learning_row(drafter, full) if drafter else 0,
         "learning_per_row_lora": learning_row(drafter, lora) if drafter else 0,
     }
@@ -65,7 +66,3 @@ def _target_cache(target: Target, width: int) -> tuple[int, int]:
     subset = torch.zeros(1, dtype=torch.long, device=target.device)
     target.forward(cache, zero, zero[0], 0, subset=subset, logits=0)
     return cache.nbytes - cache.state_bytes, cache.state_bytes
-
-
-def _drafter_cache(drafter: Drafter) -> int:
-    return drafter.start(1, STRETCH - 1, DraftConfig()).nbytes

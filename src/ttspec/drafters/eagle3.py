@@ -203,8 +203,7 @@ class Eagle3(FeatureDrafter):
         at, rest = text.position - 1, text.position[:, 0] >= state.slots
         meant = at.masked_fill(at >= state.slots, 0)
         longest = int(meant.max()) + 1 if at.is_cpu else state.slots
-        seen = self._spans(state, at, at, rest)
-        contexts = state.in_place(at, rest, longest, seen)
+        contexts = state.in_place(at, rest, longest, self._spans(state, at, at, rest))
         self._step(weights, h, text.tokens, at, state.rope, contexts)
         if not text.is_all:
             whole.keys[:, text.row], whole.values[:, text.row] = state.keys, state.values

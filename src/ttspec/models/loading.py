@@ -105,7 +105,8 @@ class Files:
             raise _not_loaded(path, error) from error
         model, found = loaded
         require_whole(path, found)
-        _refuse_offloaded(path, model)
+        if places := getattr(model, "hf_device_map", None):
+            _refuse_places(f"{path} does not fit into the GPUs", places)
         if unpacks_on_load(self.config):
             unpack_linears(model, dtype)
         if self.quantised:
@@ -269,9 +270,3 @@ def _refuse_places(what: str, places: dict[str, Any]) -> None:
             f"{what}: weights would be on {' and '.join(sorted(kinds))}; all must be on GPUs, or "
             "all on the CPU.\nUse more GPUs, another dtype, a quantised target or a smaller one."
         )
-
-
-def _refuse_offloaded(path: Path, model: PreTrainedModel) -> None:
-    places = getattr(model, "hf_device_map", None)
-    if places:
-        _refuse_places(f"{path} does not fit into the GPUs", places)
