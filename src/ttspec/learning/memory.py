@@ -19,8 +19,6 @@ PAGES = 512
 """Pages of a memory, the newest: half of that taught as well (docs/experiments.md)."""
 PAGE = 64
 """Tokens of a page."""
-PARTS = 32
-"""Of a vocabulary, where it is summed over."""
 LIKELY = 64
 """Tokens of the target's distribution that are kept."""
 HELD_OUT = 16
@@ -199,21 +197,12 @@ class TextMemory:
             at: int64 [R], those that are meant; None is all.
         """
         logits = logits if at is None else logits[at]
-        mass = log_mass(logits)
+        mass = logits.float().logsumexp(-1)
         covered = logits if self.draft_ids is None else logits[..., self.draft_ids]
         values, ids = covered.topk(self.likely.shape[-1], sorted=False)
-        p = (values.float() - mass).exp()
-        others = (log_mass(covered) - mass).exp() - p.sum(-1, keepdim=True)
-        return ids.int(), p.half(), others[..., 0].clamp(min=0).half()
-
-
-def log_mass(logits: Tensor) -> Tensor:
-    """The logarithm of the sum of all exponentials of logits [R, V], float32 [R, 1].
-
-    In parts: compiled, each is a program of its own, where few rows would leave a GPU idle.
-    """
-    parts = PARTS if logits.shape[-1] % PARTS == 0 else 1
-    return logits.unflatten(-1, (parts, -1)).float().logsumexp(-1).logsumexp(-1, keepdim=True)
+        p = (values.float() - mass[:, None]).exp()
+        others = (covered.float().logsumexp(-1) - mass).exp() - p.sum(-1)
+        return ids.int(), p.half(), others.clamp(min=0).half()
 
 
 @compiled
