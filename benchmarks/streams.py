@@ -4,7 +4,8 @@
 
 Needs only the standard library. The same bytes each time. `science.jsonl` is for choosing, the
 others are for reporting; no bundled drafter was trained on any of them. `mixed.jsonl` changes its
-kind every 100 requests. `code-long.jsonl` asks each request of `code` in five ways.
+kind every 100 requests. `code-long.jsonl` asks each request of `code` in five ways, so do
+`support-long.jsonl` and `german-long.jsonl`.
 """
 
 import json
@@ -128,10 +129,21 @@ SUPPORT_SAYS = phrases("""
     The mattress smells.; The alarm rings at the wrong time.; The toy has sharp edges.;
     The flowers were withered.; The car seat does not click in.; The kettle tripped the fuse.
 """)
-CODE_WAYS = phrases("""
-    Explain each step in a comment.; Keep it short and readable.; Think of empty input, too.;
-    Say first how you would go about it.; Then name one way to make it faster.
-""")
+WAYS = {
+    "code": phrases("""
+        Explain each step in a comment.; Keep it short and readable.; Think of empty input, too.;
+        Say first how you would go about it.; Then name one way to make it faster.
+    """),
+    "support": phrases("""
+        Be brief.; Be warm, but promise nothing.; Our shop is closed until Monday: take that into
+        account.; The customer is not a native speaker, so use plain words.; Say first what you
+        know, then what you do not know.
+    """),
+    "german": phrases("""
+        Schreibe höchstens acht Sätze.; Schreibe für Kinder.; Beginne mit einem Beispiel.;
+        Bleibe sachlich.; Sage am Ende, was man selbst tun kann.
+    """),
+}
 KINDS = {
     "science": (SCIENCE, SCIENCE_OF),
     "code": (CODE, CODE_THAT),
@@ -161,8 +173,9 @@ def main() -> None:
         for part in parts
         for prompt in streams[reported[part % 3]][part // 3 * CHANGE :][:CHANGE]
     ]
-    streams["code-long"] = [f"{p} {w}" for p, w in product(streams["code"], CODE_WAYS)]
-    Random("code-long").shuffle(streams["code-long"])
+    for kind, ways in WAYS.items():
+        streams[f"{kind}-long"] = [f"{p} {w}" for p, w in product(streams[kind], ways)]
+        Random(f"{kind}-long").shuffle(streams[f"{kind}-long"])
     for name, prompts in streams.items():
         kind = name.removesuffix("-long")
         lines = [json.dumps({"prompt": p, "kind": kind}, ensure_ascii=False) for p in prompts]

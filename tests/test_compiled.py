@@ -1,18 +1,21 @@
 """What is compiled before it is captured: the same values, and one compilation for all layers."""
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from test_conformance import engine_of
 from torch._dynamo.utils import counters
-from toys import toy_engine
+from toys import bound_drafter, toy_engine, verification
 
 from ttspec import compiled
-from ttspec.config import DraftConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding import stages
 from ttspec.decoding.engine import Engine
 from ttspec.drafters import context
+from ttspec.learning.memory import MemoryRows, TextMemory, feature_width
+from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.models import layers
 from ttspec.models.capture import Graphs
 
@@ -38,7 +41,9 @@ def quick(monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     monkeypatch.setattr(
-        torch, "compile", lambda f, **options: real(f, backend="eager", fullgraph=True, **options)
+        torch,
+        "compile",
+        lambda f, **options: real(f, backend="aot_eager", fullgraph=True, **options),
     )
     yield
     torch._dynamo.reset()
@@ -95,3 +100,42 @@ def test_merged_projections_are_the_same_weights(toy_target_dir, monkeypatch):
     other = torch.randn_like(states)
     q = attention.slices["q_proj"]
     torch.testing.assert_close(q(other), attention.parent.q_proj(other))
+
+
+def test_compiled_code_keeps_the_same(quick) -> None:
+    """Rings, blocks and pages after rounds of many widths, some of which copied or rested."""
+
+    def kept() -> list[torch.Tensor]:
+        torch.manual_seed(1)
+        drafter, rows = bound_drafter(), 3
+        size, width = len(drafter.embedding), feature_width(drafter)
+        config = LearnConfig(scope="shared", supervision="hindsight", blocks=3)
+        memory, start = TextMemory(drafter, pages=7), torch.tensor([5, 9, 0])
+        writer, buffer, found = MemoryRows(memory, rows), None, list[torch.Tensor]()
+        for number in range(40):
+            tokens = (1, 2, 4, 7)[number % 4]
+            fed = torch.randint(size, (rows, tokens))
+            emitted = torch.randint(0, tokens + 1, (rows,))
+            logits, features = torch.randn(rows, tokens, size), torch.randn(rows, tokens, width)
+            v = verification(start, fed, logits, features, fed + 1, [0] * rows, emitted=emitted)
+            proposal = replace(
+                v.proposal, before=torch.randn(rows, width), copied=torch.rand(rows) < 0.3
+            )
+            v, start = replace(v, proposal=proposal), start + emitted
+            buffer = buffer or ReplayBuffer(config, rows, 4, v, features=True)
+            buffer.absorb(v)
+            if number % 3 == 0:
+                some = torch.arange(rows) if number % 2 else torch.tensor([1])
+                writer.write(**buffer.newest_text(writer.end[some], some, 16))
+            batch = buffer.newest()
+            found += [batch.tokens, batch.start, batch.logits, batch.mask, batch.before]
+        texts = memory.read(torch.arange(7), 4)
+        judged = texts.judged
+        assert judged.sum() > 100
+        return [*found, judged, texts.held_out, writer.end, texts.p[judged].sort(-1)[0]]
+
+    with torch.no_grad():
+        usual = kept()
+        with compiled.compiling():
+            for one, other in zip(usual, kept(), strict=True):
+                assert torch.equal(one, other)

@@ -288,7 +288,7 @@ def random_features(rows: int, tokens: int, width: int = 128, seed: int = 0) -> 
 
 
 def verification(
-    start: Sequence[int],
+    start: Sequence[int] | Tensor,
     fed: Tensor,
     logits: Tensor,
     features: Tensor,
@@ -296,7 +296,7 @@ def verification(
     accepted: Sequence[int],
     *,
     count: Sequence[int] | None = None,
-    emitted: Sequence[int] | None = None,
+    emitted: Sequence[int] | Tensor | None = None,
     ended: Sequence[bool] | None = None,
 ) -> Verification:
     """A round's record; by default all rows have full proposals and emit accepted + 1."""
@@ -307,12 +307,12 @@ def verification(
             count=torch.tensor(count if count is not None else [width - 1] * rows),
         ),
         fed=fed,
-        start=torch.tensor(start),
+        start=torch.as_tensor(start),
         logits=logits,
         features=features,
         tokens=tokens,
         accepted=torch.tensor(accepted),
-        emitted=torch.tensor(emitted if emitted is not None else [a + 1 for a in accepted]),
+        emitted=torch.as_tensor([a + 1 for a in accepted] if emitted is None else emitted),
         ended=torch.tensor(ended if ended is not None else [False] * rows),
     )
 

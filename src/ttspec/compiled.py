@@ -6,6 +6,7 @@ code serves all layers of a model. Results differ from the uncompiled ones by ro
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -26,7 +27,12 @@ def compiling() -> Iterator[None]:
     before, _on = _on, True
     try:
         # A layer knows its number; without the second setting each would be compiled for itself.
-        with torch._dynamo.config.patch(recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True):
+        patch = torch._dynamo.config.patch(
+            recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
+        )
+        with patch, warnings.catch_warnings():
+            # Where few rows are reduced over a vocabulary; nothing that a user could change.
+            warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
             yield
     finally:
         _on = before

@@ -129,7 +129,7 @@ class Learner:
             made_for = self.config, len(self.updates), self.length, verification
             self._buffer = ReplayBuffer(*made_for, features=self.memory_trainer is not None)
         self._verification, changes = verification, self._buffer.changed_by_absorb
-        self._run(self._keep_verification, key, compile=False, changes=changes)
+        self._run(self._keep_verification, key, changes=changes)
 
     def absorb(
         self,

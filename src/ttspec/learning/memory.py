@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, compiled_once, is_compiling
 from ttspec.drafters.base import Drafter
 from ttspec.losses import LOGITS_AT_ONCE
 
@@ -138,8 +138,10 @@ class TextMemory:
             rest=self.rest[page].flatten(1, 2),
         )
 
-    def take(self, text: Tensor, taken: Tensor, last: Tensor, own: Tensor, most: int) -> Tensor:
-        """Give rows pages, oldest first, one row after the other; returns their first ones.
+    def take(
+        self, text: Tensor, taken: Tensor, last: Tensor, own: Tensor, most: int
+    ) -> tuple[Tensor, Tensor]:
+        """Give rows pages, oldest first, one row after the other.
 
         Args:
             text: int64 [B], each row's text.
@@ -147,40 +149,59 @@ class TextMemory:
             last: int64 [B], the number of its page before them.
             own: int64 [B], that page.
             most: The most that any takes.
+
+        Returns:
+            Their first ones, int64 [B], and all of them, int64 [B, most].
         """
-        first = self._next_page + taken.cumsum(0) - taken
-        before = own
-        for i in range(most):
-            page = ((first + i) % self.pages).masked_fill(i >= taken, self.pages)
-            self.text[page], self.number[page], self.before[page] = text, last + 1 + i, before
-            self.judged.index_fill_(0, page, False)  # a number would come from the host
-            before = page
+        first, i = self._next_page + taken.cumsum(0) - taken, torch.arange(most, device=text.device)
+        page = ((first[:, None] + i) % self.pages).masked_fill(i >= taken[:, None], self.pages)
+        self.text[page] = text[:, None].expand_as(page)
+        self.number[page] = last[:, None] + 1 + i
+        self.before[page] = torch.cat([own[:, None], page[:, :-1]], 1)
         self._next_page.copy_((self._next_page + taken.sum()) % self.pages)
-        return first
+        return first, page
 
     def put(
-        self, at: tuple[Tensor, Tensor], tokens: Tensor, features: Tensor, logits: Tensor | None
+        self,
+        at: tuple[Tensor, Tensor],
+        tokens: Tensor,
+        features: Tensor,
+        logits: Tensor | None,
+        logits_at: Tensor | None = None,
     ) -> None:
-        """Write tokens int64 [B, T], their features and logits to pages and slots [B, T]."""
-        self.tokens[at], self.features[at] = tokens, features
-        self.judged[at] = torch.full_like(tokens, logits is not None, dtype=torch.bool)
-        if logits is not None:
-            some = max(1, LOGITS_AT_ONCE // logits.shape[-1])
-            parts = [self.summary(part) for part in logits.flatten(0, 1).split(some)]
-            likely, p, rest = (torch.cat(found) for found in zip(*parts, strict=True))
-            size = *tokens.shape, self.p.shape[-1]
-            self.likely[at], self.p[at] = likely.view(size), p.view(size)
-            self.rest[at] = rest.view(tokens.shape)
-        for table in (self.features, self.judged, self.p, self.rest, self.text):
-            table[self.pages :].zero_()  # it is read where a text has no page, and weighs nothing
+        """Write tokens int64 [B, T], their features and logits to pages and slots [B, T].
 
-    def summary(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The likeliest tokens, their p and that of the others [R, ...] of logits [R, V]."""
-        mass = logits.float().logsumexp(-1, keepdim=True)
+        Logits are [B, T, V]; or [N, V], and int64 [B, T] says which one is whose.
+        """
+        self.tokens[at], self.features[at] = tokens, features
+        # What is kept nowhere is read where a text has no page, and must weigh nothing.
+        self.judged[at] = (at[0] != self.pages) & (logits is not None)
+        if logits is None:
+            return
+        logits, size = logits.flatten(0, -2), (*tokens.shape, self.p.shape[-1])
+        some = tokens.numel() if is_compiling() else max(1, LOGITS_AT_ONCE // logits.shape[-1])
+        if logits_at is None:
+            parts = [self.summary(part) for part in logits.split(some)]
+        else:
+            parts = [self.summary(logits, part) for part in logits_at.flatten().split(some)]
+        likely, p, rest = (torch.cat(found) for found in zip(*parts, strict=True))
+        self.likely[at], self.p[at] = likely.view(size), p.view(size)
+        self.rest[at] = rest.view(tokens.shape)
+
+    @compiled_once
+    def summary(self, logits: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """The likeliest tokens, their p and that of the others [R, ...].
+
+        Args:
+            logits: [N, V].
+            at: int64 [R], those that are meant; None is all.
+        """
+        logits = logits if at is None else logits[at]
+        mass = logits.float().logsumexp(-1)
         covered = logits if self.draft_ids is None else logits[..., self.draft_ids]
         values, ids = covered.topk(self.likely.shape[-1], sorted=False)
-        p = (values.float() - mass).exp()
-        others = (covered.float().logsumexp(-1) - mass[..., 0]).exp() - p.sum(-1)
+        p = (values.float() - mass[:, None]).exp()
+        others = (covered.float().logsumexp(-1) - mass).exp() - p.sum(-1)
         return ids.int(), p.half(), others.clamp(min=0).half()
 
 
@@ -235,6 +256,7 @@ class MemoryRows:
         count: Tensor,
         logits: Tensor | None = None,
         subset: Tensor | None = None,
+        logits_at: Tensor | None = None,
     ) -> None:
         """Remember tokens of some rows; a text begins where they do not go on from the last ones.
 
@@ -245,31 +267,41 @@ class MemoryRows:
             count: int64 [B], how many of them are meant.
             logits: [B, T, V] of the target after each token; None where that is not known.
             subset: int64 [B], the rows meant; None is all.
+            logits_at: int64 [B, T], where the logits of each are in some [N, V]; None is in order.
         """
-        memory, width = self.memory, tokens.shape[1]
         row = torch.arange(len(tokens), device=tokens.device) if subset is None else subset
+        page, slot, taken = self._find_places(tokens, start, count, row)
+        self.memory.judged.index_fill_(0, taken, False)  # a number would come from the host
+        self.memory.put((page, slot), tokens, features, logits, logits_at)
+
+    @compiled_once
+    def _find_places(
+        self, tokens: Tensor, start: Tensor, count: Tensor, row: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Pages and slots int64 [B, T] of tokens, and the pages that were taken for them."""
+        memory, width = self.memory, tokens.shape[1]
         column = torch.arange(width, device=tokens.device)
-        some, end = count > 0, start + count
-        mine = memory.text[self._page[row]] == self._text[row]  # nobody else took it meanwhile
+        some, end, page = count > 0, start + count, self._page[row]
+        # Nobody else took it meanwhile.
+        mine = (memory.text[page] == self._text[row]) & (page != memory.pages)
         new = some & ~((start == self.end[row]) & mine)
         text = torch.where(new, memory._texts + new.cumsum(0), self._text[row])
         begin = torch.where(new, start, self._begin[row])
         last = self._last[row].masked_fill(new, -1)
-        own = self._page[row].masked_fill(new, memory.pages)
+        own = page.masked_fill(new, memory.pages)
         upto = torch.where(some, (end - 1 - begin) // PAGE, last)
-        most = -(-width // PAGE) + 1
-        first = memory.take(text, upto - last, last, own, most)
+        first, taken = memory.take(text, upto - last, last, own, (width + PAGE - 1) // PAGE + 1)
         offset = start[:, None] + column - begin[:, None]
         number = offset // PAGE
         page = (first[:, None] + number - last[:, None] - 1) % memory.pages
         page = torch.where(number == last[:, None], own[:, None], page)
         page = page.masked_fill(column >= count[:, None], memory.pages)
-        memory.put((page, offset % PAGE), tokens, features, logits)
         memory._texts.add_(new.sum())
         self._text[row], self._begin[row], self._last[row] = text, begin, upto
         newest = (first + upto - last - 1) % memory.pages
         self._page[row] = torch.where(upto > last, newest, own)
         self.end[row] = torch.where(some, end, self.end[row])
+        return page, offset % PAGE, taken.flatten()
 
 
 def feature_width(drafter: Drafter) -> int:

@@ -221,14 +221,14 @@ class MemoryTrainer(TextTrainer):
         if most:
             self._buffer = buffer
             width = next(n for n in self.widths(buffer) if n >= min(most, buffer.ring))
-            self._run(work, width, compile=False)
+            self._run(work, width)
 
     def capture(self, buffer: ReplayBuffer) -> None:
         """Capture what notes texts, where nothing is new."""
         self._buffer = buffer
         for width in self.widths(buffer):
-            self._run(self.write_newest, width, compile=False)
-            self._run(self.write_newest_of_row, width, compile=False)
+            self._run(self.write_newest, width)
+            self._run(self.write_newest_of_row, width)
 
     @staticmethod
     def widths(buffer: ReplayBuffer) -> list[int]:
@@ -240,12 +240,12 @@ class MemoryTrainer(TextTrainer):
         end = self.rows.end
         rows = torch.arange(len(end), device=end.device)
         for some in rows.split(self._buffer.rows_at_once(width)):
-            self.rows.write(*self._buffer.newest_text(end[some], some, width), subset=some)
+            self.rows.write(**self._buffer.newest_text(end[some], some, width))
 
     def write_newest_of_row(self, width: int) -> None:
         """The same of the row that `_row` says."""
-        text = self._buffer.newest_text(self.rows.end[self._row], self._row, width)
-        self.rows.write(*text, subset=self._row)
+        end = self.rows.end[self._row]
+        self.rows.write(**self._buffer.newest_text(end, self._row, width))
 
     def forget(self, row: int, buffer: ReplayBuffer | None) -> None:
         """A row's text is over; it stays in the memory."""

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from ttspec.compiled import compiled_once
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.records import LONGEST_COPY, ReplayBatch, Verification
@@ -53,14 +55,15 @@ class ReplayBuffer:
             # What a row may commit at once must find different places.
             self.ring = max(LONGEST_COPY + 1, (self.blocks + 2) * (length + 1))
         before, size = like.proposal.before, like.logits.shape[-1]
-        # By block, oldest first: [rows, kept, ...]; start -1 is no block.
+        # By block, a ring too: [rows, kept, ...]; start -1 is no block. Where there is one place
+        # more, that takes those of rows that did not draft.
         self._starts = torch.full((rows, self._kept), -1, device=like.logits.device)
         self._tokens = self._starts.new_zeros(rows, self._kept, length + 1)
-        self._masks = self._starts.new_zeros(rows, self._kept, length, dtype=torch.bool)
         self._before = None
         if before is not None:
-            self._before = before.new_zeros(rows, self._kept, before.shape[-1])
-        # By row: starts of the newest block that was used, and that was asked for.
+            self._before = before.new_zeros(rows, self._kept + 1, before.shape[-1])
+        # By row: blocks so far, starts of the newest that was used, and that was asked for.
+        self._pushed = self._starts.new_zeros(rows)
         self._used = self._starts.new_full((rows,), -1)
         self._newest = self._used.clone()
         self._committed = self._used.new_zeros(rows)
@@ -72,8 +75,9 @@ class ReplayBuffer:
         if features:
             shape = rows, self.ring + 1, like.features.shape[-1]
             self._ring_features = like.features.new_zeros(shape)
-        slots = (self.ring + 1,) if self.hindsight else (self._kept, length)
+        slots = (self.ring + 1,) if self.hindsight else (self._kept + 1, length)
         self._logits = like.logits.new_zeros(rows, *slots, size)
+        self._masks = self._starts.new_zeros(rows, self._kept + 1, length, dtype=torch.bool)
 
     def rows_at_once(self, width: int) -> int:
         """Rows whose newest text is asked for together: their logits are copied."""
@@ -82,10 +86,10 @@ class ReplayBuffer:
     @property
     def changed_by_absorb(self) -> list[Tensor]:
         """What `absorb` writes to, for capturing it."""
-        ring = [self._ring_positions, self._ring_tokens, self._logits]
-        blocks = [self._starts, self._tokens, self._committed, *ring, self._masks]
-        some = (self._before, self._ring_features, self._ring_fed)
-        return [*blocks, *(tensor for tensor in some if tensor is not None)]
+        ring = [self._ring_positions, self._ring_tokens, self._ring_fed, self._logits]
+        blocks = [self._starts, self._tokens, self._pushed, self._masks, self._committed]
+        some = (self._before, self._ring_features)
+        return [*blocks, *ring, *(tensor for tensor in some if tensor is not None)]
 
     def absorb(self, v: Verification) -> None:
         """Keep a round's verification; rows that take no part are left alone.
@@ -93,37 +97,33 @@ class ReplayBuffer:
         Where a row copied, or nobody drafted, there is no block to replay: what was committed is
         what followed the blocks before.
         """
-        active, width = v.emitted > 0, v.logits.shape[1]
-        drafted = active if v.proposal.copied is None else active & ~v.proposal.copied
-        if v.proposal.tokens.shape[1]:
-            self._push(self._starts, v.start, drafted)
-            self._push(self._tokens, v.fed[:, : self.length + 1], drafted)
-        if v.proposal.before is not None and self._before is not None:
-            self._push(self._before, v.proposal.before, drafted)
-        self._committed.copy_(torch.where(active, v.start + v.emitted, self._committed))
-        column = torch.arange(width, device=v.start.device)
+        drafts, before = min(v.proposal.tokens.shape[1], self.length), v.proposal.before
+        if drafts:
+            blocks = self._starts, self._tokens, self._pushed
+            fed = v.fed[:, : drafts + 1]
+            place = push_block(*blocks, v.start, fed, v.emitted, v.proposal.copied)
+            if self._before is not None and before is not None:
+                write_rows(self._before.flatten(0, 1), place, before)
+            if not self.hindsight:
+                mask = F.pad(self._mask(v), (0, self.length - drafts))
+                write_rows(self._masks.flatten(0, 1), place, mask)
+                self._logits.flatten(0, 1)[place, :drafts] = v.logits[:, :drafts]
         if self.hindsight:
             # Row j of the verification is p for the token at start + 1 + j, if that was committed.
-            position = v.start[:, None] + 1 + column
-            kept = column < v.emitted[:, None]
-            slot = (position % self.ring).masked_fill(~kept, self.ring)
-            row = torch.arange(len(position), device=position.device)[:, None]
-            self._logits[row, slot] = v.logits
-            self._ring_tokens[row, slot] = v.tokens
-            self._ring_positions[row, slot] = position.masked_fill(~kept, -1)
+            tables = self._ring_positions, self._ring_tokens, self._ring_fed, self._committed
+            place = push_tokens(*tables, v.start, v.emitted, v.tokens, v.fed).flatten()
+            write_rows(self._logits.flatten(0, 1), place, v.logits.flatten(0, 1))
             if self._ring_features is not None:
-                self._ring_fed[row, slot] = v.fed
-                self._ring_features[row, slot] = v.features
-            return
-        drafts = min(v.proposal.tokens.shape[1], self.length)
-        column = column[:drafts]
+                write_rows(self._ring_features.flatten(0, 1), place, v.features.flatten(0, 1))
+
+    def _mask(self, v: Verification) -> Tensor:
+        """Which drafts of a verification teach, by themselves: bool [rows, at most `length`]."""
+        column = torch.arange(min(v.proposal.tokens.shape[1], self.length), device=v.start.device)
         mask = column < v.proposal.count[:, None]
         if self.until_rejection:
             mask = mask & (column <= v.accepted[:, None])
         # Past an end token the target predicts a text that never is.
-        mask = mask & (~v.ended[:, None] | (column < v.emitted[:, None]))
-        self._push(self._masks, mask, drafted)
-        self._push(self._logits, v.logits[:, :drafts], drafted)
+        return mask & (~v.ended[:, None] | (column < v.emitted[:, None]))
 
     def mark_used(self) -> None:
         """What `newest` gave last is no longer new."""
@@ -131,14 +131,16 @@ class ReplayBuffer:
 
     def newest(self) -> ReplayBatch:
         """The newest blocks of every row, newest first; all masked where none of them is new."""
-        last = torch.full_like(self._used, self._kept - 1)
-        if self.hindsight:  # the newest block whose tokens have all been committed
-            whole = (self._starts >= 0) & (self._starts + self.length <= self._committed[:, None])
-            order = torch.arange(self._kept, device=whole.device)
-            last = order.expand_as(whole).masked_fill(~whole, -1).amax(-1)
-        pick = last[:, None] - torch.arange(self.blocks, device=last.device)
-        start = self._starts.gather(1, pick.clamp(min=0)).masked_fill(pick < 0, -1)
-        pick = pick.clamp(min=0)
+        age = torch.arange(self._kept, device=self._starts.device)
+        pick = (self._pushed[:, None] - 1 - age) % self._kept  # newest first
+        start = self._starts.gather(1, pick)
+        if self.hindsight:  # from the newest block on whose tokens have all been committed
+            whole = (start >= 0) & (start + self.length <= self._committed[:, None])
+            age = age + (~whole).long().cumprod(1).sum(1, keepdim=True)
+            none = age >= self._kept
+            pick, start = pick.gather(1, age % self._kept), start.gather(1, age % self._kept)
+            start = start.masked_fill(none, -1)
+        pick, start = pick[:, : self.blocks], start[:, : self.blocks]
         self._newest.copy_(start[:, 0])
         is_new = start[:, 0] > self._used
         row = torch.arange(len(pick), device=pick.device)[:, None]
@@ -161,30 +163,26 @@ class ReplayBuffer:
             count=mask.any(-1).sum(-1),
         )
 
-    def newest_text(
-        self, end: Tensor, rows: Tensor, width: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def newest_text(self, end: Tensor, rows: Tensor, width: int) -> dict[str, Tensor]:
         """The last `width` tokens that some rows int64 [R] committed, behind `end` int64 [R].
 
-        What lies behind a token that is not known any more, where there is one.
-
-        Returns:
-            What `MemoryRows.write` takes: tokens, features, start, count and logits.
+        What lies behind a token that is not known any more, where there is one. Returns what
+        `MemoryRows.write` takes.
         """
         assert self._ring_features is not None
-        row, committed = rows[:, None], self._committed[rows]
         column = torch.arange(width, device=end.device)
-        start = end.maximum(committed - width).clamp(min=0)
-        for _ in range(2):  # the second time behind the last one that is not known
-            position = start[:, None] + column
-            slot = (position + 1) % self.ring
-            inside = position < committed[:, None]
-            lost = inside & (self._ring_positions[row, slot] != position + 1)
-            start = start + (lost * (column + 1)).amax(1)
-        count = (committed - start).clamp(min=0)
-        slot = (start[:, None] + column + 1) % self.ring
-        tokens, features = self._ring_fed[row, slot], self._ring_features[row, slot]
-        return tokens, features, start, count, self._logits[row, slot]
+        tables = self._ring_positions, self._committed
+        start, count, slot = find_newest_text(*tables, end, rows, column)
+        at = rows[:, None], slot
+        return {
+            "tokens": self._ring_fed[at],
+            "features": self._ring_features[at],
+            "start": start,
+            "count": count,
+            "logits": self._logits,
+            "subset": rows,
+            "logits_at": rows[:, None] * (self.ring + 1) + slot,
+        }
 
     def clear(self, row: int) -> None:
         """Forget a row: another request has it, or its weights were reverted."""
@@ -203,11 +201,116 @@ class ReplayBuffer:
             newest[row].clamp_(max=length - 1)
         self._committed[row].clamp_(max=length)
 
-    @staticmethod
-    def _push(store: Tensor, new: Tensor, rows: Tensor) -> None:
-        """Shift the history of some rows by one block and append the new one."""
-        if store.dim() > 2 and new.shape[1] < store.shape[2]:  # fewer were drafted than may be
-            blank = new.new_zeros(new.shape[0], store.shape[2] - new.shape[1], *new.shape[2:])
-            new = torch.cat([new, blank], dim=1)
-        shifted = torch.cat([store[:, 1:], new[:, None].to(store.dtype)], dim=1)
-        store.copy_(torch.where(rows.view(-1, *[1] * (store.dim() - 1)), shifted, store))
+
+@compiled_once
+def push_block(
+    starts: Tensor,
+    tokens: Tensor,
+    pushed: Tensor,
+    start: Tensor,
+    fed: Tensor,
+    emitted: Tensor,
+    copied: Tensor | None,
+) -> Tensor:
+    """Put a block of each row that drafted in place of its oldest.
+
+    Args:
+        starts: int64 [rows, kept], is changed.
+        tokens: int64 [rows, kept, G + 1], is changed.
+        pushed: int64 [rows], blocks so far; is changed.
+        start: int64 [rows] of the new blocks.
+        fed: int64 [rows, at most G + 1], their tokens.
+        emitted: int64 [rows]; a row with none took no part.
+        copied: bool [rows], rows whose tokens are no drafts; None is none.
+
+    Returns:
+        int64 [rows], places in tables [rows * (kept + 1), ...]; a row's last where nothing is new.
+    """
+    kept, drafted = starts.shape[1], emitted > 0
+    if copied is not None:
+        drafted = drafted & ~copied
+    slot = torch.where(drafted, pushed % kept, kept)
+    new = torch.arange(kept, device=starts.device) == slot[:, None]
+    fed = F.pad(fed, (0, tokens.shape[2] - fed.shape[1]))
+    starts.copy_(torch.where(new, start[:, None], starts))
+    tokens.copy_(torch.where(new[..., None], fed[:, None], tokens))
+    pushed.add_(drafted)
+    return torch.arange(len(start), device=start.device) * (kept + 1) + slot
+
+
+@compiled_once
+def push_tokens(
+    positions: Tensor,
+    tokens: Tensor,
+    fed: Tensor,
+    committed: Tensor,
+    start: Tensor,
+    emitted: Tensor,
+    new_tokens: Tensor,
+    new_fed: Tensor,
+) -> Tensor:
+    """Put what a round committed in its places of a ring.
+
+    Args:
+        positions: int64 [rows, ring + 1], is changed; as the two after it.
+        tokens: Which tokens stand there.
+        fed: The tokens before those.
+        committed: int64 [rows], is changed.
+        start: int64 [rows], position of the pending tokens.
+        emitted: int64 [rows], tokens that were committed.
+        new_tokens: int64 [rows, T], those.
+        new_fed: int64 [rows, T], the tokens before them.
+
+    Returns:
+        int64 [rows, T], places in tables [rows * (ring + 1), ...]; a row's last for what was not
+        committed.
+    """
+    ring, width = positions.shape[1] - 1, new_tokens.shape[1]
+    # Seen from a place: which of the new tokens belongs there.
+    place = torch.arange(ring + 1, device=start.device)
+    column = (place - 1 - start[:, None]) % ring
+    new = (column < emitted[:, None]) & (place < ring)
+    column = column.clamp(max=width - 1)
+    positions.copy_(torch.where(new, start[:, None] + 1 + column, positions))
+    tokens.copy_(torch.where(new, new_tokens.gather(1, column), tokens))
+    fed.copy_(torch.where(new, new_fed.gather(1, column), fed))
+    committed.copy_(torch.where(emitted > 0, start + emitted, committed))
+    column = torch.arange(width, device=start.device)
+    slot = torch.where(column < emitted[:, None], (start[:, None] + 1 + column) % ring, ring)
+    return torch.arange(len(start), device=start.device)[:, None] * (ring + 1) + slot
+
+
+@compiled_once
+def write_rows(table: Tensor, place: Tensor, new: Tensor) -> None:
+    """Write rows [M, W] to their places int64 [M] in a table [N, W].
+
+    By itself: within a larger function the compiler would copy the table.
+    """
+    table.index_put_((place,), new)
+
+
+@compiled_once
+def find_newest_text(
+    positions: Tensor, committed: Tensor, end: Tensor, rows: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the newest text of some rows lies in a ring.
+
+    Args:
+        positions: int64 [all rows, ring + 1].
+        committed: int64 [all rows].
+        end: int64 [R], where what is known already ends.
+        rows: int64 [R].
+        column: int64 [T], from 0.
+
+    Returns:
+        Position of the first token and how many there are, int64 [R], and places int64 [R, T].
+    """
+    row, committed = rows[:, None], committed[rows]
+    width, ring = column.shape[0], positions.shape[1] - 1
+    start = end.maximum(committed - width).clamp(min=0)
+    for _ in range(2):  # the second time behind the last one that is not known
+        position = start[:, None] + column
+        inside = position < committed[:, None]
+        lost = inside & (positions[row, (position + 1) % ring] != position + 1)
+        start = start + (lost * (column + 1)).amax(1)
+    return start, (committed - start).clamp(min=0), (start[:, None] + column + 1) % ring
