@@ -114,9 +114,9 @@ def probe() -> None:
     import ttspec
     from ttspec.errors import OptionError
 
-    here, wanted = Path(str(ttspec.__file__)).resolve(), Path(settings["source"]).resolve()
-    if wanted not in here.parents:
-        raise SystemExit(f"ttspec was read from {here.parent}, not from {wanted}.")
+    here, expected = Path(str(ttspec.__file__)).resolve(), Path(settings["source"]).resolve()
+    if expected not in here.parents:
+        raise SystemExit(f"ttspec was read from {here.parent}, not from {expected}.")
     torch.set_num_threads(settings["threads"])
     engines: dict[str, Any] = {}
     for line in sys.stdin:

@@ -143,10 +143,10 @@ def run(
     if adapted:
         spec = replace(specs[0], name="adapted")
         ask(recorded.with_drafter(adapted), spec, asked[half:], half, config, lines)
-    for wanted in tune if tune != ("none",) else ():
+    for recipe in tune if tune != ("none",) else ():
         if lines.is_over():
             break
-        tuned, name = fine_tuned(engine, setup.drafter, answers[:half], wanted, lines)
+        tuned, name = fine_tuned(engine, setup.drafter, answers[:half], recipe, lines)
         spec = replace(specs[0], name=name)
         ask(recorded.with_drafter(tuned), spec, asked[half:], half, config, lines)
 
@@ -222,10 +222,10 @@ def learned_by(engine: Engine) -> Drafter | None:
 
 
 def fine_tuned(
-    engine: Engine, init: str, answers: Sequence[Result], wanted: str, lines: Lines
+    engine: Engine, init: str, answers: Sequence[Result], recipe: str, lines: Lines
 ) -> tuple[Drafter, str]:
     """What `ttspec train --init` makes of answers, and a name for it."""
-    epochs, rate = wanted.split(":")
+    epochs, rate = recipe.split(":")
     drafter, name, began = engine.drafter, f"tuned {epochs} {rate}", lines.seconds()
     assert drafter is not None
     with TemporaryDirectory() as work:
@@ -233,8 +233,8 @@ def fine_tuned(
         with texts.open("w", encoding="utf-8") as file:
             for number, answer in enumerate(answers):
                 begin, ids = len(answer.prompt_ids), [*answer.prompt_ids, *answer.token_ids]
-                told = {"n": number, "ids": ids, "spans": [(begin, len(ids))]}
-                file.write(json.dumps(told) + "\n")
+                example = {"n": number, "ids": ids, "spans": [(begin, len(ids))]}
+                file.write(json.dumps(example) + "\n")
         config = TrainConfig(
             prompts=texts,
             out=folder,
@@ -247,8 +247,8 @@ def fine_tuned(
         folder.mkdir()
         last: list[Any] = []
         fit(engine.target, config, [texts], last.append)
-        told = {"steps": last[-1].tokens, "loss": last[-1].loss, "accuracy": last[-1].accuracy}
-        lines.add(name, training=round(lines.seconds() - began, 1), **told)
+        facts = {"steps": last[-1].tokens, "loss": last[-1].loss, "accuracy": last[-1].accuracy}
+        lines.add(name, training=round(lines.seconds() - began, 1), **facts)
         return load_drafter("tuned", folder / "drafter"), name
 
 

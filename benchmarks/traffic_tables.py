@@ -47,7 +47,7 @@ class Case:
             return None
         return per_round(ours, both) / per_round(theirs, both)
 
-    def told(self, arm: str, base: str, first: int, end: int) -> str:
+    def ratio_with_interval(self, arm: str, base: str, first: int, end: int) -> str:
         """The same of a range of requests, with its interval; a dash where there are none."""
         ratio = self.ratio(arm, base, range(first, end))
         if ratio is None:
@@ -98,16 +98,15 @@ def table(name: str, case: Case) -> list[str]:
         shown = " ".join("-" if p is None else f"{p:.3f}" for p in parts)
         if arm == "adapted" or arm in tuned:
             steps = f", {facts['steps']} steps, {facts['training']} s" if "steps" in facts else ""
-            lines.append(
-                f"  {arm}{steps} | second half {case.told(arm, 'static', half, count)} | {shown}"
-            )
+            second_half = case.ratio_with_interval(arm, "static", half, count)
+            lines.append(f"  {arm}{steps} | second half {second_half} | {shown}")
             continue
         updates = f", {facts['updates']} updates, {facts['reverts']} reverts" if facts else ""
         lines.append(f"  {arm}, {len(own)} requests{updates} | by {SHOWN} {shown}")
         lines.append(
-            f"    all {case.told(arm, 'static', 0, count)}"
-            f" | from {AFTER} on {case.told(arm, 'static', AFTER, 2 * AFTER)}"
-            f" | second half {case.told(arm, 'static', half, count)}"
+            f"    all {case.ratio_with_interval(arm, 'static', 0, count)}"
+            f" | from {AFTER} on {case.ratio_with_interval(arm, 'static', AFTER, 2 * AFTER)}"
+            f" | second half {case.ratio_with_interval(arm, 'static', half, count)}"
         )
         windows = [
             ratio
@@ -124,12 +123,16 @@ def table(name: str, case: Case) -> list[str]:
             )
         if tuned:
             best = max(tuned, key=lambda t: case.ratio(t, "static", range(half, count)) or 0)
-            lines.append(f"    second half, over {best}: {case.told(arm, best, half, count)}")
+            lines.append(
+                f"    second half, over {best}: {case.ratio_with_interval(arm, best, half, count)}"
+            )
     talks = [arm for arm in case.arms if arm.startswith("talk ")]
     for arm in talks[1:]:
-        lines.append(f"  {arm} | {case.told(arm, talks[0], 0, 1 << 20)} of {talks[0]}")
+        lines.append(
+            f"  {arm} | {case.ratio_with_interval(arm, talks[0], 0, 1 << 20)} of {talks[0]}"
+        )
     if {"talk slow", "talk slow and fast"} <= set(talks):
-        both = case.told("talk slow and fast", "talk slow", 0, 1 << 20)
+        both = case.ratio_with_interval("talk slow and fast", "talk slow", 0, 1 << 20)
         lines.append(f"  slow and fast over slow alone | {both}")
     return lines
 
@@ -183,13 +186,13 @@ def pack(cases: dict[str, Case], out: str) -> None:
     """Write all that the tables need, small enough to be kept."""
     with Path(out).open("w", encoding="utf-8") as file:
         for name, case in cases.items():
-            told = [{**facts, "case": name, "arm": arm} for arm, facts in case.facts.items()]
+            records = [{**facts, "case": name, "arm": arm} for arm, facts in case.facts.items()]
             for arm, own in case.arms.items():
                 numbers = sorted(own)
                 tokens, rounds = zip(*(own[n] for n in numbers), strict=True)
                 counts = {"n": numbers, "tokens": tokens, "rounds": rounds}
-                told.append({"case": name, "arm": arm, **counts})
-            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in told)
+                records.append({"case": name, "arm": arm, **counts})
+            file.writelines(json.dumps(line, separators=(",", ":")) + "\n" for line in records)
 
 
 def main(*given: str) -> None:

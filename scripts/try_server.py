@@ -107,7 +107,7 @@ def schemas(client: openai.OpenAI, model: str, count: int) -> dict[str, int]:
     """Answers to generated schemas are JSON of them, unless the limit cut them."""
     import jsonschema
 
-    rng, told = random.Random(0), {"valid": 0, "cut by the limit": 0}
+    rng, counts = random.Random(0), {"valid": 0, "cut by the limit": 0}
     for number in range(count):
         schema = a_schema(rng)
         form: Any = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
@@ -121,11 +121,11 @@ def schemas(client: openai.OpenAI, model: str, count: int) -> dict[str, int]:
         )
         choice = found.choices[0]
         if choice.finish_reason == "length":
-            told["cut by the limit"] += 1
+            counts["cut by the limit"] += 1
             continue
         jsonschema.validate(json.loads(choice.message.content or ""), schema)
-        told["valid"] += 1
-    return told
+        counts["valid"] += 1
+    return counts
 
 
 def a_schema(rng: random.Random) -> dict[str, Any]:
@@ -133,8 +133,8 @@ def a_schema(rng: random.Random) -> dict[str, Any]:
     names = rng.sample(["name", "age", "tags", "city", "size", "on"], rng.randint(1, 3))
     required = rng.sample(names, rng.randint(1, len(names)))
     fields = {name: a_value(rng, 1) for name in names}
-    told: dict[str, Any] = {"type": "object", "properties": fields, "required": required}
-    return told | {"additionalProperties": False}
+    schema: dict[str, Any] = {"type": "object", "properties": fields, "required": required}
+    return schema | {"additionalProperties": False}
 
 
 def a_value(rng: random.Random, depth: int) -> dict[str, Any]:

@@ -142,8 +142,8 @@ def _value(name: str, text: str, hint: Any) -> Any:
     try:
         return kind(text)
     except ValueError as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise OptionError(f"{name} is {text!r}; allowed is {wanted}.") from error
+        number = "a whole number" if kind is int else "a number"
+        raise OptionError(f"{name} is {text!r}; allowed is {number}.") from error
 
 
 _EXAMPLE = "Options stand in brackets, as in learn[stride=4,lr=3e-5] or static-window[window=256]."

@@ -245,7 +245,7 @@ def _config(target: Target, sampling: SamplingConfig, ends: list[int]) -> dict[s
         if getattr(sampling, name):
             raise SkippedError(f"transformers has no {name}")
     if sampling.penalises:
-        wanted = {
+        entries = {
             "repetition_penalty": float(sampling.repetition_penalty),
             "no_repeat_ngram_size": sampling.no_repeat_ngram_size,
             "min_new_tokens": sampling.min_new_tokens,
@@ -255,7 +255,7 @@ def _config(target: Target, sampling: SamplingConfig, ends: list[int]) -> dict[s
             "suppress_tokens": list(sampling.suppress_tokens),
             "begin_suppress_tokens": list(sampling.begin_suppress_tokens),
         }
-        chosen |= {name: value for name, value in wanted.items() if value}
+        chosen |= {name: value for name, value in entries.items() if value}
     if sampling.temperature > 0:
         names = ("temperature", "top_k", "top_p")
         chosen |= {name: getattr(sampling, name) for name in names}

@@ -60,12 +60,12 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
     """Draw plots, tables and page of a benchmark into `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     timed = any(arm.seconds for arm in run.arms)
-    wanted = {
+    is_drawn = {
         "cost": timed and any(arm.updates for arm in run.arms),
         "stages": any(any(r.seconds) for arm in run.arms for r in arm.rounds),
         "speed": timed,  # not of what was imported without times, or replayed
     }
-    plots = {name: plot.draw(run.arms) for name, plot in PLOTS.items() if wanted.get(name, True)}
+    plots = {name: plot.draw(run.arms) for name, plot in PLOTS.items() if is_drawn.get(name, True)}
     figures = dict(plots)
     if any(arm.folder for arm in run.arms):  # a panel a folder, for a README
         figures["across"] = position_figure(run.arms, across=True)

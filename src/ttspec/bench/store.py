@@ -250,12 +250,12 @@ def check_counts(folder: Path, rounds: list[Row], requests: list[Row]) -> None:
     for row in rounds:
         numbers.setdefault(turn_key(row), []).append(row["round"])
     for row in requests:
-        found, wanted = numbers.get(turn_key(row), []), row["stats"]["rounds"]
-        if found != list(range(wanted)):
-            what = "twice or out of order" if len(found) >= wanted else "missing"
+        found, expected = numbers.get(turn_key(row), []), row["stats"]["rounds"]
+        if found != list(range(expected)):
+            what = "twice or out of order" if len(found) >= expected else "missing"
             raise DataError(
                 f"{folder / ROUNDS} has rounds of arm {row['arm']}, request {row['request']}, "
-                f"{what}: {len(found)} lines for {wanted} rounds.\n{RESTORE}"
+                f"{what}: {len(found)} lines for {expected} rounds.\n{RESTORE}"
             )
 
 
@@ -272,10 +272,10 @@ def models_of(manifest: Row, arm: str | None = None) -> str:
 def check_models(folder: Path, manifest: Row, requests: list[Row]) -> None:
     """Every turn was made with the manifest's models."""
     for row in requests:
-        wanted = models_of(manifest, row["arm"])
-        if row.get("models", wanted) != wanted:
+        expected = models_of(manifest, row["arm"])
+        if row.get("models", expected) != expected:
             raise DataError(
                 f"{folder} mixes models: request {row['request']} of arm {row['arm']} was made "
-                f"with {row['models']}, the manifest says {wanted} (target/drafter checksums).\n"
+                f"with {row['models']}, the manifest says {expected} (target/drafter checksums).\n"
                 "Runs of different models belong into different folders; run them again."
             )

@@ -59,9 +59,9 @@ def import_run(file: Path, out: Path, arm: str = "vllm") -> Imported:
     rows = _read(file)
     head = rows.pop(0)[1] if rows and "recording" in rows[0][1] else {}
     with _naming_line(f"{file}, line 1"):
-        wanted = head["suite"]["requests"] if head else max(len(rows), 1)
-    if len(rows) != wanted:
-        raise DataError(f"{file} has {len(rows)} requests of {wanted}.\nRecord it again.")
+        expected = head["suite"]["requests"] if head else max(len(rows), 1)
+    if len(rows) != expected:
+        raise DataError(f"{file} has {len(rows)} requests of {expected}.\nRecord it again.")
     found, places = Imported(), {}
     for count, (where, row) in enumerate(rows):
         row.setdefault("request", count)

@@ -56,11 +56,11 @@ class GgufFile:
                 that the model has no place for.
         """
         with torch.device("meta"):
-            wanted = AutoModelForCausalLM.from_config(self.config).state_dict()
+            expected = AutoModelForCausalLM.from_config(self.config).state_dict()
         kind = {name: arch for arch, name in MODEL_ARCH_NAMES.items()}[self.architecture]
         names = get_tensor_name_map(kind, int(self.config.num_hidden_layers))
         left = self.tensors.keys() - {ROPE_FACTORS}
-        for key, like in wanted.items():
+        for key, like in expected.items():
             if key == "lm_head.weight" and self.config.tie_word_embeddings:
                 continue
             if key.endswith("experts.gate_up_proj"):

@@ -225,8 +225,8 @@ def read_block(
     left, beta = decays.exp()[..., None], beta[..., None]
     # The solver takes the diagonal for ones.
     system = beta * since * (key @ key.transpose(2, 3))
-    wanted = beta * (value - left * (key @ state))
-    deltas = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
+    right_side = beta * (value - left * (key @ state))
+    deltas = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
     out = left * (query @ state) + (since * (query @ key.transpose(2, 3))) @ deltas
     return out, deltas
 

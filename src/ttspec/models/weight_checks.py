@@ -29,13 +29,13 @@ def require_whole(path: Path, found: dict[str, Any]) -> None:
     """
     odd = sorted(found["mismatched_keys"])
     if odd:
-        name, stored, wanted = odd[0]
+        name, stored, expected = odd[0]
         more = f" (and {len(odd) - 1} more)" if odd[1:] else ""
         advice = _AGAIN
-        if list(stored[1:]) == list(wanted[1:]) and ("embed" in name or "head" in name):
+        if list(stored[1:]) == list(expected[1:]) and ("embed" in name or "head" in name):
             advice = f"If the vocabulary was resized, set vocab_size to {stored[0]} there."
         raise TargetError(
-            f"{path} has {name}{more} of {list(stored)}; its config.json makes {list(wanted)}.\n"
+            f"{path} has {name}{more} of {list(stored)}; its config.json makes {list(expected)}.\n"
             f"{advice}"
         )
     missing = sorted(found["missing_keys"])
