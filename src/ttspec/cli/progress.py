@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ttspec.cli.terminal import say
 
@@ -53,53 +54,41 @@ class Bar:
 
         console = Console(stderr=True, highlight=False)
         self.began = self.last_line = time.monotonic()
-        self.rich: Any = None
-        if console.is_terminal:
-            # Redrawn from this thread between two units, so that it never takes a core from one.
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-            left = TextColumn("{task.fields[left]}")
-            self.rich = Rich(*columns, left, console=console, auto_refresh=False)
-            self.task = self.rich.add_task(
-                self._next(first), total=first.units, completed=first.done, left=""
-            )
+        # Redrawn from this thread between two units, so that it never takes a core from one.
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        left = TextColumn("{task.fields[left]}")
+        self.rich = Rich(
+            *columns, left, console=console, auto_refresh=False, disable=not console.is_terminal
+        )
+        self.task = self.rich.add_task(
+            _next(first), total=first.units, completed=first.done, left=""
+        )
 
     def __enter__(self) -> Bar:
-        if self.rich:
-            self.rich.start()
-            self.rich.refresh()
+        self.rich.start()
+        self.rich.refresh()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.rich:
-            self.rich.stop()
+        self.rich.stop()
 
     def show(self, progress: Progress) -> None:
         """A unit is over."""
-        left = f"{_clock(self._left(progress))} left"
-        if self.rich:
-            done = progress.units - progress.units_left
-            self.rich.update(self.task, completed=done, left=left, description=self._next(progress))
-            self.rich.refresh()
-        elif time.monotonic() - self.last_line > 30:
+        spent = time.monotonic() - self.began
+        seconds = round(spent / max(progress.measured, 1) * progress.units_left)
+        left, done = f"{timedelta(seconds=seconds)} left", progress.units - progress.units_left
+        self.rich.update(self.task, completed=done, left=left, description=_next(progress))
+        self.rich.refresh()
+        if self.rich.disable and time.monotonic() - self.last_line > 30:
             self.last_line = time.monotonic()
             say(f"{progress.done} of {progress.units} units, {left}")
 
-    def _left(self, progress: Progress) -> float:
-        spent = time.monotonic() - self.began
-        return spent / max(progress.measured, 1) * progress.units_left
 
-    @staticmethod
-    def _next(progress: Progress) -> str:
-        from rich.markup import escape
+def _next(progress: Progress) -> str:
+    from rich.markup import escape
 
-        if not progress.left:
-            return "done"
-        batch = progress.left[0]
-        more = f" and {len(batch) - 1} others" if len(batch) > 1 else ""
-        return escape(f"{batch[0].arm.name}, request {batch[0].request}{more}")
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    if not progress.left:
+        return "done"
+    batch = progress.left[0]
+    more = f" and {len(batch) - 1} others" if len(batch) > 1 else ""
+    return escape(f"{batch[0].arm.name}, request {batch[0].request}{more}")

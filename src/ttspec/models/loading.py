@@ -6,6 +6,7 @@ Runs no code that came with the files.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -190,9 +191,7 @@ def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
         with safe_open(file, framework="np") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - it is no dict
                 part = tensors.get_slice(key)
-                name, count = part.get_dtype(), 1
-                for size in part.get_shape():
-                    count *= size
+                name, count = part.get_dtype(), math.prod(part.get_shape())
                 if name in FLOATS:
                     total += count * (dtype.itemsize if dtype else FLOATS[name])
                 else:
