@@ -116,7 +116,7 @@ def test_training_and_drafting_compute_the_same_logits():
     state = context(drafter, [24, 24])
     tokens, start = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[6, 19], [11, 24]])
     states = drafter.training_forward(features, tokens, start, 4)
-    taught = drafter.following(drafter.weights, states, tokens[..., None])
+    taught = drafter.next_token_logits(drafter.weights, states, tokens[..., None])
     replayed = drafter.replay(state, replay_batch(tokens, start), 4, 24)
     torch.testing.assert_close(taught, replayed, atol=2e-5, rtol=1e-4)
 

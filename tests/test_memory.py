@@ -213,7 +213,7 @@ def test_gradients_made_by_hand_are_those_of_autograd(engine, normed, window, mo
         return loss, {name: gradient.clone() for name, gradient in live.gradient.items()}
 
     loss, wanted = made()
-    assert teacher_forced_chain.can_do(drafter, drafter.start(1, 8, DraftConfig()))
+    assert teacher_forced_chain.is_supported(drafter, drafter.start(1, 8, DraftConfig()))
     monkeypatch.setattr(teacher_forced_chain, "fits", lambda *_: torch.is_grad_enabled())
     by_hand, found = made()
     torch.testing.assert_close(by_hand, loss)

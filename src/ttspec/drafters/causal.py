@@ -35,7 +35,7 @@ from ttspec.drafters.functional import (
     functional_model,
 )
 from ttspec.drafters.layers import Weights, activation_of
-from ttspec.drafters.vocabulary import LEAST_SHARED, Shared, common, padded, tokenizer_of
+from ttspec.drafters.vocabulary import LEAST_SHARED, SharedVocabulary, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError
 from ttspec.models.unsupported import attention_windows
 from ttspec.records import ReplayBatch, Verification
@@ -96,7 +96,7 @@ class Causal(FunctionalDrafter):
         self.rebuilt = set((self.config.get("ttspec") or {}).get("rebuilt") or [])
         self.length = self._given_length()
         self._read_rope()
-        self._shared = Shared()
+        self._shared = SharedVocabulary()
         if isinstance(act := getattr(text, "hidden_act", None), str):
             activation_of(act)
 

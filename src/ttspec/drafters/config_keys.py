@@ -163,42 +163,42 @@ FLAGS = _keys(
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownKeys:
     """What the keys of one table of a config.json may be."""
 
     used: frozenset[str]
-    inside: Mapping[str, Known] = field(default_factory=dict)
+    inside: Mapping[str, KnownKeys] = field(default_factory=dict)
     """The tables in it, by key; `*` is any other."""
     whole: bool = False
     """It describes a model, so that what is written beside may be in it."""
 
 
-def _ropes(keys: frozenset[str]) -> dict[str, Known]:
+def _ropes(keys: frozenset[str]) -> dict[str, KnownKeys]:
     """Both names of a table of rotary positions, which may have one for each kind of layer."""
-    kinds = {kind: Known(keys) for kind in ("full_attention", "sliding_attention")}
-    return dict.fromkeys(("rope_parameters", "rope_scaling"), Known(keys, kinds))
+    kinds = {kind: KnownKeys(keys) for kind in ("full_attention", "sliding_attention")}
+    return dict.fromkeys(("rope_parameters", "rope_scaling"), KnownKeys(keys, kinds))
 
 
-_OURS = {"ttspec": Known(TTSPEC)}
+_OURS = {"ttspec": KnownKeys(TTSPEC)}
 _ROPES_OF_MODELS = {
-    key: Known(ROPE_OF_MODELS, {"*": Known(ROPE_OF_MODELS)})
+    key: KnownKeys(ROPE_OF_MODELS, {"*": KnownKeys(ROPE_OF_MODELS)})
     for key in ("rope_parameters", "rope_scaling")
 }
-_LAYERS = Known(LAYER | SCALES, _ropes(ROPE | LAYOUT), whole=True)
+_LAYERS = KnownKeys(LAYER | SCALES, _ropes(ROPE | LAYOUT), whole=True)
 _INSIDE = {**_LAYERS.inside, **_OURS, "transformer_layer_config": _LAYERS}
 TABLES = {
     **{
-        kind: Known(
+        kind: KnownKeys(
             LAYER | SCALES | SPECULATORS | keys,
-            {**_INSIDE, "eagle_config": Known(EAGLE_CONFIG | keys | SCALES)},
+            {**_INSIDE, "eagle_config": KnownKeys(EAGLE_CONFIG | keys | SCALES)},
             whole=True,
         )
         for kind, keys in (("eagle3", EAGLE3), ("peagle", PEAGLE))
     },
     **{
-        kind: Known(
+        kind: KnownKeys(
             LAYER | SCALES | SPECULATORS | keys,
-            {**_INSIDE, "dflash_config": Known(keys | SCALES)},
+            {**_INSIDE, "dflash_config": KnownKeys(keys | SCALES)},
             whole=True,
         )
         for kind, keys in (
@@ -222,7 +222,7 @@ def refuse_keys(kind: str, config: Mapping[str, Any], where: str) -> None:
     _refuse(kind, config, known, where, "")
 
 
-def _refuse(kind: str, table: Mapping[str, Any], known: Known, where: str, at: str) -> None:
+def _refuse(kind: str, table: Mapping[str, Any], known: KnownKeys, where: str, at: str) -> None:
     given = {key: value for key, value in table.items() if value is not None}
     for key, value in given.items():
         if key in known.used or key not in NO_EFFECT:
@@ -275,15 +275,15 @@ def _written_by_transformers() -> frozenset[str]:
     return every | experts | TRANSFORMERS_4
 
 
-def _of_transformers(kind: str, config: Mapping[str, Any]) -> Known:
+def _of_transformers(kind: str, config: Mapping[str, Any]) -> KnownKeys:
     """What a model of transformers has: what its own config knows, which its own code reads."""
     made: Any = CONFIG_MAPPING[config["model_type"]]
     made = made.from_dict({k: v for k, v in config.items() if k not in ("ttspec", "auto_map")})
     inside, text = {**_ROPES_OF_MODELS, **_OURS}, made.get_text_config()
     if text is not made and isinstance(part := config.get("text_config"), Mapping):
-        inside["text_config"] = Known(_known_to(text, part), _ROPES_OF_MODELS, whole=True)
+        inside["text_config"] = KnownKeys(_known_to(text, part), _ROPES_OF_MODELS, whole=True)
     used = _known_to(made, config) | made.sub_configs.keys()
-    return Known(used | (PARD if kind == "pard" else set()), inside, whole=True)
+    return KnownKeys(used | (PARD if kind == "pard" else set()), inside, whole=True)
 
 
 def _known_to(made: Any, config: Mapping[str, Any]) -> frozenset[str]:

@@ -209,7 +209,7 @@ class DFlash(FeatureDrafter):
         """
         choices(self.logits(states)[:, 0], 0)
 
-    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
+    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
         """Logits of drafts, each as if those before it were what `tokens` say.
 
         Args:
@@ -233,7 +233,7 @@ class DFlash(FeatureDrafter):
             near = replace(blocks, start=blocks.start - first[:, None])
         contexts = self._concatenated(*context, near, window)
         states = self._fill(state.weights, blocks, state.rope, contexts)
-        return self.following(state.weights, states, batch.tokens)
+        return self.next_token_logits(state.weights, states, batch.tokens)
 
     def training_forward(
         self, features: Tensor, tokens: Tensor, start: Tensor, length: int

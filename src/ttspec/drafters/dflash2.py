@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ttspec.drafters.base import Shapes
 from ttspec.drafters.blocks import Choices
 from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Weights, fitted, linear, lookup, per_row, project
+from ttspec.drafters.layers import Weights, cut_or_padded, linear, lookup, per_row, project
 
 SIZES = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")
 SELECTOR = "candidate_selector."
@@ -112,7 +112,7 @@ class DFlash2(DFlash):
             scores = likeliest[:, :, i] + (successors[:, :, i] * context[:, :, None]).sum(-1)
             tokens = choices(nothing.scatter(-1, ids[:, :, i], scores), i)
 
-    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
+    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.following`; every token is scored, as if all were candidates.
 
         Else nothing could be learned of a token that is none.
@@ -120,4 +120,4 @@ class DFlash2(DFlash):
         logits = self.logits(states)
         context = lookup(weights[PREDECESSORS], tokens[..., : states.shape[2]])
         context = context * project(weights, f"{SELECTOR}hidden_projection", states)
-        return logits + fitted(linear(context, weights[SUCCESSORS]), logits.shape[-1])
+        return logits + cut_or_padded(linear(context, weights[SUCCESSORS]), logits.shape[-1])

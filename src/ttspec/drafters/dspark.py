@@ -117,11 +117,11 @@ class DSpark(LeftToRight):
         if self.confident:
             choices.confidence = self.confidence(weights, states, text[:, None])[:, 0].sigmoid()
 
-    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
+    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.following`."""
         if not self.rank:
             return self.logits(states)
-        return super().following(weights, states, tokens)
+        return super().next_token_logits(weights, states, tokens)
 
     @property
     def recurrent(self) -> bool:

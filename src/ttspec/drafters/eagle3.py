@@ -254,7 +254,7 @@ class Eagle3(FeatureDrafter):
         h = self.fuse(state.weights, batch.before)  # [B, A, H]
         if teacher_forced_chain.fits(self, state):
             tokens = batch.tokens[..., : blocks.length]
-            h = teacher_forced_chain.states_of_chains(self, state, h, tokens, blocks)
+            h = teacher_forced_chain.chain_states(self, state, h, tokens, blocks)
             return self.logits(h)
         chains = self._chains(state, blocks, in_place=False)
         return self.logits(self._teacher_forced(chains, h, batch.tokens))

@@ -80,7 +80,7 @@ def lookup(table: Tensor, ids: Tensor) -> Tensor:
     return table[row, ids]
 
 
-def fitted(x: Tensor, size: int) -> Tensor:
+def cut_or_padded(x: Tensor, size: int) -> Tensor:
     """X [..., n] cut to `size`, or filled up with zeros: tables are padded to sizes that differ."""
     missing = size - x.shape[-1]
     return F.pad(x, (0, missing)) if missing else x

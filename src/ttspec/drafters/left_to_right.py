@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttspec.drafters.blocks import Choices
 from ttspec.drafters.dflash import DFlash
-from ttspec.drafters.layers import Weights, fitted, project
+from ttspec.drafters.layers import Weights, cut_or_padded, project
 
 
 class LeftToRight(DFlash):
@@ -48,7 +48,7 @@ class LeftToRight(DFlash):
     def corrected(self, weights: Weights, scores: Tensor, latent: Tensor) -> Tensor:
         """Logits of scores [B, A, T, V_draft] and what the head says of latent [B, A, T, r]."""
         correction = project(weights, self.last, latent)
-        return self.scaled(scores + fitted(correction, scores.shape[-1]))
+        return self.scaled(scores + cut_or_padded(correction, scores.shape[-1]))
 
     def choose_in_turn(
         self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices
@@ -65,7 +65,7 @@ class LeftToRight(DFlash):
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
         self.choose_in_turn(weights, states, tokens, choices)
 
-    def following(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
+    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.following`."""
         length, memory, latents = states.shape[2], None, list[Tensor]()
         step = 1 if self.recurrent else length

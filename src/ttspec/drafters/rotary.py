@@ -138,9 +138,9 @@ class Rope:
         """Rotate x [B, heads, T, D] by position int64 [B, T]."""
         if torch.is_grad_enabled() and x.requires_grad:
             return cast(Tensor, _Rotation.apply(self, x, position))
-        return self.turned(x, position)
+        return self.rotate(x, position)
 
-    def turned(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
+    def rotate(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
         """The same, or the other way, as gradients go."""
         half = self.frequencies.shape[0]
         cos, sin = self.angles(position[:, None], x.dtype)
@@ -159,13 +159,13 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rope: Rope, x: Tensor, position: Tensor) -> Tensor:
         ctx.rope, ctx.position = rope, position
-        return _turned(rope, x.detach(), position, back=False)
+        return _rotate(rope, x.detach(), position, back=False)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor, None]:
-        return None, _turned(ctx.rope, outer[0], ctx.position, back=True), None
+        return None, _rotate(ctx.rope, outer[0], ctx.position, back=True), None
 
 
 @compiled_once
-def _turned(rope: Rope, x: Tensor, position: Tensor, *, back: bool) -> Tensor:
-    return rope.turned(x, position, back=back)
+def _rotate(rope: Rope, x: Tensor, position: Tensor, *, back: bool) -> Tensor:
+    return rope.rotate(x, position, back=back)

@@ -48,10 +48,10 @@ def fits(drafter: Eagle3, state: ContextState) -> bool:
 
     Also the drafter must be of the kind that is done here, and all rows share its weights.
     """
-    return torch.is_grad_enabled() and compiles_without_gradients() and can_do(drafter, state)
+    return torch.is_grad_enabled() and compiles_without_gradients() and is_supported(drafter, state)
 
 
-def can_do(drafter: Eagle3, state: ContextState) -> bool:
+def is_supported(drafter: Eagle3, state: ContextState) -> bool:
     """Whether the drafter is of the kind that is done here, and all rows share its weights."""
     usual = drafter.layers == 1 and drafter.windows[0] is None and not drafter.norm_output
     usual = usual and not drafter.qk_norm and not drafter.biased and not state.rope.interleaved
@@ -76,11 +76,11 @@ def make_context(
     """
     weights = _weights(state, GAINS[:2], ATTENTION[1:3], ())
     with torch.no_grad():
-        angles = angles_of(state.rope, position, 1, h.dtype)
+        angles = rope_angles(state.rope, position, 1, h.dtype)
     state.taught = _Context.apply(drafter, (angles[0][0], angles[1][0]), tokens, h, *weights)  # type: ignore[assignment]
 
 
-def states_of_chains(
+def chain_states(
     drafter: Eagle3, state: ChainState, h: Tensor, tokens: Tensor, blocks: Blocks
 ) -> Tensor:
     """What the head reads of every step, with gradients.
@@ -101,8 +101,8 @@ def states_of_chains(
         (keys, values), first = (x[0] for x in state.read(blocks.longest, blocks.start)), 0
     start, steps = blocks.start - 1, tokens.shape[-1]
     with torch.no_grad():
-        angles = angles_of(state.rope, start, steps, h.dtype)
-        seen = seen_slots(start, steps, keys.shape[2], first, state.options.window)
+        angles = rope_angles(state.rope, start, steps, h.dtype)
+        seen = visible_slots(start, steps, keys.shape[2], first, state.options.window)
     chains = Chains(drafter, tokens.permute(2, 0, 1), angles, seen)
     weights = _weights(state, GAINS, ATTENTION, MLP)
     out = cast(Tensor, _Chains.apply(chains, h, keys, values, *weights))
@@ -132,8 +132,8 @@ class _Context(torch.autograd.Function):
         eps, read, h = drafter.eps, torch.cat(matrices), h.detach().flatten(0, 1)
         token_gain, gain = token_gain.detach(), gain.detach()
         embedded = F.embedding(tokens.flatten(), drafter.embedding)
-        x = beside(normalised(embedded, token_gain, eps), h, gain, eps)
-        _, keys, values = turned(x @ read.T, *angles, 0, drafter.kv_heads)
+        x = concat_normed(rms_normed(embedded, token_gain, eps), h, gain, eps)
+        _, keys, values = rotary_qkv(x @ read.T, *angles, 0, drafter.kv_heads)
         ctx.save_for_backward(embedded, h, x, read, gain)
         ctx.angles, ctx.eps = angles, eps
         return keys.unflatten(0, (len(tokens), -1)), values.unflatten(0, (len(tokens), -1))
@@ -142,12 +142,12 @@ class _Context(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
         embedded, h, x, read, gain = ctx.saved_tensors
         eps, size = ctx.eps, h.shape[-1]
-        of_read = turned_back(None, *(part.flatten(0, 1) for part in outer), *ctx.angles)
+        of_read = rotary_qkv_backward(None, *(part.flatten(0, 1) for part in outer), *ctx.angles)
         of_normed = of_read @ read[:, size:]
-        of_h = normalised_back(h, gain, of_normed, eps).unflatten(0, (len(outer[0]), -1))
+        of_h = rms_norm_backward(h, gain, of_normed, eps).unflatten(0, (len(outer[0]), -1))
         of_gains = (
-            gain_back(embedded, of_read @ read[:, :size], eps),
-            gain_back(h, of_normed, eps),
+            gain_gradient(embedded, of_read @ read[:, :size], eps),
+            gain_gradient(h, of_normed, eps),
         )
         return None, None, None, of_h, *of_gains, *(of_read.T @ x).chunk(2)
 
@@ -180,29 +180,29 @@ class _Chains(torch.autograd.Function):
         token_gain, gain, inner_gain, last_gain, q, k, v, out, gate, up, down = weights
         read, wide = torch.cat([q, k, v]), torch.cat([gate, up])
         embedded = F.embedding(chains.tokens.flatten(1), drafter.embedding)
-        tokens, h = normalised(embedded, token_gain, eps), h.flatten(0, 1)
+        tokens, h = rms_normed(embedded, token_gain, eps), h.flatten(0, 1)
         room = keys.new_zeros(*keys.shape[:2], steps * count, keys.shape[3])
         keys, values = (torch.cat([x, room], 2).flatten(0, 1) for x in (keys, values))
         own = keys.shape[1] - steps * count
         scale, kept = drafter.head_dim**-0.5, list[_Step]()
         for step in range(steps):
-            x, begin = beside(tokens[step], h, gain, eps), own + step * count
+            x, begin = concat_normed(tokens[step], h, gain, eps), own + step * count
             angles = chains.angles[0][step], chains.angles[1][step]
-            query, key, value = turned(x @ read.T, *angles, drafter.heads, drafter.kv_heads)
+            query, key, value = rotary_qkv(x @ read.T, *angles, drafter.heads, drafter.kv_heads)
             keys[:, begin : begin + count] = key
             values[:, begin : begin + count] = value
-            p = shares(wide_product(query, keys.mT), chains.seen[step], scale, h.dtype)
-            seen = by_token(p @ values, rows, count)
+            p = attention_weights(wide_product(query, keys.mT), chains.seen[step], scale, h.dtype)
+            seen = merge_heads(p @ values, rows, count)
             before = x[:, x.shape[1] // 2 :] if normed else h
             y = torch.addmm(before, seen, out.T)
-            z = normalised(y, inner_gain, eps)
+            z = rms_normed(y, inner_gain, eps)
             made = z @ wide.T
             kept.append(_Step(h, x, query, p, seen, y, z, made))
-            h = torch.addmm(y, gated(made), down.T)
+            h = torch.addmm(y, silu_gate(made), down.T)
         ctx.chains, ctx.sizes = chains, (own, scale)
         last = torch.stack([*(one.h for one in kept[1:]), h])
         ctx.save_for_backward(keys, values, read, wide, last, *weights, *sum(kept, ()))
-        return normalised(last, last_gain, eps).unflatten(1, (rows, count))
+        return rms_normed(last, last_gain, eps).unflatten(1, (rows, count))
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -214,28 +214,28 @@ class _Chains(torch.autograd.Function):
         kept = [_Step(*saved[i : i + 8]) for i in range(11, len(saved), 8)]
         size = last.shape[-1]
         of_last = outer[0].flatten(1, 2)
-        of_states = normalised_back(last, last_gain, of_last, eps)
+        of_states = rms_norm_backward(last, last_gain, of_last, eps)
         of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
         of_y2, found = of_states[-1], list[tuple[Tensor, ...]]()
         for step in reversed(range(steps)):
             now = kept[step]
-            of_made, inner = gated_back(now.made, of_y2 @ down)
+            of_made, inner = silu_gate_backward(now.made, of_y2 @ down)
             of_z = of_made @ wide
-            of_y = normalised_back(now.y, inner_gain, of_z, eps, of_y2)
-            of_seen = by_head(of_y @ out, rows, count, drafter.heads, drafter.kv_heads)
-            of_scores = shares_back(now.p, wide_product(of_seen, values.mT), scale)
+            of_y = rms_norm_backward(now.y, inner_gain, of_z, eps, of_y2)
+            of_seen = split_heads(of_y @ out, rows, count, drafter.heads, drafter.kv_heads)
+            of_scores = attention_weights_backward(now.p, wide_product(of_seen, values.mT), scale)
             of_keys.baddbmm_(of_scores.mT, now.query)
             of_values.baddbmm_(now.p.mT, of_seen)
             begin = own + step * count
             mine = of_keys[:, begin : begin + count], of_values[:, begin : begin + count]
             angles = chains.angles[0][step], chains.angles[1][step]
-            of_read = turned_back(of_scores @ keys, *mine, *angles)
+            of_read = rotary_qkv_backward(of_scores @ keys, *mine, *angles)
             of_normed = of_read @ read[:, size:]
             if normed:
                 of_normed += of_y
             found.append((of_y2, of_made, inner, of_z, of_y, of_read, of_normed))
             more = [of_states[step - 1]] * (step > 0) + [of_y] * (not normed)
-            of_y2 = normalised_back(now.h, gain, of_normed, eps, *more)
+            of_y2 = rms_norm_backward(now.h, gain, of_normed, eps, *more)
         of_h = of_y2
         parts = zip(*((one.h, one.x, one.seen, one.y, one.z) for one in kept), strict=True)
         hs, xs, seens, ys, zs = map(torch.cat, parts)
@@ -244,10 +244,10 @@ class _Chains(torch.autograd.Function):
         )
         embedded = F.embedding(chains.tokens.flatten(), drafter.embedding)
         of_gains = (
-            gain_back(embedded, of_read @ read[:, :size], eps),
-            gain_back(hs, of_normed, eps),
-            gain_back(ys, of_z, eps),
-            gain_back(last.flatten(0, 1), of_last.flatten(0, 1), eps),
+            gain_gradient(embedded, of_read @ read[:, :size], eps),
+            gain_gradient(hs, of_normed, eps),
+            gain_gradient(ys, of_z, eps),
+            gain_gradient(last.flatten(0, 1), of_last.flatten(0, 1), eps),
         )
         parts = [w.shape[0] for w in saved[4:7]]
         of_matrices = (
@@ -268,13 +268,13 @@ def wide_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 @compiled
-def angles_of(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_angles(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines [T, B, A, D / 2] of the steps of chains."""
     return rope.angles(start + torch.arange(steps, device=start.device)[:, None, None], dtype)
 
 
 @compiled
-def seen_slots(start: Tensor, steps: int, slots: int, first: int, nearest: int | None) -> Tensor:
+def visible_slots(start: Tensor, steps: int, slots: int, first: int, nearest: int | None) -> Tensor:
     """What each step of chains sees, bool [T, B, A, C + T * A]: context, and their own keys.
 
     Args:
@@ -293,19 +293,19 @@ def seen_slots(start: Tensor, steps: int, slots: int, first: int, nearest: int |
 
 
 @compiled
-def normalised(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+def rms_normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """`rms_norm`."""
     return rms_norm(x, gain, eps)
 
 
 @compiled
-def beside(tokens: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
+def concat_normed(tokens: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
     """What the layer reads [N, 2H]: normalised embeddings, and states to be normalised."""
     return torch.cat([tokens, rms_norm(h, gain, eps)], -1)
 
 
 @compiled
-def normalised_back(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: Tensor) -> Tensor:
+def rms_norm_backward(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: Tensor) -> Tensor:
     """Gradient of x in `rms_norm`, and what is `more`."""
     wide, outer = x.float(), outer.float() * gain.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -315,7 +315,7 @@ def normalised_back(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: T
 
 
 @compiled
-def gain_back(x: Tensor, outer: Tensor, eps: float) -> Tensor:
+def gain_gradient(x: Tensor, outer: Tensor, eps: float) -> Tensor:
     """Gradient of the gain in `rms_norm` of x [N, H]."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -323,15 +323,15 @@ def gain_back(x: Tensor, outer: Tensor, eps: float) -> Tensor:
 
 
 @compiled
-def gated(made: Tensor) -> Tensor:
+def silu_gate(made: Tensor) -> Tensor:
     """SiLU of the first half of each row, times the second."""
     gate, up = made.chunk(2, -1)
     return F.silu(gate) * up
 
 
 @compiled
-def gated_back(made: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `made`, and what `gated` makes of it."""
+def silu_gate_backward(made: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `made`, and what `silu_gate` makes of it."""
     gate, up = (half.float() for half in made.chunk(2, -1))
     part = gate.sigmoid()
     inner, outer = gate * part, outer.float()
@@ -341,7 +341,7 @@ def gated_back(made: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @compiled
-def shares(scores: Tensor, seen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def attention_weights(scores: Tensor, seen: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """Softmax of scores [B * kv heads, G * A, S] over what is seen, bool [B, A, S]."""
     rows, count, slots = seen.shape
     x = scores.view(rows, -1, count, slots).float() * scale
@@ -349,14 +349,14 @@ def shares(scores: Tensor, seen: Tensor, scale: float, dtype: torch.dtype) -> Te
 
 
 @compiled
-def shares_back(p: Tensor, outer: Tensor, scale: float) -> Tensor:
+def attention_weights_backward(p: Tensor, outer: Tensor, scale: float) -> Tensor:
     """Gradient of the scores."""
     wide, outer = p.float(), outer.float()
     return (wide * (outer - (wide * outer).sum(-1, keepdim=True)) * scale).to(p.dtype)
 
 
 @compiled
-def turned(
+def rotary_qkv(
     made: Tensor, cos: Tensor, sin: Tensor, heads: int, kv_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries [B * kv, G * A, D] and keys [B * kv, A, D], rotated, and values, of [N, heads * D].
@@ -372,7 +372,7 @@ def turned(
 
 
 @compiled
-def turned_back(
+def rotary_qkv_backward(
     query: Tensor | None, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor
 ) -> Tensor:
     """Gradient [N, heads * D] of what was turned, from those of queries, keys and values."""
@@ -389,12 +389,12 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-def by_token(x: Tensor, rows: int, count: int) -> Tensor:
+def merge_heads(x: Tensor, rows: int, count: int) -> Tensor:
     """[B * kv heads, G * A, D] as [N, heads * D]."""
     return x.reshape(rows, -1, count, x.shape[-1]).transpose(1, 2).reshape(rows * count, -1)
 
 
-def by_head(x: Tensor, rows: int, count: int, heads: int, kv_heads: int) -> Tensor:
+def split_heads(x: Tensor, rows: int, count: int, heads: int, kv_heads: int) -> Tensor:
     """The other way."""
     x = x.view(rows, count, heads, -1).transpose(1, 2)
     return x.reshape(rows * kv_heads, -1, x.shape[-1])

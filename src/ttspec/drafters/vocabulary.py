@@ -15,7 +15,7 @@ LEAST_SHARED = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SharedVocabulary:
     """Tokens that both models know; None is all, under the same ids."""
 
     theirs: Tensor | None = None
@@ -27,7 +27,7 @@ class Shared:
     share: float = 1.0
     """Of the target's tokens."""
 
-    def on(self, device: torch.device, theirs: int, ours: int) -> Shared:
+    def on(self, device: torch.device, theirs: int, ours: int) -> SharedVocabulary:
         """The same on a device, with None for what changes nothing."""
 
         def kept(ids: Tensor | None, size: int) -> Tensor | None:
@@ -53,18 +53,18 @@ def tokenizer_of(folder: Path | None) -> PreTrainedTokenizerBase | None:
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
-def padded(theirs: int, ours: int) -> Shared:
+def padded(theirs: int, ours: int) -> SharedVocabulary:
     """One tokenizer, whose tables may be padded to different sizes."""
     both = torch.arange(min(theirs, ours))
     if theirs <= ours:
-        return Shared(both, both)
+        return SharedVocabulary(both, both)
     every = torch.arange(theirs)  # the target's padding rows can be sampled all the same
-    return Shared(both, both, every.where(every < ours, 0))
+    return SharedVocabulary(both, both, every.where(every < ours, 0))
 
 
 def common(
     theirs: int, ours: int, target: PreTrainedTokenizerBase, draft: PreTrainedTokenizerBase
-) -> Shared:
+) -> SharedVocabulary:
     """Two tokenizers: tokens that are written alike.
 
     Args:
@@ -80,7 +80,7 @@ def common(
     unknown = draft.unk_token_id if draft.unk_token_id is not None else draft.eos_token_id or 0
     own = torch.full((theirs,), int(unknown))  # type: ignore[arg-type]
     own[both[:, 0]] = both[:, 1]
-    return Shared(both[:, 0], both[:, 1], own, len(both) / len(target))
+    return SharedVocabulary(both[:, 0], both[:, 1], own, len(both) / len(target))
 
 
 def ids_of(d2t: Tensor | None, vocabulary: int) -> Tensor | None:

@@ -16,7 +16,7 @@ from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
 from ttspec.losses import cross_entropy, position_weights
 from ttspec.training.batches import Batch, Example, anchors
-from ttspec.training.recipe import Recipe, kept_share, kl, mask_token
+from ttspec.training.recipe import Recipe, compiled_agreement, kl, mask_token
 
 DECAY = 4.0
 """The j-th drafted token of a block weighs exp(-(j - 1) / DECAY), as published."""
@@ -58,7 +58,7 @@ class BlockRecipe(Recipe[B]):
         features, states = self.states.of(batch, drafter.taps)
         hidden = drafter.training_forward(features, blocks.tokens, blocks.start, length)
         text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
-        logits = drafter.following(drafter.weights, hidden, text)
+        logits = drafter.next_token_logits(drafter.weights, hidden, text)
         row = torch.arange(len(states), device=states.device)[:, None, None]
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
@@ -162,7 +162,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
     ) -> Tensor:
         """KL of the confidence to the share of drafts that would be kept."""
         assert p is not None
-        kept = kept_share(p, logits).clamp(0.0, 1.0)
+        kept = compiled_agreement(p, logits).clamp(0.0, 1.0)
         confidence = drafter.confidence(drafter.weights, hidden.detach(), text)
         least = F.binary_cross_entropy(kept, kept, reduction="none")
         return F.binary_cross_entropy_with_logits(confidence, kept, reduction="none") - least

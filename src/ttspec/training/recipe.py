@@ -115,7 +115,7 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
         return forward_kl(p, q)
 
 
-def kept_share(p: Tensor, q: Tensor) -> Tensor:
+def compiled_agreement(p: Tensor, q: Tensor) -> Tensor:
     """See `agreement`; compiled in the same way."""
     with compiling() if q.is_cuda else nullcontext():
         return agreement(p, q)
