@@ -118,7 +118,7 @@ class DSpark(LeftToRight):
             choices.confidence = self.confidence(weights, states, text[:, None])[:, 0].sigmoid()
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.following`."""
+        """See `DFlash.next_token_logits`."""
         if not self.rank:
             return self.logits(states)
         return super().next_token_logits(weights, states, tokens)

@@ -66,7 +66,7 @@ class LeftToRight(DFlash):
         self.choose_in_turn(weights, states, tokens, choices)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.following`."""
+        """See `DFlash.next_token_logits`."""
         length, memory, latents = states.shape[2], None, list[Tensor]()
         step = 1 if self.recurrent else length
         for i in range(0, length, step):
