@@ -66,7 +66,7 @@ def test_the_way_back_of_a_rotation_is_the_rotation_back(interleaved: bool):
     x = torch.randn(2, 3, 5, 16, requires_grad=True)
     position, outer = torch.randint(50, (2, 5)), torch.randn(2, 3, 5, 16)
     found, wanted = (
-        torch.autograd.grad((turn(x, position) * outer).sum(), x)[0] for turn in (rope, rope.turned)
+        torch.autograd.grad((turn(x, position) * outer).sum(), x)[0] for turn in (rope, rope.rotate)
     )
     torch.testing.assert_close(found, wanted)
 
