@@ -247,7 +247,7 @@ class DFlash(FeatureDrafter):
             length: Drafted rows per block.
 
         Returns:
-            [N, A, length, H], for `following`.
+            [N, A, length, H], for `next_token_logits`.
         """
         position = torch.arange(features.shape[1], device=features.device)[None]
         keys, values = self.context(self.weights, features)
