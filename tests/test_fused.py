@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -15,7 +16,6 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from ttspec import fused
 from ttspec.config import DraftConfig
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.eagle3 import Eagle3
@@ -23,6 +23,7 @@ from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.models.fused_forward import FusedForward
 from ttspec.models.layers import merge_linears
 from ttspec.models.target import cache_keyword
+from ttspec.products import Products
 from ttspec.rowcache import RowCache, causal_mask
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -40,11 +41,14 @@ CASES = [
     ("llama", 2, 1, 64, 64, 1088, 1, 16, 70),
     ("qwen2", 4, 2, 64, 64, 128, 4, 8, None),
     ("qwen3", 2, 1, 64, 64, 128, 1, 32, 70),
+    ("qwen2", 2, 1, 64, 64, 2112, 3, 8, None),
     ("llama", 2, 1, 64, 64, 128, 2, 64, None),
 ]
 LARGE = [
     ("llama", 9, 3, 64, 576, 1536, 1, 1, None),
     ("qwen2", 14, 2, 64, 896, 4864, 2, 8, None),
+    ("qwen2", 14, 2, 64, 896, 4864, 8, 4, None),
+    ("llama", 9, 3, 64, 576, 1536, 8, 3, None),
     ("qwen2", 14, 2, 64, 896, 4864, 8, 8, None),
     ("llama", 9, 3, 64, 576, 1536, 2, 32, 70),
     ("qwen3", 32, 8, 128, 4096, 12288, 1, 16, None),
@@ -255,11 +259,29 @@ def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
     assert FusedChain.fits(drafter, state) is (DEVICE == "cuda")
 
 
-def test_an_mlp_s_inner_states_are_those_of_one_kernel_where_they_are_made_by_three(monkeypatch):
+@pytest.mark.parametrize("tokens", [5, 24])
+@pytest.mark.parametrize("width", [64, 1088, 2112])
+def test_products_are_torch_s_however_they_are_cut(width, tokens):
     torch.manual_seed(0)
-    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-    x, table, gain = (torch.randn(*s).to(DEVICE, dtype) for s in ((3, 64), (256, 64), (64,)))
-    one = fused.inner_of(x, table, gain, 1e-6)
-    monkeypatch.setattr(fused, "BROADEST", 0)
-    limit = 1e-2 if DEVICE == "cuda" else 1e-5
-    assert error(fused.inner_of(x, table, gain, 1e-6), one.double()) < limit
+    dtype, limit = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).bfloat16().to(DEVICE, dtype)
+
+    products = Products(1e-6, torch.device(DEVICE))
+    x, gain, bias, residual = (
+        random(*s) for s in ((tokens, width), (width,), (192,), (tokens, 64))
+    )
+    tables = [random(64, width) * 2.0 ** -round(log2(width) / 2) for _ in range(3)]
+    plain = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6) * gain
+    by = [F.linear(plain, table.double()) for table in tables]
+    scaled = products.scaled(x, gain)
+    assert error(products.plain(scaled, *tables, bias=bias), torch.cat(by, -1) + bias) < limit
+    assert error(products.gated(scaled, *tables[:2]), F.silu(by[0]) * by[1]) < limit
+    for _ in range(2):  # what counts the parts is as it was
+        total, then = products.added(x, tables[0], residual, gain[:64], bias[:64])
+        wanted = F.linear(x.double(), tables[0].double()) + bias[:64] + residual
+        assert error(total, wanted) < limit
+        assert error(then.values, wanted * gain[:64]) < limit
+        assert error(then.squares.sum(0)[:tokens], wanted.square().sum(-1)) < limit
+    assert not products.ended.any()

@@ -1,8 +1,8 @@
 """Layers for few tokens as few Triton kernels, for targets and drafters (Hopper GPUs).
 
 At few tokens a small model's time goes into launching kernels and waiting for the last of them.
-Here each does more, and fetches its weights while the one before it still runs. Sums are float32
-and are rounded where the model's own code rounds.
+Here and in `products` each does more, and begins while the one before it still runs. Sums are
+float32 and are rounded where the model's own code rounds.
 """
 
 from __future__ import annotations
@@ -14,35 +14,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-MOST, MANY = 16, 512
-"""Tokens of all rows that `product` takes, and that the other kernels are quicker for."""
+MANY = 512
+"""Tokens of all rows that the kernels are quicker for."""
 LONGEST = 128
 """Tokens of one row whose own keys `attention` holds at once."""
 WIDEST = 1024
 """Hidden size past which the device's own products measured faster."""
 KEYS = 64
 """Slots that are read together."""
-LEAST = 128
+LEAST = 64
 """Slots of a part of a row's context, at least."""
-FEW, BROADEST = 8, 4224
-"""Tokens, and outputs of an MLP's gate (two programs for each of 132 processors), past which the
-device's own product of gate and up is quicker."""
-BLOCK = 16
-"""Outputs of one program of `product`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """How a product is cut."""
-
-    splits: int
-    """Parts of K, each for a warp of its own."""
-    share: int
-    """Elements of K that one part takes at a time."""
-    stages: int
-    """Shares that are on their way at once."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,68 +58,6 @@ def fits(
     even = not any(width % 64 for width in (hidden, *widths))
     sizes = hidden <= WIDEST and head_size in (64, 128) and even
     return sizes and torch.cuda.get_device_capability(like.device) >= (9, 0)
-
-
-def product(
-    x: Tensor,
-    *tables: Tensor,
-    eps: float = 0.0,
-    bias: Tensor | None = None,
-    gain: Tensor | None = None,
-    residual: Tensor | None = None,
-    gated: bool = False,
-) -> Tensor:
-    """States times a table, or up to three side by side.
-
-    Args:
-        x: [tokens, width], at most `MOST` tokens.
-        tables: Each [outputs, width], contiguous; of several, outputs are whole blocks of 16.
-        eps: Of the norm.
-        bias: [outputs].
-        gain: [width]; with it states are RMS-normalised first.
-        residual: [tokens, outputs], is added; its rows may lie apart.
-        gated: The second table's outputs are multiplied with the SiLU of the first's.
-
-    Returns:
-        [tokens, outputs].
-    """
-    count, width = x.shape
-    ends = [0]
-    for table in tables:
-        ends.append(ends[-1] + table.shape[0])
-    outputs = ends[1] if gated else ends[-1]
-    tiles = tiles_of(width, count)
-    out = x.new_empty(count, outputs)
-    _kernels().product[(-(-outputs // BLOCK),)](
-        x,
-        tables[0],
-        tables[min(1, len(tables) - 1)],
-        tables[-1],
-        x if bias is None else bias,
-        x if gain is None else gain,
-        x if residual is None else residual,
-        out,
-        eps,
-        count,
-        outputs,
-        ends[1],
-        ends[min(2, len(tables))],
-        0 if residual is None else residual.stride(0),
-        tables=1 if gated else len(tables),
-        width=width,
-        normed=gain is not None,
-        gated=gated,
-        biased=bias is not None,
-        added=residual is not None,
-        wide=FEW if count <= FEW else MOST,
-        block=BLOCK,
-        splits=tiles.splits,
-        share=tiles.share,
-        stages=tiles.stages,
-        num_warps=tiles.splits,
-        **_launch(x),
-    )
-    return out
 
 
 def attention(
@@ -211,7 +131,7 @@ def attention(
         least=LEAST,
         stages=2,
         num_warps=4,
-        **_launch(made),
+        **launch(made),
     )
     kernels.combine[(count, heads.count)](
         parts,
@@ -228,7 +148,7 @@ def attention(
         count=KEYS,
         least=LEAST,
         num_warps=1,
-        **_launch(made),
+        **launch(made),
     )
     return out
 
@@ -269,7 +189,7 @@ def joined(
         width=width,
         wide=1 << (width - 1).bit_length(),
         num_warps=4,
-        **_launch(states),
+        **launch(states),
     )
     return out
 
@@ -301,7 +221,7 @@ def normed(
         wide=1 << (width - 1).bit_length(),
         added=more is not None,
         num_warps=4,
-        **_launch(x),
+        **launch(x),
     )
     return total, out
 
@@ -311,34 +231,8 @@ def gated(made: Tensor) -> Tensor:
     count, width = made.shape[0], made.shape[1] // 2
     out = made.new_empty(count, width)
     grid = count, -(-width // 1024)
-    _row_kernels().gated[grid](made, out, width=width, block=1024, num_warps=4, **_launch(made))
+    _row_kernels().gated[grid](made, out, width=width, block=1024, num_warps=4, **launch(made))
     return out
-
-
-def inner_of(x: Tensor, table: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """What an MLP's way down reads: the SiLU of gate times up, of RMS-normalised states.
-
-    Args:
-        x: [tokens, H].
-        table: [2 * outputs, H]: gate, then up.
-        gain: [H] of the norm.
-        eps: Of the norm.
-
-    Returns:
-        [tokens, outputs].
-    """
-    if len(x) > FEW or len(table) > 2 * BROADEST:
-        return gated(F.linear(normed(x, gain, eps)[1], table))
-    return product(x, *table.chunk(2), gain=gain, eps=eps, gated=True)
-
-
-def tiles_of(width: int, tokens: int) -> Tiles:
-    """How to cut a product of [tokens, width] and [outputs, width]."""
-    if width <= 1024:
-        whole = 1 << (width - 1).bit_length()
-        splits = min(4, whole // 16)  # a product of fewer is none
-        return Tiles(splits, whole // splits, 1)
-    return Tiles(8, 64, 6) if tokens <= FEW else Tiles(4, 128, 5)
 
 
 def splits_of(programs: int, slots: int) -> int:
@@ -347,7 +241,7 @@ def splits_of(programs: int, slots: int) -> int:
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
 
 
-def _launch(x: Tensor) -> dict[str, bool]:
+def launch(x: Tensor) -> dict[str, bool]:
     """On a GPU a kernel begins before the one before it has ended; the interpreter cannot."""
     return {"pdl": True, "launch_pdl": True} if x.is_cuda else {"pdl": False}
 

@@ -1,10 +1,6 @@
-"""The kernels of `fused`: a decoder layer for a few tokens in six launches.
+"""The kernels of `fused` that attend; for `pdl` see `product_kernels`.
 
-Each product reads its weights once, all of K in one program, so that sums never depend on the order
-in which programs end. K is split among the warps of a program, and the parts are added in it.
-
-With `pdl` a kernel begins while the one before it still runs: it fetches weights, which nobody
-writes, and waits before it reads anything else.
+These let the next kernel begin at once, since programs of attention are few and small.
 """
 
 # pyright: basic
@@ -14,14 +10,15 @@ from triton.language.extra import cuda  # pyright: ignore[reportMissingImports]
 
 
 @triton.jit
-def fetch(weight, first, end, rows: tl.constexpr, width: tl.constexpr):
-    """Bring rows of a table into the second-level cache; nothing waits for them."""
+def fetch(rows, begin, width: tl.constexpr, length: tl.constexpr):
+    """Bring elements from `begin` on of rows [N], given by pointers, into the second-level cache.
+
+    Nothing waits for them.
+    """
     # A line has 128 bytes, 64 elements.
-    lines: tl.constexpr = width // 64
-    wide: tl.constexpr = triton.next_power_of_2(lines)
-    row = tl.minimum(first + tl.arange(0, rows), end - 1).to(tl.int64)
-    line = tl.arange(0, wide)
-    at = weight + row[:, None] * width + tl.minimum(line, lines - 1)[None] * 64
+    lines: tl.constexpr = (length + 63) // 64
+    line = tl.minimum(tl.arange(0, triton.next_power_of_2(lines)), lines - 1)
+    at = rows[:, None] + tl.minimum(begin + line * 64, width - 1)[None]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
         "=r,l",
@@ -30,146 +27,6 @@ def fetch(weight, first, end, rows: tl.constexpr, width: tl.constexpr):
         is_pure=False,
         pack=1,
     )
-
-
-@triton.jit
-def scales(x, tokens, eps, wide: tl.constexpr, width: tl.constexpr):
-    """One over the root mean square of each token's states [wide]."""
-    step: tl.constexpr = min(1024, triton.next_power_of_2(width))
-    m = tl.arange(0, wide)
-    d = tl.arange(0, step)
-    squares = tl.zeros([wide, step], tl.float32)
-    for begin in tl.static_range(0, width, step):
-        inside = (m < tokens)[:, None] & (begin + d < width)[None]
-        part = tl.load(x + m[:, None] * width + begin + d[None], mask=inside, other=0.0)
-        part = part.to(tl.float32)
-        squares += part * part
-    return tl.rsqrt(tl.sum(squares, 1) / width + eps)
-
-
-@triton.jit
-def weights_at(weight, n, s, k, begin, outputs, width: tl.constexpr, share: tl.constexpr):
-    """A part [splits, outputs, share] of a table [outputs, width]."""
-    place = begin + s * share + k
-    inside = (n < outputs) & (place < width)
-    return tl.load(weight + n.to(tl.int64) * width + place, mask=inside, other=0.0)
-
-
-@triton.jit
-def product(
-    x,
-    weight,
-    second,
-    third,
-    bias,
-    gain,
-    residual,
-    out,
-    eps,
-    tokens,
-    outputs,
-    first_end,
-    second_end,
-    residual_stride,
-    tables: tl.constexpr,
-    width: tl.constexpr,
-    normed: tl.constexpr,
-    gated: tl.constexpr,
-    biased: tl.constexpr,
-    added: tl.constexpr,
-    wide: tl.constexpr,
-    block: tl.constexpr,
-    splits: tl.constexpr,
-    share: tl.constexpr,
-    stages: tl.constexpr,
-    pdl: tl.constexpr,
-):
-    """States [tokens, width] times a table [outputs, width], for `block` outputs.
-
-    `tables`: of so many the outputs lie side by side; those of the first end at `first_end`, of the
-    second at `second_end`, after whole blocks. `normed`: states are RMS-normalised and scaled by
-    `gain` first. `gated`: the outputs of `second` are multiplied with the SiLU of `weight`'s.
-    `added`: `residual` is added.
-    """
-    first = tl.program_id(0) * block
-    base = first * 0  # the first output of the table that this block is of
-    if tables > 1:  # noqa: SIM102 - decided when it is compiled; what is below, when it runs
-        if first >= first_end:
-            weight = second
-            base += first_end
-    if tables > 2:  # noqa: SIM102
-        if first >= second_end:
-            weight = third
-            base += second_end - first_end
-    n = first + tl.arange(0, block)
-    row = (n - base)[None, :, None]
-    rows = outputs - base
-    m = tl.arange(0, wide)
-    at = m[None] * outputs + n[:, None]
-    real = (n < outputs)[:, None] & (m < tokens)[None]
-    s = tl.arange(0, splits)[:, None, None]
-    across = tl.arange(0, share)[None, None, :]
-    down = s * share + tl.arange(0, share)[None, :, None]
-    token = m[None, None, :]
-    chunk: tl.constexpr = splits * share
-    whole: tl.constexpr = chunk >= width
-    if pdl:
-        cuda.gdc_launch_dependents()
-        fetch(weight, first - base, rows, block, width)
-        if gated:
-            fetch(second, first, outputs, block, width)
-    # Weights may be read at once, what other kernels write only after the wait.
-    if biased:
-        bias = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32)
-    if whole:
-        w = weights_at(weight, row, s, across, 0, rows, width, share)
-        if gated:
-            v = weights_at(second, row, s, across, 0, rows, width, share)
-        if normed:
-            factor = tl.load(gain + down, mask=down < width, other=0.0)
-    if pdl:
-        cuda.gdc_wait()
-    if added:
-        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=real, other=0.0)
-    sums = tl.zeros([splits, block, wide], tl.float32)
-    more = tl.zeros([splits, block, wide], tl.float32)
-    if whole:
-        inside = (down < width) & (token < tokens)
-        states = tl.load(x + token * width + down, mask=inside, other=0.0)
-        if normed:
-            long = states.to(tl.float32)
-            squares = tl.sum(tl.sum(long * long, 1), 0)
-            scale = tl.rsqrt(squares / width + eps)[None, None, :]
-            states = (long * scale).to(x.dtype.element_ty) * factor
-        sums = tl.dot(w, states, sums)
-        if gated:
-            more = tl.dot(v, states, more)
-    else:
-        if normed:
-            scale = scales(x, tokens, eps, wide, width)[None, None, :]
-        for begin in tl.range(0, width, chunk, num_stages=stages):
-            place = begin + down
-            inside = (place < width) & (token < tokens)
-            states = tl.load(x + token * width + place, mask=inside, other=0.0)
-            if normed:
-                factor = tl.load(gain + place, mask=place < width, other=0.0)
-                states = (states.to(tl.float32) * scale).to(x.dtype.element_ty) * factor
-            w = weights_at(weight, row, s, across, begin, rows, width, share)
-            sums = tl.dot(w, states, sums)
-            if gated:
-                v = weights_at(second, row, s, across, begin, rows, width, share)
-                more = tl.dot(v, states, more)
-    result = tl.sum(sums, 0)
-    if biased:
-        result += bias[:, None]
-    result = result.to(out.dtype.element_ty)
-    if gated:
-        up = tl.sum(more, 0).to(out.dtype.element_ty)
-        gate = result.to(tl.float32)
-        result = (gate / (1 + tl.exp(-gate))).to(out.dtype.element_ty) * up
-    if added:
-        result = before + result
-    tl.store(out + at, result, mask=real)
 
 
 @triton.jit
@@ -271,8 +128,15 @@ def attend(
     if pdl:
         cuda.gdc_launch_dependents()
         if from_slot < filled:
-            fetch(keys + place, from_slot, slots, least, size)
-            fetch(values + place, from_slot, slots, least, size)
+            soon = place + tl.minimum(from_slot + tl.arange(0, least), slots - 1) * size
+            fetch(keys + soon, 0, size, size)
+            fetch(values + soon, 0, size, size)
+    # What earlier forwards wrote may be read before the wait.
+    near = from_slot + tl.arange(0, count)
+    near_at = place + near[:, None] * size + d[None]
+    near_k = tl.load(keys + near_at, mask=(near < to_slot)[:, None], other=0.0)
+    near_v = tl.load(values + near_at, mask=(near < to_slot)[:, None], other=0.0)
+    if pdl:
         cuda.gdc_wait()
     if (from_slot < filled) | (split == 0):
         m = tile * rows + tl.arange(0, rows)
@@ -286,7 +150,9 @@ def attend(
         total = tl.zeros([rows], tl.float32)
         sums = tl.zeros([rows, size], tl.float32)
         earliest = tl.where(window > 0, begin + token - window + 1, 0)
-        for n in tl.range(from_slot, to_slot, count, num_stages=stages):
+        sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
+        best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
+        for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
             slot = n + tl.arange(0, count)
             there = (slot < to_slot)[:, None]
             k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
 from ttspec.drafters.layers import DOWN
-from ttspec.fused import MOST, Heads, attention, fits, joined, normed, product
+from ttspec.fused import Heads, attention, fits, joined, normed
+from ttspec.products import MOST, Products
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -24,6 +25,8 @@ class ChainState(FeatureState):
 
     angles: tuple[Tensor, Tensor] | None = None
     """Cosines and sines of all slots, once a fused chain has read them: a graph does so again."""
+    products: Products | None = None
+    """As angles."""
     taught: tuple[Tensor, Tensor] | None = None
     """Keys and values of whole texts with gradients; the first stands at -1 and is never seen."""
 
@@ -47,6 +50,7 @@ class FusedChain:
         if state.angles is None:
             slot = torch.arange(state.slots, device=start.device)
             state.angles = state.rope.angles(slot, drafter.embedding.dtype)
+            state.products = Products(drafter.eps, start.device)
 
     @staticmethod
     def fits(drafter: Eagle3, state: ChainState) -> bool:
@@ -93,9 +97,11 @@ class FusedChain:
         x = joined(tokens, drafter.embedding, h, *gains, eps)
         own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
         nearest = state.options.window
+        products = state.products
         assert state.angles
+        assert products
         seen = attention(
-            product(x, *own),
+            products.plain(x, *own),
             state.keys[0],
             state.values[0],
             self.start,
@@ -105,12 +111,14 @@ class FusedChain:
             window=None if nearest is None else nearest + step + 1,
         )
         before = x[:, drafter.hidden :] if drafter.residual_is_normed else h
-        y = product(seen, w["midlayer.self_attn.o_proj.weight"], residual=before)
         gain = w["midlayer.post_attention_layernorm.weight"]
-        mlp = [w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up")]
-        inner = product(y, *mlp, gain=gain, eps=eps, gated=True)
-        y = product(inner, w["midlayer.mlp.down_proj.weight"], residual=y)
-        return F.linear(normed(y, w["norm.weight"], eps)[1], drafter.head), y
+        y, scaled = products.added(seen, w["midlayer.self_attn.o_proj.weight"], before, gain)
+        inner = products.gated(
+            scaled, *(w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up"))
+        )
+        gain = w["norm.weight"]
+        y, _ = products.added(inner, w["midlayer.mlp.down_proj.weight"], y, gain)
+        return F.linear(normed(y, gain, eps)[1], drafter.head), y
 
     def _gain(self, name: str) -> Tensor | None:
         return self.weights.get(f"midlayer.{name}.weight")

@@ -1,6 +1,6 @@
 """Dense targets on a GPU: a forward of few tokens as six kernels a layer, of more as nine.
 
-Of more, products are the device's own, which are quick once a matrix serves many tokens.
+Of more than 32, products are the device's own, which are quick once a matrix serves many tokens.
 """
 
 from __future__ import annotations
@@ -13,19 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import (
-    LONGEST,
-    MANY,
-    MOST,
-    Heads,
-    attention,
-    fits,
-    gated,
-    inner_of,
-    normed,
-    product,
-)
+from ttspec.fused import LONGEST, MANY, Heads, attention, fits, gated, normed
 from ttspec.models.layers import MergedLinear
+from ttspec.products import MOST, Products
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
 
@@ -51,6 +41,7 @@ class FusedForward:
         self.windows = windows
         self.angles: dict[int, tuple[Tensor, Tensor]] = {}
         self.eps: float = model.config.rms_norm_eps
+        self.products = Products(self.eps, model.device)
         self.heads = [self._heads(layer.self_attn) for layer in self.layers]
 
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
@@ -90,15 +81,17 @@ class FusedForward:
 
     def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
         """The states before each layer and after the last, [tokens, H]."""
-        states, eps = [x], self.eps
+        states, products = [x], self.products
+        gains = [layer.input_layernorm.weight for layer in self.layers]
+        gains.append(self.model.model.norm.weight)
+        scaled = products.scaled(x, gains[0])
         for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
-            out, gain = layer.self_attn.o_proj, layer.input_layernorm.weight
-            made = product(x, qkv.weight, bias=qkv.bias, gain=gain, eps=eps)
+            made = products.plain(scaled, qkv.weight, bias=qkv.bias)
             seen = self._attention(index, made, *context)
-            x = product(seen, out.weight, bias=out.bias, residual=x)
-            gain = layer.post_attention_layernorm.weight
-            made = inner_of(x, mlp.weight, gain, eps)
-            x = product(made, layer.mlp.down_proj.weight, residual=x)
+            out, gain = layer.self_attn.o_proj, layer.post_attention_layernorm.weight
+            x, scaled = products.added(seen, out.weight, x, gain, out.bias)
+            inner = products.gated(scaled, *mlp.weight.chunk(2))
+            x, scaled = products.added(inner, layer.mlp.down_proj.weight, x, gains[index + 1])
             states.append(x)
         return states
 

@@ -1,0 +1,209 @@
+"""Products of up to 32 tokens and a table, one Triton kernel each, with norms and sums (Hopper)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttspec.fused import launch
+
+MOST = 32
+"""Tokens of all rows; of more the device's own products are quicker."""
+FEW = 8
+"""Tokens up to which K is split among the warps of a program."""
+PROCESSORS = 132
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """States that are yet to be divided by their root mean square, as an RMSNorm does."""
+
+    values: Tensor
+    """[tokens, width], times the norm's gain."""
+    squares: Tensor
+    """float32 [pieces, tokens or more], which add up to the squares of the states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How a product is cut."""
+
+    rows: int
+    """Of the table, for each program."""
+    share: int
+    """Elements of K that a warp, or all of them, takes at a time."""
+    splits: int = 1
+    """Parts of K in a program, each for a warp of its own."""
+    parts: int = 1
+    """Parts of K, each for a program of its own."""
+    stages: int = 1
+    """Shares that are on their way at once."""
+    warps: int = 4
+
+
+class Products:
+    """Products one after another, on one stream."""
+
+    def __init__(self, eps: float, device: torch.device) -> None:
+        """`eps`: of all norms."""
+        self.eps = eps
+        # How many parts of each block's sums are there; whoever is last sets it back to 0.
+        self.ended = torch.zeros(1024, dtype=torch.int32, device=device)
+
+    def scaled(self, x: Tensor, gain: Tensor) -> Scaled:
+        """States [tokens, width], times a norm's gain [width]."""
+        count, width = x.shape
+        out = Scaled(torch.empty_like(x), _squares(x, 1))
+        _kernels().scaled[(count,)](
+            x,
+            gain,
+            out.values,
+            out.squares,
+            width=width,
+            full=1 << (width - 1).bit_length(),
+            num_warps=4,
+            **launch(x),
+        )
+        return out
+
+    def plain(self, x: Tensor | Scaled, *tables: Tensor, bias: Tensor | None = None) -> Tensor:
+        """States times a table, or up to three side by side.
+
+        Args:
+            x: [tokens, width]; normalised if scaled.
+            tables: Each [outputs, width], contiguous; of several, outputs are whole blocks of 64.
+            bias: [outputs of all].
+
+        Returns:
+            [tokens, outputs of all].
+        """
+        return self._run(x, *tables, bias=bias)[0]
+
+    def gated(self, x: Scaled, gate: Tensor, up: Tensor) -> Tensor:
+        """The SiLU of normalised states times `gate`, times that of `up`.
+
+        Args:
+            x: [tokens, width].
+            gate: [outputs, width], contiguous.
+            up: As gate.
+
+        Returns:
+            [tokens, outputs].
+        """
+        return self._run(x, gate, up, gated=True)[0]
+
+    def added(
+        self,
+        x: Tensor,
+        table: Tensor,
+        residual: Tensor,
+        gain: Tensor,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Scaled]:
+        """States [tokens, width] times a table [outputs, width], a bias and a residual.
+
+        Args:
+            x: As it is, not to be normalised.
+            table: Contiguous.
+            residual: [tokens, outputs]; its rows may lie apart.
+            gain: [outputs] of the norm that comes next.
+            bias: [outputs].
+
+        Returns:
+            The sum [tokens, outputs], and the same scaled.
+        """
+        return self._run(x, table, bias=bias, residual=residual, gain=gain)
+
+    def _run(
+        self,
+        x: Tensor | Scaled,
+        *tables: Tensor,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        gain: Tensor | None = None,
+        gated: bool = False,
+    ) -> tuple[Tensor, Scaled]:
+        states, squares = (x.values, x.squares) if isinstance(x, Scaled) else (x, None)
+        count, width = states.shape
+        ends = [0]
+        for table in tables:
+            ends.append(ends[-1] + len(table))
+        outputs = ends[1] if gated else ends[-1]
+        tiles = tiles_of(width, ends[-1], count, gated=gated)
+        blocks, wide = -(-ends[-1] // tiles.rows), _wide(count)
+        out = states.new_empty(count, outputs)
+        then = out if residual is None else torch.empty_like(out)
+        pieces = out if residual is None else _squares(states, blocks)
+        scratch = out
+        if tiles.parts > 1:
+            size = blocks, tiles.parts, tiles.rows, wide
+            scratch = states.new_empty(size, dtype=torch.float32)
+        _kernels().product[(blocks, tiles.parts)](
+            states,
+            tables[0],
+            tables[min(1, len(tables) - 1)],
+            tables[-1],
+            states if bias is None else bias,
+            states if squares is None else squares,
+            states if residual is None else residual,
+            states if gain is None else gain,
+            out,
+            then,
+            pieces,
+            scratch,
+            self.ended,
+            self.eps,
+            count,
+            outputs,
+            ends[1],
+            ends[min(2, len(tables))],
+            0 if residual is None else residual.stride(0),
+            0 if squares is None else len(squares),
+            tables=1 if gated else len(tables),
+            width=width,
+            normed=squares is not None,
+            gated=gated,
+            biased=bias is not None,
+            added=residual is not None,
+            most_pieces=64 if squares is None else max(64, 1 << (len(squares) - 1).bit_length()),
+            wide=wide,
+            rows=tiles.rows,
+            splits=tiles.splits,
+            share=tiles.share,
+            parts=tiles.parts,
+            stages=tiles.stages,
+            num_warps=tiles.warps,
+            **launch(states),
+        )
+        return out, Scaled(then, pieces)
+
+
+def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
+    """How to cut a product of states [tokens, width] and a table [rows, width]."""
+    if gated:  # all programs at once
+        high = rows > 64 * PROCESSORS
+        return Tiles(128, 64, stages=6, warps=8) if high else Tiles(64, 64, stages=6)
+    if width > 2048:  # all weights of a program are on their way before it waits
+        return Tiles(64, 512, parts=-(-width // 512))
+    if width > 1024:
+        return Tiles(16, 128, splits=4, stages=3)
+    return Tiles(16, 64, splits=4, stages=4) if tokens <= FEW else Tiles(16, 128, stages=7)
+
+
+def _wide(count: int) -> int:
+    return max(8, 1 << (count - 1).bit_length())
+
+
+def _squares(x: Tensor, pieces: int) -> Tensor:
+    return x.new_empty(pieces, _wide(len(x)), dtype=torch.float32)
+
+
+@cache
+def _kernels() -> Any:
+    from ttspec import product_kernels  # Triton is there only where torch can use a GPU
+
+    return product_kernels
