@@ -118,7 +118,7 @@ def test_of_several_tenants_one_must_be_named(kept: Path, models, capsys, tmp_pa
     ("words", "reason"),
     [
         (["--rows", "2"], "adapt would keep nothing"),
-        (["--out", "new", "--rows", "0"], "--rows is 0"),
+        (["--out", "new", "--rows", "0"], '"0" for --rows'),
         (["--out", "new", "--learn.scope", "session"], "one drafter for all requests"),
         (["--out", "new", "--drafter", "none"], "needs a drafter with weights"),
     ],
@@ -210,15 +210,15 @@ def test_a_signal_to_end_keeps_what_was_learned(
 ) -> None:
     lines = [json.dumps({"prompt": f"count to {n}"}) for n in range(40)]
     (tmp_path / "many.jsonl").write_text("\n".join(lines))
-    answered = adapt._answered
+    answers = adapt._new_answers
 
     def ended_by_a_signal(*given: object) -> Iterator[object]:
-        for count, result in enumerate(answered(*given), 1):
+        for count, result in enumerate(answers(*given), 1):
             yield result
             if count == 8:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(adapt, "_answered", ended_by_a_signal)
+    monkeypatch.setattr(adapt, "_new_answers", ended_by_a_signal)
     out = ["--out", str(tmp_path / "out"), "--rows", "4"]
     before = signal.getsignal(signal.SIGTERM)
     assert main(["adapt", str(tmp_path / "many.jsonl"), *models, *LEARN, *SAYS, *out]) == 130

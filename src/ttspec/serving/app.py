@@ -186,7 +186,10 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     of_field = [e for e in errors if e["loc"][:2] == field]
     found = max(of_field, key=lambda e: (len(e["loc"]), not e["type"].endswith("_type")))
     kind, message = found["type"], str(found["msg"]).removeprefix("Value error, ")
-    param = ".".join(str(part) for part in found["loc"][1:] if not _is_type(part))
+    place = found["loc"][1:]
+    if place[-1:] == ("[key]",):  # of a key the field is named, the key is what is shown
+        place = place[:-2]
+    param = ".".join(str(part) for part in place if not _is_type(part))
     if kind == "value_error" and not param:  # begins with the field's name
         return bad_request(f"{message}.", message.partition(" ")[0])
     if kind in ("json_invalid", "model_attributes_type") or not param:
