@@ -59,7 +59,7 @@ class Switch:
         learner, on = self.ttspec.learner, name != "out"
         (self.ttspec.resume if name in ("still", "read") else self.ttspec.pause)()
         learner.rounds_an_update = 1 << 60  # none of them updates
-        learner.share._saved["reading"] = 1.0 if name == "read" else -1e9
+        learner.share._saved = 1.0 if name == "read" else -1e9
         runner = self.model_runner
         if not hasattr(self, "_hooked"):
             held = [(runner, n) for n in HOOKED if n in vars(runner)]
