@@ -366,6 +366,8 @@ class Arms:
             return None
         try:
             self.pipes[home].send({"arm": arm, **job})
+            if not self.pipes[home].poll(self.a.patience):  # an engine that fails may never end
+                raise EOFError
             return self.pipes[home].recv()
         except (EOFError, OSError):
             print(f"{arm} has ended", flush=True)
@@ -557,6 +559,12 @@ def show_steps(turns: list[dict]) -> None:
             print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 
 
+def leave(*_: object) -> None:
+    """End in order; `timeout` sends its signal twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
@@ -570,6 +578,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/vllm-cache"))
     parser.add_argument("--seconds", type=float, default=330.0, help="in all")
     parser.add_argument("--start-seconds", type=float, default=150.0)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds of a turn, at most")
     parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
     parser.add_argument("--kind", default="code")
     parser.add_argument(
@@ -605,7 +614,7 @@ def main() -> None:
     if not (a.target and a.drafter):
         parser.error("give --target and --drafter")
     a.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, leave)
     wanted = a.arms.split(",")
     arms = Arms(a, wanted)
     names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]
