@@ -176,11 +176,13 @@ class TextMemory:
 
     def summary(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest tokens, their p and that of the others [R, ...] of logits [R, V]."""
-        mass = logits.float().logsumexp(-1, keepdim=True)
-        covered = logits if self.draft_ids is None else logits[..., self.draft_ids]
+        mass, covered, known = logits.float().logsumexp(-1, keepdim=True), logits, 1.0
+        if self.draft_ids is not None:
+            covered = logits[..., self.draft_ids]
+            known = (covered.float().logsumexp(-1) - mass[..., 0]).exp()
         values, ids = covered.topk(self.likely.shape[-1], sorted=False)
         p = (values.float() - mass).exp()
-        others = (covered.float().logsumexp(-1) - mass[..., 0]).exp() - p.sum(-1)
+        others = known - p.sum(-1)
         return ids.int(), p.half(), others.clamp(min=0).half()
 
 
