@@ -26,7 +26,7 @@ def test_time_is_a_share_of_work_and_pauses_earn_little(now) -> None:
         now[0] += 0.17  # of 0.16 that are left, and a share of these
     share.tick(0)
     assert not share.allows
-    assert not share.admits(needed=True)
+    assert share.admits(needed=False)  # it took less time than updates
     now[0] += 3600  # counts as one second
     share.tick(0)
     assert share.allows
@@ -48,11 +48,8 @@ def test_reading_that_took_too_much_goes_on_later_although_nothing_is_updated(no
     assert waited == pytest.approx(0.4 / 0.06, abs=0.5)
     assert not share.admits(needed=False)
     share.spend(0.4, "updates")
-    now[0] += 0.9
-    for _ in range(8):
-        share.tick(60)
-        now[0] += 0.9
-    assert share.admits(needed=False)
+    assert share.admits(needed=False)  # it is the cheaper part
+    assert not share.allows
 
 
 @pytest.mark.parametrize("given", [0.06, 0.5])

@@ -1,8 +1,7 @@
 """How much time learning may take: a share of that in which the engine works.
 
 The share is that of ttspec's own engine (`share_of_updates`), and never more than an operator's.
-Reading takes of it what the next update needs, and more only while it took less time than updates:
-other texts are worth having, but not as much as learning from those that there are.
+Reading takes of it what the next update needs, and goes on as long as it took less than updates.
 """
 
 from __future__ import annotations
@@ -93,5 +92,5 @@ class TimeShare:
 
     def admits(self, *, needed: bool) -> bool:
         """Whether another request may teach; `needed`: there is not enough for an update."""
-        others = self.spent["reading"] < self.spent["updates"]
-        return self.share >= 1 or (self._saved > 0 and (needed or others))
+        cheap = self.spent["reading"] < self.spent["updates"]
+        return cheap or (needed and self.allows) or self.share >= 1

@@ -178,6 +178,7 @@ class EngineLearner:
     def _begin_update(self) -> None:
         self._new_rounds -= self.rounds_an_update
         with self.share.charged("updates"):
+            self.shared.weights.unused.fill_(self._new_rounds / self.rounds_an_update)
             self.shared.begin_update()
         if self.shared.is_over:
             self.finish()
