@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from engine_steps import (  # noqa: F401
+    LEARN,
     PROMPTS,
     a_step,
     assert_same_texts,
@@ -20,6 +21,7 @@ from engine_steps import (  # noqa: F401
     texts_of,
 )
 
+from ttspec.learning.live_weights import WARM_UP
 from ttspec.vllm.steps import STALE
 
 
@@ -239,6 +241,9 @@ def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, up
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
     assert learner.shared.updates == updates
+    # It has risen by what was read, made use of or not.
+    risen = min(1.0, rounds / learner.rounds_an_update / WARM_UP)
+    assert float(learner.shared.weights._rate) == pytest.approx(LEARN.lr * risen)
 
 
 @pytest.mark.parametrize(
