@@ -18,7 +18,7 @@ from ttspec.drafters.blocks import Text
 from ttspec.drafters.layers import Weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import PAGE, MemoryRows, TextMemory, Texts
-from ttspec.learning.replay_buffer import ReplayBuffer
+from ttspec.learning.replay_buffer import CHAIN, ReplayBuffer
 from ttspec.learning.update_report import UpdateReport
 from ttspec.losses import expected_length, likely_kl, log_likely, position_weights
 from ttspec.models.capture import Graphs
@@ -160,13 +160,15 @@ class MemoryTrainer(TextTrainer):
         run: Graphs,
     ) -> None:
         """Of `rows` rows, whose rounds `run` captures; the rest as in `TextTrainer`."""
+        on_gpu = memory.tokens.is_cuda
+        if drafter.first_alone and not on_gpu:  # the others weigh little, and cost as much
+            length = min(length, CHAIN)
         super().__init__(drafter, options, length)
         self._run = run
         self._new: list[int] | None = [0] * rows
         """Tokens of each row that the memory was not told of; None if that is not known."""
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
-        on_gpu = device.type == "cuda"
         texts, self.count = (TEXTS, BLOCKS) if on_gpu else (FEW_TEXTS, FEW_BLOCKS)
         self._newest = NEWEST if on_gpu else FEW_NEWEST
         order = torch.Generator(device).manual_seed(0)  # the same blocks for all
