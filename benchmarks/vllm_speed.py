@@ -6,15 +6,13 @@
 
 Where vLLM and ttspec are installed. Every arm is an engine of its own process; all get the same
 requests of one kind (benchmarks/streams.py), and only one of them works at a time. `learned` learns
-until `--learn` requests were answered, then it is paused and drafts on; `learning-15` may take 15 %
-of the time. Prints tokens a second over
-those of `static`, with the middle 95 of 100 resamplings of turns; then what idle hooks cost: short
-turns, A B B A, of one engine (`idle`, or else `learning`, paused then) with its hooks and without,
-and of two engines. `ttspec` is ttspec's own engine of 8 rows; `ttspec-1` and `ttspec-32` have other
-rows, for the parts with so many requests at a time. With `--pin N` all engines run on the same N
-cores near the GPU once they are warm: without it turns of one engine differed by 1.4, whatever it
-did. With `--watch` those that learn answer one turn more after the stream, in which each part of
-their learner is timed. Ends in order, with its tables, on SIGTERM too.
+until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
+those of `static`, with the middle 95 of 100 resamplings of turns; then what each part of the plugin
+adds to a step, in short turns of one engine. `ttspec` is ttspec's own engine of 8 rows; `ttspec-1`
+and `ttspec-32` have other rows, for the parts with so many requests at a time. With `--pin N` all
+engines run on the same N cores near the GPU once they are warm: without it turns of one engine
+differed by 1.4, whatever it did. With `--watch` those that learn answer one turn more after the
+stream, in which each part of their learner is timed. Ends in order, with its tables, on SIGTERM.
 """
 
 from __future__ import annotations
@@ -30,7 +28,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable
-from itertools import pairwise
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -38,20 +35,31 @@ from typing import Any
 
 from streams import stream
 
-LEARNING = ("idle", "learning", "learned")
+LEARNING = ("learning", "learned")
+MODES = {
+    "out": "as stock vLLM",
+    "in": "hooks in place, paused",
+    "still": "learning, nobody is read",
+    "read": "all requests are read in every step, no updates",
+}
+"""What the plugin may do while its drafter stays the same."""
 VLLM_ARMS = ("plain", "static", *LEARNING)
 OURS = ("plain", "static", "learning")
 RESAMPLED = 2000
 
 
 class Switch:
-    """A worker's extension besides ttspec's: take the hooks out, and put them in again."""
+    """A worker's extension besides ttspec's: the hooks, part by part."""
 
     model_runner: Any
     ttspec: Any
 
-    def hooks(self, on: bool) -> None:
-        """As they were, or as stock vLLM."""
+    def mode(self, name: str) -> None:
+        """One of `MODES`: what the plugin does from now on, besides what it says of itself."""
+        learner, on = self.ttspec.learner, name != "out"
+        (self.ttspec.resume if name in ("still", "read") else self.ttspec.pause)()
+        learner.rounds_an_update = 1 << 60  # none of them updates
+        learner.share._saved = 1.0 if name == "read" else -1e9
         runner = self.model_runner
         if not hasattr(self, "_hooked"):
             held = [(runner, n) for n in HOOKED if n in vars(runner)]
@@ -133,7 +141,7 @@ def __getattr__(name: str) -> Any:
 
 def learns(arm: str) -> bool:
     """Whether an engine has the plugin."""
-    return arm.partition("-")[0] in LEARNING
+    return arm in LEARNING
 
 
 def engine_of(arm: str, a: argparse.Namespace) -> Any:
@@ -148,10 +156,8 @@ def engine_of(arm: str, a: argparse.Namespace) -> Any:
             "num_speculative_tokens": a.length,
         }
     if learns(arm):
-        settings = json.loads(a.learned_settings if arm == "learned" else a.settings)
-        if percent := arm.partition("-")[2]:
-            settings["share"] = int(percent) / 100
-        options["additional_config"] = {"ttspec": settings}
+        settings = a.learned_settings if arm == "learned" else a.settings
+        options["additional_config"] = {"ttspec": json.loads(settings)}
         options["worker_extension_cls"] = "vllm_speed.Both"
     if a.eager:
         options["enforce_eager"] = True
@@ -213,7 +219,6 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
             "rounds": rounds,
             "steps": len(steps),
             "median_ms": 1e3 * usual,
-            "usual_seconds": usual * len(steps),
             "beyond": sum(max(0.0, s - 2 * usual) for s in steps) / (last - began),
         }
 
@@ -361,6 +366,8 @@ class Arms:
             return None
         try:
             self.pipes[home].send({"arm": arm, **job})
+            if not self.pipes[home].poll(self.a.patience):  # an engine that fails may never end
+                raise EOFError
             return self.pipes[home].recv()
         except (EOFError, OSError):
             print(f"{arm} has ended", flush=True)
@@ -386,16 +393,8 @@ class Arms:
             self.file.flush()
 
 
-def ratio_of(
-    turns: list[dict],
-    part: str,
-    arm: str,
-    base: str,
-    low: int = 0,
-    unit: str = "tokens",
-    clock: str = "seconds",
-) -> str:
-    """Units a second over another arm's, of the turns that both had; and their plain figures."""
+def ratio_of(turns: list[dict], part: str, arm: str, base: str, low: int = 0) -> str:
+    """Tokens a second over another arm's, of the turns that both had; and their plain figures."""
     some = [t for t in turns if t["part"] == part and t["first"] >= low]
     own = {t["first"]: t for t in some if t["arm"] == arm}
     others = {t["first"]: t for t in some if t["arm"] == base}
@@ -410,7 +409,7 @@ def ratio_of(
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
-            [sum(pair[i][key] for pair in some) for key in (unit, clock)] for i in (0, 1)
+            [sum(pair[i][key] for pair in some) for key in ("tokens", "seconds")] for i in (0, 1)
         )
         return n / s / (m / t)
 
@@ -418,7 +417,7 @@ def ratio_of(
     drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
     low_, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
     return (
-        f"{plain}; {unit} a second over {base} {ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], "
+        f"{plain}; tokens a second over {base} {ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], "
         f"{len(pairs)} turns"
     )
 
@@ -432,9 +431,6 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
     for name in names:
         if learns(name):
             print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
-    if "idle" in names:
-        arms.ask("idle", rpc="ttspec_pause")
-        arms.ask("idle", rpc="ttspec_revert")  # it learned while it got warm
     if a.pin:
         cores = cores_near_gpu(a.pin)
         pin([p.pid for p in multiprocessing.active_children()], cores)
@@ -467,7 +463,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         for part, found in (arms.ask(name, rpc="times") or {}).items():
             print(f"  {part:18s} {found}")
     show(arms.turns, a)
-    others = [n for n in names if n != "idle" and ":" not in n]
+    others = [n for n in names if ":" not in n]
     first = 0
     others_end = arms.passed + (end - arms.passed) * 0.4
     while others and arms.passed < others_end:
@@ -479,20 +475,24 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
                 if at_once <= max(a.at_once) and arms.passed < others_end:
                     arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
         first += 1
-    home = next((n for n in ("idle", "learning") if n in names), None)
-    if home == "learning":
-        arms.ask(home, rpc="ttspec_pause")
-    same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
-    number = 0
-    while home and arms.passed < end:
-        numbers = [number % 600 + n for n in range(8)]
-        order = ("out", "in", "static") if number % 16 else ("static", "in", "out")
-        for which in order:
-            if which != "static":
-                arms.ask(home, rpc="hooks", args=[which == "in"])
-            arm = "static" if which == "static" else home
-            arms.turn("idle", arm, numbers, f"hooks {which}", **same)
-        number += 8
+    if "learning" in names:
+        measure_modes(arms, end)
+
+
+def measure_modes(arms: Arms, end: float) -> None:
+    """What each part of the plugin adds to a step: short turns of one engine, there and back."""
+    order = [*MODES, "static"] if "static" in arms.pipes else list(MODES)
+    for number in range(0, 1 << 20, 8):
+        for name in order:
+            if arms.passed >= end:
+                return
+            arm = "static" if name == "static" else "learning"
+            if arm == "learning":
+                arms.ask(arm, rpc="mode", args=[name])
+            numbers = [(number + n) % 600 for n in range(8)]
+            same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
+            arms.turn("modes", arm, numbers, f"mode {name}", **same)
+        order.reverse()
 
 
 def show(turns: list[dict], a: argparse.Namespace) -> None:
@@ -503,14 +503,7 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
         for name in names:
             print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
     show_steps(turns)
-    print("idle hooks, 8 at a time, greedy, 64 tokens")
-    for name, base in (("in", "out"), ("in", "static"), ("out", "static")):
-        pair = turns, "idle", f"hooks {name}", f"hooks {base}"
-        print(f"  {name:16s} {ratio_of(*pair, unit='rounds')}")
-        if all("usual_seconds" in t for t in turns if t["part"] == "idle"):
-            found = ratio_of(*pair, unit="rounds", clock="usual_seconds")
-            print(f"  {name:16s} if all steps took the median: {found}")
-    print(f"  a step with hooks in over one without, of neighbours: {neighbours(turns)}")
+    show_modes(turns)
     for at_once in (1, 32):
         print(f"{at_once} at a time")
         part = f"{at_once} at a time"
@@ -518,17 +511,24 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
             print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
 
 
-def neighbours(turns: list[dict]) -> str:
-    """Of turns that follow each other, the median of the ratios of their usual steps."""
-    found = [t for t in turns if t["arm"] in ("hooks in", "hooks out") and "median_ms" in t]
-    pairs = [{t["arm"]: t["median_ms"] for t in both} for both in pairwise(found)]
-    ratios = [pair["hooks in"] / pair["hooks out"] for pair in pairs if len(pair) == 2]
-    if not ratios:
-        return "nothing measured"
+def show_modes(turns: list[dict]) -> None:
+    """The usual step of each mode, and over that without hooks, of turns of the same requests."""
+    steps = {(t["arm"].removeprefix("mode "), t["first"]): t for t in turns if t["part"] == "modes"}
+    print("one engine, 8 at a time, greedy, 64 tokens: the usual step; median of neighbours")
     rng = random.Random(0)
-    drawn = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED))
-    low, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-    return f"{statistics.median(ratios):.4f} [{low:.4f}, {high:.4f}], {len(ratios)} pairs"
+    for name, does in {**MODES, "static": "another engine, which never learned"}.items():
+        own = {first: t["median_ms"] for (arm, first), t in steps.items() if arm == name}
+        others = {f: steps["out", f]["median_ms"] for f in own if ("out", f) in steps}
+        if ratios := [own[f] / other for f, other in others.items()]:
+            draws = (
+                statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED)
+            )
+            low, *_, high = statistics.quantiles(draws, n=40)
+            usual, ratio = statistics.median(own.values()), statistics.median(ratios)
+            print(
+                f"  {name:8s} {usual:.3f} ms, {ratio:.4f} [{low:.4f}, {high:.4f}] of that without "
+                f"hooks, {len(ratios)} pairs: {does}"
+            )
 
 
 def show_steps(turns: list[dict]) -> None:
@@ -559,6 +559,12 @@ def show_steps(turns: list[dict]) -> None:
             print(f"  {t['arm']:12s} {t['first']:4d} {speed:.3f} {length:.3f}  {facts}")
 
 
+def leave(*_: object) -> None:
+    """End in order; `timeout` sends its signal twice."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
@@ -572,6 +578,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/vllm-cache"))
     parser.add_argument("--seconds", type=float, default=330.0, help="in all")
     parser.add_argument("--start-seconds", type=float, default=150.0)
+    parser.add_argument("--patience", type=float, default=60.0, help="seconds of a turn, at most")
     parser.add_argument("--arms", default=",".join((*VLLM_ARMS, "ttspec")))
     parser.add_argument("--kind", default="code")
     parser.add_argument(
@@ -607,7 +614,7 @@ def main() -> None:
     if not (a.target and a.drafter):
         parser.error("give --target and --drafter")
     a.out.mkdir(parents=True, exist_ok=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, leave)
     wanted = a.arms.split(",")
     arms = Arms(a, wanted)
     names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]

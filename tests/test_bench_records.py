@@ -141,6 +141,12 @@ def test_a_damaged_middle_is_an_error(folder: Path, name: str) -> None:
     assert f"{name}, line 4 is damaged" in refusal(folder)
 
 
+@pytest.mark.parametrize("content", ["[]", "null", '{"target": 5}', '{"suite": [1]}', "[" * 99_999])
+def test_a_manifest_that_is_none_is_an_error(folder: Path, content: str) -> None:
+    (folder / "manifest.json").write_text(content)
+    assert "is not a readable run folder" in refusal(folder)
+
+
 def test_a_line_without_its_fields_is_damaged(folder: Path) -> None:
     change(folder / "rounds.jsonl", lambda rows: rows[7].pop("milliseconds") and None)
     assert "line 8 is damaged" in refusal(folder)

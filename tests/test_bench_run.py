@@ -393,7 +393,8 @@ def test_suites_can_be_joined_and_cut(suite) -> None:
     [
         ("{", "is no JSON"),
         ("[]", "has no requests"),
-        ("[3]", "row 1 has none of them"),
+        ("[3]", "row 1 has 3, none of them"),
+        ("[" * 100_000, "is no JSON"),
         ('{"text": "x"}', "none of them"),
         ('{"prompt": "x", "turns": ["y"]}', "prompt and turns"),
         ('{"prompt": " "}', "prompt is not"),
@@ -401,6 +402,8 @@ def test_suites_can_be_joined_and_cut(suite) -> None:
         ('{"turns": ["a", 1]}', "turns is not"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "messages is not"),
         ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "of type text only"),
+        ('{"messages": [{"role": "user", "content": "x", "tool_calls": 5}]}', "a list of objects"),
+        ('{"messages": [{"role": "user", "content": "x", "tool_calls": [5]}]}', "list of objects"),
         ("", "has no requests"),
     ],
 )

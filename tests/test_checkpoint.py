@@ -554,6 +554,7 @@ def test_a_config_without_a_key_is_refused(tmp_path, which, key):
         ("eagle3", {"attention_value_scale": 0.5}, "attention_value_scale"),
         ("eagle3", {"norm_before_fc": True, "fc_norm": True}, "fc_norm"),
         ("eagle3", {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 2]}}, "fc.weight"),
+        ("eagle3", {"ttspec": {"length": -1}}, "a round has -1 drafts"),
         ("eagle3", {"num_aux_hidden_states": 4}, "num_aux_hidden_states is 4"),
         ("eagle3", {"eagle_config": "yes"}, "config.json"),
         ("eagle3", {"transformer_layer_config": "yes"}, "config.json"),

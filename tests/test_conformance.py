@@ -396,6 +396,16 @@ def test_a_replay_within_a_window_reads_no_more_of_a_long_context(which: str, mo
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("which", ["pard", "pard2"])
+def test_who_says_so_has_the_same_first_drafts_in_a_shorter_block(which: str) -> None:
+    drafter = bound_kind(which)
+    assert drafter.first_alone
+    state = read(drafter, *text_of(drafter, 2, 30), DraftConfig())
+    batch, _ = drafts(drafter, state)
+    whole = drafter.replay(state, batch, drafter.length, 30)
+    torch.testing.assert_close(drafter.replay(state, batch, 2, 30), whole[:, :, :2], **CLOSE)
+
+
 def gradients(drafter: Drafter, state: DraftState, taught: ReplayBatch) -> dict[str, Tensor]:
     """Gradients of a row's own copy of every learnable weight."""
     leaves = {}

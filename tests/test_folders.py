@@ -111,5 +111,13 @@ def test_a_hub_that_cannot_be_reached_is_a_two_line_error(monkeypatch: pytest.Mo
     assert ": It is not on the disk and traffic has been switched off.\n" in message
 
 
+def test_a_long_reason_of_the_hub_ends_with_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("unreachable " * 50)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert "unreachable ....\n" in refused("owner/name", ResourceError)
+
+
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
     assert "'no such name'" in refused("no such name")

@@ -3,6 +3,9 @@
 import pytest
 from toys import LEARN, PLAIN, assert_goes_on, assert_is_fresh, finish, parrot, plain, toy_engine
 
+from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.copying import SuffixIndex
+from ttspec.decoding.text import TextStream
 from ttspec.learning.learner import Learner
 from ttspec.models.target import Target
 from ttspec.records import Result
@@ -163,6 +166,56 @@ def test_after_a_stop_the_next_turn_goes_on_from_what_was_kept(typist):
         if second.finish_reason != "stop":
             assert_is_fresh(typist, ["hello", first.text, "and now?"], second)
             assert second.stats.reread_tokens == 1  # of the stop text's two, one was pending
+
+
+def test_an_interrupt_while_a_result_is_made_does_not_lose_it(typist, interrupt):
+    whole = plain(typist, "hello", max_new_tokens=10)
+    session = typist.session(max_new_tokens=10, context=300)
+    interrupt(Conversation, "_result", 1)
+    text, _, result = finish(session.stream("hello"))
+    assert (result.finish_reason, result.token_ids) == ("length", whole.token_ids)
+    assert text == result.text == whole.text
+    assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
+
+
+@pytest.mark.parametrize("results", [1, 2, 3])
+def test_an_interrupt_among_results_loses_none_and_no_text(typist, interrupt, results):
+    """All three answers end in one round: what was made of the others is not lost either."""
+    prompts = ["hello", "good day", "hi"]
+    whole = [plain(typist, p, max_new_tokens=10) for p in prompts]
+    interrupt(Conversation, "_result", results)
+    texts, found = ["", "", ""], {}
+    for index, chunk in typist.run([[p] for p in prompts], max_new_tokens=10, **PLAIN):
+        texts[index] += chunk.text
+        found |= {index: chunk.result} if chunk.result else {}
+    assert [found[i].token_ids for i in range(3)] == [r.token_ids for r in whole]
+    assert texts == [r.text for r in whole]
+
+
+def test_an_interrupt_while_a_token_is_decoded_leaves_the_text_of_the_tokens(typist, interrupt):
+    session = typist.session(max_new_tokens=30, context=300, **PLAIN)
+    stream = session.stream("hello")
+    interrupt(TextStream, "_decode", 5)
+    text, _, result = finish(stream)
+    assert result.finish_reason == "cancelled"
+    assert text == result.text == typist.tokenizer.decode(result.token_ids)
+    assert_goes_on(typist, result.prompt_ids + result.token_ids, session.send("and now?"))
+
+
+def test_an_interrupt_while_places_to_copy_are_noted_leaves_what_goes_on():
+    text, index = [1, 2, 3, 4] * 8, SuffixIndex()
+    index.extend(text[:20], count=True)
+
+    class Interrupted(dict):
+        def get(self, *_):
+            raise KeyboardInterrupt
+
+    index._newest = Interrupted(index._newest)
+    with pytest.raises(KeyboardInterrupt):
+        index.extend(text[20:], count=True)
+    index.crop(20)
+    index.follow(text)
+    assert index.copy(8).tokens == text[:8]
 
 
 def test_an_interrupt_gives_every_prompt_a_result(toy_target_dir, monkeypatch):

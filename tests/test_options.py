@@ -65,6 +65,13 @@ def test_numbers_of_numpy_and_lists_of_stop_texts_are_taken() -> None:
     assert config.sampling({}).temperature == 0.5
 
 
+def test_a_list_that_changes_later_changes_no_options() -> None:
+    words: list[Any] = ["END"]
+    config = GenerateConfig(stop=words, bad_words=words)  # type: ignore[arg-type]
+    words.append(5)
+    assert config.stop == config.bad_words == ("END",)
+
+
 def test_the_papers_preset_is_what_it_was() -> None:
     assert LearnConfig.paper() == LearnConfig(
         stride=10,

@@ -178,6 +178,20 @@ def test_many_mixed_batches(engine, how, asked, late) -> None:
     check_mixed(engine, asked, min(late, len(asked)), how)
 
 
+def test_an_end_token_comes_beside_a_row_that_must_not_end_yet(engine) -> None:
+    """In a row that had a longer prompt, with penalties, before."""
+    longer: Asked = (PROMPT * 4, 1, {"repetition_penalty": 1.2, "max_new_tokens": 2}, None)
+    going: Asked = (PROMPT, 1, {"min_new_tokens": 14, "logit_bias": {END: -9.0}}, None)
+    ends = 0
+    for seed in range(12):
+        asked: Asked = (PROMPT, seed, {"temperature": 1.0}, None)
+        (alone,) = run(engine, [asked], 1, **PLAIN)
+        *_, beside = run(engine, [longer, going, asked], 2, **PLAIN)
+        assert said(beside) == said(alone)
+        ends += alone.finish_reason == "eos"
+    assert ends, "no answer ended"
+
+
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(asked=st.lists(OPTIONS, min_size=2, max_size=5), seed=st.integers(0, 999))
 def test_what_others_ask_for_changes_no_bit_of_a_rows_scores(target, asked, seed) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
 from safetensors.torch import load_file
-from toys import toy_engine
+from toys import copy_of, toy_engine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import load
@@ -231,6 +231,38 @@ def test_a_finished_run_can_be_resumed_to_nothing(run, engine, prompts):
 
 
 # Refusals.
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("run.json", b"{"),
+        ("run.json", b"[1]"),
+        ("answers.jsonl", b'{"n": 0}\n'),
+        ("answers.jsonl", b"\0\0\0\n"),
+        ("state.safetensors", b"\0" * 40),
+        ("state.safetensors", b""),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(
+    run, engine, prompts, tmp_path, file, content
+):
+    out = copy_of(run[0], tmp_path)
+    (out / file).write_bytes(content)
+    with pytest.raises(DataError, match=f"{file}.* is damaged") as caught:
+        train(engine, config(prompts, out, resume=True))
+    assert str(caught.value).count("\n") == 1
+
+
+def test_a_kill_while_a_folder_is_taken_leaves_it_free(engine, prompts, tmp_path, monkeypatch):
+    """What a run is of stands in its folder as a whole or not at all."""
+    monkeypatch.setattr(Path, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(engine, config(prompts, tmp_path / "out"))
+    monkeypatch.undo()
+    monkeypatch.setattr("ttspec.training.train.write_answers", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(engine, config(prompts, tmp_path / "out"))
 
 
 def test_a_used_folder_needs_resume(run, engine, prompts, tmp_path):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from engine_steps import (  # noqa: F401
+    LEARN,
     PROMPTS,
     a_step,
     assert_same_texts,
@@ -20,7 +21,7 @@ from engine_steps import (  # noqa: F401
     texts_of,
 )
 
-from ttspec.vllm.share import PURPOSES
+from ttspec.learning.live_weights import WARM_UP
 from ttspec.vllm.steps import STALE
 
 
@@ -127,7 +128,7 @@ def test_in_a_batch_that_stays_the_same_requests_outgrow_rows_and_get_free_ones(
     learner = made(rows=2, tokens=64)
     learner.absorb(a_step(["a"], 10, 0))
     learner.share.share = 0.01
-    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
+    learner.share._saved = -1e9
     taken = []
     for i in range(14):
         if i == 6:
@@ -214,7 +215,7 @@ def test_who_must_not_teach_does_not() -> None:
 def test_without_time_left_nothing_is_updated_and_nobody_new_is_read() -> None:
     learner = made(share=0.01)
     learner.absorb(a_step(["a"], 10, 0))
-    learner.share._saved = dict.fromkeys(PURPOSES, -1e9)
+    learner.share._saved = -1e9
     for i in range(8):
         teach(learner, a_step(["a", "b"], 5, 10 + 5 * i, drafts=4))
     assert learner.shared.updates == 0
@@ -240,6 +241,9 @@ def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, up
     for _ in range(200):
         learner.absorb(a_step(["b"], 1, 0))
     assert learner.shared.updates == updates
+    # It has risen by what was read, made use of or not.
+    risen = min(1.0, rounds / learner.rounds_an_update / WARM_UP)
+    assert float(learner.shared.weights._rate) == pytest.approx(LEARN.lr * risen)
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,7 @@ class GenerateConfig(_Options):
             are_many = isinstance(texts, Collection) and not isinstance(texts, str)
             ok = are_many and all(isinstance(text, str) and text for text in texts)
             _require(ok, name, texts, "a list of texts, none of them empty")
+            object.__setattr__(self, name, tuple(texts))  # the caller's list may change later
         self.sampling({})  # refuses what SamplingConfig refuses
         least, most = self.min_new_tokens or 0, self.max_new_tokens
         _require(least <= most, "min_new_tokens", least, f"0 to max_new_tokens, which is {most}")

@@ -177,7 +177,8 @@ def _bans(text: Tensor, at: Tensor, answer: Tensor, rules: Rules, size: int) -> 
     if rules.not_first is not None:
         bans.append(rules.not_first & (position == answer[:, None, None]))
     if rules.least_new is not None and rules.least is not None:
-        early = (position < answer[:, None, None] + rules.least_new) | (position < rules.least)
+        early = (position < answer[:, None, None] + rules.least_new) & (rules.least_new > 0)
+        early |= position < rules.least  # where an answer of a row without rules began is not known
         bans.append(rules.ends & early)
     ended: list[Tensor] = []
     if rules.ngram is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ttspec.fused import launch
 
 MOST = 32
-"""Tokens of all rows; of more the device's own products are quicker."""
+"""Tokens of all rows; more were not tried."""
 FEW = 8
 """Tokens up to which K is split among the warps of a program."""
 PROCESSORS = 132
@@ -191,7 +191,9 @@ def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
         return Tiles(64, 512, parts=-(-width // 512))
     if width > 1024:
         return Tiles(16, 128, splits=4, stages=3)
-    return Tiles(16, 64, splits=4, stages=4) if tokens <= FEW else Tiles(16, 128, stages=7)
+    if tokens <= FEW:
+        return Tiles(16, 64, splits=4, stages=4)
+    return Tiles(16, 128, stages=min(7, -(-width // 128)))
 
 
 def _wide(count: int) -> int:

@@ -20,7 +20,7 @@ Key = tuple[str, int, int]
 STAGES = ("draft", "verify", "learn")
 ROUND_FIELDS = ("position", "proposed", "accepted", "emitted", "updates")
 CLOCK_FIELDS = ("began", "peak_memory")
-UNREADABLE = (ValueError, KeyError, TypeError, AttributeError)
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What a row that is no round, or no turn, raises."""
 
 

@@ -41,6 +41,11 @@ SETTINGS = (
     *("dtype", "device", "threads", "random_weights", "replay"),
 )
 """What one run has one value of, besides models, suite and the meaning of its arms."""
+OBJECTS = (
+    *("target", "drafter", "drafters", "suite", "sampling", "arm_options"),
+    *("random_weights", "replay"),
+)
+"""Entries of a manifest that are objects, where they are there."""
 
 
 class Store:
@@ -191,6 +196,7 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
     """Manifest, rounds and turns of the finished units, all checked."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        check_manifest(manifest)
         rounds, requests = (
             jsonl.read_lines(folder / name, check) if (folder / name).exists() else []
             for name, check in (
@@ -210,6 +216,15 @@ def _load(folder: Path) -> tuple[Row, list[Row], list[Row]]:
 
 
 # What must fit together in a run folder: each check raises `DataError` and says what to do.
+
+
+def check_manifest(manifest: Any) -> None:
+    """A manifest is an object, and so are some entries of it; else a `ValueError` says which."""
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{MANIFEST} holds no object")
+    for name in OBJECTS:
+        if not isinstance(manifest.get(name) or {}, dict):
+            raise ValueError(f"{MANIFEST} has {manifest[name]!r:.40} as {name}, no object")
 
 
 def without_unfinished(

@@ -1,5 +1,6 @@
 """`ttspec train`: build a drafter for a target; only the progress is drawn here."""
 
+import math
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -56,11 +57,13 @@ def train(
         def report(where: Where) -> None:
             nonlocal last
             last = where
-            left = f"{int(where.seconds_left) // 60}:{int(where.seconds_left) % 60:02d} left"
-            facts = f"{where.tokens} tokens, {left}"
+            left = ""
+            if math.isfinite(where.seconds_left):
+                left = f", {int(where.seconds_left) // 60}:{int(where.seconds_left) % 60:02d} left"
+            facts = f"{where.tokens} tokens{left}"
             if where.stage == "training":
                 right = " ".join(f"{a:.2f}" for a in where.accuracy)
-                facts = f"step {where.tokens}, loss {where.loss:.3f}, right {right}, {left}"
+                facts = f"step {where.tokens}, loss {where.loss:.3f}, right {right}{left}"
             bar.update(tasks[where.stage], completed=where.done, facts=facts, visible=True)
 
         try:

@@ -171,26 +171,34 @@ class Conversation:
                 length += len(self.prompt_ids) + len(self.tokens) - 1
                 pending = self.tokens[-1]
             self.decoder.crop(self.row, length, pending)
+            if self._stream:  # an interrupt may have come after a token's text, before the token
+                self._text = self._text.anew(self.tokens)
         self._close("cancelled")
 
     def chunk(self) -> Chunk:
-        """What is new since the last chunk; with the result if the answer is over."""
-        new, logprobs = self.tokens[self._shown :], tuple(self._logprobs)
-        self._shown = len(self.tokens)
-        self._logprobs.clear()
-        text = self._text.take(final=self.finish is not None) if self._stream else ""
+        """What is new since the last chunk that was told; the result too if the answer is over."""
+        new = self.tokens[self._shown :]
         return Chunk(
-            text=text,
+            text=self._text.peek(final=self.finish is not None) if self._stream else "",
             token_ids=tuple(new),
             round=self.rounds[-1] if self.rounds and new else None,
             result=self._result() if self.finish else None,
-            logprobs=logprobs,
+            logprobs=tuple(self._logprobs),
         )
+
+    def tell(self, chunk: Chunk) -> None:
+        """Count a chunk as told. Apart, since an interrupt may come while it is made."""
+        self._shown += len(chunk.token_ids)
+        self._text.skip(len(chunk.text))
+        del self._logprobs[: len(chunk.logprobs)]
+        self.is_told = chunk.result is not None
 
     def _reset(self) -> None:
         """Nothing is written of the next answer."""
         self.finish: FinishReason | None = None
         """Why the last answer ended; None while one is being written."""
+        self.is_told = False
+        """Whether its result was told."""
         self.tokens: list[int] = []
         self.rounds: list[Round] = []
         self._logprobs: list[TokenLogprobs] = []
@@ -222,11 +230,11 @@ class Conversation:
         return kept
 
     def _close(self, reason: FinishReason) -> None:
-        self.finish = reason
-        self.turn += 1
         if self.row >= 0:
             self.decoder.rest(self.row)
         self._seconds = time.perf_counter() - self._began
+        self.turn += 1
+        self.finish = reason  # last: after an interrupt, what is not finished is cancelled
 
     def _result(self) -> Result:
         assert self.finish is not None

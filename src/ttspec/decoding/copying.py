@@ -65,6 +65,14 @@ class SuffixIndex:
     """One row's tokens, and where its last ones stood before."""
 
     def __init__(self) -> None:
+        self._forget()
+        self._hits = [PRIOR_WEIGHT * chance for chance in PRIOR_CHANCES]
+        self._tries = [PRIOR_WEIGHT] * len(PRIOR_CHANCES)
+        self._rates = list(PRIOR_CHANCES)
+        """How often copies were right lately, by bucket."""
+
+    def _forget(self) -> None:
+        """Hold no token; `follow` takes all anew."""
         self._tokens: list[int] = []
         self._newest: dict[tuple[int, ...], int] = {}
         """By `MIN_MATCH` tokens: where the token after their newest place stands."""
@@ -73,14 +81,13 @@ class SuffixIndex:
         self._place = self._match = 0
         """Where the next token stood before, and how many tokens before both places agree; 0 and 0
         if nowhere."""
-        self._hits = [PRIOR_WEIGHT * chance for chance in PRIOR_CHANCES]
-        self._tries = [PRIOR_WEIGHT] * len(PRIOR_CHANCES)
-        self._rates = list(PRIOR_CHANCES)
-        """How often copies were right lately, by bucket."""
+        self._changes = False
+        """Within a change; still so after an interrupt in the middle of one."""
 
     def extend(self, tokens: Sequence[int], *, count: bool) -> None:
         """Append tokens; `count` whether copies of them would have been right."""
         ours, newest, older = self._tokens, self._newest, self._older
+        self._changes = True
         for token in tokens:
             place, match = self._place, self._match
             is_next = place > 0 and ours[place] == token
@@ -103,6 +110,7 @@ class SuffixIndex:
                 self._place, self._match = place + 1, min(match + 1, MAX_MATCH)
             else:
                 self._find(before)
+        self._changes = False
 
     def follow(self, text: Sequence[int]) -> None:
         """Take what a row holds: a prompt more, whose first token may replace the last one here."""
@@ -112,9 +120,12 @@ class SuffixIndex:
         self.extend(text[len(ours) :], count=False)
 
     def crop(self, length: int) -> None:
-        """Take back the tokens from `length` on."""
+        """Take back the tokens from `length` on; all, if a change before was interrupted."""
+        if self._changes:
+            self._forget()
         if length >= len(self._tokens):
             return
+        self._changes = True
         for end in range(len(self._tokens), max(length, MIN_MATCH - 1), -1):
             gram = tuple(self._tokens[end - MIN_MATCH : end])
             before = self._older[end - 1]
@@ -124,6 +135,7 @@ class SuffixIndex:
                 del self._newest[gram]
         del self._tokens[length:], self._older[length:]
         self._find(self._older[-1] if length else 0)
+        self._changes = False
 
     def copy(self, most: int, least: float = MIN_CHANCE) -> Copy:
         """Up to `most` tokens that may come next, each kept with a chance of `least` or more."""

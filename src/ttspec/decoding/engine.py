@@ -166,9 +166,13 @@ class Engine:
         scheduler = Scheduler(decoder, config, stream=stream)
         for request in self._requests(config, prompts, seeds):  # its id is its place
             scheduler.add_request(replace(request, quota=quota, keeps_row=sessions))
+        events: list[tuple[int, Chunk]] = []
         try:
             while scheduler.has_unfinished():
-                for index, chunk in scheduler.step():
+                events = scheduler.step()
+                while events:
+                    index, chunk = event = events.pop(0)
+                    yield event
                     if chunk.result and sessions:
                         turns, history = dialogues[index], histories[index]
                         turn = scheduler.conversation(index).turn
@@ -177,10 +181,9 @@ class Engine:
                         else:
                             history.answer(chunk.result.text, chunk.result.token_ids)
                             scheduler.add_turn(index, history.ask(turns[turn]))
-                    yield index, chunk
             self._spare = decoder
         except KeyboardInterrupt:
-            yield from scheduler.abort_all()
+            yield from (*events, *scheduler.abort_all())
 
     def _requests(
         self, config: GenerateConfig, prompts: list[list[int]], seeds: Sequence[int] | None

@@ -119,7 +119,7 @@ def rows_of(text: str, where: str) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         try:
             rows = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             pass  # lines, of which the first is told to be none
         else:
             yield from ((f"{where}, row {n}", row) for n, row in enumerate(rows, 1))
@@ -196,8 +196,10 @@ def _fields(row: Any, where: str) -> dict[str, Any]:
     given = {n: row[n] for n in names if isinstance(row, dict) and row.get(n) is not None}
     if len(given) == 1 or given.keys() == {"prompt", "messages"}:
         return given
-    found = " and ".join(given) or "none of them"
-    raise DataError(f"{where} has {found}; allowed is exactly one of {', '.join(names)}.")
+    found = " and ".join(given) or f"{row!r:.60}, none of them"
+    raise DataError(
+        f"{where} has {found}; allowed is an object with exactly one of {', '.join(names)}."
+    )
 
 
 def _message(value: Any) -> Message:
@@ -206,8 +208,13 @@ def _message(value: Any) -> Message:
             value.get("content") is not None or value.get("tool_calls")
         ):
             message = {**value, "content": text_of_content(value.get("content"))}
-            if value.get("tool_calls"):
-                message["tool_calls"] = [_call(call) for call in value["tool_calls"]]
+            if calls := value.get("tool_calls"):
+                if not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+                    raise DataError(
+                        f"A message's tool_calls are {calls!r:.60}; allowed is a list of objects.\n"
+                        "Mend them, or leave them out."
+                    )
+                message["tool_calls"] = [_call(call) for call in calls]
             return message
     raise DataError(
         f"A message is {value!r:.60}; it has a role ({', '.join(ROLES)}) and a content.\n"

@@ -119,6 +119,7 @@ class Scheduler:
             moved += self._round()
         events = [(conversation, conversation.chunk()) for conversation in moved]
         for conversation, chunk in events:
+            conversation.tell(chunk)
             if chunk.result and not conversation.request.keeps_row:
                 self.release(conversation.id)
         return [(conversation.id, chunk) for conversation, chunk in events]
@@ -127,10 +128,10 @@ class Scheduler:
         """End a request's answer as it is. Its row is free at once, unless it keeps it.
 
         Returns:
-            Its last chunk; None if its answer was over, or it is not known.
+            Its last chunk; None if its result was told, or it is not known.
         """
         conversation = self._conversations.get(request)
-        if conversation is None or (conversation.queued is None and conversation.finish):
+        if conversation is None or (conversation.queued is None and conversation.is_told):
             return None
         if conversation in self._ready:
             self._ready.remove(conversation)
@@ -142,8 +143,10 @@ class Scheduler:
             self._prompts = self._prompts if self._prefilling else None
         elif conversation in self._running:
             self._running.remove(conversation)
-        conversation.cancel()
+        if conversation.queued is not None or not conversation.finish:
+            conversation.cancel()  # else an interrupt came between the end and the telling
         chunk = conversation.chunk()
+        conversation.tell(chunk)
         if conversation.row < 0 or not conversation.request.keeps_row:
             self.release(request)
         return chunk

@@ -50,11 +50,28 @@ class TextStream:
 
     def take(self, *, final: bool = False) -> str:
         """New text since the last call; with `final` also what was held back."""
+        new = self.peek(final=final)
+        self.skip(len(new))
+        return new
+
+    def peek(self, *, final: bool = False) -> str:
+        """What `take` would give."""
         if final and not self.stopped:
             self._decode(final=True)
         safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
-        new, self._shown = self.text[self._shown : safe], max(self._shown, safe)
-        return new
+        return self.text[self._shown : safe]
+
+    def anew(self, tokens: Sequence[int]) -> TextStream:
+        """The stream of these tokens, of whose text as much was taken."""
+        other = TextStream(self._tokenizer, self._stops, tuple(self._ends))
+        other._shown = self._shown
+        for token in tokens:
+            other.push(token)
+        return other
+
+    def skip(self, characters: int) -> None:
+        """Count so many characters more as taken."""
+        self._shown += characters
 
     def _decode(self, *, final: bool) -> None:
         if self._in_bytes and not final:

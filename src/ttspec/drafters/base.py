@@ -81,6 +81,8 @@ class Drafter(ABC):
     """Whether `extend` can be told that some tokens are padding, and waits for nothing."""
     at_once: ClassVar[bool] = False
     """Whether a block is drafted by one pass, not by one for each token."""
+    first_alone: ClassVar[bool] = False
+    """Whether the first drafts of such a block are the same, and cost less, in a shorter one."""
     name: str
     path: Path | None
     config: Mapping[str, Any]

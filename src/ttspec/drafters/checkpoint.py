@@ -152,6 +152,8 @@ def make_drafter(
         refuse_keys(kind, config, str(where))
         drafter = KINDS[kind](config, {}, name=name or kind, path=path, names=names)
         drafter.shapes()
+        if drafter.length < 1:
+            raise ValueError(f"a round has {drafter.length} drafts")
     except TtspecError as error:
         message = str(error)
         if not message.startswith(str(where)):

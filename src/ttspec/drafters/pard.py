@@ -27,7 +27,7 @@ class Pard(Causal):
     """A PARD or PARD-2 drafter: a stock config with `pard_token`."""
 
     kind = "pard"
-    at_once = True
+    at_once = first_alone = True
     memory_rate = 2e-4
     default_window = 512
     default_length = 12

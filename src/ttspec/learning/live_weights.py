@@ -31,7 +31,8 @@ MOMENTUM = 0.9
 """Adam's decay of the first moment where the memory teaches: its blocks are drawn at random."""
 WARM_UP = 24
 """Updates over which the rate rises where the memory teaches: Adam's first steps are as long as
-any, and cost a drafter that is good already a tenth of its drafts (docs/experiments.md)."""
+any, and many of them on few texts cost a drafter that is good already a tenth of its drafts
+(docs/experiments.md)."""
 AVERAGED = 0.98
 """Where the memory teaches, drafts come from the mean of the weights after the last updates; this
 is what an update weighs after the next one."""
@@ -128,6 +129,9 @@ class LiveWeights:
         self._steps = self._master.new_zeros(len(self._master), 1)
         self._rate = self._master.new_full((), self.rate)
         """Of the next step, where a graph reads it."""
+        self.unused = self._master.new_zeros(())
+        """Updates that what was read was good for, besides those that were made of it: by these,
+        too, the rate has risen. Set by whoever has time for few of them."""
         self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
         self.learned = self._views(self._mean)
@@ -199,7 +203,8 @@ class LiveWeights:
         share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
         scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
         if self.memory:
-            self._rate.copy_(self.rate * ((1 + self._steps[0, 0]) / WARM_UP).clamp(max=1.0))
+            risen = (1 + self._steps[0, 0] + self.unused) / WARM_UP
+            self._rate.copy_(self.rate * risen.clamp(max=1.0))
         self._steps.add_(steps[:, None])
         weight = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # large at first
         self._adam.step(steps, scale, self._steps[:, 0], weight[:, 0])

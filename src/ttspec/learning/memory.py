@@ -197,11 +197,13 @@ class TextMemory:
             at: int64 [R], those that are meant; None is all.
         """
         logits = logits if at is None else logits[at]
-        mass = logits.float().logsumexp(-1)
-        covered = logits if self.draft_ids is None else logits[..., self.draft_ids]
+        mass, covered, known = logits.float().logsumexp(-1), logits, 1.0
+        if self.draft_ids is not None:
+            covered = logits[..., self.draft_ids]
+            known = (covered.float().logsumexp(-1) - mass).exp()
         values, ids = covered.topk(self.likely.shape[-1], sorted=False)
         p = (values.float() - mass[:, None]).exp()
-        others = (covered.float().logsumexp(-1) - mass).exp() - p.sum(-1)
+        others = known - p.sum(-1)
         return ids.int(), p.half(), others.clamp(min=0).half()
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -156,7 +157,8 @@ def _from_hub(name: str, tell: Notify) -> Path:
         raise TargetError(f"No folder and no hub model is named {name!r}.\n{_CHOICES}") from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
         reason = " ".join(str(error).split()).removeprefix("Got: ")
-        first = reason.partition(". ")[0].rstrip(".")[:200] or type(error).__name__
+        first = reason.partition(". ")[0].rstrip(".") or type(error).__name__
+        first = textwrap.shorten(first, 200, placeholder=" ...")
         raise ResourceError(
             f"{name!r} is no folder here and the model hub did not give it: {first}.\n{_CHOICES}"
         ) from error

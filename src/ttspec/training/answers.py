@@ -66,7 +66,7 @@ def write_answers(
     whole = written[: written.rfind("\n") + 1]
     if whole != written:  # an interrupted run left half a line
         out.write_text(whole, encoding="utf-8")
-    done = {json.loads(line)["n"] for line in whole.split("\n") if line}
+    done = {_number_of(line, f"{out}, line {at}") for at, line in enumerate(whole.splitlines(), 1)}
     todo = [n for n in range(len(dialogues)) if n not in done][::-1]
     if not todo:
         return
@@ -111,6 +111,19 @@ def write_answers(
                 scheduler.release(request)
             if progress:
                 progress(len(done), tokens)
+
+
+def _number_of(line: str, where: str) -> int:
+    """Which dialogue a line of answers is of."""
+    try:
+        row = json.loads(line)
+        number, *_ = (row[key] for key in ("n", "ids", "spans"))
+        return number
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{where} is damaged: {error!r:.100}.\nDelete the line; --resume then answers its "
+            "prompt anew."
+        ) from error
 
 
 class AnsweredText:

@@ -10,13 +10,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from ttspec.decoding.loading import drafter_folder
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.drafters.dflash import DFlash
-from ttspec.errors import OptionError, TrainingError, writing
+from ttspec.errors import DataError, OptionError, TrainingError, writing
 from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batch, Batches, Example, read_examples
@@ -50,6 +51,7 @@ class Progress:
     done: float
     """Share of the stage, 0 to 1."""
     seconds_left: float
+    """NaN while it is not known."""
     loss: float = math.nan
     accuracy: tuple[float, ...] = ()
     """Per drafted position, over the last step: share of most likely tokens that were right."""
@@ -82,7 +84,7 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
 
     def answered(done: int, tokens: int) -> None:
         share = done / len(dialogues)
-        left = (time.monotonic() - begun) * (1 - share) / max(share, 1e-9)
+        left = (time.monotonic() - begun) * (1 - share) / share if share else math.nan
         report(Progress("answers", share, left, tokens=tokens))
 
     write_answers(engine, dialogues, answers, config, answered)
@@ -231,10 +233,11 @@ class Trainer:
         path = self.config.out / "state.safetensors"
         if not path.exists():
             return 0.0
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        with torch.no_grad():
+        advice = "Delete it; --resume then trains anew on the answers that are there."
+        with _reading(path, advice), torch.no_grad():
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             for name, weight in self.masters.items():
                 weight.copy_(tensors[f"weight.{name}"])
                 self.optimiser.state[weight] = {
@@ -242,10 +245,10 @@ class Trainer:
                     for key in ("step", "exp_avg", "exp_avg_sq")
                     if f"{key}.{name}" in tensors
                 }
-        self.steps = int(metadata["step"])
-        if last := json.loads(metadata.get("last", "null")):  # states of before have none
-            self.loss, self.accuracy = last["loss"], tuple(last["accuracy"])
-        return float(metadata["seconds"])
+            self.steps = int(metadata["step"])
+            if last := json.loads(metadata.get("last", "null")):  # states of before have none
+                self.loss, self.accuracy = last["loss"], tuple(last["accuracy"])
+            return float(metadata["seconds"])
 
 
 def _init_drafter(config: TrainConfig) -> Drafter:
@@ -265,13 +268,23 @@ def _init_drafter(config: TrainConfig) -> Drafter:
     return drafter
 
 
+@contextmanager
+def _reading(path: Path, advice: str) -> Iterator[None]:
+    """Within, a file of a run that is not as it was written is a `DataError`."""
+    try:
+        yield
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path} is damaged: {error!r:.200}.\n{advice}") from error
+
+
 def _open_folder(config: TrainConfig) -> None:
     """Take a folder for a run, or check that it is this run's."""
     loose = {"out", "resume", "minutes", "epochs", "rows", "prompts"}
     ours = {k: v for k, v in asdict(config).items() if k not in loose}
-    path = config.out / "run.json"
+    path, part = config.out / "run.json", config.out / "run.part"
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        with _reading(path, "Give a new folder."):
+            theirs = dict(json.loads(path.read_text(encoding="utf-8")))
         if not config.resume:
             raise OptionError(
                 f"{config.out} holds a run already.\nAdd --resume, or give a new folder."
@@ -283,8 +296,9 @@ def _open_folder(config: TrainConfig) -> None:
                 f"{ours[changed[0]]!r}.\nGive the same options, or a new folder."
             )
         return
-    if config.out.exists() and any(config.out.iterdir()):
+    if config.out.exists() and any(each != part for each in config.out.iterdir()):
         raise OptionError(f"{config.out} is not empty.\nGive a new folder.")
     config.out.mkdir(parents=True, exist_ok=True)
     with writing(path):
-        path.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        part.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)

@@ -1,6 +1,7 @@
 """How much time learning may take: a share of that in which the engine works.
 
 The share is that of ttspec's own engine (`share_of_updates`), and never more than an operator's.
+Reading takes of it what the next update needs, and goes on as long as it took less than updates.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ SAVED = 5.0
 """Seconds of work whose share may be spent at once."""
 
 Purpose = Literal["reading", "updates"]
-PURPOSES: tuple[Purpose, Purpose] = ("reading", "updates")
 
 
 class TimeShare:
-    """Two accounts that working time fills and learning empties: neither can starve the other."""
+    """An account that working time fills and learning empties."""
 
     def __init__(self, share: float, device: torch.device | None = None) -> None:
         """At most `share` of the time between steps; 1 is no limit.
@@ -35,8 +35,8 @@ class TimeShare:
         On a GPU the host only launches the work: what it takes there is charged as well.
         """
         self.share, self._last = share, time.perf_counter()
-        self._saved = dict.fromkeys(PURPOSES, SAVED / 2 * min(share, share_of_updates(0)))
-        self.spent = dict.fromkeys(PURPOSES, 0.0)
+        self._saved = SAVED * min(share, share_of_updates(0))
+        self.spent: dict[Purpose, float] = {"reading": 0.0, "updates": 0.0}
         """Seconds, in all."""
         self.worked = self._unsettled = 0.0
         self._on_gpu = device is not None and device.type == "cuda"
@@ -54,12 +54,8 @@ class TimeShare:
     def _settle(self, updates: int) -> None:
         worked, self._unsettled = self._unsettled, 0.0
         self.worked += worked
-        half = min(self.share, share_of_updates(updates)) / 2
-        for one, other in (PURPOSES, PURPOSES[::-1]):
-            self._saved[one] += worked * half
-            unused = max(0.0, self._saved[one] - SAVED * half)
-            self._saved[one] -= unused
-            self._saved[other] = min(SAVED * half, self._saved[other] + unused)
+        share = min(self.share, share_of_updates(updates))
+        self._saved = share * min(SAVED, self._saved / share + worked)
         while self._running and self._running[0][-1].query():
             host, begin, end = self._running.popleft()
             self.spend(max(0.0, begin.elapsed_time(end) / 1e3 - host), "reading")
@@ -67,7 +63,7 @@ class TimeShare:
     def spend(self, seconds: float, purpose: Purpose) -> None:
         """Take what was used."""
         self.spent[purpose] += seconds
-        self._saved[purpose] -= seconds
+        self._saved -= seconds
 
     @contextmanager
     def charged(self, purpose: Purpose) -> Iterator[None]:
@@ -92,9 +88,9 @@ class TimeShare:
     @property
     def allows(self) -> bool:
         """Whether an update may begin."""
-        return self.share >= 1 or self._saved["updates"] > 0
+        return self.share >= 1 or self._saved > 0
 
-    @property
-    def admits(self) -> bool:
-        """Whether another request may teach."""
-        return self.share >= 1 or self._saved["reading"] > 0
+    def admits(self, *, needed: bool) -> bool:
+        """Whether another request may teach; `needed`: there is not enough for an update."""
+        cheap = self.spent["reading"] < self.spent["updates"]
+        return cheap or (needed and self.allows) or self.share >= 1

@@ -153,21 +153,33 @@ class EngineLearner:
             step: Or what makes it, which is not called where nothing of it is looked at.
         """
         self.share.tick(self.shared.updates)
-        if self.rows.taken or self.share.admits:
+        if self.rows.taken or self._admits:
             began = time.perf_counter()
             self._read_step(step if isinstance(step, EngineStep) else step())
             self.share.spend(time.perf_counter() - began, "reading")
         if self.shared.is_updating:
             if self.shared.is_over:
                 self.finish()
-        elif self._new_rounds >= self.rounds_an_update and self.share.allows:
+        elif self._is_update_due and self.share.allows:
             self._begin_update()
+
+    @property
+    def _is_update_due(self) -> bool:
+        """Whether enough was read since the last one."""
+        return self._new_rounds >= self.rounds_an_update
+
+    @property
+    def _admits(self) -> bool:
+        """Whether another request may teach."""
+        return self.share.admits(needed=not self._is_update_due)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _begin_update(self) -> None:
         self._new_rounds -= self.rounds_an_update
         with self.share.charged("updates"):
+            if self.device.type == "cpu":  # few updates, and much to read for each
+                self.shared.weights.unused.fill_(self._new_rounds / self.rounds_an_update)
             self.shared.begin_update()
         if self.shared.is_over:
             self.finish()
@@ -185,7 +197,7 @@ class EngineLearner:
 
     def _read_step(self, step: EngineStep) -> None:
         kept, self._kept = self._kept, None
-        may_begin = self.rows.has_free and self.share.admits
+        may_begin = self.rows.has_free and self._admits
         if kept is None or not kept.reuse(step, may_begin=may_begin):
             self._read_anew(step, kept)
         elif self.rounds.keep(step, kept):
@@ -205,7 +217,7 @@ class EngineLearner:
                 begun.append(row.index)
             if row is None:
                 # Who was asked and must not teach need not be asked again.
-                others |= not (self.rows.has_free and self.share.admits)
+                others |= not (self.rows.has_free and self._admits)
                 continue
             begin, end = step.bounds[i : i + 2]
             left = self.rows.tokens - (int(step.ends[i]) - row.begin)
@@ -236,7 +248,7 @@ class EngineLearner:
     def _new_row(self, step: EngineStep, i: int) -> Row | None:
         """A row for a request that has none, if it may have one."""
         request, fed = step.ids[i], step.bounds[i + 1] - step.bounds[i]
-        if not (fed and self.share.admits and self._may_teach(request)):
+        if not (fed and self._admits and self._may_teach(request)):
             return None
         row = self.rows.give(request, int(step.ends[i]) - fed)
         if row:
