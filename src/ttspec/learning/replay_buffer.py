@@ -229,7 +229,7 @@ def push_block(
     kept, drafted = starts.shape[1], emitted > 0
     if copied is not None:
         drafted = drafted & ~copied
-    slot = torch.where(drafted, pushed % kept, kept)
+    slot = (pushed % kept).masked_fill(~drafted, kept)
     new = torch.arange(kept, device=starts.device) == slot[:, None]
     fed = F.pad(fed, (0, tokens.shape[2] - fed.shape[1]))
     starts.copy_(torch.where(new, start[:, None], starts))
@@ -276,7 +276,7 @@ def push_tokens(
     fed.copy_(torch.where(new, new_fed.gather(1, column), fed))
     committed.copy_(torch.where(emitted > 0, start + emitted, committed))
     column = torch.arange(width, device=start.device)
-    slot = torch.where(column < emitted[:, None], (start[:, None] + 1 + column) % ring, ring)
+    slot = ((start[:, None] + 1 + column) % ring).masked_fill(column >= emitted[:, None], ring)
     return torch.arange(len(start), device=start.device)[:, None] * (ring + 1) + slot
 
 
