@@ -90,9 +90,10 @@ class MemoryLearner:
         count: Tensor,
         logits: Tensor | None,
         rows: Tensor,
+        logits_at: Tensor | None = None,
     ) -> None:
         """Remember verified tokens of some rows; arguments as in `MemoryRows.write`."""
-        self.memory_trainer.rows.write(tokens, features, start, count, logits, rows)
+        self.memory_trainer.rows.write(tokens, features, start, count, logits, rows, logits_at)
 
     @torch.no_grad()
     def capture(self, tell: Callable[[], None], *, compile: bool) -> None:

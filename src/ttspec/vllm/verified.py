@@ -264,8 +264,9 @@ class VerifiedRounds:
             torch.cat(features, -1) if features else self._logits.new_zeros(*tokens.shape, 0),
             first,
             count,
-            self._logits.flatten(0, 1)[logits],
+            self._logits.flatten(0, 1),
             torch.arange(self.rows, device=device),
+            logits,
         )
 
     def acceptance(self) -> tuple[int, int]:
