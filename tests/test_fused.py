@@ -180,6 +180,7 @@ CHAINS = [
     (64, 128, 2, 1, 64, 1, None, {}),
     (64, 128, 2, 2, 64, 9, 70, {"norm_before_residual": True}),
     (128, 192, 4, 2, 128, 3, 70, {"architectures": ["LlamaForCausalLMEagle3Qwen3"]}),
+    (64, 128, 2, 1, 64, 24, None, {}),
     (896, 4864, 14, 2, 64, 8, 130, {"draft_vocab_size": 32000, "vocab_size": 50000}),
 ]
 
