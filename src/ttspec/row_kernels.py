@@ -1,6 +1,6 @@
 """The kernels of `fused` that work on each token's states alone: norms, sums and gates.
 
-For `pdl` see `fused_kernels`.
+For `pdl` see `product_kernels`.
 """
 
 # pyright: basic

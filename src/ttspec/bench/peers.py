@@ -199,10 +199,8 @@ def open_peers(
             compiled = arm.kind == "hf-compiled"
             if compiled and not _compiles(target.device):
                 raise SkippedError("transformers compiles `generate` on GPUs only")
-            config, model = (
-                _config(target, sampling, ends),
-                _with_transformers_attention(target.model),
-            )
+            config = _config(target, sampling, ends)
+            model = _with_transformers_attention(target.model)
             cache = StaticCache(config=model.config, max_cache_len=slots) if compiled else None
         except SkippedError as reason:
             skipped[arm.name] = str(reason)

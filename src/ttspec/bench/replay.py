@@ -113,10 +113,8 @@ def record(
     answers: dict[int, Answer] = {}
     first = drawn = count = 0
     for (request, seed), texts in texts_of.items():
-        turns, keys = (
-            {turn.turn: turn for turn in source.units[request, seed]},
-            noise_keys(seed, texts),
-        )
+        turns = {turn.turn: turn for turn in source.units[request, seed]}
+        keys = noise_keys(seed, texts)
         for text in texts:
             ids, last = text.ids, first + len(text.ids) - 1
             fed = torch.tensor([ids], device=target.device)

@@ -23,14 +23,13 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     full, lora = LearnConfig(weights="full"), LearnConfig(weights="lora")
     width = widths(drafter, DraftConfig(), batch_invariant=False)[-1]
     cache, states = _target_cache(target, width)
+    drafter_cache = drafter.start(1, STRETCH - 1, DraftConfig()).nbytes if drafter else 0
     parts = {
         "target_weights": target.nbytes,
         "target_cache_per_1000_tokens": cache,
         "target_state_per_row": states,
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
-        "drafter_cache_per_1000_tokens": drafter.start(1, STRETCH - 1, DraftConfig()).nbytes
-        if drafter
-        else 0,
+        "drafter_cache_per_1000_tokens": drafter_cache,
         "learning_per_row": learning_row(drafter, full) if drafter else 0,
         "learning_per_row_lora": learning_row(drafter, lora) if drafter else 0,
     }

@@ -147,9 +147,7 @@ def _check(
         ties, wrong = texts(target, reference, effort.tokens)
     except TargetError:
         raise
-    except (
-        Exception
-    ) as error:  # whatever an unsupported model raises, the other rows are to be seen
+    except Exception as error:  # whatever a model raises, the other rows are to be seen
         first = (str(error).strip() or repr(error)).splitlines()[0]
         return Row(name=name, status="fail", reason=f"{type(error).__name__}: {first}")
     count = 2 * PROMPTS * effort.tokens

@@ -80,7 +80,7 @@ class ReplayBuffer:
         self._masks = self._starts.new_zeros(rows, self._kept + 1, length, dtype=torch.bool)
 
     def rows_at_once(self, width: int) -> int:
-        """Rows whose newest text is asked for together: their logits are copied."""
+        """Rows whose newest text is asked for together: logits that drafts cover are copied."""
         return max(1, AT_ONCE // (width * self._logits.shape[-1]))
 
     @property

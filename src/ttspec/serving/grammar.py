@@ -76,7 +76,7 @@ class GrammarMask:
         self._matcher, self._begins_after = matcher, begins_after
         self._read = 0
         """Tokens of the text that the matcher has read, or that came before it begins."""
-        self._partial_mark_length = begins_after is None
+        self._begun = begins_after is None
         self.failed = False
         """Whether the grammar could not be followed: what comes then is nothing."""
 
@@ -89,25 +89,25 @@ class GrammarMask:
         for token in text[self._read :]:
             self._take(token)
         self._read = len(text)
-        begun, taken = self._partial_mark_length, 0
+        begun, taken = self._begun, 0
         for row, token in enumerate([*drafted, None]):
-            if self._partial_mark_length:
+            if self._begun:
                 bitmask[row] = self._allowed()[: bitmask.shape[1]]  # it may have a word more
             if token is None:
                 break
-            if self._partial_mark_length:
+            if self._begun:
                 if self._matcher.try_consume_tokens([token]) != 1:
                     break
                 taken += 1
-            self._partial_mark_length = self._partial_mark_length or token == self._begins_after
+            self._begun = self._begun or token == self._begins_after
         if taken and not self._matcher.rollback(taken):
             self._fail()
-        self._partial_mark_length = begun
+        self._begun = begun
 
     def _take(self, token: int) -> None:
-        if self._partial_mark_length and not self._matcher.consume_token(token):
+        if self._begun and not self._matcher.consume_token(token):
             self._fail()
-        self._partial_mark_length = self._partial_mark_length or token == self._begins_after
+        self._begun = self._begun or token == self._begins_after
 
     def _allowed(self) -> Tensor:
         bits = bytearray(self._matcher.compute_bitmask())
