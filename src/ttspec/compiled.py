@@ -30,7 +30,10 @@ def compiling() -> Iterator[None]:
         patch = torch._dynamo.config.patch(
             recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
         )
-        with patch, warnings.catch_warnings():
+        # This cache hands one shape what was compiled for another, where a slice of one element made
+        # the compiler settle on a length (findings/torch_compile_cache_shapes.sh).
+        uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+        with patch, uncached, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
             warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
             yield
