@@ -22,6 +22,7 @@ from engine_steps import (  # noqa: F401
 )
 
 from ttspec.learning.live_weights import WARM_UP
+from ttspec.learning.update_report import UpdateReport
 from ttspec.vllm.steps import STALE
 
 
@@ -266,8 +267,11 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
         weight.add_(1.0)
     weights._mean.add_(1.0)
     for live, anchor in judgements:
-        judged = torch.tensor([99.0, live, anchor])
-        learner.memory_trainer.compare_newest = lambda _, judged=judged: judged
+
+        def judge(_, report, found=(live, anchor, 99.0)) -> None:
+            report.table[0, [3, 4, 7]] = torch.tensor(found)
+
+        learner.memory_trainer.compare_newest = judge
         if live != live:
             learner.memory_trainer.compute_gradients = spoil
         assert learner.update()
@@ -284,8 +288,10 @@ def test_where_no_page_has_enough_to_judge_nothing_is_compared() -> None:
     for i in range(2):
         teach(learner, a_step(["a"], 5, 10 + 5 * i, drafts=4))
     learner.forget_all()
+    compared, found = learner.shared.memory_trainer.compare_newest, []
+    learner.shared.memory_trainer.compare_newest = lambda *given: found.append(compared(*given))
     assert learner.shared.update()
-    assert learner.shared._compares
+    assert found
     assert learner.shared.guard.gain() == 1
 
 
@@ -302,6 +308,7 @@ def test_the_newest_pages_judge_what_was_learned(recorded) -> None:  # noqa: F81
     assert (pages[3:] == memory.pages).all()
     trainer.newest = trainer.read_newest(0)
     assert trainer.newest.last.sum(1).tolist() == memory.judged[pages].sum(1).tolist()
-    blocks, live, anchor = trainer.compare_newest([learner.shared.weights.averaged(), {}]).tolist()
-    assert blocks == 12
-    assert live != anchor
+    report = UpdateReport.empty(1, torch.device("cpu"))
+    trainer.compare_newest(learner.shared.weights, report)
+    assert report.judged == 12
+    assert report.live != report.anchor

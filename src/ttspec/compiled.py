@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+from torch._functorch import config as aot_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHAPES = 64
@@ -30,9 +31,9 @@ def compiling() -> Iterator[None]:
         patch = torch._dynamo.config.patch(
             recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
         )
-        # This cache hands one shape what was compiled for another, where a slice of one element made
-        # the compiler settle on a length (findings/torch_compile_cache_shapes.sh).
-        uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+        # This cache hands one shape what was compiled for another, where a slice of one element
+        # made the compiler settle on a length (findings/torch_compile_cache_shapes.sh).
+        uncached = aot_config.patch(enable_autograd_cache=False)
         with patch, uncached, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
             warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)

@@ -41,8 +41,6 @@ class Learner:
 
     _pending: UpdateReport | None = None
     """Of the update that is under way or not yet published, where the host reads it."""
-    _compares = False
-    """Whether it compares weights."""
     _update_over: torch.cuda.Event | None = None
     """On a GPU, happens when that update is over."""
 
@@ -208,7 +206,8 @@ class Learner:
         may_step = self.weights.may_step(report).tolist()
         stepped = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
         comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
-        rows = sum(taught) if self.memory_trainer else 1
+        # What the memory judges is worth the rows that would have as many blocks.
+        rows = max(1, round(float(report.judged[0]) / COMPARED))
         for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
             has_batch = any(taught) if self.shared else taught[copy]
             if has_batch and stepped[copy]:
@@ -238,10 +237,10 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        if not self.memory_trainer or self._compares:  # else no update reads what is the row's own
-            self.publish()
-        if self.memory_trainer:
+        if self.memory_trainer:  # no update reads what is the row's own
             self.memory_trainer.forget(row, self._buffer)
+        else:
+            self.publish()
         if not self.shared:
             self.weights.reset(row)
             self.guard.reset(row)
@@ -251,10 +250,11 @@ class Learner:
 
     def forget(self, row: int, length: int) -> None:
         """Drop the blocks of what a row's crop to `length` took back."""
-        self.publish()  # it reads what will be overwritten
-        if self._buffer is not None:
-            if self.memory_trainer:
-                self.memory_trainer.forget(row, self._buffer)
+        if self.memory_trainer:
+            self.memory_trainer.forget(row, self._buffer)
+        else:
+            self.publish()  # it reads what will be overwritten
+        if self._buffer:
             self._buffer.clear_above(row, length)
 
     def read(
@@ -291,27 +291,23 @@ class Learner:
         self._enqueue_update(longest, compare=any(due))
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest batch, beside the next rounds where it has a stream."""
+        """Update from the newest batch, or the memory's texts, beside rounds if it has a stream."""
         assert self._buffer is not None
-        self._compares = compare
-        # What it returns must not lie where an older graph of the update works.
-        kept = self._run_update is not self._run and self._run_update.keys
-        if compare or not (self.memory_trainer and kept):
+        if self.memory_trainer:
+            self.memory_trainer.choose(self._run_update, compare=compare)
+            key, work, last = 0, self._train_on_texts, self._compare_newest if compare else None
+        else:
             self._batch = self._run_update(self._newest_batch, 0, compile=False)
             self._buffer.mark_used()
-        work = self._compute_gradients_and_compare if compare else self._distil
-        if self.memory_trainer:
-            work = self._train_on_texts
-            self.memory_trainer.choose()
-            self.memory_trainer.texts = self._run_update(self.memory_trainer.read_texts, 0)
+            key, work = longest, self._compute_gradients_and_compare if compare else self._distil
+            last = self._compare_candidate if compare and self._held_out else None
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._run_update(work, 0 if self.memory_trainer else longest)
+            self._run_update(work, key)
             self._run_update(self._step_weights, 0, compile=False, warm=False)
-            if compare and (self.memory_trainer or self._held_out):
-                last = self._compare_newest if self.memory_trainer else self._compare_candidate
-                self._run_update(last, longest, compile=False)
+            if last:
+                self._run_update(last, key, compile=self.memory_trainer is not None)
             self._pending = self._report
             if self._stream and self._update_over:
                 self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
@@ -320,12 +316,12 @@ class Learner:
     def capture_updates(self, slots: int) -> None:
         """Capture updates of rows of up to `slots` tokens; without a batch they change nothing."""
         reaches = [MIN_CONTEXT]
-        while reaches[-1] < slots:
-            reaches.append(2 * reaches[-1])
         if self.memory_trainer and self._buffer:
             self.memory_trainer.capture(self._buffer)
+        while reaches[-1] < slots and not self.memory_trainer:
+            reaches.append(2 * reaches[-1])
         for longest in reaches:
-            for compare in (False, True) if self.config.guard else (False,):
+            for compare in (True, False) if self.config.guard else (False,):
                 self._enqueue_update(longest, compare=compare)
                 self.publish()  # the next one writes where this one reads
 
@@ -345,25 +341,20 @@ class Learner:
         blocks = torch.arange(self.config.blocks, device=self._compared.device)
         live = self._distil(longest, (blocks < self._held_out) & self._compared)
         assert live is not None
-        self._compare(live[:, :COMPARED], longest)
+        newest = self._batch.part(0, COMPARED)
+        anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
+        compared = newest.fresh * self._compared
+        self._report.live.copy_((live[:, :COMPARED] * compared).sum(-1))
+        self._report.anchor.copy_((anchor * compared).sum(-1))
         self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
     def _train_on_texts(self, key: int) -> None:  # noqa: ARG002
         assert self.memory_trainer
         self.memory_trainer.compute_gradients(self.weights, self._report)
 
-    @torch.no_grad()
-    def _compare_newest(self, longest: int) -> None:
-        """Compare what was learned with the anchor, on blocks that hardly taught yet."""
-        newest = self._batch.part(0, COMPARED)
-        weights = {**self.drafter.weights, **self.weights.averaged()}
-        self._compare(self._distillation.expected_drafts(weights, newest, longest), longest)
-
-    def _compare(self, live: Tensor, longest: int) -> None:
-        newest = self._batch.part(0, COMPARED)
-        anchor = self._distillation.expected_drafts(self.drafter.weights, newest, longest)
-        self._report.live.copy_((live * newest.fresh * self._compared).sum(-1))
-        self._report.anchor.copy_((anchor * newest.fresh * self._compared).sum(-1))
+    def _compare_newest(self, key: int) -> None:  # noqa: ARG002
+        assert self.memory_trainer
+        self.memory_trainer.compare_newest(self.weights, self._report)
 
     @torch.no_grad()
     def _step_weights(self, key: int) -> None:  # noqa: ARG002

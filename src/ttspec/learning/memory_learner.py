@@ -19,7 +19,7 @@ from ttspec.drafters.layers import Weights
 from ttspec.learning.guard import Guard
 from ttspec.learning.learner import COMPARED
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.memory_trainer import ENOUGH, MemoryTrainer
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.learning.replay_buffer import trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
@@ -64,13 +64,10 @@ class MemoryLearner:
         self.updates = self.reverts = self._new_texts = 0
         self.is_updating = False
         """Whether an update is under way or waits to be published."""
-        self._compares = False
         self._report = UpdateReport.empty(1, device)
-        self._evaluation = torch.zeros(3, device=device)
-        """Blocks, and drafts of what was learned and of the anchor that they accept."""
         gpu = memory.tokens.is_cuda
-        self._told = torch.zeros(10, pin_memory=gpu)
-        """Report and evaluation on the host, once the device has got there."""
+        self._told = torch.zeros(self._report.table.shape, pin_memory=gpu)
+        """The report on the host, once the device has got there."""
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
         """Begin and end of the update on a GPU."""
         self.seconds = 0.0
@@ -155,12 +152,11 @@ class MemoryLearner:
             self._events[1].synchronize()
             self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
         self.is_updating = False
-        blocks, loss, norm, *_ = told = self._told.tolist()
-        judged, learned, anchor = told[-3:] if self._compares else (0.0, 0.0, 0.0)
+        ((blocks, loss, norm, learned, anchor, _, _, judged),) = self._told.tolist()
         self.updates += 1
         self.guard.record_update(0)
         ruined = blocks and not (isfinite(loss) and isfinite(norm))
-        if judged >= ENOUGH:
+        if judged:
             rows = round(judged / COMPARED)
             ruined = self.guard.is_worse(0, learned, anchor, rows=rows) or ruined
         if ruined:
@@ -191,12 +187,8 @@ class MemoryLearner:
 
     def _enqueue_update(self, *, compare: bool) -> None:
         """Have the device do an update; what it reads of the memory is copied before."""
-        run, self._compares = self._run_update, compare
-        self.memory_trainer.choose()
-        # Captured first: what they return must not lie where an older graph works.
-        self.memory_trainer.texts = run(self.memory_trainer.read_texts, 0)
-        if compare:
-            self.memory_trainer.newest = run(self.memory_trainer.read_newest, 0)
+        run = self._run_update
+        self.memory_trainer.choose(run, compare=compare)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
@@ -206,8 +198,7 @@ class MemoryLearner:
             run(self._step_weights, 0, compile=False, warm=False)
             if compare:
                 run(self._compare_newest, 0)
-            found = torch.cat([self._report.table[0], self._evaluation])
-            self._told.copy_(found, non_blocking=True)
+            self._told.copy_(self._report.table, non_blocking=True)
             for event in self._events[1:]:
                 event.record()
 
@@ -221,4 +212,4 @@ class MemoryLearner:
         self.weights.step(self._report)
 
     def _compare_newest(self, key: int) -> None:  # noqa: ARG002
-        self._evaluation.copy_(self.memory_trainer.compare_newest([self.weights.averaged(), {}]))
+        self.memory_trainer.compare_newest(self.weights, self._report)

@@ -255,11 +255,17 @@ class MemoryTrainer(TextTrainer):
         self.remember(buffer, row)
         self.rows.forget(row)
 
-    def choose(self) -> None:
-        """Choose what the next update learns from."""
+    def choose(self, run: Graphs, *, compare: bool) -> None:
+        """Choose and copy what the next update learns from, and that by which it is judged.
+
+        Captured before the update: what a graph returns must not lie where an older one works.
+        """
         pages, chances = self.memory.sample(len(self._pages), WINDOW)
         self._pages.copy_(pages)
         self._chances.copy_(chances)
+        self.texts = run(self.read_texts, 0)
+        if compare:
+            self.newest = run(self.read_newest, 0)
 
     # What may be captured as a graph: the key says nothing.
 
@@ -281,15 +287,18 @@ class MemoryTrainer(TextTrainer):
         report.blocks[:1].copy_(batch.count.sum())
         report.norm[:1].copy_(live.gradient_norms())
 
-    def compare_newest(self, sets: Sequence[Weights]) -> Tensor:
-        """Judge sets of weights on the last pages of `newest`, and wait for nothing.
+    def compare_newest(self, live: LiveWeights, report: UpdateReport) -> None:
+        """Compare what was learned with the anchor on the last pages of `newest`.
 
-        Returns:
-            Blocks, and the drafts of each set that all of them would accept, float32 [1 + sets].
+        Reported as of the first row; too few blocks say nothing.
         """
         last, count = self.newest.last, self._newest[1]
         chances = self._order[:, : last.shape[1]].expand_as(last)
-        return self._judged(self.newest, self.blocks(self.newest, last, chances, count), sets)
+        batch = self.blocks(self.newest, last, chances, count)
+        found = self._judged(self.newest, batch, [live.averaged(), {}])
+        found = found * (found[:1] >= ENOUGH)
+        for column, value in zip((report.judged, report.live, report.anchor), found, strict=True):
+            column[:1].copy_(value)
 
     @torch.no_grad()
     def evaluate(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
