@@ -130,7 +130,7 @@ class PromptReader:
             logits, self._features = graphs(self._read_padded, width, compile=compile)
             self._logits = logits.clone()
             if self.learner and self.learner.memory_trainer:
-                graphs(self._teach_padded, width, compile=False)
+                graphs(self._teach_padded, width, compile=compile)
         self._drawn = self._sampling.captured(self._sampling.processors(range(self._rows.count)))
         graphs(self._draw_one, self._drawn, compile=False)
 
@@ -327,7 +327,7 @@ class PromptReader:
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
         if self._records_prompts and left <= PIECE:
-            self.graphs(self._teach_padded, width, compile=False)
+            self.graphs(self._teach_padded, width)
         return logits.clone()
 
     @property
