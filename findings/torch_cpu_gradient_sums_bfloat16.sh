@@ -4,8 +4,9 @@
 # A token's row collects one gradient each time the token comes, a norm's weight one from each token. A sum in bfloat16 loses its last bit with each
 # addition, and stops where what comes is less than half of that bit. Most of torch's sums are made in float32 and rounded once, also in bfloat16: the same
 # row by `index_select` or `gather` is right, so are a bias and RMSNorm's weight. These are not: rows of frequent tokens whose gradients agree get a part
-# of their sum, rare ones all of it, and the part is the smaller the larger the batch is. `index_put_(accumulate=True)` and `embedding_bag`'s gradient are
-# of the same kind, float16 stops at 2,048, and LayerNorm does it for weights in float32, too, where what it norms is in bfloat16. Nothing fails or warns.
+# of their sum, rare ones all of it, and the part is the smaller the larger the batch is. `index_put_(accumulate=True)`, `put_`, `segment_reduce`, `addbmm`
+# and the gradients of `take` and `embedding_bag` stop there, too, float16 stops at 2,048, and LayerNorm does it for weights in float32 as well, where what
+# it norms is in bfloat16. Nothing fails or warns.
 # Expected: sums as torch makes them elsewhere, so 0.2 % from float32's gradient, whatever the length.
 # Seen, 2026-11-30; 4,096 gradients of 1 for one row, bfloat16 and float16:
 #     embedding 256 and 2048, table[ids] 256 and 2048, index_put_ 256 and 2048

@@ -1,5 +1,5 @@
 #!/bin/sh
-# transformers 5.24.0: hidden states and attentions that `generate` returns are, for tokens drafted and accepted in the first round, those of the prompt's start.
+# transformers 5.24.0: `generate` returns, for drafts accepted in the first round, the hidden states and attentions of the prompt's first tokens.
 #
 # `output_hidden_states` and `output_attentions` return one tuple a step: the prompt's, then one for each new token. With drafts a forward's states are cut
 # into such steps by `_split_model_outputs`. In the first round the forward holds the prompt and the drafts behind it; the prompt's part is cut off
