@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any, TypeVar, cast
+from unittest.mock import patch
 
 import torch
-from torch._functorch import config as aot_config
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHAPES = 64
@@ -24,17 +24,19 @@ _on = False
 @contextmanager
 def compiling() -> Iterator[None]:
     """Within, functions marked with `compiled` run as compiled code."""
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv  # only for those who compile
+
     global _on
     before, _on = _on, True
     try:
         # A layer knows its number; without the second setting each would be compiled for itself.
-        patch = torch._dynamo.config.patch(
+        settings = torch._dynamo.config.patch(
             recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
         )
-        # This cache hands one shape what was compiled for another, where a slice of one element
-        # made the compiler settle on a length (findings/torch_compile_cache_shapes.sh).
-        uncached = aot_config.patch(enable_autograd_cache=False)
-        with patch, uncached, warnings.catch_warnings():
+        # The compiler's caches on disk keep the conditions of an entry as one line, joined by "and";
+        # one with an "or" in it would part that line (findings/torch_compile_cache_shapes.sh).
+        whole = patch.object(ShapeEnv, "produce_guards", _in_parentheses(ShapeEnv.produce_guards))
+        with settings, whole, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
             warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
             yield
@@ -86,3 +88,7 @@ def _marked(function: F, *, any_size: bool) -> F:
         return fast(*args, **kwargs)
 
     return cast(F, run)
+
+
+def _in_parentheses(conditions: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    return lambda *args, **kwargs: [f"({one})" for one in conditions(*args, **kwargs)]
