@@ -1,10 +1,14 @@
 """What is compiled before it is captured: the same values, and one compilation for all layers."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import torch._inductor.config
 from test_conformance import engine_of
 from torch._dynamo.utils import counters
 from toys import bound_drafter, toy_engine, verification
@@ -139,3 +143,52 @@ def test_compiled_code_keeps_the_same(quick) -> None:
         with compiled.compiling():
             for one, other in zip(usual, kept(), strict=True):
                 assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        (torch._functorch.config, "enable_autograd_cache"),
+        (torch._inductor.config, "fx_graph_cache"),
+    ],
+)
+def test_caches_that_confuse_sizes_are_off_while_compiling(config, name) -> None:
+    """See findings/torch_compile_cache_shapes.sh."""
+    for usual in (True, False):
+        with config.patch(**{name: usual}):
+            with compiled.compiling():
+                assert not getattr(config, name)
+                with compiled.compiling():
+                    assert not getattr(config, name)
+                assert not getattr(config, name)
+            assert getattr(config, name) is usual
+            with pytest.raises(ZeroDivisionError), compiled.compiling():
+                _ = 1 / 0
+            assert getattr(config, name) is usual
+
+
+SUMS = """
+import sys
+import torch
+from ttspec.compiled import compiled_once, compiling
+
+@compiled_once
+def sums(x, n, table, rows):
+    return x[:n].sum() + table.unflatten(0, (rows.shape[0], -1)).sum()
+
+with torch.no_grad(), compiling():
+    print(sums(torch.ones(6), int(sys.argv[1]), torch.zeros(12), torch.zeros(3)).item())
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_is_not_given_code_of_other_sizes(tmp_path) -> None:
+    """Of x[:9], which is all of x; without the setting the second process says 6.0."""
+    kept = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    # Their default; whoever runs the tests may have set another.
+    kept |= {"TORCHINDUCTOR_AUTOGRAD_CACHE": "1", "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    for n, total in ((9, "6.0"), (4, "4.0")):
+        command = [sys.executable, "-c", SUMS, str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, env=kept)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [total]

@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+import torch._inductor.config
 
 F = TypeVar("F", bound=Callable[..., Any])
 SHAPES = 64
@@ -30,10 +31,11 @@ def compiling() -> Iterator[None]:
         patch = torch._dynamo.config.patch(
             recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
         )
-        # This cache hands one shape what was compiled for another, where a slice of one element made
-        # the compiler settle on a length (findings/torch_compile_cache_shapes.sh).
-        uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-        with patch, uncached, warnings.catch_warnings():
+        # These caches on disk can hand out what was compiled for other sizes, also where nothing
+        # notices it (findings/torch_compile_cache_shapes.sh). Kernels are still kept by their text.
+        traced = torch._functorch.config.patch(enable_autograd_cache=False)
+        translated = torch._inductor.config.patch(fx_graph_cache=False)
+        with patch, traced, translated, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
             warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
             yield
