@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from test_conformance import engine_of
 from torch._dynamo.utils import counters

@@ -23,6 +23,7 @@ _on = False
 @contextmanager
 def compiling() -> Iterator[None]:
     """Within, functions marked with `compiled` run as compiled code."""
+    from torch._functorch import config as aot_autograd
     from torch._inductor import config as inductor  # a second, for those who compile nothing
 
     global _on
@@ -34,7 +35,7 @@ def compiling() -> Iterator[None]:
         )
         # These caches on disk can hand out what was compiled for other sizes, also where nothing
         # notices it (findings/torch_compile_cache_shapes.sh). Kernels are still kept by their text.
-        traced = torch._functorch.config.patch(enable_autograd_cache=False)
+        traced = aot_autograd.patch(enable_autograd_cache=False)
         translated = inductor.patch(fx_graph_cache=False)
         with patch, traced, translated, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
