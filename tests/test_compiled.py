@@ -1,10 +1,14 @@
 """What is compiled before it is captured: the same values, and one compilation for all layers."""
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import torch._functorch.config
 from test_conformance import engine_of
 from torch._dynamo.utils import counters
 from toys import bound_drafter, toy_engine, verification
@@ -139,3 +143,28 @@ def test_compiled_code_keeps_the_same(quick) -> None:
         with compiled.compiling():
             for one, other in zip(usual, kept(), strict=True):
                 assert torch.equal(one, other)
+
+
+SUMS = """
+import sys
+import torch
+from ttspec.compiled import compiled_once, compiling
+
+@compiled_once
+def sums(x, n, table, rows):
+    return x[:n].sum() + table.unflatten(0, (rows.shape[0], -1)).sum()
+
+with torch.no_grad(), compiling():
+    print(sums(torch.ones(6), int(sys.argv[1]), torch.zeros(12), torch.zeros(3)).item())
+"""
+
+
+@pytest.mark.slow
+def test_a_second_process_is_not_given_code_of_other_sizes(tmp_path) -> None:
+    """Of x[:9], which is all of x; the second process would say 6.0 (findings/torch_compile_cache_shapes.sh)."""
+    kept = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for n, total in ((9, "6.0"), (4, "4.0")):
+        command = [sys.executable, "-c", SUMS, str(n)]
+        done = subprocess.run(command, capture_output=True, text=True, env=kept)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [total]
