@@ -176,6 +176,25 @@ def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_d
         assert bool(result.stats.updates) == updates, gate
 
 
+@pytest.mark.parametrize(
+    ("copies", "stride", "learns"), [(True, None, False), (True, 4, True), (False, None, True)]
+)
+def test_beside_copies_only_who_gives_a_stride_learns_soon(
+    toy_target_dir, copies: bool, stride: int | None, learns: bool
+):
+    engine = toy_engine(toy_target_dir)
+    options = {"ignore_eos": True, "temperature": 1.0, "seed": 1, "deterministic": True}
+    result = engine.generate(
+        "hello",
+        max_new_tokens=200,
+        draft=DraftConfig(adaptive=True, copy=copies),
+        learn=LearnConfig(stride=stride),
+        **options,
+    )[0]
+    assert result.stats.rounds - result.stats.copied_rounds > 80
+    assert bool(result.stats.updates) == learns
+
+
 def test_a_row_used_again_waits_again():
     drafter = bound_drafter()
     state = drafter.start(2, 256, DraftConfig())
