@@ -27,10 +27,9 @@ UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
 of what they gain, the part that may be spent."""
 BESIDE_COPIES = 0.0025
-"""The first of these where rows copy, too, from the first round on: learning then adds 0 to 3 % to
-the tokens of a round, and every 8 rounds an update costs 9 to 30 % of the time on all that was
-measured. So a conversation learns where an update costs a fiftieth of a round, or is proven to pay
-(docs/results/one-conversation.txt)."""
+"""The first of these where rows copy, too, from the first round on. There an update saved 0.15 to
+0.23 of a round in sessions of 1,200 tokens, and cost 0.7 to 2.5 (docs/results/policy/
+one-conversation.txt): so rows learn where it costs little, or is proven to pay."""
 PATIENCE = 8
 """Updates that are to be seen before anything follows from what they cost, and remembered."""
 FIRST_STRIDES = 8
