@@ -161,7 +161,7 @@ with torch.no_grad(), compiling():
 
 @pytest.mark.slow
 def test_a_second_process_is_not_given_code_of_other_sizes(tmp_path) -> None:
-    """Of x[:9], which is all of x; the second process would say 6.0 (findings/torch_compile_cache_shapes.sh)."""
+    """Of x[:9], which is all of x; see findings/torch_compile_cache_shapes.sh."""
     kept = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     for n, total in ((9, "6.0"), (4, "4.0")):
         command = [sys.executable, "-c", SUMS, str(n)]

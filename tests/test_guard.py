@@ -151,6 +151,18 @@ def test_a_copy_that_was_put_back_rests_four_times_as_long_each_time():
     assert guard._copies[0].rest == REST // 8
 
 
+def test_a_gain_is_proven_by_many_comparisons_that_agree():
+    rng, guard, lucky = Random(0), Guard(4, 8, 2), Guard(4, 8, 1)
+    assert guard.gain() == guard.gain(proven=True) == 1.0
+    for chance in (5.0, 2.0, 4.5, 2.0, 5.0, 2.5):
+        for copy in (0, 1):
+            assert guard.gain(proven=True) == 1.0
+            verdict(guard, copy, live=3.3 + 0.1 * rng.random(), anchor=3.0)
+        verdict(lucky, 0, live=chance, anchor=3.0)
+    assert guard.gain(proven=True) == guard.gain() > 1.1
+    assert lucky.gain() > lucky.gain(proven=True) == 1.0
+
+
 @pytest.mark.parametrize("strides", [1, 4])
 def test_a_rest_is_of_rounds_however_rare_updates_are(strides: int):
     """The first update of a drafter that all teach came after 256 rounds, not after 64."""

@@ -8,6 +8,8 @@ from toys import bound_drafter, fake_round, learn_from, toy_engine
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.learning.learner import Learner
 from ttspec.learning.update_schedule import (
+    ASSUMED,
+    BESIDE_COPIES,
     FIRST_STRIDES,
     FULL,
     LEAST_SHARE,
@@ -23,11 +25,19 @@ from ttspec.learning.update_schedule import (
 class FakeLearner(SimpleNamespace):
     """At stride 8, on a clock by which a round takes 1 s and an update `cost` s more."""
 
-    def __init__(self, *, memory: bool = False, gain: float = 1.0, clock: bool = True) -> None:
-        guard = SimpleNamespace(gain=lambda: self.gain)
+    def __init__(
+        self,
+        *,
+        memory: bool = False,
+        gain: float = 1.0,
+        proven: float = 1.0,
+        clock: bool = True,
+        copies: bool = False,
+    ) -> None:
+        guard = SimpleNamespace(gain=lambda proven: self.proven if proven else self.gain)
         super().__init__(stride=8, strides=1, is_updating=False, memory_trainer=memory, guard=guard)
-        self.gain, self.since, self.updates = gain, 0, 0
-        self.schedule = UpdateSchedule(self, clock=clock)  # type: ignore[arg-type]
+        self.gain, self.proven, self.since, self.updates, self.rounds = gain, proven, 0, 0, 0
+        self.schedule = UpdateSchedule(self, clock=clock, copies=copies)  # type: ignore[arg-type]
 
     def learn(
         self, *, updates: int, cost: float, drafts: float | None = 1.0, slow: tuple[int, ...] = ()
@@ -36,6 +46,7 @@ class FakeLearner(SimpleNamespace):
         until = self.updates + updates
         while self.updates < until:
             self.since += 1
+            self.rounds += 1
             updated = self.since >= self.stride * self.strides
             self.since -= self.since * updated
             self.updates += updated
@@ -54,6 +65,33 @@ def test_what_does_not_pay_is_done_seldom():
     share = 2.0 / (8 * FakeLearner().learn(updates=PATIENCE, cost=2.0))
     assert UNPROVEN / 2 < share <= UNPROVEN
     assert FakeLearner().learn(updates=100, cost=20.0) == MAX_STRIDES
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.7, 2.5, 9.0])
+def test_beside_copies_updates_never_take_more_than_a_quarter_of_a_hundredth(cost: float):
+    """Unless they cost more than was assumed before the first one; and that is made up for."""
+    learner = FakeLearner(copies=True, gain=1.5)  # which is not proven
+    for updates in range(1, 30):
+        learner.learn(updates=1, cost=cost)
+        assert learner.rounds >= ASSUMED / BESIDE_COPIES
+        if cost <= ASSUMED or updates > 20:
+            assert updates * cost <= 1.2 * BESIDE_COPIES * learner.rounds, updates
+
+
+def test_beside_copies_a_cheap_update_is_made_as_often_as_the_stride_says():
+    assert FakeLearner(copies=True).learn(updates=2, cost=0.018) == 1
+
+
+def test_beside_copies_half_of_a_proven_gain_is_spent():
+    found = [
+        FakeLearner(copies=True, gain=1.1, proven=n).learn(updates=9, cost=0.36) for n in (1.1, 1.0)
+    ]
+    assert found == [2, 18]
+
+
+def test_copies_change_nothing_where_all_requests_teach():
+    found = [FakeLearner(memory=True, copies=n).learn(updates=50, cost=2.0) for n in (True, False)]
+    assert found[0] == found[1]
 
 
 def test_what_pays_is_done_as_often_as_the_stride_says():
@@ -136,6 +174,25 @@ def test_short_answers_teach_nothing_with_the_gate_and_long_ones_do(toy_target_d
         draft = DraftConfig(adaptive=gate)
         result = engine.generate("hello", max_new_tokens=40, draft=draft, **options)[0]
         assert bool(result.stats.updates) == updates, gate
+
+
+@pytest.mark.parametrize(
+    ("copies", "stride", "learns"), [(True, None, False), (True, 4, True), (False, None, True)]
+)
+def test_beside_copies_only_who_gives_a_stride_learns_soon(
+    toy_target_dir, copies: bool, stride: int | None, learns: bool
+):
+    engine = toy_engine(toy_target_dir)
+    options = {"ignore_eos": True, "temperature": 1.0, "seed": 1, "deterministic": True}
+    result = engine.generate(
+        "hello",
+        max_new_tokens=200,
+        draft=DraftConfig(adaptive=True, copy=copies),
+        learn=LearnConfig(stride=stride),
+        **options,
+    )[0]
+    assert result.stats.rounds - result.stats.copied_rounds > 80
+    assert bool(result.stats.updates) == learns
 
 
 def test_a_row_used_again_waits_again():

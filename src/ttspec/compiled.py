@@ -33,8 +33,8 @@ def compiling() -> Iterator[None]:
         settings = torch._dynamo.config.patch(
             recompile_limit=SHAPES, allow_unspec_int_on_nn_module=True
         )
-        # The compiler's caches on disk keep the conditions of an entry as one line, joined by "and";
-        # one with an "or" in it would part that line (findings/torch_compile_cache_shapes.sh).
+        # Caches on disk keep the conditions of an entry as one line, joined by "and": one with an
+        # "or" in it would part that line (findings/torch_compile_cache_shapes.sh).
         whole = patch.object(ShapeEnv, "produce_guards", _in_parentheses(ShapeEnv.produce_guards))
         with settings, whole, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.

@@ -186,7 +186,7 @@ class LearnConfig(_Options):
 
     group: ClassVar[str] = "learn"
     stride: int | None = None
-    """Rounds between updates; None is what measured best: 8, and 16 for low-rank changes."""
+    """Rounds between updates; None is 8, 16 for low-rank changes, more where that does not pay."""
     weights: Literal["auto", "full", "lora"] = "auto"
     """What learns: the weights themselves (full), or low-rank changes of the matrices that make no
     context (lora), which take a fiftieth of the memory and let many rows learn side by side; auto

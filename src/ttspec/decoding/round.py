@@ -97,7 +97,9 @@ class SpeculativeRound(RoundStages):
         self.copying = self._copying(copy_costs) if self.copies else None
         schedule = None
         if made_for.draft.adaptive and self.learner:
-            schedule = UpdateSchedule(self.learner, clock=by_clock)
+            # Who gives a stride wants to learn, though it may not pay.
+            copies = bool(self.copies) and made_for.learn is not None and not made_for.learn.stride
+            schedule = UpdateSchedule(self.learner, clock=by_clock, copies=copies)
         self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
 
     def _learner(self, live_weights: LiveWeights | None) -> Learner | None:

@@ -151,8 +151,13 @@ class Guard:
         """Whether the anchor shall draft for a copy that learns on."""
         return self._falls_back and self._copies[copy].is_behind
 
-    def gain(self) -> float:
-        """Accepted drafts of live weights for one of the anchor's; 1 if nothing was compared."""
+    def gain(self, *, proven: bool = False) -> float:
+        """Accepted drafts of live weights for one of the anchor's; 1 if nothing was compared.
+
+        Where it must be `proven` also 1 unless each copy is ahead for sure.
+        """
+        if proven and not all(c.count > FEW and c.errors_behind < -PROOF for c in self._copies):
+            return 1.0
         anchor = sum(copy.anchor for copy in self._copies)
         return sum(copy.live for copy in self._copies) / anchor if anchor else 1.0
 

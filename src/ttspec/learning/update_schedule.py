@@ -14,8 +14,8 @@ from ttspec.learning.learner import Learner
 
 AFTER = 64
 """Rounds that a row answers before its first update: short answers pay nothing."""
-MAX_STRIDES = 32
-"""Strides between updates at most: what is learned later may pay yet."""
+MAX_STRIDES, LONGEST = 32, 512
+"""Strides between updates at most: what is learned later may pay yet. The second beside copies."""
 RECENT = 64
 """Rounds whose median time is known."""
 SHARE, FULL, LEAST_SHARE, SHARE_UNUSED = 0.06, 160, 0.01, 0.02
@@ -26,6 +26,10 @@ more there were; and of few requests more updates than these brought nothing (do
 UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
 of what they gain, the part that may be spent."""
+BESIDE_COPIES = 0.0025
+"""The first of these where rows copy, too, from the first round on. There an update saved 0.15 to
+0.23 of a round in sessions of 1,200 tokens, and cost 0.7 to 2.5 (docs/results/policy/
+one-conversation.txt): so rows learn where it costs little, or is proven to pay."""
 PATIENCE = 8
 """Updates that are to be seen before anything follows from what they cost, and remembered."""
 FIRST_STRIDES = 8
@@ -46,15 +50,20 @@ def share_of_updates(updates: int) -> float:
 class UpdateSchedule:
     """Widens the stride until updates cost no more of the time than they may, and narrows it."""
 
-    def __init__(self, learner: Learner, *, clock: bool = True) -> None:
+    def __init__(self, learner: Learner, *, clock: bool = True, copies: bool = False) -> None:
         """Nothing is known.
 
         Args:
             learner: Whose gain is asked, and whose `strides` are set.
             clock: Whether it may decide; else an update costs `ASSUMED` rounds.
+            copies: Whether rows copy, too, and learn only as far as `BESIDE_COPIES` allows. Of no
+                meaning where all requests teach.
         """
         self._learner, self._clock = learner, clock
+        self._copies = copies and not learner.memory_trainer
         learner.strides = FIRST_STRIDES if learner.memory_trainer else 1
+        if self._copies:
+            learner.strides = ceil(ASSUMED / (learner.stride * BESIDE_COPIES))
         self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
         """Of rounds that no update slowed down, by whether the drafter drafted."""
         self._costs = deque[float](maxlen=PATIENCE)
@@ -100,15 +109,16 @@ class UpdateSchedule:
         self._updates += 1
         self._costs.append(self._extra)
         self._extra = 0.0
-        if self._updates < PATIENCE:
+        if self._updates < (1 if self._copies else PATIENCE):
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.memory_trainer:
             may = share_of_updates(self._updates)
             may = min(may, SHARE_UNUSED) if pauses else may
         else:
-            static = self._accepted / max(learner.guard.gain(), 1e-3)
-            may = max(UNPROVEN, SPENT * ((1 + self._accepted) / (1 + static) - 1))
-        excess = cost / may
+            static = self._accepted / max(learner.guard.gain(proven=self._copies), 1e-3)
+            may = BESIDE_COPIES if self._copies else UNPROVEN
+            may = max(may, SPENT * ((1 + self._accepted) / (1 + static) - 1))
+        excess, most = cost / may, LONGEST if self._copies else MAX_STRIDES
         if excess > 1 or excess < ENOUGH:
-            learner.strides = min(max(1, ceil(learner.strides * excess)), MAX_STRIDES)
+            learner.strides = min(max(1, ceil(learner.strides * excess)), most)
