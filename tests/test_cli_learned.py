@@ -104,6 +104,13 @@ def test_nonsense_is_answered(kept: Path, words, reason, capsys, tmp_path, monke
     assert reason in complaint(capsys)[0]
 
 
+def test_a_folder_may_have_any_name(kept: Path, capsys, tmp_path) -> None:
+    """Brackets and colons mean something to rich."""
+    folder = shutil.copytree(kept / "kept", tmp_path / "k[/]e[bold]p:bug:t")
+    assert learned("list", folder) == 0
+    assert "k[/]e[bold]p:bug:t" in "".join(capsys.readouterr().out.split())
+
+
 def test_an_answer_that_is_too_short_to_keep_anything_says_so(models, capsys, tmp_path) -> None:
     keep = ["--learn.scope", "shared", "--learn.keep", str(tmp_path), "--max-new-tokens", "4"]
     assert main(["generate", "hello", *models, *keep]) == 0
