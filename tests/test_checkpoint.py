@@ -16,6 +16,7 @@ from toys import (
     VOCABULARY,
     bound_kind,
     greedy,
+    little_memory,
     make_kind,
     random_features,
     toy_drafter,
@@ -571,6 +572,23 @@ def test_a_config_that_asks_for_what_there_is_not_is_refused(tmp_path, which, ch
     edit_config(folder, **changes)
     message = refusal(folder)
     assert named in message
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "pard-qwen3", "causal"])
+def test_layers_that_no_file_can_hold_are_refused_before_they_take_memory(tmp_path, which):
+    folder = write(tmp_path / "d", which)
+    edit_config(folder, num_hidden_layers=10**9)
+    with little_memory(2**30):
+        message = refusal(folder)
+    assert "num_hidden_layers is 1,000,000,000; the files hold" in message
+
+
+def test_the_number_of_layers_that_do_not_slide_takes_no_memory(tmp_path):
+    folder = write(tmp_path / "d", "dflash")
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "layer_types": ...}
+    edit_config(folder, **sliding, max_window_layers=10**9)
+    with little_memory(2**30):
+        assert load_drafter("toy", folder).layers == 2
 
 
 def test_attention_sinks_inside_dflash_config_are_refused(tmp_path):

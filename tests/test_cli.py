@@ -516,3 +516,11 @@ def test_what_standard_output_cannot_encode_ends_in_no_traceback(pair, monkeypat
     assert "?" in seen
     assert run("generate", lines="hello") == seen + "\n"
     assert run("chat", lines="\ufeffhello\n") == seen + "\n"
+
+
+def test_closed_streams_end_in_no_traceback(pair, monkeypatch) -> None:
+    """Python has None for what was closed before it began."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(["generate", "hello", *pair, "--max-new-tokens", "2"]) == 0
+    assert main(["generate", "hello", "--target", "nowhere/at-all/ever"]) == 2

@@ -111,7 +111,7 @@ def test_equal_turns_of_a_session_get_different_noise(engine):
     talk = session.conversation
     assert talk is not None
     assert (
-        len({noise_key(talk.request.seed, talk._first_prompt, turn=turn) for turn in range(3)}) == 3
+        len({noise_key(talk.request.seed, talk.request.ids, turn=turn) for turn in range(3)}) == 3
     )
 
 

@@ -203,6 +203,25 @@ def test_a_request_that_never_had_a_row_ends_without_a_token(engine: Engine) -> 
     assert finish(scheduler).keys() == {first}
 
 
+def test_a_turn_is_the_same_after_one_that_was_cancelled_before_or_while_it_was_read(
+    engine, monkeypatch
+) -> None:
+    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    said = []
+    for waits in (True, False):
+        scheduler = scheduler_of(engine, rows=2)
+        if waits:  # behind a prompt that is being read: it has a row, and was not begun
+            ask(scheduler, LONG)
+            scheduler.step()
+        request = ask(scheduler, SHORT, keeps_row=True)
+        scheduler.step()
+        assert bool(scheduler._ready) is waits
+        scheduler.abort(request)
+        scheduler.add_turn(request, [*SHORT.encode(), *b" go on"])
+        said.append(finish(scheduler)[request].token_ids)
+    assert said[0] == said[1]
+
+
 def test_a_conversation_keeps_its_row_until_it_is_released(engine: Engine) -> None:
     scheduler = scheduler_of(engine, rows=1)
     first, waiting = ask(scheduler, SHORT, keeps_row=True), ask(scheduler, "and another")

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from servers import running, until
 from toys import make_kind, toy_engine, twin
 
@@ -13,6 +14,8 @@ from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
+from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.versions import VersionStore, current_of, numbers_in, stores_in
 from ttspec.serving.keys import add_key
 from ttspec.serving.options import ServeOptions
@@ -80,6 +83,19 @@ def test_an_update_of_one_drafter_is_counted_once_however_many_rows_it_taught(
     (store,) = stores_in(tmp_path)
     made = current_of(store).manifest["updates"]  # type: ignore[union-attr]
     assert float(counted.split()[1]) == made > 10
+
+
+@pytest.mark.parametrize("scope", ["shared", "request"])
+def test_a_revert_is_counted_once_however_many_answers_met_it(engine, scope, monkeypatch) -> None:
+    reverts, revert = [], Learner.revert
+    monkeypatch.setattr(Learner, "revert", lambda *given: reverts.append(revert(*given)))
+    never = torch.zeros(2, dtype=torch.bool)  # as if no gradient were finite
+    monkeypatch.setattr(LiveWeights, "may_step", lambda live, _: never[: len(live.resting)])
+    with running(engine, LearnConfig(scope=scope, stride=8, guard=0, publish="now")) as (client, _):
+        for _ in range(2):
+            ask(client, 140, n=2)
+        counted = client.get("/metrics").text.partition("\nttspec:learn_reverts_total{")[2]
+    assert float(counted.split()[1]) == len(reverts) > 1
 
 
 @pytest.mark.parametrize("keys", [False, True])

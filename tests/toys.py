@@ -625,6 +625,18 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 @contextmanager
+def little_memory(more: int) -> Iterator[None]:
+    """The process may take so many bytes more, or it has a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@contextmanager
 def full_disk(size: int = 20_000) -> Iterator[None]:
     """The system lets no file of this process grow beyond a size."""
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -47,7 +47,7 @@ class Table:
             grid.add_row(*map(Text, row))
         console.print(grid)
         if self.note:
-            console.print(self.note, style="dim", markup=False)
+            console.print(self.note, style="dim")
         console.print()
 
 
@@ -55,7 +55,7 @@ def table_console() -> Console:
     """A console that is wide enough for the tables where no terminal says how wide it is."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # folders may have any name
     if not console.is_terminal:
         console.width = max(console.width, 160)
     return console

@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, get_args
 
 from cyclopts import App, CycloptsError, Parameter, convert
@@ -122,7 +123,13 @@ def _complain(message: str, code: int) -> int:
 
 
 def _show_what_can_be_shown() -> None:
-    """Let no character end a command that a terminal or a pipe cannot encode: it becomes a `?`."""
+    """Let no character end a command that a terminal or a pipe cannot encode: it becomes a `?`.
+
+    Where a stream was closed before the start, as by `>&-`, what is said goes nowhere.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
             stream.reconfigure(errors="replace")

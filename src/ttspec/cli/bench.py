@@ -239,10 +239,8 @@ def report(*folders: Path, out: Path | None = None, different_texts: Flag = Fals
     for table in all_tables(found.arms, found.manifest):
         table.print(console)
     for sentence in bench_sentences(found.arms, found.left_out):
-        console.print(sentence, markup=False)
-    console.print(
-        f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True, markup=False
-    )
+        console.print(sentence)
+    console.print(f"\npage  {page}\ntable {page.parent / 'tables.md'}", soft_wrap=True)
     return 0
 
 
@@ -277,7 +275,7 @@ def compare(
     console = table_console()
     comparison.comparison_table(found, a, b).print(console)
     line, good = comparison.verdict(found, metric, fail_below)
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
     return 0 if good else 1
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,15 +50,15 @@ def list_(folder: Path, *, as_json: JsonFlag = False) -> int:
             try:
                 version = read_version(path)
                 version.delta()
+                is_current = bool(current and current.number == number)
+                rows.append(_row(version, is_current))
             except CheckpointError as error:
                 if as_json:
                     print(to_json({"path": str(path), "damaged": str(error)}))
                 rows.append((str(number), str(error).splitlines()[0], *[""] * 6))
                 continue
-            is_current = bool(current and current.number == number)
             if as_json:
                 print(to_json({"path": str(path), "current": is_current, **version.manifest}))
-            rows.append(_row(version, is_current))
         if as_json:
             continue
         title = _title(store, _first_manifest(store))
@@ -80,7 +82,8 @@ def show(folder: Path, *, version: int | None = None, tenant: str | None = None)
         Whose, where there are several.
     """
     found = _version(_store(folder, tenant), version)
-    learn = json.loads(found.delta().learn)
+    with _as_written(found.path):
+        learn = json.loads(found.delta().learn)
     print(to_json({"path": str(found.path), **found.manifest, "learn": learn}))
     return 0
 
@@ -123,9 +126,11 @@ def export(
     require_empty(out)
     found = _version(_store(folder, tenant), version)
     delta = found.delta()
+    with _as_written(found.path):
+        names = str(found.manifest["target"]["name"]), str(found.manifest["drafter"])
     models = ModelFlags(
-        target=target or found.manifest["target"]["name"],
-        drafter=drafter or found.manifest["drafter"],
+        target=target or names[0],
+        drafter=drafter or names[1],
         device="cpu",
         dtype="float32" if dtype == "auto" else dtype,  # rounded once, to what is written
     )
@@ -170,6 +175,11 @@ def _stores(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.\nGive what --learn.keep named.")
     found = stores_in(folder)
+    if not found and any(folder.glob("*/*/.lock")):
+        raise DataError(
+            f"{folder} has no versions yet: there was too little to judge what was learned by, or "
+            "it drafted worse.\nLet more be answered. The process that learns says why at its end."
+        )
     if not found:
         raise DataError(f"{folder} has no versions.\nGive what --learn.keep named.")
     return found
@@ -219,17 +229,35 @@ def _first_manifest(store: Path) -> dict[str, Any]:
     return {}
 
 
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Say which version has entries of another form than ttspec writes.
+
+    Raises:
+        CheckpointError: This one.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} has a manifest that ttspec did not write so: {type(error).__name__} {error}."
+            "\nGive another version, or see: learned list."
+        ) from error
+
+
 def _title(store: Path, manifest: dict[str, Any]) -> str:
-    if not manifest:
+    try:
+        whose = f", tenant {manifest['tenant']}" if manifest["tenant"] else ""
+        return f"{store}: {manifest['drafter']} for {manifest['target']['name']}{whose}"
+    except (KeyError, TypeError):  # none could be read, or not as it should be
         return str(store)
-    whose = f", tenant {manifest['tenant']}" if manifest["tenant"] else ""
-    return f"{store}: {manifest['drafter']} for {manifest['target']['name']}{whose}"
 
 
 def _row(version: Version, is_current: bool) -> tuple[str, ...]:
     known = version.manifest
-    accepted = known["held_out"]["accepted"]
-    figures = [f"{accepted[name]:.3f}" for name in ("version", "anchor", "before")]
-    counts = [f"{known[name]:,}" for name in ("requests", "updates")]
     name = f"{version.number}{' *' if is_current else ''}"
-    return name, known["made"][:16], *counts, *figures, f"{known['bytes'] / 1e6:.1f}"
+    with _as_written(version.path):
+        accepted = known["held_out"]["accepted"]
+        figures = [f"{accepted[name]:.3f}" for name in ("version", "anchor", "before")]
+        counts = [f"{known[name]:,}" for name in ("requests", "updates")]
+        return name, known["made"][:16], *counts, *figures, f"{known['bytes'] / 1e6:.1f}"

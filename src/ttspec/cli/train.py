@@ -43,10 +43,10 @@ def train(
 
     read_dialogues(config.prompts)  # complains before anything is loaded
     models = ModelFlags(target=target, drafter="none", device=device, dtype=dtype, threads=threads)
-    console = Console(stderr=True)
-    engine = models.load(notify=console.print)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[facts]}")
-    with Progress(*columns, TimeElapsedColumn(), console=console) as bar:
+    engine = models.load(notify=say)
+    # Not wider than 80 columns: rich would cut what is said.
+    columns = TextColumn("{task.description}"), BarColumn(10), TextColumn("{task.fields[facts]}")
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         tasks = {
             stage: bar.add_task(stage, total=1.0, facts="", visible=False)
             for stage in ("answers", "training")
@@ -62,8 +62,9 @@ def train(
                 left = f", {int(where.seconds_left) // 60}:{int(where.seconds_left) % 60:02d} left"
             facts = f"{where.tokens} tokens{left}"
             if where.stage == "training":
-                right = " ".join(f"{a:.2f}" for a in where.accuracy)
-                facts = f"step {where.tokens}, loss {where.loss:.3f}, right {right}{left}"
+                first_and_last = where.accuracy[:1] + where.accuracy[1:][-1:]
+                right = " … ".join(f"{share:.0%}" for share in first_and_last)
+                facts = f"step {where.tokens}, loss {where.loss:.2f}, right {right}{left}"
             bar.update(tasks[where.stage], completed=where.done, facts=facts, visible=True)
 
         try:
@@ -75,9 +76,9 @@ def train(
                 "minute ago. The same command with --resume goes on from there."
             )
             return 130
-    console.print(f"{folder} holds the drafter. Use it with --drafter {folder}")
+    say(f"{folder} holds the drafter. Use it with --drafter {folder}")
     if last.tokens < FEW_STEPS:
-        console.print(
+        say(
             f"It learned in {last.tokens} steps, which are few. More --minutes give more, and so "
             "do a smaller --batch and fewer --anchors."
         )

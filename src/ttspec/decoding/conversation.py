@@ -80,7 +80,6 @@ class Conversation:
         self.prompt_ids: list[int] = []
         """What the last answer's prompt had to be read of: all that the row did not hold."""
         self._stream = stream or bool(config.stop)
-        self._first_prompt: list[int] = []
         self._start = 0, 0
         self._limit: FinishReason = "length"
         self._reset()
@@ -93,7 +92,7 @@ class Conversation:
     def noise_key(self) -> int:
         """Noise key of this turn; see `noise_key`."""
         asked = self.request
-        return noise_key(asked.seed, self._first_prompt, asked.occurrence, turn=self.turn)
+        return noise_key(asked.seed, asked.ids, asked.occurrence, turn=self.turn)
 
     def open(self) -> int:
         """Begin the queued turn, an answer to the whole conversation up to it.
@@ -106,8 +105,6 @@ class Conversation:
         decoder, row, ids = self.decoder, self.row, self.queued
         assert ids is not None
         self.queued = None
-        if not self.turn:
-            self._first_prompt = ids
         self._reset()
         held, length = decoder.rows.tokens[row], decoder.rows.lengths[row]
         kept = min(shared_prefix(held, ids), length, len(ids) - 1)

@@ -120,7 +120,7 @@ class FeatureDrafter(Drafter):
         if body.get("use_sliding_window") and body.get("sliding_window"):
             given = body.get("max_window_layers")
             full = Qwen3Config.max_window_layers if given is None else int(given)
-        sliding = ["full_attention"] * full + ["sliding_attention"] * self.layers
+        sliding = ["full_attention"] * min(full, self.layers) + ["sliding_attention"] * self.layers
         kinds = body.get("layer_types") or sliding[: self.layers]
         if odd := set(kinds) - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types names {', '.join(sorted(map(str, odd)))}")

@@ -181,13 +181,16 @@ class Keeper:
             self.writer.flush()
             if (self._news or self.writer.failed) and not self.make_version():
                 why_not = self._why_not()
+            elif not self.updates:
+                why_not = "there was no update"
             self.writer.close()
         finally:
             self.store.close()
         if self.writer.failed:
             why_not = "it could not be written"
         if why_not and self._notify:
-            self._notify(f"What was learned last is not kept in {self.store.folder}: {why_not}.")
+            what = "What was learned last is not kept" if self.updates else "Nothing new is kept"
+            self._notify(f"{what} in {self.store.folder}: {why_not}.")
         return not self.writer.failed
 
     def _begin_at(self, version: Version, delta: Delta) -> None:

@@ -80,6 +80,8 @@ class Learner:
         self.stride, self.strides, self._rounds = config.stride or 1, 1, 0
         """Rounds, and how many times so many, between updates; and rounds since the last one."""
         self.updates, self.reverts = [0] * rows, [0] * rows
+        self.all_reverts = 0
+        """Of all copies, whoever had the rows: the others begin anew with a row's next request."""
         self._active, self._taught = [False] * copies, [False] * rows
         """Copies, and rows, that had rounds since the last update."""
 
@@ -221,6 +223,7 @@ class Learner:
         """Give a copy its anchor weights back and let it rest; its moments and kept blocks go."""
         self.weights.restore_anchor(copy)
         self.guard.record_revert(copy)
+        self.all_reverts += 1
         for row in range(len(self.reverts)) if self.shared else [copy]:
             self.reverts[row] += 1
             if self._buffer:

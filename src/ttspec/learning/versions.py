@@ -95,8 +95,8 @@ def read_version(path: Path) -> Version:
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-        sha256 = manifest.pop("sha256_of_manifest")
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        sha256, _ = manifest.pop("sha256_of_manifest"), manifest["sha256_of_weights"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}.") from error
     if sha256 != _manifest_sha256(manifest):
         raise CheckpointError(f"{file} is damaged: its sha256 is not {str(sha256)[:12]}…")

@@ -86,7 +86,7 @@ class ServerMetrics:
         self._of_rounds = count("ttspec:round_tokens", "Tokens that rounds emitted.")
         self._copied = count("ttspec:copied_tokens", "Accepted tokens that rows copied.")
         self._updates = count("ttspec:learn_updates", "Updates of drafters.")
-        self._reverts = count("ttspec:learn_reverts", "Reverts, once for each answer that one met.")
+        self.reverts = count("ttspec:learn_reverts", "Drafters given their first weights back.")
         self.failed_rounds = count("ttspec:rounds_failed", "Rounds that failed with their answers.")
         self.cancelled = count("ttspec:requests_cancelled", "Answers whose client went away.")
         self._errors = count("ttspec:request_errors", "Requests answered with an error.", "status")
@@ -134,7 +134,6 @@ class ServerMetrics:
         self._prompt.inc(len(job.ids))
         self._asked.inc(len(job.ids))
         self._held.inc(usage.cached_tokens(job, result))
-        self._reverts.inc(result.stats.reverts)
         self._whole.observe(job.ended - job.queued)
         if job.first_token is not None:
             self._first.observe(job.first_token - job.queued)

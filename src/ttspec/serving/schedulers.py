@@ -30,6 +30,7 @@ class Schedulers:
         self.engine, self._config, self.rows = engine, config, rows
         self._by_tenant = config.learn is not None and config.learn.scope == "shared"
         self._of: dict[str | None, Scheduler] = {}
+        self._counted_reverts = 0
         decoder = self.of(tenant).decoder
         self.rows, self.slots = decoder.rows.count, decoder.rows.slots
         """Rows of a scheduler, and tokens of a row."""
@@ -65,6 +66,13 @@ class Schedulers:
             if scheduler.has_unfinished()
             for request, chunk in scheduler.step()
         ]
+
+    def new_reverts(self) -> int:
+        """How often drafters got their first weights back since this was asked last."""
+        learners = [scheduler.decoder.learner for scheduler in self._of.values()]
+        before, now = self._counted_reverts, sum(one.all_reverts for one in learners if one)
+        self._counted_reverts = now
+        return now - before
 
     def have_room(self, tokens: int) -> bool:
         """Whether memory is left for one more row of this length.

@@ -182,6 +182,7 @@ class Worker:
         except Exception as error:  # a fault of ours, or of the machine
             self._recover(error)
             return
+        self.metrics.reverts.inc(self._schedulers.new_reverts())
         moved = [(self._running[key], chunk) for key, chunk in events]
         lost = [job for job in self._running.values() if job.mask and job.mask.failed]
         for key, chunk in events:
