@@ -227,26 +227,6 @@ def test_dialogues_of_a_batch_are_sessions(typist, which):
         assert [len(turns) for turns in found.values()] == [5, 2, 2]
 
 
-def test_a_peer_is_asked_what_a_session_is_asked(typist):
-    from ttspec.bench.arms import parse_arms
-    from ttspec.bench.peers import open_peers
-
-    engine = engine_with(typist.target, THINKS, "dflash")
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0}
-    results = [r for _, r in talk(engine.session(**options, context=512, learn=None))]
-    sampling = session_sampling(engine, **options)
-    how: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling}
-    peers, _ = open_peers({"hf": engine}, parse_arms("hf"), [TURNS], **how)
-    turns = peers["hf"].measure(TURNS, 0, 0)
-    assert [t.result.token_ids for t in turns] == [r.token_ids for r in results]
-
-
-def session_sampling(engine: Engine, **options: Any):
-    from ttspec.config import GenerateConfig
-
-    return GenerateConfig(**options, seed=0).sampling(engine.target.defaults)
-
-
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_raw_turns_go_on_with_the_text(typist, template):
     engine = engine_with(typist.target, template, "dflash")

@@ -8,12 +8,10 @@ Where to start: `cli/bench.py`, which calls these in this order.
     bench report    run_set.py (folders as one run), report.py (plots, tables, page)
     bench compare   compare.py
     bench import    vllm_import.py
-    bench roofline  roofline_report.py; roofline.py counts bytes, timing.py runs rounds by the clock
 
 What they share: results.py (`Turn`, `Arm`: what was measured), store.py and jsonl.py (the run
 folder), manifest.py (how it was made), estimates.py and metrics.py (numbers with intervals). A
-report is made by report_tables.py, figures.py and sentences.py. transformers' own `generate` is an
-arm too: peers.py.
+report is made by report_tables.py, figures.py and sentences.py.
 
 To add an arm: an entry in `arms.KINDS`, with the options it fixes; a colour in plot_style.py.
 """

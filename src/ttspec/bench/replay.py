@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.bench.arms import PEERS, ArmSpec
+from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, replay_label
 from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
 from ttspec.bench.results import Turn, Unit
@@ -69,12 +69,12 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
             f"{folder} has no text that its target alone decides.\n"
             "Give a folder that `ttspec bench run` wrote, on real weights."
         )
-    ours = {a.name: a for a in arms if a.turns and a.kind not in PEERS}
-    name = arm or ("plain" if "plain" in ours else next(iter(ours), "of ours"))
-    if name not in ours:
-        names = ", ".join(ours) or "none"
+    answered = {a.name: a for a in arms if a.turns}
+    name = arm or ("plain" if "plain" in answered else next(iter(answered), ""))
+    if name not in answered:
+        names = ", ".join(answered) or "none"
         raise OptionError(f"{folder} has no answers of an arm {name}; with answers: {names}.")
-    return Source(folder, manifest, name, ours[name].units)
+    return Source(folder, manifest, name, answered[name].units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,13 +243,9 @@ def replayable(arms: Sequence[ArmSpec], *, timed: bool = False) -> list[ArmSpec]
     Untimed, no clock decides, and what is published when ready is so now.
 
     Raises:
-        OptionError: An arm needs more than the text that was written, or is no arm of ours.
+        OptionError: An arm needs more than the text that was written.
     """
     for arm in arms:
-        if arm.kind in PEERS:
-            raise OptionError(
-                f"{arm.name} cannot be replayed: it draws its own text.\nLeave it out."
-            )
         if not timed and arm.learn and arm.learn.supervision == "block":
             raise OptionError(
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "

@@ -68,9 +68,8 @@ def measure_all(
     arms = list({job.arm.name: job.arm for batch in batches for job in batch}.values())
     engines = engines_for(engine, arms, run.drafters)
     rows = max(map(len, batches), default=1)
-    ours = [arm for arm in arms if arm.name not in run.peers]
     # Each arm keeps the caches and graphs of its last requests for its next ones, if they fit.
-    if rows == 1 or fits_into_memory(engines, ours, requests, rows, **run.options):
+    if rows == 1 or fits_into_memory(engines, arms, requests, rows, **run.options):
         engines = engines_for(engine, arms, run.drafters, one_each=True)
     total = sum(map(len, batches))
     left = [[job for job in batch if job.key not in store.done] for batch in batches]
@@ -81,12 +80,14 @@ def measure_all(
     try:
         while progress.left:
             batch = progress.left[0]
-            name = batch[0].arm.name
+            arm = batch[0].arm
+            name, options = arm.name, {**run.options, "draft": arm.draft, "learn": arm.learn}
             try:
                 if name not in warm and warm_up:
-                    _warm_up(engines[name], run, batch, warm_up)
+                    _warm_up(engines[name], batch, requests, quota=warm_up, **options)
                 warm.add(name)
-                units = _answers(engines[name], run, batch)
+                quota = run.session_tokens
+                units = measure(engines[name], batch, requests, quota=quota, **options)
             except Exception as error:  # whatever it is, the other units are worth having
                 _note_failure(store, progress, batch, error)
                 if notify:
@@ -103,28 +104,12 @@ def measure_all(
             each.close()  # what arms keep on disk is whole
 
 
-def _answers(engine: Engine, run: PreparedRun, batch: Batch) -> list[list[Turn]]:
-    """A batch's answers, by this engine or by another implementation."""
-    arm, quota = batch[0].arm, run.session_tokens
-    if peer := run.peers.get(arm.name):
-        return [
-            peer.measure(run.requests[job.request], job.request, job.seed, quota) for job in batch
-        ]
-    options = {**run.options, "draft": arm.draft, "learn": arm.learn}
-    return measure(engine, batch, run.requests, quota=quota, **options)
-
-
-def _warm_up(engine: Engine, run: PreparedRun, batch: Batch, tokens: int) -> None:
+def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Request], **options: Any) -> None:
     """Generate in the shape of what is measured, uncounted."""
-    arm, request = batch[0].arm, run.requests[batch[0].request]
-    if peer := run.peers.get(arm.name):
-        peer.warm_up(tokens)
-        return
+    request = requests[batch[0].request]
     turn = request[0] if is_tokens(request[0]) else "Hello"
     hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
-    options = {**run.options, "draft": arm.draft, "learn": arm.learn, "quota": tokens}
-    options |= {"rows": len(batch), "stream": False, "seed": 0}
-    for _, chunk in engine.run(hello, **options):
+    for _, chunk in engine.run(hello, rows=len(batch), stream=False, seed=0, **options):
         _stop_if_cancelled(chunk.result)
 
 
