@@ -23,12 +23,12 @@ from roofline_timing import fill
 
 from ttspec.bench.arms import parse_arms
 from ttspec.bench.estimates import share
+from ttspec.bench.forced import load_random
 from ttspec.bench.jsonl import write_json
 from ttspec.bench.manifest import device_name
 from ttspec.bench.table import EMPTY, Table
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 
 WARM_UPDATES = 3
 """Updates of each graph before anything is counted."""

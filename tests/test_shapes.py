@@ -10,6 +10,7 @@ import torch
 from test_manifests import MANIFESTS
 from toys import complaint
 
+from ttspec.bench.forced import load_random
 from ttspec.bench.run_set import open_runs
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import random_suite
@@ -17,7 +18,6 @@ from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 from ttspec.drafters.checkpoint import canonical, missing_and_left_over
 from ttspec.errors import DataError, OptionError
 from ttspec.models import shapes

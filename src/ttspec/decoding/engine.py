@@ -60,7 +60,7 @@ class Engine:
         self._notices: set[str] = set()
         """What it was told already."""
         self.random_weights: dict[str, Any] | None = None
-        """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
+        """Shapes and forced acceptance, where there are no real weights (`bench/forced.py`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
         self._shared_weights = SharedWeights()
