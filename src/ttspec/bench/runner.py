@@ -132,7 +132,7 @@ def measure(
     cuda = engine.target.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(engine.target.device)
-    arms = [Arm(name=job.arm.name) for job in batch]
+    arms, waits = [Arm(name=job.arm.name) for job in batch], [list[float]() for _ in batch]
     began, last = time.time(), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[job.request]) for job in batch]
     options |= {"seeds": [job.seed for job in batch]}
@@ -141,7 +141,7 @@ def measure(
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()
-        arms[row].record(chunk, now - last[row])
+        waits[row].append(now - last[row])
         last[row] = now
         if chunk.result is None:
             continue
@@ -149,7 +149,9 @@ def measure(
         number = batch[row].request
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
         user = text_of(requests[number][len(arms[row].turns)])
-        arms[row].finish(user, chunk.result, number, began=began, peak_memory=peak)
+        clock: dict[str, Any] = {"began": began, "peak_memory": peak}
+        arms[row].finish(user, chunk.result, waits[row], number, **clock)
+        waits[row] = []
     return [arm.turns for arm in arms]
 
 
