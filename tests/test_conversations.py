@@ -152,7 +152,7 @@ def test_an_end_token_that_the_history_has_otherwise_is_read_by_no_later_turn(ty
 def test_drafts_after_going_back_are_those_of_a_fresh_request(typist, which, monkeypatch):
     """Nothing of what was taken back is in a drafter's context, and nothing is missing."""
     monkeypatch.setattr("ttspec.drafters.context.FEATURES_KEPT", 16)  # gone after such an answer
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", 8)
     engine = engine_with(typist.target, DROPS, which)
     made: dict[int, list[int]] = {}
     propose = engine.drafter.propose

@@ -130,7 +130,7 @@ def test_rows_are_as_many_as_fit_and_the_same_when_it_goes_on(
 
     monkeypatch.setattr(loading, "require_weights", lambda *a, **k: None)
     for module in (forecast, engines):
-        monkeypatch.setattr(module, "of_run", none_but_two)
+        monkeypatch.setattr(module, "forecast_run", none_but_two)
     monkeypatch.setattr(forecast, "free_memory", lambda _: free["bytes"])
     free["bytes"] = 2500
     capsys.readouterr()

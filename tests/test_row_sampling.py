@@ -25,8 +25,8 @@ from transformers import (
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
-from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.row_sampling import RowSampling
@@ -253,7 +253,7 @@ def test_under_the_rejection_rule_each_row_of_a_mixed_batch_follows_its_own_law(
     zeros = torch.zeros(count, dtype=torch.long)
     inputs = SimpleNamespace(noise_key=torch.arange(count), number=zeros[:1], start=zeros)
     drafter = SimpleNamespace(draft_ids=None)
-    tokens, q = DraftChoice(s, drafter, inputs, size, None)(  # type: ignore[arg-type]
+    tokens, q = DraftSampler(s, drafter, inputs, size, None)(  # type: ignore[arg-type]
         q_logits.expand(count, 1, size), 0
     )
     proposal = Proposal(tokens=tokens, count=torch.ones_like(zeros), q=q)

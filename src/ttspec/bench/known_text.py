@@ -20,7 +20,7 @@ from torch import Tensor
 from ttspec.acceptance import accept_equal
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.prefill import PromptReader, Prompts
+from ttspec.decoding.prefill import PrefillBatch, PromptReader
 from ttspec.errors import DataError
 from ttspec.models.target import Target
 from ttspec.records import Proposal
@@ -49,7 +49,7 @@ class KnownTextPrompts(PromptReader):
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> Prompts:
+    ) -> PrefillBatch:
         """As `PromptReader.begin`; the noise keys say which answers these are."""
         self._found = {row: self.answers.get(key) for row, key in zip(rows, keys, strict=True)}
         budgets = list(budgets)
@@ -64,7 +64,7 @@ class KnownTextPrompts(PromptReader):
                 budgets[at] = len(answer.tokens)
         return super().begin(rows, ids, keys, budgets)
 
-    def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
+    def _draw(self, logits: Tensor, prompts: PrefillBatch) -> list[int]:
         own = super()._draw(logits, prompts)
         found = [self._found[row] for row in prompts.rows]
         return [a.tokens[0] if a else token for a, token in zip(found, own, strict=True)]
@@ -221,7 +221,7 @@ class RecordedPrompts(KnownTextPrompts):
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> Prompts:
+    ) -> PrefillBatch:
         """As `KnownTextPrompts.begin`.
 
         Raises:

@@ -18,7 +18,7 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
-from ttspec.decoding.memory_forecast import SPARE, free_memory
+from ttspec.decoding.memory_forecast import USABLE_SHARE, free_memory
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
@@ -227,7 +227,7 @@ def fits_into_memory(
         config, lengths = _config_and_row_length(engines[arm.name], arm, requests, **options)
         need += engines[arm.name].forecast(config, rows, **lengths).total
     free = free_memory(next(iter(engines.values())).target.device)
-    return free is not None and need <= SPARE * free
+    return free is not None and need <= USABLE_SHARE * free
 
 
 def _config_and_row_length(

@@ -95,7 +95,7 @@ class Conversation:
         asked = self.request
         return noise_key(asked.seed, self._first_prompt, asked.occurrence, turn=self.turn)
 
-    def open(self) -> int:
+    def start_turn(self) -> int:
         """Begin the queued turn, an answer to the whole conversation up to it.
 
         What the row holds of it stays, as far as it is the same; the rest is taken back.
@@ -133,13 +133,13 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def begin(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
         self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends
         self._take([token], ended=token in ends)
 
-    def advance(self, outcome: RowOutcome) -> None:
+    def take_round(self, outcome: RowOutcome) -> None:
         """Take what a round emitted."""
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
@@ -186,18 +186,18 @@ class Conversation:
             logprobs=tuple(self._logprobs),
         )
 
-    def tell(self, chunk: Chunk) -> None:
+    def mark_sent(self, chunk: Chunk) -> None:
         """Count a chunk as told. Apart, since an interrupt may come while it is made."""
         self._shown += len(chunk.token_ids)
         self._text.skip(len(chunk.text))
         del self._logprobs[: len(chunk.logprobs)]
-        self.is_told = chunk.result is not None
+        self.is_sent = chunk.result is not None
 
     def _reset(self) -> None:
         """Nothing is written of the next answer."""
         self.finish: FinishReason | None = None
         """Why the last answer ended; None while one is being written."""
-        self.is_told = False
+        self.is_sent = False
         """Whether its result was told."""
         self.tokens: list[int] = []
         self.rounds: list[Round] = []

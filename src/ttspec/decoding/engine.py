@@ -18,7 +18,7 @@ import torch
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
-from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
+from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -209,7 +209,7 @@ class Engine:
         """
         config = self._resolved(config)
         slots = self._slots(config, longest_prompt, sessions=sessions)
-        made_for = DecoderSpec(
+        spec = DecoderSpec(
             rows=rows,
             slots=slots,
             sampling=sampling_of(replace(config, seed=0), self.target),
@@ -219,18 +219,18 @@ class Engine:
             batch_invariant=config.deterministic,
         )
         spare, self._spare = self._spare, None
-        if spare is not None and (spare.made_for, spare.tenant) == (made_for, config.tenant):
+        if spare is not None and (spare.spec, spare.tenant) == (spec, config.tenant):
             spare.restart()
             return spare
         del spare  # before the new caches are made
         self._notify_once(self.require_rows(config, rows, longest_prompt, sessions=sessions))
-        costs_of = rows, config.tenant, config.draft, config.learn, made_for.sampling, self.compile
+        costs_of = rows, config.tenant, config.draft, config.learn, spec.sampling, self.compile
         try:
             live_weights = self._shared_weights.find(config, self.target, self.drafter, self.notify)
             decoder = self.make_decoder(
                 self.target,
                 self.drafter,
-                made_for,
+                spec,
                 live_weights=live_weights,
                 policy=self._policies.get(costs_of),
                 compile=self.compile,
@@ -294,7 +294,7 @@ class Engine:
         """What a decoder for these rows would take; raises as `require_rows` an `OptionError`."""
         slots = self._slots(config, longest_prompt, sessions=sessions)
         prompt, config = None if sessions else longest_prompt, self._resolved(config)
-        need = of_run(self.target, self.drafter, config, rows, slots, prompt)
+        need = forecast_run(self.target, self.drafter, config, rows, slots, prompt)
         # What all requests teach is there already.
         return replace(need, learning=0) if config in self._shared_weights else need
 

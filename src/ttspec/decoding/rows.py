@@ -244,7 +244,7 @@ class RowStates:
         self.tokens[to] = self.tokens[source][: length + 1]
         self._answers[to] = length
 
-    def goes_on(self, row: int, length: int) -> bool:
+    def extends_prompt(self, row: int, length: int) -> bool:
         """Whether a text that is alike up to `length` goes on from the row's last prompt."""
         return 0 < self._answers[row] <= length
 
