@@ -318,13 +318,13 @@ def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stages, "Graphs", Tapes)
         fresh = Engine(twin(engine.target), engine.drafter)
-        made, scheduler_made = [], Scheduler._begin
+        made, scheduler_made = [], Scheduler._begin_prefill
 
         def begin(scheduler: Scheduler) -> list[int]:
             made.append(Tapes.made)
             return scheduler_made(scheduler)
 
-        patch.setattr(Scheduler, "_begin", begin)
+        patch.setattr(Scheduler, "_begin_prefill", begin)
         found = [said(r) for r in run(fresh, [*asked, *others], 2, **HOW["static"])]
         made.append(Tapes.made)
     assert found == want
