@@ -30,15 +30,15 @@ class Request:
     quota: int | None = None
     """Tokens that all turns together may have; None is no limit."""
     thinking: bool | None = None
-    """What the chat template asked for; only told in the statistics."""
+    """What the chat template asked for; only the statistics have it."""
     config: GenerateConfig | None = None
     """Sampling, limits and stops of its own, each turn's; None is the scheduler's. `SHARED_OPTIONS`
     must be alike."""
     mask: LogitMask | None = None
     """What the first answer may be, as a grammar says."""
     logprobs: int | None = None
-    """Tell of each token what the target says of it, and of the so many likeliest in its place;
-    None tells nothing."""
+    """Give each token's log-probability, and those of the so many likeliest in its place; None
+    gives none."""
     tenant: str | None = None
     """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
     free row holds the beginning of its prompt, from a request of the same tenant, that is not read
@@ -176,7 +176,7 @@ class Conversation:
         self._close("cancelled")
 
     def chunk(self) -> Chunk:
-        """What is new since the last chunk that was told; the result too if the answer is over."""
+        """What is new since the last chunk that was sent; the result too if the answer is over."""
         new = self.tokens[self._shown :]
         return Chunk(
             text=self._text.peek(final=self.finish is not None) if self._stream else "",
@@ -187,7 +187,7 @@ class Conversation:
         )
 
     def mark_sent(self, chunk: Chunk) -> None:
-        """Count a chunk as told. Apart, since an interrupt may come while it is made."""
+        """Count a chunk as sent. Apart, since an interrupt may come while it is made."""
         self._shown += len(chunk.token_ids)
         self._text.skip(len(chunk.text))
         del self._logprobs[: len(chunk.logprobs)]
@@ -198,7 +198,7 @@ class Conversation:
         self.finish: FinishReason | None = None
         """Why the last answer ended; None while one is being written."""
         self.is_sent = False
-        """Whether its result was told."""
+        """Whether its result was sent."""
         self.tokens: list[int] = []
         self.rounds: list[Round] = []
         self._logprobs: list[TokenLogprobs] = []

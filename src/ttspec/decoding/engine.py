@@ -56,9 +56,9 @@ class Engine:
         self.compile = False
         """Whether rounds are compiled on a GPU; see `loading.load`."""
         self.notify: Notify | None = None
-        """Told what may not fit into memory."""
+        """Called with what may not fit into memory."""
         self._notices: set[str] = set()
-        """What it was told already."""
+        """What it was given already."""
         self.random_weights: dict[str, Any] | None = None
         """Shapes and forced acceptance, where there are no real weights (`bench/forced.py`)."""
         self._spare: Decoder | None = None
@@ -76,7 +76,7 @@ class Engine:
 
     def with_drafter(self, drafter: Drafter) -> Engine:
         """An engine of the same target with another drafter."""
-        other = Engine(copy.copy(self.target), drafter)  # a target tells one drafter's features
+        other = Engine(copy.copy(self.target), drafter)  # a target returns one drafter's features
         other.make_decoder, other.compile = self.make_decoder, self.compile
         other.notify = self.notify
         return other
@@ -251,7 +251,7 @@ class Engine:
     ) -> int:
         """How many of `wanted` conversations fit into memory side by side, caches full; at least 1.
 
-        Fewer than wanted are told to `notify`: their answers are the same, and come later.
+        Fewer than wanted are a notice: their answers are the same, and come later.
 
         Raises:
             OptionError: The longest prompt leaves no room for an answer.
@@ -277,7 +277,7 @@ class Engine:
     def require_rows(
         self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
     ) -> str | None:
-        """Refuse rows that do not fit, before anything is made; what should be told all the same.
+        """Refuse rows that do not fit, before anything is made; a notice where they may not.
 
         Raises:
             OptionError: The longest prompt leaves no room for an answer.

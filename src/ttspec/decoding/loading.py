@@ -143,7 +143,7 @@ def _native(target: Files | None) -> Drafter:
 
 
 def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | None:
-    """The same for `auto`: a head that cannot be read is told, and left."""
+    """The same for `auto`: a head that cannot be read is a notice, and left."""
     try:
         return _read_native(target) if target and not target.gguf else None
     except CheckpointError as error:

@@ -1,8 +1,8 @@
-"""What target, drafter, caches and learning take in memory, told before any of it is taken.
+"""What target, drafter, caches and learning take in memory, estimated before any of it is taken.
 
-Weights come from the files' headers, caches from shapes; `working_memory.py` tells what comes and
+Weights come from the files' headers, caches from shapes; `working_memory.py` has what comes and
 goes. The loader, the engine, `bench`, `train` and the server ask it how much fits. What cannot be
-told is None, and nothing is refused for it.
+estimated is None, and nothing is refused for it.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from ttspec.models.target import Target
 from ttspec.models.unsupported import ORDINARY, RECURRENT
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
-"""Config entries with which layers' keys differ in ways that are not told here."""
+"""Config entries with which layers' keys differ in ways that are not counted here."""
 USABLE_SHARE = 0.9
-"""Share of what is free that rows may be chosen for: not all that is taken is told."""
+"""Share of what is free that rows may be chosen for: not all that is taken is estimated."""
 FEWER_ROWS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
 SMALLER_WEIGHTS = (
     "Use another --dtype, a quantised or smaller target, --device-map auto or more memory."
@@ -115,7 +115,7 @@ def forecast_run(
 
 
 def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> int:
-    """How many rows fit, caches full: 1 to `most`; `most` where nothing can be told.
+    """How many rows fit, caches full: 1 to `most`; `most` where nothing is known.
 
     `need` says what so many rows take.
     """
@@ -129,7 +129,7 @@ def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> 
 def target_cache_bytes(
     config: Any, rows: int, slots: int, dtype: torch.dtype, *, width: int = 1
 ) -> int | None:
-    """Bytes of a `RowCache` for a target, every layer allocated; None if they cannot be told.
+    """Bytes of a `RowCache` for a target, every layer allocated; None if they are not known.
 
     Args:
         config: The target's transformers config.
@@ -195,7 +195,7 @@ def learning_row_bytes(drafter: Drafter, config: LearnConfig) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a device; None if that cannot be told."""
+    """Bytes that may still be taken on a device; None if that is not known."""
     if device.type == "cuda":
         # Torch keeps what was freed for what is like it; other streams and graphs get none of it.
         torch.cuda.empty_cache()
@@ -224,7 +224,7 @@ def require_weights(
             refused then.
 
     Returns:
-        What should be told all the same, if anything.
+        A notice, if one is due all the same.
 
     Raises:
         ResourceError: There is less memory than they take.

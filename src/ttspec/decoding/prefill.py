@@ -182,9 +182,9 @@ class PromptReader:
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
         first_tokens = self._draw(logits, prompts)
-        tell = self._sampling.logprobs.of
+        logprobs_of = self._sampling.logprobs.of
         first = enumerate(zip(prompts.rows, first_tokens, strict=True))
-        prompts.logprobs = [tell(row, logits, at, [token]) for at, (row, token) in first]
+        prompts.logprobs = [logprobs_of(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
         given = prompts.rows, prompts.position, prompts.ids, first_tokens, prompts.budgets
         for row, length, ids, token, budget in zip(*given, strict=True):

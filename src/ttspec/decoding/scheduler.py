@@ -128,7 +128,7 @@ class Scheduler:
         """End a request's answer as it is. Its row is free at once, unless it keeps it.
 
         Returns:
-            Its last chunk; None if its result was told, or it is not known.
+            Its last chunk; None if its result was sent, or it is not known.
         """
         conversation = self._conversations.get(request)
         if conversation is None or (conversation.queued is None and conversation.is_sent):

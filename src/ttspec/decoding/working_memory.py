@@ -1,4 +1,4 @@
-"""What rounds, prompts and updates take in memory while they are computed, told from shapes.
+"""What rounds, prompts and updates take in memory while they are computed, from shapes.
 
 Only `memory_forecast.py` asks. What grows with rows and vocabulary or with the model's width is
 counted; the rest is small. Everything is in bytes.

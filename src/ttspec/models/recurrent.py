@@ -95,7 +95,7 @@ class StateCache(RowCache):
     def set_slots(
         self, slot: Tensor, reach: int, subset: Tensor | None = None, counts: Tensor | None = None
     ) -> None:
-        """See `RowCache.set_slots`; with `counts` int64 [B] the tokens are no drafts: so many stay."""
+        """As of `RowCache`; with `counts` int64 [B] the tokens are no drafts: so many stay."""
         if counts is None and slot.shape[1] > self.width:
             raise ValueError(
                 f"{slot.shape[1]} tokens are read as drafts, but the cache keeps {self.width}; "
