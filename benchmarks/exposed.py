@@ -19,16 +19,16 @@ import common
 import numpy as np
 import torch
 from cyclopts import App, Parameter
+from roofline_timing import fill
 
 from ttspec.bench.arms import parse_arms
 from ttspec.bench.estimates import share
+from ttspec.bench.forced import load_random
 from ttspec.bench.jsonl import write_json
 from ttspec.bench.manifest import device_name
 from ttspec.bench.table import EMPTY, Table
-from ttspec.bench.timing import fill
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 
 WARM_UPDATES = 3
 """Updates of each graph before anything is counted."""
@@ -43,7 +43,7 @@ class Shapes:
     """Published shapes with random weights, and where they run."""
 
     random_weights: str = "qwen3-8b+dflash"
-    """As of `ttspec bench roofline`."""
+    """As of `ttspec bench run`."""
     accept: str = "3,2,4"
     """Drafts kept a round, in turn."""
     device: str = "auto"

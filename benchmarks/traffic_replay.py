@@ -33,13 +33,13 @@ from cyclopts import App, Parameter
 
 import ttspec
 from ttspec.bench.arms import ArmSpec, parse_arms
-from ttspec.bench.replay import Source, record, replayable
+from ttspec.bench.known_text import use_recording
+from ttspec.bench.replay import Source, conversations, known_answers, record, replayable
 from ttspec.bench.results import Turn
 from ttspec.bench.suites import load_suite
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.recorded_text import use_recording
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
 from ttspec.records import Result
@@ -170,13 +170,15 @@ def write_texts(
     assert engine.drafter is not None
     source = Source(Path("texts"), {}, "plain", turns)
     sampling = sampling_of(config, engine.target)
-    recording, known, notes = record(engine.target, sorted(engine.drafter.taps), source, sampling)
+    known, notes = conversations(source, engine.tokenizer)
+    recording, note = record(engine.target, sorted(engine.drafter.taps), source, known, sampling)
+    notes.append(note)
     tokens = sum(len(turn.result.token_ids) for (turn,) in turns.values())
     lines.add("texts", seconds=lines.seconds() - began, tokens=tokens, notes=notes)
     if len(known) < len(asked):  # one that is not known could not be asked
         asked[:] = [one for number, one in enumerate(asked) if (number, 0) in known]
     recorded = engine.sibling()
-    use_recording(recorded, recording)
+    use_recording(recorded, recording, known_answers(source, known))
     return recorded, [turn.result for unit, (turn,) in sorted(turns.items()) if unit in known]
 
 

@@ -9,24 +9,23 @@ from ttspec.bench import metrics as m
 from ttspec.bench.estimates import resamples
 from ttspec.bench.report_tables import all_tables, pairs_of, position_tables
 from ttspec.bench.results import Arm
-from ttspec.records import Chunk, Result, Round, summarise
+from ttspec.records import Result, Round, summarise
 
 
 def arm_of(name: str, answers: dict[tuple[int, int], list[int]], wait: float = 0.1) -> Arm:
     """An arm whose rounds emitted these numbers of tokens, by request and seed."""
     arm = Arm(name=name)
     for (request, seed), counts in answers.items():
-        position, rounds = 1, []
-        arm.record(Chunk(text="", token_ids=(0,), round=None), 0.5)
+        position, rounds, waits = 1, [], [0.5]
         for n in counts:
             r = Round(position=position, proposed=4, accepted=n - 1, emitted=n, seconds=(0, 0, 0.1))
-            arm.record(Chunk(text="", token_ids=(0,) * n, round=r), wait * n)
+            waits.append(wait * n)
             rounds.append(r)
             position += n
         ids = list(range(position))
         stats = summarise(rounds, token_ids=ids, prompt_tokens=1, seed=seed, seconds=1.0)
         result = Result(text="", token_ids=ids, finish_reason="eos", stats=stats, rounds=rounds)
-        arm.finish("q", result, request)
+        arm.finish("q", result, waits, request)
     return arm
 
 

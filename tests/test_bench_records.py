@@ -14,7 +14,7 @@ from ttspec.bench.results import Arm
 from ttspec.bench.run_set import open_runs
 from ttspec.bench.store import Store, read_run
 from ttspec.errors import DataError, OptionError, ResourceError
-from ttspec.records import Chunk, Result, Round, summarise
+from ttspec.records import Result, Round, summarise
 
 ARMS = ("plain", "static", "learn")
 MANIFEST = {
@@ -36,7 +36,7 @@ def unit(name: str, request: int, seed: int = 0, clock: float = 0.0, turns: int 
     text = random.Random(f"{request} {seed}")
     for turn in range(turns):
         rounds: list[Round] = []
-        arm.record(Chunk(text="", token_ids=(1,), round=None), 0.05)
+        waits = [0.05]
         position += 1
         end = position + 120 + 60 * request
         while position < end:
@@ -51,14 +51,14 @@ def unit(name: str, request: int, seed: int = 0, clock: float = 0.0, turns: int 
                 seconds=(0.004, 0.02, 0.002 if name == "learn" else 0.0),
             )
             rounds.append(r)
-            arm.record(Chunk(text="", token_ids=(0,) * r.emitted, round=r), 0.03)
+            waits.append(0.03)
             position += r.emitted
         ids = [text.randrange(5000) for _ in range(1 + sum(r.emitted for r in rounds))]
         stats = summarise(rounds, token_ids=ids, prompt_tokens=5, seed=seed, seconds=1.0)
         result = Result(
             text=f"answer {turn}", token_ids=ids, finish_reason="eos", stats=stats, rounds=rounds
         )
-        arm.finish("ask", result, request, began=clock)
+        arm.finish("ask", result, waits, request, began=clock)
     return arm
 
 

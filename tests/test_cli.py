@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from toys import complaint, make_drafter
 
 from ttspec.cli import COMMANDS, main
-from ttspec.cli.live import sparkline
 from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
 from ttspec.cli.terminal import follow, low_acceptance, summary
 from ttspec.config import DraftConfig, LearnConfig
@@ -489,12 +488,6 @@ def test_a_target_without_a_chat_template_is_named_unless_raw_is_asked_for(
         assert said(command, target=bare).count("has no chat template") == 1
         assert "template" not in said(command, "--raw", target=bare)
         assert "template" not in said(command, target=toy_target_dir)
-
-
-def test_a_sparkline_goes_from_one_to_four() -> None:
-    assert sparkline([1] * 5, width=10) == ""
-    assert sparkline([1, 4], width=2) == "▁█"
-    assert len(sparkline(list(range(100)), width=20)) == 20
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

@@ -42,8 +42,8 @@ from transformers import (
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.rows import RoundShape
 from ttspec.decoding.stages import DecoderSpec
@@ -1013,10 +1013,10 @@ def test_a_draft_among_some_tokens_is_the_draw_among_all_with_the_others_impossi
         asked = SamplingTensors.of(decoder.sampling, logits.device)
         ours = asked, drafter, decoder.rows.inputs, VOCABULARY
         of_known = noise if noise is None else noise[..., known]
-        given.append(DraftChoice(*ours, of_known)(logits, 0))
+        given.append(DraftSampler(*ours, of_known)(logits, 0))
         patch.setattr(drafter, "draft_ids", None)
         wide = torch.full((2, 1, VOCABULARY), -math.inf).index_copy(-1, known, logits)
-        given.append(DraftChoice(*ours, noise)(wide, 0))
+        given.append(DraftSampler(*ours, noise)(wide, 0))
     (tokens, q), (wanted, wanted_q) = given
     assert torch.equal(tokens, wanted)
     assert (q is None) == (wanted_q is None) == (sampling.get("acceptance") != "rejection")

@@ -152,7 +152,7 @@ def test_an_end_token_that_the_history_has_otherwise_is_read_by_no_later_turn(ty
 def test_drafts_after_going_back_are_those_of_a_fresh_request(typist, which, monkeypatch):
     """Nothing of what was taken back is in a drafter's context, and nothing is missing."""
     monkeypatch.setattr("ttspec.drafters.context.FEATURES_KEPT", 16)  # gone after such an answer
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", 8)
     engine = engine_with(typist.target, DROPS, which)
     made: dict[int, list[int]] = {}
     propose = engine.drafter.propose
@@ -225,26 +225,6 @@ def test_dialogues_of_a_batch_are_sessions(typist, which):
                 found[index].append(chunk.result.token_ids)
         assert found[0] == wanted
         assert [len(turns) for turns in found.values()] == [5, 2, 2]
-
-
-def test_a_peer_is_asked_what_a_session_is_asked(typist):
-    from ttspec.bench.arms import parse_arms
-    from ttspec.bench.peers import open_peers
-
-    engine = engine_with(typist.target, THINKS, "dflash")
-    options: dict[str, Any] = {"max_new_tokens": 24, "temperature": 0.0}
-    results = [r for _, r in talk(engine.session(**options, context=512, learn=None))]
-    sampling = session_sampling(engine, **options)
-    how: dict[str, Any] = {"max_new_tokens": 24, "sampling": sampling}
-    peers, _ = open_peers({"hf": engine}, parse_arms("hf"), [TURNS], **how)
-    turns = peers["hf"].measure(TURNS, 0, 0)
-    assert [t.result.token_ids for t in turns] == [r.token_ids for r in results]
-
-
-def session_sampling(engine: Engine, **options: Any):
-    from ttspec.config import GenerateConfig
-
-    return GenerateConfig(**options, seed=0).sampling(engine.target.defaults)
 
 
 @pytest.mark.parametrize("template", [None, CHATML])

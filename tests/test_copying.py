@@ -12,7 +12,6 @@ from toys import VOCABULARY, chi_square, make_kind, plain, repack_head, toy_engi
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.choice import with_copies
 from ttspec.decoding.copy_costs import WIDTHS, CopyCosts
 from ttspec.decoding.copying import (
     MAX_MATCH,
@@ -21,11 +20,12 @@ from ttspec.decoding.copying import (
     SuffixIndex,
 )
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.draft_sampler import with_copies
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowStates
-from ttspec.decoding.stages import DecoderSpec, widths
+from ttspec.decoding.stages import DecoderSpec, round_widths
 from ttspec.decoding.timing import NO_STAGES, RoundTime
 from ttspec.drafters.ngram import Ngram
 from ttspec.models.capture import Graphs
@@ -212,12 +212,15 @@ def test_rounds_are_as_wide_as_the_longest_copy_or_as_one_of_some_widths() -> No
 def test_widths_of_rounds() -> None:
     drafter = make_kind("dflash")
     length = drafter.length
-    assert widths(None, DraftConfig(), batch_invariant=False) == (0, 0, 1)
-    assert widths(drafter, DraftConfig(length=0), batch_invariant=False) == (0, 0, 1)
-    assert widths(drafter, DraftConfig(), batch_invariant=False) == (length, 31, 32)
-    assert widths(drafter, DraftConfig(copy=False), batch_invariant=False)[1:] == (0, length + 1)
-    assert widths(drafter, DraftConfig(), batch_invariant=True) == (length, 15, 16)
-    assert widths(Ngram(), DraftConfig(length=5), batch_invariant=False) == (0, 5, 6)
+    assert round_widths(None, DraftConfig(), batch_invariant=False) == (0, 0, 1)
+    assert round_widths(drafter, DraftConfig(length=0), batch_invariant=False) == (0, 0, 1)
+    assert round_widths(drafter, DraftConfig(), batch_invariant=False) == (length, 31, 32)
+    assert round_widths(drafter, DraftConfig(copy=False), batch_invariant=False)[1:] == (
+        0,
+        length + 1,
+    )
+    assert round_widths(drafter, DraftConfig(), batch_invariant=True) == (length, 15, 16)
+    assert round_widths(Ngram(), DraftConfig(length=5), batch_invariant=False) == (0, 5, 6)
 
 
 # The text is the target's.

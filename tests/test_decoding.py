@@ -65,7 +65,7 @@ def test_a_prompt_may_be_read_in_any_parts(engine, monkeypatch):
     for together in (prompts, prompts[:3], prompts[:1]):
         wanted = [plain(engine, p, max_new_tokens=12).token_ids for p in together]
         for size in (3, 4, 512):
-            monkeypatch.setattr("ttspec.decoding.prefill.PIECE", size)
+            monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", size)
             results = engine.generate(together, max_new_tokens=12)
             assert [r.token_ids for r in results] == wanted
 

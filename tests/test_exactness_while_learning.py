@@ -16,9 +16,9 @@ from toys import chi_square, total_variation
 
 from ttspec.acceptance import accept_rejection
 from ttspec.config import SamplingConfig
-from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.rows import RoundInputs
 from ttspec.records import Proposal
 from ttspec.sampling import (
@@ -43,7 +43,7 @@ LESSON = 2.5
 class Loop:
     """`TEXTS` texts at once: p is a table by position and last token, q by position and text.
 
-    `DraftChoice` and `accept` are the decoder's own.
+    `DraftSampler` and `accept` are the decoder's own.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Loop:
     def draft(self, start: Tensor, count: Tensor, noise: Tensor | None) -> Proposal:
         if not self.coupled:  # q's most likely tokens, as copies are: a point mass
             return Proposal(tokens=self.drafted(start).argmax(-1), count=count)
-        choose = DraftChoice(self.asked, self, self.inputs, V, noise)  # type: ignore[arg-type]
+        choose = DraftSampler(self.asked, self, self.inputs, V, noise)  # type: ignore[arg-type]
         tokens, q = choose(self.drafted(start), 0)
         return Proposal(tokens=tokens, count=count, q=q)
 

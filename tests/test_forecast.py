@@ -30,15 +30,15 @@ from ttspec.decoding import memory_forecast as forecast
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.memory_forecast import (
     Forecast,
-    drafter_cache,
-    drafter_weights,
+    drafter_cache_bytes,
+    drafter_weight_bytes,
+    forecast_run,
     free_memory,
-    learning,
+    learning_bytes,
     mib,
-    of_run,
     require_room,
     require_weights,
-    target_cache,
+    target_cache_bytes,
 )
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
@@ -80,24 +80,27 @@ def test_a_targets_cache_is_as_forecast(which: str):
         engine.target.model.to(dtype)
         parts = memory(engine, 1, 100)
         measured = parts["target_cache_per_1000_tokens"] + parts["target_state_per_row"]
-        assert near(target_cache(engine.target.config, 1, 999, dtype), measured)
+        assert near(target_cache_bytes(engine.target.config, 1, 999, dtype), measured)
 
 
 @pytest.mark.parametrize("which", [*CONFIGS, "ngram"])
 def test_a_drafters_memory_is_as_forecast(toy_target_dir: Path, which: str):
     drafter = Ngram() if which == "ngram" else make_kind(which)
-    before = drafter_weights(drafter, torch.float32)
+    before = drafter_weight_bytes(drafter, torch.float32)
     engine = load(str(toy_target_dir), drafter, device="cpu", dtype="float32")
     parts = memory(engine, 1, 100)
     assert near(
-        drafter_cache(drafter, 1, 999, DraftConfig()), parts["drafter_cache_per_1000_tokens"]
+        drafter_cache_bytes(drafter, 1, 999, DraftConfig()), parts["drafter_cache_per_1000_tokens"]
     )
     if which == "pard-qwen3":  # a tied head in its files is dropped when it is bound
         assert before >= parts["drafter_weights"]
     else:
         assert before == parts["drafter_weights"]
     config = GenerateConfig(learn=LearnConfig(weights="full"))
-    assert of_run(engine.target, drafter, config, 3, 50).learning == 3 * parts["learning_per_row"]
+    assert (
+        forecast_run(engine.target, drafter, config, 3, 50).learning
+        == 3 * parts["learning_per_row"]
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -121,7 +124,7 @@ def test_learning_is_what_a_pupil_takes(engine: Engine):
     size = sum(
         engine.drafter.weights[n].numel() for n in engine.drafter.learnable(config.parameters)
     )
-    assert own <= learning(engine.drafter, config, 2) <= own + 2 * 2 * 4 * size
+    assert own <= learning_bytes(engine.drafter, config, 2) <= own + 2 * 2 * 4 * size
 
 
 @pytest.mark.weights
@@ -129,11 +132,11 @@ def test_the_built_in_pair_is_as_forecast(smollm2_dir: Path):
     engine = load("smollm2-135m", "smollm2-135m-dflash", device="cpu", dtype="bfloat16")
     parts, need = (
         memory(engine, 2, 1000),
-        of_run(engine.target, engine.drafter, GenerateConfig(), 2, 1000),
+        forecast_run(engine.target, engine.drafter, GenerateConfig(), 2, 1000),
     )
     files = find_target("smollm2-135m").nbytes(torch.bfloat16, CPU)
     assert near(files, parts["target_weights"])
-    weights = drafter_weights(engine.drafter, torch.bfloat16)
+    weights = drafter_weight_bytes(engine.drafter, torch.bfloat16)
     assert near(weights, parts["drafter_weights"])
     assert near(need.total + files + weights, parts["total"])
 
@@ -269,7 +272,7 @@ def test_nothing_is_refused_where_nothing_is_known(has):
 def test_layers_that_are_not_understood_are_unknown():
     config = LlamaConfig(**SHAPE)
     config.num_kv_shared_layers = 2
-    assert target_cache(config, 1, 10, torch.float32) is None
+    assert target_cache_bytes(config, 1, 10, torch.float32) is None
     assert Forecast(target_cache=None, learning=3).total == 3
 
 
@@ -309,7 +312,7 @@ def test_what_rounds_take_is_near_the_forecast(which: str, options: dict):
         seed=0, max_new_tokens=24, ignore_eos=True, draft=DraftConfig(copy=False), **options
     )
     decoder = engine.decoder(chosen, rows, 20, sessions=False)
-    need = of_run(target, drafter, chosen, rows, decoder.rows.slots, prompt=20)
+    need = forecast_run(target, drafter, chosen, rows, decoder.rows.slots, prompt=20)
 
     def work() -> None:
         numbers = [*range(rows)]
@@ -331,7 +334,7 @@ def test_rows_are_as_many_as_fit_and_fewer_are_told(toy_target_dir: Path, monkey
     engine = engine.sibling()  # without the caches of nine
     engine.notify = said.append
     pair, config = (engine.target, engine.drafter), GenerateConfig(**options)
-    five, six = (of_run(*pair, config, n, 256, prompt=2).total for n in (5, 6))
+    five, six = (forecast_run(*pair, config, n, 256, prompt=2).total for n in (5, 6))
     counts, real = [], Engine.decoder
 
     def decoder(self, config, rows, *given, **more):
@@ -339,7 +342,9 @@ def test_rows_are_as_many_as_fit_and_fewer_are_told(toy_target_dir: Path, monkey
         return real(self, config, rows, *given, **more)
 
     monkeypatch.setattr(Engine, "decoder", decoder)
-    monkeypatch.setattr(forecast, "free_memory", lambda _: int((five + six) / 2 / forecast.SPARE))
+    monkeypatch.setattr(
+        forecast, "free_memory", lambda _: int((five + six) / 2 / forecast.USABLE_SHARE)
+    )
     for _ in range(2):
         assert [r.token_ids for r in engine.generate([[1, 2]] * 9, **options)] == wanted
     assert counts == [5, 5]
@@ -354,7 +359,7 @@ def test_rows_that_were_asked_for_are_never_fewer(toy_target_dir: Path, monkeypa
     engine = toy_engine(toy_target_dir)
     options = {"max_new_tokens": 4, "ignore_eos": True, "learn": LearnConfig()}
     config = GenerateConfig(**options)
-    need = of_run(engine.target, engine.drafter, config, 9, 256, prompt=2)
+    need = forecast_run(engine.target, engine.drafter, config, 9, 256, prompt=2)
     monkeypatch.setattr(forecast, "free_memory", lambda _: need.at_once - 1)
     with pytest.raises(ResourceError, match=r"9 rows of 256 tokens take"):
         list(engine.run([[[1, 2]]] * 9, rows=9, **options))
@@ -409,7 +414,7 @@ def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path,
     config = GenerateConfig(
         max_new_tokens=5, context=60, draft=DraftConfig(length=0), learn=None, temperature=0.8
     )
-    room = int(of_run(engine.target, None, config, 3, 60).total / forecast.SPARE) + 1
+    room = int(forecast_run(engine.target, None, config, 3, 60).total / forecast.USABLE_SHARE) + 1
     monkeypatch.setattr(forecast, "free_memory", lambda _: room)
     texts = []
     for rows in (None, 2):
@@ -423,8 +428,8 @@ def test_dialogues_are_answered_in_as_many_rows_as_fit(toy_target_dir, tmp_path,
 
 def test_a_shared_drafter_learns_once(engine: Engine):
     shared = LearnConfig(scope="shared", weights="full")
-    many = learning(engine.drafter, shared, 5)
-    assert many == learning(engine.drafter, shared, 1)
+    many = learning_bytes(engine.drafter, shared, 5)
+    assert many == learning_bytes(engine.drafter, shared, 1)
     made = LiveWeights(shared, engine.drafter, 1)
     published = sum(w.nbytes for w in made.published.values())  # and its gradient
     assert many == pytest.approx(made.nbytes + published, rel=1e-3)

@@ -131,7 +131,7 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
     seen = causal_mask(position, SLOTS, window)
 
     def said(model: Any, cache: RowCache) -> Any:
-        cache.aim(position, SLOTS)
+        cache.set_slots(position, SLOTS)
         mask = torch.zeros(seen.shape, dtype=model.dtype, device=seen.device)
         return model(
             input_ids=fed,

@@ -190,7 +190,7 @@ def test_prompts_of_many_rows_are_read_in_parts_and_say_the_same(target, monkeyp
         return out
 
     monkeypatch.setattr(prefill.PromptReader, "_read", read)
-    monkeypatch.setattr(prefill, "AT_ONCE", 150)
+    monkeypatch.setattr(prefill, "MAX_BATCHED_TOKENS", 150)
     assert [r.token_ids for r in engine.generate(prompts, **options)] == wanted
     assert max(widest) <= 150 < sum(widest)
 

@@ -16,7 +16,7 @@ from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.policy import AHEAD, BEHIND, LONGEST_PAUSE, PAUSE, DraftPolicy
+from ttspec.decoding.policy import FIRST_PAUSE, LONGEST_PAUSE, MAX_DEFICIT, MAX_SURPLUS, DraftPolicy
 from ttspec.errors import OptionError
 from ttspec.learning.replay_buffer import ReplayBuffer
 
@@ -138,8 +138,8 @@ def test_a_decay_is_noticed() -> None:
     decode(1000, costs, steady(0.9), policy=policy)
     took, lengths = decode(300, costs, steady(0.0), policy=policy)
     drafting = sum(n > 0 for n in lengths)
-    assert drafting <= (AHEAD + BEHIND) / 0.45 + 4
-    assert took <= 300 + AHEAD + BEHIND + 3
+    assert drafting <= (MAX_SURPLUS + MAX_DEFICIT) / 0.45 + 4
+    assert took <= 300 + MAX_SURPLUS + MAX_DEFICIT + 3
 
 
 def test_pauses_double_and_end() -> None:
@@ -152,13 +152,13 @@ def test_pauses_double_and_end() -> None:
             run = 0
         else:
             run += 1
-    assert pauses[0] >= PAUSE
+    assert pauses[0] >= FIRST_PAUSE
     assert all(b >= 1.9 * a or b >= LONGEST_PAUSE for a, b in pairwise(pauses))
     # It then drafts well: it is found out, and pauses are short again.
     _, lengths = decode(3000, block(7, 1.3), steady(0.8), policy=policy)
     assert all(lengths[-64:])
     _, lengths = decode(60, block(7, 1.3), steady(0.0), policy=policy)
-    assert policy._pause <= PAUSE
+    assert policy._pause <= FIRST_PAUSE
 
 
 def test_a_chain_that_is_too_long_is_shortened_and_a_short_one_lengthened() -> None:

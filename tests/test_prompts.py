@@ -11,7 +11,7 @@ from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.prefill import PADDED, Piece
+from ttspec.decoding.prefill import CAPTURE_SIZES, PrefillChunk
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.context import FeatureState
 from ttspec.models.capture import Graphs
@@ -133,7 +133,9 @@ def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> Non
 
     decoder.graphs, decoder.target_reads_spans = Recording(), True
     decoder.capture()
-    assert called[-len(PADDED) - 1 :] == ["_read_padded"] * len(PADDED) + ["_draw_one"]
+    assert called[-len(CAPTURE_SIZES) - 1 :] == ["_read_padded"] * len(CAPTURE_SIZES) + [
+        "_draw_one"
+    ]
     assert "verify_and_accept" in called
 
 
@@ -167,7 +169,7 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
             decoder.clear(row)
             ids = [(7 * n) % 250 for n in range(size)]
             begun = prompts.begin([row], [ids], [5], [20])
-            logits = prompts._feed(Piece([row], [ids], [0], [0]), logits=True)
+            logits = prompts._feed(PrefillChunk([row], [ids], [0], [0]), logits=True)
             assert begun.rows == [row]
             state, last = decoder.state, size - 1  # EAGLE-3 makes the last one's with the next
             held = [logits, state.keys[:, row, :, :last], state.values[:, row, :, :last]]

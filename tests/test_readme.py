@@ -24,7 +24,7 @@ LOG = "docs/experiments.md"
 """Says what was true at the time, with the names of the time."""
 NOW = [page for page in PAGES if page != LOG]
 GROUPS = {
-    "bench": ("run", "report", "compare", "replay", "roofline", "import"),
+    "bench": ("run", "report", "compare", "replay", "import"),
     "learned": ("list", "show", "export", "revert"),
 }
 OTHERS = {

@@ -19,7 +19,7 @@ from transformers import (
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.stages import widths
+from ttspec.decoding.stages import round_widths
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import TargetError
@@ -338,7 +338,7 @@ def test_a_row_cut_back_by_many_rounds_reads_its_text_again(typist, back):
 def test_memory_counts_states_once_a_row(typist):
     told = memory(typist, 1, 1000), memory(typist, 3, 2000)
     assert told[0]["target_cache_per_1000_tokens"] == 2 * 2 * 16 * 1000 * 4
-    width = widths(typist.drafter, DraftConfig(), batch_invariant=False)[-1]
+    width = round_widths(typist.drafter, DraftConfig(), batch_invariant=False)[-1]
     channels, size = 2 * 32 + 96, 4 * 16 * 24
     kept = width * (channels + 2 * 16 + 4 * 24 + 4)
     assert told[0]["target_state_per_row"] == 3 * (8 + 4 * (size + 3 * channels + kept))

@@ -130,7 +130,7 @@ def test_rows_are_as_many_as_fit_and_the_same_when_it_goes_on(
 
     monkeypatch.setattr(loading, "require_weights", lambda *a, **k: None)
     for module in (forecast, engines):
-        monkeypatch.setattr(module, "of_run", none_but_two)
+        monkeypatch.setattr(module, "forecast_run", none_but_two)
     monkeypatch.setattr(forecast, "free_memory", lambda _: free["bytes"])
     free["bytes"] = 2500
     capsys.readouterr()
@@ -192,20 +192,10 @@ def test_a_timed_replay_writes_a_text_that_the_target_would_not(
     assert main(["bench", "compare", f"{out}:ngram", f"{out}:plain", "--metric", "speed"]) == 0
 
 
-@pytest.mark.parametrize(
-    ("arms", "said"),
-    [
-        (
-            "static,learn[supervision=block]",
-            "learn[supervision=block] cannot be replayed: it learns from what",
-        ),
-        ("hf", "hf cannot be replayed: it draws its own text"),
-    ],
-)
-def test_what_needs_more_than_the_text_is_refused(
-    pairs, run, tmp_path, capsys, arms: str, said: str
-) -> None:
+def test_what_needs_more_than_the_text_is_refused(pairs, run, tmp_path, capsys) -> None:
+    arms = "static,learn[supervision=block]"
     assert replay(pairs["dflash"], run, tmp_path / "b", arms) == 2
+    said = "learn[supervision=block] cannot be replayed: it learns from what"
     assert said in complaint(capsys)[0]
     assert not (tmp_path / "b").exists()
 

@@ -14,7 +14,7 @@ from ttspec.bench.results import Arm
 from ttspec.bench.sentences import demo_sentences, demo_table
 from ttspec.bench.store import read_run, write_run
 from ttspec.errors import DataError
-from ttspec.records import Chunk, Result, Round, summarise
+from ttspec.records import Result, Round, summarise
 
 USER = "Is 1 < 2 && 2 > 1? <script>alert(1)</script>"
 ANSWER = 'Yes: <b>1 < 2</b> & "2 > 1".'
@@ -48,13 +48,12 @@ def made_up_arm(name: str, turns: int = 6, user: str = USER, answer: str = ANSWE
         rounds = rounds_from(name, position + 1, 250, rng)
         emitted = sum(r.emitted for r in rounds)
         ids = [(number * 7919 + i * 31) % 997 for i in range(emitted + 1)]
-        arm.record(Chunk(text="", token_ids=tuple(ids[:1]), round=None), 0.05)
-        for r in rounds:
-            arm.record(Chunk(text="", token_ids=(0,) * r.emitted, round=r), sum(r.seconds))
+        waits = [0.05, *(sum(r.seconds) for r in rounds)]
         stats = summarise(rounds, token_ids=ids, prompt_tokens=9, seed=0, seconds=1.0, reverts=2)
         arm.finish(
             user,
             Result(text=answer, token_ids=ids, finish_reason="length", stats=stats, rounds=rounds),
+            waits,
         )
         position += emitted + 1
     return arm
@@ -87,15 +86,6 @@ def test_rounds_are_json_lines_with_the_names_of_the_design_page(folder: Path) -
     first = json.loads((folder / "rounds.jsonl").read_text().splitlines()[0])
     assert {"arm", "request", "round", "position", "proposed", "accepted", "emitted"} < set(first)
     assert set(first["milliseconds"]) == {"draft", "verify", "learn"}
-
-
-def test_an_open_turn_counts_before_it_is_finished() -> None:
-    arm = made_up_arm("static", turns=1)
-    before = arm.tokens
-    extra = Round(position=before, proposed=7, accepted=2, emitted=3, seconds=(0.1, 0.2, 0.1))
-    arm.record(Chunk(text="x", token_ids=(1, 2, 3), round=extra), 0.5)
-    assert arm.tokens == before + 3
-    assert arm.rounds[-1] is extra
 
 
 def test_the_report_is_drawn_from_the_stored_rounds_alone(folder: Path) -> None:

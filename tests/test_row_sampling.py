@@ -25,8 +25,8 @@ from transformers import (
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import prefill, stages
 from ttspec.decoding import round as rounds
-from ttspec.decoding.choice import DraftChoice
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.row_sampling import RowSampling
@@ -253,7 +253,7 @@ def test_under_the_rejection_rule_each_row_of_a_mixed_batch_follows_its_own_law(
     zeros = torch.zeros(count, dtype=torch.long)
     inputs = SimpleNamespace(noise_key=torch.arange(count), number=zeros[:1], start=zeros)
     drafter = SimpleNamespace(draft_ids=None)
-    tokens, q = DraftChoice(s, drafter, inputs, size, None)(  # type: ignore[arg-type]
+    tokens, q = DraftSampler(s, drafter, inputs, size, None)(  # type: ignore[arg-type]
         q_logits.expand(count, 1, size), 0
     )
     proposal = Proposal(tokens=tokens, count=torch.ones_like(zeros), q=q)
@@ -318,13 +318,13 @@ def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(stages, "Graphs", Tapes)
         fresh = Engine(twin(engine.target), engine.drafter)
-        made, scheduler_made = [], Scheduler._begin
+        made, scheduler_made = [], Scheduler._begin_prefill
 
         def begin(scheduler: Scheduler) -> list[int]:
             made.append(Tapes.made)
             return scheduler_made(scheduler)
 
-        patch.setattr(Scheduler, "_begin", begin)
+        patch.setattr(Scheduler, "_begin_prefill", begin)
         found = [said(r) for r in run(fresh, [*asked, *others], 2, **HOW["static"])]
         made.append(Tapes.made)
     assert found == want

@@ -111,7 +111,7 @@ def test_rows_that_are_laid_together_say_what_each_says_alone(target, seed: int)
     for step in range(25):
         fed = draw.sample(range(5), draw.randint(1, 5))
         if draw.random() < 0.7:
-            fed = cache.lay_together(fed)
+            fed = cache.make_adjacent(fed)
         for row in fed:  # back a little, as after a rejection, or to the beginning
             texts[row] = texts[row][: max(0, len(texts[row]) - draw.choice([0, 0, 2, 60]))]
             texts[row] = texts[row][:50]

@@ -126,7 +126,7 @@ def test_rows_at_rest_are_neither_drafted_for_nor_taught(
 
 @pytest.mark.parametrize("piece", [7, 16])
 def test_a_long_prompt_is_read_between_the_rounds_of_others(engine, monkeypatch, piece) -> None:
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", piece)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", piece)
     scheduler = scheduler_of(engine, rows=2, max_new_tokens=60)
     first = ask(scheduler, SHORT)
     scheduler.step()
@@ -162,7 +162,7 @@ def test_an_abort_frees_the_row_within_the_call(engine: Engine) -> None:
 def test_an_abort_while_the_prompt_is_read_leaves_the_others_as_they_were(
     engine, monkeypatch
 ) -> None:
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", 8)
     scheduler = scheduler_of(engine, rows=3)
     asked = [ask(scheduler, prompt) for prompt in (LONG, SHORT, LONG + "again")]
     scheduler.step()
@@ -179,7 +179,7 @@ def test_an_abort_while_the_prompt_is_read_leaves_the_others_as_they_were(
 
 
 def test_all_prompts_that_are_read_together_may_be_aborted(engine, monkeypatch) -> None:
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", 8)
     scheduler = scheduler_of(engine, rows=2)
     ask(scheduler, LONG)
     ask(scheduler, LONG + "again")
@@ -329,7 +329,7 @@ def test_who_has_a_copy_of_a_beginning_has_not_what_was_learned_there(
     assert learner
     for n, text in enumerate((system + "first?", system + "second!", system + "first? and")):
         request = ask(scheduler, text, seed=n, tenant="alice")
-        scheduler._give_rows()
+        scheduler._assign_rows()
         if scope == "session" and n == 1:
             assert own.drafter
             live, anchor = scheduler.decoder.state.weights, own.drafter.weights  # type: ignore[union-attr]

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import roofline
 import torch
 from test_manifests import MANIFESTS
 from toys import complaint
 
-from ttspec.bench.roofline_report import measure
+from ttspec.bench.forced import load_random
 from ttspec.bench.run_set import open_runs
 from ttspec.bench.store import read_run
 from ttspec.bench.suites import random_suite
@@ -17,7 +18,6 @@ from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.forced import load_random
 from ttspec.drafters.checkpoint import canonical, missing_and_left_over
 from ttspec.errors import DataError, OptionError
 from ttspec.models import shapes
@@ -249,7 +249,6 @@ def test_what_makes_no_sense_is_refused_before_memory_is_taken(name, accept, sai
         (["--random-weights", "x", "--accept", "3", "--target", "y"], "together with --target"),
         (["--random-weights", "x", "--accept", "3", "--suite", "quick"], "together with --suite"),
         (["--random-weights", "x", "--accept", "3", "--arms", "plain,ngram"], "the arm ngram"),
-        (["--random-weights", "x", "--accept", "3", "--arms", "hf"], "the arm hf"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -334,7 +333,7 @@ def test_rows_side_by_side_are_out_of_step(small, tmp_path):
 def test_a_roofline_says_so(small, capsys):
     flags = ["--random-weights", small, "--accept", "3,0,4,2", "--dtype", "float32"]
     flags += ["--context", "16", "--rounds", "2", "--learn.stride", "2", "--device", "cpu"]
-    assert main(["bench", "roofline", *flags]) == 0
+    roofline.app(flags, result_action="return_value")
     out, err = capsys.readouterr()
     assert FORCED in " ".join(out.split())
     assert FORCED in err
@@ -342,7 +341,7 @@ def test_a_roofline_says_so(small, capsys):
 
 def test_a_roofline_of_an_engine_says_so(small):
     engine = load_random(small, SCHEDULE, device="cpu", dtype="float32")
-    found = measure(engine, rows=2, context=16, rounds=2, draft=DraftConfig(), learn=None)
+    found = roofline.measure(engine, rows=2, context=16, rounds=2, draft=DraftConfig(), learn=None)
     assert found.to_dict()["random_weights"]["accept"] == SCHEDULE
     assert FORCED in found.table().title
     assert FORCED in found.notes[0]

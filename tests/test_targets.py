@@ -89,10 +89,12 @@ def ignore_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_one_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    aim = rowcache.RowCache.aim
-    monkeypatch.setattr(
-        rowcache.RowCache, "aim", lambda cache, slot, *rest: aim(cache, slot + (slot > 20), *rest)
-    )
+    set_slots = rowcache.RowCache.set_slots
+
+    def late(cache, slot, *rest) -> None:
+        set_slots(cache, slot + (slot > 20), *rest)
+
+    monkeypatch.setattr(rowcache.RowCache, "set_slots", late)
 
 
 def see_rejected_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from toys import LEARN, PLAIN, assert_goes_on, make_kind, plain, toy_engine
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import choice, stages
+from ttspec.decoding import draft_sampler, stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
@@ -260,7 +260,7 @@ def test_noise_and_context_are_made_beside_the_rest(toy_target_dir, monkeypatch)
 
     monkeypatch.setattr(stages, "Branch", Told)
     for module, name in (
-        (choice, "pick"),
+        (draft_sampler, "pick"),
         (stages, "draw_and_accept"),
         (stages, "apply_end_tokens"),
     ):

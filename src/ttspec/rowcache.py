@@ -87,17 +87,17 @@ class RowCache(Cache):
         self._slot: Tensor | None = None
         self._subset: Tensor | None = None
         self.moves_rows = False
-        """Whether `lay_together` may be asked for: then it is known where rows lie, on a CPU."""
+        """Whether `make_adjacent` may be asked for: then it is known where rows lie, on a CPU."""
         self._side_by_side = slice(0, 1) if rows == 1 else None
         """Where the rows that are fed lie, if they lie side by side: then no key is copied."""
         self._place = list(range(rows))
-        """Where each row lies; all are where they were until `lay_together`."""
+        """Where each row lies; all are where they were until `make_adjacent`."""
         self._written = [0] * rows
         """Slots that a row may need; known where rows move."""
         self._reach = slots
         self._by_device: dict[torch.device, tuple[Tensor | None, ...]] = {}
 
-    def aim(
+    def set_slots(
         self,
         slot: Tensor,
         reach: int,
@@ -119,7 +119,7 @@ class RowCache(Cache):
         self._row, self._subset, self._reach = row[:, None], subset, reach
         self._by_device.clear()
 
-    def lay_together(self, rows: Sequence[int]) -> list[int]:
+    def make_adjacent(self, rows: Sequence[int]) -> list[int]:
         """Let some rows lie side by side, for forwards of them alone. Where `moves_rows` is set.
 
         Costs something when other rows than before are asked for: two rows change places.

@@ -28,8 +28,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "learn-shared": FIXED_RECIPE | {"scope": "shared", "context": "whole"},
     "default": {"scope": "session"},
 }
-PEERS = ("hf", "hf-compiled")
-"""transformers' own `generate`, which has no options."""
 FIXED = ("scope",)
 """Options that the arm's name says."""
 _ARM = re.compile(r"^(?P<kind>[a-z-]+)(?:\[(?P<options>[^\[\]]*)\])?$")
@@ -50,12 +48,10 @@ class ArmSpec:
     @property
     def drafts(self) -> bool:
         """It needs the drafter that was loaded."""
-        return self.kind not in ("plain", "ngram", *PEERS)
+        return self.kind not in ("plain", "ngram")
 
     def options(self) -> dict[str, Any]:
         """What the name means in this version, as JSON values."""
-        if self.kind in PEERS:
-            return {"peer": {}}
         learn = asdict(self.learn) if self.learn else None
         meaning: dict[str, Any] = {"draft": asdict(self.draft), "learn": learn}
         return meaning | ({"drafter": self.drafter} if self.drafter else {})
@@ -69,9 +65,7 @@ def parse_arms(text: str) -> list[ArmSpec]:
     """
     names = [name.strip() for name in _COMMA.split(text) if name.strip()]
     if not names:
-        raise OptionError(
-            f"--arms names no arm; arms are {', '.join([*KINDS, *PEERS])}.\n{_EXAMPLE}"
-        )
+        raise OptionError(f"--arms names no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
     for name in names:
         if names.count(name) > 1:
             raise OptionError(f"--arms names {name} twice.\nName each arm once.")
@@ -82,10 +76,10 @@ def check_forced(arms: Sequence[ArmSpec]) -> None:
     """Acceptance can be forced only where the run's own drafter drafts, or nothing does.
 
     Raises:
-        OptionError: An arm drafts otherwise, or is another implementation.
+        OptionError: An arm drafts otherwise.
     """
     for arm in arms:
-        if arm.drafter or arm.kind == "ngram" or arm.kind in PEERS:
+        if arm.drafter or arm.kind == "ngram":
             names = ", ".join(kind for kind in KINDS if kind != "ngram")
             raise OptionError(
                 f"--random-weights cannot force the acceptance of the arm {arm.name}.\n"
@@ -96,20 +90,19 @@ def check_forced(arms: Sequence[ArmSpec]) -> None:
 def _parse(name: str) -> ArmSpec:
     found = _ARM.match(name)
     kind = found["kind"] if found else name
-    if not found or kind not in (*KINDS, *PEERS):
-        names = ", ".join([*KINDS, *PEERS])
-        raise OptionError(f"{name} is no arm; arms are {names}.\n{_EXAMPLE}")
+    if not found or kind not in KINDS:
+        raise OptionError(f"{name} is no arm; arms are {', '.join(KINDS)}.\n{_EXAMPLE}")
     draft, learn = (
         {f.name: get_type_hints(record)[f.name] for f in fields(record)}
         for record in (DraftConfig, LearnConfig)
     )
-    learns = "scope" in KINDS.get(kind, {})
-    allowed = {} if kind == "plain" or kind in PEERS else draft
+    learns = "scope" in KINDS[kind]
+    allowed = {} if kind == "plain" else draft
     allowed = allowed | (learn if learns else {})
     allowed = {n: t for n, t in allowed.items() if n not in FIXED}
-    if kind not in ("plain", "ngram", *PEERS):
+    if kind not in ("plain", "ngram"):
         allowed["drafter"] = str
-    given = dict(KINDS.get(kind, {}))
+    given = dict(KINDS[kind])
     for part in filter(None, (found["options"] or "").split(",")):
         key, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or key not in allowed:

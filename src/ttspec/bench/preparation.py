@@ -11,15 +11,14 @@ from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import Any, cast
 
-from ttspec.bench.arms import PEERS, ArmSpec
+from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter, forced_acceptance_label
-from ttspec.bench.peers import Peer, open_peers
 from ttspec.bench.suites import Request, Suite
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
-from ttspec.decoding.memory_forecast import SPARE, free_memory
+from ttspec.decoding.memory_forecast import USABLE_SHARE, free_memory
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
@@ -58,8 +57,6 @@ class PreparedRun:
     """Tokens that a request may have over its turns; None is no limit."""
     drafters: Mapping[str, Drafter] = field(default_factory=dict)
     """Those that arms name, by name."""
-    peers: Mapping[str, Peer] = field(default_factory=dict)
-    """Other implementations, by the arm's name."""
 
 
 def prepare_run(
@@ -75,35 +72,18 @@ def prepare_run(
 ) -> PreparedRun:
     """Everything that arms need to run, and how the run is described.
 
-    An arm that cannot run here is told to `notify` and left out.
-
     Raises:
-        OptionError: An arm needs a drafter, or a learning one, and there is none; or none can run.
+        OptionError: An arm needs a drafter, or a learning one, and there is none.
         CheckpointError: There is no drafter of a name that an arm gives.
         ResourceError: An arm does not fit into memory.
     """
     drafters = find_drafters(arms, notify)
     engines = engines_for(engine, arms, drafters)
-    ours = [arm for arm in arms if arm.kind not in PEERS]
     for notice in require_rows(
-        engines, ours, suite.requests, min(rows, len(suite.requests)), **options
+        engines, arms, suite.requests, min(rows, len(suite.requests)), **options
     ):
         notify(notice)
     sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
-    peers, skipped = open_peers(
-        engines,
-        arms,
-        suite.requests,
-        max_new_tokens=options["max_new_tokens"],
-        sampling=sampling,
-        ignore_eos=options["ignore_eos"],
-        rows=rows,
-    )
-    for name, reason in skipped.items():
-        notify(f"{name} is skipped: {reason}.")
-    arms = [arm for arm in arms if arm.name not in skipped]
-    if not arms:
-        raise OptionError("No arm of --arms can run here.\nName one of ours, such as plain.")
     mark = forced_acceptance_label({"random_weights": engine.random_weights})
     title = f"ttspec bench: {suite.name}" + (f" ({mark})" if mark else "")
     manifest = describe(engine, title=title) | {
@@ -120,7 +100,6 @@ def prepare_run(
         "session_tokens": session_tokens,
         "arms": [arm.name for arm in arms],
         "arm_options": {arm.name: arm.options() for arm in arms},
-        "skipped": skipped or None,
         "seeds": list(seeds),
     }
     return PreparedRun(
@@ -130,7 +109,6 @@ def prepare_run(
         options=options,
         session_tokens=session_tokens,
         drafters=drafters,
-        peers=peers,
     )
 
 
@@ -213,7 +191,7 @@ def require_rows(
 ) -> list[str]:
     """Refuse rows that do not fit, before anything is measured.
 
-    `arms` are those of ours; `options` fields of `GenerateConfig` for all.
+    `options` are fields of `GenerateConfig` for all.
 
     Returns:
         What a user should know all the same.
@@ -249,7 +227,7 @@ def fits_into_memory(
         config, lengths = _config_and_row_length(engines[arm.name], arm, requests, **options)
         need += engines[arm.name].forecast(config, rows, **lengths).total
     free = free_memory(next(iter(engines.values())).target.device)
-    return free is not None and need <= SPARE * free
+    return free is not None and need <= USABLE_SHARE * free
 
 
 def _config_and_row_length(

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.bench.arms import PEERS, ArmSpec
+from ttspec.bench.arms import ArmSpec
+from ttspec.bench.known_text import KnownAnswer, KnownTextDecoder, Recording, use_recording
 from ttspec.bench.manifest import describe, describe_drafter, replay_label
 from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
 from ttspec.bench.results import Turn, Unit
@@ -26,18 +27,16 @@ from ttspec.bench.store import Store, begun_run, read_run, require_same_run
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.followed_text import FollowingDecoder, KnownAnswer
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.memory_forecast import free_memory, mib
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import ATTENTION
-from ttspec.decoding.recorded_text import Answer, Recording, use_recording
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
-from ttspec.records import Result, summarise
+from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
 
 CHUNK = 256
@@ -69,12 +68,12 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
             f"{folder} has no text that its target alone decides.\n"
             "Give a folder that `ttspec bench run` wrote, on real weights."
         )
-    ours = {a.name: a for a in arms if a.turns and a.kind not in PEERS}
-    name = arm or ("plain" if "plain" in ours else next(iter(ours), "of ours"))
-    if name not in ours:
-        names = ", ".join(ours) or "none"
+    answered = {a.name: a for a in arms if a.turns}
+    name = arm or ("plain" if "plain" in answered else next(iter(answered), ""))
+    if name not in answered:
+        names = ", ".join(answered) or "none"
         raise OptionError(f"{folder} has no answers of an arm {name}; with answers: {names}.")
-    return Source(folder, manifest, name, ours[name].units)
+    return Source(folder, manifest, name, answered[name].units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,26 +90,24 @@ Texts = dict[Unit, list[RecordedText]]
 
 @torch.no_grad()
 def record(
-    target: Target, taps: Sequence[int], source: Source, sampling: SamplingConfig
-) -> tuple[Recording, set[Unit], list[str]]:
-    """Read a run's text, one conversation at a time.
+    target: Target, taps: Sequence[int], source: Source, texts_of: Texts, sampling: SamplingConfig
+) -> tuple[Recording, str]:
+    """Read a run's texts, of `conversations`, one at a time.
 
     Returns:
-        The recording, the units in it, and what must be said about it.
+        The recording, and what must be said about it.
 
     Raises:
-        DataError: The target would have written another text, or nothing can be replayed.
+        DataError: The target would have written another text.
     """
-    texts_of, notes = conversations(source, target.tokenizer)
     reader = replace(target, taps=tuple(taps))
     size = sum(len(text.ids) for texts in texts_of.values() for text in texts)
     shape, dtype = (size, int(target.head.shape[1])), target.dtype
     _require_host(shape[0] * shape[1] * dtype.itemsize * (1 + len(taps)), size)
     # On the host: of many conversations it is more than a GPU has.
-    tokens = torch.empty(size, dtype=torch.long)
     hidden = torch.empty(shape, dtype=dtype)
     states = {tap: torch.empty_like(hidden) for tap in taps}
-    answers: dict[int, Answer] = {}
+    places: dict[int, tuple[int, int]] = {}
     first = drawn = count = 0
     for (request, seed), texts in texts_of.items():
         turns = {turn.turn: turn for turn in source.units[request, seed]}
@@ -121,26 +118,23 @@ def record(
             with sdpa_kernel(ATTENTION):
                 features, read = reader.read(fed)
             here = slice(first, last + 1)
-            tokens[here], hidden[here] = fed[0].cpu(), read[0].cpu()
+            hidden[here] = read[0].cpu()
             parts = features[0].chunk(len(taps) or 1, 1)
             for table, part in zip(states.values(), parts, strict=False):
                 table[here] = part.cpu()
             for number, begin in text.begins.items():
-                result, key = turns[number].result, keys[number]
-                answers[key] = Answer(first, last, result.token_ids, ended_by_limit(result))
-                end = begin + len(result.token_ids)
+                key, length = keys[number], len(turns[number].result.token_ids)
+                places[key], end = (first, last), begin + length
                 drawn += _count_reproduced(target, read[0], fed[0], key, begin, end, sampling)
-                count += len(result.token_ids)
+                count += length
             first = last + 1
     if drawn < LEAST_AGREEMENT * count:
         raise DataError(
             f"Of {count} recorded tokens of {source.folder} the target would write {drawn}.\n"
             "Name the --target that wrote them; one whose logits are not its head's is not read."
         )
-    notes.append(
-        f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
-    )
-    return Recording(tokens, hidden, states, answers), set(texts_of), notes
+    note = f"{drawn:,} of {count:,} recorded tokens are what the target draws on this reading."
+    return Recording(hidden, states, places), note
 
 
 def _require_host(need: int, tokens: int) -> None:
@@ -221,11 +215,6 @@ def noise_keys(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
     return {number: noise_key(seed, start, turn=number) for number in numbers}
 
 
-def ended_by_limit(result: Result) -> bool:
-    """Whether a limit ended an answer."""
-    return result.finish_reason in ("length", "context")
-
-
 def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
     """A run's answers by their noise keys."""
     answers = {}
@@ -233,7 +222,8 @@ def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
         keys = noise_keys(seed, texts)
         for turn in source.units[request, seed]:
             if key := keys.get(turn.turn):
-                answers[key] = KnownAnswer(turn.result.token_ids, ended_by_limit(turn.result))
+                cut = turn.result.finish_reason in ("length", "context")
+                answers[key] = KnownAnswer(turn.result.token_ids, cut)
     return answers
 
 
@@ -243,13 +233,9 @@ def replayable(arms: Sequence[ArmSpec], *, timed: bool = False) -> list[ArmSpec]
     Untimed, no clock decides, and what is published when ready is so now.
 
     Raises:
-        OptionError: An arm needs more than the text that was written, or is no arm of ours.
+        OptionError: An arm needs more than the text that was written.
     """
     for arm in arms:
-        if arm.kind in PEERS:
-            raise OptionError(
-                f"{arm.name} cannot be replayed: it draws its own text.\nLeave it out."
-            )
         if not timed and arm.learn and arm.learn.supervision == "block":
             raise OptionError(
                 f"{arm.name} cannot be replayed: it learns from what the target says behind a "
@@ -318,15 +304,16 @@ def prepare(
     recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
     options |= {name: recorded[name] for name in engine.target.defaults}
     sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
+    texts_of, notes = conversations(source, engine.target.tokenizer)
+    units, answers = set(texts_of), known_answers(source, texts_of)
     if timed:
         rows = rows or old["rows"]
-        texts_of, notes = conversations(source, engine.target.tokenizer)
-        units, answers = set(texts_of), known_answers(source, texts_of)
-        engine.make_decoder = partial(FollowingDecoder, answers=answers)
+        engine.make_decoder = partial(KnownTextDecoder, answers=answers)
     else:
         taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
-        recording, units, notes = record(engine.target, sorted(taps), source, sampling)
-        use_recording(engine, recording)
+        recording, note = record(engine.target, sorted(taps), source, texts_of, sampling)
+        use_recording(engine, recording, answers)
+        notes.append(note)
 
     count = old["suite"]["requests"]
     seeds = old["seeds"]

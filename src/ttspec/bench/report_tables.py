@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 from ttspec.bench import metrics as m
-from ttspec.bench.arms import PEERS
 from ttspec.bench.manifest import run_label
 from ttspec.bench.metrics import Batches
 from ttspec.bench.results import Arm
@@ -39,24 +38,15 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
 
 def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = None) -> Table:
     """Acceptance length of each arm, and what flatters it."""
-    manifest = manifest or {}
-    peers = [arm.name for arm in arms if arm.kind in PEERS]
-    first = next((arm for arm in arms if arm.name not in peers), arms[0])
-    # Other implementations draw with other noise: their samples say nothing about ours.
-    incomparable = [first.name, *(peers if manifest.get("temperature") else [])]
+    first = arms[0]
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
-    if run_label(manifest):  # what is drafted is emitted there, or what was recorded
-        incomparable = list(same)
+    # What is drafted is emitted in a run of a label, or what was recorded.
+    incomparable = list(same) if run_label(manifest or {}) else [first.name]
     return Table(
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
         "included, tokens past a stop excluded; as a ratio of sums, and as the mean over requests. "
-        "In brackets 95 % bootstrap intervals over requests."
-        + (
-            " Other implementations draw other samples."
-            if peers and manifest.get("temperature")
-            else ""
-        ),
+        "In brackets 95 % bootstrap intervals over requests.",
         head=(
             "arm",
             "units",

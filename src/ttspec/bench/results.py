@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttspec.records import Chunk, Result, Round, acceptance_length, repeated_ngrams
+from ttspec.records import Result, Round, acceptance_length, repeated_ngrams
 
 Unit = tuple[int, int]
 """A request and a seed: what arms are compared on."""
@@ -61,39 +61,32 @@ class Arm:
 
     name: str
     turns: list[Turn] = field(default_factory=list)
-    open_rounds: list[Round] = field(default_factory=list)
-    """Rounds, tokens and seconds of the turn that is under way."""
-    open_tokens: int = 0
-    open_waits: list[float] = field(default_factory=list)
 
-    def record(self, chunk: Chunk, seconds: float) -> None:
-        """Count a chunk of the turn that is under way."""
-        self.open_tokens += len(chunk.token_ids)
-        if chunk.round is not None:
-            self.open_rounds.append(chunk.round)
-        self.open_waits.append(seconds)
+    def finish(
+        self, user: str, result: Result, waits: Sequence[float], request: int = 0, **clock: Any
+    ) -> None:
+        """Add an answer.
 
-    def finish(self, user: str, result: Result, request: int = 0, **clock: Any) -> Turn:
-        """Replace what was counted by the result; `clock` has further fields of the `Turn`."""
-        first, *waits = self.open_waits or [0.0]
+        Args:
+            user: What was said.
+            result: The answer.
+            waits: Seconds until each of its chunks, counted from the one before.
+            request: Which one.
+            **clock: Further fields of the `Turn`.
+        """
+        first, *rest = waits
         unit = request, result.stats.seed
         turn = Turn(
             request=request,
             user=user,
             result=result,
-            seconds=sum(self.open_waits),
+            seconds=sum(waits),
             turn=sum(t.unit == unit for t in self.turns),
             first_token=first,
-            waits=waits,
+            waits=rest,
             **clock,
         )
         self.turns.append(turn)
-        self.drop_open()
-        return turn
-
-    def drop_open(self) -> None:
-        """Forget the turn that is under way."""
-        self.open_rounds, self.open_tokens, self.open_waits = [], 0, []
 
     @property
     def kind(self) -> str:
@@ -107,28 +100,28 @@ class Arm:
 
     @property
     def units(self) -> dict[Unit, list[Turn]]:
-        """The finished turns by what they are compared on."""
+        """The turns by what they are compared on."""
         return units_of(self.turns)
 
     @property
     def rounds(self) -> list[Round]:
-        """All rounds in order, those of the open turn last."""
-        return [r for turn in self.turns for r in turn.result.rounds] + self.open_rounds
+        """All rounds in order."""
+        return [r for turn in self.turns for r in turn.result.rounds]
 
     @property
     def token_ids(self) -> list[int]:
-        """Generated tokens of the finished turns, end tokens included."""
+        """Generated tokens, end tokens included."""
         return token_ids(self.turns)
 
     @property
     def tokens(self) -> int:
-        """Generated tokens, those of the open turn included."""
-        return sum(len(turn.result.token_ids) for turn in self.turns) + self.open_tokens
+        """How many generated tokens."""
+        return sum(len(turn.result.token_ids) for turn in self.turns)
 
     @property
     def seconds(self) -> float:
         """Wall clock inside the engine."""
-        return sum(turn.seconds for turn in self.turns) + sum(self.open_waits)
+        return sum(turn.seconds for turn in self.turns)
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ttspec.bench.arms import PEERS
 from ttspec.bench.manifest import forced_acceptance_label, forced_acceptance_notice, run_notice
 from ttspec.bench.metrics import different_texts, on_common_units
 from ttspec.bench.results import Arm
@@ -73,7 +72,7 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunS
         )
     if not different_texts:
         check_texts(first, pairs)
-    notes = [*_left_out(arms, pairs, manifests.values()), *_different_peers(first, pairs)]
+    notes = _left_out(arms, pairs, manifests.values())
     return RunSet(manifests, pairs, list(dict.fromkeys(notes)))
 
 
@@ -103,40 +102,21 @@ def different_part(a: Manifest, b: Manifest) -> str | None:
 
 
 def check_texts(manifest: Manifest, arms: Sequence[Arm]) -> None:
-    """Greedy arms of ours in float32 emit the same tokens, or one of them is wrong.
+    """Greedy arms in float32 emit the same tokens, or one of them is wrong.
 
     Raises:
         DataError: They do not.
     """
-    if not _same_expected(manifest):
+    greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
+    if not greedy or forced_acceptance_label(manifest):
         return  # elsewhere rounding decides close calls; the tables count the differences
-    first, *others = [arm for arm in arms if arm.kind not in PEERS] or arms[:1]
+    first, *others = arms
     for arm in others:
         for (request, seed), position in different_texts(arm, first):
             raise DataError(
                 f"{arm.name} emitted other greedy tokens than {first.name}: request {request}, "
                 f"seed {seed}, from token {position} on.\n`ttspec check` finds out whether it is a "
                 "close call; --different-texts reports all the same."
-            )
-
-
-def _same_expected(manifest: Manifest) -> bool:
-    greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
-    return greedy and not forced_acceptance_label(
-        manifest
-    )  # where drafts are kept unread, texts differ
-
-
-def _different_peers(manifest: Manifest, arms: Sequence[Arm]) -> Iterator[str]:
-    """Where other implementations emitted other greedy float32 tokens: a finding, no error."""
-    first = next((arm for arm in arms if arm.kind not in PEERS), arms[0])
-    for arm in arms if _same_expected(manifest) else ():
-        if arm.kind in PEERS and (found := different_texts(arm, first)):
-            (request, seed), position = found[0]
-            yield (
-                f"{arm.name} emitted other greedy tokens than {first.name} in {len(found)} of "
-                f"{len(arm.units)} units; the first: request {request}, seed {seed}, from token "
-                f"{position} on."
             )
 
 
@@ -151,8 +131,6 @@ def _left_out(
         if (more := len(arm.units) - units.get(arm.name, len(arm.units))) > 0:
             yield f"{arm.name} has {more} units more than other arms."
     for manifest in manifests:
-        for arm, reason in (manifest.get("skipped") or {}).items():
-            yield f"{arm} was skipped: {reason}."
         for arm, errors in (manifest.get("failed") or {}).items():
             yield f"{arm}: {len(errors)} units failed; the first: {errors[0]}"
         yield from manifest.get("notes") or []

@@ -68,9 +68,8 @@ def measure_all(
     arms = list({job.arm.name: job.arm for batch in batches for job in batch}.values())
     engines = engines_for(engine, arms, run.drafters)
     rows = max(map(len, batches), default=1)
-    ours = [arm for arm in arms if arm.name not in run.peers]
     # Each arm keeps the caches and graphs of its last requests for its next ones, if they fit.
-    if rows == 1 or fits_into_memory(engines, ours, requests, rows, **run.options):
+    if rows == 1 or fits_into_memory(engines, arms, requests, rows, **run.options):
         engines = engines_for(engine, arms, run.drafters, one_each=True)
     total = sum(map(len, batches))
     left = [[job for job in batch if job.key not in store.done] for batch in batches]
@@ -81,12 +80,14 @@ def measure_all(
     try:
         while progress.left:
             batch = progress.left[0]
-            name = batch[0].arm.name
+            arm = batch[0].arm
+            name, options = arm.name, {**run.options, "draft": arm.draft, "learn": arm.learn}
             try:
                 if name not in warm and warm_up:
-                    _warm_up(engines[name], run, batch, warm_up)
+                    _warm_up(engines[name], batch, requests, quota=warm_up, **options)
                 warm.add(name)
-                units = _answers(engines[name], run, batch)
+                quota = run.session_tokens
+                units = measure(engines[name], batch, requests, quota=quota, **options)
             except Exception as error:  # whatever it is, the other units are worth having
                 _note_failure(store, progress, batch, error)
                 if notify:
@@ -103,28 +104,12 @@ def measure_all(
             each.close()  # what arms keep on disk is whole
 
 
-def _answers(engine: Engine, run: PreparedRun, batch: Batch) -> list[list[Turn]]:
-    """A batch's answers, by this engine or by another implementation."""
-    arm, quota = batch[0].arm, run.session_tokens
-    if peer := run.peers.get(arm.name):
-        return [
-            peer.measure(run.requests[job.request], job.request, job.seed, quota) for job in batch
-        ]
-    options = {**run.options, "draft": arm.draft, "learn": arm.learn}
-    return measure(engine, batch, run.requests, quota=quota, **options)
-
-
-def _warm_up(engine: Engine, run: PreparedRun, batch: Batch, tokens: int) -> None:
+def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Request], **options: Any) -> None:
     """Generate in the shape of what is measured, uncounted."""
-    arm, request = batch[0].arm, run.requests[batch[0].request]
-    if peer := run.peers.get(arm.name):
-        peer.warm_up(tokens)
-        return
+    request = requests[batch[0].request]
     turn = request[0] if is_tokens(request[0]) else "Hello"
     hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
-    options = {**run.options, "draft": arm.draft, "learn": arm.learn, "quota": tokens}
-    options |= {"rows": len(batch), "stream": False, "seed": 0}
-    for _, chunk in engine.run(hello, **options):
+    for _, chunk in engine.run(hello, rows=len(batch), stream=False, seed=0, **options):
         _stop_if_cancelled(chunk.result)
 
 
@@ -147,7 +132,7 @@ def measure(
     cuda = engine.target.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(engine.target.device)
-    arms = [Arm(name=job.arm.name) for job in batch]
+    arms, waits = [Arm(name=job.arm.name) for job in batch], [list[float]() for _ in batch]
     began, last = time.time(), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[job.request]) for job in batch]
     options |= {"seeds": [job.seed for job in batch]}
@@ -156,7 +141,7 @@ def measure(
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)
         now = time.perf_counter()
-        arms[row].record(chunk, now - last[row])
+        waits[row].append(now - last[row])
         last[row] = now
         if chunk.result is None:
             continue
@@ -164,7 +149,9 @@ def measure(
         number = batch[row].request
         peak = torch.cuda.max_memory_allocated(engine.target.device) if cuda else None
         user = text_of(requests[number][len(arms[row].turns)])
-        arms[row].finish(user, chunk.result, number, began=began, peak_memory=peak)
+        clock: dict[str, Any] = {"began": began, "peak_memory": peak}
+        arms[row].finish(user, chunk.result, waits[row], number, **clock)
+        waits[row] = []
     return [arm.turns for arm in arms]
 
 

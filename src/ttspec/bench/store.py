@@ -117,7 +117,7 @@ class Store:
         for name in ("arm_options", "drafters"):
             if both := before.get(name, {}) | now.get(name, {}):
                 kept[name] = both
-        kept |= {"skipped": now.get("skipped"), "failed": None}  # what failed may do so no more
+        kept["failed"] = None  # what failed may do so no more
         self.manifest = continued(kept, now)
 
 

@@ -3,7 +3,7 @@
 Commands are named by import path, and a command imports torch when it runs, so that help and
 complaints about arguments come at once. Each command is a file of its name. They share options.py
 (flags, made of the records in `config`), terminal.py (notices, streams), progress.py (`bench`) and
-saving.py (`--save-drafter`); live.py and demo_turns.py are the demo's.
+saving.py (`--save-drafter`); demo_turns.py is the demo's.
 """
 
 import errno

@@ -7,19 +7,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
-from ttspec.cli.options import (
-    DraftFlags,
-    Flag,
-    JsonFlag,
-    LearnFlag,
-    LearnFlags,
-    ModelFlags,
-    Positive,
-    PositiveOrNone,
-    ShapeFlags,
-)
+from ttspec.cli.options import Flag, ModelFlags, Positive, PositiveOrNone, ShapeFlags
 from ttspec.cli.progress import show_progress
-from ttspec.cli.terminal import say, to_json
+from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError
 
@@ -71,8 +61,7 @@ def run(
     arms
         Of plain, ngram, static, static-window, static-rebased, static-copy, learn, learn-session,
         learn-shared, default, with options in brackets, as in static,default[stride=4,lr=3e-5];
-        static[drafter=FOLDER] has a drafter of its own. hf and hf-compiled are transformers' own
-        `generate`, without a drafter.
+        static[drafter=FOLDER] has a drafter of its own.
     rows
         Requests of one arm side by side. More finish sooner; times are then those of a row among
         others.
@@ -140,7 +129,7 @@ def replay(
     out
         Run folder: a new one, or one to go on with.
     arms
-        As in `ttspec bench run`; not hf and hf-compiled, and untimed not learn[supervision=block].
+        As in `ttspec bench run`; untimed not learn[supervision=block].
     text
         The arm whose text it is: in bfloat16 arms differ. [default: plain, or the first]
     timed
@@ -277,51 +266,6 @@ def compare(
     line, good = comparison.verdict(found, metric, fail_below)
     console.print(line, soft_wrap=True)
     return 0 if good else 1
-
-
-@bench.command
-def roofline(
-    *,
-    models: ShapeFlags = ShapeFlags(),
-    rows: Positive = 1,
-    context: Positive = 512,
-    rounds: Positive = 20,
-    temperature: float = 0.0,
-    draft: DraftFlags = DraftFlags(),
-    learn: LearnFlag = True,
-    learning: LearnFlags = LearnFlags(),
-    as_json: JsonFlag = False,
-) -> int:
-    """Say what each stage of a round must move and compute, how long that would take, and did.
-
-    Parameters
-    ----------
-    rows
-        Rows side by side.
-    context
-        Tokens in every row's cache when the rounds begin.
-    rounds
-        Rounds to measure at least; with learning, as many as hold five updates.
-    temperature
-        0 is greedy.
-    learn
-        Whether the drafter learns.
-    as_json
-        Print one JSON object, in bytes, operations and seconds.
-    """
-    options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
-    engine = models.load(notify=say)
-
-    from ttspec.bench.roofline_report import measure
-    from ttspec.bench.table import table_console
-
-    options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}
-    found = measure(engine, **options)
-    if as_json:
-        print(to_json(found.to_dict()))
-    else:
-        found.table().print(table_console())
-    return 0
 
 
 def _check_prompts(suite: str | None, prompt_tokens: int | None, is_random: bool) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ttspec.cli.demo_turns import LONG, SHORT
 from ttspec.cli.options import Flag, ModelFlags, PositiveOrNone, SessionLearnFlags
-from ttspec.cli.terminal import follow, say
+from ttspec.cli.terminal import say
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
 
@@ -104,7 +105,7 @@ def run_session(
     """Answer turn after turn in every arm; returns the arms and whether Ctrl-C ended it."""
     from ttspec.bench.results import Arm
     from ttspec.bench.sentences import label
-    from ttspec.cli.live import LiveView, PlainView
+    from ttspec.bench.table import number
 
     kinds: dict[str, dict[str, Any]] = {
         "plain": {"draft": DraftConfig(length=0), "learn": None},
@@ -113,7 +114,6 @@ def run_session(
         "default": {"learn": learn},
     }
     arms = [Arm(name=name) for name in kinds]
-    labels = [label(arm.name) for arm in arms]
     for kind in kinds.values():  # first calls are slow and belong to no arm
         asked = kind | shared | {"max_new_tokens": 24, "temperature": 0.0, "ignore_eos": True}
         engine.generate("Hello", **asked)
@@ -121,72 +121,39 @@ def run_session(
         name: engine.session(**kind, **shared, max_new_tokens=min(TURN_TOKENS, goal))
         for name, kind in kinds.items()
     }
-    view = (
-        LiveView(console, arms, labels, goal)
-        if console.is_terminal
-        else PlainView(console, arms, labels)
-    )
     done = 0
     try:
-        with view:
-            for index, user in enumerate(turns):
-                if min(arm.tokens for arm in arms) >= goal:
-                    break
-                first = index % len(arms)
-                for arm in arms[first:] + arms[:first]:
-                    view.begin(index, arm, user)
-                    answer(arm, sessions[arm.name].stream(user), user, view)
-                    view.end()
-                done += 1
-                if any(arm.turns[-1].result.finish_reason == "context" for arm in arms):
-                    break
+        for index, user in enumerate(turns):
+            if min(arm.tokens for arm in arms) >= goal:
+                break
+            first = index % len(arms)
+            for arm in arms[first:] + arms[:first]:
+                answer(arm, sessions[arm.name].stream(user), user)
+                console.print(
+                    f"turn {index + 1:2d}  {label(arm.name):<16}  {arm.tokens:5d} tokens  "
+                    f"{arm.tokens_per_second:.1f} tokens/s  "
+                    f"{number(arm.acceptance())} tokens a forward"
+                )
+            done += 1
+            if any(arm.turns[-1].result.finish_reason == "context" for arm in arms):
+                break
     except KeyboardInterrupt:
         for arm in arms:  # only turns that every arm has finished can be compared
             del arm.turns[done:]
-            arm.drop_open()
         return arms, True
     return arms, False
 
 
-def answer(arm: Arm, stream: Iterator[Chunk], user: str, view: Any) -> None:
-    """One arm's answer to one turn, timed without the time that showing it takes."""
-    timed = Stopwatch(stream)
-
-    def show(chunk: Chunk) -> None:
-        arm.record(chunk, timed.lap())
-        view.chunk(chunk)
-
-    result = follow(timed, show)
+def answer(arm: Arm, stream: Iterator[Chunk], user: str) -> None:
+    """One arm's answer to one turn, timed."""
+    times, result = [time.perf_counter()], None
+    for chunk in stream:
+        times.append(time.perf_counter())
+        result = chunk.result
+    assert result is not None
     if result.finish_reason == "cancelled":
         raise KeyboardInterrupt
-    arm.finish(user, result)
-
-
-class Stopwatch:
-    """A stream that knows how long it worked since it was last asked."""
-
-    def __init__(self, stream: Iterator[Chunk]) -> None:
-        self.stream = stream
-        self.worked = 0.0
-
-    def __iter__(self) -> Stopwatch:
-        return self
-
-    def __next__(self) -> Chunk:
-        start = time.perf_counter()
-        try:
-            return next(self.stream)
-        finally:
-            self.worked += time.perf_counter() - start
-
-    def throw(self, error: BaseException) -> Chunk:
-        """Hand an exception to the stream."""
-        return self.stream.throw(error)  # type: ignore[attr-defined]
-
-    def lap(self) -> float:
-        """Seconds of work since the last lap."""
-        seconds, self.worked = self.worked, 0.0
-        return seconds
+    arm.finish(user, result, [after - before for before, after in pairwise(times)])
 
 
 def print_setting(console: Any, engine: Engine, goal: int, temperature: float, seed: int) -> None:

@@ -242,8 +242,8 @@ class ShapeFlags(ModelFlags):
     def _engine(self, notify: Callable[[str], None] | None) -> Engine:
         if self.random_weights is None or self.accept is None:
             return super()._engine(notify)
+        from ttspec.bench.forced import load_random
         from ttspec.bench.manifest import forced_acceptance_notice
-        from ttspec.decoding.forced import load_random
 
         tell = notify or (lambda _: None)
         tell(f"Making random weights in the shapes of {self.random_weights}.")

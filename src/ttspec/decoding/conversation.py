@@ -30,15 +30,15 @@ class Request:
     quota: int | None = None
     """Tokens that all turns together may have; None is no limit."""
     thinking: bool | None = None
-    """What the chat template asked for; only told in the statistics."""
+    """What the chat template asked for; only the statistics have it."""
     config: GenerateConfig | None = None
     """Sampling, limits and stops of its own, each turn's; None is the scheduler's. `SHARED_OPTIONS`
     must be alike."""
     mask: LogitMask | None = None
     """What the first answer may be, as a grammar says."""
     logprobs: int | None = None
-    """Tell of each token what the target says of it, and of the so many likeliest in its place;
-    None tells nothing."""
+    """Give each token's log-probability, and those of the so many likeliest in its place; None
+    gives none."""
     tenant: str | None = None
     """Whose it is; None is whose its config says. In scope shared all must be one tenant's. Where a
     free row holds the beginning of its prompt, from a request of the same tenant, that is not read
@@ -94,7 +94,7 @@ class Conversation:
         asked = self.request
         return noise_key(asked.seed, asked.ids, asked.occurrence, turn=self.turn)
 
-    def open(self) -> int:
+    def start_turn(self) -> int:
         """Begin the queued turn, an answer to the whole conversation up to it.
 
         What the row holds of it stays, as far as it is the same; the rest is taken back.
@@ -130,13 +130,13 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def begin(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
         self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends
         self._take([token], ended=token in ends)
 
-    def advance(self, outcome: RowOutcome) -> None:
+    def take_round(self, outcome: RowOutcome) -> None:
         """Take what a round emitted."""
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
@@ -173,7 +173,7 @@ class Conversation:
         self._close("cancelled")
 
     def chunk(self) -> Chunk:
-        """What is new since the last chunk that was told; the result too if the answer is over."""
+        """What is new since the last chunk that was sent; the result too if the answer is over."""
         new = self.tokens[self._shown :]
         return Chunk(
             text=self._text.peek(final=self.finish is not None) if self._stream else "",
@@ -183,19 +183,19 @@ class Conversation:
             logprobs=tuple(self._logprobs),
         )
 
-    def tell(self, chunk: Chunk) -> None:
-        """Count a chunk as told. Apart, since an interrupt may come while it is made."""
+    def mark_sent(self, chunk: Chunk) -> None:
+        """Count a chunk as sent. Apart, since an interrupt may come while it is made."""
         self._shown += len(chunk.token_ids)
         self._text.skip(len(chunk.text))
         del self._logprobs[: len(chunk.logprobs)]
-        self.is_told = chunk.result is not None
+        self.is_sent = chunk.result is not None
 
     def _reset(self) -> None:
         """Nothing is written of the next answer."""
         self.finish: FinishReason | None = None
         """Why the last answer ended; None while one is being written."""
-        self.is_told = False
-        """Whether its result was told."""
+        self.is_sent = False
+        """Whether its result was sent."""
         self.tokens: list[int] = []
         self.rounds: list[Round] = []
         self._logprobs: list[TokenLogprobs] = []

@@ -65,7 +65,7 @@ class Decoder(SpeculativeRound):
         """
         reading = self.prompts.begin(rows, prompts, keys, budgets)
         while not reading.is_read:
-            self.prompts.read_piece(reading)
+            self.prompts.read_chunk(reading)
         return reading.first_tokens
 
     def rest(self, row: int) -> None:

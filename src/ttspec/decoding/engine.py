@@ -18,7 +18,7 @@ import torch
 from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
-from ttspec.decoding.memory_forecast import Forecast, fitting_rows, of_run, require_room
+from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -56,11 +56,11 @@ class Engine:
         self.compile = False
         """Whether rounds are compiled on a GPU; see `loading.load`."""
         self.notify: Notify | None = None
-        """Told what may not fit into memory."""
+        """Called with what may not fit into memory."""
         self._notices: set[str] = set()
-        """What it was told already."""
+        """What it was given already."""
         self.random_weights: dict[str, Any] | None = None
-        """Shapes and forced acceptance, where there are no real weights (`forced.load_random`)."""
+        """Shapes and forced acceptance, where there are no real weights (`bench/forced.py`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
         self._shared_weights = SharedWeights()
@@ -76,7 +76,7 @@ class Engine:
 
     def with_drafter(self, drafter: Drafter) -> Engine:
         """An engine of the same target with another drafter."""
-        other = Engine(copy.copy(self.target), drafter)  # a target tells one drafter's features
+        other = Engine(copy.copy(self.target), drafter)  # a target returns one drafter's features
         other.make_decoder, other.compile = self.make_decoder, self.compile
         other.notify = self.notify
         return other
@@ -209,7 +209,7 @@ class Engine:
         """
         config = self._resolved(config)
         slots = self._slots(config, longest_prompt, sessions=sessions)
-        made_for = DecoderSpec(
+        spec = DecoderSpec(
             rows=rows,
             slots=slots,
             sampling=sampling_of(replace(config, seed=0), self.target),
@@ -219,18 +219,18 @@ class Engine:
             batch_invariant=config.deterministic,
         )
         spare, self._spare = self._spare, None
-        if spare is not None and (spare.made_for, spare.tenant) == (made_for, config.tenant):
+        if spare is not None and (spare.spec, spare.tenant) == (spec, config.tenant):
             spare.restart()
             return spare
         del spare  # before the new caches are made
         self._notify_once(self.require_rows(config, rows, longest_prompt, sessions=sessions))
-        costs_of = rows, config.tenant, config.draft, config.learn, made_for.sampling, self.compile
+        costs_of = rows, config.tenant, config.draft, config.learn, spec.sampling, self.compile
         try:
             live_weights = self._shared_weights.find(config, self.target, self.drafter, self.notify)
             decoder = self.make_decoder(
                 self.target,
                 self.drafter,
-                made_for,
+                spec,
                 live_weights=live_weights,
                 policy=self._policies.get(costs_of),
                 compile=self.compile,
@@ -251,7 +251,7 @@ class Engine:
     ) -> int:
         """How many of `wanted` conversations fit into memory side by side, caches full; at least 1.
 
-        Fewer than wanted are told to `notify`: their answers are the same, and come later.
+        Fewer than wanted are a notice: their answers are the same, and come later.
 
         Raises:
             OptionError: The longest prompt leaves no room for an answer.
@@ -277,7 +277,7 @@ class Engine:
     def require_rows(
         self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
     ) -> str | None:
-        """Refuse rows that do not fit, before anything is made; what should be told all the same.
+        """Refuse rows that do not fit, before anything is made; a notice where they may not.
 
         Raises:
             OptionError: The longest prompt leaves no room for an answer.
@@ -294,7 +294,7 @@ class Engine:
         """What a decoder for these rows would take; raises as `require_rows` an `OptionError`."""
         slots = self._slots(config, longest_prompt, sessions=sessions)
         prompt, config = None if sessions else longest_prompt, self._resolved(config)
-        need = of_run(self.target, self.drafter, config, rows, slots, prompt)
+        need = forecast_run(self.target, self.drafter, config, rows, slots, prompt)
         # What all requests teach is there already.
         return replace(need, learning=0) if config in self._shared_weights else need
 

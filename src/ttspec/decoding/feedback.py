@@ -1,4 +1,4 @@
-"""What a round took and brought, told to those who decide about the next ones."""
+"""What a round took and brought, for those who decide about the next ones."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.decoding.engine import Engine, Notify
-from ttspec.decoding.memory_forecast import SMALLER, drafter_weights, require_weights
+from ttspec.decoding.memory_forecast import SMALLER_WEIGHTS, drafter_weight_bytes, require_weights
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter, load_native_head
 from ttspec.drafters.ngram import Ngram
@@ -94,7 +94,7 @@ def _read(
     places, split = [place], device_map is not None
     if split and place.type == "cuda":
         places = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
-    more = drafter_weights(drafter, kind)
+    more = drafter_weight_bytes(drafter, kind)
     if drafter and place.type == "cpu" and all(w.dtype == kind for w in drafter.weights.values()):
         more = 0  # it is there already, and stays as it is
     need = files.nbytes(kind, place)
@@ -105,7 +105,7 @@ def _read(
         return load_target(files, device=place, dtype=kind, device_map=device_map)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
-            f"The weights of {files.source.name} do not fit into memory.\n{SMALLER}"
+            f"The weights of {files.source.name} do not fit into memory.\n{SMALLER_WEIGHTS}"
         ) from error
 
 
@@ -143,7 +143,7 @@ def _native(target: Files | None) -> Drafter:
 
 
 def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | None:
-    """The same for `auto`: a head that cannot be read is told, and left."""
+    """The same for `auto`: a head that cannot be read is a notice, and left."""
     try:
         return _read_native(target) if target and not target.gguf else None
     except CheckpointError as error:

@@ -1,8 +1,8 @@
-"""What target, drafter, caches and learning take in memory, told before any of it is taken.
+"""What target, drafter, caches and learning take in memory, estimated before any of it is taken.
 
-Weights come from the files' headers, caches from shapes; `working_memory.py` tells what comes and
+Weights come from the files' headers, caches from shapes; `working_memory.py` has what comes and
 goes. The loader, the engine, `bench`, `train` and the server ask it how much fits. What cannot be
-told is None, and nothing is refused for it.
+estimated is None, and nothing is refused for it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.stages import widths
-from ttspec.decoding.working_memory import replay_buffer, working
+from ttspec.decoding.stages import round_widths
+from ttspec.decoding.working_memory import peak_bytes, replay_buffer_bytes
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
 from ttspec.learning.live_weights import (
@@ -32,11 +32,13 @@ from ttspec.models.target import Target
 from ttspec.models.unsupported import ORDINARY, RECURRENT
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
-"""Config entries with which layers' keys differ in ways that are not told here."""
-SPARE = 0.9
-"""Share of what is free that rows may be chosen for: not all that is taken is told."""
-LESS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
-SMALLER = "Use another --dtype, a quantised or smaller target, --device-map auto or more memory."
+"""Config entries with which layers' keys differ in ways that are not counted here."""
+USABLE_SHARE = 0.9
+"""Share of what is free that rows may be chosen for: not all that is taken is estimated."""
+FEWER_ROWS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
+SMALLER_WEIGHTS = (
+    "Use another --dtype, a quantised or smaller target, --device-map auto or more memory."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,7 @@ class Forecast:
         return [(name, size) for name, size in named.items() if size is not None]
 
 
-def of_run(
+def forecast_run(
     target: Target,
     drafter: Drafter | None,
     config: GenerateConfig,
@@ -92,7 +94,7 @@ def of_run(
     `prompt` are the tokens of the longest one; None is as many as a row has slots.
     """
     learn = config.learn
-    drafts, _, width = widths(drafter, config.draft, batch_invariant=config.deterministic)
+    drafts, _, width = round_widths(drafter, config.draft, batch_invariant=config.deterministic)
     if not drafts:
         drafter = None
     if drafter is None or not drafter.weights:
@@ -100,20 +102,20 @@ def of_run(
     if drafter and learn:
         learn = resolve_learn_config(learn, drafter, rows)
     shape = {"rows": rows, "prompt": prompt or slots, "drafts": drafts, "width": width}
-    cache = target_cache(target.config, rows, slots, target.dtype, width=width)
+    cache = target_cache_bytes(target.config, rows, slots, target.dtype, width=width)
     if own := getattr(target, "cache_bytes", None):  # it keeps something else
         cache = own(rows, slots)
     return Forecast(
         target_cache=cache,
-        drafter_cache=drafter_cache(drafter, rows, slots, config.draft) if drafter else 0,
-        learning=learning(drafter, learn, rows) if drafter and learn else 0,
-        replay_buffer=replay_buffer(target, learn, rows, drafts),
-        working=working(target, drafter, config, learn, **shape),
+        drafter_cache=drafter_cache_bytes(drafter, rows, slots, config.draft) if drafter else 0,
+        learning=learning_bytes(drafter, learn, rows) if drafter and learn else 0,
+        replay_buffer=replay_buffer_bytes(target, learn, rows, drafts),
+        working=peak_bytes(target, drafter, config, learn, **shape),
     )
 
 
 def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> int:
-    """How many rows fit, caches full: 1 to `most`; `most` where nothing can be told.
+    """How many rows fit, caches full: 1 to `most`; `most` where nothing is known.
 
     `need` says what so many rows take.
     """
@@ -121,13 +123,13 @@ def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> 
     if free is None or target.is_split:
         return most
     rows = range(1, most + 1)
-    return max(1, bisect_left(rows, True, key=lambda n: need(n).total > SPARE * free))
+    return max(1, bisect_left(rows, True, key=lambda n: need(n).total > USABLE_SHARE * free))
 
 
-def target_cache(
+def target_cache_bytes(
     config: Any, rows: int, slots: int, dtype: torch.dtype, *, width: int = 1
 ) -> int | None:
-    """Bytes of a `RowCache` for a target, every layer allocated; None if they cannot be told.
+    """Bytes of a `RowCache` for a target, every layer allocated; None if they are not known.
 
     Args:
         config: The target's transformers config.
@@ -160,7 +162,7 @@ def state_bytes(text: Any, width: int, dtype: torch.dtype) -> int:
     return 8 + inputs + 4 * (heads * size * wide + kept)
 
 
-def drafter_cache(drafter: Drafter, rows: int, slots: int, options: DraftConfig) -> int:
+def drafter_cache_bytes(drafter: Drafter, rows: int, slots: int, options: DraftConfig) -> int:
     """Bytes of what a bound drafter keeps of the text: its state is made without memory."""
     ghost = copy.copy(drafter)
     if drafter.weights:  # n-grams have none, keep ids only, and know no embedding
@@ -168,23 +170,23 @@ def drafter_cache(drafter: Drafter, rows: int, slots: int, options: DraftConfig)
     return ghost.start(rows, slots, options).nbytes
 
 
-def drafter_weights(drafter: Drafter | None, dtype: torch.dtype) -> int:
+def drafter_weight_bytes(drafter: Drafter | None, dtype: torch.dtype) -> int:
     """Bytes of a drafter's weights once they are in the target's dtype."""
     weights = drafter.weights.values() if drafter else ()
     return sum(w.numel() * (dtype.itemsize if w.is_floating_point() else 8) for w in weights)
 
 
-def learning(drafter: Drafter, config: LearnConfig, rows: int) -> int:
-    """Bytes of all copies of what learns: `learning_row` for each row, or once for all."""
+def learning_bytes(drafter: Drafter, config: LearnConfig, rows: int) -> int:
+    """Bytes of all copies of what learns: `learning_row_bytes` for each row, or once for all."""
     if not drafter.weights:
         return 0
     config = resolve_learn_config(config, drafter, rows)
     copies = 1 if config.scope == "shared" else rows
     beside = bytes_of_memory(config, drafter, config.weights)
-    return copies * learning_row(drafter, config) + beside
+    return copies * learning_row_bytes(drafter, config) + beside
 
 
-def learning_row(drafter: Drafter, config: LearnConfig) -> int:
+def learning_row_bytes(drafter: Drafter, config: LearnConfig) -> int:
     """Bytes a copy: float32 master, gradient and two moments, the live copy and its gradient."""
     if not drafter.weights:
         return 0
@@ -193,7 +195,7 @@ def learning_row(drafter: Drafter, config: LearnConfig) -> int:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a device; None if that cannot be told."""
+    """Bytes that may still be taken on a device; None if that is not known."""
     if device.type == "cuda":
         # Torch keeps what was freed for what is like it; other streams and graphs get none of it.
         torch.cuda.empty_cache()
@@ -222,7 +224,7 @@ def require_weights(
             refused then.
 
     Returns:
-        What should be told all the same, if anything.
+        A notice, if one is due all the same.
 
     Raises:
         ResourceError: There is less memory than they take.
@@ -235,7 +237,7 @@ def require_weights(
     text = f"The weights of {name} take {need}; {_named(devices)}: {there} free."
     if split:
         return text
-    raise ResourceError(f"{text}\n{SMALLER}")
+    raise ResourceError(f"{text}\n{SMALLER_WEIGHTS}")
 
 
 def require_room(
@@ -252,8 +254,8 @@ def require_room(
     lines = f"{rows} row{'s' if rows > 1 else ''} of {slots:,} tokens take {need}"
     text = f"{lines}; {device.type}: {mib(free)} free."
     if split or (device.type == "cpu" and need.at_once <= free):
-        return f"{text} It will do unless they are filled. {LESS}"
-    raise ResourceError(f"{text}\n{LESS}")
+        return f"{text} It will do unless they are filled. {FEWER_ROWS}"
+    raise ResourceError(f"{text}\n{FEWER_ROWS}")
 
 
 def mib(size: int) -> str:

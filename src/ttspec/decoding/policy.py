@@ -1,9 +1,9 @@
-"""Whether to draft, and how much: never slower than plain decoding, by keeping an account.
+"""Whether to draft, and how much: never slower than plain decoding, by keeping count of a deficit.
 
-The account says by how many plain rounds drafting is behind plain decoding. While that is little,
-the drafter drafts; when it is overdrawn, rounds are plain until that is paid off, at 1.5 % of their
-tokens, and a pause that doubles with every failure is over: then the next trial begins. So the
-promise holds for any drafter and any text, as far as the clock can be believed.
+The deficit says by how many plain rounds drafting is behind plain decoding. While that is little,
+the drafter drafts; past a limit, rounds are plain until it is worked off, at 1.5 % of their tokens,
+and a pause that doubles with every failure is over: then the next trial begins. So the promise
+holds for any drafter and any text, as far as the clock can be believed.
 Knows no tensors and no clock: `observe` gets what a round took, after it, so that no draft of a
 round has a say in how many there are.
 """
@@ -16,39 +16,39 @@ from statistics import median, median_low
 from ttspec.decoding.confidence import ConfidenceCalibration
 from ttspec.decoding.copy_costs import CopyCosts
 
-BEHIND = 4.0
+MAX_DEFICIT = 4.0
 """Plain rounds by which drafting may be behind before it stops, besides what a trial began with."""
-AHEAD = 8.0
+MAX_SURPLUS = 8.0
 """Plain rounds that are remembered of being ahead: more would hide a later decay."""
-SHARE = 0.015
+TRIAL_SHARE = 0.015
 """Of the time that plain decoding would have taken, what trials may cost in the long run."""
-PAUSE, LONGEST_PAUSE = 64, 1024
+FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
 """Plain rounds after a first failure, doubled with each further one."""
-FIRST_INTERVAL, INTERVAL = 4, 64
+FIRST_PLAIN_INTERVAL, PLAIN_INTERVAL = 4, 64
 """Drafting rounds after which a plain one is taken, to know what it costs by now: at first soon,
 since few were seen, then later and later."""
-SAFE, SAFE_FACTOR = 1.3, 4
+SAFE_SPEED, SAFE_FACTOR = 1.3, 4
 """Past this speed, in plain decoding's, what a plain round costs need be known less often."""
-RECENT = 16
+RECENT_ROUNDS = 16
 """Drafting rounds for which that is still believed where the drafter is about to be stopped."""
-GAIN = 1.04
+MIN_GAIN = 1.04
 """Tokens a second that another length must promise: less may be noise."""
-REVIEW = 4
+REVIEW_INTERVAL = 4
 """Drafting rounds between two choices of the length."""
-MEMORY = 1 / 32
+DECAY = 1 / 32
 """Share of what is known about acceptance that a round replaces."""
-FORGET = 1 / 8
+DECAY_UNUSED = 1 / 8
 """The same of drafts that the round did not have, so that longer rounds get a trial again soon."""
-PRIOR = 0.7
+PRIOR_CHANCE = 0.7
 """Chance of a first draft, as long as nothing is known."""
-SPIKE = 2.0
+MAX_SPIKE = 2.0
 """Times its length's usual cost that a round is charged at most: more is another process's, and
 would have held up plain rounds as well, of which the median counts."""
-MOST_CATCH_UP = 8.0
+MAX_CATCH_UP = 8.0
 """Plain rounds that the first round of a trial is charged at most, for the same reason."""
-PLAIN_SEEN, COSTS_SEEN = 3, 5
+PLAIN_KEPT, COSTS_KEPT = 3, 5
 """Rounds of a kind whose median time counts."""
-STALE = 256
+COST_LIFETIME = 256
 """Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
 that were held up would speak against it for ever."""
 
@@ -119,8 +119,8 @@ class DraftPolicy:
         self._uncounted_rounds = 0
         self._calibration: ConfidenceCalibration | None = None
         """What the drafter says of its drafts, if it does."""
-        # The account.
-        self._account = 0.0
+        # By how much drafting is behind.
+        self._deficit = 0.0
         """Plain rounds by which drafting is behind plain decoding; below 0 it is ahead."""
         self._gained = 0.0
         """Plain rounds that the present trial has gained."""
@@ -133,7 +133,7 @@ class DraftPolicy:
         """Plain rounds to take next, to know what they cost."""
         self._plain_before: float | None = None
         """Seconds of a plain round before it was measured again, to judge a drafter by."""
-        self._since_plain, self._plain_interval = 0, FIRST_INTERVAL
+        self._since_plain, self._plain_interval = 0, FIRST_PLAIN_INTERVAL
         """Drafting rounds since a plain one, and how many are to be."""
         self._context = 0
         """Tokens of context that the last plain round had."""
@@ -208,7 +208,7 @@ class DraftPolicy:
             if not first and (plain := self._plain_seconds):
                 # A wait for the host is not the drafts': a plain round would have waited as long.
                 usual = self._plain_seconds_of((rows, copying, True))
-                self._charge_round(length, 1 + (seconds - plain) / (usual or plain), emitted)
+                self._observe_cost(length, 1 + (seconds - plain) / (usual or plain), emitted)
             self._since_plain += 1
             self._uncounted_rounds += 1
             self._after_drafting(context)
@@ -218,61 +218,61 @@ class DraftPolicy:
         if not first:
             times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
-            del times[:-PLAIN_SEEN]
+            del times[:-PLAIN_KEPT]
         if copying == self._copying:
             self._plain_due = max(0, self._plain_due - (not first))
             if not first:
                 self._since_plain, self._context = 0, context
-            self._charge_account(0.0, emitted)
+            self._add_to_deficit(0.0, emitted)
             self._after_plain()
 
-    def _charge_round(self, length: int, cost: float, emitted: float) -> None:
+    def _observe_cost(self, length: int, cost: float, emitted: float) -> None:
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
         if self._catch_up is None:  # the drafter reads first what it missed: no cost of the length
-            cost = min(cost, MOST_CATCH_UP)
+            cost = min(cost, MAX_CATCH_UP)
             self._catch_up = max(0.0, cost - emitted)
-            self._charge_account(cost - emitted, emitted)
+            self._add_to_deficit(cost - emitted, emitted)
             return
         costs = self._costs[length]
         if costs:
-            cost = min(cost, SPIKE * self._median_cost[length])
+            cost = min(cost, MAX_SPIKE * self._median_cost[length])
         costs.append(cost)
-        del costs[:-COSTS_SEEN]
+        del costs[:-COSTS_KEPT]
         self._last_drafted[length] = self._rounds
         usual = self._median_cost[length] = median(costs)
-        self._excess += (max(0.0, cost - usual) - self._excess) * MEMORY
+        self._excess += (max(0.0, cost - usual) - self._excess) * DECAY
         self._gained += emitted - cost
-        if self._gained >= BEHIND:
+        if self._gained >= MAX_DEFICIT:
             self._failures = 0
-        self._charge_account(cost - emitted, emitted)
-        self._catch_up = min(self._catch_up, max(0.0, self._account))
+        self._add_to_deficit(cost - emitted, emitted)
+        self._catch_up = min(self._catch_up, max(0.0, self._deficit))
 
-    def _charge_account(self, loss: float, emitted: float) -> None:
-        self._account += loss
-        if self._account > 0:
-            self._account = max(0.0, self._account - SHARE * emitted)
-        self._account = max(-AHEAD, self._account)
+    def _add_to_deficit(self, loss: float, emitted: float) -> None:
+        self._deficit += loss
+        if self._deficit > 0:
+            self._deficit = max(0.0, self._deficit - TRIAL_SHARE * emitted)
+        self._deficit = max(-MAX_SURPLUS, self._deficit)
 
     def _after_drafting(self, context: int) -> None:
         """After a drafting round: what comes next."""
-        if self._account > BEHIND + (self._catch_up or 0.0):
-            if self._since_plain < RECENT:
+        if self._deficit > MAX_DEFICIT + (self._catch_up or 0.0):
+            if self._since_plain < RECENT_ROUNDS:
                 self._start_pause()
             else:  # plain rounds may be slower by now, too
-                self._plain_due, self._plain_before = PLAIN_SEEN, self._plain_seconds
+                self._plain_due, self._plain_before = PLAIN_KEPT, self._plain_seconds
             return
-        if self._uncounted_rounds < REVIEW and self._since_plain < self._plain_interval:
+        if self._uncounted_rounds < REVIEW_INTERVAL and self._since_plain < self._plain_interval:
             return
         self._update_acceptance()
         self._forget_costs()
         best = max(self.lengths, key=self.speed)
         now = self.speed(self._length)
-        ease = SAFE_FACTOR if now > SAFE else 1
+        ease = SAFE_FACTOR if now > SAFE_SPEED else 1
         is_due = self._since_plain >= ease * self._plain_interval
-        has_grown = abs(context - self._context) > ease * (self._context / 4 + INTERVAL)
+        has_grown = abs(context - self._context) > ease * (self._context / 4 + PLAIN_INTERVAL)
         if is_due or has_grown:
-            self._plain_due, self._plain_interval = 1, min(4 * self._plain_interval, INTERVAL)
-        if not self._calibration and best != self._length and self.speed(best) > GAIN * now:
+            self._plain_due, self._plain_interval = 1, min(4 * self._plain_interval, PLAIN_INTERVAL)
+        if not self._calibration and best != self._length and self.speed(best) > MIN_GAIN * now:
             self._length = best
 
     def _after_plain(self) -> None:
@@ -283,7 +283,7 @@ class DraftPolicy:
             slower = self._plain_seconds > 1.1 * self._plain_before
             self._plain_before = None
             if slower:  # what drafts cost lately was reckoned by another plain round
-                self._account = 0.0
+                self._deficit = 0.0
                 self._median_cost.clear()
                 for costs in self._costs.values():
                     costs.clear()
@@ -296,9 +296,9 @@ class DraftPolicy:
             self._forget_costs()
             length = self.longest if self._calibration else max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
-            if self._account <= max(0.0, BEHIND + 1 - self._cost(length)):
+            if self._deficit <= max(0.0, MAX_DEFICIT + 1 - self._cost(length)):
                 self._length, self._gained, self._catch_up = length, 0.0, None
-                self._plain_interval = INTERVAL  # it is known well by now
+                self._plain_interval = PLAIN_INTERVAL  # it is known well by now
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]
@@ -306,7 +306,7 @@ class DraftPolicy:
     def _start_pause(self) -> None:
         self._update_acceptance()
         self._length = 0
-        self._pause = min(PAUSE << self._failures, LONGEST_PAUSE)
+        self._pause = min(FIRST_PAUSE << self._failures, LONGEST_PAUSE)
         self._failures = min(self._failures + 1, 10)
 
     def _update_acceptance(self) -> None:
@@ -317,7 +317,7 @@ class DraftPolicy:
             return
         share, reached = rounds / rows, rows
         for i in range(self.longest):
-            left = (1 - (MEMORY if i < self._length else FORGET)) ** rounds
+            left = (1 - (DECAY if i < self._length else DECAY_UNUSED)) ** rounds
             self._reached[i] *= left
             self._kept[i] *= left
             if i < self._length:
@@ -329,7 +329,7 @@ class DraftPolicy:
     def _forget_costs(self) -> None:
         """Hope anew for lengths that were not drafted for long."""
         for length, last in self._last_drafted.items():
-            if self._rounds - last > STALE:
+            if self._rounds - last > COST_LIFETIME:
                 self._median_cost.pop(length, None)
                 self._costs[length].clear()
 
@@ -339,7 +339,7 @@ class DraftPolicy:
         Where little is known about a draft, as where rounds were shorter lately, its chance is
         taken to be that of the one before.
         """
-        chance, all_right, tokens = PRIOR, 1.0, 1.0
+        chance, all_right, tokens = PRIOR_CHANCE, 1.0, 1.0
         for reached, kept in zip(self._reached[:length], self._kept[:length], strict=True):
             chance = (kept + chance) / (reached + 1)
             all_right *= chance

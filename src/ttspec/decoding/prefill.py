@@ -1,6 +1,6 @@
-"""Reading prompts in pieces, and reading again what a recurrent target's states have lost.
+"""Reading prompts in chunks, and reading again what a recurrent target's states have lost.
 
-Between two pieces other rows may have rounds: a row takes no part until its prompt is whole.
+Between two chunks other rows may have rounds: a row takes no part until its prompt is whole.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from ttspec.records import TokenLogprobs
 from ttspec.rowcache import RowCache, reach_of
 from ttspec.sampling import pick, position_noise
 
-PIECE = 512
+CHUNK_TOKENS = 512
 """Prompt tokens of a row read at once; those with more to come than that teach nothing."""
-AT_ONCE = 32 * PIECE
+MAX_BATCHED_TOKENS = 32 * CHUNK_TOKENS
 """The same of all rows: more together are no faster, and every layer's states take memory."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
-PADDED = (64, 128, 256, PIECE)
-"""Tokens to which a row's piece is padded where reading it is captured as a graph: called kernel by
+CAPTURE_SIZES = (64, 128, 256, CHUNK_TOKENS)
+"""Tokens to which a row's chunk is padded where reading it is captured as a graph: called kernel by
 kernel it takes as long as many rounds do."""
-ALONE = 8
+MAX_CAPTURED_ROWS = 8
 """Rows that are read one after the other then; more at a time are faster together."""
-ROUNDED = 16
+PAD_MULTIPLE = 16
 """A CPU that computes in two bytes reads multiples of it: oneDNN keeps 3 MiB for each length."""
 
 
 @dataclass(slots=True, kw_only=True)
-class Prompts:
+class PrefillBatch:
     """Prompts of some rows that are being read together."""
 
     rows: list[int]
@@ -51,9 +51,9 @@ class Prompts:
     budgets: list[int]
     """Tokens that each answer may have, at least 1."""
     position: list[int]
-    """Where in its row each one's next piece begins."""
+    """Where in its row each one's next chunk begins."""
     last: int
-    """Tokens of the last piece, which ends where every prompt ends."""
+    """Tokens of the last chunk, which ends where every prompt ends."""
     read: int = 0
     """Tokens of the longest one that were read."""
     first_tokens: list[int] = field(default_factory=list)
@@ -73,7 +73,7 @@ class Prompts:
             del values[at]
 
 
-class Piece(NamedTuple):
+class PrefillChunk(NamedTuple):
     """The next tokens of some rows' prompts, read together."""
 
     rows: list[int]
@@ -92,7 +92,7 @@ class PromptReader:
     learner: Learner | None = None
     """Told what the rows read."""
     graphs: Graphs | None = None
-    """Of reading a row's piece, once `capture` was called: few rows are read one after another."""
+    """Of reading a row's chunk, once `capture` was called: few rows are read one after another."""
     _features: Tensor
     """[1, width, W], where the last of these graphs left them."""
 
@@ -112,31 +112,31 @@ class PromptReader:
         self.rollback = RollbackLimits(rows, recurrent=target.recurrent)
         self._cropped: set[int] = set()
         """Rows that went back: features may be gone that their drafter sets out from."""
-        self._piece = torch.zeros(3 + PIECE, dtype=torch.long, device=target.device)
-        """What graphs read: a row, where its piece begins, its tokens' number, and these."""
+        self._graph_inputs = torch.zeros(3 + CHUNK_TOKENS, dtype=torch.long, device=target.device)
+        """What graphs read: a row, where its chunk begins, its tokens' number, and these."""
         self._logits: Tensor
         """[1, 1, V], and from which logits a first token is drawn."""
         self._drawn = Processors()
         """How; where a row asks for more, its draw is not captured."""
 
     def capture(self, graphs: Graphs) -> None:
-        """Capture the reading of one row's piece, of each padded length; the cache is made."""
+        """Capture the reading of one row's chunk, of each padded length; the cache is made."""
         if not self.captures:
             return
         self.graphs = graphs
-        self._piece[1:2] = self._rows.slots  # nothing is kept
+        self._graph_inputs[1:2] = self._rows.slots  # nothing is kept
         compile = self._rows.count > 1  # a lone row's prompt holds up nobody
-        for width in PADDED:
+        for width in CAPTURE_SIZES:
             logits, self._features = graphs(self._read_padded, width, compile=compile)
             self._logits = logits.clone()
             if self.learner and self.learner.memory_trainer:
-                graphs(self._teach_padded, width, compile=compile)
+                graphs(self._record_padded, width, compile=compile)
         self._drawn = self._sampling.captured(self._sampling.processors(range(self._rows.count)))
         graphs(self._draw_one, self._drawn, compile=False)
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> Prompts:
+    ) -> PrefillBatch:
         """Prepare rows to be fed after what they hold.
 
         Args:
@@ -153,28 +153,28 @@ class PromptReader:
         noise_key[noise_key.new_tensor(rows)] = noise_key.new_tensor(keys)
         self.rollback.invalidate(rows)  # until all is read
         position = [self._rows.lengths[row] for row in rows]
-        return Prompts(
+        return PrefillBatch(
             rows=list(rows),
             ids=list(ids),
             budgets=list(budgets),
             position=position,
-            last=min(PIECE, *map(len, ids)),
+            last=min(CHUNK_TOKENS, *map(len, ids)),
         )
 
     @torch.no_grad()
-    def read_piece(self, prompts: Prompts) -> None:
-        """Read up to `PIECE` tokens of every row; with the last ones draw the first tokens."""
+    def read_chunk(self, prompts: PrefillBatch) -> None:
+        """Read the next chunk of every row; with the last one draw the first tokens."""
         last = prompts.last  # what longer prompts have more goes before
         if prompts.read < max(map(len, prompts.ids)) - last:
-            self._feed(self._next_piece(prompts))
-            prompts.read += PIECE
+            self._feed(self._next_chunk(prompts))
+            prompts.read += CHUNK_TOKENS
             return
         masks = self._sampling.masks
         if masks and (masked := masks.masked(prompts.rows)):  # one that fails changes nothing
             masks.ask(masked, [[]] * len(masked), [[]] * len(masked))
         ends = [ids[-last:] for ids in prompts.ids]
-        piece = Piece(prompts.rows, ends, prompts.position, [0] * len(ends))
-        logits = self._feed(piece, logits=True)
+        chunk = PrefillChunk(prompts.rows, ends, prompts.position, [0] * len(ends))
+        logits = self._feed(chunk, logits=True)
         assert logits is not None
         prompts.position = [n + last for n in prompts.position]
         if penalises(self._sampling.processors(prompts.rows)):
@@ -182,9 +182,9 @@ class PromptReader:
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
         first_tokens = self._draw(logits, prompts)
-        tell = self._sampling.logprobs.of
+        logprobs_of = self._sampling.logprobs.of
         first = enumerate(zip(prompts.rows, first_tokens, strict=True))
-        prompts.logprobs = [tell(row, logits, at, [token]) for at, (row, token) in first]
+        prompts.logprobs = [logprobs_of(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
         given = prompts.rows, prompts.position, prompts.ids, first_tokens, prompts.budgets
         for row, length, ids, token, budget in zip(*given, strict=True):
@@ -192,18 +192,18 @@ class PromptReader:
             self._deferred.clear(row)
             self.rollback.validate(row)
 
-    def _next_piece(self, prompts: Prompts) -> Piece:
-        """Up to `PIECE` tokens of every row that has more than `prompts.last` left."""
-        here, last = slice(prompts.read, prompts.read + PIECE), prompts.last
-        piece = Piece([], [], [], [])
+    def _next_chunk(self, prompts: PrefillBatch) -> PrefillChunk:
+        """Up to `CHUNK_TOKENS` tokens of every row that has more than `prompts.last` left."""
+        here, last = slice(prompts.read, prompts.read + CHUNK_TOKENS), prompts.last
+        chunk = PrefillChunk([], [], [], [])
         for i, ids in enumerate(prompts.ids):
             if part := ids[:-last][here]:
-                piece.rows.append(prompts.rows[i])
-                piece.parts.append(part)
-                piece.at.append(prompts.position[i])
-                piece.left.append(len(ids) - prompts.read - len(part))
+                chunk.rows.append(prompts.rows[i])
+                chunk.parts.append(part)
+                chunk.at.append(prompts.position[i])
+                chunk.left.append(len(ids) - prompts.read - len(part))
                 prompts.position[i] += len(part)
-        return piece
+        return chunk
 
     def crop(self, row: int, length: int) -> None:
         """A row goes back to `length`."""
@@ -221,8 +221,8 @@ class PromptReader:
             if not self.rollback.is_lost(row):
                 continue
             text = self._rows.tokens[row][: self._rows.lengths[row]]
-            for begin in range(0, len(text), PIECE):
-                self._read_again(row, text[begin : begin + PIECE], begin)
+            for begin in range(0, len(text), CHUNK_TOKENS):
+                self._read_again(row, text[begin : begin + CHUNK_TOKENS], begin)
             self.rollback.validate(row)
 
     def _restore_features(self, rows: list[int]) -> None:
@@ -248,13 +248,13 @@ class PromptReader:
             at = start.new_tensor([row]) if subset is None else subset
             self._state.remember(features[:, : len(text)], position, at)
 
-    def _draw(self, logits: Tensor, prompts: Prompts) -> list[int]:
+    def _draw(self, logits: Tensor, prompts: PrefillBatch) -> list[int]:
         """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
         processors, graphs = self._sampling.processors(prompts.rows), self.graphs
-        if graphs and len(prompts.rows) <= ALONE and includes(self._drawn, processors):
+        if graphs and len(prompts.rows) <= MAX_CAPTURED_ROWS and includes(self._drawn, processors):
             found = []
             for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
-                self._piece[:2].copy_(torch.tensor(given))
+                self._graph_inputs[:2].copy_(torch.tensor(given))
                 self._logits.copy_(logits[at : at + 1])
                 found.append(graphs(self._draw_one, self._drawn, compile=False).clone())
             drawn = torch.cat(found)
@@ -267,8 +267,8 @@ class PromptReader:
         return [token for token, _ in drawn]
 
     def _draw_one(self, processors: Processors) -> Tensor:
-        """As `_draw_of`, of the row and the start that stand first in `_piece`."""
-        row, start = self._piece[:1], self._piece[1:2]
+        """As `_draw_of`, of the row and the start that stand first in `_graph_inputs`."""
+        row, start = self._graph_inputs[:1], self._graph_inputs[1:2]
         return self._draw_of(self._logits, row, start, self._rows.slots, processors)
 
     def _draw_of(
@@ -287,22 +287,20 @@ class PromptReader:
             noise = position_noise(key, start, 1, size, sampling.sampled)
         return torch.cat([pick(logits, noise, sampling), finite], dim=1)
 
-    def _feed(self, piece: Piece, *, logits: bool = False) -> Tensor | None:
+    def _feed(self, chunk: PrefillChunk, *, logits: bool = False) -> Tensor | None:
         """Read prompt tokens; the logits [B, 1, V] of the last column, if asked for."""
-        if self.graphs and len(piece.rows) <= ALONE:
-            read = [self._feed_captured(*of_row) for of_row in zip(*piece, strict=True)]
+        if self.graphs and len(chunk.rows) <= MAX_CAPTURED_ROWS:
+            read = [self._feed_captured(*of_row) for of_row in zip(*chunk, strict=True)]
         else:
-            some = max(1, AT_ONCE // max(map(len, piece.parts)))
-            groups = [slice(i, i + some) for i in range(0, len(piece.rows), some)]
-            pieces = [
-                Piece(piece.rows[g], piece.parts[g], piece.at[g], piece.left[g]) for g in groups
-            ]
-            read = [self._feed_together(each, logits=logits) for each in pieces]
+            some = max(1, MAX_BATCHED_TOKENS // max(map(len, chunk.parts)))
+            groups = [slice(i, i + some) for i in range(0, len(chunk.rows), some)]
+            chunks = [PrefillChunk._make(values[g] for values in chunk) for g in groups]
+            read = [self._feed_together(each, logits=logits) for each in chunks]
         return torch.cat([part for part in read if part is not None]) if logits else None
 
-    def _feed_together(self, piece: Piece, *, logits: bool) -> Tensor | None:
+    def _feed_together(self, chunk: PrefillChunk, *, logits: bool) -> Tensor | None:
         """As `_feed`, all at once."""
-        rows, parts, at, left = piece
+        rows, parts, at, left = chunk
         tokens, start, subset, counts, out, features = self._read(rows, parts, at, logits=logits)
         if self._drafter and self._state:
             padded = self._pads and self._drafter.takes_padding
@@ -311,23 +309,24 @@ class PromptReader:
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
         if self.learner and self._records_prompts:
-            near = [len(p) * (n <= PIECE) for p, n in zip(parts, left, strict=True)]
+            near = [len(p) * (n <= CHUNK_TOKENS) for p, n in zip(parts, left, strict=True)]
             self.learner.read(tokens, features, start, start.new_tensor(near), subset)
         return out
 
     def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
         """As `_feed` of one row, replayed; the logits [1, 1, V] of its last token."""
         assert self.graphs
-        width = next(n for n in PADDED if n >= len(part))
+        width = next(n for n in CAPTURE_SIZES if n >= len(part))
         given = torch.tensor([row, at, len(part), *part])
-        self._piece[: len(given)].copy_(given)
+        self._graph_inputs[: len(given)].copy_(given)
         logits, self._features = self.graphs(self._read_padded, width)
         if self._drafter and self._state and not self._drafter.takes_padding:
-            subset, start, tokens = self._piece[:1], self._piece[1:2], self._piece[3:][None]
+            given = self._graph_inputs
+            subset, start, tokens = given[:1], given[1:2], given[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        if self._records_prompts and left <= PIECE:
-            self.graphs(self._teach_padded, width)
+        if self._records_prompts and left <= CHUNK_TOKENS:
+            self.graphs(self._record_padded, width)
         return logits.clone()
 
     @property
@@ -337,9 +336,9 @@ class PromptReader:
         return trainer is not None and trainer.records_prompts
 
     def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
-        """Logits [1, 1, V] of a piece's last token and features [1, width, W], from `_piece`."""
-        subset, start, count = (self._piece[i : i + 1] for i in range(3))
-        tokens = self._piece[3 : 3 + width][None]
+        """Logits [1, 1, V] of a chunk's last token, and features [1, width, W]."""
+        subset, start, count = (self._graph_inputs[i : i + 1] for i in range(3))
+        tokens = self._graph_inputs[3 : 3 + width][None]
         with sdpa_kernel(ATTENTION):
             logits, features = self._target.forward(
                 self._cache,
@@ -355,11 +354,11 @@ class PromptReader:
         assert logits is not None
         return logits, features
 
-    def _teach_padded(self, width: int) -> None:
-        """Let the memory of all requests have a piece, from `_piece` and `_features`."""
+    def _record_padded(self, width: int) -> None:
+        """Let the memory of all requests have a chunk, from `_graph_inputs` and `_features`."""
         assert self.learner
-        subset, start, count = (self._piece[i : i + 1] for i in range(3))
-        tokens = self._piece[3 : 3 + width][None]
+        subset, start, count = (self._graph_inputs[i : i + 1] for i in range(3))
+        tokens = self._graph_inputs[3 : 3 + width][None]
         self.learner.read(tokens, self._features, start, count, subset)
 
     def _read(
@@ -368,7 +367,9 @@ class PromptReader:
         """Let the target read: tokens, start, rows (None is all), counts, logits, features."""
         device = self._target.device
         longest = max(map(len, parts))
-        width = reach_of(longest, PIECE, ROUNDED) if self._pads and longest > 1 else longest
+        width = longest
+        if self._pads and longest > 1:
+            width = reach_of(longest, CHUNK_TOKENS, PAD_MULTIPLE)
         tokens = torch.tensor([p + [0] * (width - len(p)) for p in parts], device=device)
         start = torch.tensor(at, device=device)
         counts = torch.tensor([len(p) for p in parts], device=device)

@@ -57,7 +57,7 @@ class SpeculativeRound(RoundStages):
         self,
         target: Target,
         drafter: Drafter | None,
-        made_for: DecoderSpec,
+        spec: DecoderSpec,
         *,
         live_weights: LiveWeights | None = None,
         policy: DraftPolicy | None = None,
@@ -68,12 +68,12 @@ class SpeculativeRound(RoundStages):
         Args:
             target: Verifies.
             drafter: Drafts; None is plain decoding.
-            made_for: Rows and options.
+            spec: Rows and options.
             live_weights: In scope shared, the weights that learn from all requests.
             policy: What an adaptive policy knows already.
             compile: Compile what rounds do, on a GPU.
         """
-        super().__init__(target, drafter, made_for, compile=compile)
+        super().__init__(target, drafter, spec, compile=compile)
         self.timer, self.round_number = RoundTimer(target.device), 0
         self.launched: Launched | None = None
         """The next round, where it was launched ahead."""
@@ -85,36 +85,36 @@ class SpeculativeRound(RoundStages):
         # Who decides what is drafted and copied.
         # With the rejection rule a round has noise of its own: its length would change the text.
         repeats = self.batch_invariant or self.sampling.acceptance == "rejection"
-        by_clock = made_for.draft.adaptive and not repeats
+        by_clock = spec.draft.adaptive and not repeats
         self.policy: DraftPolicy | FixedDraftLength = FixedDraftLength(self.gamma)
         if by_clock and self.state is not None:
             # Where a graph is launched a block that is drafted at once is no cheaper if shorter.
             halvings = 0 if self.graphs.on and drafter and drafter.at_once else 2
             self.policy = policy or DraftPolicy(self.gamma, halvings=halvings)
         copy_costs = None
-        if by_clock and made_for.rows > 1:  # one row's copy is paid for by all
+        if by_clock and spec.rows > 1:  # one row's copy is paid for by all
             copy_costs = self.policy.copy_costs or CopyCosts()
         self.copying = self._copying(copy_costs) if self.copies else None
         schedule = None
-        if made_for.draft.adaptive and self.learner:
+        if spec.draft.adaptive and self.learner:
             # Who gives a stride wants to learn, though it may not pay.
-            copies = bool(self.copies) and made_for.learn is not None and not made_for.learn.stride
+            copies = bool(self.copies) and spec.learn is not None and not spec.learn.stride
             schedule = UpdateSchedule(self.learner, clock=by_clock, copies=copies)
         self.feedback = PolicyFeedback(self.learner, schedule, copy_costs)
 
     def _learner(self, live_weights: LiveWeights | None) -> Learner | None:
-        learn, drafter = self.made_for.learn, self.drafter
+        learn, drafter = self.spec.learn, self.drafter
         if learn is None or drafter is None or self.state is None or not drafter.weights:
             return None
         return Learner(
             learn,
             drafter,
             self.state,
-            self.made_for.rows,
+            self.spec.rows,
             self.gamma,
             live_weights=live_weights,
             run=self.graphs,
-            after=AFTER if self.made_for.draft.adaptive else 0,
+            after=AFTER if self.spec.draft.adaptive else 0,
         )
 
     def _copying(self, costs: CopyCosts | None) -> Copying:
@@ -124,7 +124,7 @@ class SpeculativeRound(RoundStages):
             block_cost = self.drafter.weights_read(self.gamma) / weights
         # A graph is captured for each width.
         wide = tuple(sorted({min(n, copies) for n in COPY_WIDTHS})) if self.graphs.on else ()
-        return Copying(self.made_for.rows, copies, block_cost=block_cost, widths=wide, costs=costs)
+        return Copying(self.spec.rows, copies, block_cost=block_cost, widths=wide, costs=costs)
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
@@ -356,7 +356,7 @@ class SpeculativeRound(RoundStages):
         """Leave out rows that take no part, where they would cost something: not on a GPU."""
         if not self.cache.moves_rows:
             return
-        rows, count = self.cache.lay_together(active), self.rows.count
+        rows, count = self.cache.make_adjacent(active), self.rows.count
         self._target_rows = None if rows == list(range(count)) else torch.tensor(rows)
         self._drafter_rows = slice(active[0], active[-1] + 1) if len(active) < count else None
 

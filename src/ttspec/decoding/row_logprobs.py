@@ -1,7 +1,7 @@
 """What the target itself says of the tokens of an answer: log-probabilities.
 
 They are of the target's own logits, before penalties, bans, masks, temperature and filters, as
-OpenAI and vLLM (`raw_logprobs`) tell them: so they do not hang on how tokens are chosen, nor on
+in OpenAI's API and vLLM (`raw_logprobs`): so they do not depend on how tokens are chosen, nor on
 what was drafted.
 """
 
@@ -15,23 +15,23 @@ from ttspec.records import TokenLogprobs
 
 
 class RowLogprobs:
-    """Which rows are to be told of, and how many likely tokens beside each that came."""
+    """Which rows ask for them, and how many likely tokens beside each that came."""
 
     def __init__(self, rows: int) -> None:
         self._most: list[int | None] = [None] * rows
 
     def set(self, row: int, most: int | None) -> None:
-        """Tell of a row's tokens and of the `most` likeliest in each one's place; None: do not."""
+        """Ask for a row's tokens and the `most` likeliest in each place; None asks for none."""
         self._most[row] = most
 
     def asked(self, rows: Sequence[int]) -> bool:
-        """Whether tokens of one of these rows are to be told of."""
+        """Whether one of these rows asks for them."""
         return any(self._most[row] is not None for row in rows)
 
     def of(
         self, row: int, logits: Tensor, at: int, tokens: Sequence[int]
     ) -> tuple[TokenLogprobs, ...]:
-        """What is told of some tokens of a row; nothing if nothing is asked.
+        """Those of some tokens of a row; none if none are asked for.
 
         Args:
             row: Which row.

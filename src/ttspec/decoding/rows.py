@@ -191,8 +191,8 @@ class RowStates:
             What waits for it, and gives its rows.
         """
         if not table.is_cuda:
-            told: list[list[int]] = table.tolist()
-            return lambda: told
+            values: list[list[int]] = table.tolist()
+            return lambda: values
         if table.shape not in self._downloads:
             pinned = [torch.empty_like(table, device="cpu", pin_memory=True) for _ in range(2)]
             self._downloads[table.shape] = [(to, torch.cuda.Event()) for to in pinned]
@@ -244,7 +244,7 @@ class RowStates:
         self.tokens[to] = self.tokens[source][: length + 1]
         self._answers[to] = length
 
-    def goes_on(self, row: int, length: int) -> bool:
+    def extends_prompt(self, row: int, length: int) -> bool:
         """Whether a text that is alike up to `length` goes on from the row's last prompt."""
         return 0 < self._answers[row] <= length
 

@@ -1,7 +1,7 @@
 """Requests in, events out: who has a row, whose prompt is read, and when a round is due.
 
-A step reads a piece of waiting prompts, has one round of the rows that decode, or both. So a long
-prompt holds up nobody for longer than a piece of it. Whoever serves adds a queue of its own.
+A step reads a chunk of waiting prompts, has one round of the rows that decode, or both. So a long
+prompt holds up nobody for longer than a chunk of it. Whoever serves adds a queue of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import Conversation, Request, shared_prefix
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.prefill import Prompts
+from ttspec.decoding.prefill import PrefillBatch
 from ttspec.errors import DataError, OptionError
 from ttspec.records import Chunk
 
@@ -23,7 +23,7 @@ all rows, so in a large batch rows wait for company. Not where it is captured, a
 alone (docs/experiments.md)."""
 SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
-LEAST_COPIED = 64
+MIN_SHARED_PREFIX = 64
 """Tokens that two texts begin with alike, for which what was read is copied from row to row."""
 
 
@@ -46,12 +46,12 @@ class Scheduler:
         self._ready: list[Conversation] = []
         """With a row, whose turn was not begun."""
         self._prefilling: list[Conversation] = []
-        """Whose `_prompts` are being read."""
-        self._prompts: Prompts | None = None
+        """Whose prompts `_prefill` reads."""
+        self._prefill: PrefillBatch | None = None
         self._running: list[Conversation] = []
         """That decode."""
         self._free = list(range(decoder.rows.count))
-        self._left_by: dict[int, str | None] = {}
+        self._tenant_of_free: dict[int, str | None] = {}
         """Whose text a free row holds."""
         self._next_id = 0
 
@@ -103,23 +103,23 @@ class Scheduler:
         return bool(self._waiting or self._ready or self._prefilling or self._running)
 
     def step(self) -> list[tuple[int, Chunk]]:
-        """Read a piece of prompts, or have a round; both where a long prompt would hold up others.
+        """Read a chunk of prompts, or have a round; both where a long prompt would hold up others.
 
         Returns:
             (request, chunk) of each request with something new. A chunk with a result ends a turn.
         """
         moved: list[Conversation] = []
         if not self.decoder.launched:  # graphs of prompts and memory may work where its results lie
-            self._give_rows()
-            if self._ready and not self._prompts and (self._in_company or not self._running):
-                moved = self._begin()
-            if self._prompts:
-                moved += self._read_piece(self._prompts)
-        if self._running and (self._prompts or not moved):
+            self._assign_rows()
+            if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
+                moved = self._begin_prefill()
+            if self._prefill:
+                moved += self._read_chunk(self._prefill)
+        if self._running and (self._prefill or not moved):
             moved += self._round()
         events = [(conversation, conversation.chunk()) for conversation in moved]
         for conversation, chunk in events:
-            conversation.tell(chunk)
+            conversation.mark_sent(chunk)
             if chunk.result and not conversation.request.keeps_row:
                 self.release(conversation.id)
         return [(conversation.id, chunk) for conversation, chunk in events]
@@ -128,25 +128,25 @@ class Scheduler:
         """End a request's answer as it is. Its row is free at once, unless it keeps it.
 
         Returns:
-            Its last chunk; None if its result was told, or it is not known.
+            Its last chunk; None if its result was sent, or it is not known.
         """
         conversation = self._conversations.get(request)
-        if conversation is None or (conversation.queued is None and conversation.is_told):
+        if conversation is None or (conversation.queued is None and conversation.is_sent):
             return None
         if conversation in self._ready:
             self._ready.remove(conversation)
         elif conversation in self._waiting:
             self._waiting.remove(conversation)
-        elif self._prompts and conversation in self._prefilling:
-            self._prompts.drop(conversation.row)
+        elif self._prefill and conversation in self._prefilling:
+            self._prefill.drop(conversation.row)
             self._prefilling.remove(conversation)
-            self._prompts = self._prompts if self._prefilling else None
+            self._prefill = self._prefill if self._prefilling else None
         elif conversation in self._running:
             self._running.remove(conversation)
         if conversation.queued is not None or not conversation.finish:
             conversation.cancel()  # else an interrupt came between the end and the telling
         chunk = conversation.chunk()
-        conversation.tell(chunk)
+        conversation.mark_sent(chunk)
         if conversation.row < 0 or not conversation.request.keeps_row:
             self.release(request)
         return chunk
@@ -161,7 +161,7 @@ class Scheduler:
         conversation = self._conversations.pop(request)
         if conversation.row >= 0:
             self._free.append(conversation.row)
-            self._left_by[conversation.row] = conversation.request.tenant
+            self._tenant_of_free[conversation.row] = conversation.request.tenant
 
     def _sampling_of(self, config: GenerateConfig) -> SamplingConfig:
         """How a request's tokens are chosen.
@@ -201,13 +201,13 @@ class Scheduler:
             )
 
     @property
-    def _in_company(self) -> bool:
+    def _prefill_is_due(self) -> bool:
         """Whether enough turns wait for their prompts to be read."""
         prompts, rows = self.decoder.prompts, self.decoder.rows.count
         waiting = len(self._ready) + min(len(self._waiting), len(self._free))
         return waiting > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
 
-    def _give_rows(self) -> None:
+    def _assign_rows(self) -> None:
         while self._free and self._waiting:
             conversation = self._waiting.popleft()
             conversation.row = self._row_for(conversation.request)
@@ -227,25 +227,26 @@ class Scheduler:
         alike = {
             row: shared_prefix(decoder.rows.tokens[row][: decoder.rows.lengths[row]], ids)
             for row in self._free
-            if self._left_by.get(row) == tenant
+            if self._tenant_of_free.get(row) == tenant
         }
         oldest = self._free[0]  # the one that was left longest ago
         best = max(alike, key=lambda row: alike[row], default=oldest)
         same = alike.get(best, 0)
-        if decoder.rows.goes_on(best, same) or (best == oldest and same >= LEAST_COPIED):
+        extends = decoder.rows.extends_prompt(best, same)
+        if extends or (best == oldest and same >= MIN_SHARED_PREFIX):
             if decoder.learner and decoder.learner.config.scope == "request":
                 decoder.learner.reset(best)
             return best
-        if same >= LEAST_COPIED and not decoder.target.recurrent:
+        if same >= MIN_SHARED_PREFIX and not decoder.target.recurrent:
             decoder.copy(best, oldest, same)
         else:
             decoder.clear(oldest)
         return oldest
 
-    def _begin(self) -> list[Conversation]:
+    def _begin_prefill(self) -> list[Conversation]:
         """Begin to read what is ready; conversations whose answers are over before they begin."""
         ready, self._ready = self._ready, []
-        budgets = {conversation.row: conversation.open() for conversation in ready}
+        budgets = {conversation.row: conversation.start_turn() for conversation in ready}
         live = [conversation for conversation in ready if budgets[conversation.row]]
         for conversation in live:
             self.decoder.row_sampling.set(
@@ -257,7 +258,7 @@ class Scheduler:
             )
         if live:
             self._prefilling = live
-            self._prompts = self.decoder.prompts.begin(
+            self._prefill = self.decoder.prompts.begin(
                 [conversation.row for conversation in live],
                 [conversation.prompt_ids for conversation in live],
                 [conversation.noise_key() for conversation in live],
@@ -265,23 +266,23 @@ class Scheduler:
             )
         return [conversation for conversation in ready if conversation not in live]
 
-    def _read_piece(self, prompts: Prompts) -> list[Conversation]:
+    def _read_chunk(self, batch: PrefillBatch) -> list[Conversation]:
         """Read on; once all is read, the conversations, which have their first token now."""
-        self.decoder.prompts.read_piece(prompts)
-        if not prompts.is_read:
+        self.decoder.prompts.read_chunk(batch)
+        if not batch.is_read:
             return []
-        begun, self._prefilling, self._prompts = self._prefilling, [], None
-        first = zip(begun, prompts.first_tokens, prompts.logprobs, strict=True)
+        begun, self._prefilling, self._prefill = self._prefilling, [], None
+        first = zip(begun, batch.first_tokens, batch.logprobs, strict=True)
         for conversation, token, logprobs in first:
-            conversation.begin(token, logprobs)
+            conversation.take_first_token(token, logprobs)
         self._running += [conversation for conversation in begun if not conversation.finish]
         return begun
 
     def _round(self) -> list[Conversation]:
         """One round; the conversations that took part."""
-        ahead = self.decoder.works_ahead and not (self._prompts or self._in_company)
+        ahead = self.decoder.works_ahead and not (self._prefill or self._prefill_is_due)
         outcomes, moved = self.decoder.round(ahead=ahead), self._running
         for conversation in moved:
-            conversation.advance(outcomes[conversation.row])
+            conversation.take_round(outcomes[conversation.row])
         self._running = [conversation for conversation in moved if not conversation.finish]
         return moved

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from ttspec.acceptance import accept_rejection, apply_end_tokens, draw_and_accept
 from ttspec.config import DraftConfig, LearnConfig, SamplingConfig
-from ttspec.decoding.choice import DraftChoice, with_copies
 from ttspec.decoding.deferred import DeferredContext
+from ttspec.decoding.draft_sampler import DraftSampler, with_copies
 from ttspec.decoding.penalties import penalises
 from ttspec.decoding.row_sampling import RowSampling
 from ttspec.decoding.rows import RoundShape, RowStates
@@ -69,21 +69,21 @@ class RoundStages:
     """What a round needs on the device, and what it computes there, for all rows at once."""
 
     def __init__(
-        self, target: Target, drafter: Drafter | None, made_for: DecoderSpec, *, compile: bool
+        self, target: Target, drafter: Drafter | None, spec: DecoderSpec, *, compile: bool
     ) -> None:
         """Allocate the caches and all that is known of rows.
 
         Args:
             target: Verifies.
             drafter: Drafts; None is plain decoding.
-            made_for: Rows and options.
+            spec: Rows and options.
             compile: Compile what rounds do, on a GPU.
         """
-        rows, slots, draft, device = made_for.rows, made_for.slots, made_for.draft, target.device
-        self.made_for, self.sampling = made_for, made_for.sampling
+        rows, slots, draft, device = spec.rows, spec.slots, spec.draft, target.device
+        self.spec, self.sampling = spec, spec.sampling
         self.target, self.drafter = target, drafter
-        self.batch_invariant = made_for.batch_invariant
-        self.gamma, self.copies, self.width = widths(drafter, draft, self.batch_invariant)
+        self.batch_invariant = spec.batch_invariant
+        self.gamma, self.copies, self.width = round_widths(drafter, draft, self.batch_invariant)
         """Tokens that a round drafts, copies and verifies at most."""
 
         # Where the device works. A graph belongs to one: a split target is called, as on a CPU.
@@ -109,7 +109,7 @@ class RoundStages:
         self.rows = RowStates(rows, slots, device, self.copies)
         self.deferred = DeferredContext(drafter, self.state, self.rows)
         self.row_sampling = RowSampling(
-            self.sampling, target, rows=rows, slots=slots, width=self.width, ends=made_for.ends
+            self.sampling, target, rows=rows, slots=slots, width=self.width, ends=spec.ends
         )
         self._proposed: tuple[Proposal, Tensor | None]
         """What `propose` gave."""
@@ -159,7 +159,7 @@ class RoundStages:
         if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
             with self.branch.aside():
                 noise = noise[:, : shape.draft_length, ids]
-        choose = DraftChoice(
+        choose = DraftSampler(
             sampling=self.row_sampling.tensors(processors, some),
             drafter=self.drafter,
             rows=rows,
@@ -268,7 +268,7 @@ class RoundStages:
         return logits[:, :width], features[:, :width]
 
 
-def widths(
+def round_widths(
     drafter: Drafter | None, draft: DraftConfig, batch_invariant: bool
 ) -> tuple[int, int, int]:
     """Tokens that are drafted, copied and verified a round at most; plain decoding: 0, 0 and 1."""

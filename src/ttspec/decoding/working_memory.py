@@ -1,4 +1,4 @@
-"""What rounds, prompts and updates take in memory while they are computed, told from shapes.
+"""What rounds, prompts and updates take in memory while they are computed, from shapes.
 
 Only `memory_forecast.py` asks. What grows with rows and vocabulary or with the model's width is
 counted; the rest is small. Everything is in bytes.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ttspec.config import GenerateConfig, LearnConfig
-from ttspec.decoding.prefill import AT_ONCE, PIECE
+from ttspec.decoding.prefill import CHUNK_TOKENS, MAX_BATCHED_TOKENS
 from ttspec.drafters.base import Drafter
 from ttspec.learning.distillation import blocks_at_once
 from ttspec.losses import LOGITS_AT_ONCE as LOSSES_AT_ONCE
@@ -20,7 +20,7 @@ from ttspec.models.target import Target
 FLOAT, LONG = 4, 8
 
 
-def working(
+def peak_bytes(
     target: Target,
     drafter: Drafter | None,
     config: GenerateConfig,
@@ -31,21 +31,23 @@ def working(
     drafts: int,
     width: int,
 ) -> int:
-    """Bytes at the height of a prompt's piece, a round or an update.
+    """Bytes at the height of a prompt's chunk, a round or an update.
 
     `prompt` are the tokens of the longest one, `drafts` and `width` those of a round.
     """
-    piece = reading(target, min(rows * min(PIECE, prompt), AT_ONCE))
-    verification = reading(target, rows * width) + choosing(target, config, rows * width)
-    update = updating(target, drafter, learn, rows, drafts) if drafter and learn else 0
+    chunk = forward_bytes(target, min(rows * min(CHUNK_TOKENS, prompt), MAX_BATCHED_TOKENS))
+    verification = forward_bytes(target, rows * width)
+    verification += sampling_bytes(target, config, rows * width)
+    update = update_bytes(target, drafter, learn, rows, drafts) if drafter and learn else 0
     if target.device.type != "cuda":
-        return max(piece, verification, update)
+        return max(chunk, verification, update)
     # Graphs keep what they need, those of some shapes what they return; a prompt's is elsewhere.
-    others = (FEW - 1) * returned(target, config, rows * width) if config.draft.adaptive else 0
-    return piece + verification + update + others
+    others = FEW - 1 if config.draft.adaptive else 0
+    kept = others * graph_output_bytes(target, config, rows * width)
+    return chunk + verification + update + kept
 
 
-def reading(target: Target, tokens: int) -> int:
+def forward_bytes(target: Target, tokens: int) -> int:
     """Of a forward pass: states between layers, of which all are kept where some are features."""
     text = target.config
     hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
@@ -56,7 +58,7 @@ def reading(target: Target, tokens: int) -> int:
     return tokens * target.dtype.itemsize * (states + 2 * hidden + 2 * inner)
 
 
-def choosing(target: Target, config: GenerateConfig, positions: int) -> int:
+def sampling_bytes(target: Target, config: GenerateConfig, positions: int) -> int:
     """Of logits and of what makes tokens of them."""
     each = target.dtype.itemsize + (FLOAT if target.dtype.itemsize < FLOAT else 0)
     sampling = replace(config, seed=0).sampling(target.defaults)
@@ -68,7 +70,7 @@ def choosing(target: Target, config: GenerateConfig, positions: int) -> int:
     return positions * int(target.config.vocab_size) * each
 
 
-def returned(target: Target, config: GenerateConfig, positions: int) -> int:
+def graph_output_bytes(target: Target, config: GenerateConfig, positions: int) -> int:
     """Of what the graphs of one shape of round return: logits, features, and noise if there is."""
     size, sampling = target.dtype.itemsize, replace(config, seed=0).sampling(target.defaults)
     noise = FLOAT if sampling.temperature > 0 and sampling.acceptance == "invariant" else 0
@@ -76,7 +78,7 @@ def returned(target: Target, config: GenerateConfig, positions: int) -> int:
     return positions * (int(target.config.vocab_size) * (size + noise) + features)
 
 
-def replay_buffer(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
+def replay_buffer_bytes(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
     """Of the target's logits that `ReplayBuffer` keeps, which stay."""
     if learn is None or not drafts:
         return 0
@@ -86,7 +88,9 @@ def replay_buffer(target: Target, learn: LearnConfig | None, rows: int, drafts: 
     return rows * kept * int(target.config.vocab_size) * target.dtype.itemsize
 
 
-def updating(target: Target, drafter: Drafter, learn: LearnConfig, rows: int, drafts: int) -> int:
+def update_bytes(
+    target: Target, drafter: Drafter, learn: LearnConfig, rows: int, drafts: int
+) -> int:
     """Of a batch's logits, those of the blocks that are drafted again, and their gradients."""
     vocabulary, size = int(target.config.vocab_size), target.dtype.itemsize
     of_block = rows * drafts * vocabulary

@@ -8,8 +8,8 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.memory_forecast import learning_row, mib, of_run
-from ttspec.decoding.stages import widths
+from ttspec.decoding.memory_forecast import forecast_run, learning_row_bytes, mib
+from ttspec.decoding.stages import round_widths
 from ttspec.diagnosis.findings import Finding
 from ttspec.models.target import Target
 
@@ -21,7 +21,7 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
     """Bytes of the parts, and in all for `rows` learning rows of `context` tokens."""
     target, drafter = engine.target, engine.drafter
     full, lora = LearnConfig(weights="full"), LearnConfig(weights="lora")
-    width = widths(drafter, DraftConfig(), batch_invariant=False)[-1]
+    width = round_widths(drafter, DraftConfig(), batch_invariant=False)[-1]
     cache, states = _target_cache(target, width)
     drafter_cache = drafter.start(1, STRETCH - 1, DraftConfig()).nbytes if drafter else 0
     parts = {
@@ -30,11 +30,11 @@ def memory(engine: Engine, rows: int, context: int) -> dict[str, int]:
         "target_state_per_row": states,
         "drafter_weights": sum(w.nbytes for w in drafter.weights.values()) if drafter else 0,
         "drafter_cache_per_1000_tokens": drafter_cache,
-        "learning_per_row": learning_row(drafter, full) if drafter else 0,
-        "learning_per_row_lora": learning_row(drafter, lora) if drafter else 0,
+        "learning_per_row": learning_row_bytes(drafter, full) if drafter else 0,
+        "learning_per_row_lora": learning_row_bytes(drafter, lora) if drafter else 0,
     }
     caches = parts["target_cache_per_1000_tokens"] + parts["drafter_cache_per_1000_tokens"]
-    need = of_run(target, drafter, GenerateConfig(), rows, context)
+    need = forecast_run(target, drafter, GenerateConfig(), rows, context)
     weights = parts["target_weights"] + parts["drafter_weights"]
     total = weights + rows * (caches * context // STRETCH + states) + need.at_once
     work = need.at_once - (need.learning or 0)

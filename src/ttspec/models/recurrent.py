@@ -92,16 +92,16 @@ class StateCache(RowCache):
         self._start: Tensor
         self._counts: Tensor | None = None
 
-    def aim(
+    def set_slots(
         self, slot: Tensor, reach: int, subset: Tensor | None = None, counts: Tensor | None = None
     ) -> None:
-        """See `RowCache.aim`; with `counts` int64 [B] the tokens are no drafts: so many stay."""
+        """As of `RowCache`; with `counts` int64 [B] the tokens are no drafts: so many stay."""
         if counts is None and slot.shape[1] > self.width:
             raise ValueError(
                 f"{slot.shape[1]} tokens are read as drafts, but the cache keeps {self.width}; "
                 "say with counts how many of them stay, or make the cache wider."
             )
-        super().aim(slot, reach, subset)
+        super().set_slots(slot, reach, subset)
         self._start, self._counts = slot[:, 0], counts
 
     @property

@@ -169,7 +169,7 @@ class Target:
         step = INVARIANT_STEP if is_batch_invariant() else STEP
         reach = reach_of(longest + tokens.shape[1], cache.slots, step)
         position = start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-        cache.aim(position, reach, subset, counts)
+        cache.set_slots(position, reach, subset, counts)
         mask = self._mask(position, reach, cache.slots, spans=spans)
         if (last := last_position(self.config)) is not None:
             position = position.clamp(max=last)  # what is past all slots is dead, and in no table

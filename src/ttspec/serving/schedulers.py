@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.memory_forecast import SPARE, free_memory, target_cache
+from ttspec.decoding.memory_forecast import USABLE_SHARE, free_memory, target_cache_bytes
 from ttspec.decoding.scheduler import Scheduler
 from ttspec.records import Chunk
 from ttspec.serving.keys import ANYBODY
@@ -82,5 +82,5 @@ class Schedulers:
         target = self.engine.target
         if target.device.type != "cpu" or (free := free_memory(target.device)) is None:
             return True
-        need = target_cache(target.config, 1, min(self.slots, tokens), target.dtype)
-        return need is None or need <= SPARE * free
+        need = target_cache_bytes(target.config, 1, min(self.slots, tokens), target.dtype)
+        return need is None or need <= USABLE_SHARE * free

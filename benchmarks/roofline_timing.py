@@ -9,8 +9,8 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from roofline_work import Work
 
-from ttspec.bench.roofline import Work
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
@@ -198,12 +198,12 @@ def measure_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     for size in within(BUDGET, COPIED[device.type]):
         source = torch.ones(size // dtype.itemsize, dtype=dtype, device=device)
         to = torch.empty_like(source)
-        copy = max(copy, 2 * size / seconds_of(device, lambda: to.copy_(source)))  # noqa: B023
+        copy = max(copy, 2 * size / seconds_of(device, lambda: to.copy_(source)))
     for side in within(BUDGET, MULTIPLIED[device.type]):
         # Random: a GPU multiplies ones with less power, so at a higher clock.
         a = torch.randn(side, side, device=device).to(dtype)
         out = torch.empty_like(a)
-        took = seconds_of(device, lambda: torch.mm(a, a, out=out))  # noqa: B023
+        took = seconds_of(device, lambda: torch.mm(a, a, out=out))
         matrix = max(matrix, 2 * side**3 / took)
     return Rates(copy, matrix)
 

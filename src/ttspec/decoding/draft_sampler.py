@@ -17,7 +17,7 @@ from ttspec.sampling import SamplingTensors, draft, pick
 
 
 @dataclass(frozen=True, slots=True)
-class DraftChoice:
+class DraftSampler:
     """What a drafter calls to turn logits into tokens of the target's vocabulary."""
 
     sampling: SamplingTensors

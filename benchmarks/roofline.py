@@ -1,22 +1,38 @@
-"""What each stage of a round takes on this device, beside what it would need at measured rates."""
+"""What each stage of a round takes on this device, beside what it would need at measured rates.
 
-from __future__ import annotations
+    python benchmarks/roofline.py --random-weights qwen3-8b+dflash --accept 3,2,4 --context 4096
+
+`roofline_work.py` counts bytes and operations; `roofline_timing.py` runs rounds by the clock.
+"""
 
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean, median
 from typing import Any
 
+import common
+import roofline_work as r
 import torch
+from cyclopts import App
+from roofline_timing import Plan, Rates, Timed, measure_rates, models_alone, timed
 
-from ttspec.bench import roofline as r
 from ttspec.bench.manifest import describe_device, forced_acceptance_label, forced_acceptance_notice
-from ttspec.bench.table import Table, number
-from ttspec.bench.timing import Plan, Rates, Timed, measure_rates, models_alone, timed
+from ttspec.bench.table import Table, number, table_console
+from ttspec.cli.options import (
+    DraftFlags,
+    JsonFlag,
+    LearnFlag,
+    LearnFlags,
+    Positive,
+    ShapeFlags,
+)
+from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError
 from ttspec.learning.live_weights import resolve_learn_config
+
+app = App(help=__doc__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +47,7 @@ class Stage:
     """Seconds, a median; None where no round had it."""
 
     @classmethod
-    def of(cls, name: str, work: r.Work, rates: Rates, seconds: list[float]) -> Stage:
+    def of(cls, name: str, work: r.Work, rates: Rates, seconds: list[float]) -> "Stage":
         """A stage, and what it took in some rounds."""
         measured = median(seconds) if seconds else None
         return cls(name=name, work=work, limit=rates.limit(work), measured=measured)
@@ -258,3 +274,46 @@ def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
         else "",
     ]
     return list(filter(None, notes))
+
+
+@app.default
+def main(
+    *,
+    models: ShapeFlags = ShapeFlags(),
+    rows: Positive = 1,
+    context: Positive = 512,
+    rounds: Positive = 20,
+    temperature: float = 0.0,
+    draft: DraftFlags = DraftFlags(),
+    learn: LearnFlag = True,
+    learning: LearnFlags = LearnFlags(),
+    as_json: JsonFlag = False,
+) -> None:
+    """Say what each stage of a round must move and compute, how long that would take, and did.
+
+    Parameters
+    ----------
+    rows
+        Rows side by side.
+    context
+        Tokens in every row's cache when the rounds begin.
+    rounds
+        Rounds to measure at least; with learning, as many as hold five updates.
+    temperature
+        0 is greedy.
+    learn
+        Whether the drafter learns.
+    as_json
+        Print one JSON object, in bytes, operations and seconds.
+    """
+    options: dict[str, Any] = {"draft": draft.config(), "learn": learning.config_if(learn)}
+    options |= {"rows": rows, "context": context, "rounds": rounds, "temperature": temperature}
+    found = measure(models.load(notify=say), **options)
+    if as_json:
+        print(to_json(found.to_dict()))
+    else:
+        found.table().print(table_console())
+
+
+if __name__ == "__main__":
+    common.main(app)
