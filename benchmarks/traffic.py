@@ -195,7 +195,8 @@ def ratios(
     found: dict[tuple[str, int], dict[str, Any]], arm: str, base: str, firsts: list[int]
 ) -> Iterator[str]:
     """Speed over another arm's, of all turns and of each part of the stream."""
-    both = [(found[arm, f], found[base, f]) for f in firsts if (arm, f) in found]
+    met = (f for f in firsts if (arm, f) in found and (base, f) in found)
+    both = [(found[arm, f], found[base, f]) for f in met]
     size = max(1, len(firsts) // PARTS)
 
     def ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
