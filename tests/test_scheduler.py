@@ -206,7 +206,7 @@ def test_a_request_that_never_had_a_row_ends_without_a_token(engine: Engine) -> 
 def test_a_turn_is_the_same_after_one_that_was_cancelled_before_or_while_it_was_read(
     engine, monkeypatch
 ) -> None:
-    monkeypatch.setattr("ttspec.decoding.prefill.PIECE", 8)
+    monkeypatch.setattr("ttspec.decoding.prefill.CHUNK_TOKENS", 8)
     said = []
     for waits in (True, False):
         scheduler = scheduler_of(engine, rows=2)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from toys import bound_kind, make_kind
 from ttspec.config import LearnConfig
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
-from ttspec.vllm import hooks, v1, v2
+from ttspec.vllm import hooks, plugin, v1, v2
 from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.v1 import teaches
@@ -50,9 +51,14 @@ def test_an_engine_with_all_hooks_of_a_known_version_fits(tmp_path: Path) -> Non
     assert hooks.missing_hooks(folder, "V1") == hooks.missing_hooks(folder, "V2") == []
 
 
-@pytest.mark.parametrize("version", ["0.34.0", "0.3", "0.330", ""])
+@pytest.mark.parametrize("version", ["0.34.0", "0.25.1", "0.3", "0.330", "1.30.0", "dev", ""])
 def test_another_version_does_not_fit(version: str) -> None:
-    assert "0.26, 0.32, 0.33" in (hooks.unknown_version(version) or "")
+    assert "is not one of 0.26 to 0.33" in (hooks.unknown_version(version) or "")
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.27.1", "0.30.0.post1", "0.32.0+cpu", "0.33"])
+def test_versions_from_the_oldest_to_the_newest_fit(version: str) -> None:
+    assert hooks.unknown_version(version) is None
 
 
 def test_a_missing_method_or_argument_is_named(tmp_path: Path) -> None:
@@ -66,6 +72,25 @@ def test_a_missing_method_or_argument_is_named(tmp_path: Path) -> None:
     assert hooks.missing_hooks(folder, "V2") == [
         "BaseSpeculator.propose in vllm/v1/worker/gpu/spec_decode/speculator.py"
     ]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_cpu_only_the_drafter_stays_unpacked(monkeypatch, fails: bool) -> None:
+    ops, packed = SimpleNamespace(_supports_onednn=True), list[bool]()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(_custom_ops=ops))
+
+    def load_model(target: str) -> None:
+        packed.append(ops._supports_onednn)
+        if fails:
+            raise OSError(target)
+
+    proposer = SimpleNamespace(load_model=load_model)
+    plugin._keep_drafter_unpacked(proposer)
+    assert ops._supports_onednn  # while the target is loaded
+    with pytest.raises(OSError, match="target") if fails else nullcontext():
+        proposer.load_model("target")
+    assert packed == [False]
+    assert ops._supports_onednn
 
 
 def config(**changes: object) -> SimpleNamespace:

@@ -21,7 +21,6 @@ from engine_steps import (  # noqa: F401
     texts_of,
 )
 
-from ttspec.learning.live_weights import WARM_UP
 from ttspec.learning.update_report import UpdateReport
 from ttspec.vllm.steps import STALE
 
@@ -243,7 +242,7 @@ def test_there_are_no_more_updates_than_what_is_read_is_good_for(rounds: int, up
         learner.absorb(a_step(["b"], 1, 0))
     assert learner.shared.updates == updates
     # It has risen by what was read, made use of or not.
-    risen = min(1.0, rounds / learner.rounds_an_update / WARM_UP)
+    risen = min(1.0, rounds / learner.rounds_an_update / learner.drafter.memory_warm_up)
     assert float(learner.shared.weights._rate) == pytest.approx(LEARN.lr * risen)
 
 
@@ -279,6 +278,20 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
     drafting, anchor = learner.weights.published, learner.drafter.weights
     assert all(torch.equal(drafting[n], anchor[n]) for n in drafting) == anchor_drafts
     assert learner.update() == (reverts == 0)  # it rests
+
+
+def test_after_an_operators_revert_it_learns_on_from_the_first_weights() -> None:
+    """It does not rest, as after a loss: whoever reverts five times would wait for ever."""
+    learner = made()
+    learner.absorb(a_step(["a"], 10, 0))
+    teach(learner, a_step(["a"], 5, 10, drafts=4))
+    learner.forget_all()
+    for _ in range(5):
+        assert learner.shared.update()
+        learner.shared.revert()
+        drafting = learner.shared.weights.published
+        assert all(torch.equal(w, learner.drafter.weights[n]) for n, w in drafting.items())
+    assert learner.shared.update()
 
 
 def test_where_no_page_has_enough_to_judge_nothing_is_compared() -> None:

@@ -29,6 +29,7 @@ class Pard(Causal):
     kind = "pard"
     at_once = first_alone = True
     memory_rate = 2e-4
+    memory_warm_up = 8
     default_window = 512
     default_length = 12
 

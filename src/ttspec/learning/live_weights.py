@@ -29,10 +29,6 @@ MAX_NORM = 1.0
 """Longer gradients of a row are clipped."""
 MOMENTUM = 0.9
 """Adam's decay of the first moment where the memory teaches: its blocks are drawn at random."""
-WARM_UP = 24
-"""Updates over which the rate rises where the memory teaches: Adam's first steps are as long as
-any, and many of them on few texts cost a drafter that is good already a tenth of its drafts
-(docs/experiments.md)."""
 AVERAGED = 0.98
 """Where the memory teaches, drafts come from the mean of the weights after the last updates; this
 is what an update weighs after the next one."""
@@ -113,6 +109,7 @@ class LiveWeights:
             if remembers(config):
                 rate = drafter.memory_rate or rate
         self.rate = rate if config.lr is None else config.lr
+        self._warm_up = drafter.memory_warm_up
         self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
         self._start = self._anchor
         # Float32 masters: bfloat16 would swallow small steps. A rounded copy is published.
@@ -203,7 +200,7 @@ class LiveWeights:
         share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
         scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
         if self.memory:
-            risen = (1 + self._steps[0, 0] + self.unused) / WARM_UP
+            risen = (1 + self._steps[0, 0] + self.unused) / self._warm_up
             self._rate.copy_(self.rate * risen.clamp(max=1.0))
         self._steps.add_(steps[:, None])
         weight = 1 - ((1 + self._steps) / (10 + self._steps)).clamp(max=AVERAGED)  # large at first
@@ -226,8 +223,10 @@ class LiveWeights:
         return self._rounded(self._mean)
 
     def _rounded(self, table: Tensor) -> dict[str, Tensor]:
-        rounded = self._views(table.to(self._published.dtype))
-        return {n: self._for_drafter(w) for n, w in rounded.items()}
+        dtype = self._published.dtype
+        # A CPU has to ask the system for so much in one piece, which takes longer than rounding.
+        rounded = self._views(table if table.is_cpu else table.to(dtype))
+        return {n: self._for_drafter(w.to(dtype)) for n, w in rounded.items()}
 
     def start_from(self, start: Mapping[str, Tensor]) -> None:
         """Begin, now and at every reset, at these weights and not at the anchor's."""

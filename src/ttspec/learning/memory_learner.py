@@ -160,7 +160,7 @@ class MemoryLearner:
             rows = round(judged / COMPARED)
             ruined = self.guard.is_worse(0, learned, anchor, rows=rows) or ruined
         if ruined:
-            self.revert()
+            self.revert(rests=True)
             return True
         self.weights.publish(anchor=self.guard.is_behind(0))
         if self.keeper:
@@ -168,11 +168,11 @@ class MemoryLearner:
         self._new_texts = 0
         return True
 
-    def revert(self) -> None:
-        """Give the drafter its anchor weights back and let it rest; its moments go."""
+    def revert(self, *, rests: bool = False) -> None:
+        """Give the drafter its anchor weights back; its moments go, and maybe it `rests`."""
         self.publish(wait=True)
         self.weights.restore_anchor(0)
-        self.guard.record_revert(0)
+        (self.guard.record_revert if rests else self.guard.reset)(0)
         self.reverts += 1
 
     def learned(self) -> Weights:

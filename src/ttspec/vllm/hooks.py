@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-VERSIONS = ("0.26", "0.32", "0.33")
-"""Whose hooks are known; the third number may be any."""
+OLDEST, NEWEST = (0, 26), (0, 33)
+"""Versions whose hooks are known, and all between; the third number may be any."""
 METHODS = ("eagle3", "dflash", "draft_model")
 """`method` of a speculative config whose drafter can learn here."""
 
@@ -95,9 +95,11 @@ def version_of(folder: Path) -> str:
 
 def unknown_version(version: str) -> str | None:
     """Why a version is not one whose hooks are known; None if it is."""
-    if any(version == known or version.startswith(known + ".") for known in VERSIONS):
+    found = re.match(r"(\d+)\.(\d+)(?!\d)", version)
+    if found and OLDEST <= (int(found[1]), int(found[2])) <= NEWEST:
         return None
-    return f"vLLM {version or 'of no version'} is not one of {', '.join(VERSIONS)}"
+    known = " to ".join(f"{first}.{second}" for first, second in (OLDEST, NEWEST))
+    return f"vLLM {version or 'of no version'} is not one of {known}"
 
 
 def missing_hooks(folder: Path, runner: str) -> list[str]:

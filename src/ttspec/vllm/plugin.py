@@ -41,16 +41,24 @@ def _folder(model: Any) -> Path:
     return Path(snapshot_download(str(folder), revision=model.revision, local_files_only=True))
 
 
-def _keep_weights_readable() -> None:
-    """Keep vLLM on a CPU from packing matrices for oneDNN, whose copy it would read.
+def _keep_drafter_unpacked(proposer: Any) -> None:
+    """Keep vLLM on a CPU from packing a drafter's matrices for oneDNN, whose copy it would read.
 
-    What is learned would have no effect. Before the models are loaded.
+    What is learned would have no effect. The target's are packed as always: without, a step takes
+    much longer. Before the models are loaded.
     """
     from vllm import _custom_ops  # type: ignore[import-not-found]
-    from vllm.platforms import current_platform  # type: ignore[import-not-found]
 
-    if current_platform.is_cpu():
-        _custom_ops._supports_onednn = False
+    load_model = proposer.load_model
+
+    def load_unpacked(*args: Any, **kwargs: Any) -> None:
+        packs, _custom_ops._supports_onednn = _custom_ops._supports_onednn, False
+        try:
+            load_model(*args, **kwargs)
+        finally:
+            _custom_ops._supports_onednn = packs
+
+    proposer.load_model = load_unpacked
 
 
 def attach(worker: Any, given: Any) -> None:
@@ -110,7 +118,8 @@ class WorkerLearning:
             return None
 
         self.runner.load_model = load_then_learn
-        _keep_weights_readable()
+        if self.runner.device.type == "cpu":
+            _keep_drafter_unpacked(self.runner.speculator if is_v2 else self.runner.drafter)
 
     def _read_drafter(self) -> None:
         """The drafter's own files, as vLLM has just loaded them."""
