@@ -108,11 +108,11 @@ def test_its_first_proposals_are_those_of_the_live_session(target, saved, how: s
     session.send("hello there")
     learner = session._scheduler.decoder.learner
     learner.config = still
-    session._scheduler.decoder.rows.lengths[0], session.conversation.turn = (
-        0,
-        0,
-    )  # a new conversation, what it knows
-    session._history = ChatHistory(session.engine.chat_template(session.config))
+    # A new conversation, what it knows.
+    session._scheduler.decoder.rows.lengths[0] = session.conversation.turn = 0
+    template = session.engine.chat_template(session.config)
+    session._history, ids = ChatHistory(template), ChatHistory(template).ask("and then?")
+    session.conversation.request = replace(session.conversation.request, ids=ids)
     session._scheduler.decoder.rows.tokens[0] = []
     resumed = fresh(target, "dflash").session(resume=path, learn=still, **SAID)
     static = fresh(target, "dflash").session(learn=None, **SAID)
