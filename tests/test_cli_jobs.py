@@ -17,7 +17,7 @@ def test_demo_runs_four_arms_on_the_same_session(pair, capsys, tmp_path) -> None
     out = tmp_path / "run"
     assert main(["demo", *pair, "--tokens", "60", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    for text in ("plain decoding", "static drafter", "with copies", "default: learning"):
+    for text in ("plain decoding", "static drafter", "with copies", "default"):
         assert text in printed
     assert "tokens copied" in printed
     assert printed.count("as plain") == 3

@@ -156,6 +156,9 @@ def test_findings_say_what_copying_and_learning_brought(arms: list[Arm]) -> None
     assert demo_sentences(arms[:2]) == []
     arms[0].name = "static"
     assert demo_sentences(arms[:2])[0].startswith("Copying: ")
+    arms[0].name = "default"  # it made no updates
+    (rests,) = demo_sentences(arms[:2])
+    assert rests.startswith("Learning: no update, ")
 
 
 def test_an_arm_without_rounds_still_makes_a_page(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ LABELS = {
     "plain": "plain decoding",
     "static": "static drafter",
     "static-copy": "with copies",
-    "default": "default: learning",
+    "default": "default",
 }
 """What `ttspec demo` calls its arms; a benchmark's arms go by their own names."""
 
@@ -62,6 +62,13 @@ def demo_sentences(arms: Sequence[Arm]) -> list[str]:
         if name not in by_name or other not in by_name:
             continue
         after, before = by_name[name], by_name[other]
+        if what == "Learning" and not after.updates:
+            sentences.append(
+                "Learning: no update, since in one conversation of this length they cost more than "
+                "they bring. With --learn.stride 8 they come all the same; `ttspec serve` learns "
+                "from all requests."
+            )
+            continue
         accepted = after.acceptance(LATE), before.acceptance(LATE)
         if all(accepted):
             sentences.append(

@@ -34,7 +34,7 @@ ADVICE: dict[int | None, str] = {
 """What to do about an error of the system."""
 
 COMMANDS = {
-    "demo": "Show what learning does: one session in four ways, with a table and a page.",
+    "demo": "Show what drafting, copying and learning do: one session in four ways.",
     "generate": "Answer one prompt.",
     "chat": "Talk with the target; the drafter learns over the whole conversation.",
     "serve": "Serve OpenAI's API from this machine, with a page to chat and to look on.",
