@@ -42,6 +42,7 @@ assert not heavy, heavy
     assert done.returncode == 0, done.stderr
     for option in ("--learn.stride", "--draft.window", "--max-new-tokens", "--no-learn", "--json"):
         assert option in done.stdout
+    assert "None" not in done.stdout  # nobody can type it
 
 
 def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

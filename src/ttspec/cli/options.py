@@ -7,6 +7,7 @@ A flag that was not given is None, so that a preset, a command's own default and
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -51,6 +52,8 @@ def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> A
         if field.name in without:
             continue
         note = " ".join((notes[field.name] or "").split())
+        note = re.sub(r"(^|\. )None\b", r"\1Left out, it", note)  # which nobody can type
+        note = note.replace("None", "left out, it")
         if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
             note += f" [default: {field.default}]"
         # None here: cyclopts' own, --no-
