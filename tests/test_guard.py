@@ -280,3 +280,17 @@ def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
     learner = make_learner(3, LearnConfig(rank=2))[0]
     assert learner.weights.nbytes == 3 * small * 16 // 20
     assert all(name.endswith((".up", ".down")) for name in learner.weights.published)
+
+
+@pytest.mark.parametrize(
+    ("every", "strides", "falls_back", "wanted"),
+    [(8, 1, False, 8), (8, 4, False, 2), (8, 1, True, 4), (8, 16, True, 2), (1, 16, True, 1)],
+)
+def test_rarer_updates_are_compared_more_often(every, strides, falls_back, wanted) -> None:
+    guard = Guard(every, 8, 1, falls_back=falls_back)
+    compared = []
+    for update in range(40):
+        if guard.due([True], strides) == [True]:
+            compared.append(update)
+        guard.record_update(0)
+    assert compared == [n for n in range(40) if n < EARLY or n % wanted == 0]

@@ -102,9 +102,9 @@ class Guard:
             active: Copies that had rounds since the last update; it is nothing to the others.
             strides: How many times rarer updates are than they were meant to be.
         """
-        # Of all requests each second update at most: a comparison costs a third of one.
+        # Of all requests each second update, unless asked for: a comparison costs a third of one.
         each = 1 + self._falls_back
-        due, every = [], max(each, self.every // strides // each)
+        due, every = [], max(1, min(each, self.every), self.every // strides // each)
         for copy, is_active in zip(self._copies, active, strict=True):
             often = copy.updates < EARLY or copy.updates % every == 0
             if self._falls_back:
