@@ -42,7 +42,7 @@ class _ForwardKL(torch.autograd.Function):
         p_logits, q_logits = (x.detach().reshape(-1, size) for x in (p_logits, q_logits))
         loss = q_logits.new_empty(len(q_logits), dtype=torch.float32)
         gradient = torch.empty_like(q_logits)
-        rows = _rows_at_once(q_logits)
+        rows = rows_at_once(q_logits)
         for i in range(0, len(q_logits), rows):
             part = slice(i, i + rows)
             loss[part], gradient[part] = _kl_and_gradient(p_logits[part], q_logits[part])
@@ -82,7 +82,7 @@ def likely_kl(likely: Tensor, p: Tensor, rest: Tensor, q_logits: Tensor) -> Tens
 def log_likely(likely: Tensor, q_logits: Tensor) -> Tensor:
     """Log q, float32 [..., K], of some tokens int64 [..., K] by logits [..., V]."""
     flat = q_logits.flatten(0, -2)
-    mass = [_log_mass(part) for part in flat.split(_rows_at_once(flat))]
+    mass = [_log_mass(part) for part in flat.split(rows_at_once(flat))]
     mass = torch.cat(mass).view(*likely.shape[:-1], 1)
     return q_logits.gather(-1, likely).float() - mass
 
@@ -102,7 +102,7 @@ class _LikelyKL(torch.autograd.Function):
         first = q_logits.gather(-1, likely[..., :1])
         mass, whole, less = _likely_slopes(p, rest, log_q, first, outer[0])
         flat, mass, whole = q_logits.flatten(0, -2), mass.flatten(), whole.flatten()
-        parts = (x.split(_rows_at_once(flat)) for x in (flat, mass, whole))
+        parts = (x.split(rows_at_once(flat)) for x in (flat, mass, whole))
         made = [_weighted_softmax(*part) for part in zip(*parts, strict=True)]
         gradient = made[0] if len(made) == 1 else torch.cat(made)
         gradient.scatter_add_(-1, likely.flatten(0, -2), less.flatten(0, -2))
@@ -141,8 +141,8 @@ def _likely_slopes(
     return (first.float() - log_q[..., :1])[..., 0], whole, less.to(first.dtype)
 
 
-def _rows_at_once(logits: Tensor) -> int:
-    """Of logits [R, V]; compiled code makes no wide intermediate results."""
+def rows_at_once(logits: Tensor) -> int:
+    """Rows of logits [R, V] to work on together; compiled code makes no wide results between."""
     if is_compiling():
         return max(1, len(logits))
     most = LOGITS_AT_ONCE if logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU
@@ -185,7 +185,7 @@ def agreement(p_logits: Tensor, q_logits: Tensor, ids: Tensor | None = None) -> 
         float32 [...], without a gradient.
     """
     p, q = p_logits.flatten(0, -2), q_logits.flatten(0, -2)
-    some = _rows_at_once(p)
+    some = rows_at_once(p)
     with torch.no_grad():
         parts = zip(p.split(some), q.split(some), strict=True)
         found = [_agreement(*part, ids) for part in parts]

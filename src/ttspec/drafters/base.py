@@ -104,8 +104,7 @@ class Drafter(ABC):
     memory_rate: float | None = None
     """The same where a memory of all requests teaches; None is no other."""
     memory_warm_up: int = 24
-    """Updates over which that rate rises: Adam's first steps are as long as any, and many of them
-    on few texts cost a drafter that is good already a tenth of its drafts (docs/experiments.md)."""
+    """Updates over which that rate rises, since Adam's first steps are as long as any."""
     lora_rate: float = 1e-3
     """The same where low-rank changes learn."""
     weights: dict[str, Tensor]

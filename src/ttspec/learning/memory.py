@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled, compiled_once, is_compiling
+from ttspec.compiled import compiled, compiled_once
 from ttspec.drafters.base import Drafter
-from ttspec.losses import LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU
+from ttspec.losses import rows_at_once
 
 PAGES = 512
 """Pages of a memory, the newest: half of that taught as well (docs/experiments.md)."""
@@ -179,8 +179,7 @@ class TextMemory:
         if logits is None:
             return
         logits, size = logits.flatten(0, -2), (*tokens.shape, self.p.shape[-1])
-        most = LOGITS_AT_ONCE if logits.is_cuda else LOGITS_AT_ONCE_ON_A_CPU
-        some = tokens.numel() if is_compiling() else max(1, most // logits.shape[-1])
+        some = rows_at_once(logits)
         if logits_at is None:
             parts = [self.summary(part) for part in logits.split(some)]
         else:
