@@ -7,6 +7,7 @@ import torch
 from ttspec.decoding.round import SpeculativeRound
 from ttspec.decoding.rows import RoundShape
 from ttspec.drafters.context import ContextState
+from ttspec.models.capture import Graphs
 
 
 class Decoder(SpeculativeRound):
@@ -53,7 +54,10 @@ class Decoder(SpeculativeRound):
         # With many tokens the host may count which experts are asked.
         called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
         if not called:
-            self.prompts.capture(self.graphs)
+            # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
+            beside = self.works_ahead and not one
+            graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
+            self.prompts.capture(graphs, beside=beside)
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
@@ -102,6 +106,7 @@ class Decoder(SpeculativeRound):
         What the other's drafter learned stays there. Not where the target is recurrent.
         """
         self.clear(to)
+        self.prompts.wait()
         self.deferred.before_prompt([source])
         self.cache.copy_row(source, to, length)
         if isinstance(self.state, ContextState):

@@ -28,6 +28,7 @@ class PolicyFeedback:
         rows: int,
         *,
         chained: bool = False,
+        beside: bool = False,
     ) -> None:
         """Take note of a round that is over.
 
@@ -38,10 +39,11 @@ class PolicyFeedback:
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
             chained: Whether the device went on by itself.
+            beside: Whether prompts were read meanwhile, so that its time says nothing.
         """
         draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
-        learner, first = self._learner, time.captured
+        learner, first = self._learner, time.captured or beside
         if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
             first = first or updated or learner.is_updating
         emitted = sum(len(outcome.tokens) for outcome in outcomes.values())

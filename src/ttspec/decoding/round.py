@@ -160,7 +160,13 @@ class SpeculativeRound(RoundStages):
             for row, v in verdicts.items()
         }
         self.feedback.observe(
-            self.policy, launched.plan, time, outcomes, cost, chained=launched.chained
+            self.policy,
+            launched.plan,
+            time,
+            outcomes,
+            cost,
+            chained=launched.chained,
+            beside=self.prompts.is_launched,
         )
         return outcomes
 
