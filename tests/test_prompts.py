@@ -102,7 +102,7 @@ def test_a_padded_prompt_is_read_as_any(
     assert found == expected
     assert Padding.padded > 6 or pads is Rounding
     if pads is Beside and which == "eagle3" and not shared:  # else rows may end all at once
-        assert Busy.asked > 6
+        assert Busy.asked
 
 
 @pytest.mark.parametrize("shared", [False, True])
