@@ -126,6 +126,7 @@ def test_each_weight_is_what_its_parts_mean(which: str, toy_target_dir: Path, tm
     for name, weight in meant.items():
         own = engine.target.model.get_submodule(name.removesuffix(".weight"))
         assert torch.equal(unpacked(own.weight), weight)
+        assert unpacked(own.weight).is_contiguous()  # as the fused kernels read it
         error = (weight - before[name]).abs().mean() / before[name].abs().mean()
         assert 0 < error < {"2": 0.6, "8": 0.01}.get(which[6:7], 0.15)
     told, expected = (

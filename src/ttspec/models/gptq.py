@@ -160,25 +160,29 @@ def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
         float32 [out, in].
     """
     codes, zeros = (
-        _codes(packed, 4).unflatten(1, (-1, 8))[..., NIBBLES].flatten(1).T
+        _codes(packed, 4).unflatten(1, (-1, 8))[..., NIBBLES].flatten(1).T.contiguous()
         for packed in (qweight, qzeros)
     )
     return _scaled(codes, zeros, scales.T, None)
 
 
 def _codes(packed: Tensor, bits: int) -> Tensor:
-    """The codes in int32 numbers [N, M], the lowest bits first: int32 [N, M x 32 / bits]."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
-    return packed[..., None].bitwise_right_shift(shifts).bitwise_and_((1 << bits) - 1).flatten(1)
+    """The codes in int32 numbers [N, M], the lowest bits first: uint8 [N, M x 32 / bits]."""
+    by_byte = packed.contiguous().view(torch.uint8)  # lowest first on all machines that torch knows
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (by_byte[..., None] >> shifts).bitwise_and_((1 << bits) - 1).flatten(1)
 
 
 def _scaled(codes: Tensor, zeros: Tensor, scales: Tensor, groups: Tensor | None) -> Tensor:
     """Codes [out, in] less their zero points, times their scales: both [out, groups]."""
-    if groups is None:
-        size = codes.shape[1] // scales.shape[1]
-        groups = torch.arange(codes.shape[1], device=codes.device) // size
+    size = codes.shape[1] // scales.shape[1]
+    zeros, scales = zeros.float()[..., None], scales.float()[..., None]
+    in_order = torch.arange(codes.shape[1], device=codes.device) // size
+    if groups is None or torch.equal(groups, in_order.to(groups.dtype)):
+        parts = codes.unflatten(1, (-1, size)).float()
+        return parts.sub_(zeros).mul_(scales).flatten(1)
     groups = groups.long()
-    return (codes - zeros[:, groups]).float().mul_(scales.float()[:, groups])
+    return codes.float().sub_(zeros[:, groups, 0]).mul_(scales[:, groups, 0])
 
 
 def _format(given: dict[str, Any], method: str) -> str:
