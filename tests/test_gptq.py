@@ -112,6 +112,10 @@ KINDS = {
     "gptq, 8 bits": ({"quant_method": "gptq", "bits": 8}, {"bits": 8}),
     "gptq, 2 bits": ({"quant_method": "gptq", "bits": 2}, {"bits": 2}),
     "awq": ({"quant_method": "awq", "bits": 4, "zero_point": True, "version": "gemm"}, {}),
+    "awq of gptqmodel": (  # zero points are there nevertheless, all of them 8
+        {"quant_method": "awq", "bits": 4, "zero_point": False, "checkpoint_format": "gemm"},
+        {},
+    ),
     "awq, old": ({"quant_method": "awq", "w_bit": 4, "version": "GEMM"}, {"size": 16}),
 }
 
@@ -174,7 +178,6 @@ def test_generation_settings_are_read(toy_target_dir: Path, tmp_path: Path):
         ({"quant_method": "gptq", "bits": 4, "rotation": "hadamard"}, "rotation hadamard"),
         ({"quant_method": "awq", "bits": 8}, "8 bits"),
         ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "format gemv"),
-        ({"quant_method": "awq", "bits": 4, "zero_point": False}, "zero_point false"),
     ],
 )
 def test_what_is_not_unpacked_right_is_refused_by_name(

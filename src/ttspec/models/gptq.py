@@ -44,7 +44,6 @@ def refuse_format(path: Path, method: str, given: dict[str, Any]) -> None:
         f"pack_dtype {given.get('pack_dtype')}": given.get("pack_dtype", "int32") != "int32",
         "an adapter": given.get("adapter"),
         f"rotation {given.get('rotation')}": given.get("rotation"),
-        "zero_point false": method == "awq" and given.get("zero_point") is False,
     }
     for what in (name for name, is_so in odd.items() if is_so):
         read = f"{' and '.join(FORMATS[method])} of {', '.join(map(str, BITS[method]))} bits"
@@ -220,10 +219,11 @@ def _bits(path: Path, name: str, parts: dict[str, Any], method: str) -> int:
         expected = {"qweight": [rows, columns], "qzeros": [groups, out // size]}
         if out % size or shapes | expected != shapes:
             continue
-        if "g_idx" not in parts and inputs % groups == 0:
-            return bits
-        order = parts["g_idx"].get_tensor(f"{name}.g_idx") if "g_idx" in parts else torch.empty(0)
-        if len(order) == inputs and 0 <= int(order.min()) <= int(order.max()) < groups:
+        fits = inputs % groups == 0
+        if "g_idx" in parts:
+            order = parts["g_idx"].get_tensor(f"{name}.g_idx")
+            fits = len(order) == inputs and 0 <= int(order.min()) <= int(order.max()) < groups
+        if fits:
             return bits
     told = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
     raise TargetError(
