@@ -252,9 +252,9 @@ def test_texts_are_those_of_prompts_read_between_rounds(
     learn = LearnConfig(scope="shared", stride=2) if shared and which else None
     drafter = make_kind(which) if which else "none"
     engine = load(str(toy_target_dir), drafter, device="cuda", dtype="float32")
-    options = {"temperature": 0.9, "ignore_eos": True, "context": 700, "learn": learn}
+    options = {"temperature": 0.9, "ignore_eos": True, "context": 500, "learn": learn}
     config = GenerateConfig(max_new_tokens=24, draft=DraftConfig(adaptive=False), **options)
-    decoder = engine.decoder(config, 3, 600, sessions=False)
+    decoder = engine.decoder(config, 3, 400, sessions=False)
     captured, launched = decoder.prompts.captured, []
     assert captured
     launch = captured.launch
@@ -268,7 +268,7 @@ def test_texts_are_those_of_prompts_read_between_rounds(
     def said() -> list[list[int]]:
         decoder.restart()
         scheduler, found = Scheduler(decoder, config, stream=False), dict[int, list[int]]()
-        for size in [30, 7, 90, 550, 12, 130, 5, 44, 63, 64, 65, 2] * 3:
+        for size in [30, 7, 90, 400, 12, 130, 5, 44, 63, 64, 65, 2] * 3:
             scheduler.add_request(Request(ids=[(3 * n) % 250 for n in range(size)], seed=size))
         while scheduler.has_unfinished():
             for request, chunk in scheduler.step():
