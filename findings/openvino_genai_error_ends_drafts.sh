@@ -4,8 +4,8 @@
 # A structured output whose regular expression or schema cannot be compiled is refused with an error, as it should be. With a draft model the pipeline
 # keeps a handle of each request in a map (`m_draft_generations`); after an error both models' requests are dropped, and the map keeps the handle under
 # the request's number. Numbers begin with 0 in each call, and a number that is there is not written again, so the drafter's request of the next call
-# is dropped as soon as it is made. The drafter still runs for one token a step, which is not used: a server is then slower than without a drafter, for all
-# its users, until it is restarted, and only the metrics tell. Texts stay right. Without a drafter, and with prompt lookup, nothing remains.
+# is dropped as soon as it is made. The drafter still runs for one token a step, which is not used: each token costs a pass of the drafter more, for all
+# users of the pipeline, until it is made anew, and only the metrics tell. Texts stay right.
 # Expected: the next requests are as before.
 # Seen, 2026-11-30 (a CPU, float32, two llamas of two layers with random weights, greedy, 40 tokens, 4 drafts a round), tokens accepted of two prompts:
 #     before a regular expression with a mistake: accepted 20 and 28, of both in one call 48; the drafter wrote 68 tokens for 40; texts right True
