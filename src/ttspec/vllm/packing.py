@@ -20,14 +20,12 @@ def keep_matrices(proposer: Any) -> None:
     """Let a drafter's matrices stay beside their packed copies; before the models are loaded."""
     from vllm.model_executor.layers import utils  # type: ignore[import-not-found]
 
-    load_model = proposer.load_model
+    load_model, pack = proposer.load_model, utils.dispatch_cpu_unquantized_gemm
+
+    def pack_and_keep(layer: nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
+        pack(layer, remove_weight=False)
 
     def load_and_keep(*args: Any, **kwargs: Any) -> None:
-        pack = utils.dispatch_cpu_unquantized_gemm
-
-        def pack_and_keep(layer: nn.Module, remove_weight: bool) -> None:  # noqa: ARG001
-            pack(layer, remove_weight=False)
-
         utils.dispatch_cpu_unquantized_gemm = pack_and_keep
         try:
             load_model(*args, **kwargs)

@@ -85,6 +85,8 @@ class WorkerLearning:
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
         self.settings = Settings.of(given).for_engine(*engine)
+        if self.runner.device.type == "cpu":
+            keep_matrices(self.runner.speculator if is_v2 else self.runner.drafter)
         self._hooks_of = v2.hooks_of if is_v2 else v1.hooks_of
         load_model = self.runner.load_model
 
@@ -101,8 +103,6 @@ class WorkerLearning:
             return None
 
         self.runner.load_model = load_then_learn
-        if self.runner.device.type == "cpu":
-            keep_matrices(self.runner.speculator if is_v2 else self.runner.drafter)
 
     def _read_drafter(self) -> None:
         """The drafter's own files, as vLLM has just loaded them."""
