@@ -37,8 +37,7 @@ from streams import stream
 
 LEARNING = ("learning", "learned")
 MODES = {
-    "out": "as stock vLLM",
-    "in": "hooks in place, paused",
+    "paused": "nothing of ttspec is in place",
     "still": "learning, nobody is read",
     "read": "all requests are read in every step, no updates",
 }
@@ -49,31 +48,16 @@ RESAMPLED = 2000
 
 
 class Switch:
-    """A worker's extension besides ttspec's: the hooks, part by part."""
+    """A worker's extension besides ttspec's: what it does, part by part."""
 
-    model_runner: Any
     ttspec: Any
 
     def mode(self, name: str) -> None:
         """One of `MODES`: what the plugin does from now on, besides what it says of itself."""
-        learner, on = self.ttspec.learner, name != "out"
-        (self.ttspec.resume if name in ("still", "read") else self.ttspec.pause)()
+        learner = self.ttspec.learner
+        (self.ttspec.pause if name == "paused" else self.ttspec.resume)()
         learner.rounds_an_update = 1 << 60  # none of them updates
         learner.share._saved = 1.0 if name == "read" else -1e9
-        runner = self.model_runner
-        if not hasattr(self, "_hooked"):
-            held = [(runner, n) for n in HOOKED if n in vars(runner)]
-            if getattr(runner, "speculator", None) is not None:
-                held.append((runner.speculator, "propose"))
-            self._hooked = [(owner, name, vars(owner)[name]) for owner, name in held]
-            sampler = getattr(runner, "rejection_sampler", None)
-            self._sampler = sampler if hasattr(sampler, "learning") else None
-        for owner, name, hook in self._hooked:
-            vars(owner).pop(name, None)
-            if on:
-                setattr(owner, name, hook)
-        if self._sampler is not None:
-            runner.rejection_sampler = self._sampler if on else self._sampler.sampler
 
     def watch(self) -> None:
         """Time what the learner does from now on, part by part."""
@@ -118,12 +102,6 @@ def timed(work: Any, times: list[tuple[float, float]]) -> Any:
         return out
 
     return work_and_note
-
-
-HOOKED = (
-    *("finish_requests", "add_requests", "sample"),
-    *("_update_states", "_sample", "propose_draft_token_ids"),
-)
 
 
 def extension() -> type:
@@ -480,9 +458,14 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
 
 
 def measure_modes(arms: Arms, end: float) -> None:
-    """What each part of the plugin adds to a step: short turns of one engine, there and back."""
+    """What each part of the plugin adds to a step: short turns of one engine, in random order.
+
+    An engine is slower for some turns after another has worked, so no order may be the rule.
+    """
     order = [*MODES, "static"] if "static" in arms.pipes else list(MODES)
+    rng = random.Random(0)
     for number in range(0, 1 << 20, 8):
+        rng.shuffle(order)
         for name in order:
             if arms.passed >= end:
                 return
@@ -492,7 +475,6 @@ def measure_modes(arms: Arms, end: float) -> None:
             numbers = [(number + n) % 600 for n in range(8)]
             same = {"tokens": 64, "temperature": 0.0, "ignore_eos": True}
             arms.turn("modes", arm, numbers, f"mode {name}", **same)
-        order.reverse()
 
 
 def show(turns: list[dict], a: argparse.Namespace) -> None:
@@ -512,13 +494,13 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
 
 
 def show_modes(turns: list[dict]) -> None:
-    """The usual step of each mode, and over that without hooks, of turns of the same requests."""
+    """The usual step of each mode, and over paused, of turns of the same requests."""
     steps = {(t["arm"].removeprefix("mode "), t["first"]): t for t in turns if t["part"] == "modes"}
     print("one engine, 8 at a time, greedy, 64 tokens: the usual step; median of neighbours")
     rng = random.Random(0)
     for name, does in {**MODES, "static": "another engine, which never learned"}.items():
         own = {first: t["median_ms"] for (arm, first), t in steps.items() if arm == name}
-        others = {f: steps["out", f]["median_ms"] for f in own if ("out", f) in steps}
+        others = {f: steps["paused", f]["median_ms"] for f in own if ("paused", f) in steps}
         if ratios := [own[f] / other for f, other in others.items()]:
             draws = (
                 statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(RESAMPLED)
@@ -526,8 +508,8 @@ def show_modes(turns: list[dict]) -> None:
             low, *_, high = statistics.quantiles(draws, n=40)
             usual, ratio = statistics.median(own.values()), statistics.median(ratios)
             print(
-                f"  {name:8s} {usual:.3f} ms, {ratio:.4f} [{low:.4f}, {high:.4f}] of that without "
-                f"hooks, {len(ratios)} pairs: {does}"
+                f"  {name:8s} {usual:.3f} ms, {ratio:.4f} [{low:.4f}, {high:.4f}] of paused, "
+                f"{len(ratios)} pairs: {does}"
             )
 
 

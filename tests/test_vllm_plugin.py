@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,25 +71,6 @@ def test_a_missing_method_or_argument_is_named(tmp_path: Path) -> None:
     assert hooks.missing_hooks(folder, "V2") == [
         "BaseSpeculator.propose in vllm/v1/worker/gpu/spec_decode/speculator.py"
     ]
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_on_a_cpu_only_the_drafter_stays_unpacked(monkeypatch, fails: bool) -> None:
-    ops, packed = SimpleNamespace(_supports_onednn=True), list[bool]()
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(_custom_ops=ops))
-
-    def load_model(target: str) -> None:
-        packed.append(ops._supports_onednn)
-        if fails:
-            raise OSError(target)
-
-    proposer = SimpleNamespace(load_model=load_model)
-    plugin._keep_drafter_unpacked(proposer)
-    assert ops._supports_onednn  # while the target is loaded
-    with pytest.raises(OSError, match="target") if fails else nullcontext():
-        proposer.load_model("target")
-    assert packed == [False]
-    assert ops._supports_onednn
 
 
 def config(**changes: object) -> SimpleNamespace:
@@ -184,41 +164,81 @@ def test_only_plain_requests_that_did_not_refuse_teach() -> None:
     assert not teaches(grammar, None, False)
 
 
-def fail(*_: object, **__: object) -> None:
-    raise AssertionError("a paused learner is asked for nothing")
+def hooked(runner: SimpleNamespace, learning: SimpleNamespace, front_end) -> list[hooks.Replaced]:
+    """The hooks of a front end, in place."""
+    found = front_end.hooks_of(runner, learning)
+    for hook in found:
+        hook.replace()
+    return found
 
 
-PAUSED = SimpleNamespace(state="paused", watches=False, is_reading=False, run=fail, end_step=fail)
+class Runner:
+    """As much of both model runners as is replaced."""
+
+    def __init__(self) -> None:
+        self.speculator = type("Speculator", (), {"propose": lambda *_, **__: "drafts"})()
+        self.rejection_sampler = "vLLM's"
+
+    def called(self, *_: object, **__: object) -> None: ...
+
+    _update_states = _sample = propose_draft_token_ids = called
+    finish_requests = add_requests = sample = called
 
 
-def test_a_paused_learner_is_asked_for_nothing_by_v1() -> None:
-    runner = SimpleNamespace(
-        _update_states=None,
-        _sample=lambda logits, metadata: "sampled",
-        propose_draft_token_ids=lambda *given: given,
-    )
-    v1.wrap(runner, PAUSED)
-    rest = SimpleNamespace(num_draft_tokens=[3])
-    given = ("scheduled", "sampled", "sampling", "hidden", "of samples", "aux", rest, "attention")
-    assert runner.propose_draft_token_ids(*given) == given
-    assert runner._sample("logits", rest) == "sampled"
+@pytest.mark.parametrize("front_end", [v1, v2])
+def test_nothing_is_in_place_while_learning_is_paused_or_has_ended(monkeypatch, front_end) -> None:
+    learning = plugin.WorkerLearning.__new__(plugin.WorkerLearning)
+    learning.runner, learning._hooks_of, learning._hooks = Runner(), front_end.hooks_of, []
+    learning.log, learning.rank, learning.state = SimpleNamespace(warning=print), 0, "learning"
+    learning._all_learn = learning._sends = False
+    monkeypatch.setattr(learning, "write_status", lambda: None)
+    owners = learning.runner, learning.runner.speculator
+    before = [dict(vars(owner)) for owner in owners]
+
+    def in_place() -> int:
+        now = [dict(vars(owner)) for owner in owners]
+        return sum(len(n.items() ^ b.items()) > 0 for n, b in zip(now, before, strict=True))
+
+    learning._hook()
+    assert in_place()
+    learning.pause()
+    assert learning.state == "paused"
+    assert not in_place()
+    learning.resume()
+    learning.resume()
+    assert in_place()
+    learning.stop("it failed")
+    assert not in_place()
+    learning._all_learn = True  # others go on, and ask this rank at each step they count
+    learning.resume()
+    assert learning.state == "off"
+    assert in_place()
+    learning.stop("it failed again")
+    assert in_place()
+    learning.pause()
+    assert not in_place()
 
 
-def test_a_paused_learner_is_asked_for_nothing_by_v2() -> None:
-    def propose(input_batch, num_sampled, aux_hidden_states, dummy_run=False):
-        return input_batch, num_sampled, aux_hidden_states
+def test_v2_does_not_let_requests_teach_that_it_did_not_see_come() -> None:
+    runner, learning = Runner(), SimpleNamespace(run=lambda work: None)
+    in_place = hooked(runner, learning, v2)
 
-    runner = SimpleNamespace(
-        finish_requests=None,
-        add_requests=None,
-        sample=lambda *given: ("output", *given),
-        speculator=SimpleNamespace(propose=propose),
-        rejection_sampler=lambda logits, batch: "judged",
-    )
-    v2.wrap(runner, PAUSED)
-    assert runner.sample("hidden", "batch") == ("output", "hidden", "batch")
-    assert runner.speculator.propose("batch", 1, aux_hidden_states="aux") == ("batch", 1, "aux")
-    assert runner.rejection_sampler("logits", "batch") == "judged"
+    def come(*ids: str) -> None:
+        sampling = SimpleNamespace(extra_args=None, structured_outputs=None)
+        new = {"sampling_params": sampling, "lora_request": None}
+        new |= {"mm_features": [], "prompt_embeds": None}
+        requests = [SimpleNamespace(req_id=name, **new) for name in ids]
+        runner.add_requests(SimpleNamespace(scheduled_new_reqs=requests))
+
+    come("a", "b", "_made up")
+    runner.finish_requests(SimpleNamespace(finished_req_ids={"b"}, preempted_req_ids=None))
+    assert [name for name in ("a", "b", "_made up") if learning.may_teach(name)] == ["a"]
+    for hook in in_place:
+        hook.put_back()
+    come("c")
+    hooked(runner, learning, v2)
+    come("d")
+    assert [name for name in "abcd" if learning.may_teach(name)] == ["d"]
 
 
 def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
@@ -229,7 +249,6 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
 
     learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
     learning = SimpleNamespace(
-        watches=True,
         is_reading=False,
         run=lambda work: work(learner),
         end_step=lambda drafts: None,
@@ -241,7 +260,7 @@ def test_v2_tells_of_steps_that_were_sampled_and_of_no_others() -> None:
         speculator=SimpleNamespace(propose=propose),
         rejection_sampler=None,
     )
-    v2.wrap(runner, learning)
+    hooked(runner, learning, v2)
     batch = SimpleNamespace(
         num_reqs=2,
         req_ids=["a", "b"],
@@ -273,7 +292,7 @@ def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
         return "drafts"
 
     learner = SimpleNamespace(absorb=lambda make: steps.append(make()))
-    learning = SimpleNamespace(watches=True, run=lambda work: work(learner), end_step=said.append)
+    learning = SimpleNamespace(run=lambda work: work(learner), end_step=said.append)
     runner = SimpleNamespace(
         _update_states=None,
         _sample=None,
@@ -283,7 +302,7 @@ def test_v1_tells_of_its_steps_however_their_arguments_are_given() -> None:
         input_ids=SimpleNamespace(gpu=torch.arange(9)),
         _get_positions=torch.arange,
     )
-    v1.wrap(runner, learning)
+    hooked(runner, learning, v1)
     scheduled = SimpleNamespace(num_scheduled_tokens={"b": 5, "a": 4})
     sampled, features = torch.tensor([[7, 8, -1], [9, -1, -1]]), [torch.zeros(9, 4)]
     for metadata in (SimpleNamespace(num_draft_tokens=[3, 0]), None):

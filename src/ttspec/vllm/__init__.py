@@ -14,6 +14,7 @@ share.py       how much time that may take
 status.py      the figures of a worker that learns, and a warning
 rows.py        which request has which row
 module.py      what was learned, put into vLLM's own draft module
+packing.py     on a CPU, where vLLM multiplies by packed copies of that
 drafting.py    when that happens, on every rank
 capturing.py   all that as CUDA graphs, in the memory that vLLM left
 kept.py        versions of it on disk, as ttspec's own engine keeps them

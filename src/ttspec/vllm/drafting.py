@@ -15,6 +15,7 @@ from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.learning.update_schedule import share_of_updates
 from ttspec.models.capture import Graphs
 from ttspec.vllm.module import flat, learned_weights, load_in_place, unflattened
+from ttspec.vllm.packing import Packing
 
 
 class LiveDrafter:
@@ -33,8 +34,12 @@ class LiveDrafter:
             like: Of the dtype and on the device of the row.
             group: Of vLLM, the tensor-parallel ranks.
             every: Rounds of requests between two times that these get the same weights.
+
+        Raises:
+            TtspecError: vLLM packs the module's matrices in a way that is not known.
         """
         self.module, self.group, self.every = module, group, every
+        self._packing = Packing(module)
         self.names = list(first)
         self._shapes = {n: tuple(w.shape) for n, w in first.items()}
         self._run = Graphs(torch.device("cpu"))
@@ -98,10 +103,14 @@ class LiveDrafter:
     # What may be captured as a graph, by its name: twice is as once.
 
     def _load_learned(self, key: int) -> None:  # noqa: ARG002
-        load_in_place(self.module, self._drafting())
+        self._load(self._drafting())
 
     def _pack_learned(self, key: int) -> None:  # noqa: ARG002
         self._row[:-1].copy_(flat(self._drafting(), self._row.dtype))
 
     def _load_row(self, key: int) -> None:  # noqa: ARG002
-        load_in_place(self.module, unflattened(self._row[:-1], self.names, self._shapes))
+        self._load(unflattened(self._row[:-1], self.names, self._shapes))
+
+    def _load(self, weights: Mapping[str, Tensor]) -> None:
+        load_in_place(self.module, weights)
+        self._packing.renew()

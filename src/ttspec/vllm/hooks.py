@@ -1,4 +1,4 @@
-"""What the plugin takes hold of in vLLM, by version; and where it must not learn.
+"""What the plugin takes hold of in vLLM, by version, and how; and where it must not learn.
 
 The table was read in the sources of the versions named. It is compared with the sources that are
 installed, before anything is wrapped: a name or an argument that is missing is said by name.
@@ -76,6 +76,25 @@ HOOKS: dict[str, tuple[Hook, ...]] = {
     ),
 }
 """By model runner."""
+
+
+class Replaced:
+    """An attribute of one of vLLM's objects, replaced until it is put back."""
+
+    def __init__(self, owner: Any, name: str, new: Any) -> None:
+        """Not yet."""
+        self._owner, self._name, self._new = owner, name, new
+        self._before = vars(owner).get(name)
+
+    def replace(self) -> None:
+        """Let the new one be called."""
+        vars(self._owner)[self._name] = self._new
+
+    def put_back(self) -> None:
+        """Let the owner be as it was; a method is its class's again."""
+        del vars(self._owner)[self._name]
+        if self._before is not None:
+            vars(self._owner)[self._name] = self._before
 
 
 def vllm_folder() -> Path | None:

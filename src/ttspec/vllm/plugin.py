@@ -27,6 +27,7 @@ from ttspec.vllm.capturing import capture_when_warm, failure_of
 from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import known_target
 from ttspec.vllm.module import learned_names, learned_weights, save_learned
+from ttspec.vllm.packing import keep_matrices
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner, rounds_an_update
 
@@ -39,26 +40,6 @@ def _folder(model: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(str(folder), revision=model.revision, local_files_only=True))
-
-
-def _keep_drafter_unpacked(proposer: Any) -> None:
-    """Keep vLLM on a CPU from packing a drafter's matrices for oneDNN, whose copy it would read.
-
-    What is learned would have no effect. The target's are packed as always: without, a step takes
-    much longer. Before the models are loaded.
-    """
-    from vllm import _custom_ops  # type: ignore[import-not-found]
-
-    load_model = proposer.load_model
-
-    def load_unpacked(*args: Any, **kwargs: Any) -> None:
-        packs, _custom_ops._supports_onednn = _custom_ops._supports_onednn, False
-        try:
-            load_model(*args, **kwargs)
-        finally:
-            _custom_ops._supports_onednn = packs
-
-    proposer.load_model = load_unpacked
 
 
 def attach(worker: Any, given: Any) -> None:
@@ -86,6 +67,8 @@ class WorkerLearning:
         self.state, self.reason = "off", ""
         self._all_learn = self._sends = False
         """Whether several ranks share weights, and whether they do so now."""
+        self._hooks: list[hooks.Replaced] = []
+        """Those in place: none while steps are of no interest."""
         self._status_written = 0.0
         self._warned = False
         self._saving: threading.Thread | None = None
@@ -102,12 +85,14 @@ class WorkerLearning:
             raise TtspecError(reason)
         engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
         self.settings = Settings.of(given).for_engine(*engine)
-        wrap = v2.wrap if is_v2 else v1.wrap
+        if self.runner.device.type == "cpu":
+            keep_matrices(self.runner.speculator if is_v2 else self.runner.drafter)
+        self._hooks_of = v2.hooks_of if is_v2 else v1.hooks_of
         load_model = self.runner.load_model
 
         def load_then_learn(*args: Any, **kwargs: Any) -> None:
             load_model(*args, **kwargs)
-            for part in (self._read_drafter, self._bind, lambda: wrap(self.runner, self)):
+            for part in (self._read_drafter, self._bind, self._hook):
                 failed = failure_of(part)
                 first = self._first_failing(bool(failed))  # all ask: else some would wait for ever
                 if first is not None:
@@ -118,8 +103,6 @@ class WorkerLearning:
             return None
 
         self.runner.load_model = load_then_learn
-        if self.runner.device.type == "cpu":
-            _keep_drafter_unpacked(self.runner.speculator if is_v2 else self.runner.drafter)
 
     def _read_drafter(self) -> None:
         """The drafter's own files, as vLLM has just loaded them."""
@@ -211,15 +194,23 @@ class WorkerLearning:
         """A table of the target, of which every rank has a part."""
         return self.group.all_gather(weight.detach(), dim=0)[:vocabulary]
 
+    def _hook(self) -> None:
+        """Let vLLM tell of its steps."""
+        self._hooks = self._hooks_of(self.runner, self)
+        for hook in self._hooks:
+            hook.replace()
+
+    def _unhook(self) -> None:
+        """Leave vLLM as it is without ttspec, where steps are of no interest any more."""
+        if not self._sends:
+            for hook in self._hooks:
+                hook.put_back()
+            self._hooks = []
+
     # Called by the hooks.
 
     may_teach: Callable[[str], bool]
     """Set by the model runner's front end."""
-
-    @property
-    def watches(self) -> bool:
-        """Whether steps are of interest: not where it is off or paused."""
-        return self.state == "learning" or self._sends
 
     @property
     def is_reading(self) -> bool:
@@ -263,6 +254,7 @@ class WorkerLearning:
     def stop(self, reason: str, *, said: bool = True) -> None:
         """Learn no more; what was learned stays. One line says why, unless another rank says it."""
         self.state, self.reason = "off", " ".join(reason.split())
+        self._unhook()
         if said:
             self.log.warning("ttspec does not learn: %s", self.reason)
         self.write_status()
@@ -271,16 +263,19 @@ class WorkerLearning:
         """Learn nothing until `resume`; the weights stay as they are. All ranks are asked."""
         self._sends = False
         self.run(lambda learner: learner.forget_all())
+        self._unhook()
         if self.state == "learning":
             self.state = "paused"
             self.write_status()
 
     def resume(self) -> None:
-        """Go on learning; requests that were under way teach from where they are."""
+        """Go on learning; V2 does not know requests that were under way: new ones teach."""
         self._sends = self._all_learn
         if self.state == "paused":
             self.state = "learning"
             self.write_status()
+        if not self._hooks and (self.state == "learning" or self._sends):
+            self._hook()
 
     def revert(self) -> None:
         """Give the drafter back the weights that it came with. All ranks are asked."""

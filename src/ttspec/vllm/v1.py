@@ -1,6 +1,6 @@
 """vLLM's V1 model runner: where a step's tensors are, and what is called when.
 
-Wrapped are methods of this one runner, and of each only what comes before or after it.
+Replaced are methods of this one runner, and of each only what comes before or after it is new.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ttspec.vllm.hooks import Replaced
 from ttspec.vllm.verified import EngineStep
 
 if TYPE_CHECKING:
     from ttspec.vllm.plugin import WorkerLearning
 
 
-def wrap(runner: Any, learning: WorkerLearning) -> None:
-    """Let a runner that has its models tell `learning` of every step."""
+def hooks_of(runner: Any, learning: WorkerLearning) -> list[Replaced]:
+    """What lets a runner that has its models tell `learning` of every step."""
     update_states, sample = runner._update_states, runner._sample
     propose = runner.propose_draft_token_ids
     names = list(signature(propose).parameters)
@@ -45,18 +46,19 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         return sample(logits, spec_decode_metadata)
 
     def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
-        if learning.watches:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            metadata = given["spec_decode_metadata"]
-            drafts = metadata.num_draft_tokens if metadata else []
-            learning.run(lambda learner: learner.absorb(lambda: step(runner, given, drafts)))
-            learning.end_step(drafts)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        metadata = given["spec_decode_metadata"]
+        drafts = metadata.num_draft_tokens if metadata else []
+        learning.run(lambda learner: learner.absorb(lambda: step(runner, given, drafts)))
+        learning.end_step(drafts)
         return propose(*args, **kwargs)
 
     learning.may_teach = may_teach
-    runner._update_states = update_states_and_forget
-    runner._sample = keep_logits_and_sample
-    runner.propose_draft_token_ids = learn_and_propose
+    return [
+        Replaced(runner, "_update_states", update_states_and_forget),
+        Replaced(runner, "_sample", keep_logits_and_sample),
+        Replaced(runner, "propose_draft_token_ids", learn_and_propose),
+    ]
 
 
 def step(runner: Any, given: dict[str, Any], drafts: list[int]) -> EngineStep:

@@ -1,7 +1,7 @@
 """vLLM's V2 model runner: where a step's tensors are, and what is called when.
 
-Wrapped are methods of this one runner, its rejection sampler and its speculator, and of each only
-what comes before or after it. Steps that only warm up are not looked at.
+Replaced are methods of this one runner, its rejection sampler and a method of its speculator, and
+of each only what comes before or after it is new. Steps that only warm up are not looked at.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ttspec.vllm.hooks import Replaced
 from ttspec.vllm.v1 import teaches
 from ttspec.vllm.verified import EngineStep
 
@@ -43,19 +44,19 @@ class WatchedSampler:
         setattr(self.sampler, name, value)
 
 
-def wrap(runner: Any, learning: WorkerLearning) -> None:
-    """Let a runner that has its models tell `learning` of every step."""
+def hooks_of(runner: Any, learning: WorkerLearning) -> list[Replaced]:
+    """What lets a runner that has its models tell `learning` of every step."""
     finish, add, sample = runner.finish_requests, runner.add_requests, runner.sample
     propose = runner.speculator.propose
     names = list(signature(propose).parameters)
     was_sampled = False
-    barred: set[str] = set()
-    """Requests that must not teach."""
+    teaching: set[str] = set()
+    """Requests that were seen when they came, and may teach."""
 
     def finish_and_forget(scheduler_output: Any) -> None:
         gone = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
         if gone:
-            barred.difference_update(gone)
+            teaching.difference_update(gone)
             learning.run(lambda learner: learner.forget(gone))
         finish(scheduler_output)
 
@@ -63,8 +64,8 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         for new in scheduler_output.scheduled_new_reqs:
             other = bool(new.mm_features) or new.prompt_embeds is not None
             other = other or new.req_id.startswith(WARM_UP)
-            if not teaches(new.sampling_params, new.lora_request, other):
-                barred.add(new.req_id)
+            if teaches(new.sampling_params, new.lora_request, other):
+                teaching.add(new.req_id)
         add(scheduler_output)
 
     def sample_and_note(*args: Any, **kwargs: Any) -> Any:
@@ -74,7 +75,7 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
 
     def learn_and_propose(*args: Any, **kwargs: Any) -> Any:
         nonlocal was_sampled
-        if was_sampled and learning.watches:
+        if was_sampled:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             if not given.get("dummy_run"):
                 drafts = drafts_of(given["input_batch"])
@@ -83,12 +84,16 @@ def wrap(runner: Any, learning: WorkerLearning) -> None:
         was_sampled = False
         return propose(*args, **kwargs)
 
-    learning.may_teach = lambda request: request not in barred
-    runner.finish_requests, runner.add_requests = finish_and_forget, look_and_add
-    runner.sample = sample_and_note
-    runner.speculator.propose = learn_and_propose
-    if runner.rejection_sampler is not None:
-        runner.rejection_sampler = WatchedSampler(runner.rejection_sampler, learning)
+    learning.may_teach = teaching.__contains__
+    hooks = [
+        Replaced(runner, "finish_requests", finish_and_forget),
+        Replaced(runner, "add_requests", look_and_add),
+        Replaced(runner, "sample", sample_and_note),
+        Replaced(runner.speculator, "propose", learn_and_propose),
+    ]
+    if (sampler := runner.rejection_sampler) is not None:
+        hooks.append(Replaced(runner, "rejection_sampler", WatchedSampler(sampler, learning)))
+    return hooks
 
 
 def drafts_of(batch: Any) -> list[int]:
