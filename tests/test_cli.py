@@ -107,6 +107,27 @@ def test_a_typing_mistake_is_answered_with_the_right_name(capsys) -> None:
     assert second == "Try: ttspec generate --help"
 
 
+def test_a_prompt_without_quotes_and_a_second_value_are_told_with_what_to_do(capsys) -> None:
+    assert main(["generate", "why", "is", "it", "so"]) == 2
+    first, second = complaint(capsys)
+    assert "'is it so' was given" in first
+    assert "in quotes" in second
+    assert main(["generate", "why", "--stop", "A", "B"]) == 2
+    assert "--stop A --stop B" in complaint(capsys)[1]
+
+
+def test_help_says_how_flags_are_written_and_what_it_shows_is_understood(
+    pair: list[str], capsys
+) -> None:
+    assert main(["generate", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = ["--logit-bias.198=-5", "--logit-bias", '{"198": -5, "13": 2}']
+    assert " or ".join((shown[0], f"{shown[1]} '{shown[2]}'")) in out
+    assert "as in 11,12,198" in out
+    for words in (shown[:1], shown[1:], ["--bad-words-ids", "11,12,198"]):
+        assert main(["generate", "hi", *pair, "--max-new-tokens", "4", *words]) == 0
+
+
 def test_a_number_that_is_not_whole_is_told_with_the_flag_and_what_is_allowed(capsys) -> None:
     assert main(["bench", "run", "--out", "o", "--rows", "1.5"]) == 2
     first, second = complaint(capsys)
@@ -379,6 +400,23 @@ def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> 
     out, err = capsys.readouterr()
     assert out == once * 2
     assert "session: 1 turns" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "; what the drafter learned is forgotten."),
+        (["--learn.scope", "shared"], "; what the drafter learned stays."),
+        (["--no-learn"], "."),
+        (["--drafter", "ngram"], "."),
+    ],
+)
+def test_reset_says_what_happens_to_what_was_learned(
+    pair, capsys, monkeypatch, flags: list[str], said: str
+) -> None:
+    pair = pair[:2] if "--drafter" in flags else pair
+    assert talk(pair, "/reset\n", monkeypatch, *flags) == 0
+    assert f"A new conversation begins{said}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])

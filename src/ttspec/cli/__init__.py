@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
-from cyclopts import App, CycloptsError, Parameter, convert
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, convert
 
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
@@ -96,6 +96,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
+    except UnusedCliTokensError as error:
+        words = " ".join(error.unused_tokens or ())
+        return _complain(
+            f"{words!r} was given beside what the command takes.\nWhere an option takes several "
+            "values, repeat it: --stop A --stop B. Put a text of several words in quotes.",
+            WRONG_INPUT,
+        )
     except CycloptsError as error:
         advice = f"Try: {' '.join(['ttspec', *app.parse_commands(tokens)[0]])} --help"
         return _complain(f"{error}\n{advice}", WRONG_INPUT)

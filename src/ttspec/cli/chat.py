@@ -125,12 +125,23 @@ class Conversation:
                 say(self.figures())
             case "/reset":
                 self.reset()
-                say("A new conversation begins; what the drafter learned is forgotten.")
+                say(f"A new conversation begins{self._what_stays()}.")
             case _ if line.startswith("/") and line[1:].isalpha():
                 say(f"{line} is no command. {HELP}")
             case _:
                 return self.answer(line)
         return False
+
+    def _what_stays(self) -> str:
+        """What `/reset` does to what was learned, if anything learns."""
+        learn, drafter = self.settings["learn"], self.engine.drafter
+        if learn is None or drafter is None or not drafter.weights:
+            return ""
+        if learn.scope == "shared":
+            return "; what the drafter learned stays"
+        if self.resume:
+            return f"; the drafter is again what {self.resume} holds"
+        return "; what the drafter learned is forgotten"
 
     def answer(self, text: str) -> bool:
         """Stream the answer to a text; whether Ctrl-C cut it short."""
