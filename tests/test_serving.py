@@ -577,6 +577,24 @@ def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engi
             assert isinstance(said["n"], int)
 
 
+def test_behind_a_whole_answer_of_a_schema_there_are_end_tokens_only(engine, client) -> None:
+    """Where a request ignores them, the answer goes on: as vLLM has it."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    ends = engine.target.ends
+    for response_format in (FORM, form):
+        asked = {"response_format": response_format, "seed": 3, "return_token_ids": True}
+        asked |= {"max_tokens": 120, "temperature": 1.0}
+        (short,) = chat(client, ignore_eos=False, **asked).json()["choices"]
+        answer = chat(client, ignore_eos=True, **asked)
+        assert answer.status_code == 200, answer.text
+        (long,) = answer.json()["choices"]
+        assert (short["finish_reason"], long["finish_reason"]) == ("stop", "length")
+        whole = len(short["token_ids"])
+        assert long["token_ids"][:whole] == short["token_ids"]
+        assert set(long["token_ids"][whole:]) <= set(ends)
+        assert long["message"]["content"] == short["message"]["content"]
+
+
 def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
     for schema in (
         {"not": {"type": "string"}},
