@@ -203,6 +203,9 @@ def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, t
     (tmp_path / "taken").touch()
     assert main([*command, "--out", str(tmp_path / "taken"), *pair]) == 2
     assert capsys.readouterr().err.endswith("File exists\nName a folder; this is a file.\n")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main([*command, "--out", str(tmp_path / "link"), *pair]) == 2
+    assert capsys.readouterr().err.endswith("this is a link that leads to no folder.\n")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
@@ -417,6 +420,17 @@ def test_reset_says_what_happens_to_what_was_learned(
     pair = pair[:2] if "--drafter" in flags else pair
     assert talk(pair, "/reset\n", monkeypatch, *flags) == 0
     assert f"A new conversation begins{said}\n" in capsys.readouterr().err
+
+
+def test_chat_says_what_is_full(pair, capsys, monkeypatch) -> None:
+    talking = ["chat", *pair, "--ignore-eos", "--max-new-tokens", "999"]
+    for flags, said in (
+        (["--context", "40"], "--context gives more, up to 512 tokens."),
+        ([], "The target's context is full"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        assert main([*talking, *flags]) == 0
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])

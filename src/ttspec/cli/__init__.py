@@ -119,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = WRONG_INPUT if error.errno in TAKEN else FAILED
         where = f"{error.filename}: " if error.filename else ""
         advice = ADVICE.get(error.errno, "")
+        if code == WRONG_INPUT and error.filename and Path(error.filename).is_symlink():
+            advice = "Name another place; this is a link that leads to no folder."
         return _complain(f"{where}{error.strerror or error}\n{advice}", code)
 
 

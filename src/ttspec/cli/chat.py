@@ -149,11 +149,23 @@ class Conversation:
         print(flush=True)
         self.results.append(result)
         if result.finish_reason == "context":
-            say("The target's context is full; /reset starts afresh.")
+            say(self._no_room())
         if not self.warned and (warning := low_acceptance(result.rounds)):
             self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"
+
+    def _no_room(self) -> str:
+        """What is full, and what gives room."""
+        from ttspec.decoding.engine import SESSION_CONTEXT
+
+        most = self.engine.target.context
+        if (self.settings.get("context") or SESSION_CONTEXT) >= most:
+            return "The target's context is full; /reset starts afresh."
+        return (
+            "The conversation's room is full; /reset starts afresh, and --context gives more, up "
+            f"to {most:,} tokens."
+        )
 
     def figures(self) -> str:
         """The last turn, and all turns together."""
