@@ -535,6 +535,14 @@ def test_a_server_for_others_needs_keys_and_a_file_of_keys_is_checked(tmp_path) 
         add_key(path, "bob")
     with pytest.raises(OptionError):
         add_key(tmp_path / "new", "a name")
+    with pytest.raises(OptionError, match="but - alone"):  # whose texts are everybody's
+        add_key(tmp_path / "new", "-")
+    path.write_text("- sha256:" + "0" * 64)
+    with pytest.raises(DataError, match="no key"):
+        read_keys(path)
+    for place in (tmp_path / "nowhere" / "keys", tmp_path):
+        with pytest.raises(DataError, match=r"cannot be written: .*\n.*a folder that is there"):
+            add_key(place, "alice")
 
 
 def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
@@ -631,6 +639,14 @@ def test_a_conversation_that_comes_back_is_read_from_where_it_changed_by_its_ten
             assert answer["choices"][0]["token_ids"] == alone.token_ids
         assert held["bob"] == 0
         assert held["alice"] >= first["usage"]["prompt_tokens"]
+
+
+def test_a_clock_that_is_set_back_leaves_the_page_s_last_seconds(client, monkeypatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert complete(client, max_tokens=4).status_code == 200
+    monkeypatch.undo()
+    live = client.get("/live").json()
+    assert 0 <= live["now"] - live["seconds"][-1]["second"] < 100
 
 
 def test_a_grammar_that_fails_takes_only_its_own_answer(engine, client, monkeypatch) -> None:

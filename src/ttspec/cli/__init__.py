@@ -97,10 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
     except UnusedCliTokensError as error:
-        words = " ".join(error.unused_tokens or ())
+        words, command = " ".join(error.unused_tokens or ()), app.parse_commands(tokens)[0]
         return _complain(
-            f"{words!r} was given beside what the command takes.\nWhere an option takes several "
-            "values, repeat it: --stop A --stop B. Put a text of several words in quotes.",
+            f"{words!r} was given beside what the command takes.\nPut a text of several words in "
+            "quotes; repeat an option that takes several values (--stop A --stop B). Try: "
+            f"{' '.join(['ttspec', *command])} --help",
             WRONG_INPUT,
         )
     except CycloptsError as error:
