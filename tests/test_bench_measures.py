@@ -1,6 +1,7 @@
 """Numbers of a benchmark against sums done by hand."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -119,6 +120,14 @@ def test_stages_add_up_to_the_wall_clock() -> None:
     arm = arm_of("learn", {(0, 0): [2] * 10})
     stages = m.stage_seconds(arm)
     assert sum(stages.values()) == pytest.approx(arm.seconds / arm.tokens)
+
+
+def test_what_comes_after_verifying_is_no_learning_where_there_was_no_update() -> None:
+    arm = arm_of("static", {(0, 0): [2] * 10})
+    assert m.stage_seconds(arm)["learn"] == 0
+    rounds = arm.turns[0].result.rounds
+    rounds[0] = replace(rounds[0], updates=1)
+    assert m.stage_seconds(arm)["learn"] == pytest.approx(0.1 * 10 / arm.tokens)
 
 
 def test_texts_that_differ_are_named_with_the_first_token() -> None:

@@ -71,6 +71,9 @@ def test_every_arm_runs_on_every_request_and_says_the_same(pair, suite, tmp_path
     assert main([*flags, "0.9"]) == 0
     assert main([*flags, "5"]) == 1
     assert "verdict: FAIL" in capsys.readouterr().out
+    for ratio in ("nan", "inf", "-1"):  # which every ratio would pass, or none
+        assert main([*flags, ratio]) == 2
+        assert "--fail-below is" in capsys.readouterr().err
 
 
 def test_a_session_keeps_its_context_and_its_positions(pair, suite, tmp_path) -> None:

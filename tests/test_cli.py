@@ -107,6 +107,27 @@ def test_a_typing_mistake_is_answered_with_the_right_name(capsys) -> None:
     assert second == "Try: ttspec generate --help"
 
 
+def test_a_prompt_without_quotes_and_a_second_value_are_told_with_what_to_do(capsys) -> None:
+    assert main(["generate", "why", "is", "it", "so"]) == 2
+    first, second = complaint(capsys)
+    assert "'is it so' was given" in first
+    assert "in quotes" in second
+    assert main(["generate", "why", "--stop", "A", "B"]) == 2
+    assert "--stop A --stop B" in complaint(capsys)[1]
+
+
+def test_help_says_how_flags_are_written_and_what_it_shows_is_understood(
+    pair: list[str], capsys
+) -> None:
+    assert main(["generate", "--help"]) == 0
+    out = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    shown = ["--logit-bias.198=-5", "--logit-bias", '{"198": -5, "13": 2}']
+    assert " or ".join((shown[0], f"{shown[1]} '{shown[2]}'")) in out
+    assert "as in 11,12,198" in out
+    for words in (shown[:1], shown[1:], ["--bad-words-ids", "11,12,198"]):
+        assert main(["generate", "hi", *pair, "--max-new-tokens", "4", *words]) == 0
+
+
 def test_a_number_that_is_not_whole_is_told_with_the_flag_and_what_is_allowed(capsys) -> None:
     assert main(["bench", "run", "--out", "o", "--rows", "1.5"]) == 2
     first, second = complaint(capsys)
@@ -182,6 +203,9 @@ def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, t
     (tmp_path / "taken").touch()
     assert main([*command, "--out", str(tmp_path / "taken"), *pair]) == 2
     assert capsys.readouterr().err.endswith("File exists\nName a folder; this is a file.\n")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert main([*command, "--out", str(tmp_path / "link"), *pair]) == 2
+    assert capsys.readouterr().err.endswith("this is a link that leads to no folder.\n")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
@@ -379,6 +403,34 @@ def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> 
     out, err = capsys.readouterr()
     assert out == once * 2
     assert "session: 1 turns" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "; what the drafter learned is forgotten."),
+        (["--learn.scope", "shared"], "; what the drafter learned stays."),
+        (["--no-learn"], "."),
+        (["--drafter", "ngram"], "."),
+    ],
+)
+def test_reset_says_what_happens_to_what_was_learned(
+    pair, capsys, monkeypatch, flags: list[str], said: str
+) -> None:
+    pair = pair[:2] if "--drafter" in flags else pair
+    assert talk(pair, "/reset\n", monkeypatch, *flags) == 0
+    assert f"A new conversation begins{said}\n" in capsys.readouterr().err
+
+
+def test_chat_says_what_is_full(pair, capsys, monkeypatch) -> None:
+    talking = ["chat", *pair, "--ignore-eos", "--max-new-tokens", "999"]
+    for flags, said in (
+        (["--context", "40"], "--context gives more, up to 512 tokens."),
+        ([], "The target's context is full"),
+    ):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+        assert main([*talking, *flags]) == 0
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["chat", "generate"])

@@ -184,7 +184,10 @@ def test_adapt_says_what_it_needs(kept: Path, models, words, reason, capsys, tmp
 def test_too_little_traffic_writes_nothing_and_fails(kept: Path, models, capsys, tmp_path) -> None:
     few = [*SAYS[2:], "--max-new-tokens", "8", "--out", str(tmp_path / "out")]
     assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *few]) == 1
-    assert "nothing was written" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "nothing was written" in told
+    assert "What was learned last is not kept: 0 blocks were held out" in told
+    assert adapt.PREFIX not in told, "a folder that is gone when this is read"
     assert not (tmp_path / "out").exists()
 
 
@@ -221,6 +224,20 @@ def test_a_disk_that_takes_no_version_is_not_called_too_little_traffic(
     told = capsys.readouterr().err
     assert f"What was learned could not be written to {tmp_path / 'kept'}" in told
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_for_temporary_files_is_named_and_what_to_do(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    out = ["--out", str(tmp_path / "out")]
+    with full_disk():
+        assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *SAYS, *out]) == 1
+    *_, error, what = capsys.readouterr().err.splitlines()
+    assert f"could not be written to {tmp_path}, where temporary files go, and is lost" in error
+    assert "--learn.keep" in what
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_could_not_be_exported_stays_and_is_named(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer
 from safetensors.torch import load_file, save_file
-from toys import complaint
+from toys import complaint, little_memory
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
@@ -210,6 +210,31 @@ def test_files_that_hold_something_else_are_named(
     assert isinstance(answer, TtspecError)
     assert message in str(answer)
     assert len(str(answer).splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [10**6, 10**9])
+@pytest.mark.parametrize(
+    ("which", "key", "message"),
+    [
+        ("llama", "num_hidden_layers", ": num_hidden_layers is {:,}; the files hold 21 tensors."),
+        ("gpt2", "n_layer", ": n_layer is {:,}; the files hold 28 tensors."),
+        ("llama", "intermediate_size", " asks for a model of "),
+        ("qwen3", "vocab_size", " asks for a model of "),
+        ("gpt2", "n_positions", " asks for a model of "),
+    ],
+)
+def test_sizes_that_no_file_can_hold_are_refused_before_they_take_memory(
+    which: str, key: str, message: str, number: int, whole: dict[str, Path], tmp_path: Path
+):
+    folder = tmp_path / "model"
+    shutil.copytree(whole[which], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: number}))
+    with little_memory(2**29):
+        answer = ours(folder)
+    assert isinstance(answer, TargetError)
+    assert f"{folder}{message.format(number)}" in str(answer)
+    assert "must belong together" in str(answer)
 
 
 def test_a_resized_embedding_is_told_with_both_sizes_and_what_to_set(

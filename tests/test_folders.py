@@ -119,5 +119,16 @@ def test_a_long_reason_of_the_hub_ends_with_a_word(monkeypatch: pytest.MonkeyPat
     assert "unreachable ....\n" in refused("owner/name", ResourceError)
 
 
+def test_a_page_in_place_of_the_hub_s_answer_is_told_as_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def page(*_: object, **__: object) -> None:
+        json.loads("<html>Log in to this network</html>")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", page)
+    with pytest.raises(ResourceError, match=r"no JSON, as that of a login page.*\nTry again"):
+        source.resolve("owner/name")
+
+
 def test_a_name_that_the_hub_cannot_have_is_refused() -> None:
     assert "'no such name'" in refused("no such name")

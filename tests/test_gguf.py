@@ -365,6 +365,8 @@ def test_an_unknown_tokenizer_is_taken_from_beside_the_file_if_it_fits(tmp_path:
     ("options", "message"),
     [
         ({"keys": {"llama.attention.sliding_window": 64}}, "llama.attention.sliding_window = 64"),
+        ({"keys": {"llama.block_count": 10**9}}, "block_count is 1,000,000,000; the files hold"),
+        ({"keys": {"llama.feed_forward_length": 10**9}}, "asks for a model of"),
         ({"keys": {"llama.expert_count": 8}}, "llama.expert_count = 8"),
         ({"keys": {"llama.rope.dimension_count": 8}}, "rope.dimension_count = 8"),
         ({"keys": {"llama.rope.scaling.type": "longrope"}}, "by 'longrope'"),

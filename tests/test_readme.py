@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ttspec
 from ttspec.bench.arms import parse_arms
 from ttspec.cli import COMMANDS, app, main
+from ttspec.cli.check import tie_margin
+from ttspec.decoding.engine import Engine
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "findings/README.md"]
@@ -215,15 +218,33 @@ def test_python_blocks_run(page: str, pair, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out
 
 
+def gaps(engine: Engine, prompt: str, answer: str) -> Tensor:
+    """By how much each token of an answer, its end too, is less likely than the likeliest one."""
+    chat = engine.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+    )
+    said = [*engine.tokenizer(answer)["input_ids"], engine.tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = engine.target.model(torch.tensor([[*chat, *said]])).logits[0, -len(said) - 1 : -1]
+    return logits.amax(-1) - logits.gather(-1, torch.tensor(said)[:, None])[:, 0]
+
+
 @pytest.mark.slow
 @pytest.mark.weights
 def test_the_first_command_prints_what_the_readme_says(smollm2_dir, capsys) -> None:
+    """Every word; in bfloat16 rounding may choose between two that are as likely."""
     words = ttspec_lines("README.md")[0]
     assert main(words) == 0
-    printed = capsys.readouterr().out.split()
+    printed = capsys.readouterr().out.strip()
     shown = next(b for b in blocks("README.md", "") if "tokens/s" in b)
     *answer, figures = shown.strip().splitlines()
-    assert printed[:10] == " ".join(answer).split()[:10]  # bfloat16: later words may differ
+    assert printed.split()[:10] == " ".join(answer).split()[:10]
+    engine = ttspec.load("smollm2-135m", None, dtype="float32")
+    for text in (printed, " ".join(answer)):
+        assert gaps(engine, words[1], text).max() < tie_margin("bfloat16")
+    assert len(gaps(engine, words[1], " ".join(answer))) == int(figures.split()[0])
+    wrong = printed.replace("salty", "sweet", 1)
+    assert gaps(engine, words[1], wrong).max() > 3 * tie_margin("bfloat16")
     copied = r"\d+ tokens · \d+ copied · [\d.]+ tokens/s · acceptance length .*updates"
     assert re.fullmatch(copied, figures)
 

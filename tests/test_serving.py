@@ -535,6 +535,14 @@ def test_a_server_for_others_needs_keys_and_a_file_of_keys_is_checked(tmp_path) 
         add_key(path, "bob")
     with pytest.raises(OptionError):
         add_key(tmp_path / "new", "a name")
+    with pytest.raises(OptionError, match="but - alone"):  # whose texts are everybody's
+        add_key(tmp_path / "new", "-")
+    path.write_text("- sha256:" + "0" * 64)
+    with pytest.raises(DataError, match="no key"):
+        read_keys(path)
+    for place in (tmp_path / "nowhere" / "keys", tmp_path):
+        with pytest.raises(DataError, match=r"cannot be written: .*\n.*a folder that is there"):
+            add_key(place, "alice")
 
 
 def test_each_request_has_sampling_options_of_its_own(engine, client) -> None:
@@ -577,6 +585,24 @@ def test_an_answer_keeps_to_a_schema_greedy_and_sampled_whatever_is_drafted(engi
             assert isinstance(said["n"], int)
 
 
+def test_behind_a_whole_answer_of_a_schema_there_are_end_tokens_only(engine, client) -> None:
+    """Where a request ignores them, the answer goes on: as vLLM has it."""
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}
+    ends = engine.target.ends
+    for response_format in (FORM, form):
+        asked = {"response_format": response_format, "seed": 3, "return_token_ids": True}
+        asked |= {"max_tokens": 120, "temperature": 1.0}
+        (short,) = chat(client, ignore_eos=False, **asked).json()["choices"]
+        answer = chat(client, ignore_eos=True, **asked)
+        assert answer.status_code == 200, answer.text
+        (long,) = answer.json()["choices"]
+        assert (short["finish_reason"], long["finish_reason"]) == ("stop", "length")
+        whole = len(short["token_ids"])
+        assert long["token_ids"][:whole] == short["token_ids"]
+        assert set(long["token_ids"][whole:]) <= set(ends)
+        assert long["message"]["content"] == short["message"]["content"]
+
+
 def test_a_schema_that_cannot_be_kept_to_is_refused(client) -> None:
     for schema in (
         {"not": {"type": "string"}},
@@ -613,6 +639,14 @@ def test_a_conversation_that_comes_back_is_read_from_where_it_changed_by_its_ten
             assert answer["choices"][0]["token_ids"] == alone.token_ids
         assert held["bob"] == 0
         assert held["alice"] >= first["usage"]["prompt_tokens"]
+
+
+def test_a_clock_that_is_set_back_leaves_the_page_s_last_seconds(client, monkeypatch) -> None:
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    assert complete(client, max_tokens=4).status_code == 200
+    monkeypatch.undo()
+    live = client.get("/live").json()
+    assert 0 <= live["now"] - live["seconds"][-1]["second"] < 100
 
 
 def test_a_grammar_that_fails_takes_only_its_own_answer(engine, client, monkeypatch) -> None:

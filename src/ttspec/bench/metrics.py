@@ -251,9 +251,13 @@ def time_to_first_token(arm: Arm) -> float | None:
 
 
 def stage_seconds(arm: Arm) -> dict[str, float]:
-    """Seconds a token by stage; the rest is prefill, text and Python."""
+    """Seconds a token by stage; the rest is prefill, text and Python.
+
+    The stage of learning is what comes after verifying: without updates none of it is learning.
+    """
     count = max(arm.tokens, 1)
     draft, verify, learn = (sum(r.seconds[i] for r in arm.rounds) / count for i in range(3))
+    learn *= arm.updates > 0
     other = max(arm.seconds / count - draft - verify - learn, 0.0)
     return {"draft": draft, "verify": verify, "learn": learn, "other": other}
 

@@ -65,8 +65,8 @@ def demo_sentences(arms: Sequence[Arm]) -> list[str]:
         if what == "Learning" and not after.updates:
             sentences.append(
                 "Learning: no update, since in one conversation of this length they cost more than "
-                "they bring. With --learn.stride 8 they come all the same; `ttspec serve` learns "
-                "from all requests."
+                "they bring. With `--learn.stride 8` they come all the same; `ttspec serve` "
+                "learns from all requests."
             )
             continue
         accepted = after.acceptance(LATE), before.acceptance(LATE)

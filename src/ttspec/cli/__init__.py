@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, get_args
 
-from cyclopts import App, CycloptsError, Parameter, convert
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, convert
 
 from ttspec.errors import ResourceError, TrainingError, TtspecError
 
@@ -96,6 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = app(tokens, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
         return code if isinstance(code, int) else DONE
+    except UnusedCliTokensError as error:
+        words, command = " ".join(error.unused_tokens or ()), app.parse_commands(tokens)[0]
+        return _complain(
+            f"{words!r} was given beside what the command takes.\nPut a text of several words in "
+            "quotes; repeat an option that takes several values (--stop A --stop B). Try: "
+            f"{' '.join(['ttspec', *command])} --help",
+            WRONG_INPUT,
+        )
     except CycloptsError as error:
         advice = f"Try: {' '.join(['ttspec', *app.parse_commands(tokens)[0]])} --help"
         return _complain(f"{error}\n{advice}", WRONG_INPUT)
@@ -112,6 +120,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = WRONG_INPUT if error.errno in TAKEN else FAILED
         where = f"{error.filename}: " if error.filename else ""
         advice = ADVICE.get(error.errno, "")
+        if code == WRONG_INPUT and error.filename and Path(error.filename).is_symlink():
+            advice = "Name another place; this is a link that leads to no folder."
         return _complain(f"{where}{error.strerror or error}\n{advice}", code)
 
 

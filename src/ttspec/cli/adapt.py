@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import gettempdir, mkdtemp
 from typing import TYPE_CHECKING, Any, cast
 
 from ttspec.cli.options import (
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 REPORT_EVERY = 50
 """Answers between two lines about how far it is."""
+PREFIX = "ttspec-adapt-"
+"""Of the folder for versions that nobody asked to keep."""
 
 
 def adapt(
@@ -75,12 +78,15 @@ def adapt(
     with ExitStack() as work:
         if out is not None:
             work.enter_context(_new_folder(out))
+        tell, place = say, f"{keep}"
         if keep is None:
-            keep = Path(mkdtemp(prefix="ttspec-adapt-"))
+            keep = Path(mkdtemp(prefix=PREFIX))
             work.callback(shutil.rmtree, keep, ignore_errors=True)
+            tell, place = _say_without(keep), f"{gettempdir()}, where temporary files go"
         learn = replace(learning, scope="shared", keep=str(keep)).config()
         settings = {**options.options(), "draft": draft.config(), "learn": learn}
-        engine, version, interrupted = _adapt(traffic, models, {"seed": 0} | settings, rows)
+        settings = {"seed": 0} | settings
+        engine, version, interrupted = _adapt(traffic, models, settings, rows, tell, place)
         if out is not None:
             try:
                 _export(engine, version, out)
@@ -90,6 +96,12 @@ def adapt(
                 say(f"What was learned stays: ttspec learned export {keep} --out FOLDER")
                 raise
     return 130 if interrupted else 0
+
+
+def _say_without(folder: Path) -> Callable[[str], None]:
+    """`say`, but for where a folder is that will be gone before anybody could look at it."""
+    named = re.compile(rf" in {re.escape(str(folder))}[^:\s]*")
+    return lambda line: say(named.sub("", line))
 
 
 @contextmanager
@@ -131,9 +143,17 @@ def _ending_as_ctrl_c() -> Iterator[None]:
 
 
 def _adapt(
-    traffic: Path, models: ModelFlags, settings: dict[str, Any], rows: int
+    traffic: Path,
+    models: ModelFlags,
+    settings: dict[str, Any],
+    rows: int,
+    tell: Callable[[str], None],
+    place: str,
 ) -> tuple[Engine, Version, bool]:
-    """Learn; the engine, the version that drafts best, and whether it was interrupted."""
+    """Learn; the engine, the version that drafts best, and whether it was interrupted.
+
+    `place` is what a user calls the folder of the versions.
+    """
     from ttspec.training.answers import read_dialogues
 
     config, is_run = GenerateConfig(**settings), (traffic / "manifest.json").is_file()
@@ -143,7 +163,7 @@ def _adapt(
             f"{traffic} has a turn that is null, which asks the target to write it; that is for "
             "training.\nLeave it out."
         )
-    engine = models.load(notify=say)
+    engine = models.load(notify=tell)
     if engine.drafter is None or not engine.drafter.weights:
         raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
     with _ending_as_ctrl_c():
@@ -155,7 +175,7 @@ def _adapt(
             interrupted = _report_progress(answers)
         finally:
             kept = engine.close()  # the last version is written
-    return engine, _kept_version(engine, config, written=kept), interrupted
+    return engine, _kept_version(engine, config, None if kept else place), interrupted
 
 
 def _new_answers(
@@ -209,8 +229,10 @@ def _report_progress(answers: Iterator[Result]) -> bool:
     return False
 
 
-def _kept_version(engine: Engine, config: GenerateConfig, *, written: bool) -> Version:
+def _kept_version(engine: Engine, config: GenerateConfig, full: str | None) -> Version:
     """The version that drafts from now on; says what it is worth.
+
+    `full` is where it could not be written, if it could not.
 
     Raises:
         ResourceError: The disk took none.
@@ -223,10 +245,10 @@ def _kept_version(engine: Engine, config: GenerateConfig, *, written: bool) -> V
     assert engine.drafter is not None
     assert config.learn is not None
     root = Path(str(config.learn.keep)).expanduser()
-    if not written:
+    if full:
         raise ResourceError(
-            f"What was learned could not be written to {root}, and is lost.\nMake room there, or "
-            "name another folder."
+            f"What was learned could not be written to {full}, and is lost.\nMake room there, or "
+            "name another folder with --learn.keep."
         )
     pair = fingerprint(engine.target), weights_sha256(engine.drafter.weights)
     found = current_of(place_of(root, *pair, config.tenant))

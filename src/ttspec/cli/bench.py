@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -257,6 +258,10 @@ def compare(
     different_texts
         Compare also where greedy arms emitted different tokens.
     """
+    if fail_below is not None and not 0 <= fail_below < math.inf:
+        raise OptionError(
+            f"--fail-below is {fail_below}; allowed is a ratio from 0 up, as in 1.02."
+        )
     from ttspec.bench import compare as comparison
     from ttspec.bench.table import table_console
 

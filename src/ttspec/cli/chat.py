@@ -125,12 +125,23 @@ class Conversation:
                 say(self.figures())
             case "/reset":
                 self.reset()
-                say("A new conversation begins; what the drafter learned is forgotten.")
+                say(f"A new conversation begins{self._what_stays()}.")
             case _ if line.startswith("/") and line[1:].isalpha():
                 say(f"{line} is no command. {HELP}")
             case _:
                 return self.answer(line)
         return False
+
+    def _what_stays(self) -> str:
+        """What `/reset` does to what was learned, if anything learns."""
+        learn, drafter = self.settings["learn"], self.engine.drafter
+        if learn is None or drafter is None or not drafter.weights:
+            return ""
+        if learn.scope == "shared":
+            return "; what the drafter learned stays"
+        if self.resume:
+            return f"; the drafter is again what {self.resume} holds"
+        return "; what the drafter learned is forgotten"
 
     def answer(self, text: str) -> bool:
         """Stream the answer to a text; whether Ctrl-C cut it short."""
@@ -138,11 +149,23 @@ class Conversation:
         print(flush=True)
         self.results.append(result)
         if result.finish_reason == "context":
-            say("The target's context is full; /reset starts afresh.")
+            say(self._no_room())
         if not self.warned and (warning := low_acceptance(result.rounds)):
             self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"
+
+    def _no_room(self) -> str:
+        """What is full, and what gives room."""
+        from ttspec.decoding.engine import SESSION_CONTEXT
+
+        most = self.engine.target.context
+        if (self.settings.get("context") or SESSION_CONTEXT) >= most:
+            return "The target's context is full; /reset starts afresh."
+        return (
+            "The conversation's room is full; /reset starts afresh, and --context gives more, up "
+            f"to {most:,} tokens."
+        )
 
     def figures(self) -> str:
         """The last turn, and all turns together."""

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, make_dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
 from cyclopts import Parameter
@@ -37,6 +37,19 @@ LearnFlag = Annotated[bool, Parameter(name="--learn")]
 ExportFormat = Annotated[Literal["published", "speculators"], Parameter(name="--format")]
 
 
+NOTES = {
+    "logit_bias": "Added to the score of a token, from -100 to 100, as in --logit-bias.198=-5 or "
+    """--logit-bias '{"198": -5, "13": 2}'.""",
+    "bad_words_ids": "The same as tokens, as in 11,12,198.",
+}
+"""Help of flags that are written in another way than in Python."""
+
+
+def _is_repeatable(kind: Any) -> bool:
+    """It takes several values, each with the flag before it: a tuple, or one left out."""
+    return get_origin(kind) is tuple or any(map(_is_repeatable, get_args(kind)))
+
+
 def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> Any:
     """A twin of an options record in which None means "not given"; its help is the record's.
 
@@ -54,6 +67,9 @@ def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> A
         note = " ".join((notes[field.name] or "").split())
         note = re.sub(r"(^|\. )None\b", r"\1Left out, it", note)  # which nobody can type
         note = note.replace("None", "left out, it")
+        note = NOTES.get(field.name, note)
+        if _is_repeatable(types[field.name]):
+            note += " Repeatable."
         if isinstance(field.default, str | int | float) and not isinstance(field.default, bool):
             note += f" [default: {field.default}]"
         # None here: cyclopts' own, --no-

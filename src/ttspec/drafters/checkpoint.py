@@ -33,6 +33,7 @@ from ttspec.drafters.pard import Pard
 from ttspec.drafters.peagle import PEagle
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.errors import CheckpointError, TtspecError, writing
+from ttspec.models.weight_checks import refuse_layers
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEFAULT_DRAFTERS = {"smollm2-135m": "smollm2-135m-dflash"}
@@ -41,8 +42,6 @@ KINDS: dict[str, type[Drafter]] = {
     c.kind: c for c in (Mtp, PEagle, Pard, Domino, DSpark, DFlash2, DFlash, Eagle3, Causal)
 }
 """In the order in which a config is shown to them."""
-MOST_LAYERS = 1000
-"""More than any model has."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 EAGLE = "EAGLE-1 or EAGLE-2 (it reads one hidden state of the target, and has no head of its own)"
 UNREADABLE = {
@@ -151,7 +150,7 @@ def make_drafter(
     """
     where = path / "config.json" if path else "The config"
     try:
-        _refuse_layers(config, len(names))
+        refuse_layers(config, len(names))
         refuse_keys(kind, config, str(where))
         drafter = KINDS[kind](config, {}, name=name or kind, path=path, names=names)
         drafter.shapes()
@@ -177,23 +176,6 @@ def make_drafter(
             f"{where} is not a complete {kind} config: {reason}.\nCompare it with a published one."
         ) from error
     return drafter
-
-
-def _refuse_layers(config: Mapping[str, Any], tensors: int) -> None:
-    """Refuse layers that no file can hold, before anything is made for each of them.
-
-    EAGLE-3 and MTP heads have the number of the target's layers there: files may have fewer.
-    """
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            _refuse_layers(value, tensors)
-        elif key != "num_hidden_layers" or not isinstance(value, int | float | str):
-            continue
-        elif int(value) > max(MOST_LAYERS, tensors):
-            raise CheckpointError(
-                f"num_hidden_layers is {int(value):,}; the files hold {tensors:,} tensors.\n"
-                "config.json and weights must belong together."
-            )
 
 
 def save_drafter(

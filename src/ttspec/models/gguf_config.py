@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from ttspec.errors import TargetError
+from ttspec.models.weight_checks import refuse_layers
 
 CONFIGS: dict[str, type[PreTrainedConfig]] = {
     "llama": LlamaConfig,  # and Mistral, which says it is one
@@ -126,6 +127,10 @@ def config_of(path: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> PreT
             f"{path} sets {architecture}.{odd[0]} = {own[odd[0]]!r}, which ttspec does not read "
             f"from GGUF files.\n{_SAFETENSORS}"
         )
+    try:
+        refuse_layers(own, len(tensors))
+    except TargetError as error:
+        raise TargetError(f"{path}: {architecture}.{error}") from error
     values = {name: own[key] for key, name in SHAPES.items()}
     heads = own["attention.head_count"]
     size = int(own.get("attention.key_length", own["embedding_length"] // heads))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -37,7 +39,12 @@ from ttspec.models.quantised import (
 )
 from ttspec.models.source import Source
 from ttspec.models.unsupported import softcap_of
-from ttspec.models.weight_checks import require_finite_weights, require_whole
+from ttspec.models.weight_checks import (
+    refuse_layers,
+    require_finite_weights,
+    require_size,
+    require_whole,
+)
 
 if TYPE_CHECKING:
     from ttspec.models.gguf import GgufFile
@@ -143,16 +150,19 @@ def open_files(source: Source) -> Files:
     """Read a target's config.
 
     Raises:
-        TargetError: transformers does not know it, it needs code of its own, or its weights are
-            quantised in a way that was not tried.
+        TargetError: transformers does not know it, it needs code of its own, its weights are
+            quantised in a way that was not tried, or are far fewer than it asks for.
     """
     if source.origin == "gguf":
         from ttspec.models.gguf import read_gguf  # here, for the gguf package takes a while
 
         file = read_gguf(source.path)
+        require_size(source.path, file.config, file.elements)
         return Files(source=source, config=file.config, gguf=file)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        _require_json(source.path / name)
+        given = _require_json(source.path / name)
+        if name == "config.json":
+            _refuse_layers(source.path, given)
     try:
         config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     except Exception as error:  # strict configs have errors of their own
@@ -163,7 +173,10 @@ def open_files(source: Source) -> Files:
             ) from error
         raise _not_loaded(source.path, error) from error
     refuse_unsupported(source.path, config)
-    return Files(source=source, config=config)
+    files = Files(source=source, config=config)
+    if not files.quantised:
+        require_size(source.path, config, sum(count for _, count in _stored(source.path)))
+    return files
 
 
 def _tokenizer_in(path: Path) -> PreTrainedTokenizerBase:
@@ -207,16 +220,21 @@ def add_template(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
 def stored_bytes(folder: Path, dtype: torch.dtype | None = None) -> int:
     """Bytes of the tensors in a folder's safetensors, floating ones in `dtype` or as they are."""
     total = 0
+    for name, count in _stored(folder):
+        if name in FLOATS:
+            total += count * (dtype.itemsize if dtype else FLOATS[name])
+        else:
+            total += count * SIZES.get(name, 1)
+    return total
+
+
+def _stored(folder: Path) -> Iterator[tuple[str, int]]:
+    """Of each tensor in a folder's safetensors, the dtype by its name there, and its elements."""
     for file in folder.glob("*.safetensors"):
         with safe_open(file, framework="np") as tensors:
             for key in tensors.keys():  # noqa: SIM118 - it is no dict
                 part = tensors.get_slice(key)
-                name, count = part.get_dtype(), math.prod(part.get_shape())
-                if name in FLOATS:
-                    total += count * (dtype.itemsize if dtype else FLOATS[name])
-                else:
-                    total += count * SIZES.get(name, 1)
-    return total
+                yield part.get_dtype(), math.prod(part.get_shape())
 
 
 def _not_loaded(path: Path, error: Exception) -> TargetError:
@@ -238,14 +256,24 @@ def _reason(path: Path, error: Exception) -> str:
     return reason
 
 
-def _require_json(path: Path) -> None:
-    """Refuse what transformers would pass over, as a generation config that is no JSON."""
+def _refuse_layers(path: Path, config: dict[str, Any]) -> None:
+    """Refuse layers that the files cannot have, before transformers lists them."""
+    try:
+        with suppress(ValueError, OverflowError):  # no number: transformers says so
+            refuse_layers(config, sum(1 for _ in _stored(path)))
+    except TargetError as error:
+        raise TargetError(f"{path}: {error}") from error
+
+
+def _require_json(path: Path) -> dict[str, Any]:
+    """A file's JSON object; refuses what transformers would pass over, as one that is no JSON."""
     try:
         given = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError):
         given = None
     if not isinstance(given, dict):
         raise TargetError(f"{path} is no JSON object.\nCopy or download it again.")
+    return given
 
 
 def _where(path: Path, value: object) -> str:

@@ -146,7 +146,7 @@ def _check_folder(folder: Path) -> None:
 def _from_hub(name: str, tell: Notify) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    tell(f"Looking up {name} on the model hub.")
+    tell(f"Looking up {name} on the model hub; what is not in its cache is downloaded.")
     try:
         path = snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=_HUB_NOT)
     except errors.GatedRepoError as error:
@@ -157,10 +157,13 @@ def _from_hub(name: str, tell: Notify) -> Path:
         raise TargetError(f"No folder and no hub model is named {name!r}.\n{_CHOICES}") from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
         reason = " ".join(str(error).split()).removeprefix("Got: ")
+        if isinstance(error, json.JSONDecodeError):
+            reason = "its answer is no JSON, as that of a login page or a proxy would be"
         first = reason.partition(". ")[0].rstrip(".") or type(error).__name__
         first = textwrap.shorten(first, 200, placeholder=" ...")
         raise ResourceError(
-            f"{name!r} is no folder here and the model hub did not give it: {first}.\n{_CHOICES}"
+            f"{name!r} is no folder here and the model hub did not give it: {first}.\n"
+            f"Try again, what was downloaded is kept. Or: {_CHOICES}"
         ) from error
     return Path(path)
 

@@ -1,19 +1,73 @@
-"""What must hold of a target once its weights are read: all are there, they fit, they are numbers.
+"""What must hold of a target's weights: they fit its config, all are there, they are numbers.
 
-transformers draws at random what a file lacks, and loads a NaN like any number.
+transformers makes what a config asks for, however large, draws at random what a file lacks, and
+loads a NaN like any number.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from ttspec.errors import TargetError
 
 _AGAIN = "Copy or download the model again."
+_LAYERS = {"num_hidden_layers", "n_layer", "num_layers", "block_count"}
+"""What configs call the number of layers; the last one is of GGUF files."""
+_MOST_LAYERS = 1000
+"""More than any model has."""
+_TIMES_STORED = 4
+"""A model may have as many times the weights of its files: two may be one matrix there."""
+
+
+def refuse_layers(config: Mapping[str, Any], tensors: int) -> None:
+    """Refuse layers that no file can hold, before anything is made for each of them.
+
+    EAGLE-3 and MTP heads have the number of the target's layers there: files may have fewer.
+
+    Raises:
+        TargetError: Names the number, and how many tensors there are.
+        ValueError: It is a text that is no number.
+    """
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            refuse_layers(value, tensors)
+        elif key not in _LAYERS or not isinstance(value, int | float | str):
+            continue
+        elif float(value) > max(_MOST_LAYERS, tensors):
+            raise TargetError(
+                f"{key} is {float(value):,.0f}; the files hold {tensors:,} tensors.\n"
+                "A config and its weights must belong together."
+            )
+
+
+def require_size(path: Path, config: Any, stored: int) -> None:
+    """Refuse a config whose model is far larger than its files, before memory is taken for it.
+
+    Args:
+        path: Where both are.
+        config: transformers' config of the model.
+        stored: Weights in the files, none of them packed.
+
+    Raises:
+        TargetError: Says how many weights there would be, and how many there are.
+    """
+    try:
+        with torch.device("meta"):
+            made = AutoModelForCausalLM.from_config(deepcopy(config))
+    except Exception:  # loading says it better
+        return
+    if (wanted := sum(weight.numel() for weight in made.parameters())) > _TIMES_STORED * stored:
+        raise TargetError(
+            f"{path} asks for a model of {wanted:,} weights; its files hold {stored:,}.\n"
+            f"A config and its weights must belong together. {_AGAIN}"
+        )
 
 
 def require_whole(path: Path, found: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def make_app(worker: Worker, keys: Keys | None, metrics: ServerMetrics, model: s
             "running": running,
             "waiting": waiting,
             "rows": worker.rows,
-            "now": time.time(),
+            "now": time.monotonic(),
             "seconds": metrics.history(),
         }
 

@@ -95,7 +95,7 @@ class GrammarMask:
                 bitmask[row] = self._allowed()[: bitmask.shape[1]]  # it may have a word more
             if token is None:
                 break
-            if self._begun:
+            if self._begun and not self._matcher.is_stopped():
                 if self._matcher.try_consume_tokens([token]) != 1:
                     break
                 taken += 1
@@ -105,7 +105,9 @@ class GrammarMask:
         self._begun = begun
 
     def _take(self, token: int) -> None:
-        if self._begun and not self._matcher.consume_token(token):
+        # Behind a whole answer there are end tokens only, which a request may ask to ignore.
+        over = self._matcher.is_stopped()
+        if self._begun and not over and not self._matcher.consume_token(token):
             self._fail()
         self._begun = self._begun or token == self._begins_after
 

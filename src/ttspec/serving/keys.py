@@ -20,7 +20,8 @@ from ttspec.errors import DataError, OptionError
 PREFIX = "sk-ttspec-"
 ANYBODY = "-"
 """The tenant where there are no keys."""
-_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+_NAME = re.compile(r"(?!-(?:\s|$))[A-Za-z0-9._@-]{1,64}")
+"""Any but `ANYBODY`."""
 _LINE = re.compile(rf"({_NAME.pattern})\s+sha256:([0-9a-f]{{64}})")
 
 
@@ -82,19 +83,27 @@ def add_key(path: Path, name: str) -> str:
 
     Raises:
         OptionError: The name is not allowed.
-        DataError: The file is there and is none of keys.
+        DataError: The file is there and is none of keys, or it cannot be written.
     """
     if not _NAME.fullmatch(name):
         raise OptionError(
-            f"add_key is {name!r}; allowed are up to 64 letters, digits and any of . _ @ -"
+            f"add_key is {name!r}; allowed are up to 64 letters, digits and any of . _ @ - "
+            "but - alone."
         )
-    if path.exists() and path.read_bytes().strip():
-        read_keys(path)
     key = PREFIX + secrets.token_urlsafe(32)
-    begin = "" if not path.exists() or path.read_bytes()[-1:] in (b"", b"\n") else "\n"
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    with os.fdopen(descriptor, "a", encoding="utf-8") as file:
-        file.write(f"{begin}{name} sha256:{_hash(key).hex()}\n")
+    try:
+        written = path.read_bytes() if path.exists() else b""
+        if written.strip():
+            read_keys(path)
+        begin = "" if written[-1:] in (b"", b"\n") else "\n"
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        with os.fdopen(descriptor, "a", encoding="utf-8") as file:
+            file.write(f"{begin}{name} sha256:{_hash(key).hex()}\n")
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error.strerror}.\nName a file in a folder that is there, "
+            "and where writing is allowed."
+        ) from error
     return key
 
 

@@ -34,11 +34,13 @@ class JsonLines(logging.Formatter):
 
 @contextmanager
 def logs_on_stderr() -> Iterator[None]:
-    """Meanwhile, write all records of the server and of uvicorn as JSON lines."""
+    """Meanwhile, write records of the server, of uvicorn and of asyncio as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    loggers = [logging.getLogger(name) for name in ("ttspec.serving", "uvicorn")]
-    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
+    # asyncio warns of each write to a client that left, which the request's own line tells.
+    levels = {"ttspec.serving": logging.INFO, "uvicorn": logging.WARNING, "asyncio": logging.ERROR}
+    loggers = [logging.getLogger(name) for name in levels]
+    for logger, level in zip(loggers, levels.values(), strict=True):
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
     try:

@@ -116,7 +116,7 @@ class ServerMetrics:
             kept = sum(r.accepted > position for r in drafts)
             self._at.labels(model_name=self._model, position=str(position)).inc(kept)
         with self._lock:
-            second = int(time.time())
+            second = int(time.monotonic())  # no clock that somebody may set
             if not self._seconds or self._seconds[-1]["second"] != second:
                 self._seconds.append({"second": second, **dict.fromkeys(new, 0)})
             for name, value in new.items():
