@@ -114,7 +114,7 @@ class LayerStates:
         else:
             state = own.state[rows].masked_fill_(fresh[:, None, None, None], 0)
             advance(state, own.keys[rows], own.deltas[rows], own.decays[rows], count)
-            outs = list[Tensor]()
+            outs: list[Tensor] = []
             tokens = [part.transpose(1, 2) for part in (q, k, v, decay, beta)]
             for part in zip(
                 *(t.split(inputs.shape[1] if drafts else CHUNK, 2) for t in tokens), strict=True
