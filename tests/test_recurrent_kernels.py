@@ -12,6 +12,7 @@ from toys import PLAIN, make_kind
 
 from ttspec.config import LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.models.attention import use_folded_attention
 from ttspec.models.delta_rule import advance, advance_and_read, read_block
 from ttspec.models.recurrent import LayerState
 from ttspec.models.target import wrap_target
@@ -77,3 +78,19 @@ def test_on_a_gpu_rounds_are_graphs_and_texts_plain_s(dtype, temperature):
         found = engine.generate(PROMPTS, **options)
         if dtype == torch.float32:
             assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_compiled_rounds_write_plain_s_text_if_it_is_deterministic():
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    model = random_hybrid("qwen3_5").to("cuda", torch.bfloat16)
+    use_folded_attention(model)
+    drafter = make_kind("dflash")
+    drafter.weights = {n: w.to("cuda", torch.bfloat16) for n, w in drafter.weights.items()}
+    engine = Engine(wrap_target(model, byte_tokenizer()), drafter)
+    engine.compile = True
+    options = {**OPTIONS, "temperature": 0.7, "deterministic": True}
+    wanted = engine.generate(PROMPTS, **options | PLAIN)
+    found = engine.generate(PROMPTS, **options, learn=LearnConfig(stride=1, lr=3e-3))
+    assert [r.token_ids for r in found] == [r.token_ids for r in wanted]
