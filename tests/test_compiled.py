@@ -9,7 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch._functorch.config
+from conftest import byte_tokenizer
+from hybrids import KINDS, random_hybrid
 from test_conformance import engine_of
+from test_recurrent import run as rolled_back
 from torch._dynamo.utils import counters
 from toys import bound_drafter, toy_engine, verification
 
@@ -21,7 +24,9 @@ from ttspec.drafters import context
 from ttspec.learning.memory import MemoryRows, TextMemory, feature_width
 from ttspec.learning.replay_buffer import ReplayBuffer
 from ttspec.models import layers
+from ttspec.models.attention import use_folded_attention
 from ttspec.models.capture import Graphs
+from ttspec.models.target import Target, wrap_target
 
 PROMPTS = ["hello there", "count to ten, please"]
 
@@ -60,6 +65,16 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     toy_target_dir, which, monkeypatch, quick
 ):
     target = toy_engine(toy_target_dir, dtype="bfloat16").target
+    first = assert_compiled_says_the_same(target, which, monkeypatch)
+    # The target's layers, again for prompts of any length; the drafter's; the draw over each of
+    # two widths at most; for one token and for any number of them who ends; what EAGLE-3 makes
+    # context, of all rows and of one; and what moves the rows on without the host.
+    most = 5 + 4 * (which != "none") + ("eagle3" in which) + 3 * (which == "eagle3-layers")
+    assert 0 < first <= most, counters["stats"]
+
+
+def assert_compiled_says_the_same(target: Target, which: str, monkeypatch) -> int:
+    """Texts are those of rounds that are not; how many graphs there are, with longer caches too."""
 
     def say(new: int = 16) -> list[list[int]]:
         """The first tokens of answers that may have so many."""
@@ -80,13 +95,42 @@ def test_compiled_rounds_say_the_same_and_layers_share_their_code(
     monkeypatch.setattr(context, "reach_to_see", lambda length, keys: None)
     assert say() == plain
     first = counters["stats"]["unique_graphs"]
-    # The target's layers, again for prompts of any length; the drafter's; the draw over each of
-    # two widths at most; for one token and for any number of them who ends; what EAGLE-3 makes
-    # context, of all rows and of one; and what moves the rows on without the host.
-    most = 5 + 4 * (which != "none") + ("eagle3" in which) + 3 * (which == "eagle3-layers")
-    assert 0 < first <= most, counters["stats"]
     say(600)  # longer caches are the same code
     assert counters["stats"]["unique_graphs"] == first
+    return first
+
+
+@pytest.mark.parametrize(("kind", "which"), [*((k, "dflash") for k in KINDS), ("qwen3_5", "none")])
+def test_compiled_rounds_of_hybrids_say_the_same(kind, which, monkeypatch, quick):
+    model = random_hybrid(kind).to(torch.bfloat16)
+    use_folded_attention(model)
+    target = wrap_target(model, byte_tokenizer())
+    first = assert_compiled_says_the_same(target, which, monkeypatch)
+    # As above, but a second kind of layers for that of prompts, and each for each of two widths.
+    assert 0 < first <= 5 + 5 * (which != "none"), counters["stats"]
+
+
+WIDTHS = (1, 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_rows_rolled_back_are_as_if_read_at_once(kind, monkeypatch, quick):
+    """Rows that come, go, rest and are cut back; each kind of layer is compiled once a width."""
+    model = random_hybrid(kind)
+    use_folded_attention(model)
+    monkeypatch.setattr("ttspec.models.target.has_kernel", lambda dtype: True)
+    assert rolled_back(wrap_target(model, byte_tokenizer()), 3, 30, WIDTHS) < 1e-4
+    assert counters["stats"]["unique_graphs"] == 2 * len(WIDTHS)
+
+
+@pytest.mark.slow
+def test_layers_of_hybrids_translated_to_machine_code(monkeypatch) -> None:
+    """The same, whole: minutes on a CPU."""
+    torch._dynamo.reset()
+    model = random_hybrid("qwen3_5")
+    use_folded_attention(model)
+    monkeypatch.setattr("ttspec.models.target.has_kernel", lambda dtype: True)
+    assert rolled_back(wrap_target(model, byte_tokenizer()), 3, 60, WIDTHS) < 1e-4
 
 
 def test_merged_projections_are_the_same_weights(toy_target_dir, monkeypatch):

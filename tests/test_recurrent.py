@@ -2,6 +2,7 @@
 
 import copy
 import string
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
+from ttspec.compiled import compiling
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.stages import round_widths
@@ -70,8 +72,10 @@ def skip_an_advance(monkeypatch) -> None:
 # The contract of the cache.
 
 
-def run(target: Target, rows: int, rounds: int) -> float:
+def run(target: Target, rows: int, rounds: int, widths: Sequence[int] | None = None) -> float:
     """Rows that are fed, verified, cut back, at rest, cleared and reused, against whole texts.
+
+    With `widths` verifications are of these, compiled, and say what is seen by spans.
 
     Returns:
         The largest error of a logit, or of a state at the end.
@@ -107,16 +111,20 @@ def run(target: Target, rows: int, rounds: int) -> float:
         turns = [row for row in range(rows) if row in cleared or number(0, 30) == 0]
         if turns:
             feed(turns, [number(1, 70) for _ in turns])
-        width = number(1, WIDTH)
+        width = widths[number(0, len(widths) - 1)] if widths else number(1, WIDTH)
         rest = [rows > 1 and number(0, 4) == 0 for _ in range(rows)]
         start = torch.tensor([SLOTS if r else n for r, n in zip(rest, at, strict=True)])
         kept = [number(1, width) for _ in range(rows)]
         tokens = torch.randint(0, 256, (rows, width), generator=random)
         for row in range(rows):
             tokens[row, : kept[row]] = texts[row, at[row] : at[row] + kept[row]]
-        logits = said(target, cache, tokens, start)
-        if number(0, 3) == 0:  # the same again is as once
-            logits = said(target, cache, tokens, start)
+        for _ in range(1 + (number(0, 3) == 0)):  # the same again is as once
+            if widths:
+                with compiling():
+                    logits, _ = target.forward(cache, tokens, start, SLOTS, spans=True)
+                assert logits is not None
+            else:
+                logits = said(target, cache, tokens, start)
         for row in range(rows):
             if not rest[row]:
                 end = at[row] + kept[row]

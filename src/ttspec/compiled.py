@@ -39,6 +39,9 @@ def compiling() -> Iterator[None]:
         with settings, whole, warnings.catch_warnings():
             # Where few rows are reduced over a vocabulary; nothing that a user could change.
             warnings.filterwarnings("ignore", r"\s*Online softmax is disabled", UserWarning)
+            # transformers' experts ask so which torch this is.
+            cached = r"Dynamo detected a call to a `functools\.lru_cache`"
+            warnings.filterwarnings("ignore", cached, UserWarning)
             yield
     finally:
         _on = before

@@ -17,7 +17,12 @@ from torch.nn import functional as F
 from ttspec.compiled import compiled, of_any_size
 from ttspec.rowcache import LayerCache, RowCache
 
-MERGED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+MERGED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b"),
+    ("in_proj_qkvz", "in_proj_ba"),
+    ("gate_proj", "up_proj"),
+)
 """Projections that read the same states in the models we know: each group is one product."""
 
 
@@ -117,12 +122,12 @@ def _forward(
     layer: nn.Module,
     merged: list[MergedLinear],
     keyword: str,
-    own: LayerCache,
+    own: Any,
     hidden: Tensor,
     /,
     **given: Any,
 ) -> Any:
-    if not own.is_all:
+    if isinstance(own, LayerCache) and not own.is_all:
         _of_any_width((hidden, own.slot, *given.values()))
     out = _layer(layer, hidden, {**given, keyword: own})
     for group in merged:

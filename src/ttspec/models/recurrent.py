@@ -9,8 +9,6 @@ token is what it writes (its delta), which depends on no later token: adding som
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 from types import MethodType
 from typing import Any
 
@@ -20,6 +18,7 @@ from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
 from ttspec.errors import TargetError
+from ttspec.models.delta_rule import HAS_KERNEL, advance, advance_and_read, like, read_block
 from ttspec.rowcache import RowCache
 
 GATED = (
@@ -31,8 +30,6 @@ GATED = (
 """Classes of transformers whose forward we know. Others are alike, and differ in what matters."""
 CHUNK = 64
 """Tokens whose effects on each other are solved for together."""
-BLOCK = 32
-"""Columns of a state that one program of a GPU works on."""
 
 
 @dataclass(slots=True)
@@ -77,6 +74,72 @@ class LayerState:
         return sum(getattr(self, name).nbytes for name in self.__slots__)
 
 
+@dataclass(frozen=True, slots=True)
+class LayerStates:
+    """One layer's states, and where in their text the next forward's tokens begin."""
+
+    own: LayerState
+    start: Tensor
+    """int64 [B]."""
+    rest: Tensor
+    """bool [B], rows that take no part."""
+    counts: Tensor | None
+    """int64 [B], how many tokens stay; None where they are drafts."""
+    subset: Tensor | None
+    """int64 [B], the rows that are fed; None is all."""
+
+    def read(self, module: nn.Module, inputs: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+        """As of `StateCache`."""
+        m: Any = module
+        own, start, rest, counts = self.own, self.start, self.rest, self.counts
+        rows = slice(None) if self.subset is None else self.subset
+        fresh, width = start == 0, own.inputs.shape[1]
+        count = (start - own.base[rows]).clamp(0, width).masked_fill(fresh | rest, 0)
+
+        window = own.window[rows].masked_fill(fresh[:, None, None], 0)
+        window = _last(torch.cat([window, own.inputs[rows]], 1), count, window.shape[1])
+        together = torch.cat([window, inputs], 1)
+        sizes = m.head_k_dim, m.head_k_dim, m.head_v_dim
+        parts = _convolved(m, together).float().split([m.key_dim, m.key_dim, m.value_dim], dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, size)) for part, size in zip(parts, sizes, strict=True))
+        q, k = _normal(q) * m.head_k_dim**-0.5, _normal(k)
+        if counts is not None:
+            stays = torch.arange(inputs.shape[1], device=start.device) < counts[:, None]
+            decay, beta = (part * stays[..., None] for part in (decay, beta))
+
+        drafts = counts is None
+        if drafts and self.subset is None and inputs.is_cuda and HAS_KERNEL:
+            kept, tokens = [own.keys, own.decays], [q, k, v, decay, beta]
+            out = advance_and_read(own.state, own.deltas, kept, [count, start, rest], tokens)
+        else:
+            state = own.state[rows].masked_fill_(fresh[:, None, None, None], 0)
+            advance(state, own.keys[rows], own.deltas[rows], own.decays[rows], count)
+            outs: list[Tensor] = []
+            tokens = [part.transpose(1, 2) for part in (q, k, v, decay, beta)]
+            for part in zip(
+                *(t.split(inputs.shape[1] if drafts else CHUNK, 2) for t in tokens), strict=True
+            ):
+                out, deltas = read_block(state, *part)
+                outs.append(out.transpose(1, 2))
+                if drafts:
+                    _keep(own.deltas, deltas, rows, rest)
+                else:  # what does not stay leaves the state as it is
+                    advance(state, part[1], deltas, part[3])
+            out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
+            if self.subset is not None:
+                own.state[rows] = state
+        if counts is not None:
+            own.window[rows] = _last(together, counts, window.shape[1])
+            own.base[rows] = start + counts
+            return out
+        own.window[rows] = window
+        _keep(own.inputs[:, None], inputs[:, None], rows, rest)
+        _keep(own.keys, k.transpose(1, 2), rows, rest)
+        _keep(own.decays, decay.transpose(1, 2), rows, rest)
+        own.base[rows] = torch.where(rest, own.base[rows], start)
+        return out
+
+
 class StateCache(RowCache):
     """Keys and values of the attention layers, states of the recurrent ones.
 
@@ -90,6 +153,7 @@ class StateCache(RowCache):
         self.width = width
         self.states: dict[int, LayerState] = {}
         self._start: Tensor
+        self._rests: Tensor
         self._counts: Tensor | None = None
 
     def set_slots(
@@ -102,7 +166,8 @@ class StateCache(RowCache):
                 "say with counts how many of them stay, or make the cache wider."
             )
         super().set_slots(slot, reach, subset)
-        self._start, self._counts = slot[:, 0], counts
+        self._start, self._counts = slot[:, 0].contiguous(), counts
+        self._rests = self._start >= self.slots
 
     @property
     def nbytes(self) -> int:
@@ -113,6 +178,15 @@ class StateCache(RowCache):
     def state_bytes(self) -> int:
         """See `RowCache.state_bytes`."""
         return sum(state.nbytes for state in self.states.values())
+
+    def layer(self, index: int) -> Any:
+        """As of `RowCache`; of a recurrent layer its `LayerStates`."""
+        if index not in self.states:
+            return super().layer(index)
+        own = self.states[index]
+        place = own.base.device  # where the layer is
+        counts, subset = (t if t is None else t.to(place) for t in (self._counts, self._subset))
+        return LayerStates(own, self._start.to(place), self._rests.to(place), counts, subset)
 
     def read(self, module: nn.Module, inputs: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
         """Go on from where each row's forward starts, and let a module's tokens be read.
@@ -126,109 +200,10 @@ class StateCache(RowCache):
         Returns:
             float32 [B, T, Hv, Dv].
         """
-        m: Any = module
-        if m.layer_idx not in self.states:
-            self.states[m.layer_idx] = LayerState.empty(m, self.rows, self.width, inputs)
-        own, start = self.states[m.layer_idx], self._start.to(inputs.device)  # where the layer is
-        counts = None if self._counts is None else self._counts.to(inputs.device)
-        rows = slice(None) if self._subset is None else self._subset.to(inputs.device)
-        fresh, rest = start == 0, start >= self.slots
-        count = (start - own.base[rows]).clamp(0, self.width).masked_fill(fresh | rest, 0)
-
-        window = own.window[rows].masked_fill(fresh[:, None, None], 0)
-        window = _last(torch.cat([window, own.inputs[rows]], 1), count, window.shape[1])
-        together = torch.cat([window, inputs], 1)
-        q, k, v = _convolved(m, together).float().split([m.key_dim, m.key_dim, m.value_dim], dim=-1)
-        q, k = (_normal(part, m.num_k_heads) for part in (q, k))
-        q, v = q * m.head_k_dim**-0.5, _heads(v, m.num_v_heads)
-        decay, beta = decay.transpose(1, 2), beta.transpose(1, 2)
-        if counts is not None:
-            stays = torch.arange(inputs.shape[1], device=start.device) < counts[:, None]
-            decay, beta = (part * stays[:, None] for part in (decay, beta))
-
-        if counts is None and self._subset is None and inputs.is_cuda and has_kernel():
-            out, deltas = on_gpu(own, count, fresh, q, k, v, decay, beta)
-        else:
-            state = own.state[rows].masked_fill_(fresh[:, None, None, None], 0)
-            advance(state, own.keys[rows], own.deltas[rows], own.decays[rows], count)
-            outs, deltas = [], v
-            size = inputs.shape[1] if counts is None else CHUNK
-            for part in zip(*(t.split(size, 2) for t in (q, k, v, decay, beta)), strict=True):
-                out, deltas = read_block(state, *part)
-                outs.append(out)
-                if counts is not None:  # what does not stay leaves the state as it is
-                    advance(state, part[1], deltas, part[3])
-            out = torch.cat(outs, 2) if len(outs) > 1 else outs[0]
-            if self._subset is not None:
-                own.state[rows] = state
-        if counts is not None:
-            own.window[rows] = _last(together, counts, window.shape[1])
-            own.base[rows] = start + counts
-            return out.transpose(1, 2)
-        own.window[rows] = window
-        stores = own.inputs[:, None], own.keys, own.deltas, own.decays
-        for store, new in zip(stores, (inputs[:, None], k, deltas, decay), strict=True):
-            _keep(store, new, rows, rest)
-        own.base[rows] = torch.where(rest, own.base[rows], start)
-        return out.transpose(1, 2)
-
-
-def advance(
-    state: Tensor, keys: Tensor, deltas: Tensor, decay: Tensor, count: Tensor | None = None
-) -> None:
-    """Let states go on by some tokens.
-
-    Args:
-        state: float32 [B, Hv, Dk, Dv], changed in place.
-        keys: float32 [B, Hk, T, Dk].
-        deltas: float32 [B, Hv, T, Dv], of `read_block`.
-        decay: float32 [B, Hv, T], likewise.
-        count: int64 [B], how many of the tokens; None is all.
-    """
-    decays = decay.cumsum(2)
-    if count is None:
-        last, left = decays[..., -1:], decays
-    else:
-        last = F.pad(decays, (1, 0)).gather(2, _like(count, decays).expand(-1, decays.shape[1], 1))
-        later = torch.arange(decays.shape[2], device=count.device) >= _like(count, decays)
-        left = decays.masked_fill(later, torch.inf)
-    written = _for_values(keys, deltas) * (last - left).exp()[..., None]
-    state.mul_(last.exp()[..., None])
-    state.flatten(0, 1).baddbmm_(written.transpose(2, 3).flatten(0, 1), deltas.flatten(0, 1))
-
-
-def read_block(
-    state: Tensor, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The gated delta rule over a few tokens, the state left as it is.
-
-    Token t makes of S: S' = exp(decay_t) S; S = S' + key_t delta_t, with delta_t = beta_t (value_t
-    - S' key_t), and reads S query_t. With what the state holds for the keys known, the deltas are
-    the solution of one triangular system.
-
-    Args:
-        state: float32 [B, Hv, Dk, Dv].
-        query: float32 [B, Hk, T, Dk].
-        key: float32 [B, Hk, T, Dk].
-        value: float32 [B, Hv, T, Dv].
-        decay: float32 [B, Hv, T].
-        beta: float32 [B, Hv, T].
-
-    Returns:
-        What is read and the deltas, [B, Hv, T, Dv].
-    """
-    query, key = _for_values(query, value), _for_values(key, value)
-    decays = decay.cumsum(2)
-    since = decays[..., :, None] - decays[..., None, :]
-    later = torch.ones(since.shape[-2:], dtype=torch.bool, device=since.device).triu(1)
-    since = since.masked_fill(later, -torch.inf).exp()
-    left, beta = decays.exp()[..., None], beta[..., None]
-    # The solver takes the diagonal for ones.
-    system = beta * since * (key @ key.transpose(2, 3))
-    right_side = beta * (value - left * (key @ state))
-    deltas = torch.linalg.solve_triangular(system, right_side, upper=False, unitriangular=True)
-    out = left * (query @ state) + (since * (query @ key.transpose(2, 3))) @ deltas
-    return out, deltas
+        index: Any = module.layer_idx
+        if index not in self.states:
+            self.states[index] = LayerState.empty(module, self.rows, self.width, inputs)
+        return self.layer(index).read(module, inputs, decay, beta)
 
 
 def use_states(model: nn.Module, layers: list[int]) -> None:
@@ -255,7 +230,7 @@ def use_states(model: nn.Module, layers: list[int]) -> None:
 def _forward(m: Any, hidden_states: Tensor, *args: Any, **given: Any) -> Tensor:
     """A gated delta net's forward; `m` is transformers' module."""
     states = given.get("cache", given.get("cache_params"))  # renamed in transformers 5.24
-    if not isinstance(states, StateCache):
+    if not isinstance(states, StateCache | LayerStates):
         return type(m).forward(m, hidden_states, *args, **given)
     inputs, gate, a, b = _projected(m, hidden_states)
     decay = -m.A_log.float().exp() * F.softplus(a.float() + m.dt_bias)
@@ -301,98 +276,12 @@ def _last(inputs: Tensor, count: Tensor, size: int) -> Tensor:
     return inputs.gather(1, at[..., None].expand(-1, -1, inputs.shape[2]))
 
 
-def _heads(states: Tensor, heads: int) -> Tensor:
-    """[B, T, heads x D] as [B, heads, T, D]."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _normal(states: Tensor, heads: int) -> Tensor:
-    states = _heads(states, heads)
+def _normal(states: Tensor) -> Tensor:
     return states * torch.rsqrt((states * states).sum(-1, keepdim=True) + 1e-6)
-
-
-def _for_values(keys: Tensor, values: Tensor) -> Tensor:
-    """Keys [B, Hk, T, D] for every head of values: heads side by side share a key head."""
-    group = values.shape[1] // keys.shape[1]
-    return keys if group == 1 else keys.repeat_interleave(group, 1)
-
-
-def _like(count: Tensor, decays: Tensor) -> Tensor:
-    return count.view(-1, *[1] * (decays.dim() - 1))
 
 
 def _keep(kept: Tensor, new: Tensor, rows: Any, rest: Tensor) -> None:
     """Write what the tokens of [B, ., T, ...] would add; rows at rest keep what they have."""
     width = new.shape[2]
     old = kept[rows][:, :, :width]
-    kept[rows, :, :width] = torch.where(_like(rest, new), old, new)
-
-
-@cache
-def has_kernel() -> bool:
-    """Whether Triton is there, which torch brings where it can use a GPU."""
-    return find_spec("triton") is not None
-
-
-def on_gpu(
-    own: LayerState,
-    count: Tensor,
-    fresh: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    beta: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """`advance`, then `read_block`, in one pass over the states of all rows.
-
-    Args:
-        own: Its state becomes that after `count` of its kept tokens.
-        count: int64 [rows].
-        fresh: bool [rows], rows whose state is taken for zero.
-        query: This and what follows as in `read_block`.
-        key: float32 [rows, Hk, T, Dk].
-        value: float32 [rows, Hv, T, Dv].
-        decay: float32 [rows, Hv, T].
-        beta: float32 [rows, Hv, T].
-
-    Returns:
-        As `read_block`.
-    """
-    rows, heads, size, wide = own.state.shape
-    query, key, value, decay, beta = (t.contiguous() for t in (query, key, value, decay, beta))
-    out, deltas = torch.empty_like(value), torch.empty_like(value)
-    block = min(BLOCK, 1 << (wide - 1).bit_length())
-    with torch.cuda.device(value.device):  # Triton launches on the current one
-        _kernels().advance_and_read[-(-wide // block), heads, rows](
-            own.state,
-            own.keys,
-            own.deltas,
-            own.decays,
-            count,
-            fresh.int(),
-            query,
-            key,
-            value,
-            decay,
-            beta,
-            out,
-            deltas,
-            value.shape[2],
-            own.keys.shape[2],
-            heads=heads,
-            key_heads=key.shape[1],
-            size=size,
-            wide=wide,
-            deep=1 << (size - 1).bit_length(),
-            block=block,
-            num_warps=4,
-        )
-    return out, deltas
-
-
-@cache
-def _kernels() -> Any:
-    from ttspec.models import recurrent_kernels
-
-    return recurrent_kernels
+    kept[rows, :, :width] = torch.where(like(rest, new), old, new)

@@ -160,9 +160,9 @@ class Target:
             logits [B, T, V] (None when skipped) and features [B, T, W], W = taps x hidden size.
         """
         compiles = False
-        # Recurrent layers are of another kind than a compiled layer's cache, and are few kernels.
-        if spans and not self.recurrent and hasattr(self.model.base_model, "layers"):
-            compiles = is_compiling()
+        if spans and hasattr(self.model.base_model, "layers"):
+            # Recurrent layers read text in pieces: each number of them would be compiled.
+            compiles = is_compiling() and not (self.recurrent and counts is not None)
             self._merge_layers(compiles)
             if self._fused and self._fused.takes(cache, tokens):
                 return self._fused(cache, tokens, start, self.taps, logits, subset)
