@@ -179,7 +179,6 @@ class SpeculativeRound(RoundStages):
             plan = self._plan(unobserved)
             self._prepare(plan)
         self._proposed = self.graphs(self.propose, plan.shape, first=True)
-        plan = plan._replace(shape=self._trim_by_confidence(plan))
         self.timer.lap(marks)
         self._ask_masks(plan)
         changes = [self.rows.uploaded]  # which a warm-up moves on, too
@@ -288,19 +287,6 @@ class SpeculativeRound(RoundStages):
         self.prompts.rollback.invalidate(plan.active)  # until they are committed
         self.rows.upload(self.round_number, plan.copies)
         self._choose_rows(plan.active)
-
-    def _trim_by_confidence(self, plan: RoundPlan) -> RoundShape:
-        """The shape of a round whose target reads no more drafts than pay, by the drafter's word.
-
-        Not where graphs are captured: they are of one width.
-        """
-        (proposal, noise), policy, shape = self._proposed, self.policy, plan.shape
-        confidence = proposal.confidence
-        if confidence is None or shape.copy_length or self.graphs.on or not policy.adaptive:
-            return shape
-        length = policy.drafts_to_verify(confidence[plan.active].tolist())
-        self._proposed = proposal.first(length), None if noise is None else noise[:, : length + 1]
-        return shape._replace(draft_length=length)
 
     def _is_kept(self, shape: RoundShape, ahead: int = 0) -> bool:
         """Whether the learner keeps a round of this shape.
