@@ -389,7 +389,7 @@ def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> N
 
     def pausing(*args, **options) -> Decoder:
         decoder = Decoder(*args, **options)
-        decoder.policy = Pausing(decoder.gamma)
+        decoder.planner.policy = Pausing(decoder.gamma)
         return decoder
 
     learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)

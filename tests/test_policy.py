@@ -352,7 +352,7 @@ def scheduled(engine: Engine, lengths: Sequence[int]) -> Engine:
 
     def make(*args, **options) -> Decoder:
         decoder = Decoder(*args, **options)
-        decoder.policy = Schedule(lengths, decoder.gamma)
+        decoder.planner.policy = Schedule(lengths, decoder.gamma)
         return decoder
 
     engine.make_decoder = make
@@ -529,7 +529,7 @@ def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
         def observe(self, length, seconds, **facts) -> None:
             super().observe(length, costs[min(length, len(costs) - 1)], **facts)
 
-    monkeypatch.setattr("ttspec.decoding.round.DraftPolicy", Told)
+    monkeypatch.setattr("ttspec.decoding.planner.DraftPolicy", Told)
     return engine
 
 

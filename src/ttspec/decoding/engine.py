@@ -241,8 +241,8 @@ class Engine:
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
         decoder.tenant = config.tenant
-        if isinstance(decoder.policy, DraftPolicy):
-            self._policies[costs_of] = decoder.policy
+        if isinstance(decoder.planner.policy, DraftPolicy):
+            self._policies[costs_of] = decoder.planner.policy
         decoder.capture()
         return decoder
 

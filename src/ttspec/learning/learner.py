@@ -175,6 +175,19 @@ class Learner:
             self.keeper.note(updated, self.updates)
         return updated
 
+    def keeps(self, number: int, ahead: int, *, drafted: bool, absorbs: bool) -> bool:
+        """Whether a round is to be kept.
+
+        Args:
+            number: The round's.
+            ahead: Rounds before it that were not absorbed.
+            drafted: Whether anything is drafted or copied in it.
+            absorbs: Whether the drafter makes context of it at once.
+        """
+        if self.memory_trainer:
+            return self.memory_trainer.records(number, max(self.strides, 1 + (not absorbs)))
+        return drafted and absorbs and self.needs(ahead)
+
     def needs(self, ahead: int) -> bool:
         """Whether the round after so many that were not absorbed is near enough to an update."""
         left = -(self._rounds + ahead) % (self.stride * self.strides)
