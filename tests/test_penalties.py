@@ -316,7 +316,7 @@ def test_one_seed_is_one_text_with_every_drafter(engines) -> None:
 # Sampled: a law that knows nothing of ours.
 
 FEW = [97, 98, 99, 100]
-TAUGHT = LearnConfig(stride=1, lr=3e-3, scope="shared", blocks=1, supervision="accepted")
+TAUGHT = LearnConfig(stride=1, lr=3e-3, scope="shared")
 LAW = {
     "repetition_penalty": 1.4,
     "presence_penalty": 0.5,

@@ -23,6 +23,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.context import ContextState
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.shared_learner import SharedLearner
 from ttspec.learning.update_schedule import AFTER
 from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
@@ -88,7 +89,8 @@ class Decoder(RoundStages):
         learn, drafter = self.spec.learn, self.drafter
         if learn is None or drafter is None or self.state is None or not drafter.weights:
             return None
-        return Learner(
+        kind = SharedLearner if learn.scope == "shared" else Learner
+        return kind(
             learn,
             drafter,
             self.state,

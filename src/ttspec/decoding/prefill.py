@@ -19,6 +19,7 @@ from ttspec.decoding.rows import Processors, RollbackLimits, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
@@ -308,9 +309,10 @@ class PromptReader:
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
-        if self.learner and self._records_prompts:
+        if recorder := self._recorder:
             near = [len(p) * (n <= CHUNK_TOKENS) for p, n in zip(parts, left, strict=True)]
-            self.learner.read(tokens, features, start, start.new_tensor(near), subset)
+            counts = start.new_tensor(near)
+            recorder.rows.write(tokens, features, start, counts, subset=subset)
         return out
 
     def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
@@ -325,15 +327,15 @@ class PromptReader:
             subset, start, tokens = given[:1], given[1:2], given[3:][None]
             read = tokens[:, : len(part)], self._features[:, : len(part)]
             self._drafter.extend(self._state, *read, start, subset)
-        if self._records_prompts and left <= CHUNK_TOKENS:
+        if self._recorder and left <= CHUNK_TOKENS:
             self.graphs(self._record_padded, width)
         return logits.clone()
 
     @property
-    def _records_prompts(self) -> bool:
-        """Whether the memory of all requests is to have the prompts that are read."""
+    def _recorder(self) -> MemoryTrainer | None:
+        """What all requests remember, where it is to have the prompts that are read."""
         trainer = self.learner.memory_trainer if self.learner else None
-        return trainer is not None and trainer.records_prompts
+        return trainer if trainer and trainer.records_prompts else None
 
     def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
         """Logits [1, 1, V] of a chunk's last token, and features [1, width, W]."""
@@ -357,9 +359,10 @@ class PromptReader:
     def _record_padded(self, width: int) -> None:
         """Let the memory of all requests have a chunk, from `_graph_inputs` and `_features`."""
         assert self.learner
+        assert self.learner.memory_trainer
         subset, start, count = (self._graph_inputs[i : i + 1] for i in range(3))
         tokens = self._graph_inputs[3 : 3 + width][None]
-        self.learner.read(tokens, self._features, start, count, subset)
+        self.learner.memory_trainer.rows.write(tokens, self._features, start, count, subset=subset)
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
