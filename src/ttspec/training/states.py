@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttspec.decoding.memory_forecast import free_memory
+from ttspec.free_memory import free_memory
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Batches, to_device
 
