@@ -38,7 +38,11 @@ Notify = Callable[[str], None]
 
 
 class Engine:
-    """A target with a drafter, ready to generate."""
+    """A target with a drafter, ready to generate.
+
+    Owns the pair, and from call to call the last decoder with its caches and graphs, the weights
+    that all requests teach, and what policies found out about costs.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None) -> None:
         """Bind the drafter to the target.

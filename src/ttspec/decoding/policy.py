@@ -78,9 +78,9 @@ class FixedDraftLength:
 class DraftPolicy:
     """Chooses each round's draft length from what past rounds took and accepted.
 
-    All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
-    changes none of them. Rounds in which rows copy are read wider: such ones are compared with each
-    other.
+    Owns what rounds of each length cost, how often each draft was right, and the deficit. All costs
+    are in plain rounds: what slows both down alike, a longer context or a busy machine, changes
+    none of them. Rounds in which rows copy are read wider: such ones are compared with each other.
     """
 
     adaptive = True

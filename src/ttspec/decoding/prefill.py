@@ -86,7 +86,11 @@ class PrefillChunk(NamedTuple):
 
 
 class PromptReader:
-    """Feeds rows, to the target and to its drafter."""
+    """Feeds rows, to the target and to its drafter.
+
+    Owns how far back recurrent states can go, and the graphs of reading. Prompts under way are the
+    scheduler's `PrefillBatch`; lengths and tokens are `RowStates`'.
+    """
 
     captures: ClassVar[bool] = True
     """Whether reading may be captured at all."""

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One conversation, turn by turn. Its drafter keeps what it learned until it is closed."""
+    """One conversation, turn by turn. Its drafter keeps what it learned until it is closed.
+
+    Owns what was said so far, and a scheduler of one row from the first turn on.
+    """
 
     def __init__(
         self,

@@ -149,7 +149,7 @@ class Causal(FunctionalDrafter):
                     "Give a draft model with the target's tokenizer."
                 )
         self._shared = shared.on(embedding.device, theirs, ours)
-        self.draft_ids = self._shared.theirs
+        self.draft_ids = self._shared.target_ids
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
