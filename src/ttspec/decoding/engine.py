@@ -327,7 +327,6 @@ class Engine:
         return min(reach_of(need, need + step, step), context)
 
     def _notify_once(self, notice: str | None) -> None:
-        """Say what may not fit, once."""
         if notice and self.notify and notice not in self._notices:
             self._notices.add(notice)
             self.notify(notice)

@@ -231,7 +231,6 @@ class DraftPolicy:
         self._deficit = max(-MAX_SURPLUS, self._deficit)
 
     def _after_drafting(self, context: int) -> None:
-        """After a drafting round: what comes next."""
         if self._deficit > MAX_DEFICIT + (self._catch_up or 0.0):
             if self._since_plain < RECENT_ROUNDS:
                 self._start_pause()
@@ -253,7 +252,6 @@ class DraftPolicy:
             self._length = best
 
     def _after_plain(self) -> None:
-        """After a plain round: what comes next."""
         if self._plain_due:
             return
         if self._plain_before is not None:

@@ -137,7 +137,6 @@ class Session:
         self._scheduler = None
 
     def _ask(self, text: Prompt) -> Scheduler:
-        """Queue a turn."""
         engine, config, scheduler = self.engine, self.config, self._scheduler
         if scheduler is not None:
             scheduler.add_turn(self._request, self._history.ask(text))

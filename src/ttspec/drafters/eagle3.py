@@ -305,7 +305,6 @@ class Eagle3(FeatureDrafter):
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
-        """All but the tables: embedding, head and vocabulary map."""
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
         return [n for n in self.weights if n not in tables]
 

@@ -51,7 +51,6 @@ class LeftToRight(DFlash):
         return self.scaled(scores + cut_or_padded(correction, scores.shape[-1]))
 
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
-        """Choose one draft after the other."""
         scores, memory = self.scores(states), None
         for i in range(states.shape[2]):
             at = slice(i, i + 1)

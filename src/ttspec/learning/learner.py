@@ -212,7 +212,6 @@ class Learner:
         self._enqueue_update(longest, compare=any(due))
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest batch."""
         assert self._buffer is not None
         run = self._run_update
         self._batch = run(self._newest_batch, 0, compile=False)

@@ -51,7 +51,6 @@ class SharedLearner(Learner):
             self._enqueue_update(longest, compare=compare)
 
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:  # noqa: ARG002
-        """Update from texts of the memory."""
         memory, run = self._memory, self._run_update
         memory.choose(run, compare=compare)
         self._enqueue(lambda: memory.update(run, self.weights, self._report, compare=compare))

@@ -61,7 +61,6 @@ class TargetStates:
             self._unread |= dict.fromkeys(self._batches.chosen(step), step)
 
     def _keep(self, step: int) -> None:
-        """Read a batch of the first epoch."""
         assert self._kept is not None
         assert self._unread is not None
         batch = self._batches.at(step)
