@@ -64,10 +64,9 @@ class KnownTextPrompts(PromptReader):
                 budgets[at] = len(answer.tokens)
         return super().begin(rows, ids, keys, budgets)
 
-    def _draw(self, logits: Tensor, prompts: PrefillBatch) -> list[int]:
-        own = super()._draw(logits, prompts)
+    def _first_tokens(self, prompts: PrefillBatch, drawn: list[int]) -> list[int]:
         found = [self._found[row] for row in prompts.rows]
-        return [a.tokens[0] if a else token for a, token in zip(found, own, strict=True)]
+        return [a.tokens[0] if a else token for a, token in zip(found, drawn, strict=True)]
 
 
 class KnownTextDecoder(Decoder):

@@ -25,6 +25,7 @@ from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.shared_learner import SharedLearner
 from ttspec.learning.update_schedule import AFTER
+from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
 from ttspec.records import Verification
@@ -134,7 +135,14 @@ class Decoder(RoundStages):
             row: RowOutcome(*v, updated[row], time.stages, length, row in copies, logprobs[row])
             for row, v in verdicts.items()
         }
-        self.planner.observe(launched.plan, time, outcomes, cost, chained=launched.chained)
+        self.planner.observe(
+            launched.plan,
+            time,
+            outcomes,
+            cost,
+            chained=launched.chained,
+            beside=self.prompts.is_launched,
+        )
         return outcomes
 
     def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
@@ -328,6 +336,7 @@ class Decoder(RoundStages):
         What the other's drafter learned stays there. Not where the target is recurrent.
         """
         self.clear(to)
+        self.prompts.wait()
         self.deferred.before_prompt([source])
         self.cache.copy_row(source, to, length)
         if isinstance(self.state, ContextState):
@@ -368,7 +377,10 @@ class Decoder(RoundStages):
         # With many tokens the host may count which experts are asked.
         called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
         if not called:
-            self.prompts.capture(self.graphs)
+            # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
+            beside = self.works_ahead and self.rows.count > 1
+            graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
+            self.prompts.capture(graphs, beside=beside)
 
 
 def _emitted(verdicts: dict[int, RowVerdict]) -> dict[int, int]:

@@ -126,6 +126,7 @@ class RoundPlanner:
         rows: int,
         *,
         chained: bool = False,
+        beside: bool = False,
     ) -> None:
         """Take note of a round that is over.
 
@@ -135,8 +136,10 @@ class RoundPlanner:
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
             chained: Whether the device went on by itself.
+            beside: Whether prompts were read meanwhile, so that its time says nothing.
         """
-        policy, learner, first = self.policy, self._learner, time.captured
+        policy, learner = self.policy, self._learner
+        first = time.captured or beside
         draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
         if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts

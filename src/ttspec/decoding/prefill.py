@@ -6,16 +6,23 @@ Between two chunks other rows may have rounds: a row takes no part until its pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 
+from ttspec.decoding.captured_prompts import (
+    ATTENTION,
+    CHUNK_TOKENS,
+    MAX_CAPTURED_ROWS,
+    CapturedPrompts,
+    draw_first,
+)
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.row_sampling import RowSampling, includes
-from ttspec.decoding.rows import Processors, RollbackLimits, RowStates
+from ttspec.decoding.row_sampling import RowSampling
+from ttspec.decoding.rows import RollbackLimits, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
@@ -25,19 +32,9 @@ from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
 from ttspec.records import TokenLogprobs
 from ttspec.rowcache import RowCache, reach_of
-from ttspec.sampling import pick, position_noise
 
-CHUNK_TOKENS = 512
-"""Prompt tokens of a row read at once; those with more to come than that teach nothing."""
 MAX_BATCHED_TOKENS = 32 * CHUNK_TOKENS
 """The same of all rows: more together are no faster, and every layer's states take memory."""
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-"""For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
-CAPTURE_SIZES = (64, 128, 256, CHUNK_TOKENS)
-"""Tokens to which a row's chunk is padded where reading it is captured as a graph: called kernel by
-kernel it takes as long as many rounds do."""
-MAX_CAPTURED_ROWS = 8
-"""Rows that are read one after the other then; more at a time are faster together."""
 PAD_MULTIPLE = 16
 """A CPU that computes in two bytes reads multiples of it: oneDNN keeps 3 MiB for each length."""
 
@@ -57,6 +54,8 @@ class PrefillBatch:
     """Tokens of the last chunk, which ends where every prompt ends."""
     read: int = 0
     """Tokens of the longest one that were read."""
+    is_launched: bool = False
+    """Whether all of it is being read beside rounds."""
     first_tokens: list[int] = field(default_factory=list)
     """The first token of each answer, once all is read."""
     logprobs: list[tuple[TokenLogprobs, ...]] = field(default_factory=list)
@@ -88,18 +87,14 @@ class PrefillChunk(NamedTuple):
 class PromptReader:
     """Feeds rows, to the target and to its drafter.
 
-    Owns how far back recurrent states can go, and the graphs of reading. Prompts under way are the
+    Owns how far back recurrent states can go, and what reads with graphs. Prompts under way are the
     scheduler's `PrefillBatch`; lengths and tokens are `RowStates`'.
     """
 
-    captures: ClassVar[bool] = True
-    """Whether reading may be captured at all."""
     learner: Learner | None = None
     """Told what the rows read."""
-    graphs: Graphs | None = None
-    """Of reading a row's chunk, once `capture` was called: few rows are read one after another."""
-    _features: Tensor
-    """[1, width, W], where the last of these graphs left them."""
+    captured: CapturedPrompts | None = None
+    """Reads few rows one after another, once `capture` was called."""
 
     def __init__(
         self,
@@ -117,27 +112,12 @@ class PromptReader:
         self.rollback = RollbackLimits(rows, recurrent=target.recurrent)
         self._cropped: set[int] = set()
         """Rows that went back: features may be gone that their drafter sets out from."""
-        self._graph_inputs = torch.zeros(3 + CHUNK_TOKENS, dtype=torch.long, device=target.device)
-        """What graphs read: a row, where its chunk begins, its tokens' number, and these."""
-        self._logits: Tensor
-        """[1, 1, V], and from which logits a first token is drawn."""
-        self._drawn = Processors()
-        """How; where a row asks for more, its draw is not captured."""
 
-    def capture(self, graphs: Graphs) -> None:
-        """Capture the reading of one row's chunk, of each padded length; the cache is made."""
-        if not self.captures:
-            return
-        self.graphs = graphs
-        self._graph_inputs[1:2] = self._rows.slots  # nothing is kept
-        compile = self._rows.count > 1  # a lone row's prompt holds up nobody
-        for width in CAPTURE_SIZES:
-            logits, self._features = graphs(self._read_padded, width, compile=compile)
-            self._logits = logits.clone()
-            if self.learner and self.learner.memory_trainer:
-                graphs(self._record_padded, width, compile=compile)
-        self._drawn = self._sampling.captured(self._sampling.processors(range(self._rows.count)))
-        graphs(self._draw_one, self._drawn, compile=False)
+    def capture(self, graphs: Graphs, *, beside: bool) -> None:
+        """Capture the reading of one row's chunk; arguments as in `CapturedPrompts`."""
+        reads = self._target, self._cache, self._drafter, self._state
+        rows = self._rows, self._sampling, self.learner
+        self.captured = CapturedPrompts(*reads, *rows, graphs, beside=beside)
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -167,8 +147,58 @@ class PromptReader:
         )
 
     @torch.no_grad()
+    def launch(self, prompts: PrefillBatch) -> bool:
+        """Begin to read prompts beside rounds, and to draw first tokens; whether that can be.
+
+        Not prompts of several chunks, nor rows whose first tokens the host must know more of.
+        """
+        rows, sampling, captured = prompts.rows, self._sampling, self.captured
+        takes = not (self._drafter and self._state) or self._drafter.takes_padding
+        if not (captured and captured.can_launch and takes and len(rows) <= MAX_CAPTURED_ROWS):
+            return False
+        processors = sampling.processors(rows)
+        if max(map(len, prompts.ids)) > CHUNK_TOKENS or sampling.logprobs.asked(rows):
+            return False
+        if "mask" in processors.names or penalises(processors) or not captured.takes(processors):
+            return False
+        captured.launch(rows, prompts.ids, prompts.position, record=self._recorder is not None)
+        prompts.is_launched = True
+        return True
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether prompts were launched and are not finished."""
+        return self.captured is not None and self.captured.is_launched
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether prompts are being read beside rounds at this moment."""
+        return self.captured is not None and self.captured.is_busy
+
+    def wait(self) -> None:
+        """Wait for what is read beside rounds: it writes what rows hold."""
+        if self.captured:
+            self.captured.wait()
+
+    def drop(self) -> None:
+        """Nobody wants what was launched any more."""
+        if self.captured:
+            self.captured.drop()
+
+    @torch.no_grad()
+    def finish(self, prompts: PrefillBatch) -> None:
+        """Wait for what was launched; the rows may decode."""
+        assert self.captured
+        drawn = self.captured.finish(prompts.rows)
+        prompts.position = [
+            at + len(ids) for at, ids in zip(prompts.position, prompts.ids, strict=True)
+        ]
+        self._begin_rows(prompts, drawn)
+
+    @torch.no_grad()
     def read_chunk(self, prompts: PrefillBatch) -> None:
         """Read the next chunk of every row; with the last one draw the first tokens."""
+        self.drop()
         last = prompts.last  # what longer prompts have more goes before
         if prompts.read < max(map(len, prompts.ids)) - last:
             self._feed(self._next_chunk(prompts))
@@ -186,16 +216,36 @@ class PromptReader:
             ends = zip(prompts.rows, prompts.position, prompts.ids, strict=True)
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
-        first_tokens = self._draw(logits, prompts)
-        logprobs_of = self._sampling.logprobs.of
-        first = enumerate(zip(prompts.rows, first_tokens, strict=True))
-        prompts.logprobs = [logprobs_of(row, logits, at, [token]) for at, (row, token) in first]
+        self._begin_rows(prompts, self._draw(logits, prompts), logits)
+
+    def _begin_rows(
+        self, prompts: PrefillBatch, drawn: list[list[int]], logits: Tensor | None = None
+    ) -> None:
+        """Let rows decode whose prompts were read.
+
+        Args:
+            prompts: Theirs.
+            drawn: Of each, its first token, and whether its logits are numbers.
+            logits: [B, 1, V]; needed where log-probabilities are asked for.
+        """
+        if any(not finite for _, finite in drawn):
+            raise not_finite(self._target.name, self._target.dtype)
+        first_tokens = self._first_tokens(prompts, [token for token, _ in drawn])
+        prompts.logprobs = [()] * len(first_tokens)
+        if logits is not None:
+            logprobs_of = self._sampling.logprobs.of
+            first = enumerate(zip(prompts.rows, first_tokens, strict=True))
+            prompts.logprobs = [logprobs_of(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
         given = prompts.rows, prompts.position, prompts.ids, first_tokens, prompts.budgets
         for row, length, ids, token, budget in zip(*given, strict=True):
             self._rows.begin(row, length, ids, token, budget - 1)
             self._deferred.clear(row)
             self.rollback.validate(row)
+
+    def _first_tokens(self, prompts: PrefillBatch, drawn: list[int]) -> list[int]:  # noqa: ARG002
+        """What the answers begin with."""
+        return drawn
 
     def _next_chunk(self, prompts: PrefillBatch) -> PrefillChunk:
         """Up to `CHUNK_TOKENS` tokens of every row that has more than `prompts.last` left."""
@@ -253,49 +303,27 @@ class PromptReader:
             at = start.new_tensor([row]) if subset is None else subset
             self._state.remember(features[:, : len(text)], position, at)
 
-    def _draw(self, logits: Tensor, prompts: PrefillBatch) -> list[int]:
-        """The first token of each answer, from the logits [B, 1, V] of its prompt's last token."""
-        processors, graphs = self._sampling.processors(prompts.rows), self.graphs
-        if graphs and len(prompts.rows) <= MAX_CAPTURED_ROWS and includes(self._drawn, processors):
-            found = []
-            for at, given in enumerate(zip(prompts.rows, prompts.position, strict=True)):
-                self._graph_inputs[:2].copy_(torch.tensor(given))
-                self._logits.copy_(logits[at : at + 1])
-                found.append(graphs(self._draw_one, self._drawn, compile=False).clone())
-            drawn = torch.cat(found)
+    def _draw(self, logits: Tensor, prompts: PrefillBatch) -> list[list[int]]:
+        """As `draw_first`, from the logits [B, 1, V] of the prompts' last tokens; waits for it."""
+        processors, captured = self._sampling.processors(prompts.rows), self.captured
+        given = prompts.rows, prompts.position
+        if captured and len(prompts.rows) <= MAX_CAPTURED_ROWS and captured.takes(processors):
+            each = zip(*given, logits.split(1), strict=True)
+            drawn = torch.cat([captured.draw(*of_row) for of_row in each])
         else:
-            rows, start = torch.tensor([prompts.rows, prompts.position], device=logits.device)
-            drawn = self._draw_of(logits, rows, start, max(prompts.position), processors)
-        drawn = drawn.tolist()  # the one wait for the device
-        if any(not finite for _, finite in drawn):
-            raise not_finite(self._target.name, self._target.dtype)
-        return [token for token, _ in drawn]
-
-    def _draw_one(self, processors: Processors) -> Tensor:
-        """As `_draw_of`, of the row and the start that stand first in `_graph_inputs`."""
-        row, start = self._graph_inputs[:1], self._graph_inputs[1:2]
-        return self._draw_of(self._logits, row, start, self._rows.slots, processors)
-
-    def _draw_of(
-        self, logits: Tensor, rows: Tensor, start: Tensor, longest: int, processors: Processors
-    ) -> Tensor:
-        """Tokens of rows int64 [B] at `start` int64 [B], and whether their logits are numbers.
-
-        Returns:
-            int64 [B, 2].
-        """
-        noise, finite = None, logits.amax(-1).isfinite().long()
-        logits = self._sampling.change(logits, start, longest, processors, rows)
-        sampling = self._sampling.tensors(processors, rows)
-        if sampling.temperature is not None:
-            key, size = self._rows.inputs.noise_key[rows], int(self._target.config.vocab_size)
-            noise = position_noise(key, start, 1, size, sampling.sampled)
-        return torch.cat([pick(logits, noise, sampling), finite], dim=1)
+            rows, start = torch.tensor(given, device=logits.device)
+            made_for, longest = (self._target, self._rows, self._sampling), max(prompts.position)
+            drawn = draw_first(*made_for, logits, rows, start, longest, processors)
+        return drawn.tolist()
 
     def _feed(self, chunk: PrefillChunk, *, logits: bool = False) -> Tensor | None:
         """Read prompt tokens; the logits [B, 1, V] of the last column, if asked for."""
-        if self.graphs and len(chunk.rows) <= MAX_CAPTURED_ROWS:
-            read = [self._feed_captured(*of_row) for of_row in zip(*chunk, strict=True)]
+        if self.captured and len(chunk.rows) <= MAX_CAPTURED_ROWS:
+            records = self._recorder is not None
+            read = [
+                self.captured.read(row, part, at, record=records and left <= CHUNK_TOKENS)
+                for row, part, at, left in zip(*chunk, strict=True)
+            ]
         else:
             some = max(1, MAX_BATCHED_TOKENS // max(map(len, chunk.parts)))
             groups = [slice(i, i + some) for i in range(0, len(chunk.rows), some)]
@@ -319,54 +347,11 @@ class PromptReader:
             recorder.rows.write(tokens, features, start, counts, subset=subset)
         return out
 
-    def _feed_captured(self, row: int, part: list[int], at: int, left: int) -> Tensor:
-        """As `_feed` of one row, replayed; the logits [1, 1, V] of its last token."""
-        assert self.graphs
-        width = next(n for n in CAPTURE_SIZES if n >= len(part))
-        given = torch.tensor([row, at, len(part), *part])
-        self._graph_inputs[: len(given)].copy_(given)
-        logits, self._features = self.graphs(self._read_padded, width)
-        if self._drafter and self._state and not self._drafter.takes_padding:
-            given = self._graph_inputs
-            subset, start, tokens = given[:1], given[1:2], given[3:][None]
-            read = tokens[:, : len(part)], self._features[:, : len(part)]
-            self._drafter.extend(self._state, *read, start, subset)
-        if self._recorder and left <= CHUNK_TOKENS:
-            self.graphs(self._record_padded, width)
-        return logits.clone()
-
     @property
     def _recorder(self) -> MemoryTrainer | None:
         """What all requests remember, where it is to have the prompts that are read."""
         trainer = self.learner.memory_trainer if self.learner else None
         return trainer if trainer and trainer.records_prompts else None
-
-    def _read_padded(self, width: int) -> tuple[Tensor, Tensor]:
-        """Logits [1, 1, V] of a chunk's last token, and features [1, width, W]."""
-        subset, start, count = (self._graph_inputs[i : i + 1] for i in range(3))
-        tokens = self._graph_inputs[3 : 3 + width][None]
-        with sdpa_kernel(ATTENTION):
-            logits, features = self._target.forward(
-                self._cache,
-                tokens,
-                start,
-                self._rows.slots,
-                subset=subset,
-                logits=(count - 1).clamp(min=0),
-                spans=True,
-            )
-            if self._drafter and self._state and self._drafter.takes_padding:
-                self._drafter.extend(self._state, tokens, features, start, subset, count)
-        assert logits is not None
-        return logits, features
-
-    def _record_padded(self, width: int) -> None:
-        """Let the memory of all requests have a chunk, from `_graph_inputs` and `_features`."""
-        assert self.learner
-        assert self.learner.memory_trainer
-        subset, start, count = (self._graph_inputs[i : i + 1] for i in range(3))
-        tokens = self._graph_inputs[3 : 3 + width][None]
-        self.learner.memory_trainer.rows.write(tokens, self._features, start, count, subset=subset)
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False

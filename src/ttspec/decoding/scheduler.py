@@ -144,7 +144,9 @@ class Scheduler:
         elif self._prefill and conversation in self._prefilling:
             self._prefill.drop(conversation.row)
             self._prefilling.remove(conversation)
-            self._prefill = self._prefill if self._prefilling else None
+            if not self._prefilling:
+                self._prefill = None
+                self.decoder.prompts.drop()
         elif conversation in self._running:
             self._running.remove(conversation)
         if conversation.queued is not None or not conversation.finish:
@@ -206,10 +208,12 @@ class Scheduler:
 
     @property
     def _prefill_is_due(self) -> bool:
-        """Whether enough turns wait for their prompts to be read."""
+        """Whether prompts should be read, or were, before the next round is launched."""
         prompts, rows = self.decoder.prompts, self.decoder.rows.count
+        if self._prefill:
+            return not prompts.is_busy
         waiting = len(self._ready) + min(len(self._waiting), len(self._free))
-        return waiting > (0 if prompts.graphs else rows // ROWS_PER_PREFILL)
+        return waiting > (0 if prompts.captured else rows // ROWS_PER_PREFILL)
 
     def _assign_rows(self) -> None:
         while self._free and self._waiting:
@@ -271,8 +275,17 @@ class Scheduler:
         return [conversation for conversation in ready if conversation not in live]
 
     def _read_chunk(self, batch: PrefillBatch) -> list[Conversation]:
-        """Read on; once all is read, the conversations, which have their first token now."""
-        self.decoder.prompts.read_chunk(batch)
+        """Read on; once all is read, the conversations, which have their first token now.
+
+        Beside rounds, if there are any, and it can be.
+        """
+        prompts = self.decoder.prompts
+        if batch.is_launched or (self._running and prompts.launch(batch)):
+            if self._running and prompts.is_busy:
+                return []
+            prompts.finish(batch)
+        else:
+            prompts.read_chunk(batch)
         if not batch.is_read:
             return []
         begun, self._prefilling, self._prefill = self._prefilling, [], None
@@ -284,7 +297,7 @@ class Scheduler:
 
     def _round(self) -> list[Conversation]:
         """One round; the conversations that took part."""
-        ahead = self.decoder.works_ahead and not (self._prefill or self._prefill_is_due)
+        ahead = self.decoder.works_ahead and not self._prefill_is_due
         outcomes, moved = self.decoder.round(ahead=ahead), self._running
         for conversation in moved:
             conversation.take_round(outcomes[conversation.row])
