@@ -241,3 +241,42 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
         for at in range(3):
             for a, b in zip(found[at], found[at + other], strict=True):
                 assert (a - b).norm() <= 0.02 * b.norm()  # products of other sizes round otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", None])
+@pytest.mark.parametrize("shared", [False, True])
+def test_texts_are_those_of_prompts_read_between_rounds(
+    toy_target_dir, which: str | None, shared: bool
+) -> None:
+    learn = LearnConfig(scope="shared", stride=2) if shared and which else None
+    drafter = make_kind(which) if which else "none"
+    engine = load(str(toy_target_dir), drafter, device="cuda", dtype="float32")
+    options = {"temperature": 0.9, "ignore_eos": True, "context": 500, "learn": learn}
+    config = GenerateConfig(max_new_tokens=24, draft=DraftConfig(adaptive=False), **options)
+    decoder = engine.decoder(config, 3, 400, sessions=False)
+    captured, launched = decoder.prompts.captured, []
+    assert captured
+    launch = captured.launch
+
+    def counted(rows, *rest, **more) -> None:
+        launched.append(len(rows))
+        launch(rows, *rest, **more)
+
+    captured.launch = counted  # type: ignore[method-assign]
+
+    def said() -> list[list[int]]:
+        decoder.restart()
+        scheduler, found = Scheduler(decoder, config, stream=False), dict[int, list[int]]()
+        for size in [30, 7, 90, 400, 12, 130, 5, 44, 63, 64, 65, 2] * 3:
+            scheduler.add_request(Request(ids=[(3 * n) % 250 for n in range(size)], seed=size))
+        while scheduler.has_unfinished():
+            for request, chunk in scheduler.step():
+                if chunk.result:
+                    found[request] = chunk.result.token_ids
+        return [found[request] for request in sorted(found)]
+
+    beside = said()
+    assert sum(launched) > 20
+    captured._may_launch = False
+    assert said() == beside

@@ -33,7 +33,7 @@ def says(folder: Path, source: Path, **quantisation) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "quanto", "eetq", "gguf"])
+@pytest.mark.parametrize("method", ["quanto", "eetq", "gguf", "auto-round"])
 def test_a_method_that_is_not_read_is_refused_by_name(toy_target_dir, tmp_path, method: str):
     name = says(tmp_path / "q", toy_target_dir, quant_method=method, bits=4)
     with pytest.raises(TargetError, match=f"quantised by {method}, which is not read") as caught:

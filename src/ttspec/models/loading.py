@@ -13,10 +13,17 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import OptionError, ResourceError, TargetError
+from ttspec.models.gptq import refuse_biases
 from ttspec.models.packed import can_pack
 from ttspec.models.quantised import (
     refuse_unsupported,
@@ -25,7 +32,7 @@ from ttspec.models.quantised import (
     require_products,
     unpack_linears,
     unpacked_bytes,
-    unpacking_config,
+    unpacking_options,
     unpacks_on_load,
 )
 from ttspec.models.source import Source
@@ -93,14 +100,13 @@ class Files:
             options["attn_implementation"] = "eager"
         # Of another shape than the config's, or missing: refused by name, rather than drawn.
         options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
-        if unpacks_on_load(self.config):
-            options["config"] = unpacking_config(self.config)
         tokenizer = _tokenizer_in(path)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, use_safetensors=True, trust_remote_code=False, **options
-            )
-        except (torch.OutOfMemoryError, MemoryError):
+            if unpacks_on_load(self.config):
+                place = torch.device("cpu") if device_map else device
+                options |= unpacking_options(path, self.config, place)
+            loaded: Any = _read_model(path, dtype=dtype, **options)
+        except (TargetError, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # configs of others raise whatever they like
             raise _not_loaded(path, error) from error
@@ -117,6 +123,20 @@ class Files:
             model = cast(PreTrainedModel, torch.nn.Module.to(model, device))
         require_finite_weights(path, model)
         return model, tokenizer
+
+
+def _read_model(path: Path, **options: Any) -> Any:
+    """The model by transformers, and what it found; of a folder, or of a `state_dict`."""
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    if "state_dict" not in options:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(options["config"]))
+    model, found = kind.from_pretrained(None, **options)
+    refuse_biases(path, options["state_dict"], found["unexpected_keys"])
+    if (path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    return model, found
 
 
 def open_files(source: Source) -> Files:

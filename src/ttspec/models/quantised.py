@@ -18,10 +18,16 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ttspec.errors import ResourceError, TargetError
+from ttspec.models import gptq
 
 KEPT = {"torchao": "torchao", "bitsandbytes": "bitsandbytes"}
 """Weights that stay packed, by quant_method, and the package that multiplies by them."""
-UNPACKED = {"fp8": "accelerate", "compressed-tensors": "compressed_tensors", "mxfp4": None}
+UNPACKED = {
+    "fp8": "accelerate",
+    "compressed-tensors": "compressed_tensors",
+    "mxfp4": None,
+    **dict.fromkeys(gptq.METHODS),
+}
 """Weights that are unpacked into --dtype as they are read, and the package that it takes. Whatever
 the checkpoint says about rounding activations is left out."""
 TORCHAO_KEPT = (
@@ -48,12 +54,25 @@ def unpacks_on_load(config: Any) -> bool:
     return _method(given) in UNPACKED or bool(_torchao_kinds(given) & set(TORCHAO_UNPACKED))
 
 
-def unpacking_config(config: Any) -> Any:
-    """The config with which transformers unpacks weights as it reads them."""
-    config = copy.deepcopy(config)
-    if _method(_settings(config)) in UNPACKED:  # of others it reads what `make_plain` unpacks
-        config.quantization_config = {**_settings(config), "dequantize": True}
-    return config
+def unpacking_options(path: Path, config: Any, device: torch.device) -> dict[str, Any]:
+    """The arguments of `from_pretrained` by which weights are unpacked as they are read.
+
+    Args:
+        path: The model's folder.
+        config: What its config.json says.
+        device: Where ttspec unpacks what transformers does not.
+
+    Raises:
+        TargetError: The parts of a packed weight do not fit each other.
+    """
+    given, config = _settings(config), copy.deepcopy(config)
+    if _method(given) in gptq.METHODS:
+        del config.quantization_config
+        weights = gptq.unpacked_weights(path, _method(given), given, device)
+        return {"config": config, "state_dict": weights}
+    if _method(given) in UNPACKED:  # of others it reads what `unpack_linears` unpacks
+        config.quantization_config = {**given, "dequantize": True}
+    return {"config": config}
 
 
 def refuse_unsupported(path: Path, config: Any) -> None:
@@ -73,6 +92,8 @@ def refuse_unsupported(path: Path, config: Any) -> None:
             f"{', '.join([*KEPT, *UNPACKED])} and GGUF files are.\n"
             "Give the model in one of these, or without quantisation."
         )
+    if method in gptq.METHODS:
+        gptq.refuse_format(path, method, given)
     if method == "bitsandbytes" and given.get("load_in_8bit"):
         raise TargetError(
             f"{path} is quantised by bitsandbytes to 8 bits, where a token's logits depend on the "
