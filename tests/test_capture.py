@@ -18,8 +18,7 @@ from toys import toy_engine
 
 from ttspec import sampling as samplings
 from ttspec.config import DraftConfig
-from ttspec.decoding import round as rounds
-from ttspec.decoding import stages
+from ttspec.decoding import planner, stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.models import target as targets
@@ -131,7 +130,7 @@ INVARIANT = [(w, "invariant") for w in ["none", *ALL] if w != "eagle3-layers"]
 @pytest.mark.parametrize(("which", "acceptance"), INVARIANT + SOME)
 def test_a_captured_round_does_what_the_round_does(target, which, acceptance, monkeypatch) -> None:
     """What is seen is told as spans, but where re-based keys or rows' own weights need a mask."""
-    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(planner, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: acceptance == "invariant")
     arms: list[dict] = [{"learn": None}]
     if which in VARIANTS or acceptance == "rejection":
@@ -157,7 +156,7 @@ def test_a_captured_round_does_what_the_round_does(target, which, acceptance, mo
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "pard2", "causal"])
 def test_captured_rounds_of_changing_lengths_do_what_the_rounds_do(target, which, monkeypatch):
     """A draft, its verification and its batch are recorded once for each length."""
-    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(planner, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: which != "eagle3")
     for learn in (None, NOW):
         arms = []

@@ -22,7 +22,6 @@ from ttspec.decoding.copying import (
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.draft_sampler import with_copies
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.feedback import PolicyFeedback
 from ttspec.decoding.policy import FixedDraftLength
 from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowStates
 from ttspec.decoding.stages import DecoderSpec, round_widths
@@ -285,8 +284,9 @@ class WrongCopies(Decoder):
 
     def __init__(self, *args, **options) -> None:
         super().__init__(*args, **options)
-        assert self.copying is not None
-        choose = self.copying.choose
+        copying = self.planner.copying
+        assert copying is not None
+        choose = copying.choose
         self.planted = 0
 
         def planted(active, tokens, *, drafts):
@@ -294,7 +294,7 @@ class WrongCopies(Decoder):
             self.planted += len(chosen)
             return {row: [(t + 1) % VOCABULARY for t in copy] for row, copy in chosen.items()}
 
-        self.copying.choose = planted  # type: ignore[method-assign]
+        copying.choose = planted  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "ngram"])
@@ -533,16 +533,17 @@ def test_several_rows_look_for_copies_where_that_pays(brought: float, pays: bool
     assert copied_rounds(brought, chains=False, rounds=500)[1] == 1.0
 
 
-def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else() -> None:
-    costs, policy = CopyCosts(), FixedDraftLength(7)
-    feedback = PolicyFeedback(None, None, costs)
+def test_a_round_in_which_all_rows_copy_counts_for_a_drafter_that_drafts_else(target) -> None:
+    config = GenerateConfig(learn=None, draft=DraftConfig(adaptive=False))
+    planner = engine_of(target, "ngram").decoder(config, 2, 9, sessions=False).planner
+    planner.policy, planner.copy_costs = FixedDraftLength(7), (costs := CopyCosts())
     kinds = list[tuple[int, bool]]()
     costs.search.observe = lambda rows, drafts, *_: kinds.append((rows, drafts))  # type: ignore[method-assign]
     for draft_length, copy_length in ((7, 0), (0, 7), (0, 0)):
         shape = RoundShape(0, draft_length, copy_length, Processors(), absorbs=True)
         outcome = SimpleNamespace(tokens=[1, 2], copied=copy_length > 0, updated=False, accepted=1)
         plan, time = RoundPlan([0], shape, 8, {}), RoundTime(1.0, NO_STAGES, captured=False)
-        feedback.observe(policy, plan, time, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
+        planner.observe(plan, time, {0: outcome}, 1, chained=True)  # type: ignore[dict-item]
     assert kinds == [(1, True), (1, True), (1, False)]
 
 

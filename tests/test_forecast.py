@@ -33,9 +33,7 @@ from ttspec.decoding.memory_forecast import (
     drafter_cache_bytes,
     drafter_weight_bytes,
     forecast_run,
-    free_memory,
     learning_bytes,
-    mib,
     require_room,
     require_weights,
     target_cache_bytes,
@@ -43,12 +41,12 @@ from ttspec.decoding.memory_forecast import (
 from ttspec.diagnosis.memory import memory
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError
+from ttspec.free_memory import free_memory, mib
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.models.target import find_target, wrap_target
-from ttspec.training import memory as training_memory
 from ttspec.training.answers import write_answers
 from ttspec.training.config import TrainConfig
-from ttspec.training.memory import require_training, step_bytes, step_notice
+from ttspec.training.recipes import RECIPES
 
 CPU = torch.device("cpu")
 TARGETS = {
@@ -169,7 +167,7 @@ def system(root: Path, monkeypatch, *, available: int, version: int, limit: str,
         "/proc/self/cgroup": root / "cgroup",
         "/sys/fs/cgroup": root / "fs",
     }
-    monkeypatch.setattr(forecast, "Path", lambda name: moved.get(str(name), Path(name)))
+    monkeypatch.setattr("ttspec.free_memory.Path", lambda name: moved.get(str(name), Path(name)))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -382,22 +380,23 @@ def test_bench_says_so_before_it_begins(toy_target_dir: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize(("kind", "trained"), [("dflash", 0), ("pard", 1000)])
-def test_training_that_does_not_fit_is_refused_with_numbers(
-    engine: Engine, monkeypatch, kind, trained
-):
+def test_training_that_does_not_fit_is_refused_with_numbers(monkeypatch, kind, trained):
+    model = LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_hidden_layers": 8}))
+    target = wrap_target(model, byte_tokenizer())
     config = TrainConfig(prompts=Path("p"), out=Path("o"), kind=kind, max_length=100, batch=2)
     config = replace(config, anchors=10, block=5)
     drafted = 10 * 4 if kind == "dflash" else 60
-    step = 2 * 4 * (60 * 5 * 64 + 3 * 260 * drafted)
-    assert step_bytes(engine.target, config, 60) == step
+    step = 2 * 4 * (60 * 9 * 64 + 3 * 260 * drafted)
+    recipe = RECIPES[kind](target, config)
+    assert recipe.step_bytes(60) == step
     weights, need = [torch.zeros(trained)], step + 16 * trained
-    monkeypatch.setattr(training_memory, "free_memory", lambda _: need)
-    require_training(engine.target, config, weights, 60)
-    monkeypatch.setattr(training_memory, "free_memory", lambda _: need - 1)
+    monkeypatch.setattr("ttspec.training.recipe.free_memory", lambda _: need)
+    assert recipe.require_room(weights, 60) == need
+    monkeypatch.setattr("ttspec.training.recipe.free_memory", lambda _: need - 1)
     with pytest.raises(ResourceError, match=r"a step on 2 dialogues of up to 60 tokens") as caught:
-        require_training(engine.target, config, weights, 60)
+        recipe.require_room(weights, 60)
     assert "--batch" in str(caught.value).splitlines()[1]
-    told = step_notice(engine.target, config)  # answers may be shorter
+    told = recipe.notice()  # answers may be shorter
     assert told is not None
     assert told.startswith("A step on 2 dialogues of 100 tokens takes")
 

@@ -12,8 +12,7 @@ from test_rows_come_and_go import held
 from toys import make_kind, toy_engine, twin
 
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.decoding import prefill, stages
-from ttspec.decoding import round as rounds
+from ttspec.decoding import planner, prefill, stages
 from ttspec.decoding.engine import Engine
 from ttspec.learning import learner as learners
 from ttspec.models import capture
@@ -109,7 +108,7 @@ class Forgetful(Tapes):
 def test_graphs_of_few_shapes_are_kept_and_the_text_stays(
     target, monkeypatch, which: str, publish: str, bound: str
 ):
-    monkeypatch.setattr(rounds, "BUCKET", 8)
+    monkeypatch.setattr(planner, "BUCKET", 8)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: False)  # a graph for each bucket
     monkeypatch.setattr(learners, "MIN_CONTEXT", 8)
     learn = replace(NOW, stride=2, publish=publish)

@@ -361,8 +361,8 @@ def test_texts_are_captured_before_what_would_work_where_they_lie(engine, apart)
         learner._run = learner._run_update
     learner.capture_updates(600)
     read = [name for name in called if not name.startswith("write_")]  # those are rounds' graphs
-    assert read[:3] == ["read_texts", "read_newest", "_train_on_texts"]
-    assert called.count("_compare_newest") == 1
+    assert read[:3] == ["read_texts", "read_newest", "train_on_texts"]
+    assert called.count("compare_newest") == 1
 
 
 class Pausing(FixedDraftLength):
@@ -389,7 +389,7 @@ def test_it_goes_on_learning_while_the_drafter_pauses(engine, copies: bool) -> N
 
     def pausing(*args, **options) -> Decoder:
         decoder = Decoder(*args, **options)
-        decoder.policy = Pausing(decoder.gamma)
+        decoder.planner.policy = Pausing(decoder.gamma)
         return decoder
 
     learn = LearnConfig(scope="shared", stride=1, lr=3e-3, guard=0)

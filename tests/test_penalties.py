@@ -25,8 +25,7 @@ from ttspec import load
 from ttspec.bench.store import read_run
 from ttspec.cli import WRONG_INPUT, main
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import round as rounds
-from ttspec.decoding import stages
+from ttspec.decoding import planner, stages
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import penalises, sampling_of
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -317,7 +316,7 @@ def test_one_seed_is_one_text_with_every_drafter(engines) -> None:
 # Sampled: a law that knows nothing of ours.
 
 FEW = [97, 98, 99, 100]
-TAUGHT = LearnConfig(stride=1, lr=3e-3, scope="shared", blocks=1, supervision="accepted")
+TAUGHT = LearnConfig(stride=1, lr=3e-3, scope="shared")
 LAW = {
     "repetition_penalty": 1.4,
     "presence_penalty": 0.5,
@@ -457,7 +456,7 @@ def test_the_compiler_can_follow_it() -> None:
 @pytest.mark.parametrize("spans", [False, True])
 def test_captured_rounds_do_what_the_rounds_do(engines, monkeypatch, which, spans) -> None:
     """Nothing waits for the device, and nothing is read from the host again."""
-    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(planner, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: spans)
     options = {**LAW, "no_repeat_ngram_size": 9, "suppress_tokens": (1,), "learn": None, "seed": 2}
     options |= {"max_new_tokens": 16, "min_length": 12, "acceptance": "rejection"}

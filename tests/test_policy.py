@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_conformance import ALL, NOW, engine_of
-from toys import G, fake_round, make_kind, parrot, plain, take, toy_engine, twin
+from toys import G, fake_round, parrot, plain, take, toy_engine, twin
 
 from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
@@ -352,7 +352,7 @@ def scheduled(engine: Engine, lengths: Sequence[int]) -> Engine:
 
     def make(*args, **options) -> Decoder:
         decoder = Decoder(*args, **options)
-        decoder.policy = Schedule(lengths, decoder.gamma)
+        decoder.planner.policy = Schedule(lengths, decoder.gamma)
         return decoder
 
     engine.make_decoder = make
@@ -513,48 +513,6 @@ def test_rows_at_rest_are_left_alone_when_others_catch_up(target, which: str) ->
         assert result.token_ids == alone.token_ids
 
 
-# A drafter that says how likely its drafts are.
-
-
-def told(
-    costs: Sequence[float], chance: Chances, says: Callable[[float], float] | None, seed: int
-) -> float:
-    """Tokens per time of a plain round, where the drafter says something of each draft's chance."""
-    rng, policy, position, spent = random.Random(seed), DraftPolicy(len(costs) - 1), 0, 0.0
-    while position < 3000:
-        length = policy.choose()
-        chances = [chance(position + i) for i in range(length)]
-        if length and says:
-            length = policy.drafts_to_verify([[says(c) for c in chances]])
-        kept = 0
-        while kept < length and rng.random() < chances[kept]:
-            kept += 1
-        policy.observe(length, costs[length], emitted=kept + 1, accepted=[kept], context=position)
-        spent, position = spent + costs[length], position + kept + 1
-    return position / spent
-
-
-@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
-def test_no_more_drafts_are_read_than_the_drafter_believes_in(power: float) -> None:
-    """Text that is easy or hard, by turns; also where all chances are said too high or too low."""
-    costs = [1.0, *(1.1 + 0.06 * n for n in range(1, 8))]
-
-    def chance(position: int) -> float:
-        return 0.95 if random.Random(position // 5).random() < 0.5 else 0.2
-
-    alone = sum(told(costs, chance, None, seed) for seed in range(4))
-    heard = sum(told(costs, chance, lambda c: c**power, seed) for seed in range(4))
-    assert heard > 1.05 * alone
-
-
-def test_a_drafter_that_knows_nothing_of_its_drafts_costs_little() -> None:
-    costs, noise = [1.0, *(1.1 + 0.06 * n for n in range(1, 8))], random.Random(0)
-    for chance in (0.2, 0.6, 0.9):
-        alone = sum(told(costs, steady(chance), None, seed) for seed in range(4))
-        heard = sum(told(costs, steady(chance), lambda _: noise.random(), s) for s in range(4))
-        assert heard > 0.93 * alone, chance
-
-
 # The real policy in the real loop.
 
 
@@ -571,7 +529,7 @@ def ticking(engine: Engine, costs: Sequence[float], monkeypatch) -> Engine:
         def observe(self, length, seconds, **facts) -> None:
             super().observe(length, costs[min(length, len(costs) - 1)], **facts)
 
-    monkeypatch.setattr("ttspec.decoding.round.DraftPolicy", Told)
+    monkeypatch.setattr("ttspec.decoding.planner.DraftPolicy", Told)
     return engine
 
 
@@ -594,33 +552,6 @@ def test_what_was_found_out_lasts_for_requests_of_other_sizes(engine, monkeypatc
     again = on(bad, max_new_tokens=300)
     assert again.rounds[0].length == 0 == again.rounds[8].length
     assert bad.sibling()._policies == {}
-
-
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_a_confidence_head_says_how_many_drafts_are_read(target, monkeypatch, temperature) -> None:
-    other = Engine(twin(target), make_kind("dspark", block_size=7))
-    options = {"max_new_tokens": 60, "temperature": temperature}
-    said = plain(other, "hello there", ignore_eos=True, seed=1, **options)
-    text = torch.tensor([*said.prompt_ids, *said.token_ids, *[0] * 20])
-    propose = other.drafter.propose
-
-    def follow(state, pending, start, count, length, longest, choose):
-        script = text[start[:, None] + 1 + torch.arange(length)]
-        script[(start % 3 == 0), 1:] = 5  # every third block is wrong from the second draft on
-        found = propose(state, pending, start, count, length, longest, choose)
-        likely = torch.where(script == 5, 0.1, 0.9)
-        return replace(found, tokens=script, confidence=likely)
-
-    monkeypatch.setattr(other.drafter, "propose", follow)
-    costs = [1.0, *(1.1 + 0.1 * n for n in range(1, 8))]
-    result = on(ticking(other, costs, monkeypatch), **options)
-    assert result.token_ids == said.token_ids
-    drafted = [(r.position, r.length) for r in result.rounds if r.length]
-    assert {1, 7} <= {length for _, length in drafted}
-    first = len(said.prompt_ids)
-    wrong = [n for position, n in drafted[8:] if (first + position - 1) % 3 == 0]
-    assert wrong
-    assert max(wrong) < 7
 
 
 def test_without_it_every_round_drafts(engine) -> None:

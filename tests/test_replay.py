@@ -15,9 +15,8 @@ from ttspec.bench.replay import open_source, prepare, replayable
 from ttspec.bench.store import read_run
 from ttspec.cli import main
 from ttspec.decoding import engine as engines
-from ttspec.decoding import loading, stages
+from ttspec.decoding import loading, planner, stages
 from ttspec.decoding import memory_forecast as forecast
-from ttspec.decoding import round as rounds
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.errors import DataError
 
@@ -108,7 +107,7 @@ def test_a_replay_does_round_for_round_what_the_run_did(
 def test_a_round_of_a_replay_can_be_captured(pairs, run, tmp_path, monkeypatch) -> None:
     arms = f"plain,static,learn[{LEARN}]"
     assert replay(pairs["eagle3"], run, tmp_path / "a", arms) == 0
-    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(planner, "BUCKET", 16)
     monkeypatch.setattr(stages, "Graphs", Tapes)
     before = Tapes.replayed
     assert replay(pairs["eagle3"], run, tmp_path / "b", arms) == 0
@@ -179,7 +178,7 @@ def test_a_timed_replay_writes_a_text_that_the_target_would_not(
     manifest["sampling"]["temperature"] = 0.2
     path.write_text(json.dumps(manifest))
     if captured:
-        monkeypatch.setattr(rounds, "BUCKET", 16)
+        monkeypatch.setattr(planner, "BUCKET", 16)
         monkeypatch.setattr(stages, "Graphs", Tapes)
     arms, out = f"plain,ngram,static-copy,learn[{LEARN},supervision=block],default", tmp_path / "b"
     assert replay(pairs["eagle3"], tmp_path / "a", out, arms, "--timed", "--rows", "2") == 0

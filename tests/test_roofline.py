@@ -272,7 +272,7 @@ def test_rates_are_of_this_machine() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_stage_times_belong_to_their_round(device: str) -> None:
-    # On a GPU a round tells the times of the one before (decoding/round.py).
+    # On a GPU a round tells the times of the one before (decoding/decoder.py).
     late, told = device == "cuda", iter(range(9))
 
     def round_() -> dict[int, SimpleNamespace]:

@@ -23,8 +23,7 @@ from transformers import (
 )
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import prefill, stages
-from ttspec.decoding import round as rounds
+from ttspec.decoding import planner, prefill, stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
@@ -305,7 +304,7 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
 
 
 def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
-    monkeypatch.setattr(rounds, "BUCKET", 16)
+    monkeypatch.setattr(planner, "BUCKET", 16)
     monkeypatch.setattr(targets, "has_kernel", lambda dtype: True)
     first = {"temperature": 0.7, "top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
     first |= {"logit_bias": {97: 1.0}, "bad_words_ids": ((98, 99), (97, 97, 97))}

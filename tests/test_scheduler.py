@@ -300,13 +300,13 @@ def test_conversations_that_begin_alike_keep_a_row_each(
         request = scheduler.add_request(Request(ids=texts[n], seed=n, tenant=tenant))
         return finish(scheduler)[request]
 
-    decodes, rests = scheduler.decoder.policy, Paused(scheduler.decoder.gamma)
+    decodes, rests = scheduler.decoder.planner.policy, Paused(scheduler.decoder.gamma)
     for turn, n in ((turn, n) for turn in range(2) for n in range(3)):
-        scheduler.decoder.policy = rests if pauses and (turn, n) == (0, 0) else decodes
+        scheduler.decoder.planner.policy = rests if pauses and (turn, n) == (0, 0) else decodes
         found = answer(scheduler, n, "alice")
         whole = answer(scheduler_of(own, **options), n, None)
         assert found.token_ids == whole.token_ids
-        if scheduler.decoder.policy is decodes:
+        if scheduler.decoder.planner.policy is decodes:
             drafts = [[(r.proposed, r.accepted) for r in x.rounds] for x in (found, whole)]
             assert drafts[0] == drafts[1]
         held = len(texts[n]) - len(found.prompt_ids)

@@ -649,7 +649,7 @@ def full_disk(size: int = 20_000) -> Iterator[None]:
 
 def update_on(learner: Learner, batch: ReplayBatch, longest: int) -> list[bool]:
     """One step on a batch whose largest start is `longest`, published at once; rows updated."""
-    learner._batch, learner._taught = batch, (batch.count > 0).tolist()
+    learner._batch = batch
     learner._distil(longest)
     learner._step_weights(0)
     learner._pending = learner._report

@@ -99,15 +99,6 @@ class Proposal:
     from them; to replay this proposal needs them."""
     copied: Tensor | None = None
     """bool [B]: rows whose tokens were copied, not drafted; None is no row."""
-    confidence: Tensor | None = None
-    """float32 [B, G]: how likely the drafter finds each draft to be kept if those before it are;
-    None if it has no head for that."""
-
-    def first(self, count: int) -> Proposal:
-        """The first `count` tokens of every row."""
-        cut = {"tokens": self.tokens[:, :count], "count": self.count.clamp(max=count)}
-        q = None if self.q is None else self.q[:, :count]
-        return replace(self, **cut, q=q, confidence=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

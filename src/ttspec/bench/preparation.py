@@ -18,12 +18,13 @@ from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.loading import find_drafter
-from ttspec.decoding.memory_forecast import USABLE_SHARE, free_memory
+from ttspec.decoding.memory_forecast import USABLE_SHARE
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import OptionError, ResourceError, TtspecError
+from ttspec.free_memory import free_memory
 
 
 @dataclass(frozen=True, slots=True)

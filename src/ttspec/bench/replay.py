@@ -28,12 +28,12 @@ from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
-from ttspec.decoding.memory_forecast import free_memory, mib
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
+from ttspec.free_memory import free_memory, mib
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
 from ttspec.records import summarise

@@ -234,9 +234,10 @@ class CapturedPrompts:
     def record_padded(self, width: int) -> None:
         """Let the memory of all requests have a chunk."""
         assert self._learner
+        assert self._learner.memory_trainer
         subset, start, count = (self._inputs[i : i + 1] for i in range(3))
         tokens = self._inputs[3 : 3 + width][None]
-        self._learner.read(tokens, self._features, start, count, subset)
+        self._learner.memory_trainer.rows.write(tokens, self._features, start, count, subset=subset)
 
     def draw_one(self, processors: Processors) -> Tensor:
         """As `draw`, of the row that stands first, behind its chunk."""

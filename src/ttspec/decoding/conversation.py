@@ -48,7 +48,11 @@ class Request:
 
 
 class Conversation:
-    """The turns of one user, who has a row of a decoder as long as it goes on."""
+    """The turns of one user, who has a row of a decoder as long as it goes on.
+
+    Owns the answer under way: its tokens, text and rounds, and why it ends. What the row holds of
+    the conversation, the decoder knows.
+    """
 
     row = -1
     """Its row, once it has one."""

@@ -1,63 +1,288 @@
-"""A batch of rows with all that its rounds need: caches, learner, policy. Rows come and go."""
+"""A batch of rows that decode: draft, verify, accept, commit, learn. Start at `Decoder.round`.
+
+A round is computed for all rows at once; what it says of rows that take no part is dead. What the
+device computes is in `stages.py`, what a round is to do is said by `planner.py`. Weights change in
+`learner.absorb` and nowhere else: what drafted a round is what it is judged by.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
-from ttspec.decoding.round import SpeculativeRound
-from ttspec.decoding.rows import RoundShape
+from ttspec.acceptance import BROKEN
+from ttspec.decoding.planner import RoundPlanner
+from ttspec.decoding.policy import DraftPolicy
+from ttspec.decoding.prefill import PromptReader
+from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
+from ttspec.decoding.stages import DecoderSpec, RoundStages
+from ttspec.decoding.timing import RoundTimer, StageMarks
+from ttspec.drafters.base import Drafter
 from ttspec.drafters.context import ContextState
+from ttspec.learning.learner import Learner
+from ttspec.learning.live_weights import LiveWeights
+from ttspec.learning.shared_learner import SharedLearner
+from ttspec.learning.update_schedule import AFTER
 from ttspec.models.capture import Graphs
+from ttspec.models.target import Target
+from ttspec.models.weight_checks import not_finite
+from ttspec.records import Verification
 
 
-class Decoder(SpeculativeRound):
-    """Rows that decode side by side, each with its own length, budget and noise."""
+class Launched(NamedTuple):
+    """A round that the device works on."""
 
+    plan: RoundPlan
+    verification: Verification
+    read_verdicts: Callable[[], list[list[int]]]
+    """Waits for the device; gives the verdict of each row, as `RowVerdict.of` takes it."""
+    kept: bool
+    """Whether the learner keeps the verification to train on it."""
+    chained: bool
+    """It began where the device left the round before, which the host had not read yet."""
+    marks: StageMarks
+
+
+class Decoder(RoundStages):
+    """Rows that decode side by side, each with its own length, budget and noise.
+
+    Owns what happens on the host: the order of a round's stages, the rounds under way, prompts,
+    planner and learner. Caches, rows and what the device computes are `RoundStages`'.
+    """
+
+    reads_prompts: type[PromptReader] = PromptReader
     tenant: str | None = None
     """Whose requests its rows may have, where they all teach the same weights."""
 
-    @torch.no_grad()
-    def capture(self) -> None:
-        """Capture the graphs that rounds of any shape need, before the first answer.
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        spec: DecoderSpec,
+        *,
+        live_weights: LiveWeights | None = None,
+        policy: DraftPolicy | None = None,
+        compile: bool = False,
+    ) -> None:
+        """Allocate caches, and what learns.
 
-        Rounds in which nobody takes part do it. Where stages must know how far back a row reads,
-        there are too many shapes: their graphs are captured when they are met.
+        Args:
+            target: Verifies.
+            drafter: Drafts; None is plain decoding.
+            spec: Rows and options.
+            live_weights: In scope shared, the weights that learn from all requests.
+            policy: What an adaptive policy knows already.
+            compile: Compile what rounds do, on a GPU.
         """
-        if not (self.graphs.on and self._reads_spans):
-            return
-        self.rows.upload(0)
-        nowhere = self.rows.inputs.start  # a first forward makes the cache
-        self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
-        slots, one, adaptive = self.rows.slots, self.rows.count == 1, self.policy.adaptive
-        processors = self.row_sampling.captured(
-            self.row_sampling.processors(range(self.rows.count))
+        super().__init__(target, drafter, spec, compile=compile)
+        self.timer, self.round_number = RoundTimer(target.device), 0
+        self.launched: Launched | None = None
+        """The next round, where it was launched ahead."""
+        self.prompts = self.reads_prompts(
+            target, self.cache, drafter, self.state, self.row_sampling, self.rows, self.deferred
         )
-        copied = self.copying.widths if self.copying else ()
-        shapes = list[RoundShape]()
-        for drafted in {0, *self.policy.lengths}:
-            if drafted or adaptive or not self.gamma:
-                shapes.append(RoundShape(slots, drafted, 0, processors))
-            if not (drafted and one):
-                shapes += [RoundShape(slots, drafted, copies, processors) for copies in copied]
-        if adaptive:  # while the drafter pauses
-            pause = RoundShape(slots, 0, 0, processors, absorbs=False)
-            shapes += [pause._replace(copy_length=copies) for copies in (0, *copied)]
-        # Drafts first: what is kept of a round is as wide as theirs.
-        for shape in sorted(shapes, key=lambda shape: -shape.draft_length):
-            self._proposed = self.graphs(self.propose, shape, first=True)
-            verification, _ = self.graphs(self.verify_and_accept, shape)
-            if self.learner and self._is_kept(shape):
-                self.learner.keep(verification, shape)
-        if self.learner:
-            self.learner.capture_updates(slots)
-        # Last: what compiles the target moves its weights, and a graph reads them where they were.
-        # With many tokens the host may count which experts are asked.
-        called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
-        if not called:
-            # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
-            beside = self.works_ahead and not one
-            graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
-            self.prompts.capture(graphs, beside=beside)
+        self.learner = self.prompts.learner = self._learner(live_weights)
+        self.planner = RoundPlanner(self, self.learner, policy)
+
+    def _learner(self, live_weights: LiveWeights | None) -> Learner | None:
+        learn, drafter = self.spec.learn, self.drafter
+        if learn is None or drafter is None or self.state is None or not drafter.weights:
+            return None
+        kind = SharedLearner if learn.scope == "shared" else Learner
+        return kind(
+            learn,
+            drafter,
+            self.state,
+            self.spec.rows,
+            self.gamma,
+            live_weights=live_weights,
+            run=self.graphs,
+            after=AFTER if self.spec.draft.adaptive else 0,
+        )
+
+    @torch.no_grad()
+    def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
+        """Draft, verify, accept, commit, learn: one round of all rows that take part.
+
+        Args:
+            ahead: Launch the next round before the host does what is left to do for this one; not
+                where a row has ended, or the host must see drafts.
+
+        Returns:
+            What it did to each of them, by row.
+        """
+        launched, self.launched = self.launched or self._launch(), None  # draft, verify, accept
+        following = None
+        if ahead and self._is_chainable(launched):
+            following = self._launch(after=launched)
+        verdicts = self._read_verdicts(launched)  # the round's one wait for the device
+        logits, logprobs_of = launched.verification.logits, self.row_sampling.logprobs.of
+        logprobs = {row: logprobs_of(row, logits, row, v.tokens) for row, v in verdicts.items()}
+
+        self._commit(launched, verdicts)
+        updated = self._learn(launched, verdicts, following)
+        time, cost = self.timer.finish(launched.marks), self.rows.count
+        if self._target_rows is not None:
+            cost = len(self._target_rows)
+        if ahead:
+            self._launch_ahead(launched.plan, following)
+
+        shape, copies = launched.plan.shape, launched.plan.copies
+        length = None if copies else self.planner.policy.reported(shape.draft_length)
+        outcomes = {
+            row: RowOutcome(*v, updated[row], time.stages, length, row in copies, logprobs[row])
+            for row, v in verdicts.items()
+        }
+        self.planner.observe(
+            launched.plan,
+            time,
+            outcomes,
+            cost,
+            chained=launched.chained,
+            beside=self.prompts.is_launched,
+        )
+        return outcomes
+
+    def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
+        """Let the device draft, verify and accept.
+
+        Args:
+            unobserved: Draft length of a round that the policy has not observed yet.
+            after: A round that was not read yet, where the device goes on from.
+        """
+        marks = self.timer.start()
+        if after:
+            plan = self.planner.plan_after(after.plan)
+            self.timer.lap(after.marks)  # it teaches nothing
+        else:
+            plan = self.planner.plan(unobserved, reads_spans=self._reads_spans)
+            self._prepare(plan)
+        self._proposed = self.graphs(self.propose, plan.shape, first=True)
+        self.timer.lap(marks)
+        self._ask_masks(plan)
+        changes = [self.rows.uploaded]  # which a warm-up moves on, too
+        verification, table = self.graphs(self.verify_and_accept, plan.shape, changes=changes)
+        read_verdicts, drafted = self.rows.download(table), plan.shape.draft_length > 0
+        self.timer.lap(marks)
+        kept = self._is_kept(plan.shape, ahead=int(after is not None))
+        if kept and self.learner:  # now: the next round may overwrite it before it is read
+            self.learner.keep(verification, plan.shape, drafted=drafted)
+        return Launched(plan, verification, read_verdicts, kept, after is not None, marks)
+
+    def _prepare(self, plan: RoundPlan) -> None:
+        """Bring rows, caches and the device's inputs to where the round begins."""
+        self.deferred.before_round(plan.active, plan.shape)
+        self.prompts.restore(plan.active)
+        self.prompts.rollback.invalidate(plan.active)  # until they are committed
+        self.rows.upload(self.round_number, plan.copies)
+        self._choose_rows(plan.active)
+
+    def _ask_masks(self, plan: RoundPlan) -> None:
+        """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""
+        masks = self.row_sampling.masks
+        if masks is None or not (rows := masks.masked(plan.active)):
+            return
+        drafts: list[list[int]] = [[] for _ in rows]
+        if plan.shape.proposed:
+            proposal, _ = self._proposed
+            drafted = torch.cat([proposal.count[:, None], proposal.tokens], dim=1).tolist()
+            drafts = [drafted[row][1 : 1 + drafted[row][0]] for row in rows]
+        masks.ask(rows, [self.rows.answer(row) for row in rows], drafts)
+
+    def _is_kept(self, shape: RoundShape, ahead: int = 0) -> bool:
+        """Whether the learner keeps a round of this shape; `ahead` before it are not committed."""
+        number = self.round_number + 1 + ahead
+        return self.learner is not None and self.learner.keeps(
+            number, ahead, drafted=shape.proposed > 0, absorbs=shape.absorbs
+        )
+
+    def _read_verdicts(self, launched: Launched) -> dict[int, RowVerdict]:
+        """What the target decided about each row that takes part; waits for the device.
+
+        Raises:
+            TargetError: Its logits are not finite.
+        """
+        table = launched.read_verdicts()
+        if any(table[row][3] >= BROKEN for row in launched.plan.active):
+            raise not_finite(self.target.name, self.target.dtype)
+        self.round_number += 1
+        return {row: RowVerdict.of(table[row]) for row in launched.plan.active}
+
+    def _commit(self, launched: Launched, verdicts: dict[int, RowVerdict]) -> None:
+        """Move each row's length on the host; no key or value is copied."""
+        shape, copies = launched.plan.shape, launched.plan.copies
+        for row, verdict in verdicts.items():
+            self.prompts.rollback.validate(row)  # to where the round began
+            self.rows.commit(row, verdict.tokens)
+            if verdict.ended:
+                self.rows.budget[row] = 0
+            if self.planner.copying:
+                drafted = shape.draft_length > 0 and row not in copies
+                self.planner.copying.commit(
+                    row, verdict.tokens, verdict.accepted if drafted else None
+                )
+        self.deferred.after_round(launched.verification, _emitted(verdicts), shape)
+
+    def _learn(
+        self, launched: Launched, verdicts: dict[int, RowVerdict], following: Launched | None
+    ) -> list[bool]:
+        """Let the learner take note of a round; of each row, whether an update was published.
+
+        `following` is the round after it, if that is under way.
+        """
+        learner, (active, shape, longest, _) = self.learner, launched.plan
+        if learner and learner.memory_trainer:
+            learner.memory_trainer.records_prompts = launched.kept
+        trains = shape.absorbs and (shape.proposed > 0 or bool(learner and learner.memory_trainer))
+        if learner is None or not (launched.kept or trains):
+            return [False] * self.rows.count
+        return learner.absorb(
+            longest,
+            active,
+            drafted=shape.draft_length > 0,
+            emitted=_emitted(verdicts),
+            kept=launched.kept,
+            ahead=1 + max(self.planner.policy.lengths) if following else 0,
+        )
+
+    def _is_chainable(self, launched: Launched) -> bool:
+        """Whether the round after one that is under way can begin where the device leaves it.
+
+        What a round returns is overwritten by the one after, and by the graphs that a learner runs
+        in between: so the host may not look at either. What a row learns for itself from one round
+        drafts the next.
+        """
+        last, rows = launched.plan, self.rows
+        if not (self.works_ahead and self._reads_spans) or last.copies:
+            return False
+        active, shape, after = last.active, last.shape, self.planner.plan_after(last).shape
+        learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
+        return (
+            after.absorbs == shape.absorbs
+            and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
+            and any(rows.budget[row] > shape.proposed + 1 for row in active)
+            and self.deferred.needs_nothing(shape, after)
+            and not self._is_masked(active)
+            and not self.row_sampling.logprobs.asked(active)
+            and not self.planner.may_copy_after(last)
+        )
+
+    def _launch_ahead(self, last: RoundPlan, following: Launched | None) -> None:
+        """Launch the next round, unless it is under way or the host must see it first."""
+        active = self.rows.active()
+        if following:  # the device knows as well which rows have ended
+            plan = following.plan._replace(active=active)
+            self.launched = following._replace(plan=plan) if active else None
+        elif active == last.active and not self._is_masked(active):
+            self.launched = self._launch(unobserved=last.shape.draft_length)
+
+    def _is_masked(self, rows: list[int]) -> bool:
+        """Whether the host must look at drafts of some rows before they are verified."""
+        return bool((masks := self.row_sampling.masks) and masks.masked(rows))
+
+    # Rows come and go.
 
     def prefill(
         self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
@@ -72,6 +297,11 @@ class Decoder(SpeculativeRound):
             self.prompts.read_chunk(reading)
         return reading.first_tokens
 
+    def drop(self, row: int) -> None:
+        """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
+        if self.launched and row in self.launched.plan.active:
+            self.launched = None
+
     def rest(self, row: int) -> None:
         """Let a row take no part until it has another prompt."""
         self.drop(row)
@@ -83,8 +313,8 @@ class Decoder(SpeculativeRound):
         self.deferred.crop(row, self.rows.lengths[row] - length)
         self.rows.crop(row, length, pending)
         self.prompts.crop(row, length)
-        if self.copying:
-            self.copying.crop(row, length)
+        if self.planner.copying:
+            self.planner.copying.crop(row, length)
         if self.learner:
             self.learner.forget(row, length)
 
@@ -93,8 +323,8 @@ class Decoder(SpeculativeRound):
         self.drop(row)
         self.rows.clear(row)
         self.row_sampling.set(row)
-        if self.copying:
-            self.copying.clear(row)
+        if self.planner.copying:
+            self.planner.copying.clear(row)
         self.deferred.clear(row)
         self.prompts.clear(row)
         if self.learner:
@@ -122,3 +352,37 @@ class Decoder(SpeculativeRound):
         self.timer.restart()
         if self.learner:
             self.learner.restart()
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Capture the graphs that rounds of any shape need, before the first answer.
+
+        Rounds in which nobody takes part do it. Where stages must know how far back a row reads,
+        there are too many shapes: their graphs are captured when they are met.
+        """
+        if not (self.graphs.on and self._reads_spans):
+            return
+        self.rows.upload(0)
+        nowhere = self.rows.inputs.start  # a first forward makes the cache
+        self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
+        asked = self.row_sampling.processors(range(self.rows.count))
+        for shape in self.planner.shapes(self.row_sampling.captured(asked)):
+            self._proposed = self.graphs(self.propose, shape, first=True)
+            verification, _ = self.graphs(self.verify_and_accept, shape)
+            if self.learner and self._is_kept(shape):
+                self.learner.keep(verification, shape)
+        if self.learner:
+            self.learner.capture_updates(self.rows.slots)
+        # Last: what compiles the target moves its weights, and a graph reads them where they were.
+        # With many tokens the host may count which experts are asked.
+        called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
+        if not called:
+            # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
+            beside = self.works_ahead and self.rows.count > 1
+            graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
+            self.prompts.capture(graphs, beside=beside)
+
+
+def _emitted(verdicts: dict[int, RowVerdict]) -> dict[int, int]:
+    """Tokens that each row committed."""
+    return {row: len(verdict.tokens) for row, verdict in verdicts.items()}

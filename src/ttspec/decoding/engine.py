@@ -38,7 +38,11 @@ Notify = Callable[[str], None]
 
 
 class Engine:
-    """A target with a drafter, ready to generate."""
+    """A target with a drafter, ready to generate.
+
+    Owns the pair, and from call to call the last decoder with its caches and graphs, the weights
+    that all requests teach, and what policies found out about costs.
+    """
 
     def __init__(self, target: Target, drafter: Drafter | None) -> None:
         """Bind the drafter to the target.
@@ -241,8 +245,8 @@ class Engine:
                 "Use fewer prompts at a time, a smaller context, or no learning."
             ) from error
         decoder.tenant = config.tenant
-        if isinstance(decoder.policy, DraftPolicy):
-            self._policies[costs_of] = decoder.policy
+        if isinstance(decoder.planner.policy, DraftPolicy):
+            self._policies[costs_of] = decoder.planner.policy
         decoder.capture()
         return decoder
 
@@ -323,7 +327,6 @@ class Engine:
         return min(reach_of(need, need + step, step), context)
 
     def _notify_once(self, notice: str | None) -> None:
-        """Say what may not fit, once."""
         if notice and self.notify and notice not in self._notices:
             self._notices.add(notice)
             self.notify(notice)

@@ -127,7 +127,6 @@ def find_drafter(
 
 
 def _native(target: Files | None) -> Drafter:
-    """The head that a target was published with."""
     if target is None or target.gguf:
         what = "the target is a GGUF file" if target else "no folder of the target is known here"
         raise CheckpointError(

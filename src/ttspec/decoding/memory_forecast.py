@@ -1,38 +1,41 @@
 """What target, drafter, caches and learning take in memory, estimated before any of it is taken.
 
-Weights come from the files' headers, caches from shapes; `working_memory.py` has what comes and
-goes. The loader, the engine, `bench`, `train` and the server ask it how much fits. What cannot be
-estimated is None, and nothing is refused for it.
+Weights come from the files' headers, the rest from shapes. The loader, the engine, `bench` and the
+server ask it how much fits. What cannot be estimated is None, and nothing is refused for it.
 """
 
 from __future__ import annotations
 
 import copy
-import os
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.prefill import CHUNK_TOKENS, MAX_BATCHED_TOKENS
 from ttspec.decoding.stages import round_widths
-from ttspec.decoding.working_memory import peak_bytes, replay_buffer_bytes
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
+from ttspec.free_memory import free_memory, mib
+from ttspec.learning.distillation import blocks_at_once
 from ttspec.learning.live_weights import (
     bytes_of_copy,
     bytes_of_memory,
     learned_numbers,
     resolve_learn_config,
 )
+from ttspec.losses import LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU
+from ttspec.models.capture import FEW
 from ttspec.models.target import Target
 from ttspec.models.unsupported import ORDINARY, RECURRENT
 
 ODD_CACHES = ("num_kv_shared_layers", "global_head_dim", "num_global_key_value_heads")
 """Config entries with which layers' keys differ in ways that are not counted here."""
+FLOAT, LONG = 4, 8
+"""Bytes of a number."""
 USABLE_SHARE = 0.9
 """Share of what is free that rows may be chosen for: not all that is taken is estimated."""
 FEWER_ROWS = "Use a smaller --context, fewer rows, --no-learn or --learn.weights lora."
@@ -164,10 +167,10 @@ def state_bytes(text: Any, width: int, dtype: torch.dtype) -> int:
 
 def drafter_cache_bytes(drafter: Drafter, rows: int, slots: int, options: DraftConfig) -> int:
     """Bytes of what a bound drafter keeps of the text: its state is made without memory."""
-    ghost = copy.copy(drafter)
+    on_meta = copy.copy(drafter)
     if drafter.weights:  # n-grams have none, keep ids only, and know no embedding
-        ghost.embedding = drafter.embedding.to("meta")
-    return ghost.start(rows, slots, options).nbytes
+        on_meta.embedding = drafter.embedding.to("meta")
+    return on_meta.start(rows, slots, options).nbytes
 
 
 def drafter_weight_bytes(drafter: Drafter | None, dtype: torch.dtype) -> int:
@@ -192,22 +195,6 @@ def learning_row_bytes(drafter: Drafter, config: LearnConfig) -> int:
         return 0
     gradient = learned_numbers(config, drafter, config.weights) * drafter.embedding.element_size()
     return bytes_of_copy(config, drafter, config.weights) + gradient
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that may still be taken on a device; None if that is not known."""
-    if device.type == "cuda":
-        # Torch keeps what was freed for what is like it; other streams and graphs get none of it.
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(device)[0]
-    if device.type != "cpu":
-        return None
-    meminfo = _fields(Path("/proc/meminfo"))
-    if "MemAvailable" not in meminfo:
-        return None
-    room = [meminfo["MemAvailable"] * 1024, *_rooms(Path("/sys/fs/cgroup"))]
-    # Swap is slow, but what fits into it is no reason to refuse.
-    return min(room) + meminfo.get("SwapFree", 0) * 1024
 
 
 def require_weights(
@@ -258,57 +245,93 @@ def require_room(
     raise ResourceError(f"{text}\n{FEWER_ROWS}")
 
 
-def mib(size: int) -> str:
-    """For people."""
-    return f"{size / 2**20:,.1f} MiB"
-
-
 def _named(devices: list[torch.device]) -> str:
     return devices[0].type if len(devices) == 1 else f"{len(devices)} {devices[0].type} devices"
 
 
-def _fields(path: Path) -> dict[str, int]:
-    """Numbers by name of a file such as /proc/meminfo; none if it cannot be read."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return {}
-    parts = [line.replace(":", " ").split() for line in lines]
-    return {part[0]: int(part[1]) for part in parts if len(part) > 1 and part[1].isdigit()}
+# What comes and goes while rounds, prompts and updates are computed. What grows with rows and
+# vocabulary or with the model's width is counted; the rest is small.
 
 
-def _rooms(root: Path) -> list[int]:
-    """Bytes left below the limits of this process's control groups, versions 2 and 1."""
-    found = []
-    for folder, most, used in (
-        *((own, "memory.max", "memory.current") for own in _groups(root, "")),
-        *(
-            (own, "memory.limit_in_bytes", "memory.usage_in_bytes")
-            for own in _groups(root / "memory", "memory")
-        ),
-    ):
-        try:
-            limit = int((folder / most).read_text(encoding="utf-8"))  # "max" where there is none
-            taken = int((folder / used).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        # Files that were read count as taken, and make room when it is needed.
-        stat = _fields(folder / "memory.stat")
-        files = sum(stat.get(f"{kind}_file", 0) for kind in ("inactive", "active"))
-        found.append(max(0, limit - max(0, taken - files)))
-    return found
+def peak_bytes(
+    target: Target,
+    drafter: Drafter | None,
+    config: GenerateConfig,
+    learn: LearnConfig | None,
+    *,
+    rows: int,
+    prompt: int,
+    drafts: int,
+    width: int,
+) -> int:
+    """Bytes at the height of a prompt's chunk, a round or an update.
+
+    `prompt` are the tokens of the longest one, `drafts` and `width` those of a round.
+    """
+    chunk = forward_bytes(target, min(rows * min(CHUNK_TOKENS, prompt), MAX_BATCHED_TOKENS))
+    verification = forward_bytes(target, rows * width)
+    verification += sampling_bytes(target, config, rows * width)
+    update = update_bytes(target, drafter, learn, rows, drafts) if drafter and learn else 0
+    if target.device.type != "cuda":
+        return max(chunk, verification, update)
+    # Graphs keep what they need, those of some shapes what they return; a prompt's is elsewhere.
+    others = FEW - 1 if config.draft.adaptive else 0
+    kept = others * graph_output_bytes(target, config, rows * width)
+    return chunk + verification + update + kept
 
 
-def _groups(root: Path, controller: str) -> list[Path]:
-    """The folders of this process's control group and of those around it."""
-    own = Path("/proc/self/cgroup")
-    try:
-        lines = own.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return [root]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controller in controllers.split(",") and root.is_dir():
-            inner = Path(os.path.normpath(f"{root}/{path}"))
-            return [p for p in (inner, *inner.parents) if p == root or root in p.parents]
-    return [root]
+def forward_bytes(target: Target, tokens: int) -> int:
+    """Of a forward pass: states between layers, of which all are kept where some are features."""
+    text = target.config
+    hidden, layers = int(text.hidden_size), int(text.num_hidden_layers)
+    states = (layers + 1 + len(target.taps)) * hidden if target.taps else 2 * hidden
+    inner = int(getattr(text, "intermediate_size", 0) or 0)
+    experts = int(getattr(text, "num_experts_per_tok", 0) or 0)
+    inner = max(inner, experts * int(getattr(text, "moe_intermediate_size", 0) or 0))
+    return tokens * target.dtype.itemsize * (states + 2 * hidden + 2 * inner)
+
+
+def sampling_bytes(target: Target, config: GenerateConfig, positions: int) -> int:
+    """Of logits and of what makes tokens of them."""
+    each = target.dtype.itemsize + (FLOAT if target.dtype.itemsize < FLOAT else 0)
+    sampling = replace(config, seed=0).sampling(target.defaults)
+    if sampling.temperature > 0:
+        each = 2 * LONG + FLOAT  # noise while it is made
+        if sampling.top_p < 1:
+            # Noise, logits, scaled; sorted, where from, and two sums over them.
+            each = target.dtype.itemsize + 3 * FLOAT + LONG + 3 * FLOAT
+    return positions * int(target.config.vocab_size) * each
+
+
+def graph_output_bytes(target: Target, config: GenerateConfig, positions: int) -> int:
+    """Of what the graphs of one shape of round return: logits, features, and noise if there is."""
+    size, sampling = target.dtype.itemsize, replace(config, seed=0).sampling(target.defaults)
+    noise = FLOAT if sampling.temperature > 0 and sampling.acceptance == "invariant" else 0
+    features = len(target.taps) * int(target.config.hidden_size) * size
+    return positions * (int(target.config.vocab_size) * (size + noise) + features)
+
+
+def replay_buffer_bytes(target: Target, learn: LearnConfig | None, rows: int, drafts: int) -> int:
+    """Of the target's logits that `ReplayBuffer` keeps, which stay."""
+    if learn is None or not drafts:
+        return 0
+    kept = learn.blocks * drafts
+    if learn.supervision == "hindsight":
+        kept = (learn.blocks + 2) * (drafts + 1) + 1
+    return rows * kept * int(target.config.vocab_size) * target.dtype.itemsize
+
+
+def update_bytes(
+    target: Target, drafter: Drafter, learn: LearnConfig, rows: int, drafts: int
+) -> int:
+    """Of a batch's logits, those of the blocks that are drafted again, and their gradients."""
+    vocabulary, size = int(target.config.vocab_size), target.dtype.itemsize
+    of_block = rows * drafts * vocabulary
+    batch = of_block * learn.blocks * size
+    at_once = min(learn.blocks, blocks_at_once(rows, drafts, vocabulary))
+    drafted = len(drafter.draft_ids) if drafter.draft_ids is not None else vocabulary
+    again = rows * drafts * drafted * at_once
+    covered = size if drafter.draft_ids is not None else 0
+    on_cpu = target.device.type == "cpu"
+    loss = min(LOGITS_AT_ONCE_ON_A_CPU if on_cpu else LOGITS_AT_ONCE, again)
+    return batch + again * (3 * size + covered) + 5 * FLOAT * loss

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import median, median_low
 
-from ttspec.decoding.confidence import ConfidenceCalibration
 from ttspec.decoding.copy_costs import CopyCosts
 
 MAX_DEFICIT = 4.0
@@ -74,10 +73,6 @@ class FixedDraftLength:
         """A round's length as the statistics have it."""
         return None
 
-    def drafts_to_verify(self, confidence: Sequence[Sequence[float]]) -> int:  # noqa: ARG002 - no choice
-        """All drafts are read."""
-        return self.length
-
     def observe(self, length: int, seconds: float, **costs: object) -> None:
         """Nothing follows from what a round took."""
 
@@ -85,9 +80,9 @@ class FixedDraftLength:
 class DraftPolicy:
     """Chooses each round's draft length from what past rounds took and accepted.
 
-    All costs are in plain rounds: what slows both down alike, a longer context or a busy machine,
-    changes none of them. Rounds in which rows copy are read wider: such ones are compared with each
-    other.
+    Owns what rounds of each length cost, how often each draft was right, and the deficit. All costs
+    are in plain rounds: what slows both down alike, a longer context or a busy machine, changes
+    none of them. Rounds in which rows copy are read wider: such ones are compared with each other.
     """
 
     adaptive = True
@@ -119,8 +114,6 @@ class DraftPolicy:
         self._counts = [0] * (longest + 1)
         """Rows by accepted drafts, in the rounds of this length that are not in there yet."""
         self._uncounted_rounds = 0
-        self._calibration: ConfidenceCalibration | None = None
-        """What the drafter says of its drafts, if it does."""
         # By how much drafting is behind.
         self._deficit = 0.0
         """Plain rounds by which drafting is behind plain decoding; below 0 it is ahead."""
@@ -159,20 +152,6 @@ class DraftPolicy:
         """
         return 0 if self._plain_due > (unobserved == 0) else self._length
 
-    def drafts_to_verify(self, confidence: Sequence[Sequence[float]]) -> int:
-        """How many of a round's drafts the target should read.
-
-        Args:
-            confidence: By row and draft, how likely it is kept, if those before it are, as the
-                drafter says. It is believed as far as it was right (`confidence.py`).
-        """
-        self._calibration = self._calibration or ConfidenceCalibration(self.longest)
-        tokens = self._calibration.tokens(confidence)
-        if not self._median_cost:
-            return self.longest
-        possible = [n for n in self.lengths if n < len(tokens)]
-        return max(possible, key=lambda n: tokens[n] / self._cost(n))
-
     def observe(
         self,
         length: int,
@@ -204,8 +183,6 @@ class DraftPolicy:
         if length:
             for n in accepted:
                 self._counts[n] += 1
-            if self._calibration:
-                self._calibration.observe(length, accepted)
             self._copying, self._rows, self._chained = copying, rows, chained
             if not first and (plain := self._plain_seconds):
                 # A wait for the host is not the drafts': a plain round would have waited as long.
@@ -256,7 +233,6 @@ class DraftPolicy:
         self._deficit = max(-MAX_SURPLUS, self._deficit)
 
     def _after_drafting(self, context: int) -> None:
-        """After a drafting round: what comes next."""
         if self._deficit > MAX_DEFICIT + (self._catch_up or 0.0):
             if self._since_plain < RECENT_ROUNDS:
                 self._start_pause()
@@ -274,11 +250,10 @@ class DraftPolicy:
         has_grown = abs(context - self._context) > ease * (self._context / 4 + PLAIN_INTERVAL)
         if is_due or has_grown:
             self._plain_due, self._plain_interval = 1, min(4 * self._plain_interval, PLAIN_INTERVAL)
-        if not self._calibration and best != self._length and self.speed(best) > MIN_GAIN * now:
+        if best != self._length and self.speed(best) > MIN_GAIN * now:
             self._length = best
 
     def _after_plain(self) -> None:
-        """After a plain round: what comes next."""
         if self._plain_due:
             return
         if self._plain_before is not None:
@@ -296,7 +271,7 @@ class DraftPolicy:
             if self._pause > 0:
                 return
             self._forget_costs()
-            length = self.longest if self._calibration else max(self.lengths, key=self.speed)
+            length = max(self.lengths, key=self.speed)
             # A round in which nothing is accepted must be affordable.
             if self._deficit <= max(0.0, MAX_DEFICIT + 1 - self._cost(length)):
                 self._length, self._gained, self._catch_up = length, 0.0, None

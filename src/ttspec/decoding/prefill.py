@@ -26,6 +26,7 @@ from ttspec.decoding.rows import RollbackLimits, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.context import FeatureState
 from ttspec.learning.learner import Learner
+from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
@@ -84,7 +85,11 @@ class PrefillChunk(NamedTuple):
 
 
 class PromptReader:
-    """Feeds rows, to the target and to its drafter."""
+    """Feeds rows, to the target and to its drafter.
+
+    Owns how far back recurrent states can go, and what reads with graphs. Prompts under way are the
+    scheduler's `PrefillBatch`; lengths and tokens are `RowStates`'.
+    """
 
     learner: Learner | None = None
     """Told what the rows read."""
@@ -156,7 +161,7 @@ class PromptReader:
             return False
         if "mask" in processors.names or penalises(processors) or not captured.takes(processors):
             return False
-        captured.launch(rows, prompts.ids, prompts.position, record=self._records_prompts)
+        captured.launch(rows, prompts.ids, prompts.position, record=self._recorder is not None)
         prompts.is_launched = True
         return True
 
@@ -314,7 +319,7 @@ class PromptReader:
     def _feed(self, chunk: PrefillChunk, *, logits: bool = False) -> Tensor | None:
         """Read prompt tokens; the logits [B, 1, V] of the last column, if asked for."""
         if self.captured and len(chunk.rows) <= MAX_CAPTURED_ROWS:
-            records = self._records_prompts
+            records = self._recorder is not None
             read = [
                 self.captured.read(row, part, at, record=records and left <= CHUNK_TOKENS)
                 for row, part, at, left in zip(*chunk, strict=True)
@@ -336,16 +341,17 @@ class PromptReader:
             text = tokens[:, :width], features[:, :width], start, subset
             with sdpa_kernel(ATTENTION):
                 self._drafter.extend(self._state, *text, *([counts] if padded else []))
-        if self.learner and self._records_prompts:
+        if recorder := self._recorder:
             near = [len(p) * (n <= CHUNK_TOKENS) for p, n in zip(parts, left, strict=True)]
-            self.learner.read(tokens, features, start, start.new_tensor(near), subset)
+            counts = start.new_tensor(near)
+            recorder.rows.write(tokens, features, start, counts, subset=subset)
         return out
 
     @property
-    def _records_prompts(self) -> bool:
-        """Whether the memory of all requests is to have the prompts that are read."""
+    def _recorder(self) -> MemoryTrainer | None:
+        """What all requests remember, where it is to have the prompts that are read."""
         trainer = self.learner.memory_trainer if self.learner else None
-        return trainer is not None and trainer.records_prompts
+        return trainer if trainer and trainer.records_prompts else None
 
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False

@@ -134,7 +134,6 @@ class RowSampling:
         return processors
 
     def _processors_of(self, row: int) -> Processors:
-        """What a row asks for."""
         sampling, _ = self._of_row[row]
         names = processors_of(sampling) | self.penalties.names(row)
         if self._default.acceptance == "rejection" and sampling.temperature == 0:

@@ -28,7 +28,11 @@ MIN_SHARED_PREFIX = 64
 
 
 class Scheduler:
-    """Gives the rows of one decoder to requests."""
+    """Gives the rows of one decoder to requests.
+
+    Owns who waits, whose prompt is read, who decodes and which rows are free. What an answer has
+    become is its `Conversation`'s to know.
+    """
 
     def __init__(self, decoder: Decoder, config: GenerateConfig, *, stream: bool = True) -> None:
         """No request yet.

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class Session:
-    """One conversation, turn by turn. Its drafter keeps what it learned until it is closed."""
+    """One conversation, turn by turn. Its drafter keeps what it learned until it is closed.
+
+    Owns what was said so far, and a scheduler of one row from the first turn on.
+    """
 
     def __init__(
         self,
@@ -134,7 +137,6 @@ class Session:
         self._scheduler = None
 
     def _ask(self, text: Prompt) -> Scheduler:
-        """Queue a turn."""
         engine, config, scheduler = self.engine, self.config, self._scheduler
         if scheduler is not None:
             scheduler.add_turn(self._request, self._history.ask(text))

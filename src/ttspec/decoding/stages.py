@@ -1,7 +1,7 @@
 """The stages of a round that the device computes: propose, verify, accept, absorb.
 
 Each may be captured as a graph: it is given the round's shape alone, reads what lies at fixed
-places, and waits for nothing. `round.py` launches them.
+places, and waits for nothing. `decoder.py` launches them.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ class DecoderSpec:
 
 
 class RoundStages:
-    """What a round needs on the device, and what it computes there, for all rows at once."""
+    """What a round computes on the device, for all rows at once.
+
+    Owns what lies there: caches, the drafter's context, the rows with their options, the graphs.
+    """
 
     def __init__(
         self, target: Target, drafter: Drafter | None, spec: DecoderSpec, *, compile: bool
@@ -111,12 +114,25 @@ class RoundStages:
         self.row_sampling = RowSampling(
             self.sampling, target, rows=rows, slots=slots, width=self.width, ends=spec.ends
         )
-        self._proposed: tuple[Proposal, Tensor | None]
-        """What `propose` gave."""
         self._target_rows: Tensor | None = None
         """int64, the rows that the target reads in this round, as they lie; None is all."""
         self._drafter_rows: slice | None = None
         """The rows that the drafter drafts for; None is all."""
+        self._proposed: tuple[Proposal, Tensor | None]
+        """What `propose` gave."""
+
+    @property
+    def _reads_spans(self) -> bool:
+        """Whether no stage needs to know on the host how far back a row reads."""
+        return self.target_reads_spans and (self.state is None or self.state.spans)
+
+    def _choose_rows(self, active: list[int]) -> None:
+        """Leave out rows that take no part, where they would cost something: not on a GPU."""
+        if not self.cache.moves_rows:
+            return
+        rows, count = self.cache.make_adjacent(active), self.rows.count
+        self._target_rows = None if rows == list(range(count)) else torch.tensor(rows)
+        self._drafter_rows = slice(active[0], active[-1] + 1) if len(active) < count else None
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after."""

@@ -1,4 +1,4 @@
-"""How long the stages of a round took. `round.py` marks them; `feedback.py` passes them on."""
+"""How long the stages of a round took. `decoder.py` marks them; `planner.py` passes them on."""
 
 from __future__ import annotations
 

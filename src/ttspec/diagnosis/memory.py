@@ -8,9 +8,10 @@ import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.memory_forecast import forecast_run, learning_row_bytes, mib
+from ttspec.decoding.memory_forecast import forecast_run, learning_row_bytes
 from ttspec.decoding.stages import round_widths
 from ttspec.diagnosis.findings import Finding
+from ttspec.free_memory import mib
 from ttspec.models.target import Target
 
 STRETCH = 1000

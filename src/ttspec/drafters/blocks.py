@@ -82,8 +82,6 @@ class Choices:
         self._choose = choose
         self._tokens: list[Tensor] = []
         self._q: list[Tensor] = []
-        self.confidence: Tensor | None = None
-        """See `Proposal`."""
 
     def __call__(self, logits: Tensor, first: int) -> Tensor:
         """Tokens int64 [B, g] for logits [B, g, V_draft] of the drafts from index `first` on."""
@@ -96,13 +94,7 @@ class Choices:
     def proposal(self, count: Tensor, before: Tensor | None) -> Proposal:
         """All of them; see `Proposal`."""
         q = torch.cat(self._q, dim=1) if self._q else None
-        return Proposal(
-            tokens=torch.cat(self._tokens, dim=1),
-            count=count,
-            q=q,
-            before=before,
-            confidence=self.confidence,
-        )
+        return Proposal(tokens=torch.cat(self._tokens, dim=1), count=count, q=q, before=before)
 
 
 def row_index(start: Tensor, subset: Tensor | None = None) -> Tensor:

@@ -83,7 +83,6 @@ class Causal(FunctionalDrafter):
         return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_CAUSAL_LM_MAPPING
 
     def _configure(self, names: Collection[str]) -> None:  # noqa: ARG002
-        """Read a transformers config."""
         own = {k: v for k, v in self.config.items() if k not in ("ttspec", "auto_map")}
         self.model_config = CONFIG_MAPPING[own["model_type"]].from_dict(own)
         text = self.model_config.get_text_config()
@@ -149,7 +148,7 @@ class Causal(FunctionalDrafter):
                     "Give a draft model with the target's tokenizer."
                 )
         self._shared = shared.on(embedding.device, theirs, ours)
-        self.draft_ids = self._shared.theirs
+        self.draft_ids = self._shared.target_ids
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> CausalState:
         """An empty context for `rows` rows, with the anchor weights."""
@@ -194,7 +193,6 @@ class Causal(FunctionalDrafter):
         self._keep(state, Text.after(v.start, v.fed, v.features))
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
-        """Draft token by token."""
         assert isinstance(state, CausalState)
         fed = self._last_tokens(state, blocks)
         for step in range(blocks.length):
@@ -227,7 +225,6 @@ class Causal(FunctionalDrafter):
         return self.function.hidden(self.weights, ids, position, seen)
 
     def _trainable(self) -> list[str]:
-        """All but the tables."""
         tables = [self.module.get_input_embeddings(), self.module.get_output_embeddings()]
         frozen = {id(m.weight) for m in tables if m is not None}
         return [n for n, p in self.module.named_parameters() if id(p) not in frozen]

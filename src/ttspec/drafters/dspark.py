@@ -2,8 +2,8 @@
 
 The Markov head goes from left to right: the token that was chosen last adds a bias of low rank to
 the next one's logits (arXiv 2607.05147; public code: deepseek-ai/DeepSpec `markov_head.py`, vLLM
-`qwen3_dspark.py`). A confidence head says how likely each draft is to be kept. With `markov_rank` 0
-it is DFlash.
+`qwen3_dspark.py`). With `markov_rank` 0 it is DFlash. A confidence head, which says how likely each
+draft is to be kept, is trained and exported for other engines; here nothing asks it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ttspec.drafters.base import Shapes
-from ttspec.drafters.blocks import Blocks, Choices
+from ttspec.drafters.blocks import Choices
 from ttspec.drafters.layers import Weights, lookup, project
 from ttspec.drafters.left_to_right import LeftToRight
 
@@ -101,21 +101,11 @@ class DSpark(LeftToRight):
         table = sizes[f"{MARKOV}markov_w1.weight"]
         return super().weights_read(length) - table + (length - 1) * (sum(sizes.values()) - table)
 
-    def _width(self, blocks: Blocks) -> int:
-        """Rows of a block: all that there may be where the confidence head says how many to read.
-
-        Then the first drafts are the same, however many are read.
-        """
-        length = max(self.length, blocks.length) if self.confident else blocks.length
-        return length + (not self.from_anchor)
-
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
         if self.rank:
-            text = self.choose_in_turn(weights, states, tokens, choices)
+            super()._choose(weights, states, tokens, choices)
         else:
-            text = torch.cat([tokens, choices(self.logits(states)[:, 0], 0)], dim=1)
-        if self.confident:
-            choices.confidence = self.confidence(weights, states, text[:, None])[:, 0].sigmoid()
+            choices(self.logits(states)[:, 0], 0)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.next_token_logits`."""

@@ -264,8 +264,8 @@ class Eagle3(FeatureDrafter):
         if in_place:
             contexts = self._in_place(state, blocks)
         else:
-            lying = self._concatenated(state, blocks, 1)
-            contexts = growing_contexts(lying, blocks, self.windows)
+            fixed = self._concatenated(state, blocks, 1)
+            contexts = growing_contexts(fixed, blocks, self.windows)
         return ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
 
     def training_forward(
@@ -287,8 +287,8 @@ class Eagle3(FeatureDrafter):
         following = tokens.roll(-1, dims=1)
         keys, values = self._fresh(self.weights, fused, following, position, self.rope, None)
         blocks = Blocks(tokens.gather(1, start), start, length, count)
-        lying = concatenated(keys, values, blocks, 1, None, self.windows)
-        contexts = growing_contexts(lying, blocks, self.windows)
+        fixed = concatenated(keys, values, blocks, 1, None, self.windows)
+        contexts = growing_contexts(fixed, blocks, self.windows)
         chains = ChainPlan(self.weights, start - 1, self.rope, contexts)
         at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
         return self._teacher_forced(chains, fused[row, start - 1], tokens[row[..., None], at])
@@ -305,7 +305,6 @@ class Eagle3(FeatureDrafter):
         return torch.stack(outs, dim=2)
 
     def _trainable(self) -> list[str]:
-        """All but the tables: embedding, head and vocabulary map."""
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
         return [n for n in self.weights if n not in tables]
 

@@ -27,7 +27,7 @@ class ChainState(FeatureState):
     """Cosines and sines of all slots, once a fused chain has read them: a graph does so again."""
     products: Products | None = None
     """As angles."""
-    taught: tuple[Tensor, Tensor] | None = None
+    texts: tuple[Tensor, Tensor] | None = None
     """Keys and values of whole texts with gradients; the first stands at -1 and is never seen."""
 
 

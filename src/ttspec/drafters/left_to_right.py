@@ -50,20 +50,13 @@ class LeftToRight(DFlash):
         correction = project(weights, self.last, latent)
         return self.scaled(scores + cut_or_padded(correction, scores.shape[-1]))
 
-    def choose_in_turn(
-        self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices
-    ) -> Tensor:
-        """Choose one draft after the other: int64 [B, 1 + length], the known token and they."""
-        text, scores, memory = [tokens], self.scores(states), None
+    def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
+        scores, memory = self.scores(states), None
         for i in range(states.shape[2]):
             at = slice(i, i + 1)
-            previous = text[-1][..., None]
+            previous = tokens[..., None]
             latent, memory = self.latent(weights, states[:, :, at], previous, memory, i)
-            text.append(choices(self.corrected(weights, scores[:, :, at], latent)[:, 0], i))
-        return torch.cat(text, dim=1)
-
-    def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:
-        self.choose_in_turn(weights, states, tokens, choices)
+            tokens = choices(self.corrected(weights, scores[:, :, at], latent)[:, 0], i)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """See `DFlash.next_token_logits`."""

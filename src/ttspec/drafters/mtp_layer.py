@@ -154,7 +154,6 @@ class HeadFunction(ModelFunction):
         return torch.cat(outs), torch.cat(new_keys, dim=1), torch.cat(new_values, dim=1)
 
     def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
-        """What the target's head reads of all tokens."""
         tokens = fed.inputs["embedded"], fed.inputs["hidden"]
         given = *tokens, fed.position.clamp(min=0), fed.masks.get(None), cache
         return functional_call(self.model, dict(named), given)

@@ -39,7 +39,6 @@ class Pard(Causal):
         return "pard_token" in config or str(config.get("spd_type", "")).startswith("pard")
 
     def _configure(self, names: Collection[str]) -> None:
-        """Read a transformers config with PARD's own keys."""
         config = self.config
         if config.get("pard2"):
             self.default_length = 15

@@ -56,7 +56,6 @@ class PEagle(Eagle3):
             )
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
-        """Fill one block a row."""
         assert isinstance(state, FeatureState)
         before = state.before(blocks.start[:, 0])
         contexts = self._behind(state, blocks)

@@ -77,7 +77,7 @@ def make_context(
     weights = _weights(state, GAINS[:2], ATTENTION[1:3], ())
     with torch.no_grad():
         angles = rope_angles(state.rope, position, 1, h.dtype)
-    state.taught = _Context.apply(drafter, (angles[0][0], angles[1][0]), tokens, h, *weights)  # type: ignore[assignment]
+    state.texts = _Context.apply(drafter, (angles[0][0], angles[1][0]), tokens, h, *weights)  # type: ignore[assignment]
 
 
 def chain_states(
@@ -95,8 +95,8 @@ def chain_states(
     Returns:
         [B, A, T, H].
     """
-    if state.taught:
-        (keys, values), first = state.taught, -1
+    if state.texts:
+        (keys, values), first = state.texts, -1
     else:
         (keys, values), first = (x[0] for x in state.read(blocks.longest, blocks.start)), 0
     start, steps = blocks.start - 1, tokens.shape[-1]

@@ -1,7 +1,7 @@
 """When a drafter learns, and from when on it drafts with what it learned. Knows no drafter by name.
 
 Every row learns for itself from its newest blocks: live weights, moments and reverts are its own,
-so rows cannot touch each other. In scope "shared" one drafter learns from a memory of all texts.
+so rows cannot touch each other. `shared_learner.py` is the same for one drafter that all teach.
 Weights change only between rounds, in `absorb`. On a GPU an update may run beside the rounds: it
 reads a copy of the batch, context that no round writes any more, and weights that stay as they
 are until it is over; what it makes waits in the masters until it is published.
@@ -12,7 +12,8 @@ row is cropped, `reset` for another request.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.layers import Weights
 from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
+from ttspec.learning.keeper import Keeper
 from ttspec.learning.live_weights import LiveWeights, resolve_learn_config
 from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.learning.replay_buffer import ReplayBuffer, trained_length
@@ -37,8 +39,17 @@ MIN_CONTEXT = 512
 
 
 class Learner:
-    """Distils the target into the live weights, one Adam step of every copy per update."""
+    """Distils the target into the live weights, one Adam step of every row's copy per update.
 
+    Owns the weights that learn, the verifications that teach them, the guard and the update under
+    way; `stride` and `strides` say how often one is due.
+    """
+
+    shared: ClassVar[bool] = False
+    """Whether all rows teach one copy of the weights."""
+    memory_trainer: MemoryTrainer | None = None
+    """Of what all requests said, where that teaches."""
+    keeper: Keeper | None = None
     _pending: UpdateReport | None = None
     """Of the update that is under way or not yet published, where the host reads it."""
     _update_over: torch.cuda.Event | None = None
@@ -56,7 +67,7 @@ class Learner:
         run: Graphs | None = None,
         after: int = 0,
     ) -> None:
-        """Let `state` draft with weights that learn: each row its own, or shared `live_weights`.
+        """Let `state` draft with weights that learn.
 
         Args:
             config: How to learn.
@@ -71,7 +82,6 @@ class Learner:
         config = resolve_learn_config(config, drafter, rows)
         self.config, self.drafter, self.state = config, drafter, state
         self.length = trained_length(drafter, length)
-        self.shared = config.scope == "shared"
         self.weights = live_weights or LiveWeights(config, drafter, 1 if self.shared else rows)
         state.weights = {**drafter.weights, **self.weights.published}
         device, copies = drafter.embedding.device, len(self.weights.resting)
@@ -82,25 +92,20 @@ class Learner:
         self.updates, self.reverts = [0] * rows, [0] * rows
         self.all_reverts = 0
         """Of all copies, whoever had the rows: the others begin anew with a row's next request."""
-        self._active, self._taught = [False] * copies, [False] * rows
-        """Copies, and rows, that had rounds since the last update."""
+        self._active = [False] * rows
+        """Rows that had rounds since the last update."""
 
         # What it learns from.
         self._run = run or Graphs(torch.device("cpu"))
-        memory, made_for = self.weights.memory, (drafter, rows, state.options, self.length)
-        self.memory_trainer = MemoryTrainer(memory, *made_for, self._run) if memory else None
-        self.keeper = self.weights.keeper
-        if self.keeper:
-            self.keeper.memory_trainer = self.memory_trainer
         self._distillation = Distillation(config, drafter, state, self.length, self._run)
         self._buffer: ReplayBuffer | None = None
         self._verification: Verification
         self._batch: ReplayBatch
 
         # What an update is compared with.
-        self._report = UpdateReport.empty(rows, device)
-        self.guard = Guard(config.guard, self.stride, copies, after, falls_back=bool(memory))
-        self._held_out = 0 if memory or config.blocks < 2 * HELD_OUT else HELD_OUT
+        self._report = UpdateReport.empty(copies, device)
+        self.guard = Guard(config.guard, self.stride, copies, after, falls_back=self.shared)
+        self._held_out = 0 if config.blocks < 2 * HELD_OUT else HELD_OUT
         self._resting, self._due = [False] * copies, [False] * copies
         """Copies that sit out the update under way, and that it compares."""
         self._compared = torch.zeros(copies, 1, dtype=torch.bool, device=device)
@@ -109,17 +114,32 @@ class Learner:
         # Where an update runs, and when it is published.
         beside = self._run.on and drafter.embedding.is_cuda
         self._publish = config.publish
-        if (self.shared and not memory) or (config.publish == "ready" and not beside):
+        if config.publish == "ready" and not beside:
             self._publish = "now"
         self._run_update = self._run
         """Graphs of an update: where it may run beside a round, they share no memory with it."""
         self._stream: torch.cuda.Stream | None = None
         if beside and self._publish != "now":
             # Rows' own contexts have many lengths, and each would be compiled for itself.
-            compile = self._run.compile and memory is not None
-            self._run_update = Graphs(device, compile=compile)
+            self._run_update = Graphs(device, compile=self._run.compile and self.shared)
             self._stream = Streams.lend(device, self)
             self._update_over = torch.cuda.Event()
+
+    def keeps(self, number: int, ahead: int, *, drafted: bool, absorbs: bool) -> bool:  # noqa: ARG002
+        """Whether a round is to be kept.
+
+        Args:
+            number: The round's.
+            ahead: Rounds before it that were not absorbed.
+            drafted: Whether anything is drafted or copied in it.
+            absorbs: Whether the drafter makes context of it at once.
+        """
+        return drafted and absorbs and self.needs(ahead)
+
+    def needs(self, ahead: int) -> bool:
+        """Whether the round after so many that were not absorbed is near enough to an update."""
+        left = -(self._rounds + ahead) % (self.stride * self.strides)
+        return self.strides == 1 or left <= self.config.blocks + self.length
 
     def keep(self, verification: Verification, key: Hashable, *, drafted: bool = True) -> None:
         """Keep a round's verification, made by the graph of `key`, for what it teaches."""
@@ -127,7 +147,7 @@ class Learner:
             if not drafted:  # what the buffer has is not known yet
                 return
             made_for = self.config, len(self.updates), self.length, verification
-            self._buffer = ReplayBuffer(*made_for, features=self.memory_trainer is not None)
+            self._buffer = ReplayBuffer(*made_for, features=self.shared)
         self._verification, changes = verification, self._buffer.changed_by_absorb
         self._run(self._keep_verification, key, changes=changes)
 
@@ -154,16 +174,15 @@ class Learner:
         Returns:
             For each row, whether it was updated.
         """
-        counts, updated = drafted or self.memory_trainer is not None, [False] * len(self.updates)
+        counts, updated = drafted or self.shared, [False] * len(self.updates)
         if self._buffer is None:
             return updated
         self._rounds += counts
         for row in range(len(updated)) if active is None else active:
-            self._active[0 if self.shared else row] = self._taught[row] = True
+            self._active[row] = True
         due = counts and self._rounds >= self.stride * self.strides
-        if kept and self.memory_trainer:
-            note = due or self._rounds % self.stride == 0
-            self.memory_trainer.note(self._buffer, emitted, note, ahead)
+        if kept:
+            self._note(emitted, due, ahead)
         if due or (self._publish == "ready" and self._update_over and self._update_over.query()):
             updated = self.publish()
         if due:
@@ -171,14 +190,51 @@ class Learner:
             self._begin_update(longest)
             if self._publish == "now":
                 updated = self.publish()
-        if self.keeper:
-            self.keeper.note(updated, self.updates)
         return updated
 
-    def needs(self, ahead: int) -> bool:
-        """Whether the round after so many that were not absorbed is near enough to an update."""
-        left = -(self._rounds + ahead) % (self.stride * self.strides)
-        return self.strides == 1 or left <= self.config.blocks + self.length
+    def _note(self, emitted: Mapping[int, int] | None, due: bool, ahead: int) -> None:
+        """Take note of a round that was kept; arguments as in `MemoryTrainer.note`."""
+
+    def _begin_update(self, longest: int) -> None:
+        """Start an update on the newest batch, if any copy may learn."""
+        before, self._resting = self._resting, self.guard.resting()
+        due = self.guard.due(self._active)
+        self._active = [False] * len(due)
+        if all(self._resting):
+            return
+        if before != self._resting:
+            self.weights.resting.copy_(torch.tensor(self._resting))
+        if any(due) and due != self._due:  # what a row is spared for must not hang on the others
+            self._due = due
+            self._compared.copy_(torch.tensor(due)[:, None])
+        if self._run.on:  # few graphs: they read at most twice the context that is there
+            longest = max(MIN_CONTEXT, 1 << (longest - 1).bit_length())
+        self._enqueue_update(longest, compare=any(due))
+
+    def _enqueue_update(self, longest: int, *, compare: bool) -> None:
+        assert self._buffer is not None
+        run = self._run_update
+        self._batch = run(self._newest_batch, 0, compile=False)
+        self._buffer.mark_used()
+
+        def update() -> None:
+            run(self._compute_gradients_and_compare if compare else self._distil, longest)
+            run(self._step_weights, 0, compile=False, warm=False)
+            if compare and self._held_out:
+                run(self._compare_candidate, longest, compile=False)
+
+        self._enqueue(update)
+
+    def _enqueue(self, update: Callable[[], None]) -> None:
+        """Have the device do an update, beside rounds if it has a stream for that."""
+        if self._stream:
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            update()
+            self._pending = self._report
+            if self._stream and self._update_over:
+                self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
+                self._update_over.record()
 
     @property
     def is_updating(self) -> bool:
@@ -193,30 +249,27 @@ class Learner:
         if self._update_over:
             self._update_over.synchronize()
         report, self._pending = UpdateReport(self._pending.table.cpu()), None
-        taught = (report.blocks > 0).tolist()
-        if self.memory_trainer:  # its report is of all rows together
-            taught = [any(taught) and row for row in self._taught]
-            self._taught = [False] * len(taught)
-        stepped = self._revert_what_is_worse(report, taught)
+        updated = self._rows_of(self._revert_what_is_worse(report))
         self.weights.publish(anchor=self.guard.is_behind(0))
-        updated = [had and stepped[0 if self.shared else row] for row, had in enumerate(taught)]
         self.updates = [n + new for n, new in zip(self.updates, updated, strict=True)]
         return updated
 
-    def _revert_what_is_worse(self, report: UpdateReport, taught: list[bool]) -> list[bool]:
+    def _revert_what_is_worse(self, report: UpdateReport) -> list[bool]:
         """Revert copies that got worse, or whose gradient was not finite; which ones stepped."""
-        may_step = self.weights.may_step(report).tolist()
+        may_step, taught = self.weights.may_step(report).tolist(), (report.blocks > 0).tolist()
         stepped = [may and not rests for may, rests in zip(may_step, self._resting, strict=True)]
-        comparisons = report.comparison.sum(0, keepdim=True) if self.shared else report.comparison
         # What the memory judges is worth the rows that would have as many blocks.
         rows = max(1, round(float(report.judged[0]) / COMPARED))
-        for copy, comparison in enumerate(comparisons.tolist()):  # of what it was made from
-            has_batch = any(taught) if self.shared else taught[copy]
-            if has_batch and stepped[copy]:
+        for copy, comparison in enumerate(report.comparison.tolist()):  # of what it was made from
+            if stepped[copy]:
                 self.guard.record_update(copy)
             worse = stepped[copy] and self.guard.is_worse(copy, *comparison, rows=rows)
-            if worse or (has_batch and not may_step[copy]):
+            if worse or (taught[copy] and not may_step[copy]):
                 self.revert(copy)
+        return stepped
+
+    def _rows_of(self, stepped: list[bool]) -> list[bool]:
+        """Which rows were updated, where these copies stepped."""
         return stepped
 
     def revert(self, copy: int) -> None:
@@ -240,10 +293,7 @@ class Learner:
 
     def reset(self, row: int) -> None:
         """Start a row anew, for another request; what all rows share goes on."""
-        if self.memory_trainer:  # no update reads what is the row's own
-            self.memory_trainer.forget(row, self._buffer)
-        else:
-            self.publish()
+        self._detach(row)
         if not self.shared:
             self.weights.reset(row)
             self.guard.reset(row)
@@ -253,80 +303,28 @@ class Learner:
 
     def forget(self, row: int, length: int) -> None:
         """Drop the blocks of what a row's crop to `length` took back."""
-        if self.memory_trainer:
-            self.memory_trainer.forget(row, self._buffer)
-        else:
-            self.publish()  # it reads what will be overwritten
+        self._detach(row)
         if self._buffer:
             self._buffer.clear_above(row, length)
 
-    def read(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        count: Tensor,
-        subset: Tensor | None = None,
-    ) -> None:
-        """Note a piece of some rows' prompts; arguments as in `MemoryRows.write`."""
-        if self.memory_trainer:
-            self.memory_trainer.rows.write(tokens, features, start, count, None, subset)
-
-    def __del__(self) -> None:
-        """Wait for an update: what it reads and writes must outlive it."""
-        if self._pending is not None and self._update_over:
-            self._update_over.synchronize()
-
-    def _begin_update(self, longest: int) -> None:
-        """Start an update on the newest batch, if any copy may learn."""
-        before, self._resting = self._resting, self.guard.resting()
-        due = self.guard.due(self._active, self.strides if self.memory_trainer else 1)
-        self._active = [False] * len(due)
-        if all(self._resting):
-            return
-        if before != self._resting:
-            self.weights.resting.copy_(torch.tensor(self._resting))
-        if any(due) and due != self._due:  # what a row is spared for must not hang on the others
-            self._due = due
-            self._compared.copy_(torch.tensor(due)[:, None])
-        if self._run.on:  # few graphs: they read at most twice the context that is there
-            longest = max(MIN_CONTEXT, 1 << (longest - 1).bit_length())
-        self._enqueue_update(longest, compare=any(due))
-
-    def _enqueue_update(self, longest: int, *, compare: bool) -> None:
-        """Update from the newest batch, or the memory's texts, beside rounds if it has a stream."""
-        assert self._buffer is not None
-        if self.memory_trainer:
-            self.memory_trainer.choose(self._run_update, compare=compare)
-            key, work, last = 0, self._train_on_texts, self._compare_newest if compare else None
-        else:
-            self._batch = self._run_update(self._newest_batch, 0, compile=False)
-            self._buffer.mark_used()
-            key, work = longest, self._compute_gradients_and_compare if compare else self._distil
-            last = self._compare_candidate if compare and self._held_out else None
-        if self._stream:
-            self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._run_update(work, key)
-            self._run_update(self._step_weights, 0, compile=False, warm=False)
-            if last:
-                self._run_update(last, key, compile=self.memory_trainer is not None)
-            self._pending = self._report
-            if self._stream and self._update_over:
-                self._pending = UpdateReport(self._report.table.to("cpu", non_blocking=True))
-                self._update_over.record()
+    def _detach(self, row: int) -> None:  # noqa: ARG002
+        """Let nothing that is under way read what a row loses."""
+        self.publish()
 
     def capture_updates(self, slots: int) -> None:
         """Capture updates of rows of up to `slots` tokens; without a batch they change nothing."""
         reaches = [MIN_CONTEXT]
-        if self.memory_trainer and self._buffer:
-            self.memory_trainer.capture(self._buffer)
-        while reaches[-1] < slots and not self.memory_trainer:
+        while reaches[-1] < slots:
             reaches.append(2 * reaches[-1])
         for longest in reaches:
             for compare in (True, False) if self.config.guard else (False,):
                 self._enqueue_update(longest, compare=compare)
                 self.publish()  # the next one writes where this one reads
+
+    def __del__(self) -> None:
+        """Wait for an update: what it reads and writes must outlive it."""
+        if self._pending is not None and self._update_over:
+            self._update_over.synchronize()
 
     # What may be captured as a graph, by its name: it takes a key and repeating it changes nothing,
     # but for `_keep_verification` and `_step_weights`.
@@ -338,6 +336,17 @@ class Learner:
     def _newest_batch(self, key: int) -> ReplayBatch:  # noqa: ARG002
         assert self._buffer is not None
         return self._buffer.newest()
+
+    @torch.no_grad()
+    def _distil(self, longest: int, held_out: Tensor | None = None) -> Tensor | None:
+        """Compute the gradients of the batch's loss, which is reported."""
+        report, batch = self._report, self._batch
+        report.table.zero_()
+        report.blocks.copy_(batch.count)
+        loss, live = self._distillation.backward(self.weights, batch, longest, held_out)
+        report.loss.copy_(loss)
+        report.norm.copy_(self.weights.gradient_norms())
+        return live
 
     def _compute_gradients_and_compare(self, longest: int) -> None:
         """The same without held-out blocks, and live weights compared with the anchor's."""
@@ -351,31 +360,14 @@ class Learner:
         self._report.anchor.copy_((anchor * compared).sum(-1))
         self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
-    def _train_on_texts(self, key: int) -> None:  # noqa: ARG002
-        assert self.memory_trainer
-        self.memory_trainer.compute_gradients(self.weights, self._report)
-
-    def _compare_newest(self, key: int) -> None:  # noqa: ARG002
-        assert self.memory_trainer
-        self.memory_trainer.compare_newest(self.weights, self._report)
-
     @torch.no_grad()
     def _step_weights(self, key: int) -> None:  # noqa: ARG002
         self.weights.step(self._report)
 
     @torch.no_grad()
     def _compare_candidate(self, longest: int) -> None:
+        """What an update made, on the blocks that were held out of it."""
         weights = {**self.drafter.weights, **self.weights.candidate()}
         held_out = self._batch.part(0, self._held_out)
         drafts = self._distillation.expected_drafts(weights, held_out, longest)
         self._report.after.copy_((drafts * self._compared).sum(-1))
-
-    @torch.no_grad()
-    def _distil(self, longest: int, held_out: Tensor | None = None) -> Tensor | None:
-        report, batch = self._report, self._batch
-        report.table.zero_()
-        report.blocks.copy_(batch.count)
-        loss, live = self._distillation.backward(self.weights, batch, longest, held_out)
-        report.loss.copy_(loss)
-        report.norm.copy_(self.weights.gradient_norms())
-        return live

@@ -49,12 +49,7 @@ def momentum(config: LearnConfig) -> float:
     """Adam's decay of the first moment."""
     if config.beta1 is not None:
         return config.beta1
-    return MOMENTUM if remembers(config) else 0.0  # replayed blocks smooth by themselves
-
-
-def remembers(config: LearnConfig) -> bool:
-    """Whether a memory of all requests teaches."""
-    return config.scope == "shared" and config.supervision == "hindsight"
+    return MOMENTUM if config.scope == "shared" else 0.0  # replayed blocks smooth by themselves
 
 
 def learned_numbers(config: LearnConfig, drafter: Drafter, weights: str) -> int:
@@ -79,7 +74,7 @@ def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
 
 def bytes_of_memory(config: LearnConfig, drafter: Drafter, weights: str) -> int:
     """Bytes that scope shared takes besides: the mean of the weights in float32, and the memory."""
-    if not remembers(config):
+    if config.scope != "shared":
         return 0
     return 4 * learned_numbers(config, drafter, weights) + TextMemory.bytes_for(drafter)
 
@@ -95,7 +90,7 @@ class LiveWeights:
     keeper: Keeper | None = None
     """Writes versions of them to disk, if anything does."""
     memory: TextMemory | None = None
-    """Of what all requests taught, if it teaches."""
+    """Of what all requests said, where they teach."""
 
     def __init__(self, config: LearnConfig, drafter: Drafter, copies: int) -> None:
         """Begin at the drafter's anchor weights."""
@@ -106,7 +101,7 @@ class LiveWeights:
         else:
             names = drafter.learnable(config.parameters)
             self.anchor, rate = {n: drafter.weights[n] for n in names}, drafter.learning_rate
-            if remembers(config):
+            if self.shared:
                 rate = drafter.memory_rate or rate
         self.rate = rate if config.lr is None else config.lr
         self._warm_up = drafter.memory_warm_up
@@ -117,10 +112,9 @@ class LiveWeights:
         dtype, fused = next(iter(self.anchor.values())).dtype, self._anchor.is_cuda
         self._gradient = torch.zeros_like(self._master, dtype=dtype if fused else torch.float32)
         beside = config.publish == "ready" and fused
-        waits = not self.shared and (beside or config.publish == "stride")
-        mean = None
-        if remembers(config):
-            self.memory, waits, mean = TextMemory(drafter), True, self._master.clone()
+        waits, mean = self.shared or beside or config.publish == "stride", None
+        if self.shared:
+            self.memory, mean = TextMemory(drafter), self._master.clone()
         self._mean = self._master if mean is None else mean
         """What is published: the masters, or the mean of them after the last updates."""
         self._steps = self._master.new_zeros(len(self._master), 1)
@@ -147,7 +141,7 @@ class LiveWeights:
             else Adam(*tables, mean=mean)
         )
         # Without a batch this changes nothing, but Adam's moments have their addresses now.
-        self.step(UpdateReport.empty(1 if self.shared else copies, self._anchor.device))
+        self.step(UpdateReport.empty(copies, self._anchor.device))
 
     @property
     def nbytes(self) -> int:
@@ -162,7 +156,7 @@ class LiveWeights:
         self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
     ) -> None:
         """Take gradients of some rows' copies, or `add` them to those there are."""
-        own = self._gradient if self.shared else self._gradient[rows]
+        own = self._gradient[rows]
         given = [g.reshape(len(own), -1) for g in gradients]
         pairs = list(zip(self._split(own), given, strict=True))
         missing = [(place, g) for place, g in pairs if place.data_ptr() != g.data_ptr()]
@@ -176,8 +170,7 @@ class LiveWeights:
 
     def place_gradients(self, leaves: Mapping[str, Tensor], rows: slice) -> None:
         """Let products write the gradients of one copy's matrices where they are kept."""
-        own = self._gradient if self.shared else self._gradient[rows]
-        for place, leaf in zip(self._split(own), leaves.values(), strict=True):
+        for place, leaf in zip(self._split(self._gradient[rows]), leaves.values(), strict=True):
             if leaf.numel() == place.numel() and leaf.dim() == 2 and leaf.dtype == place.dtype:
                 setattr(leaf, PLACE, place.view_as(leaf))
 
@@ -186,19 +179,13 @@ class LiveWeights:
         return torch.linalg.vector_norm(self._gradient, dim=1, dtype=torch.float32)
 
     def may_step(self, report: UpdateReport) -> Tensor:
-        """Copies that some row taught, where loss and gradient are finite, bool [copies]."""
-        taught, finite = report.blocks > 0, report.table[:, :3].isfinite().all(1)
-        if self.shared:
-            return (taught.any() & (finite | ~taught).all())[None]
-        return taught & finite
+        """Copies that were taught, where loss and gradient are finite, bool [copies]."""
+        return (report.blocks > 0) & report.table[:, :3].isfinite().all(1)
 
     def step(self, report: UpdateReport) -> None:
         """One Adam step of every copy that may and does not rest; decided on the device."""
         steps = self.may_step(report) & ~self.resting
-        norm = report.norm[: len(self._master)]
-        # What all rows share learns from their mean.
-        share = 1 / (report.blocks > 0).sum().clamp(min=1) if self.shared else torch.ones_like(norm)
-        scale = share * (MAX_NORM / (norm * share + 1e-6)).clamp(max=1.0)
+        scale = (MAX_NORM / (report.norm + 1e-6)).clamp(max=1.0)
         if self.memory:
             risen = (1 + self._steps[0, 0] + self.unused) / self._warm_up
             self._rate.copy_(self.rate * risen.clamp(max=1.0))

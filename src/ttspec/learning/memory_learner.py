@@ -42,7 +42,7 @@ class MemoryLearner:
         """Remember nothing yet.
 
         Args:
-            config: In scope shared, with supervision hindsight.
+            config: In scope shared.
             drafter: Bound; its weights are the anchor.
             rows: Texts that are read at the same time.
             length: Drafts a block at most.
@@ -66,7 +66,7 @@ class MemoryLearner:
         """Whether an update is under way or waits to be published."""
         self._report = UpdateReport.empty(1, device)
         gpu = memory.tokens.is_cuda
-        self._told = torch.zeros(self._report.table.shape, pin_memory=gpu)
+        self._report_on_host = torch.zeros(self._report.table.shape, pin_memory=gpu)
         """The report on the host, once the device has got there."""
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * gpu)]
         """Begin and end of the update on a GPU."""
@@ -152,7 +152,7 @@ class MemoryLearner:
             self._events[1].synchronize()
             self.seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
         self.is_updating = False
-        ((blocks, loss, norm, learned, anchor, _, _, judged),) = self._told.tolist()
+        ((blocks, loss, norm, learned, anchor, _, _, judged),) = self._report_on_host.tolist()
         self.updates += 1
         self.guard.record_update(0)
         ruined = blocks and not (isfinite(loss) and isfinite(norm))
@@ -187,29 +187,15 @@ class MemoryLearner:
 
     def _enqueue_update(self, *, compare: bool) -> None:
         """Have the device do an update; what it reads of the memory is copied before."""
-        run = self._run_update
-        self.memory_trainer.choose(run, compare=compare)
+        self.memory_trainer.choose(self._run_update, compare=compare)
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for event in self._events[:1]:
                 event.record()
-            run(self._train_on_texts, 0)
-            run(self._step_weights, 0, compile=False, warm=False)
-            if compare:
-                run(self._compare_newest, 0)
-            self._told.copy_(self._report.table, non_blocking=True)
+            self.memory_trainer.update(
+                self._run_update, self.weights, self._report, compare=compare
+            )
+            self._report_on_host.copy_(self._report.table, non_blocking=True)
             for event in self._events[1:]:
                 event.record()
-
-    # What may be captured as a graph, by its name: the key says nothing.
-
-    def _train_on_texts(self, key: int) -> None:  # noqa: ARG002
-        self.memory_trainer.compute_gradients(self.weights, self._report)
-
-    @torch.no_grad()
-    def _step_weights(self, key: int) -> None:  # noqa: ARG002
-        self.weights.step(self._report)
-
-    def _compare_newest(self, key: int) -> None:  # noqa: ARG002
-        self.memory_trainer.compare_newest(self.weights, self._report)

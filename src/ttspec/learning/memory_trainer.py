@@ -267,6 +267,33 @@ class MemoryTrainer(TextTrainer):
         if compare:
             self.newest = run(self.read_newest, 0)
 
+    def update(
+        self, run: Graphs, live: LiveWeights, report: UpdateReport, *, compare: bool
+    ) -> None:
+        """Step on what was chosen, and `compare` what was learned with the anchor.
+
+        Args:
+            run: Captures the parts by their names.
+            live: The weights.
+            report: Is written.
+            compare: See above.
+        """
+
+        def train_on_texts(key: int) -> None:  # noqa: ARG001
+            self.compute_gradients(live, report)
+
+        def step_weights(key: int) -> None:  # noqa: ARG001
+            with torch.no_grad():
+                live.step(report)
+
+        def compare_newest(key: int) -> None:  # noqa: ARG001
+            self.compare_newest(live, report)
+
+        run(train_on_texts, 0)
+        run(step_weights, 0, compile=False, warm=False)
+        if compare:
+            run(compare_newest, 0)
+
     # What may be captured as a graph: the key says nothing.
 
     def read_texts(self, key: int) -> Texts:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""What an update says of each row, in one table, so that the host reads it with one copy."""
+"""What an update says of each copy of the weights: one table, which the host reads in one go."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class UpdateReport:
-    """Columns, float32 [B], of one table [B, 8]; where nothing was compared the last five are 0.
+    """Columns, float32 [B], of one table [B, 8], by copy; uncompared, the last five are 0.
 
-    `blocks` with a batch, `loss`, `norm` of the gradient of the row's copy; the expected accepted
-    drafts that `Guard.is_worse` takes: `live`, `anchor`, `before` and `after`; and over how many
-    blocks of the memory those were `judged`.
+    `blocks` with a batch, `loss`, `norm` of the copy's gradient; the expected accepted drafts that
+    `Guard.is_worse` takes: `live`, `anchor`, `before` and `after`; and over how many blocks of the
+    memory those were `judged`.
     """
 
     def __init__(self, table: Tensor) -> None:
@@ -22,6 +22,6 @@ class UpdateReport:
         self.judged = table[:, 7]
 
     @classmethod
-    def empty(cls, rows: int, device: torch.device) -> UpdateReport:
+    def empty(cls, copies: int, device: torch.device) -> UpdateReport:
         """A report of an update without a batch."""
-        return cls(torch.zeros(rows, 8, device=device))
+        return cls(torch.zeros(copies, 8, device=device))

@@ -16,11 +16,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -283,8 +284,9 @@ class VersionStore:
         aside = self.folder / SET_ASIDE
         aside.mkdir(exist_ok=True)
         name = path.name.replace(PARTIAL, "half-")
-        taken = {p.name for p in _entries(aside)}
-        to = next(n for n in _names(name) if n not in taken)
+        taken = {p.name for p in aside.iterdir()}
+        names = chain([name], (f"{name}-{n}" for n in count(2)))
+        to = next(n for n in names if n not in taken)
         path.rename(aside / to)
         if self._notify:
             self._notify(f"{path} is no whole version: {why} It lies in {aside / to} now.")
@@ -323,18 +325,6 @@ def _reverted(folder: Path) -> tuple[int, int]:
             f"{folder / REVERTED} is damaged: {error}.\n"
             "Delete it to draft with the newest version, or write it again: ttspec learned revert."
         ) from error
-
-
-def _entries(folder: Path) -> list[Path]:
-    return sorted(folder.iterdir()) if folder.is_dir() else []
-
-
-def _names(name: str) -> Iterator[str]:
-    yield name
-    count = 2
-    while True:
-        yield f"{name}-{count}"
-        count += 1
 
 
 def _force(path: Path) -> None:

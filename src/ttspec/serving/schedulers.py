@@ -34,8 +34,7 @@ class Schedulers:
         decoder = self.of(tenant).decoder
         self.rows, self.slots = decoder.rows.count, decoder.rows.slots
         """Rows of a scheduler, and tokens of a row."""
-        copies = decoder.copying.most if decoder.copying else 0
-        self.draft_length = max(decoder.gamma, copies)
+        self.draft_length = max(decoder.gamma, decoder.copies)
         """Tokens that a round verifies at most, besides the pending one."""
 
     def of(self, tenant: str) -> Scheduler:

@@ -117,7 +117,7 @@ class JetSpecRecipe(BlockRecipe[DFlash]):
 class DominoRecipe(BlockRecipe[Domino]):
     """The recurrent head learns with the body."""
 
-    kind = "domino"
+    kind, wide = "domino", 5
 
     def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As SpecForge's, whose sizes are of targets 4,096 wide."""
@@ -135,7 +135,7 @@ class DominoRecipe(BlockRecipe[Domino]):
 class DSparkRecipe(BlockRecipe[DSpark]):
     """The Markov head learns with the body; the confidence head, how many drafts are kept."""
 
-    kind = "dspark"
+    kind, wide = "dspark", 5
 
     def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As DeepSpec's; the known token's row predicts, so a block is a row shorter."""
@@ -171,7 +171,7 @@ class DSparkRecipe(BlockRecipe[DSpark]):
 class DFlash2Recipe(BlockRecipe[DFlash2]):
     """The head learns alone, too: it chooses the candidates among which the selector does."""
 
-    kind = "dflash2"
+    kind, wide = "dflash2", 6
 
     def kind_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """As z-lab's."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -12,7 +13,8 @@ from torch import Tensor
 from ttspec.compiled import compiling
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, ResourceError
+from ttspec.free_memory import free_memory, mib
 from ttspec.losses import agreement, cross_entropy, forward_kl
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example
@@ -21,6 +23,7 @@ from ttspec.training.states import TargetStates
 
 LEAST_LAYERS = 5
 """Fewer have no place for three taps."""
+SMALLER_STEP = "Use a smaller --batch, --anchors or --max-length, or more memory."
 D = TypeVar("D", bound=Drafter)
 
 
@@ -31,6 +34,9 @@ class Recipe(ABC, Generic[D]):
     """Of the drafter."""
     lr: ClassVar[float] = 6e-4
     """Peak learning rate where `TrainConfig` names none."""
+    wide: ClassVar[int] = 3
+    """Tensors over the vocabulary that a step holds: logits of target and drafter, and a gradient;
+    a second head adds its own."""
     states: TargetStates
     """What the target says of the examples; given before the first step."""
 
@@ -50,6 +56,54 @@ class Recipe(ABC, Generic[D]):
     @abstractmethod
     def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and per drafted position the share of right most likely tokens."""
+
+    def drafted(self, longest: int) -> int:
+        """Tokens of a dialogue of `longest` that a step drafts."""
+        return min(self.config.anchors, longest) * max(self.config.block - 1, 1)
+
+    def step_bytes(self, longest: int) -> int:
+        """Bytes of a step at its height, on dialogues of `longest` tokens.
+
+        Every state between the target's layers; and what is as wide as the vocabulary, of all that
+        is drafted.
+        """
+        text, size = self.target.config, self.target.dtype.itemsize
+        states = (self.layers + 1) * int(text.hidden_size)
+        logits = self.wide * int(text.vocab_size) * self.drafted(longest)
+        return self.config.batch * size * (longest * states + logits)
+
+    def notice(self) -> str | None:
+        """What should be told before hours are spent on answers: a step may not fit."""
+        c, device = self.config, self.target.device
+        need, free = self.step_bytes(c.max_length), free_memory(device)
+        if free is None or need <= free:
+            return None
+        return (
+            f"A step on {c.batch} dialogues of {c.max_length:,} tokens takes {mib(need)}; "
+            f"{device.type}: {mib(free)} free. It will do if answers are shorter. {SMALLER_STEP}"
+        )
+
+    def require_room(self, trained: Iterable[Tensor], longest: int) -> int:
+        """Refuse training that does not fit, before anything of it is made.
+
+        `longest` are the tokens of the longest example.
+
+        Returns:
+            The bytes that it takes.
+
+        Raises:
+            ResourceError: There is less memory than it takes.
+        """
+        free, device = free_memory(self.target.device), self.target.device
+        masters = 16 * sum(w.numel() for w in trained)  # float32, with gradients and two moments
+        step = self.step_bytes(longest)
+        if free is None or masters + step <= free:
+            return masters + step
+        raise ResourceError(
+            f"Training takes {mib(masters + step)} (weights and moments {mib(masters)}, a step on "
+            f"{self.config.batch} dialogues of up to {longest:,} tokens {mib(step)}); "
+            f"{device.type}: {mib(free)} free.\n{SMALLER_STEP}"
+        )
 
     def trained(self, drafter: D) -> list[str]:
         """Names of the weights that train: all but what the target lends."""

@@ -186,6 +186,10 @@ class PardRecipe(Recipe[Causal]):
             drafter.weights[name] = whole[".".join(parts)].detach().float().cpu()
         return drafter
 
+    def drafted(self, longest: int) -> int:
+        """Every token, and masks in place of padding."""
+        return longest
+
     def loss(self, drafter: Causal, batch: Batch) -> tuple[Tensor, Tensor]:
         """All rows alike, whatever their depth."""
         depth = self.config.block - 1 if self.kind == "pard" else 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ttspec.decoding.memory_forecast import free_memory
+from ttspec.free_memory import free_memory
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Batches, to_device
 
@@ -61,7 +61,6 @@ class TargetStates:
             self._unread |= dict.fromkeys(self._batches.chosen(step), step)
 
     def _keep(self, step: int) -> None:
-        """Read a batch of the first epoch."""
         assert self._kept is not None
         assert self._unread is not None
         batch = self._batches.at(step)

@@ -31,7 +31,6 @@ from ttspec.models.target import Target
 from ttspec.training.answers import read_dialogues, write_answers
 from ttspec.training.batches import Batch, Batches, Example, read_examples
 from ttspec.training.config import TrainConfig
-from ttspec.training.memory import require_training, step_notice
 from ttspec.training.recipes import RECIPES
 from ttspec.training.states import TargetStates
 
@@ -73,11 +72,11 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         TrainingError: No answer can be learned from, or the loss is not finite.
     """
     dialogues = read_dialogues(config.prompts)
-    RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
+    recipe = RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
     if config.init is not None:
         _init_drafter(config)  # and so does this
     _open_folder(config)
-    if engine.notify and (notice := step_notice(engine.target, config)):
+    if engine.notify and (notice := recipe.notice()):
         engine.notify(notice)
     answers = config.out / "answers.jsonl"
     begun = time.monotonic()
@@ -135,7 +134,7 @@ class Trainer:
         names = self.recipe.trained(self.drafter)
         longest = max(len(example.ids) for example in examples)
         trained = [self._initial[n] for n in names]
-        reserved = require_training(target, config, trained, longest)
+        reserved = self.recipe.require_room(trained, longest)
         self.recipe.states = TargetStates(target, self.batches, self.drafter.taps, reserved)
         self.masters = {n: self._initial[n].float().clone().requires_grad_() for n in names}
         self.lr = self.recipe.lr if config.lr is None else config.lr
