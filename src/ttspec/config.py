@@ -240,11 +240,9 @@ class LearnConfig(_Options):
         check("beta1", self.beta1 is None or 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")
-        shared = self.scope == "shared"
-        allowed = "hindsight with learn.scope shared: a memory of what was committed teaches"
-        check("supervision", not shared or self.supervision == "hindsight", allowed)
-        keeps = self.keep is None or bool(shared and self.keep)
-        check("keep", keeps, "a folder, and only with learn.scope shared")
+        shared, hindsight = self.scope == "shared", self.supervision == "hindsight"
+        check("supervision", hindsight or not shared, "hindsight with learn.scope shared")
+        check("keep", not self.keep or shared, "a folder, and only with learn.scope shared")
 
     @classmethod
     def paper(cls) -> Self:
