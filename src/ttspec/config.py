@@ -23,7 +23,7 @@ COLDEST = 1e-30
 """Below this, dividing logits by the temperature would overflow; 0 says greedy."""
 
 
-def _require(ok: bool, name: str, value: object, allowed: str) -> None:
+def _require(ok: object, name: str, value: object, allowed: str) -> None:
     if not ok:
         raise OptionError(f"{name} is {value!r}; allowed is {allowed}.")
 
@@ -229,7 +229,7 @@ class LearnConfig(_Options):
     one, which waits (now)."""
 
     def __post_init__(self) -> None:
-        def check(name: str, ok: bool, allowed: str) -> None:
+        def check(name: str, ok: object, allowed: str) -> None:
             _require(ok, f"learn.{name}", getattr(self, name), allowed)
 
         check("stride", self.stride is None or self.stride >= 1, "1 or more")
@@ -242,7 +242,7 @@ class LearnConfig(_Options):
         check("decay", self.decay >= 0, "0 (uniform) or more")
         shared, hindsight = self.scope == "shared", self.supervision == "hindsight"
         check("supervision", hindsight or not shared, "hindsight with learn.scope shared")
-        check("keep", not self.keep or shared, "a folder, and only with learn.scope shared")
+        check("keep", self.keep is None or (shared and self.keep), "a folder, only with scope shared")
 
     @classmethod
     def paper(cls) -> Self:
