@@ -242,7 +242,7 @@ class LearnConfig(_Options):
         check("decay", self.decay >= 0, "0 (uniform) or more")
         shared, hindsight = self.scope == "shared", self.supervision == "hindsight"
         check("supervision", hindsight or not shared, "hindsight with learn.scope shared")
-        check("keep", self.keep is None or (shared and self.keep), "a folder, only with scope shared")
+        check("keep", self.keep is None or (shared and self.keep), "a folder, with scope shared")
 
     @classmethod
     def paper(cls) -> Self:
