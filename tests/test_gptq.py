@@ -99,6 +99,7 @@ def write(folder: Path, source: Path, settings: dict, **how) -> dict[str, Tensor
     return meant
 
 
+GATE = "model.layers.1.mlp.gate_proj"
 KINDS = {
     "gptq": ({"quant_method": "gptq", "bits": 4, "group_size": 32}, {}),
     "gptq, act order": (
@@ -159,6 +160,25 @@ def test_experts_are_unpacked_one_by_one_and_then_merged(tmp_path: Path):
         assert torch.equal(weights["model.layers.1.mlp.experts.gate_up_proj"][at], torch.cat(own))
 
 
+@pytest.mark.parametrize("stored", [7, 8])
+def test_zero_points_of_a_symmetric_file_may_be_stored_as_they_are(
+    stored: int, toy_target_dir: Path, tmp_path: Path
+):
+    """Some say "gptq", where they are stored less one, and have 8 in the middle of 16 codes."""
+    write(tmp_path / "q", toy_target_dir, KINDS["gptq"][0] | {"sym": True})
+    file = tmp_path / "q" / "model.safetensors"
+    parts = load_file(file)
+    parts |= {
+        key: torch.full_like(tensor, words([stored] * 8, 4)[0])
+        for key, tensor in parts.items()
+        if key.endswith(".qzeros")
+    }
+    save_file(parts, file, metadata={"format": "pt"})
+    module = load(str(tmp_path / "q"), None, **PLACE).target.model.get_submodule(GATE)
+    first = int(parts[f"{GATE}.qweight"][0, 0]) & 15
+    assert unpacked(module.weight)[0, 0] == (first - 8) * parts[f"{GATE}.scales"][0, 0].float()
+
+
 def test_generation_settings_are_read(toy_target_dir: Path, tmp_path: Path):
     write(tmp_path / "q", toy_target_dir, KINDS["gptq"][0])
     given = {"eos_token_id": [7, 258], "temperature": 0.25, "do_sample": True}
@@ -190,7 +210,6 @@ def test_what_is_not_unpacked_right_is_refused_by_name(
         load(str(tmp_path / "q"), None, **PLACE)
 
 
-GATE = "model.layers.1.mlp.gate_proj"
 DAMAGE = {
     "zero points are missing": (f"{GATE}.qzeros", None),
     "scales alone": ("model.layers.1.mlp.act.scales", torch.ones(64)),

@@ -74,11 +74,11 @@ def unpacked_weights(
         if key.rpartition(".")[2] in PARTS:
             raise TargetError(f"{path} has {key}, but no packed weight beside it.\n{_PLAIN}")
     found: dict[str, Any] = {k: stored[k].get_slice(k) for k in stored.keys() - parts}
-    is_less_one = _format(given, method) == "gptq"
+    is_less_one, is_symmetric = _format(given, method) == "gptq", bool(given.get("sym"))
     for name in names:
         own = {part: stored[k] for part in PARTS if (k := f"{name}.{part}") in stored}
         bits = _bits(path, name, own, method)
-        weight = PackedWeight(name, own, bits, method == "awq", is_less_one, device)
+        weight = PackedWeight(name, own, bits, method == "awq", is_less_one, is_symmetric, device)
         found[f"{name}.weight"] = weight
     return found
 
@@ -107,6 +107,7 @@ class PackedWeight:
     bits: int
     is_awq: bool
     is_less_one: bool
+    is_symmetric: bool
     device: torch.device
 
     def __getitem__(self, index: Any) -> Tensor:
@@ -115,8 +116,12 @@ class PackedWeight:
         groups = read.pop("g_idx", None)
         if self.is_awq:
             return unpack_awq(**read)[index]
-        weight = unpack_gptq(**read, g_idx=groups, bits=self.bits, is_less_one=self.is_less_one)
-        return weight[index]
+        is_less_one, bits = self.is_less_one, self.bits
+        # Some say "gptq" and store them as they are (vllm-project/vllm pull request 38966). Where
+        # all are the middle, which is what symmetric means, that can be told.
+        if self.is_symmetric and (_codes(read["qzeros"], bits) == 1 << bits - 1).all():
+            is_less_one = False
+        return unpack_gptq(**read, g_idx=groups, bits=bits, is_less_one=is_less_one)[index]
 
 
 def unpack_gptq(
