@@ -294,10 +294,10 @@ def test_acceptance_in_the_readme_is_that_of_the_committed_runs(kind: str) -> No
 @pytest.mark.parametrize(
     ("where", "file"),
     [
-        ("SmolLM2-135M, DFlash (bundled)", "smollm2-135m-dflash"),
-        ("SmolLM2-135M, EAGLE-3 (bundled)", "smollm2-135m-eagle3"),
+        ("SmolLM2-135M, DFlash (bundled)", "smollm2-135m-dflash-one-text"),
+        ("SmolLM2-135M, EAGLE-3 (bundled)", "smollm2-135m-eagle3-one-text"),
         ("Qwen2.5-Coder-0.5B, EAGLE-3", "qwen2.5-coder-0.5b-eagle3-one-text"),
-        ("Qwen2.5-Coder-0.5B, DFlash", "qwen2.5-coder-0.5b-dflash"),
+        ("Qwen2.5-Coder-0.5B, DFlash", "qwen2.5-coder-0.5b-dflash-one-text"),
     ],
 )
 def test_speed_in_the_readme_is_that_of_the_committed_runs(where: str, file: str) -> None:

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding import planner, prefill, stages
+from ttspec.decoding import captured_prompts, planner, stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
@@ -291,7 +291,7 @@ def test_no_noise_is_shared_between_rows_and_greedy_rows_have_none(engine, monke
     monkeypatch.setattr(
         NoiseCache, "__call__", lambda own, *given: recorded(*given, make=partial(kept, own))
     )
-    monkeypatch.setattr(prefill, "position_noise", recorded)
+    monkeypatch.setattr(captured_prompts, "position_noise", recorded)
     temperatures = (0.7, 0.0, 0.7, 1.3, 0.9)
     asked: list[Asked] = [
         (PROMPT[:4], seed, {"temperature": t, "ignore_eos": True}, None)
