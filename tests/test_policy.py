@@ -17,6 +17,8 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FIRST_PAUSE, LONGEST_PAUSE, MAX_DEFICIT, MAX_SURPLUS, DraftPolicy
+from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowOutcome
+from ttspec.decoding.timing import RoundTime
 from ttspec.errors import OptionError
 from ttspec.learning.replay_buffer import ReplayBuffer
 
@@ -634,3 +636,21 @@ def test_a_learner_learns_from_drafting_rounds_alone(target, which: str) -> None
     for r in result.rounds:
         assert not (r.updates and r.length == 0)
     assert result.stats.updates > 2
+
+
+def test_rounds_beside_prompts_hardly_count_but_where_there_are_no_others(target) -> None:
+    decoder = engine_of(target, "pard").decoder(GenerateConfig(), 2, 40, sessions=False)
+    planner, counted = decoder.planner, []
+
+    class Told(DraftPolicy):
+        def observe(self, length, seconds, *, first=False, **facts) -> None:
+            counted.append(not first)
+
+    planner.policy = Told(decoder.gamma)
+    shape = RoundShape(64, 0, 0, Processors())
+    outcome = RowOutcome([1], 0, 0, False, False, (0.0, 0.0, 0.0))
+    for beside in [False] * 3 + [True, False] * 3 + [True] * 20:
+        plan, time = RoundPlan([0], shape, 20, {}), RoundTime(0.01, (0.0, 0.0, 0.0), False)
+        planner.observe(plan, time, {0: outcome}, 1, beside=beside)
+    assert counted[:9] == [True] * 3 + [False, True] * 3
+    assert counted[9:] == ([False] * 8 + [True]) * 2 + [False] * 2

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 COPY_WIDTHS = 7, LONGEST_COPY
 """Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
+LEFT_OUT = 8
+"""Rounds in a row whose time does not count since prompts were read beside them; the next one does:
+where requests are short, prompts are read beside nearly all."""
 
 
 class RoundPlanner:
@@ -56,6 +59,8 @@ class RoundPlanner:
             # Who gives a stride wants to learn, though it may not pay.
             copies = bool(stages.copies) and not (stages.spec.learn and stages.spec.learn.stride)
             self.schedule = UpdateSchedule(learner, clock=by_clock, copies=copies)
+        self._left_out = 0
+        """Rounds since one whose time counted."""
 
     def _copying(self, stages: RoundStages) -> Copying:
         block_cost, most = 0.0, stages.copies
@@ -136,10 +141,11 @@ class RoundPlanner:
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
             chained: Whether the device went on by itself.
-            beside: Whether prompts were read meanwhile, so that its time says nothing.
+            beside: Whether prompts were read meanwhile, so that its time says little.
         """
         policy, learner = self.policy, self._learner
-        first = time.captured or beside
+        self._left_out = self._left_out + 1 if beside and self._left_out < LEFT_OUT else 0
+        first = time.captured or self._left_out > 0
         draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
         if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
