@@ -5,6 +5,7 @@ follow a tensor that was replaced by another.
 """
 
 import functools
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from ttspec.decoding import planner, stages
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.models import target as targets
-from ttspec.models.capture import Graphs
+from ttspec.models.capture import Graphs, Streams
 from ttspec.sampling import _mix, _mix_int, _signed, fold
 
 WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "equal.default")
@@ -237,3 +238,19 @@ def test_what_another_shape_needs_is_made_anew(target) -> None:
     session = engine.session(learn=None, seed=1)
     session.send("hello")
     assert engine._spare is None, "a session's decoder is its own"
+
+
+def test_streams_are_distinct_as_long_as_torch_has_others(monkeypatch) -> None:
+    device, made = torch.device("cuda", 0), []
+    monkeypatch.setattr(Streams, "_free", {})
+    monkeypatch.setattr(Streams, "_made", Counter())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: made.append(object()) or made[-1])
+    owners = [Streams() for _ in range(Streams.POOL + 1)]
+    for owner in owners[:-1]:
+        Streams.lend(device, owner)
+    assert Streams.are_distinct(device)
+    del owners[0], owner
+    Streams.lend(device, owners[-1])  # one that was given back
+    assert Streams.are_distinct(device)
+    Streams.lend(device, owners[0])
+    assert not Streams.are_distinct(device)

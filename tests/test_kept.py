@@ -109,7 +109,7 @@ def test_other_weights_than_those_that_were_kept_are_refused(target, kept: Path)
 
 def test_keep_is_for_shared_weights_only() -> None:
     for scope in ("request", "session"):
-        with pytest.raises(OptionError, match=r"learn.keep is 'here'; allowed is a folder, and"):
+        with pytest.raises(OptionError, match=r"learn.keep is 'here'; allowed is a folder, with"):
             LearnConfig(scope=scope, keep="here")
 
 

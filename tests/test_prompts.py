@@ -15,6 +15,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillChunk
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.context import FeatureState
+from ttspec.errors import TargetError
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 
@@ -133,6 +134,35 @@ def test_who_is_read_beside_rounds_may_be_aborted(target, shared: bool) -> None:
     assert Busy.asked
     assert len(cut) == len(whole) - 1
     assert all(whole[request] == tokens for request, tokens in cut.items())
+
+
+def test_a_prompt_whose_logits_are_no_numbers_is_read_again_after_the_error(
+    target, monkeypatch
+) -> None:
+    engine = Engine(target, make_kind("eagle3"))
+    engine.make_decoder = Beside
+    options = {"ignore_eos": True, "context": 400, "learn": None, "temperature": 0.9}
+    config = GenerateConfig(max_new_tokens=20, draft=DraftConfig(adaptive=False), **options)
+    scheduler = Scheduler(engine.decoder(config, 3, 300, sessions=False), config)
+    for size in (30, 7, 90, 12, 44, 5):
+        scheduler.add_request(Request(ids=[(3 * n) % 250 for n in range(size)], seed=size))
+    finish, failed, ended = CapturedPrompts.finish, [], []
+
+    def finished(self, rows):
+        found = finish(self, rows)
+        if not failed:
+            failed.append(rows)
+            return [[token, 0] for token, _ in found]
+        return found
+
+    monkeypatch.setattr(CapturedPrompts, "finish", finished)
+    while scheduler.has_unfinished():
+        try:
+            ended += [chunk.result for _, chunk in scheduler.step() if chunk.result]
+        except TargetError:
+            assert failed
+    assert failed
+    assert len(ended) == 6
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

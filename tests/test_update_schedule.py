@@ -61,6 +61,14 @@ def test_the_first_updates_are_rare_until_it_is_known_what_they_cost():
     assert learner.learn(updates=1, cost=0.1) == 1
 
 
+def test_what_prompts_take_is_no_cost_of_updates():
+    schedule = (learner := FakeLearner(memory=True)).schedule
+    for number in range(4 * 8 * PATIENCE * FIRST_STRIDES):
+        beside, updated = number % 2 == 1, number % 64 == 63  # all updates meet prompts
+        schedule.observe(1.0 + 3.0 * beside + 0.1 * updated, updated, 1.0, beside=beside)
+    assert learner.strides == 1
+
+
 def test_what_does_not_pay_is_done_seldom():
     share = 2.0 / (8 * FakeLearner().learn(updates=PATIENCE, cost=2.0))
     assert UNPROVEN / 2 < share <= UNPROVEN

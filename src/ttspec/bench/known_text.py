@@ -22,6 +22,7 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillBatch, PromptReader
 from ttspec.errors import DataError
+from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.records import Proposal
 from ttspec.rowcache import RowCache, unwritten
@@ -214,9 +215,11 @@ class RecordedTarget(Target):
 class RecordedPrompts(KnownTextPrompts):
     """Finds the recorded conversations of prompts."""
 
-    captures = False
     _target: RecordedTarget
     _cache: RecordedRows
+
+    def capture(self, graphs: Graphs, *, beside: bool) -> None:
+        """Nothing: what was recorded is looked up on the host."""
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]

@@ -117,7 +117,8 @@ class CapturedPrompts:
     @property
     def can_launch(self) -> bool:
         """Whether rows may be read beside rounds, and none are."""
-        return self._may_launch and not self._launched
+        distinct = self._stream is None or Streams.are_distinct(self._target.device)
+        return self._may_launch and distinct and not self._launched
 
     @property
     def is_launched(self) -> bool:

@@ -378,7 +378,8 @@ class Decoder(RoundStages):
         called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
         if not called:
             # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
-            beside = self.works_ahead and self.rows.count > 1
+            captured = self.state is None or (self.drafter and self.drafter.takes_padding)
+            beside = bool(captured) and self.works_ahead and self.rows.count > 1
             graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
             self.prompts.capture(graphs, beside=beside)
 

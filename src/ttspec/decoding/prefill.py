@@ -190,10 +190,9 @@ class PromptReader:
         """Wait for what was launched; the rows may decode."""
         assert self.captured
         drawn = self.captured.finish(prompts.rows)
-        prompts.position = [
-            at + len(ids) for at, ids in zip(prompts.position, prompts.ids, strict=True)
-        ]
-        self._begin_rows(prompts, drawn)
+        prompts.is_launched = False  # after an error they are read again
+        pairs = zip(prompts.position, prompts.ids, strict=True)
+        self._begin_rows(prompts, [at + len(ids) for at, ids in pairs], drawn)
 
     @torch.no_grad()
     def read_chunk(self, prompts: PrefillBatch) -> None:
@@ -216,15 +215,20 @@ class PromptReader:
             ends = zip(prompts.rows, prompts.position, prompts.ids, strict=True)
             before = [self._rows.tokens[row][: end - len(ids)] + ids for row, end, ids in ends]
             self._sampling.penalties.begin(prompts.rows, before)
-        self._begin_rows(prompts, self._draw(logits, prompts), logits)
+        self._begin_rows(prompts, prompts.position, self._draw(logits, prompts), logits)
 
     def _begin_rows(
-        self, prompts: PrefillBatch, drawn: list[list[int]], logits: Tensor | None = None
+        self,
+        prompts: PrefillBatch,
+        lengths: list[int],
+        drawn: list[list[int]],
+        logits: Tensor | None = None,
     ) -> None:
         """Let rows decode whose prompts were read.
 
         Args:
             prompts: Theirs.
+            lengths: Tokens that each row holds.
             drawn: Of each, its first token, and whether its logits are numbers.
             logits: [B, 1, V]; needed where log-probabilities are asked for.
         """
@@ -237,7 +241,7 @@ class PromptReader:
             first = enumerate(zip(prompts.rows, first_tokens, strict=True))
             prompts.logprobs = [logprobs_of(row, logits, at, [token]) for at, (row, token) in first]
         prompts.first_tokens = first_tokens
-        given = prompts.rows, prompts.position, prompts.ids, first_tokens, prompts.budgets
+        given = prompts.rows, lengths, prompts.ids, first_tokens, prompts.budgets
         for row, length, ids, token, budget in zip(*given, strict=True):
             self._rows.begin(row, length, ids, token, budget - 1)
             self._deferred.clear(row)

@@ -72,7 +72,7 @@ class UpdateSchedule:
         self._extra = self._accepted = 0.0
         """The same of the update under way; drafts accepted a round, on average."""
         self._rounds = self._updates = 0
-        self._beside = False
+        self._updating = False
         """Whether an update runs beside the next round."""
 
     def observe(
@@ -82,6 +82,7 @@ class UpdateSchedule:
         accepted: float | None,
         *,
         pauses: bool = False,
+        beside: bool = False,
     ) -> None:
         """Take note of a round, and set the learner's `strides`.
 
@@ -91,6 +92,7 @@ class UpdateSchedule:
                 before: all that these took more is its cost.
             accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
             pauses: Whether the drafter is not to draft for long.
+            beside: Whether prompts were read meanwhile: then what it took more is not the update's.
         """
         learner, drafted = self._learner, accepted is not None
         if accepted is not None:
@@ -98,12 +100,14 @@ class UpdateSchedule:
             self._accepted += (accepted - self._accepted) / self._rounds
         if not self._clock:
             seconds = 1.0 + ASSUMED * updated
-        beside, self._beside = self._beside, learner.is_updating
-        if not (updated or beside):
-            self._seconds[drafted].append(seconds)
+        updates, self._updating = self._updating, learner.is_updating
+        if not (updated or updates):
+            if not beside:
+                self._seconds[drafted].append(seconds)
             return
         usual = median(self._seconds[drafted] or self._seconds[not drafted] or [seconds])
-        self._extra += max(0.0, seconds - usual)
+        if not beside:
+            self._extra += max(0.0, seconds - usual)
         if not updated:
             return
         self._updates += 1
