@@ -29,6 +29,9 @@ from ttspec.models.capture import Graphs
 from ttspec.models.target import Target, wrap_target
 
 PROMPTS = ["hello there", "count to ten, please"]
+FIRST = ("qwen3_5", "qwen3_5_moe")
+COMPILED = [pytest.param(kind, marks=() if kind in FIRST else pytest.mark.slow) for kind in KINDS]
+"""Hybrids; the compiler takes seconds for each, so two of them are always run."""
 
 
 class Compiled(Graphs):
@@ -100,7 +103,8 @@ def assert_compiled_says_the_same(target: Target, which: str, monkeypatch) -> in
     return first
 
 
-@pytest.mark.parametrize(("kind", "which"), [*((k, "dflash") for k in KINDS), ("qwen3_5", "none")])
+@pytest.mark.parametrize("which", ["dflash", "none"])
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_rounds_of_hybrids_say_the_same(kind, which, monkeypatch, quick):
     model = random_hybrid(kind).to(torch.bfloat16)
     use_folded_attention(model)
@@ -113,7 +117,7 @@ def test_compiled_rounds_of_hybrids_say_the_same(kind, which, monkeypatch, quick
 WIDTHS = (1, 4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COMPILED)
 def test_compiled_rows_rolled_back_are_as_if_read_at_once(kind, monkeypatch, quick):
     """Rows that come, go, rest and are cut back; each kind of layer is compiled once a width."""
     model = random_hybrid(kind)

@@ -70,11 +70,11 @@ class CapturedPrompts:
         self._logits: Tensor
         """[1, 1, V], from which a first token is drawn."""
         # What is read beside rounds; off a GPU it is read at once.
+        self._may_launch, self._launched = beside, list[int]()
+        """Whether `launch` may be called, and the rows that it was given."""
         on_gpu = device.type == "cuda"
         self._stream = Streams.lend(device, self) if beside and on_gpu else None
         self._over = torch.cuda.Event() if self._stream else None
-        self._may_launch, self._launched = beside, list[int]()
-        """Whether `launch` may be called, and the rows that it was given."""
         self._given = torch.zeros(MAX_CAPTURED_ROWS, size, dtype=torch.long, pin_memory=on_gpu)
         """As `_inputs`, of each of them."""
         self._found = torch.zeros(MAX_CAPTURED_ROWS, 2, dtype=torch.long, pin_memory=on_gpu)
