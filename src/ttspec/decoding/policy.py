@@ -47,8 +47,8 @@ MAX_CATCH_UP = 8.0
 """Plain rounds that the first round of a trial is charged at most, for the same reason."""
 PLAIN_KEPT, COSTS_KEPT = 3, 23
 """Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth round
-takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost 2 to
-4 % of the speed (benchmarks/policy_regret.py)."""
+takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost up to
+3 % of the speed (benchmarks/policy_regret.py)."""
 COST_LIFETIME = 256
 """Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
 that were held up would speak against it for ever."""
