@@ -9,7 +9,7 @@ from toys import make_kind, toy_engine
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.captured_prompts import CAPTURE_SIZES, CapturedPrompts
+from ttspec.decoding.captured_prompts import CAPTURE_SIZES, CapturedPrompts, ReadShape
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillChunk
@@ -31,7 +31,7 @@ class Rounding(Decoder):
 class Padding(Decoder):
     """Pads as a GPU would."""
 
-    padded, beside = 0, False
+    padded, beside, together = 0, False, 0
 
     def capture(self) -> None:
         super().capture()
@@ -40,9 +40,10 @@ class Padding(Decoder):
         assert captured
         read = captured.read_padded
 
-        def counted(width: int):
+        def counted(shape: ReadShape):
             Padding.padded += 1
-            return read(width)
+            Padding.together += shape.rows > 1
+            return read(shape)
 
         captured.read_padded = counted  # type: ignore[method-assign]
 
@@ -104,6 +105,32 @@ def test_a_padded_prompt_is_read_as_any(
     assert Padding.padded > 6 or pads is Rounding
     if pads is Beside and which == "eagle3" and not shared:  # else rows may end all at once
         assert Busy.asked
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", None])
+@pytest.mark.parametrize("shared", [False, True])
+def test_prompts_of_like_lengths_are_read_together(target, which: str | None, shared: bool) -> None:
+    """Those that begin at once, more than are read at a time, and those that come later."""
+    learn = LearnConfig(scope="shared", stride=2, lr=3e-3) if shared and which else None
+    options = {"temperature": 0.9, "ignore_eos": True, "context": 400, "learn": learn}
+    config = GenerateConfig(max_new_tokens=12, draft=DraftConfig(adaptive=False), **options)
+
+    def said(make: type[Decoder]) -> list[list[int]]:
+        engine, found = Engine(target, make_kind(which) if which else None), dict[int, list[int]]()
+        engine.make_decoder = make
+        scheduler = Scheduler(engine.decoder(config, 11, 300, sessions=False), config)
+        for size in [30, 7, 90, 12, 44, 80, 100, 77, 2, 61, 5, 33, 8, 19, 64, 65]:
+            prompt = [(3 * n + size) % 250 for n in range(size)]
+            scheduler.add_request(Request(ids=prompt, seed=size))
+        while scheduler.has_unfinished():
+            for request, chunk in scheduler.step():
+                if chunk.result:
+                    found[request] = chunk.result.token_ids
+        return [found[request] for request in sorted(found)]
+
+    expected, Padding.together, Busy.asked = said(Decoder), 0, 0
+    assert said(Beside) == expected
+    assert Padding.together >= 2  # of both widths, of those that begin at once
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -225,7 +252,7 @@ def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> Non
 
     decoder.graphs, decoder.target_reads_spans = Recording(), True
     decoder.capture()
-    assert called[-len(CAPTURE_SIZES) - 1 :] == ["read_padded"] * len(CAPTURE_SIZES) + ["draw_one"]
+    assert called[-len(CAPTURE_SIZES) - 1 :] == ["read_padded"] * len(CAPTURE_SIZES) + ["draw_some"]
     assert "verify_and_accept" in called
 
 

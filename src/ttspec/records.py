@@ -6,6 +6,7 @@ p is the target's distribution, q the drafter's.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -269,11 +270,11 @@ def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
 def by_position(rounds: Sequence[Round]) -> list[dict[str, float]]:
     """Acceptance length per bin of generated position; a round counts where it starts."""
     bins: list[dict[str, float]] = []
-    edges = [*POSITION_BINS, 1 << 62]
-    for low, high in pairwise(edges):
-        inside = [r for r in rounds if low <= r.position < high]
+    positions = [r.position for r in rounds]  # they ascend
+    for low, high in pairwise([*POSITION_BINS, 1 << 62]):
+        inside = rounds[bisect_left(positions, low) : bisect_left(positions, high)]
         if inside:
-            last = max(r.position + r.emitted for r in inside)
+            last = inside[-1].position + inside[-1].emitted
             bins.append(
                 {
                     "from": low,
@@ -298,7 +299,8 @@ def summarise(
 ) -> Stats:
     """The statistics of one answer from its rounds."""
     longest = max((r.proposed for r in rounds), default=0)
-    stages = [sum(r.seconds[i] for r in rounds) for i in range(3)]
+    accepted = Counter(r.accepted for r in rounds)
+    stages = [sum(each) for each in zip(*(r.seconds for r in rounds), strict=True)] or [0.0] * 3
     lengths = Counter(r.length for r in rounds if r.length is not None)
     return Stats(
         seed=seed,
@@ -307,7 +309,8 @@ def summarise(
         rounds=len(rounds),
         acceptance_length=acceptance_length(rounds),
         accepted_at=[
-            sum(r.accepted >= i for r in rounds) / len(rounds) for i in range(1, longest + 1)
+            sum(count for n, count in accepted.items() if n >= i) / len(rounds)
+            for i in range(1, longest + 1)
         ],
         updates=sum(r.updates for r in rounds),
         reverts=reverts,

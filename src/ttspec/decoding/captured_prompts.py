@@ -1,4 +1,4 @@
-"""Reading short prompts with captured graphs, one row after another; beside rounds, too.
+"""Reading short prompts with captured graphs, a few rows at a time; beside rounds, too.
 
 Called kernel by kernel, a prompt of a small target takes as long as many rounds do. Captured, it
 still takes longer than a round, and the rows that decode need not wait for it: its graphs have
@@ -7,7 +7,8 @@ memory and a stream of their own, and a row that takes no part in rounds is not 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,12 +29,45 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 CAPTURE_SIZES = (64, 128, 256, CHUNK_TOKENS)
 """Tokens to which a row's chunk is padded."""
+GROUP = 4
+"""Rows whose short chunks one graph reads together: weights are read once for all of them."""
 MAX_CAPTURED_ROWS = 8
-"""Rows that are read one after the other; more at a time are faster together."""
+"""Rows whose prompts are read at a time: those that wait longer do so while the first decode."""
+
+
+class ReadShape(NamedTuple):
+    """What a graph reads: one row's chunk, or those of `GROUP` rows, padded to `width` tokens."""
+
+    rows: int
+    width: int
+
+
+READ_SHAPES = (
+    *(ReadShape(1, width) for width in CAPTURE_SIZES),
+    *(ReadShape(GROUP, width) for width in CAPTURE_SIZES if GROUP * width <= CHUNK_TOKENS),
+)
+"""Of which graphs are made."""
+
+
+class DrawShape(NamedTuple):
+    """What a graph draws: first tokens of so many rows."""
+
+    rows: int
+    processors: Processors
+
+
+class Launched(NamedTuple):
+    """A graph's reading that was launched."""
+
+    shape: ReadShape
+    here: slice
+    """Where its rows stand in what was given and found."""
+    features: Tensor | None
+    """A copy for the learner; the graph's own are overwritten by the next reading."""
 
 
 class CapturedPrompts:
-    """Graphs that read a chunk of one row, and draw its answer's first token."""
+    """Graphs that read a chunk of a row, or of some, and draw their answers' first tokens."""
 
     def __init__(
         self,
@@ -64,31 +98,37 @@ class CapturedPrompts:
         self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
         self._rows, self._sampling, self._learner, self._graphs = rows, sampling, learner, graphs
         device, size = target.device, 3 + CHUNK_TOKENS
-        self._inputs = torch.zeros(size, dtype=torch.long, device=device)
-        """What graphs read: a row, where its chunk begins, its tokens' number, and these."""
-        self._inputs[1:2] = rows.slots  # nothing is kept
+        self._inputs = torch.zeros(GROUP, size, dtype=torch.long, device=device)
+        """What graphs read of each row: which it is, where its chunk begins, its tokens' number,
+        and these."""
+        self._inputs[:, 1] = rows.slots  # nothing is kept
         self._logits: Tensor
-        """[1, 1, V], from which a first token is drawn."""
+        """[GROUP, 1, V], from which first tokens are drawn."""
+        self._features: dict[ReadShape, Tensor] = {}
+        """[rows, width, W], as each graph leaves them."""
         # What is read beside rounds; off a GPU it is read at once.
-        self._may_launch, self._launched = beside, list[int]()
-        """Whether `launch` may be called, and the rows that it was given."""
+        self._may_launch, self._launched = beside, list[Launched]()
+        """Whether `launch` may be called, and what was."""
+        self._rows_launched: list[int] = []
+        """In the order in which they were given."""
         on_gpu = device.type == "cuda"
         self._stream = Streams.lend(device, self) if beside and on_gpu else None
         self._over = torch.cuda.Event() if self._stream else None
         self._given = torch.zeros(MAX_CAPTURED_ROWS, size, dtype=torch.long, pin_memory=on_gpu)
         """As `_inputs`, of each of them."""
         self._found = torch.zeros(MAX_CAPTURED_ROWS, 2, dtype=torch.long, pin_memory=on_gpu)
-        self._features_of: list[tuple[Tensor, Tensor]] = []
-        """Where graphs left features, and a copy for the learner."""
 
         compile = rows.count > 1  # a lone row's prompt holds up nobody
-        for width in CAPTURE_SIZES:
-            logits, self._features = graphs(self.read_padded, width, compile=compile)
-            self._logits = logits.clone()
+        shapes = [s for s in READ_SHAPES if s.rows == 1 or (beside and s.rows <= rows.count)]
+        for shape in shapes:
+            logits, self._features[shape] = graphs(self.read_padded, shape, compile=compile)
+            if shape.rows == 1:
+                self._logits = logits.expand(GROUP, -1, -1).clone()
             if learner and learner.memory_trainer:
-                graphs(self.record_padded, width, compile=compile)
+                graphs(self.record_padded, shape, compile=compile)
         self._drawn = sampling.captured(sampling.processors(range(rows.count)))
-        graphs(self.draw_one, self._drawn, compile=False)
+        for some in sorted({shape.rows for shape in shapes}):
+            graphs(self.draw_some, DrawShape(some, self._drawn), compile=False)
 
     def takes(self, processors: Processors) -> bool:
         """Whether first tokens can be drawn by the graph that there is."""
@@ -103,27 +143,28 @@ class CapturedPrompts:
             at: See above.
             record: Whether the memory of all requests is to have them.
         """
-        logits, _ = self._replay(torch.tensor([row, at, len(tokens), *tokens]))
+        shape = ReadShape(1, _width(len(tokens)))
+        given = torch.tensor([[row, at, len(tokens), *tokens]])
+        logits = self._replay(shape, given)
         if record:
-            self._graphs(self.record_padded, _width(len(tokens)))
+            self._graphs(self.record_padded, shape)
         return logits.clone()
 
     def draw(self, row: int, position: int, logits: Tensor) -> Tensor:
         """A row's token, from logits [1, 1, V], and whether these are numbers: int64 [1, 2]."""
-        self._inputs[:3].copy_(torch.tensor([row, position, 0]))
-        self._logits.copy_(logits)
-        return self._graphs(self.draw_one, self._drawn, compile=False).clone()
+        self._inputs[0, :3].copy_(torch.tensor([row, position, 0]))
+        return self._draw(logits).clone()
 
     @property
     def can_launch(self) -> bool:
         """Whether rows may be read beside rounds, and none are."""
         distinct = self._stream is None or Streams.are_distinct(self._target.device)
-        return self._may_launch and distinct and not self._launched
+        return self._may_launch and distinct and not self.is_launched
 
     @property
     def is_launched(self) -> bool:
         """Whether rows were launched and are not finished."""
-        return bool(self._launched)
+        return bool(self._rows_launched)
 
     @property
     def is_busy(self) -> bool:
@@ -146,19 +187,22 @@ class CapturedPrompts:
             at: Where they begin.
             record: Whether `finish` is to tell the memory of all requests.
         """
-        self._launched = list(rows)
+        groups = list(self._groups([len(tokens) for tokens in parts]))
+        order = [index for _, indices in groups for index in indices]
+        self._rows_launched, first = [rows[index] for index in order], 0
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            for index, (row, tokens, begin) in enumerate(zip(rows, parts, at, strict=True)):
-                given = self._given[index, : 3 + len(tokens)]
-                given.copy_(torch.tensor([row, begin, len(tokens), *tokens]))
-                logits, features = self._replay(given)
-                self._logits.copy_(logits)
-                drawn = self._graphs(self.draw_one, self._drawn, compile=False)
-                self._found[index].copy_(drawn[0], non_blocking=True)
-                if record:
-                    self._features_of.append((features, features.clone()))
+            for place, index in enumerate(order):
+                given = torch.tensor([rows[index], at[index], len(parts[index]), *parts[index]])
+                self._given[place, : len(given)] = given
+            for shape, _ in groups:
+                here = slice(first, first + shape.rows)
+                drawn = self._draw(self._replay(shape, self._given[here]))
+                self._found[here].copy_(drawn, non_blocking=True)
+                kept = self._features[shape].clone() if record else None
+                self._launched.append(Launched(shape, here, kept))
+                first = here.stop
             if self._over:
                 self._over.record()
 
@@ -172,15 +216,17 @@ class CapturedPrompts:
             Of each, its token and whether its logits are numbers.
         """
         self.wait()
-        indices = [self._launched.index(row) for row in rows]
-        for index in indices if self._features_of else ():
-            (features, kept), count = self._features_of[index], int(self._given[index, 2])
-            features.copy_(kept)
-            self._inputs[: 3 + count].copy_(self._given[index, : 3 + count])
-            self._features = features
-            self._graphs(self.record_padded, _width(count))
+        for shape, here, features in self._launched:
+            if features is None:
+                continue
+            given, wanted = self._given[here], [row in rows for row in self._rows_launched[here]]
+            given[:, 2] *= torch.tensor(wanted)  # no tokens of the others
+            self._inputs[: shape.rows].copy_(given)
+            self._features[shape].copy_(features)
+            self._graphs(self.record_padded, shape)
+        found = dict(zip(self._rows_launched, self._found.tolist(), strict=False))
         self.drop()
-        return [self._found[index].tolist() for index in indices]
+        return [found[row] for row in rows]
 
     def wait(self) -> None:
         """Wait for what was launched."""
@@ -190,33 +236,42 @@ class CapturedPrompts:
     def drop(self) -> None:
         """Nobody wants what was launched any more."""
         self.wait()
-        self._launched, self._features_of = [], []
+        self._launched, self._rows_launched = [], []
 
     def __del__(self) -> None:
         """Wait: what is written beside rounds must outlive it."""
         self.drop()
 
-    def _replay(self, given: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [1, 1, V] and features [1, width, W], as `read_padded` leaves them.
+    def _replay(self, shape: ReadShape, given: Tensor) -> Tensor:
+        """Logits [rows, 1, V], as `read_padded` leaves them.
 
         Args:
-            given: int64 [3 + tokens], as `_inputs`; from pinned memory nothing waits for it.
+            shape: What is read.
+            given: int64 [rows, 3 + tokens], as `_inputs`; from pinned memory nothing waits for it.
         """
-        self._inputs[: len(given)].copy_(given, non_blocking=given.is_pinned())
-        count = len(given) - 3
-        logits, self._features = self._graphs(self.read_padded, _width(count))
+        inputs = self._inputs[: shape.rows, : given.shape[1]]
+        inputs.copy_(given, non_blocking=given.is_pinned())
+        logits, features = self._graphs(self.read_padded, shape)
+        self._features[shape] = features
         if self._drafter and self._state and not self._drafter.takes_padding:
-            subset, start, tokens = self._inputs[:1], self._inputs[1:2], self._inputs[3:][None]
-            read = tokens[:, :count], self._features[:, :count]
-            self._drafter.extend(self._state, *read, start, subset)
-        return logits, self._features
+            count = given.shape[1] - 3
+            subset, start, tokens = inputs[:, 0], inputs[:, 1], inputs[:, 3:]
+            self._drafter.extend(self._state, tokens, features[:, :count], start, subset)
+        return logits
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """First tokens from logits [rows, 1, V], and whether they are numbers: int64 [rows, 2].
+
+        Of the rows that stand first in `_inputs`, behind their chunks; the next call overwrites it.
+        """
+        self._logits[: len(logits)].copy_(logits)
+        return self._graphs(self.draw_some, DrawShape(len(logits), self._drawn), compile=False)
 
     # What is captured, by its name.
 
-    def read_padded(self, width: int) -> tuple[Tensor, Tensor]:
-        """Logits [1, 1, V] of a chunk's last token, and features [1, width, W]."""
-        subset, start, count = (self._inputs[i : i + 1] for i in range(3))
-        tokens = self._inputs[3 : 3 + width][None]
+    def read_padded(self, shape: ReadShape) -> tuple[Tensor, Tensor]:
+        """Logits [rows, 1, V] of chunks' last tokens, and features [rows, width, W]."""
+        subset, start, count, tokens = self._chunks(shape)
         with sdpa_kernel(ATTENTION):
             logits, features = self._target.forward(
                 self._cache,
@@ -224,27 +279,46 @@ class CapturedPrompts:
                 start,
                 self._rows.slots,
                 subset=subset,
-                logits=(count - 1).clamp(min=0),
+                logits=(count - 1).clamp(min=0),  # of all rows in each of these columns
                 spans=True,
             )
             if self._drafter and self._state and self._drafter.takes_padding:
                 self._drafter.extend(self._state, tokens, features, start, subset, count)
         assert logits is not None
-        return logits, features
+        own = torch.arange(shape.rows, device=logits.device)
+        return logits[own, own][:, None], features
 
-    def record_padded(self, width: int) -> None:
-        """Let the memory of all requests have a chunk."""
+    def record_padded(self, shape: ReadShape) -> None:
+        """Let the memory of all requests have chunks."""
         assert self._learner
         assert self._learner.memory_trainer
-        subset, start, count = (self._inputs[i : i + 1] for i in range(3))
-        tokens = self._inputs[3 : 3 + width][None]
-        self._learner.memory_trainer.rows.write(tokens, self._features, start, count, subset=subset)
+        subset, start, count, tokens = self._chunks(shape)
+        features = self._features[shape]
+        self._learner.memory_trainer.rows.write(tokens, features, start, count, subset=subset)
 
-    def draw_one(self, processors: Processors) -> Tensor:
-        """As `draw`, of the row that stands first, behind its chunk."""
-        row, start = self._inputs[:1], self._inputs[1:2] + self._inputs[2:3]
+    def draw_some(self, shape: DrawShape) -> Tensor:
+        """As `_draw`."""
+        subset, start, count, _ = self._chunks(ReadShape(shape.rows, 0))
         made_for = self._target, self._rows, self._sampling
-        return draw_first(*made_for, self._logits, row, start, self._rows.slots, processors)
+        given = self._logits[: shape.rows], subset, start + count, self._rows.slots
+        return draw_first(*made_for, *given, shape.processors)
+
+    def _chunks(self, shape: ReadShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Rows, where their chunks begin, how many tokens these have, int64 [rows], and them."""
+        inputs = self._inputs[: shape.rows, : 3 + shape.width]
+        subset, start, count = (inputs[:, i].contiguous() for i in range(3))  # as kernels read them
+        return subset, start, count, inputs[:, 3:]
+
+    def _groups(self, counts: Sequence[int]) -> Iterator[tuple[ReadShape, list[int]]]:
+        """Which of some chunks, of so many tokens, are read together."""
+        for width in CAPTURE_SIZES:
+            alike = [index for index, count in enumerate(counts) if _width(count) == width]
+            while alike:
+                group = ReadShape(GROUP, width)
+                fits = group in self._features and len(alike) >= GROUP
+                shape = group if fits else ReadShape(1, width)
+                yield shape, alike[: shape.rows]
+                del alike[: shape.rows]
 
 
 def draw_first(

@@ -29,14 +29,21 @@ those whose median counts; and one interval in so many explores what was slower 
 
 
 class CopySearch:
-    """Whether rows look for copies, by tokens a second of intervals that do, and that do not."""
+    """Whether rows look for copies, by the speed of intervals that do, and that do not.
+
+    The device works for all rows, whoever takes part: so speed is tokens of a row a second, and
+    intervals in which about as many rows took part are compared, as requests come and go.
+    """
 
     is_on = True
 
     def __init__(self) -> None:
         self._kind: tuple[int, bool] | None = None
-        """Rows, and whether the drafter drafts, of the rounds that count in this interval."""
-        self._others = self._tokens = self._intervals = 0
+        """Rows (powers of two), and whether the drafter drafts, of the rounds that count in this
+        interval."""
+        self._others = self._intervals = 0
+        self._tokens = 0.0
+        """Of a row, on average."""
         self._seconds: list[float] = []
         self._speeds: dict[tuple[int, bool, bool], deque[float]] = {}
         """Of the last intervals, by kind and by whether the search was on."""
@@ -50,14 +57,14 @@ class CopySearch:
             tokens: What they all committed.
             seconds: What it took.
         """
-        kind = rows, drafts
+        kind = _power(rows), drafts
         if kind != (self._kind or kind):
             self._others += 1
             if self._others == INTERVAL:
                 self._begin(kind)
             return
         self._kind = kind
-        self._tokens += tokens
+        self._tokens += tokens / rows
         self._seconds.append(seconds)
         if len(self._seconds) == INTERVAL:
             most = SPIKE * median(self._seconds)
@@ -67,7 +74,7 @@ class CopySearch:
             self._begin(kind)
 
     def _begin(self, kind: tuple[int, bool]) -> None:
-        self._kind, self._others, self._tokens, self._seconds = kind, 0, 0, []
+        self._kind, self._others, self._tokens, self._seconds = kind, 0, 0.0, []
         on, off = (self._speeds.get((*kind, is_on), ()) for is_on in (True, False))
         if min(len(on), len(off)) < MIN_INTERVALS:
             self.is_on = len(on) <= len(off)
@@ -118,7 +125,7 @@ class CopyCosts:
         without = self._seconds_without(rows, drafts) if width or before else None
         if width:
             if without:
-                key, ratio = (rows.bit_length(), drafts, _bucket(width)), seconds / without
+                key, ratio = (_power(rows), drafts, _bucket(width)), seconds / without
                 self._copied = key, NEW if key in self._ratios else 1.0
                 self._ratios[key] = _moved(self._ratios.get(key, ratio), ratio)
             return
@@ -135,9 +142,7 @@ class CopyCosts:
         """Of a round with copies, in rounds without; None as long as none such was seen."""
         if all(kind[1] != drafts for kind in self._without):
             return None
-        known = [
-            self._ratios.get((rows.bit_length(), drafts, i)) for i in range(_bucket(width) + 1)
-        ]
+        known = [self._ratios.get((_power(rows), drafts, i)) for i in range(_bucket(width) + 1)]
         return max([1.0, *(ratio for ratio in known if ratio)])  # wider is no cheaper
 
     def worthwhile(
@@ -182,6 +187,11 @@ class CopyCosts:
 
         kinds = [kind for kind in self._without if kind[1] == drafts]
         return self._without[min(kinds, key=unlike)] if kinds else None
+
+
+def _power(rows: int) -> int:
+    """The power of two that so many rows fit in."""
+    return (rows - 1).bit_length()
 
 
 def _bucket(width: int) -> int:

@@ -166,6 +166,11 @@ class PromptReader:
         return True
 
     @property
+    def most_rows(self) -> int:
+        """Rows whose prompts are read at a time: together, where nothing is captured."""
+        return MAX_CAPTURED_ROWS if self.captured else self._rows.count
+
+    @property
     def is_launched(self) -> bool:
         """Whether prompts were launched and are not finished."""
         return self.captured is not None and self.captured.is_launched

@@ -252,8 +252,12 @@ class Scheduler:
         return oldest
 
     def _begin_prefill(self) -> list[Conversation]:
-        """Begin to read what is ready; conversations whose answers are over before they begin."""
-        ready, self._ready = self._ready, []
+        """Begin to read what is ready; conversations whose answers are over before they begin.
+
+        Some at a time where that is captured: the first decode while the others are read.
+        """
+        most = self.decoder.prompts.most_rows
+        ready, self._ready = self._ready[:most], self._ready[most:]
         budgets = {conversation.row: conversation.start_turn() for conversation in ready}
         live = [conversation for conversation in ready if budgets[conversation.row]]
         for conversation in live:
@@ -277,10 +281,10 @@ class Scheduler:
     def _read_chunk(self, batch: PrefillBatch) -> list[Conversation]:
         """Read on; once all is read, the conversations, which have their first token now.
 
-        Beside rounds, if there are any, and it can be.
+        Beside rounds, if it can be.
         """
         prompts = self.decoder.prompts
-        if batch.is_launched or (self._running and prompts.launch(batch)):
+        if batch.is_launched or prompts.launch(batch):
             if self._running and prompts.is_busy:
                 return []
             prompts.finish(batch)
