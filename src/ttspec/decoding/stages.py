@@ -235,14 +235,14 @@ class RoundStages:
             emitted=verdict.emitted,
             ended=verdict.ended,
         )
-        if self.drafter and self.state and shape.absorbs:
+        if self.drafter and self.state:
             some = self._drafter_rows
-            read = of_rows(verification, some) if some else verification
-            state = self._state_of(some)
             with self.branch.aside():  # whatever is accepted, all that was fed becomes context
-                self.drafter.absorb(state, read)
-        elif self.drafter and self.state:
-            self.deferred.keep(verification)
+                if shape.absorbs:
+                    read = of_rows(verification, some) if some else verification
+                    self.drafter.absorb(self._state_of(some), read)
+                else:
+                    self.deferred.keep(verification)
         if self.works_ahead:
             self.rows.advance(verdict.table)
         self.branch.join()
