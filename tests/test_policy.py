@@ -197,6 +197,26 @@ def test_rounds_of_few_rows_are_not_compared_with_those_of_many() -> None:
     assert plain < 60
 
 
+@pytest.mark.parametrize("chance", [0.8, 0.0])
+@pytest.mark.parametrize("copied", [6, 16, 64])
+def test_rows_that_stop_copying_do_not_stop_the_drafter(chance: float, copied: int) -> None:
+    """What a plain round beside copies takes is not known then; a trial comes all the same."""
+    policy, rng, lengths = DraftPolicy(4), random.Random(0), list[int]()
+    for number in range(4 * LONGEST_PAUSE):
+        length = policy.choose()
+        copies = length > 0 and number < copied
+        kept = 0
+        while kept < length and rng.random() < chance:
+            kept += 1
+        policy.observe(
+            length, 1.0 + 0.1 * length, emitted=kept + 1, accepted=[kept], copying=copies, rows=8
+        )
+        lengths.append(length)
+    late = lengths[400:]
+    assert sum(n > 0 for n in late) > (0.9 * len(late) if chance else 0)
+    assert chance or sum(n > 0 for n in late) < 0.1 * len(late)
+
+
 def test_one_slow_round_stops_nobody() -> None:
     policy = DraftPolicy(7)
     decode(400, block(7, 1.4), steady(0.8), policy=policy)

@@ -49,6 +49,9 @@ PLAIN_KEPT, COSTS_KEPT = 3, 23
 """Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth round
 takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost up to
 3 % of the speed (benchmarks/policy_regret.py)."""
+MOST_UNLIKE = 8
+"""Plain rounds that are taken until one is like the last drafting round, in which rows copied, or
+none did: they may have begun to, or stopped, and no such round come for long."""
 COST_LIFETIME = 256
 """Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
 that were held up would speak against it for ever."""
@@ -130,6 +133,8 @@ class DraftPolicy:
         """Seconds of a plain round before it was measured again, to judge a drafter by."""
         self._since_plain, self._plain_interval = 0, FIRST_PLAIN_INTERVAL
         """Drafting rounds since a plain one, and how many are to be."""
+        self._unlike = 0
+        """Plain rounds since, unlike the last of these."""
         self._context = 0
         """Tokens of context that the last plain round had."""
         self.copy_costs = CopyCosts()
@@ -181,6 +186,7 @@ class DraftPolicy:
         """
         self._rounds += 1
         if length:
+            self._unlike = 0
             for n in accepted:
                 self._counts[n] += 1
             self._copying, self._rows, self._chained = copying, rows, chained
@@ -198,7 +204,8 @@ class DraftPolicy:
             times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
             del times[:-PLAIN_KEPT]
-        if copying == self._copying:
+        self._unlike += copying != self._copying
+        if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
             self._plain_due = max(0, self._plain_due - (not first))
             if not first:
                 self._since_plain, self._context = 0, context
