@@ -14,6 +14,7 @@ from typing import Any
 from roofline_work import Attention, Work, head, total
 from torch import nn
 
+from ttspec.models.experts import experts_of
 from ttspec.models.recurrent import GATED
 from ttspec.models.target import Target
 
@@ -179,7 +180,7 @@ def experts_read(target: Target) -> Iterator[list[tuple[int, int]]]:
         _, chosen, *_ = signature(module.forward).bind(*given, **named).args
         seen.append((len(chosen), chosen.unique().numel()))
 
-    modules = _expert_modules(target.model)
+    modules = experts_of(target.model)
     hooks = [m.register_forward_pre_hook(note, with_kwargs=True) for m in modules]
     try:
         yield seen
@@ -188,17 +189,8 @@ def experts_read(target: Target) -> Iterator[list[tuple[int, int]]]:
             hook.remove()
 
 
-def _expert_modules(model: nn.Module) -> list[nn.Module]:
-    """Called with tokens [N, H] and the experts that each chose [N, k].
-
-    Not Llama 4's, which multiply by all experts whatever is chosen: these are read like any weight.
-    """
-    # transformers marks so those whose products have several implementations.
-    return [m for m in model.modules() if hasattr(m, "num_experts") and hasattr(m, "is_transposed")]
-
-
 def _experts(target: Target) -> Experts | None:
-    modules: list[Any] = _expert_modules(target.model)
+    modules: list[Any] = experts_of(target.model)
     if not modules:
         return None
     first = modules[0]
