@@ -98,7 +98,8 @@ def timed(
         max_new_tokens=plan.tokens,
         temperature=temperature,
         ignore_eos=True,
-        draft=replace(draft, copy=False),  # the text is random, and a copy would hide the stages
+        # The text is random: copies would hide the stages, and a policy would draft less.
+        draft=replace(draft, copy=False, adaptive=False),
         learn=learn,
     )
     try:

@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer
 from hybrids import KINDS, random_hybrid
 from roofline_target import Experts, TargetShape, experts_read, target_pass, target_shape
-from roofline_timing import Rates
+from roofline_timing import Plan, Rates, timed
 from roofline_work import Work
 from test_roofline import counted
 from test_shapes import small_files
@@ -18,6 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import SLOTS
 
+from ttspec.bench.forced import load_random
+from ttspec.config import DraftConfig
 from ttspec.diagnosis.families import build
 from ttspec.models.recurrent import StateCache
 from ttspec.models.shapes import find_shapes, random_target
@@ -173,3 +175,12 @@ def test_the_command_counts_experts_and_states(name, tmp_path, capsys, monkeypat
     else:
         assert told["experts"] == []
         assert "Recurrent states" in notes
+
+
+def test_every_round_drafts_all_that_it_may(tmp_path) -> None:
+    """Else a clock decides which rounds are timed as verifications: here drafts do not pay."""
+    engine = load_random(small_files(tmp_path, "qwen3-8b+dflash"), "0", device="cpu")
+    draft = DraftConfig(adaptive=True)  # the default
+    ran = timed(engine, draft, None, Plan.of(2, 15, None), rows=1, context=16)
+    assert not ran.decoder.planner.policy.adaptive
+    assert ran.decoder.round()[0].proposed == 15
