@@ -13,7 +13,17 @@ import common
 import roofline_work as r
 import torch
 from cyclopts import App
-from roofline_timing import Plan, Rates, Timed, measure_rates, models_alone, timed
+from roofline_target import target_pass, target_shape
+from roofline_timing import (
+    Plan,
+    Rates,
+    Rounds,
+    Timed,
+    experts_a_layer,
+    measure_rates,
+    models_alone,
+    timed,
+)
 
 from ttspec.bench.manifest import describe_device, forced_acceptance_label, forced_acceptance_notice
 from ttspec.bench.table import Table, number, table_console
@@ -69,6 +79,28 @@ class Stage:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertsRead:
+    """How many experts of a layer a pass of the target reads."""
+
+    stage: str
+    tokens: int
+    """That the pass reads, of all rows."""
+    counted: float
+    """Distinct ones that the tokens of rounds were sent to: a mean over layers and rounds."""
+    uniform: float
+    """Expected if each token chose at random, by itself."""
+    of: int
+    """Experts of a layer."""
+
+    def __str__(self) -> str:
+        """The same for people."""
+        return (
+            f"Experts of a layer in a {self.stage}: {self.counted:.1f} of {self.of} are read, as "
+            f"counted; {self.uniform:.1f} if tokens chose at random."
+        )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roofline:
     """The stages of a plain step and of a round that drafts, and how they were measured."""
@@ -80,13 +112,16 @@ class Roofline:
     outside: dict[str, float]
     """Seconds of a plain step and of a round that are in no stage: the host's own. And what
     drawing, accepting and bookkeeping take of draft and verify."""
+    experts: list[ExpertsRead]
+    """Of a mixture, for each kind of pass."""
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; bytes, operations and seconds."""
         rates = {f"{k}_per_second": v for k, v in asdict(self.rates).items()}
         stages = [stage.to_dict() for stage in self.stages]
-        more = {"outside_seconds": self.outside, "notes": self.notes}
+        experts = [asdict(read) for read in self.experts]
+        more = {"outside_seconds": self.outside, "experts": experts, "notes": self.notes}
         return {**self.settings, "rates": rates, "stages": stages, **more}
 
     def table(self) -> Table:
@@ -156,23 +191,38 @@ def measure(
     settings = _settings(engine, drafter, learn) | shape | {"length": length, "rounds": rounds}
     rates = measure_rates(target.device, target.dtype)
     notes = _notes(engine, rates, settings)
-    read = r.target_shape(target)
-    found, filled, _ = timed(engine, DraftConfig(length=0), None, Plan.of(rounds, 0, None), **shape)
-    step = Stage.of(
-        "plain step", r.target_pass(read, rows, 1, filled), rates, [t.verify for t in found]
-    )
+    read = target_shape(target)
+    of_experts: list[ExpertsRead] = []
+
+    def passed(name: str, ran: Rounds, tokens: int) -> r.Work:
+        """What a pass of these rounds does; of a mixture the experts are counted now."""
+        counted = experts_a_layer(ran.decoder) if read.experts else None
+        if read.experts and counted:
+            uniform, every = read.experts.uniform(rows * tokens), read.experts.count
+            of_experts.append(ExpertsRead(name, rows * tokens, counted, uniform, every))
+        more: dict[str, Any] = {"kept": ran.kept, "experts": counted}
+        return target_pass(read, rows, tokens, ran.filled, **more)
+
+    ran = timed(engine, DraftConfig(length=0), None, Plan.of(rounds, 0, None), **shape)
+    found, name = ran.timed, "plain step"
+    step = Stage.of(name, passed(name, ran, 1), rates, [x.verify for x in found])
     stages = [step, whole("plain step, wall clock", [(step, 1)], found)]
-    outside = {"plain step": median(t.outside for t in found)}
+    outside = {name: median(x.outside for x in found)}
     if drafter is not None and parts is not None:
-        found, filled, decoder = timed(engine, draft, learn, plan, **shape)
+        del ran  # its caches, which take room
+        ran = timed(engine, draft, learn, plan, **shape)
+        found, name = ran.timed, f"verify of {length + 1}"
+        outside["round"] = median(x.outside for x in found)
+        both = median(x.draft + x.verify for x in found)
+        outside["round, draft and verify without the models"] = both - models_alone(ran.decoder)
         learned = frozenset(drafter.learnable(learn.parameters)) if learn else frozenset()
-        batch = r.Batch(rows=rows, filled=filled, item=read.item, learned=learned)
-        verify = r.target_pass(read, rows, length + 1, filled)
+        batch = r.Batch(rows=rows, filled=ran.filled, item=read.item, learned=learned)
+        verify = passed(name, ran, length + 1)
         verify += r.absorb(drafter, parts, read.taps * read.hidden, length, batch)
         drafting = r.draft(drafter, parts, batch)
         shares = [
-            (Stage.of(f"draft of {length}", drafting, rates, [t.draft for t in found]), 1.0),
-            (Stage.of(f"verify of {length + 1}", verify, rates, [t.verify for t in found]), 1.0),
+            (Stage.of(f"draft of {length}", drafting, rates, [x.draft for x in found]), 1.0),
+            (Stage.of(name, verify, rates, [x.verify for x in found]), 1.0),
         ]
         share = ""
         if learn:
@@ -182,11 +232,16 @@ def measure(
             share = f", 1/{plan.stride} update in it" if plan.stride > 1 else ", update in it"
         stages += [stage for stage, _ in shares]
         stages.append(whole(f"round, wall clock{share}", shares, found, plan.stride))
-        outside["round"] = median(t.outside for t in found)
-        both = median(t.draft + t.verify for t in found)
-        outside["round, draft and verify without the models"] = both - models_alone(decoder)
         notes.append(_break_even(stages[1], stages[-1]))
-    return Roofline(settings=settings, rates=rates, stages=stages, outside=outside, notes=notes)
+    notes += map(str, of_experts)
+    return Roofline(
+        settings=settings,
+        rates=rates,
+        stages=stages,
+        outside=outside,
+        experts=of_experts,
+        notes=notes,
+    )
 
 
 def _counted(learn: LearnConfig | None, drafter: Drafter | None, rows: int) -> LearnConfig | None:
@@ -209,8 +264,8 @@ def learning_stages(
 
     In the round that updates, the learner keeps the round too: its time is in the update's.
     """
-    kept = [t.learn for t in found if not t.updated]
-    took = [t.learn for t in found if t.updated]
+    kept = [x.learn for x in found if not x.updated]
+    took = [x.learn for x in found if x.updated]
     name = f"update on {blocks} block{'s' if blocks > 1 else ''}"
     stages = [(Stage.of(name, keep + update, rates, took), 1 / stride)]
     if stride > 1:
@@ -226,7 +281,7 @@ def whole(
     The time is a median over strides of rounds: on a GPU the host does not wait for an update's
     last part, which makes the round after it longer.
     """
-    walls = [t.wall for t in found]
+    walls = [x.wall for x in found]
     return Stage(
         name=name,
         work=r.total(stage.work * times for stage, times in shares),
@@ -268,10 +323,7 @@ def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
         "written and read once, nothing else. Verify includes acceptance and making context.",
         "Medians of rounds after warm-up, behind random tokens, "
         + (f"temperature {s['temperature']:g}." if s["temperature"] else "greedy."),
-        "The target is a mixture: all its experts are counted, of which a pass of few tokens reads "
-        "some."
-        if engine.target.is_mixture
-        else "",
+        "Recurrent states are read and written once a pass." if engine.target.recurrent else "",
     ]
     return list(filter(None, notes))
 

@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from roofline_target import experts_read
 from roofline_work import Work
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
@@ -22,6 +23,8 @@ WARM_UP = 3
 """Rounds that are not counted: allocations, and on a GPU the capture of a graph."""
 UPDATES = 5
 """Updates to measure at least."""
+CALLED = 8
+"""Rounds of a mixture that run as calls, to see which experts they read."""
 RUNS = 5
 """Of which the median counts, where a rate is measured."""
 
@@ -40,6 +43,18 @@ class Timed:
     def outside(self) -> float:
         """Wall-clock time that is in no stage."""
         return self.wall - self.draft - self.verify - self.learn
+
+
+@dataclass(frozen=True, slots=True)
+class Rounds:
+    """Rounds that were timed, and what they were timed on."""
+
+    timed: list[Timed]
+    filled: float
+    """Slots that a row had filled, on average."""
+    kept: float
+    """Tokens that a round wrote in a row."""
+    decoder: Decoder
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +79,8 @@ class Plan:
             stride = learn.stride or 1
             warm_up = -(-(WARM_UP + length + 1) // stride) * stride
             count = max(-(-rounds // stride), UPDATES) * stride
-        return cls(warm_up, count, (warm_up + count + 2) * (length + 1) + 1, stride)
+        rounds = warm_up + count + 2 + CALLED
+        return cls(warm_up, count, rounds * (length + 1) + 1, stride)
 
 
 def timed(
@@ -76,13 +92,14 @@ def timed(
     rows: int,
     context: int,
     temperature: float = 0.0,
-) -> tuple[list[Timed], float, Decoder]:
-    """Run the plan behind a full context; its rounds and the mean number of filled slots."""
+) -> Rounds:
+    """Run the plan behind a full context."""
     config = GenerateConfig(
         max_new_tokens=plan.tokens,
         temperature=temperature,
         ignore_eos=True,
-        draft=replace(draft, copy=False),  # the text is random, and a copy would hide the stages
+        # The text is random: copies would hide the stages, and a policy would draft less.
+        draft=replace(draft, copy=False, adaptive=False),
         learn=learn,
     )
     try:
@@ -96,7 +113,23 @@ def timed(
             f"{rows} rows of {context} tokens do not fit into memory.\n"
             "Use fewer --rows, a smaller --context, or --no-learn."
         ) from error
-    return found, (before + fmean(decoder.rows.lengths)) / 2, decoder
+    after = fmean(decoder.rows.lengths)
+    kept = (after - before) / (len(found) + late(decoder))
+    return Rounds(found, (before + after) / 2, kept, decoder)
+
+
+def experts_a_layer(decoder: Decoder) -> float | None:
+    """Distinct experts that a forward of these rounds reads in a layer; None of a dense target.
+
+    Their mean over layers and some more rounds, which run as calls: graphs tell nothing.
+    """
+    graphs, captures = decoder.graphs, decoder.graphs.on
+    with experts_read(decoder.target) as seen:
+        graphs.on = False
+        for _ in range(CALLED):
+            decoder.round()
+        graphs.on = captures
+    return fmean(count for _, count in seen) if seen else None
 
 
 @torch.no_grad()
@@ -155,7 +188,7 @@ def fill(decoder: Decoder, context: int, budget: int) -> None:
 
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
     """Run rounds; on a GPU one more, since each returns the stage times of the one before."""
-    delay = int(decoder.target.device.type == "cuda")
+    delay = late(decoder)
     walls, outcomes = [], []
     for _ in range(count + delay):
         begin = time.perf_counter()
@@ -166,6 +199,11 @@ def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
         Timed(wall, *timed[0].seconds, updated=any(o.updated for o in own))
         for wall, own, timed in zip(walls, outcomes, outcomes[delay:], strict=False)
     ]
+
+
+def late(decoder: Decoder) -> int:
+    """By how many rounds stage times are behind."""
+    return int(decoder.target.device.type == "cuda")
 
 
 # The rates of this device, measured on the spot.

@@ -26,7 +26,6 @@ from ttspec.errors import OptionError
 from ttspec.learning.distillation import blocks_at_once
 from ttspec.learning.live_weights import momentum
 from ttspec.learning.replay_buffer import trained_length
-from ttspec.models.target import Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,61 +70,6 @@ class Attention:
         deep = 4 * rows * blocks * tokens * self.heads * self.head_dim
         reached = [filled if w is None else min(filled, w) for w in self.windows]
         return total(Work(wide * (n + 2 * blocks * tokens), deep * (n + tokens)) for n in reached)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TargetShape:
-    """What a pass of the target reads."""
-
-    body: int
-    """Elements of everything but embedding and head. Of a mixture, all experts."""
-    hidden: int
-    vocabulary: int
-    attention: Attention
-    taps: int
-    """Hidden states that are kept as features."""
-    item: int
-    """Bytes per element."""
-
-
-def target_shape(target: Target) -> TargetShape:
-    """Read off a loaded model; its weights may be on the meta device."""
-    config = target.config
-    tables = target.embedding.numel()
-    if target.head is not target.embedding:
-        tables += target.head.numel()
-    heads = int(config.num_attention_heads)
-    return TargetShape(
-        body=sum(p.numel() for p in target.model.parameters()) - tables,
-        hidden=int(config.hidden_size),
-        vocabulary=int(config.vocab_size),
-        attention=Attention(
-            # States of recurrent layers are not counted: a row's are under 1 % of its weights.
-            windows=tuple(w for w in target.windows if w != 0),
-            heads=heads,
-            kv_heads=int(getattr(config, "num_key_value_heads", 0) or heads),
-            head_dim=int(getattr(config, "head_dim", 0) or config.hidden_size // heads),
-        ),
-        taps=len(target.taps),
-        item=target.dtype.itemsize,
-    )
-
-
-def target_pass(shape: TargetShape, rows: int, tokens: int, filled: float) -> Work:
-    """A plain step (T = 1) or a verification (T = G + 1).
-
-    Moved: s W + head + attention + features, s R T x taps x hidden size (exactness.md 7: 15.14 GB
-    of weights at Qwen3-8B shapes). Operations: 2 W R T + head + attention.
-    """
-    s, positions = shape.item, rows * tokens
-    return total(
-        (
-            Work(s * shape.body, 2 * shape.body * positions),
-            head(shape.hidden, shape.vocabulary, positions, s),
-            shape.attention.work(rows, tokens, filled, s),
-            Work(s * positions * shape.taps * shape.hidden),
-        )
-    )
 
 
 def head(hidden: int, vocabulary: int, positions: int, item: int) -> Work:

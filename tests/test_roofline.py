@@ -13,6 +13,7 @@ import roofline_work as r
 import torch
 from cyclopts import CycloptsError
 from roofline import Stage
+from roofline_target import TargetShape, target_pass, target_shape
 from roofline_timing import Plan, Rates, measure_rates, time_rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -62,7 +63,7 @@ SMOLLM2 = {
 }
 
 
-def shape_of(config: dict[str, Any], taps: int = 0) -> r.TargetShape:
+def shape_of(config: dict[str, Any], taps: int = 0) -> TargetShape:
     """A target of a published shape without memory."""
     with torch.device("meta"):
         model = Qwen3ForCausalLM(Qwen3Config(**config, dtype=torch.bfloat16)).bfloat16()
@@ -71,10 +72,10 @@ def shape_of(config: dict[str, Any], taps: int = 0) -> r.TargetShape:
     target = Target(
         model, nothing, "qwen", None, "given", 40960, (), {}, (None,) * layers, tuple(range(taps))
     )
-    return r.target_shape(target)
+    return target_shape(target)
 
 
-def qwen3_8b(taps: int = 0) -> r.TargetShape:
+def qwen3_8b(taps: int = 0) -> TargetShape:
     return shape_of({**QWEN3_8B, "num_hidden_layers": 36, "tie_word_embeddings": False}, taps)
 
 
@@ -93,7 +94,7 @@ def published(kind: str) -> Drafter:
 def test_a_plain_step_of_qwen3_8b_reads_the_published_15_14_gb_of_weights() -> None:
     shape = qwen3_8b()
     assert shape.body == 36 * LAYER + 4096
-    step = r.target_pass(shape, 1, 1, 0)
+    step = target_pass(shape, 1, 1, 0)
     new_token, logits = 36 * 2 * 8 * 128 * 2 * 2, 2 * 2 * 151936
     assert step.moved == 2 * (shape.body + HEAD) + new_token + logits
     assert (step.moved - new_token - logits) / 1e9 == pytest.approx(15.14, abs=0.005)
@@ -104,7 +105,7 @@ def test_a_plain_step_of_smollm2_reads_its_tied_table_once() -> None:
     shape = shape_of({**SMOLLM2, "tie_word_embeddings": True})
     norms = 30 * 2 * 64  # Qwen3 normalises queries and keys, SmolLM2 does not
     assert shape.body - norms == 30 * 3_540_096 + 576
-    step = r.target_pass(shape, 1, 1, 512)
+    step = target_pass(shape, 1, 1, 512)
     assert step.moved - 2 * norms == 269_030_016 + 11_842_560 + 196_608
 
 
@@ -128,7 +129,7 @@ def test_a_draft_at_qwen3_8b_shapes_is_the_published_share_of_a_verification(
     drafter = published(kind)
     parts = r.parts_of(drafter, length)
     taps = 5 if kind == "dflash" else 3
-    verify = r.target_pass(qwen3_8b(taps), 1, length + 1, 1024).moved
+    verify = target_pass(qwen3_8b(taps), 1, length + 1, 1024).moved
     batch = r.Batch(rows=1, filled=1024, item=2)
     draft = r.draft(drafter, parts, batch).moved
     context = r.absorb(drafter, parts, taps * 4096, length, batch).moved
@@ -248,7 +249,7 @@ def test_a_verification_computes_what_torch_counts(toy_target_dir, monkeypatch) 
     start = torch.full((2,), SLOTS - 5)
     with counted() as counter:
         target.forward(cache, torch.ones(2, 5, dtype=torch.long), start, SLOTS - 5)
-    found = r.target_pass(r.target_shape(target), 2, 5, SLOTS - 5).operations
+    found = target_pass(target_shape(target), 2, 5, SLOTS - 5).operations
     assert found == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -28,6 +28,7 @@ PUBLISHED = {
     "llama-3.1-8b+eagle3": ("eagle3-llama3.1-instruct-8b", 8_030_261_248),
     "llama-3.1-8b+pard": ("pard-llama-3.2-1b", 8_030_261_248),
     "qwen3.5-9b+dflash": ("qwen3.5-9b-dflash", 8_953_803_264),
+    "qwen3-30b-a3b+eagle3": ("qwen3-30b-a3b-eagle3.1-specforge", 30_532_122_624),
 }
 """The drafter's manifest, and the target's parameters."""
 VOCABULARY = 300
@@ -53,6 +54,8 @@ def small_files(folder: Path, name: str) -> str:
     for config, file in ((target, "target.json"), (drafter, "drafter.json")):
         if "draft_vocab_size" in config:
             config["draft_vocab_size"] = 120
+        if "num_experts" in config:
+            config |= {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
         if "pard_token" in config:
             config |= {"pard_token": 7, "num_hidden_layers": 2}
         if "dflash_config" in config:

@@ -77,6 +77,14 @@ def load(
         engine.compile = False
         if notify:
             notify("compile is for one GPU; a target on several is not compiled.")
+    elif place.type == "cuda" and not loaded.can_capture:
+        engine.compile = False
+        if notify:
+            notify(
+                "the target is a mixture whose experts wait for the host on this GPU: rounds are "
+                "neither captured nor compiled, and slow. With bfloat16 GPUs of compute "
+                "capability 9 and 10 need not."
+            )
     if compile and place.type != "cuda" and notify:
         notify("compile is for a GPU; on a CPU nothing is compiled.")
     return engine

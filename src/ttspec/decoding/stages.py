@@ -89,8 +89,8 @@ class RoundStages:
         self.gamma, self.copies, self.width = round_widths(drafter, draft, self.batch_invariant)
         """Tokens that a round drafts, copies and verifies at most."""
 
-        # Where the device works. A graph belongs to one: a split target is called, as on a CPU.
-        captures = torch.device("cpu") if target.is_split else device
+        # Where the device works. What no graph can hold is called, as on a CPU.
+        captures = device if target.can_capture else torch.device("cpu")
         self.compile, self.graphs = compile, Graphs(captures, compile=compile)
         self.branch = Branch(captures)
         """Beside which the rest of a stage is launched."""

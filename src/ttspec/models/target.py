@@ -24,6 +24,7 @@ from ttspec.compiled import is_compiling
 from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
+from ttspec.models.experts import asks_host
 from ttspec.models.fused_forward import FusedForward, fits_model
 from ttspec.models.generation_config import sampling_defaults
 from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
@@ -99,6 +100,11 @@ class Target:
         """Whether its layers choose among experts."""
         names = ("num_experts", "num_local_experts", "n_routed_experts")
         return any(getattr(self.config, name, None) for name in names)
+
+    @property
+    def can_capture(self) -> bool:
+        """Whether a captured graph can hold its forward: it is on one GPU, and asks no host."""
+        return not (self.is_split or (self.is_mixture and asks_host(self.model)))
 
     @property
     def reads_spans(self) -> bool:
