@@ -14,7 +14,7 @@ from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillChunk
 from ttspec.decoding.scheduler import Request, Scheduler
-from ttspec.drafters.context import FeatureState
+from ttspec.drafters.context import ContextState, FeatureState
 from ttspec.errors import TargetError
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
@@ -298,6 +298,38 @@ def test_what_is_captured_reads_as_what_is_called(toy_target_dir, which: str) ->
         for at in range(3):
             for a, b in zip(found[at], found[at + other], strict=True):
                 assert (a - b).norm() <= 0.02 * b.norm()  # products of other sizes round otherwise
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers"])
+def test_prompts_that_are_read_together_are_read_as_any(toy_target_dir, which: str) -> None:
+    """Keys of the target and of the drafter, and features; pads and other rows stay as they are."""
+    engine = load(str(toy_target_dir), make_kind(which), device="cuda", dtype="bfloat16")
+    decoder = engine.decoder(GenerateConfig(max_new_tokens=20), 6, 300, sessions=False)
+    state, cache, captured = decoder.state, decoder.cache, decoder.prompts.captured
+    assert isinstance(state, ContextState)
+    assert captured
+    kept = [state.features] if isinstance(state, FeatureState) else []
+    rows, found = [4, 1, 5, 2], []
+    prompts = [[(7 * n + row) % 250 for n in range(9 * row)] for row in rows]
+    for together in (True, False):
+        for keys in (*cache.keys.values(), state.keys, *kept):
+            keys.zero_()
+        for part in [slice(0, 4)] if together else [slice(i, i + 1) for i in range(4)]:
+            given = rows[part], prompts[part], [0] * len(rows[part])
+            captured.launch(*given, record=False)
+            assert len(captured._launched) == 1
+            assert all(finite for _, finite in captured.finish(rows[part]))
+        found.append([])
+        for row, ids in zip(rows, prompts, strict=True):
+            found[-1] += [keys[row, :, : len(ids)].clone() for keys in cache.keys.values()]
+            found[-1] += [state.keys[:, row, :, : len(ids) - 1].clone()]
+            found[-1] += [features[row, : len(ids)].clone() for features in kept]
+        for row in (0, 3):
+            assert not any(keys[row, :, : cache.slots].any() for keys in cache.keys.values())
+    for a, b in zip(*found, strict=True):
+        assert b.norm()
+        assert (a - b).norm() <= 0.02 * b.norm()  # products of other sizes round otherwise
 
 
 @pytest.mark.gpu

@@ -159,11 +159,14 @@ class Decoder(RoundStages):
         else:
             plan = self.planner.plan(unobserved, reads_spans=self._reads_spans)
             self._prepare(plan)
-        self._proposed = self.graphs(self.propose, plan.shape, first=True)
+        if plan.shape.proposed:  # else one graph does all
+            self._proposed = self.graphs(self.propose, plan.shape, first=True)
         self.timer.lap(marks)
         self._ask_masks(plan)
         changes = [self.rows.uploaded]  # which a warm-up moves on, too
-        verification, table = self.graphs(self.verify_and_accept, plan.shape, changes=changes)
+        verification, table = self.graphs(
+            self.verify_and_accept, plan.shape, changes=changes, first=not plan.shape.proposed
+        )
         read_verdicts, drafted = self.rows.download(table), plan.shape.draft_length > 0
         self.timer.lap(marks)
         kept = self._is_kept(plan.shape, ahead=int(after is not None))
@@ -367,8 +370,9 @@ class Decoder(RoundStages):
         self.target.forward(self.cache, self.rows.inputs.pending[:, None], nowhere, 0, logits=0)
         asked = self.row_sampling.processors(range(self.rows.count))
         for shape in self.planner.shapes(self.row_sampling.captured(asked)):
-            self._proposed = self.graphs(self.propose, shape, first=True)
-            verification, _ = self.graphs(self.verify_and_accept, shape)
+            if shape.proposed:
+                self._proposed = self.graphs(self.propose, shape, first=True)
+            verification, _ = self.graphs(self.verify_and_accept, shape, first=not shape.proposed)
             if self.learner and self._is_kept(shape):
                 self.learner.keep(verification, shape)
         if self.learner:

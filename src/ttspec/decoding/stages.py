@@ -135,7 +135,10 @@ class RoundStages:
         self._drafter_rows = slice(active[0], active[-1] + 1) if len(active) < count else None
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
-        """Drafts of every row, and the target's noise at their positions and the one after."""
+        """Drafts of every row, and the target's noise at their positions and the one after.
+
+        Where nothing is proposed, the noise is there once the branch is joined.
+        """
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         sampling = self.row_sampling.tensors(shape.processors)
         self.branch.fork()
@@ -150,7 +153,8 @@ class RoundStages:
             proposal = self._draft(shape, noise, most.clamp(max=length))
         if shape.copy_length:
             proposal = with_copies(proposal, rows, shape.copy_length, most)
-        self.branch.join()
+        if shape.proposed:
+            self.branch.join()
         return proposal, noise
 
     def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
@@ -210,10 +214,14 @@ class RoundStages:
         Returns:
             The verification, and the table of its `Verdict` for the host.
         """
+        if not shape.proposed:
+            self._proposed = self.propose(shape)
         rows, options, (proposal, noise) = self.rows.inputs, self.row_sampling, self._proposed
         start, processors = rows.start.clone(), shape.processors
         fed = torch.cat([rows.pending[:, None], proposal.tokens], dim=1)
         logits, features = self._forward(fed, shape.longest)
+        if not shape.proposed:
+            self.branch.join()  # the noise was made beside
         self.branch.fork()
         if penalises(processors):
             options.penalties.write(fed, rows.start)
