@@ -247,7 +247,10 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
             arms["learned"] = arms["learning"].frozen("learned")
             return None
         prompts = [ChatHistory(template).ask(text) for text in job["texts"]]
-        return arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
+        found = arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
+        for key in ("tokens", "rounds"):  # the first one is a prompt's, which vLLM's arms count too
+            found[key] += len(prompts)
+        return found
 
     handle(pipe, ask)
 
