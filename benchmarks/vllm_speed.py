@@ -485,7 +485,7 @@ def measure_loads(arms: Arms, others: list[str], loads: list[int], end: float) -
     """
     rng = random.Random(0)
     for number in itertools.count():
-        if arms.passed >= end or not loads:
+        if arms.passed >= end or not loads or not arms.pipes:
             return
         for at_once in loads:
             names = others + arms.ours(at_once)
