@@ -7,7 +7,8 @@
 `again` (as paused, which shows what such a comparison finds between equals). All three, in an order
 of their own, are a cycle. Prints each one's usual step, and the median over cycles of the ratio to
 `paused`, with the middle 95 of 100 resamplings. Ends in order, with its table, on SIGTERM. Updates
-are neither made nor captured, which would take a minute of the start.
+are neither made nor captured, which would take a minute of the start. With `--after FILE` it begins
+when that file is there, so that it can start beside another benchmark and measure after it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,8 @@ class Engine:
             additional_config={"ttspec": {}},
             worker_extension_cls="vllm_paused.Both",
         )
+        while a.after and not a.after.exists():
+            time.sleep(0.2)
         tokenizer = self.llm.get_tokenizer()
         self._prompts = itertools.cycle(
             tokenizer.apply_chat_template(
@@ -154,6 +157,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=3, help="tokens drafted a round")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seconds", type=float, default=170.0, help="in all")
+    parser.add_argument("--after", type=Path, help="a file to wait for, once the engine is ready")
     parser.add_argument("--cycles", type=int, default=1000, help="at most")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--eager", action="store_true")

@@ -9,7 +9,10 @@ requests of one kind (benchmarks/streams.py), and only one of them works at a ti
 until `--learn` requests were answered, then it is paused and drafts on. Prints tokens a second over
 those of `static`, with the middle 95 of 100 resamplings of turns; then what each part of the plugin
 adds to a step, in short turns of one engine. `ttspec` is ttspec's own engine of 8 rows; `ttspec-1`
-and `ttspec-32` have other rows, for the parts with so many requests at a time. With `--pin N` all
+and `ttspec-32` have other rows, for the parts with so many requests at a time. They decode plainly,
+with a static drafter and learning (the default of `ttspec serve`); `ttspec-32:plain` and so on is a
+process that does one of these, which is ready sooner. Where no vLLM learns, all of the time goes
+into 8, 1 and 32 requests at a time, in turn, arms in random order. With `--pin N` all
 engines run on the same N cores near the GPU once they are warm: without it turns of one engine
 differed by 1.4, whatever it did. With `--watch` those that learn answer one turn more after the
 stream, in which each part of their learner is timed. Ends in order, with its tables, on SIGTERM.
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -44,6 +48,8 @@ MODES = {
 """What the plugin may do while its drafter stays the same."""
 VLLM_ARMS = ("plain", "static", *LEARNING)
 OURS = ("plain", "static", "learning")
+SIZES = {1: 4, 32: 64}
+"""Requests of a turn with so many at a time; else `--each`."""
 RESAMPLED = 2000
 
 
@@ -178,6 +184,7 @@ def serve_vllm(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
                     seed=number,
                     max_tokens=job["tokens"],
                     ignore_eos=job["ignore_eos"],
+                    detokenize=False,  # ttspec's own engine writes no text meanwhile, either
                     output_kind=RequestOutputKind.DELTA,
                 )
                 count += 1
@@ -219,7 +226,8 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     from ttspec.config import GenerateConfig
     from ttspec.decoding.history import ChatHistory
 
-    rows = int(arm.partition("-")[2] or 8)
+    kind, _, only = arm.partition(":")
+    rows = int(kind.partition("-")[2] or 8)
     engine = ttspec.load(
         a.ours_target, a.ours_drafter, dtype=a.dtype, compile=a.dtype == "bfloat16"
     )
@@ -229,7 +237,7 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
     arms = {
         name: Arm(replace(spec, name=name), engine, config, rows, 160)
         for name, spec in zip(OURS, specs, strict=True)
-        if rows == 8 or name != "learning"
+        if only in ("", name)
     }
     for one in arms.values():  # what is met first is compiled and captured
         one.serve([ChatHistory(template).ask(text) for text in warm], 0)
@@ -239,7 +247,10 @@ def serve_ours(arm: str, a: argparse.Namespace, pipe: Connection) -> None:
             arms["learned"] = arms["learning"].frozen("learned")
             return None
         prompts = [ChatHistory(template).ask(text) for text in job["texts"]]
-        return arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
+        found = arms[job["arm"].partition(":")[2]].serve(prompts, job["numbers"][0])
+        for key in ("tokens", "rounds"):  # the first one is a prompt's, which vLLM's arms count too
+            found[key] += len(prompts)
+        return found
 
     handle(pipe, ask)
 
@@ -308,11 +319,15 @@ def pin(groups: Iterable[int | None], cores: set[int]) -> None:
 class Arms:
     """The processes, and what they did."""
 
-    def __init__(self, a: argparse.Namespace, names: list[str]) -> None:
-        """Start them all, and wait until each is ready; who fails is left out."""
-        context, self.a, self.turns = multiprocessing.get_context("spawn"), a, list[dict]()
-        self.pipes: dict[str, Connection] = {}
+    def __init__(self, a: argparse.Namespace) -> None:
+        """Nothing is started yet."""
+        self.a, self.turns, self.pipes = a, list[dict](), dict[str, Connection]()
         self.began, self.requests = time.monotonic(), (stream(a.kind), stream("science"))
+        self.file = (a.out / "turns.jsonl").open("w")
+
+    def start(self, names: list[str]) -> None:
+        """Start them all, and wait until each is ready; who fails is left out."""
+        context, a = multiprocessing.get_context("spawn"), self.a
         pipes, processes = {}, {}
         for name in names:
             pipes[name], theirs = context.Pipe()
@@ -330,17 +345,25 @@ class Arms:
             if name not in self.pipes:
                 end(processes[name])
             print(f"{name}: {state} after {self.passed:.0f} s", flush=True)
-        self.file = (a.out / "turns.jsonl").open("w")
 
     @property
     def passed(self) -> float:
         """Seconds since they were started."""
         return time.monotonic() - self.began
 
+    def home(self, arm: str) -> str:
+        """The process of an arm, which may be another's too; empty if there is none."""
+        return next((n for n in (arm, arm.partition(":")[0]) if n in self.pipes), "")
+
+    def ours(self, rows: int) -> list[str]:
+        """The arms of ttspec's own engine with so many rows."""
+        kind = "ttspec" if rows == 8 else f"ttspec-{rows}"
+        return [f"{kind}:{name}" for name in OURS if self.home(f"{kind}:{name}")]
+
     def ask(self, arm: str, **job: Any) -> Any:
         """What an arm answers to a job; it is left out from then on if it ends."""
-        home = arm.partition(":")[0]
-        if home not in self.pipes:
+        home = self.home(arm)
+        if not home:
             return None
         try:
             self.pipes[home].send({"arm": arm, **job})
@@ -371,19 +394,26 @@ class Arms:
             self.file.flush()
 
 
-def ratio_of(turns: list[dict], part: str, arm: str, base: str, low: int = 0) -> str:
-    """Tokens a second over another arm's, of the turns that both had; and their plain figures."""
+def figures(turns: list[dict], part: str, arm: str, low: int = 0) -> str:
+    """Tokens a second and a round, and over those of vLLM's arms that do not learn."""
     some = [t for t in turns if t["part"] == part and t["first"] >= low]
     own = {t["first"]: t for t in some if t["arm"] == arm}
-    others = {t["first"]: t for t in some if t["arm"] == base}
-    pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys())]
     if not own:
         return "nothing measured"
-    used = [one for one, _ in pairs] or list(own.values())
-    n, s, rounds = (sum(t[key] for t in used) for key in ("tokens", "seconds", "rounds"))
-    plain = f"{n / max(s, 1e-9):7.0f} tokens/s, {n / max(rounds, 1):.3f} a round"
-    if not pairs:
-        return f"{plain}, {len(used)} turns; none of {base} beside them"
+    n, s, rounds = (sum(t[key] for t in own.values()) for key in ("tokens", "seconds", "rounds"))
+    parts = [
+        f"{n / max(s, 1e-9):7.0f} tokens/s, {n / max(rounds, 1):.3f} a round, {len(own)} turns"
+    ]
+    for base in ("static", "plain"):
+        others = {t["first"]: t for t in some if t["arm"] == base}
+        pairs = [(own[f], others[f]) for f in sorted(own.keys() & others.keys())]
+        if pairs and base != arm:
+            parts.append(f"over {base} {ratio_of(pairs)}")
+    return "; ".join(parts)
+
+
+def ratio_of(pairs: list[tuple[dict, dict]]) -> str:
+    """Tokens a second over another arm's, of turns with the same requests."""
 
     def ratio(some: list[tuple[dict, dict]]) -> float:
         (n, s), (m, t) = (
@@ -394,10 +424,7 @@ def ratio_of(turns: list[dict], part: str, arm: str, base: str, low: int = 0) ->
     rng = random.Random(0)
     drawn = sorted(ratio(rng.choices(pairs, k=len(pairs))) for _ in range(RESAMPLED))
     low_, high = drawn[RESAMPLED // 40], drawn[-RESAMPLED // 40]
-    return (
-        f"{plain}; tokens a second over {base} {ratio(pairs):.3f} [{low_:.3f}, {high:.3f}], "
-        f"{len(pairs)} turns"
-    )
+    return f"{ratio(pairs):.3f} [{low_:.3f}, {high:.3f}]"
 
 
 def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
@@ -414,6 +441,10 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         pin([p.pid for p in multiprocessing.active_children()], cores)
         print(f"all engines on cores {sorted(cores)}", flush=True)
     print(f"warm after {arms.passed:.0f} s", flush=True)
+    others = [n for n in names if ":" not in n]
+    if not any(map(learns, names)):
+        measure_loads(arms, others, a.at_once, end)
+        return
     main_end = arms.passed + (end - arms.passed) * a.stream_part
     last = time.monotonic()
     for turn, first in enumerate(range(0, min(600 - a.each, a.requests), a.each)):
@@ -423,7 +454,7 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         if first >= a.learn and first - a.each < a.learn:
             if "learned" in names:
                 print("learned:", json.dumps(arms.ask("learned", rpc="ttspec_pause")), flush=True)
-            if "ttspec:learning" in names:
+            if "ttspec" in arms.pipes:
                 arms.ask("ttspec:learning", rpc="freeze")
                 arms.turn("warm", "ttspec:learned", list(range(8)))
                 names = [*names, "ttspec:learned"]
@@ -441,20 +472,31 @@ def measure(arms: Arms, names: list[str], a: argparse.Namespace) -> None:
         for part, found in (arms.ask(name, rpc="times") or {}).items():
             print(f"  {part:18s} {found}")
     show(arms.turns, a)
-    others = [n for n in names if ":" not in n]
-    first = 0
     others_end = arms.passed + (end - arms.passed) * 0.4
-    while others and arms.passed < others_end:
-        for at_once, size in ((1, 4), (32, 64)):
-            ours = [f"ttspec-{at_once}:{name}" for name in ("plain", "static")]
-            both = others + [name for name in ours if name.partition(":")[0] in arms.pipes]
-            for name in both if first % 2 else both[::-1]:
-                numbers = [(first * 64 + n) % 600 for n in range(size)]
-                if at_once <= max(a.at_once) and arms.passed < others_end:
-                    arms.turn(f"{at_once} at a time", name, numbers, at_once=at_once)
-        first += 1
+    measure_loads(arms, others, [n for n in a.at_once if n != 8], others_end)
     if "learning" in names:
         measure_modes(arms, end)
+
+
+def measure_loads(arms: Arms, others: list[str], loads: list[int], end: float) -> None:
+    """So many requests at a time, one load after the other; arms in an order of their own.
+
+    `others` are arms of vLLM; ttspec's own engines have as many rows as requests at a time.
+    """
+    rng = random.Random(0)
+    for number in itertools.count():
+        if arms.passed >= end or not loads or not arms.pipes:
+            return
+        for at_once in loads:
+            names = others + arms.ours(at_once)
+            rng.shuffle(names)
+            size = SIZES.get(at_once, arms.a.each)
+            numbers = [(number * size + n) % 600 for n in range(size)]
+            part = "stream" if at_once == 8 else f"{at_once} at a time"
+            for name in names:
+                if arms.passed >= end or not arms.pipes:
+                    return
+                arms.turn(part, name, numbers, at_once=at_once)
 
 
 def measure_modes(arms: Arms, end: float) -> None:
@@ -483,14 +525,14 @@ def show(turns: list[dict], a: argparse.Namespace) -> None:
     for low in (0, a.learn):
         print(f"8 at a time, requests from {low} on")
         for name in names:
-            print(f"  {name:16s} {ratio_of(turns, 'stream', name, 'static', low)}")
+            print(f"  {name:20s} {figures(turns, 'stream', name, low)}")
     show_steps(turns)
     show_modes(turns)
     for at_once in (1, 32):
         print(f"{at_once} at a time")
         part = f"{at_once} at a time"
         for name in dict.fromkeys(t["arm"] for t in turns if t["part"] == part):
-            print(f"  {name:16s} {ratio_of(turns, part, name, 'static')}")
+            print(f"  {name:20s} {figures(turns, part, name)}")
 
 
 def show_modes(turns: list[dict]) -> None:
@@ -598,11 +640,11 @@ def main() -> None:
     a.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, leave)
     wanted = a.arms.split(",")
-    arms = Arms(a, wanted)
-    names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]
-    names += [f"ttspec:{name}" for name in OURS] if "ttspec" in arms.pipes else []
+    arms = Arms(a)
     try:
-        measure(arms, names, a)
+        arms.start(wanted)
+        names = [n for n in wanted if n in arms.pipes and not n.startswith("ttspec")]
+        measure(arms, names + arms.ours(8), a)
         for name in names:
             if learns(name):
                 print(f"{name}:", json.dumps(arms.ask(name, rpc="ttspec_status")), flush=True)
