@@ -158,6 +158,33 @@ def test_a_copy_pays_for_the_rounds_that_wait_for_the_host(brought: float) -> No
     assert tried > 0.9 if brought > 7 else tried < 0.15
 
 
+@pytest.mark.parametrize("right", [0.15, 0.9])
+def test_many_short_answers_learn_what_copies_are_worth(right: float) -> None:
+    """A round with copies takes 2.4 times as long; no answer is long enough to find it out."""
+    rng, rows, costs = random.Random(0), 8, CopyCosts()
+    copying = Copying(rows, 7, costs=costs, widths=(7,))
+    texts = [[rng.randrange(5) for _ in range(30)] for _ in range(rows)]
+    spent = tokens = late = 0.0
+    for number in range(3000):
+        copies = copying.choose(range(rows), texts, drafts=False)
+        took, emitted = 2.4 if copies else 1.0, 0
+        for row, text in enumerate(texts):
+            copied = copies.get(row, [])
+            kept = next((i for i, _ in enumerate(copied) if rng.random() > right), len(copied))
+            new = [*copied[:kept], rng.randrange(5)]
+            text += new
+            copying.commit(row, new, None)
+            emitted += len(new)
+            if rng.random() < 0.02:
+                copying.clear(row)
+                texts[row] = [rng.randrange(5) for _ in range(30)]
+        costs.observe(rows, False, copying.length(copies), took, tokens=emitted)
+        if number >= 1000:
+            spent, tokens, late = spent + took, tokens + emitted, late + bool(copies)
+    assert tokens / rows / spent > 0.985  # plain decoding has 1; 0.975 by what copies promise
+    assert late > 300 if right > 0.5 else late < 200
+
+
 def test_beside_a_drafter_a_copy_must_bring_more_than_the_drafts_that_it_replaces() -> None:
     costs = CopyCosts()
     for width in (0, 1, 3, 7):

@@ -40,6 +40,8 @@ MIN_CHANCE, MIN_FREE_CHANCE = 0.15, 0.01
 which rows copy are all as wide, and only the host's time is spared."""
 WIDTH_COST = 0.15
 """What the next width of a round is taken to cost more where no clock may decide."""
+TRUST_MEMORY = 256.0
+"""Tokens promised by copies of several rows that are remembered, with what was kept of them."""
 PRIOR_ACCEPTED, ROUNDS_REMEMBERED = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -203,6 +205,18 @@ class Copying:
         """Drafts of the drafter that were accepted a round, on average."""
         self._stale = False
         """Whether rows have tokens that were not looked at."""
+        self._promised: dict[int, float] = {}
+        """By row that copies in the round under way, tokens that are expected to be kept."""
+        self._all_promised = self._all_kept = TRUST_MEMORY / 4
+
+    @property
+    def _trust(self) -> float:
+        """What copies kept of what they promised lately, by all rows.
+
+        Those that promise most are chosen, and promise too much; a short answer never finds out
+        what its own copies are worth. One row alone decides without it.
+        """
+        return min(1.0, self._all_kept / self._all_promised) if self._costs else 1.0
 
     def choose(
         self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
@@ -214,10 +228,11 @@ class Copying:
             tokens: Each row's committed tokens and its pending one.
             drafts: Whether there is a drafter, which drafts for the others.
         """
+        self._promised = {}
         if self._costs and not self._costs.search.is_on:
             self._stale = True
             return {}
-        copies, self._stale = dict[int, Copy](), False
+        copies, self._stale, trust = dict[int, Copy](), False, self._trust
         for row in active:
             index = self._rows[row]
             index.follow(tokens[row])
@@ -228,7 +243,7 @@ class Copying:
         accepted = {row: self._accepted[row] if drafts else 0.0 for row in active}
         most = self.most
         if self._costs:
-            chances = {row: copy.chances for row, copy in copies.items()}
+            chances = {row: [trust * c for c in copy.chances] for row, copy in copies.items()}
             widths = self.widths or WIDTHS
             most = self._costs.worthwhile(chances, accepted, drafts=drafts, widths=widths)
         if not most:
@@ -238,7 +253,9 @@ class Copying:
         if not self._costs:
             copies = {row: self._cut(copy) for row, copy in copies.items()}
         cut = {row: copy.first(most) for row, copy in copies.items()}
-        return {row: copy.tokens for row, copy in cut.items() if copy.expected > least[row]}
+        chosen = {row: copy for row, copy in cut.items() if trust * copy.expected > least[row]}
+        self._promised = {row: copy.expected for row, copy in chosen.items()}
+        return {row: copy.tokens for row, copy in chosen.items()}
 
     def expects(
         self, active: Sequence[int], tokens: Sequence[Sequence[int]], *, drafts: bool
@@ -249,7 +266,10 @@ class Copying:
         Several rows go on unless a copy would pay by now: they may begin to copy a round later.
         """
         if len(active) > 1 or (self._costs and not self._costs.search.is_on):
-            return bool(self.choose(active, tokens, drafts=drafts))
+            under_way = self._promised
+            found = bool(self.choose(active, tokens, drafts=drafts))
+            self._promised = under_way
+            return found
         index = self._rows[active[0]]
         index.follow(tokens[active[0]])
         return index.has_match
@@ -278,6 +298,10 @@ class Copying:
         """
         if not self._stale:  # else the next search takes them
             self._rows[row].extend(tokens, count=True)
+        if promised := self._promised.pop(row, 0.0):
+            left = max(0.0, 1 - promised / TRUST_MEMORY)
+            self._all_promised = left * self._all_promised + promised
+            self._all_kept = left * self._all_kept + len(tokens) - 1
         if accepted is not None:
             self._accepted[row] += (accepted - self._accepted[row]) / ROUNDS_REMEMBERED
 

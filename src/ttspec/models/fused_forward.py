@@ -61,7 +61,10 @@ class FusedForward:
         """As `Target.forward`."""
         rows, width = tokens.shape
         angles = self._angles(cache.slots)
-        x = F.embedding(tokens, self.model.model.embed_tokens.weight).view(rows * width, -1)
+        table = self.model.model.embed_tokens.weight
+        # Of 4 to 16 tokens torch's embedding takes 3 to 7 us, an index 1.4; of one 1.6 and 2.6.
+        x = F.embedding(tokens, table) if tokens.numel() == 1 else table[tokens]
+        x = x.view(rows * width, -1)
         context = cache, start, angles, subset
         norm, head = self.model.model.norm, self.model.lm_head
         states = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
