@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from ttspec.cli import COMMANDS, main
 from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
 from ttspec.cli.terminal import follow, low_acceptance, summary
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, require_writable
 from ttspec.records import Chunk, Result, Round, summarise
 
 # Help, versions and wrong arguments
@@ -206,6 +207,31 @@ def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, t
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert main([*command, "--out", str(tmp_path / "link"), *pair]) == 2
     assert capsys.readouterr().err.endswith("this is a link that leads to no folder.\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "--save-drafter", "taken/new"],
+        ["generate", "hi", "--save-drafter", "taken/new.safetensors"],
+        ["bench", "run", "--out", "taken/new"],
+        ["export", "nowhere", "--out", "taken/new"],
+    ],
+)
+def test_a_place_that_takes_nothing_is_told_before_the_work(
+    command, capsys, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    assert main([*command, "--target", "./nowhere"]) == 2
+    assert complaint(capsys)[0] == f"ttspec: error: {tmp_path / 'taken'}: File exists"
+
+
+def test_a_folder_that_is_closed_to_this_user_takes_nothing(tmp_path, monkeypatch) -> None:
+    require_writable(tmp_path / "not" / "there" / "yet")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # who may do all may write anywhere
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
+        require_writable(tmp_path / "new")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:

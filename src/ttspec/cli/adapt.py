@@ -109,18 +109,14 @@ def _new_folder(out: Path) -> Iterator[None]:
     """Make a folder before the work that fills it, and remove it if it stays empty.
 
     Raises:
-        OptionError: It is not empty, or cannot be made.
+        OptionError: It is not empty.
+        OSError: It cannot be made.
     """
     from ttspec.drafters.export import require_empty
 
     require_empty(out)
     is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            f"{out} cannot be made: {error.strerror}.\nGive another folder."
-        ) from error
+    out.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
