@@ -459,6 +459,16 @@ def test_chat_says_what_is_full(pair, capsys, monkeypatch) -> None:
         assert said in capsys.readouterr().err
 
 
+def test_a_text_too_long_for_a_conversation_is_left_out_of_it(pair, capsys, monkeypatch) -> None:
+    assert talk(pair, f"hello\n{'x' * 600}\nand\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "no place for that text, which is left out" in err
+    assert "is full" not in err
+    assert talk(pair, "hello\nand\n", monkeypatch) == 0
+    first, _, rest = out.partition("\n\n")
+    assert capsys.readouterr().out == f"{first}\n{rest}"
+
+
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_what_was_learned_is_saved_and_taken_up_again(
     pair, capsys, monkeypatch, tmp_path, command: str
