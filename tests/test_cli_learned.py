@@ -263,6 +263,28 @@ def test_what_could_not_be_exported_stays_and_is_named(
     assert (tmp_path / "later" / "config.json").exists()
 
 
+def test_a_drafter_that_another_process_wrote_meanwhile_stays_and_so_does_what_was_learned(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    export, out = adapt._export, tmp_path / "out"
+
+    def later_than_another(*given: object) -> None:
+        (out / "config.json").write_text("another's")
+        export(*given)
+
+    monkeypatch.setattr(adapt, "_export", later_than_another)
+    traffic = ["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *SAYS]
+    assert main([*traffic, "--out", str(out)]) == 2
+    *_, stays, error, _ = capsys.readouterr().err.splitlines()
+    assert "is not empty; nothing was written" in error
+    assert (out / "config.json").read_text() == "another's"
+    words = stays.partition("ttspec ")[2].replace("FOLDER", str(tmp_path / "later"))
+    assert main(words.split()) == 0
+    assert (tmp_path / "later" / "config.json").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     kept: Path, models, capsys, tmp_path, monkeypatch
 ) -> None:
