@@ -13,13 +13,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toys import complaint, make_drafter
 
-from ttspec.cli import COMMANDS, main
+from ttspec.cli import COMMANDS, main, terminal
 from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
 from ttspec.cli.terminal import follow, low_acceptance, summary
 from ttspec.config import DraftConfig, LearnConfig
@@ -32,7 +33,7 @@ from ttspec.records import Chunk, Result, Round, summarise
 def test_help_of_every_command_imports_no_heavy_library() -> None:
     script = """
 import sys
-from ttspec.cli import COMMANDS, main
+from ttspec.cli import COMMANDS, main, terminal
 for command in [[], *([name] for name in COMMANDS if name != "train")]:
     assert main([*command, "--help"]) == 0
 assert main(["--version"]) == 0
@@ -493,6 +494,31 @@ def test_what_was_learned_is_saved_and_taken_up_again(
     capsys.readouterr()
     assert main([*asked, "--save-drafter", str(folder)]) == 2  # it is not overwritten
     assert "nothing was written" in complaint(capsys)[0]
+
+
+@pytest.mark.parametrize("name", ["new", "new.safetensors"])
+def test_what_cannot_be_saved_where_it_should_stays_and_is_named(
+    pair, capsys, monkeypatch, tmp_path, name: str
+) -> None:
+    """Another process has the place by the end of the conversation."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    place, real = tmp_path / name, terminal.follow
+
+    def taken_meanwhile(*given: Any) -> Result:
+        place.write_text("another's")
+        return real(*given)
+
+    monkeypatch.setattr("ttspec.cli.generate.follow", taken_meanwhile)
+    learns = ["--learn.stride", "1", "--max-new-tokens", "12", "--save-drafter", str(place)]
+    assert main(["generate", "hello", *pair, *learns]) == 2
+    *_, stays, error, _ = capsys.readouterr().err.splitlines()
+    assert f"{place} is a file; nothing was written" in error
+    assert place.read_text() == "another's"
+    monkeypatch.undo()
+    flags = ["--max-new-tokens", "4", *stays.partition(": ")[2].split()]
+    assert flags[-2] == "--resume-drafter"
+    assert main(["generate", "hello", *pair, *flags]) == 0
 
 
 @pytest.mark.parametrize(

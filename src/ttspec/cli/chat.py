@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +65,11 @@ def chat(
     saving.check_drafter(engine)
     note_missing_template(engine, settings)
     conversation = Conversation(engine, settings, resume)
-    try:
-        return conversation.run(at_terminal=sys.stdin.isatty())
-    finally:
-        saving.save(conversation.session)
-        engine.close()
+    with closing(engine):
+        try:
+            return conversation.run(at_terminal=sys.stdin.isatty())
+        finally:
+            saving.save(conversation.session)
 
 
 class Conversation:
