@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import complaint, full_disk, make_drafter
 
 from ttspec import load
@@ -57,6 +58,19 @@ def test_what_was_adapted_is_exported_bit_for_bit(kept: Path, models, capsys, tm
         assert not weight.equal(anchor.weights[name]), name
         rounded = adapted.drafter.weights[name].to(torch.bfloat16)
         assert rounded.equal(weight.to(torch.bfloat16)), name
+
+
+def test_an_export_for_a_target_that_has_changed_says_so(
+    kept: Path, toy_target_dir, capsys, tmp_path
+) -> None:
+    changed = Path(shutil.copytree(toy_target_dir, tmp_path / "changed"))
+    weights = load_file(changed / "model.safetensors")
+    weights["lm_head.weight"] *= 1.1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    for number, (target, is_same) in enumerate(((toy_target_dir, True), (changed, False))):
+        out = ["--out", tmp_path / str(number), "--target", target]
+        assert learned("export", kept / "kept", *out) == 0
+        assert ("is not the target that" not in capsys.readouterr().err) == is_same
 
 
 def test_versions_are_listed_shown_and_reverted(kept: Path, capsys) -> None:
