@@ -5,6 +5,7 @@ import gc
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -12,17 +13,18 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from toys import complaint, make_drafter
 
-from ttspec.cli import COMMANDS, main
+from ttspec.cli import COMMANDS, main, terminal
 from ttspec.cli.options import DraftFlags, LearnFlags, SessionLearnFlags
 from ttspec.cli.terminal import follow, low_acceptance, summary
 from ttspec.config import DraftConfig, LearnConfig
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, require_writable
 from ttspec.records import Chunk, Result, Round, summarise
 
 # Help, versions and wrong arguments
@@ -31,7 +33,7 @@ from ttspec.records import Chunk, Result, Round, summarise
 def test_help_of_every_command_imports_no_heavy_library() -> None:
     script = """
 import sys
-from ttspec.cli import COMMANDS, main
+from ttspec.cli import COMMANDS, main, terminal
 for command in [[], *([name] for name in COMMANDS if name != "train")]:
     assert main([*command, "--help"]) == 0
 assert main(["--version"]) == 0
@@ -206,6 +208,31 @@ def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, t
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
     assert main([*command, "--out", str(tmp_path / "link"), *pair]) == 2
     assert capsys.readouterr().err.endswith("this is a link that leads to no folder.\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["chat", "--save-drafter", "taken/new"],
+        ["generate", "hi", "--save-drafter", "taken/new.safetensors"],
+        ["bench", "run", "--out", "taken/new"],
+        ["export", "nowhere", "--out", "taken/new"],
+    ],
+)
+def test_a_place_that_takes_nothing_is_told_before_the_work(
+    command, capsys, monkeypatch, tmp_path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    assert main([*command, "--target", "./nowhere"]) == 2
+    assert complaint(capsys)[0] == f"ttspec: error: {tmp_path / 'taken'}: File exists"
+
+
+def test_a_folder_that_is_closed_to_this_user_takes_nothing(tmp_path, monkeypatch) -> None:
+    require_writable(tmp_path / "not" / "there" / "yet")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # who may do all may write anywhere
+    with pytest.raises(PermissionError, match=re.escape(str(tmp_path))):
+        require_writable(tmp_path / "new")
 
 
 def test_a_place_where_nothing_may_be_written_is_told(pair, capsys, monkeypatch, tmp_path) -> None:
@@ -433,6 +460,16 @@ def test_chat_says_what_is_full(pair, capsys, monkeypatch) -> None:
         assert said in capsys.readouterr().err
 
 
+def test_a_text_too_long_for_a_conversation_is_left_out_of_it(pair, capsys, monkeypatch) -> None:
+    assert talk(pair, f"hello\n{'x' * 600}\nand\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert "no place for that text, which is left out" in err
+    assert "is full" not in err
+    assert talk(pair, "hello\nand\n", monkeypatch) == 0
+    first, _, rest = out.partition("\n\n")
+    assert capsys.readouterr().out == f"{first}\n{rest}"
+
+
 @pytest.mark.parametrize("command", ["chat", "generate"])
 def test_what_was_learned_is_saved_and_taken_up_again(
     pair, capsys, monkeypatch, tmp_path, command: str
@@ -457,6 +494,31 @@ def test_what_was_learned_is_saved_and_taken_up_again(
     capsys.readouterr()
     assert main([*asked, "--save-drafter", str(folder)]) == 2  # it is not overwritten
     assert "nothing was written" in complaint(capsys)[0]
+
+
+@pytest.mark.parametrize("name", ["new", "new.safetensors"])
+def test_what_cannot_be_saved_where_it_should_stays_and_is_named(
+    pair, capsys, monkeypatch, tmp_path, name: str
+) -> None:
+    """Another process has the place by the end of the conversation."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    place, real = tmp_path / name, terminal.follow
+
+    def taken_meanwhile(*given: Any) -> Result:
+        place.write_text("another's")
+        return real(*given)
+
+    monkeypatch.setattr("ttspec.cli.generate.follow", taken_meanwhile)
+    learns = ["--learn.stride", "1", "--max-new-tokens", "12", "--save-drafter", str(place)]
+    assert main(["generate", "hello", *pair, *learns]) == 2
+    *_, stays, error, _ = capsys.readouterr().err.splitlines()
+    assert f"{place} is a file; nothing was written" in error
+    assert place.read_text() == "another's"
+    monkeypatch.undo()
+    flags = ["--max-new-tokens", "4", *stays.partition(": ")[2].split()]
+    assert flags[-2] == "--resume-drafter"
+    assert main(["generate", "hello", *pair, *flags]) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ from toys import DRAFTER, complaint, make_drafter
 from ttspec.bench.results import first_difference
 from ttspec.cli import main
 from ttspec.cli.check import Finding, tie_margin, verdict
+from ttspec.cli.train import _ways_to_more_steps
 from ttspec.drafters.dflash import DFlash
 from ttspec.records import Result
+from ttspec.training.config import TrainConfig
 
 
 def test_demo_runs_four_arms_on_the_same_session(pair, capsys, tmp_path) -> None:
@@ -142,3 +144,17 @@ def test_training_looks_at_its_prompts_before_it_loads_a_model(capsys, monkeypat
     arguments = ["--prompts", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "out")]
     assert main(["train", *arguments]) == 2
     assert "none.jsonl cannot be read" in complaint(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "ways"),
+    [
+        ({}, ["--epochs", "--prompts", "--batch"]),
+        ({"batch": 1, "kind": "causal"}, ["--epochs", "--prompts"]),
+        ({"minutes": 1.0}, ["--minutes", "--batch", "--anchors"]),
+        ({"minutes": 1.0, "batch": 1, "kind": "pard"}, ["--minutes"]),
+    ],
+)
+def test_few_steps_of_training_are_told_with_what_gives_more(options, ways, tmp_path) -> None:
+    config = TrainConfig(prompts=tmp_path / "p", out=tmp_path / "o", **options)
+    assert [way.split()[-1] for way in _ways_to_more_steps(config)] == ways

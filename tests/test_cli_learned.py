@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from toys import complaint, full_disk, make_drafter
 
 from ttspec import load
@@ -57,6 +58,19 @@ def test_what_was_adapted_is_exported_bit_for_bit(kept: Path, models, capsys, tm
         assert not weight.equal(anchor.weights[name]), name
         rounded = adapted.drafter.weights[name].to(torch.bfloat16)
         assert rounded.equal(weight.to(torch.bfloat16)), name
+
+
+def test_an_export_for_a_target_that_has_changed_says_so(
+    kept: Path, toy_target_dir, capsys, tmp_path
+) -> None:
+    changed = Path(shutil.copytree(toy_target_dir, tmp_path / "changed"))
+    weights = load_file(changed / "model.safetensors")
+    weights["lm_head.weight"] *= 1.1
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    for number, (target, is_same) in enumerate(((toy_target_dir, True), (changed, False))):
+        out = ["--out", tmp_path / str(number), "--target", target]
+        assert learned("export", kept / "kept", *out) == 0
+        assert ("is not the target that" not in capsys.readouterr().err) == is_same
 
 
 def test_versions_are_listed_shown_and_reverted(kept: Path, capsys) -> None:
@@ -263,6 +277,28 @@ def test_what_could_not_be_exported_stays_and_is_named(
     assert (tmp_path / "later" / "config.json").exists()
 
 
+def test_a_drafter_that_another_process_wrote_meanwhile_stays_and_so_does_what_was_learned(
+    kept: Path, models, capsys, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    export, out = adapt._export, tmp_path / "out"
+
+    def later_than_another(*given: object) -> None:
+        (out / "config.json").write_text("another's")
+        export(*given)
+
+    monkeypatch.setattr(adapt, "_export", later_than_another)
+    traffic = ["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *SAYS]
+    assert main([*traffic, "--out", str(out)]) == 2
+    *_, stays, error, _ = capsys.readouterr().err.splitlines()
+    assert "is not empty; nothing was written" in error
+    assert (out / "config.json").read_text() == "another's"
+    words = stays.partition("ttspec ")[2].replace("FOLDER", str(tmp_path / "later"))
+    assert main(words.split()) == 0
+    assert (tmp_path / "later" / "config.json").exists()
+
+
 def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     kept: Path, models, capsys, tmp_path, monkeypatch
 ) -> None:
@@ -270,7 +306,7 @@ def test_a_folder_that_cannot_be_made_is_refused_before_the_work(
     (tmp_path / "file").touch()
     out = ["--out", str(tmp_path / "file" / "out")]
     assert main(["adapt", str(kept / "traffic.jsonl"), *models, *out]) == 2
-    assert "cannot be made" in complaint(capsys)[0]
+    assert f"{tmp_path / 'file'}: File exists" in complaint(capsys)[0]
 
 
 def test_a_signal_to_end_keeps_what_was_learned(

@@ -284,6 +284,14 @@ def test_a_client_that_goes_away_frees_its_row(engine) -> None:
             next(response.iter_lines())
             assert sum(server.worker.load) == 1
         until(lambda: sum(server.worker.load) == 0)
+        lines = client.get("/metrics").text.splitlines()
+        counted = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+        prompt, written = (
+            float(counted[f'vllm:{name}_tokens_total{{model_name="toy"}}'])
+            for name in ("prompt", "generation")
+        )
+        assert prompt == len(engine.generate([HELLO], max_new_tokens=1, **PLAIN)[0].prompt_ids)
+        assert written >= 1, "both are counted of answers that nobody waited for"
         with pytest.raises(httpx.ReadTimeout):
             client.post(
                 "/v1/chat/completions", json={"messages": HELLO, "max_tokens": 200}, timeout=0.05

@@ -144,3 +144,13 @@ def test_a_field_with_a_typing_mistake_is_told_with_the_one_that_is_near() -> No
 
     assert told("max_token") == "max_token: there is no such field; is max_tokens meant?"
     assert told("best_of") == "best_of: there is no such field; leave it out."
+
+
+@pytest.mark.parametrize("body", [b'{"prompt": "\xff"}', b"[" * 50_000, b"1" * 5_000])
+def test_json_that_cannot_be_read_is_told_with_what_may_be_wrong(client, body: bytes) -> None:
+    headers = {"Content-Type": "application/json"}
+    for path in (CHAT, TEXT):
+        response = client.post(path, content=body, headers=headers)
+        assert response.status_code == 400
+        told = response.json()["error"]["message"]
+        assert told.startswith("The body is no JSON object: it is not UTF-8, or ")

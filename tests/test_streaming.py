@@ -121,6 +121,39 @@ def test_streamed_text_is_the_decoded_text(kind: str) -> None:
         assert shown == stream.text == tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stop_text_ends_the_text_wherever_the_answer_ends(kind: str) -> None:
+    """Also one that stands in what is held back until it is known that no token follows."""
+    tokenizer, rng, at_the_end = KINDS[kind](), random.Random(kind), 0
+    for _ in range(SEQUENCES):
+        ids = [rng.randrange(len(tokenizer)) for _ in range(rng.randrange(1, 14))]
+        whole = tokenizer.decode(ids, skip_special_tokens=True)
+        begin = rng.randrange(len(whole) + 1)
+        stop = whole[begin : begin + rng.randint(1, 5)] or "海"
+        stream, shown = TextStream(tokenizer, (stop,), ()), ""
+        for count, token in enumerate(ids, 1):
+            if stream.push(token):
+                whole = tokenizer.decode(ids[:count], skip_special_tokens=True)
+                break
+            shown += stream.take()
+        else:
+            at_the_end += stream.end()
+        shown += stream.take(final=True)
+        assert shown == stream.text == whole.partition(stop)[0], (ids, stop)
+        assert stream.stopped == (stop in whole)
+    holds_back = ("byte-level BPE", "sentencepiece with bytes", "WordPiece, cleaned")
+    assert at_the_end or kind not in holds_back
+
+
+def test_an_answer_that_ends_with_a_stop_text_is_stopped(typist, monkeypatch) -> None:
+    """Where the tokenizer cleans spaces, the last characters are known at the end alone."""
+    monkeypatch.setattr(typist.tokenizer, "clean_up_tokenization_spaces", True)
+    asked = {"max_new_tokens": 12, "learn": None}
+    whole = typist.generate("hello", **asked)[0].text
+    (result,) = typist.generate("hello", stop=(whole[-2:],), **asked)
+    assert (result.text, result.finish_reason) == (whole.partition(whole[-2:])[0], "stop")
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece with bytes", "Unigram"])
 def test_a_space_after_a_special_token_is_shown_at_once(kind: str) -> None:
     tokenizer = KINDS[kind]()

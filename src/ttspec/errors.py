@@ -13,6 +13,7 @@ TtspecError
 A message says what was given, what is allowed and what to do, in one or two lines.
 """
 
+import errno
 import os
 import re
 from collections.abc import Iterator
@@ -46,6 +47,19 @@ class ResourceError(TtspecError):
 
 class TrainingError(TtspecError):
     """Training cannot go on."""
+
+
+def require_writable(path: Path) -> None:
+    """Refuse a place that cannot be made or written, before the work whose outcome goes there.
+
+    Raises:
+        OSError: Names what of it is no folder, or is closed to this user.
+    """
+    place = next(p for p in (path, *path.absolute().parents) if os.path.lexists(p))
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        return
+    number = errno.EACCES if place.is_dir() else errno.EEXIST
+    raise OSError(number, os.strerror(number), str(place))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from ttspec.cli.options import (
 )
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
-from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
+from ttspec.errors import DataError, OptionError, ResourceError, TrainingError, TtspecError
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine, Prompt
@@ -90,8 +90,9 @@ def adapt(
         if out is not None:
             try:
                 _export(engine, version, out)
-            except OSError:
-                shutil.rmtree(out, ignore_errors=True)  # half a drafter is none
+            except BaseException as error:
+                if not isinstance(error, TtspecError):  # which comes before anything is written
+                    shutil.rmtree(out, ignore_errors=True)  # half a drafter is none
                 work.pop_all()
                 say(f"What was learned stays: ttspec learned export {keep} --out FOLDER")
                 raise
@@ -109,18 +110,14 @@ def _new_folder(out: Path) -> Iterator[None]:
     """Make a folder before the work that fills it, and remove it if it stays empty.
 
     Raises:
-        OptionError: It is not empty, or cannot be made.
+        OptionError: It is not empty.
+        OSError: It cannot be made.
     """
     from ttspec.drafters.export import require_empty
 
     require_empty(out)
     is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OptionError(
-            f"{out} cannot be made: {error.strerror}.\nGive another folder."
-        ) from error
+    out.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:

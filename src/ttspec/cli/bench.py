@@ -12,7 +12,7 @@ from ttspec.cli.options import Flag, ModelFlags, Positive, PositiveOrNone, Shape
 from ttspec.cli.progress import show_progress
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, require_writable
 
 if TYPE_CHECKING:
     from ttspec.bench.preparation import PreparedRun
@@ -89,6 +89,7 @@ def run(
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"ignore_eos": ignore_eos}
     GenerateConfig(**options, seed=0)  # complains before anything is loaded
+    require_writable(out)  # and so does this
     engine = models.load(notify=say)
 
     from ttspec.bench.manifest import forced_acceptance_notice
@@ -148,6 +149,7 @@ def replay(
 
     specs = replayable(parse_arms(arms), timed=timed)
     source = open_source(folder, text)
+    require_writable(out)  # complains before anything is loaded
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
     prepared = prepare(engine, source, specs, drafters, rows, out=out, timed=timed)

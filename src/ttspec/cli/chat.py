@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,11 +65,11 @@ def chat(
     saving.check_drafter(engine)
     note_missing_template(engine, settings)
     conversation = Conversation(engine, settings, resume)
-    try:
-        return conversation.run(at_terminal=sys.stdin.isatty())
-    finally:
-        saving.save(conversation.session)
-        engine.close()
+    with closing(engine):
+        try:
+            return conversation.run(at_terminal=sys.stdin.isatty())
+        finally:
+            saving.save(conversation.session)
 
 
 class Conversation:
@@ -149,22 +150,25 @@ class Conversation:
         print(flush=True)
         self.results.append(result)
         if result.finish_reason == "context":
-            say(self._no_room())
+            say(self._no_room(was_begun=bool(result.token_ids)))
         if not self.warned and (warning := low_acceptance(result.rounds)):
             self.warned = True
             say(warning)
         return result.finish_reason == "cancelled"
 
-    def _no_room(self) -> str:
-        """What is full, and what gives room."""
+    def _no_room(self, *, was_begun: bool) -> str:
+        """What is full, and what gives room; an answer that was not begun had too long a text."""
         from ttspec.decoding.engine import SESSION_CONTEXT
 
         most = self.engine.target.context
-        if (self.settings.get("context") or SESSION_CONTEXT) >= most:
-            return "The target's context is full; /reset starts afresh."
+        is_all = (self.settings.get("context") or SESSION_CONTEXT) >= most
+        room = "The target's context" if is_all else "The conversation's room"
+        more = "" if is_all else f", and --context gives more, up to {most:,} tokens"
+        if was_begun:
+            return f"{room} is full; /reset starts afresh{more}."
         return (
-            "The conversation's room is full; /reset starts afresh, and --context gives more, up "
-            f"to {most:,} tokens."
+            f"{room} has no place for that text, which is left out: a shorter one may fit. "
+            f"/reset starts afresh{more}."
         )
 
     def figures(self) -> str:

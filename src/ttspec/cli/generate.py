@@ -1,6 +1,7 @@
 """`ttspec generate`: one answer to one prompt."""
 
 import sys
+from contextlib import closing
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -61,18 +62,18 @@ def generate(
     note_missing_template(engine, settings)
     session = engine.session(resume=resume, **settings) if saving.save_drafter or resume else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
-    result = follow(chunks, show_nothing if as_json else show_text)
-    if as_json:
-        print(to_json(result.to_dict()))
-    else:
-        print(flush=True)
-    if sys.stderr.isatty():
-        say(summary(result.stats))
-    if warning := low_acceptance(result.rounds):
-        say(warning)
-    if session:
-        saving.save(session)
-    engine.close()
+    with closing(engine):
+        result = follow(chunks, show_nothing if as_json else show_text)
+        if as_json:
+            print(to_json(result.to_dict()))
+        else:
+            print(flush=True)
+        if sys.stderr.isatty():
+            say(summary(result.stats))
+        if warning := low_acceptance(result.rounds):
+            say(warning)
+        if session:
+            saving.save(session)
     return 130 if result.finish_reason == "cancelled" else 0
 
 

@@ -121,6 +121,7 @@ def export(
     dtype
         Number format of the weights; auto is the narrowest that holds them exactly.
     """
+    from ttspec.decoding.shared_weights import fingerprint
     from ttspec.drafters.export import export_drafter, require_empty
 
     require_empty(out)
@@ -128,6 +129,7 @@ def export(
     delta = found.delta()
     with _as_written(found.path):
         names = str(found.manifest["target"]["name"]), str(found.manifest["drafter"])
+        learned_with = found.manifest["target"]["sha256"]
     models = ModelFlags(
         target=target or names[0],
         drafter=drafter or names[1],
@@ -135,6 +137,11 @@ def export(
         dtype="float32" if dtype == "auto" else dtype,  # rounded once, to what is written
     )
     engine = models.load(notify=say)
+    if dtype != "float16" and fingerprint(engine.target) != learned_with:
+        say(
+            f"{engine.target.name} is not the target that this version was learned with, or has "
+            "changed since: drafts may be accepted less often."
+        )
     export_drafter(delta.changed(engine.drafter), engine.target, form, out, dtype=dtype)
     say(f"{out} holds version {found.number} of {found.path.parent}: --drafter {out}")
     return 0

@@ -5,19 +5,23 @@ A folder is a checkpoint for `--drafter`; a .safetensors file has only the chang
 
 from __future__ import annotations
 
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING
 
 from cyclopts import Parameter
 
 from ttspec.cli.options import ModelFlags
 from ttspec.cli.terminal import say
-from ttspec.errors import OptionError
+from ttspec.errors import OptionError, TtspecError
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine
     from ttspec.decoding.session import Session
+    from ttspec.drafters.base import Drafter
 
 
 FILE = ".safetensors"
@@ -95,16 +99,37 @@ class SaveFlags:
         path = self.save_drafter
         if path is None:
             return
-        from ttspec.drafters.export import export_drafter
-
         try:
-            if path.suffix == FILE:
-                session.save(path)
-                say(f"{path} holds what was learned; --resume-drafter {path} goes on from there.")
-                return
             drafter = session.learned()
         except OptionError as error:
             say(f"Nothing was saved: {error}")
             return
-        export_drafter(drafter, session.engine.target, "published", path, dtype="auto")
-        say(f"{path} holds the drafter as it is now; --drafter {path} goes on from there.")
+        try:
+            _write(session, drafter, path)
+        except BaseException:  # another process has the place, or the disk is full
+            _rescue(session)
+            raise
+
+
+def _write(session: Session, drafter: Drafter, path: Path) -> None:
+    """Write a session's drafter as it is, or what it learned."""
+    from ttspec.drafters.export import export_drafter
+
+    if path.suffix == FILE:
+        session.save(path)
+        say(f"{path} holds what was learned; --resume-drafter {path} goes on from there.")
+        return
+    export_drafter(drafter, session.engine.target, "published", path, dtype="auto")
+    say(f"{path} holds the drafter as it is now; --drafter {path} goes on from there.")
+
+
+def _rescue(session: Session) -> None:
+    """Keep what was learned among temporary files, if they take it, and say where."""
+    with suppress(OSError, TtspecError):
+        folder = Path(mkdtemp(prefix="ttspec-learned-"))
+        try:
+            session.save(path := folder / f"learned{FILE}")
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        say(f"What was learned stays: --resume-drafter {path}")

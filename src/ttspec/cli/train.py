@@ -78,8 +78,16 @@ def train(
             return 130
     say(f"{folder} holds the drafter. Use it with --drafter {folder}")
     if last.tokens < FEW_STEPS:
-        say(
-            f"It learned in {last.tokens} steps, which are few. More --minutes give more, and so "
-            "do a smaller --batch and fewer --anchors."
-        )
+        ways = " or ".join(_ways_to_more_steps(config))
+        say(f"It learned in {last.tokens} steps, which are few; {ways} gives more.")
     return 0
+
+
+def _ways_to_more_steps(config: TrainConfig) -> list[str]:
+    """Options that give more of them: what ended the training decides."""
+    ways = ["a larger --minutes"] if config.minutes else ["a larger --epochs", "a longer --prompts"]
+    if config.batch > 1:
+        ways.append("a smaller --batch")
+    if config.minutes and config.kind not in ("pard", "causal"):  # a step takes less time
+        ways.append("a smaller --anchors")
+    return ways

@@ -222,7 +222,8 @@ class Conversation:
         if kept < len(tokens):
             over = len(tokens) - kept
             decoder.crop(row, decoder.rows.lengths[row] - over, tokens[kept - 1])
-        if stopped:
+        is_over = ended or not decoder.rows.budget[row]
+        if stopped or (is_over and self._stream and self._text.end()):
             self._close("stop")
         elif ended:
             self._close("eos")

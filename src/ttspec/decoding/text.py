@@ -43,10 +43,13 @@ class TextStream:
             if self._has_bytes:
                 self._follow_bytes(token)
             self._decode(final=False)
-        found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
-        if found:
-            self.text, self.stopped = self.text[: min(found)], True
-        return self.stopped
+        return self._find_stop()
+
+    def end(self) -> bool:
+        """No token follows: add what was held back; True when a stop text is complete in it."""
+        if not self.stopped:
+            self._decode(final=True)
+        return self._find_stop()
 
     def take(self, *, final: bool = False) -> str:
         """New text since the last call; with `final` also what was held back."""
@@ -56,8 +59,8 @@ class TextStream:
 
     def peek(self, *, final: bool = False) -> str:
         """What `take` would give."""
-        if final and not self.stopped:
-            self._decode(final=True)
+        if final:
+            self.end()
         safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
         return self.text[self._shown : safe]
 
@@ -72,6 +75,13 @@ class TextStream:
     def skip(self, characters: int) -> None:
         """Count so many characters more as taken."""
         self._shown += characters
+
+    def _find_stop(self) -> bool:
+        """Whether a stop text is complete; the first one ends `text`."""
+        found = [at for stop in self._stops if (at := self.text.find(stop, self._shown)) >= 0]
+        if found:
+            self.text, self.stopped = self.text[: min(found)], True
+        return self.stopped
 
     def _decode(self, *, final: bool) -> None:
         if self._in_bytes and not final:

@@ -40,7 +40,7 @@ from ttspec.drafters.export_parts import (
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_names import speculators_names
 from ttspec.drafters.peagle import PEagle
-from ttspec.errors import CheckpointError, OptionError
+from ttspec.errors import CheckpointError, OptionError, require_writable
 from ttspec.models.target import Target
 
 Form = Literal["published", "speculators"]
@@ -103,12 +103,12 @@ def require_empty(folder: Path) -> None:
 
     Raises:
         OptionError: There is something at `folder`.
+        OSError: It cannot be written.
     """
-    if folder.is_dir() and not any(folder.iterdir()):
-        return
-    if folder.exists():
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         what = "a file" if folder.is_file() else "not empty"
         raise OptionError(f"{folder} is {what}; nothing was written.\nGive a new or empty folder.")
+    require_writable(folder)
 
 
 def _published_eagle3(drafter: Eagle3, target: Target) -> Written:

@@ -23,7 +23,7 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, PICKLES
 from ttspec.drafters.layers import DOWN, UP, Weights, multiplied_out
-from ttspec.errors import CheckpointError, OptionError, writing
+from ttspec.errors import CheckpointError, OptionError, require_writable, writing
 from ttspec.learning.live_weights import resolve_learn_config
 
 SUFFIX, FORMAT = ".safetensors", "1"
@@ -173,10 +173,12 @@ def require_new(path: Path) -> None:
 
     Raises:
         OptionError: There is something at `path`.
+        OSError: It cannot be written.
     """
     if path.exists() or path.is_symlink():
         what = "a folder" if path.is_dir() else "a file"
         raise OptionError(f"{path} is {what}; nothing was written.\nGive a new file's name.")
+    require_writable(path)
 
 
 def write_delta(

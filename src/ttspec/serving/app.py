@@ -107,6 +107,11 @@ def make_app(worker: Worker, keys: Keys | None, metrics: ServerMetrics, model: s
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # what FastAPI says of JSON that Python cannot read
+            raise bad_request(
+                "The body is no JSON object: it is not UTF-8, or something in it is nested too "
+                "deep or has too many digits. Send another."
+            )
         message = f"{request.method} {request.url.path[:80]}: {error.detail}."
         if error.status_code in (404, 405):
             paths = (route.path for route in app.routes if isinstance(route, APIRoute))

@@ -122,6 +122,10 @@ class ServerMetrics:
             for name, value in new.items():
                 self._seconds[-1][name] += value
 
+    def observe_start(self, job: Job) -> None:
+        """An answer has its first token, whether or not it ends: its prompt was read."""
+        self._prompt.inc(len(job.ids))
+
     def observe_end(self, job: Job, chunk: Chunk) -> None:
         """An answer ended."""
         result = chunk.result
@@ -131,7 +135,6 @@ class ServerMetrics:
         self._row_seconds += 0.2 * (job.ended - job.started - self._row_seconds)
         reason = usage.finish_reason(result)
         self._success.labels(model_name=self._model, finished_reason=reason).inc()
-        self._prompt.inc(len(job.ids))
         self._asked.inc(len(job.ids))
         self._held.inc(usage.cached_tokens(job, result))
         self._whole.observe(job.ended - job.queued)

@@ -287,6 +287,7 @@ class Worker:
         for job, chunk in events:
             if job.first_token is None and chunk.token_ids:
                 job.first_token = now
+                self.metrics.observe_start(job)
         learn = self.config.learn
         self.metrics.observe_step(events, shared=learn is not None and learn.scope == "shared")
         self._end([job for job, chunk in events if chunk.result])
