@@ -5,7 +5,7 @@ schedule that was told beforehand. The ordinary round knows nothing of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -168,7 +168,7 @@ def notice(settings: Mapping[str, Any]) -> str:
 class ShapeFlags:
     """A pair of models, or published shapes without weights."""
 
-    models: ModelFlags = ModelFlags()
+    models: ModelFlags = field(default_factory=ModelFlags)
     random_weights: str | None = None
     """Instead of a pair: random weights in the shapes of qwen3-8b+dflash, llama-3.1-8b+eagle3,
     llama-3.1-8b+pard or TARGET_CONFIG.json,DRAFTER_CONFIG.json; fewer target layers as in

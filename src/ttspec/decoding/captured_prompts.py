@@ -8,6 +8,7 @@ memory and a stream of their own, and a row that takes no part in rounds is not 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.row_sampling import RowSampling, includes
 from ttspec.decoding.rows import Processors, RowStates
-from ttspec.drafters.base import Drafter, DraftState
-from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs, Streams
-from ttspec.models.target import Target
-from ttspec.rowcache import RowCache
 from ttspec.sampling import pick, position_noise
+
+if TYPE_CHECKING:
+    from ttspec.decoding.stages import RoundStages
+    from ttspec.learning.learner import Learner
 
 CHUNK_TOKENS = 512
 """Prompt tokens of a row read at once; those with more to come than that teach nothing."""
@@ -36,34 +37,20 @@ class CapturedPrompts:
     """Graphs that read a chunk of one row, and draw its answer's first token."""
 
     def __init__(
-        self,
-        target: Target,
-        cache: RowCache,
-        drafter: Drafter | None,
-        state: DraftState | None,
-        rows: RowStates,
-        sampling: RowSampling,
-        learner: Learner | None,
-        graphs: Graphs,
-        *,
-        beside: bool,
+        self, stages: RoundStages, learner: Learner | None, graphs: Graphs, *, beside: bool
     ) -> None:
         """Capture what any chunk needs; the cache is made.
 
         Args:
-            target: Reads.
-            cache: Its keys and values.
-            drafter: Reads, too.
-            state: Its context.
-            rows: Whose slots these are.
-            sampling: How first tokens are drawn.
+            stages: Whose rows are read, by target and drafter.
             learner: May be told of prompts.
             graphs: Of nothing else, if they are to run beside rounds.
             beside: Whether `launch` may be called.
         """
-        self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
-        self._rows, self._sampling, self._learner, self._graphs = rows, sampling, learner, graphs
-        device, size = target.device, 3 + CHUNK_TOKENS
+        self._target, self._cache, self._learner = stages.target, stages.cache, learner
+        self._drafter, self._state, self._graphs = stages.drafter, stages.state, graphs
+        self._rows, self._sampling = rows, sampling = stages.rows, stages.row_sampling
+        device, size = self._target.device, 3 + CHUNK_TOKENS
         self._inputs = torch.zeros(size, dtype=torch.long, device=device)
         """What graphs read: a row, where its chunk begins, its tokens' number, and these."""
         self._inputs[1:2] = rows.slots  # nothing is kept
@@ -117,7 +104,7 @@ class CapturedPrompts:
     @property
     def can_launch(self) -> bool:
         """Whether rows may be read beside rounds, and none are."""
-        distinct = self._stream is None or Streams.are_distinct(self._target.device)
+        distinct = self._stream is None or Streams.are_distinct(self._stream.device)
         return self._may_launch and distinct and not self._launched
 
     @property
@@ -243,14 +230,13 @@ class CapturedPrompts:
     def draw_one(self, processors: Processors) -> Tensor:
         """As `draw`, of the row that stands first, behind its chunk."""
         row, start = self._inputs[:1], self._inputs[1:2] + self._inputs[2:3]
-        made_for = self._target, self._rows, self._sampling
-        return draw_first(*made_for, self._logits, row, start, self._rows.slots, processors)
+        given = self._rows, self._sampling, self._logits, row, start
+        return draw_first(*given, self._rows.slots, processors)
 
 
 def draw_first(
-    target: Target,
     states: RowStates,
-    row_sampling: RowSampling,
+    options: RowSampling,
     logits: Tensor,
     rows: Tensor,
     start: Tensor,
@@ -260,9 +246,8 @@ def draw_first(
     """Draw the first tokens of answers.
 
     Args:
-        target: Said `logits`.
         states: Of all rows.
-        row_sampling: Of all rows.
+        options: Of all rows.
         logits: [B, 1, V], of the prompts' last tokens.
         rows: int64 [B], whose they are.
         start: int64 [B], where the answers begin.
@@ -273,10 +258,10 @@ def draw_first(
         int64 [B, 2]: tokens, and whether the logits are numbers.
     """
     noise, finite = None, logits.amax(-1).isfinite().long()
-    logits = row_sampling.change(logits, start, longest, processors, rows)
-    sampling = row_sampling.tensors(processors, rows)
+    logits = options.change(logits, start, longest, processors, rows)
+    sampling = options.tensors(processors, rows)
     if sampling.temperature is not None:
-        key, size = states.inputs.noise_key[rows], int(target.config.vocab_size)
+        key, size = states.inputs.noise_key[rows], logits.shape[-1]
         noise = position_noise(key, start, 1, size, sampling.sampled)
     return torch.cat([pick(logits, noise, sampling), finite], dim=1)
 

@@ -43,8 +43,6 @@ class TrainConfig:
     """dflash and its kin: hidden states of the target that are read; left out, one per layer."""
     draft_vocabulary: int = 32000
     """eagle3: how many tokens it can draft, the most frequent of the answers."""
-    head: Literal["frozen", "trained"] = "frozen"
-    """eagle3: its output head stays rows of the target's, or is trained from them."""
     keep: float = 0.7
     """pard: share of the masks of one depth that are kept at the next."""
     keep_least: float = 0.2

@@ -79,10 +79,8 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
             # At the top level vLLM reads them as we do; nested in eagle_config, a layer early.
             "eagle_aux_hidden_state_layer_ids": list(taps),
             "norm_before_residual": True,
-            "ttspec": {"length": c.block - 1},
+            "ttspec": {"length": c.block - 1, "rebuilt": ["lm_head.weight"]},
         }
-        if c.head == "frozen":
-            config["ttspec"]["rebuilt"] = ["lm_head.weight"]
         drafter = make_drafter("eagle3", config)
         assert isinstance(drafter, Eagle3)
         drafter.weights = self.random({n: s for n, s in drafter.shapes().items() if n != "d2t"})
@@ -94,8 +92,6 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
             drafter.weights["d2t"] = used - torch.arange(size)
             kept = torch.zeros(int(self.target.config.vocab_size), dtype=torch.bool)
             drafter.weights["t2d"] = kept.index_fill(0, used, True)
-        if c.head == "trained":
-            drafter.weights["lm_head.weight"] = self.target.head[used].float().cpu()
         return drafter
 
     def trained(self, drafter: Eagle3) -> list[str]:
