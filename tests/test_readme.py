@@ -37,6 +37,8 @@ OTHERS = {
     "--speculative-config",
     "--worker-extension-cls",
     "--small",  # benchmarks/headline.py
+    "--random-weights",  # benchmarks/roofline.py
+    "--accept",
     "--help",
 }
 """Options of other programs than `ttspec`."""
