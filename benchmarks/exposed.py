@@ -19,11 +19,11 @@ import common
 import numpy as np
 import torch
 from cyclopts import App, Parameter
+from forced import load_random
 from roofline_timing import fill
 
 from ttspec.bench.arms import parse_arms
 from ttspec.bench.estimates import share
-from ttspec.bench.forced import load_random
 from ttspec.bench.jsonl import write_json
 from ttspec.bench.manifest import device_name
 from ttspec.bench.table import EMPTY, Table
@@ -43,7 +43,7 @@ class Shapes:
     """Published shapes with random weights, and where they run."""
 
     random_weights: str = "qwen3-8b+dflash"
-    """As of `ttspec bench run`."""
+    """As of `roofline.py`."""
     accept: str = "3,2,4"
     """Drafts kept a round, in turn."""
     device: str = "auto"

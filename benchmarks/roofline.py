@@ -10,6 +10,7 @@ from statistics import fmean, median
 from typing import Any
 
 import common
+import forced
 import roofline_work as r
 import torch
 from cyclopts import App
@@ -25,7 +26,7 @@ from roofline_timing import (
     timed,
 )
 
-from ttspec.bench.manifest import describe_device, forced_acceptance_label, forced_acceptance_notice
+from ttspec.bench.manifest import describe_device
 from ttspec.bench.table import Table, number, table_console
 from ttspec.cli.options import (
     DraftFlags,
@@ -33,7 +34,6 @@ from ttspec.cli.options import (
     LearnFlag,
     LearnFlags,
     Positive,
-    ShapeFlags,
 )
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, LearnConfig
@@ -142,7 +142,7 @@ class Roofline:
             for name, seconds in self.outside.items()
         ]
         pair = " with ".join(filter(None, (self.settings["target"], self.settings["drafter"])))
-        mark = forced_acceptance_label(self.settings)
+        mark = forced.label(self.settings)
         return Table(
             title=f"{pair} ({mark})" if mark else pair,
             note="\n".join(self.notes),
@@ -306,6 +306,7 @@ def _settings(engine: Engine, drafter: Drafter | None, learn: LearnConfig | None
         "drafter": drafter and drafter.name,
         "kind": drafter and drafter.kind,
         "learn": asdict(learn) if learn else None,
+        "random_weights": getattr(engine, "random_weights", None),
         **describe_device(engine),
         "torch": torch.__version__,
     }
@@ -314,7 +315,7 @@ def _settings(engine: Engine, drafter: Drafter | None, learn: LearnConfig | None
 def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
     s = settings
     notes = [
-        forced_acceptance_notice(s),
+        forced.notice(s),
         f"{s['device']}, {s['dtype']}, {'compiled, ' * s['compiled']}{s['rows']} x {s['context']} "
         f"tokens; CPU threads {s['threads']}, torch {s['torch']}, commit {s['git'] or 'unknown'}.",
         f"Rates measured here: copy {rates.copy / 1e9:,.1f} GB/s (read plus written), matrix "
@@ -331,7 +332,7 @@ def _notes(engine: Engine, rates: Rates, settings: dict[str, Any]) -> list[str]:
 @app.default
 def main(
     *,
-    models: ShapeFlags = ShapeFlags(),
+    models: forced.ShapeFlags = forced.ShapeFlags(),
     rows: Positive = 1,
     context: Positive = 512,
     rounds: Positive = 20,

@@ -15,6 +15,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.learning.learner import Learner
 from ttspec.learning.memory import TextMemory
+from ttspec.learning.memory_learner import MemoryLearner
 from ttspec.records import Verification
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.steps import EngineLearner
@@ -212,3 +213,9 @@ def teach(learner: EngineLearner, step: EngineStep) -> None:
     logits = torch.randn(sum(d + 1 for d in step.drafts), 260)
     learner.keep_logits(step.ids, step.drafts, logits)
     learner.absorb(step)
+
+
+def update(learner: MemoryLearner) -> bool:
+    """One step on texts of the memory, published at once; whether other weights may draft now."""
+    learner.begin_update()
+    return learner.publish(wait=True)

@@ -94,12 +94,12 @@ class Tapes(Graphs):
         super().__init__(device, compile=compile)
         self.on, self.room = True, Tapes.kept
 
-    def _capture(self, work, key, changes, *, compile: bool, warm: bool):
+    def _capture(self, work, changes, *, compile: bool, warm: bool):
         before = [x.clone() for x in changes]
         for _ in range(2 if warm else 0):
-            work(key)
+            work()
         with Tape() as tape:
-            out = work(key)
+            out = work()
         for tensor, old in zip(changes, before, strict=True):
             tensor.copy_(old)
         tape.has_run = not warm

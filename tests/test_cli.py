@@ -81,7 +81,6 @@ def test_the_first_page_of_help_names_every_command(capsys: pytest.CaptureFixtur
         ["train", "--prompts", "p", "--out", "o", "--minutes", "nan"],
         ["train", "--prompts", "p", "--out", "o", "--lr", "-1"],
         ["train", "--prompts", "p", "--out", "o", "--block", "1"],
-        ["train", "--prompts", "p", "--out", "o", "--keep", "2"],
         ["train", "--prompts", "p", "--out", "o", "--temperature", "-1"],
         ["train", "--prompts", "p", "--out", "o", "--seed", "-5"],
         ["bench", "run", "--out", "o", "--arms", "learn[group=1]"],

@@ -41,9 +41,9 @@ class Compiled(Graphs):
         super().__init__(device, compile=compile)
         self.on = True
 
-    def __call__(self, work, key, *, compile=True, changes=(), first=False):
+    def __call__(self, work, *key, compile=True, changes=(), first=False):
         with compiled.compiling() if compile else nullcontext():
-            return work(key)
+            return work(*key)
 
 
 @pytest.fixture

@@ -259,7 +259,7 @@ def test_what_blocks_are_worth():
 
 def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
     drafter = bound_drafter()
-    size = weights.bytes_of_copy(LearnConfig(), drafter, "full")
+    size = weights.bytes_of_copy(LearnConfig(weights="full"), drafter)
     assert size == make_learner(1)[
         0
     ].weights.nbytes + 4 * sum(  # in float32 the master is the live copy
@@ -275,7 +275,7 @@ def test_weights_learn_whole_while_all_copies_stay_small(monkeypatch):
     assert chosen(3) == ("lora", 16)
     assert chosen(3, scope="shared") == ("full", 8)
     assert chosen(3, weights="full", stride=5) == ("full", 5)
-    small = weights.bytes_of_copy(LearnConfig(rank=2), drafter, "lora")
+    small = weights.bytes_of_copy(LearnConfig(weights="lora", rank=2), drafter)
     assert small < size / 4
     learner = make_learner(3, LearnConfig(rank=2))[0]
     assert learner.weights.nbytes == 3 * small * 16 // 20

@@ -347,10 +347,10 @@ def test_texts_are_captured_before_what_would_work_where_they_lie(engine, apart)
         def __init__(self) -> None:
             self._made = {} if apart else {"a round's": {}}
 
-        def __call__(self, work, key, **_):
+        def __call__(self, work, *key, **_):
             self._made[key] = {}
             called.append(work.__name__)
-            return work(key)
+            return work(*key)
 
     own.generate(["hello there"], learn=LearnConfig(scope="shared"), max_new_tokens=30)
     assert own._spare

@@ -327,10 +327,10 @@ def test_rounds_that_capture_a_graph_are_not_timed() -> None:
     policy = DraftPolicy(7)
     for _ in range(3):
         assert policy.choose() == 0
-        policy.observe(0, 100.0, emitted=1.0, accepted=[0], first=True)
+        policy.observe(0, 100.0, emitted=1.0, accepted=[0], untimed=True)
     for _ in range(2):
         policy.observe(0, 1.0, emitted=1.0, accepted=[0])
-    policy.observe(policy.choose(), 100.0, emitted=1.0, accepted=[0], first=True)
+    policy.observe(policy.choose(), 100.0, emitted=1.0, accepted=[0], untimed=True)
     assert policy.choose() == 7
 
 
@@ -663,8 +663,8 @@ def test_rounds_beside_prompts_hardly_count_but_where_there_are_no_others(target
     planner, counted = decoder.planner, []
 
     class Told(DraftPolicy):
-        def observe(self, length, seconds, *, first=False, **facts) -> None:
-            counted.append(not first)
+        def observe(self, length, seconds, *, untimed=False, **facts) -> None:
+            counted.append(not untimed)
 
     planner.policy = Told(decoder.gamma)
     shape = RoundShape(64, 0, 0, Processors())

@@ -35,7 +35,7 @@ class Padding(Decoder):
 
     def capture(self) -> None:
         super().capture()
-        self.prompts.capture(Graphs(torch.device("cpu")), beside=self.beside)
+        self.prompts.capture(self, Graphs(torch.device("cpu")), beside=self.beside)
         captured = self.prompts.captured
         assert captured
         read = captured.read_padded
@@ -246,9 +246,9 @@ def test_reading_is_captured_after_what_moves_the_weights(toy_target_dir) -> Non
         def __init__(self) -> None:
             pass
 
-        def __call__(self, work, key, **_):
+        def __call__(self, work, *key, **_):
             called.append(work.__name__)
-            return work(key)
+            return work(*key)
 
     decoder.graphs, decoder.target_reads_spans = Recording(), True
     decoder.capture()

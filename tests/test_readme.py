@@ -27,18 +27,18 @@ LOG = "docs/experiments.md"
 """Says what was true at the time, with the names of the time."""
 NOW = [page for page in PAGES if page != LOG]
 GROUPS = {
-    "bench": ("run", "report", "compare", "replay", "import"),
+    "bench": ("run", "report", "compare", "replay"),
     "learned": ("list", "show", "export", "revert"),
 }
 OTHERS = {
     "--no-deps",  # pip
     "--per-request-spec-decode-metrics",  # vllm serve
-    "--enable-per-request-metrics",
-    "--speculative",  # scripts/record_vllm.py
     "--additional-config",  # vllm serve
     "--speculative-config",
     "--worker-extension-cls",
     "--small",  # benchmarks/headline.py
+    "--random-weights",  # benchmarks/roofline.py
+    "--accept",
     "--help",
 }
 """Options of other programs than `ttspec`."""

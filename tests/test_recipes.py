@@ -8,13 +8,12 @@ import torch
 from conftest import SHAPE, byte_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
-from toys import plain
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ttspec import load
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.checkpoint import load_drafter
+from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.drafters.export import export_drafter
 from ttspec.errors import OptionError
 from ttspec.training import train as training
@@ -213,31 +212,6 @@ def test_a_draft_model_is_written_without_the_targets_tables_and_without_its_pat
     assert torch.equal(drafter.weights[tables[1]], engine.target.head)
 
 
-@pytest.fixture(scope="module")
-def headed(engine, answers, tmp_path_factory) -> Path:
-    """An EAGLE-3 drafter with a head of its own."""
-    out = tmp_path_factory.mktemp("headed")
-    changed = config(out, "eagle3", head="trained", epochs=5)
-    return fit(engine.target, changed, [answers], lambda _: None)
-
-
-def test_a_trained_head_is_written_and_loads(headed, engine):
-    assert "rebuilt" not in read(headed)["ttspec"]
-    assert weights(headed)["lm_head.weight"].shape == (DRAFTED, 64)
-    given = load((engine.target.model, engine.tokenizer), load_drafter("d", headed))
-    options = {"max_new_tokens": 20, "temperature": 0.0, "ignore_eos": True}
-    found = given.generate("hello", learn=None, **options)[0]
-    assert found.token_ids == plain(given, "hello", **options).token_ids
-
-
-def test_a_trained_head_sets_out_from_the_targets_rows_and_moves(headed, engine):
-    tensors = weights(headed)
-    head = tensors["lm_head.weight"].float()
-    rows = engine.target.head[tensors["d2t"] + torch.arange(DRAFTED)]
-    assert torch.cosine_similarity(head, rows, dim=1).min() > 0.7
-    assert (head - rows).abs().max() > 0.02
-
-
 # Going on with a drafter.
 
 
@@ -254,6 +228,18 @@ def test_init_goes_on_with_a_drafter_of_the_same_kind(runs, engine, answers, tmp
         torch.testing.assert_close(went_on[name], weight, atol=1e-6, rtol=0)
     assert read(found) == read(start)
     assert seen[0].loss < 0.5 * (steps[0].loss + steps[-1].loss)
+
+
+def test_init_goes_on_with_a_head_of_its_own_too(runs, engine, answers, tmp_path):
+    start, _ = runs["eagle3"]
+    tensors, given = weights(start), read(start)
+    rows = engine.target.head[tensors["d2t"] + torch.arange(DRAFTED)]
+    del given["ttspec"]["rebuilt"]
+    save_drafter(tmp_path / "headed", given, {**tensors, "lm_head.weight": rows})
+    changed = config(tmp_path / "run", "eagle3", init=str(tmp_path / "headed"), epochs=5)
+    head = weights(fit(engine.target, changed, [answers], lambda _: None))["lm_head.weight"].float()
+    assert torch.cosine_similarity(head, rows, dim=1).min() > 0.7
+    assert (head - rows).abs().max() > 0.01
 
 
 @pytest.mark.parametrize(("kind", "other"), [("pard", "eagle3"), ("causal", "pard")])

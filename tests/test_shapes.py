@@ -2,25 +2,21 @@
 
 import json
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
 import roofline
+import shapes
 import torch
+from forced import load_random
 from test_manifests import MANIFESTS
-from toys import complaint
 
-from ttspec.bench.forced import load_random
-from ttspec.bench.run_set import open_runs
-from ttspec.bench.store import read_run
-from ttspec.bench.suites import random_suite
-from ttspec.cli import main
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.checkpoint import canonical, missing_and_left_over
 from ttspec.errors import DataError, OptionError
-from ttspec.models import shapes
 
 META = torch.device("meta")
 PUBLISHED = {
@@ -71,7 +67,8 @@ def small(tmp_path: Path) -> str:
 
 
 def prompts(count: int) -> list[list[int]]:
-    return [request[0] for request in random_suite(count, 9, VOCABULARY).requests]  # type: ignore[misc]
+    rng = Random(0)
+    return [[rng.randrange(VOCABULARY) for _ in range(9)] for _ in range(count)]
 
 
 # Shapes.
@@ -215,11 +212,6 @@ def test_a_text_is_refused_for_there_is_no_tokenizer(small):
         engine.generate("hello")
 
 
-def test_real_engines_know_nothing_of_it(engine):
-    assert engine.make_decoder is Decoder
-    assert engine.random_weights is None
-
-
 # What is refused.
 
 
@@ -246,91 +238,18 @@ def test_what_makes_no_sense_is_refused_before_memory_is_taken(name, accept, sai
     ("flags", "said"),
     [
         (["--accept", "3"], "without --random-weights"),
-        (["--prompt-tokens", "9"], "without --random-weights"),
         (["--random-weights", "qwen3-8b+dflash"], "needs --accept"),
-        (["--random-weights", "x", "--accept", "3"], "allowed are qwen3-8b+dflash"),
+        (["--random-weights", "x", "--accept", "3"], "allowed are qwen3-8b.dflash"),
         (["--random-weights", "x", "--accept", "3", "--target", "y"], "together with --target"),
-        (["--random-weights", "x", "--accept", "3", "--suite", "quick"], "together with --suite"),
-        (["--random-weights", "x", "--accept", "3", "--arms", "plain,ngram"], "the arm ngram"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
-def test_flags_that_make_no_sense_are_refused(tmp_path, capsys, flags, said):
-    assert main(["bench", "run", "--out", str(tmp_path / "run"), *flags]) == 2
-    err = capsys.readouterr().err
-    assert said in err
-    assert not (tmp_path / "run").exists()
+def test_flags_that_make_no_sense_are_refused(flags, said):
+    with pytest.raises(OptionError, match=said):
+        roofline.app(flags, result_action="return_value")
 
 
 # Who says so.
-
-
-def bench_run(small: str, out: Path, *more: str, accept: str = "3,0,4,2") -> int:
-    flags = ["--random-weights", small, "--accept", accept, "--requests", "2"]
-    flags += ["--prompt-tokens", "9", "--max-new-tokens", "20", "--dtype", "float32"]
-    arms = "plain,static,learn[stride=2]"
-    return main(
-        ["bench", "run", "--out", str(out), "--arms", arms, "--device", "cpu", *flags, *more]
-    )
-
-
-def test_every_output_of_a_run_says_so(small, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert bench_run(small, out) == 0
-    assert capsys.readouterr().err.count(FORCED) == 2  # before and after
-    manifest, arms = read_run(out)
-    assert manifest["random_weights"]["accept"] == SCHEDULE
-    assert manifest["target"]["origin"] == "random weights"
-    assert FORCED in manifest["title"]
-    for arm in arms:
-        assert [turn.user for turn in arm.turns] == ["9 random tokens"] * 2
-        assert {turn.result.text for turn in arm.turns} == {""}
-        kept = [r.accepted for r in arm.turns[0].result.rounds[:4]]
-        assert kept == ([0] * 4 if arm.name == "plain" else SCHEDULE)
-
-    assert main(["bench", "report", str(out)]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert FORCED in shown
-    report = out / "report"
-    assert FORCED in (report / "index.html").read_text()
-    assert FORCED in json.dumps(json.loads((report / "summary.json").read_text())["runs"])
-    tables = (report / "tables.md").read_text()
-    titles = [line for line in tables.splitlines() if line.startswith("**")]
-    assert titles
-    assert all(FORCED in title for title in titles)
-    plots = list(report.glob("*.svg"))
-    assert plots
-    assert all(FORCED in plot.read_text() for plot in plots)
-
-    again = [f"{out}:static", f"{out}:plain"]
-    assert main(["bench", "compare", *again]) == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert shown.count(FORCED) == 2  # table and verdict
-
-
-def test_a_forced_run_is_compared_with_no_other_kind(small, tmp_path, capsys, pair):
-    forced, other, real = (tmp_path / name for name in ("forced", "other", "real"))
-    assert bench_run(small, forced) == 0
-    assert bench_run(small, other, accept="1") == 0
-    flags = [*pair, "--requests", "1", "--max-new-tokens", "8", "--arms", "static"]
-    assert main(["bench", "run", "--out", str(real), *flags]) == 0
-    capsys.readouterr()
-    for against, said in ((real, "real weights"), (other, "acceptance forced to 1 drafts")):
-        for command in (["compare"], ["report", "--out", str(tmp_path / "page")]):
-            assert main(["bench", *command, str(forced), str(against)]) == 2
-            lines = complaint(capsys)
-            assert FORCED in lines[0]
-            assert said in lines[0]
-    assert bench_run(small, forced, accept="1") == 2
-    assert "another random_weights" in complaint(capsys)[-2]
-    assert len(open_runs([forced]).arms) == 3
-
-
-def test_rows_side_by_side_are_out_of_step(small, tmp_path):
-    assert bench_run(small, tmp_path / "run", "--rows", "2", "--temperature", "0.7") == 0
-    _, (_, static, _) = read_run(tmp_path / "run")
-    one, other = ([r.accepted for r in turn.result.rounds[:3]] for turn in static.turns)
-    assert sorted([one, other]) == [[0, 4, 2], [3, 0, 4]]
 
 
 def test_a_roofline_says_so(small, capsys):

@@ -135,7 +135,7 @@ def test_on_a_gpu_an_update_is_that_of_float64(rows: int, weights: str):
     assert 0 < off["captured"] < 1.5 * off["usual"]
     assert off["usual"] < 0.05 * float(gradients["exact"].norm())
     before = learner.weights._master.clone()
-    learner._run_update(learner._step_weights, 0, compile=False, warm=False)
+    learner._run_update(learner._step_weights, compile=False, warm=False)
     learner._pending = learner._report
     assert learner.publish() == [True] * rows
     master, published = learner.weights._master, learner.weights._published

@@ -19,6 +19,7 @@ from engine_steps import (  # noqa: F401
     target,
     teach,
     texts_of,
+    update,
 )
 
 from ttspec.learning.update_report import UpdateReport
@@ -56,7 +57,7 @@ def test_an_update_that_would_ruin_the_drafter_is_taken_back(recorded):  # noqa:
     feed(learner, found, [0])
     weights = learner.shared.weights
     learner.shared.memory_trainer.compute_gradients = spoil
-    learner.shared.update()
+    update(learner.shared)
     assert learner.shared.reverts == 1
     assert torch.equal(weights._mean, weights._anchor[None])
 
@@ -273,11 +274,11 @@ def test_the_anchor_drafts_while_the_newest_texts_find_it_better(
         learner.memory_trainer.compare_newest = judge
         if live != live:
             learner.memory_trainer.compute_gradients = spoil
-        assert learner.update()
+        assert update(learner)
     assert learner.reverts == reverts
     drafting, anchor = learner.weights.published, learner.drafter.weights
     assert all(torch.equal(drafting[n], anchor[n]) for n in drafting) == anchor_drafts
-    assert learner.update() == (reverts == 0)  # it rests
+    assert update(learner) == (reverts == 0)  # it rests
 
 
 def test_after_an_operators_revert_it_learns_on_from_the_first_weights() -> None:
@@ -287,11 +288,11 @@ def test_after_an_operators_revert_it_learns_on_from_the_first_weights() -> None
     teach(learner, a_step(["a"], 5, 10, drafts=4))
     learner.forget_all()
     for _ in range(5):
-        assert learner.shared.update()
+        assert update(learner.shared)
         learner.shared.revert()
         drafting = learner.shared.weights.published
         assert all(torch.equal(w, learner.drafter.weights[n]) for n, w in drafting.items())
-    assert learner.shared.update()
+    assert update(learner.shared)
 
 
 def test_where_no_page_has_enough_to_judge_nothing_is_compared() -> None:
@@ -303,7 +304,7 @@ def test_where_no_page_has_enough_to_judge_nothing_is_compared() -> None:
     learner.forget_all()
     compared, found = learner.shared.memory_trainer.compare_newest, []
     learner.shared.memory_trainer.compare_newest = lambda *given: found.append(compared(*given))
-    assert learner.shared.update()
+    assert update(learner.shared)
     assert found
     assert learner.shared.guard.gain() == 1
 
@@ -319,7 +320,7 @@ def test_the_newest_pages_judge_what_was_learned(recorded) -> None:  # noqa: F81
     pages = memory.newest_pages(8)
     assert memory.number[pages[:3]].tolist() == [2, 1, 0]  # of 150 tokens and a prompt
     assert (pages[3:] == memory.pages).all()
-    trainer.newest = trainer.read_newest(0)
+    trainer.newest = trainer.read_newest()
     assert trainer.newest.last.sum(1).tolist() == memory.judged[pages].sum(1).tolist()
     report = UpdateReport.empty(1, torch.device("cpu"))
     trainer.compare_newest(learner.shared.weights, report)

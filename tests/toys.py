@@ -651,6 +651,6 @@ def update_on(learner: Learner, batch: ReplayBatch, longest: int) -> list[bool]:
     """One step on a batch whose largest start is `longest`, published at once; rows updated."""
     learner._batch = batch
     learner._distil(longest)
-    learner._step_weights(0)
+    learner._step_weights()
     learner._pending = learner._report
     return learner.publish()

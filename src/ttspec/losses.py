@@ -4,7 +4,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ttspec.compiled import compiled, compiled_once, is_compiling
 
@@ -209,12 +208,6 @@ def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
         float32 [...].
     """
     return (agreement.float() * mask).cumprod(-1).sum(-1)
-
-
-def cross_entropy(labels: Tensor, q_logits: Tensor) -> Tensor:
-    """-log q(label) per row: labels int64 [...], logits [..., V], result float32 [...]."""
-    flat = F.cross_entropy(q_logits.float().flatten(0, -2), labels.flatten(), reduction="none")
-    return flat.view(labels.shape)
 
 
 def weighted_mean(values: Tensor, weights: Tensor, mask: Tensor) -> Tensor:

@@ -7,12 +7,10 @@ Where to start: `cli/bench.py`, which calls these in this order.
     bench replay    replay.py prepares, runner.py measures over a text that is known (known_text.py)
     bench report    run_set.py (folders as one run), report.py (plots, tables, page)
     bench compare   compare.py
-    bench import    vllm_import.py
 
 What they share: results.py (`Turn`, `Arm`: what was measured), store.py and jsonl.py (the run
 folder), manifest.py (how it was made), estimates.py and metrics.py (numbers with intervals).
-forced.py makes pairs of random weights, whose acceptance is forced (--random-weights). A
-report is made by report_tables.py, figures.py and sentences.py.
+A report is made by report_tables.py, figures.py and sentences.py.
 
 To add an arm: an entry in `arms.KINDS`, with the options it fixes; a colour in plot_style.py.
 """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from types import NoneType, UnionType
@@ -70,21 +69,6 @@ def parse_arms(text: str) -> list[ArmSpec]:
         if names.count(name) > 1:
             raise OptionError(f"--arms names {name} twice.\nName each arm once.")
     return [_parse(name) for name in names]
-
-
-def check_forced(arms: Sequence[ArmSpec]) -> None:
-    """Acceptance can be forced only where the run's own drafter drafts, or nothing does.
-
-    Raises:
-        OptionError: An arm drafts otherwise.
-    """
-    for arm in arms:
-        if arm.drafter or arm.kind == "ngram":
-            names = ", ".join(kind for kind in KINDS if kind != "ngram")
-            raise OptionError(
-                f"--random-weights cannot force the acceptance of the arm {arm.name}.\n"
-                f"Allowed are {names}, with the pair's own drafter."
-            )
 
 
 def _parse(name: str) -> ArmSpec:

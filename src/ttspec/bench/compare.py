@@ -12,7 +12,7 @@ from ttspec.bench.estimates import Estimate, Pair
 from ttspec.bench.manifest import run_label
 from ttspec.bench.metrics import Batches
 from ttspec.bench.results import Arm
-from ttspec.bench.run_set import Manifest, check_alike, check_texts, different_part
+from ttspec.bench.run_set import Manifest, check_texts, different_part
 from ttspec.bench.store import read_run
 from ttspec.bench.table import Table, interval, ratio
 from ttspec.errors import DataError, OptionError
@@ -38,7 +38,7 @@ class Comparison:
         return self.a if self.a == self.b else f"{self.a} / {self.b}"
 
     def ratio(self, metric: Metric) -> Estimate | None:
-        """A / B; None for the speed of a run without times: imported, or a replay."""
+        """A / B; None for the speed of a run without times, as a replay."""
         found = self.pairs.get(metric)
         return found and found.ratio
 
@@ -56,7 +56,6 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
         DataError: A folder is damaged, or the runs have no pairs.
     """
     (one, mine), (other, theirs) = _open(a), _open(b)
-    check_alike(one, other, a, b)
     if part := different_part(one, other):
         raise DataError(
             f"{a} and {b} ran different {part}s, so no request of one has its pair in the "

@@ -21,6 +21,7 @@ from ttspec.acceptance import accept_equal
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillBatch, PromptReader
+from ttspec.decoding.stages import RoundStages
 from ttspec.errors import DataError
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
@@ -218,7 +219,7 @@ class RecordedPrompts(KnownTextPrompts):
     _target: RecordedTarget
     _cache: RecordedRows
 
-    def capture(self, graphs: Graphs, *, beside: bool) -> None:
+    def capture(self, stages: RoundStages, graphs: Graphs, *, beside: bool) -> None:
         """Nothing: what was recorded is looked up on the host."""
 
     def begin(

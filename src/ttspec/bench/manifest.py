@@ -50,7 +50,6 @@ def describe_device(engine: Engine) -> dict[str, Any]:
     """Where an engine runs, and how."""
     target = engine.target
     return {
-        "random_weights": engine.random_weights,
         "dtype": str(target.dtype).removeprefix("torch."),
         "compiled": engine.compile,
         "device": device_name(target.device),
@@ -60,39 +59,16 @@ def describe_device(engine: Engine) -> dict[str, Any]:
     }
 
 
-def forced_acceptance_label(manifest: Mapping[str, Any]) -> str:
-    """What every output of a run on random weights says; nothing of one on real weights."""
-    if not (found := manifest.get("random_weights")):
-        return ""
-    return f"random weights, acceptance forced to {', '.join(map(str, found['accept']))}"
-
-
-def forced_acceptance_notice(manifest: Mapping[str, Any]) -> str:
-    """The same for people who do not know what that means."""
-    if not (found := manifest.get("random_weights")):
-        return ""
-    return (
-        f"No checkpoint was loaded: {forced_acceptance_label(manifest)} drafts a round, in turn, "
-        f"in the shapes of {found['shapes']}, {found['layers']} target layers. Speed means "
-        "something here; acceptance and text do not."
-    )
-
-
-def replay_label(manifest: Mapping[str, Any]) -> str:
+def run_label(manifest: Mapping[str, Any]) -> str:
     """What every output of a replay says; nothing of a run that was live."""
     found = manifest.get("replay")
     return f"replay of {found['run']}: {found['arm']}" if found else ""
 
 
-def run_label(manifest: Mapping[str, Any]) -> str:
-    """What every output of a run says that is no ordinary one."""
-    return forced_acceptance_label(manifest) or replay_label(manifest)
-
-
 def run_notice(manifest: Mapping[str, Any]) -> str:
     """The same for people who do not know what that means."""
     if not (found := manifest.get("replay")):
-        return forced_acceptance_notice(manifest)
+        return ""
     text = f"The text is that of the arm {found['arm']} in {found['run']} ({found['dtype']})"
     if found.get("timed"):
         return f"{text}, in all arms: where an arm would have chosen another token, it was given."

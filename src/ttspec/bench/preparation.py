@@ -12,7 +12,7 @@ from random import Random
 from typing import Any, cast
 
 from ttspec.bench.arms import ArmSpec
-from ttspec.bench.manifest import describe, describe_drafter, forced_acceptance_label
+from ttspec.bench.manifest import describe, describe_drafter
 from ttspec.bench.suites import Request, Suite
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
@@ -85,9 +85,7 @@ def prepare_run(
     ):
         notify(notice)
     sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
-    mark = forced_acceptance_label({"random_weights": engine.random_weights})
-    title = f"ttspec bench: {suite.name}" + (f" ({mark})" if mark else "")
-    manifest = describe(engine, title=title) | {
+    manifest = describe(engine, title=f"ttspec bench: {suite.name}") | {
         "suite": {
             "name": suite.name,
             "requests": len(suite.requests),

@@ -19,7 +19,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.known_text import KnownAnswer, KnownTextDecoder, Recording, use_recording
-from ttspec.bench.manifest import describe, describe_drafter, replay_label
+from ttspec.bench.manifest import describe, describe_drafter, run_label
 from ttspec.bench.preparation import Job, PreparedRun, engines_for, plan
 from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
@@ -63,10 +63,10 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
         OptionError: The run has no answers of such an arm.
     """
     manifest, arms = read_run(folder)
-    if "sampling" not in manifest or manifest.get("random_weights"):
+    if "sampling" not in manifest:
         raise DataError(
             f"{folder} has no text that its target alone decides.\n"
-            "Give a folder that `ttspec bench run` wrote, on real weights."
+            "Give a folder that `ttspec bench run` wrote."
         )
     answered = {a.name: a for a in arms if a.turns}
     name = arm or ("plain" if "plain" in answered else next(iter(answered), ""))
@@ -284,7 +284,7 @@ def prepare(
     replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
     if timed:
         replay["timed"] = True
-    title = f"ttspec bench: {old['suite']['name']} ({replay_label({'replay': replay})})"
+    title = f"ttspec bench: {old['suite']['name']} ({run_label({'replay': replay})})"
     manifest = describe(engine, title=title) | {"replay": replay}
     if checksum_of(manifest, "target") != checksum_of(old, "target"):
         raise DataError(

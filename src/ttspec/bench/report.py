@@ -63,7 +63,7 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
     is_drawn = {
         "cost": timed and any(arm.updates for arm in run.arms),
         "stages": any(any(r.seconds) for arm in run.arms for r in arm.rounds),
-        "speed": timed,  # not of what was imported without times, or replayed
+        "speed": timed,  # not of what was replayed
     }
     plots = {name: plot.draw(run.arms) for name, plot in PLOTS.items() if is_drawn.get(name, True)}
     figures = dict(plots)

@@ -40,7 +40,7 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     """Acceptance length of each arm, and what flatters it."""
     first = arms[0]
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
-    # What is drafted is emitted in a run of a label, or what was recorded.
+    # A replay emits what was recorded.
     incomparable = list(same) if run_label(manifest or {}) else [first.name]
     return Table(
         title="Acceptance",

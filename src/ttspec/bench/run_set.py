@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ttspec.bench.manifest import forced_acceptance_label, forced_acceptance_notice, run_notice
+from ttspec.bench.manifest import run_notice
 from ttspec.bench.metrics import different_texts, on_common_units
 from ttspec.bench.results import Arm
 from ttspec.bench.store import read_run
@@ -53,7 +53,6 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunS
     manifests = {label: manifest for label, (manifest, _) in runs.items()}
     first = manifests[labels[0]]
     for folder, manifest in zip(folders[1:], list(manifests.values())[1:], strict=True):
-        check_alike(first, manifest, str(folders[0]), str(folder))
         if part := different_part(first, manifest):
             raise DataError(
                 f"{folder} and {folders[0]} have different {part}s, so no pairs.\n"
@@ -76,20 +75,6 @@ def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunS
     return RunSet(manifests, pairs, list(dict.fromkeys(notes)))
 
 
-def check_alike(a: Manifest, b: Manifest, one: str, other: str) -> None:
-    """Forced acceptance is not compared with real acceptance, nor with another schedule.
-
-    Raises:
-        DataError: Two manifests differ in it; `one` and `other` are what to call them.
-    """
-    if a.get("random_weights") != b.get("random_weights"):
-        mine, theirs = (forced_acceptance_notice(m) or "It ran on real weights." for m in (a, b))
-        raise DataError(
-            f"{one}: {mine} {other}: {theirs}\n"
-            "Compare runs of the same shapes and the same --accept, or runs on real weights."
-        )
-
-
 def checksum_of(manifest: Manifest, part: str) -> str | None:
     """What tells a target or suite from others: its checksum, or its name where that is all."""
     found = manifest.get(part) or {}
@@ -108,7 +93,7 @@ def check_texts(manifest: Manifest, arms: Sequence[Arm]) -> None:
         DataError: They do not.
     """
     greedy = manifest.get("temperature") == 0 and manifest.get("dtype") == "float32"
-    if not greedy or forced_acceptance_label(manifest):
+    if not greedy:
         return  # elsewhere rounding decides close calls; the tables count the differences
     first, *others = arms
     for arm in others:

@@ -18,7 +18,7 @@ import torch
 from ttspec.bench.preparation import Batch, PreparedRun, engines_for, fits_into_memory
 from ttspec.bench.results import Arm, Turn
 from ttspec.bench.store import Store
-from ttspec.bench.suites import Request, is_tokens, text_of
+from ttspec.bench.suites import Request, text_of
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.records import Result
 
@@ -106,9 +106,7 @@ def measure_all(
 
 def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Request], **options: Any) -> None:
     """Generate in the shape of what is measured, uncounted."""
-    request = requests[batch[0].request]
-    turn = request[0] if is_tokens(request[0]) else "Hello"
-    hello = [cast("list[Prompt]", [turn] * min(2, len(request)))] * len(batch)
+    hello: list[list[Prompt]] = [["Hello"] * min(2, len(requests[batch[0].request]))] * len(batch)
     for _, chunk in engine.run(hello, rows=len(batch), stream=False, seed=0, **options):
         _stop_if_cancelled(chunk.result)
 

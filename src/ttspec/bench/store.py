@@ -38,13 +38,10 @@ MANIFEST, ROUNDS, REQUESTS = "manifest.json", "rounds.jsonl", "requests.jsonl"
 RESTORE = "Restore it from a copy, or delete the folder and run again."
 SETTINGS = (
     *("max_new_tokens", "session_tokens", "rows", "temperature", "ignore_eos"),
-    *("dtype", "device", "threads", "random_weights", "replay"),
+    *("dtype", "device", "threads", "replay"),
 )
 """What one run has one value of, besides models, suite and the meaning of its arms."""
-OBJECTS = (
-    *("target", "drafter", "drafters", "suite", "sampling", "arm_options"),
-    *("random_weights", "replay"),
-)
+OBJECTS = ("target", "drafter", "drafters", "suite", "sampling", "arm_options", "replay")
 """Entries of a manifest that are objects, where they are there."""
 
 
@@ -222,6 +219,8 @@ def check_manifest(manifest: Any) -> None:
     """A manifest is an object, and so are some entries of it; else a `ValueError` says which."""
     if not isinstance(manifest, dict):
         raise ValueError(f"{MANIFEST} holds no object")
+    if manifest.get("random_weights"):  # until 0.1.0 runs of speed alone could be made
+        raise ValueError("its weights were random, and what it accepted was forced")
     for name in OBJECTS:
         if not isinstance(manifest.get(name) or {}, dict):
             raise ValueError(f"{MANIFEST} has {manifest[name]!r:.40} as {name}, no object")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
 from ttspec.decoding.messages import FORMS, Message, decode, request_of, rows_of, text_of_content
 from ttspec.errors import DataError
 
 BUILT_IN = Path(__file__).with_name("suites")
-Request = list[str] | list[list[Message]] | list[str | list[Message]] | list[list[int]]
-"""What a user says, turn by turn: texts or messages, or one turn of tokens."""
+Request = list[str] | list[list[Message]] | list[str | list[Message]]
+"""What a user says, turn by turn: texts or messages."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,29 +91,9 @@ def load_suite(name: str) -> Suite:
     )
 
 
-def random_suite(requests: int, tokens: int, vocabulary: int) -> Suite:
-    """Prompts of random tokens, the same every time, for a target without a tokenizer."""
-    rng = Random(0)
-    prompts = [[[rng.randrange(vocabulary) for _ in range(tokens)]] for _ in range(requests)]
-    name = f"random-{tokens}"
-    return Suite(
-        name=name,
-        sha256=hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
-        requests=prompts,
-        parts={name: (0, requests)},
-    )
-
-
 def text_of(turn: Any) -> str:
     """A turn as one text, for records: the prompt, or the last message."""
-    if is_tokens(turn):
-        return f"{len(turn)} random tokens"
     return turn if isinstance(turn, str) else text_of_content(turn[-1]["content"])
-
-
-def is_tokens(turn: Any) -> bool:
-    """A turn is a list of tokens, not text."""
-    return not isinstance(turn, str) and isinstance(turn[0], int)
 
 
 def _request(row: Any, where: str) -> Request:

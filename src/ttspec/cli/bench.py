@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import App
 
-from ttspec.cli.options import Flag, ModelFlags, Positive, PositiveOrNone, ShapeFlags
+from ttspec.cli.options import Flag, ModelFlags, Positive, PositiveOrNone
 from ttspec.cli.progress import show_progress
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
@@ -30,11 +30,10 @@ bench = App(
 def run(
     *,
     out: Path,
-    suite: str | None = None,
+    suite: str = "quick",
     requests: PositiveOrNone = None,
-    prompt_tokens: PositiveOrNone = None,
     arms: str = "plain,static,learn",
-    models: ShapeFlags = ShapeFlags(),
+    models: ModelFlags = ModelFlags(),
     rows: Positive = 1,
     max_new_tokens: int = 256,
     session_tokens: PositiveOrNone = None,
@@ -53,12 +52,9 @@ def run(
         Run folder: a new one, or one to go on with.
     suite
         A built-in suite, or a file of JSON lines: {"prompt"}, {"messages"} or {"turns"}; several
-        with commas between them. [default: quick]
+        with commas between them.
     requests
-        Only the first so many requests of each suite; with random weights, how many prompts.
-        [default: all; 8]
-    prompt_tokens
-        With random weights: random tokens of each prompt. [default: 256]
+        Only the first so many requests of each suite. [default: all]
     arms
         Of plain, ngram, static, static-window, static-rebased, static-copy, learn, learn-session,
         learn-shared, default, with options in brackets, as in static,default[stride=4,lr=3e-5];
@@ -77,34 +73,23 @@ def run(
     ignore_eos
         Go on past end tokens.
     """
-    from ttspec.bench.arms import check_forced, parse_arms
-    from ttspec.bench.suites import load_suites, random_suite
+    from ttspec.bench.arms import parse_arms
+    from ttspec.bench.suites import load_suites
 
     specs, numbers = parse_arms(arms), _seeds(seeds)
-    is_random = models.random_weights is not None
-    if is_random:
-        check_forced(specs)
-    _check_prompts(suite, prompt_tokens, is_random)
-    asked = None if is_random else load_suites(suite or "quick", requests)
+    asked = load_suites(suite, requests)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     options |= {"ignore_eos": ignore_eos}
     GenerateConfig(**options, seed=0)  # complains before anything is loaded
     require_writable(out)  # and so does this
     engine = models.load(notify=say)
 
-    from ttspec.bench.manifest import forced_acceptance_notice
     from ttspec.bench.preparation import prepare_run
     from ttspec.bench.store import Store
 
-    if asked is None:
-        vocabulary = int(engine.target.config.vocab_size)
-        asked = random_suite(requests or 8, prompt_tokens or 256, vocabulary)
     shape = {"rows": rows, "session_tokens": session_tokens, "notify": say}
     prepared = prepare_run(engine, specs, asked, numbers, **shape, **options)
-    code = _measured(engine, prepared, Store(out, prepared.manifest))
-    if is_random:
-        say(forced_acceptance_notice(prepared.manifest))
-    return code
+    return _measured(engine, prepared, Store(out, prepared.manifest))
 
 
 @bench.command
@@ -169,39 +154,6 @@ def _measured(engine: Engine, prepared: PreparedRun, store: Store, **options: An
         return show_progress(steps, prepared.manifest["arms"], store.folder)
     finally:
         store.close()
-
-
-@bench.command(name="import")
-def import_(file: Path, *, out: Path, arm: str = "vllm") -> int:
-    """Make a run folder from vLLM's figures of each request; `report` and `compare` then read it.
-
-    Parameters
-    ----------
-    file
-        JSON lines: responses of a vLLM server that runs with --per-request-spec-decode-metrics
-        detailed, asked with return_token_ids; or what scripts/record_vllm.py writes.
-    out
-        Run folder, new or empty.
-    arm
-        What reports call it.
-    """
-    from ttspec.bench.metrics import acceptance
-    from ttspec.bench.results import Arm
-    from ttspec.bench.table import interval
-    from ttspec.bench.vllm_import import import_run
-
-    found = import_run(file, out, arm)
-    made = Arm(name=arm, turns=found.turns)
-    say(
-        f"{len(made.turns)} requests, {len(made.rounds):,} rounds, {made.tokens:,} tokens, "
-        f"acceptance length {interval(acceptance(made), 3)}."
-    )
-    for sentence in found.left_out:
-        say(f"Left out: {sentence}")
-    for sentence in found.notes:
-        say(sentence)
-    say(f"Next: ttspec bench report {out}")
-    return 0
 
 
 @bench.command
@@ -273,19 +225,6 @@ def compare(
     line, good = comparison.verdict(found, metric, fail_below)
     console.print(line, soft_wrap=True)
     return 0 if good else 1
-
-
-def _check_prompts(suite: str | None, prompt_tokens: int | None, is_random: bool) -> None:
-    if is_random and suite is not None:
-        raise OptionError(
-            "--random-weights was given together with --suite: without a checkpoint there is no "
-            "tokenizer.\nPrompts are random tokens: --requests says how many, --prompt-tokens how "
-            "long."
-        )
-    if prompt_tokens is not None and not is_random:
-        raise OptionError(
-            "--prompt-tokens was given without --random-weights.\nName prompts with --suite."
-        )
 
 
 def _seeds(text: str) -> list[int]:

@@ -208,7 +208,7 @@ def _only_targets(**given: Any) -> None:
 
 def _targets(device: Device, *, as_json: bool) -> int:
     """Check the architectures, one after the other; 1 if any is accepted and wrong."""
-    ModelFlags()._prepare()
+    ModelFlags().set_up()
     from ttspec.decoding.loading import device_of
     from ttspec.diagnosis.targets import check_targets
 

@@ -181,17 +181,11 @@ class ModelFlags:
 
     def load(self, notify: Callable[[str], None] | None = None) -> Engine:
         """Load the pair. This is where torch is imported."""
-        self._prepare()
+        self.set_up()
+        import ttspec
         from ttspec.heap import freeze_heap
 
-        engine = self._engine(notify)
-        freeze_heap()
-        return engine
-
-    def _engine(self, notify: Callable[[str], None] | None) -> Engine:
-        import ttspec
-
-        return ttspec.load(
+        engine = ttspec.load(
             self.target,
             None if self.drafter == "none" else self.drafter,
             device=self.device,
@@ -200,8 +194,10 @@ class ModelFlags:
             compile=self.compile,
             notify=notify,
         )
+        freeze_heap()
+        return engine
 
-    def _prepare(self) -> None:
+    def set_up(self) -> None:
         """Quiet libraries, and the threads that were asked for."""
         most = THREADS * (os.cpu_count() or 1)
         if (self.threads or 0) > most:  # more than the system gives end the process
@@ -222,51 +218,3 @@ class ExactModelFlags(ModelFlags):
 
     dtype: Dtype = "float32"
     """Number format; only float32 promises the same tokens."""
-
-
-@Parameter(name="*")
-@dataclass(frozen=True, kw_only=True)
-class ShapeFlags(ModelFlags):
-    """The same, or published shapes without weights, for commands that measure speed."""
-
-    random_weights: str | None = None
-    """Instead of a pair: random weights in the shapes of qwen3-8b+dflash, llama-3.1-8b+eagle3,
-    llama-3.1-8b+pard or TARGET_CONFIG.json,DRAFTER_CONFIG.json; fewer target layers as in
-    qwen3-8b+dflash:layers=2. Acceptance is then forced, and all output says so."""
-    accept: str | None = None
-    """With random weights: drafts kept a round, in turn, as in 3,2,4."""
-
-    def load(self, notify: Callable[[str], None] | None = None) -> Engine:
-        """Load the pair, or make it."""
-        if self.random_weights is None:
-            if self.accept is not None:
-                raise OptionError(
-                    "--accept was given without --random-weights: only there is it forced.\n"
-                    "Drop it."
-                )
-            return super().load(notify)
-        for name in ("target", "drafter", "device_map"):
-            if getattr(self, name) != getattr(ModelFlags, name):
-                flag = name.replace("_", "-")
-                raise OptionError(
-                    f"--random-weights was given together with --{flag}.\nDrop one of the two."
-                )
-        if self.accept is None:
-            raise OptionError(
-                "--random-weights needs --accept, for random models agree on nothing.\n"
-                "Give the drafts kept a round, in turn, as in --accept 3,2,4."
-            )
-        return super().load(notify)
-
-    def _engine(self, notify: Callable[[str], None] | None) -> Engine:
-        if self.random_weights is None or self.accept is None:
-            return super()._engine(notify)
-        from ttspec.bench.forced import load_random
-        from ttspec.bench.manifest import forced_acceptance_notice
-
-        tell = notify or (lambda _: None)
-        tell(f"Making random weights in the shapes of {self.random_weights}.")
-        place = {"device": self.device, "dtype": self.dtype, "compile": self.compile}
-        engine = load_random(self.random_weights, self.accept, **place)
-        tell(forced_acceptance_notice({"random_weights": engine.random_weights}))
-        return engine

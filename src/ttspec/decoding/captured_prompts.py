@@ -8,7 +8,7 @@ memory and a stream of their own, and a row that takes no part in rounds is not 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,12 +16,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ttspec.decoding.row_sampling import RowSampling, includes
 from ttspec.decoding.rows import Processors, RowStates
-from ttspec.drafters.base import Drafter, DraftState
-from ttspec.learning.learner import Learner
 from ttspec.models.capture import Graphs, Streams
-from ttspec.models.target import Target
-from ttspec.rowcache import RowCache
 from ttspec.sampling import pick, position_noise
+
+if TYPE_CHECKING:
+    from ttspec.decoding.stages import RoundStages
+    from ttspec.learning.learner import Learner
 
 CHUNK_TOKENS = 512
 """Prompt tokens of a row read at once; those with more to come than that teach nothing."""
@@ -49,13 +49,6 @@ READ_SHAPES = (
 """Of which graphs are made."""
 
 
-class DrawShape(NamedTuple):
-    """What a graph draws: first tokens of so many rows."""
-
-    rows: int
-    processors: Processors
-
-
 class Launched(NamedTuple):
     """A graph's reading that was launched."""
 
@@ -70,34 +63,20 @@ class CapturedPrompts:
     """Graphs that read a chunk of a row, or of some, and draw their answers' first tokens."""
 
     def __init__(
-        self,
-        target: Target,
-        cache: RowCache,
-        drafter: Drafter | None,
-        state: DraftState | None,
-        rows: RowStates,
-        sampling: RowSampling,
-        learner: Learner | None,
-        graphs: Graphs,
-        *,
-        beside: bool,
+        self, stages: RoundStages, learner: Learner | None, graphs: Graphs, *, beside: bool
     ) -> None:
         """Capture what any chunk needs; the cache is made.
 
         Args:
-            target: Reads.
-            cache: Its keys and values.
-            drafter: Reads, too.
-            state: Its context.
-            rows: Whose slots these are.
-            sampling: How first tokens are drawn.
+            stages: Whose rows are read, by target and drafter.
             learner: May be told of prompts.
             graphs: Of nothing else, if they are to run beside rounds.
             beside: Whether `launch` may be called.
         """
-        self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
-        self._rows, self._sampling, self._learner, self._graphs = rows, sampling, learner, graphs
-        device, size = target.device, 3 + CHUNK_TOKENS
+        self._target, self._cache, self._learner = stages.target, stages.cache, learner
+        self._drafter, self._state, self._graphs = stages.drafter, stages.state, graphs
+        self._rows, self._sampling = rows, sampling = stages.rows, stages.row_sampling
+        device, size = self._target.device, 3 + CHUNK_TOKENS
         self._inputs = torch.zeros(GROUP, size, dtype=torch.long, device=device)
         """What graphs read of each row: which it is, where its chunk begins, its tokens' number,
         and these."""
@@ -128,7 +107,7 @@ class CapturedPrompts:
                 graphs(self.record_padded, shape, compile=compile)
         self._drawn = sampling.captured(sampling.processors(range(rows.count)))
         for some in sorted({shape.rows for shape in shapes}):
-            graphs(self.draw_some, DrawShape(some, self._drawn), compile=False)
+            graphs(self.draw_some, some, self._drawn, compile=False)
 
     def takes(self, processors: Processors) -> bool:
         """Whether first tokens can be drawn by the graph that there is."""
@@ -158,7 +137,7 @@ class CapturedPrompts:
     @property
     def can_launch(self) -> bool:
         """Whether rows may be read beside rounds, and none are."""
-        distinct = self._stream is None or Streams.are_distinct(self._target.device)
+        distinct = self._stream is None or Streams.are_distinct(self._stream.device)
         return self._may_launch and distinct and not self.is_launched
 
     @property
@@ -265,7 +244,7 @@ class CapturedPrompts:
         Of the rows that stand first in `_inputs`, behind their chunks; the next call overwrites it.
         """
         self._logits[: len(logits)].copy_(logits)
-        return self._graphs(self.draw_some, DrawShape(len(logits), self._drawn), compile=False)
+        return self._graphs(self.draw_some, len(logits), self._drawn, compile=False)
 
     # What is captured, by its name.
 
@@ -296,12 +275,11 @@ class CapturedPrompts:
         features = self._features[shape]
         self._learner.memory_trainer.rows.write(tokens, features, start, count, subset=subset)
 
-    def draw_some(self, shape: DrawShape) -> Tensor:
+    def draw_some(self, rows: int, processors: Processors) -> Tensor:
         """As `_draw`."""
-        subset, start, count, _ = self._chunks(ReadShape(shape.rows, 0))
-        made_for = self._target, self._rows, self._sampling
-        given = self._logits[: shape.rows], subset, start + count, self._rows.slots
-        return draw_first(*made_for, *given, shape.processors)
+        subset, start, count, _ = self._chunks(ReadShape(rows, 0))
+        given = self._rows, self._sampling, self._logits[:rows], subset, start + count
+        return draw_first(*given, self._rows.slots, processors)
 
     def _chunks(self, shape: ReadShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, where their chunks begin, how many tokens these have, int64 [rows], and them."""
@@ -322,9 +300,8 @@ class CapturedPrompts:
 
 
 def draw_first(
-    target: Target,
     states: RowStates,
-    row_sampling: RowSampling,
+    options: RowSampling,
     logits: Tensor,
     rows: Tensor,
     start: Tensor,
@@ -334,9 +311,8 @@ def draw_first(
     """Draw the first tokens of answers.
 
     Args:
-        target: Said `logits`.
         states: Of all rows.
-        row_sampling: Of all rows.
+        options: Of all rows.
         logits: [B, 1, V], of the prompts' last tokens.
         rows: int64 [B], whose they are.
         start: int64 [B], where the answers begin.
@@ -347,10 +323,10 @@ def draw_first(
         int64 [B, 2]: tokens, and whether the logits are numbers.
     """
     noise, finite = None, logits.amax(-1).isfinite().long()
-    logits = row_sampling.change(logits, start, longest, processors, rows)
-    sampling = row_sampling.tensors(processors, rows)
+    logits = options.change(logits, start, longest, processors, rows)
+    sampling = options.tensors(processors, rows)
     if sampling.temperature is not None:
-        key, size = states.inputs.noise_key[rows], int(target.config.vocab_size)
+        key, size = states.inputs.noise_key[rows], logits.shape[-1]
         noise = position_noise(key, start, 1, size, sampling.sampled)
     return torch.cat([pick(logits, noise, sampling), finite], dim=1)
 

@@ -80,10 +80,8 @@ class Decoder(RoundStages):
         self.timer, self.round_number = RoundTimer(target.device), 0
         self.launched: Launched | None = None
         """The next round, where it was launched ahead."""
-        self.prompts = self.reads_prompts(
-            target, self.cache, drafter, self.state, self.row_sampling, self.rows, self.deferred
-        )
-        self.learner = self.prompts.learner = self._learner(live_weights)
+        self.learner = self._learner(live_weights)
+        self.prompts = self.reads_prompts(self, self.learner)
         self.planner = RoundPlanner(self, self.learner, policy)
 
     def _learner(self, live_weights: LiveWeights | None) -> Learner | None:
@@ -385,7 +383,7 @@ class Decoder(RoundStages):
             captured = self.state is None or (self.drafter and self.drafter.takes_padding)
             beside = bool(captured) and self.works_ahead and self.rows.count > 1
             graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
-            self.prompts.capture(graphs, beside=beside)
+            self.prompts.capture(self, graphs, beside=beside)
 
 
 def _emitted(verdicts: dict[int, RowVerdict]) -> dict[int, int]:

@@ -63,8 +63,6 @@ class Engine:
         """Called with what may not fit into memory."""
         self._notices: set[str] = set()
         """What it was given already."""
-        self.random_weights: dict[str, Any] | None = None
-        """Shapes and forced acceptance, where there are no real weights (`bench/forced.py`)."""
         self._spare: Decoder | None = None
         """The last `run`'s, kept with its caches and graphs for one that needs the same."""
         self._shared_weights = SharedWeights()
@@ -306,8 +304,6 @@ class Engine:
         """The same, with what is left open chosen for this pair."""
         config = config.resolved()
         draft = config.draft
-        if self.random_weights:  # what is accepted is forced, and of drafts alone
-            draft = replace(draft, copy=False)
         if self.drafter is not None:
             draft = self.drafter.with_context(draft)
         return replace(config, draft=draft)

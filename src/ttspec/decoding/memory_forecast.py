@@ -185,16 +185,15 @@ def learning_bytes(drafter: Drafter, config: LearnConfig, rows: int) -> int:
         return 0
     config = resolve_learn_config(config, drafter, rows)
     copies = 1 if config.scope == "shared" else rows
-    beside = bytes_of_memory(config, drafter, config.weights)
-    return copies * learning_row_bytes(drafter, config) + beside
+    return copies * learning_row_bytes(drafter, config) + bytes_of_memory(config, drafter)
 
 
 def learning_row_bytes(drafter: Drafter, config: LearnConfig) -> int:
     """Bytes a copy: float32 master, gradient and two moments, the live copy and its gradient."""
     if not drafter.weights:
         return 0
-    gradient = learned_numbers(config, drafter, config.weights) * drafter.embedding.element_size()
-    return bytes_of_copy(config, drafter, config.weights) + gradient
+    gradient = learned_numbers(config, drafter) * drafter.embedding.element_size()
+    return bytes_of_copy(config, drafter) + gradient
 
 
 def require_weights(

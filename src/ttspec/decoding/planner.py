@@ -145,13 +145,13 @@ class RoundPlanner:
         """
         policy, learner = self.policy, self._learner
         self._left_out = self._left_out + 1 if beside and self._left_out < LEFT_OUT else 0
-        first = time.captured or self._left_out > 0
+        untimed = time.captured or self._left_out > 0
         draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
         if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
-            first = first or updated or learner.is_updating
+            untimed = untimed or updated or learner.is_updating
         emitted = sum(len(outcome.tokens) for outcome in outcomes.values())
-        if self.copy_costs and not first:
+        if self.copy_costs and not untimed:
             # Where all rows copy, the drafter drafts for none of them, as it else would.
             drafts = not policy.pauses and policy.lengths[-1] > 0 if copy_length else False
             self.copy_costs.observe(
@@ -178,7 +178,7 @@ class RoundPlanner:
             copying=len(accepted) < len(outcomes),
             rows=rows,
             chained=chained,
-            first=first,
+            untimed=untimed,
         )
         if learner and self.schedule and not time.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None

@@ -168,7 +168,7 @@ class DraftPolicy:
         copying: bool = False,
         rows: int = 1,
         chained: bool = False,
-        first: bool = False,
+        untimed: bool = False,
     ) -> None:
         """Take note of a round.
 
@@ -181,7 +181,7 @@ class DraftPolicy:
             copying: Whether rows copied.
             rows: Rows that cost something.
             chained: Whether the device did not wait for the host before it.
-            first: Its time says nothing: it did what is done once, as to capture a graph, or had
+            untimed: Its time says nothing: it did what is done once, as to capture a graph, or had
                 an update beside it that would have come in any case.
         """
         self._rounds += 1
@@ -190,7 +190,7 @@ class DraftPolicy:
             for n in accepted:
                 self._counts[n] += 1
             self._copying, self._rows, self._chained = copying, rows, chained
-            if not first and (plain := self._plain_seconds):
+            if not untimed and (plain := self._plain_seconds):
                 # A wait for the host is not the drafts': a plain round would have waited as long.
                 usual = self._plain_seconds_of((rows, copying, True))
                 self._observe_cost(length, 1 + (seconds - plain) / (usual or plain), emitted)
@@ -200,14 +200,14 @@ class DraftPolicy:
             if not self._plain_due and self._length and all(n != rows for n, *_ in self._plain):
                 self._plain_due = 1
             return
-        if not first:
+        if not untimed:
             times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
             del times[:-PLAIN_KEPT]
         self._unlike += copying != self._copying
         if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
-            self._plain_due = max(0, self._plain_due - (not first))
-            if not first:
+            self._plain_due = max(0, self._plain_due - (not untimed))
+            if not untimed:
                 self._since_plain, self._context = 0, context
             self._add_to_deficit(0.0, emitted)
             self._after_plain()

@@ -6,7 +6,7 @@ Between two chunks other rows may have rounds: a row takes no part until its pro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +19,18 @@ from ttspec.decoding.captured_prompts import (
     CapturedPrompts,
     draw_first,
 )
-from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.penalties import penalises
-from ttspec.decoding.row_sampling import RowSampling
-from ttspec.decoding.rows import RollbackLimits, RowStates
-from ttspec.drafters.base import Drafter, DraftState
+from ttspec.decoding.rows import RollbackLimits
 from ttspec.drafters.context import FeatureState
-from ttspec.learning.learner import Learner
-from ttspec.learning.memory_trainer import MemoryTrainer
-from ttspec.models.capture import Graphs
-from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
 from ttspec.records import TokenLogprobs
-from ttspec.rowcache import RowCache, reach_of
+from ttspec.rowcache import reach_of
+
+if TYPE_CHECKING:
+    from ttspec.decoding.stages import RoundStages
+    from ttspec.learning.learner import Learner
+    from ttspec.learning.memory_trainer import MemoryTrainer
+    from ttspec.models.capture import Graphs
 
 MAX_BATCHED_TOKENS = 32 * CHUNK_TOKENS
 """The same of all rows: more together are no faster, and every layer's states take memory."""
@@ -91,33 +90,23 @@ class PromptReader:
     scheduler's `PrefillBatch`; lengths and tokens are `RowStates`'.
     """
 
-    learner: Learner | None = None
-    """Told what the rows read."""
     captured: CapturedPrompts | None = None
     """Reads few rows one after another, once `capture` was called."""
 
-    def __init__(
-        self,
-        target: Target,
-        cache: RowCache,
-        drafter: Drafter | None,
-        state: DraftState | None,
-        sampling: RowSampling,
-        rows: RowStates,
-        deferred: DeferredContext,
-    ) -> None:
-        self._target, self._cache, self._drafter, self._state = target, cache, drafter, state
-        self._sampling, self._rows, self._deferred = sampling, rows, deferred
+    def __init__(self, stages: RoundStages, learner: Learner | None) -> None:
+        """Feed a decoder's rows; `learner` is told what they read."""
+        # Not the stages themselves: they have this, and memory is freed once nobody has them.
+        target, self._cache, self._deferred = stages.target, stages.cache, stages.deferred
+        self._target, self._drafter, self._state = target, stages.drafter, stages.state
+        self._sampling, self._rows, self._learner = stages.row_sampling, stages.rows, learner
         self._pads = target.device.type == "cpu" and target.dtype.itemsize == 2
-        self.rollback = RollbackLimits(rows, recurrent=target.recurrent)
+        self.rollback = RollbackLimits(self._rows, recurrent=target.recurrent)
         self._cropped: set[int] = set()
         """Rows that went back: features may be gone that their drafter sets out from."""
 
-    def capture(self, graphs: Graphs, *, beside: bool) -> None:
+    def capture(self, stages: RoundStages, graphs: Graphs, *, beside: bool) -> None:
         """Capture the reading of one row's chunk; arguments as in `CapturedPrompts`."""
-        reads = self._target, self._cache, self._drafter, self._state
-        rows = self._rows, self._sampling, self.learner
-        self.captured = CapturedPrompts(*reads, *rows, graphs, beside=beside)
+        self.captured = CapturedPrompts(stages, self._learner, graphs, beside=beside)
 
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
@@ -321,8 +310,8 @@ class PromptReader:
             drawn = torch.cat([captured.draw(*of_row) for of_row in each])
         else:
             rows, start = torch.tensor(given, device=logits.device)
-            made_for, longest = (self._target, self._rows, self._sampling), max(prompts.position)
-            drawn = draw_first(*made_for, logits, rows, start, longest, processors)
+            longest = max(prompts.position)
+            drawn = draw_first(self._rows, self._sampling, logits, rows, start, longest, processors)
         return drawn.tolist()
 
     def _feed(self, chunk: PrefillChunk, *, logits: bool = False) -> Tensor | None:
@@ -359,7 +348,7 @@ class PromptReader:
     @property
     def _recorder(self) -> MemoryTrainer | None:
         """What all requests remember, where it is to have the prompts that are read."""
-        trainer = self.learner.memory_trainer if self.learner else None
+        trainer = self._learner.memory_trainer if self._learner else None
         return trainer if trainer and trainer.records_prompts else None
 
     def _read(

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
-from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.decoding.engine import Engine
@@ -22,6 +21,7 @@ from ttspec.decoding.template import thinking_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.rotary import DEFAULT_BASE, PLAIN, rope_parameters
+from ttspec.drafters.vocabulary import tokenizer_of
 from ttspec.models.target import Target
 
 Level = Literal["ok", "note", "warning", "problem"]
@@ -134,7 +134,8 @@ def _vocabulary(target: Target, drafter: Drafter) -> Finding:
     notes: list[tuple[Level, str]] = []
     mapped = "vocabulary" in drafter.interpretation
     try:
-        own = _own_tokens(drafter)
+        tokenizer = tokenizer_of(drafter.path)
+        own = None if tokenizer is None else tokenizer.get_vocab()
     except (OSError, ValueError, KeyError) as error:
         own = None
         notes.append(("warning", f"its tokenizer cannot be read ({str(error).splitlines()[0]})"))
@@ -164,13 +165,6 @@ def _vocabulary(target: Target, drafter: Drafter) -> Finding:
             text = f"d2t is all zeros, so only the target's first {len(ids):,} ids are drafted"
             notes.append(("warning", f"{text}; fetch the drafter again: its map may be lost"))
     return _worst("vocabulary", notes, f"{size:,} tokens, as the target")
-
-
-def _own_tokens(drafter: Drafter) -> dict[str, int] | None:
-    """Token to id of the tokenizer in the drafter's folder, if there is one."""
-    if drafter.path is None or not any(drafter.path.glob("tokenizer*")):
-        return None
-    return AutoTokenizer.from_pretrained(drafter.path, trust_remote_code=False).get_vocab()
 
 
 def _mask_token(target: Target, drafter: Drafter) -> Finding | None:

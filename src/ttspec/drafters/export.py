@@ -179,10 +179,6 @@ def _published_model(drafter: Causal, target: Target) -> Written:  # noqa: ARG00
     return config, dict(drafter.weights)
 
 
-def _published_mtp(drafter: Mtp, target: Target) -> Written:  # noqa: ARG001 - it is the target's
-    return drafter.published()
-
-
 def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
     config, _ = drafter.published()
     config = {k: v for k, v in config.items() if k not in ("ttspec", "architectures")}
@@ -201,7 +197,7 @@ FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "domino": {"published": published_domino},
     "dspark": {"published": published_dspark, "speculators": speculators_dspark},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
-    "mtp": {"published": _published_mtp, "speculators": _speculators_mtp},
+    "mtp": {"published": lambda drafter, _: drafter.published(), "speculators": _speculators_mtp},
     "peagle": {"published": _published_peagle, "speculators": _speculators_peagle},
     "pard": {"published": _published_model},
     "causal": {"published": _published_model},

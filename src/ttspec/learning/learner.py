@@ -214,12 +214,12 @@ class Learner:
     def _enqueue_update(self, longest: int, *, compare: bool) -> None:
         assert self._buffer is not None
         run = self._run_update
-        self._batch = run(self._newest_batch, 0, compile=False)
+        self._batch = run(self._buffer.newest, compile=False)
         self._buffer.mark_used()
 
         def update() -> None:
             run(self._compute_gradients_and_compare if compare else self._distil, longest)
-            run(self._step_weights, 0, compile=False, warm=False)
+            run(self._step_weights, compile=False, warm=False)
             if compare and self._held_out:
                 run(self._compare_candidate, longest, compile=False)
 
@@ -326,16 +326,12 @@ class Learner:
         if self._pending is not None and self._update_over:
             self._update_over.synchronize()
 
-    # What may be captured as a graph, by its name: it takes a key and repeating it changes nothing,
-    # but for `_keep_verification` and `_step_weights`.
+    # What may be captured as a graph, by its name: repeating it changes nothing, but for
+    # `_keep_verification` and `_step_weights`.
 
     def _keep_verification(self, key: Hashable) -> None:  # noqa: ARG002
         assert self._buffer is not None
         self._buffer.absorb(self._verification)
-
-    def _newest_batch(self, key: int) -> ReplayBatch:  # noqa: ARG002
-        assert self._buffer is not None
-        return self._buffer.newest()
 
     @torch.no_grad()
     def _distil(self, longest: int, held_out: Tensor | None = None) -> Tensor | None:
@@ -361,7 +357,7 @@ class Learner:
         self._report.before.copy_((live[:, : self._held_out] * self._compared).sum(-1))
 
     @torch.no_grad()
-    def _step_weights(self, key: int) -> None:  # noqa: ARG002
+    def _step_weights(self) -> None:
         self.weights.step(self._report)
 
     @torch.no_grad()

@@ -38,7 +38,7 @@ def resolve_learn_config(config: LearnConfig, drafter: Drafter, rows: int) -> Le
     """The same, with what is left open chosen for this drafter and so many rows."""
     weights, copies = config.weights, 1 if config.scope == "shared" else rows
     if weights == "auto":
-        numbers = copies * learned_numbers(config, drafter, "full")
+        numbers = copies * learned_numbers(replace(config, weights="full"), drafter)
         small = numbers * (16 + drafter.embedding.element_size()) <= SMALL
         weights = "full" if small or not drafter.matrices(config.parameters) else "lora"
     stride = config.stride or (8 if weights == "full" else 16)
@@ -52,15 +52,15 @@ def momentum(config: LearnConfig) -> float:
     return MOMENTUM if config.scope == "shared" else 0.0  # replayed blocks smooth by themselves
 
 
-def learned_numbers(config: LearnConfig, drafter: Drafter, weights: str) -> int:
-    """Numbers that a copy learns."""
-    if weights == "full":
+def learned_numbers(config: LearnConfig, drafter: Drafter) -> int:
+    """Numbers that a copy learns, of weights that are resolved."""
+    if config.weights == "full":
         return sum(drafter.weights[n].numel() for n in drafter.learnable(config.parameters))
     names = drafter.matrices(config.parameters)
     return config.rank * sum(sum(drafter.weights[n + ".weight"].shape) for n in names)
 
 
-def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
+def bytes_of_copy(config: LearnConfig, drafter: Drafter) -> int:
     """Bytes of a copy: float32 master, gradient and two moments, and the published weights.
 
     On a GPU gradients are kept as they come, and a first moment only if anything decays in it.
@@ -69,14 +69,14 @@ def bytes_of_copy(config: LearnConfig, drafter: Drafter, weights: str) -> int:
     each = 16 + item
     if drafter.embedding.is_cuda:
         each = 8 + 2 * item + 4 * bool(momentum(config))
-    return learned_numbers(config, drafter, weights) * each
+    return learned_numbers(config, drafter) * each
 
 
-def bytes_of_memory(config: LearnConfig, drafter: Drafter, weights: str) -> int:
+def bytes_of_memory(config: LearnConfig, drafter: Drafter) -> int:
     """Bytes that scope shared takes besides: the mean of the weights in float32, and the memory."""
     if config.scope != "shared":
         return 0
-    return 4 * learned_numbers(config, drafter, weights) + TextMemory.bytes_for(drafter)
+    return 4 * learned_numbers(config, drafter) + TextMemory.bytes_for(drafter)
 
 
 class LiveWeights:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from math import isfinite
 
 import torch
-from torch import Tensor
 
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.drafters.base import Drafter
@@ -79,19 +78,6 @@ class MemoryLearner:
         self._new_texts += 1
         self.memory_trainer.rows.forget(row)
 
-    def read(
-        self,
-        tokens: Tensor,
-        features: Tensor,
-        start: Tensor,
-        count: Tensor,
-        logits: Tensor | None,
-        rows: Tensor,
-        logits_at: Tensor | None = None,
-    ) -> None:
-        """Remember verified tokens of some rows; arguments as in `MemoryRows.write`."""
-        self.memory_trainer.rows.write(tokens, features, start, count, logits, rows, logits_at)
-
     @torch.no_grad()
     def capture(self, tell: Callable[[], None], *, compile: bool) -> None:
         """Capture what `tell` runs and an update: later ones are a few graphs, beside the steps.
@@ -123,11 +109,6 @@ class MemoryLearner:
     def is_over(self) -> bool:
         """Whether an update is under way that waits for nothing but to be published."""
         return self.is_updating and not (self._events and not self._events[1].query())
-
-    def update(self) -> bool:
-        """One step on texts of the memory, published at once; see `begin_update` and `publish`."""
-        self.begin_update()
-        return self.publish(wait=True)
 
     @torch.no_grad()
     def begin_update(self) -> None:

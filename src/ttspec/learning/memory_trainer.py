@@ -263,9 +263,9 @@ class MemoryTrainer(TextTrainer):
         pages, chances = self.memory.sample(len(self._pages), WINDOW)
         self._pages.copy_(pages)
         self._chances.copy_(chances)
-        self.texts = run(self.read_texts, 0)
+        self.texts = run(self.read_texts)
         if compare:
-            self.newest = run(self.read_newest, 0)
+            self.newest = run(self.read_newest)
 
     def update(
         self, run: Graphs, live: LiveWeights, report: UpdateReport, *, compare: bool
@@ -279,28 +279,28 @@ class MemoryTrainer(TextTrainer):
             compare: See above.
         """
 
-        def train_on_texts(key: int) -> None:  # noqa: ARG001
+        def train_on_texts() -> None:
             self.compute_gradients(live, report)
 
-        def step_weights(key: int) -> None:  # noqa: ARG001
+        def step_weights() -> None:
             with torch.no_grad():
                 live.step(report)
 
-        def compare_newest(key: int) -> None:  # noqa: ARG001
+        def compare_newest() -> None:
             self.compare_newest(live, report)
 
-        run(train_on_texts, 0)
-        run(step_weights, 0, compile=False, warm=False)
+        run(train_on_texts)
+        run(step_weights, compile=False, warm=False)
         if compare:
-            run(compare_newest, 0)
+            run(compare_newest)
 
-    # What may be captured as a graph: the key says nothing.
+    # What may be captured as a graph.
 
-    def read_texts(self, key: int) -> Texts:  # noqa: ARG002
+    def read_texts(self) -> Texts:
         """What was chosen, out of reach of rows that write on."""
         return self.memory.read(self._pages, WINDOW)
 
-    def read_newest(self, key: int) -> Texts:  # noqa: ARG002
+    def read_newest(self) -> Texts:
         """Texts up to the newest pages, which hardly taught; where there are fewer, nothing."""
         return self.memory.read(self.memory.newest_pages(self._newest[0]), WINDOW)
 

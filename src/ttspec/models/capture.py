@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from ttspec.compiled import compiling
 
 T = TypeVar("T")
-Key = TypeVar("Key", bound=Hashable)
 MOST, FEW = 64, 4
 """Shapes of which graphs are kept at most, and whatever they take: three draft lengths and none."""
 SHARE = 16
@@ -130,33 +130,33 @@ class Graphs:
 
     def __call__(
         self,
-        work: Callable[[Key], T],
-        key: Key,
-        *,
+        work: Callable[..., T],
+        *key: Hashable,
         compile: bool = True,
         changes: Sequence[Tensor] = (),
         warm: bool = True,
         first: bool = False,
     ) -> T:
-        """What `work(key)` returns; a later call with this key overwrites it.
+        """What `work(*key)` returns; a later call with this key overwrites it.
 
         Args:
             work: Its tensors come from fixed addresses; it waits for nothing, and copies nothing
                 from the host, as `where` with a number may. Before it is captured it runs twice
                 more: that must change nothing but `changes`.
-            key: All of its shapes follow from this.
+            *key: All of its shapes follow from this.
             compile: Whether it gains from being compiled.
             changes: What a run changes for good; put back after those two.
             warm: Whether it runs before it is captured; else its kernels must have run before.
             first: Nothing that any graph returned is read after this, so graphs may be forgotten.
         """
         if not self.on:
-            return work(key)
+            return work(*key)
         if first and key not in self._made:
             self._make_room()
         made = self._made.setdefault(key, {})
         if work.__name__ not in made:
-            made[work.__name__] = self._capture(work, key, changes, compile=compile, warm=warm)
+            now = partial(work, *key)
+            made[work.__name__] = self._capture(now, changes, compile=compile, warm=warm)
             Graphs.captured += 1
         graph, out = made[work.__name__]
         graph.replay()
@@ -172,17 +172,11 @@ class Graphs:
         torch.cuda.synchronize(self._device)
 
     def _capture(
-        self,
-        work: Callable[[Key], T],
-        key: Key,
-        changes: Sequence[Tensor],
-        *,
-        compile: bool,
-        warm: bool,
+        self, work: Callable[[], T], changes: Sequence[Tensor], *, compile: bool, warm: bool
     ) -> tuple[torch.cuda.CUDAGraph, T]:
         with compiling() if self.compile and compile else nullcontext():
             if warm:
-                self._warm_up(work, key, changes)
+                self._warm_up(work, changes)
             free, there = torch.cuda.mem_get_info(self._device)
             if free < there // TIGHT:
                 torch.cuda.empty_cache()
@@ -195,18 +189,18 @@ class Graphs:
                 graph.capture_begin(pool=self._pool)
                 try:
                     with _no_collection():
-                        out = work(key)
+                        out = work()
                 finally:
                     graph.capture_end()
             return graph, out
 
-    def _warm_up(self, work: Callable[[Key], object], key: Key, changes: Sequence[Tensor]) -> None:
+    def _warm_up(self, work: Callable[[], object], changes: Sequence[Tensor]) -> None:
         assert self._stream
         before = [tensor.clone() for tensor in changes]
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for _ in range(2):
-                work(key)
+                work()
         torch.cuda.current_stream().wait_stream(self._stream)
         for tensor, old in zip(changes, before, strict=True):
             tensor.copy_(old)

@@ -14,7 +14,7 @@ from ttspec.drafters.dflash import DFlash, default_taps
 from ttspec.drafters.dflash2 import DFlash2
 from ttspec.drafters.domino import Domino
 from ttspec.drafters.dspark import DSpark
-from ttspec.losses import cross_entropy, position_weights
+from ttspec.losses import position_weights
 from ttspec.training.batches import Batch, Example, anchors
 from ttspec.training.recipe import Recipe, compiled_agreement, kl, mask_token
 
@@ -62,28 +62,19 @@ class BlockRecipe(Recipe[B]):
         row = torch.arange(len(states), device=states.device)[:, None, None]
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
-        p = self.target.compute_logits(states[row, at]) if self.asks_target else None
-        if p is not None and self.config.loss == "kl":
-            values = kl(p, logits)
-        else:
-            values = cross_entropy(blocks.labels, logits)
-        values = values + self.extra_loss(drafter, hidden, text, p, logits)
+        p = self.target.compute_logits(states[row, at])
+        values = kl(p, logits) + self.extra_loss(drafter, hidden, text, p, logits)
         weight = position_weights(length, DECAY, logits.device) * blocks.mask
         right = (logits.argmax(-1) == blocks.labels) & blocks.mask
         accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)
         return (values * weight).sum() / weight.sum().clamp(min=1e-6), accuracy
-
-    @property
-    def asks_target(self) -> bool:
-        """Whether the loss needs the target's logits."""
-        return self.config.loss == "kl"
 
     def extra_loss(
         self,
         drafter: B,  # noqa: ARG002
         hidden: Tensor,
         text: Tensor,  # noqa: ARG002
-        p: Tensor | None,  # noqa: ARG002
+        p: Tensor,  # noqa: ARG002
         logits: Tensor,  # noqa: ARG002
     ) -> Tensor:
         """What else is learned of each row, float32 [N, A, length] or one number.
@@ -92,7 +83,7 @@ class BlockRecipe(Recipe[B]):
             drafter: Learns.
             hidden: [N, A, length, H], what its head reads.
             text: int64 [N, A, length + 1], the known token and those after it.
-            p: [N, A, length, V], logits of the target; None where they are not asked for.
+            p: [N, A, length, V], logits of the target.
             logits: The same of the drafter.
         """
         return hidden.new_zeros((), dtype=torch.float32)
@@ -152,16 +143,10 @@ class DSparkRecipe(BlockRecipe[DSpark]):
             "markov_rank": min(256, int(self.target.config.hidden_size) // 4),
         }
 
-    @property
-    def asks_target(self) -> bool:
-        """The confidence head is taught by what the target would keep."""
-        return True
-
     def extra_loss(
-        self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor | None, logits: Tensor
+        self, drafter: DSpark, hidden: Tensor, text: Tensor, p: Tensor, logits: Tensor
     ) -> Tensor:
-        """KL of the confidence to the share of drafts that would be kept."""
-        assert p is not None
+        """KL of the confidence to the share of drafts that the target would keep."""
         kept = compiled_agreement(p, logits).clamp(0.0, 1.0)
         confidence = drafter.confidence(drafter.weights, hidden.detach(), text)
         least = F.binary_cross_entropy(kept, kept, reduction="none")
@@ -198,10 +183,9 @@ class DFlash2Recipe(BlockRecipe[DFlash2]):
         self,
         drafter: DFlash2,
         hidden: Tensor,
-        text: Tensor,
-        p: Tensor | None,
+        text: Tensor,  # noqa: ARG002
+        p: Tensor,
         logits: Tensor,  # noqa: ARG002
     ) -> Tensor:
         """The same loss of the head without the selector."""
-        alone = drafter.logits(hidden)
-        return cross_entropy(text[..., 1:], alone) if p is None else kl(p, alone)
+        return kl(p, drafter.logits(hidden))

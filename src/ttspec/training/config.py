@@ -43,12 +43,6 @@ class TrainConfig:
     """dflash and its kin: hidden states of the target that are read; left out, one per layer."""
     draft_vocabulary: int = 32000
     """eagle3: how many tokens it can draft, the most frequent of the answers."""
-    head: Literal["frozen", "trained"] = "frozen"
-    """eagle3: its output head stays rows of the target's, or is trained from them."""
-    keep: float = 0.7
-    """pard: share of the masks of one depth that are kept at the next."""
-    keep_least: float = 0.2
-    """pard: the smallest share."""
     batch: int = 32
     """Dialogues a step."""
     anchors: int = 64
@@ -57,8 +51,6 @@ class TrainConfig:
     """Dialogues answered side by side; left out, 32, or as many of them as fit into memory."""
     lr: float | None = None
     """Peak learning rate of AdamW; left out, 6e-4, and 3e-4 for mtp."""
-    loss: Literal["ce", "kl"] = "kl"
-    """Cross entropy to the tokens, as published, or KL to the target's distribution."""
     temperature: float = 0.8
     """Of the answers."""
     seed: int = 0
@@ -76,6 +68,5 @@ class TrainConfig:
         check("epochs batch anchors rows layers taps", "1 or more", lambda n: n >= 1)
         check("max_length max_answer block draft_vocabulary", "2 or more", lambda n: n >= 2)
         check("minutes lr", "above 0", lambda x: 0 < x < math.inf)
-        check("keep keep_least", "above 0, at most 1", lambda x: 0 < x <= 1)
         check("temperature", "0 (greedy) or more", lambda x: 0 <= x < math.inf)
         check("seed", "from 0 to 2**63 - 1", lambda n: 0 <= n < 2**63)

@@ -15,7 +15,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError, ResourceError
 from ttspec.free_memory import free_memory, mib
-from ttspec.losses import agreement, cross_entropy, forward_kl
+from ttspec.losses import agreement, forward_kl
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example
 from ttspec.training.config import TrainConfig
@@ -140,27 +140,21 @@ class Recipe(ABC, Generic[D]):
             for name, shape in shapes.items()
         }
 
-    def row_loss(self, q: Tensor, states: Tensor, labels: Tensor, ids: Tensor | None) -> Tensor:
-        """Loss per row.
+    def row_loss(self, q: Tensor, states: Tensor, ids: Tensor | None = None) -> Tensor:
+        """KL to the target's distribution, per row.
 
         Args:
             q: Draft logits [..., V_draft].
             states: What the target's head reads, [..., H], at the token before.
-            labels: int64 [...], the tokens of the text.
             ids: The target's token for each draft token; None is the same.
         """
-        if self.config.loss == "ce" and ids is None:
-            return cross_entropy(labels, q)
         p = self.target.compute_logits(states)
         if ids is None:
             return kl(p, q)
         # Over the tokens that can be drafted, weighed by the target's probability of those.
         covered = p[..., ids]
         share = (covered.float().logsumexp(-1) - p.float().logsumexp(-1)).exp()
-        if self.config.loss == "kl":
-            return kl(covered, q) * share
-        place = torch.searchsorted(ids, labels.contiguous()).clamp(max=len(ids) - 1)
-        return cross_entropy(place, q) * (ids[place] == labels)
+        return kl(covered, q) * share
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ from ttspec.training.block_recipes import (
 from ttspec.training.config import TrainConfig
 from ttspec.training.recipe import Recipe, mask_token
 
+KEPT, LEAST_KEPT = 0.7, 0.2
+"""Share of PARD's masks of one depth that are kept at the next, and the smallest share."""
 C = TypeVar("C", Eagle3, Mtp)
 
 
@@ -52,7 +54,7 @@ class ChainRecipe(Recipe[C]):
             labels, learned = blocks.labels[..., j], blocks.mask[..., j]
             at = (blocks.start + j).clamp(max=states.shape[1] - 1)  # past the end none is learned
             logits = drafter.logits(outs[:, :, j])
-            values = self.row_loss(logits, states[row, at], labels, drafter.draft_ids)
+            values = self.row_loss(logits, states[row, at], drafter.draft_ids)
             total = total + 0.8**j * (values * learned).sum() / learned.numel()
             best = logits.argmax(-1)
             best = best if drafter.draft_ids is None else drafter.draft_ids[best]
@@ -79,10 +81,8 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
             # At the top level vLLM reads them as we do; nested in eagle_config, a layer early.
             "eagle_aux_hidden_state_layer_ids": list(taps),
             "norm_before_residual": True,
-            "ttspec": {"length": c.block - 1},
+            "ttspec": {"length": c.block - 1, "rebuilt": ["lm_head.weight"]},
         }
-        if c.head == "frozen":
-            config["ttspec"]["rebuilt"] = ["lm_head.weight"]
         drafter = make_drafter("eagle3", config)
         assert isinstance(drafter, Eagle3)
         drafter.weights = self.random({n: s for n, s in drafter.shapes().items() if n != "d2t"})
@@ -94,8 +94,6 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
             drafter.weights["d2t"] = used - torch.arange(size)
             kept = torch.zeros(int(self.target.config.vocab_size), dtype=torch.bool)
             drafter.weights["t2d"] = kept.index_fill(0, used, True)
-        if c.head == "trained":
-            drafter.weights["lm_head.weight"] = self.target.head[used].float().cpu()
         return drafter
 
     def trained(self, drafter: Eagle3) -> list[str]:
@@ -193,7 +191,7 @@ class PardRecipe(Recipe[Causal]):
     def loss(self, drafter: Causal, batch: Batch) -> tuple[Tensor, Tensor]:
         """All rows alike, whatever their depth."""
         depth = self.config.block - 1 if self.kind == "pard" else 1
-        rows = masked_rows(batch, depth, self.config.keep, self.config.keep_least)
+        rows = masked_rows(batch, depth, KEPT, LEAST_KEPT)
         ids = torch.where(rows.depth > 0, getattr(drafter, "mask_token", 0), rows.ids)
         hidden = drafter.training_forward(ids, rows.position, rows.seen)
         row, at = rows.has_label.nonzero(as_tuple=True)
@@ -202,7 +200,7 @@ class PardRecipe(Recipe[Causal]):
         labels = batch.ids[row, place + 1]
         tied = drafter.weights["model.embed_tokens.weight"]
         logits = F.linear(hidden[row, at], drafter.weights.get("lm_head.weight", tied))
-        values = self.row_loss(logits, states[row, place], labels, None)
+        values = self.row_loss(logits, states[row, place])
         right = logits.argmax(-1) == labels
         which = rows.depth[row, at]
         accuracy = [

@@ -54,8 +54,7 @@ def examine_pair(target: Path, drafter: Drafter, settings: Settings) -> list[Lin
             Line("drafter", False, f"the plugin learns {', '.join(METHOD_OF)}; no {drafter.kind}")
         ]
     lines = [Line("drafter", True, f"{drafter.kind}: method {METHOD_OF[drafter.kind]} of vLLM")]
-    quantised = bool(drafter.config.get("quantization_config"))
-    if quantised:
+    if drafter.config.get("quantization_config"):
         lines.append(Line("weights", False, "quantised: they cannot be written in place"))
     try:
         # Sizes only: a table of one zero.
@@ -75,8 +74,7 @@ def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> 
     element = 4 if "float32" in str(config.get("dtype") or config.get("torch_dtype")) else 2
     _, rounds = room_for(drafter, settings.rows, drafter.length + 1, element)
     learn = resolve_learn_config(settings.learn, drafter, 1)
-    weights = bytes_of_copy(learn, drafter, str(learn.weights))
-    weights += bytes_of_memory(learn, drafter, str(learn.weights))
+    weights = bytes_of_copy(learn, drafter) + bytes_of_memory(learn, drafter)
     count = len(learned_names(drafter, learn))
     return Line(
         "memory",

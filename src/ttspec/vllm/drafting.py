@@ -60,7 +60,7 @@ class LiveDrafter:
             if learner:
                 self.publish(learner)
             if self.group.world_size > 1:
-                self._run(self._load_row, 0, compile=False)
+                self._run(self._load_row, compile=False)
         except BaseException:
             self._run = before
             raise
@@ -70,11 +70,11 @@ class LiveDrafter:
         """Let vLLM draft with what was learned, always by one learner; ranks when it is sent."""
         self._learner = learner
         if self.group.world_size > 1:
-            self._run(self._pack_learned, 0, compile=False)
+            self._run(self._pack_learned, compile=False)
             rarer = share_of_updates(0) / share_of_updates(learner.updates)
             self._row[-1:].fill_(int(rarer + 1e-6))
         else:
-            self._run(self._load_learned, 0, compile=False)
+            self._run(self._load_learned, compile=False)
 
     def count_rounds(self, rounds: int) -> bool:
         """Count a step's requests with drafts, on all ranks alike; whether to send weights now."""
@@ -95,20 +95,20 @@ class LiveDrafter:
         self._rarer.copy_(self._row[-1:], non_blocking=True)
         if self._told:
             self._told.record()
-        self._run(self._load_row, 0, compile=False)
+        self._run(self._load_row, compile=False)
 
     def _drafting(self) -> dict[str, Tensor]:
         return learned_weights(self._learner, self._learner.weights.published)
 
     # What may be captured as a graph, by its name: twice is as once.
 
-    def _load_learned(self, key: int) -> None:  # noqa: ARG002
+    def _load_learned(self) -> None:
         self._load(self._drafting())
 
-    def _pack_learned(self, key: int) -> None:  # noqa: ARG002
+    def _pack_learned(self) -> None:
         self._row[:-1].copy_(flat(self._drafting(), self._row.dtype))
 
-    def _load_row(self, key: int) -> None:  # noqa: ARG002
+    def _load_row(self) -> None:
         self._load(unflattened(self._row[:-1], self.names, self._shapes))
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:

@@ -259,7 +259,7 @@ class VerifiedRounds:
             for at in (logits, tokens)
         )
         features = [kept.flatten(0, 1)[tokens] for kept in self._features]
-        self._learner.read(
+        self._learner.memory_trainer.rows.write(
             self._tokens.flatten()[tokens].long(),
             torch.cat(features, -1) if features else self._logits.new_zeros(*tokens.shape, 0),
             first,
@@ -306,7 +306,8 @@ class TextPieces:
 
     def _remember_piece(self, size: int) -> None:
         tokens, features = self._tokens[:, :size], self._features[:, :size]
-        self._learner.read(tokens, features, self._start, self._count, None, self._row)
+        text = tokens, features, self._start, self._count, None, self._row
+        self._learner.memory_trainer.rows.write(*text)
 
 
 def size_of_graph(learner: MemoryLearner, size: int, sizes: Sequence[int]) -> int:

@@ -4,22 +4,49 @@ A round does all that it does otherwise, acceptance included; what is kept then 
 schedule that was told beforehand. The ordinary round knows nothing of it.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import shapes
 import torch
+from cyclopts import Parameter
 from torch import Tensor
 
+from ttspec.cli.options import ModelFlags
+from ttspec.config import GenerateConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.loading import device_of, dtype_of
+from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, ResourceError
-from ttspec.models import shapes
+from ttspec.models.target import Target
 from ttspec.records import Proposal
 from ttspec.sampling import SamplingTensors
+
+
+class RandomEngine(Engine):
+    """An engine on random weights. It never copies: only drafts are kept as the schedule says."""
+
+    def __init__(
+        self, target: Target, drafter: Drafter, pair: shapes.PairShapes, schedule: list[int]
+    ) -> None:
+        """`schedule` has drafts kept a round, in turn."""
+        super().__init__(target, drafter)
+        self.make_decoder = partial(ForcedDecoder, schedule=schedule)
+        self.random_weights = {
+            "shapes": pair.name,
+            "sha256": pair.sha256,
+            "layers": pair.layers,
+            "accept": schedule,
+        }
+
+    def decoder(self, config: GenerateConfig, *args: Any, **options: Any) -> Decoder:
+        """As an engine's, without copies."""
+        return super().decoder(
+            replace(config, draft=replace(config.draft, copy=False)), *args, **options
+        )
 
 
 class ForcedDecoder(Decoder):
@@ -58,7 +85,7 @@ def load_random(
     device: str = "auto",
     dtype: str = "auto",
     compile: bool = False,
-) -> Engine:
+) -> RandomEngine:
     """A pair of published shapes with random weights, whose acceptance is forced.
 
     Args:
@@ -89,20 +116,13 @@ def load_random(
     try:
         target = shapes.random_target(pair, place, kind)
         shapes.give_weights(drafter, place, kind)
-        engine = Engine(target, drafter)
+        engine = RandomEngine(target, drafter, pair, schedule)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ResourceError(
             f"The weights of {name} do not fit into memory.\n"
             f"Give fewer layers, as in {shapes.names()[0]}:layers=2."
         ) from error
     engine.compile = compile
-    engine.make_decoder = partial(ForcedDecoder, schedule=schedule)
-    engine.random_weights = {
-        "shapes": pair.name,
-        "sha256": pair.sha256,
-        "layers": pair.layers,
-        "accept": schedule,
-    }
     return engine
 
 
@@ -123,3 +143,63 @@ def parse_schedule(given: str | Sequence[int]) -> list[int]:
             "They are the drafts kept a round, in turn."
         )
     return schedule
+
+
+def label(settings: Mapping[str, Any]) -> str:
+    """What every output on random weights says; nothing of one on real weights."""
+    if not (found := settings.get("random_weights")):
+        return ""
+    return f"random weights, acceptance forced to {', '.join(map(str, found['accept']))}"
+
+
+def notice(settings: Mapping[str, Any]) -> str:
+    """The same for people who do not know what that means."""
+    if not (found := settings.get("random_weights")):
+        return ""
+    return (
+        f"No checkpoint was loaded: {label(settings)} drafts a round, in turn, "
+        f"in the shapes of {found['shapes']}, {found['layers']} target layers. Speed means "
+        "something here; acceptance and text do not."
+    )
+
+
+@Parameter(name="*")
+@dataclass(frozen=True, kw_only=True)
+class ShapeFlags:
+    """A pair of models, or published shapes without weights."""
+
+    models: ModelFlags = field(default_factory=ModelFlags)
+    random_weights: str | None = None
+    """Instead of a pair: random weights in the shapes of qwen3-8b+dflash, llama-3.1-8b+eagle3,
+    llama-3.1-8b+pard or TARGET_CONFIG.json,DRAFTER_CONFIG.json; fewer target layers as in
+    qwen3-8b+dflash:layers=2. Acceptance is then forced, and all output says so."""
+    accept: str | None = None
+    """With random weights: drafts kept a round, in turn, as in 3,2,4."""
+
+    def load(self, notify: Callable[[str], None]) -> Engine:
+        """Load the pair, or make it."""
+        if self.random_weights is None:
+            if self.accept is not None:
+                raise OptionError(
+                    "--accept was given without --random-weights: only there is it forced.\n"
+                    "Drop it."
+                )
+            return self.models.load(notify)
+        for name in ("target", "drafter", "device_map"):
+            if getattr(self.models, name) != getattr(ModelFlags, name):
+                flag = name.replace("_", "-")
+                raise OptionError(
+                    f"--random-weights was given together with --{flag}.\nDrop one of the two."
+                )
+        if self.accept is None:
+            raise OptionError(
+                "--random-weights needs --accept, for random models agree on nothing.\n"
+                "Give the drafts kept a round, in turn, as in --accept 3,2,4."
+            )
+        notify(f"Making random weights in the shapes of {self.random_weights}.")
+        models = self.models
+        models.set_up()
+        where = {"device": models.device, "dtype": models.dtype, "compile": models.compile}
+        engine = load_random(self.random_weights, self.accept, **where)
+        notify(notice({"random_weights": engine.random_weights}))
+        return engine
