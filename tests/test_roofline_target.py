@@ -8,21 +8,21 @@ import pytest
 import roofline
 import torch
 from conftest import byte_tokenizer
+from forced import load_random
 from hybrids import KINDS, random_hybrid
 from roofline_target import Experts, TargetShape, experts_read, target_pass, target_shape
 from roofline_timing import Plan, Rates, timed
 from roofline_work import Work
+from shapes import find_shapes, random_target
 from test_roofline import counted
 from test_shapes import small_files
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from toys import SLOTS
 
-from ttspec.bench.forced import load_random
 from ttspec.config import DraftConfig
 from ttspec.diagnosis.families import build
 from ttspec.models.recurrent import StateCache
-from ttspec.models.shapes import find_shapes, random_target
 from ttspec.models.target import Target, wrap_target
 from ttspec.rowcache import RowCache
 
