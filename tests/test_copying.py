@@ -185,6 +185,25 @@ def test_many_short_answers_learn_what_copies_are_worth(right: float) -> None:
     assert late > 300 if right > 0.5 else late < 200
 
 
+@pytest.mark.parametrize("kept", [0, 7])
+def test_rows_whose_copies_were_wrong_copy_again_some_day(kept: int) -> None:
+    """Beside a drafter that is often right nothing else would ever show that they are right now."""
+    costs = CopyCosts()
+    costs.observe(2, True, 0, 1.0, tokens=8)
+    copying, text = Copying(2, 7, costs=costs, widths=(7,)), [list(range(20)) * 2] * 2
+    for index in copying._rows:
+        index._rates = [0.95] * len(index._rates)
+    copying._accepted, copying._all_kept = [3.0, 3.0], 20.0
+    rounds = [0, 0]
+    for number in range(20_000):
+        copies = copying.choose([0, 1], text, drafts=True)
+        rounds[number >= 2000] += bool(copies)
+        for row, copied in copies.items():
+            copying._stale = True  # the texts stay as they are
+            copying.commit(row, [*copied[:kept], 0], None)
+    assert rounds[1] > 17_900 if kept else 20 < rounds[1] < 200
+
+
 def test_beside_a_drafter_a_copy_must_bring_more_than_the_drafts_that_it_replaces() -> None:
     costs = CopyCosts()
     for width in (0, 1, 3, 7):

@@ -42,6 +42,9 @@ WIDTH_COST = 0.15
 """What the next width of a round is taken to cost more where no clock may decide."""
 TRUST_MEMORY = 256.0
 """Tokens promised by copies of several rows that are remembered, with what was kept of them."""
+TRUST_LIFETIME = 1024
+"""Looks for copies after which that is forgotten if no row copied since: who is not trusted never
+copies, and would not be trusted for ever."""
 PRIOR_ACCEPTED, ROUNDS_REMEMBERED = 1.0, 16.0
 """Drafts that a drafter is thought to get accepted before it was seen, and rounds remembered."""
 
@@ -208,6 +211,8 @@ class Copying:
         self._promised: dict[int, float] = {}
         """By row that copies in the round under way, tokens that are expected to be kept."""
         self._all_promised = self._all_kept = TRUST_MEMORY / 4
+        self._looks = 0
+        """For copies, since a row copied."""
 
     @property
     def _trust(self) -> float:
@@ -232,6 +237,9 @@ class Copying:
         if self._costs and not self._costs.search.is_on:
             self._stale = True
             return {}
+        self._looks += 1
+        if self._looks % TRUST_LIFETIME == 0:
+            self._all_promised = self._all_kept = TRUST_MEMORY / 4
         copies, self._stale, trust = dict[int, Copy](), False, self._trust
         for row in active:
             index = self._rows[row]
@@ -299,6 +307,7 @@ class Copying:
         if not self._stale:  # else the next search takes them
             self._rows[row].extend(tokens, count=True)
         if promised := self._promised.pop(row, 0.0):
+            self._looks = 0
             left = max(0.0, 1 - promised / TRUST_MEMORY)
             self._all_promised = left * self._all_promised + promised
             self._all_kept = left * self._all_kept + len(tokens) - 1
