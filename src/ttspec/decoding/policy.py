@@ -204,7 +204,7 @@ class DraftPolicy:
             times = self._plain.setdefault((rows, copying, chained), [])
             times.append(seconds)
             del times[:-PLAIN_KEPT]
-        self._unlike += copying != self._copying
+        self._unlike += copying != self._copying and len(accepted) > 0  # else nobody would draft
         if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
             self._plain_due = max(0, self._plain_due - (not untimed))
             if not untimed:
