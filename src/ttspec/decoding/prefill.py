@@ -183,8 +183,8 @@ class PromptReader:
     def finish(self, prompts: PrefillBatch) -> None:
         """Wait for what was launched; the rows may decode."""
         assert self.captured
+        prompts.is_launched = False  # after an error or an interrupt they are read again
         drawn = self.captured.finish(prompts.rows)
-        prompts.is_launched = False  # after an error they are read again
         pairs = zip(prompts.position, prompts.ids, strict=True)
         self._begin_rows(prompts, [at + len(ids) for at, ids in pairs], drawn)
 
