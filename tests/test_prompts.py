@@ -163,6 +163,29 @@ def test_who_is_read_beside_rounds_may_be_aborted(target, shared: bool) -> None:
     assert all(whole[request] == tokens for request, tokens in cut.items())
 
 
+def test_prompts_are_read_on_where_who_kept_them_from_being_read_beside_rounds_leaves(
+    target,
+) -> None:
+    engine = Engine(target, None)
+    options = {"ignore_eos": True, "context": 400, "learn": None, "temperature": 0.9}
+    config = GenerateConfig(max_new_tokens=20, draft=DraftConfig(adaptive=False), **options)
+
+    def said(make: type[Decoder]) -> list[int]:
+        engine.make_decoder = make
+        scheduler = Scheduler(engine.decoder(config, 2, 300, sessions=False), config)
+        request = scheduler.add_request(Request(ids=[(3 * n) % 250 for n in range(70)], seed=1))
+        other = scheduler.add_request(Request(ids=[1, 2], seed=2, logprobs=1))
+        assert not scheduler.step()  # all but the last two tokens are read
+        scheduler.abort(other)
+        while True:
+            for number, chunk in scheduler.step():
+                if chunk.result:
+                    assert number == request
+                    return chunk.result.token_ids
+
+    assert said(Beside) == said(Decoder)
+
+
 @pytest.mark.parametrize("error", [TargetError, KeyboardInterrupt])
 def test_a_prompt_whose_logits_are_no_numbers_is_read_again_after_the_error(
     target, monkeypatch, error: type[BaseException]

@@ -139,9 +139,12 @@ class PromptReader:
     def launch(self, prompts: PrefillBatch) -> bool:
         """Begin to read prompts beside rounds, and to draw first tokens; whether that can be.
 
-        Not prompts of several chunks, nor rows whose first tokens the host must know more of.
+        Not prompts of several chunks, nor rows whose first tokens the host must know more of; and
+        not where such were among them, and have left since their first chunk was read.
         """
         rows, sampling, captured = prompts.rows, self._sampling, self.captured
+        if prompts.position != [self._rows.lengths[row] for row in rows]:
+            return False
         takes = not (self._drafter and self._state) or self._drafter.takes_padding
         if not (captured and captured.can_launch and takes and len(rows) <= MAX_CAPTURED_ROWS):
             return False
