@@ -17,6 +17,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -80,7 +81,9 @@ def run(
     show(out)
 
 
-def take_turns(serving: dict[tuple[int, str], subprocess.Popen[str]], requests: int, end: float):
+def take_turns(
+    serving: dict[tuple[int, str], subprocess.Popen[str]], requests: int, end: float
+) -> Iterator[dict[str, Any]]:
     """What arms did, turn by turn."""
     rng, first = random.Random(0), dict.fromkeys((rows for rows, _ in serving), 0)
     while time.monotonic() < end:
@@ -126,24 +129,14 @@ def show(path: Path) -> None:
         for arm in arms:
             own = [found[arm, first] for first in firsts]
             length = sum(t["tokens"] for t in own) / sum(t["rounds"] for t in own)
-            line = f"  {arm:42} {speed(own):7.0f} tokens/s, {length:.3f} a round, {len(own)} turns"
+            line = f"  {arm:42} {traffic.speed(own):7.0f} tokens/s, {length:.3f} a round"
+            line += f", {len(own)} turns"
             for base in arms:
                 if base != arm and base.partition("@")[0] in ("plain", "static", arm):
                     pairs = [(found[arm, first], found[base, first]) for first in firsts]
-                    between = common.middle_95(ratio, pairs, traffic.RESAMPLED)
-                    line += f"; over {base} {ratio(pairs):.3f} {between}"
+                    between = common.middle_95(traffic.ratio, pairs, traffic.RESAMPLED)
+                    line += f"; over {base} {traffic.ratio(pairs):.3f} {between}"
             print(line)
-
-
-def speed(turns: list[dict[str, Any]]) -> float:
-    """Tokens a second."""
-    return sum(turn["tokens"] for turn in turns) / sum(turn["seconds"] for turn in turns)
-
-
-def ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-    """The speed of the first of each over that of the second."""
-    ours, theirs = zip(*pairs, strict=True)
-    return speed(list(ours)) / speed(list(theirs))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -164,9 +164,10 @@ def show(path: Path, *, plot: Path | None = None) -> None:
     found = {(turn["arm"], turn["first"]): turn for turn in turns}
     for arm in arms:
         own = [found[arm, f] for f in firsts if (arm, f) in found]
-        speed = sum(t["tokens"] for t in own) / sum(t["seconds"] for t in own)
         length = sum(t["tokens"] for t in own) / sum(t["rounds"] for t in own)
-        print(f"{arm}: {speed:.0f} tokens/s, {length:.3f} a round, {own[-1]['updates']} updates")
+        print(
+            f"{arm}: {speed(own):.0f} tokens/s, {length:.3f} a round, {own[-1]['updates']} updates"
+        )
         for base in arms[:2]:
             if base != arm:
                 parts = " ".join(ratios(found, arm, base, firsts))
@@ -191,6 +192,18 @@ def draw(turns: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def speed(turns: Iterable[dict[str, Any]]) -> float:
+    """Tokens a second."""
+    tokens, seconds = zip(*((turn["tokens"], turn["seconds"]) for turn in turns), strict=True)
+    return sum(tokens) / sum(seconds)
+
+
+def ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
+    """The speed of the first of each over that of the second."""
+    ours, theirs = zip(*pairs, strict=True)
+    return speed(ours) / speed(theirs)
+
+
 def ratios(
     found: dict[tuple[str, int], dict[str, Any]], arm: str, base: str, firsts: list[int]
 ) -> Iterator[str]:
@@ -198,13 +211,6 @@ def ratios(
     met = (f for f in firsts if (arm, f) in found and (base, f) in found)
     both = [(found[arm, f], found[base, f]) for f in met]
     size = max(1, len(firsts) // PARTS)
-
-    def ratio(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
-        ours, theirs = zip(*pairs, strict=True)
-        tokens, seconds = (sum(t[k] for t in ours) for k in ("tokens", "seconds"))
-        return (
-            tokens / seconds * sum(t["seconds"] for t in theirs) / sum(t["tokens"] for t in theirs)
-        )
 
     yield f"{ratio(both):.3f} {common.middle_95(ratio, both, RESAMPLED)} |"
     for at in range(0, len(both), size):

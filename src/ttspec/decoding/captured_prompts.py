@@ -49,7 +49,7 @@ READ_SHAPES = (
 """Of which graphs are made."""
 
 
-class Launched(NamedTuple):
+class LaunchedRead(NamedTuple):
     """A graph's reading that was launched."""
 
     shape: ReadShape
@@ -86,7 +86,7 @@ class CapturedPrompts:
         self._features: dict[ReadShape, Tensor] = {}
         """[rows, width, W], as each graph leaves them."""
         # What is read beside rounds; off a GPU it is read at once.
-        self._may_launch, self._launched = beside, list[Launched]()
+        self._may_launch, self._launched = beside, list[LaunchedRead]()
         """Whether `launch` may be called, and what was."""
         self._rows_launched: list[int] = []
         """In the order in which they were given."""
@@ -180,7 +180,7 @@ class CapturedPrompts:
                 drawn = self._draw(self._replay(shape, self._given[here]))
                 self._found[here].copy_(drawn, non_blocking=True)
                 kept = self._features[shape].clone() if record else None
-                self._launched.append(Launched(shape, here, kept))
+                self._launched.append(LaunchedRead(shape, here, kept))
                 first = here.stop
             if self._over:
                 self._over.record()
