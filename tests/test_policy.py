@@ -692,3 +692,21 @@ def test_rounds_beside_prompts_hardly_count_but_where_there_are_no_others(target
         planner.observe(plan, time, {0: outcome}, 1, beside=beside)
     assert counted[:9] == [True] * 3 + [False, True] * 3
     assert counted[9:] == ([False] * 8 + [True]) * 2 + [False] * 2
+
+
+@pytest.mark.parametrize(("chance", "least"), [(0.3, 1.0), (0.4, 1.08), (0.75, 1.5)])
+def test_a_plain_round_that_was_held_up_is_not_believed_for_long(chance, least) -> None:
+    """Seen on a GPU: other processes began beside a server, then were ready; the plain rounds of
+    then made 7 drafts look free for 500 rounds, at two thirds of plain decoding's speed."""
+    rng, policy, took, tokens, rows = random.Random(0), DraftPolicy(7), 0.0, 0.0, range(16)
+    for number in range(1300):
+        length = policy.choose()
+        seconds = (1 + 0.22 * length) * (2.5 if number < 300 else 1) * rng.uniform(0.97, 1.05)
+        right = (takewhile(lambda n: rng.random() < chance * 0.92**n, range(length)) for _ in rows)
+        kept = [len(list(drafts)) for drafts in right]
+        emitted = 1 + sum(kept) / len(rows)
+        if number >= 300:
+            took, tokens = took + seconds, tokens + emitted
+        told = {"emitted": emitted, "accepted": kept if length else []}
+        policy.observe(length, seconds, context=50 + number % 200, rows=16, chained=True, **told)
+    assert tokens / took > least

@@ -1,6 +1,10 @@
 """Prompts read as padded pieces, on a GPU where that is captured, on a CPU in two bytes: nothing
 else may follow."""
 
+from collections.abc import Sequence
+from dataclasses import replace
+from random import Random
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +75,31 @@ class Beside(Padding):
         self.works_ahead = False
 
 
+class Letters:
+    """A mask: an answer may have the first 128 tokens."""
+
+    def fill(self, bitmask: Tensor, text: Sequence[int], drafted: Sequence[int]) -> None:
+        bitmask[:, 4:] = 0
+
+
+class Going(Beside):
+    """Begins them while rounds go on by themselves."""
+
+    _reads_spans = True
+    begun = 0
+
+    def capture(self) -> None:
+        super().capture()
+        self.works_ahead, self.cache.moves_rows = True, False
+        begin = self.prompts.begin
+
+        def counted(*args):
+            Going.begun += self.launched is not None
+            return begin(*args)
+
+        self.prompts.begin = counted  # type: ignore[method-assign]
+
+
 @pytest.fixture(scope="module")
 def target(toy_target_dir):
     return toy_engine(toy_target_dir).target
@@ -131,6 +160,43 @@ def test_prompts_of_like_lengths_are_read_together(target, which: str | None, sh
     expected, Padding.together, Busy.asked = said(Decoder), 0, 0
     assert said(Beside) == expected
     assert Padding.together >= 2  # of both widths, of those that begin at once
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", None])
+@pytest.mark.parametrize("shared", [False, True])
+def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, shared: bool) -> None:
+    """Rows come and go, some with options that the host must look at, and texts stay the same."""
+    learn = LearnConfig(scope="shared", stride=2, lr=3e-3) if shared and which else None
+    options = {"temperature": 0.9, "ignore_eos": True, "context": 400, "learn": learn}
+    config = GenerateConfig(max_new_tokens=40, draft=DraftConfig(adaptive=True), **options)
+    random = Random(7)
+    asked = [
+        Request(
+            ids=[random.randrange(250) for _ in range(random.choice((3, 20, 70, 200)))],
+            seed=n,
+            config=replace(config, max_new_tokens=random.randrange(2, 40)),
+            logprobs=1 if n in (5, 17) else None,
+            mask=Letters() if n in (6, 21) else None,
+            tenant=random.choice((None, "a", "b")) if not shared else None,
+        )
+        for n in range(30)
+    ]
+
+    def said(make: type[Decoder]) -> list[list[int]]:
+        engine, found = Engine(target, make_kind(which) if which else None), dict[int, list[int]]()
+        engine.make_decoder = make
+        scheduler = Scheduler(engine.decoder(config, 5, 300, sessions=False), config, stream=False)
+        for request in asked:
+            scheduler.add_request(request)
+        while scheduler.has_unfinished():
+            for request, chunk in scheduler.step():
+                assert chunk.result
+                found[request] = chunk.result.token_ids
+        return [found[request] for request in sorted(found)]
+
+    expected, Busy.asked, Going.begun = said(Decoder), 0, 0
+    assert said(Going) == expected
+    assert Going.begun > 2
 
 
 @pytest.mark.parametrize("shared", [False, True])

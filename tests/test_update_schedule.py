@@ -16,7 +16,7 @@ from ttspec.learning.update_schedule import (
     MAX_STRIDES,
     PATIENCE,
     SHARE,
-    SHARE_UNUSED,
+    SPENT,
     UNPROVEN,
     UpdateSchedule,
 )
@@ -40,7 +40,13 @@ class FakeLearner(SimpleNamespace):
         self.schedule = UpdateSchedule(self, clock=clock, copies=copies)  # type: ignore[arg-type]
 
     def learn(
-        self, *, updates: int, cost: float, drafts: float | None = 1.0, slow: tuple[int, ...] = ()
+        self,
+        *,
+        updates: int,
+        cost: float,
+        drafts: float | None = 1.0,
+        gains: float = 0.5,
+        slow: tuple[int, ...] = (),
     ) -> int:
         """Until there were so many updates more; those that are `slow` take 500 s. The strides."""
         until = self.updates + updates
@@ -51,7 +57,7 @@ class FakeLearner(SimpleNamespace):
             self.since -= self.since * updated
             self.updates += updated
             seconds = 1.0 + cost * updated + 500.0 * (updated and self.updates in slow)
-            self.schedule.observe(seconds, updated, drafts, pauses=not drafts)
+            self.schedule.observe(seconds, updated, drafts, gain=gains)
         return self.strides
 
 
@@ -153,16 +159,17 @@ def test_a_gain_that_comes_late_is_taken():
     assert learner.learn(updates=10, cost=2.0) <= 4
 
 
-@pytest.mark.parametrize("drafts", [1.0, None])
-def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None):
-    """And a smaller one the more was learned."""
-    learner, cost, most = FakeLearner(memory=True), 4.0, SHARE if drafts else SHARE_UNUSED
+@pytest.mark.parametrize(("drafts", "gains"), [(1.0, 0.3), (1.0, 0.06), (1.0, 0.0), (None, 0.0)])
+def test_what_all_teach_is_learned_within_a_share_of_the_time(drafts: float | None, gains: float):
+    """And a smaller one the more was learned, or the less drafting gains."""
+    learner, cost, most = FakeLearner(memory=True), 4.0, min(SHARE, SPENT * gains)
+    told = {"drafts": drafts, "gains": gains}
     for until in (FULL, 4 * FULL, 40 * FULL):
-        strides = learner.learn(updates=until - learner.updates, cost=cost, drafts=drafts)
+        strides = learner.learn(updates=until - learner.updates, cost=cost, **told)
         share, may = cost / (8 * strides), max(LEAST_SHARE, min(most, SHARE * FULL / until))
         assert 0.6 * may < share <= 1.1 * may or strides == MAX_STRIDES, until
     cheap = FakeLearner(memory=True)  # as often as the stride says
-    assert cheap.learn(updates=PATIENCE, cost=0.02, drafts=drafts) == 1
+    assert cheap.learn(updates=PATIENCE, cost=0.02, **told) == 1
 
 
 def test_a_plain_round_between_drafts_makes_no_update_rare():

@@ -258,12 +258,12 @@ class Chunk:
 
 def acceptance_length(rounds: Sequence[Round]) -> float:
     """Mean tokens emitted a round, as a ratio of sums; 0.0 with no round."""
-    return sum(r.emitted for r in rounds) / len(rounds) if rounds else 0.0
+    return sum([r.emitted for r in rounds]) / len(rounds) if rounds else 0.0
 
 
 def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
     """1 - distinct n-grams / all n-grams; 0.0 for a text shorter than n."""
-    grams = [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
+    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -298,10 +298,12 @@ def summarise(
     reread_tokens: int = 0,
 ) -> Stats:
     """The statistics of one answer from its rounds."""
-    longest = max((r.proposed for r in rounds), default=0)
-    accepted = Counter(r.accepted for r in rounds)
-    stages = [sum(each) for each in zip(*(r.seconds for r in rounds), strict=True)] or [0.0] * 3
-    lengths = Counter(r.length for r in rounds if r.length is not None)
+    # Lists: the device waits meanwhile, where a row's next request is to begin.
+    longest = max([r.proposed for r in rounds], default=0)
+    accepted = Counter([r.accepted for r in rounds])
+    stages = [sum(each) for each in zip(*[r.seconds for r in rounds], strict=True)] or [0.0] * 3
+    lengths = Counter([r.length for r in rounds if r.length is not None])
+    copied = [r.accepted for r in rounds if r.copied]
     return Stats(
         seed=seed,
         prompt_tokens=prompt_tokens,
@@ -312,15 +314,15 @@ def summarise(
             sum(count for n, count in accepted.items() if n >= i) / len(rounds)
             for i in range(1, longest + 1)
         ],
-        updates=sum(r.updates for r in rounds),
+        updates=sum([r.updates for r in rounds]),
         reverts=reverts,
         seconds=seconds,
         tokens_per_second=len(token_ids) / seconds if seconds > 0 else 0.0,
         seconds_in=dict(zip(("draft", "verify", "learn"), stages, strict=True)),
         by_position=by_position(rounds),
         repeated_8grams=repeated_ngrams(token_ids),
-        copied_rounds=sum(r.copied for r in rounds),
-        copied_tokens=sum(r.accepted for r in rounds if r.copied),
+        copied_rounds=len(copied),
+        copied_tokens=sum(copied),
         plain_rounds=lengths[0],
         draft_lengths={str(n): lengths[n] for n in sorted(lengths)},
         thinking=thinking,

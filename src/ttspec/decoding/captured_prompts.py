@@ -136,9 +136,9 @@ class CapturedPrompts:
 
     @property
     def can_launch(self) -> bool:
-        """Whether rows may be read beside rounds, and none are."""
+        """Whether rows may be read beside rounds, some after others."""
         distinct = self._stream is None or Streams.are_distinct(self._stream.device)
-        return self._may_launch and distinct and not self.is_launched
+        return self._may_launch and distinct
 
     @property
     def is_launched(self) -> bool:

@@ -23,9 +23,15 @@ SPIKE = 4.0
 STALE = 256
 """Rounds without copies after which a width is believed to cost half as much more: the text, or
 the machine, may be another by now."""
-INTERVAL, MIN_INTERVALS, INTERVALS_KEPT, EXPLORE = 64, 3, 5, 16
+SHARE, MOST_BEHIND, MOST_AHEAD = 0.005, 2.0, 8.0
+"""Of the time, what copies that do not pay may cost in the long run; and rounds by which copies may
+be behind rounds without before that is worked off, and ahead."""
+INTERVAL, MIN_INTERVALS, INTERVALS_KEPT = 64, 3, 5
 """Rounds that are timed together; intervals with and without the search before one is preferred;
-those whose median counts; and one interval in so many explores what was slower lately."""
+and those whose median counts."""
+EXPLORE, SELDOM = 16, 128
+"""Intervals between two that explore what was slower lately; twice as many each time, up to the
+second, as long as it stays slower."""
 
 
 class CopySearch:
@@ -41,14 +47,17 @@ class CopySearch:
         self._kind: tuple[int, bool] | None = None
         """Rows (powers of two), and whether the drafter drafts, of the rounds that count in this
         interval."""
-        self._others = self._intervals = 0
+        self._others = self._since = 0
+        """Rounds of another kind, and intervals since one that explored."""
+        self._preferred, self._explore = True, EXPLORE
+        """What was faster lately, and when the other is tried again."""
         self._tokens = 0.0
         """Of a row, on average."""
         self._seconds: list[float] = []
         self._speeds: dict[tuple[int, bool, bool], deque[float]] = {}
         """Of the last intervals, by kind and by whether the search was on."""
 
-    def observe(self, rows: int, drafts: bool, tokens: int, seconds: float) -> None:
+    def observe(self, rows: int, drafts: bool, tokens: float, seconds: float) -> None:
         """Take note of a round, and decide about the next interval where one is over.
 
         Args:
@@ -70,7 +79,7 @@ class CopySearch:
             most = SPIKE * median(self._seconds)
             speeds = self._speeds.setdefault((*kind, self.is_on), deque(maxlen=INTERVALS_KEPT))
             speeds.append(self._tokens / sum(min(took, most) for took in self._seconds))
-            self._intervals += 1
+            self._since += 1
             self._begin(kind)
 
     def _begin(self, kind: tuple[int, bool]) -> None:
@@ -78,9 +87,14 @@ class CopySearch:
         on, off = (self._speeds.get((*kind, is_on), ()) for is_on in (True, False))
         if min(len(on), len(off)) < MIN_INTERVALS:
             self.is_on = len(on) <= len(off)
-        else:
-            pays = median(on) >= median(off)
-            self.is_on = pays != (self._intervals % EXPLORE == 0)
+            return
+        pays = median(on) >= median(off)
+        if pays != self._preferred:
+            self._preferred, self._explore = pays, EXPLORE
+        explores = self._since >= self._explore
+        if explores:
+            self._since, self._explore = 0, min(2 * self._explore, SELDOM)
+        self.is_on = pays != explores
 
 
 class CopyCosts:
@@ -97,6 +111,9 @@ class CopyCosts:
         """The second: whether rounds are ever chained."""
         self._copied: tuple[tuple[int, bool, int], float] | None = None
         """Of the last round, if rows copied: its kind, and its share in what is known of that."""
+        self._expected, self._behind = 1.0, 0.0
+        """Tokens of all rows that the round would have had without copies; and rounds by which
+        copies are behind rounds without, below 0 ahead."""
 
     def observe(
         self,
@@ -105,7 +122,7 @@ class CopyCosts:
         width: int,
         seconds: float,
         *,
-        tokens: int = 1,
+        tokens: float,
         chained: bool = False,
     ) -> None:
         """Take note of a round.
@@ -128,10 +145,15 @@ class CopyCosts:
                 key, ratio = (_power(rows), drafts, _bucket(width)), seconds / without
                 self._copied = key, NEW if key in self._ratios else 1.0
                 self._ratios[key] = _moved(self._ratios.get(key, ratio), ratio)
+                self._behind += min(ratio, SPIKE) - tokens / self._expected
+                self._behind = max(-MOST_AHEAD, self._behind)
             return
         if before and without and not chained:
-            key, share = before
-            self._ratios[key] += share * min(max(0.0, seconds / without - 1), SPIKE)
+            (key, share), more = before, min(max(0.0, seconds / without - 1), SPIKE)
+            self._ratios[key] += share * more
+            self._behind += more
+        if self._behind > 0:
+            self._behind = max(0.0, self._behind - SHARE)
         kind = rows, drafts, chained
         self._without[kind] = _moved(self._without.get(kind, seconds), seconds)
         self._rounds += 1
@@ -162,8 +184,10 @@ class CopyCosts:
             widths: Rounds are as wide as one of these.
         """
         tokens = len(accepted) + sum(accepted.values())
-        best, most = tokens, 0
+        self._expected, best, most = tokens, tokens, 0
         longest = max(map(len, chances.values()), default=0)
+        if self._behind > MOST_BEHIND:
+            return 0
         for width in widths if longest else ():
             cost = self.cost(len(accepted), drafts, width)
             if cost is None:

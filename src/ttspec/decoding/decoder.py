@@ -279,6 +279,17 @@ class Decoder(RoundStages):
         elif active == last.active and not self._is_masked(active):
             self.launched = self._launch(unobserved=last.shape.draft_length)
 
+    @property
+    def begins_beside(self) -> bool:
+        """Whether prompts may begin while a round is under way, to be read beside it.
+
+        What a round returns lies where other graphs work, too: so not where the host will look at
+        more of it than is on its way already, nor where rows learn for themselves.
+        """
+        captured, shares = self.prompts.captured, self.learner is None or self.learner.shared
+        asked = self.row_sampling.logprobs.asked(self.rows.active())
+        return captured is not None and captured.can_launch and shares and not asked
+
     def _is_masked(self, rows: list[int]) -> bool:
         """Whether the host must look at drafts of some rows before they are verified."""
         return bool((masks := self.row_sampling.masks) and masks.masked(rows))

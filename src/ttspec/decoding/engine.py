@@ -140,7 +140,7 @@ class Engine:
         Args:
             dialogues: Turns, answered one after the other; a row that is done takes the next.
             rows: Conversations at a time; None is all of them, or as many as fit into memory.
-            stream: Without it, text comes only with the result.
+            stream: Without it, nothing comes before a result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
             seeds: One for each dialogue; None is `seed` for all.
             **options: Fields of `GenerateConfig`; limits hold for each turn. Without `learn`

@@ -183,8 +183,8 @@ class RoundPlanner:
         if learner and self.schedule and not time.captured:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
             if mean is not None or learner.memory_trainer:
-                pauses = policy.pauses
-                self.schedule.observe(time.seconds, updated, mean, pauses=pauses, beside=beside)
+                gain = policy.gain
+                self.schedule.observe(time.seconds, updated, mean, gain=gain, beside=beside)
 
     def _longest(self, active: list[int]) -> int:
         """The longest row's length; with graphs, the largest that reads as many slots."""

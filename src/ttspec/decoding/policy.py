@@ -52,9 +52,16 @@ takes a third longer: with 5 for 23 a length was given up after three such round
 MOST_UNLIKE = 8
 """Plain rounds that are taken until one is like the last drafting round, in which rows copied, or
 none did: they may have begun to, or stopped, and no such round come for long."""
+DOUBTFUL, TOO_CHEAP = 8, 0.98
+"""Drafting rounds after which a plain one is measured anew if half of them took less than so many
+of it: it was held up, as by other processes that began. Twice as many each time that it was not."""
+MUCH_FASTER = 0.8
+"""Of what plain rounds took: where one takes less, those before were held up."""
 COST_LIFETIME = 256
-"""Rounds after which the cost of a length that was not drafted since is known no more: a few rounds
-that were held up would speak against it for ever."""
+"""Rounds after which the cost of a length that was not drafted since is known no more, for each
+`COST_SAMPLES` that it is known from: a few that were held up would speak against it for ever."""
+COST_SAMPLES = 4
+"""See above."""
 
 
 class FixedDraftLength:
@@ -62,6 +69,8 @@ class FixedDraftLength:
 
     adaptive = False
     pauses = False
+    gain = 1.0
+    """It drafts whatever it gains."""
     copy_costs: CopyCosts | None = None
 
     def __init__(self, length: int) -> None:
@@ -135,6 +144,10 @@ class DraftPolicy:
         """Drafting rounds since a plain one, and how many are to be."""
         self._unlike = 0
         """Plain rounds since, unlike the last of these."""
+        self._unclamped: list[float] = []
+        """What the last drafting rounds took, in plain rounds, be it less than one."""
+        self._doubtful = DOUBTFUL
+        """How many of them are looked at together."""
         self._context = 0
         """Tokens of context that the last plain round had."""
         self.copy_costs = CopyCosts()
@@ -202,6 +215,9 @@ class DraftPolicy:
             return
         if not untimed:
             times = self._plain.setdefault((rows, copying, chained), [])
+            if times and seconds < MUCH_FASTER * median_low(times):
+                times.clear()
+                self._forget_reckoned()
             times.append(seconds)
             del times[:-PLAIN_KEPT]
         self._unlike += copying != self._copying and len(accepted) > 0  # else nobody would draft
@@ -213,6 +229,11 @@ class DraftPolicy:
             self._after_plain()
 
     def _observe_cost(self, length: int, cost: float, emitted: float) -> None:
+        self._unclamped.append(cost)
+        if len(self._unclamped) >= self._doubtful:
+            if median(self._unclamped) < TOO_CHEAP and not self._plain_due:
+                self._plain_due, self._doubtful = PLAIN_KEPT, 2 * self._doubtful
+            self._unclamped.clear()
         cost = max(cost, 1.0)  # a plain round does less: if it took longer, it was held up
         if self._catch_up is None:  # the drafter reads first what it missed: no cost of the length
             cost = min(cost, MAX_CATCH_UP)
@@ -266,11 +287,8 @@ class DraftPolicy:
         if self._plain_before is not None:
             slower = self._plain_seconds > 1.1 * self._plain_before
             self._plain_before = None
-            if slower:  # what drafts cost lately was reckoned by another plain round
-                self._deficit = 0.0
-                self._median_cost.clear()
-                for costs in self._costs.values():
-                    costs.clear()
+            if slower:
+                self._forget_reckoned()
             else:
                 self._start_pause()
         elif not self._length:
@@ -286,6 +304,14 @@ class DraftPolicy:
                 # What the text was like before the pause counts for less.
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]
+
+    def _forget_reckoned(self) -> None:
+        """What drafts cost and gained lately was reckoned by another plain round than by now."""
+        self._deficit, self._gained, self._doubtful = 0.0, 0.0, DOUBTFUL
+        self._unclamped.clear()
+        self._median_cost.clear()
+        for costs in self._costs.values():
+            costs.clear()
 
     def _start_pause(self) -> None:
         self._update_acceptance()
@@ -313,7 +339,8 @@ class DraftPolicy:
     def _forget_costs(self) -> None:
         """Hope anew for lengths that were not drafted for long."""
         for length, last in self._last_drafted.items():
-            if self._rounds - last > COST_LIFETIME:
+            samples = max(1, len(self._costs[length]) // COST_SAMPLES)
+            if self._rounds - last > COST_LIFETIME * samples:
                 self._median_cost.pop(length, None)
                 self._costs[length].clear()
 
@@ -335,6 +362,11 @@ class DraftPolicy:
         if not self._median_cost:
             return 0.0  # nothing to go by: none is better than another
         return self.tokens(length) / self._cost(length)
+
+    @property
+    def gain(self) -> float:
+        """What drafting gains on plain decoding by now, as a part of it, as far as is known."""
+        return max(0.0, self.speed(self._length) - 1) if self._length else 0.0
 
     def _cost(self, length: int) -> float:
         """Of a round, in plain rounds; from its neighbours where it was not measured."""

@@ -123,8 +123,8 @@ class PromptReader:
         self._deferred.flush(rows)
         self._restore_features(rows)
         self._deferred.before_prompt(rows)
-        noise_key = self._rows.inputs.noise_key
-        noise_key[noise_key.new_tensor(rows)] = noise_key.new_tensor(keys)
+        for row, key in zip(rows, keys, strict=True):
+            self._rows.inputs.noise_key[row] = key  # copies of lists would wait for the device
         self.rollback.invalidate(rows)  # until all is read
         position = [self._rows.lengths[row] for row in rows]
         return PrefillBatch(
@@ -143,7 +143,8 @@ class PromptReader:
         not where such were among them, and have left since their first chunk was read.
         """
         rows, sampling, captured = prompts.rows, self._sampling, self.captured
-        if prompts.position != [self._rows.lengths[row] for row in rows]:
+        begun = prompts.position != [self._rows.lengths[row] for row in rows]
+        if begun or self.is_launched:
             return False
         takes = not (self._drafter and self._state) or self._drafter.takes_padding
         if not (captured and captured.can_launch and takes and len(rows) <= MAX_CAPTURED_ROWS):

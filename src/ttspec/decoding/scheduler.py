@@ -40,7 +40,7 @@ class Scheduler:
         Args:
             decoder: Its rows are this scheduler's alone.
             config: Of requests without their own; limits hold for each turn.
-            stream: Without it, text comes only with a result.
+            stream: Without it, nothing comes before a result.
         """
         self.decoder, self.config, self._stream = decoder, config, stream
         self._conversations: dict[int, Conversation] = {}
@@ -54,6 +54,8 @@ class Scheduler:
         self._prefill: PrefillBatch | None = None
         self._running: list[Conversation] = []
         """That decode."""
+        self._had_round = False
+        """Whether the last step had a round."""
         self._free = list(range(decoder.rows.count))
         self._tenant_of_free: dict[int, str | None] = {}
         """Whose text a free row holds."""
@@ -113,15 +115,19 @@ class Scheduler:
             (request, chunk) of each request with something new. A chunk with a result ends a turn.
         """
         moved: list[Conversation] = []
-        if not self.decoder.launched:  # graphs of prompts and memory may work where its results lie
+        if (self._waiting or self._ready) and self._may_begin:
             self._assign_rows()
             if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
                 moved = self._begin_prefill()
-            if self._prefill:
-                moved += self._read_chunk(self._prefill)
-        if self._running and (self._prefill or not moved):
+                if self._prefill and self.decoder.launched:
+                    self.decoder.prompts.launch(self._prefill)
+        if self._prefill and not self.decoder.launched:
+            moved += self._read_chunk(self._prefill)
+        self._had_round = bool(self._running and (self._prefill or not moved))
+        if self._had_round:
             moved += self._round()
-        events = [(conversation, conversation.chunk()) for conversation in moved]
+        told = moved if self._stream else [one for one in moved if one.finish]
+        events = [(conversation, conversation.chunk()) for conversation in told]
         for conversation, chunk in events:
             conversation.mark_sent(chunk)
             if chunk.result and not conversation.request.keeps_row:
@@ -205,6 +211,16 @@ class Scheduler:
                 f"weights of tenant {ours!r}.\nGive it to a scheduler of its own: with learn.scope "
                 "shared there is one for each tenant."
             )
+
+    @property
+    def _may_begin(self) -> bool:
+        """Whether rows may be given to requests now.
+
+        Rather while a round is under way than before it is launched, where that can be.
+        """
+        if not (self._running and self.decoder.begins_beside):
+            return not self.decoder.launched
+        return bool(self.decoder.launched or (self._had_round and not self._prefill))
 
     @property
     def _prefill_is_due(self) -> bool:
@@ -301,8 +317,9 @@ class Scheduler:
 
     def _round(self) -> list[Conversation]:
         """One round; the conversations that took part."""
-        ahead = self.decoder.works_ahead and not self._prefill_is_due
-        outcomes, moved = self.decoder.round(ahead=ahead), self._running
+        decoder = self.decoder
+        waits = self._prefill_is_due and (self._prefill or not decoder.begins_beside)
+        outcomes, moved = decoder.round(ahead=decoder.works_ahead and not waits), self._running
         for conversation in moved:
             conversation.take_round(outcomes[conversation.row])
         self._running = [conversation for conversation in moved if not conversation.finish]

@@ -18,14 +18,16 @@ MAX_STRIDES, LONGEST = 32, 512
 """Strides between updates at most: what is learned later may pay yet. The second beside copies."""
 RECENT = 64
 """Rounds whose median time is known."""
-SHARE, FULL, LEAST_SHARE, SHARE_UNUSED = 0.06, 160, 0.01, 0.02
+SHARE, FULL, LEAST_SHARE = 0.06, 160, 0.01
 """Of the time that updates of a drafter which all requests teach may take: the first for so many
-updates, then less as there are more, in proportion, down to the third; and the most while it does
-not draft. What is learned grows with the logarithm of the updates, so the next one brings less the
-more there were; and of few requests more updates than these brought nothing (docs/learned.md)."""
+updates, then less as there are more, in proportion, down to the third, which may be taken where
+drafting gains nothing; and not more than `SPENT` of what it gains. What is learned grows with the
+logarithm of the updates, so the next one brings less the more there were; and of few requests more
+updates than these brought nothing (docs/learned.md)."""
 UNPROVEN, SPENT = 0.02, 0.5
 """Where rows learn for themselves: share of the time that updates may take whatever they gain, and
-of what they gain, the part that may be spent."""
+of what they gain, the part that may be spent. The latter of what drafting gains, where all requests
+teach."""
 BESIDE_COPIES = 0.0025
 """The first of these where rows copy, too, from the first round on. There an update saved 0.15 to
 0.23 of a round in sessions of 1,200 tokens, and cost 0.7 to 2.5 (docs/results/policy/
@@ -81,7 +83,7 @@ class UpdateSchedule:
         updated: bool,
         accepted: float | None,
         *,
-        pauses: bool = False,
+        gain: float = 1.0,
         beside: bool = False,
     ) -> None:
         """Take note of a round, and set the learner's `strides`.
@@ -91,7 +93,7 @@ class UpdateSchedule:
             updated: Whether an update was published after it, which may have run beside some rounds
                 before: all that these took more is its cost.
             accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
-            pauses: Whether the drafter is not to draft for long.
+            gain: What drafting gains on plain decoding, as a part of it.
             beside: Whether prompts were read meanwhile: then what it took more is not the update's.
         """
         learner, drafted = self._learner, accepted is not None
@@ -117,8 +119,7 @@ class UpdateSchedule:
             return
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.memory_trainer:
-            may = share_of_updates(self._updates)
-            may = min(may, SHARE_UNUSED) if pauses else may
+            may = min(share_of_updates(self._updates), max(LEAST_SHARE, SPENT * gain))
         else:
             static = self._accepted / max(learner.guard.gain(proven=self._copies), 1e-3)
             may = BESIDE_COPIES if self._copies else UNPROVEN
