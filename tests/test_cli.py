@@ -561,7 +561,7 @@ def test_no_learning_and_learning_options_contradict_each_other() -> None:
 def test_low_acceptance_needs_enough_rounds_with_drafts_to_be_said() -> None:
     def rounds(count: int, accepted: int = 0, **kind: object) -> list[Round]:
         one = Round(position=0, proposed=5, accepted=accepted, emitted=1 + accepted)
-        return [replace(one, **kind)] * count
+        return [one._replace(**kind)] * count
 
     assert low_acceptance(rounds(15)) is None
     assert "1.00 over 16 rounds" in str(low_acceptance(rounds(16)))

@@ -160,8 +160,7 @@ class ReplayBatch:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
+class Round(NamedTuple):
     """One row's share of one round, on the host."""
 
     position: int

@@ -370,7 +370,7 @@ class UntimedStore(Store):
 
 def _without_times(turn: Turn) -> Turn:
     result = turn.result
-    rounds = [replace(r, seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
+    rounds = [r._replace(seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
     stats = summarise(
         rounds,
         token_ids=result.token_ids,

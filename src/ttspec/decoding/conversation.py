@@ -145,18 +145,9 @@ class Conversation:
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
         self._logprobs += outcome.logprobs[:kept]
-        self.rounds.append(
-            Round(
-                position=position,
-                proposed=outcome.proposed,
-                accepted=min(outcome.accepted, kept),
-                emitted=kept,
-                updates=int(outcome.updated),
-                seconds=outcome.seconds,
-                length=outcome.length,
-                copied=outcome.copied,
-            )
-        )
+        _, proposed, accepted, _, updated, seconds, length, copied, _ = outcome
+        told = int(updated), seconds, length, copied
+        self.rounds.append(Round(position, proposed, min(accepted, kept), kept, *told))
 
     def cancel(self) -> None:
         """End the answer as it is; what the decoder knows beyond it is taken back.

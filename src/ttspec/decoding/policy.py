@@ -44,7 +44,7 @@ MAX_SPIKE = 2.0
 """Times its length's usual cost that a round is charged at most: more is another process's, and
 would have held up plain rounds as well, of which the median counts."""
 MAX_CATCH_UP = 8.0
-"""Plain rounds that the first round of a trial is charged at most, for the same reason."""
+"""The same of the first round of a trial, in plain rounds."""
 PLAIN_KEPT, COSTS_KEPT = 3, 23
 """Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth round
 takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost up to
@@ -52,16 +52,13 @@ takes a third longer: with 5 for 23 a length was given up after three such round
 MOST_UNLIKE = 8
 """Plain rounds that are taken until one is like the last drafting round, in which rows copied, or
 none did: they may have begun to, or stopped, and no such round come for long."""
-DOUBTFUL, TOO_CHEAP = 8, 0.98
+DOUBTFUL, TOO_CHEAP, MUCH_FASTER = 8, 0.98, 0.8
 """Drafting rounds after which a plain one is measured anew if half of them took less than so many
-of it: it was held up, as by other processes that began. Twice as many each time that it was not."""
-MUCH_FASTER = 0.8
-"""Of what plain rounds took: where one takes less, those before were held up."""
+of it: it was held up, as by other processes that began. Twice as many each time that it was not.
+One that takes less than so many of those before says the same."""
 COST_LIFETIME = 256
 """Rounds after which the cost of a length that was not drafted since is known no more, for each
-`COST_SAMPLES` that it is known from: a few that were held up would speak against it for ever."""
-COST_SAMPLES = 4
-"""See above."""
+four that it is known from: a few that were held up would speak against it for ever."""
 
 
 class FixedDraftLength:
@@ -144,10 +141,8 @@ class DraftPolicy:
         """Drafting rounds since a plain one, and how many are to be."""
         self._unlike = 0
         """Plain rounds since, unlike the last of these."""
-        self._unclamped: list[float] = []
-        """What the last drafting rounds took, in plain rounds, be it less than one."""
-        self._doubtful = DOUBTFUL
-        """How many of them are looked at together."""
+        self._unclamped, self._doubtful = list[float](), DOUBTFUL
+        """What drafting rounds took, be it less than a plain one, and how many are looked at."""
         self._context = 0
         """Tokens of context that the last plain round had."""
         self.copy_costs = CopyCosts()
@@ -207,6 +202,8 @@ class DraftPolicy:
                 # A wait for the host is not the drafts': a plain round would have waited as long.
                 usual = self._plain_seconds_of((rows, copying, True))
                 self._observe_cost(length, 1 + (seconds - plain) / (usual or plain), emitted)
+            elif untimed and length in self._median_cost:  # it took what such rounds took lately
+                self._add_to_deficit(self._cost(length) - emitted, emitted)
             self._since_plain += 1
             self._uncounted_rounds += 1
             self._after_drafting(context)
@@ -339,7 +336,7 @@ class DraftPolicy:
     def _forget_costs(self) -> None:
         """Hope anew for lengths that were not drafted for long."""
         for length, last in self._last_drafted.items():
-            samples = max(1, len(self._costs[length]) // COST_SAMPLES)
+            samples = max(1, len(self._costs[length]) // 4)
             if self._rounds - last > COST_LIFETIME * samples:
                 self._median_cost.pop(length, None)
                 self._costs[length].clear()
@@ -374,7 +371,9 @@ class DraftPolicy:
             return self._median_cost[length] + self._excess
         known = [(0, 1.0), *self._median_cost.items()]
         below, left = max(pair for pair in known if pair[0] <= length)
-        above, right = min((pair for pair in known if pair[0] >= length), default=(below, left))
+        # Past the longest that was measured, drafts are hoped to cost half of those before.
+        beyond = 2 * length - below, left + (left - 1) / max(below, 1) * (length - below)
+        above, right = min((pair for pair in known if pair[0] >= length), default=beyond)
         share = (length - below) / (above - below) if above > below else 0.0
         return left + share * (right - left) + self._excess
 

@@ -102,8 +102,7 @@ class RowVerdict(NamedTuple):
         return cls(tokens[:emitted], proposed, accepted, bool(ended))
 
 
-@dataclass(frozen=True, slots=True)
-class RowOutcome:
+class RowOutcome(NamedTuple):
     """What a round did to one row, on the host."""
 
     tokens: list[int]

@@ -41,6 +41,9 @@ RECORDED_PART = {1: 1, 2: 4, 16: 16}
 recorded, by the strides between updates at least, since recording takes 0.08 ms of a round of eight
 rows on an H200, and more if it is not compiled. While the drafter pauses it is no more than one in
 four."""
+RECORDED_ROWS = 8
+"""Rows for which that is so; of more rows fewer rounds say as much. Of 32, one recorded round in
+four took 0.26 ms more, 9 % of all time (docs/experiments.md)."""
 DECAY = 1.5
 """The first drafts of a block weigh most: the others count only where those were right."""
 
@@ -180,10 +183,10 @@ class MemoryTrainer(TextTrainer):
         self.records_prompts = True
         """Whether the last round was recorded: prompts are only then."""
 
-    @staticmethod
-    def records(number: int, strides: int) -> bool:
+    def records(self, number: int, strides: int) -> bool:
         """Whether the memory records a round, with so many strides between updates."""
         one_in = RECORDED_PART[max(n for n in RECORDED_PART if n <= strides)]
+        one_in *= max(1, len(self.rows.end) // RECORDED_ROWS)
         return number // RECORDED_ROUNDS % one_in == 0
 
     def note(
