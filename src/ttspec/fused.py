@@ -8,7 +8,7 @@ float32 and are rounded where the model's own code rounds.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -41,6 +41,65 @@ class Heads:
     key_gain: Tensor | None = None
 
 
+@dataclass(slots=True, kw_only=True)
+class Choices:
+    """How the kernels are run; to be decided by measuring."""
+
+    joined: int = 0
+    """Tokens up to which attention leaves its parts to the product that reads them."""
+    last: int = 0
+    """Tokens up to which the last program of attention puts the parts together."""
+    own: bool = False
+    """Whether new tokens are a part of their own."""
+    soon: bool = False
+    """Whether products read squares and residuals before their first sum."""
+    early: frozenset[str] = frozenset({"attend", "combine"})
+    """Kernels that let the next one begin at once."""
+    grain: int = 0
+    """Elements that are fetched at once, ahead of their kernel."""
+    ahead: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """By kernel, what it fetches for later ones; two tables at most."""
+    tiles: dict[str, Any] = field(default_factory=dict)
+    """By kernel, instead of what rules say."""
+    piece: int = 64
+    """Floats of parts that a thread holds."""
+    most_splits: int = 64
+    head: bool = False
+    """Whether the last norm is its product's."""
+
+
+CHOICES = Choices()
+
+
+def fetched(
+    kind: str, later: dict[str, Tensor] | None, like: Tensor, programs: int
+) -> list[Any]:
+    """What a kernel fetches for later ones: two tables, their sizes, and a program's shares."""
+    names = CHOICES.ahead.get(kind, ()) if CHOICES.grain and later else ()
+    found = [later[name] for name in names if name in later]  # type: ignore[index]
+    both = [*found, like, like][:2]
+    sizes = [t.numel() if t is not like else 0 for t in both]
+    grain = CHOICES.grain or 1
+    return [*both, *sizes, *(-(-n // (programs * grain)) * grain for n in sizes)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What attention read, in parts that are yet to be put together."""
+
+    values: Tensor
+    """float32 [tokens, heads, splits, size]."""
+    weights: Tensor
+    """float32 [tokens, heads, splits, 2], the best score and the sum of each part."""
+    start: Tensor
+    slots: int
+    ahead: int
+    window: int
+    width: int
+    """Tokens of a row."""
+    own: bool
+
+
 def fits(
     like: Tensor, *, hidden: int, head_size: int, widths: Sequence[int], activation: str
 ) -> bool:
@@ -71,7 +130,10 @@ def attention(
     subset: Tensor | None = None,
     ahead: int = 0,
     window: int | None = None,
-) -> Tensor:
+    joins: bool = False,
+    ended: Tensor | None = None,
+    later: dict[str, Tensor] | None = None,
+) -> Tensor | Parts:
     """Rotate queries and keys, write keys and values where they belong, and attend.
 
     Args:
@@ -94,10 +156,13 @@ def attention(
     queries = heads.count // heads.kv_count * width
     tile = min(64, max(16, 1 << (queries - 1).bit_length()))
     tiles = -(-queries // tile)
-    splits = splits_of(rows * heads.kv_count * tiles, slots)
+    splits = min(splits_of(rows * heads.kv_count * tiles, slots), CHOICES.most_splits)
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
     out = made.new_empty(count, heads.count * heads.size)
+    own = CHOICES.own and splits > 1
+    joins = joins and count <= CHOICES.joined
+    last = not joins and ended is not None and count <= CHOICES.last
     normed, kernels = heads.query_gain is not None, _kernels()
     kernels.attend[(splits, heads.kv_count * tiles, rows)](
         made,
@@ -110,6 +175,9 @@ def attention(
         heads.key_gain if normed else made,
         parts,
         weights,
+        ended if last else start,
+        out,
+        *fetched("attend", later, made, splits * heads.kv_count * tiles * rows),
         heads.scale * 1.4426950408889634,  # exp2 is what the device has
         heads.eps,
         slots,
@@ -130,9 +198,26 @@ def attention(
         count=KEYS,
         least=LEAST,
         stages=2,
+        apart=own,
+        joins=max(1, CHOICES.piece * 128 // (tile * heads.size)) if last else 0,
+        early="attend" in CHOICES.early,
+        grain=CHOICES.grain if launch(made)["pdl"] else 0,
         num_warps=4,
         **launch(made),
     )
+    if joins:
+        return Parts(
+            values=parts,
+            weights=weights,
+            start=start,
+            slots=slots,
+            ahead=ahead,
+            window=window or 0,
+            width=width,
+            own=own,
+        )
+    if last:
+        return out
     kernels.combine[(count, heads.count)](
         parts,
         weights,
@@ -145,7 +230,7 @@ def attention(
         heads=heads.count,
         size=heads.size,
         splits=splits,
-        count=KEYS,
+        apart=own,
         least=LEAST,
         num_warps=1,
         **launch(made),

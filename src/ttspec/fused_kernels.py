@@ -30,6 +30,92 @@ def fetch(rows, begin, width: tl.constexpr, length: tl.constexpr):
 
 
 @triton.jit
+def bring(start, size, each, program, grain: tl.constexpr, threads: tl.constexpr):
+    """Bring a program's share, `each` of `size` elements, into the second-level cache.
+
+    A grain is 64 elements, one line, or more of them that the device's copies fetch.
+    """
+    end = tl.minimum((program + 1) * each, size)
+    for at in tl.range(program * each, end, threads * grain):
+        place = at + tl.arange(0, threads) * grain
+        inside = (place < end).to(tl.int32)
+        if grain == 64:
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
+                "=r,l,r",
+                [start + place, inside],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            tl.inline_asm_elementwise(
+                "{.reg .pred p; setp.ne.s32 p, $2, 0; "
+                "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
+                "=r,l,r,r",
+                [start + place, inside, inside * (grain * 2)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+
+
+@triton.jit
+def cut(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: tl.constexpr):
+    """How a context is cut: slots that are filled, the first of them that is seen, and of a part.
+
+    `apart`: the first part has the new tokens alone.
+    """
+    filled = tl.where(begin < slots, begin, 0)
+    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // least * least
+    of: tl.constexpr = splits - 1 if apart else splits
+    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), of), least) * least
+    return filled, low, tl.maximum(each, least)
+
+
+@triton.jit
+def together(
+    parts,
+    weights,
+    begin,
+    token,
+    head,
+    real,
+    slots,
+    window,
+    heads: tl.constexpr,
+    size: tl.constexpr,
+    splits: tl.constexpr,
+    apart: tl.constexpr,
+    least: tl.constexpr,
+    most: tl.constexpr,
+):
+    """The parts of queries [N] as one vector each, float32 [N, size]; `most` parts at a time."""
+    filled, low, each = cut(begin, slots, window, splits, apart, least)
+    used = tl.cdiv(tl.maximum(filled - low, 0), each)
+    used = tl.where(real, used + 1 if apart else tl.maximum(used, 1), 0)
+    d = tl.arange(0, size)
+    best = tl.where(real, float("-inf"), 0.0)
+    total = tl.zeros_like(best)
+    sums = tl.zeros([real.shape[0], size], tl.float32)
+    for n in tl.range(0, tl.max(used, 0), most):
+        split = n + tl.arange(0, most)
+        there = split[:, None] < used[None]
+        at = ((token * heads + head) * splits)[None] + split[:, None]
+        part_at = parts + at[:, :, None] * size + d[None, None]
+        part = tl.load(part_at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+        best_at = weights + at * 2
+        most_here = tl.load(best_at, mask=there, other=float("-inf"), cache_modifier=".cg")
+        all_here = tl.load(best_at + 1, mask=there, other=0.0, cache_modifier=".cg")
+        now = tl.maximum(best, tl.max(most_here, 0))
+        share, shrink = tl.exp2(most_here - now[None]), tl.exp2(best - now)
+        total = total * shrink + tl.sum(all_here * share, 0)
+        sums = sums * shrink[:, None] + tl.sum(part * share[:, :, None], 0)
+        best = now
+    return sums / tl.where(real, total, 1.0)[:, None]
+
+
+@triton.jit
 def turned(
     states, real, gain, cosine, sine, position, eps, size: tl.constexpr, normed: tl.constexpr
 ):
@@ -80,6 +166,14 @@ def attend(
     key_gain,
     parts,
     weights,
+    ended,
+    out,
+    later,
+    then,
+    later_size,
+    then_size,
+    later_each,
+    then_each,
     scale,
     eps,
     slots,
@@ -100,6 +194,10 @@ def attend(
     count: tl.constexpr,
     least: tl.constexpr,
     stages: tl.constexpr,
+    apart: tl.constexpr,
+    joins: tl.constexpr,
+    early: tl.constexpr,
+    grain: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One part of what `rows` queries of a key head see, softmax not yet normalised.
@@ -117,16 +215,16 @@ def attend(
     d = tl.arange(0, size)
     # What is in the cache already was written by an earlier forward.
     begin = tl.load(start + batch).to(tl.int32) + ahead
-    filled = tl.where(begin < slots, begin, 0)
-    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
-    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
-    each = tl.maximum(each, least)
+    filled, low, each = cut(begin, slots, window, splits, apart, least)
     from_slot = low + split * each
+    if apart:
+        from_slot = tl.where(split == 0, filled, from_slot - each)
     to_slot = tl.minimum(from_slot + each, filled)
     lies = tl.load(which + batch) if some else batch
     place = lies * row_stride + head * head_stride
     if pdl:
-        cuda.gdc_launch_dependents()
+        if early:
+            cuda.gdc_launch_dependents()
         if from_slot < filled:
             soon = place + tl.minimum(from_slot + tl.arange(0, least), slots - 1) * size
             fetch(keys + soon, 0, size, size)
@@ -137,7 +235,13 @@ def attend(
     near_k = tl.load(keys + near_at, mask=(near < to_slot)[:, None], other=0.0)
     near_v = tl.load(values + near_at, mask=(near < to_slot)[:, None], other=0.0)
     if pdl:
+        if grain > 0:
+            program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * splits + split
+            bring(later, later_size, later_each, program, grain, 128)
+            bring(then, then_size, then_each, program, grain, 128)
         cuda.gdc_wait()
+        if not early:
+            cuda.gdc_launch_dependents()
     if (from_slot < filled) | (split == 0):
         m = tile * rows + tl.arange(0, rows)
         real = m < group * width
@@ -150,15 +254,16 @@ def attend(
         total = tl.zeros([rows], tl.float32)
         sums = tl.zeros([rows, size], tl.float32)
         earliest = tl.where(window > 0, begin + token - window + 1, 0)
-        sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
-        best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
-        for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
-            slot = n + tl.arange(0, count)
-            there = (slot < to_slot)[:, None]
-            k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
-            v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
-            sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
-            best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
+        if (not apart) | (split > 0):
+            sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
+            best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
+            for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
+                slot = n + tl.arange(0, count)
+                there = (slot < to_slot)[:, None]
+                k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+                v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+                sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
+                best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
         if split == 0:
             t = tl.arange(0, block)
             new = t < width
@@ -174,10 +279,38 @@ def attend(
                 tl.store(values + place + slot[:, None] * size + d[None], v, mask=kept)
             sees = new[None] & (t[None] <= token[:, None]) & (slot[None] >= earliest[:, None])
             best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
-        out = ((batch * width + token) * heads + query_head) * splits + split
-        tl.store(weights + out * 2, best, mask=real)
-        tl.store(weights + out * 2 + 1, total, mask=real)
-        tl.store(parts + out[:, None] * size + d[None], sums, mask=real[:, None])
+        number = batch * width + token
+        to = (number * heads + query_head) * splits + split
+        tl.store(weights + to * 2, best, mask=real)
+        tl.store(weights + to * 2 + 1, total, mask=real)
+        tl.store(parts + to[:, None] * size + d[None], sums, mask=real[:, None])
+        if joins > 0:
+            tl.debug_barrier()
+            used = tl.cdiv(tl.maximum(filled - low, 0), each)
+            used = used + 1 if apart else tl.maximum(used, 1)
+            at = ended + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(at, 1, sem="acq_rel", scope="gpu") == used - 1:
+                tl.store(at, 0)
+                begins = tl.zeros([rows], tl.int32) + begin
+                whole_head = together(
+                    parts,
+                    weights,
+                    begins,
+                    number,
+                    query_head,
+                    real,
+                    slots,
+                    window,
+                    heads,
+                    size,
+                    splits,
+                    apart,
+                    least,
+                    joins,
+                )
+                to = (number * heads + query_head) * size
+                kept_as = out.dtype.element_ty
+                tl.store(out + to[:, None] + d[None], whole_head.to(kept_as), mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["ahead", "window"])
@@ -193,7 +326,7 @@ def combine(
     heads: tl.constexpr,
     size: tl.constexpr,
     splits: tl.constexpr,
-    count: tl.constexpr,
+    apart: tl.constexpr,
     least: tl.constexpr,
     pdl: tl.constexpr,
 ):
@@ -203,14 +336,11 @@ def combine(
         cuda.gdc_launch_dependents()
     # As in `attend`: nobody writes where a row begins while a forward runs.
     begin = tl.load(start + token // width).to(tl.int32) + ahead
-    filled = tl.where(begin < slots, begin, 0)
-    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
-    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
-    each = tl.maximum(each, least)
+    filled, low, each = cut(begin, slots, window, splits, apart, least)
     if pdl:
         cuda.gdc_wait()
     split = tl.arange(0, splits)
-    used = (low + split * each < filled) | (split == 0)
+    used = (low + (split - 1 if apart else split) * each < filled) | (split == 0)
     at = (token * heads + head) * splits + split
     d = tl.arange(0, size)
     best = tl.load(weights + at * 2, mask=used, other=float("-inf"))

@@ -15,7 +15,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from triton.language.extra import cuda  # pyright: ignore[reportMissingImports]
 
-from ttspec.fused_kernels import fetch
+from ttspec.fused_kernels import bring, fetch, together
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def finish(
     tl.store(out + at, result, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "ahead", "window", "row_width"])
 def product(
     x,
     weight,
@@ -92,6 +92,18 @@ def product(
     squares_out,
     scratch,
     ended,
+    shares,
+    start,
+    later,
+    then,
+    later_size,
+    then_size,
+    later_each,
+    then_each,
+    slots,
+    ahead,
+    window,
+    row_width,
     eps,
     tokens,
     outputs,
@@ -112,6 +124,16 @@ def product(
     share: tl.constexpr,
     parts: tl.constexpr,
     stages: tl.constexpr,
+    joined: tl.constexpr,
+    size: tl.constexpr,
+    context_splits: tl.constexpr,
+    apart: tl.constexpr,
+    least: tl.constexpr,
+    most: tl.constexpr,
+    soon: tl.constexpr,
+    early: tl.constexpr,
+    grain: tl.constexpr,
+    threads: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """States [tokens, width] times `rows` of a table [outputs, width], or a part of that.
@@ -165,10 +187,61 @@ def product(
         fetch(table, begin, width, steps * chunk)
     offset = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) if biased else 0.0
     factor = tl.load(gain + n, mask=n < outputs, other=0.0) if added else 0.0
+    if joined > 0:  # queries of `joined` tokens, this part's heads
+        some: tl.constexpr = chunk // size
+        i = tl.arange(0, joined * some)
+        token, head = i // some, part * some + i % some
+        here = (token < tokens) & (head < width // size)
+        start += tl.minimum(token, tokens - 1) // row_width
+        begins = tl.load(start).to(tl.int32) + ahead
     if pdl:
+        if early:
+            cuda.gdc_launch_dependents()
+        if grain > 0:
+            program = block * parts + part
+            bring(later, later_size, later_each, program, grain, threads)
+            bring(then, then_size, then_each, program, grain, threads)
         cuda.gdc_wait()
-        cuda.gdc_launch_dependents()
-    if steps == 1:
+        if not early:
+            cuda.gdc_launch_dependents()
+    piece = tl.arange(0, most_pieces)[:, None]
+    known = (piece < pieces) & (m < tokens)[None]
+    there = (n < outputs)[:, None] & (m < tokens)[None]
+    before_at = residual + m[None] * residual_stride + n[:, None]
+    square, before = 0.0, 0.0
+    if soon:
+        if normed:
+            square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
+        if added:
+            before = tl.load(before_at, mask=there, other=0.0)
+    if joined > 0:
+        heads: tl.constexpr = width // size
+        one = together(
+            x,
+            shares,
+            begins,
+            token,
+            head,
+            here,
+            slots,
+            window,
+            heads,
+            size,
+            context_splits,
+            apart,
+            least,
+            most,
+        ).to(weight.dtype.element_ty)
+        again: tl.constexpr = wide // joined  # a product has eight columns at least
+        if splits == 1:
+            one = tl.reshape(one, [1, joined, chunk])
+            one = tl.reshape(tl.broadcast_to(one, [again, joined, chunk]), [wide, chunk])
+            sums = tl.dot(w, tl.trans(one), sums)
+        else:
+            one = tl.permute(tl.reshape(one, [joined, splits, share]), (1, 2, 0))
+            one = tl.broadcast_to(one[:, :, None], [splits, share, again, joined])
+            sums = tl.dot(w, tl.reshape(one, [splits, share, wide]), sums)
+    elif steps == 1:
         z = tl.load(states + begin, mask=real & (begin + down < width), other=0.0)
         sums = tl.dot(w, tl.trans(z) if splits == 1 else z, sums)
     else:
@@ -180,14 +253,11 @@ def product(
     whole = sums if splits == 1 else tl.sum(sums, 0)
     scale = 0.0
     if normed:
-        piece = tl.arange(0, most_pieces)[:, None]
-        known = (piece < pieces) & (m < tokens)[None]
-        square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
+        if not soon:
+            square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
         scale = tl.rsqrt(tl.sum(square, 0) / width + eps)
-    before = 0.0
-    if added:
-        there = (n < outputs)[:, None] & (m < tokens)[None]
-        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=there, other=0.0)
+    if added and not soon:
+        before = tl.load(before_at, mask=there, other=0.0)
     last = True
     if parts > 1:
         cell = scratch + block * (parts * rows * wide) + r[:, None] * wide + m[None]
@@ -197,8 +267,8 @@ def product(
         if last:
             tl.store(ended + block, 0)
             whole = tl.zeros([rows, wide], tl.float32)
-            for one in tl.static_range(parts):
-                whole += tl.load(cell + one * (rows * wide), cache_modifier=".cg")
+            for other in tl.static_range(parts):
+                whole += tl.load(cell + other * (rows * wide), cache_modifier=".cg")
     if last:
         squares_out += block * wide
         finish(
