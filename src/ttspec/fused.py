@@ -64,6 +64,8 @@ class Choices:
     piece: int = 64
     """Floats of parts that a thread holds."""
     most_splits: int = 64
+    warps: int = 4
+    """Of a program of attention for 16 queries."""
     head: bool = False
     """Whether the last norm is its product's."""
 
@@ -163,6 +165,7 @@ def attention(
     own = CHOICES.own and splits > 1
     joins = joins and count <= CHOICES.joined
     last = not joins and ended is not None and count <= CHOICES.last
+    warps = CHOICES.warps if tile == 16 else 4
     normed, kernels = heads.query_gain is not None, _kernels()
     kernels.attend[(splits, heads.kv_count * tiles, rows)](
         made,
@@ -199,10 +202,11 @@ def attention(
         least=LEAST,
         stages=2,
         apart=own,
-        joins=max(1, CHOICES.piece * 128 // (tile * heads.size)) if last else 0,
+        joins=max(1, CHOICES.piece * 32 * warps // (tile * heads.size)) if last else 0,
         early="attend" in CHOICES.early,
         grain=CHOICES.grain if launch(made)["pdl"] else 0,
-        num_warps=4,
+        threads=32 * warps,
+        num_warps=warps,
         **launch(made),
     )
     if joins:

@@ -198,6 +198,7 @@ def attend(
     joins: tl.constexpr,
     early: tl.constexpr,
     grain: tl.constexpr,
+    threads: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One part of what `rows` queries of a key head see, softmax not yet normalised.
@@ -237,8 +238,8 @@ def attend(
     if pdl:
         if grain > 0:
             program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * splits + split
-            bring(later, later_size, later_each, program, grain, 128)
-            bring(then, then_size, then_each, program, grain, 128)
+            bring(later, later_size, later_each, program, grain, threads)
+            bring(then, then_size, then_each, program, grain, threads)
         cuda.gdc_wait()
         if not early:
             cuda.gdc_launch_dependents()

@@ -210,8 +210,13 @@ def product(
     before_at = residual + m[None] * residual_stride + n[:, None]
     square, before = 0.0, 0.0
     if soon:
-        if normed:
-            square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
+        if normed:  # few at a time, which every warp then adds up by itself
+            few = tl.arange(0, 16)[:, None]
+            square = tl.zeros([16, wide], tl.float32)
+            for one in tl.static_range(most_pieces // 16):
+                known = (one * 16 + few < pieces) & (m < tokens)[None]
+                at = squares + (one * 16 + few) * wide + m[None]
+                square += tl.load(at, mask=known, other=0.0)
         if added:
             before = tl.load(before_at, mask=there, other=0.0)
     if joined > 0:
