@@ -61,8 +61,8 @@ class Choices:
     """By kernel, what it fetches for later ones; two tables at most."""
     tiles: dict[str, Any] = field(default_factory=dict)
     """By kernel, instead of what rules say."""
-    piece: int = 64
-    """Floats of parts that a thread holds."""
+    most: int = 8
+    """Parts that are read at once."""
     most_splits: int = 64
     warps: int = 4
     """Of a program of attention for 16 queries."""
@@ -202,7 +202,7 @@ def attention(
         least=LEAST,
         stages=2,
         apart=own,
-        joins=max(1, CHOICES.piece * 32 * warps // (tile * heads.size)) if last else 0,
+        joins=CHOICES.most if last else 0,
         early="attend" in CHOICES.early,
         grain=CHOICES.grain if launch(made)["pdl"] else 0,
         threads=32 * warps,

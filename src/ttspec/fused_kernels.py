@@ -74,45 +74,39 @@ def cut(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: 
 
 
 @triton.jit
-def together(
-    parts,
-    weights,
-    begin,
-    token,
-    head,
-    real,
-    slots,
-    window,
-    heads: tl.constexpr,
-    size: tl.constexpr,
-    splits: tl.constexpr,
-    apart: tl.constexpr,
-    least: tl.constexpr,
-    most: tl.constexpr,
-):
-    """The parts of queries [N] as one vector each, float32 [N, size]; `most` parts at a time."""
+def parts_of(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: tl.constexpr):
+    """How many parts a context has, `begin` of any shape."""
     filled, low, each = cut(begin, slots, window, splits, apart, least)
-    used = tl.cdiv(tl.maximum(filled - low, 0), each)
-    used = tl.where(real, used + 1 if apart else tl.maximum(used, 1), 0)
-    d = tl.arange(0, size)
-    best = tl.where(real, float("-inf"), 0.0)
+    parts = tl.cdiv(tl.maximum(filled - low, 0), each)
+    return parts + 1 if apart else tl.maximum(parts, 1)
+
+
+@triton.jit
+def together(
+    parts, weights, query, used, longest, size: tl.constexpr, splits: tl.constexpr, most: tl.constexpr
+):
+    """Queries [N, size / 4] from the first parts of each, `used` of it: float32 [N, size / 4, 4].
+
+    Each thread puts four numbers together, from parts that it reads itself.
+    """
+    four, quarter = tl.arange(0, 4)[None, None], tl.arange(0, size // 4)[None]
+    best = tl.where(used > 0, float("-inf"), 0.0)
     total = tl.zeros_like(best)
-    sums = tl.zeros([real.shape[0], size], tl.float32)
-    for n in tl.range(0, tl.max(used, 0), most):
-        split = n + tl.arange(0, most)
-        there = split[:, None] < used[None]
-        at = ((token * heads + head) * splits)[None] + split[:, None]
-        part_at = parts + at[:, :, None] * size + d[None, None]
-        part = tl.load(part_at, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-        best_at = weights + at * 2
-        most_here = tl.load(best_at, mask=there, other=float("-inf"), cache_modifier=".cg")
-        all_here = tl.load(best_at + 1, mask=there, other=0.0, cache_modifier=".cg")
-        now = tl.maximum(best, tl.max(most_here, 0))
-        share, shrink = tl.exp2(most_here - now[None]), tl.exp2(best - now)
-        total = total * shrink + tl.sum(all_here * share, 0)
-        sums = sums * shrink[:, None] + tl.sum(part * share[:, :, None], 0)
-        best = now
-    return sums / tl.where(real, total, 1.0)[:, None]
+    sums = tl.zeros([query.shape[0], size // 4, 4], tl.float32)
+    for n in tl.range(0, longest, most):
+        for one in tl.static_range(most):
+            there = n + one < used
+            at = query * splits + n + one
+            score = tl.load(weights + at * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
+            of = tl.load(weights + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
+            place = parts + (at * size + quarter * 4)[:, :, None] + four
+            part = tl.load(place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
+            now = tl.maximum(best, score)  # the first part has a query's own key, so is finite
+            share, shrink = tl.exp2(score - now), tl.exp2(best - now)
+            total = total * shrink + of * share
+            sums = sums * shrink[:, :, None] + part * share[:, :, None]
+            best = now
+    return sums * (1.0 / tl.where(used > 0, total, 1.0))[:, :, None]
 
 
 @triton.jit
@@ -287,31 +281,17 @@ def attend(
         tl.store(parts + to[:, None] * size + d[None], sums, mask=real[:, None])
         if joins > 0:
             tl.debug_barrier()
-            used = tl.cdiv(tl.maximum(filled - low, 0), each)
-            used = used + 1 if apart else tl.maximum(used, 1)
-            at = ended + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-            if tl.atomic_add(at, 1, sem="acq_rel", scope="gpu") == used - 1:
-                tl.store(at, 0)
-                begins = tl.zeros([rows], tl.int32) + begin
-                whole_head = together(
-                    parts,
-                    weights,
-                    begins,
-                    number,
-                    query_head,
-                    real,
-                    slots,
-                    window,
-                    heads,
-                    size,
-                    splits,
-                    apart,
-                    least,
-                    joins,
-                )
-                to = (number * heads + query_head) * size
-                kept_as = out.dtype.element_ty
-                tl.store(out + to[:, None] + d[None], whole_head.to(kept_as), mask=real[:, None])
+            used = parts_of(begin, slots, window, splits, apart, least)
+            counter = ended + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == used - 1:
+                tl.store(counter, 0)
+                i = tile * rows + tl.arange(0, rows)[:, None] + tl.zeros([rows, size // 4], tl.int32)
+                asked = (batch * width + i % width) * heads + head * group + i // width
+                has = tl.where(i < group * width, used, 0)
+                result = together(parts, weights, asked, has, used, size, splits, joins)
+                place_out = (asked * size + tl.arange(0, size // 4)[None] * 4)[:, :, None]
+                place_out = out + place_out + tl.arange(0, 4)[None, None]
+                tl.store(place_out, result.to(out.dtype.element_ty), mask=(has > 0)[:, :, None])
 
 
 @triton.jit(do_not_specialize=["ahead", "window"])

@@ -15,7 +15,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from triton.language.extra import cuda  # pyright: ignore[reportMissingImports]
 
-from ttspec.fused_kernels import bring, fetch, together
+from ttspec.fused_kernels import bring, fetch, parts_of, together
 
 
 @triton.jit
@@ -189,11 +189,14 @@ def product(
     factor = tl.load(gain + n, mask=n < outputs, other=0.0) if added else 0.0
     if joined > 0:  # queries of `joined` tokens, this part's heads
         some: tl.constexpr = chunk // size
-        i = tl.arange(0, joined * some)
+        heads: tl.constexpr = width // size
+        i = tl.arange(0, joined * some)[:, None] + tl.zeros([joined * some, size // 4], tl.int32)
         token, head = i // some, part * some + i % some
-        here = (token < tokens) & (head < width // size)
-        start += tl.minimum(token, tokens - 1) // row_width
-        begins = tl.load(start).to(tl.int32) + ahead
+        starts = start + tl.minimum(token, tokens - 1) // row_width
+        begins = tl.load(starts).to(tl.int32) + ahead
+        used = parts_of(begins, slots, window, context_splits, apart, least)
+        used = tl.where((token < tokens) & (head < heads), used, 0)
+        longest = tl.max(tl.max(used, 1), 0)
     if pdl:
         if early:
             cuda.gdc_launch_dependents()
@@ -220,23 +223,9 @@ def product(
         if added:
             before = tl.load(before_at, mask=there, other=0.0)
     if joined > 0:
-        heads: tl.constexpr = width // size
-        one = together(
-            x,
-            shares,
-            begins,
-            token,
-            head,
-            here,
-            slots,
-            window,
-            heads,
-            size,
-            context_splits,
-            apart,
-            least,
-            most,
-        ).to(weight.dtype.element_ty)
+        query = token * heads + head
+        one = together(x, shares, query, used, longest, size, context_splits, most)
+        one = one.to(weight.dtype.element_ty)
         again: tl.constexpr = wide // joined  # a product has eight columns at least
         if splits == 1:
             one = tl.reshape(one, [1, joined, chunk])

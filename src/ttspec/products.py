@@ -160,7 +160,6 @@ class Products:
         if parts and tiles.share * tiles.splits * tiles.parts < width:
             # All at once: parts are put together before the first sum.
             tiles = JOINED if width <= 1024 else JOINED_PARTS(width)
-        some = tiles.share * tiles.splits // head_size * joined  # queries of a program
         blocks, wide = -(-ends[-1] // tiles.rows), _wide(count)
         out = states.new_empty(count, outputs)
         then = out if residual is None else torch.empty_like(out)
@@ -217,7 +216,7 @@ class Products:
             context_splits=context_splits,
             apart=bool(parts and parts.own),
             least=LEAST,
-            most=min(16, max(1, choices.piece * 32 * tiles.warps // (some * head_size))) if parts else 1,
+            most=choices.most if parts else 1,
             soon=choices.soon,
             early=kind in choices.early,
             grain=choices.grain if launch(states)["pdl"] else 0,
