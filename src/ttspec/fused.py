@@ -7,6 +7,7 @@ float32 and are rounded where the model's own code rounds.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -63,6 +64,8 @@ class Choices:
     """By kernel, instead of what rules say."""
     most: int = 8
     """Parts that are read at once."""
+    carve: int = 0
+    """Percent of an SM's memory that is to be shared memory; 0 leaves it to the driver."""
     most_splits: int = 64
     warps: int = 4
     """Of a program of attention for 16 queries."""
@@ -167,7 +170,7 @@ def attention(
     last = not joins and ended is not None and count <= CHOICES.last
     warps = CHOICES.warps if tile == 16 else 4
     normed, kernels = heads.query_gain is not None, _kernels()
-    kernels.attend[(splits, heads.kv_count * tiles, rows)](
+    kernel = kernels.attend[(splits, heads.kv_count * tiles, rows)](
         made,
         keys,
         values,
@@ -206,9 +209,11 @@ def attention(
         early="attend" in CHOICES.early,
         grain=CHOICES.grain if launch(made)["pdl"] else 0,
         threads=32 * warps,
+        carve=CHOICES.carve,
         num_warps=warps,
         **launch(made),
     )
+    carve(kernel)
     if joins:
         return Parts(
             values=parts,
@@ -222,7 +227,7 @@ def attention(
         )
     if last:
         return out
-    kernels.combine[(count, heads.count)](
+    kernel = kernels.combine[(count, heads.count)](
         parts,
         weights,
         start,
@@ -236,9 +241,11 @@ def attention(
         splits=splits,
         apart=own,
         least=LEAST,
+        carve=CHOICES.carve,
         num_warps=1,
         **launch(made),
     )
+    carve(kernel)
     return out
 
 
@@ -328,6 +335,19 @@ def splits_of(programs: int, slots: int) -> int:
     """In how many parts a context is read: enough for each processor, no more than help."""
     most = min(132 // programs, slots // LEAST, 64)
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
+
+
+_CARVED: set[int] = set()
+
+
+def carve(kernel: Any) -> None:
+    """Ask for one split of an SM's memory in all kernels: another one has it drained first."""
+    if not CHOICES.carve or kernel is None or kernel.function in _CARVED:
+        return
+    _CARVED.add(kernel.function)
+    function = ctypes.c_void_p(kernel.function)
+    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(function, 9, CHOICES.carve)
+    assert not failed, failed
 
 
 def launch(x: Tensor) -> dict[str, bool]:

@@ -193,6 +193,7 @@ def attend(
     early: tl.constexpr,
     grain: tl.constexpr,
     threads: tl.constexpr,
+    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One part of what `rows` queries of a key head see, softmax not yet normalised.
@@ -309,6 +310,7 @@ def combine(
     splits: tl.constexpr,
     apart: tl.constexpr,
     least: tl.constexpr,
+    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """The parts of one query as one vector [size]."""

@@ -134,6 +134,7 @@ def product(
     early: tl.constexpr,
     grain: tl.constexpr,
     threads: tl.constexpr,
+    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """States [tokens, width] times `rows` of a table [outputs, width], or a part of that.

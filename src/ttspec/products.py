@@ -170,7 +170,7 @@ class Products:
         if tiles.parts > 1:
             size = blocks, tiles.parts, tiles.rows, wide
             scratch = states.new_empty(size, dtype=torch.float32)
-        _kernels().product[(blocks, tiles.parts)](
+        kernel = _kernels().product[(blocks, tiles.parts)](
             x,
             tables[0],
             tables[min(1, len(tables) - 1)],
@@ -221,9 +221,11 @@ class Products:
             early=kind in choices.early,
             grain=choices.grain if launch(states)["pdl"] else 0,
             threads=32 * tiles.warps,
+            carve=choices.carve,
             num_warps=tiles.warps,
             **launch(states),
         )
+        fused.carve(kernel)
         return out, Scaled(then, pieces)
 
 
