@@ -50,8 +50,8 @@ class Choices:
     """Tokens up to which attention leaves its parts to the product that reads them."""
     last: int = 0
     """Tokens up to which the last program of attention puts the parts together."""
-    own: bool = False
-    """Whether new tokens are a part of their own."""
+    own: int = 0
+    """Whether new tokens are a part of their own: 1 of as many parts, 2 one part more."""
     soon: bool = False
     """Whether products read squares and residuals before their first sum."""
     early: frozenset[str] = frozenset({"attend", "combine"})
@@ -162,10 +162,11 @@ def attention(
     tile = min(64, max(16, 1 << (queries - 1).bit_length()))
     tiles = -(-queries // tile)
     splits = min(splits_of(rows * heads.kv_count * tiles, slots), CHOICES.most_splits)
+    own = bool(CHOICES.own) and (splits > 1 or CHOICES.own == 2)
+    splits += own and CHOICES.own == 2
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
     out = made.new_empty(count, heads.count * heads.size)
-    own = CHOICES.own and splits > 1
     joins = joins and count <= CHOICES.joined
     last = not joins and ended is not None and count <= CHOICES.last
     warps = CHOICES.warps if tile == 16 else 4

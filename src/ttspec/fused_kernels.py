@@ -322,7 +322,7 @@ def combine(
     filled, low, each = cut(begin, slots, window, splits, apart, least)
     if pdl:
         cuda.gdc_wait()
-    split = tl.arange(0, splits)
+    split = tl.arange(0, triton.next_power_of_2(splits))
     used = (low + (split - 1 if apart else split) * each < filled) | (split == 0)
     at = (token * heads + head) * splits + split
     d = tl.arange(0, size)
