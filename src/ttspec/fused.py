@@ -52,7 +52,7 @@ class Choices:
     """Tokens up to which the last program of attention puts the parts together."""
     own: int = 0
     """Whether new tokens are a part of their own: 1 of as many parts, 2 one part more."""
-    soon: bool = False
+    soon: int = 0
     """Whether products read squares and residuals before their first sum."""
     early: frozenset[str] = frozenset({"attend", "combine"})
     """Kernels that let the next one begin at once."""

@@ -93,19 +93,39 @@ def together(
     best = tl.where(used > 0, float("-inf"), 0.0)
     total = tl.zeros_like(best)
     sums = tl.zeros([query.shape[0], size // 4, 4], tl.float32)
-    for n in tl.range(0, longest, most):
-        for one in tl.static_range(most):
-            there = n + one < used
-            at = query * splits + n + one
-            score = tl.load(weights + at * 2, mask=there, other=float("-inf"), cache_modifier=".cg")
-            of = tl.load(weights + at * 2 + 1, mask=there, other=0.0, cache_modifier=".cg")
-            place = parts + (at * size + quarter * 4)[:, :, None] + four
-            part = tl.load(place, mask=there[:, :, None], other=0.0, cache_modifier=".cg")
-            now = tl.maximum(best, score)  # the first part has a query's own key, so is finite
-            share, shrink = tl.exp2(score - now), tl.exp2(best - now)
-            total = total * shrink + of * share
-            sums = sums * shrink[:, :, None] + part * share[:, :, None]
-            best = now
+    last = tl.maximum(used - 1, 0)  # what is read beyond it counts for nothing
+    at = query * splits
+    for n in tl.range(0, longest, 4):
+        # All loads before any sum, else each waits for the one before it.
+        at0 = at + tl.minimum(n + 0, last)
+        at1 = at + tl.minimum(n + 1, last)
+        at2 = at + tl.minimum(n + 2, last)
+        at3 = at + tl.minimum(n + 3, last)
+        part0 = tl.load(parts + (at0 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
+        part1 = tl.load(parts + (at1 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
+        part2 = tl.load(parts + (at2 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
+        part3 = tl.load(parts + (at3 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
+        score0 = tl.load(weights + at0 * 2, cache_modifier=".cg")
+        of0 = tl.load(weights + at0 * 2 + 1, cache_modifier=".cg")
+        score1 = tl.load(weights + at1 * 2, cache_modifier=".cg")
+        of1 = tl.load(weights + at1 * 2 + 1, cache_modifier=".cg")
+        score2 = tl.load(weights + at2 * 2, cache_modifier=".cg")
+        of2 = tl.load(weights + at2 * 2 + 1, cache_modifier=".cg")
+        score3 = tl.load(weights + at3 * 2, cache_modifier=".cg")
+        of3 = tl.load(weights + at3 * 2 + 1, cache_modifier=".cg")
+        score0 = tl.where(n + 0 < used, score0, float("-inf"))
+        score1 = tl.where(n + 1 < used, score1, float("-inf"))
+        score2 = tl.where(n + 2 < used, score2, float("-inf"))
+        score3 = tl.where(n + 3 < used, score3, float("-inf"))
+        now = tl.maximum(tl.maximum(score0, score1), tl.maximum(score2, score3))
+        now = tl.maximum(best, now)  # the first part has a query's own key, so is finite
+        shrink = tl.exp2(best - now)
+        share0, share1 = tl.exp2(score0 - now), tl.exp2(score1 - now)
+        share2, share3 = tl.exp2(score2 - now), tl.exp2(score3 - now)
+        total = total * shrink + of0 * share0 + of1 * share1 + of2 * share2 + of3 * share3
+        sums = sums * shrink[:, :, None] + part0 * share0[:, :, None] + part1 * share1[:, :, None]
+        sums += part2 * share2[:, :, None] + part3 * share3[:, :, None]
+        best = now
     return sums * (1.0 / tl.where(used > 0, total, 1.0))[:, :, None]
 
 
@@ -289,7 +309,7 @@ def attend(
                 i = tile * rows + tl.arange(0, rows)[:, None] + tl.zeros([rows, size // 4], tl.int32)
                 asked = (batch * width + i % width) * heads + head * group + i // width
                 has = tl.where(i < group * width, used, 0)
-                result = together(parts, weights, asked, has, used, size, splits, joins)
+                result = together(parts, weights, tl.where(has > 0, asked, 0), has, used, size, splits, joins)
                 place_out = (asked * size + tl.arange(0, size // 4)[None] * 4)[:, :, None]
                 place_out = out + place_out + tl.arange(0, 4)[None, None]
                 tl.store(place_out, result.to(out.dtype.element_ty), mask=(has > 0)[:, :, None])

@@ -224,7 +224,7 @@ def product(
         if added:
             before = tl.load(before_at, mask=there, other=0.0)
     if joined > 0:
-        query = token * heads + head
+        query = tl.where(used > 0, token * heads + head, 0)
         one = together(x, shares, query, used, longest, size, context_splits, most)
         one = one.to(weight.dtype.element_ty)
         again: tl.constexpr = wide // joined  # a product has eight columns at least
@@ -261,6 +261,12 @@ def product(
         last = tl.atomic_add(ended + block, 1, sem="acq_rel", scope="gpu") == parts - 1
         if last:
             tl.store(ended + block, 0)
+            if soon > 1:  # all loads before any sum, else each waits for the one before it
+                index = tl.arange(0, triton.next_power_of_2(parts))[:, None, None]
+                cells = cell[None] + index * (rows * wide)
+                every = tl.load(cells, mask=index < parts, other=0.0, cache_modifier=".cg")
+                whole = tl.sum(every, 0)
+        if last and soon < 2:
             whole = tl.zeros([rows, wide], tl.float32)
             for other in tl.static_range(parts):
                 whole += tl.load(cell + other * (rows * wide), cache_modifier=".cg")
