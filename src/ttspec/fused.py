@@ -7,9 +7,8 @@ float32 and are rounded where the model's own code rounds.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -26,6 +25,8 @@ KEYS = 64
 """Slots that are read together."""
 LEAST = 64
 """Slots of a part of a row's context, at least."""
+APART = 16
+"""Parts from which on one has the new tokens alone: with fewer that measured slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,69 +41,6 @@ class Heads:
     query_gain: Tensor | None = None
     """[size] of an RMSNorm of each query, and of each key; None where there is none."""
     key_gain: Tensor | None = None
-
-
-@dataclass(slots=True, kw_only=True)
-class Choices:
-    """How the kernels are run; to be decided by measuring."""
-
-    joined: int = 0
-    """Tokens up to which attention leaves its parts to the product that reads them."""
-    last: int = 0
-    """Tokens up to which the last program of attention puts the parts together."""
-    own: int = 0
-    """Whether new tokens are a part of their own: 1 of as many parts, 2 one part more."""
-    soon: int = 0
-    """Whether products read squares and residuals before their first sum."""
-    early: frozenset[str] = frozenset({"attend", "combine"})
-    """Kernels that let the next one begin at once."""
-    grain: int = 0
-    """Elements that are fetched at once, ahead of their kernel."""
-    ahead: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    """By kernel, what it fetches for later ones; two tables at most."""
-    tiles: dict[str, Any] = field(default_factory=dict)
-    """By kernel, instead of what rules say."""
-    most: int = 8
-    """Parts that are read at once."""
-    carve: int = 0
-    """Percent of an SM's memory that is to be shared memory; 0 leaves it to the driver."""
-    most_splits: int = 64
-    warps: int = 4
-    """Of a program of attention for 16 queries."""
-    head: bool = False
-    """Whether the last norm is its product's."""
-
-
-CHOICES = Choices()
-
-
-def fetched(
-    kind: str, later: dict[str, Tensor] | None, like: Tensor, programs: int
-) -> list[Any]:
-    """What a kernel fetches for later ones: two tables, their sizes, and a program's shares."""
-    names = CHOICES.ahead.get(kind, ()) if CHOICES.grain and later else ()
-    found = [later[name] for name in names if name in later]  # type: ignore[index]
-    both = [*found, like, like][:2]
-    sizes = [t.numel() if t is not like else 0 for t in both]
-    grain = CHOICES.grain or 1
-    return [*both, *sizes, *(-(-n // (programs * grain)) * grain for n in sizes)]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What attention read, in parts that are yet to be put together."""
-
-    values: Tensor
-    """float32 [tokens, heads, splits, size]."""
-    weights: Tensor
-    """float32 [tokens, heads, splits, 2], the best score and the sum of each part."""
-    start: Tensor
-    slots: int
-    ahead: int
-    window: int
-    width: int
-    """Tokens of a row."""
-    own: bool
 
 
 def fits(
@@ -135,10 +73,7 @@ def attention(
     subset: Tensor | None = None,
     ahead: int = 0,
     window: int | None = None,
-    joins: bool = False,
-    ended: Tensor | None = None,
-    later: dict[str, Tensor] | None = None,
-) -> Tensor | Parts:
+) -> Tensor:
     """Rotate queries and keys, write keys and values where they belong, and attend.
 
     Args:
@@ -161,17 +96,13 @@ def attention(
     queries = heads.count // heads.kv_count * width
     tile = min(64, max(16, 1 << (queries - 1).bit_length()))
     tiles = -(-queries // tile)
-    splits = min(splits_of(rows * heads.kv_count * tiles, slots), CHOICES.most_splits)
-    own = bool(CHOICES.own) and (splits > 1 or CHOICES.own == 2)
-    splits += own and CHOICES.own == 2
+    splits = splits_of(rows * heads.kv_count * tiles, slots)
+    apart = splits >= APART
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
     out = made.new_empty(count, heads.count * heads.size)
-    joins = joins and count <= CHOICES.joined
-    last = not joins and ended is not None and count <= CHOICES.last
-    warps = CHOICES.warps if tile == 16 else 4
     normed, kernels = heads.query_gain is not None, _kernels()
-    kernel = kernels.attend[(splits, heads.kv_count * tiles, rows)](
+    kernels.attend[(splits, heads.kv_count * tiles, rows)](
         made,
         keys,
         values,
@@ -182,9 +113,6 @@ def attention(
         heads.key_gain if normed else made,
         parts,
         weights,
-        ended if last else start,
-        out,
-        *fetched("attend", later, made, splits * heads.kv_count * tiles * rows),
         heads.scale * 1.4426950408889634,  # exp2 is what the device has
         heads.eps,
         slots,
@@ -200,35 +128,16 @@ def attention(
         normed=normed,
         some=subset is not None,
         splits=splits,
+        apart=apart,
         rows=tile,
         block=max(16, 1 << (width - 1).bit_length()),
         count=KEYS,
         least=LEAST,
         stages=2,
-        apart=own,
-        joins=CHOICES.most if last else 0,
-        early="attend" in CHOICES.early,
-        grain=CHOICES.grain if launch(made)["pdl"] else 0,
-        threads=32 * warps,
-        carve=CHOICES.carve,
-        num_warps=warps,
+        num_warps=4,
         **launch(made),
     )
-    carve(kernel)
-    if joins:
-        return Parts(
-            values=parts,
-            weights=weights,
-            start=start,
-            slots=slots,
-            ahead=ahead,
-            window=window or 0,
-            width=width,
-            own=own,
-        )
-    if last:
-        return out
-    kernel = kernels.combine[(count, heads.count)](
+    kernels.combine[(count, heads.count)](
         parts,
         weights,
         start,
@@ -240,13 +149,11 @@ def attention(
         heads=heads.count,
         size=heads.size,
         splits=splits,
-        apart=own,
+        apart=apart,
         least=LEAST,
-        carve=CHOICES.carve,
         num_warps=1,
         **launch(made),
     )
-    carve(kernel)
     return out
 
 
@@ -336,19 +243,6 @@ def splits_of(programs: int, slots: int) -> int:
     """In how many parts a context is read: enough for each processor, no more than help."""
     most = min(132 // programs, slots // LEAST, 64)
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
-
-
-_CARVED: set[int] = set()
-
-
-def carve(kernel: Any) -> None:
-    """Ask for one split of an SM's memory in all kernels: another one has it drained first."""
-    if not CHOICES.carve or kernel is None or kernel.function in _CARVED:
-        return
-    _CARVED.add(kernel.function)
-    function = ctypes.c_void_p(kernel.function)
-    failed = ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(function, 9, CHOICES.carve)
-    assert not failed, failed
 
 
 def launch(x: Tensor) -> dict[str, bool]:

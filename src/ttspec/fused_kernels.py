@@ -30,103 +30,16 @@ def fetch(rows, begin, width: tl.constexpr, length: tl.constexpr):
 
 
 @triton.jit
-def bring(start, size, each, program, grain: tl.constexpr, threads: tl.constexpr):
-    """Bring a program's share, `each` of `size` elements, into the second-level cache.
-
-    A grain is 64 elements, one line, or more of them that the device's copies fetch.
-    """
-    end = tl.minimum((program + 1) * each, size)
-    for at in tl.range(program * each, end, threads * grain):
-        place = at + tl.arange(0, threads) * grain
-        inside = (place < end).to(tl.int32)
-        if grain == 64:
-            tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0;}",
-                "=r,l,r",
-                [start + place, inside],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            tl.inline_asm_elementwise(
-                "{.reg .pred p; setp.ne.s32 p, $2, 0; "
-                "@p cp.async.bulk.prefetch.L2.global [$1], $3; mov.u32 $0, 0;}",
-                "=r,l,r,r",
-                [start + place, inside, inside * (grain * 2)],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-
-
-@triton.jit
 def cut(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: tl.constexpr):
-    """How a context is cut: slots that are filled, the first of them that is seen, and of a part.
+    """How a context is cut: its filled slots, the first that is seen, and how many a part has.
 
-    `apart`: the first part has the new tokens alone.
+    `apart`: of `splits` parts the first has the new tokens alone.
     """
     filled = tl.where(begin < slots, begin, 0)
     low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // least * least
-    of: tl.constexpr = splits - 1 if apart else splits
-    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), of), least) * least
+    parts: tl.constexpr = splits - 1 if apart else splits
+    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), parts), least) * least
     return filled, low, tl.maximum(each, least)
-
-
-@triton.jit
-def parts_of(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: tl.constexpr):
-    """How many parts a context has, `begin` of any shape."""
-    filled, low, each = cut(begin, slots, window, splits, apart, least)
-    parts = tl.cdiv(tl.maximum(filled - low, 0), each)
-    return parts + 1 if apart else tl.maximum(parts, 1)
-
-
-@triton.jit
-def together(
-    parts, weights, query, used, longest, size: tl.constexpr, splits: tl.constexpr, most: tl.constexpr
-):
-    """Queries [N, size / 4] from the first parts of each, `used` of it: float32 [N, size / 4, 4].
-
-    Each thread puts four numbers together, from parts that it reads itself.
-    """
-    four, quarter = tl.arange(0, 4)[None, None], tl.arange(0, size // 4)[None]
-    best = tl.where(used > 0, float("-inf"), 0.0)
-    total = tl.zeros_like(best)
-    sums = tl.zeros([query.shape[0], size // 4, 4], tl.float32)
-    last = tl.maximum(used - 1, 0)  # what is read beyond it counts for nothing
-    at = query * splits
-    for n in tl.range(0, longest, 4):
-        # All loads before any sum, else each waits for the one before it.
-        at0 = at + tl.minimum(n + 0, last)
-        at1 = at + tl.minimum(n + 1, last)
-        at2 = at + tl.minimum(n + 2, last)
-        at3 = at + tl.minimum(n + 3, last)
-        part0 = tl.load(parts + (at0 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
-        part1 = tl.load(parts + (at1 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
-        part2 = tl.load(parts + (at2 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
-        part3 = tl.load(parts + (at3 * size + quarter * 4)[:, :, None] + four, cache_modifier=".cg")
-        score0 = tl.load(weights + at0 * 2, cache_modifier=".cg")
-        of0 = tl.load(weights + at0 * 2 + 1, cache_modifier=".cg")
-        score1 = tl.load(weights + at1 * 2, cache_modifier=".cg")
-        of1 = tl.load(weights + at1 * 2 + 1, cache_modifier=".cg")
-        score2 = tl.load(weights + at2 * 2, cache_modifier=".cg")
-        of2 = tl.load(weights + at2 * 2 + 1, cache_modifier=".cg")
-        score3 = tl.load(weights + at3 * 2, cache_modifier=".cg")
-        of3 = tl.load(weights + at3 * 2 + 1, cache_modifier=".cg")
-        score0 = tl.where(n + 0 < used, score0, float("-inf"))
-        score1 = tl.where(n + 1 < used, score1, float("-inf"))
-        score2 = tl.where(n + 2 < used, score2, float("-inf"))
-        score3 = tl.where(n + 3 < used, score3, float("-inf"))
-        now = tl.maximum(tl.maximum(score0, score1), tl.maximum(score2, score3))
-        now = tl.maximum(best, now)  # the first part has a query's own key, so is finite
-        shrink = tl.exp2(best - now)
-        share0, share1 = tl.exp2(score0 - now), tl.exp2(score1 - now)
-        share2, share3 = tl.exp2(score2 - now), tl.exp2(score3 - now)
-        total = total * shrink + of0 * share0 + of1 * share1 + of2 * share2 + of3 * share3
-        sums = sums * shrink[:, :, None] + part0 * share0[:, :, None] + part1 * share1[:, :, None]
-        sums += part2 * share2[:, :, None] + part3 * share3[:, :, None]
-        best = now
-    return sums * (1.0 / tl.where(used > 0, total, 1.0))[:, :, None]
 
 
 @triton.jit
@@ -180,14 +93,6 @@ def attend(
     key_gain,
     parts,
     weights,
-    ended,
-    out,
-    later,
-    then,
-    later_size,
-    then_size,
-    later_each,
-    then_each,
     scale,
     eps,
     slots,
@@ -203,26 +108,21 @@ def attend(
     normed: tl.constexpr,
     some: tl.constexpr,
     splits: tl.constexpr,
+    apart: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
     count: tl.constexpr,
     least: tl.constexpr,
     stages: tl.constexpr,
-    apart: tl.constexpr,
-    joins: tl.constexpr,
-    early: tl.constexpr,
-    grain: tl.constexpr,
-    threads: tl.constexpr,
-    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """One part of what `rows` queries of a key head see, softmax not yet normalised.
 
     states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
-    part also has the new tokens' own keys and values, and writes them to the cache. A row that
-    starts at or past `slots` leaves the cache as it is. A row's first token stands `ahead` of its
-    start. `some`: the rows lie in the cache as `which` says. Query m of a key head is query head
-    m // width, token m % width.
+    part has the new tokens' own keys and values, and writes them to the cache; `apart`: it has
+    nothing else, so no part takes two turns. A row that starts at or past `slots` leaves the cache
+    as it is. A row's first token stands `ahead` of its start. `some`: the rows lie in the cache as
+    `which` says. Query m of a key head is query head m // width, token m % width.
     """
     group: tl.constexpr = heads // kv_heads
     whole: tl.constexpr = (heads + 2 * kv_heads) * size
@@ -239,8 +139,7 @@ def attend(
     lies = tl.load(which + batch) if some else batch
     place = lies * row_stride + head * head_stride
     if pdl:
-        if early:
-            cuda.gdc_launch_dependents()
+        cuda.gdc_launch_dependents()
         if from_slot < filled:
             soon = place + tl.minimum(from_slot + tl.arange(0, least), slots - 1) * size
             fetch(keys + soon, 0, size, size)
@@ -251,13 +150,7 @@ def attend(
     near_k = tl.load(keys + near_at, mask=(near < to_slot)[:, None], other=0.0)
     near_v = tl.load(values + near_at, mask=(near < to_slot)[:, None], other=0.0)
     if pdl:
-        if grain > 0:
-            program = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * splits + split
-            bring(later, later_size, later_each, program, grain, threads)
-            bring(then, then_size, then_each, program, grain, threads)
         cuda.gdc_wait()
-        if not early:
-            cuda.gdc_launch_dependents()
     if (from_slot < filled) | (split == 0):
         m = tile * rows + tl.arange(0, rows)
         real = m < group * width
@@ -295,24 +188,10 @@ def attend(
                 tl.store(values + place + slot[:, None] * size + d[None], v, mask=kept)
             sees = new[None] & (t[None] <= token[:, None]) & (slot[None] >= earliest[:, None])
             best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
-        number = batch * width + token
-        to = (number * heads + query_head) * splits + split
-        tl.store(weights + to * 2, best, mask=real)
-        tl.store(weights + to * 2 + 1, total, mask=real)
-        tl.store(parts + to[:, None] * size + d[None], sums, mask=real[:, None])
-        if joins > 0:
-            tl.debug_barrier()
-            used = parts_of(begin, slots, window, splits, apart, least)
-            counter = ended + tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == used - 1:
-                tl.store(counter, 0)
-                i = tile * rows + tl.arange(0, rows)[:, None] + tl.zeros([rows, size // 4], tl.int32)
-                asked = (batch * width + i % width) * heads + head * group + i // width
-                has = tl.where(i < group * width, used, 0)
-                result = together(parts, weights, tl.where(has > 0, asked, 0), has, used, size, splits, joins)
-                place_out = (asked * size + tl.arange(0, size // 4)[None] * 4)[:, :, None]
-                place_out = out + place_out + tl.arange(0, 4)[None, None]
-                tl.store(place_out, result.to(out.dtype.element_ty), mask=(has > 0)[:, :, None])
+        out = ((batch * width + token) * heads + query_head) * splits + split
+        tl.store(weights + out * 2, best, mask=real)
+        tl.store(weights + out * 2 + 1, total, mask=real)
+        tl.store(parts + out[:, None] * size + d[None], sums, mask=real[:, None])
 
 
 @triton.jit(do_not_specialize=["ahead", "window"])
@@ -330,7 +209,6 @@ def combine(
     splits: tl.constexpr,
     apart: tl.constexpr,
     least: tl.constexpr,
-    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """The parts of one query as one vector [size]."""
@@ -342,7 +220,7 @@ def combine(
     filled, low, each = cut(begin, slots, window, splits, apart, least)
     if pdl:
         cuda.gdc_wait()
-    split = tl.arange(0, triton.next_power_of_2(splits))
+    split = tl.arange(0, splits)
     used = (low + (split - 1 if apart else split) * each < filled) | (split == 0)
     at = (token * heads + head) * splits + split
     d = tl.arange(0, size)

@@ -15,7 +15,7 @@ import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from triton.language.extra import cuda  # pyright: ignore[reportMissingImports]
 
-from ttspec.fused_kernels import bring, fetch, parts_of, together
+from ttspec.fused_kernels import fetch
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def finish(
     tl.store(out + at, result, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces", "ahead", "window", "row_width"])
+@triton.jit(do_not_specialize=["tokens", "pieces"])
 def product(
     x,
     weight,
@@ -92,18 +92,6 @@ def product(
     squares_out,
     scratch,
     ended,
-    shares,
-    start,
-    later,
-    then,
-    later_size,
-    then_size,
-    later_each,
-    then_each,
-    slots,
-    ahead,
-    window,
-    row_width,
     eps,
     tokens,
     outputs,
@@ -124,17 +112,6 @@ def product(
     share: tl.constexpr,
     parts: tl.constexpr,
     stages: tl.constexpr,
-    joined: tl.constexpr,
-    size: tl.constexpr,
-    context_splits: tl.constexpr,
-    apart: tl.constexpr,
-    least: tl.constexpr,
-    most: tl.constexpr,
-    soon: tl.constexpr,
-    early: tl.constexpr,
-    grain: tl.constexpr,
-    threads: tl.constexpr,
-    carve: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """States [tokens, width] times `rows` of a table [outputs, width], or a part of that.
@@ -188,55 +165,21 @@ def product(
         fetch(table, begin, width, steps * chunk)
     offset = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) if biased else 0.0
     factor = tl.load(gain + n, mask=n < outputs, other=0.0) if added else 0.0
-    if joined > 0:  # queries of `joined` tokens, this part's heads
-        some: tl.constexpr = chunk // size
-        heads: tl.constexpr = width // size
-        i = tl.arange(0, joined * some)[:, None] + tl.zeros([joined * some, size // 4], tl.int32)
-        token, head = i // some, part * some + i % some
-        starts = start + tl.minimum(token, tokens - 1) // row_width
-        begins = tl.load(starts).to(tl.int32) + ahead
-        used = parts_of(begins, slots, window, context_splits, apart, least)
-        used = tl.where((token < tokens) & (head < heads), used, 0)
-        longest = tl.max(tl.max(used, 1), 0)
     if pdl:
-        if early:
-            cuda.gdc_launch_dependents()
-        if grain > 0:
-            program = block * parts + part
-            bring(later, later_size, later_each, program, grain, threads)
-            bring(then, then_size, then_each, program, grain, threads)
         cuda.gdc_wait()
-        if not early:
-            cuda.gdc_launch_dependents()
-    piece = tl.arange(0, most_pieces)[:, None]
-    known = (piece < pieces) & (m < tokens)[None]
-    there = (n < outputs)[:, None] & (m < tokens)[None]
-    before_at = residual + m[None] * residual_stride + n[:, None]
+        cuda.gdc_launch_dependents()
+    # All reads before the first sum: what is read after it is waited for once more.
     square, before = 0.0, 0.0
-    if soon:
-        if normed:  # few at a time, which every warp then adds up by itself
-            few = tl.arange(0, 16)[:, None]
-            square = tl.zeros([16, wide], tl.float32)
-            for one in tl.static_range(most_pieces // 16):
-                known = (one * 16 + few < pieces) & (m < tokens)[None]
-                at = squares + (one * 16 + few) * wide + m[None]
-                square += tl.load(at, mask=known, other=0.0)
-        if added:
-            before = tl.load(before_at, mask=there, other=0.0)
-    if joined > 0:
-        query = tl.where(used > 0, token * heads + head, 0)
-        one = together(x, shares, query, used, longest, size, context_splits, most)
-        one = one.to(weight.dtype.element_ty)
-        again: tl.constexpr = wide // joined  # a product has eight columns at least
-        if splits == 1:
-            one = tl.reshape(one, [1, joined, chunk])
-            one = tl.reshape(tl.broadcast_to(one, [again, joined, chunk]), [wide, chunk])
-            sums = tl.dot(w, tl.trans(one), sums)
-        else:
-            one = tl.permute(tl.reshape(one, [joined, splits, share]), (1, 2, 0))
-            one = tl.broadcast_to(one[:, :, None], [splits, share, again, joined])
-            sums = tl.dot(w, tl.reshape(one, [splits, share, wide]), sums)
-    elif steps == 1:
+    if normed:
+        square = tl.zeros([16, wide], tl.float32)
+        for some in tl.static_range(0, most_pieces, 16):  # 16 of them a warp adds up by itself
+            piece = some + tl.arange(0, 16)[:, None]
+            known = (piece < pieces) & (m < tokens)[None]
+            square += tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
+    if added:
+        there = (n < outputs)[:, None] & (m < tokens)[None]
+        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=there, other=0.0)
+    if steps == 1:
         z = tl.load(states + begin, mask=real & (begin + down < width), other=0.0)
         sums = tl.dot(w, tl.trans(z) if splits == 1 else z, sums)
     else:
@@ -248,11 +191,7 @@ def product(
     whole = sums if splits == 1 else tl.sum(sums, 0)
     scale = 0.0
     if normed:
-        if not soon:
-            square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
         scale = tl.rsqrt(tl.sum(square, 0) / width + eps)
-    if added and not soon:
-        before = tl.load(before_at, mask=there, other=0.0)
     last = True
     if parts > 1:
         cell = scratch + block * (parts * rows * wide) + r[:, None] * wide + m[None]
@@ -261,15 +200,9 @@ def product(
         last = tl.atomic_add(ended + block, 1, sem="acq_rel", scope="gpu") == parts - 1
         if last:
             tl.store(ended + block, 0)
-            if soon > 1:  # all loads before any sum, else each waits for the one before it
-                index = tl.arange(0, triton.next_power_of_2(parts))[:, None, None]
-                cells = cell[None] + index * (rows * wide)
-                every = tl.load(cells, mask=index < parts, other=0.0, cache_modifier=".cg")
-                whole = tl.sum(every, 0)
-        if last and soon < 2:
             whole = tl.zeros([rows, wide], tl.float32)
-            for other in tl.static_range(parts):
-                whole += tl.load(cell + other * (rows * wide), cache_modifier=".cg")
+            for one in tl.static_range(parts):
+                whole += tl.load(cell + one * (rows * wide), cache_modifier=".cg")
     if last:
         squares_out += block * wide
         finish(

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttspec import fused
-from ttspec.fused import LEAST, Parts, fetched, launch
+from ttspec.fused import launch
 
 MOST = 32
 """Tokens of all rows; more were not tried."""
@@ -71,14 +70,7 @@ class Products:
         )
         return out
 
-    def plain(
-        self,
-        x: Tensor | Scaled,
-        *tables: Tensor,
-        bias: Tensor | None = None,
-        kind: str = "plain",
-        later: dict[str, Tensor] | None = None,
-    ) -> Tensor:
+    def plain(self, x: Tensor | Scaled, *tables: Tensor, bias: Tensor | None = None) -> Tensor:
         """States times a table, or up to three side by side.
 
         Args:
@@ -89,11 +81,9 @@ class Products:
         Returns:
             [tokens, outputs of all].
         """
-        return self._run(x, *tables, bias=bias, kind=kind, later=later)[0]
+        return self._run(x, *tables, bias=bias)[0]
 
-    def gated(
-        self, x: Scaled, gate: Tensor, up: Tensor, later: dict[str, Tensor] | None = None
-    ) -> Tensor:
+    def gated(self, x: Scaled, gate: Tensor, up: Tensor) -> Tensor:
         """The SiLU of normalised states times `gate`, times that of `up`.
 
         Args:
@@ -104,17 +94,15 @@ class Products:
         Returns:
             [tokens, outputs].
         """
-        return self._run(x, gate, up, gated=True, kind="gated", later=later)[0]
+        return self._run(x, gate, up, gated=True)[0]
 
     def added(
         self,
-        x: Tensor | Parts,
+        x: Tensor,
         table: Tensor,
         residual: Tensor,
         gain: Tensor,
         bias: Tensor | None = None,
-        kind: str = "o",
-        later: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, Scaled]:
         """States [tokens, width] times a table [outputs, width], a bias and a residual.
 
@@ -128,50 +116,34 @@ class Products:
         Returns:
             The sum [tokens, outputs], and the same scaled.
         """
-        more: Any = {"residual": residual, "gain": gain, "kind": kind, "later": later}
-        return self._run(x, table, bias=bias, **more)
+        return self._run(x, table, bias=bias, residual=residual, gain=gain)
 
     def _run(
         self,
-        x: Tensor | Scaled | Parts,
+        x: Tensor | Scaled,
         *tables: Tensor,
-        kind: str,
-        later: dict[str, Tensor] | None = None,
         bias: Tensor | None = None,
         residual: Tensor | None = None,
         gain: Tensor | None = None,
         gated: bool = False,
     ) -> tuple[Tensor, Scaled]:
-        choices, parts, squares = fused.CHOICES, None, None
-        if isinstance(x, Parts):
-            parts, states, x = x, tables[0], x.values
-            count, heads, context_splits, head_size = x.shape
-            width = heads * head_size
-        else:
-            states, squares = (x.values, x.squares) if isinstance(x, Scaled) else (x, None)
-            (count, width), x, context_splits, head_size = states.shape, states, 1, 1
+        states, squares = (x.values, x.squares) if isinstance(x, Scaled) else (x, None)
+        count, width = states.shape
         ends = [0]
         for table in tables:
             ends.append(ends[-1] + len(table))
         outputs = ends[1] if gated else ends[-1]
         tiles = tiles_of(width, ends[-1], count, gated=gated)
-        tiles = choices.tiles.get(kind) or tiles
-        joined = 1 << (count - 1).bit_length() if parts else 0
-        if parts and tiles.share * tiles.splits * tiles.parts < width:
-            # All at once: parts are put together before the first sum.
-            tiles = JOINED if width <= 1024 else JOINED_PARTS(width)
         blocks, wide = -(-ends[-1] // tiles.rows), _wide(count)
         out = states.new_empty(count, outputs)
         then = out if residual is None else torch.empty_like(out)
-        pieces = out
-        if residual is not None:
-            pieces = states.new_empty(blocks, wide, dtype=torch.float32)
+        pieces = out if residual is None else _squares(states, blocks)
         scratch = out
         if tiles.parts > 1:
             size = blocks, tiles.parts, tiles.rows, wide
             scratch = states.new_empty(size, dtype=torch.float32)
-        kernel = _kernels().product[(blocks, tiles.parts)](
-            x,
+        _kernels().product[(blocks, tiles.parts)](
+            states,
             tables[0],
             tables[min(1, len(tables) - 1)],
             tables[-1],
@@ -184,13 +156,6 @@ class Products:
             pieces,
             scratch,
             self.ended,
-            parts.weights if parts else states,
-            parts.start if parts else states,
-            *fetched(kind, later, states, blocks * tiles.parts),
-            parts.slots if parts else 0,
-            parts.ahead if parts else 0,
-            parts.window if parts else 0,
-            parts.width if parts else 1,
             self.eps,
             count,
             outputs,
@@ -211,34 +176,17 @@ class Products:
             share=tiles.share,
             parts=tiles.parts,
             stages=tiles.stages,
-            joined=joined,
-            size=head_size,
-            context_splits=context_splits,
-            apart=bool(parts and parts.own),
-            least=LEAST,
-            most=choices.most if parts else 1,
-            soon=choices.soon,
-            early=kind in choices.early,
-            grain=choices.grain if launch(states)["pdl"] else 0,
-            threads=32 * tiles.warps,
-            carve=choices.carve,
             num_warps=tiles.warps,
             **launch(states),
         )
-        fused.carve(kernel)
         return out, Scaled(then, pieces)
-
-
-JOINED = Tiles(16, 128, splits=8, warps=8)
-
-
-def JOINED_PARTS(width: int) -> Tiles:
-    return Tiles(16, 64, splits=4, parts=-(-width // 256))
 
 
 def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
     """How to cut a product of states [tokens, width] and a table [rows, width]."""
     if gated:  # all programs at once
+        if 2 * rows < 64 * PROCESSORS and tokens <= FEW:
+            return Tiles(32, 64, stages=6)
         high = rows > 64 * PROCESSORS
         return Tiles(128, 64, stages=6, warps=8) if high else Tiles(64, 64, stages=6)
     if width > 2048:  # all weights of a program are on their way before it waits

@@ -109,8 +109,6 @@ class FusedChain:
             self.heads,
             ahead=step,
             window=None if nearest is None else nearest + step + 1,
-            joins=True,
-            ended=products.ended[512:],
         )
         before = x[:, drafter.hidden :] if drafter.residual_is_normed else h
         gain = w["midlayer.post_attention_layernorm.weight"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import CHOICES, LONGEST, MANY, Heads, Parts, attention, fits, gated, normed
+from ttspec.fused import LONGEST, MANY, Heads, attention, fits, gated, normed
 from ttspec.models.layers import MergedLinear
 from ttspec.products import MOST, Products
 from ttspec.rowcache import RowCache
@@ -69,7 +69,6 @@ class FusedForward:
         norm, head = self.model.model.norm, self.model.lm_head
         states = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
         x = states[-1]
-        self._scaled = self._scaled if len(x) <= MOST else None
         if {-1, len(self.layers)} & set(taps):
             states[-1] = norm(x)
         features = [states[i].view(rows, width, -1) for i in taps]
@@ -80,10 +79,7 @@ class FusedForward:
             return None, read
         elif logits is not None and logits < width:
             x = x.view(rows, width, -1)[:, -logits:].flatten(0, 1).contiguous()
-        if CHOICES.head and self._scaled is not None and x is states[-1]:
-            out = self.products.plain(self._scaled, head.weight, kind="head")
-        else:
-            out = head(normed(x, norm.weight, self.eps)[1])
+        out = head(normed(x, norm.weight, self.eps)[1])
         return out.view(rows, -1, out.shape[-1]), read
 
     def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
@@ -92,21 +88,14 @@ class FusedForward:
         gains = [layer.input_layernorm.weight for layer in self.layers]
         gains.append(self.model.model.norm.weight)
         scaled = products.scaled(x, gains[0])
-        next_ones = [qkv.weight for qkv, _ in self.merged[1:]]
         for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
+            made = products.plain(scaled, qkv.weight, bias=qkv.bias)
+            seen = self._attention(index, made, *context)
             out, gain = layer.self_attn.o_proj, layer.post_attention_layernorm.weight
-            down = layer.mlp.down_proj.weight
-            later = {"o": out.weight, "mlp": mlp.weight, "down": down}
-            if index < len(next_ones):
-                later["next"] = next_ones[index]
-            made = products.plain(scaled, qkv.weight, bias=qkv.bias, later=later)
-            more: Any = {"joins": True, "ended": products.ended[512:], "later": later}
-            seen = self._attention(index, made, *context, **more)
-            x, scaled = products.added(seen, out.weight, x, gain, out.bias, later=later)
-            inner = products.gated(scaled, *mlp.weight.chunk(2), later=later)
-            x, scaled = products.added(inner, down, x, gains[index + 1], kind="down", later=later)
+            x, scaled = products.added(seen, out.weight, x, gain, out.bias)
+            inner = products.gated(scaled, *mlp.weight.chunk(2))
+            x, scaled = products.added(inner, layer.mlp.down_proj.weight, x, gains[index + 1])
             states.append(x)
-        self._scaled = scaled
         return states
 
     def _many(self, x: Tensor, *context: Any) -> list[Tensor]:
@@ -115,7 +104,7 @@ class FusedForward:
         for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
             x, z = normed(x, layer.input_layernorm.weight, eps, more)
             states.append(x)
-            seen: Any = self._attention(index, F.linear(z, qkv.weight, qkv.bias), *context)
+            seen = self._attention(index, F.linear(z, qkv.weight, qkv.bias), *context)
             more, gain = layer.self_attn.o_proj(seen), layer.post_attention_layernorm.weight
             x, z = normed(x, gain, eps, more)
             more = layer.mlp.down_proj(gated(F.linear(z, mlp.weight)))
@@ -133,10 +122,9 @@ class FusedForward:
         start: Tensor,
         angles: tuple[Tensor, Tensor],
         subset: Tensor | None,
-        **more: Any,
-    ) -> Tensor | Parts:
+    ) -> Tensor:
         context = cache.keys[index], cache.values[index], start, angles, self.heads[index]
-        return attention(made, *context, subset=subset, window=self.windows[index], **more)
+        return attention(made, *context, subset=subset, window=self.windows[index])
 
     def _heads(self, module: Any) -> Heads:
         query, key = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
