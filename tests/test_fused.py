@@ -175,6 +175,27 @@ def test_few_tokens_are_what_the_model_s_own_code_makes_of_them(case):
                 assert torch.equal(own[layer][-1].double(), old[layer][-1])
 
 
+@pytest.mark.parametrize("case", [CASES[1], CASES[5]], ids=str)
+def test_new_tokens_as_a_part_of_their_own_change_nothing(case, monkeypatch):
+    dtype, limit = (torch.bfloat16, 5e-2) if DEVICE == "cuda" else (torch.float32, 1e-5)
+    model = random_model(case, dtype).to(DEVICE)
+    merged = [merge_linears(layer) for layer in model.model.layers]
+    fused = FusedForward(model, merged, (case[8],) * LAYERS)
+    before = filled(case, model)
+    fed = torch.randint(50, case[6:8], device=DEVICE)
+    for begins in (0, 1, 200):
+        start = torch.full((case[6],), begins, device=DEVICE)
+        said = []
+        for apart in (64, 2):  # never and always
+            monkeypatch.setattr("ttspec.fused.APART", apart)
+            cache = wide(before, dtype)
+            with torch.no_grad():
+                said.append((fused(cache, fed, start, (), None)[0], cache.values[1]))
+        (one, kept), (other, also_kept) = said
+        assert error(one, other.double()) < limit
+        assert error(kept, also_kept.double()) < limit
+
+
 CHAINS = [
     # Hidden size, size of the MLP, heads, key heads, head size, rows, window, what else is given.
     (64, 128, 2, 1, 64, 1, None, {}),

@@ -25,6 +25,8 @@ KEYS = 64
 """Slots that are read together."""
 LEAST = 64
 """Slots of a part of a row's context, at least."""
+APART = 16
+"""Parts from which on one has the new tokens alone: with fewer that measured slower."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +97,7 @@ def attention(
     tile = min(64, max(16, 1 << (queries - 1).bit_length()))
     tiles = -(-queries // tile)
     splits = splits_of(rows * heads.kv_count * tiles, slots)
+    apart = splits >= APART
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
     out = made.new_empty(count, heads.count * heads.size)
@@ -125,6 +128,7 @@ def attention(
         normed=normed,
         some=subset is not None,
         splits=splits,
+        apart=apart,
         rows=tile,
         block=max(16, 1 << (width - 1).bit_length()),
         count=KEYS,
@@ -145,7 +149,7 @@ def attention(
         heads=heads.count,
         size=heads.size,
         splits=splits,
-        count=KEYS,
+        apart=apart,
         least=LEAST,
         num_warps=1,
         **launch(made),

@@ -30,6 +30,19 @@ def fetch(rows, begin, width: tl.constexpr, length: tl.constexpr):
 
 
 @triton.jit
+def cut(begin, slots, window, splits: tl.constexpr, apart: tl.constexpr, least: tl.constexpr):
+    """How a context is cut: its filled slots, the first that is seen, and how many a part has.
+
+    `apart`: of `splits` parts the first has the new tokens alone.
+    """
+    filled = tl.where(begin < slots, begin, 0)
+    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // least * least
+    parts: tl.constexpr = splits - 1 if apart else splits
+    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), parts), least) * least
+    return filled, low, tl.maximum(each, least)
+
+
+@triton.jit
 def turned(
     states, real, gain, cosine, sine, position, eps, size: tl.constexpr, normed: tl.constexpr
 ):
@@ -95,6 +108,7 @@ def attend(
     normed: tl.constexpr,
     some: tl.constexpr,
     splits: tl.constexpr,
+    apart: tl.constexpr,
     rows: tl.constexpr,
     block: tl.constexpr,
     count: tl.constexpr,
@@ -105,10 +119,10 @@ def attend(
     """One part of what `rows` queries of a key head see, softmax not yet normalised.
 
     states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
-    part also has the new tokens' own keys and values, and writes them to the cache. A row that
-    starts at or past `slots` leaves the cache as it is. A row's first token stands `ahead` of its
-    start. `some`: the rows lie in the cache as `which` says. Query m of a key head is query head
-    m // width, token m % width.
+    part has the new tokens' own keys and values, and writes them to the cache; `apart`: it has
+    nothing else, so no part takes two turns. A row that starts at or past `slots` leaves the cache
+    as it is. A row's first token stands `ahead` of its start. `some`: the rows lie in the cache as
+    `which` says. Query m of a key head is query head m // width, token m % width.
     """
     group: tl.constexpr = heads // kv_heads
     whole: tl.constexpr = (heads + 2 * kv_heads) * size
@@ -117,11 +131,10 @@ def attend(
     d = tl.arange(0, size)
     # What is in the cache already was written by an earlier forward.
     begin = tl.load(start + batch).to(tl.int32) + ahead
-    filled = tl.where(begin < slots, begin, 0)
-    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
-    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
-    each = tl.maximum(each, least)
+    filled, low, each = cut(begin, slots, window, splits, apart, least)
     from_slot = low + split * each
+    if apart:
+        from_slot = tl.where(split == 0, filled, from_slot - each)
     to_slot = tl.minimum(from_slot + each, filled)
     lies = tl.load(which + batch) if some else batch
     place = lies * row_stride + head * head_stride
@@ -150,15 +163,16 @@ def attend(
         total = tl.zeros([rows], tl.float32)
         sums = tl.zeros([rows, size], tl.float32)
         earliest = tl.where(window > 0, begin + token - window + 1, 0)
-        sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
-        best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
-        for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
-            slot = n + tl.arange(0, count)
-            there = (slot < to_slot)[:, None]
-            k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
-            v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
-            sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
-            best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
+        if (not apart) | (split > 0):
+            sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
+            best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
+            for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
+                slot = n + tl.arange(0, count)
+                there = (slot < to_slot)[:, None]
+                k = tl.load(keys + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+                v = tl.load(values + place + slot[:, None] * size + d[None], mask=there, other=0.0)
+                sees = (slot < to_slot)[None] & (slot[None] >= earliest[:, None])
+                best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
         if split == 0:
             t = tl.arange(0, block)
             new = t < width
@@ -193,7 +207,7 @@ def combine(
     heads: tl.constexpr,
     size: tl.constexpr,
     splits: tl.constexpr,
-    count: tl.constexpr,
+    apart: tl.constexpr,
     least: tl.constexpr,
     pdl: tl.constexpr,
 ):
@@ -203,14 +217,11 @@ def combine(
         cuda.gdc_launch_dependents()
     # As in `attend`: nobody writes where a row begins while a forward runs.
     begin = tl.load(start + token // width).to(tl.int32) + ahead
-    filled = tl.where(begin < slots, begin, 0)
-    low = tl.where(window > 0, tl.maximum(filled - window + 1, 0), 0) // count * count
-    each = tl.cdiv(tl.cdiv(tl.maximum(filled - low, 0), splits), count) * count
-    each = tl.maximum(each, least)
+    filled, low, each = cut(begin, slots, window, splits, apart, least)
     if pdl:
         cuda.gdc_wait()
     split = tl.arange(0, splits)
-    used = (low + split * each < filled) | (split == 0)
+    used = (low + (split - 1 if apart else split) * each < filled) | (split == 0)
     at = (token * heads + head) * splits + split
     d = tl.arange(0, size)
     best = tl.load(weights + at * 2, mask=used, other=float("-inf"))

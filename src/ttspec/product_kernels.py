@@ -168,6 +168,17 @@ def product(
     if pdl:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
+    # All reads before the first sum: what is read after it is waited for once more.
+    square, before = 0.0, 0.0
+    if normed:
+        square = tl.zeros([16, wide], tl.float32)
+        for some in tl.static_range(0, most_pieces, 16):  # 16 of them a warp adds up by itself
+            piece = some + tl.arange(0, 16)[:, None]
+            known = (piece < pieces) & (m < tokens)[None]
+            square += tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
+    if added:
+        there = (n < outputs)[:, None] & (m < tokens)[None]
+        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=there, other=0.0)
     if steps == 1:
         z = tl.load(states + begin, mask=real & (begin + down < width), other=0.0)
         sums = tl.dot(w, tl.trans(z) if splits == 1 else z, sums)
@@ -180,14 +191,7 @@ def product(
     whole = sums if splits == 1 else tl.sum(sums, 0)
     scale = 0.0
     if normed:
-        piece = tl.arange(0, most_pieces)[:, None]
-        known = (piece < pieces) & (m < tokens)[None]
-        square = tl.load(squares + piece * wide + m[None], mask=known, other=0.0)
         scale = tl.rsqrt(tl.sum(square, 0) / width + eps)
-    before = 0.0
-    if added:
-        there = (n < outputs)[:, None] & (m < tokens)[None]
-        before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=there, other=0.0)
     last = True
     if parts > 1:
         cell = scratch + block * (parts * rows * wide) + r[:, None] * wide + m[None]

@@ -185,6 +185,8 @@ class Products:
 def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
     """How to cut a product of states [tokens, width] and a table [rows, width]."""
     if gated:  # all programs at once
+        if 2 * rows < 64 * PROCESSORS and tokens <= FEW:
+            return Tiles(32, 64, stages=6)
         high = rows > 64 * PROCESSORS
         return Tiles(128, 64, stages=6, warps=8) if high else Tiles(64, 64, stages=6)
     if width > 2048:  # all weights of a program are on their way before it waits
