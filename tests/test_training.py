@@ -99,6 +99,21 @@ def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
     assert [p.done for p in steps] == sorted(p.done for p in steps)
 
 
+def test_it_is_told_how_many_prompts_teach_nothing(engine, tmp_path, monkeypatch) -> None:
+    told, seen, out = list[str](), list[Progress](), tmp_path / "out"
+    monkeypatch.setattr(engine, "notify", told.append)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*PROMPTS, {"prompt": "long " * 200}])))
+    train(engine, config(path, out), seen.append)
+    taught = {row["n"] for row in records(out) if row["spans"]}
+    assert len(PROMPTS) not in taught
+    lines = [line for line in told if "teach nothing" in line]
+    assert [line.split(" prompts")[0] for line in lines] == [
+        f"{len(PROMPTS) + 1 - len(taught)} of {len(PROMPTS) + 1}"
+    ]
+    assert max(p.done for p in seen if p.stage == "answers") == 1.0
+
+
 def test_nothing_is_learned_from_a_gradient_that_is_not_finite(
     engine, run, prompts, tmp_path, monkeypatch
 ):

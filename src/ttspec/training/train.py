@@ -87,7 +87,22 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         report(Progress("answers", share, left, tokens=tokens))
 
     write_answers(engine, dialogues, answers, config, answered)
+    if engine.notify and (notice := _left_out(answers, len(dialogues), config.max_length)):
+        engine.notify(notice)
     return fit(engine.target, config, [answers], report)
+
+
+def _left_out(answers: Path, prompts: int, max_length: int) -> str | None:
+    """How many prompts have no answer to learn from, and why; None if all have one."""
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    taught = {row["n"] for row in map(json.loads, lines) if row["spans"]}
+    missing = len(set(range(prompts)) - taught)
+    if not missing:
+        return None
+    return (
+        f"{missing} of {prompts} prompts teach nothing: they leave no room for an answer in "
+        f"{max_length} tokens (--max-length), or their answers are empty or repeat themselves."
+    )
 
 
 def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report) -> Path:
