@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,15 @@ def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
     assert answers == sorted(answers)
     assert answers[-1] == 1.0
     assert [p.done for p in steps] == sorted(p.done for p in steps)
+
+
+def test_answers_of_one_target_teach_no_drafter_of_another(engine, run, prompts) -> None:
+    out = run[0]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = Engine(replace(engine.target, name="other"), None)
+    with pytest.raises(OptionError, match="not 'other, 6 layers of"):
+        train(other, config(prompts, out, resume=True))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
 def test_it_is_told_how_many_prompts_teach_nothing(engine, tmp_path, monkeypatch) -> None:
