@@ -7,7 +7,13 @@ import pytest
 
 from ttspec.bench import metrics as m
 from ttspec.bench.estimates import resamples
-from ttspec.bench.report_tables import all_tables, pairs_of, position_tables
+from ttspec.bench.report_tables import (
+    acceptance_table,
+    all_tables,
+    pair_table,
+    pairs_of,
+    position_tables,
+)
 from ttspec.bench.results import Arm
 from ttspec.records import Result, Round, summarise
 
@@ -127,6 +133,22 @@ def test_what_comes_after_verifying_is_no_learning_where_there_was_no_update() -
     rounds = arm.turns[0].result.rounds
     rounds[0] = rounds[0]._replace(updates=1)
     assert m.stage_seconds(arm)["learn"] == pytest.approx(0.1 * 10 / arm.tokens)
+
+
+def test_one_share_of_learning_stands_in_table_plot_and_summary() -> None:
+    arm = arm_of("static", {(0, 0): [3]})
+    assert any(r.seconds[2] for r in arm.rounds)
+    assert arm.updates == 0
+    assert arm.learning_share == m.stage_seconds(arm)["learn"] == 0
+
+
+@pytest.mark.parametrize(("requests", "told"), [(4, "over 4 requests, too narrow"), (20, "")])
+def test_intervals_over_few_requests_are_said_to_be_too_narrow(requests: int, told: str) -> None:
+    arm = arm_of("static", {(n, seed): [3] for n in range(requests) for seed in (0, 1)})
+    for table in (acceptance_table([arm]), pair_table([arm])):
+        assert f"intervals over {requests} requests" in table.note
+        assert told in table.note
+        assert bool(told) == ("too narrow" in table.note)
 
 
 def test_texts_that_differ_are_named_with_the_first_token() -> None:

@@ -631,3 +631,22 @@ def test_closed_streams_end_in_no_traceback(pair, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     assert main(["generate", "hello", *pair, "--max-new-tokens", "2"]) == 0
     assert main(["generate", "hello", "--target", "nowhere/at-all/ever"]) == 2
+
+
+def test_a_package_that_does_not_fit_is_told_without_a_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torchvision").mkdir()
+    broken = 'raise RuntimeError("operator torchvision::nms does not exist")'
+    (tmp_path / "torchvision/__init__.py").write_text(broken)
+    (tmp_path / "torchvision-0.1.dist-info").mkdir()
+    known = "Metadata-Version: 2.1\nName: torchvision\nVersion: 0.1\n"
+    (tmp_path / "torchvision-0.1.dist-info/METADATA").write_text(known)
+    found = subprocess.run(
+        [sys.executable, "-m", "ttspec.cli", "export", "nowhere", "--target", "x", "--out", "y"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(tmp_path)])},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 1
+    assert len(found.stderr.splitlines()) == 2
+    assert "operator torchvision::nms does not exist" in found.stderr

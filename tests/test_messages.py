@@ -1,6 +1,7 @@
 """Prompts as data sets have them: one parser for suites and for training."""
 
 import codecs
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,7 @@ def test_a_row_is_the_same_request_for_suites_and_training(tmp_path: Path, which
         {"messages": [USER, {"role": "assistant", "content": ""}]},
         {"messages": "x"},
         {"messages": [None]},
+        {"prompt": "half \ud800"},
         ["x"],
         3,
     ],
@@ -135,6 +137,31 @@ def test_what_is_no_request_is_refused_by_its_line(tmp_path: Path, row: Any) -> 
             read()
         assert f"{path}, line 2" in str(caught.value)
         assert len(str(caught.value).splitlines()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": " "}, "prompt is ' '"),
+        ({"turns": ["hi", ""]}, "turns is ['hi', '']"),
+        ({"messages": [SYSTEM]}, "messages is [{'role': 'system'"),
+        ({"messages": [USER, {"role": "assistant", "content": ""}]}, "an answer that is begun"),
+    ],
+)
+def test_what_is_no_request_is_shown(tmp_path: Path, row: Any, told: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(DataError) as caught:
+        read_dialogues(path)
+    assert told in str(caught.value)
+
+
+def test_a_row_of_any_depth_is_read_or_refused(tmp_path: Path) -> None:
+    path = tmp_path / "deep.jsonl"
+    for depth in range(800, 1000):  # Python's limit counts who calls, too
+        path.write_text('{"prompt": "a", "x": ' + "[" * depth + "]" * depth + "}")
+        with contextlib.suppress(DataError):
+            assert read_dialogues(path) == [["a"]]
 
 
 def test_a_suite_asks_nothing_that_the_target_should_write(tmp_path: Path) -> None:

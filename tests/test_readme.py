@@ -33,7 +33,8 @@ GROUPS = {
 OTHERS = {
     "--no-deps",  # pip
     "--per-request-spec-decode-metrics",  # vllm serve
-    "--additional-config",  # vllm serve
+    "--model",  # vllm serve
+    "--additional-config",
     "--speculative-config",
     "--worker-extension-cls",
     "--small",  # benchmarks/headline.py

@@ -286,6 +286,16 @@ def test_an_interrupted_replay_goes_on(pairs, run, tmp_path, monkeypatch, capsys
     assert "another rows" in capsys.readouterr().err
 
 
+def test_a_replay_reads_in_the_dtype_of_the_run(pairs, suite, tmp_path, capsys) -> None:
+    pair = [*pairs["dflash"][:4], "--device", "cpu"]
+    a = live(pair, suite, tmp_path / "a", "plain", "--dtype", "float16", "--temperature", "0.7")
+    assert replay(pair, a, tmp_path / "b", "static") == 0
+    assert read_run(tmp_path / "b")[0]["dtype"] == "float16"
+    assert "read in" not in capsys.readouterr().err
+    assert replay(pair, a, tmp_path / "c", "static", "--dtype", "float32") == 0
+    assert "in a (float16), read in float32" in capsys.readouterr().err
+
+
 def test_every_output_says_that_it_is_a_replay_and_has_no_times(
     pairs, run, tmp_path, monkeypatch, capsys
 ) -> None:

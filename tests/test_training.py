@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,30 @@ def test_the_loss_falls_and_progress_goes_from_0_to_1(run):
     assert answers == sorted(answers)
     assert answers[-1] == 1.0
     assert [p.done for p in steps] == sorted(p.done for p in steps)
+
+
+def test_answers_of_one_target_teach_no_drafter_of_another(engine, run, prompts) -> None:
+    out = run[0]
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = Engine(replace(engine.target, name="other"), None)
+    with pytest.raises(OptionError, match="not 'other, 6 layers of"):
+        train(other, config(prompts, out, resume=True))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+def test_it_is_told_how_many_prompts_teach_nothing(engine, tmp_path, monkeypatch) -> None:
+    told, seen, out = list[str](), list[Progress](), tmp_path / "out"
+    monkeypatch.setattr(engine, "notify", told.append)
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*PROMPTS, {"prompt": "long " * 200}])))
+    train(engine, config(path, out), seen.append)
+    taught = {row["n"] for row in records(out) if row["spans"]}
+    assert len(PROMPTS) not in taught
+    lines = [line for line in told if "teach nothing" in line]
+    assert [line.split(" prompts")[0] for line in lines] == [
+        f"{len(PROMPTS) + 1 - len(taught)} of {len(PROMPTS) + 1}"
+    ]
+    assert max(p.done for p in seen if p.stage == "answers") == 1.0
 
 
 def test_nothing_is_learned_from_a_gradient_that_is_not_finite(

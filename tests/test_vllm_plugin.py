@@ -18,7 +18,7 @@ from ttspec.config import LearnConfig
 from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
 from ttspec.vllm import hooks, plugin, v1, v2
-from ttspec.vllm.module import flat, learned_names, load_in_place, save_learned, unflattened
+from ttspec.vllm.module import Saver, flat, learned_names, load_in_place, save_learned, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.v1 import teaches
 from ttspec.vllm.verified import EngineStep
@@ -390,6 +390,18 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
         save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
     assert load_file(next((tmp_path / "old").glob("*.safetensors")))
+
+
+def test_an_operator_is_told_what_became_of_a_save(tmp_path: Path) -> None:
+    drafter, warned = make_kind("eagle3"), list[str]()
+    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
+    saver = Saver(warned.append)
+    saver.wait()
+    for told, lines in ((f"{tmp_path}/new", 0), (f"nothing in {tmp_path}/new: ", 1)):
+        saver.save(tmp_path / "old", "eagle3", {}, tmp_path / "new")
+        saver.wait()
+        assert saver.told.startswith(told)
+        assert warned == [saver.told] * lines
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ def run_notice(manifest: Mapping[str, Any]) -> str:
     if not (found := manifest.get("replay")):
         return ""
     text = f"The text is that of the arm {found['arm']} in {found['run']} ({found['dtype']})"
+    if found["dtype"] != manifest["dtype"]:
+        text += f", read in {manifest['dtype']}"
     if found.get("timed"):
         return f"{text}, in all arms: where an arm would have chosen another token, it was given."
     return (

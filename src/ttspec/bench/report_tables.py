@@ -12,6 +12,7 @@ from ttspec.bench.metrics import Batches
 from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, Table, interval, number, ratio
 
+FEW_REQUESTS = 20
 STRETCH_TITLE = "Acceptance length, early and late"
 
 
@@ -46,7 +47,8 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
         "included, tokens past a stop excluded; as a ratio of sums, and as the mean over requests. "
-        "In brackets 95 % bootstrap intervals over requests.",
+        "Drafts accepted: of those proposed. Repeated 8-grams: of all eight tokens in a row of an "
+        f"answer, the share that it had before. In brackets {intervals(arms)}.",
         head=(
             "arm",
             "units",
@@ -73,6 +75,17 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     )
 
 
+def intervals(arms: Sequence[Arm]) -> str:
+    """What the brackets of a table are, and whether to trust them.
+
+    Of values with a normal distribution, such an interval held the mean in 80 % of cases with 4
+    requests, in 91 % with 10, in 93 % with 20 and in 94 % with 40.
+    """
+    count = len({turn.request for turn in arms[0].turns})
+    few = f", too narrow with fewer than {FEW_REQUESTS}" if count < FEW_REQUESTS else ""
+    return f"95 % bootstrap intervals over {count} requests{few}"
+
+
 def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     """Wall clock of each arm, all of it; `side_by_side` requests shared the machine."""
 
@@ -96,7 +109,8 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     }
     note = (
         "Tokens per second count everything: prefill, updates, text. First token: median. "
-        "A token's time is its round's wait over the round's tokens."
+        "A token's time is its round's wait over the round's tokens. "
+        "Reverts: times that worse weights were put back."
     )
     if side_by_side > 1:
         note += (
@@ -152,7 +166,7 @@ def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
         rows.append((f"{a.name} / {b.name}", ratio(tau), difference, ratio(speed)))
     return Table(
         title="Paired differences",
-        note="The same requests and seeds in both arms; 95 % bootstrap intervals over requests."
+        note=f"The same requests and seeds in both arms; {intervals(arms)}."
         + (" Tokens per second are those of full batches." if side_by_side > 1 else ""),
         head=("pair", "acceptance length, ratio", "difference", "tokens per second, ratio"),
         rows=rows,

@@ -130,8 +130,8 @@ class Arm:
 
     @property
     def learning_share(self) -> float:
-        """Share of the wall clock spent on updates."""
-        spent = sum(r.seconds[2] for r in self.rounds)
+        """Share of the wall clock spent on updates; none where none was made."""
+        spent = sum(r.seconds[2] for r in self.rounds) if self.updates else 0.0
         return spent / self.seconds if self.seconds > 0 else 0.0
 
     @property

@@ -116,6 +116,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has had enough. Python would complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except ImportError as error:
+        if error.__cause__ is None:
+            raise
+        first: BaseException = error  # transformers says no more than that there was one
+        while first.__cause__:
+            first = first.__cause__
+        return _complain(
+            f"A package that is installed here cannot be imported: {first}.\nInstall a build of it "
+            "that fits the others (`pip check`), or remove it.",
+            FAILED,
+        )
     except OSError as error:
         code = WRONG_INPUT if error.errno in TAKEN else FAILED
         where = f"{error.filename}: " if error.filename else ""

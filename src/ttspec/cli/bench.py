@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,8 +107,8 @@ def replay(
     """Measure what arms accept on the text of an earlier run, which the target reads only once.
 
     Whatever drafts, the text is the same, so what is accepted is what a live run would accept.
-    Nothing is timed, unless you ask for it. Ctrl-C keeps the finished units, and the same command
-    goes on after them.
+    Nothing is timed, unless you ask for it. Left out, --dtype is the run's. Ctrl-C keeps the
+    finished units, and the same command goes on after them.
 
     Parameters
     ----------
@@ -135,6 +136,8 @@ def replay(
     specs = replayable(parse_arms(arms), timed=timed)
     source = open_source(folder, text)
     require_writable(out)  # complains before anything is loaded
+    if models.dtype == "auto":  # in another some tokens would be drawn otherwise
+        models = replace(models, dtype=source.manifest.get("dtype", "auto"))
     engine = models.load(notify=say)
     drafters = find_drafters(specs, say)
     prepared = prepare(engine, source, specs, drafters, rows, out=out, timed=timed)

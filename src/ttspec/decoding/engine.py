@@ -21,13 +21,13 @@ from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Request, Scheduler, in_own_modes
 from ttspec.decoding.session import Session, resumed_session
 from ttspec.decoding.shared_weights import SharedWeights
 from ttspec.decoding.stages import DecoderSpec
 from ttspec.decoding.template import ChatTemplate, thinking_of
 from ttspec.drafters.base import Drafter
-from ttspec.errors import OptionError, ResourceError
+from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.models.target import Target
 from ttspec.records import Chunk, Result
 from ttspec.rowcache import BUCKET, INVARIANT_STEP, reach_of
@@ -35,6 +35,19 @@ from ttspec.rowcache import BUCKET, INVARIANT_STEP, reach_of
 SESSION_CONTEXT = 8192
 """Tokens a session makes room for unless told otherwise; the target's context if that is less."""
 Notify = Callable[[str], None]
+
+
+def require_drafter(drafter: object) -> None:
+    """Refuse what is neither a drafter nor None.
+
+    Raises:
+        OptionError: It is neither.
+    """
+    if not isinstance(drafter, Drafter | None):
+        raise OptionError(
+            f"drafter is a {type(drafter).__name__}; allowed are a drafter and None, and for load "
+            "a name, a folder and a hub id."
+        )
 
 
 class Engine:
@@ -49,7 +62,9 @@ class Engine:
 
         Raises:
             CheckpointError: The drafter was made for another target.
+            OptionError: It is no drafter.
         """
+        require_drafter(drafter)
         self.target, self.drafter = target, drafter
         self.tokenizer = target.tokenizer
         if drafter is not None:
@@ -153,8 +168,14 @@ class Engine:
             OptionError, DataError: An option or a prompt is not allowed.
         """
         config = GenerateConfig(**options)
-        if rows is not None and rows < 1:
-            raise OptionError(f"rows is {rows}; allowed is 1 or more, or None.")
+        for name, count in (("rows", rows), ("quota", quota)):
+            if count is not None and not (isinstance(count, int) and count >= 1):
+                raise OptionError(f"{name} is {count!r}; allowed is 1 or more, or None.")
+        if isinstance(dialogues, str) or any(isinstance(d, str) or not d for d in dialogues):
+            raise DataError(
+                f"dialogues is {dialogues!r:.60}; allowed is a list of lists of turns, none of "
+                'them empty.\nGive each dialogue as in ["first turn", "second turn"].'
+            )
         if "learn" not in options and len(dialogues) > 1 and rows != 1:
             config = replace(config, learn=None)
         template = self.chat_template(config)
@@ -194,21 +215,34 @@ class Engine:
         if seeds is None:
             seed = secrets.randbits(31) if config.seed is None else config.seed
             seeds = [seed] * len(prompts)
+        elif not isinstance(seeds, Sequence) or len(seeds) != len(prompts):
+            raise OptionError(
+                f"seeds is {seeds!r:.60}; allowed is a list of {len(prompts)}, one a dialogue."
+            )
+        for seed in seeds:
+            replace(config, seed=seed)  # refuses what is no seed
         thinking, asked_before = self.thinking(config), Counter[tuple[int, ...]]()
         for ids, seed in zip(prompts, seeds, strict=True):
             occurrence = asked_before[seed, *ids]
             asked_before[seed, *ids] += 1
             yield Request(ids=ids, seed=seed, occurrence=occurrence, thinking=thinking)
 
+    @in_own_modes
     def decoder(
         self, config: GenerateConfig, rows: int, longest_prompt: int, *, sessions: bool
     ) -> Decoder:
         """Rows for conversations under `config`.
 
         Raises:
-            OptionError: The longest prompt leaves no room for an answer.
+            OptionError: The longest prompt leaves no room for an answer, or torch's default dtype
+                is not float32.
             ResourceError: The caches or the learner's weights do not fit into memory.
         """
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            raise OptionError(
+                f"torch's default dtype is {dtype}; sampling and learning are done in float32.\n"
+                "Call torch.set_default_dtype(torch.float32)."
+            )
         config = self._resolved(config)
         slots = self._slots(config, longest_prompt, sessions=sessions)
         spec = DecoderSpec(

@@ -7,6 +7,7 @@ text, and end tokens other than the template's own are read by no later turn.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import cast
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -25,7 +26,7 @@ def as_prompts(given: Prompt | Sequence[Prompt]) -> list[Prompt]:
         DataError: It is neither.
     """
     _require_prompt(given)
-    if isinstance(given, str) or (given and isinstance(given[0], dict | int)):
+    if isinstance(given, str) or (given and isinstance(given[0], dict | Integral)):
         return [cast(Prompt, given)]
     return list(cast(Sequence[Prompt], given))
 
@@ -86,7 +87,7 @@ class ChatHistory:
     def _with(self, turn: Prompt) -> tuple[list[Message] | None, list[int]]:
         _require_prompt(turn)
         template, tokenizer = self._template, self._template.tokenizer
-        if not isinstance(turn, str) and turn and isinstance(turn[0], int):
+        if not isinstance(turn, str) and turn and isinstance(turn[0], Integral):
             return None, [*self._ids, *turn]  # type: ignore[list-item]
         if not template.applies:
             if not isinstance(turn, str):

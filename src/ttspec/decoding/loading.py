@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ttspec.decoding.engine import Engine, Notify
+from ttspec.decoding.engine import Engine, Notify, require_drafter
 from ttspec.decoding.memory_forecast import SMALLER_WEIGHTS, drafter_weight_bytes, require_weights
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS, load_drafter, load_native_head
@@ -52,11 +52,16 @@ def load(
     """
     target = str(target) if isinstance(target, Path) else target
     drafter = str(drafter) if isinstance(drafter, Path) else drafter
-    if not isinstance(target, str | tuple):
-        raise OptionError(
-            f"target is a {type(target).__name__}; allowed are a name, a folder, a hub id and a "
-            "loaded (model, tokenizer)."
-        )
+    match target:
+        case str() | (PreTrainedModel(), PreTrainedTokenizerBase()):
+            pass
+        case _:
+            raise OptionError(
+                f"target is a {type(target).__name__}; allowed are a name, a folder, a hub id and "
+                "a loaded (model, tokenizer)."
+            )
+    if not isinstance(drafter, str):
+        require_drafter(drafter)
     place = device_of(device)
     files = find_target(target, notify) if isinstance(target, str) else None
     loaded = None if isinstance(target, str) else wrap_target(*target)
@@ -203,6 +208,6 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         native = device.type == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         return torch.bfloat16 if native else torch.float32
-    if name not in kinds:
+    if name not in list(kinds):  # what is given may have no hash
         raise OptionError(f"dtype is {name!r}; allowed are auto, {', '.join(kinds)}.")
     return kinds[name]

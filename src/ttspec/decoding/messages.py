@@ -122,7 +122,8 @@ def rows_of(text: str, where: str) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError):
             pass  # lines, of which the first is told to be none
         else:
-            yield from ((f"{where}, row {n}", row) for n, row in enumerate(rows, 1))
+            for number, row in enumerate(rows, 1):
+                yield _place(row, f"{where}, row {number}"), row
             return
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -132,7 +133,20 @@ def rows_of(text: str, where: str) -> Iterator[tuple[str, Any]]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is no JSON: {error}.\nOne object a line: {FORMS}.") from error
-        yield place, row
+        yield _place(row, place), row
+
+
+def _place(row: Any, place: str) -> str:
+    """Where a row is, if what it says can be written.
+
+    Raises:
+        DataError: It holds half a character, as an escape of JSON may, or is nested too deep.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise DataError(f"{place} is no text: {error}.\nMend it, or leave it out.") from None
+    return place
 
 
 def request_of(row: Any, where: str) -> list[Turn]:
@@ -163,7 +177,11 @@ def request_of(row: Any, where: str) -> list[Turn]:
                 return [prompt]
     except DataError as error:
         raise DataError(f"{where}: {error}") from error
-    raise DataError(f"{where}: {' and '.join(given)} is not what it should be.\nAllowed: {FORMS}.")
+    found = " and ".join(f"{name} is {value!r:.60}" for name, value in given.items())
+    raise DataError(
+        f"{where}: {found}, which is no request.\nAllowed: {FORMS}, no text empty, the last "
+        "message the user's, a tool's or an answer that is begun."
+    )
 
 
 def user_turns(messages: Sequence[Message]) -> list[Turn]:

@@ -7,7 +7,13 @@ prompt holds up nobody for longer than a chunk of it. Whoever serves adds a queu
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+import torch
 
 from ttspec.config import GenerateConfig, SamplingConfig
 from ttspec.decoding.conversation import Conversation, Request, shared_prefix
@@ -17,6 +23,7 @@ from ttspec.decoding.prefill import PrefillBatch
 from ttspec.errors import DataError, OptionError
 from ttspec.records import Chunk
 
+Method = TypeVar("Method", bound=Callable[..., Any])
 ROWS_PER_PREFILL = 16
 """Turns begin together when more than a row in so many waits for one: reading a prompt holds up
 all rows, so in a large batch rows wait for company. Not where it is captured, and takes as long
@@ -25,6 +32,25 @@ SHARED_OPTIONS = ("acceptance", "draft", "learn", "deterministic")
 """Options that all rows of a decoder have in common."""
 MIN_SHARED_PREFIX = 64
 """Tokens that two texts begin with alike, for which what was read is copied from row to row."""
+
+
+def in_own_modes(method: Method) -> Method:
+    """Let a caller's inference mode or autocast bear on nothing.
+
+    What is made in inference mode cannot be written to outside of it, and caches live longer.
+    """
+
+    @wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not (kinds or torch.is_inference_mode_enabled()):
+            return method(*args, **kwargs)
+        with torch.inference_mode(False), ExitStack() as modes:
+            for kind in kinds:
+                modes.enter_context(torch.autocast(kind, enabled=False))
+            return method(*args, **kwargs)
+
+    return cast(Method, run)
 
 
 class Scheduler:
@@ -108,6 +134,7 @@ class Scheduler:
         """Whether there is anything to do."""
         return bool(self._waiting or self._ready or self._prefilling or self._running)
 
+    @in_own_modes
     def step(self) -> list[tuple[int, Chunk]]:
         """Read a chunk of prompts, or have a round; both where a long prompt would hold up others.
 
@@ -195,11 +222,11 @@ class Scheduler:
     def _check_tokens(self, ids: list[int]) -> None:
         """Refuse what a table of tokens would be read at, out of it: on a GPU that ends all."""
         size = int(self.decoder.target.config.vocab_size)
-        wrong = [token for token in ids if not (isinstance(token, int) and 0 <= token < size)]
+        wrong = [token for token in ids if not (type(token) is int and 0 <= token < size)]
         if wrong:
             raise DataError(
                 f"A prompt has the token {wrong[0]!r}; the target has {size}, from 0.\n"
-                "Give tokens of its tokenizer."
+                "Give tokens of its tokenizer, of an array .tolist()."
             )
 
     def _check_tenant(self, tenant: str | None) -> None:

@@ -294,7 +294,7 @@ def _check_map(device_map: DeviceMap, gguf: GgufFile | None) -> None:
             "A GGUF file is loaded on one device; device_map was given.\n"
             "Leave it out, or use the model's safetensors."
         )
-    if isinstance(device_map, str) and device_map != "auto":
+    if device_map != "auto" and not isinstance(device_map, dict):
         raise OptionError(
             f"device_map is {device_map!r}; allowed are auto and a dict of devices by module."
         )

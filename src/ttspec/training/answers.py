@@ -95,6 +95,8 @@ def write_answers(
                 if ids and len(ids) < decoder.rows.slots:
                     request = Request(ids=ids, seed=options.seed, occurrence=n, keeps_row=True)
                     going[scheduler.add_request(request)] = n, dialogue
+                else:
+                    done.add(n)
             for request, chunk in scheduler.step():
                 if chunk.result is None:
                     continue

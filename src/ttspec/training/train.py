@@ -75,7 +75,7 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
     recipe = RECIPES[config.kind](engine.target, config)  # refuses what it cannot train
     if config.init is not None:
         _init_drafter(config)  # and so does this
-    _open_folder(config)
+    _open_folder(config, engine.target)
     if engine.notify and (notice := recipe.notice()):
         engine.notify(notice)
     answers = config.out / "answers.jsonl"
@@ -87,7 +87,22 @@ def train(engine: Engine, config: TrainConfig, report: Report = lambda _: None) 
         report(Progress("answers", share, left, tokens=tokens))
 
     write_answers(engine, dialogues, answers, config, answered)
+    if engine.notify and (notice := _left_out(answers, len(dialogues), config.max_length)):
+        engine.notify(notice)
     return fit(engine.target, config, [answers], report)
+
+
+def _left_out(answers: Path, prompts: int, max_length: int) -> str | None:
+    """How many prompts have no answer to learn from, and why; None if all have one."""
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    taught = {row["n"] for row in map(json.loads, lines) if row["spans"]}
+    missing = len(set(range(prompts)) - taught)
+    if not missing:
+        return None
+    return (
+        f"{missing} of {prompts} prompts teach nothing: they leave no room for an answer in "
+        f"{max_length} tokens (--max-length), or their answers are empty or repeat themselves."
+    )
 
 
 def fit(target: Target, config: TrainConfig, answers: list[Path], report: Report) -> Path:
@@ -276,14 +291,20 @@ def _reading(path: Path, advice: str) -> Iterator[None]:
         raise DataError(f"{path} is damaged: {error!r:.200}.\n{advice}") from error
 
 
-def _open_folder(config: TrainConfig) -> None:
+def _open_folder(config: TrainConfig, target: Target) -> None:
     """Take a folder for a run, or check that it is this run's."""
     loose = {"out", "resume", "minutes", "epochs", "rows", "prompts"}
     ours = {k: v for k, v in asdict(config).items() if k not in loose}
+    sizes = target.config  # the answers are its tokens, which mean nothing to another
+    ours["target"] = (
+        f"{target.name}, {sizes.num_hidden_layers} layers of {sizes.hidden_size}, "
+        f"{sizes.vocab_size} tokens"
+    )
     path, part = config.out / "run.json", config.out / "run.part"
     if path.exists():
         with _reading(path, "Give a new folder."):
             theirs = dict(json.loads(path.read_text(encoding="utf-8")))
+        theirs.setdefault("target", ours["target"])  # older runs do not say
         if not config.resume:
             raise OptionError(
                 f"{config.out} holds a run already.\nAdd --resume, or give a new folder."

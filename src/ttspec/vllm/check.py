@@ -18,7 +18,12 @@ from ttspec.vllm.module import learned_names
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.verified import room_for
 
-METHOD_OF = {"eagle3": "eagle3", "dflash": "dflash", "pard": "draft_model", "causal": "draft_model"}
+METHOD_OF = {
+    "eagle3": "eagle3",
+    "dflash": "dflash",
+    "pard": 'draft_model, with "parallel_drafting": true (else it drafts token by token)',
+    "causal": "draft_model",
+}
 """vLLM's name of the method of a kind of drafter."""
 
 
@@ -53,7 +58,7 @@ def examine_pair(target: Path, drafter: Drafter, settings: Settings) -> list[Lin
         return [
             Line("drafter", False, f"the plugin learns {', '.join(METHOD_OF)}; no {drafter.kind}")
         ]
-    lines = [Line("drafter", True, f"{drafter.kind}: method {METHOD_OF[drafter.kind]} of vLLM")]
+    lines = [Line("drafter", True, f"{drafter.kind}: vLLM's method {METHOD_OF[drafter.kind]}")]
     if drafter.config.get("quantization_config"):
         lines.append(Line("weights", False, "quantised: they cannot be written in place"))
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,36 @@ def save_learned(source: Path, kind: str, learned: Mapping[str, Tensor], folder:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+class Saver:
+    """Writes learned drafters beside the steps, one at a time."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        """`warn` is told what was not written, and why."""
+        self._warn, self._thread = warn, threading.Thread()
+        self.told = ""
+        """Of the last one, for an operator: where it is, or why it is not there."""
+
+    def save(self, source: Path, kind: str, learned: Mapping[str, Tensor], folder: Path) -> None:
+        """Begin to write; arguments as of `save_learned`."""
+        if self._thread.is_alive():
+            return self._warn(f"nothing in {folder}: it still writes another")
+        self.told = f"not yet in {folder}"
+
+        def write() -> None:
+            try:
+                save_learned(source, kind, learned, folder)
+                self.told = str(folder.absolute())
+            except Exception as error:
+                self.told = f"nothing in {folder}: {error}"
+                self._warn(self.told)
+
+        self._thread = threading.Thread(target=write, daemon=True)
+        self._thread.start()
+        return None
+
+    def wait(self) -> None:
+        """Until nothing is being written."""
+        if self._thread.is_alive():
+            self._thread.join()

@@ -7,7 +7,6 @@ A worker is asked once, when it has made its model runner. Without `"ttspec"` in
 from __future__ import annotations
 
 import atexit
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from ttspec.vllm import hooks, status, v1, v2
 from ttspec.vllm.capturing import capture_when_warm, failure_of
 from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import known_target
-from ttspec.vllm.module import learned_names, learned_weights, save_learned
+from ttspec.vllm.module import Saver, learned_names, learned_weights
 from ttspec.vllm.packing import keep_matrices
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner, rounds_an_update
@@ -71,7 +70,7 @@ class WorkerLearning:
         """Those in place: none while steps are of no interest."""
         self._status_written = 0.0
         self._warned = False
-        self._saving: threading.Thread | None = None
+        self._saver = Saver(lambda told: self.log.warning("ttspec saved %s", told))
 
     def prepare(self, given: Any) -> None:
         """Check what all ranks find alike, and wait for the models.
@@ -152,9 +151,10 @@ class WorkerLearning:
             self.live.publish(self.learner.shared)
         self._close_with_worker()
         self.log.info(
-            "ttspec learns: %s drafter %s, taps %s, %d requests at a time, %.0f MB",
+            "ttspec learns: %s drafter %s%s, taps %s, %d requests at a time, %.0f MB",
             self.drafter.kind,
             self.source.name,
+            f" from version {kept.version}" if (kept := live.keeper) and kept.version else "",
             list(self.drafter.taps) or "none",
             self.settings.rows,
             self.learner.nbytes / 1e6,
@@ -172,8 +172,7 @@ class WorkerLearning:
         self.worker.shutdown = close_and_shutdown
 
     def _close(self) -> None:
-        if self._saving:
-            self._saving.join()
+        self._saver.wait()
         if self.learner is None or (keeper := self.learner.shared.keeper) is None:
             return
         try:
@@ -291,27 +290,18 @@ class WorkerLearning:
         """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
         if self.learner is None:
             return
-        if self._saving and self._saving.is_alive():
-            self.log.warning("ttspec saved nothing in %s: it still writes another", folder)
-            return
         self.learner.finish()
         weights = learned_weights(self.learner.shared, self.learner.shared.learned())
         dtype = self.drafter.embedding.dtype
         copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
-
-        def write() -> None:
-            try:
-                save_learned(self.source, self.drafter.kind, copies, folder)
-            except Exception as error:
-                self.log.warning("ttspec saved nothing in %s: %s", folder, error)
-
-        self._saving = threading.Thread(target=write, daemon=True)
-        self._saving.start()
+        self._saver.save(self.source, self.drafter.kind, copies, folder)
 
     def status(self) -> dict[str, Any]:
         """What an operator wants to know; plain values."""
         found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
-        return found | (status.figures(self.learner) if self.learner else {})
+        if self.learner:
+            found |= status.figures(self.learner) | {"saved": self._saver.told}
+        return found
 
     def write_status(self) -> dict[str, Any] | None:
         """Leave the figures where the API server's /metrics finds them; best effort."""
