@@ -283,12 +283,12 @@ class Decoder(RoundStages):
     def begins_beside(self) -> bool:
         """Whether prompts may begin while a round is under way, to be read beside it.
 
-        What a round returns lies where other graphs work, too: so not where the host will look at
-        more of it than is on its way already, nor where rows learn for themselves.
+        Not where the host will look at more of the round than is on its way to it: what a round
+        returns lies where other graphs work, too. Nor where rows learn for themselves.
         """
-        captured, shares = self.prompts.captured, self.learner is None or self.learner.shared
-        asked = self.row_sampling.logprobs.asked(self.rows.active())
-        return captured is not None and captured.can_launch and shares and not asked
+        if not (captured := self.prompts.captured) or (self.learner and not self.learner.shared):
+            return False
+        return captured.can_launch and not self.row_sampling.logprobs.asked(self.rows.active())
 
     def _is_masked(self, rows: list[int]) -> bool:
         """Whether the host must look at drafts of some rows before they are verified."""
