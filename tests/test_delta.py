@@ -30,7 +30,7 @@ def test_a_change_is_of_one_drafter_alone_which_stays_as_it_is():
     assert torch.equal(changed["norm.weight"], fresh["norm.weight"] + 1)
     assert all(torch.equal(w, fresh[n]) for n, w in drafter.weights.items())
     for other in (make_kind("dflash", seed=1), make_kind("eagle3"), None):
-        with pytest.raises(CheckpointError, match="other weights.*\n.*learned with: day"):
+        with pytest.raises(CheckpointError, match=r"other weights.*\n.*learned with: day"):
             delta.changed(other)
 
 
