@@ -69,7 +69,8 @@ class Loop:
         self._drafter_rows = slice(None)
         self.sampling = SamplingConfig(temperature=1.0, acceptance=acceptance)
         self.coupled = coupled
-        self.asked = SamplingTensors.of(self.sampling, keys.device)
+        ones = torch.ones(len(keys), 1, 1)
+        self.asked = SamplingTensors(temperature=ones, sampled=ones)
         self.draft_ids = None
 
     def widen(self, values: Tensor, other: float) -> Tensor:

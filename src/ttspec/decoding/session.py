@@ -88,8 +88,8 @@ class Session:
                 "draft.length is 0.\nAsk for what was learned after a turn."
             )
         new = copy.copy(drafter)
-        live = {n: w[0] if drafter.is_own(n, w) else w for n, w in state.weights.items()}
-        new.weights = {n: w.detach().clone() for n, w in multiplied_out(live).items()}
+        live = multiplied_out(drafter.weights_of_one(state.weights))
+        new.weights = {n: w.detach().clone() for n, w in live.items()}
         return new
 
     def close(self) -> None:

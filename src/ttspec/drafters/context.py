@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ttspec.compiled import of_any_size
-from ttspec.drafters.base import DraftState
-from ttspec.drafters.blocks import Blocks
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Blocks, Text
 from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext, Weights
 from ttspec.drafters.rotary import Rope
 from ttspec.records import of_rows
@@ -258,6 +259,31 @@ def empty_context(
     shape = (layers, rows, heads, slots + 1)
     values = unwritten((*shape, value_size or size), like)
     return {"keys": unwritten((*shape, size), like), "values": values}
+
+
+def context_of_texts(
+    drafter: Drafter,
+    weights: Weights,
+    tokens: Tensor,
+    features: Tensor,
+    options: DraftConfig,
+    length: int,
+) -> DraftState:
+    """A context of whole texts from their beginning, with gradients to what makes it.
+
+    Args:
+        drafter: Whose.
+        weights: Shared by all rows.
+        tokens: int64 [N, L].
+        features: [N, L, W] of the same tokens.
+        options: How the drafter is run.
+        length: Drafts of the blocks that will be replayed.
+    """
+    state = drafter.start(len(tokens), tokens.shape[1] + length + 1, options)
+    state.weights = weights
+    text = Text.after(tokens.new_zeros(len(tokens)), tokens, features)
+    drafter._extend(state, weights, text)
+    return state
 
 
 FEATURES_KEPT = 1024
