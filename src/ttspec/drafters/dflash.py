@@ -271,12 +271,12 @@ class DFlash(FeatureDrafter):
     ) -> Sequence[Attend]:
         """Each layer's context, beside which the blocks lie."""
         width, reach = self._width(blocks), keys[0].shape[2]
-        position, begin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
-        same = same_block(blocks.start.shape[1], width, begin.device)
+        position, origin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
+        same = same_block(blocks.start.shape[1], width, origin.device)
         masks = self._by_layer(
             blocks,
             nearest,
-            lambda first, last: seen_mask(reach, begin, position, first, last, same),
+            lambda first, last: seen_mask(reach, origin, position, first, last, same),
         )
         return [ConcatenatedContext(keys[i], values[i], mask) for i, mask in enumerate(masks)]
 

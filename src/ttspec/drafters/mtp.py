@@ -205,17 +205,17 @@ class Mtp(FunctionalDrafter):
             values: [1, B, kv heads, S, D].
             next_token: Says each next token.
         """
-        begin = blocks.start - 1
+        origin = blocks.start - 1
         weights = self.with_rope(state, state.weights)
-        first = first_seen(begin, begin, state.options.window)
-        same = same_block(begin.shape[1], 1, begin.device)
-        mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
+        first = first_seen(origin, origin, state.options.window)
+        same = same_block(origin.shape[1], 1, origin.device)
+        mask = seen_mask(keys.shape[3], origin, origin, first, origin, same)[:, None]
         own = torch.eye(mask.shape[-2], dtype=torch.bool, device=mask.device)
         own, token = own.expand(*mask.shape[:-1], -1), blocks.tokens
         for step in range(blocks.length):
             if step:
                 mask = torch.cat([mask, own], dim=-1)
-            fed = self._reading(token, hidden, begin + step, mask)
+            fed = self._reading(token, hidden, origin + step, mask)
             hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
             token = next_token(step, hidden)
