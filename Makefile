@@ -32,7 +32,7 @@ $(TOOLS): $(READY)
 weights: $(READY) ## fetch and convert the built-in target, once
 	$(BIN)/python -c 'from ttspec.models.source import resolve; resolve("smollm2-135m", notify=print)'
 
-demo: $(READY) ## show what drafting, copying and learning do, on the built-in pair (options: ARGS="--long")
+demo: $(READY) ## show what drafting, copying and learning do, on the built-in pair (options: ARGS="--tokens 2500")
 	$(BIN)/ttspec demo $(ARGS)
 
 # Tests start processes of their own: without bytecode each would compile torch's sources again.

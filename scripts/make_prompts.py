@@ -276,7 +276,7 @@ def overlaps(rows: Rows, drawn: set[str], prompts: list[dict], sessions: list[di
         "held-out prompts in training": len(held_out & seen),
         "session turns in training": len(asked & seen),
         "held-out prompts in sessions": len(held_out & asked),
-        "demo turns in any": len(folded(demo["SHORT"] + demo["LONG"]) & (seen | held_out | asked)),
+        "demo turns in any": len(folded(demo["TURNS"]) & (seen | held_out | asked)),
         "repeated mixed turns": len(mixed) - len(folded(mixed)),
         "suite turns like training": sum(not trained.isdisjoint(shingles(s)) for s in suites),
         "shared topics": len(topics & folded(texts.SESSION_TOPICS + texts.MIXED_SUBJECTS)),

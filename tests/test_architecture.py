@@ -12,6 +12,7 @@ from toys import (
     logits_of,
     random_features,
     replay_batch,
+    taught,
     toy_drafter,
 )
 
@@ -114,11 +115,13 @@ def test_training_and_drafting_compute_the_same_logits():
     drafter = bound_drafter(layer_types=SLIDING["layer_types"], sliding_window=8)
     features = random_features(2, 24)
     state = context(drafter, [24, 24])
-    tokens, start = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[6, 19], [11, 24]])
-    states = drafter.training_forward(features, tokens, start, 4)
-    taught = drafter.next_token_logits(drafter.weights, states, tokens[..., None])
+    ids = torch.arange(28).expand(2, -1)
+    tokens = start = torch.tensor([[6, 19], [11, 24]])
+    longer = torch.nn.functional.pad(features, (0, 0, 0, 4))
+    states = taught(drafter, longer, ids, start, 4)
+    trained = drafter.next_token_logits(drafter.weights, states, tokens[..., None])
     replayed = drafter.replay(state, replay_batch(tokens, start), 4, 24)
-    torch.testing.assert_close(taught, replayed, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(trained, replayed, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -189,9 +189,3 @@ def test_a_stretch_counts_rounds_where_they_begin_and_can_leave_out_what_repeats
     parts = {"suite": {"parts": {"a": (0, 1), "b": (1, 2)}}}
     titles = [t.title for t in all_tables([other, arm], parts)]
     assert "Acceptance length, early and late: b" in titles
-
-
-def test_what_learning_costs_is_its_seconds() -> None:
-    arm = arm_of("learn", {(0, 0): [2, 2]})
-    spent, free = m.seconds(arm.turns), m.seconds_without_learning(arm.turns)
-    assert spent - free == pytest.approx(0.2)

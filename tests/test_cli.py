@@ -180,13 +180,12 @@ def test_standard_input_that_is_no_text_is_refused(pair, capsys, monkeypatch) ->
     [
         ["demo", "--tokens", "8", "--out"],
         ["generate", "hello", "--max-new-tokens", "12", "--save-drafter"],
-        ["generate", "hello", "--max-new-tokens", "12", "--learn.stride", "1", "--save-drafter"],
     ],
-    ids=["demo", "folder", "file"],
+    ids=["demo", "folder"],
 )
 def test_a_full_disk_is_a_failed_job(command: list[str], pair, capsys, tmp_path) -> None:
     """The disk is real: the system lets no file of this process grow beyond a size."""
-    place = tmp_path / ("new.safetensors" if "--learn.stride" in command else "new")
+    place = tmp_path / "new"
     _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -213,7 +212,7 @@ def test_a_file_where_a_folder_belongs_is_a_wrong_input(command, pair, capsys, t
     "command",
     [
         ["chat", "--save-drafter", "taken/new"],
-        ["generate", "hi", "--save-drafter", "taken/new.safetensors"],
+        ["generate", "hi", "--save-drafter", "taken/new"],
         ["bench", "run", "--out", "taken/new"],
         ["export", "nowhere", "--out", "taken/new"],
     ],
@@ -495,14 +494,13 @@ def test_what_was_learned_is_saved_and_taken_up_again(
     assert "nothing was written" in complaint(capsys)[0]
 
 
-@pytest.mark.parametrize("name", ["new", "new.safetensors"])
 def test_what_cannot_be_saved_where_it_should_stays_and_is_named(
-    pair, capsys, monkeypatch, tmp_path, name: str
+    pair, capsys, monkeypatch, tmp_path
 ) -> None:
     """Another process has the place by the end of the conversation."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    place, real = tmp_path / name, terminal.follow
+    place, real = tmp_path / "new", terminal.follow
 
     def taken_meanwhile(*given: Any) -> Result:
         place.write_text("another's")
@@ -515,9 +513,10 @@ def test_what_cannot_be_saved_where_it_should_stays_and_is_named(
     assert f"{place} is a file; nothing was written" in error
     assert place.read_text() == "another's"
     monkeypatch.undo()
-    flags = ["--max-new-tokens", "4", *stays.partition(": ")[2].split()]
-    assert flags[-2] == "--resume-drafter"
-    assert main(["generate", "hello", *pair, *flags]) == 0
+    flag, folder = stays.partition(": ")[2].split()
+    assert flag == "--drafter"
+    again = [*pair[: pair.index(flag) + 1], folder, *pair[pair.index(flag) + 2 :]]
+    assert main(["generate", "hello", *again, "--max-new-tokens", "4"]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`ttspec learned` and `ttspec adapt` as a user meets them."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from toys import complaint, full_disk, make_drafter
 
 from ttspec import load
 from ttspec.cli import adapt, main
-from ttspec.learning.versions import MANIFEST, VersionStore, stores_in
+from ttspec.learning.versions import VersionStore, stores_in
 
 LEARN = ["--learn.stride", "2", "--learn.lr", "3e-3", "--learn.blocks", "4"]
 SAYS = ["--max-new-tokens", "130", "--ignore-eos", "--dtype", "float32", "--temperature", "0.9"]
@@ -131,40 +130,6 @@ def test_an_answer_that_is_too_short_to_keep_anything_says_so(models, capsys, tm
     assert "Nothing new is kept" in capsys.readouterr().err
     assert learned("list", tmp_path) == 2
     assert "has no versions yet" in complaint(capsys)[0]
-
-
-@pytest.mark.parametrize(
-    "odd",
-    [
-        {"held_out": {"accepted": [1, 2]}},
-        {"held_out": None},
-        {"requests": {"a": 1}},
-        {"made": 3},
-        {"target": "toy"},
-        {"drafter": ...},
-        {"sha256_of_weights": ...},
-    ],
-    ids=str,
-)
-def test_a_manifest_of_another_form_is_named(kept: Path, odd, models, capsys, tmp_path) -> None:
-    """Its checksum is right: another program wrote it."""
-    folder = Path(shutil.copytree(kept / "kept", tmp_path / "kept"))
-    (store,) = stores_in(folder)
-    file = store / "00000001" / MANIFEST
-    manifest = {**json.loads(file.read_text()), **odd}
-    manifest = {n: v for n, v in manifest.items() if v is not ... and n != "sha256_of_manifest"}
-    text = json.dumps(manifest, sort_keys=True)
-    manifest["sha256_of_manifest"] = hashlib.sha256(text.encode()).hexdigest()
-    file.write_text(json.dumps(manifest))
-    assert learned("list", folder) == 0
-    assert learned("list", folder, "--json") == 0
-    assert learned("show", folder) in (0, 2)
-    assert learned("export", folder, "--out", tmp_path / "out") in (0, 2)
-    generate = ["generate", "hello", *models, "--learn.scope", "shared", "--max-new-tokens", "4"]
-    assert main([*generate, *LEARN, "--learn.keep", str(folder), "--dtype", "float32"]) == 0
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err
-    assert "manifest" in told.out or "target" in odd
 
 
 def test_of_several_tenants_one_must_be_named(kept: Path, models, capsys, tmp_path) -> None:

@@ -28,6 +28,7 @@ from toys import (
     random_features,
     random_weights,
     replay_batch,
+    taught,
     toy_engine,
     twin,
     update_on,
@@ -340,7 +341,7 @@ def test_chains_that_are_taught_say_what_is_drafted(which: str):
     features = random_features(2, count, 64 * len(drafter.taps))
     start = torch.tensor([places, places[::-1]])
     with torch.no_grad():
-        logits = drafter.logits(drafter.training_forward(features, ids, start, drafter.length))
+        logits = drafter.logits(taught(drafter, features, ids, start, drafter.length))
     for row, at in ((0, 0), (0, 1), (1, 0), (1, 2)):
         begin = int(start[row, at])
         state = drafter.start(1, SLOTS, DraftConfig())

@@ -65,10 +65,12 @@ class Loop:
         )
         # What the decoder's `accept` looks at.
         self.count = len(keys)
-        self.rows, self._drafter_rows = SimpleNamespace(inputs=self.inputs, count=self.count), None
+        self.rows = SimpleNamespace(inputs=self.inputs, count=self.count)
+        self._drafter_rows = slice(None)
         self.sampling = SamplingConfig(temperature=1.0, acceptance=acceptance)
         self.coupled = coupled
-        self.asked = SamplingTensors.of(self.sampling, keys.device)
+        ones = torch.ones(len(keys), 1, 1)
+        self.asked = SamplingTensors(temperature=ones, sampled=ones)
         self.draft_ids = None
 
     def widen(self, values: Tensor, other: float) -> Tensor:

@@ -318,7 +318,7 @@ def test_every_output_says_that_it_is_a_replay_and_has_no_times(
     assert titles
     assert all(mark in title for title in titles)
     plots = {plot.stem: plot.read_text() for plot in report.glob("*.svg")}
-    assert plots.keys().isdisjoint({"speed", "stages", "cost"})
+    assert "speed" not in plots
     assert all(mark in plot for plot in plots.values())
 
     pair = [f"{out}:learn[{LEARN}]", f"{run}:static"]

@@ -13,7 +13,7 @@ import pytest
 from make_prompts import ALIKE, DATA, mark, marks, shingles, suite_turns, trainable
 
 from ttspec.bench.suites import BUILT_IN, load_suite
-from ttspec.cli.demo_turns import LONG
+from ttspec.cli import demo_turns
 
 SIZES = {"quick": 20, "long": 20, "math": 24, "code": 24, "writing": 24, "session": 20, "mixed": 20}
 SESSIONS = ("session", "mixed")
@@ -44,7 +44,7 @@ def test_no_turn_comes_twice_in_any_suite_but_session() -> None:
     # The sessions on one topic share their follow-ups, which the README says.
     said = Counter(fold(text) for name in SIZES if name != "session" for text in TURNS[name])
     said.update({fold(text) for text in TURNS["session"]})
-    said.update(map(fold, LONG))
+    said.update(map(fold, demo_turns.TURNS))
     assert [text for text, times in said.items() if times > 1] == []
 
 

@@ -15,8 +15,10 @@ from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.checkpoint import make_drafter as make_drafter_of
 from ttspec.drafters.checkpoint import save_drafter
+from ttspec.drafters.context import context_of_texts
 from ttspec.drafters.dflash import DFlash
 from ttspec.errors import TargetError
 from ttspec.learning.learner import Learner
@@ -315,6 +317,16 @@ def verification(
         emitted=torch.as_tensor([a + 1 for a in accepted] if emitted is None else emitted),
         ended=torch.tensor(ended if ended is not None else [False] * rows),
     )
+
+
+def taught(drafter, features: Tensor, ids: Tensor, start: Tensor, length: int) -> Tensor:
+    """What a drafter's head reads of blocks of whole texts int64 [N, L], as in training."""
+    row, count = torch.arange(len(ids))[:, None], ids.shape[1]
+    at = (start[..., None] + torch.arange(length + 1)).clamp(max=count - 1)
+    text, mask = ids[row[..., None], at], torch.ones(*start.shape, length, dtype=torch.bool)
+    lesson = ReplayBatch.of(text, start, features[row, start - 1], mask)
+    context = context_of_texts(drafter, drafter.weights, ids, features, DraftConfig(), length)
+    return drafter.replayed(context, lesson, Blocks(text[..., 0], start, length, count))
 
 
 def replay_batch(tokens: Any, start: Any, before: Tensor | None = None) -> ReplayBatch:

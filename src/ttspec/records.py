@@ -146,6 +146,21 @@ class ReplayBatch:
     count: Tensor
     """int64 [B]: blocks of a row that have something to teach."""
 
+    @classmethod
+    def of(cls, tokens: Tensor, start: Tensor, before: Tensor | None, mask: Tensor) -> ReplayBatch:
+        """Blocks to draft again, of which the target says nothing here; arguments as its fields."""
+        some = mask.any(-1)
+        none = mask.new_empty(*start.shape, 0)
+        return cls(
+            tokens=tokens,
+            start=start,
+            before=before,
+            logits=none,
+            mask=mask,
+            fresh=some,
+            count=some.sum(-1),
+        )
+
     def part(self, begin: int, blocks: int = 1) -> ReplayBatch:
         """Some blocks of every row, from block `begin` on."""
         some = slice(begin, begin + blocks)

@@ -7,20 +7,9 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ttspec.bench import metrics as m
-from ttspec.bench.plot_style import (
-    COST_COLOURS,
-    INK,
-    STAGE_COLOURS,
-    bars,
-    colours,
-    legend,
-    panels,
-    styled,
-)
-from ttspec.bench.report_tables import pairs_of
+from ttspec.bench.plot_style import INK, colours, legend, panels, styled
 from ttspec.bench.results import Arm
 
 WIDTHS = ((512, 64), (2048, 128), (4096, 256))
@@ -86,26 +75,12 @@ def _write_alive(axes: Axes, bins: Sequence[m.Bin]) -> None:
 
 
 @styled
-def draft_figure(arms: Sequence[Arm]) -> Figure:
-    """How often the i-th drafted token is accepted, of the rounds that drafted so many."""
-    figure, (axes,) = panels(1)
-    palette = colours([arm.name for arm in arms])
-    for arm in arms:
-        if shares := m.draft_positions(arm):
-            x, colour = range(1, len(shares) + 1), palette[arm.name]
-            axes.plot(x, shares, color=colour, label=arm.name, lw=1.8, marker="o", ms=3.5)
-    axes.set(ylim=(0, 1), xlabel="drafted token", ylabel="accepted up to here")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    legend(figure, axes)
-    return figure
-
-
-@styled
 def speed_figure(arms: Sequence[Arm]) -> Figure:
     """Tokens per second, with intervals over requests."""
     names = [arm.name for arm in arms]
-    figure, axes = bars(names)
+    figure, (axes,) = panels(1, height=0.9 + 0.36 * len(names), grid="x")
+    axes.set_yticks(range(len(names)), [name.replace("[", "\n[") for name in names], fontsize=9)
+    axes.invert_yaxis()
     for y, (arm, colour) in enumerate(zip(arms, colours(names).values(), strict=True)):
         if (found := m.speed(arm)) is None:
             continue
@@ -114,53 +89,6 @@ def speed_figure(arms: Sequence[Arm]) -> Figure:
             edges = [[max(found.value - found.low, 0)], [max(found.high - found.value, 0)]]
             axes.errorbar(found.value, y, xerr=edges, color=INK, lw=1.2, capsize=3)
     axes.set_xlabel("tokens per second")
-    return figure
-
-
-@styled
-def stage_figure(arms: Sequence[Arm]) -> Figure:
-    """Where the time of a token goes."""
-    figure, axes = bars([arm.name for arm in arms], more=1)
-    left = [0.0] * len(arms)
-    for stage, colour in STAGE_COLOURS.items():
-        parts = [1000 * m.stage_seconds(arm)[stage] for arm in arms]
-        axes.barh(range(len(arms)), parts, left=left, color=colour, label=stage, height=0.6)
-        left = [a + b for a, b in zip(left, parts, strict=True)]
-    axes.set_xlabel("milliseconds a generated token")
-    legend(figure, axes, columns=len(STAGE_COLOURS))
-    return figure
-
-
-@styled
-def cost_figure(arms: Sequence[Arm]) -> Figure:
-    """What learning gains in rounds, and what is left of it once the updates are paid for."""
-    pairs = [(a, b) for a, b in pairs_of(arms) if a.updates and b.kind.startswith("static")]
-    kinds = {
-        "acceptance length": (m.emitted, m.rounds),
-        "speed, were updates free": (m.tokens, m.seconds_without_learning),
-        "speed": (m.tokens, m.seconds),
-    }
-    figure, (axes,) = panels(1, height=0.9 + 0.36 * (3 * len(pairs) + 1), grid="x")
-    for offset, ((name, counts), colour) in enumerate(
-        zip(kinds.items(), COST_COLOURS, strict=True)
-    ):
-        ratios = [
-            (y + (offset - 1) * 0.22, found.ratio)
-            for y, (a, b) in enumerate(pairs)
-            if (found := m.pair(a, b, *counts))
-        ]
-        axes.plot(
-            [r.value for _, r in ratios], [y for y, _ in ratios], "o", c=colour, ms=5, label=name
-        )
-        for y, r in ratios:
-            if r.has_interval:
-                axes.hlines(y, r.low, r.high, color=colour, lw=1.4)
-    axes.axvline(1, color=INK, lw=0.8)
-    labels = [f"{a.name.replace('[', chr(10) + '[')}\n/ {b.name}" for a, b in pairs]
-    axes.set_yticks(range(len(pairs)), labels, fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlabel("ratio; right of 1 is better with learning")
-    legend(figure, axes, columns=3)
     return figure
 
 
@@ -180,25 +108,9 @@ PLOTS = {
         "drafting gained nothing. Bands are 95 % bootstrap intervals over requests. Only long "
         "answers reach the right end; the tables below say how many.",
     ),
-    "drafts": Plot(
-        draft_figure,
-        "Acceptance by drafted token",
-        "Of the rounds that drafted at least so many tokens, the share that accepted all up to it.",
-    ),
     "speed": Plot(
         speed_figure,
         "Speed",
         "Wall clock, all of it. Bars are ratios of sums, whiskers 95 % intervals over requests.",
-    ),
-    "cost": Plot(
-        cost_figure,
-        "What learning costs",
-        "Learning against static, on the same requests: rounds saved, what that is worth, and what "
-        "is left once the updates are paid for. Lines are 95 % intervals over requests.",
-    ),
-    "stages": Plot(
-        stage_figure,
-        "Where the time goes",
-        "Wall clock a generated token; other is prefill, text and bookkeeping.",
     ),
 }

@@ -52,11 +52,6 @@ def seconds(turns: Sequence[Turn]) -> float:
     return sum(turn.seconds for turn in turns)
 
 
-def seconds_without_learning(turns: Sequence[Turn]) -> float:
-    """Wall clock, had the updates taken no time."""
-    return seconds(turns) - sum(r.seconds[2] for r in rounds_of(turns))
-
-
 def sums(arm: Arm, count: Count) -> Sums:
     """A count summed per request, float64 [requests], in the order of the requests."""
     requests: dict[int, list[Turn]] = {}

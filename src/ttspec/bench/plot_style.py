@@ -33,8 +33,6 @@ SPARE_COLOURS = (
     *("#8a6fd1", "#8c8c00", "#00a3a3", "#b5544d"),
     *("#5a7d2a", "#b86fb0", "#3f5f8a", "#a87f3f"),
 )
-STAGE_COLOURS = {"draft": "#56b4e9", "verify": "#767676", "learn": "#d55e00", "other": "#e0c080"}
-COST_COLOURS = ("#0072b2", "#e69f00", "#d55e00")
 LONG = 26
 """Letters of a name, above which two do not fit beside each other on a phone."""
 INK, GRID = "#333333", "#dddddd"
@@ -91,14 +89,6 @@ def panels(
     axes = list(figure.subplots(*shape, squeeze=False, sharey=across).flat)
     for own in axes:
         own.grid(axis=grid)
-    return figure, axes
-
-
-def bars(names: Sequence[str], more: int = 0) -> tuple[Figure, Axes]:
-    """A figure for a horizontal bar an arm, with room for `more` lines."""
-    figure, (axes,) = panels(1, height=0.9 + 0.36 * (len(names) + more), grid="x")
-    axes.set_yticks(range(len(names)), [name.replace("[", "\n[") for name in names], fontsize=9)
-    axes.invert_yaxis()
     return figure, axes
 
 

@@ -60,12 +60,8 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
     """Draw plots, tables and page of a benchmark into `out`; returns the page's path."""
     out.mkdir(parents=True, exist_ok=True)
     timed = any(arm.seconds for arm in run.arms)
-    is_drawn = {
-        "cost": timed and any(arm.updates for arm in run.arms),
-        "stages": any(any(r.seconds) for arm in run.arms for r in arm.rounds),
-        "speed": timed,  # not of what was replayed
-    }
-    plots = {name: plot.draw(run.arms) for name, plot in PLOTS.items() if is_drawn.get(name, True)}
+    drawn = {name: plot for name, plot in PLOTS.items() if timed or name != "speed"}
+    plots = {name: plot.draw(run.arms) for name, plot in drawn.items()}
     figures = dict(plots)
     if any(arm.folder for arm in run.arms):  # a panel a folder, for a README
         figures["across"] = position_figure(run.arms, across=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
@@ -60,11 +59,10 @@ def chat(
     saving.check_place(learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
-    models, resume = saving.resumed(models)
     engine = models.load(notify=say)
     saving.check_drafter(engine)
     note_missing_template(engine, settings)
-    conversation = Conversation(engine, settings, resume)
+    conversation = Conversation(engine, settings)
     with closing(engine):
         try:
             return conversation.run(at_terminal=sys.stdin.isatty())
@@ -75,18 +73,14 @@ def chat(
 class Conversation:
     """A session, the results of its turns, and the commands that begin with a slash."""
 
-    def __init__(
-        self, engine: Engine, settings: dict[str, Any], resume: Path | None = None
-    ) -> None:
-        self.engine = engine
-        self.settings = settings
-        self.resume = resume
+    def __init__(self, engine: Engine, settings: dict[str, Any]) -> None:
+        self.engine, self.settings = engine, settings
         self.warned = False
         self.reset()
 
     def reset(self) -> None:
         """Forget the conversation and what the drafter learned in it."""
-        self.session = self.engine.session(resume=self.resume, **self.settings)
+        self.session = self.engine.session(**self.settings)
         self.results: list[Result] = []
 
     def run(self, *, at_terminal: bool) -> int:
@@ -140,8 +134,6 @@ class Conversation:
             return ""
         if learn.scope == "shared":
             return "; what the drafter learned stays"
-        if self.resume:
-            return f"; the drafter is again what {self.resume} holds"
         return "; what the drafter learned is forgotten"
 
     def answer(self, text: str) -> bool:

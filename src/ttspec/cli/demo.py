@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ttspec.cli.demo_turns import LONG, SHORT
-from ttspec.cli.options import Flag, ModelFlags, PositiveOrNone, SessionLearnFlags
+from ttspec.cli.demo_turns import TURNS
+from ttspec.cli.options import ModelFlags, Positive, SessionLearnFlags
 from ttspec.cli.terminal import say
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.errors import OptionError
@@ -28,8 +28,7 @@ SESSION_TOKENS = 1250
 def demo(
     *,
     models: ModelFlags = ModelFlags(),
-    long: Flag = False,
-    tokens: PositiveOrNone = None,
+    tokens: Positive = SESSION_TOKENS,
     temperature: float = 0.7,
     seed: int = 0,
     learning: SessionLearnFlags = SessionLearnFlags(),
@@ -45,10 +44,8 @@ def demo(
 
     Parameters
     ----------
-    long
-        A session of 6,000 generated tokens instead of 1,250.
     tokens
-        Generated tokens of each arm, at most 256 a turn.
+        Generated tokens of each arm, at most 256 in each of ten turns.
     temperature
         0 is greedy.
     seed
@@ -56,7 +53,6 @@ def demo(
     out
         Folder for the page, the plot and the rounds as JSON. [default: runs/demo-DATE-TIME]
     """
-    goal = tokens if tokens is not None else 6000 if long else SESSION_TOKENS
     learn = learning.config()
     folder = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)  # complains before anything is loaded
@@ -77,9 +73,8 @@ def demo(
 
     shared["deterministic"] = str(engine.target.dtype) != "torch.float32"
     console = table_console()
-    print_setting(console, engine, goal, temperature, seed)
-    turns = LONG if long or goal > TURN_TOKENS * len(SHORT) else SHORT
-    arms, interrupted = run_session(engine, turns, goal, shared, learn, console)
+    print_setting(console, engine, tokens, temperature, seed)
+    arms, interrupted = run_session(engine, tokens, shared, learn, console)
     if not all(arm.turns for arm in arms):
         return 130
     manifest = describe(engine, title="ttspec demo: drafted, copied, learned")
@@ -95,12 +90,7 @@ def demo(
 
 
 def run_session(
-    engine: Engine,
-    turns: Sequence[str],
-    goal: int,
-    shared: dict[str, Any],
-    learn: LearnConfig,
-    console: Any,
+    engine: Engine, goal: int, shared: dict[str, Any], learn: LearnConfig, console: Any
 ) -> tuple[list[Arm], bool]:
     """Answer turn after turn in every arm; returns the arms and whether Ctrl-C ended it."""
     from ttspec.bench.results import Arm
@@ -123,7 +113,7 @@ def run_session(
     }
     done = 0
     try:
-        for index, user in enumerate(turns):
+        for index, user in enumerate(TURNS):
             if min(arm.tokens for arm in arms) >= goal:
                 break
             first = index % len(arms)

@@ -55,12 +55,11 @@ def generate(
     saving.check_place(learn=learn)
     settings = options.options() | {"draft": draft.config(), "learn": learning.config_if(learn)}
     GenerateConfig(**settings)  # complains before anything is loaded
-    models, resume = saving.resumed(models)
     text = read_prompt(prompt)
     engine = models.load(notify=say)
     saving.check_drafter(engine)
     note_missing_template(engine, settings)
-    session = engine.session(resume=resume, **settings) if saving.save_drafter or resume else None
+    session = engine.session(**settings) if saving.save_drafter else None
     chunks = session.stream(text) if session else engine.stream(text, **settings)
     with closing(engine):
         result = follow(chunks, show_nothing if as_json else show_text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,8 +80,7 @@ def show(folder: Path, *, version: int | None = None, tenant: str | None = None)
         Whose, where there are several.
     """
     found = _version(_store(folder, tenant), version)
-    with _as_written(found.path):
-        learn = json.loads(found.delta().learn)
+    learn = json.loads(found.delta().learn)
     print(to_json({"path": str(found.path), **found.manifest, "learn": learn}))
     return 0
 
@@ -126,18 +123,15 @@ def export(
 
     require_empty(out)
     found = _version(_store(folder, tenant), version)
-    delta = found.delta()
-    with _as_written(found.path):
-        names = str(found.manifest["target"]["name"]), str(found.manifest["drafter"])
-        learned_with = found.manifest["target"]["sha256"]
+    delta, learned_with = found.delta(), found.manifest["target"]
     models = ModelFlags(
-        target=target or names[0],
-        drafter=drafter or names[1],
+        target=target or learned_with["name"],
+        drafter=drafter or found.manifest["drafter"],
         device="cpu",
         dtype="float32" if dtype == "auto" else dtype,  # rounded once, to what is written
     )
     engine = models.load(notify=say)
-    if dtype != "float16" and fingerprint(engine.target) != learned_with:
+    if dtype != "float16" and fingerprint(engine.target) != learned_with["sha256"]:
         say(
             f"{engine.target.name} is not the target that this version was learned with, or has "
             "changed since: drafts may be accepted less often."
@@ -236,35 +230,17 @@ def _first_manifest(store: Path) -> dict[str, Any]:
     return {}
 
 
-@contextmanager
-def _as_written(path: Path) -> Iterator[None]:
-    """Say which version has entries of another form than ttspec writes.
-
-    Raises:
-        CheckpointError: This one.
-    """
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} has a manifest that ttspec did not write so: {type(error).__name__} {error}."
-            "\nGive another version, or see: learned list."
-        ) from error
-
-
 def _title(store: Path, manifest: dict[str, Any]) -> str:
-    try:
-        whose = f", tenant {manifest['tenant']}" if manifest["tenant"] else ""
-        return f"{store}: {manifest['drafter']} for {manifest['target']['name']}{whose}"
-    except (KeyError, TypeError):  # none could be read, or not as it should be
+    if not manifest:  # none could be read
         return str(store)
+    whose = f", tenant {manifest['tenant']}" if manifest["tenant"] else ""
+    return f"{store}: {manifest['drafter']} for {manifest['target']['name']}{whose}"
 
 
 def _row(version: Version, is_current: bool) -> tuple[str, ...]:
     known = version.manifest
     name = f"{version.number}{' *' if is_current else ''}"
-    with _as_written(version.path):
-        accepted = known["held_out"]["accepted"]
-        figures = [f"{accepted[name]:.3f}" for name in ("version", "anchor", "before")]
-        counts = [f"{known[name]:,}" for name in ("requests", "updates")]
-        return name, known["made"][:16], *counts, *figures, f"{known['bytes'] / 1e6:.1f}"
+    accepted = known["held_out"]["accepted"]
+    figures = [f"{accepted[name]:.3f}" for name in ("version", "anchor", "before")]
+    counts = [f"{known[name]:,}" for name in ("requests", "updates")]
+    return name, known["made"][:16], *counts, *figures, f"{known['bytes'] / 1e6:.1f}"

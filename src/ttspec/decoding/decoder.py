@@ -178,7 +178,7 @@ class Decoder(RoundStages):
         self.prompts.restore(plan.active)
         self.prompts.rollback.invalidate(plan.active)  # until they are committed
         self.rows.upload(self.round_number, plan.copies)
-        self._choose_rows(plan.active)
+        self._choose_rows(plan.active, plan.shape.processors)
 
     def _ask_masks(self, plan: RoundPlan) -> None:
         """Ask the rows' masks, if any, about the drafts: only then the device is waited for."""

@@ -10,7 +10,6 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.scheduler import Request, Scheduler, in_own_modes
-from ttspec.decoding.session import Session, resumed_session
+from ttspec.decoding.session import Session
 from ttspec.decoding.shared_weights import SharedWeights
 from ttspec.decoding.stages import DecoderSpec
 from ttspec.decoding.template import ChatTemplate, thinking_of
@@ -123,20 +122,12 @@ class Engine:
         for _, chunk in self.run([[prompt]], **options):
             yield chunk
 
-    def session(self, *, resume: str | Path | None = None, **options: Any) -> Session:
+    def session(self, **options: Any) -> Session:
         """A conversation whose turns share context and, with scope "session", what was learned.
 
-        Args:
-            resume: A file that `Session.save` wrote: drafting begins there.
-            **options: Fields of `GenerateConfig`.
-
-        Raises:
-            CheckpointError, OptionError: The file is unusable, or of another drafter.
+        `options` are fields of `GenerateConfig`.
         """
-        config = GenerateConfig(**options)
-        if resume is not None:
-            return resumed_session(self, config, Path(resume))
-        return Session(self, config)
+        return Session(self, GenerateConfig(**options))
 
     def run(
         self,

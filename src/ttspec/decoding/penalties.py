@@ -80,7 +80,7 @@ class RowPenalties:
         end: Tensor,
         longest: int,
         processors: Processors,
-        subset: Tensor | None = None,
+        subset: Tensor | slice = slice(None),
     ) -> Tensor:
         """Penalised logits.
 
@@ -89,18 +89,15 @@ class RowPenalties:
             end: int64 [B]; what stands before it is known.
             longest: The largest end, known on the host.
             processors: What is done.
-            subset: int64 [B], the rows meant; None is all.
+            subset: int64 [B], the rows meant.
 
         Returns:
             float32 [B, T, V].
         """
-        text, answer = self._text[:, : longest + logits.shape[1] - 1], self._answer
-        of_rows = {n: tensor for n, tensor in self._tensors.items() if n in processors.names}
-        if subset is not None:
-            text, answer = text[subset], answer[subset]
-            of_rows = {n: tensor[subset] for n, tensor in of_rows.items()}
+        text = self._text[:, : longest + logits.shape[1] - 1][subset]
+        of_rows = {n: t[subset] for n, t in self._tensors.items() if n in processors.names}
         rules = Rules(**of_rows, most_ngram=processors.most_ngram, ends=self._end_mask)
-        return penalise(logits, of_any_size(text, 1), end, answer, rules)
+        return penalise(logits, of_any_size(text, 1), end, self._answer[subset], rules)
 
     def _write(self, name: str, row: int) -> None:
         """Bring one of a row's values to its place; without it, what changes nothing."""

@@ -58,19 +58,21 @@ class RowMasks:
             asked[~asked.any(-1)] = self._end
             self._bits[row, : len(asked)].copy_(asked, non_blocking=True)
 
-    def __call__(self, logits: Tensor, changed: Tensor, subset: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, logits: Tensor, changed: Tensor, subset: Tensor | slice = slice(None)
+    ) -> Tensor:
         """Logits of what may come.
 
         Args:
             logits: [B, T, V] of the target.
             changed: The same, as penalties and bans change them. Where these leave nothing of what
                 a mask allows, the mask alone holds.
-            subset: int64 [B], the rows meant; None is all.
+            subset: int64 [B], the rows meant.
 
         Returns:
             float32 [B, T, V], -inf for tokens that must not come.
         """
-        bits = self._bits if subset is None else self._bits[subset]
+        bits = self._bits[subset]
         place = torch.arange(WORD, dtype=torch.int32, device=bits.device)
         allowed = (bits[:, : logits.shape[1], :, None] >> place) & 1
         banned = ~allowed.flatten(-2)[..., : self._vocabulary].bool()

@@ -144,12 +144,10 @@ class RowSampling:
         return Processors(names, rounded(most_k), rounded(sampling.no_repeat_ngram_size))
 
     def tensors(
-        self, processors: Processors, subset: Tensor | slice | None = None
+        self, processors: Processors, subset: Tensor | slice = slice(None)
     ) -> SamplingTensors:
-        """What temperature and filters read; of the rows `subset` int64 [B], or of all."""
-        values = {n: tensor for n, tensor in self._tensors.items() if n in processors.names}
-        if subset is not None:
-            values = {n: tensor[subset] for n, tensor in values.items()}
+        """What temperature and filters read; of the rows `subset` int64 [B]."""
+        values = {n: t[subset] for n, t in self._tensors.items() if n in processors.names}
         return SamplingTensors(**values, most_k=processors.most_k)
 
     def change(
@@ -158,7 +156,7 @@ class RowSampling:
         end: Tensor,
         longest: int,
         processors: Processors,
-        subset: Tensor | None = None,
+        subset: Tensor | slice = slice(None),
     ) -> Tensor:
         """The target's logits as penalties, bans and masks change them; see `RowPenalties`."""
         changed = logits

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ttspec.config import GenerateConfig
@@ -13,9 +12,8 @@ from ttspec.decoding.conversation import Conversation
 from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.scheduler import Request, Scheduler
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.layers import Weights, multiplied_out
+from ttspec.drafters.layers import multiplied_out
 from ttspec.errors import OptionError
-from ttspec.learning.delta import difference, read_delta, write_delta
 from ttspec.records import Chunk, Result
 
 if TYPE_CHECKING:
@@ -28,24 +26,9 @@ class Session:
     Owns what was said so far, and a scheduler of one row from the first turn on.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        config: GenerateConfig,
-        *,
-        start: Weights | None = None,
-        origin: Drafter | None = None,
-    ) -> None:
-        """Made by `Engine.session`.
-
-        Args:
-            engine: Its pair.
-            config: Limits hold for each turn.
-            start: Where what learns begins; None is at the drafter's weights.
-            origin: Has the weights that the engine's drafter is a change of.
-        """
+    def __init__(self, engine: Engine, config: GenerateConfig) -> None:
+        """Made by `Engine.session`; limits hold for each turn."""
         self.engine, self.config = engine, config
-        self._start, self._origin = start, origin or engine.drafter
         self.seed = secrets.randbits(31) if config.seed is None else config.seed
         self._scheduler: Scheduler | None = None
         self._request = 0
@@ -105,31 +88,9 @@ class Session:
                 "draft.length is 0.\nAsk for what was learned after a turn."
             )
         new = copy.copy(drafter)
-        live = {n: w[0] if drafter.is_own(n, w) else w for n, w in state.weights.items()}
-        new.weights = {n: w.detach().clone() for n, w in multiplied_out(live).items()}
+        live = multiplied_out(drafter.weights_of_one(state.weights))
+        new.weights = {n: w.detach().clone() for n, w in live.items()}
         return new
-
-    def save(self, path: str | Path) -> None:
-        """Write what was learned to a new .safetensors file, for `resume`: only the change.
-
-        Raises:
-            OptionError: Nothing was learned yet, or `path` is taken or ends otherwise.
-        """
-        learner = self._scheduler.decoder.learner if self._scheduler else None
-        if learner is None or self._origin is None:
-            raise OptionError(
-                "The session has learned nothing: it has not begun, is closed, or does not learn."
-                "\nSave what was learned after a turn."
-            )
-        changes = learner.learned(0)
-        if self._origin is self.engine.drafter:
-            if learner.config.weights == "full":
-                changes = difference(changes, self._origin.weights)
-        else:  # what it went on from counts
-            floats = {n: w for n, w in self.learned().weights.items() if w.is_floating_point()}
-            moved = {n: w for n, w in floats.items() if not w.equal(self._origin.weights[n])}
-            changes = difference(moved, self._origin.weights)
-        write_delta(Path(path), self._origin, learner.config, changes)
 
     def close(self) -> None:
         """Free the session's caches and what its drafter learned."""
@@ -145,8 +106,6 @@ class Session:
         self._history = ChatHistory(engine.chat_template(config))
         ids = self._history.ask(text)
         decoder = engine.decoder(config, 1, len(ids), sessions=True)
-        if self._start is not None and decoder.learner:
-            decoder.learner.weights.start_from(self._start)
         scheduler = Scheduler(decoder, config)
         request = Request(ids=ids, seed=self.seed, thinking=thinking, keeps_row=True)
         self._request, self._scheduler = scheduler.add_request(request), scheduler
@@ -161,25 +120,3 @@ class Session:
     def _note(self, chunk: Chunk) -> None:
         if chunk.result:
             self._history.answer(chunk.result.text, chunk.result.token_ids)
-
-
-def resumed_session(engine: Engine, config: GenerateConfig, path: Path) -> Session:
-    """A session whose drafter begins with what another one has learned, in the file of a change.
-
-    Raises:
-        CheckpointError, OptionError: The file is unusable, or of another drafter.
-    """
-    if config.learn and config.learn.scope == "shared":
-        raise OptionError(
-            "learn.scope is shared, and a session goes on from what one has learned.\n"
-            "Use learn.scope session, or leave out what it goes on from."
-        )
-    delta, drafter = read_delta(path), engine.drafter
-    delta.require(drafter)
-    assert drafter is not None
-    start = delta.start(drafter, config.learn)
-    if start is not None:
-        return Session(engine, config, start=start)
-    other = engine.sibling()
-    other.drafter = delta.changed(drafter)
-    return Session(other, config, origin=drafter)

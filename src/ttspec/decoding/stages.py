@@ -19,7 +19,7 @@ from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.draft_sampler import DraftSampler, with_copies
 from ttspec.decoding.penalties import penalises
 from ttspec.decoding.row_sampling import RowSampling
-from ttspec.decoding.rows import RoundShape, RowStates
+from ttspec.decoding.rows import Processors, RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.models.capture import Branch, Graphs
 from ttspec.models.target import Target
@@ -116,8 +116,8 @@ class RoundStages:
         )
         self._target_rows: Tensor | None = None
         """int64, the rows that the target reads in this round, as they lie; None is all."""
-        self._drafter_rows: slice | None = None
-        """The rows that the drafter drafts for; None is all."""
+        self._drafter_rows = slice(None)
+        """The rows that are drafted for, and for which tokens are drawn."""
         self._proposed: tuple[Proposal, Tensor | None]
         """What `propose` gave."""
 
@@ -126,18 +126,20 @@ class RoundStages:
         """Whether no stage needs to know on the host how far back a row reads."""
         return self.target_reads_spans and (self.state is None or self.state.spans)
 
-    def _choose_rows(self, active: list[int]) -> None:
+    def _choose_rows(self, active: list[int], processors: Processors) -> None:
         """Leave out rows that take no part, where they would cost something: not on a GPU."""
         if not self.cache.moves_rows:
             return
         rows, count = self.cache.make_adjacent(active), self.rows.count
         self._target_rows = None if rows == list(range(count)) else torch.tensor(rows)
-        self._drafter_rows = slice(active[0], active[-1] + 1) if len(active) < count else None
+        leaves_out = len(active) < count and not penalises(processors)  # which know rows by number
+        self._drafter_rows = slice(active[0], active[-1] + 1) if leaves_out else slice(None)
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
         """Drafts of every row, and the target's noise at their positions and the one after.
 
-        Where nothing is proposed, the noise is there once the branch is joined.
+        Noise is of the rows that are drafted for. Where nothing is proposed, it is there once the
+        branch is joined.
         """
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         sampling = self.row_sampling.tensors(shape.processors)
@@ -158,24 +160,19 @@ class RoundStages:
         return proposal, noise
 
     def _noise(self, width: int, sampling: SamplingTensors) -> Tensor:
-        """The target's noise [B, width, V] from each row's next position on."""
-        key, start, sampled = self.rows.inputs.noise_key, self.rows.inputs.start, sampling.sampled
-        some, size = self._drafter_rows or slice(None), int(self.target.config.vocab_size)
-        of_some = sampled if sampled is None else sampled[some]
-        noise = self.position_noise(key[some], start[some] + 1, width, size, of_some)
-        return spread(noise, some, self.rows.count)
+        """The target's noise [R, width, V] from each row's next position on."""
+        rows, some = self.rows.inputs, self._drafter_rows
+        size, sampled = int(self.target.config.vocab_size), of_rows(sampling, some).sampled
+        return self.position_noise(rows.noise_key[some], rows.start[some] + 1, width, size, sampled)
 
     def _draft(self, shape: RoundShape, noise: Tensor | None, count: Tensor) -> Proposal:
         """What the drafter drafts, of which `count` int64 [B] will be used."""
         assert self.drafter
-        rows, processors = self.rows.inputs, shape.processors
+        processors, some = shape.processors, self._drafter_rows
+        rows = replace(of_rows(self.rows.inputs, some), number=self.rows.inputs.number)
         penalties = self.row_sampling.penalties if penalises(processors) else None
-        some = None if penalties else self._drafter_rows  # penalties know their rows by number
         if penalties:
             penalties.write(rows.pending[:, None], rows.start)
-        if some:
-            rows, count = replace(of_rows(rows, some), number=rows.number), count[some]
-            noise = None if noise is None else noise[some]
         if noise is not None and not penalties and (ids := self.drafter.draft_ids) is not None:
             with self.branch.aside():
                 noise = noise[:, : shape.draft_length, ids]
@@ -190,19 +187,15 @@ class RoundStages:
             longest=shape.longest,
             ready=self.branch.join,
         )
-        state, length = self._state_of(some), shape.draft_length
-        proposal = choose.over_all(
-            self.drafter.propose(
-                state, rows.pending, rows.start, count, length, shape.longest, choose
-            )
-        )
-        return proposal if some is None else spread_record(proposal, some, self.rows.count)
+        given = rows.pending, rows.start, count[some], shape.draft_length, shape.longest, choose
+        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *given))
+        return spread_record(proposal, some, self.rows.count)
 
-    def _state_of(self, rows: slice | None) -> DraftState:
+    def _state_of(self, rows: slice) -> DraftState:
         """The drafter's context, or what of it belongs to some rows."""
         assert self.state
         assert self.drafter
-        if rows is None:
+        if rows == slice(None):
             return self.state
         return self.state.of_rows(rows, self.drafter.weights_of(self.state.weights, rows))
 
@@ -247,8 +240,7 @@ class RoundStages:
             some = self._drafter_rows
             with self.branch.aside():  # whatever is accepted, all that was fed becomes context
                 if shape.absorbs:
-                    read = of_rows(verification, some) if some else verification
-                    self.drafter.absorb(self._state_of(some), read)
+                    self.drafter.absorb(self._state_of(some), of_rows(verification, some))
                 else:
                     self.deferred.keep(verification)
         if self.works_ahead:
@@ -261,12 +253,9 @@ class RoundStages:
     ) -> tuple[Tensor, Tensor]:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
-            some, count = self._drafter_rows or slice(None), self.rows.count
-            noise = None if noise is None else noise[some]
-            sampling = of_rows(sampling, some) if self._drafter_rows else sampling
-            accepted, tokens = draw_and_accept(
-                logits[some], noise, proposal.tokens[some], proposal.count[some], sampling
-            )
+            some, count = self._drafter_rows, self.rows.count
+            given = proposal.tokens[some], proposal.count[some], of_rows(sampling, some)
+            accepted, tokens = draw_and_accept(logits[some], noise, *given)
             return spread(accepted, some, count), spread(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
@@ -275,21 +264,21 @@ class RoundStages:
 
     def _forward(self, fed: Tensor, longest: int) -> tuple[Tensor, Tensor]:
         """Logits and features of tokens [B, T]; batch-invariant, they are padded to one width."""
-        width, spans, some = fed.shape[1], self.target_reads_spans, self._target_rows
-        start = self.rows.inputs.start
-        if some is not None:
-            fed, start = fed[some], start[some]
+        width, spans, subset = fed.shape[1], self.target_reads_spans, self._target_rows
+        some, count = slice(None) if subset is None else subset, self.rows.count
         if self.batch_invariant:
             fed = F.pad(fed, (0, self.width - width))
         with batch_invariant() if self.batch_invariant else nullcontext():
             logits, features = self.target.forward(
-                self.cache, fed, start, longest, subset=some, spans=spans
+                self.cache,
+                fed[some],
+                self.rows.inputs.start[some],
+                longest,
+                subset=subset,
+                spans=spans,
             )
         assert logits is not None
-        if some is not None:
-            logits = spread(logits, some, self.rows.count)
-            features = spread(features, some, self.rows.count)
-        return logits[:, :width], features[:, :width]
+        return spread(logits[:, :width], some, count), spread(features[:, :width], some, count)
 
 
 def round_widths(

@@ -299,16 +299,9 @@ def _compare(
     found: list[tuple[bool, float]] = []
     for places in torch.arange(begin, count - 1, device=tokens.device).split(BLOCKS):
         block = padded[0, places[:, None] + torch.arange(length + 1, device=tokens.device)]
-        shape = (1, len(places), length)
-        batch = ReplayBatch(
-            tokens=block[None],
-            start=places[None],
-            before=features[:, places - 1] if reading.taps else None,
-            logits=features.new_empty(0),
-            mask=torch.ones(shape, dtype=torch.bool, device=tokens.device),
-            fresh=torch.ones(shape[:2], dtype=torch.bool, device=tokens.device),
-            count=tokens.new_full((1,), len(places)),
-        )
+        before = features[:, places - 1] if reading.taps else None
+        mask = torch.ones(1, len(places), length, dtype=torch.bool, device=tokens.device)
+        batch = ReplayBatch.of(block[None], places[None], before, mask)
         logits = drafter.replay(state, batch, length, int(places[-1]))
         logits = drafter.widen(logits[0, :, 0].float())
         following = tokens[0, places + 1]

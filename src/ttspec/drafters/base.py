@@ -279,12 +279,12 @@ class Drafter(ABC):
         Returns:
             [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
-        parts = [batch]
-        if state.options.rebase:  # where a context token seems to be depends on the block
-            parts = [batch.part(i) for i in range(batch.start.shape[1])]
-        blocks = [Blocks(part.tokens[..., 0], part.start, length, longest) for part in parts]
-        found = [self._replay(state, *some) for some in zip(parts, blocks, strict=True)]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+        if state.options.rebase and (blocks := batch.start.shape[1]) > 1:  # each turns its keys
+            parts = [self.replay(state, batch.part(i), length, longest) for i in range(blocks)]
+            return torch.cat(parts, dim=1)
+        return self._replay(
+            state, batch, Blocks(batch.tokens[..., 0], batch.start, length, longest)
+        )
 
     def shapes(self) -> Shapes:
         """Every tensor that a checkpoint must hold, with its shape; known before loading."""
@@ -387,14 +387,14 @@ class Drafter(ABC):
 
     def weights_of(self, weights: Weights, rows: Tensor | slice | None) -> Weights:
         """Live weights as some rows have them; None is all rows."""
-        own = [n for n, w in weights.items() if self.is_own(n, w)] if rows is not None else []
-        return {**weights, **{name: weights[name][rows] for name in own}}
+        if rows is None:
+            return weights
+        return {n: w[rows] if self.is_own(n, w) else w for n, w in weights.items()}
+
+    def weights_of_one(self, weights: Weights) -> dict[str, Tensor]:
+        """Live weights that have one owner, without a dimension for who that is."""
+        return {n: w[0] if self.is_own(n, w) else w for n, w in weights.items()}
 
     def is_own(self, name: str, weight: Tensor) -> bool:
         """Whether a live weight is one per row."""
         return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)
-
-
-def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """Weights on the target's device, floating ones in its dtype."""
-    return {k: w.to(like if w.is_floating_point() else like.device) for k, w in weights.items()}

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import DraftState, Shapes, placed
+from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Text, positions, row_index
 from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
@@ -34,7 +34,7 @@ from ttspec.drafters.functional import (
     Reading,
     functional_model,
 )
-from ttspec.drafters.layers import Weights, activation_of
+from ttspec.drafters.layers import Weights, activation_of, placed
 from ttspec.drafters.vocabulary import LEAST_SHARED, SharedVocabulary, common, padded, tokenizer_of
 from ttspec.errors import CheckpointError
 from ttspec.models.unsupported import attention_windows

@@ -4,6 +4,10 @@ In place, a draft's own keys are written behind the context and every query read
 nothing is copied. Else they are concatenated with the context, and a mask says what is seen: so
 gradients pass, several blocks lie side by side, and keys can be turned for the block that sees
 them. Both give the same logits, but for rounding.
+
+A token stands at a `position` of its row's text, which is its `slot` here as long as there is one.
+It sees positions `first` to `last`. What is drafted sets out from an `origin`, a block's `start` or
+the token before: windows and re-based distances count from there.
 """
 
 from __future__ import annotations
@@ -16,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ttspec.compiled import of_any_size
-from ttspec.drafters.base import DraftState
-from ttspec.drafters.blocks import Blocks
+from ttspec.config import DraftConfig
+from ttspec.drafters.base import Drafter, DraftState
+from ttspec.drafters.blocks import Blocks, Text
 from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext, Weights
 from ttspec.drafters.rotary import Rope
 from ttspec.records import of_rows
@@ -69,13 +74,13 @@ class ContextState(DraftState):
             kept[:, row[:, None], :, slot] = new.permute(1, 3, 0, 2, 4)
 
     def read(
-        self, longest: int, begin: Tensor, row: Tensor | None = None, near: int = 0
+        self, longest: int, origin: Tensor, row: Tensor | None = None, near: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values [layers, B, kv heads, reach, D] for blocks that set out at `begin`.
+        """Keys and values [layers, B, kv heads, reach, D] for blocks that set out at `origin`.
 
         Args:
             longest: How far the context reaches, known on the host.
-            begin: int64 [B, 1], from where re-based distances count.
+            origin: int64 [B, 1], from where re-based distances count.
             row: int64 [B], the rows meant, in this order; None is all.
             near: Distances up to this stay as they are.
         """
@@ -84,8 +89,8 @@ class ContextState(DraftState):
         if row is not None:
             keys, values = keys[:, row], values[:, row]
         if self.options.rebase:
-            flat, begin = keys.flatten(0, 1), begin.repeat(len(keys), 1)
-            turned = rebased(flat, begin, max(self.options.rebase, near), self.rope)
+            flat, origin = keys.flatten(0, 1), origin.repeat(len(keys), 1)
+            turned = rebased(flat, origin, max(self.options.rebase, near), self.rope)
             keys = turned.unflatten(0, keys.shape[:2])
         return keys, values
 
@@ -184,12 +189,12 @@ def concatenated(
         windows: Of the layers.
     """
     position = blocks.position(width - 1, -1)
-    begin = (blocks.start - 1).repeat_interleave(width, dim=1)
-    same = same_block(blocks.start.shape[1], width, begin.device)
+    origin = (blocks.start - 1).repeat_interleave(width, dim=1)
+    same = same_block(blocks.start.shape[1], width, origin.device)
     found: list[ConcatenatedContext] = []
     for k, v, window in zip(keys, values, windows, strict=True):
-        first = first_seen(position, begin, nearest, window)
-        mask = seen_mask(k.shape[2], begin, position, first, position, same)
+        first = first_seen(position, origin, nearest, window)
+        mask = seen_mask(k.shape[2], origin, position, first, position, same)
         found.append(ConcatenatedContext(k, v, mask))
     return found
 
@@ -198,9 +203,9 @@ def growing_contexts(
     contexts: Sequence[ConcatenatedContext], blocks: Blocks, windows: Iterable[int | None]
 ) -> Iterator[Sequence[Attend]]:
     """The contexts of layers at each step of the chains that lie beside them (`_growing`)."""
-    steps, begin = blocks.length, blocks.start - 1
+    steps, origin = blocks.length, blocks.start - 1
     each = zip(contexts, windows, strict=True)
-    layers = [_growing(one, steps, one.keys.shape[2], begin, window) for one, window in each]
+    layers = [_growing(one, steps, one.keys.shape[2], origin, window) for one, window in each]
     return zip(*layers, strict=True)
 
 
@@ -228,7 +233,7 @@ def _growing(
         yield context
 
 
-def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
+def rebased(keys: Tensor, origin: Tensor, rebase: int, rope: Rope) -> Tensor:
     """Turn rotated keys so that none looks further back than `rebase` from a block's start.
 
     A shift of all positions by one number cancels in rotary attention, so only a change of
@@ -236,13 +241,13 @@ def rebased(keys: Tensor, begin: Tensor, rebase: int, rope: Rope) -> Tensor:
 
     Args:
         keys: [B, kv heads, S, D], rotated by their slots.
-        begin: int64 [B, 1], where each row's block starts.
+        origin: int64 [B, 1], where each row's block starts.
         rebase: The largest distance.
         rope: How they were rotated.
     """
     slot = torch.arange(keys.shape[2], device=keys.device)
     turn = Rope(rope.frequencies, rope.base, interleaved=rope.interleaved)
-    return turn(keys, (begin - rebase - slot).clamp(min=0))
+    return turn(keys, (origin - rebase - slot).clamp(min=0))
 
 
 def empty_context(
@@ -258,6 +263,31 @@ def empty_context(
     shape = (layers, rows, heads, slots + 1)
     values = unwritten((*shape, value_size or size), like)
     return {"keys": unwritten((*shape, size), like), "values": values}
+
+
+def context_of_texts(
+    drafter: Drafter,
+    weights: Weights,
+    tokens: Tensor,
+    features: Tensor,
+    options: DraftConfig,
+    length: int,
+) -> DraftState:
+    """A context of whole texts from their beginning, with gradients to what makes it.
+
+    Args:
+        drafter: Whose.
+        weights: Shared by all rows.
+        tokens: int64 [N, L].
+        features: [N, L, W] of the same tokens.
+        options: How the drafter is run.
+        length: Drafts of the blocks that will be replayed.
+    """
+    state = drafter.start(len(tokens), tokens.shape[1] + length + 1, options)
+    state.weights = weights
+    text = Text.after(tokens.new_zeros(len(tokens)), tokens, features)
+    drafter._extend(state, weights, text)
+    return state
 
 
 FEATURES_KEPT = 1024

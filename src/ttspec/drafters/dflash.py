@@ -223,6 +223,11 @@ class DFlash(FeatureDrafter):
         return self.logits(states)
 
     def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        states = self.replayed(state, batch, blocks)
+        return self.next_token_logits(state.weights, states, batch.tokens)
+
+    def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:  # noqa: ARG002
+        """What the head reads of blocks, [B, A, length, H], with gradients."""
         assert isinstance(state, ContextState)
         window, near = state.options.window, blocks
         if window is None or state.options.rebase or blocks.longest <= window + SPAN:
@@ -232,29 +237,7 @@ class DFlash(FeatureDrafter):
             context = state.read_from(first, window + SPAN)
             near = replace(blocks, start=blocks.start - first[:, None])
         contexts = self._concatenated(*context, near, window)
-        states = self._fill(state.weights, blocks, state.rope, contexts)
-        return self.next_token_logits(state.weights, states, batch.tokens)
-
-    def training_forward(
-        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
-    ) -> Tensor:
-        """What the head reads of blocks over whole sequences, with gradients to all of `weights`.
-
-        Args:
-            features: [N, L, W] of the sequences.
-            tokens: int64 [N, A], the known token of each block.
-            start: int64 [N, A], its position; the block sees only what is before.
-            length: Drafted rows per block.
-
-        Returns:
-            [N, A, length, H], for `next_token_logits`.
-        """
-        position = torch.arange(features.shape[1], device=features.device)[None]
-        keys, values = self.context(self.weights, features)
-        keys = [self.rope(k, position) for k in keys]
-        blocks = Blocks(tokens, start, length, features.shape[1])
-        contexts = self._concatenated(keys, values, blocks, None)
-        return self._fill(self.weights, blocks, self.rope, contexts)
+        return self._fill(state.weights, blocks, state.rope, contexts)
 
     def _trainable(self) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
@@ -288,12 +271,12 @@ class DFlash(FeatureDrafter):
     ) -> Sequence[Attend]:
         """Each layer's context, beside which the blocks lie."""
         width, reach = self._width(blocks), keys[0].shape[2]
-        position, begin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
-        same = same_block(blocks.start.shape[1], width, begin.device)
+        position, origin = blocks.position(width), blocks.start.repeat_interleave(width, dim=1)
+        same = same_block(blocks.start.shape[1], width, origin.device)
         masks = self._by_layer(
             blocks,
             nearest,
-            lambda first, last: seen_mask(reach, begin, position, first, last, same),
+            lambda first, last: seen_mask(reach, origin, position, first, last, same),
         )
         return [ConcatenatedContext(keys[i], values[i], mask) for i, mask in enumerate(masks)]
 

@@ -19,8 +19,9 @@ from ttspec.compiled import compiled, compiled_once
 from ttspec.config import DraftConfig
 from ttspec.drafters import teacher_forced_chain
 from ttspec.drafters.base import DraftState, Shapes
-from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, positions, row_index
+from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text
 from ttspec.drafters.context import (
+    ContextState,
     FeatureState,
     concatenated,
     feature_ring,
@@ -31,6 +32,7 @@ from ttspec.drafters.context import (
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.drafters.layers import (
+    DOWN,
     Attend,
     ConcatenatedContext,
     Weights,
@@ -249,15 +251,24 @@ class Eagle3(FeatureDrafter):
         return before, self.fuse(weights, before[:, None]), at
 
     def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        return self.logits(self.replayed(state, batch, blocks))
+
+    def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        """What the head reads of chains whose tokens are known, [B, A, length, H]."""
         assert isinstance(state, ChainState)
         assert batch.before is not None
         h = self.fuse(state.weights, batch.before)  # [B, A, H]
         if teacher_forced_chain.fits(self, state):
             tokens = batch.tokens[..., : blocks.length]
-            h = teacher_forced_chain.chain_states(self, state, h, tokens, blocks)
-            return self.logits(h)
-        chains = self._chains(state, blocks, in_place=False)
-        return self.logits(self._teacher_forced(chains, h, batch.tokens))
+            return teacher_forced_chain.chain_states(self, state, h, tokens, blocks)
+        outs = list[Tensor]()
+
+        def next_token(step: int, hidden: Tensor) -> Tensor:
+            outs.append(hidden)
+            return batch.tokens[..., step + 1]
+
+        self._run(self._chains(state, blocks, in_place=False), h, blocks.tokens, next_token)
+        return torch.stack(outs, dim=2)
 
     def _chains(self, state: ChainState, blocks: Blocks, *, in_place: bool) -> ChainPlan:
         """Chains after the context; gradients pass where this is not read in place."""
@@ -268,45 +279,18 @@ class Eagle3(FeatureDrafter):
             contexts = growing_contexts(fixed, blocks, self.windows)
         return ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
 
-    def training_forward(
-        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
-    ) -> Tensor:
-        """Training-time test (drafters.md 1d): some chains over whole sequences, with gradients.
-
-        Args:
-            features: [N, L, W] of the sequences.
-            tokens: int64 [N, L].
-            start: int64 [N, A], where the known token of each chain stands.
-            length: How often the layer is fed its own state.
-
-        Returns:
-            [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
-        """
-        count, row = tokens.shape[1], row_index(tokens)[:, None]
-        fused, position = self.fuse(self.weights, features), positions(start.new_zeros(1), count)
-        following = tokens.roll(-1, dims=1)
-        keys, values = self._fresh(self.weights, fused, following, position, self.rope, None)
-        blocks = Blocks(tokens.gather(1, start), start, length, count)
-        fixed = concatenated(keys, values, blocks, 1, None, self.windows)
-        contexts = growing_contexts(fixed, blocks, self.windows)
-        chains = ChainPlan(self.weights, start - 1, self.rope, contexts)
-        at = (start[..., None] + torch.arange(length + 1, device=start.device)).clamp(max=count - 1)
-        return self._teacher_forced(chains, fused[row, start - 1], tokens[row[..., None], at])
-
-    def _teacher_forced(self, chains: ChainPlan, h: Tensor, tokens: Tensor) -> Tensor:
-        """What the head reads of chains of known tokens int64 [B, A, T + 1]: [B, A, T, H]."""
-        outs = list[Tensor]()
-
-        def next_token(step: int, hidden: Tensor) -> Tensor:
-            outs.append(hidden)
-            return tokens[..., step + 1]
-
-        self._run(chains, h, tokens[..., 0], next_token)
-        return torch.stack(outs, dim=2)
-
     def _trainable(self) -> list[str]:
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
         return [n for n in self.weights if n not in tables]
+
+    def is_plain(self, state: ContextState) -> bool:
+        """Whether it is one Llama layer whose weights all rows share, as they are."""
+        usual = self.layers == 1 and self.windows[0] is None and not self.norm_output
+        usual = usual and not self.biased and self.embedding_scale == 1
+        whole = 2 * len(state.rope.frequencies) == self.head_dim and not state.rope.interleaved
+        ours = {n: w for n, w in state.weights.items() if n.startswith((LAYER, "norm."))}
+        one = all(len(w) == 1 for n, w in ours.items() if self.is_own(n, w))
+        return usual and whole and one and not any(n.endswith(DOWN) for n in ours)
 
     def _layer(self, index: int) -> str:
         return f"layers.{index}." if index else LAYER

@@ -21,12 +21,9 @@ from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.export_blocks import (
     published_dflash,
-    published_dflash2,
     published_domino,
     published_dspark,
     speculators_dflash,
-    speculators_dflash2,
-    speculators_dspark,
 )
 from ttspec.drafters.export_parts import (
     Written,
@@ -193,9 +190,9 @@ def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
 
 FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "dflash": {"published": published_dflash, "speculators": speculators_dflash},
-    "dflash2": {"published": published_dflash2, "speculators": speculators_dflash2},
+    "dflash2": {"published": published_dflash, "speculators": speculators_dflash},
     "domino": {"published": published_domino},
-    "dspark": {"published": published_dspark, "speculators": speculators_dspark},
+    "dspark": {"published": published_dspark, "speculators": speculators_dflash},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
     "mtp": {"published": lambda drafter, _: drafter.published(), "speculators": _speculators_mtp},
     "peagle": {"published": _published_peagle, "speculators": _speculators_peagle},

@@ -22,31 +22,30 @@ from ttspec.drafters.export_parts import (
 )
 from ttspec.models.target import Target
 
+ARCHITECTURES = {
+    "dflash": "DFlashDraftModel",
+    "dflash2": "DFlash2DraftModel",
+    "dspark": "DSparkSpeculator",
+}
+"""In the format of speculators, by kind; those of z-lab are called so too."""
+
 
 def published_dflash(drafter: DFlash, target: Target) -> Written:
-    """As z-lab publishes it."""
+    """As z-lab publishes it, and DFlash2."""
     config = dict(drafter.config)
     if "transformer_layer_config" in config:
         own: dict[str, Any] = {
             "mask_token_id": drafter.mask_token,
             "target_layer_ids": [tap - 1 for tap in drafter.taps],
         }
-        config = {**_block(drafter, target), "architectures": ["DFlashDraftModel"]}
+        own |= _of_kind(drafter)
+        config = {**_block(drafter, target), "architectures": [ARCHITECTURES[drafter.kind]]}
         config["dflash_config"] = own
         if drafter.from_anchor:
             own["sample_from_anchor"] = True
         if drafter.causal != sliding(config):  # what readers take for granted
             own["causal"] = drafter.causal[0]
     return _with_tables(config, drafter, target)
-
-
-def published_dflash2(drafter: DFlash2, target: Target) -> Written:
-    """As z-lab publishes it."""
-    config, weights = published_dflash(drafter, target)
-    if "transformer_layer_config" in drafter.config:
-        config["architectures"] = ["DFlash2DraftModel"]
-        config["dflash_config"] |= _selector(drafter)
-    return config, weights
 
 
 def published_domino(drafter: Domino, target: Target) -> Written:
@@ -60,7 +59,7 @@ def published_dspark(drafter: DSpark, target: Target) -> Written:
     if "transformer_layer_config" in config:
         config = {
             **_block(drafter, target),
-            **_heads(drafter),
+            **_of_kind(drafter),
             "architectures": ["Qwen3DSparkModel"],
             "mask_token_id": drafter.mask_token,
             "target_layer_ids": [tap - 1 for tap in drafter.taps],
@@ -98,9 +97,10 @@ def _with_tables(config: dict[str, Any], drafter: DFlash, target: Target) -> Wri
 
 
 def speculators_dflash(drafter: DFlash, target: Target) -> Written:
-    """In the format of speculators."""
+    """In the format of speculators, DFlash's kin too."""
     config = {
-        **of_speculators(drafter, target, "DFlashDraftModel", "qwen3"),
+        **of_speculators(drafter, target, ARCHITECTURES[drafter.kind], "qwen3"),
+        **_of_kind(drafter),
         "block_size": drafter.block,
         "mask_token_id": drafter.mask_token,
         "aux_hidden_state_layer_ids": list(drafter.taps),
@@ -116,36 +116,23 @@ def speculators_dflash(drafter: DFlash, target: Target) -> Written:
     return config, weights
 
 
-def speculators_dspark(drafter: DSpark, target: Target) -> Written:
-    """In the format of speculators."""
-    config, weights = speculators_dflash(drafter, target)
-    return {**config, **_heads(drafter), "architectures": ["DSparkSpeculator"]}, weights
-
-
-def speculators_dflash2(drafter: DFlash2, target: Target) -> Written:
-    """In the format of speculators."""
-    config, weights = speculators_dflash(drafter, target)
-    return {**config, **_selector(drafter), "architectures": ["DFlash2DraftModel"]}, weights
-
-
-def _selector(drafter: DFlash2) -> dict[str, Any]:
-    """What is said of convolutions and selector."""
-    return {
-        "conv_group_size": drafter.group,
-        "conv_kernel_size": drafter.taps_of_convolution,
-        "selector_rank": drafter.rank,
-        "selector_top_k": drafter.candidates,
-    }
-
-
-def _heads(drafter: DSpark) -> dict[str, Any]:
-    """What is said of the Markov head and the confidence head."""
-    return {
-        "markov_rank": drafter.rank,
-        "markov_head_type": drafter.head_type,
-        "enable_confidence_head": drafter.confident,
-        "confidence_head_with_markov": drafter.confidence_reads_token,
-    }
+def _of_kind(drafter: DFlash) -> dict[str, Any]:
+    """What is said of what a kind adds: convolutions and selector, Markov and confidence heads."""
+    if isinstance(drafter, DFlash2):
+        return {
+            "conv_group_size": drafter.group,
+            "conv_kernel_size": drafter.taps_of_convolution,
+            "selector_rank": drafter.rank,
+            "selector_top_k": drafter.candidates,
+        }
+    if isinstance(drafter, DSpark):
+        return {
+            "markov_rank": drafter.rank,
+            "markov_head_type": drafter.head_type,
+            "enable_confidence_head": drafter.confident,
+            "confidence_head_with_markov": drafter.confidence_reads_token,
+        }
+    return {}
 
 
 def _own(drafter: DFlash, target: Target) -> dict[str, Tensor]:

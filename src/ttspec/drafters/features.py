@@ -16,9 +16,9 @@ from transformers import Qwen3Config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, Shapes, placed
+from ttspec.drafters.base import Drafter, Shapes
 from ttspec.drafters.context import empty_context
-from ttspec.drafters.layers import Weights, activation_of, project, rms_norm
+from ttspec.drafters.layers import Weights, activation_of, placed, project, rms_norm
 from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.models.packed import head_product

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
-from ttspec.drafters.layers import DOWN
 from ttspec.fused import Heads, attention, fits, joined, normed
 from ttspec.products import MOST, Products
 
@@ -37,7 +36,7 @@ class FusedChain:
     def __init__(self, drafter: Eagle3, state: ChainState, start: Tensor) -> None:
         """`start` int64 [B], where the token before stands; past all slots in rows at rest."""
         self.drafter, self.state, self.start = drafter, state, start
-        self.weights = {n: w[0] if _by_row(n, w) else w for n, w in _ours(state).items()}
+        self.weights = drafter.weights_of_one(state.weights)
         self.heads = Heads(
             count=drafter.heads,
             kv_count=drafter.kv_heads,
@@ -63,16 +62,7 @@ class FusedChain:
             widths=(drafter.intermediate, queries),
             activation=drafter.activation_name,
         )
-        if not sizes or state.keys.shape[1] > MOST:
-            return False
-        if drafter.layers > 1 or drafter.windows[0] is not None or drafter.norm_output:
-            return False
-        if drafter.biased or drafter.embedding_scale != 1 or state.rope.interleaved:
-            return False
-        ours = _ours(state)
-        alike = all(len(w) == 1 for n, w in ours.items() if _by_row(n, w))
-        whole = 2 * len(state.rope.frequencies) == size  # all of a head is rotated
-        return whole and alike and not any(n.endswith(DOWN) for n in ours)
+        return sizes and state.keys.shape[1] <= MOST and drafter.is_plain(state)
 
     def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
         """Draft as many tokens as blocks say, from fused features h [B, H]."""
@@ -122,12 +112,3 @@ class FusedChain:
 
     def _gain(self, name: str) -> Tensor | None:
         return self.weights.get(f"midlayer.{name}.weight")
-
-
-def _ours(state: ChainState) -> dict[str, Tensor]:
-    return {n: w for n, w in state.weights.items() if n.startswith(("midlayer.", "norm."))}
-
-
-def _by_row(name: str, weight: Tensor) -> bool:
-    """Whether each row has a weight of its own."""
-    return weight.dim() > (1 if "norm" in name else 2)

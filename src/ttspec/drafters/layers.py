@@ -25,6 +25,11 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 [B, N, heads * D]."""
 
 
+def placed(weights: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """Weights on the target's device, floating ones in its dtype."""
+    return {k: w.to(like if w.is_floating_point() else like.device) for k, w in weights.items()}
+
+
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """X [B, ..., in] times one weight [out, in], or one per row [B, out, in]."""
     if weight.dim() == 2:

@@ -21,7 +21,7 @@ from transformers import CONFIG_MAPPING
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import DraftState, Shapes, placed
+from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, row_index
 from ttspec.drafters.context import first_seen, same_block, seen_mask
 from ttspec.drafters.functional import (
@@ -31,7 +31,7 @@ from ttspec.drafters.functional import (
     Reading,
     as_function,
 )
-from ttspec.drafters.layers import Weights
+from ttspec.drafters.layers import Weights, placed
 from ttspec.drafters.mtp_layer import HeadFunction, MtpLayer, one_layer, sizes_of
 from ttspec.drafters.mtp_names import ALIASES, EXPERT, STACKED, published_names, stacked, unstacked
 from ttspec.models.packed import head_product
@@ -155,6 +155,10 @@ class Mtp(FunctionalDrafter):
         return before[:, 0]
 
     def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        return self.logits(self.replayed(state, batch, blocks))
+
+    def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        """What the head reads of chains whose tokens are known, [B, A, length, H]."""
         assert isinstance(state, FunctionalState)
         assert batch.before is not None
         outs: list[Tensor] = []
@@ -165,7 +169,7 @@ class Mtp(FunctionalDrafter):
 
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
         self._side_by_side(state, blocks, batch.before, *context, next_token)
-        return self.logits(torch.stack(outs, dim=2))
+        return torch.stack(outs, dim=2)
 
     def _in_place(
         self, state: FunctionalState, blocks: Blocks, hidden: Tensor, next_token: NextToken
@@ -184,7 +188,7 @@ class Mtp(FunctionalDrafter):
 
     def _side_by_side(
         self,
-        state: FunctionalState | None,
+        state: FunctionalState,
         blocks: Blocks,
         hidden: Tensor,
         keys: Tensor,
@@ -194,57 +198,27 @@ class Mtp(FunctionalDrafter):
         """Run A chains a row, which lie beside the context and do not see each other.
 
         Args:
-            state: Says how keys are rotated, and which are seen; None is as the config does.
+            state: Says how keys are rotated, and which are seen.
             blocks: A a row.
             hidden: [B, A, H], the target's state before each.
             keys: [1, B, kv heads, S, D], the context.
             values: [1, B, kv heads, S, D].
             next_token: Says each next token.
         """
-        begin = blocks.start - 1
-        weights = self.with_rope(state, state.weights) if state else self.weights
-        first = first_seen(begin, begin, state.options.window if state else None)
-        same = same_block(begin.shape[1], 1, begin.device)
-        mask = seen_mask(keys.shape[3], begin, begin, first, begin, same)[:, None]
+        origin = blocks.start - 1
+        weights = self.with_rope(state, state.weights)
+        first = first_seen(origin, origin, state.options.window)
+        same = same_block(origin.shape[1], 1, origin.device)
+        mask = seen_mask(keys.shape[3], origin, origin, first, origin, same)[:, None]
         own = torch.eye(mask.shape[-2], dtype=torch.bool, device=mask.device)
         own, token = own.expand(*mask.shape[:-1], -1), blocks.tokens
         for step in range(blocks.length):
             if step:
                 mask = torch.cat([mask, own], dim=-1)
-            fed = self._reading(token, hidden, begin + step, mask)
+            fed = self._reading(token, hidden, origin + step, mask)
             hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
             token = next_token(step, hidden)
-
-    def training_forward(
-        self, features: Tensor, tokens: Tensor, start: Tensor, length: int
-    ) -> Tensor:
-        """Training-time test, as of EAGLE-3 (drafters.md 1d): chains over whole sequences.
-
-        Args:
-            features: [N, L, H] of the sequences.
-            tokens: int64 [N, L].
-            start: int64 [N, A], where the known token of each chain stands.
-            length: How often the layer is fed its own state.
-
-        Returns:
-            [N, A, length, H], what the head reads: the j-th predicts the token at start + j + 1.
-        """
-        rows, count = tokens.shape
-        position, row = torch.arange(count, device=tokens.device), row_index(tokens)[:, None]
-        keys = features.new_empty(1, rows, self.kv_heads, 0, self.head_dim)
-        values = features.new_empty(1, rows, self.kv_heads, 0, self.value_dim or self.head_dim)
-        fed = self._reading(tokens.roll(-1, dims=1), features, position.expand(rows, -1))
-        _, keys, values = self.function.concatenated(self.weights, fed, keys, values)
-        outs: list[Tensor] = []
-
-        def next_token(step: int, hidden: Tensor) -> Tensor:
-            outs.append(hidden)
-            return tokens.gather(1, (start + step + 1).clamp(max=count - 1))
-
-        blocks = Blocks(tokens.gather(1, start), start, length, count)
-        self._side_by_side(None, blocks, features[row, start - 1], keys, values, next_token)
-        return torch.stack(outs, dim=2)
 
     def published(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """config.json and weights under the names of the target's own files.

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ttspec.compiled import compiled, compiles_without_gradients
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.context import ContextState, first_seen
-from ttspec.drafters.layers import DOWN, rms_norm
+from ttspec.drafters.layers import rms_norm
 from ttspec.drafters.rotary import Rope
 
 if TYPE_CHECKING:
@@ -53,13 +53,8 @@ def fits(drafter: Eagle3, state: ContextState) -> bool:
 
 def is_supported(drafter: Eagle3, state: ContextState) -> bool:
     """Whether the drafter is of the kind that is done here, and all rows share its weights."""
-    usual = drafter.layers == 1 and drafter.windows[0] is None and not drafter.norm_output
-    usual = usual and not drafter.qk_norm and not drafter.biased and not state.rope.interleaved
-    usual = usual and drafter.activation_name in ("silu", "swish") and drafter.embedding_scale == 1
-    whole = 2 * len(state.rope.frequencies) == drafter.head_dim and not state.options.rebase
-    ours = [(n, w) for n, w in state.weights.items() if n.startswith("midlayer.")]
-    one = all(w.dim() == (1 if "norm" in n else 2) or len(w) == 1 for n, w in ours)
-    return usual and whole and one and not any(n.endswith(DOWN) for n, _ in ours)
+    usual = not drafter.qk_norm and drafter.activation_name in ("silu", "swish")
+    return usual and not state.options.rebase and drafter.is_plain(state)
 
 
 def make_context(
@@ -74,7 +69,7 @@ def make_context(
         tokens: int64 [B, L], the tokens after.
         position: int64 [B, L], where they stand, from -1 on.
     """
-    weights = _weights(state, GAINS[:2], ATTENTION[1:3], ())
+    weights = _weights(drafter, state, GAINS[:2], ATTENTION[1:3], ())
     with torch.no_grad():
         angles = rope_angles(state.rope, position, 1, h.dtype)
     state.texts = _Context.apply(drafter, (angles[0][0], angles[1][0]), tokens, h, *weights)  # type: ignore[assignment]
@@ -104,21 +99,24 @@ def chain_states(
         angles = rope_angles(state.rope, start, steps, h.dtype)
         seen = visible_slots(start, steps, keys.shape[2], first, state.options.window)
     chains = Chains(drafter, tokens.permute(2, 0, 1), angles, seen)
-    weights = _weights(state, GAINS, ATTENTION, MLP)
+    weights = _weights(drafter, state, GAINS, ATTENTION, MLP)
     out = cast(Tensor, _Chains.apply(chains, h, keys, values, *weights))
     return out.permute(1, 2, 0, 3)
 
 
 def _weights(
-    state: ContextState, gains: Sequence[str], attention: Sequence[str], mlp: Sequence[str]
+    drafter: Eagle3,
+    state: ContextState,
+    gains: Sequence[str],
+    attention: Sequence[str],
+    mlp: Sequence[str],
 ) -> list[Tensor]:
-    """Some of the layer's weights, gains first, without a dimension for the one who owns them."""
-    names = [*(f"midlayer.{n}" for n in gains if n != LAST), *(n for n in gains if n == LAST)]
-    found = [state.weights[f"{n}.weight"] for n in names]
-    found = [w[0] if w.dim() > 1 else w for w in found]
-    names = [f"self_attn.{n}_proj" for n in attention] + [f"mlp.{n}_proj" for n in mlp]
-    matrices = [state.weights[f"midlayer.{n}.weight"] for n in names]
-    return found + [w[0] if w.dim() > 2 else w for w in matrices]
+    """Some of the layer's weights, gains first."""
+    names = [n if n == LAST else f"midlayer.{n}" for n in gains]
+    names += [f"midlayer.self_attn.{n}_proj" for n in attention]
+    names += [f"midlayer.mlp.{n}_proj" for n in mlp]
+    one = drafter.weights_of_one(state.weights)
+    return [one[f"{n}.weight"] for n in names]
 
 
 class _Context(torch.autograd.Function):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -195,7 +195,7 @@ class Keeper:
 
     def _begin_at(self, version: Version, delta: Delta) -> None:
         delta.require(self.drafter)
-        config = replace(self.live.config, keep=None)
+        config = self.live.config
         start = delta.start(self.drafter, config)
         if start is None:
             raise OptionError(

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter, DraftState
-from ttspec.drafters.layers import Weights
 from ttspec.learning.distillation import Distillation
 from ttspec.learning.guard import Guard
 from ttspec.learning.keeper import Keeper
@@ -281,11 +280,6 @@ class Learner:
             self.reverts[row] += 1
             if self._buffer:
                 self._buffer.clear(row)
-
-    def learned(self, row: int) -> Weights:
-        """What learns, as a row has it now, float32; with the update under way."""
-        self.publish()
-        return {n: w[0 if self.shared else row] for n, w in self.weights.learned.items()}
 
     def restart(self) -> None:
         """Count rounds anew; the rows were reset."""

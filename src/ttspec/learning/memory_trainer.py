@@ -14,7 +14,7 @@ from torch import Tensor
 from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
-from ttspec.drafters.blocks import Text
+from ttspec.drafters.context import context_of_texts
 from ttspec.drafters.layers import Weights
 from ttspec.learning.live_weights import LiveWeights
 from ttspec.learning.memory import PAGE, MemoryRows, TextMemory, Texts
@@ -94,24 +94,14 @@ class TextTrainer:
             count: How many of each text.
         """
         row, start, at, mask = places(may, chance, count, self.length)
-        return ReplayBatch(
-            tokens=texts.tokens[row[..., None], at],
-            start=start,
-            before=texts.features[row, start - 1] if texts.features.shape[-1] else None,
-            logits=texts.p.new_empty(len(row), count, 0),
-            mask=mask,
-            fresh=mask.any(-1),
-            count=mask.any(-1).sum(-1),
-        )
+        before = texts.features[row, start - 1] if texts.features.shape[-1] else None
+        return ReplayBatch.of(texts.tokens[row[..., None], at], start, before, mask)
 
     def _draft(self, weights: Weights, texts: Texts, batch: ReplayBatch) -> Tensor:
         """Logits [N, A, G, V_draft] of a batch's blocks."""
-        rows, size = texts.tokens.shape
-        state = self.drafter.start(rows, size + self.length + 1, self.options)
-        state.weights = weights
-        begin = batch.start.new_zeros(rows)
-        self.drafter._extend(state, weights, Text.after(begin, texts.tokens, texts.features))
-        return self.drafter.replay(state, batch, self.length, size)
+        given = texts.tokens, texts.features, self.options, self.length
+        state = context_of_texts(self.drafter, weights, *given)
+        return self.drafter.replay(state, batch, self.length, texts.tokens.shape[1])
 
     def _target(self, texts: Texts, batch: ReplayBatch) -> tuple[Tensor, Tensor, Tensor]:
         """What the target said of a batch's drafts: likely tokens, their p, the others'."""

@@ -1,7 +1,7 @@
 """Learned weights on disk: numbered versions, each whole or not there, of which the newest drafts.
 
 A folder has what one pair of models learned for one tenant, and one process writes to it. A
-version is a folder of two files: the change of the drafter's weights, as `delta.py` writes it, and
+version is a folder of two files: the change of the drafter's weights, as `delta.py` has it, and
 a manifest with its checksum and history. It is written under another name, forced to the disk and
 then renamed, so that a process that is killed leaves either all of it or none. What is damaged or
 half written is named and set aside, never deleted and never drafted with.
@@ -208,7 +208,7 @@ class VersionStore:
         """Write the next version; when this returns it outlives a power cut.
 
         Args:
-            tensors: On the host, as `write_delta` would have them in its file.
+            tensors: On the host: low-rank factors, or what `delta.difference` gives.
             metadata: Of `delta_metadata`.
             facts: For the manifest: JSON values.
 

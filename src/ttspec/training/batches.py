@@ -45,6 +45,11 @@ class Anchors:
     mask: Tensor
     """bool [N, A, G]: which of them belong to the same answer."""
 
+    @property
+    def text(self) -> Tensor:
+        """int64 [N, A, G+1]: the known token and those after it."""
+        return torch.cat([self.tokens[..., None], self.labels], dim=-1)
+
 
 @dataclass(frozen=True, slots=True)
 class MaskedRows:

@@ -56,14 +56,13 @@ class BlockRecipe(Recipe[B]):
         length = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, length)
         features, states = self.states.of(batch, drafter.taps)
-        hidden = drafter.training_forward(features, blocks.tokens, blocks.start, length)
-        text = torch.cat([blocks.tokens[..., None], blocks.labels], dim=-1)
-        logits = drafter.next_token_logits(drafter.weights, hidden, text)
+        hidden = self.replayed(drafter, batch, blocks, features)
+        logits = drafter.next_token_logits(drafter.weights, hidden, blocks.text)
         row = torch.arange(len(states), device=states.device)[:, None, None]
         at = blocks.start[..., None] + torch.arange(length, device=states.device)
         at = at.clamp(max=states.shape[1] - 1)  # past the end nothing is taught
         p = self.target.compute_logits(states[row, at])
-        values = kl(p, logits) + self.extra_loss(drafter, hidden, text, p, logits)
+        values = kl(p, logits) + self.extra_loss(drafter, hidden, blocks.text, p, logits)
         weight = position_weights(length, DECAY, logits.device) * blocks.mask
         right = (logits.argmax(-1) == blocks.labels) & blocks.mask
         accuracy = right.sum((0, 1)) / blocks.mask.sum((0, 1)).clamp(min=1)

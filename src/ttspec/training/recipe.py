@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from ttspec.compiled import compiling
+from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
+from ttspec.drafters.blocks import Blocks
+from ttspec.drafters.context import context_of_texts
 from ttspec.drafters.rotary import DEFAULT_BASE, rope_parameters
 from ttspec.errors import OptionError, ResourceError
 from ttspec.free_memory import free_memory, mib
 from ttspec.losses import agreement, forward_kl
 from ttspec.models.target import Target
-from ttspec.training.batches import Batch, Example
+from ttspec.records import ReplayBatch
+from ttspec.training.batches import Anchors, Batch, Example
 from ttspec.training.config import TrainConfig
 from ttspec.training.states import TargetStates
 
@@ -56,6 +60,16 @@ class Recipe(ABC, Generic[D]):
     @abstractmethod
     def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
         """The loss of a batch, and per drafted position the share of right most likely tokens."""
+
+    def replayed(self, drafter: Any, batch: Batch, blocks: Anchors, features: Tensor) -> Tensor:
+        """What a drafter's head reads of blocks of whole texts, [N, A, length, H]."""
+        row = torch.arange(len(features), device=features.device)[:, None]
+        length, before = blocks.labels.shape[-1], features[row, blocks.start - 1]
+        given = drafter.weights, batch.ids, features, DraftConfig(), length
+        context = context_of_texts(drafter, *given)
+        lesson = ReplayBatch.of(blocks.text, blocks.start, before, blocks.mask)
+        places = Blocks(blocks.tokens, blocks.start, length, features.shape[1])
+        return drafter.replayed(context, lesson, places)
 
     def drafted(self, longest: int) -> int:
         """Tokens of a dialogue of `longest` that a step drafts."""

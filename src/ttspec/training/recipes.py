@@ -47,7 +47,7 @@ class ChainRecipe(Recipe[C]):
         steps = self.config.block - 1
         blocks = anchors(batch, self.config.anchors, steps)
         features, states = self.states.of(batch, drafter.taps)
-        outs = drafter.training_forward(features, batch.ids, blocks.start, steps)
+        outs = self.replayed(drafter, batch, blocks, features)
         row = torch.arange(len(states), device=states.device)[:, None]
         total, right = states.new_zeros((), dtype=torch.float32), []
         for j in range(steps):  # one at a time: logits are wide
