@@ -5,7 +5,8 @@
 # only. The tokens of Phi-3's turns are of the first kind: of "<|user|>\nHello<|end|>\n" the model was trained on text without the newlines. The package
 # reads the three fields and uses none, so newlines come in after each turn's token, and `single_word` tokens are found inside words. It "aims to be
 # output-identical with existing implementations for all models", and the notes on differences in its README name other things. Nothing fails or warns.
-# (onnxruntime-genai had the like of Phi-3.5, see its issue 1248; tokie 0.1.4, fastokens 0.3.5 and gigatoken 0.10.0 give the ids of `tokenizers` here.)
+# onnxruntime-genai had the like with Phi-3.5 (its issue 1248). tokie 0.1.4 and fastokens 0.3.5 give the ids of `tokenizers` here, gigatoken 0.10.0 but
+# for `single_word`.
 # Expected: the ids of `tokenizers`, which wrote the file.
 # Seen, 2026-11-30 (tokenizers 0.23.3, a byte-level BPE of 400 tokens trained on six sentences, six texts each): texts with the same ids, and the first one:
 #     no flag: 6 of 6; tokenizers ['<|user|>', 'Ċ', 'hello', '<|end|>', 'Ċ', '<|assistant|>'], kitoken the same
