@@ -89,16 +89,9 @@ class Decoder(RoundStages):
         if learn is None or drafter is None or self.state is None or not drafter.weights:
             return None
         kind = SharedLearner if learn.scope == "shared" else Learner
-        return kind(
-            learn,
-            drafter,
-            self.state,
-            self.spec.rows,
-            self.gamma,
-            live_weights=live_weights,
-            run=self.graphs,
-            after=AFTER if self.spec.draft.adaptive else 0,
-        )
+        made_for = learn, drafter, self.state, self.spec.rows, self.gamma
+        after = AFTER if self.spec.draft.adaptive else 0
+        return kind(*made_for, live_weights=live_weights, run=self.graphs, after=after)
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
@@ -283,12 +276,12 @@ class Decoder(RoundStages):
     def begins_beside(self) -> bool:
         """Whether prompts may begin while a round is under way, to be read beside it.
 
-        Not where the host will look at more of the round than is on its way to it: what a round
-        returns lies where other graphs work, too. Nor where rows learn for themselves.
+        Not where the host will look at more of that round than is on its way: what a round returns
+        lies where other graphs work, too. Nor where rows learn for themselves.
         """
-        if not (captured := self.prompts.captured) or (self.learner and not self.learner.shared):
-            return False
-        return captured.can_launch and not self.row_sampling.logprobs.asked(self.rows.active())
+        captured, shares = self.prompts.captured, not self.learner or self.learner.shared
+        asked = self.row_sampling.logprobs.asked(self.rows.active())
+        return bool(captured and captured.can_launch and shares and not asked)
 
     def _is_masked(self, rows: list[int]) -> bool:
         """Whether the host must look at drafts of some rows before they are verified."""
@@ -386,15 +379,15 @@ class Decoder(RoundStages):
                 self.learner.keep(verification, shape)
         if self.learner:
             self.learner.capture_updates(self.rows.slots)
-        # Last: what compiles the target moves its weights, and a graph reads them where they were.
         # With many tokens the host may count which experts are asked.
-        called = self.batch_invariant or self.target.recurrent or self.target.is_mixture
-        if not called:
-            # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
-            captured = self.state is None or (self.drafter and self.drafter.takes_padding)
-            beside = bool(captured) and self.works_ahead and self.rows.count > 1
-            graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
-            self.prompts.capture(self, graphs, beside=beside)
+        if self.batch_invariant or self.target.recurrent or self.target.is_mixture:
+            return
+        # Last: what compiles the target moves its weights, and a graph reads them where they were.
+        # Of several rows some may decode meanwhile: then nothing that graphs use is in common.
+        captured = self.state is None or (self.drafter and self.drafter.takes_padding)
+        beside = bool(captured) and self.works_ahead and self.rows.count > 1
+        graphs = Graphs(self.target.device, compile=self.compile) if beside else self.graphs
+        self.prompts.capture(self, graphs, beside=beside)
 
 
 def _emitted(verdicts: dict[int, RowVerdict]) -> dict[int, int]:
