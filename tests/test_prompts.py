@@ -14,7 +14,7 @@ from toys import make_kind, toy_engine
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.captured_prompts import CAPTURE_SIZES, CapturedPrompts, ReadShape
-from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.decoder import Decoder, Launched
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillChunk
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -89,8 +89,9 @@ class Going(Beside):
     begun = 0
 
     def capture(self) -> None:
+        self.cache.moves_rows = False  # first: what is read to capture it finds rows otherwise
         super().capture()
-        self.works_ahead, self.cache.moves_rows = True, False
+        self.works_ahead = True
         begin = self.prompts.begin
 
         def counted(*args):
@@ -98,6 +99,11 @@ class Going(Beside):
             return begin(*args)
 
         self.prompts.begin = counted  # type: ignore[method-assign]
+
+    def _launch(self, *args, **options) -> Launched:
+        launched = super()._launch(*args, **options)
+        assert self.row_sampling.is_current(launched.plan.shape.processors)
+        return launched
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +198,31 @@ def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, sha
             for request, chunk in scheduler.step():
                 assert chunk.result
                 found[request] = chunk.result.token_ids
+        return [found[request] for request in sorted(found)]
+
+    expected, Busy.asked, Going.begun = said(Decoder), 0, 0
+    assert said(Going) == expected
+    assert Going.begun > 2
+
+
+def test_no_round_is_chained_to_one_that_read_banned_words_where_they_were(target) -> None:
+    """A request that begins while it is under way has more of them, and they have moved."""
+    options = {"temperature": 0.9, "ignore_eos": True, "context": 400, "learn": None}
+    config = GenerateConfig(max_new_tokens=40, draft=DraftConfig(adaptive=False), **options)
+    words = [(n, n + 1) for n in range(60)]
+
+    def said(make: type[Decoder]) -> list[list[int]]:
+        engine, found = Engine(target, None), dict[int, list[int]]()
+        engine.make_decoder = make
+        scheduler = Scheduler(engine.decoder(config, 3, 300, sessions=False), config)
+        for n in range(12):
+            limits = {"bad_words_ids": words[: 5 * n + 1], "max_new_tokens": 5 * n % 37 + 6}
+            own = replace(config, **limits)  # type: ignore[arg-type]
+            scheduler.add_request(Request(ids=[n, 7, 9], seed=n, config=own))
+        while scheduler.has_unfinished():
+            for request, chunk in scheduler.step():
+                if chunk.result:
+                    found[request] = chunk.result.token_ids
         return [found[request] for request in sorted(found)]
 
     expected, Busy.asked, Going.begun = said(Decoder), 0, 0

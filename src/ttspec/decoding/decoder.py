@@ -121,9 +121,8 @@ class Decoder(RoundStages):
 
         self._commit(launched, verdicts)
         updated = self._learn(launched, verdicts, following)
-        time, cost = self.timer.finish(launched.marks), self.rows.count
-        if self._target_rows is not None:
-            cost = len(self._target_rows)
+        time, target_rows = self.timer.finish(launched.marks), self._target_rows
+        cost = self.rows.count if target_rows is None else len(target_rows)
         if ahead:
             self._launch_ahead(launched.plan, following)
 
@@ -262,11 +261,11 @@ class Decoder(RoundStages):
         learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
         return (
             after.absorbs == shape.absorbs
+            and self.row_sampling.is_current(shape.processors)
             and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
-            and not self._is_masked(active)
-            and not self.row_sampling.logprobs.asked(active)
+            and not (self._is_masked(active) or self.row_sampling.logprobs.asked(active))
             and not self.planner.may_copy_after(last)
         )
 
@@ -283,12 +282,11 @@ class Decoder(RoundStages):
     def begins_beside(self) -> bool:
         """Whether prompts may begin while a round is under way, to be read beside it.
 
-        What a round returns lies where other graphs work, too: so not where the host will look at
-        more of it than is on its way already, nor where rows learn for themselves.
+        Not where the host will look at more of what it returns, which other graphs overwrite.
         """
-        captured, shares = self.prompts.captured, self.learner is None or self.learner.shared
-        asked = self.row_sampling.logprobs.asked(self.rows.active())
-        return captured is not None and captured.can_launch and shares and not asked
+        captured, asked = self.prompts.captured, self.row_sampling.logprobs.asked
+        shares = self.learner is None or self.learner.shared
+        return bool(captured and captured.can_launch and shares) and not asked(self.rows.active())
 
     def _is_masked(self, rows: list[int]) -> bool:
         """Whether the host must look at drafts of some rows before they are verified."""
