@@ -205,31 +205,6 @@ def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, sha
     assert Going.begun > 2
 
 
-def test_no_round_is_chained_to_one_that_read_banned_words_where_they_were(target) -> None:
-    """A request that begins while it is under way has more of them, and they have moved."""
-    options = {"temperature": 0.9, "ignore_eos": True, "context": 400, "learn": None}
-    config = GenerateConfig(max_new_tokens=40, draft=DraftConfig(adaptive=False), **options)
-    words = [(n, n + 1) for n in range(60)]
-
-    def said(make: type[Decoder]) -> list[list[int]]:
-        engine, found = Engine(target, None), dict[int, list[int]]()
-        engine.make_decoder = make
-        scheduler = Scheduler(engine.decoder(config, 3, 300, sessions=False), config)
-        for n in range(12):
-            limits = {"bad_words_ids": words[: 5 * n + 1], "max_new_tokens": 5 * n % 37 + 6}
-            own = replace(config, **limits)  # type: ignore[arg-type]
-            scheduler.add_request(Request(ids=[n, 7, 9], seed=n, config=own))
-        while scheduler.has_unfinished():
-            for request, chunk in scheduler.step():
-                if chunk.result:
-                    found[request] = chunk.result.token_ids
-        return [found[request] for request in sorted(found)]
-
-    expected, Busy.asked, Going.begun = said(Decoder), 0, 0
-    assert said(Going) == expected
-    assert Going.begun > 2
-
-
 @pytest.mark.parametrize("shared", [False, True])
 def test_who_is_read_beside_rounds_may_be_aborted(target, shared: bool) -> None:
     learn = LearnConfig(scope="shared", stride=2) if shared else None

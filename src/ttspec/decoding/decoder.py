@@ -261,7 +261,6 @@ class Decoder(RoundStages):
         learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
         return (
             after.absorbs == shape.absorbs
-            and self.row_sampling.is_current(shape.processors)
             and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
