@@ -60,7 +60,8 @@ def test_every_arm_runs_on_every_request_and_says_the_same(pair, suite, tmp_path
     updates = {arm.name: arm.updates for arm in arms}
     assert updates["static"] == updates["ngram"] == updates["plain"] == 0
     assert updates["learn[stride=2,lr=1e-3]"] > 0
-    assert all(turn.waits and turn.first_token > 0 for arm in arms for turn in arm.turns)
+    assert all(turn.first_token > 0 for arm in arms for turn in arm.turns)
+    assert all(len(t.waits) >= len(t.result.rounds) > 0 for arm in arms for t in arm.turns)
     for part in ("target", "drafter", "suite"):
         assert len(manifest[part]["sha256"]) == 64
     for name in ("versions", "git", "device", "dtype", "seeds", "command"):

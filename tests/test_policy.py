@@ -158,7 +158,7 @@ def test_pauses_double_and_end() -> None:
     assert all(b >= 1.9 * a or b >= LONGEST_PAUSE for a, b in pairwise(pauses))
     # It then drafts well: it is found out, and pauses are short again.
     _, lengths = decode(3000, block(7, 1.3), steady(0.8), policy=policy)
-    assert all(lengths[-64:])
+    assert lengths[-64:].count(0) <= 1
     _, lengths = decode(60, block(7, 1.3), steady(0.0), policy=policy)
     assert policy._pause <= FIRST_PAUSE
 
@@ -172,11 +172,36 @@ def test_a_chain_that_is_too_long_is_shortened_and_a_short_one_lengthened() -> N
     assert lengths[-20:].count(8) >= 19
 
 
-def test_a_machine_that_slows_down_is_not_the_drafter_s_fault() -> None:
-    policy = DraftPolicy(7)
-    decode(600, block(7, 1.4), steady(0.7), policy=policy)
-    _, lengths = decode(600, [1.6 * c for c in block(7, 1.4)], steady(0.7), policy=policy)
-    assert sum(n == 0 for n in lengths) <= 10
+@pytest.mark.parametrize("slow", [1.6, 2.5])
+def test_a_machine_that_slows_down_is_not_the_drafter_s_fault(slow: float) -> None:
+    """Whenever a plain round was measured before."""
+    for tokens in range(600, 760, 16):
+        policy = DraftPolicy(7)
+        decode(tokens, block(7, 1.4), steady(0.6), policy=policy)
+        _, lengths = decode(600, [slow * c for c in block(7, 1.4)], steady(0.6), policy=policy)
+        assert lengths.count(0) <= 10, tokens
+
+
+def test_a_clock_that_is_often_wrong_does_not_unsettle_rows_that_come_and_go() -> None:
+    """Each tenth round takes a third longer; of many numbers of rows one plain round is known."""
+    rng, policy, took, plain, rows = random.Random(0), DraftPolicy(7), 0.0, 0.0, 6
+
+    def right(length: int) -> int:
+        return sum(1 for _ in takewhile(lambda n: rng.random() < 0.35 * 0.92**n, range(length)))
+
+    for number in range(4000):
+        if rng.random() < 0.05:
+            rows = rng.randrange(1, 7)
+        length, chained, one = policy.choose(), rng.random() > 0.1, 0.5 + rows / 12
+        waits = one * (1.0 if chained else 1.25)
+        seconds = (waits + one * 0.22 * length) * rng.uniform(0.97, 1.03)
+        seconds *= 4 / 3 if rng.random() < 0.1 else 1
+        kept = [right(length) for _ in range(rows)]
+        emitted = 1 + sum(kept) / rows
+        took, plain = took + seconds, plain + emitted * waits * 31 / 30
+        told = {"emitted": emitted, "accepted": kept if length else [], "chained": chained}
+        policy.observe(length, seconds, context=50 + number % 200, rows=rows, **told)
+    assert plain / took > 1.07
 
 
 def test_rounds_of_few_rows_are_not_compared_with_those_of_many() -> None:

@@ -14,7 +14,7 @@ from toys import make_kind, toy_engine
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.captured_prompts import CAPTURE_SIZES, CapturedPrompts, ReadShape
-from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.decoder import Decoder, Launched
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.prefill import PrefillChunk
 from ttspec.decoding.scheduler import Request, Scheduler
@@ -89,8 +89,9 @@ class Going(Beside):
     begun = 0
 
     def capture(self) -> None:
+        self.cache.moves_rows = False  # first: what is read to capture it finds rows otherwise
         super().capture()
-        self.works_ahead, self.cache.moves_rows = True, False
+        self.works_ahead = True
         begin = self.prompts.begin
 
         def counted(*args):
@@ -98,6 +99,11 @@ class Going(Beside):
             return begin(*args)
 
         self.prompts.begin = counted  # type: ignore[method-assign]
+
+    def _launch(self, *args, **options) -> Launched:
+        launched = super()._launch(*args, **options)
+        assert self.row_sampling.is_current(launched.plan.shape.processors)
+        return launched
 
 
 @pytest.fixture(scope="module")

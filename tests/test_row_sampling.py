@@ -331,6 +331,28 @@ def test_a_change_of_values_needs_no_new_graph(engine, monkeypatch) -> None:
     assert made[-1] == made[-2], "the second pair was captured anew"
 
 
+def test_no_graph_that_reads_where_banned_words_were_serves_a_row(target) -> None:
+    """What they had is free memory once a row's words need more room."""
+    rules = {"ignore_eos": True, "repetition_penalty": 1.3}
+    options = RowSampling(
+        sampling_of(GenerateConfig(**rules), target), target, rows=2, slots=20, width=8, ends=()
+    )
+    for words in (((98, 99),), ((98, 99), (97, 97, 97))):
+        asked = sampling_of(GenerateConfig(**rules, bad_words_ids=words, top_k=5), target)
+        options.set(0, asked)
+        before = options.captured(options.processors([0]))
+        assert options.is_current(before)
+    more = sampling_of(
+        GenerateConfig(**rules, bad_words_ids=tuple((98, n) for n in range(9))), target
+    )
+    options.set(1, more)
+    assert not options.is_current(before)
+    assert options.is_current(options.captured(options.processors([1])))
+    few = sampling_of(GenerateConfig(**rules, top_k=5), target)
+    options.set(0, few)
+    assert options.is_current(options.captured(options.processors([0])))
+
+
 # Grammars.
 
 

@@ -134,7 +134,7 @@ def measure(
     began, last = time.time(), [time.perf_counter()] * len(batch)
     dialogues = [cast("list[Prompt]", requests[job.request]) for job in batch]
     options |= {"seeds": [job.seed for job in batch]}
-    options |= {"rows": len(batch), "stream": False, "quota": quota}
+    options |= {"rows": len(batch), "text": False, "quota": quota}
     for row, chunk in engine.run(dialogues, **options):
         if cuda and chunk.result:  # an update may still be under way; it belongs to this answer
             torch.cuda.synchronize(engine.target.device)

@@ -111,7 +111,7 @@ class CapturedPrompts:
 
     def takes(self, processors: Processors) -> bool:
         """Whether first tokens can be drawn by the graph that there is."""
-        return includes(self._drawn, processors)
+        return self._sampling.is_current(self._drawn) and includes(self._drawn, processors)
 
     def read(self, row: int, tokens: Sequence[int], at: int, *, record: bool) -> Tensor:
         """Read a row's chunk from position `at` on; the logits [1, 1, V] of its last token.

@@ -114,9 +114,8 @@ class Decoder(RoundStages):
 
         self._commit(launched, verdicts)
         updated = self._learn(launched, verdicts, following)
-        time, cost = self.timer.finish(launched.marks), self.rows.count
-        if self._target_rows is not None:
-            cost = len(self._target_rows)
+        time, target_rows = self.timer.finish(launched.marks), self._target_rows
+        cost = self.rows.count if target_rows is None else len(target_rows)
         if ahead:
             self._launch_ahead(launched.plan, following)
 
@@ -258,8 +257,7 @@ class Decoder(RoundStages):
             and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
             and any(rows.budget[row] > shape.proposed + 1 for row in active)
             and self.deferred.needs_nothing(shape, after)
-            and not self._is_masked(active)
-            and not self.row_sampling.logprobs.asked(active)
+            and not (self._is_masked(active) or self.row_sampling.logprobs.asked(active))
             and not self.planner.may_copy_after(last)
         )
 

@@ -135,6 +135,7 @@ class Engine:
         *,
         rows: int | None = None,
         stream: bool = True,
+        text: bool = True,
         quota: int | None = None,
         seeds: Sequence[int] | None = None,
         **options: Any,
@@ -147,6 +148,7 @@ class Engine:
             dialogues: Turns, answered one after the other; a row that is done takes the next.
             rows: Conversations at a time; None is all of them, or as many as fit into memory.
             stream: Without it, nothing comes before a result.
+            text: Without it, text comes only with a result.
             quota: Tokens that a dialogue may have over all turns; None is no limit.
             seeds: One for each dialogue; None is `seed` for all.
             **options: Fields of `GenerateConfig`; limits hold for each turn. Without `learn`
@@ -177,7 +179,7 @@ class Engine:
         sessions, longest = max(map(len, dialogues)) > 1, max(map(len, prompts))
         rows = rows or self.rows_for(config, len(prompts), longest, sessions=sessions)
         decoder = self.decoder(config, min(rows, len(prompts)), longest, sessions=sessions)
-        scheduler = Scheduler(decoder, config, stream=stream)
+        scheduler = Scheduler(decoder, config, stream=stream, text=text)
         for request in self._requests(config, prompts, seeds):  # its id is its place
             scheduler.add_request(replace(request, quota=quota, keeps_row=sessions))
         events: list[tuple[int, Chunk]] = []

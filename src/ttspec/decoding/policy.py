@@ -28,8 +28,6 @@ FIRST_PLAIN_INTERVAL, PLAIN_INTERVAL = 4, 64
 since few were seen, then later and later."""
 SAFE_SPEED, SAFE_FACTOR = 1.3, 4
 """Past this speed, in plain decoding's, what a plain round costs need be known less often."""
-RECENT_ROUNDS = 16
-"""Drafting rounds for which that is still believed where the drafter is about to be stopped."""
 MIN_GAIN = 1.04
 """Tokens a second that another length must promise: less may be noise."""
 REVIEW_INTERVAL = 4
@@ -52,10 +50,10 @@ takes a third longer: with 5 for 23 a length was given up after three such round
 MOST_UNLIKE = 8
 """Plain rounds that are taken until one is like the last drafting round, in which rows copied, or
 none did: they may have begun to, or stopped, and no such round come for long."""
-DOUBTFUL, TOO_CHEAP, MUCH_FASTER = 8, 0.98, 0.8
+DOUBTFUL, TOO_CHEAP, MUCH_FASTER = 8, 0.98, 0.7
 """Drafting rounds after which a plain one is measured anew if half of them took less than so many
 of it: it was held up, as by other processes that began. Twice as many each time that it was not.
-One that takes less than so many of those before says the same."""
+One that takes less than so many of those before says the same (single ones take a third longer)."""
 COST_LIFETIME = 256
 """Rounds after which the cost of a length that was not drafted since is known no more, for each
 four that it is known from: a few that were held up would speak against it for ever."""
@@ -212,11 +210,14 @@ class DraftPolicy:
             return
         if not untimed:
             times = self._plain.setdefault((rows, copying, chained), [])
-            if times and seconds < MUCH_FASTER * median_low(times):
+            before = median_low(times) if times else seconds
+            if seconds < MUCH_FASTER * before:
                 times.clear()
-                self._forget_reckoned()
             times.append(seconds)
             del times[:-PLAIN_KEPT]
+            now = median_low(times)
+            if now < MUCH_FASTER * before or before < MUCH_FASTER * now:
+                self._forget_reckoned(slower=now > before)
         self._unlike += copying != self._copying and len(accepted) > 0  # else nobody would draft
         if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
             self._plain_due = max(0, self._plain_due - (not untimed))
@@ -259,10 +260,8 @@ class DraftPolicy:
 
     def _after_drafting(self, context: int) -> None:
         if self._deficit > MAX_DEFICIT + (self._catch_up or 0.0):
-            if self._since_plain < RECENT_ROUNDS:
-                self._start_pause()
-            else:  # plain rounds may be slower by now, too
-                self._plain_due, self._plain_before = PLAIN_KEPT, self._plain_seconds
+            # Plain rounds may be slower by now, too: of the pause, these are the first.
+            self._plain_due, self._plain_before = PLAIN_KEPT, self._plain_seconds
             return
         if self._uncounted_rounds < REVIEW_INTERVAL and self._since_plain < self._plain_interval:
             return
@@ -285,7 +284,7 @@ class DraftPolicy:
             slower = self._plain_seconds > 1.1 * self._plain_before
             self._plain_before = None
             if slower:
-                self._forget_reckoned()
+                self._forget_reckoned(slower=True)
             else:
                 self._start_pause()
         elif not self._length:
@@ -302,9 +301,11 @@ class DraftPolicy:
                 self._reached = [n / 2 for n in self._reached]
                 self._kept = [n / 2 for n in self._kept]
 
-    def _forget_reckoned(self) -> None:
-        """What drafts cost and gained lately was reckoned by another plain round than by now."""
-        self._deficit, self._gained, self._doubtful = 0.0, 0.0, DOUBTFUL
+    def _forget_reckoned(self, *, slower: bool) -> None:
+        """What drafts cost and gained lately was reckoned by plain rounds as they are no more."""
+        # By too fast ones drafting seemed too far behind, by too slow ones too far ahead.
+        self._deficit = (min if slower else max)(0.0, self._deficit)
+        self._gained, self._doubtful = 0.0, DOUBTFUL
         self._unclamped.clear()
         self._median_cost.clear()
         for costs in self._costs.values():

@@ -127,11 +127,16 @@ class RowSampling:
         """
         self._met[processors] += 1
         if processors not in self._captured:
-            others = [other for other in self._captured if includes(other, processors)]
+            others = filter(self.is_current, self._captured)
+            others = [other for other in others if includes(other, processors)]
             if others and self._met[processors] <= PATIENCE:
                 return min(others, key=lambda other: (len(other.names), other.most_k))
             self._captured.add(processors)
         return processors
+
+    def is_current(self, processors: Processors) -> bool:
+        """Whether what these read is where it was: banned words move when they get more room."""
+        return processors.words in ((0, 0), self.penalties.words)
 
     def _processors_of(self, row: int) -> Processors:
         sampling, _ = self._of_row[row]

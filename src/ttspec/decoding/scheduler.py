@@ -60,15 +60,19 @@ class Scheduler:
     become is its `Conversation`'s to know.
     """
 
-    def __init__(self, decoder: Decoder, config: GenerateConfig, *, stream: bool = True) -> None:
+    def __init__(
+        self, decoder: Decoder, config: GenerateConfig, *, stream: bool = True, text: bool = True
+    ) -> None:
         """No request yet.
 
         Args:
             decoder: Its rows are this scheduler's alone.
             config: Of requests without their own; limits hold for each turn.
             stream: Without it, nothing comes before a result.
+            text: Without it, text comes only with a result.
         """
-        self.decoder, self.config, self._stream = decoder, config, stream
+        self.decoder, self.config = decoder, config
+        self._stream, self._text = stream, stream and text
         self._conversations: dict[int, Conversation] = {}
         """By the request's id, until their rows are freed."""
         self._waiting: deque[Conversation] = deque()
@@ -104,7 +108,7 @@ class Scheduler:
         self._check_tenant(request.tenant or config.tenant)
         number, self._next_id = self._next_id, self._next_id + 1
         conversation = Conversation(
-            number, self.decoder, request, config, sampling, stream=self._stream
+            number, self.decoder, request, config, sampling, stream=self._text
         )
         self._conversations[number] = conversation
         self._waiting.append(conversation)
