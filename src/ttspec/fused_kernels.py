@@ -163,7 +163,8 @@ def attend(
         total = tl.zeros([rows], tl.float32)
         sums = tl.zeros([rows, size], tl.float32)
         earliest = tl.where(window > 0, begin + token - window + 1, 0)
-        if (not apart) | (split > 0):
+        # Not where the new tokens are a part of their own; else a loop within an "if" is slow.
+        if not apart or split > 0:
             sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
             best, total, sums = seen(query, near_k, near_v, sees_near, scale, best, total, sums)
             for n in tl.range(from_slot + count, to_slot, count, num_stages=stages):
