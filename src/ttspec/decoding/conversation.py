@@ -145,9 +145,9 @@ class Conversation:
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
         self._logprobs += outcome.logprobs[:kept]
-        _, proposed, accepted, _, updated, seconds, length, copied, _ = outcome
-        told = int(updated), seconds, length, copied
-        self.rounds.append(Round(position, proposed, min(accepted, kept), kept, *told))
+        accepted, updates = min(outcome.accepted, kept), int(outcome.updated)
+        told = outcome.seconds, outcome.length, outcome.copied
+        self.rounds.append(Round(position, outcome.proposed, accepted, kept, updates, *told))
 
     def cancel(self) -> None:
         """End the answer as it is; what the decoder knows beyond it is taken back.
