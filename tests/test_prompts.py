@@ -83,10 +83,10 @@ class Letters:
 
 
 class Going(Beside):
-    """Begins them while rounds go on by themselves."""
+    """Begins them, and lets rows join and leave, while rounds go on by themselves."""
 
     _reads_spans = True
-    begun = 0
+    begun = joined = left = two = 0
 
     def capture(self) -> None:
         self.cache.moves_rows = False  # first: what is read to capture it finds rows otherwise
@@ -100,10 +100,23 @@ class Going(Beside):
 
         self.prompts.begin = counted  # type: ignore[method-assign]
 
-    def _launch(self, *args, **options) -> Launched:
-        launched = super()._launch(*args, **options)
+    def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
+        changed = set(self.rows.changed)
+        launched = super()._launch(unobserved, after)
+        if after:
+            Going.joined += any(row in launched.plan.active for row in changed)
         assert self.row_sampling.is_current(launched.plan.shape.processors)
+        assert not self.rows.changed
         return launched
+
+    def launch_following(self) -> None:
+        super().launch_following()
+        Going.two += self._following is not None
+
+    def leave(self, row: int) -> None:
+        takes_part = self.launched is not None and row in self.launched.plan.active
+        super().leave(row)
+        Going.left += takes_part and self.launched is not None
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +193,11 @@ def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, sha
         Request(
             ids=[random.randrange(250) for _ in range(random.choice((3, 20, 70, 200)))],
             seed=n,
-            config=replace(config, max_new_tokens=random.randrange(2, 40)),
+            config=replace(
+                config,
+                max_new_tokens=random.randrange(2, 40),
+                stop=("e", "3", "Q", "z", "%") if n % 3 == 1 else (),
+            ),
             logprobs=1 if n in (5, 17) else None,
             mask=Letters() if n in (6, 21) else None,
             tenant=random.choice((None, "a", "b")) if not shared else None,
@@ -200,9 +217,13 @@ def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, sha
                 found[request] = chunk.result.token_ids
         return [found[request] for request in sorted(found)]
 
-    expected, Busy.asked, Going.begun = said(Decoder), 0, 0
+    expected, Busy.asked = said(Decoder), 0
+    Going.begun = Going.joined = Going.left = Going.two = 0
     assert said(Going) == expected
     assert Going.begun > 2
+    assert Going.joined > 2
+    assert Going.left > 0
+    assert Going.two > 2
 
 
 @pytest.mark.parametrize("shared", [False, True])

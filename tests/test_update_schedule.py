@@ -75,6 +75,18 @@ def test_what_prompts_take_is_no_cost_of_updates():
     assert learner.strides == 1
 
 
+def test_what_updates_take_beside_prompts_is_their_cost():
+    """Where requests are short, prompts are read beside most rounds, and so beside most updates."""
+    schedule = (learner := FakeLearner(memory=True)).schedule
+    since = 0
+    for number in range(8 * 8 * PATIENCE * MAX_STRIDES):
+        since += 1
+        beside, updated = number % 8 > 0, since >= 8 * learner.strides and number % 8 == 5
+        since -= since * updated
+        schedule.observe(1.0 + beside + 20.0 * updated, updated, 1.0, beside=beside)
+    assert learner.strides == MAX_STRIDES
+
+
 def test_what_does_not_pay_is_done_seldom():
     share = 2.0 / (8 * FakeLearner().learn(updates=PATIENCE, cost=2.0))
     assert UNPROVEN / 2 < share <= UNPROVEN

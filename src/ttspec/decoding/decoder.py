@@ -7,18 +7,17 @@ device computes is in `stages.py`, what a round is to do is said by `planner.py`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import torch
 
 from ttspec.acceptance import BROKEN
+from ttspec.decoding.launched import Launched
 from ttspec.decoding.planner import RoundPlanner
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.prefill import PromptReader
+from ttspec.decoding.row_sampling import includes
 from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
 from ttspec.decoding.stages import DecoderSpec, RoundStages
-from ttspec.decoding.timing import RoundTimer, StageMarks
+from ttspec.decoding.timing import RoundTimer
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.context import ContextState
 from ttspec.learning.learner import Learner
@@ -28,21 +27,6 @@ from ttspec.learning.update_schedule import AFTER
 from ttspec.models.capture import Graphs
 from ttspec.models.target import Target
 from ttspec.models.weight_checks import not_finite
-from ttspec.records import Verification
-
-
-class Launched(NamedTuple):
-    """A round that the device works on."""
-
-    plan: RoundPlan
-    verification: Verification
-    read_verdicts: Callable[[], list[list[int]]]
-    """Waits for the device; gives the verdict of each row, as `RowVerdict.of` takes it."""
-    kept: bool
-    """Whether the learner keeps the verification to train on it."""
-    chained: bool
-    """It began where the device left the round before, which the host had not read yet."""
-    marks: StageMarks
 
 
 class Decoder(RoundStages):
@@ -80,6 +64,8 @@ class Decoder(RoundStages):
         self.timer, self.round_number = RoundTimer(target.device), 0
         self.launched: Launched | None = None
         """The next round, where it was launched ahead."""
+        self._following: Launched | None = None
+        """The one after it, where the device goes on to that by itself."""
         self.learner = self._learner(live_weights)
         self.prompts = self.reads_prompts(self, self.learner)
         self.planner = RoundPlanner(self, self.learner, policy)
@@ -104,9 +90,9 @@ class Decoder(RoundStages):
         Returns:
             What it did to each of them, by row.
         """
-        launched, self.launched = self.launched or self._launch(), None  # draft, verify, accept
-        following = None
-        if ahead and self._is_chainable(launched):
+        launched = self.launched or self._launch()  # draft, verify, accept
+        following, self.launched, self._following = self._following, None, None
+        if ahead and not following and self._is_chainable(launched):
             following = self._launch(after=launched)
         verdicts = self._read_verdicts(launched)  # the round's one wait for the device
         logits, logprobs_of = launched.verification.logits, self.row_sampling.logprobs.of
@@ -116,7 +102,7 @@ class Decoder(RoundStages):
         updated = self._learn(launched, verdicts, following)
         time, target_rows = self.timer.finish(launched.marks), self._target_rows
         cost = self.rows.count if target_rows is None else len(target_rows)
-        if ahead:
+        if ahead or following:
             self._launch_ahead(launched.plan, following)
 
         shape, copies = launched.plan.shape, launched.plan.copies
@@ -145,6 +131,7 @@ class Decoder(RoundStages):
         marks = self.timer.start()
         if after:
             plan = self.planner.plan_after(after.plan)
+            self.rows.upload_changed()
             self.timer.lap(after.marks)  # it teaches nothing
         else:
             plan = self.planner.plan(unobserved, reads_spans=self._reads_spans)
@@ -247,15 +234,17 @@ class Decoder(RoundStages):
         in between: so the host may not look at either. What a row learns for itself from one round
         drafts the next.
         """
-        last, rows = launched.plan, self.rows
+        last, budget = launched.plan, self.rows.budget
         if not (self.works_ahead and self._reads_spans) or last.copies:
             return False
-        active, shape, after = last.active, last.shape, self.planner.plan_after(last).shape
+        (active, after, _, _), shape = self.planner.plan_after(last), last.shape
         learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
+        joined = active != last.active
         return (
             after.absorbs == shape.absorbs
             and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
-            and any(rows.budget[row] > shape.proposed + 1 for row in active)
+            and (joined or any(budget[row] > shape.proposed + 1 for row in active))
+            and (not joined or includes(shape.processors, self.row_sampling.processors(active)))
             and self.deferred.needs_nothing(shape, after)
             and not (self._is_masked(active) or self.row_sampling.logprobs.asked(active))
             and not self.planner.may_copy_after(last)
@@ -265,14 +254,22 @@ class Decoder(RoundStages):
         """Launch the next round, unless it is under way or the host must see it first."""
         active = self.rows.active()
         if following:  # the device knows as well which rows have ended
-            plan = following.plan._replace(active=active)
-            self.launched = following._replace(plan=plan) if active else None
-        elif active == last.active and not self._is_masked(active):
-            self.launched = self._launch(unobserved=last.shape.draft_length)
+            self.launched = following.of([row for row in following.plan.active if row in active])
+        elif (active == last.active or self.begins_beside) and not self._is_masked(active):
+            self.launched = self._launch(unobserved=last.shape.draft_length) if active else None
+
+    @torch.no_grad()
+    def launch_following(self) -> None:
+        """Launch the round after the one under way, if the device can go on to it by itself.
+
+        Where rows come and go the host has more to do than a round takes.
+        """
+        if self.launched and not self._following and self._is_chainable(self.launched):
+            self._following = self._launch(after=self.launched)
 
     @property
     def begins_beside(self) -> bool:
-        """Whether prompts may begin while a round is under way, to be read beside it.
+        """Whether prompts may begin and rows join while a round is under way.
 
         Not where the host will look at more of that round than is on its way: what a round returns
         lies where other graphs work, too. Nor where rows learn for themselves.
@@ -300,19 +297,28 @@ class Decoder(RoundStages):
             self.prompts.read_chunk(reading)
         return reading.first_tokens
 
-    def drop(self, row: int) -> None:
-        """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""
-        if self.launched and row in self.launched.plan.active:
-            self.launched = None
+    def leave(self, row: int) -> None:
+        """Take a row out of the rounds under way: what they write of it is dead.
+
+        A round is forgotten as a whole where it was kept for rows that learn for themselves.
+        """
+        under_way = [one for one in (self.launched, self._following) if one]
+        if not any(row in one.plan.active for one in under_way):
+            return
+        self.rows.changed.add(row)
+        left = [one.of([r for r in one.plan.active if r != row]) for one in under_way]
+        if not left[0] or (self.learner and not self.learner.shared):
+            left = []
+        self.launched, self._following = (*left, None, None)[:2]
 
     def rest(self, row: int) -> None:
         """Let a row take no part until it has another prompt."""
-        self.drop(row)
+        self.leave(row)
         self.rows.budget[row] = 0
 
     def crop(self, row: int, length: int, pending: int) -> None:
         """Take back what a row committed past `length`; `pending` is the token that comes next."""
-        self.drop(row)
+        self.leave(row)
         self.deferred.crop(row, self.rows.lengths[row] - length)
         self.rows.crop(row, length, pending)
         self.prompts.crop(row, length)
@@ -323,7 +329,7 @@ class Decoder(RoundStages):
 
     def clear(self, row: int) -> None:
         """Empty a row for another request; what its drafter learned goes with it."""
-        self.drop(row)
+        self.leave(row)
         self.rows.clear(row)
         self.row_sampling.set(row)
         if self.planner.copying:

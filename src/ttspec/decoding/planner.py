@@ -96,15 +96,16 @@ class RoundPlanner:
 
     def plan_after(self, last: RoundPlan) -> RoundPlan:
         """The round after one that is under way, where nothing is copied."""
-        length = self.policy.choose(last.shape.draft_length)
+        active, length = self._rows.active(), self.policy.choose(last.shape.draft_length)
         shape = last.shape._replace(draft_length=length, absorbs=not self.policy.pauses)
-        return last._replace(shape=shape, copies={})
+        return RoundPlan(active, shape, self._longest(active), {})
 
     def may_copy_after(self, last: RoundPlan) -> bool:
         """Whether rows may copy in the round after one that is not read yet."""
         drafts = last.shape.draft_length > 0
         return bool(
-            self.copying and self.copying.expects(last.active, self._rows.tokens, drafts=drafts)
+            self.copying
+            and self.copying.expects(self._rows.active(), self._rows.tokens, drafts=drafts)
         )
 
     def shapes(self, processors: Processors) -> list[RoundShape]:

@@ -139,6 +139,8 @@ class RowStates:
         """Each row's committed tokens and its pending one."""
         self._answers = [0] * count
         """Where each row's answer begins."""
+        self.changed = set[int]()
+        """Rows that the device is to be told of, unlike the others, before it goes on by itself."""
         uploaded = torch.zeros(COPIES + copies, count, dtype=torch.long, device=device)
         self.uploaded, pin = uploaded, uploaded.is_cuda
         """int64 [5 + C, B], all that `inputs` shows, but for the keys of noise."""
@@ -169,17 +171,27 @@ class RowStates:
             copies: What some rows copy; the others do not copy. None where no row does.
         """
         self._staged.reverse()
+        self.changed.clear()
         staged, most = self._staged[0], COPIES
         table = staged.numpy()
-        pairs = zip(self.lengths, self.budget, strict=True)
         table[0], table[2], table[3] = self.pending, self.budget, number
-        table[1] = [length if budget > 0 else self.slots for length, budget in pairs]
+        table[1] = [self._start(row) for row in range(self.count)]
         if copies:
             most, table[COPIES - 1] = len(table), 0
             for row, tokens in copies.items():
                 end = COPIES + len(tokens)
                 table[COPIES - 1, row], table[COPIES:end, row] = len(tokens), tokens
         self.uploaded[:most].copy_(staged[:most], non_blocking=True)
+
+    def upload_changed(self) -> None:
+        """Bring the rows that changed to the device, which has moved on the others by itself."""
+        if not self.changed:
+            return
+        rows, pin = sorted(self.changed), self.uploaded.is_cuda
+        self.changed.clear()
+        columns = [(row, self.pending[row], self._start(row), self.budget[row]) for row in rows]
+        table = torch.tensor(columns, pin_memory=pin).to(self.uploaded.device, non_blocking=True)
+        self.uploaded[:3].index_copy_(1, table[:, 0], table[:, 1:].T)
 
     def download(self, table: Tensor) -> Callable[[], list[list[int]]]:
         """Begin to bring a verdict's table to the host.
@@ -215,11 +227,16 @@ class RowStates:
         inputs = self.uploaded[: COPIES - 1]
         inputs.copy_(_advanced(table, inputs, self.slots))
 
+    def _start(self, row: int) -> int:
+        """Where the device has a row's pending token."""
+        return self.lengths[row] if self.budget[row] > 0 else self.slots
+
     def begin(self, row: int, length: int, ids: list[int], first: int, budget: int) -> None:
         """Let a row decode: `ids` now end at `length`, and `first` is pending."""
         self.lengths[row], self.pending[row], self.budget[row] = length, first, budget
         self.tokens[row] = [*self.tokens[row][: length - len(ids)], *ids, first]
         self._answers[row] = length
+        self.changed.add(row)
 
     def commit(self, row: int, emitted: list[int]) -> None:
         """Move a row on by the tokens that a round emitted; the last one is pending."""

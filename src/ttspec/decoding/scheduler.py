@@ -147,12 +147,13 @@ class Scheduler:
         """
         moved: list[Conversation] = []
         if (self._waiting or self._ready) and self._may_begin:
+            self.decoder.launch_following()
             self._assign_rows()
             if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
                 moved = self._begin_prefill()
                 if self._prefill and self.decoder.launched:
                     self.decoder.prompts.launch(self._prefill)
-        if self._prefill and not self.decoder.launched:
+        if self._prefill and (self._joins_beside or not self.decoder.launched):
             moved += self._read_chunk(self._prefill)
         self._had_round = bool(self._running and (self._prefill or not moved))
         if self._had_round:
@@ -254,6 +255,12 @@ class Scheduler:
         return bool(self.decoder.launched or (self._had_round and not self._prefill))
 
     @property
+    def _joins_beside(self) -> bool:
+        """Whether who is read, or will be, may join the rows while a round is under way."""
+        is_launched = self._prefill is None or self._prefill.is_launched
+        return is_launched and self.decoder.begins_beside
+
+    @property
     def _prefill_is_due(self) -> bool:
         """Whether prompts should be read, or were, before the next round is launched."""
         prompts, rows = self.decoder.prompts, self.decoder.rows.count
@@ -348,10 +355,13 @@ class Scheduler:
 
     def _round(self) -> list[Conversation]:
         """One round; the conversations that took part."""
-        decoder = self.decoder
-        waits = self._prefill_is_due and (self._prefill or not decoder.begins_beside)
-        outcomes, moved = decoder.round(ahead=decoder.works_ahead and not waits), self._running
+        decoder, running = self.decoder, self._running
+        waits = self._prefill_is_due and not self._joins_beside
+        outcomes = decoder.round(ahead=decoder.works_ahead and not waits)
+        moved = [conversation for conversation in running if conversation.row in outcomes]
+        if any(not decoder.rows.budget[conversation.row] for conversation in moved):
+            decoder.launch_following()  # results take time
         for conversation in moved:
             conversation.take_round(outcomes[conversation.row])
-        self._running = [conversation for conversation in moved if not conversation.finish]
+        self._running = [conversation for conversation in running if not conversation.finish]
         return moved

@@ -7,6 +7,7 @@ own comparison of live with anchor weights.
 from __future__ import annotations
 
 from collections import deque
+from itertools import product
 from math import ceil
 from statistics import median
 
@@ -66,8 +67,10 @@ class UpdateSchedule:
         learner.strides = FIRST_STRIDES if learner.memory_trainer else 1
         if self._copies:
             learner.strides = ceil(ASSUMED / (learner.stride * BESIDE_COPIES))
-        self._seconds = {drafted: deque[float](maxlen=RECENT) for drafted in (True, False)}
-        """Of rounds that no update slowed down, by whether the drafter drafted."""
+        kinds = product((True, False), repeat=2)
+        self._seconds = {kind: deque[float](maxlen=RECENT) for kind in kinds}
+        """Of rounds that no update slowed down, by whether the drafter drafted, and whether prompts
+        were read meanwhile."""
         self._costs = deque[float](maxlen=PATIENCE)
         """Seconds that the last updates cost. The median counts: one that was held up, as by a
         kernel that was compiled, would make all rare for long."""
@@ -94,9 +97,10 @@ class UpdateSchedule:
                 before: all that these took more is its cost.
             accepted: Drafts, mean over the rows for which the drafter drafted; None if it did not.
             gain: What drafting gains on plain decoding, as a part of it.
-            beside: Whether prompts were read meanwhile: then what it took more is not the update's.
+            beside: Whether prompts were read meanwhile: with many rows half of the rounds are so.
         """
         learner, drafted = self._learner, accepted is not None
+        alike, others = self._seconds[drafted, beside], self._seconds[not drafted, beside]
         if accepted is not None:
             self._rounds = min(self._rounds + 1, RECENT)
             self._accepted += (accepted - self._accepted) / self._rounds
@@ -104,12 +108,9 @@ class UpdateSchedule:
             seconds = 1.0 + ASSUMED * updated
         updates, self._updating = self._updating, learner.is_updating
         if not (updated or updates):
-            if not beside:
-                self._seconds[drafted].append(seconds)
+            alike.append(seconds)
             return
-        usual = median(self._seconds[drafted] or self._seconds[not drafted] or [seconds])
-        if not beside:
-            self._extra += max(0.0, seconds - usual)
+        self._extra += max(0.0, seconds - median(alike or others or [seconds]))
         if not updated:
             return
         self._updates += 1
@@ -117,6 +118,8 @@ class UpdateSchedule:
         self._extra = 0.0
         if self._updates < (1 if self._copies else PATIENCE):
             return
+        known = self._seconds[drafted, False] or self._seconds[not drafted, False]
+        usual = median(known or alike or others or [seconds])
         cost = median(self._costs) / (learner.stride * learner.strides * usual)
         if learner.memory_trainer:
             may = min(share_of_updates(self._updates), max(LEAST_SHARE, SPENT * gain))
