@@ -14,8 +14,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ttspec.compiled import compiled_once
 from ttspec.decoding.rows import RoundShape, RowStates
 from ttspec.drafters.base import Drafter, DraftState
+from ttspec.learning.replay_buffer import write_rows
 from ttspec.records import Verification
 
 RING = 256
@@ -34,17 +36,20 @@ class DeferredContext:
         self._verification: Verification | None = None
         """A round's, for the parts that nobody looks at."""
         self._tokens: Tensor | None = None
-        """int64 [B, RING + 1], a ring by position; the last place takes what falls outside."""
+        """int64 [B * (RING + 1)]: of each row a ring by position, and a place for what falls
+        outside."""
         self._features: Tensor
+        """[B * (RING + 1), W]"""
 
     def keep(self, verification: Verification) -> None:
         """Keep what a round read, in its graph; what it rejects is overwritten later."""
-        v, rows = verification, self._rows
+        v, size = verification, self._rows.count * (RING + 1)
         if self._tokens is None:
-            self._tokens = v.fed.new_zeros(rows.count, RING + 1)
-            self._features = v.features.new_zeros(rows.count, RING + 1, v.features.shape[-1])
-        row, place = self._places(v.start, v.fed.shape[1])
-        self._tokens[row, place], self._features[row, place] = v.fed, v.features
+            self._tokens = v.fed.new_zeros(size)
+            self._features = v.features.new_zeros(size, v.features.shape[-1])
+        place = _places(v.start, v.fed.shape[1], self._rows.slots).flatten()
+        write_rows(self._tokens, place, v.fed.flatten())
+        write_rows(self._features, place, v.features.flatten(0, 1))
 
     def before_round(self, active: list[int], shape: RoundShape) -> None:
         """Let the drafter read what it needs for a round of this shape."""
@@ -98,9 +103,9 @@ class DeferredContext:
                 begin[row] = self._rows.lengths[row] - self._unabsorbed[row]
                 self._unabsorbed[row] = 0
         start = torch.tensor(begin, device=self._tokens.device)
-        row, place = self._places(start, most)
+        place = _places(start, most, self._rows.slots)
         # What a row has less than others lies past its length, where it is dead.
-        kept = {"fed": self._tokens[row, place], "features": self._features[row, place]}
+        kept = {"fed": self._tokens[place], "features": self._features[place]}
         self._drafter.absorb(self._state, replace(self._verification, **kept, start=start))
 
     def crop(self, row: int, dropped: int) -> None:
@@ -111,12 +116,6 @@ class DeferredContext:
     def clear(self, row: int) -> None:
         """A row is empty, or all it holds was read."""
         self._unabsorbed[row] = self._uncached[row] = 0
-
-    def _places(self, start: Tensor, width: int) -> tuple[Tensor, Tensor]:
-        """Rows [B, 1], and places in the ring of `width` tokens from `start` on, int64 [B, T]."""
-        position = start[:, None] + torch.arange(width, device=start.device)
-        row = torch.arange(len(start), device=start.device)[:, None]
-        return row, (position % RING).masked_fill(position >= self._rows.slots, RING)
 
     def _catch_up(self, rows: Sequence[int], most: int) -> None:
         """Give keys to what lacks them in some rows, if any has more of it than `most` tokens."""
@@ -130,3 +129,11 @@ class DeferredContext:
             begin[row], self._uncached[row] = self._rows.lengths[row], 0
         device = self._rows.inputs.start.device
         self._drafter.catch_up(self._state, torch.tensor(begin, device=device), count)
+
+
+@compiled_once
+def _places(start: Tensor, width: int, slots: int) -> Tensor:
+    """Where `width` tokens from `start` int64 [B] on are kept, int64 [B, T]."""
+    position = start[:, None] + torch.arange(width, device=start.device)
+    row = torch.arange(len(start), device=start.device)[:, None] * (RING + 1)
+    return row + (position % RING).masked_fill(position >= slots, RING)
