@@ -187,10 +187,11 @@ class RowStates:
         """Bring the rows that changed to the device, which has moved on the others by itself."""
         if not self.changed:
             return
-        rows, pin = sorted(self.changed), self.uploaded.is_cuda
+        rows = sorted(self.changed)
         self.changed.clear()
         columns = [(row, self.pending[row], self._start(row), self.budget[row]) for row in rows]
-        table = torch.tensor(columns, pin_memory=pin).to(self.uploaded.device, non_blocking=True)
+        # Of pageable memory so few bytes are taken at once, and nothing waits.
+        table = torch.tensor(columns).to(self.uploaded.device, non_blocking=True)
         self.uploaded[:3].index_copy_(1, table[:, 0], table[:, 1:].T)
 
     def download(self, table: Tensor) -> Callable[[], list[list[int]]]:

@@ -145,19 +145,12 @@ class Scheduler:
         Returns:
             (request, chunk) of each request with something new. A chunk with a result ends a turn.
         """
-        moved: list[Conversation] = []
-        if (self._waiting or self._ready) and self._may_begin:
-            self.decoder.launch_following()
-            self._assign_rows()
-            if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
-                moved = self._begin_prefill()
-                if self._prefill and self.decoder.launched:
-                    self.decoder.prompts.launch(self._prefill)
-        if self._prefill and (self._joins_beside or not self.decoder.launched):
-            moved += self._read_chunk(self._prefill)
+        moved = [] if self.decoder.launched else self._see_to_prompts(begins=self._begins_before)
         self._had_round = bool(self._running and (self._prefill or not moved))
         if self._had_round:
             moved += self._round()
+            if self.decoder.launched and self._joins_beside:
+                moved += self._see_to_prompts(begins=True)
         told = moved if self._stream else [one for one in moved if one.finish]
         events = [(conversation, conversation.chunk()) for conversation in told]
         for conversation, chunk in events:
@@ -245,14 +238,13 @@ class Scheduler:
             )
 
     @property
-    def _may_begin(self) -> bool:
-        """Whether rows may be given to requests now.
+    def _begins_before(self) -> bool:
+        """Whether rows are given to requests before a round is launched.
 
-        Rather while a round is under way than before it is launched, where that can be.
+        Rather while one is under way, where that can be.
         """
-        if not (self._running and self.decoder.begins_beside):
-            return not self.decoder.launched
-        return bool(self.decoder.launched or (self._had_round and not self._prefill))
+        beside = bool(self._running) and self.decoder.begins_beside
+        return not beside or (self._had_round and not self._prefill)
 
     @property
     def _joins_beside(self) -> bool:
@@ -268,6 +260,24 @@ class Scheduler:
             return not prompts.is_busy
         waiting = len(self._ready) + min(len(self._waiting), len(self._free))
         return waiting > (0 if prompts.captured else rows // ROWS_PER_PREFILL)
+
+    def _see_to_prompts(self, *, begins: bool) -> list[Conversation]:
+        """Give rows to requests if one `begins`, and read prompts on.
+
+        Returns:
+            Conversations that have their first token now, or ended without one.
+        """
+        moved, decoder = list[Conversation](), self.decoder
+        if begins and (self._ready or (self._waiting and self._free)):
+            decoder.launch_following()  # before, since this takes longer than a round
+            self._assign_rows()
+            if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
+                moved = self._begin_prefill()
+                if self._prefill and decoder.launched:
+                    decoder.prompts.launch(self._prefill)
+        if self._prefill and (self._joins_beside or not decoder.launched):
+            moved += self._read_chunk(self._prefill)
+        return moved
 
     def _assign_rows(self) -> None:
         while self._free and self._waiting:
