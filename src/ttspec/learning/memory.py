@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled, compiled_once
+from ttspec.compiled import compiled_for_any
 from ttspec.drafters.base import Drafter
 from ttspec.losses import rows_at_once
 
@@ -157,7 +157,8 @@ class TextMemory:
         page = ((first[:, None] + i) % self.pages).masked_fill(i >= taken[:, None], self.pages)
         self.text[page] = text[:, None].expand_as(page)
         self.number[page] = last[:, None] + 1 + i
-        self.before[page] = torch.cat([own[:, None], page[:, :-1]], 1)
+        # Not page[:, :-1]: of two pages that is one, and code of its own.
+        self.before[page] = torch.cat([own[:, None], page], 1)[:, :-1]
         self._next_page.copy_((self._next_page + taken.sum()) % self.pages)
         return first, page
 
@@ -188,7 +189,7 @@ class TextMemory:
         self.likely[at], self.p[at] = likely.view(size), p.view(size)
         self.rest[at] = rest.view(tokens.shape)
 
-    @compiled_once
+    @compiled_for_any(at=0)
     def summary(self, logits: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest tokens, their p and that of the others [R, ...].
 
@@ -207,7 +208,7 @@ class TextMemory:
         return ids.int(), p.half(), others.clamp(min=0).half()
 
 
-@compiled
+@compiled_for_any(pages=0)
 def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
     """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
 
@@ -276,7 +277,7 @@ class MemoryRows:
         self.memory.judged.index_fill_(0, taken, False)  # a number would come from the host
         self.memory.put((page, slot), tokens, features, logits, logits_at)
 
-    @compiled_once
+    @compiled_for_any(tokens=1)
     def _find_places(
         self, tokens: Tensor, start: Tensor, count: Tensor, row: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
