@@ -273,17 +273,20 @@ class MemoryRows:
             logits_at: int64 [B, T], where the logits of each are in some [N, V]; None is in order.
         """
         row = torch.arange(len(tokens), device=tokens.device) if subset is None else subset
-        page, slot, taken = self._find_places(tokens, start, count, row)
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        page, slot, taken = self._find_places(column, start, count, row)
         self.memory.judged.index_fill_(0, taken, False)  # a number would come from the host
         self.memory.put((page, slot), tokens, features, logits, logits_at)
 
-    @compiled_for_any(tokens=1)
+    @compiled_for_any(column=0)
     def _find_places(
-        self, tokens: Tensor, start: Tensor, count: Tensor, row: Tensor
+        self, column: Tensor, start: Tensor, count: Tensor, row: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pages and slots int64 [B, T] of tokens, and the pages that were taken for them."""
-        memory, width = self.memory, tokens.shape[1]
-        column = torch.arange(width, device=tokens.device)
+        """Pages and slots int64 [B, T] of tokens, and the pages that were taken for them.
+
+        `column` is int64 [T], from 0; the rest is as in `write`.
+        """
+        memory, width = self.memory, len(column)
         some, end, page = count > 0, start + count, self._page[row]
         # Nobody else took it meanwhile.
         mine = (memory.text[page] == self._text[row]) & (page != memory.pages)

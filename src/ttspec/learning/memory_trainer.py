@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled_for_any
+from ttspec.compiled import compiled
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.context import context_of_texts
@@ -112,7 +112,7 @@ class TextTrainer:
         return texts.likely[row, at], texts.p[row, at], texts.rest[row, at]
 
 
-@compiled_for_any(may=0, chance=0)
+@compiled
 def places(
     may: Tensor, chance: Tensor, count: int, length: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
