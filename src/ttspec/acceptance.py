@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled, compiled_once
+from ttspec.compiled import compiled, compiled_for_any
 from ttspec.records import Proposal
 from ttspec.sampling import SamplingTensors, argmax, draw, process
 
@@ -141,7 +141,7 @@ def cut_at_end(
     return torch.where(ended, before + 1, emitted), ended
 
 
-@compiled_once
+@compiled_for_any(tokens=1, logits=1)
 def apply_end_tokens(
     accepted: Tensor,
     tokens: Tensor,

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar, cast
 from unittest.mock import patch
 
@@ -70,16 +71,31 @@ def of_any_size(tensor: torch.Tensor, dim: int) -> torch.Tensor:
 
 def compiled(function: F) -> F:
     """Mark a function of tensors to be compiled, one time per shape, where `compiling` says so."""
-    return _marked(function, any_size=False)
+    return _marked(function, any_size=False, dims={})
 
 
 def compiled_once(function: F) -> F:
-    """The same, but for all shapes at once: of few numbers, where a shape gains nothing."""
-    return _marked(function, any_size=True)
+    """The same, but for all shapes at once, numbers too: of few operations.
+
+    What has many takes the compiler four times as long if nothing about a shape is known, and code
+    of 0, 1 and more elements, and of two sizes that are the same, is still apart.
+    """
+    return _marked(function, any_size=True, dims={})
 
 
-def _marked(function: F, *, any_size: bool) -> F:
+def compiled_for_any(**dims: int) -> Callable[[F], F]:
+    """The same as `compiled`, but one code serves all sizes of a dimension; that of 1 has its own.
+
+    Args:
+        **dims: Of which argument, a tensor or None, which dimension.
+    """
+    return lambda function: _marked(function, any_size=False, dims=dims)
+
+
+def _marked(function: F, *, any_size: bool, dims: dict[str, int]) -> F:
     fast: Any = None
+    names = list(signature(function).parameters)
+    places = [(names.index(name), name, dim) for name, dim in dims.items()]
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -88,6 +104,10 @@ def _marked(function: F, *, any_size: bool) -> F:
             return function(*args, **kwargs)
         if fast is None:  # the compiler takes a second to load
             fast = torch.compile(function, dynamic=any_size)
+        for place, name, dim in places:
+            given = args[place] if place < len(args) else kwargs.get(name)
+            if given is not None:
+                of_any_size(given, dim)
         return fast(*args, **kwargs)
 
     return cast(F, run)

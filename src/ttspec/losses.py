@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled, compiled_once, is_compiling
+from ttspec.compiled import compiled, compiled_for_any, compiled_once, is_compiling
 
 LOGITS_AT_ONCE, LOGITS_AT_ONCE_ON_A_CPU = 1 << 25, 1 << 18
 """Logits worked on together: wide intermediate results stay small, and on a CPU in its cache."""
@@ -80,7 +80,8 @@ def likely_kl(likely: Tensor, p: Tensor, rest: Tensor, q_logits: Tensor) -> Tens
 
 def log_likely(likely: Tensor, q_logits: Tensor) -> Tensor:
     """Log q, float32 [..., K], of some tokens int64 [..., K] by logits [..., V]."""
-    flat = q_logits.flatten(0, -2)
+    # Detached: compiled anew for what requires a gradient.
+    flat = q_logits.detach().flatten(0, -2)
     mass = [_log_mass(part) for part in flat.split(rows_at_once(flat))]
     mass = torch.cat(mass).view(*likely.shape[:-1], 1)
     return q_logits.gather(-1, likely).float() - mass
@@ -148,7 +149,7 @@ def rows_at_once(logits: Tensor) -> int:
     return max(1, most // logits.shape[-1])
 
 
-@compiled
+@compiled_for_any(logits=0)
 def _log_mass(logits: Tensor) -> Tensor:
     return logits.float().logsumexp(-1)
 

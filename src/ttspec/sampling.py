@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, compiled_for_any
 from ttspec.config import SamplingConfig
 
 
@@ -236,7 +236,6 @@ def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
     return argmax(processed if noise is None else processed + noise)
 
 
-@compiled
 def position_noise(
     key: Tensor, first: Tensor, count: int, vocabulary: int, sampled: Tensor | None = None
 ) -> Tensor:
@@ -249,8 +248,15 @@ def position_noise(
         vocabulary: The target's.
         sampled: float32 [B, 1, 1], 0 in rows that shall have none; None is in no row.
     """
-    position = first[:, None] + torch.arange(count, device=first.device)
-    return gumbel(fold(key[:, None], 0, position), vocabulary, sampled)
+    column = torch.arange(count, device=first.device)
+    return _position_noise(key, first, column, vocabulary, sampled)
+
+
+@compiled_for_any(column=0)
+def _position_noise(
+    key: Tensor, first: Tensor, column: Tensor, vocabulary: int, sampled: Tensor | None
+) -> Tensor:
+    return gumbel(fold(key[:, None], 0, first[:, None] + column), vocabulary, sampled)
 
 
 class NoiseCache:

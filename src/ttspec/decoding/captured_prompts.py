@@ -284,7 +284,9 @@ class CapturedPrompts:
     def _chunks(self, shape: ReadShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, where their chunks begin, how many tokens these have, int64 [rows], and them."""
         inputs = self._inputs[: shape.rows, : 3 + shape.width]
-        subset, start, count = (inputs[:, i].contiguous() for i in range(3))  # as kernels read them
+        # As kernels read them; a copy of one row too, or code would be compiled for its stride.
+        ordered = inputs[:, :3].T.clone(memory_format=torch.contiguous_format)
+        subset, start, count = ordered.unbind()
         return subset, start, count, inputs[:, 3:]
 
     def _groups(self, counts: Sequence[int]) -> Iterator[tuple[ReadShape, list[int]]]:

@@ -99,7 +99,8 @@ def with_copies(drafts: Proposal, rows: RoundInputs, length: int, most: Tensor) 
     copied, width = rows.copied > 0, max(length, drafts.tokens.shape[1])
     drafted = F.pad(drafts.tokens, (0, width - drafts.tokens.shape[1]))
     copies = F.pad(rows.copies[:, :length], (0, width - length))
-    tokens, q = torch.where(copied[:, None], copies, drafted), drafts.q
+    # In order in memory, as drafts are: or what verifies them would be compiled for both.
+    tokens, q = torch.where(copied[:, None], copies, drafted).contiguous(), drafts.q
     if q is not None:
         q = F.pad(q, (0, 0, 0, width - q.shape[1])).masked_fill(copied[:, None, None], 0.0)
         q.scatter_add_(-1, tokens[..., None], copied[:, None, None].expand(-1, width, 1).to(q))

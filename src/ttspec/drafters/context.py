@@ -44,6 +44,11 @@ class ContextState(DraftState):
         """Tokens that a row can hold."""
         return self.keys.shape[3] - 1
 
+    def of_any_length(self) -> None:
+        """Let compiled code not mind how many tokens a row can hold."""
+        for kept in (self.keys, self.values):
+            of_any_size(kept, 3)
+
     def of_rows(self, rows: slice, weights: Weights) -> Self:
         """See `DraftState`; layers are the first dimension of keys and values."""
         kept = {"keys": self.keys[:, rows], "values": self.values[:, rows]}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled, compiled_once
+from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters import teacher_forced_chain
 from ttspec.drafters.base import DraftState, Shapes
@@ -178,10 +178,14 @@ class Eagle3(FeatureDrafter):
         The row of the last token waits for the token after it, so each call begins one row back.
         """
         assert isinstance(state, ChainState)
+        # One code for texts of all lengths in rows of any: of all, of one and of some rows.
+        for of_text in (text.tokens, text.features, text.position):
+            of_any_size(of_text, 1)
+        state.of_any_length()
         several = self.layers > 1 and not torch.is_grad_enabled()  # in place, none passes
         (self._extend_layers if several else self._extend_layer)(state, weights, text)
 
-    @compiled_once
+    @compiled
     def _extend_layer(self, state: ChainState, weights: Weights, text: Text) -> None:
         h, at = self._fused_before(state, weights, text), text.position - 1
         if teacher_forced_chain.fits(self, state):  # nothing is drafted there
@@ -214,7 +218,8 @@ class Eagle3(FeatureDrafter):
     def _fused_before(self, state: ChainState, weights: Weights, text: Text) -> Tensor:
         """Fused features [B, T, H] of the token before each of a text's."""
         before = state.recall(text.position[:, :1] - 1, text.row)
-        return self.fuse(weights, torch.cat([before, text.features[:, :-1]], dim=1))
+        # Not features[:, :-1]: of two tokens that is one, and code of its own.
+        return self.fuse(weights, torch.cat([before, text.features], dim=1)[:, :-1])
 
     def _fresh(
         self, weights: Weights, h: Tensor, tokens: Tensor, at: Tensor, rope: Rope, near: int | None
@@ -235,6 +240,7 @@ class Eagle3(FeatureDrafter):
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
         assert isinstance(state, ChainState)
+        state.of_any_length()
         before, h, at = self._begin(state, state.weights, blocks.start[:, 0])
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, at).draft(h[:, 0], blocks, choices)
@@ -243,7 +249,7 @@ class Eagle3(FeatureDrafter):
         self._run(chains, h, blocks.tokens, lambda step, out: choices(self.logits(out), step))
         return before
 
-    @compiled_once
+    @compiled
     def _begin(self, state: ChainState, weights: Weights, start: Tensor) -> tuple[Tensor, ...]:
         """Features [B, W] of the token before `start` int64 [B], fused [B, 1, H], and its place."""
         before = state.before(start)

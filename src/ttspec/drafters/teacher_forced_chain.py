@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled, compiles_without_gradients
+from ttspec.compiled import compiled, compiled_for_any, compiles_without_gradients
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.context import ContextState, first_seen
 from ttspec.drafters.layers import rms_norm
@@ -178,7 +178,8 @@ class _Chains(torch.autograd.Function):
         token_gain, gain, inner_gain, last_gain, q, k, v, out, gate, up, down = weights
         read, wide = torch.cat([q, k, v]), torch.cat([gate, up])
         embedded = F.embedding(chains.tokens.flatten(1), drafter.embedding)
-        tokens, h = rms_normed(embedded, token_gain, eps), h.flatten(0, 1)
+        tokens = rms_normed(embedded.flatten(0, 1), token_gain, eps).view_as(embedded)
+        h = h.flatten(0, 1)
         room = keys.new_zeros(*keys.shape[:2], steps * count, keys.shape[3])
         keys, values = (torch.cat([x, room], 2).flatten(0, 1) for x in (keys, values))
         own = keys.shape[1] - steps * count
@@ -200,7 +201,7 @@ class _Chains(torch.autograd.Function):
         ctx.chains, ctx.sizes = chains, (own, scale)
         last = torch.stack([*(one.h for one in kept[1:]), h])
         ctx.save_for_backward(keys, values, read, wide, last, *weights, *sum(kept, ()))
-        return rms_normed(last, last_gain, eps).unflatten(1, (rows, count))
+        return rms_normed(last.flatten(0, 1), last_gain, eps).view(steps, rows, count, -1)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
@@ -212,7 +213,8 @@ class _Chains(torch.autograd.Function):
         kept = [_Step(*saved[i : i + 8]) for i in range(11, len(saved), 8)]
         size = last.shape[-1]
         of_last = outer[0].flatten(1, 2)
-        of_states = rms_norm_backward(last, last_gain, of_last, eps)
+        flat = last.flatten(0, 1), last_gain, of_last.flatten(0, 1), eps
+        of_states = rms_norm_backward(*flat).view_as(last)
         of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
         of_y2, found = of_states[-1], list[tuple[Tensor, ...]]()
         for step in reversed(range(steps)):
@@ -290,21 +292,21 @@ def visible_slots(start: Tensor, steps: int, slots: int, first: int, nearest: in
     return torch.cat([far.expand(steps, -1, -1, -1), own], -1)
 
 
-@compiled
+@compiled_for_any(x=0)
 def rms_normed(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """`rms_norm`."""
+    """`rms_norm` of x [N, H]."""
     return rms_norm(x, gain, eps)
 
 
-@compiled
+@compiled_for_any(tokens=0, h=0)
 def concat_normed(tokens: Tensor, h: Tensor, gain: Tensor, eps: float) -> Tensor:
     """What the layer reads [N, 2H]: normalised embeddings, and states to be normalised."""
     return torch.cat([tokens, rms_norm(h, gain, eps)], -1)
 
 
-@compiled
+@compiled_for_any(x=0, outer=0)
 def rms_norm_backward(x: Tensor, gain: Tensor, outer: Tensor, eps: float, *more: Tensor) -> Tensor:
-    """Gradient of x in `rms_norm`, and what is `more`."""
+    """Gradient of x [N, H] in `rms_norm`, and what is `more`."""
     wide, outer = x.float(), outer.float() * gain.float()
     scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     wide = wide * scale

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled, compiled_once
+from ttspec.compiled import compiled_for_any
 from ttspec.drafters.base import Drafter
 from ttspec.losses import rows_at_once
 
@@ -157,7 +157,8 @@ class TextMemory:
         page = ((first[:, None] + i) % self.pages).masked_fill(i >= taken[:, None], self.pages)
         self.text[page] = text[:, None].expand_as(page)
         self.number[page] = last[:, None] + 1 + i
-        self.before[page] = torch.cat([own[:, None], page[:, :-1]], 1)
+        # Not page[:, :-1]: of two pages that is one, and code of its own.
+        self.before[page] = torch.cat([own[:, None], page], 1)[:, :-1]
         self._next_page.copy_((self._next_page + taken.sum()) % self.pages)
         return first, page
 
@@ -188,7 +189,7 @@ class TextMemory:
         self.likely[at], self.p[at] = likely.view(size), p.view(size)
         self.rest[at] = rest.view(tokens.shape)
 
-    @compiled_once
+    @compiled_for_any(at=0)
     def summary(self, logits: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """The likeliest tokens, their p and that of the others [R, ...].
 
@@ -207,7 +208,7 @@ class TextMemory:
         return ids.int(), p.half(), others.clamp(min=0).half()
 
 
-@compiled
+@compiled_for_any(pages=0)
 def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
     """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
 
@@ -272,17 +273,20 @@ class MemoryRows:
             logits_at: int64 [B, T], where the logits of each are in some [N, V]; None is in order.
         """
         row = torch.arange(len(tokens), device=tokens.device) if subset is None else subset
-        page, slot, taken = self._find_places(tokens, start, count, row)
+        column = torch.arange(tokens.shape[1], device=tokens.device)
+        page, slot, taken = self._find_places(column, start, count, row)
         self.memory.judged.index_fill_(0, taken, False)  # a number would come from the host
         self.memory.put((page, slot), tokens, features, logits, logits_at)
 
-    @compiled_once
+    @compiled_for_any(column=0)
     def _find_places(
-        self, tokens: Tensor, start: Tensor, count: Tensor, row: Tensor
+        self, column: Tensor, start: Tensor, count: Tensor, row: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Pages and slots int64 [B, T] of tokens, and the pages that were taken for them."""
-        memory, width = self.memory, tokens.shape[1]
-        column = torch.arange(width, device=tokens.device)
+        """Pages and slots int64 [B, T] of tokens, and the pages that were taken for them.
+
+        `column` is int64 [T], from 0; the rest is as in `write`.
+        """
+        memory, width = self.memory, len(column)
         some, end, page = count > 0, start + count, self._page[row]
         # Nobody else took it meanwhile.
         mine = (memory.text[page] == self._text[row]) & (page != memory.pages)

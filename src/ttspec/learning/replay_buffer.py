@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ttspec.compiled import compiled_once
+from ttspec.compiled import compiled_for_any
 from ttspec.config import LearnConfig
 from ttspec.drafters.base import Drafter
 from ttspec.records import LONGEST_COPY, ReplayBatch, Verification
@@ -100,8 +100,7 @@ class ReplayBuffer:
         drafts, before = min(v.proposal.tokens.shape[1], self.length), v.proposal.before
         if drafts:
             blocks = self._starts, self._tokens, self._pushed
-            fed = v.fed[:, : drafts + 1]
-            place = push_block(*blocks, v.start, fed, v.emitted, v.proposal.copied)
+            place = push_block(*blocks, v.start, v.fed, v.emitted, v.proposal.copied)
             if self._before is not None and before is not None:
                 write_rows(self._before.flatten(0, 1), place, before)
             if not self.hindsight:
@@ -202,7 +201,7 @@ class ReplayBuffer:
         self._committed[row].clamp_(max=length)
 
 
-@compiled_once
+@compiled_for_any(fed=1)
 def push_block(
     starts: Tensor,
     tokens: Tensor,
@@ -219,7 +218,7 @@ def push_block(
         tokens: int64 [rows, kept, G + 1], is changed.
         pushed: int64 [rows], blocks so far; is changed.
         start: int64 [rows] of the new blocks.
-        fed: int64 [rows, at most G + 1], their tokens.
+        fed: int64 [rows, T], their tokens; of more than G + 1 the first.
         emitted: int64 [rows]; a row with none took no part.
         copied: bool [rows], rows whose tokens are no drafts; None is none.
 
@@ -231,14 +230,15 @@ def push_block(
         drafted = drafted & ~copied
     slot = (pushed % kept).masked_fill(~drafted, kept)
     new = torch.arange(kept, device=starts.device) == slot[:, None]
-    fed = F.pad(fed, (0, tokens.shape[2] - fed.shape[1]))
+    column, width = torch.arange(tokens.shape[2], device=fed.device), fed.shape[1]
+    fed = fed[:, column.clamp(max=width - 1)].masked_fill(column >= width, 0)
     starts.copy_(torch.where(new, start[:, None], starts))
     tokens.copy_(torch.where(new[..., None], fed[:, None], tokens))
     pushed.add_(drafted)
     return torch.arange(len(start), device=start.device) * (kept + 1) + slot
 
 
-@compiled_once
+@compiled_for_any(new_tokens=1, new_fed=1)
 def push_tokens(
     positions: Tensor,
     tokens: Tensor,
@@ -280,7 +280,7 @@ def push_tokens(
     return torch.arange(len(start), device=start.device)[:, None] * (ring + 1) + slot
 
 
-@compiled_once
+@compiled_for_any(place=0, new=0)
 def write_rows(table: Tensor, place: Tensor, new: Tensor) -> None:
     """Write rows [M, W] to their places int64 [M] in a table [N, W].
 
@@ -289,7 +289,7 @@ def write_rows(table: Tensor, place: Tensor, new: Tensor) -> None:
     table.index_put_((place,), new)
 
 
-@compiled_once
+@compiled_for_any(column=0)
 def find_newest_text(
     positions: Tensor, committed: Tensor, end: Tensor, rows: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
