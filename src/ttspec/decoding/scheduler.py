@@ -147,7 +147,8 @@ class Scheduler:
         """
         moved: list[Conversation] = []
         if (self._waiting or self._ready) and self._may_begin:
-            self.decoder.launch_following()
+            if self._prefill_is_due and not self._prefill:
+                self.decoder.launch_following()  # to begin takes time
             self._assign_rows()
             if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
                 moved = self._begin_prefill()
@@ -359,7 +360,7 @@ class Scheduler:
         waits = self._prefill_is_due and not self._joins_beside
         outcomes = decoder.round(ahead=decoder.works_ahead and not waits)
         moved = [conversation for conversation in running if conversation.row in outcomes]
-        if any(not decoder.rows.budget[conversation.row] for conversation in moved):
+        if not waits and any(not decoder.rows.budget[conversation.row] for conversation in moved):
             decoder.launch_following()  # results take time
         for conversation in moved:
             conversation.take_round(outcomes[conversation.row])
