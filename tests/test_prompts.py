@@ -1,7 +1,9 @@
 """Prompts read as padded pieces, on a GPU where that is captured, on a CPU in two bytes: nothing
 else may follow."""
 
+import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from random import Random
 
@@ -111,7 +113,7 @@ class Going(Beside):
 
     def launch_following(self) -> None:
         super().launch_following()
-        Going.two += self._following is not None
+        Going.two += len(self._under_way) > 1
 
     def leave(self, row: int) -> None:
         takes_part = self.launched is not None and row in self.launched.plan.active
@@ -224,6 +226,105 @@ def test_prompts_begin_while_a_round_is_under_way(target, which: str | None, sha
     assert Going.joined > 2
     assert Going.left > 0
     assert Going.two > 2
+
+
+def going(
+    target, rows: int, drafter: str | None = None, make: type[Decoder] = Going, **options
+) -> Scheduler:
+    """A scheduler of rows that come and go beside rounds."""
+    engine = Engine(target, make_kind(drafter) if drafter else None)
+    engine.make_decoder, Busy.asked = make, 0
+    options = {"ignore_eos": True, "context": 400, "learn": None, "temperature": 0.9, **options}
+    config = GenerateConfig(draft=DraftConfig(adaptive=False, copy=False), **options)
+    return Scheduler(engine.decoder(config, rows, 300, sessions=False), config)
+
+
+def test_who_must_be_read_between_rounds_waits_for_those_under_way_only(target) -> None:
+    """Others wait for a row meanwhile, and the one that decodes has much to say."""
+    scheduler = going(target, 2, max_new_tokens=200)
+    short = replace(scheduler.config, max_new_tokens=5)
+    penalised = replace(scheduler.config, repetition_penalty=1.2)
+    scheduler.add_request(Request(ids=[1, 2], seed=1))
+    scheduler.add_request(Request(ids=[3, 4], seed=2, config=short))
+    between = scheduler.add_request(Request(ids=[5, 6], seed=3, config=penalised))
+    scheduler.add_request(Request(ids=[7, 8], seed=4))
+    steps = 0
+    while not any(request == between for request, _ in scheduler.step()):
+        steps += 1
+        assert steps < 20
+
+
+def test_logprobs_are_of_the_round_though_a_row_leaves_it(target) -> None:
+    """What a learner does as a row leaves works where on a GPU the round's logits lie."""
+    learn = LearnConfig(scope="shared", stride=2, lr=1e-9)
+
+    def said(make: type[Decoder], spoils: bool) -> list[float]:
+        scheduler = going(target, 2, "eagle3", make, max_new_tokens=30, learn=learn)
+        decoder, found = scheduler.decoder, list[float]()
+        forget = decoder.learner.memory_trainer.forget
+
+        def forgets(*given):
+            forget(*given)
+            if decoder.launched and spoils:
+                decoder.launched.verification.logits.fill_(1.0)
+
+        decoder.learner.memory_trainer.forget = forgets
+        one = scheduler.add_request(Request(ids=[1, 2], seed=1, logprobs=0))
+        other = scheduler.add_request(Request(ids=[3, 4], seed=2))
+        for step in itertools.count():
+            if step == 6:
+                scheduler.abort(other)
+            for request, chunk in scheduler.step():
+                found += [token.logprob for token in chunk.logprobs if request == one]
+            if not scheduler.has_unfinished():
+                return found
+
+    assert said(Going, spoils=True) == pytest.approx(said(Decoder, spoils=False))
+
+
+def test_rounds_are_launched_anew_where_an_interrupt_came_as_one_was(target) -> None:
+    """The device has moved on, and the host does not know how far."""
+
+    def said(make: type[Decoder], *, interrupts: bool) -> dict[int, list[int]]:
+        scheduler, found = going(target, 2, "eagle3", make, max_new_tokens=30), {}
+        decoder, short = scheduler.decoder, replace(scheduler.config, max_new_tokens=6)
+        for seed, config in enumerate((None, short, None)):
+            scheduler.add_request(Request(ids=[seed, 2], seed=seed, config=config))
+        download = decoder.rows.download
+
+        def interrupted(*given):
+            raise KeyboardInterrupt
+
+        while scheduler.has_unfinished():
+            if interrupts and decoder.launched:
+                decoder.rows.download = interrupted
+                with suppress(KeyboardInterrupt):
+                    decoder.launch_following()
+                decoder.rows.download = download
+            ended = [(request, chunk.result) for request, chunk in scheduler.step()]
+            found |= {request: result.token_ids for request, result in ended if result}
+        return found
+
+    assert said(Going, interrupts=True) == said(Decoder, interrupts=False)
+
+
+def test_no_round_goes_on_with_banned_words_that_have_moved(target) -> None:
+    """`Going` looks at what each round reads."""
+    scheduler = going(target, 3, max_new_tokens=100)
+
+    def banning(*words: tuple[int, ...]) -> GenerateConfig:
+        return replace(scheduler.config, max_new_tokens=100, bad_words_ids=words)
+
+    scheduler.add_request(Request(ids=[1, 2], seed=1, config=banning((7, 8))))
+    scheduler.add_request(Request(ids=[3, 4], seed=2, config=banning((7, 8))))
+    for _ in range(6):
+        scheduler.step()
+    more = banning(*((n, n + 1, n + 2) for n in range(9)))
+    last = scheduler.add_request(Request(ids=[5, 6], seed=3, config=more))
+    scheduler.step()
+    scheduler.abort(last)
+    for _ in range(6):
+        scheduler.step()
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -10,11 +10,10 @@ from __future__ import annotations
 import torch
 
 from ttspec.acceptance import BROKEN
-from ttspec.decoding.launched import Launched
+from ttspec.decoding.launched import Launched, of_rows
 from ttspec.decoding.planner import RoundPlanner
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.prefill import PromptReader
-from ttspec.decoding.row_sampling import includes
 from ttspec.decoding.rows import RoundPlan, RoundShape, RowOutcome, RowVerdict
 from ttspec.decoding.stages import DecoderSpec, RoundStages
 from ttspec.decoding.timing import RoundTimer
@@ -62,10 +61,8 @@ class Decoder(RoundStages):
         """
         super().__init__(target, drafter, spec, compile=compile)
         self.timer, self.round_number = RoundTimer(target.device), 0
-        self.launched: Launched | None = None
-        """The next round, where it was launched ahead."""
-        self._following: Launched | None = None
-        """The one after it, where the device goes on to that by itself."""
+        self._under_way: tuple[Launched, ...] = ()
+        """The next round and perhaps the one after it, if they were launched ahead."""
         self.learner = self._learner(live_weights)
         self.prompts = self.reads_prompts(self, self.learner)
         self.planner = RoundPlanner(self, self.learner, policy)
@@ -90,10 +87,11 @@ class Decoder(RoundStages):
         Returns:
             What it did to each of them, by row.
         """
-        launched = self.launched or self._launch()  # draft, verify, accept
-        following, self.launched, self._following = self._following, None, None
-        if ahead and not following and self._is_chainable(launched):
-            following = self._launch(after=launched)
+        under_way = self._under_way or (self._launch(),)  # draft, verify, accept
+        self._under_way = ()
+        if ahead and len(under_way) == 1 and self._is_chainable(under_way[0]):
+            under_way += (self._launch(after=under_way[0]),)
+        launched, following = under_way[0], under_way[1] if len(under_way) > 1 else None
         verdicts = self._read_verdicts(launched)  # the round's one wait for the device
         logits, logprobs_of = launched.verification.logits, self.row_sampling.logprobs.of
         logprobs = {row: logprobs_of(row, logits, row, v.tokens) for row, v in verdicts.items()}
@@ -230,33 +228,36 @@ class Decoder(RoundStages):
     def _is_chainable(self, launched: Launched) -> bool:
         """Whether the round after one that is under way can begin where the device leaves it.
 
-        What a round returns is overwritten by the one after, and by the graphs that a learner runs
-        in between: so the host may not look at either. What a row learns for itself from one round
-        drafts the next.
+        What a row learns for itself from one round drafts the next.
         """
-        last, budget = launched.plan, self.rows.budget
+        last, budget, asked = launched.plan, self.rows.budget, self.row_sampling
         if not (self.works_ahead and self._reads_spans) or last.copies:
             return False
         (active, after, _, _), shape = self.planner.plan_after(last), last.shape
         learns_for_itself = self.learner is not None and self.learner.memory_trainer is None
-        joined = active != last.active
         return (
             after.absorbs == shape.absorbs
             and not (learns_for_itself and (launched.kept or self._is_kept(after, ahead=1)))
-            and (joined or any(budget[row] > shape.proposed + 1 for row in active))
-            and (not joined or includes(shape.processors, self.row_sampling.processors(active)))
+            and (active != last.active or any(budget[row] > shape.proposed + 1 for row in active))
+            and asked.serves(shape.processors, active)
+            and not (asked.is_masked(active) or asked.logprobs.asked(active))
             and self.deferred.needs_nothing(shape, after)
-            and not (self._is_masked(active) or self.row_sampling.logprobs.asked(active))
             and not self.planner.may_copy_after(last)
         )
 
     def _launch_ahead(self, last: RoundPlan, following: Launched | None) -> None:
         """Launch the next round, unless it is under way or the host must see it first."""
         active = self.rows.active()
+        may = active and (active == last.active or self.begins_beside)
         if following:  # the device knows as well which rows have ended
-            self.launched = following.of([row for row in following.plan.active if row in active])
-        elif (active == last.active or self.begins_beside) and not self._is_masked(active):
-            self.launched = self._launch(unobserved=last.shape.draft_length) if active else None
+            self._under_way = of_rows(active, following)
+        elif may and not self.row_sampling.is_masked(active):
+            self._under_way = (self._launch(unobserved=last.shape.draft_length),)
+
+    @property
+    def launched(self) -> Launched | None:
+        """The next round, where it was launched ahead."""
+        return self._under_way[0] if self._under_way else None
 
     @torch.no_grad()
     def launch_following(self) -> None:
@@ -264,23 +265,24 @@ class Decoder(RoundStages):
 
         Where rows come and go the host has more to do than a round takes.
         """
-        if self.launched and not self._following and self._is_chainable(self.launched):
-            self._following = self._launch(after=self.launched)
+        if len(self._under_way) == 1 and self._is_chainable(self._under_way[0]):
+            (launched,), self._under_way = self._under_way, ()  # an interrupt forgets both
+            self._under_way = launched, self._launch(after=launched)
 
     @property
     def begins_beside(self) -> bool:
-        """Whether prompts may begin and rows join while a round is under way.
+        """Whether prompts may begin and rows join while a round is under way."""
+        captured, active = self.prompts.captured, self.rows.active()
+        return bool(captured and captured.can_launch and self._is_read_from_table(active))
 
-        Not where the host will look at more of that round than is on its way: what a round returns
-        lies where other graphs work, too. Nor where rows learn for themselves.
+    def _is_read_from_table(self, rows: list[int]) -> bool:
+        """Whether all that the host wants of a round of some rows is on its way to it.
+
+        What else a round returns is overwritten by the next one, and by the graphs of a learner,
+        which is told of rows that end. Not where rows learn for themselves: it was kept for them.
         """
-        captured, shares = self.prompts.captured, not self.learner or self.learner.shared
-        asked = self.row_sampling.logprobs.asked(self.rows.active())
-        return bool(captured and captured.can_launch and shares and not asked)
-
-    def _is_masked(self, rows: list[int]) -> bool:
-        """Whether the host must look at drafts of some rows before they are verified."""
-        return bool((masks := self.row_sampling.masks) and masks.masked(rows))
+        shares = self.learner is None or self.learner.shared
+        return shares and not self.row_sampling.logprobs.asked(rows)
 
     # Rows come and go.
 
@@ -300,16 +302,15 @@ class Decoder(RoundStages):
     def leave(self, row: int) -> None:
         """Take a row out of the rounds under way: what they write of it is dead.
 
-        A round is forgotten as a whole where it was kept for rows that learn for themselves.
+        They are forgotten as a whole where the others need more of them than is on its way.
         """
-        under_way = [one for one in (self.launched, self._following) if one]
-        if not any(row in one.plan.active for one in under_way):
+        if not any(row in one.plan.active for one in self._under_way):
             return
+        others = {*range(self.rows.count)} - {row}
+        left, self._under_way = of_rows(others, *self._under_way), ()
         self.rows.changed.add(row)
-        left = [one.of([r for r in one.plan.active if r != row]) for one in under_way]
-        if not left[0] or (self.learner and not self.learner.shared):
-            left = []
-        self.launched, self._following = (*left, None, None)[:2]
+        if left and self._is_read_from_table(left[-1].plan.active):
+            self._under_way = left
 
     def rest(self, row: int) -> None:
         """Let a row take no part until it has another prompt."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 from ttspec.decoding.rows import RoundPlan
@@ -23,6 +23,13 @@ class Launched(NamedTuple):
     """It began where the device left the round before, which the host had not read yet."""
     marks: StageMarks
 
-    def of(self, rows: list[int]) -> Launched | None:
-        """The same for some of its rows, if there are any; the others rest."""
-        return self._replace(plan=self.plan._replace(active=rows)) if rows else None
+
+def of_rows(rows: Collection[int], *rounds: Launched) -> tuple[Launched, ...]:
+    """Rounds under way, one after the other, for some of their rows; the others rest.
+
+    None where nobody is left in the first: the device has gone on from it.
+    """
+    left = [one.plan._replace(active=[r for r in one.plan.active if r in rows]) for one in rounds]
+    if not left[0].active:
+        return ()
+    return tuple(one._replace(plan=plan) for one, plan in zip(rounds, left, strict=True))

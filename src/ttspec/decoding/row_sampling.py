@@ -134,6 +134,14 @@ class RowSampling:
             self._captured.add(processors)
         return processors
 
+    def serves(self, processors: Processors, rows: Iterable[int]) -> bool:
+        """Whether a graph that does so much does all that some rows ask for."""
+        return self.is_current(processors) and includes(processors, self.processors(rows))
+
+    def is_masked(self, rows: list[int]) -> bool:
+        """Whether the host must look at drafts of some rows before they are verified."""
+        return bool(self.masks and self.masks.masked(rows))
+
     def is_current(self, processors: Processors) -> bool:
         """Whether what these read is where it was: banned words move when they get more room."""
         return processors.words in ((0, 0), self.penalties.words)

@@ -268,8 +268,9 @@ class Scheduler:
             Conversations that have their first token now, or ended without one.
         """
         moved, decoder = list[Conversation](), self.decoder
-        if begins and (self._ready or (self._waiting and self._free)):
-            decoder.launch_following()  # before, since this takes longer than a round
+        if begins and (self._waiting or self._ready):
+            if self._prefill_is_due and not self._prefill:
+                decoder.launch_following()  # to begin takes longer than a round
             self._assign_rows()
             if self._ready and not self._prefill and (self._prefill_is_due or not self._running):
                 moved = self._begin_prefill()
@@ -369,7 +370,7 @@ class Scheduler:
         waits = self._prefill_is_due and not self._joins_beside
         outcomes = decoder.round(ahead=decoder.works_ahead and not waits)
         moved = [conversation for conversation in running if conversation.row in outcomes]
-        if any(not decoder.rows.budget[conversation.row] for conversation in moved):
+        if not waits and any(not decoder.rows.budget[conversation.row] for conversation in moved):
             decoder.launch_following()  # results take time
         for conversation in moved:
             conversation.take_round(outcomes[conversation.row])
