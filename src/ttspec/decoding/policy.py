@@ -41,8 +41,8 @@ PRIOR_CHANCE = 0.7
 MAX_SPIKE = 2.0
 """Times its length's usual cost that a round is charged at most: more is another process's, and
 would have held up plain rounds as well, of which the median counts."""
-MAX_CATCH_UP = 8.0
-"""The same of the first round of a trial, in plain rounds."""
+MAX_CATCH_UP = 32.0
+"""The same of the first round of a trial, in plain rounds: with 32 rows it took 8 to 36."""
 PLAIN_KEPT, COSTS_KEPT = 3, 23
 """Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth round
 takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost up to

@@ -124,7 +124,7 @@ class PromptReader:
         self._restore_features(rows)
         self._deferred.before_prompt(rows)
         for row, key in zip(rows, keys, strict=True):
-            self._rows.inputs.noise_key[row] = key  # copies of lists would wait for the device
+            self._rows.inputs.noise_key[row].fill_(key)  # to assign it would wait for the device
         self.rollback.invalidate(rows)  # until all is read
         position = [self._rows.lengths[row] for row in rows]
         return PrefillBatch(

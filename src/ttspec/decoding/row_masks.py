@@ -40,7 +40,7 @@ class RowMasks:
     def set(self, row: int, mask: LogitMask | None) -> None:
         """Let a row have a mask, or none."""
         if self._of_row.pop(row, None) is not None:
-            self._bits[row] = -1
+            self._bits[row].fill_(-1)
         if mask is not None:
             self._of_row[row] = mask
 

@@ -101,9 +101,9 @@ class RowSampling:
             self.masks.set(row, mask)
         if self._of_row[row] != (sampling, ignores):
             self._of_row[row] = sampling, ignores
-            self.heeded[row] = not ignores
+            self.heeded[row].fill_(not ignores)  # to assign it would wait for the device
             for name, value in values_of(sampling).items():
-                self._tensors[name][row] = value
+                self._tensors[name][row].fill_(value)
             self.penalties.set(row, sampling)
         self._processors[row] = self._processors_of(row)
 

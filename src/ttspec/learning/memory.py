@@ -248,7 +248,7 @@ class MemoryRows:
 
     def forget(self, row: int) -> None:
         """A row's next tokens are another text."""
-        self.end[row] = -1
+        self.end[row].fill_(-1)
 
     @torch.no_grad()
     def write(

@@ -185,10 +185,10 @@ class ReplayBuffer:
 
     def clear(self, row: int) -> None:
         """Forget a row: another request has it, or its weights were reverted."""
-        self._starts[row] = self._used[row] = self._newest[row] = -1
-        self._committed[row] = 0
-        self._ring_positions[row] = -1
-        self._masks[row] = False
+        for table in (self._starts, self._used, self._newest, self._ring_positions):
+            table[row].fill_(-1)  # to assign it would wait for the device
+        self._committed[row].fill_(0)
+        self._masks[row].fill_(False)
 
     def clear_above(self, row: int, length: int) -> None:
         """Forget what a row's crop to `length` tokens took back."""
