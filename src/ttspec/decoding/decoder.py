@@ -82,7 +82,7 @@ class Decoder(RoundStages):
 
         Args:
             ahead: Launch the next round before the host does what is left to do for this one; not
-                where a row has ended, or the host must see drafts.
+                where the host must see drafts, or a row has ended and none may join meanwhile.
 
         Returns:
             What it did to each of them, by row.
