@@ -63,17 +63,10 @@ def _equal(chosen: Tensor, drafts: Tensor, count: Tensor) -> Tensor:
 def draw_and_accept(
     logits: Tensor, noise: Tensor | None, drafts: Tensor, count: Tensor, sampling: SamplingTensors
 ) -> tuple[Tensor, Tensor]:
-    """Let the target draw its own tokens, and `accept_equal`.
+    """Let the target draw its own tokens, and keep drafts int64 [B, G] as `accept_equal` does.
 
-    Args:
-        logits: [B, G+1, V], the target's.
-        noise: As in `pick`.
-        drafts: int64 [B, G].
-        count: int64 [B], how many of a row's tokens are drafts.
-        sampling: Of each row.
-
-    Returns:
-        accepted int64 [B], and tokens int64 [B, G+1], of which accepted + 1 are emitted.
+    Of logits [B, G+1, V], with `noise` as in `pick`. `count` int64 [B] says how many of a row's
+    tokens are drafts.
     """
     chosen = draw(process(logits, sampling), noise)
     return _equal(chosen, drafts, count), chosen
@@ -121,16 +114,10 @@ def accept_rejection(
 def cut_at_end(
     tokens: Tensor, emitted: Tensor, ends: Tensor, heeded: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """End a row's emission with its first end token.
+    """End a row's emission with the first of the end tokens `ends` int64 [E], which may be none.
 
-    Args:
-        tokens: int64 [B, G+1], of which `emitted` are emitted.
-        emitted: int64 [B].
-        ends: int64 [E], the end tokens; may be empty.
-        heeded: bool [B], rows that an end token ends; None is all.
-
-    Returns:
-        emitted int64 [B], and ended bool [B].
+    Of tokens int64 [B, G+1] the first `emitted` int64 [B] come next. `heeded` bool [B] are rows
+    that an end token ends; None is all. Returns `emitted` as it is then, and ended bool [B].
     """
     within = torch.arange(tokens.shape[1], device=tokens.device) < emitted[:, None]
     if heeded is not None:

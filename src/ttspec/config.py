@@ -364,11 +364,9 @@ class GenerateConfig(_Options):
     def sampling(
         self, defaults: Mapping[str, Any], *, bad_words: Collection[Sequence[int]] = ()
     ) -> SamplingConfig:
-        """The sampling options, with what is None taken from `defaults`.
+        """The sampling options; what is None is taken from `defaults`, else `SamplingConfig`'s.
 
-        Args:
-            defaults: By name; what is not there either is `SamplingConfig`'s.
-            bad_words: Tokens of this config's `bad_words`.
+        `bad_words` are the tokens of this config's `bad_words`.
         """
         given = {f.name: getattr(self, f.name, None) for f in fields(SamplingConfig)}
         chosen = {**defaults, **{n: v for n, v in given.items() if v is not None}}

@@ -48,12 +48,7 @@ def fits(
 ) -> bool:
     """Whether the kernels are for layers of these sizes, on the device and in the dtype of `like`.
 
-    Args:
-        like: Any weight.
-        hidden: Size of the states between layers.
-        head_size: Of one query.
-        widths: What products read besides `hidden`.
-        activation: Of the MLP.
+    `widths` are what products read besides `hidden`, `activation` is the MLP's.
     """
     if like.device.type != "cuda" or like.dtype != torch.bfloat16 or activation != "silu":
         return False
@@ -165,18 +160,9 @@ def joined(
     states_gain: Tensor,
     eps: float,
 ) -> Tensor:
-    """Embeddings of tokens and states, each RMS-normalised, side by side.
+    """Embeddings of tokens int64 [B] in a table [V, H] beside states [B, H], both RMS-normalised.
 
-    Args:
-        tokens: int64 [B].
-        table: [V, H]; tokens past it are its last.
-        states: [B, H].
-        table_gain: [H].
-        states_gain: [H].
-        eps: Of both norms.
-
-    Returns:
-        [B, 2 * H].
+    Tokens past the table are its last. Gains are [H]; returns [B, 2 * H].
     """
     count, width = states.shape
     out = states.new_empty(count, 2 * width)
@@ -201,17 +187,7 @@ def joined(
 def normed(
     x: Tensor, gain: Tensor, eps: float, more: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """States, and the same RMS-normalised and scaled.
-
-    Args:
-        x: [tokens, H].
-        gain: [H].
-        eps: Of the norm.
-        more: [tokens, H], is added first.
-
-    Returns:
-        The sum, and what the norm makes of it, [tokens, H] each.
-    """
+    """States [tokens, H], to which `more` is added, and the same RMS-normalised and scaled."""
     total, out = x if more is None else torch.empty_like(x), torch.empty_like(x)
     width = x.shape[1]
     _row_kernels().normed[(len(x),)](

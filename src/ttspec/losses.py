@@ -162,12 +162,7 @@ def _weighted_softmax(logits: Tensor, mass: Tensor, weight: Tensor) -> Tensor:
 def total_variation(p: Tensor, q: Tensor) -> Tensor:
     """1 - sum of min(p, q) per row: the share of drafts that rejection sampling would refuse.
 
-    Args:
-        p: [..., V] probabilities; below 1 in sum where only some tokens can be drafted.
-        q: [..., V].
-
-    Returns:
-        float32 [...].
+    Of probabilities [..., V]; those of p are below 1 in sum where only some tokens can be drafted.
     """
     return 1 - p.minimum(q).sum(-1)
 
@@ -175,13 +170,8 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 def agreement(p_logits: Tensor, q_logits: Tensor, ids: Tensor | None = None) -> Tensor:
     """Share of drafts of q that rejection sampling keeps, per row; of a part of them at a time.
 
-    Args:
-        p_logits: [..., V] the target's logits.
-        q_logits: [..., V_draft] the drafter's.
-        ids: int64 [V_draft], the tokens that it knows; None is all.
-
-    Returns:
-        float32 [...], without a gradient.
+    Of the target's logits [..., V] and the drafter's [..., V_draft], which are of the tokens `ids`
+    int64 [V_draft]; None is all. Float32 [...], without a gradient.
     """
     p, q = p_logits.flatten(0, -2), q_logits.flatten(0, -2)
     some = rows_at_once(p)
@@ -198,14 +188,10 @@ def _agreement(p_logits: Tensor, q_logits: Tensor, ids: Tensor | None) -> Tensor
 
 
 def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
-    """Expected number of accepted drafts of a block.
+    """Expected number of accepted drafts of a block, float32 [...].
 
-    Args:
-        agreement: [..., G], the probability that row j's draft is accepted if those before it are.
-        mask: bool [..., G]; the first masked row ends the block.
-
-    Returns:
-        float32 [...].
+    `agreement` [..., G] is the probability that row j's draft is accepted if those before it are;
+    the first row that `mask` bool [..., G] leaves out ends the block.
     """
     return (agreement.float() * mask).cumprod(-1).sum(-1)
 

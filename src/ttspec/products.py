@@ -71,28 +71,16 @@ class Products:
         return out
 
     def plain(self, x: Tensor | Scaled, *tables: Tensor, bias: Tensor | None = None) -> Tensor:
-        """States times a table, or up to three side by side.
+        """States [tokens, width] times a table, or up to three side by side; normalised if scaled.
 
-        Args:
-            x: [tokens, width]; normalised if scaled.
-            tables: Each [outputs, width], contiguous; of several, outputs are whole blocks of 64.
-            bias: [outputs of all].
-
-        Returns:
-            [tokens, outputs of all].
+        Tables are [outputs, width] and contiguous; of several, outputs are whole blocks of 64.
         """
         return self._run(x, *tables, bias=bias)[0]
 
     def gated(self, x: Scaled, gate: Tensor, up: Tensor) -> Tensor:
-        """The SiLU of normalised states times `gate`, times that of `up`.
+        """The SiLU of normalised states [tokens, width] times `gate`, times that of `up`.
 
-        Args:
-            x: [tokens, width].
-            gate: [outputs, width], contiguous.
-            up: As gate.
-
-        Returns:
-            [tokens, outputs].
+        Both tables are [outputs, width] and contiguous.
         """
         return self._run(x, gate, up, gated=True)[0]
 

@@ -213,15 +213,10 @@ class RowCache(Cache):
 
 
 def causal_mask(position: Tensor, reach: int, window: int | None = None) -> Tensor:
-    """Which slots each token sees.
+    """Which slots each token sees, by its position int64 [B, T], which is also its slot.
 
-    Args:
-        position: int64 [B, T], a token's position, which is also its slot.
-        reach: Number of slots.
-        window: A token sees this many tokens, itself included; None is all before it.
-
-    Returns:
-        bool [B, 1, T, reach], True where attention is allowed.
+    With a window it sees so many, itself included. Bool [B, 1, T, reach], True where attention is
+    allowed.
     """
     slot = torch.arange(reach, device=position.device)
     seen = slot <= position[..., None]

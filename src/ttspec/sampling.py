@@ -112,15 +112,7 @@ def _mix_int(x: int) -> int:
 
 
 def fold(key: Tensor, *parts: Tensor | int) -> Tensor:
-    """Mix numbers into keys, one after the other.
-
-    Args:
-        key: int64 of any shape.
-        parts: Numbers or int64 tensors that broadcast with `key`; their order matters.
-
-    Returns:
-        int64 keys of the broadcast shape.
-    """
+    """Mix numbers, or int64 tensors that broadcast with `key`, into int64 keys, in this order."""
     for part in parts:
         if isinstance(part, int):  # on the host: a copy to a GPU would wait for it
             key = _mix(key + _signed((_GOLDEN + _mix_int(part + _GOLDEN)) & _ALL))
@@ -224,14 +216,9 @@ def probabilities(processed: Tensor, sampling: SamplingTensors) -> Tensor:
 
 
 def draw(processed: Tensor, noise: Tensor | None) -> Tensor:
-    """Gumbel-max draw, or the most likely token without noise.
+    """Gumbel-max draw int64 [...] of `process`ed logits, or the most likely token without noise.
 
-    Args:
-        processed: float32 `[..., V]` from `process`.
-        noise: float32 Gumbels of the same shape; None is greedy.
-
-    Returns:
-        int64 `[...]`; with fresh noise distributed as softmax(processed).
+    With fresh noise, Gumbels of the same shape, it is distributed as softmax(processed).
     """
     return argmax(processed if noise is None else processed + noise)
 
@@ -242,12 +229,8 @@ def position_noise(
 ) -> Tensor:
     """Drafter-invariant noise: Gumbels [B, count, V] for the positions first..first + count - 1.
 
-    Args:
-        key: int64 [B], of each row's answer.
-        first: int64 [B].
-        count: Positions.
-        vocabulary: The target's.
-        sampled: float32 [B, 1, 1], 0 in rows that shall have none; None is in no row.
+    By the `key` int64 [B] of each row's answer. `sampled` float32 [B, 1, 1] is 0 in rows that shall
+    have none; None is in no row.
     """
     position = first[:, None] + torch.arange(count, device=first.device)
     return gumbel(fold(key[:, None], 0, position), vocabulary, sampled)
@@ -332,14 +315,8 @@ def rejection_noise(
 ) -> tuple[Tensor, Tensor]:
     """Noise of one round's verdict under the rejection rule, which no other round has.
 
-    Args:
-        key: int64 [B], of each row's answer.
-        number: int64 [1], the round's.
-        drafts: G.
-        vocabulary: V.
-
-    Returns:
-        Uniforms float32 [B, G] in [0, 1), and standard exponentials float32 [B, V].
+    By the `key` int64 [B] of each row's answer, and the round's `number` int64 [1]. Uniforms
+    float32 [B, drafts] in [0, 1), and standard exponentials float32 [B, V].
     """
     column = torch.arange(drafts, device=key.device)
     u = uniform(fold(fold(key[:, None], ACCEPT, number), column))

@@ -39,15 +39,9 @@ def reach_to_see(length: int, keys: Tensor) -> int | None:
 
 
 def spans(first: Tensor, last: Tensor, rest: Tensor) -> Tensor:
-    """What tokens see, from slot to slot.
+    """What tokens see, from slot to slot: int64 [B, 1, T, 2].
 
-    Args:
-        first: int64 [B, T], the first slot that each token sees; below 0 is 0.
-        last: int64 [B, T], the last one.
-        rest: bool [B], rows that take no part and see nothing.
-
-    Returns:
-        int64 [B, 1, T, 2].
+    From `first` to `last` int64 [B, T]; below 0 is 0. Rows at `rest` bool [B] see nothing.
     """
     last = last.masked_fill(rest[:, None], -1)
     return torch.stack([first.clamp(min=0).expand_as(last), last], dim=-1)[:, None]

@@ -65,14 +65,9 @@ class Arm:
     def finish(
         self, user: str, result: Result, waits: Sequence[float], request: int = 0, **clock: Any
     ) -> None:
-        """Add an answer.
+        """Add the answer to what `user` said.
 
-        Args:
-            user: What was said.
-            result: The answer.
-            waits: Seconds until each of its chunks, counted from the one before.
-            request: Which one.
-            **clock: Further fields of the `Turn`.
+        `waits` are the seconds before each of its chunks, `clock` further fields of the `Turn`.
         """
         first, *rest = waits
         unit = request, result.stats.seed

@@ -37,9 +37,8 @@ class RunSet:
 def open_runs(folders: Sequence[Path], *, different_texts: bool = False) -> RunSet:
     """Read one run folder, or several of one target and suite, as one run.
 
-    Args:
-        folders: With several, an arm's name begins with its folder's.
-        different_texts: Go on where arms that must say the same do not.
+    Of several, an arm's name begins with its folder's. With `different_texts` arms that must say
+    the same need not.
 
     Raises:
         DataError: A folder is damaged, holds nothing, or does not fit the others.

@@ -28,11 +28,9 @@ class Suite:
 
 
 def load_suites(names: str, first: int | None = None) -> Suite:
-    """Several suites as one, with commas between their names, or one; see `load_suite`.
+    """One suite, or several with commas between their names, as one; see `load_suite`.
 
-    Args:
-        names: Built-in names or files.
-        first: Only so many requests of each, from its beginning; None is all.
+    Of each the `first` requests, or all.
 
     Raises:
         DataError: See `load_suite`; or a suite is named twice.

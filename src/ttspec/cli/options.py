@@ -53,10 +53,8 @@ def _is_repeatable(kind: Any) -> bool:
 def _flags_of(record: type, *, without: tuple[str, ...] = (), **kinds: Any) -> Any:
     """A twin of an options record in which None means "not given"; its help is the record's.
 
-    Args:
-        record: The options.
-        without: Those that are no flags.
-        **kinds: Types of flags whose field has one that no command line can hold.
+    Fields in `without` are no flags; `kinds` are the types of flags that no command line can hold
+    as the record has them.
     """
     types = get_type_hints(record) | kinds
     notes = {p.arg_name: p.description for p in docstring_parser.parse_from_object(record).params}

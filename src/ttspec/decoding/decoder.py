@@ -95,14 +95,10 @@ class Decoder(RoundStages):
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
-        """Draft, verify, accept, commit, learn: one round of all rows that take part.
+        """One round of all rows that take part: draft, verify, accept, commit, learn.
 
-        Args:
-            ahead: Launch the next round before the host does what is left to do for this one; not
-                where a row has ended, or the host must see drafts.
-
-        Returns:
-            What it did to each of them, by row.
+        With `ahead` the next round is launched before the host does what is left to do for this
+        one; not where a row has ended, or the host must see drafts. Returns what it did, by row.
         """
         launched, self.launched = self.launched or self._launch(), None  # draft, verify, accept
         following = None
@@ -136,11 +132,10 @@ class Decoder(RoundStages):
         return outcomes
 
     def _launch(self, unobserved: int | None = None, after: Launched | None = None) -> Launched:
-        """Let the device draft, verify and accept.
+        """Let the device draft, verify and accept, from where the round `after` leaves it.
 
-        Args:
-            unobserved: Draft length of a round that the policy has not observed yet.
-            after: A round that was not read yet, where the device goes on from.
+        None is where the host knows rows to be. `unobserved` is the draft length of a round that
+        the policy has not observed yet.
         """
         marks = self.timer.start()
         if after:
@@ -286,19 +281,6 @@ class Decoder(RoundStages):
         return bool((masks := self.row_sampling.masks) and masks.masked(rows))
 
     # Rows come and go.
-
-    def prefill(
-        self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> list[int]:
-        """Read prompts at one go; arguments as in `PromptReader.begin`.
-
-        Returns:
-            The first token of each answer; it is pending now.
-        """
-        reading = self.prompts.begin(rows, prompts, keys, budgets)
-        while not reading.is_read:
-            self.prompts.read_chunk(reading)
-        return reading.first_tokens
 
     def drop(self, row: int) -> None:
         """Forget a round that was launched ahead, if the row takes part: what it wrote is dead."""

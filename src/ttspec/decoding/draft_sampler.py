@@ -85,16 +85,11 @@ class DraftSampler:
 
 
 def with_copies(drafts: Proposal, rows: RoundInputs, length: int, most: Tensor) -> Proposal:
-    """Copies instead of drafts, in the rows that copy.
+    """Copies of `length` tokens instead of drafts, in the rows that copy.
 
-    Args:
-        drafts: Of every row; none where the drafter was not run.
-        rows: Has the copies.
-        length: Width of the copies, at least 1.
-        most: int64 [B], tokens that a row may propose.
-
-    Returns:
-        A proposal as wide as the wider of both. A copy is one-hot: it was drawn from a point mass.
+    `drafts` has none where the drafter was not run; a row may propose `most` int64 [B] tokens.
+    Returns a proposal as wide as the wider of both. A copy is one-hot: it was drawn from a point
+    mass.
     """
     copied, width = rows.copied > 0, max(length, drafts.tokens.shape[1])
     drafted = F.pad(drafts.tokens, (0, width - drafts.tokens.shape[1]))

@@ -132,14 +132,10 @@ def fitting_rows(need: Callable[[int], Forecast], target: Target, most: int) -> 
 def target_cache_bytes(
     config: Any, rows: int, slots: int, dtype: torch.dtype, *, width: int = 1
 ) -> int | None:
-    """Bytes of a `RowCache` for a target, every layer allocated; None if they are not known.
+    """Bytes of a `RowCache` of so many tokens a row, all layers allocated; None if not known.
 
-    Args:
-        config: The target's transformers config.
-        rows: Conversations side by side.
-        slots: Tokens of each; a cache has one more for what falls outside.
-        dtype: Of keys and values.
-        width: Tokens of a verification, which recurrent layers keep beside their states.
+    A cache has one slot more for what falls outside. `width` is of a verification, whose tokens
+    recurrent layers keep beside their states.
     """
     text = config.get_text_config()
     if any(getattr(text, name, None) for name in ODD_CACHES):
@@ -199,18 +195,10 @@ def learning_row_bytes(drafter: Drafter, config: LearnConfig) -> int:
 def require_weights(
     target: int, drafter: int, devices: list[torch.device], *, name: str, split: bool = False
 ) -> str | None:
-    """Refuse weights that do not fit, before they are read.
+    """Refuse weights of so many bytes that do not fit on `devices`, before they are read.
 
-    Args:
-        target: Bytes of the target's weights.
-        drafter: Bytes of the drafter's.
-        devices: Where they go.
-        name: The target's.
-        split: The target is spread over the devices, and who gets what is not known: nothing is
-            refused then.
-
-    Returns:
-        A notice, if one is due all the same.
+    Nothing is refused where the target is `split` over the devices: who gets what is not known.
+    Returns a notice, if one is due all the same.
 
     Raises:
         ResourceError: There is less memory than they take.

@@ -82,17 +82,10 @@ class RowPenalties:
         processors: Processors,
         subset: Tensor | slice = slice(None),
     ) -> Tensor:
-        """Penalised logits.
+        """Penalised logits float32 [B, T, V], of which column j is about the token at `end` + j.
 
-        Args:
-            logits: [B, T, V]: column j is about the token at position end + j.
-            end: int64 [B]; what stands before it is known.
-            longest: The largest end, known on the host.
-            processors: What is done.
-            subset: int64 [B], the rows meant.
-
-        Returns:
-            float32 [B, T, V].
+        What stands before `end` int64 [B] is known; `longest` is the largest, known on the host.
+        `subset` int64 [B] are the rows meant.
         """
         text = self._text[:, : longest + logits.shape[1] - 1][subset]
         of_rows = {n: t[subset] for n, t in self._tensors.items() if n in processors.names}

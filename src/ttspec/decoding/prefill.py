@@ -222,13 +222,10 @@ class PromptReader:
         drawn: list[list[int]],
         logits: Tensor | None = None,
     ) -> None:
-        """Let rows decode whose prompts were read.
+        """Let rows decode whose prompts were read, and that hold so many tokens now.
 
-        Args:
-            prompts: Theirs.
-            lengths: Tokens that each row holds.
-            drawn: Of each, its first token, and whether its logits are numbers.
-            logits: [B, 1, V]; needed where log-probabilities are asked for.
+        `drawn` is the first token of each, and whether its logits are numbers. `logits` [B, 1, V]
+        are needed where log-probabilities are asked for.
         """
         if any(not finite for _, finite in drawn):
             raise not_finite(self._target.name, self._target.dtype)

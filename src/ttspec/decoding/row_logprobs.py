@@ -31,13 +31,10 @@ class RowLogprobs:
     def of(
         self, row: int, logits: Tensor, at: int, tokens: Sequence[int]
     ) -> tuple[TokenLogprobs, ...]:
-        """Those of some tokens of a row; none if none are asked for.
+        """Those of tokens that came in a row; none if none are asked for.
 
-        Args:
-            row: Which row.
-            logits: [B, T, V] of the target: each token was chosen from one, in order.
-            at: Which of B are the row's.
-            tokens: Those that came.
+        Its logits [B, T, V] of the target are those `at` this index; each token was chosen from
+        one, in order.
         """
         most = self._most[row]
         if most is None or not tokens:

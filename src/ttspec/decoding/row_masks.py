@@ -61,16 +61,10 @@ class RowMasks:
     def __call__(
         self, logits: Tensor, changed: Tensor, subset: Tensor | slice = slice(None)
     ) -> Tensor:
-        """Logits of what may come.
+        """Logits float32 [B, T, V] of what may come, -inf elsewhere, in the rows `subset`.
 
-        Args:
-            logits: [B, T, V] of the target.
-            changed: The same, as penalties and bans change them. Where these leave nothing of what
-                a mask allows, the mask alone holds.
-            subset: int64 [B], the rows meant.
-
-        Returns:
-            float32 [B, T, V], -inf for tokens that must not come.
+        `changed` are the target's `logits` as penalties and bans change them. Where these leave
+        nothing of what a mask allows, the mask alone holds.
         """
         bits = self._bits[subset]
         place = torch.arange(WORD, dtype=torch.int32, device=bits.device)

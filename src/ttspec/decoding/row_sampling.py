@@ -80,14 +80,9 @@ class RowSampling:
         mask: LogitMask | None = None,
         logprobs: int | None = None,
     ) -> None:
-        """Let a row have a request's options.
+        """Let a row that takes no part in a round have a request's options; None is the default.
 
-        Args:
-            row: Which row; it takes no part in a round.
-            sampling: How its tokens are chosen; None is the default.
-            ignore_eos: Whether it goes on past end tokens; None is the default.
-            mask: What its answer may be.
-            logprobs: See `RowLogprobs.set`.
+        `mask` is what its answer may be; for `logprobs` see `RowLogprobs.set`.
         """
         self.logprobs.set(row, logprobs)
         sampling = sampling or self._default

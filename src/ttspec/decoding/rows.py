@@ -161,12 +161,9 @@ class RowStates:
     def upload(self, number: int, copies: Mapping[int, list[int]] | None = None) -> None:
         """Bring what a round reads to the device, in one copy.
 
-        From pinned memory, so that nothing waits for it. Two places do: the host waits for a
-        round's verdict before it brings what the one after the next reads.
-
-        Args:
-            number: The round's.
-            copies: What some rows copy; the others do not copy. None where no row does.
+        `copies` is what some rows copy; None where no row does. From pinned memory, so that nothing
+        waits for it. Two places do: the host waits for a round's verdict before it brings what the
+        one after the next reads.
         """
         self._staged.reverse()
         staged, most = self._staged[0], COPIES
@@ -209,8 +206,7 @@ class RowStates:
     def advance(self, table: Tensor) -> None:
         """Bring what the device reads to where a round leaves it, as `commit` and `upload` would.
 
-        Args:
-            table: int64 [B, 4 + G+1], of the round's `Verdict`.
+        `table` int64 [B, 4 + G+1] is that of the round's `Verdict`.
         """
         inputs = self.uploaded[: COPIES - 1]
         inputs.copy_(_advanced(table, inputs, self.slots))

@@ -74,13 +74,9 @@ class RoundStages:
     def __init__(
         self, target: Target, drafter: Drafter | None, spec: DecoderSpec, *, compile: bool
     ) -> None:
-        """Allocate the caches and all that is known of rows.
+        """Allocate the caches and all that is known of rows; without a drafter, of plain decoding.
 
-        Args:
-            target: Verifies.
-            drafter: Drafts; None is plain decoding.
-            spec: Rows and options.
-            compile: Compile what rounds do, on a GPU.
+        With `compile` what rounds do is compiled, on a GPU.
         """
         rows, slots, draft, device = spec.rows, spec.slots, spec.draft, target.device
         self.spec, self.sampling = spec, spec.sampling

@@ -83,11 +83,8 @@ def check_targets(
 ) -> Iterator[Row]:
     """Compare architectures with transformers, one row each.
 
-    Args:
-        device: Where the models run.
-        names: Keys of `FAMILIES`, or built-in targets, whose real weights are read for a short
-            while only; one that cannot be fetched has no row.
-        notify: Told what has no row, and why.
+    `names` are keys of `FAMILIES`, or built-in targets, whose real weights are read for a short
+    while only; one that cannot be fetched has no row, and `notify` is told why.
     """
     for name in names:
         began = time.perf_counter()

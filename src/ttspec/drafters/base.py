@@ -115,8 +115,10 @@ class Drafter(ABC):
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
-    behind: ClassVar[tuple[str, ...]] = ("norm.weight",)
-    """How names of weights begin that come after all layers."""
+    own_head: ClassVar[tuple[str, ...]] = ()
+    """How names of weights begin that correct the target's head, and learn."""
+    no_products: ClassVar[tuple[str, ...]] = ()
+    """How names of matrices begin that get no low-rank change: tables, and those of a GRU."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
     vectors: ClassVar[tuple[str, ...]] = ()
@@ -131,14 +133,9 @@ class Drafter(ABC):
         path: Path | None = None,
         names: Collection[str] = (),
     ) -> None:
-        """Read a config.json.
+        """Read a config.json; `weights` are by canonical name.
 
-        Args:
-            config: config.json.
-            weights: By canonical name.
-            name: What to call it.
-            path: Its folder.
-            names: Tensors that the files hold: some variants show there only.
+        `names` are the tensors that the files hold: some variants show there only.
 
         Raises:
             KeyError, TypeError, ValueError: The config is not complete.
@@ -214,16 +211,11 @@ class Drafter(ABC):
         subset: Tensor | None = None,
         counts: Tensor | None = None,
     ) -> None:
-        """Make verified tokens context.
+        """Make verified tokens int64 [B, T] context, with their features [B, T, W].
 
-        Args:
-            state: Changed at the slots of these tokens only.
-            tokens: int64 [B, T].
-            features: [B, T, W] of the same tokens.
-            start: int64 [B], position of each row's first token.
-            subset: int64 [B], the rows meant; None is all.
-            counts: int64 [B], how many of each row's tokens are meant, where the drafter
-                `takes_padding`; None is all.
+        Each row's first stands at `start` int64 [B]; nothing else of `state` changes. `subset`
+        int64 [B] are the rows meant, None is all. `counts` int64 [B] says how many of each row's
+        tokens are meant, where the drafter `takes_padding`.
         """
         text = Text.after(start, tokens, features, subset, counts)
         self._extend(state, self.weights_of(state.weights, subset), text)
@@ -247,8 +239,8 @@ class Drafter(ABC):
 
         Args:
             state: Context up to, not including, the pending token.
-            pending: int64 [B], the last committed token, at position `start` int64 [B].
-            start: See `pending`.
+            pending: int64 [B], the last committed token.
+            start: int64 [B], where it stands.
             count: How many drafts of each row are meant.
             length: Width of the proposal.
             longest: The largest start, known on the host.
@@ -302,7 +294,7 @@ class Drafter(ABC):
         # No keys and values change behind the last attention: the context stays what it is.
         last = [n for n in full if self._layer(self.layers - 1) in n]
         after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
-        return [*after, *(n for n in full if n.startswith(self.behind))]
+        return [*after, *(n for n in full if n.startswith(("norm.weight", *self.own_head)))]
 
     def _trainable(self) -> list[str]:
         """Names of all weights that may learn."""
@@ -319,6 +311,7 @@ class Drafter(ABC):
         come from older weights, and rows share them.
         """
         names = [n for n in self.learnable(parameters) if self.weights[n].dim() == 2]
+        names = [n for n in names if not n.startswith(self.no_products)]
         whole = [n for n in names if not any(part in n for part in CONTEXT)]
         return [n.removesuffix(".weight") for n in whole]
 

@@ -212,15 +212,9 @@ class Causal(FunctionalDrafter):
         return logits.unflatten(1, (-1, length))
 
     def training_forward(self, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
-        """Read whole sequences, with gradients to all of `weights`.
+        """What the head reads [N, R, H] of whole sequences int64 [N, R], with gradients.
 
-        Args:
-            ids: int64 [N, R].
-            position: int64 [N, R].
-            seen: bool [N, R, R], what each row attends to.
-
-        Returns:
-            [N, R, H], what the head reads.
+        `seen` bool [N, R, R] is what each row attends to.
         """
         return self.function.hidden(self.weights, ids, position, seen)
 

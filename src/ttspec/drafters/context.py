@@ -237,13 +237,8 @@ def rebased(keys: Tensor, origin: Tensor, rebase: int, rope: Rope) -> Tensor:
     """Turn rotated keys so that none looks further back than `rebase` from a block's start.
 
     A shift of all positions by one number cancels in rotary attention, so only a change of
-    distances can help; here distances past `rebase` are clamped to it. Rotations add up.
-
-    Args:
-        keys: [B, kv heads, S, D], rotated by their slots.
-        origin: int64 [B, 1], where each row's block starts.
-        rebase: The largest distance.
-        rope: How they were rotated.
+    distances can help; here distances past `rebase` are clamped to it. Rotations add up. Of keys
+    [B, kv heads, S, D], rotated by their slots, and blocks that start at `origin` int64 [B, 1].
     """
     slot = torch.arange(keys.shape[2], device=keys.device)
     turn = Rope(rope.frequencies, rope.base, interleaved=rope.interleaved)
@@ -275,13 +270,8 @@ def context_of_texts(
 ) -> DraftState:
     """A context of whole texts from their beginning, with gradients to what makes it.
 
-    Args:
-        drafter: Whose.
-        weights: Shared by all rows.
-        tokens: int64 [N, L].
-        features: [N, L, W] of the same tokens.
-        options: How the drafter is run.
-        length: Drafts of the blocks that will be replayed.
+    Of tokens int64 [N, L] and their features [N, L, W]. `weights` are shared by all rows, `length`
+    is that of the blocks that will be replayed.
     """
     state = drafter.start(len(tokens), tokens.shape[1] + length + 1, options)
     state.weights = weights

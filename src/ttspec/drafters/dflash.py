@@ -199,26 +199,17 @@ class DFlash(FeatureDrafter):
         return self._fill(state.weights, blocks, state.rope, contexts)
 
     def _choose(self, weights: Weights, states: Tensor, tokens: Tensor, choices: Choices) -> None:  # noqa: ARG002
-        """Choose all drafts of one block a row.
+        """Choose all drafts of one block a row, of states [B, 1, length, H] that the head reads.
 
-        Args:
-            weights: The live ones.
-            states: [B, 1, length, H] that the head reads.
-            tokens: int64 [B, 1], the known token.
-            choices: Takes logits.
+        `tokens` int64 [B, 1] is the known token.
         """
         choices(self.logits(states)[:, 0], 0)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
-        """Logits of drafts, each as if those before it were what `tokens` say.
+        """Logits [B, A, length, V_draft], as if the drafts before each were what `tokens` say.
 
-        Args:
-            weights: The live ones.
-            states: [B, A, length, H] that the head reads.
-            tokens: int64 [B, A, length or more], the known token and those after it.
-
-        Returns:
-            [B, A, length, V_draft].
+        Of states [B, A, length, H] that the head reads, and tokens int64 [B, A, length or more]:
+        the known one and those after it.
         """
         return self.logits(states)
 
@@ -241,7 +232,8 @@ class DFlash(FeatureDrafter):
 
     def _trainable(self) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
-        return [*(name for name in self.weights if name.startswith("layers.")), "norm.weight"]
+        layers = [name for name in self.weights if name.startswith("layers.")]
+        return [*layers, "norm.weight", *(n for n in self.weights if n.startswith(self.own_head))]
 
     def _layer(self, index: int) -> str:
         return f"layers.{index}."
@@ -304,18 +296,9 @@ class DFlash(FeatureDrafter):
     def layer(
         self, weights: Weights, x: Tensor, position: Tensor, rope: Rope, attend: Attend, width: int
     ) -> Tensor:
-        """A decoder layer.
+        """A decoder layer, of block states [B, N, H] at position int64 [B, N].
 
-        Args:
-            weights: Its own, without the layer's prefix, for one compilation to do for all.
-            x: [B, N, H] block states.
-            position: int64 [B, N].
-            rope: Rotation.
-            attend: Attention.
-            width: Rows of a block.
-
-        Returns:
-            [B, N, H].
+        `weights` have no layer's prefix, for one compilation to do for all; `width` is of a block.
         """
 
         def attention(y: Tensor) -> Tensor:
@@ -340,16 +323,5 @@ class DFlash(FeatureDrafter):
         width: int,  # noqa: ARG002
         inner: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        """A part of a layer, and what a kind puts around it.
-
-        Args:
-            weights: The layer's.
-            at: attention or mlp.
-            x: [B, N, H], what it reads.
-            width: Rows of a block.
-            inner: The part.
-
-        Returns:
-            [B, N, H].
-        """
+        """A part of a layer, attention or mlp, and what a kind puts around it: [B, N, H] of `x`."""
         return inner(x)

@@ -28,7 +28,8 @@ class DSpark(LeftToRight):
     """A DSpark drafter, from its config.json and its weights by published name."""
 
     kind = "dspark"
-    behind = (*LeftToRight.behind, MARKOV)
+    own_head = (MARKOV,)  # confidence is of what the body says
+    no_products = (f"{MARKOV}markov_w1",)
     last = f"{MARKOV}markov_w2"
 
     @classmethod
@@ -85,14 +86,6 @@ class DSpark(LeftToRight):
                 shapes[f"{CONFIDENCE}proj.bias"] = (1,)
         return shapes
 
-    def _trainable(self) -> list[str]:
-        """The body's and the Markov head's; confidence is of what the body says."""
-        return [*super()._trainable(), *(n for n in self.weights if n.startswith(MARKOV))]
-
-    def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; a table is no product."""
-        return [n for n in super().matrices(parameters) if n != f"{MARKOV}markov_w1"]
-
     def weights_read(self, length: int) -> int:
         """See `Drafter.weights_read`; the head's matrices are read for each token."""
         if not self.rank:
@@ -142,13 +135,7 @@ class DSpark(LeftToRight):
     def confidence(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
         """How likely each draft is to be kept if those before it are, by the confidence head.
 
-        Args:
-            weights: The live ones.
-            states: [B, A, length, H] that the target's head reads.
-            tokens: int64 [B, A, length or more], the known token and those after it.
-
-        Returns:
-            Logits of the probabilities, float32 [B, A, length].
+        Returns logits float32 [B, A, length]; arguments as in `next_token_logits`.
         """
         if self.confidence_reads_token:
             table = weights[f"{MARKOV}markov_w1.weight"]

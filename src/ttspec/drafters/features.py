@@ -39,13 +39,10 @@ class FeatureDrafter(Drafter):
     def _read_body(
         self, body: Mapping[str, Any], kv_heads: Any, own: str, names: Collection[str]
     ) -> None:
-        """Sizes and arithmetic of the layers.
+        """Sizes and arithmetic of the layers, from `body`, the part of the config about them.
 
-        Args:
-            body: The part of the config that describes the layers.
-            kv_heads: Of each layer.
-            own: The key of the kind's own table in the config.
-            names: Tensors that the files hold.
+        `kv_heads` are of each layer, `own` is the key of the kind's own table in the config,
+        `names` are the tensors that the files hold.
         """
         self._body = body
         self._places = (self.config.get(own) or {}, self.config, body)

@@ -72,15 +72,10 @@ class FusedChain:
             token = choices(self.drafter.scaled(scores[:, None]), step)
 
     def step(self, h: Tensor, tokens: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """One step of all chains.
+        """One step of all chains, of the tokens int64 [B] after h [B, H].
 
-        Args:
-            h: [B, H], fused features or the last step's own states.
-            tokens: int64 [B], the tokens after.
-            step: Of the chain, from 0.
-
-        Returns:
-            The head's scores [B, V_draft], and what the next step is fed, [B, H].
+        That is fused features, or the last step's own states. Returns the head's scores [B,
+        V_draft], and what the next step is fed, [B, H].
         """
         drafter, state, w, eps = self.drafter, self.state, self.weights, self.drafter.eps
         gains = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]

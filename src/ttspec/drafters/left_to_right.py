@@ -32,17 +32,11 @@ class LeftToRight(DFlash):
     def latent(
         self, weights: Weights, states: Tensor, previous: Tensor, memory: Tensor | None, slot: int
     ) -> tuple[Tensor, Tensor | None]:
-        """What the matrix `last` reads, and what a recurrent head remembers.
+        """What the matrix `last` reads [B, A, T, r], and what a recurrent head remembers.
 
-        Args:
-            weights: The live ones.
-            states: [B, A, T, H] that the target's head reads.
-            previous: int64 [B, A, T], the tokens before.
-            memory: Of the slot before; None at the first slot.
-            slot: Index of the first of these T slots; T is 1 if the head is recurrent.
-
-        Returns:
-            [B, A, T, r], and the memory.
+        Of states [B, A, T, H] that the target's head reads, and the tokens `previous` int64 [B, A,
+        T] before. `slot` is the first of these T; a recurrent head has one at a time, and `memory`
+        of the slot before, None at the first.
         """
 
     def corrected(self, weights: Weights, scores: Tensor, latent: Tensor) -> Tensor:

@@ -197,13 +197,8 @@ class Mtp(FunctionalDrafter):
     ) -> None:
         """Run A chains a row, which lie beside the context and do not see each other.
 
-        Args:
-            state: Says how keys are rotated, and which are seen.
-            blocks: A a row.
-            hidden: [B, A, H], the target's state before each.
-            keys: [1, B, kv heads, S, D], the context.
-            values: [1, B, kv heads, S, D].
-            next_token: Says each next token.
+        `hidden` [B, A, H] is the target's state before each; the context is keys and values [1, B,
+        kv heads, S, D].
         """
         origin = blocks.start - 1
         weights = self.with_rope(state, state.weights)

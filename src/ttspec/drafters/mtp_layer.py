@@ -93,17 +93,9 @@ class MtpLayer(nn.Module):
     def forward(
         self, embedded: Tensor, hidden: Tensor, position: Tensor, mask: Tensor | None, cache: Cache
     ) -> Tensor:
-        """What the target's head reads.
+        """What the target's head reads, [B, N, H], of states and the next tokens' embeddings.
 
-        Args:
-            embedded: [B, N, H], of the next tokens.
-            hidden: [B, N, H], of the tokens.
-            position: int64 [B, N].
-            mask: What each sees, as attention takes it.
-            cache: Keys and values so far.
-
-        Returns:
-            [B, N, H].
+        `mask` says what each sees, as attention takes it; `cache` has keys and values so far.
         """
         both = [self.pre_fc_norm_embedding(embedded), self.pre_fc_norm_hidden(hidden)]
         x = self.fc(torch.cat(both, dim=-1))

@@ -72,13 +72,9 @@ def common(
     target: PreTrainedTokenizerBase,
     draft: PreTrainedTokenizerBase,
 ) -> SharedVocabulary:
-    """Two tokenizers: tokens that are written alike.
+    """The vocabulary that two tokenizers share: tokens that are written alike.
 
-    Args:
-        target_size: Rows of the target's embedding.
-        draft_size: Rows of the draft model's.
-        target: The target's tokenizer.
-        draft: The draft model's.
+    Sizes are rows of the target's embedding and of the draft model's.
     """
     vocabulary = draft.get_vocab()
     pairs = sorted((i, vocabulary[t]) for t, i in target.get_vocab().items() if t in vocabulary)
@@ -93,9 +89,7 @@ def common(
 def ids_of(d2t: Tensor | None, vocabulary: int) -> Tensor | None:
     """The target's token for each draft token; None when they are the same.
 
-    Args:
-        d2t: int64 [V_draft], published offsets: target token = draft token + offset.
-        vocabulary: The target's.
+    `d2t` int64 [V_draft] has published offsets: target token = draft token + offset.
     """
     if d2t is None or len(d2t) == vocabulary:
         return None

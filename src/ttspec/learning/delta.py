@@ -120,12 +120,7 @@ def weights_sha256(weights: Weights) -> str:
 
 
 def delta_metadata(drafter: Drafter, learn: LearnConfig) -> dict[str, str]:
-    """What the file of a change says of it.
-
-    Args:
-        drafter: With the weights that it is a change of.
-        learn: How it was learned.
-    """
+    """What the file of a change says of it: of `drafter` as it was, and how it learned."""
     return {
         "format": "pt",
         "ttspec_delta": "1",

@@ -98,9 +98,8 @@ class Guard:
     def due(self, active: Sequence[bool], strides: int = 1) -> list[bool]:
         """Which copies the update that begins now shall compare. Counts rests.
 
-        Args:
-            active: Copies that had rounds since the last update; it is nothing to the others.
-            strides: How many times rarer updates are than they were meant to be.
+        Those that had no rounds since the last update are not `active`: it is nothing to the
+        others. Updates are `strides` times rarer than they were meant to be.
         """
         # Of all requests each second update, unless asked for: a comparison costs a third of one.
         each = 1 + self._falls_back

@@ -128,9 +128,7 @@ class Keeper:
     def note(self, updated: Sequence[bool], updates: Sequence[int]) -> None:
         """An update is over; now and then, make a version.
 
-        Args:
-            updated: Rows that it taught.
-            updates: How many each request had so far, this one among them.
+        `updated` are the rows that it taught, `updates` how many each request had so far, with it.
         """
         if not any(updated) or not self.store.is_open:
             return

@@ -125,13 +125,10 @@ class Learner:
             self._update_over = torch.cuda.Event()
 
     def keeps(self, number: int, ahead: int, *, drafted: bool, absorbs: bool) -> bool:  # noqa: ARG002
-        """Whether a round is to be kept.
+        """Whether a round is to be kept, before which `ahead` rounds were not absorbed.
 
-        Args:
-            number: The round's.
-            ahead: Rounds before it that were not absorbed.
-            drafted: Whether anything is drafted or copied in it.
-            absorbs: Whether the drafter makes context of it at once.
+        `drafted` says whether anything is drafted or copied in it, `absorbs` whether the drafter
+        makes context of it at once.
         """
         return drafted and absorbs and self.needs(ahead)
 

@@ -211,14 +211,8 @@ class TextMemory:
 def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
     """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
 
-    Where a text has fewer, the others are the last page of all.
-
-    Args:
-        pages: See above.
-        length: See above.
-        before: int64 [pages + 1], the page that was written before each one.
-        number: Which page of its text each is.
-        text: Which text each is of.
+    Of every page it is known which one was written `before`, which `number` of its text it is, and
+    of which `text`. Where a text has fewer, the others are the last page of all.
     """
     nowhere = len(text) - 1
     follows = (number > 0) & (number[before] == number - 1) & (text[before] == text)

@@ -82,11 +82,8 @@ class MemoryLearner:
     def capture(self, tell: Callable[[], None], *, compile: bool) -> None:
         """Capture what `tell` runs and an update: later ones are a few graphs, beside the steps.
 
-        Nothing is remembered yet, so neither changes anything. A failure leaves all as it was.
-
-        Args:
-            tell: Does everything with `run` once that it will do later.
-            compile: Whether updates are compiled before.
+        `tell` does everything with `run` once that it will do later. Nothing is remembered yet, so
+        neither changes anything. A failure leaves all as it was.
         """
         device, before = self._report.table.device, (self.run, self._run_update, self._stream)
         try:

@@ -265,11 +265,7 @@ class MemoryTrainer(TextTrainer):
     ) -> None:
         """Step on what was chosen, and `compare` what was learned with the anchor.
 
-        Args:
-            run: Captures the parts by their names.
-            live: The weights.
-            report: Is written.
-            compare: See above.
+        `run` captures the parts by their names; `report` is written.
         """
 
         def train_on_texts() -> None:

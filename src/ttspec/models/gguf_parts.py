@@ -20,8 +20,7 @@ _OTHERS = "Use a file of another type, such as Q4_K_M, Q8_0 or BF16."
 def read_parts(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Metadata by key, and readers' tensors by the file's names; their data is mapped, not read.
 
-    Args:
-        path: A whole file, or any part of one, beside which the others are.
+    `path` is a whole file, or any part of one, beside which the others are.
 
     Raises:
         TargetError: It is damaged, a part is missing, or a tensor is of a type that the installed

@@ -153,15 +153,9 @@ def unpack_gptq(
 
 
 def unpack_awq(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
-    """A weight that AWQ packed in its format "gemm", four bits a code.
+    """A weight float32 [out, in] that AWQ packed in its format "gemm", four bits a code.
 
-    Args:
-        qweight: int32 [in, out / 8].
-        qzeros: int32 [groups, out / 8].
-        scales: [groups, out].
-
-    Returns:
-        float32 [out, in].
+    Of `qweight` int32 [in, out / 8], `qzeros` int32 [groups, out / 8] and `scales` [groups, out].
     """
     codes, zeros = (
         _codes(packed, 4).unflatten(1, (-1, 8))[..., NIBBLES].flatten(1).T.contiguous()

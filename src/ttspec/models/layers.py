@@ -86,13 +86,10 @@ def merge_linears(layer: nn.Module) -> list[MergedLinear]:
 def compiled_layers(
     model: nn.Module, merged: list[list[MergedLinear]], cache: RowCache, keyword: str
 ) -> Iterator[None]:
-    """Within, the model's decoder layers run as compiled code.
+    """Within, the model's decoder layers, in `layers`, run as compiled code.
 
-    Args:
-        model: Has its decoder layers in `layers`.
-        merged: Of each layer, from `merge_linears`.
-        cache: Holds keys and values of every layer already; all slots are aimed at.
-        keyword: What a layer's forward calls its cache.
+    `cache` holds keys and values of every layer already, and all slots are aimed at; `keyword` is
+    what a layer's forward calls it. `merged` is of each layer, from `merge_linears`.
     """
     layers = list(model.layers)  # type: ignore[arg-type]
     # transformers hooks attention to record it, which cannot be compiled; a graph runs no hook.

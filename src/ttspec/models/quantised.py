@@ -57,10 +57,7 @@ def unpacks_on_load(config: Any) -> bool:
 def unpacking_options(path: Path, config: Any, device: torch.device) -> dict[str, Any]:
     """The arguments of `from_pretrained` by which weights are unpacked as they are read.
 
-    Args:
-        path: The model's folder.
-        config: What its config.json says.
-        device: Where ttspec unpacks what transformers does not.
+    `device` is where ttspec unpacks what transformers does not.
 
     Raises:
         TargetError: The parts of a packed weight do not fit each other.

@@ -74,12 +74,10 @@ class Source:
 
 
 def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) -> Source:
-    """Find a target's files, fetching them if they are not here yet.
+    """Find a target's files, fetching them if they are not here yet; `notify` is told what is slow.
 
-    Args:
-        name: A built-in name, a local folder or a hub id.
-        verify: Check the contents of a built-in's cached files too, not only their sizes.
-        notify: Called with a line of text before each thing that takes long.
+    `name` is a built-in one, a local folder or a hub id. With `verify` the contents of a built-in's
+    cached files are checked too, not only their sizes.
 
     Raises:
         TargetError: There is no such target, or its files are unusable.

@@ -26,12 +26,9 @@ class Grammars:
     """Compiles schemas for one tokenizer, and knows the bytes of its tokens."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, ends: Collection[int]) -> None:
-        """Read the tokenizer's vocabulary, which takes a second.
+        """Read a fast tokenizer's vocabulary, which takes a second; `vocabulary` is of the logits.
 
-        Args:
-            tokenizer: A fast one.
-            vocabulary: Of the target's logits.
-            ends: End tokens, which may come once an answer is whole.
+        `ends` are end tokens, which may come once an answer is whole.
         """
         self._tokenizer: LLTokenizer = from_tokenizer(
             tokenizer, n_vocab=vocabulary, eos_token=sorted(ends)
@@ -42,11 +39,9 @@ class Grammars:
         return self._tokenizer.decode_bytes([token])
 
     def mask(self, form: ResponseFormat, begins_after: int | None = None) -> GrammarMask:
-        """What an answer of this form may be made of.
+        """What an answer may be made of: an object, or what a schema says.
 
-        Args:
-            form: Asks for an object, or for what a schema says.
-            begins_after: A token before which nothing is masked: the end of a thought.
+        Before the token `begins_after`, the end of a thought, nothing is masked.
 
         Raises:
             ApiError: The schema is none, or says what cannot be kept to.

@@ -29,14 +29,7 @@ def of_chat(
 def of_completion(
     tokens: Sequence[int], logprobs: Sequence[TokenLogprobs], bytes_of: BytesOf, offset: int
 ) -> dict[str, Any]:
-    """What completions have for some tokens.
-
-    Args:
-        tokens: Of an answer.
-        logprobs: Of each of them.
-        bytes_of: What a token stands for.
-        offset: Characters of the tokens before.
-    """
+    """What completions have for some tokens, before which an answer has `offset` characters."""
     texts, offsets = [_text(bytes_of(token)) for token in tokens], []
     for text in texts:
         offsets.append(offset)

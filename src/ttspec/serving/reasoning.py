@@ -11,9 +11,8 @@ class ReasoningParser:
     def __init__(self, *, marks: bool, begun: bool) -> None:
         """Nothing was written yet.
 
-        Args:
-            marks: The template knows thoughts; without it all text is answer, as it is.
-            begun: The prompt ends inside a thought.
+        Without `marks` the template knows no thoughts, and all text is answer, as it is. `begun`:
+        the prompt ends inside a thought.
         """
         self._marks = marks
         self._stage = "open" if begun else "start"

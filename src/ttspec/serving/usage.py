@@ -12,11 +12,9 @@ from ttspec.serving.options import DraftMetrics
 
 
 def usage(done: Sequence[tuple[Job, int]], held: int = 0) -> dict[str, Any]:
-    """OpenAI's usage.
+    """OpenAI's usage, of answers and their tokens so far; those to one prompt count it once.
 
-    Args:
-        done: Each answer, and its tokens so far. Answers to one prompt count it once.
-        held: Tokens of prompts that rows held already.
+    `held` are tokens of prompts that rows held already.
     """
     prompts = sum(len(ids) for ids in {id(job.ids): job.ids for job, _ in done}.values())
     written = sum(tokens for _, tokens in done)
@@ -66,10 +64,7 @@ def speculative_decoding(
 ) -> dict[str, Any]:
     """Figures of one answer in vLLM's shape. Rounds without drafts are left out, as there.
 
-    Args:
-        rounds: Of the answer, in order.
-        most: Tokens that a round verifies besides the pending one, at most.
-        detailed: Add every round.
+    `most` tokens are verified in a round besides the pending one; `detailed` adds every round.
     """
     pairs = [(r.proposed, r.accepted) for r in rounds if r.proposed]
     kept, drafted = sum(a for _, a in pairs), sum(p for p, _ in pairs)

@@ -78,12 +78,9 @@ class BlockRecipe(Recipe[B]):
     ) -> Tensor:
         """What else is learned of each row, float32 [N, A, length] or one number.
 
-        Args:
-            drafter: Learns.
-            hidden: [N, A, length, H], what its head reads.
-            text: int64 [N, A, length + 1], the known token and those after it.
-            p: [N, A, length, V], logits of the target.
-            logits: The same of the drafter.
+        Of what the head reads, `hidden` [N, A, length, H]; the known token and those after it,
+        `text` int64 [N, A, length + 1]; and logits [N, A, length, V] of the target, `p`, and the
+        drafter.
         """
         return hidden.new_zeros((), dtype=torch.float32)
 

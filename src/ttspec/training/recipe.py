@@ -155,12 +155,10 @@ class Recipe(ABC, Generic[D]):
         }
 
     def row_loss(self, q: Tensor, states: Tensor, ids: Tensor | None = None) -> Tensor:
-        """KL to the target's distribution, per row.
+        """KL of draft logits [..., V_draft] to the target's distribution, per row.
 
-        Args:
-            q: Draft logits [..., V_draft].
-            states: What the target's head reads, [..., H], at the token before.
-            ids: The target's token for each draft token; None is the same.
+        The target's head reads `states` [..., H], those of the token before. `ids` are the target's
+        token for each draft token; None is the same.
         """
         p = self.target.compute_logits(states)
         if ids is None:

@@ -18,9 +18,7 @@ from ttspec.learning.versions import sampled_sha256
 def known_target(folder: Path, *, tied: bool) -> dict[str, str]:
     """What says in a version for which target it was learned, as `tenants_weights` asks.
 
-    Args:
-        folder: Of the target.
-        tied: Whether its head is its embedding.
+    `tied`: the target's head is its embedding.
 
     Raises:
         CheckpointError: There are no safetensors, or they are damaged.

@@ -61,12 +61,7 @@ def is_never_accepted(status: Mapping[str, Any]) -> bool:
 
 
 def why_never_accepted(status: Mapping[str, Any], expected: float) -> str:
-    """One sentence for the log.
-
-    Args:
-        status: Of `figures`.
-        expected: Of `MemoryLearner.expected_drafts`.
-    """
+    """One sentence for the log, of `figures` and `MemoryLearner.expected_drafts`."""
     why = "the drafter is hardly this target's, or its config.json says it wrongly"
     if expected > HOPE:
         why = (

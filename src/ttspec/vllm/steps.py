@@ -130,11 +130,8 @@ class EngineLearner:
     def keep_logits(self, ids: Sequence[str], drafts: Sequence[int], logits: Tensor) -> None:
         """Keep the target's logits of the requests that have rows and drafts.
 
-        Args:
-            ids: Of the step's requests.
-            drafts: Of each.
-            logits: [sum of drafts + 1 each, at least V], request by request, before the engine's
-                sampler changes them.
+        `logits` [sum of drafts + 1 each, at least V] come request by request, from before the
+        engine's sampler changes them.
         """
         began, layout = time.perf_counter(), self._layout
         if layout is None or layout.drafts != drafts or layout.ids != ids:
