@@ -23,12 +23,8 @@ def position_weights(length: int, decay: float, device: torch.device | str = "cp
 def forward_kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) per row; its gradient q - p is made on the way, so one V-wide tensor is kept.
 
-    Args:
-        p_logits: [..., V] the target's logits, no gradient.
-        q_logits: [..., V] the drafter's.
-
-    Returns:
-        float32 [...], not negative but for rounding.
+    Of logits [..., V], the target's without a gradient. Float32 [...], not negative but for
+    rounding.
     """
     return cast(Tensor, _ForwardKL.apply(p_logits, q_logits))
 
@@ -199,12 +195,7 @@ def expected_length(agreement: Tensor, mask: Tensor) -> Tensor:
 def weighted_mean(values: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
     """Mean over the last dimension; masked values count as 0 but stay in the denominator.
 
-    Args:
-        values: [..., G].
-        weights: [G] or [..., G].
-        mask: bool [..., G].
-
-    Returns:
-        [...]: sum of weights * values where mask holds, over the sum of all weights.
+    That is, of [..., G], the sum of weights * values where the mask holds, over the sum of all
+    weights.
     """
     return (values.masked_fill(~mask, 0.0) * weights).sum(-1) / weights.sum(-1)

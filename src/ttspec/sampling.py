@@ -127,15 +127,10 @@ def uniform(key: Tensor) -> Tensor:
 
 
 def exponential(key: Tensor, which: int | Tensor) -> Tensor:
-    """Independent standard exponentials.
+    """Independent standard exponentials float32 `[*key.shape, size]`, positive and finite.
 
-    Args:
-        key: int64 of any shape.
-        which: How many per key; or which of them, int64 [size].
-
-    Returns:
-        float32 `[*key.shape, size]`, positive and finite. 40 bits are drawn each, so that the
-        small values, which decide an argmin over a large vocabulary, are fine-grained.
+    So many per key int64, or those of them that `which` int64 [size] names. 40 bits are drawn each,
+    so that the small values, which decide an argmin over a large vocabulary, are fine-grained.
     """
     if isinstance(which, int):
         which = torch.arange(which, device=key.device)
@@ -173,14 +168,10 @@ def argmax(scores: Tensor) -> Tensor:
 
 
 def process(logits: Tensor, sampling: SamplingConfig | SamplingTensors) -> Tensor:
-    """Temperature, top-k, top-p and min-p, in this order.
+    """Temperature, top-k, top-p and min-p, in this order, of logits `[..., V]` of any dtype.
 
-    Args:
-        logits: `[..., V]`, any floating dtype; `[B, T, V]` where rows differ.
-        sampling: A greedy row's logits are only made float32.
-
-    Returns:
-        float32 `[..., V]`, -inf where a filter removed a token. A softmax gives p.
+    Float32, -inf where a filter removed a token; a softmax gives p. A greedy row's logits are only
+    made float32. Where rows differ, logits are `[B, T, V]`.
     """
     x = logits.float()
     s = sampling

@@ -58,15 +58,9 @@ def span_attention(
 ) -> Tensor:
     """Scaled dot-product attention; query heads that share a key head read it once.
 
-    Args:
-        query: [B, heads, T, D].
-        keys: [B, kv heads, S, D].
-        values: [B, kv heads, S, D].
-        seen: int64 [B, 1, T, 2], from `spans`.
-        scale: Factor of the scores; None is D ** -0.5.
-
-    Returns:
-        [B, T, heads, D]. What a query sees nothing for is arbitrary, but finite.
+    Of query [B, heads, T, D], and keys and values [B, kv heads, S, D], as far as `seen` int64 [B,
+    1, T, 2], from `spans`, says. The factor of the scores is by default D ** -0.5. Returns [B, T,
+    heads, D]; what a query sees nothing for is arbitrary, but finite.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if query.is_cuda and has_kernel(query.dtype):

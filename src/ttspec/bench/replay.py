@@ -262,19 +262,11 @@ def prepare(
     out: Path | None = None,
     timed: bool = False,
 ) -> PreparedRun:
-    """Let an engine replay a run.
+    """Let an engine of the run's target replay it; untimed, its target becomes a recorded reading.
 
-    Untimed, its target becomes its recorded reading of the run's text.
-
-    Args:
-        engine: Of the run's target.
-        source: The run.
-        arms: What is to be measured.
-        drafters: Those that arms name, by name.
-        rows: Side by side, in the run's own batches; None is conversations of all seeds, and timed
-            as many as the run had.
-        out: Where this replay may have been begun: then it goes on, and in the rows that it had.
-        timed: Each round is as live, but writes the run's text.
+    `rows` are side by side, in the run's own batches; None is conversations of all seeds, and timed
+    as many as the run had. With `out`, where this replay may have been begun, it goes on, in the
+    rows that it had. `timed`: each round is as live, but writes the run's text.
 
     Raises:
         DataError: It is not the run's target, or `out` holds another run.

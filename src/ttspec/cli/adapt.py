@@ -84,7 +84,6 @@ def adapt(
 
 
 def _dialogues(traffic: Path) -> list[list[Prompt]]:
-    """What was asked, by conversation."""
     from ttspec.training.answers import read_dialogues
 
     dialogues = read_dialogues(traffic)

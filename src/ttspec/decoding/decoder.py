@@ -66,15 +66,10 @@ class Decoder(RoundStages):
         policy: DraftPolicy | None = None,
         compile: bool = False,
     ) -> None:
-        """Allocate caches, and what learns.
+        """Allocate caches, and what learns; without a drafter, for plain decoding.
 
-        Args:
-            target: Verifies.
-            drafter: Drafts; None is plain decoding.
-            spec: Rows and options.
-            live_weights: In scope shared, the weights that learn from all requests.
-            policy: What an adaptive policy knows already.
-            compile: Compile what rounds do, on a GPU.
+        In scope shared `live_weights` learn from all requests. `policy` is what an adaptive policy
+        knows already. With `compile` what rounds do is compiled, on a GPU.
         """
         super().__init__(target, drafter, spec, compile=compile)
         self.timer, self.round_number = RoundTimer(target.device), 0

@@ -46,13 +46,10 @@ class ChatTemplate:
         raw: bool = False,
         thinking: bool | None = None,
     ) -> None:
-        """Render nothing yet.
+        """Render nothing yet, of the tokenizer's template if it has one, or without it (`raw`).
 
-        Args:
-            tokenizer: Has the template, or none.
-            system: A system message to begin with; None leaves it to the template.
-            raw: Do without the template.
-            thinking: How its switch is set; None leaves it to the template.
+        `system` is a system message to begin with, `thinking` says how its switch is set; None
+        leaves either to the template.
 
         Raises:
             OptionError: There is a system message and no template to write it.
@@ -236,14 +233,8 @@ def thinking_of(
 ) -> bool | None:
     """Whether prompts ask the target to think: what was asked, or the template's own default.
 
-    Args:
-        tokenizer: Has the template.
-        asked: The option.
-        system: The system message, which can settle it too: /no_think in SmolLM3's.
-        raw: No template is used.
-
-    Returns:
-        None where no switch changes a prompt, which says nothing about what the target then does.
+    None where no switch changes a prompt, which says nothing about what the target then does. The
+    `system` message can settle it too: /no_think in SmolLM3's. `raw`: no template is used.
 
     Raises:
         OptionError: It was asked, and there is no switch.

@@ -169,13 +169,10 @@ def _check(
 def rollback(target: Target, reference: PreTrainedModel, rounds: int) -> tuple[float, float]:
     """Errors of logits and features over rounds that keep part of a block, another in each row.
 
-    Every kept token is compared with one forward over all that was kept. The rejected ones of
-    some rounds are compared with a forward over what was kept before and the block.
-
-    Args:
-        target: Its rows are rolled back.
-        reference: The same weights under transformers' own attention, without a cache.
-        rounds: Blocks of 1 to `WIDEST` tokens, each at its row's own length.
+    Every kept token is compared with one forward over all that was kept, by the same weights under
+    transformers' own attention. The rejected ones of some rounds are compared with a forward over
+    what was kept before and the block. Blocks are of 1 to `WIDEST` tokens, each at its row's own
+    length.
     """
     device, size = target.device, int(target.config.vocab_size)
     target.taps = tuple(range(int(target.config.num_hidden_layers) + 1))

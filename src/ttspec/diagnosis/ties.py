@@ -26,16 +26,9 @@ def token_margin(
 ) -> float:
     """How clear-cut a token was: best minus second best score, recomputed in one row.
 
-    Args:
-        engine: Whose target is asked.
-        ids: Prompt and answer.
-        at: Index into `ids` of the token in question.
-        key: Its noise key; None is greedy.
-        answer: Where in `ids` the answer begins.
-        **options: Fields of `GenerateConfig`, for the sampling.
-
-    Returns:
-        The gap in processed logits, noise included.
+    Of the token `at` this index in `ids`, which are a prompt and its answer, from index `answer`
+    on. `key` is its noise key, None is greedy; `options` are those of the sampling. The gap is one
+    of processed logits, noise included.
     """
     target = engine.target
     sampling = sampling_of(replace(GenerateConfig(**options), seed=0), target)

@@ -262,14 +262,9 @@ class Drafter(ABC):
     def replay(self, state: DraftState, batch: ReplayBatch, length: int, longest: int) -> Tensor:
         """Draft logits as `propose` would compute them now, with gradients to `state.weights`.
 
-        Args:
-            state: Context at and past a block's start is not looked at.
-            batch: A blocks a row; of its target logits nothing is read.
-            length: Drafted rows per block.
-            longest: The largest start, known on the host.
-
-        Returns:
-            [B, A, length, V_draft]: row j predicts the token at start + j + 1.
+        Of A blocks a row, of whose target logits nothing is read; `longest` is the largest start,
+        known on the host. What the context holds at and past a block's start is not looked at.
+        Returns [B, A, length, V_draft]: row j predicts the token at start + j + 1.
         """
         if state.options.rebase and (blocks := batch.start.shape[1]) > 1:  # each turns its keys
             parts = [self.replay(state, batch.part(i), length, longest) for i in range(blocks)]
@@ -333,10 +328,8 @@ class Drafter(ABC):
     def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
         """Read what `absorb` left to the next proposal, if that comes late or is short.
 
-        Args:
-            state: The context.
-            start: int64 [B], where each row's pending token stands; past the slots in rows at rest.
-            count: Tokens before it of which some may be unread.
+        Of the `count` tokens before `start` int64 [B] some may be unread. That is where each row's
+        pending token stands; past the slots in rows at rest.
         """
 
     def weights_read(self, length: int) -> int:

@@ -78,11 +78,9 @@ class ContextState(DraftState):
     ) -> tuple[Tensor, Tensor]:
         """Keys and values [layers, B, kv heads, reach, D] for blocks that set out at `origin`.
 
-        Args:
-            longest: How far the context reaches, known on the host.
-            origin: int64 [B, 1], from where re-based distances count.
-            row: int64 [B], the rows meant, in this order; None is all.
-            near: Distances up to this stay as they are.
+        Re-based distances count from there, int64 [B, 1]; up to `near` they stay as they are. How
+        far the context reaches, `longest`, is known on the host. `row` int64 [B] are the rows
+        meant, in this order; None is all.
         """
         reach = reach_of(longest, self.slots)
         keys, values = self.keys[:, :, :, :reach], self.values[:, :, :, :reach]
@@ -180,13 +178,9 @@ def concatenated(
 ) -> list[ConcatenatedContext]:
     """Contexts of layers, beside which chains lie that begin a row before their known token.
 
-    Args:
-        keys: Of each layer [B, kv heads, S, D], from position 0 on.
-        values: The same.
-        blocks: A a row.
-        width: Rows of each that are there from the start.
-        nearest: `DraftConfig.window`.
-        windows: Of the layers.
+    Keys and values are, of each layer, [B, kv heads, S, D] from position 0 on; `windows` are the
+    layers' own, `nearest` is `DraftConfig.window`. `width` rows of each chain are there from the
+    start.
     """
     position = blocks.position(width - 1, -1)
     origin = (blocks.start - 1).repeat_interleave(width, dim=1)
@@ -214,12 +208,8 @@ def _growing(
 ) -> Iterator[Attend]:
     """A context that each of A chains adds a key to in every step, to see it from then on.
 
-    Args:
-        context: As the first step sees it.
-        steps: How often to yield it.
-        slots: Of its first keys, which stand at positions 0, 1 and so on.
-        origin: int64 [..., A], where the chains begin; what they add is never hidden.
-        window: The layer's own.
+    `context` is as the first step sees it; its first `slots` keys stand at positions 0, 1 and so
+    on. The chains begin at `origin` int64 [..., A]; what they add is never hidden.
     """
     slot = torch.arange(slots, device=origin.device)
     own = torch.eye(context.mask.shape[-2], dtype=torch.bool, device=context.mask.device)

@@ -177,7 +177,6 @@ class DFlash(FeatureDrafter):
         state.write(keys, torch.stack(values), text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
-        """Fill one block a row."""
         assert isinstance(state, ContextState)
         self._choose(state.weights, self.states(state, blocks), blocks.tokens, choices)
 

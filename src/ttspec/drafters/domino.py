@@ -39,7 +39,6 @@ class Domino(LeftToRight):
         return named or held or "Domino" in str(config.get("architectures"))
 
     def _configure(self, names: Collection[str]) -> None:
-        """Read the published keys."""
         super()._configure(names)
         sizes = {key: int(self._one((key,)) or 0) for key in ("emb_dim", "gru_hidden_dim")}
         self.inner, self.memory = sizes.values()

@@ -24,13 +24,8 @@ def rope_parameters(config: Mapping[str, Any], kinds: Collection[str] = ()) -> d
     As transformers reads it: `rope_theta` and `partial_rotary_factor` in the table win over those
     beside it, which an export may leave behind at a default.
 
-    Args:
-        config: With `rope_parameters` or `rope_scaling`, or neither.
-        kinds: Kinds of layers that are meant, where each kind has a table of its own. None is
-            full attention, if there is any.
-
-    Returns:
-        `rope_type`, and what else is given.
+    `kinds` are the kinds of layers that are meant, where each kind has a table of its own; none is
+    full attention, if there is any. Returns `rope_type`, and what else is given.
 
     Raises:
         ValueError: Two tables contradict each other, or kinds of layers rotate differently.

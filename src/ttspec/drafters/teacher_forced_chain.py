@@ -62,12 +62,8 @@ def make_context(
 ) -> None:
     """Keep keys and values of whole texts beside a state, with gradients.
 
-    Args:
-        drafter: See `fits`.
-        state: Has the weights.
-        h: [B, L, H], fused features.
-        tokens: int64 [B, L], the tokens after.
-        position: int64 [B, L], where they stand, from -1 on.
+    Of fused features h [B, L, H] and the tokens int64 [B, L] after them, where they stand: at
+    position int64 [B, L], from -1 on.
     """
     weights = _weights(drafter, state, GAINS[:2], ATTENTION[1:3], ())
     with torch.no_grad():
@@ -275,12 +271,8 @@ def rope_angles(rope: Rope, start: Tensor, steps: int, dtype: torch.dtype) -> tu
 def visible_slots(start: Tensor, steps: int, slots: int, first: int, nearest: int | None) -> Tensor:
     """What each step of chains sees, bool [T, B, A, C + T * A]: context, and their own keys.
 
-    Args:
-        start: int64 [B, A], where the chains begin.
-        steps: T.
-        slots: C, of which the first stands at `first`.
-        first: See `slots`.
-        nearest: As in `first_seen`.
+    Of T `steps` of chains that begin at `start` int64 [B, A], and C `slots`, of which the first
+    stands at `first`; `nearest` as in `first_seen`.
     """
     step, chain = (torch.arange(n, device=start.device) for n in (steps, start.shape[1]))
     own = (chain[:, None] == chain)[None, :, None] & (step <= step[:, None])[:, None, :, None]

@@ -45,10 +45,10 @@ class Distillation:
     def backward(
         self, live: LiveWeights, batch: ReplayBatch, longest: int, held_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Set the gradients of a batch's loss in `live`.
+        """Set the gradients of a batch's loss in `live`, with respect to its published weights.
 
         Args:
-            live: Whose published weights the gradients are of.
+            live: Has the weights, and gets the gradients.
             batch: A blocks a row.
             longest: Its largest start, or more.
             held_out: bool [B, A], blocks that do not teach; None if nothing is compared.

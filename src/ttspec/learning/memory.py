@@ -87,9 +87,7 @@ class TextMemory:
     def sample(self, count: int, length: int) -> tuple[Tensor, Tensor]:
         """Pages int64 [count], by how much of them the target judged; and chances [count, L].
 
-        Args:
-            count: How many.
-            length: Pages of the texts that will be read up to them.
+        `length` is of the texts that will be read up to them, in pages.
         """
         weight = self.judged.sum(1).float() + 1e-9  # an empty memory gives what teaches nothing
         pages = torch.multinomial(weight, count, replacement=True, generator=self._generator)
@@ -123,7 +121,7 @@ class TextMemory:
 
         On a CPU of no more than the longest has.
         """
-        page = chained(pages, length, self.before, self.number, self.text)
+        page = pages_up_to(pages, length, self.before, self.number, self.text)
         if self.crops and len(page):
             page = page[:, : max(1, int((page != self.pages).sum(1).max()))]
         judged = self.judged[page]
@@ -190,11 +188,9 @@ class TextMemory:
 
     @compiled_once
     def summary(self, logits: Tensor, at: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """The likeliest tokens, their p and that of the others [R, ...].
+        """The likeliest tokens of logits [N, V], their p and that of the others [R, ...].
 
-        Args:
-            logits: [N, V].
-            at: int64 [R], those that are meant; None is all.
+        `at` int64 [R] are those that are meant; None is all.
         """
         logits = logits if at is None else logits[at]
         mass, covered, known = logits.float().logsumexp(-1), logits, 1.0
@@ -208,7 +204,7 @@ class TextMemory:
 
 
 @compiled
-def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
+def pages_up_to(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
     """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
 
     Of every page it is known which one was written `before`, which `number` of its text it is, and

@@ -40,12 +40,8 @@ class MemoryLearner:
     ) -> None:
         """Remember nothing yet.
 
-        Args:
-            config: In scope shared.
-            drafter: Bound; its weights are the anchor.
-            rows: Texts that are read at the same time.
-            length: Drafts a block at most.
-            live_weights: What learns, where it does not begin at the anchor.
+        `drafter` is bound; its weights are the anchor, at which `live_weights` begin if they are
+        not given. `rows` texts are read at the same time, `length` drafts are made a block at most.
         """
         self.drafter, self.weights = drafter, live_weights or LiveWeights(config, drafter, 1)
         self.config, memory = self.weights.config, self.weights.memory

@@ -56,15 +56,9 @@ class TextTrainer:
         self.drafter, self.options, self.length = drafter, options, length
 
     def backward(self, live: LiveWeights, texts: Texts, batch: ReplayBatch) -> Tensor:
-        """Set the gradients of a batch's loss in `live`: its mean over the drafts that teach.
+        """Set the gradients of a batch's loss in `live`, and return it: the mean over what teaches.
 
-        Args:
-            live: Whose masters the gradients are of.
-            texts: N texts.
-            batch: A blocks of each, as from `blocks`.
-
-        Returns:
-            The loss.
+        The gradients are of its masters. `batch` has A blocks of each of N texts, as from `blocks`.
         """
         leaves = {n: w.detach().requires_grad_() for n, w in live.candidate().items()}
         with torch.enable_grad():
@@ -85,13 +79,10 @@ class TextTrainer:
 
     @torch.no_grad()
     def blocks(self, texts: Texts, may: Tensor, chance: Tensor, count: int) -> ReplayBatch:
-        """Some blocks of each text, at random.
+        """`count` blocks of each of N texts, at random.
 
-        Args:
-            texts: N texts.
-            may: bool [N, L], which drafts may be looked at, by the token before.
-            chance: float32 [N, L], random.
-            count: How many of each text.
+        `may` bool [N, L] says which drafts may be looked at, by the token before; `chance` float32
+        [N, L] is random.
         """
         row, start, at, mask = places(may, chance, count, self.length)
         before = texts.features[row, start - 1] if texts.features.shape[-1] else None
@@ -320,12 +311,9 @@ class MemoryTrainer(TextTrainer):
     def evaluate(self, sets: dict[str, Weights], most: int) -> tuple[int, dict[str, float]]:
         """How well sets of weights draft what is held out, the newest; waits for the device.
 
-        Args:
-            sets: What each changes of the drafter's weights, by name.
-            most: Held-out pages at most.
-
-        Returns:
-            Blocks, and by name the drafts of one that would be accepted, on average.
+        `sets` are what each changes of the drafter's weights, by name. Of `most` held-out pages at
+        most. Returns the number of blocks, and by name the drafts of one that would be accepted, on
+        average.
         """
         device = self._pages.device
         pages, found = self.memory.held_out_pages(most), [0.0] * (1 + len(sets))

@@ -207,10 +207,8 @@ class VersionStore:
     ) -> Version:
         """Write the next version; when this returns it outlives a power cut.
 
-        Args:
-            tensors: On the host: low-rank factors, or what `delta.difference` gives.
-            metadata: Of `delta_metadata`.
-            facts: For the manifest: JSON values.
+        `tensors` are on the host: low-rank factors, or what `delta.difference` gives, with the
+        `metadata` of `delta_metadata`. `facts` are JSON values, for the manifest.
 
         Raises:
             ResourceError: The disk is full or broken; nothing changed.

@@ -29,21 +29,12 @@ def folded_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention with a mask, no key repeated.
+    """Scaled dot-product attention with a mask, no key repeated: [B, T, heads, D] and None.
 
-    Args:
-        module: The attention module, as transformers' attention registry passes it.
-        query: [B, heads, T, D].
-        key: [B, kv heads, S, D].
-        value: [B, kv heads, S, D].
-        attention_mask: [B, 1, T, S], bool or added to the scores, or int64 [B, 1, T, 2], what is
-            seen from slot to slot; anything else goes to transformers' own function.
-        dropout: Not used in inference.
-        scaling: Factor of the scores.
-        **kwargs: Passed on with whatever is not handled here.
-
-    Returns:
-        [B, T, heads, D] and None.
+    As transformers' attention registry calls it, with query [B, heads, T, D], and key and value [B,
+    kv heads, S, D]. A mask is [B, 1, T, S], bool or added to the scores, or int64 [B, 1, T, 2],
+    what is seen from slot to slot; anything else goes to transformers' own function. `dropout` is
+    not used in inference.
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:

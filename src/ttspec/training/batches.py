@@ -154,13 +154,8 @@ def masked_rows(batch: Batch, depth: int, keep: float, least: float) -> MaskedRo
 
     Mask d after an anchor is kept for a share max(keep^d, least) of the anchors, and only where
     mask d - 1 is, so that every chain is whole. It sees the tokens up to its anchor and the masks
-    between. An anchor is a token of an answer whose next token is in the same answer.
-
-    Args:
-        batch: Dialogues.
-        depth: Rows that predict after an anchor, its own included; 1 is no masks.
-        keep: Share kept from one depth to the next.
-        least: The smallest share.
+    between. An anchor is a token of an answer whose next token is in the same answer. `depth` rows
+    predict after an anchor, its own included; 1 is no masks.
     """
     device = batch.ids.device
     is_answer = F.pad(batch.is_answer, (0, depth + 1))

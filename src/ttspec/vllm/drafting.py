@@ -26,14 +26,11 @@ class LiveDrafter:
     def __init__(
         self, module: nn.Module, first: Mapping[str, Tensor], like: Tensor, group: Any, every: int
     ) -> None:
-        """Draft with what is loaded.
+        """Let a module of vLLM draft with what is loaded.
 
-        Args:
-            module: Of vLLM.
-            first: What learns, as it was loaded, by published name.
-            like: Of the dtype and on the device of the row.
-            group: Of vLLM, the tensor-parallel ranks.
-            every: Rounds of requests between two times that these get the same weights.
+        `first` is what learns, as it was loaded, by published name. The tensor-parallel ranks of
+        `group` get the same weights every so many rounds of requests, in a row of the dtype and on
+        the device of `like`.
 
         Raises:
             TtspecError: vLLM packs the module's matrices in a way that is not known.

@@ -56,7 +56,6 @@ class WorkerLearning:
     drafter: Drafter
 
     def __init__(self, worker: Any) -> None:
-        """Nothing is wrapped yet."""
         from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
         from vllm.logger import init_logger  # type: ignore[import-not-found]
 

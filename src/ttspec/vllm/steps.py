@@ -61,13 +61,10 @@ class EngineLearner:
     ) -> None:
         """Take all memory that is ever needed, but for that of an update.
 
-        Args:
-            settings: Rows, tokens, share of time.
-            drafter: Bound to the target.
-            length: Drafts a round at most.
-            publish: Called between a verification and the next drafts, when weights changed.
-            live: What learns, where it does not begin at the drafter's own weights.
-            may_teach: Whether a request may; asked when it is first seen.
+        `drafter` is bound, and drafts `length` tokens a round at most. `publish` is called between
+        a verification and the next drafts, when weights changed. `live` is what learns, where it
+        does not begin at the drafter's own weights. `may_teach` is asked when a request is first
+        seen.
         """
         self.drafter, self._publish, self._may_teach = drafter, publish, may_teach
         self.device, self._width = drafter.embedding.device, length + 1
@@ -162,12 +159,10 @@ class EngineLearner:
 
     @property
     def _is_update_due(self) -> bool:
-        """Whether enough was read since the last one."""
         return self._new_rounds >= self.rounds_an_update
 
     @property
     def _admits(self) -> bool:
-        """Whether another request may teach."""
         return self.share.admits(needed=not self._is_update_due)
 
     @torch.inference_mode(False)

@@ -279,7 +279,6 @@ class TextPieces:
     """Pieces of texts that no drafts were among, told to the memory one by one."""
 
     def __init__(self, learner: MemoryLearner) -> None:
-        """Room for one."""
         self._learner, like = learner, learner.drafter.embedding
         self._tokens = like.new_zeros(1, PIECES[-1], dtype=torch.long)
         self._features = like.new_zeros(1, PIECES[-1], feature_width(learner.drafter))
