@@ -7,12 +7,13 @@ drafter never holds the target; it is bound once to the target's embedding and h
 A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
 
 - `recognises`, `_configure`: whether a config.json is its own, and what it means.
-- `keys.TABLES`: every key that its config.json may have.
+- `config_keys.TABLES`: every key that its config.json may have.
 - `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
 - `start`, `_extend`: an empty context, and how verified tokens become context.
 - `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
-- `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
+- `_trainable`, `_layer`: which weights learn, and how those of a layer are called; `own_head`,
+  `no_products`: which of them are not as in all kinds.
 
 `features.FeatureDrafter` has most of it for layers that ttspec computes, and
 `functional.FunctionalDrafter` for models that transformers computes (`causal.Causal`, `mtp.Mtp`);

@@ -204,20 +204,8 @@ class DFlash(FeatureDrafter):
         """
         choices(self.logits(states)[:, 0], 0)
 
-    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
-        """Logits [B, A, length, V_draft], as if the drafts before each were what `tokens` say.
-
-        Of states [B, A, length, H] that the head reads, and tokens int64 [B, A, length or more]:
-        the known one and those after it.
-        """
-        return self.logits(states)
-
-    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
-        states = self.replayed(state, batch, blocks)
-        return self.next_token_logits(state.weights, states, batch.tokens)
-
     def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:  # noqa: ARG002
-        """What the head reads of blocks, [B, A, length, H], with gradients."""
+        """See `FeatureDrafter.replayed`."""
         assert isinstance(state, ContextState)
         window, near = state.options.window, blocks
         if window is None or state.options.rebase or blocks.longest <= window + SPAN:

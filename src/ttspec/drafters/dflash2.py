@@ -107,7 +107,7 @@ class DFlash2(DFlash):
             tokens = choices(nothing.scatter(-1, ids[:, :, i], scores), i)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.next_token_logits`; every token is scored, as if all were candidates.
+        """See `FeatureDrafter.next_token_logits`; every token is scored, as if all were candidates.
 
         Else nothing could be learned of a token that is none.
         """

@@ -101,7 +101,7 @@ class DSpark(LeftToRight):
             choices(self.logits(states)[:, 0], 0)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.next_token_logits`."""
+        """See `FeatureDrafter.next_token_logits`."""
         if not self.rank:
             return self.logits(states)
         return super().next_token_logits(weights, states, tokens)
