@@ -21,7 +21,7 @@ from ttspec.losses import (
     weighted_mean,
 )
 from ttspec.models.capture import Graphs
-from ttspec.records import ReplayBatch, of_rows, spread
+from ttspec.records import ReplayBatch, of_rows, scatter
 
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
@@ -83,8 +83,8 @@ class Distillation:
             total += loss.detach()
             if held_out is not None:
                 expected.append(self._expected(part, q_logits.detach()))
-        found = spread(torch.cat(expected, dim=1), rows, count) if expected else None
-        return spread(total, rows, count), found
+        found = scatter(torch.cat(expected, dim=1), rows, count) if expected else None
+        return scatter(total, rows, count), found
 
     def loss(self, batch: ReplayBatch, q_logits: Tensor) -> Tensor:
         """Of each drafted row, float32 [B, A, G].
@@ -109,7 +109,7 @@ class Distillation:
         for i in range(0, batch.start.shape[1], some):
             part = batch.part(i, some)
             found.append(self._expected(part, self._replay(weights, part, longest, rows)))
-        return spread(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
+        return scatter(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
 
     def _blocks_at_once(self, batch: ReplayBatch) -> int:
         """Blocks of each row that are replayed together."""
