@@ -92,17 +92,10 @@ class Products:
         gain: Tensor,
         bias: Tensor | None = None,
     ) -> tuple[Tensor, Scaled]:
-        """States [tokens, width] times a table [outputs, width], a bias and a residual.
+        """States times a table, a bias and a residual, and the same scaled by the next norm's gain.
 
-        Args:
-            x: As it is, not to be normalised.
-            table: Contiguous.
-            residual: [tokens, outputs]; its rows may lie apart.
-            gain: [outputs] of the norm that comes next.
-            bias: [outputs].
-
-        Returns:
-            The sum [tokens, outputs], and the same scaled.
+        States are [tokens, width], as they are, not to be normalised; the table is [outputs, width]
+        and contiguous. Rows of the residual [tokens, outputs] may lie apart.
         """
         return self._run(x, table, bias=bias, residual=residual, gain=gain)
 

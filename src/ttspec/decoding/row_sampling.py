@@ -39,15 +39,10 @@ class RowSampling:
         width: int,
         ends: Collection[int],
     ) -> None:
-        """All rows have the default.
+        """All rows have the default, which also says what they share: the rule of acceptance.
 
-        Args:
-            default: Also says what all rows have in common: the rule of acceptance.
-            target: Whose tokens are chosen.
-            rows: How many there are.
-            slots: Tokens that each may have.
-            width: Tokens that a round reads at most.
-            ends: End tokens; none where rows go on past them unless told otherwise.
+        Each of the rows may have `slots` tokens, and a round reads `width` of them at most. `ends`
+        are end tokens; none where rows go on past them unless told otherwise.
         """
         self._target, self._default, self._rows, self._width = target, default, rows, width
         self._heeds_ends = bool(ends)

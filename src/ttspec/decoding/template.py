@@ -80,10 +80,9 @@ class ChatTemplate:
     ) -> str:
         """What the template writes, up to where the target answers.
 
-        Args:
-            messages: With text as content; a last one of the assistant is to be continued.
-            reply: Without it, what follows the last message is left out.
-            tools: What the target may call, as OpenAI's API has them.
+        Messages have text as content; a last one of the assistant is to be continued. Without
+        `reply` what follows the last message is left out. `tools` is what the target may call, as
+        OpenAI's API has them.
 
         Raises:
             OptionError: The template refuses the system message, or leaves it out.

@@ -58,11 +58,8 @@ def unpacked_weights(
 ) -> dict[str, Any]:
     """All tensors of a folder by transformers' names, each read when it is first indexed.
 
-    Args:
-        path: The folder.
-        method: One of `METHODS`.
-        given: The folder's quantization_config.
-        device: Where packed weights are unpacked, into float32 [out, in].
+    `method` is one of `METHODS`, `given` the folder's quantization_config. Packed weights are
+    unpacked on `device`, into float32 [out, in].
 
     Raises:
         TargetError: A weight's parts are missing or do not fit each other.

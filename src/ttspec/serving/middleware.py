@@ -45,13 +45,10 @@ class AccessMiddleware:
     ) -> None:
         """Stand before `app`.
 
-        Args:
-            app: What is asked in the end.
-            hosts: Names that the server may be called by; None is any. Without keys, a web page
-                could else reach a server on its reader's machine under a name of its own.
-            keys: Who may ask; without them anybody may.
-            most: Bytes of a body.
-            count_error: Called with the status of each request that is answered with an error.
+        `hosts` are names that the server may be called by; None is any. Without keys, a web page
+        could else reach a server on its reader's machine under a name of its own. `keys` say who
+        may ask; without them anybody may. A body has so many bytes at most; `count_error` is told
+        the status of each request that is answered with an error.
         """
         self._app, self._hosts, self._keys = app, hosts, keys
         self._most, self._count_error = most, count_error
