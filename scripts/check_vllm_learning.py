@@ -140,10 +140,10 @@ class Server:
         return held
 
     def stop(self) -> None:
-        """End it and its workers."""
-        os.killpg(self.process.pid, signal.SIGINT)
+        """End it and its workers, which may still write what they learned."""
+        self.process.terminate()
         try:
-            self.process.wait(30)
+            self.process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(self.process.pid, signal.SIGKILL)
 
@@ -201,12 +201,16 @@ def draft_options(a: argparse.Namespace, drafter: Path) -> list[str]:
     return ["--speculative-config", json.dumps(method), *metrics]
 
 
-def learning_options(a: argparse.Namespace) -> list[str]:
-    """What lets it learn, too."""
-    settings = json.dumps({"ttspec": json.loads(a.settings)})
+def learning_options(a: argparse.Namespace, keep: Path | None = None) -> list[str]:
+    """What lets it learn, too; `keep` is a folder for versions, the last of them at the end."""
+    settings = json.loads(a.settings)
+    if keep:
+        settings["learn"] = {**settings.get("learn", {}), "keep": str(keep)}
     return [
         *draft_options(a, a.drafter),
-        *("--additional-config", settings, "--worker-extension-cls", "ttspec.vllm.Control"),
+        *("--additional-config", json.dumps({"ttspec": settings})),
+        *("--worker-extension-cls", "ttspec.vllm.Control"),
+        *(("--shutdown-timeout", "15") if keep else ()),
     ]
 
 
@@ -214,9 +218,10 @@ def run(a: argparse.Namespace) -> int:
     """One server after the other, the same requests to each."""
     a.out.mkdir(parents=True, exist_ok=True)
     a.cache_mb = a.cache_mb or 512
-    learned, most = a.out.resolve() / "learned", a.requests + FRESH
+    versions, learned = (a.out.resolve() / name for name in ("versions", "learned"))
+    most = a.requests + FRESH
     arms = {
-        "learning": (learning_options(a), range(a.requests)),
+        "learning": (learning_options(a, versions), range(a.requests)),
         "plain": ([], range(most)),
         "static": (draft_options(a, a.drafter), range(2 * (a.requests // 3), most)),
         "kept": (draft_options(a, learned), range(a.requests, most)),
@@ -229,7 +234,8 @@ def run(a: argparse.Namespace) -> int:
             missing = list(numbers)
             for old in ("learning", "kept"):
                 (a.out / f"{old}.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(learned, ignore_errors=True)
+            for made in (versions, learned):
+                shutil.rmtree(made, ignore_errors=True)
         server = Server(a, name, options)
         try:
             ask_all(server, a, name, missing)
@@ -237,12 +243,12 @@ def run(a: argparse.Namespace) -> int:
                 print(json.dumps(server.rpc("ttspec_status")[0]), flush=True)
                 figures = server.get("/metrics").splitlines()
                 print(*(line for line in figures if line.startswith("ttspec:")), sep="\n")
-                server.rpc("ttspec_save", folder=str(learned))
-                until = time.monotonic() + 60
-                while not learned.is_dir() and time.monotonic() < until:
-                    time.sleep(0.5)
         finally:
             server.stop()
+        if name == "learning":
+            export = ["learned", "export", str(versions), "--out", str(learned), "--drafter"]
+            export += [str(a.drafter), "--target", a.target]
+            subprocess.run([a.venv / "bin/ttspec", *export], check=True)
     return judge({name: asked_before(a, name) for name in arms}, a)
 
 

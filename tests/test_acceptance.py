@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from toys import chi_square, total_variation, toy_engine
+from toys import chi_square, prefill, total_variation, toy_engine
 
 from ttspec.acceptance import accept_equal, accept_rejection, cut_at_end
 from ttspec.config import GenerateConfig, LearnConfig
@@ -289,7 +289,7 @@ def test_rows_at_rest_emit_nothing(toy_target_dir):
     engine = toy_engine(toy_target_dir)
     config = GenerateConfig(max_new_tokens=9, learn=LearnConfig(stride=1), ignore_eos=True)
     decoder = engine.decoder(config, 3, 4, sessions=False)
-    decoder.prefill([0, 1, 2], [[10, 20]] * 3, [1, 2, 3], [9, 1, 9])
+    prefill(decoder, [0, 1, 2], [[10, 20]] * 3, [1, 2, 3], [9, 1, 9])
     records = []
     absorb = decoder.drafter.absorb
     decoder.drafter.absorb = lambda state, v: (records.append(v), absorb(state, v))

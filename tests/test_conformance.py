@@ -25,6 +25,7 @@ from toys import (
     finish,
     make_kind,
     plain,
+    prefill,
     random_features,
     random_weights,
     replay_batch,
@@ -170,7 +171,7 @@ def rounds_of_rows(
     ids = [engine.tokenizer.encode(p) for p in prompts]
     decoder = engine.decoder(config, len(ids), max(map(len, ids)), sessions=False)
     keys = [200 + len(p) for p in prompts]
-    first = decoder.prefill(list(range(len(ids))), ids, keys, limits)
+    first = prefill(decoder, list(range(len(ids))), ids, keys, limits)
     texts, rounds = [[t] for t in first], [[] for _ in ids]
     while any(decoder.rows.budget):
         for row, outcome in decoder.round().items():
@@ -637,7 +638,7 @@ def written(small: Engine, which: str, kind_of: type[Decoder] = Decoder) -> floa
     )
     decoder = kind_of(target, drafter, spec)
     prompt = [1, 3, 0, 2]
-    decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [4] * rows)
+    prefill(decoder, list(range(rows)), [prompt] * rows, list(range(rows)), [4] * rows)
     texts = [[token] for token in decoder.rows.pending]
     rejected = kept = 0
     while any(decoder.rows.budget):
@@ -793,9 +794,9 @@ def test_a_row_that_rested_while_another_went_on_continues_as_alone(target, whic
     def run(company: bool) -> list[tuple]:
         decoder = engine.decoder(config, 2 if company else 1, 20, sessions=True)
         if company:
-            decoder.prefill([0, 1], [first, other], [11, 12], [9, 40])
+            prefill(decoder, [0, 1], [first, other], [11, 12], [9, 40])
         else:
-            decoder.prefill([0], [first], [11], [9])
+            prefill(decoder, [0], [first], [11], [9])
         notes = [(decoder.rows.pending[0],)]
 
         def go_on() -> None:
@@ -807,7 +808,7 @@ def test_a_row_that_rested_while_another_went_on_continues_as_alone(target, whic
         for _ in range(5 if company else 0):
             assert 0 not in decoder.round()
         assert not company or decoder.rows.budget[1]
-        notes.append(tuple(decoder.prefill([0], [[decoder.rows.pending[0], *second]], [13], [12])))
+        notes.append(tuple(prefill(decoder, [0], [[decoder.rows.pending[0], *second]], [13], [12])))
         go_on()
         assert not decoder.learner or decoder.learner.updates[0] > 5
         return notes

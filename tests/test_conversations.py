@@ -9,11 +9,10 @@ import pytest
 import torch
 from conftest import CHATML, byte_tokenizer
 from hybrids import random_hybrid
-from toys import LEARN, make_kind, plain, twin
+from toys import LEARN, make_kind, plain, prompt_ids, twin
 
 from ttspec import DraftConfig, LearnConfig, load
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.session import Session
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import DataError

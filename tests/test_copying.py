@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from test_conformance import FEW, NOW, engine_of, small, small_drafter  # noqa: F401 - a fixture
-from toys import VOCABULARY, chi_square, make_kind, plain, repack_head, toy_engine, twin
+from toys import VOCABULARY, chi_square, make_kind, plain, prefill, repack_head, toy_engine, twin
 
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, SamplingConfig
@@ -397,7 +397,7 @@ def decoder_of(target, which: str, rows: int, **options) -> Decoder:
     )
     decoder = engine.decoder(config, rows, 60, sessions=False)
     prompts = [engine.tokenizer.encode(text) for text in ("abcabcabcabcabcabc", "q", "hello")]
-    decoder.prefill(list(range(rows)), prompts[:rows], list(range(rows)), [60] * rows)
+    prefill(decoder, list(range(rows)), prompts[:rows], list(range(rows)), [60] * rows)
     return decoder
 
 
@@ -523,7 +523,7 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
         learn=LearnConfig(stride=1, lr=0.05) if which != "ngram" else None,
     )
     decoder = Decoder(target, drafter, spec)
-    decoder.prefill(list(range(rows)), [prompt] * rows, list(range(rows)), [3] * rows)
+    prefill(decoder, list(range(rows)), [prompt] * rows, list(range(rows)), [3] * rows)
     copied = 0
     while any(decoder.rows.budget):
         copied += sum(outcome.copied for outcome in decoder.round().values())

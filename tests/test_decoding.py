@@ -5,10 +5,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import LEARN, PLAIN, finish, parrot, plain
+from toys import LEARN, PLAIN, finish, parrot, plain, prompt_ids
 from transformers import AutoTokenizer
 
-from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.text import TextStream
 from ttspec.errors import DataError, OptionError
 from ttspec.records import Result

@@ -8,6 +8,7 @@ from toys import (
     bound_drafter,
     context,
     greedy,
+    prefill,
     replay_batch,
     toy_engine,
 )
@@ -59,7 +60,7 @@ def test_a_round_of_the_engine_replays_to_the_same_logits(toy_target_dir):
     decoder = engine.decoder(
         engine.session(max_new_tokens=30, learn=None).config, 1, 8, sessions=False
     )
-    decoder.prefill([0], [[10, 20, 30, 40]], [1], [30])
+    prefill(decoder, [0], [[10, 20, 30, 40]], [1], [30])
     drafted = []
     absorb = decoder.drafter.absorb
     decoder.drafter.absorb = lambda state, v: (drafted.append(v), absorb(state, v))

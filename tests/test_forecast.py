@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import SHAPE, byte_tokenizer
 from torch.profiler import ProfilerActivity, profile
-from toys import CONFIGS, PLAIN, make_drafter, make_kind, toy_engine
+from toys import CONFIGS, PLAIN, make_drafter, make_kind, prefill, toy_engine
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -314,7 +314,7 @@ def test_what_rounds_take_is_near_the_forecast(which: str, options: dict):
 
     def work() -> None:
         numbers = [*range(rows)]
-        decoder.prefill(numbers, [[5] * 20] * rows, numbers, [24] * rows)
+        prefill(decoder, numbers, [[5] * 20] * rows, numbers, [24] * rows)
         for _ in range(5):  # one more than the blocks that are kept
             decoder.round()
 

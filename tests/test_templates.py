@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, byte_tokenizer
-from toys import make_kind, twin
+from toys import make_kind, prompt_ids, twin
 
 from ttspec.cli import main
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.template import thinking_of
 from ttspec.errors import DataError, OptionError, TtspecError
 from ttspec.models.loading import add_template

@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 from conftest import CHATML, byte_tokenizer
-from toys import PLAIN, toy_engine
+from toys import PLAIN, prompt_ids, toy_engine
 
 from ttspec.bench.manifest import describe
 from ttspec.cli import main
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.history import prompt_ids
 from ttspec.decoding.template import thinking_of
 from ttspec.errors import OptionError
 

@@ -10,15 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from toys import bound_kind, make_kind
+from toys import bound_kind
 
 from ttspec.config import LearnConfig
-from ttspec.drafters.checkpoint import load_drafter, save_drafter
 from ttspec.errors import OptionError
 from ttspec.vllm import hooks, plugin, v1, v2
-from ttspec.vllm.module import Saver, flat, learned_names, load_in_place, save_learned, unflattened
+from ttspec.vllm.module import flat, learned_names, load_in_place, unflattened
 from ttspec.vllm.settings import Settings
 from ttspec.vllm.v1 import teaches
 from ttspec.vllm.verified import EngineStep
@@ -359,49 +357,6 @@ def test_ranks_send_weights_as_one_row() -> None:
     shapes = {n: tuple(w.shape) for n, w in weights.items()}
     back = unflattened(flat(weights, torch.float32), list(weights), shapes)
     assert all(torch.equal(back[n], w) for n, w in weights.items())
-
-
-def test_a_saved_drafter_is_the_old_one_with_what_was_learned(tmp_path: Path) -> None:
-    drafter = make_kind("eagle3")
-    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
-    (tmp_path / "old" / "notes.txt").write_text("kept")
-    name = "midlayer.self_attn.q_proj.weight"
-    learned = {name: drafter.weights[name] + 1}
-    save_learned(tmp_path / "old", "eagle3", learned, tmp_path / "new" / "000200")
-    new = load_drafter("new", tmp_path / "new" / "000200")
-    for key, weight in drafter.weights.items():
-        assert torch.equal(new.weights[key], weight + 1 if key == name else weight)
-    assert (tmp_path / "new" / "000200" / "notes.txt").read_text() == "kept"
-
-
-def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch) -> None:
-    drafter = make_kind("eagle3")
-    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    (tmp_path / "new").mkdir()
-    with pytest.raises(OSError, match="is there already"):
-        save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")
-    (tmp_path / "new").rmdir()
-    monkeypatch.setattr("ttspec.vllm.module.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
-        save_learned(tmp_path / "old", "eagle3", {}, tmp_path / "new")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["old"]
-    assert load_file(next((tmp_path / "old").glob("*.safetensors")))
-
-
-def test_an_operator_is_told_what_became_of_a_save(tmp_path: Path) -> None:
-    drafter, warned = make_kind("eagle3"), list[str]()
-    save_drafter(tmp_path / "old", drafter.config, drafter.weights)
-    saver = Saver(warned.append)
-    saver.wait()
-    for told, lines in ((f"{tmp_path}/new", 0), (f"nothing in {tmp_path}/new: ", 1)):
-        saver.save(tmp_path / "old", "eagle3", {}, tmp_path / "new")
-        saver.wait()
-        assert saver.told.startswith(told)
-        assert warned == [saver.told] * lines
 
 
 @pytest.mark.slow

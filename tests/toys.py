@@ -14,6 +14,8 @@ from torch import Tensor
 from ttspec import load
 from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.checkpoint import make_drafter as make_drafter_of
@@ -527,6 +529,19 @@ LEARN = {"learn": LearnConfig(stride=1, lr=3e-3, scope="session")}
 
 def plain(engine: Engine, prompt, **options) -> Result:
     return engine.generate(prompt, **{**options, **PLAIN})[0]
+
+
+def prompt_ids(tokenizer, prompt, **options) -> list[int]:
+    """Tokens of a first prompt, as a chat template of these options writes it."""
+    return ChatHistory(ChatTemplate(tokenizer, **options)).ask(prompt)
+
+
+def prefill(decoder, *given) -> list[int]:
+    """Read prompts at one go, as `PromptReader.begin` is told; the first token of each answer."""
+    reading = decoder.prompts.begin(*given)
+    while not reading.is_read:
+        decoder.prompts.read_chunk(reading)
+    return reading.first_tokens
 
 
 def parrot(engine: Engine, result: Result, *, length: int = 5, wrong: int = 0) -> Engine:

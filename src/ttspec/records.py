@@ -39,7 +39,7 @@ def of_rows(record: Record, rows: slice) -> Record:
     return replace(record, **cut)
 
 
-def spread(part: Tensor, rows: slice | Tensor, count: int) -> Tensor:
+def scatter(part: Tensor, rows: slice | Tensor, count: int) -> Tensor:
     """What is known of some rows [R, ...], as of all [count, ...]; zeros for the others."""
     if len(part) == count and isinstance(rows, slice):
         return part
@@ -48,11 +48,11 @@ def spread(part: Tensor, rows: slice | Tensor, count: int) -> Tensor:
     return whole
 
 
-def spread_record(record: Record, rows: slice, count: int) -> Record:
+def scatter_record(record: Record, rows: slice, count: int) -> Record:
     """The same for every tensor of a record."""
     parts = {f.name: getattr(record, f.name) for f in fields(record)}
     tensors = {name: part for name, part in parts.items() if isinstance(part, Tensor)}
-    return replace(record, **{n: spread(part, rows, count) for n, part in tensors.items()})
+    return replace(record, **{n: scatter(part, rows, count) for n, part in tensors.items()})
 
 
 class LogitMask(Protocol):

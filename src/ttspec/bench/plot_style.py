@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-P = ParamSpec("P")
-R = TypeVar("R")
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {
     "plain": "#767676",
@@ -56,15 +53,8 @@ RC: dict[Any, Any] = {
 }
 
 
-def styled(draw: Callable[P, R]) -> Callable[P, R]:
-    """Draw in the style of this module, and put matplotlib's settings back."""
-
-    @wraps(draw)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        with rc_context(RC):
-            return draw(*args, **kwargs)
-
-    return wrapped
+styled = rc_context(RC)
+"""Draws in the style of this module, and puts matplotlib's settings back."""
 
 
 def colours(arms: Sequence[str]) -> dict[str, str]:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import re
-import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from ttspec.cli.options import (
     DraftFlags,
@@ -23,23 +20,19 @@ from ttspec.cli.options import (
 )
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
-from ttspec.errors import DataError, OptionError, ResourceError, TrainingError, TtspecError
+from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 
 if TYPE_CHECKING:
     from ttspec.decoding.engine import Engine, Prompt
-    from ttspec.learning.versions import Version
     from ttspec.records import Result
 
 REPORT_EVERY = 50
 """Answers between two lines about how far it is."""
-PREFIX = "ttspec-adapt-"
-"""Of the folder for versions that nobody asked to keep."""
 
 
 def adapt(
     traffic: Path,
     *,
-    out: Path | None = None,
     models: ModelFlags = ModelFlags(),
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
@@ -50,129 +43,62 @@ def adapt(
 
     What a file asks is answered anew, for a drafter learns what its target says; the text of a run
     folder is there already and is read once. It learns every --learn.stride rounds, whatever that
-    takes. Ctrl-C, and a signal to end, keep what was learned so far.
+    takes, and --learn.keep gets the version: ttspec learned export makes a drafter of it. Ctrl-C,
+    and a signal to end, keep what was learned so far.
 
     Parameters
     ----------
     traffic
         A file of JSON lines: {"prompt"}, {"messages"} or {"turns"}, or forms of data sets, as for
         `train --prompts`; or a run folder of `ttspec bench run`.
-    out
-        A new or empty folder for the drafter. Left out, --learn.keep gets a version and that is
-        all.
     rows
         Requests side by side.
     """
-    keep, scope = (getattr(learning, name) for name in ("keep", "scope"))
-    if scope not in (None, "shared"):
+    if learning.scope not in (None, "shared"):
         raise OptionError(
-            f"--learn.scope is {scope}; what is adapted is one drafter for all requests.\nDrop it."
+            f"--learn.scope is {learning.scope}; what is adapted is one drafter for all "
+            "requests.\nDrop it."
         )
-    if out is None and keep is None:
-        raise OptionError(
-            "adapt would keep nothing.\nGive --out, a folder for the drafter, or --learn.keep, one "
-            "for versions of it, or both."
-        )
+    if learning.keep is None:
+        raise OptionError("adapt would keep nothing.\nGive --learn.keep, a folder for versions.")
     # Nobody waits for these answers: updates may take the time that they take.
     draft = draft if draft.adaptive is not None else replace(draft, adaptive=False)
-    with ExitStack() as work:
-        if out is not None:
-            work.enter_context(_new_folder(out))
-        tell, place = say, f"{keep}"
-        if keep is None:
-            keep = Path(mkdtemp(prefix=PREFIX))
-            work.callback(shutil.rmtree, keep, ignore_errors=True)
-            tell, place = _say_without(keep), f"{gettempdir()}, where temporary files go"
-        learn = replace(learning, scope="shared", keep=str(keep)).config()
-        settings = {**options.options(), "draft": draft.config(), "learn": learn}
-        settings = {"seed": 0} | settings
-        engine, version, interrupted = _adapt(traffic, models, settings, rows, tell, place)
-        if out is not None:
-            try:
-                _export(engine, version, out)
-            except BaseException as error:
-                if not isinstance(error, TtspecError):  # which comes before anything is written
-                    shutil.rmtree(out, ignore_errors=True)  # half a drafter is none
-                work.pop_all()
-                say(f"What was learned stays: ttspec learned export {keep} --out FOLDER")
-                raise
+    learn = replace(learning, scope="shared").config()
+    chosen = {"seed": 0, **options.options(), "draft": draft.config(), "learn": learn}
+    config = GenerateConfig(**chosen)
+    is_run = (traffic / "manifest.json").is_file()
+    dialogues = [] if is_run else _dialogues(traffic)  # complains before a model is loaded
+    engine = models.load(notify=say)
+    if engine.drafter is None or not engine.drafter.weights:
+        raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
+    with _ending_as_ctrl_c():
+        try:
+            if is_run:
+                answers = _replayed_answers(engine, traffic, config, rows)
+            else:
+                answers = _new_answers(engine, dialogues, config, rows)
+            interrupted = _report_progress(answers)
+        finally:
+            kept = engine.close()  # the last version is written
+    if not kept:
+        raise ResourceError(
+            f"What was learned could not be written to {learning.keep}, and is lost.\nMake room "
+            "there, or name another folder with --learn.keep."
+        )
+    _report_version(engine, config)
     return 130 if interrupted else 0
 
 
-def _say_without(folder: Path) -> Callable[[str], None]:
-    """`say`, but for where a folder is that will be gone before anybody could look at it."""
-    named = re.compile(rf" in {re.escape(str(folder))}[^:\s]*")
-    return lambda line: say(named.sub("", line))
-
-
-@contextmanager
-def _new_folder(out: Path) -> Iterator[None]:
-    """Make a folder before the work that fills it, and remove it if it stays empty.
-
-    Raises:
-        OptionError: It is not empty.
-        OSError: It cannot be made.
-    """
-    from ttspec.drafters.export import require_empty
-
-    require_empty(out)
-    is_new = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        with suppress(OSError):
-            if is_new:
-                out.rmdir()
-
-
-@contextmanager
-def _ending_as_ctrl_c() -> Iterator[None]:
-    """Let a signal to end be an interrupt, which keeps what there is."""
-    if threading.current_thread() is not threading.main_thread():  # only that one may
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _adapt(
-    traffic: Path,
-    models: ModelFlags,
-    settings: dict[str, Any],
-    rows: int,
-    tell: Callable[[str], None],
-    place: str,
-) -> tuple[Engine, Version, bool]:
-    """Learn; the engine, the version that drafts best, and whether it was interrupted.
-
-    `place` is what a user calls the folder of the versions.
-    """
+def _dialogues(traffic: Path) -> list[list[Prompt]]:
     from ttspec.training.answers import read_dialogues
 
-    config, is_run = GenerateConfig(**settings), (traffic / "manifest.json").is_file()
-    dialogues = [] if is_run else read_dialogues(traffic)  # complains before a model is loaded
+    dialogues = read_dialogues(traffic)
     if any(turn is None for turns in dialogues for turn in turns):
         raise DataError(
             f"{traffic} has a turn that is null, which asks the target to write it; that is for "
             "training.\nLeave it out."
         )
-    engine = models.load(notify=tell)
-    if engine.drafter is None or not engine.drafter.weights:
-        raise OptionError("adapt needs a drafter with weights.\nName one with --drafter.")
-    with _ending_as_ctrl_c():
-        if is_run:
-            answers = _replayed_answers(engine, traffic, config, rows)
-        else:
-            answers = _new_answers(engine, cast("list[list[Prompt]]", dialogues), config, rows)
-        try:
-            interrupted = _report_progress(answers)
-        finally:
-            kept = engine.close()  # the last version is written
-    return engine, _kept_version(engine, config, None if kept else place), interrupted
+    return cast("list[list[Prompt]]", dialogues)
 
 
 def _new_answers(
@@ -204,36 +130,45 @@ def _replayed_answers(
             yield from (turn.result for turn in turns)
 
 
+@contextmanager
+def _ending_as_ctrl_c() -> Iterator[None]:
+    """Let a signal to end be an interrupt, which keeps what there is."""
+    if threading.current_thread() is not threading.main_thread():  # only that one may
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _report_progress(answers: Iterator[Result]) -> bool:
     """Say how far it is and what the drafter gains; whether it was interrupted."""
     from ttspec.records import acceptance_length
 
-    lengths, rounds = list[float](), []
+    count, rounds = 0, []
     try:
         for count, result in enumerate(answers, 1):
             if result.finish_reason == "cancelled":
                 return True
             rounds += result.rounds
             if count % REPORT_EVERY == 0:
-                lengths.append(acceptance_length(rounds))
-                last = f"acceptance length of the last {REPORT_EVERY}: {lengths[-1]:.3f}"
-                say(f"{count} answers; {last}")
+                length = acceptance_length(rounds)
+                say(f"{count} answers; acceptance length of the last {REPORT_EVERY}: {length:.3f}")
                 rounds = []
     except KeyboardInterrupt:
         return True
-    if not lengths and rounds:
+    if rounds and count < REPORT_EVERY:
         say(f"Acceptance length: {acceptance_length(rounds):.3f}")
     return False
 
 
-def _kept_version(engine: Engine, config: GenerateConfig, full: str | None) -> Version:
-    """The version that drafts from now on; says what it is worth.
-
-    `full` is where it could not be written, if it could not.
+def _report_version(engine: Engine, config: GenerateConfig) -> None:
+    """Say what the version is worth that drafts from now on.
 
     Raises:
-        ResourceError: The disk took none.
-        TrainingError: None is worth keeping.
+        TrainingError: There is none.
     """
     from ttspec.decoding.shared_weights import fingerprint
     from ttspec.learning.delta import weights_sha256
@@ -242,11 +177,6 @@ def _kept_version(engine: Engine, config: GenerateConfig, full: str | None) -> V
     assert engine.drafter is not None
     assert config.learn is not None
     root = Path(str(config.learn.keep)).expanduser()
-    if full:
-        raise ResourceError(
-            f"What was learned could not be written to {full}, and is lost.\nMake room there, or "
-            "name another folder with --learn.keep."
-        )
     pair = fingerprint(engine.target), weights_sha256(engine.drafter.weights)
     found = current_of(place_of(root, *pair, config.tenant))
     if found is None:
@@ -257,14 +187,6 @@ def _kept_version(engine: Engine, config: GenerateConfig, full: str | None) -> V
     accepted = found.manifest["held_out"]["accepted"]
     say(
         f"On {found.manifest['held_out']['blocks']} held-out blocks {accepted['version']:.3f} "
-        f"drafts are accepted, {accepted['anchor']:.3f} of the drafter as it was."
+        f"drafts are accepted, {accepted['anchor']:.3f} of the drafter as it was.\n"
+        f"ttspec learned export {config.learn.keep} --out FOLDER makes a drafter of it."
     )
-    return found
-
-
-def _export(engine: Engine, version: Version, out: Path) -> None:
-    from ttspec.drafters.export import export_drafter
-
-    assert engine.drafter is not None
-    export_drafter(version.delta().changed(engine.drafter), engine.target, "published", out)
-    say(f"{out} holds the drafter: --drafter {out}")

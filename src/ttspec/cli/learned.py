@@ -187,7 +187,6 @@ def _stores(folder: Path) -> list[Path]:
 
 
 def _store(folder: Path, tenant: str | None) -> Path:
-    """The one folder that is meant."""
     found = _stores(folder)
     if tenant is not None:
         found = [store for store in found if _first_manifest(store).get("tenant") == tenant]

@@ -78,7 +78,7 @@ class Decoder(RoundStages):
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
-        """Draft, verify, accept, commit, learn: one round of all rows that take part.
+        """One round of all rows that take part: draft, verify, accept, commit, learn.
 
         Args:
             ahead: Launch the next round before the host does what is left to do for this one; not
@@ -285,19 +285,6 @@ class Decoder(RoundStages):
         return shares and not self.row_sampling.logprobs.asked(rows)
 
     # Rows come and go.
-
-    def prefill(
-        self, rows: list[int], prompts: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> list[int]:
-        """Read prompts at one go; arguments as in `PromptReader.begin`.
-
-        Returns:
-            The first token of each answer; it is pending now.
-        """
-        reading = self.prompts.begin(rows, prompts, keys, budgets)
-        while not reading.is_read:
-            self.prompts.read_chunk(reading)
-        return reading.first_tokens
 
     def leave(self, row: int) -> None:
         """Take a row out of the rounds under way: what they write of it is dead.

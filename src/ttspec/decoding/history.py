@@ -111,16 +111,3 @@ class ChatHistory:
         if not ids and tokenizer.bos_token_id is None:
             raise DataError("The prompt has no tokens, and the tokenizer no token to begin with.")
         return ids or [tokenizer.bos_token_id]  # type: ignore[list-item]
-
-
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: Prompt,
-    *,
-    system: str | None = None,
-    raw: bool = False,
-    thinking: bool | None = None,
-) -> list[int]:
-    """Tokens of a first prompt; see `ChatTemplate` and `ChatHistory.ask`."""
-    template = ChatTemplate(tokenizer, system=system, raw=raw, thinking=thinking)
-    return ChatHistory(template).ask(prompt)

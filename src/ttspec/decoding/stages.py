@@ -28,8 +28,8 @@ from ttspec.records import (
     Proposal,
     Verification,
     of_rows,
-    spread,
-    spread_record,
+    scatter,
+    scatter_record,
 )
 from ttspec.sampling import (
     NoiseCache,
@@ -189,7 +189,7 @@ class RoundStages:
         )
         given = rows.pending, rows.start, count[some], shape.draft_length, shape.longest, choose
         proposal = choose.over_all(self.drafter.propose(self._state_of(some), *given))
-        return spread_record(proposal, some, self.rows.count)
+        return scatter_record(proposal, some, self.rows.count)
 
     def _state_of(self, rows: slice) -> DraftState:
         """The drafter's context, or what of it belongs to some rows."""
@@ -256,7 +256,7 @@ class RoundStages:
             some, count = self._drafter_rows, self.rows.count
             given = proposal.tokens[some], proposal.count[some], of_rows(sampling, some)
             accepted, tokens = draw_and_accept(logits[some], noise, *given)
-            return spread(accepted, some, count), spread(tokens, some, count)
+            return scatter(accepted, some, count), scatter(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])
         p = distribution(logits, sampling)
@@ -278,7 +278,7 @@ class RoundStages:
                 spans=spans,
             )
         assert logits is not None
-        return spread(logits[:, :width], some, count), spread(features[:, :width], some, count)
+        return scatter(logits[:, :width], some, count), scatter(features[:, :width], some, count)
 
 
 def round_widths(

@@ -7,12 +7,13 @@ drafter never holds the target; it is bound once to the target's embedding and h
 A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says:
 
 - `recognises`, `_configure`: whether a config.json is its own, and what it means.
-- `keys.TABLES`: every key that its config.json may have.
+- `config_keys.TABLES`: every key that its config.json may have.
 - `shapes`, `optional`, `aliases`: every tensor of its files, and its other names.
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
 - `start`, `_extend`: an empty context, and how verified tokens become context.
 - `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
-- `_trainable`, `_layer`: which weights learn, and how those of a layer are called.
+- `_trainable`, `_layer`: which weights learn, and how those of a layer are called; `own_head`,
+  `no_products`: which of them are not as in all kinds.
 
 `features.FeatureDrafter` has most of it for layers that ttspec computes, and
 `functional.FunctionalDrafter` for models that transformers computes (`causal.Causal`, `mtp.Mtp`);
@@ -115,8 +116,10 @@ class Drafter(ABC):
     """int64 [V_draft], ascending: the target's tokens that can be drafted; None is all."""
     embedding: Tensor
     """[V, H] of the target, once bound."""
-    behind: ClassVar[tuple[str, ...]] = ("norm.weight",)
-    """How names of weights begin that come after all layers."""
+    own_head: ClassVar[tuple[str, ...]] = ()
+    """How names of weights begin that correct the target's head, and learn."""
+    no_products: ClassVar[tuple[str, ...]] = ()
+    """How names of matrices begin that get no low-rank change: tables, and those of a GRU."""
     aliases: ClassVar[tuple[tuple[str, str], ...]] = ()
     """What its tensors are called elsewhere: patterns, and what replaces them."""
     vectors: ClassVar[tuple[str, ...]] = ()
@@ -247,8 +250,8 @@ class Drafter(ABC):
 
         Args:
             state: Context up to, not including, the pending token.
-            pending: int64 [B], the last committed token, at position `start` int64 [B].
-            start: See `pending`.
+            pending: int64 [B], the last committed token.
+            start: int64 [B], where it stands.
             count: How many drafts of each row are meant.
             length: Width of the proposal.
             longest: The largest start, known on the host.
@@ -302,7 +305,7 @@ class Drafter(ABC):
         # No keys and values change behind the last attention: the context stays what it is.
         last = [n for n in full if self._layer(self.layers - 1) in n]
         after = [n for n in last if any(part in n for part in AFTER_ATTENTION)]
-        return [*after, *(n for n in full if n.startswith(self.behind))]
+        return [*after, *(n for n in full if n.startswith(("norm.weight", *self.own_head)))]
 
     def _trainable(self) -> list[str]:
         """Names of all weights that may learn."""
@@ -319,6 +322,7 @@ class Drafter(ABC):
         come from older weights, and rows share them.
         """
         names = [n for n in self.learnable(parameters) if self.weights[n].dim() == 2]
+        names = [n for n in names if not n.startswith(self.no_products)]
         whole = [n for n in names if not any(part in n for part in CONTEXT)]
         return [n.removesuffix(".weight") for n in whole]
 

@@ -297,7 +297,6 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
 
 
 def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -> dict[str, Tensor]:
-    """Every tensor, by canonical name."""
     missing, extra, wrong = missing_and_left_over(
         drafter, {name: tensor.shape for name, tensor in found.items()}
     )

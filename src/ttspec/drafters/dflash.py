@@ -177,7 +177,6 @@ class DFlash(FeatureDrafter):
         state.write(keys, torch.stack(values), text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
-        """Fill one block a row."""
         assert isinstance(state, ContextState)
         self._choose(state.weights, self.states(state, blocks), blocks.tokens, choices)
 
@@ -209,25 +208,8 @@ class DFlash(FeatureDrafter):
         """
         choices(self.logits(states)[:, 0], 0)
 
-    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
-        """Logits of drafts, each as if those before it were what `tokens` say.
-
-        Args:
-            weights: The live ones.
-            states: [B, A, length, H] that the head reads.
-            tokens: int64 [B, A, length or more], the known token and those after it.
-
-        Returns:
-            [B, A, length, V_draft].
-        """
-        return self.logits(states)
-
-    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
-        states = self.replayed(state, batch, blocks)
-        return self.next_token_logits(state.weights, states, batch.tokens)
-
     def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:  # noqa: ARG002
-        """What the head reads of blocks, [B, A, length, H], with gradients."""
+        """See `FeatureDrafter.replayed`."""
         assert isinstance(state, ContextState)
         window, near = state.options.window, blocks
         if window is None or state.options.rebase or blocks.longest <= window + SPAN:
@@ -241,7 +223,8 @@ class DFlash(FeatureDrafter):
 
     def _trainable(self) -> list[str]:
         """`fc` and `hidden_norm` only make context, whose history is not trained through."""
-        return [*(name for name in self.weights if name.startswith("layers.")), "norm.weight"]
+        layers = [name for name in self.weights if name.startswith("layers.")]
+        return [*layers, "norm.weight", *(n for n in self.weights if n.startswith(self.own_head))]
 
     def _layer(self, index: int) -> str:
         return f"layers.{index}."

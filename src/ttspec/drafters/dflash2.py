@@ -31,7 +31,8 @@ class DFlash2(DFlash):
     """A DFlash2 drafter, from its config.json and its weights by published name."""
 
     kind = "dflash2"
-    behind = (*DFlash.behind, SELECTOR)
+    own_head = (SELECTOR,)
+    no_products = (PREDECESSORS, SUCCESSORS)
     aliases = (
         *DFlash.aliases,
         (r"^(candidate_selector\.(?:predecessor|successor)_codebook)\.weight$", r"\1"),
@@ -71,13 +72,6 @@ class DFlash2(DFlash):
         shapes = {**super().shapes(), PREDECESSORS: table, SUCCESSORS: table}
         return {**shapes, f"{SELECTOR}hidden_projection.weight": (self.rank, self.hidden)}
 
-    def _trainable(self) -> list[str]:
-        return [*super()._trainable(), *(n for n in self.weights if n.startswith(SELECTOR))]
-
-    def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; tables of tokens get no low-rank change."""
-        return [n for n in super().matrices(parameters) if n not in (PREDECESSORS, SUCCESSORS)]
-
     def weights_read(self, length: int) -> int:
         """See `Drafter.weights_read`; of the tables only some rows are read."""
         return super().weights_read(length) - 2 * self.vocabulary * self.rank
@@ -113,7 +107,7 @@ class DFlash2(DFlash):
             tokens = choices(nothing.scatter(-1, ids[:, :, i], scores), i)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.next_token_logits`; every token is scored, as if all were candidates.
+        """See `FeatureDrafter.next_token_logits`; every token is scored, as if all were candidates.
 
         Else nothing could be learned of a token that is none.
         """

@@ -26,7 +26,8 @@ class Domino(LeftToRight):
     """A Domino drafter, from its config.json and its weights by published name."""
 
     kind = "domino"
-    behind = (*LeftToRight.behind, GRU, MLP)
+    own_head = (GRU, MLP)
+    no_products = (GRU,)
     last = f"{MLP}2"
 
     @classmethod
@@ -38,7 +39,6 @@ class Domino(LeftToRight):
         return named or held or "Domino" in str(config.get("architectures"))
 
     def _configure(self, names: Collection[str]) -> None:
-        """Read the published keys."""
         super()._configure(names)
         sizes = {key: int(self._one((key,)) or 0) for key in ("emb_dim", "gru_hidden_dim")}
         self.inner, self.memory = sizes.values()
@@ -65,16 +65,9 @@ class Domino(LeftToRight):
             f"{MLP}2.weight": (self.draft_vocabulary, self.inner),
         }
 
-    def _trainable(self) -> list[str]:
-        return [*super()._trainable(), *(n for n in self.weights if n.startswith((GRU, MLP)))]
-
-    def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; the GRU's get no low-rank change."""
-        return [n for n in super().matrices(parameters) if not n.startswith(GRU)]
-
     def weights_read(self, length: int) -> int:
         """See `Drafter.weights_read`; the head's are read for each token."""
-        head = sum(w.numel() for n, w in self.weights.items() if n.startswith((GRU, MLP)))
+        head = sum(w.numel() for n, w in self.weights.items() if n.startswith(self.own_head))
         return super().weights_read(length) + (length - 1) * head
 
     def latent(

@@ -28,7 +28,8 @@ class DSpark(LeftToRight):
     """A DSpark drafter, from its config.json and its weights by published name."""
 
     kind = "dspark"
-    behind = (*LeftToRight.behind, MARKOV)
+    own_head = (MARKOV,)  # confidence is of what the body says
+    no_products = (f"{MARKOV}markov_w1",)
     last = f"{MARKOV}markov_w2"
 
     @classmethod
@@ -85,14 +86,6 @@ class DSpark(LeftToRight):
                 shapes[f"{CONFIDENCE}proj.bias"] = (1,)
         return shapes
 
-    def _trainable(self) -> list[str]:
-        """The body's and the Markov head's; confidence is of what the body says."""
-        return [*super()._trainable(), *(n for n in self.weights if n.startswith(MARKOV))]
-
-    def matrices(self, parameters: str) -> list[str]:
-        """See `Drafter.matrices`; a table is no product."""
-        return [n for n in super().matrices(parameters) if n != f"{MARKOV}markov_w1"]
-
     def weights_read(self, length: int) -> int:
         """See `Drafter.weights_read`; the head's matrices are read for each token."""
         if not self.rank:
@@ -108,7 +101,7 @@ class DSpark(LeftToRight):
             choices(self.logits(states)[:, 0], 0)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.next_token_logits`."""
+        """See `FeatureDrafter.next_token_logits`."""
         if not self.rank:
             return self.logits(states)
         return super().next_token_logits(weights, states, tokens)

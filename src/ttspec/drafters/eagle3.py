@@ -256,11 +256,8 @@ class Eagle3(FeatureDrafter):
         at = (start - 1).masked_fill(start >= state.slots, state.slots)
         return before, self.fuse(weights, before[:, None]), at
 
-    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
-        return self.logits(self.replayed(state, batch, blocks))
-
     def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
-        """What the head reads of chains whose tokens are known, [B, A, length, H]."""
+        """See `FeatureDrafter.replayed`."""
         assert isinstance(state, ChainState)
         assert batch.before is not None
         h = self.fuse(state.weights, batch.before)  # [B, A, H]

@@ -6,6 +6,7 @@ the parts of a Llama layer, under its published names.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -16,12 +17,14 @@ from transformers import Qwen3Config
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.config import DraftConfig
-from ttspec.drafters.base import Drafter, Shapes
+from ttspec.drafters.base import Drafter, DraftState, Shapes
+from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.context import empty_context
 from ttspec.drafters.layers import Weights, activation_of, placed, project, rms_norm
 from ttspec.drafters.rotary import Rope, is_interleaved
 from ttspec.drafters.vocabulary import ids_of
 from ttspec.models.packed import head_product
+from ttspec.records import ReplayBatch
 
 EPS_KEYS = ("rms_norm_eps", "norm_eps")
 ACT_KEYS = ("hidden_act", "hidden_activation")
@@ -79,6 +82,22 @@ class FeatureDrafter(Drafter):
             )
         if self.softcap is not None and not self.softcap > 0:
             raise ValueError(f"final_logit_softcapping is {self.softcap}; it is above 0, or null")
+
+    @abstractmethod
+    def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        """What the head reads of blocks whose tokens are known, [B, A, length, H]."""
+
+    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        states = self.replayed(state, batch, blocks)
+        return self.next_token_logits(state.weights, states, batch.tokens)
+
+    def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:  # noqa: ARG002
+        """Logits [B, A, length, V_draft], as if the drafts before each were what `tokens` say.
+
+        Of states [B, A, length, H] that the head reads, and tokens int64 [B, A, length or more]:
+        the known one and those after it.
+        """
+        return self.logits(states)
 
     def _unusual(self) -> dict[str, str]:
         """What is not as in most checkpoints, for `interpretation`."""

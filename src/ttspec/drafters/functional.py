@@ -277,7 +277,7 @@ class ModelFunction:
         return logits[:, 0], k[:, :, 0], v[:, :, 0]
 
     def hidden(self, weights: Weights, ids: Tensor, position: Tensor, seen: Tensor) -> Tensor:
-        """What the head reads [N, R, H] of whole sequences; see `Causal.teach`."""
+        """What the head reads [N, R, H] of whole sequences; see `Causal.training_forward`."""
         given = {
             "input_ids": ids,
             "position_ids": position,

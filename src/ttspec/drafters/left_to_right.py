@@ -59,7 +59,7 @@ class LeftToRight(DFlash):
             tokens = choices(self.corrected(weights, scores[:, :, at], latent)[:, 0], i)
 
     def next_token_logits(self, weights: Weights, states: Tensor, tokens: Tensor) -> Tensor:
-        """See `DFlash.next_token_logits`."""
+        """See `FeatureDrafter.next_token_logits`."""
         length, memory, latents = states.shape[2], None, list[Tensor]()
         step = 1 if self.recurrent else length
         for i in range(0, length, step):

@@ -140,7 +140,6 @@ class Mtp(FunctionalDrafter):
         state.remember(text.features, text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor:
-        """Draft a chain."""
         assert isinstance(state, FunctionalState)
         before = state.recall(blocks.start - 1, row_index(blocks.start))  # [B, 1, H]
 

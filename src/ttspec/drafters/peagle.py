@@ -63,11 +63,12 @@ class PEagle(Eagle3):
         choices(self.logits(hidden)[:, 0], 0)
         return before
 
-    def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+    def replayed(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
+        """See `FeatureDrafter.replayed`."""
         assert isinstance(state, FeatureState)
         assert batch.before is not None
         contexts = self._concatenated(state, blocks, blocks.length)
-        return self.logits(self._fill(state, batch.before, blocks, contexts))
+        return self._fill(state, batch.before, blocks, contexts)
 
     def _fill(
         self, state: FeatureState, before: Tensor, blocks: Blocks, contexts: Sequence[Attend]

@@ -21,7 +21,7 @@ from ttspec.losses import (
     weighted_mean,
 )
 from ttspec.models.capture import Graphs
-from ttspec.records import ReplayBatch, of_rows, spread
+from ttspec.records import ReplayBatch, of_rows, scatter
 
 AT_ONCE = 1 << 28
 """Logits, over all rows, that are replayed together: more only take more memory."""
@@ -45,10 +45,10 @@ class Distillation:
     def backward(
         self, live: LiveWeights, batch: ReplayBatch, longest: int, held_out: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Set the gradients of a batch's loss in `live`.
+        """Set the gradients of a batch's loss in `live`, with respect to its published weights.
 
         Args:
-            live: Whose published weights the gradients are of.
+            live: Has the weights, and gets the gradients.
             batch: A blocks a row.
             longest: Its largest start, or more.
             held_out: bool [B, A], blocks that do not teach; None if nothing is compared.
@@ -83,8 +83,8 @@ class Distillation:
             total += loss.detach()
             if held_out is not None:
                 expected.append(self._expected(part, q_logits.detach()))
-        found = spread(torch.cat(expected, dim=1), rows, count) if expected else None
-        return spread(total, rows, count), found
+        found = scatter(torch.cat(expected, dim=1), rows, count) if expected else None
+        return scatter(total, rows, count), found
 
     def loss(self, batch: ReplayBatch, q_logits: Tensor) -> Tensor:
         """Of each drafted row, float32 [B, A, G].
@@ -109,7 +109,7 @@ class Distillation:
         for i in range(0, batch.start.shape[1], some):
             part = batch.part(i, some)
             found.append(self._expected(part, self._replay(weights, part, longest, rows)))
-        return spread(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
+        return scatter(found[0] if len(found) == 1 else torch.cat(found, dim=1), rows, count)
 
     def _blocks_at_once(self, batch: ReplayBatch) -> int:
         """Blocks of each row that are replayed together."""

@@ -123,7 +123,7 @@ class TextMemory:
 
         On a CPU of no more than the longest has.
         """
-        page = chained(pages, length, self.before, self.number, self.text)
+        page = pages_up_to(pages, length, self.before, self.number, self.text)
         if self.crops and len(page):
             page = page[:, : max(1, int((page != self.pages).sum(1).max()))]
         judged = self.judged[page]
@@ -209,17 +209,11 @@ class TextMemory:
 
 
 @compiled_for_any(pages=0)
-def chained(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
+def pages_up_to(pages: Tensor, length: int, before: Tensor, number: Tensor, text: Tensor) -> Tensor:
     """Pages of texts up to some pages int64 [N], in order: int64 [N, length].
 
-    Where a text has fewer, the others are the last page of all.
-
-    Args:
-        pages: See above.
-        length: See above.
-        before: int64 [pages + 1], the page that was written before each one.
-        number: Which page of its text each is.
-        text: Which text each is of.
+    Of every page it is known which one was written `before`, which `number` of its text it is, and
+    of which `text`. Where a text has fewer, the others are the last page of all.
     """
     nowhere = len(text) - 1
     follows = (number > 0) & (number[before] == number - 1) & (text[before] == text)

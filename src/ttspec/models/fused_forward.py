@@ -99,7 +99,7 @@ class FusedForward:
         return states
 
     def _many(self, x: Tensor, *context: Any) -> list[Tensor]:
-        """The same."""
+        """The same of more tokens than the kernels of few are for."""
         states, more, eps = list[Tensor](), None, self.eps
         for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
             x, z = normed(x, layer.input_layernorm.weight, eps, more)

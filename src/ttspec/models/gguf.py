@@ -92,7 +92,6 @@ class GgufFile:
             )
 
     def _unpacked(self, name: str) -> Tensor:
-        """One tensor as float32."""
         tensor = self.tensors.get(name)
         if tensor is None:
             raise TargetError(f"{self.path} has no tensor {name}.\nFetch the file again.")

@@ -52,7 +52,7 @@ class ServerMetrics:
             return made if labels else made.labels(model_name=model)
 
         count, gauge = partial(make, Counter), partial(make, Gauge)
-        spread = partial(make, Histogram, buckets=LATENCIES)
+        histogram = partial(make, Histogram, buckets=LATENCIES)
         self._running = gauge("vllm:num_requests_running", "Answers that have a row.")
         self._waiting = gauge("vllm:num_requests_waiting", "Answers that wait for a row.")
         self._prompt = count("vllm:prompt_tokens", "Tokens of prompts.")
@@ -68,20 +68,22 @@ class ServerMetrics:
             "Rounds that accepted the draft at this position.",
             "position",
         )
-        self._first = spread("vllm:time_to_first_token_seconds", "From request to first token.")
-        self._whole = spread("vllm:e2e_request_latency_seconds", "From request to last token.")
-        self.queue_time = spread("vllm:request_queue_time_seconds", "Waiting for a row.")
-        self._prefill = spread("vllm:request_prefill_time_seconds", "From row to first token.")
-        self._decode = spread("vllm:request_decode_time_seconds", "From first to last token.")
-        self._each = spread(
+        self._first = histogram("vllm:time_to_first_token_seconds", "From request to first token.")
+        self._whole = histogram("vllm:e2e_request_latency_seconds", "From request to last token.")
+        self.queue_time = histogram("vllm:request_queue_time_seconds", "Waiting for a row.")
+        self._prefill = histogram("vllm:request_prefill_time_seconds", "From row to first token.")
+        self._decode = histogram("vllm:request_decode_time_seconds", "From first to last token.")
+        self._each = histogram(
             "vllm:request_time_per_output_token_seconds",
             "The same, for each token but the first.",
             buckets=EACH,
         )
-        self._answers = spread(
+        self._answers = histogram(
             "vllm:request_generation_tokens", "Tokens of an answer.", buckets=SIZES
         )
-        self._prompts = spread("vllm:request_prompt_tokens", "Tokens of a prompt.", buckets=SIZES)
+        self._prompts = histogram(
+            "vllm:request_prompt_tokens", "Tokens of a prompt.", buckets=SIZES
+        )
         self._rounds = count("ttspec:rounds", "Rounds of rows; tokens / rounds is tau.")
         self._of_rounds = count("ttspec:round_tokens", "Tokens that rounds emitted.")
         self._copied = count("ttspec:copied_tokens", "Accepted tokens that rows copied.")

@@ -266,7 +266,6 @@ class Trainer:
 
 
 def _init_drafter(config: TrainConfig) -> Drafter:
-    """The drafter that training begins with."""
     name = str(config.init)
     drafter = load_drafter(name, drafter_folder(name))
     if drafter.kind != RECIPES[config.kind].kind:

@@ -5,7 +5,6 @@ Called by name with `collective_rpc`, from Python or over HTTP. Every rank answe
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from ttspec.vllm.plugin import WorkerLearning
@@ -32,13 +31,9 @@ class Control:
         """Give the drafter back the weights that it came with, and learn from there."""
         return self._ttspec("revert")
 
-    def ttspec_save(self, folder: str) -> dict[str, Any]:
-        """Write the drafter to a new folder, as vLLM loads it."""
-        return self._ttspec("save", Path(folder))
-
-    def _ttspec(self, what: str, *given: Any) -> dict[str, Any]:
+    def _ttspec(self, what: str) -> dict[str, Any]:
         learning: WorkerLearning | None = getattr(self, "ttspec", None)
         if learning is None:
             return NOT_ASKED
-        getattr(learning, what)(*given)
+        getattr(learning, what)()
         return learning.status()

@@ -49,7 +49,8 @@ class LiveDrafter:
             # Its last number says how rare the next times are: all ranks must count alike.
             self._row = torch.cat([flat(first, like.dtype).to(like.device), like.new_ones(1)])
             self._rarer = torch.ones(1, dtype=like.dtype, pin_memory=like.is_cuda)
-            self._told = torch.cuda.Event() if like.is_cuda else None
+            self._copied = torch.cuda.Event() if like.is_cuda else None
+            """After that number came to the host."""
 
     @torch.no_grad()
     def capture(self, learner: MemoryLearner | None) -> None:
@@ -81,8 +82,8 @@ class LiveDrafter:
         self._rounds += rounds
         if self._rounds < self.every:
             return False
-        if self._told:
-            self._told.synchronize()  # of many steps ago
+        if self._copied:
+            self._copied.synchronize()  # of many steps ago
         if self._rounds < self.every * int(self._rarer):
             return False
         self._rounds = 0
@@ -93,8 +94,8 @@ class LiveDrafter:
         """Give every rank what rank 0 has; all ranks call it at the same step."""
         self.group.broadcast(self._row, src=0)
         self._rarer.copy_(self._row[-1:], non_blocking=True)
-        if self._told:
-            self._told.record()
+        if self._copied:
+            self._copied.record()
         self._run(self._load_row, compile=False)
 
     def _drafting(self) -> dict[str, Tensor]:

@@ -82,7 +82,6 @@ class Replaced:
     """An attribute of one of vLLM's objects, replaced until it is put back."""
 
     def __init__(self, owner: Any, name: str, new: Any) -> None:
-        """Not yet."""
         self._owner, self._name, self._new = owner, name, new
         self._before = vars(owner).get(name)
 

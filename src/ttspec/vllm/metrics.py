@@ -42,7 +42,6 @@ class LearningMetrics(StatLoggerBase):
     """Gauges `ttspec:*` of one engine."""
 
     def __init__(self, vllm_config: Any, engine_index: int = 0) -> None:
-        """Nothing is shown before the engine says something."""
         self._asked = asked_of(vllm_config) is not None
         self._path, self._engine, self._read = status_file(vllm_config), str(engine_index), 0.0
         if self._asked:  # a worker leaves it behind: vLLM kills workers when it is stopped

@@ -25,7 +25,7 @@ from ttspec.vllm import hooks, status, v1, v2
 from ttspec.vllm.capturing import capture_when_warm, failure_of
 from ttspec.vllm.drafting import LiveDrafter
 from ttspec.vllm.kept import known_target
-from ttspec.vllm.module import Saver, learned_names, learned_weights
+from ttspec.vllm.module import learned_names
 from ttspec.vllm.packing import keep_matrices
 from ttspec.vllm.settings import Settings, status_file
 from ttspec.vllm.steps import EngineLearner, rounds_an_update
@@ -56,7 +56,6 @@ class WorkerLearning:
     drafter: Drafter
 
     def __init__(self, worker: Any) -> None:
-        """Nothing is wrapped yet."""
         from vllm.distributed import get_tp_group  # type: ignore[import-not-found]
         from vllm.logger import init_logger  # type: ignore[import-not-found]
 
@@ -70,7 +69,6 @@ class WorkerLearning:
         """Those in place: none while steps are of no interest."""
         self._status_written = 0.0
         self._warned = False
-        self._saver = Saver(lambda told: self.log.warning("ttspec saved %s", told))
 
     def prepare(self, given: Any) -> None:
         """Check what all ranks find alike, and wait for the models.
@@ -172,7 +170,6 @@ class WorkerLearning:
         self.worker.shutdown = close_and_shutdown
 
     def _close(self) -> None:
-        self._saver.wait()
         if self.learner is None or (keeper := self.learner.shared.keeper) is None:
             return
         try:
@@ -286,21 +283,11 @@ class WorkerLearning:
         if self._all_learn:
             self._send()
 
-    def save(self, folder: Path) -> None:
-        """Write the learned drafter to a new folder, beside the steps; a failure is one line."""
-        if self.learner is None:
-            return
-        self.learner.finish()
-        weights = learned_weights(self.learner.shared, self.learner.shared.learned())
-        dtype = self.drafter.embedding.dtype
-        copies = {n: w.detach().to("cpu", dtype, copy=True) for n, w in weights.items()}
-        self._saver.save(self.source, self.drafter.kind, copies, folder)
-
     def status(self) -> dict[str, Any]:
         """What an operator wants to know; plain values."""
         found: dict[str, Any] = {"state": self.state, "reason": self.reason, "rank": self.rank}
         if self.learner:
-            found |= status.figures(self.learner) | {"saved": self._saver.told}
+            found |= status.figures(self.learner)
         return found
 
     def write_status(self) -> dict[str, Any] | None:

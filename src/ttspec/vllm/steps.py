@@ -165,12 +165,10 @@ class EngineLearner:
 
     @property
     def _is_update_due(self) -> bool:
-        """Whether enough was read since the last one."""
         return self._new_rounds >= self.rounds_an_update
 
     @property
     def _admits(self) -> bool:
-        """Whether another request may teach."""
         return self.share.admits(needed=not self._is_update_due)
 
     @torch.inference_mode(False)

@@ -134,7 +134,8 @@ class VerifiedRounds:
         """Zero where they follow from the last round's."""
         self._where = like.new_zeros(self.rounds, rows, 2 * width + 2, dtype=torch.long)
         self._figures = torch.zeros(2, dtype=torch.long, device=like.device)
-        self._told = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
+        self._on_host = torch.zeros(2, dtype=torch.long, pin_memory=like.is_cuda)
+        """The same, as of when rounds were remembered last."""
         self._layouts: list[Layout] = []
         """Of the rounds that the memory does not know yet."""
         self._views: dict[tuple[int, int, int], tuple[list[Tensor], list[Tensor]]] = {}
@@ -224,7 +225,7 @@ class VerifiedRounds:
             where = [layout.where for layout in self._layouts] + [nothing] * (size - self.kept)
             self._where[:size].copy_(on_device(np.stack(where), self._where.device))
             self._learner.run(self._remember, size, compile=False)
-            self._told.copy_(self._figures, non_blocking=True)
+            self._on_host.copy_(self._figures, non_blocking=True)
             self._layouts = []
 
     def run(self) -> None:
@@ -270,8 +271,8 @@ class VerifiedRounds:
         )
 
     def acceptance(self) -> tuple[int, int]:
-        """Tokens that verifications emitted, and how many verifications, when last told of."""
-        emitted, rounds = self._told.tolist()
+        """Tokens that verifications emitted, and how many verifications, of what is remembered."""
+        emitted, rounds = self._on_host.tolist()
         return emitted, rounds
 
 
@@ -279,7 +280,6 @@ class TextPieces:
     """Pieces of texts that no drafts were among, told to the memory one by one."""
 
     def __init__(self, learner: MemoryLearner) -> None:
-        """Room for one."""
         self._learner, like = learner, learner.drafter.embedding
         self._tokens = like.new_zeros(1, PIECES[-1], dtype=torch.long)
         self._features = like.new_zeros(1, PIECES[-1], feature_width(learner.drafter))
