@@ -46,8 +46,8 @@ def rms_norm(self, states):
 def built(model, folder):
     """Logits of what the builder makes of the model."""
     model.save_pretrained(folder)
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(512)}, unk_token="t0"))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t1", eos_token="t2", pad_token="t0").save_pretrained(folder)
+    tokenizer = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(512)}, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<1>", eos_token="<2>", pad_token="<0>").save_pretrained(folder)
     with contextlib.redirect_stdout(io.StringIO()):
         place = folder, folder, folder + ".onnx", "fp32", "cpu", "cache"
         create_model(*place, **parse_extra_options(*place, {}))
