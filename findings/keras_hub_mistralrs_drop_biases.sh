@@ -3,7 +3,7 @@
 #
 # transformers' Llama has two fields of its config that give each projection of attention, and of the MLP, a bias; Qwen 3 has the first. Both packages read such a
 # folder by their class for Llama or Qwen 3, whose layers have no bias, take from the file what they know by name, and leave the biases where they are.
-# Neither looks at the two fields, or at what is left over in the file. Qwen 2, whose biases are part of its kind, is right in both, and so is a Llama
+# Neither says that something is left over in the file. Qwen 2, whose biases are part of its kind, is right in both, and so is a Llama
 # without. mlc-llm, which fails at such a file, has a pull request for it (3494) that names Bielik and calls what happens elsewhere a silent loss.
 # Expected: the logits of transformers, from the same folder, or a refusal.
 # Seen, 2026-11-30 (a CPU, float32, torch 2.13.0, transformers 5.24.0, 4 layers with random weights): keras-hub's largest difference of logits, in their

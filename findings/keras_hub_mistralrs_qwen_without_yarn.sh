@@ -3,7 +3,7 @@
 #
 # The cards of Qwen 2.5 and Qwen 3 say to write YaRN into config.json for texts beyond 32,768 tokens. YaRN turns low frequencies slower and scales all logits of
 # attention, so it changes short texts as well. In both packages the class for Llama reads `rope_scaling` and knows "llama3" alone (mistralrs "linear", too); it
-# says no to others. The classes for Qwen read the base and nothing else, neither `rope_scaling` of transformers 4 nor `rope_parameters` of transformers 5 (both
+# says no to others. The classes for Qwen use the base and nothing else, neither `rope_scaling` of transformers 4 nor `rope_parameters` of transformers 5 (both
 # are in the folders here). So who has seen the refusal once takes it that scaling is either done or refused. Nothing warns; `max_position_embeddings`, which
 # the cards leave to the engine, decides how far such a model goes. Other engines had it: mlx-vlm's Qwen 3.5 (omlx, issue 3347).
 # Expected: the logits of transformers, from the same folder, or the refusal that Llama gets.

@@ -2,7 +2,7 @@
 # mistralrs 0.9.5, a CPU: with sliding windows (Mistral 7B's first kind, Gemma 2, Starcoder 2) the second turn of a conversation is garbage, or an error.
 #
 # A prompt that begins with an earlier prompt and its answer is not read again: the runner keeps caches of earlier texts (`prefix_cache_n`, 16 unless told). Once
-# a text is longer than the window, the kept cache no longer holds all of it in order, and what is put behind it reads other keys than it should. The
+# a text is longer than the window, what is put behind the kept cache seems to read other keys than it should (the code was not read). The
 # first turn is right, and so is the very same prompt asked again. So a chat works until it is as long as the window; then answers are unrelated, or the request ends
 # with "argmax received invalid logits". `prefix_cache_n=0` gives the right texts. The project has mended the like for gpt-oss (its pull request 1871).
 # Expected: the greedy text of the whole prompt read anew, as with a model without windows, and as with texts that are shorter than the window.
