@@ -167,12 +167,34 @@ def _adapt(
         if is_run:
             answers = _replayed_answers(engine, traffic, config, rows)
         else:
-            answers = _new_answers(engine, cast("list[list[Prompt]]", dialogues), config, rows)
+            asked = cast("list[list[Prompt]]", dialogues)
+            answers = _new_answers(engine, _that_fit(engine, asked, config, traffic), config, rows)
         try:
             interrupted = _report_progress(answers)
         finally:
             kept = engine.close()  # the last version is written
     return engine, _kept_version(engine, config, None if kept else place), interrupted
+
+
+def _that_fit(
+    engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, traffic: Path
+) -> list[list[Prompt]]:
+    """Those whose first prompt leaves room for an answer; says how many do not.
+
+    Raises:
+        DataError: None does.
+    """
+    from ttspec.decoding.history import ChatHistory
+
+    template = engine.chat_template(config)
+    context = min(engine.target.context, config.context or engine.target.context)
+    fit = [turns for turns in dialogues if len(ChatHistory(template).ask(turns[0])) < context]
+    why = f"leave no room for an answer in {context} tokens"
+    if not fit:
+        raise DataError(f"All prompts of {traffic} {why}.\nGive shorter ones.")
+    if left := len(dialogues) - len(fit):
+        say(f"{left} of {len(dialogues)} prompts of {traffic} teach nothing: they {why}.")
+    return fit
 
 
 def _new_answers(
