@@ -197,7 +197,7 @@ def test_too_little_traffic_writes_nothing_and_fails(kept: Path, models, capsys,
     assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *few]) == 1
     told = capsys.readouterr().err
     assert "nothing was written" in told
-    assert "What was learned last is not kept: 0 blocks were held out" in told
+    assert "not kept: 0 blocks of 5 drafts were held out, and 16 are" in told
     assert adapt.PREFIX not in told, "a folder that is gone when this is read"
     assert not (tmp_path / "out").exists()
 

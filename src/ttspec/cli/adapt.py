@@ -274,7 +274,7 @@ def _kept_version(engine: Engine, config: GenerateConfig, full: str | None) -> V
     if found is None:
         raise TrainingError(
             "Nothing was learned that is known to draft as well as the drafter does; nothing was "
-            "written.\nGive more traffic."
+            "written.\nGive more traffic, or a larger --max-new-tokens."
         )
     accepted = found.manifest["held_out"]["accepted"]
     say(
