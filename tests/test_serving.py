@@ -491,6 +491,16 @@ def test_a_second_signal_ends_answers_and_keeps_what_was_learned(
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
+def test_a_second_signal_when_all_is_drained_is_no_reason_to_stay(engine) -> None:
+    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=None)
+    options = ServeOptions(port=0, rows=1, context=CONTEXT)
+    server = make_server(engine.sibling, config, options, "toy", lambda line: None)
+    server.should_exit = True  # as `_drain` leaves it, before uvicorn looks
+    server._signals = 1
+    server._end()
+    assert server.should_exit
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch) -> None:
     monkeypatch.setattr(middleware, "BODY_SECONDS", 0.1)
 

@@ -140,8 +140,9 @@ class Server(uvicorn.Server):
     def _end(self) -> None:
         """A signal: drain. Another one: wait for no answer. A third one: for nothing."""
         self._signals += 1
+        if self._signals > 2:
+            self.should_exit = self.force_exit = True
         if self._signals > 1:
-            self.should_exit = self.force_exit = self._signals > 2
             return
         self.worker.drain()
         if answers := sum(self.worker.load):
