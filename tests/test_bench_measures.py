@@ -160,6 +160,22 @@ def test_texts_that_differ_are_named_with_the_first_token() -> None:
     assert m.different_texts(a, b) == [((1, 0), 7)]
 
 
+@pytest.mark.parametrize(
+    ("manifest", "told"),
+    [
+        ({"dtype": "bfloat16"}, True),
+        ({"dtype": "float32"}, False),
+        ({"dtype": "bfloat16", "sampling": {"acceptance": "rejection"}}, False),
+        ({"dtype": "bfloat16", "replay": {"run": "a", "arm": "b"}}, False),
+    ],
+)
+def test_a_table_says_why_texts_of_a_run_in_bfloat16_differ(manifest, told: bool) -> None:
+    a, b = (arm_of(n, {(0, 0): [2] * 5}) for n in ("plain", "static"))
+    assert "Texts differ" not in acceptance_table([a, b], manifest).note
+    b.turns[0].result.token_ids[7] = 99
+    assert ("Texts differ since in bfloat16" in acceptance_table([a, b], manifest).note) == told
+
+
 def test_learning_is_compared_with_the_best_static_arm() -> None:
     units = [(0, 0), (1, 0)]
     arms = [

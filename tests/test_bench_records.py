@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from toys import full_disk
 
 from ttspec.bench.compare import compare, verdict
 from ttspec.bench.report import write_bench_report
@@ -228,6 +229,15 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="no run"):
         Store(tmp_path, dict(MANIFEST))
+
+
+def test_a_disk_that_was_full_at_the_start_or_a_kill_there_stops_no_later_try(tmp_path) -> None:
+    with pytest.raises(OSError, match="File too large"), full_disk(50):
+        Store(tmp_path / "new", dict(MANIFEST))
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    (tmp_path / "new" / "manifest.json.new").write_text("{")  # of a process that was killed
+    Store(tmp_path / "new", dict(MANIFEST)).close()
+    assert not (tmp_path / "new" / "manifest.json.new").exists()
 
 
 def test_two_writers_do_not_share_a_folder(folder: Path) -> None:

@@ -56,6 +56,38 @@ def test_what_was_adapted_is_exported_bit_for_bit(kept: Path, models, capsys, tm
         assert not weight.equal(anchor.weights[name]), name
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_version_is_exported_in_any_dtype(kept: Path, models, capsys, tmp_path, dtype) -> None:
+    assert learned("export", kept / "kept", "--out", tmp_path / "new", "--dtype", dtype) == 0
+    assert "is not the target that" not in capsys.readouterr().err
+    (store,) = stores_in(kept / "kept")
+    delta = VersionStore(store).current()[1]
+    anchor = load(models[1], models[3], device="cpu", dtype="float32").drafter
+    exported = load_file(tmp_path / "new" / "model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {getattr(torch, dtype)}
+    written = load(models[1], str(tmp_path / "new"), device="cpu", dtype="float32").drafter
+    for name, weight in delta.applied(anchor.weights).items():
+        if dtype != "bfloat16":  # there the anchor is rounded first, as it was for who learned
+            assert written.weights[name].equal(weight.to(getattr(torch, dtype)).float()), name
+
+
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted(
+    models, capsys, tmp_path
+) -> None:
+    work = tmp_path / "traffic.jsonl"
+    long, short = ({"prompt": text} for text in ("z" * 2000, "hello there"))
+    given = [str(work), *models, *LEARN, *SAYS, "--out", str(tmp_path / "out")]
+    work.write_text("".join(json.dumps(line) + "\n" for line in (short, long, short)))
+    assert main(["adapt", *given]) == 0
+    told = capsys.readouterr().err
+    assert f"1 of 3 prompts of {work} teach nothing: they leave no room for an answer in" in told
+    work.write_text(json.dumps(long) + "\n")
+    shutil.rmtree(tmp_path / "out")
+    assert main(["adapt", *given]) == 2
+    assert f"All prompts of {work} leave no room" in complaint(capsys)[0]
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_export_for_a_target_that_has_changed_says_so(
     kept: Path, toy_target_dir, capsys, tmp_path
 ) -> None:
@@ -162,8 +194,8 @@ def test_too_little_traffic_writes_nothing_and_fails(kept: Path, models, capsys,
     assert main(["adapt", str(kept / "traffic.jsonl"), *models, *LEARN, *few]) == 1
     told = capsys.readouterr().err
     assert "nothing was written" in told
-    assert "What was learned last is not kept in" in told
-    assert ": 0 blocks were held out" in told
+    assert "blocks of 5 drafts were held out, and 16 are" in told
+    assert "not kept" in told
     assert stores_in(tmp_path / "few") == []
 
 

@@ -15,6 +15,7 @@ from toys import (
     SLIDING,
     VOCABULARY,
     complaint,
+    full_disk,
     make_kind,
     toy_engine,
     twin,
@@ -399,6 +400,24 @@ def test_auto_is_the_narrowest_dtype_that_loses_nothing(target, tmp_path, dtype)
     same(engine, exported(engine, "published", tmp_path / "d", "auto"))
     assert {w.dtype for w in stored(tmp_path / "d").values()} == {kind}
     assert read_config(tmp_path / "d")["torch_dtype"] == dtype
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_a_full_disk_leaves_no_half_of_a_drafter(target, tmp_path, monkeypatch, file: str) -> None:
+    engine = Engine(target, make_kind("dflash"))
+    write, size = Path.write_text, 1000 if file == "model.safetensors" else 10**9
+
+    def full(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:5], **options)
+        raise OSError(28, "No space left on device")
+
+    if file == "config.json":
+        monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=r"No space|File too large"), full_disk(size):
+        export_drafter(engine.drafter, engine.target, "published", tmp_path / "new")
+    monkeypatch.undo()
+    assert not list((tmp_path / "new").iterdir())
+    export_drafter(engine.drafter, engine.target, "published", tmp_path / "new")
 
 
 def test_values_that_float16_cannot_hold_are_refused(target, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from servers import CONTEXT, FORM, HELLO, LEARN, chat, complete, events, running, until
 
 from ttspec.cli import main
-from ttspec.config import GenerateConfig
+from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.errors import DataError, OptionError
 from ttspec.serving import middleware
@@ -123,7 +123,7 @@ def test_models_and_metrics_are_told(client) -> None:
 def test_who_asks_for_what_is_not_here_is_told_what_is(client) -> None:
     error = client.post("/v1/embeddings", json={}).json()["error"]
     paths = client.get("/openapi.json").json()["paths"]
-    assert all(path.partition("{")[0] in error["message"] for path in paths)
+    assert all(path in error["message"] for path in paths)
     assert client.head("/v1/embeddings").status_code == 404
     found = paths["/metrics"]["get"]["responses"]
     assert (list(found), list(found["200"]["content"])) == (["200", "4XX"], ["text/plain"])
@@ -455,6 +455,50 @@ def test_sigterm_lets_answers_end_refuses_new_ones_and_exits_with_0(engine, monk
     assert server.run_to_the_end() == 0
     talker.join()
     assert seen == {"refused": 503, "found": [200]}
+
+
+def test_a_second_signal_ends_answers_and_keeps_what_was_learned(
+    engine, monkeypatch, tmp_path, caplog
+) -> None:
+    learn = LearnConfig(scope="shared", keep=str(tmp_path))
+    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=learn, ignore_eos=True)
+    options = ServeOptions(port=0, rows=1, context=CONTEXT, drain=60)
+    said, found = list[str](), list[int]()
+    server = make_server(engine.sibling, config, options, "toy", said.append)
+
+    def talk() -> None:
+        until(lambda: server.address)
+        with (
+            httpx.Client(base_url=server.address, timeout=30) as client,
+            held_up(monkeypatch) as go,
+        ):
+            until(lambda: client.get("/health").status_code == 200)
+            thread = in_background(lambda: chat(client, max_tokens=200), found)
+            until(lambda: sum(server.worker.load) == 1)
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: client.get("/health").json()["status"] == "draining")
+            os.kill(os.getpid(), signal.SIGTERM)
+            until(lambda: server.worker._stopping or any("Writing" in line for line in said))
+            go.set()
+            thread.join()
+
+    talker = threading.Thread(target=talk)
+    talker.start()
+    assert server.run_to_the_end() == 0
+    talker.join()
+    assert found == [503], "told that the server ends, not that it failed"
+    assert f"Writing what was learned to {tmp_path}. Another signal may lose it." in said
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_a_second_signal_when_all_is_drained_is_no_reason_to_stay(engine) -> None:
+    config = GenerateConfig(context=CONTEXT, max_new_tokens=1, learn=None)
+    options = ServeOptions(port=0, rows=1, context=CONTEXT)
+    server = make_server(engine.sibling, config, options, "toy", lambda line: None)
+    server.should_exit = True  # as `_drain` leaves it, before uvicorn looks
+    server._signals = 1
+    server._end()
+    assert server.should_exit
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch) -> None:

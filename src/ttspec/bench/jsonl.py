@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from ttspec.records import Result, Round, summarise
 Row = dict[str, Any]
 Key = tuple[str, int, int]
 """A unit's arm, request and seed."""
+NEW = ".new"
+"""Behind the name of a file that is being written. A process that is killed may leave it."""
 STAGES = ("draft", "verify", "learn")
 ROUND_FIELDS = ("position", "proposed", "accepted", "emitted", "updates")
 CLOCK_FIELDS = ("began", "peak_memory")
@@ -152,10 +155,15 @@ def append(path: Path, data: bytes) -> None:
 
 def replace_file(path: Path, data: bytes) -> None:
     """Write or replace a file at once: an interrupt leaves the old one."""
-    new = path.with_name(path.name + ".new")
-    with writing(path):
-        new.write_bytes(data)
-        new.replace(path)
+    new = path.with_name(path.name + NEW)
+    try:
+        with writing(path):
+            new.write_bytes(data)
+            new.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, value: Any, indent: int = 1) -> None:

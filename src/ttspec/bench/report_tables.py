@@ -43,12 +43,14 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
     # A replay emits what was recorded.
     incomparable = list(same) if run_label(manifest or {}) else [first.name]
+    differ = any(same[arm.name] < len(arm.units) for arm in arms if arm.name not in incomparable)
+    why = _why_texts_differ(manifest or {}) if differ else ""
     return Table(
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
         "included, tokens past a stop excluded; as a ratio of sums, and as the mean over requests. "
         "Drafts accepted: of those proposed. Repeated 8-grams: of all eight tokens in a row of an "
-        f"answer, the share that it had before. In brackets {intervals(arms)}.",
+        f"answer, the share that it had before. In brackets {intervals(arms)}.{why}",
         head=(
             "arm",
             "units",
@@ -72,6 +74,16 @@ def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = N
             )
             for arm in arms
         ],
+    )
+
+
+def _why_texts_differ(manifest: Mapping[str, Any]) -> str:
+    dtype = manifest.get("dtype", "float32")
+    if dtype == "float32" or manifest.get("sampling", {}).get("acceptance") == "rejection":
+        return ""
+    return (
+        f" Texts differ since in {dtype} two likely tokens may change places: a sum is rounded by "
+        "how many tokens are read together. With --dtype float32 all arms write one text."
     )
 
 

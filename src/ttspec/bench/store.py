@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 
 from ttspec.bench import jsonl
 from ttspec.bench.jsonl import (
+    NEW,
     Key,
     Row,
     append,
@@ -68,7 +69,7 @@ class Store:
         try:
             if (folder / MANIFEST).exists():
                 self._go_on()
-            elif any(path.name != ".lock" for path in folder.iterdir()):
+            elif {path.name for path in folder.iterdir()} - {".lock", MANIFEST + NEW}:
                 raise DataError(f"{folder} holds other files, no run.\nName a new or empty folder.")
             self.write_manifest()
         except BaseException:

@@ -76,7 +76,8 @@ def adapt(
             if is_run:
                 answers = _replayed_answers(engine, traffic, config, rows)
             else:
-                answers = _new_answers(engine, dialogues, config, rows)
+                fit = _that_fit(engine, dialogues, config, traffic)
+                answers = _new_answers(engine, fit, config, rows)
             interrupted = _report_progress(answers)
         finally:
             kept = engine.close()  # the last version is written
@@ -99,6 +100,27 @@ def _dialogues(traffic: Path) -> list[list[Prompt]]:
             "training.\nLeave it out."
         )
     return cast("list[list[Prompt]]", dialogues)
+
+
+def _that_fit(
+    engine: Engine, dialogues: list[list[Prompt]], config: GenerateConfig, traffic: Path
+) -> list[list[Prompt]]:
+    """Those whose first prompt leaves room for an answer; says how many do not.
+
+    Raises:
+        DataError: None does.
+    """
+    from ttspec.decoding.history import ChatHistory
+
+    template = engine.chat_template(config)
+    context = min(engine.target.context, config.context or engine.target.context)
+    fit = [turns for turns in dialogues if len(ChatHistory(template).ask(turns[0])) < context]
+    why = f"leave no room for an answer in {context} tokens"
+    if not fit:
+        raise DataError(f"All prompts of {traffic} {why}.\nGive shorter ones.")
+    if left := len(dialogues) - len(fit):
+        say(f"{left} of {len(dialogues)} prompts of {traffic} teach nothing: they {why}.")
+    return fit
 
 
 def _new_answers(
@@ -182,7 +204,7 @@ def _report_version(engine: Engine, config: GenerateConfig) -> None:
     if found is None:
         raise TrainingError(
             "Nothing was learned that is known to draft as well as the drafter does; nothing was "
-            "written.\nGive more traffic."
+            "written.\nGive more traffic, or a larger --max-new-tokens."
         )
     accepted = found.manifest["held_out"]["accepted"]
     say(

@@ -34,8 +34,8 @@ def export(
     from ttspec.drafters.export import export_drafter, require_empty
 
     require_empty(out)
-    # Rounded once to what is written; auto has to see every bit.
-    held = "float32" if dtype == "auto" else dtype
+    # Rounded once, to what is written; auto has to see every bit, float16 what it cannot hold.
+    held = dtype if dtype == "bfloat16" else "float32"
     engine = ModelFlags(target=target, drafter=drafter, device="cpu", dtype=held).load(notify=say)
     if engine.drafter is None:
         raise OptionError(

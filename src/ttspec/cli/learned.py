@@ -23,7 +23,8 @@ learned = App(
 HEAD = ("version", "made", "requests", "updates", "accepted", "anchor", "before", "MB")
 NOTE = (
     "Accepted drafts a block, on blocks that taught nothing: of the version, of the drafter's own "
-    "weights, and of the version before."
+    "weights, and of the version before. Requests and updates: of the process that wrote it, which "
+    "went on from its parent (show)."
 )
 
 
@@ -128,10 +129,11 @@ def export(
         target=target or learned_with["name"],
         drafter=drafter or found.manifest["drafter"],
         device="cpu",
-        dtype="float32" if dtype == "auto" else dtype,  # rounded once, to what is written
+        # Rounded once, to what is written; float16 has other values than a version is known by.
+        dtype=dtype if dtype == "bfloat16" else "float32",
     )
     engine = models.load(notify=say)
-    if dtype != "float16" and fingerprint(engine.target) != learned_with["sha256"]:
+    if fingerprint(engine.target) != learned_with["sha256"]:
         say(
             f"{engine.target.name} is not the target that this version was learned with, or has "
             "changed since: drafts may be accepted less often."

@@ -64,7 +64,7 @@ def export_drafter(
         drafter: Bound to `target`; with its own weights, or those of `Session.learned`.
         target: Gives the tables that it shares, and is named as the one it drafts for.
         form: The format its kind was published in, or that of speculators.
-        folder: New or empty.
+        folder: New or empty; it stays so where the disk takes no more.
         dtype: Of the weights; "auto" is the narrowest that holds every one of them exactly.
 
     Raises:
@@ -90,9 +90,15 @@ def export_drafter(
     config, weights = forms[form](drafter, target)
     kind = _narrowest(weights) if dtype == "auto" else DTYPES[dtype]
     config["dtype" if "dtype" in config else "torch_dtype"] = str(kind).removeprefix("torch.")
-    save_drafter(folder, config, _cast(weights, kind))
-    if isinstance(drafter, Causal):
-        _copy_tokenizer(drafter, target, folder)
+    cast = _cast(weights, kind)
+    try:
+        save_drafter(folder, config, cast)
+        if isinstance(drafter, Causal):
+            _copy_tokenizer(drafter, target, folder)
+    except BaseException:  # half a drafter is none, and would be in the way of another try
+        for file in folder.glob("*"):
+            file.unlink()
+        raise
 
 
 def require_empty(folder: Path) -> None:

@@ -231,7 +231,11 @@ class Keeper:
     def _why_not(self) -> str:
         found = self.evaluation
         if found.blocks < LEAST_BLOCKS:
-            return f"{found.blocks} blocks were held out, and {LEAST_BLOCKS} are needed to judge it"
+            length = f" of {self.memory_trainer.length} drafts" if self.memory_trainer else ""
+            return (
+                f"{found.blocks} blocks{length} were held out, and {LEAST_BLOCKS} are needed to "
+                "judge it; shorter answers have none"
+            )
         return (
             f"it drafts {found.live:.3f} accepted tokens on {found.blocks} held-out blocks, "
             f"the version before {found.before:.3f}, the anchor {found.anchor:.3f}"

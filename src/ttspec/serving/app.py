@@ -114,7 +114,7 @@ def make_app(worker: Worker, keys: Keys | None, metrics: ServerMetrics, model: s
             )
         message = f"{request.method} {request.url.path[:80]}: {error.detail}."
         if error.status_code in (404, 405):
-            paths = (route.path for route in app.routes if isinstance(route, APIRoute))
+            paths = (route.path_format for route in app.routes if isinstance(route, APIRoute))
             message += f" There are {', '.join(paths)}."
         raise ApiError(error.status_code, message)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 
-from ttspec.config import GenerateConfig
+from ttspec.config import GenerateConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.errors import ResourceError
 from ttspec.serving.app import make_app
@@ -138,10 +138,11 @@ class Server(uvicorn.Server):
                 loop.remove_signal_handler(one)
 
     def _end(self) -> None:
-        """A signal: drain. Another one: end at once."""
+        """A signal: drain. Another one: wait for no answer. A third one: for nothing."""
         self._signals += 1
-        if self._signals > 1:
+        if self._signals > 2:
             self.should_exit = self.force_exit = True
+        if self._signals > 1:
             return
         self.worker.drain()
         if answers := sum(self.worker.load):
@@ -152,8 +153,10 @@ class Server(uvicorn.Server):
     async def _drain(self) -> None:
         """Let what was begun end, while the server still tells that it is draining."""
         until = time.monotonic() + self.worker.options.drain
-        while sum(self.worker.load) and time.monotonic() < until:
+        while sum(self.worker.load) and time.monotonic() < until and self._signals == 1:
             await asyncio.sleep(0.05)
+        if self.worker.rows and (learn := self._learn()) and learn.keep:
+            self._say(f"Writing what was learned to {learn.keep}. Another signal may lose it.")
         if sum(self.worker.load):
             await asyncio.to_thread(self.worker.stop)
         self.should_exit = True
@@ -169,8 +172,7 @@ class Server(uvicorn.Server):
             self._say(f"Ready: {many}. {who}. To chat: {self.address}/")
 
     def _learning_scope(self) -> str:
-        learn, drafter = self.worker.config.learn, self.worker.engine.drafter
-        if learn is None or drafter is None or not drafter.weights:
+        if (learn := self._learn()) is None:
             return "Nothing is learned"
         if learn.scope != "shared":
             one = "request" if learn.scope == "request" else "conversation"
@@ -178,3 +180,8 @@ class Server(uvicorn.Server):
         whose = " of a tenant" if self.worker.options.api_key_file else ""
         kept = f"kept in {learn.keep}" if learn.keep else "which ends with the server"
         return f"All requests{whose} teach one drafter, {kept}"
+
+    def _learn(self) -> LearnConfig | None:
+        """How the pair learns, once it is loaded; None if nothing does."""
+        drafter = self.worker.engine.drafter
+        return self.worker.config.learn if drafter and drafter.weights else None
