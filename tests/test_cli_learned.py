@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from toys import complaint, full_disk, make_drafter
 
@@ -76,16 +77,15 @@ def test_prompts_without_room_for_an_answer_are_left_out_and_counted(
 ) -> None:
     work = tmp_path / "traffic.jsonl"
     long, short = ({"prompt": text} for text in ("z" * 2000, "hello there"))
-    given = [str(work), *models, *LEARN, *SAYS, "--out", str(tmp_path / "out")]
+    given = [str(work), *models, *LEARN, *SAYS, "--learn.keep", str(tmp_path / "kept")]
     work.write_text("".join(json.dumps(line) + "\n" for line in (short, long, short)))
     assert main(["adapt", *given]) == 0
     told = capsys.readouterr().err
     assert f"1 of 3 prompts of {work} teach nothing: they leave no room for an answer in" in told
+    assert len(stores_in(tmp_path / "kept")) == 1
     work.write_text(json.dumps(long) + "\n")
-    shutil.rmtree(tmp_path / "out")
     assert main(["adapt", *given]) == 2
     assert f"All prompts of {work} leave no room" in complaint(capsys)[0]
-    assert not (tmp_path / "out").exists()
 
 
 def test_an_export_for_a_target_that_has_changed_says_so(

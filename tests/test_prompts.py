@@ -112,8 +112,11 @@ class Going(Beside):
         return launched
 
     def launch_following(self) -> None:
+        before = len(self._under_way)
         super().launch_following()
-        Going.two += len(self._under_way) > 1
+        if len(self._under_way) > before:
+            Going.two += 1
+            assert not any(one.is_timed for one in self._under_way)
 
     def leave(self, row: int) -> None:
         takes_part = self.launched is not None and row in self.launched.plan.active

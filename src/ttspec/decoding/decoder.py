@@ -115,7 +115,7 @@ class Decoder(RoundStages):
             outcomes,
             cost,
             chained=launched.chained,
-            beside=self.prompts.is_launched,
+            beside=self.prompts.is_launched or not launched.is_timed,
         )
         return outcomes
 
@@ -267,7 +267,8 @@ class Decoder(RoundStages):
         """
         if len(self._under_way) == 1 and self._is_chainable(self._under_way[0]):
             (launched,), self._under_way = self._under_way, ()  # an interrupt forgets both
-            self._under_way = launched, self._launch(after=launched)
+            both = launched, self._launch(after=launched)
+            self._under_way = tuple(one._replace(is_timed=False) for one in both)
 
     @property
     def begins_beside(self) -> bool:

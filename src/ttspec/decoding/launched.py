@@ -22,6 +22,9 @@ class Launched(NamedTuple):
     chained: bool
     """It began where the device left the round before, which the host had not read yet."""
     marks: StageMarks
+    is_timed: bool = True
+    """Whether its time counts. Not where the host has more to do than a round takes: what it reads
+    late seems to have taken long, and the next one no time."""
 
 
 def of_rows(rows: Collection[int], *rounds: Launched) -> tuple[Launched, ...]:

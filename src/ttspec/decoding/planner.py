@@ -142,7 +142,8 @@ class RoundPlanner:
             outcomes: What it did to the rows that took part.
             rows: Rows that cost something.
             chained: Whether the device went on by itself.
-            beside: Whether prompts were read meanwhile, so that its time says little.
+            beside: Whether prompts were read meanwhile, or the host had other work, so that its
+                time says little.
         """
         policy, learner = self.policy, self._learner
         self._left_out = self._left_out + 1 if beside and self._left_out < LEFT_OUT else 0
