@@ -183,7 +183,9 @@ def fill(decoder: Decoder, context: int, budget: int) -> None:
     size, count = int(decoder.target.config.vocab_size), decoder.rows.count
     prompts = torch.randint(size, (count, context), generator=random).tolist()
     rows = list(range(count))
-    decoder.prefill(rows, prompts, rows, [budget] * count)
+    reading = decoder.prompts.begin(rows, prompts, rows, [budget] * count)
+    while not reading.is_read:
+        decoder.prompts.read_chunk(reading)
 
 
 def time_rounds(decoder: Decoder, count: int) -> list[Timed]:
