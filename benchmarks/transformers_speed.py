@@ -20,7 +20,8 @@ from transformers import GenerationConfig, StaticCache
 from ttspec.bench.suites import load_suites
 from ttspec.cli.options import ModelFlags
 from ttspec.config import DraftConfig
-from ttspec.decoding.history import prompt_ids
+from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.template import ChatTemplate
 from ttspec.models.target import cache_keyword
 
 app = App(help=__doc__)
@@ -48,7 +49,8 @@ def main(
     target, ends = engine.target, list(engine.target.ends)
     model, device = transformers_model(target.model), target.device
     prompts = [request[0] for request in load_suites(suite, requests).requests]
-    many = [prompt_ids(engine.tokenizer, prompt) for prompt in prompts]
+    template = ChatTemplate(engine.tokenizer)
+    many = [ChatHistory(template).ask(prompt) for prompt in prompts]
     config: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "eos_token_id": ends}
     cache: dict[str, Any] = {}
     if models.compile:

@@ -1,5 +1,6 @@
 """What a command loads before it does anything: start-up is most of a short answer's time."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -67,3 +68,9 @@ def test_an_answer_loads_no_more_than_it_takes(toy_target_dir: Path, tmp_path: P
     assert {"torch", "transformers", "ttspec.decoding.engine"} <= modules
     assert not modules & (DRAWING | ROOMS)
     assert not modules & {"gguf", "ttspec.models.gguf", "rich.markdown", "rich.live", "accelerate"}
+
+
+@pytest.mark.parametrize("script", sorted(Path("benchmarks").glob("*.py")), ids=lambda s: s.stem)
+def test_a_benchmark_finds_what_it_imports(script: Path) -> None:
+    """What was moved or removed shows here, not when a GPU is waiting."""
+    importlib.import_module(script.stem)
