@@ -3,7 +3,7 @@
 #
 # Such tokenizers cut a text in steps: first digits, then words with the spaces before them. In `tokenizers` the second step sees each piece of the first by itself:
 # of "\n    42" it gets "\n    ", takes "the last space belongs to what follows" (`\s+(?!\S)`) for a run up to the end, and the spaces are one token. The
-# converted model looks over the edge of the piece, sees the digit, and leaves the last space to a word that is not there: one token of three spaces and one of
+# converted model, by what it does (its source was not read), looks over the edge of the piece, sees the digit, and leaves the last space to a word that is not there: one token of three spaces and one of
 # one. So numbers in indented code, tables and YAML lists come as tokens that the model has hardly seen behind each other. Words are right, so nearly all
 # prose is. Both kinds of steps are right by themselves: patterns of GPT-4's and Qwen's kind, which do all in one step, give the same ids.
 # Decoded text is the same, nothing warns, and `openvino-genai` uses these models for its prompts.
