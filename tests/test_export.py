@@ -26,6 +26,7 @@ from ttspec import LearnConfig, load
 from ttspec.cli import main
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.loading import find_drafter
+from ttspec.drafters import export
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter, read_config, save_drafter
 from ttspec.drafters.export import export_drafter
@@ -418,6 +419,20 @@ def test_a_full_disk_leaves_no_half_of_a_drafter(target, tmp_path, monkeypatch, 
     monkeypatch.undo()
     assert not list((tmp_path / "new").iterdir())
     export_drafter(engine.drafter, engine.target, "published", tmp_path / "new")
+
+
+def test_what_another_process_wrote_meanwhile_stays(target, tmp_path, monkeypatch) -> None:
+    cast = export._cast
+
+    def later_than_another(*given: Any) -> Any:
+        (tmp_path / "model.safetensors").write_text("another's")
+        return cast(*given)
+
+    monkeypatch.setattr(export, "_cast", later_than_another)
+    engine = Engine(target, make_kind("dflash"))
+    with pytest.raises(CheckpointError, match="nothing was overwritten"):
+        export_drafter(engine.drafter, engine.target, "published", tmp_path)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["another's"]
 
 
 def test_values_that_float16_cannot_hold_are_refused(target, tmp_path):

@@ -41,8 +41,8 @@ def load(
             head, if there is one; "none" or None is plain decoding.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "float32", "bfloat16" or "float16".
-        compile: On a GPU, let torch compile a round's models when they are first run: about 20
-            seconds for a third less time a round.
+        compile: On a GPU, let torch compile a round's models when they are first run: a minute or
+            two, most of it once (a cache on disk), for a third less time a round.
         device_map: "auto" spreads a target that fits no single GPU over all; or a device for each
             of its modules. The drafter goes where the embedding is.
         notify: Told what takes long, and what may not fit into memory.

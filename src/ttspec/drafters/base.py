@@ -12,8 +12,7 @@ A new family is one file with a subclass, entered in `checkpoint.KINDS`. It says
 - `_check_target`, `_share`: what a target must be like, and what the drafter takes from it.
 - `start`, `_extend`: an empty context, and how verified tokens become context.
 - `_draft`: logits of the next tokens, handed to `choices`; `_replay`: the same with gradients.
-- `_trainable`, `_layer`: which weights learn, and how those of a layer are called; `own_head`,
-  `no_products`: which of them are not as in all kinds.
+- `_trainable`, `_layer`, `own_head`, `no_products`: which weights learn, and their names.
 
 `features.FeatureDrafter` has most of it for layers that ttspec computes, and
 `functional.FunctionalDrafter` for models that transformers computes (`causal.Causal`, `mtp.Mtp`);
@@ -344,10 +343,7 @@ class Drafter(ABC):
     def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
         """Read what `absorb` left to the next proposal, if that comes late or is short.
 
-        Args:
-            state: The context.
-            start: int64 [B], where each row's pending token stands; past the slots in rows at rest.
-            count: Tokens before it of which some may be unread.
+        Some of the last `count` tokens before `start` int64 [B] (past the slots in rows at rest).
         """
 
     def weights_read(self, length: int) -> int:

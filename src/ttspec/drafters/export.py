@@ -90,13 +90,13 @@ def export_drafter(
     config, weights = forms[form](drafter, target)
     kind = _narrowest(weights) if dtype == "auto" else DTYPES[dtype]
     config["dtype" if "dtype" in config else "torch_dtype"] = str(kind).removeprefix("torch.")
-    cast = _cast(weights, kind)
+    cast, others = _cast(weights, kind), set(folder.glob("*"))  # written meanwhile by somebody else
     try:
         save_drafter(folder, config, cast)
         if isinstance(drafter, Causal):
             _copy_tokenizer(drafter, target, folder)
     except BaseException:  # half a drafter is none, and would be in the way of another try
-        for file in folder.glob("*"):
+        for file in {*folder.glob("*")} - others:
             file.unlink()
         raise
 
