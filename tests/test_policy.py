@@ -15,6 +15,7 @@ from toys import G, fake_round, parrot, plain, take, toy_engine, twin
 from ttspec.bench.arms import parse_arms
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
+from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FIRST_PAUSE, LONGEST_PAUSE, MAX_DEFICIT, MAX_SURPLUS, DraftPolicy
 from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowOutcome
@@ -96,7 +97,8 @@ def test_no_drafter_makes_decoding_slower(longest, cost, chain, chances, stretch
 
     for tokens, most in ((200, 1.05), (1000, 1.03), (2000, 1.03)):
         took, _ = decode(tokens, costs, chance, policy=DraftPolicy(longest), seed=seed, noise=noise)
-        assert took <= most * tokens * (1 + noise / 4) + cost, tokens
+        doubt = noise / 4 if tokens > 200 else noise  # few rounds say less of a noisy clock
+        assert took <= most * tokens * (1 + doubt) + cost, tokens
 
 
 @pytest.mark.parametrize("costs", [straight(5, 3.0), block(7, 1.5), block(12, 1.3)], ids=len)
@@ -161,6 +163,17 @@ def test_pauses_double_and_end() -> None:
     assert lengths[-64:].count(0) <= 1
     _, lengths = decode(60, block(7, 1.3), steady(0.0), policy=policy)
     assert policy._pause <= FIRST_PAUSE
+
+
+def test_before_a_pause_no_draft_goes_on_ahead() -> None:
+    """The last plain round before it is not observed when the next one is launched."""
+    policy = DraftPolicy(7)
+    while True:
+        length = policy.choose()
+        policy.observe(length, 1.0 + length, emitted=1.0, accepted=[0])
+        if not length and policy.pauses:
+            return
+        assert length or not policy._plain_before or policy.choose(0) == 0
 
 
 def test_a_chain_that_is_too_long_is_shortened_and_a_short_one_lengthened() -> None:
@@ -529,6 +542,48 @@ def test_drafts_after_plain_rounds_are_those_of_who_never_went_plain(
         one.generate([ids[:start]], draft=draft, **{**options, "max_new_tokens": len(tokens) + 2})
         budget = len(result.token_ids) - (start - len(result.prompt_ids)) - 1
         assert fresh.made[start][:budget] == tokens[:budget], start
+
+
+@pytest.mark.parametrize(("which", "waits"), [("dflash", 0), ("eagle3", 0), ("causal", 1)])
+def test_drafts_follow_a_plain_round_at_once(target, which, waits) -> None:
+    """But for who reads again, with them, what it drafted last."""
+    decoder = engine_of(target, which).decoder(
+        GenerateConfig(draft=WHOLE, learn=None), 1, 64, sessions=False
+    )
+    plain, short = RoundShape(64, 0, 0, Processors()), RoundShape(64, 1, 0, Processors())
+    decoder.deferred.after_round({0: 2}, short)
+    assert decoder.deferred.needs_nothing(plain, short) == (not waits)
+
+
+@pytest.mark.parametrize("which", ["dflash", "eagle3", "eagle3-layers", "pard2", "mtp"])
+def test_what_was_kept_may_be_read_in_pieces_of_one_size(target, which, monkeypatch) -> None:
+    """As graphs read it: a row that has less than others is read past its end."""
+
+    class InPieces(DeferredContext):
+        def __init__(self, drafter, state, rows, graphs) -> None:
+            super().__init__(drafter, state, rows, graphs)
+            self._graphs = Called()
+
+    class Called:
+        on = True
+
+        def __call__(self, work, *key, **options):
+            widths.append(key)
+            return work(*key)
+
+    options = {"max_new_tokens": 40, "ignore_eos": True, "temperature": 0.0, "learn": None}
+    prompts, found, widths = ["hello there, you", "a"], [], []
+    for piece in (None, 7):
+        if piece:
+            monkeypatch.setattr("ttspec.decoding.deferred.PIECE", piece)
+            monkeypatch.setattr("ttspec.decoding.stages.DeferredContext", InPieces)
+        engine = engine_of(target, which)
+        drafts = Drafts(engine)
+        pattern = [0] * 20 + [9, 1, 9, 0, 2]
+        scheduled(engine, pattern).generate(prompts, draft=WHOLE, **options)
+        found.append((drafts.made, drafts.second))
+    assert found[0] == found[1]
+    assert widths.count((7,)) >= 3
 
 
 @pytest.mark.parametrize("which", ["dflash", "eagle3", "causal"])

@@ -201,7 +201,7 @@ class Decoder(RoundStages):
                 self.planner.copying.commit(
                     row, verdict.tokens, verdict.accepted if drafted else None
                 )
-        self.deferred.after_round(launched.verification, _emitted(verdicts), shape)
+        self.deferred.after_round(_emitted(verdicts), shape)
 
     def _learn(
         self, launched: Launched, verdicts: dict[int, RowVerdict], following: Launched | None
@@ -370,6 +370,7 @@ class Decoder(RoundStages):
             verification, _ = self.graphs(self.verify_and_accept, shape, first=not shape.proposed)
             if self.learner and self._is_kept(shape):
                 self.learner.keep(verification, shape)
+        self.deferred.capture()
         if self.learner:
             self.learner.capture_updates(self.rows.slots)
         # With many tokens the host may count which experts are asked.

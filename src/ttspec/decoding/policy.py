@@ -156,12 +156,12 @@ class DraftPolicy:
         return length
 
     def choose(self, unobserved: int | None = None) -> int:
-        """Draft length of the next round; 0 is plain decoding.
+        """Draft length of the next round; 0 is plain decoding, as before a pause that is likely.
 
         Args:
             unobserved: That of the last round, where `observe` is told of it only later.
         """
-        return 0 if self._plain_due > (unobserved == 0) else self._length
+        return 0 if self._plain_before or self._plain_due > (unobserved == 0) else self._length
 
     def observe(
         self,

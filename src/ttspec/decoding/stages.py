@@ -110,7 +110,7 @@ class RoundStages:
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
         """The drafter's context; None where nothing is ever drafted."""
         self.rows = RowStates(rows, slots, device, self.copies)
-        self.deferred = DeferredContext(drafter, self.state, self.rows)
+        self.deferred = DeferredContext(drafter, self.state, self.rows, self.graphs)
         self.row_sampling = RowSampling(
             self.sampling, target, rows=rows, slots=slots, width=self.width, ends=spec.ends
         )

@@ -79,6 +79,8 @@ class Drafter(ABC):
     """False if nothing is asked of it in a round."""
     takes_padding: ClassVar[bool] = False
     """Whether `extend` can be told that some tokens are padding, and waits for nothing."""
+    reads_late: ClassVar[bool] = False
+    """Whether `absorb` leaves tokens to the next proposal, or to `catch_up`."""
     at_once: ClassVar[bool] = False
     """Whether a block is drafted by one pass, not by one for each token."""
     first_alone: ClassVar[bool] = False
@@ -340,11 +342,9 @@ class Drafter(ABC):
         """Make what a round committed context; what it rejected stays outside every row."""
         self.extend(state, verification.fed, verification.features, verification.start)
 
-    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:  # noqa: B027
-        """Read what `absorb` left to the next proposal, if that comes late or is short.
-
-        Some of the last `count` tokens before `start` int64 [B] (past the slots in rows at rest).
-        """
+    def catch_up(self, state: DraftState, start: Tensor, count: int) -> None:
+        """Read the last `count` tokens before `start` int64 [B], where it `reads_late`."""
+        raise NotImplementedError
 
     def weights_read(self, length: int) -> int:
         """Weights that are read to draft a block of `length` tokens, the head's among them."""

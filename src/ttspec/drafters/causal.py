@@ -74,6 +74,7 @@ class Causal(FunctionalDrafter):
     """A draft model from its config.json and its weights by transformers' names."""
 
     kind = "causal"
+    reads_late = True
     learning_rate = 3e-5
 
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttspec.compiled import compiled
+from ttspec.compiled import compiled, of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Text
@@ -172,6 +172,13 @@ class DFlash(FeatureDrafter):
     def _extend(self, state: DraftState, weights: Weights, text: Text) -> None:
         """Append keys and values; a DFlash context is features only."""
         assert isinstance(state, ContextState)
+        for of_text in (text.features, text.position):  # one code for texts of all lengths
+            of_any_size(of_text, 1)
+        state.of_any_length()
+        self._append(state, weights, text)
+
+    @compiled
+    def _append(self, state: ContextState, weights: Weights, text: Text) -> None:
         keys, values = self.context(weights, text.features)
         keys = torch.stack([state.rope(k, text.position) for k in keys])
         state.write(keys, torch.stack(values), text.position, text.row)

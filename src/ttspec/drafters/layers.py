@@ -133,7 +133,8 @@ def multiplied_out(weights: Weights) -> dict[str, Tensor]:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension, in float32; weight [H], or one per row [B, H]."""
-    one_kernel = torch.is_grad_enabled() or (x.is_cuda and not is_compiling())
+    # What is compiled fuses its parts; beside that they would be eight kernels.
+    one_kernel = torch.is_grad_enabled() or (x.is_cuda and not torch.compiler.is_compiling())
     if one_kernel and weight.dim() == 1:  # and one or two back
         return F.rms_norm(x, weight.shape, weight, eps)
     wide = x.float()
