@@ -17,6 +17,7 @@ from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.deferred import DeferredContext
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.planner import LEFT_OUT
 from ttspec.decoding.policy import FIRST_PAUSE, LONGEST_PAUSE, MAX_DEFICIT, MAX_SURPLUS, DraftPolicy
 from ttspec.decoding.rows import Processors, RoundPlan, RoundShape, RowOutcome
 from ttspec.decoding.timing import RoundTime
@@ -391,6 +392,18 @@ def test_rounds_that_capture_a_graph_are_not_timed() -> None:
         policy.observe(0, 1.0, emitted=1.0, accepted=[0])
     policy.observe(policy.choose(), 100.0, emitted=1.0, accepted=[0], untimed=True)
     assert policy.choose() == 7
+
+
+def test_plain_rounds_that_are_due_need_not_be_timed_where_one_was() -> None:
+    policy = DraftPolicy(7)
+    for _ in range(20):
+        length = policy.choose()
+        policy.observe(length, 1.0 + (length > 0), emitted=1.0 + length, accepted=[length])
+    policy._plain_due = 1
+    assert policy.choose() == 0
+    policy.observe(0, 9.0, emitted=1.0, accepted=[0], untimed=True)
+    assert policy.choose() > 0
+    assert policy._plain_seconds == 1.0
 
 
 @pytest.mark.parametrize(
@@ -770,11 +783,12 @@ def test_rounds_beside_prompts_hardly_count_but_where_there_are_no_others(target
     planner.policy = Told(decoder.gamma)
     shape = RoundShape(64, 0, 0, Processors())
     outcome = RowOutcome([1], 0, 0, False, False, (0.0, 0.0, 0.0))
-    for beside in [False] * 3 + [True, False] * 3 + [True] * 20:
+    for beside in [False] * 3 + [True, False, False] * 2 + [True] * 70 + [False] * 2:
         plan, time = RoundPlan([0], shape, 20, {}), RoundTime(0.01, (0.0, 0.0, 0.0), False)
         planner.observe(plan, time, {0: outcome}, 1, beside=beside)
-    assert counted[:9] == [True] * 3 + [False, True] * 3
-    assert counted[9:] == ([False] * 8 + [True]) * 2 + [False] * 2
+    # The rows that were read begin in the round after that.
+    assert counted[:9] == [True] * 3 + [False, False, True] * 2
+    assert counted[9:] == [False] * LEFT_OUT + [True] * 6 + [True] * 2
 
 
 @pytest.mark.parametrize(("chance", "least"), [(0.3, 1.0), (0.4, 1.08), (0.75, 1.5)])

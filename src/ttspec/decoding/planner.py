@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 COPY_WIDTHS = 7, LONGEST_COPY
 """Tokens that copies may have where rounds are captured: as few as a draft has, or all."""
-LEFT_OUT = 8
-"""Rounds in a row whose time does not count since prompts were read beside them; the next one does:
-where requests are short, prompts are read beside nearly all."""
+LEFT_OUT = 64
+"""Rounds in a row whose time does not count since prompts were read beside them, or beside the one
+before; what follows counts: where requests are short, prompts are read beside all rounds alike."""
 
 
 class RoundPlanner:
@@ -59,8 +59,9 @@ class RoundPlanner:
             # Who gives a stride wants to learn, though it may not pay.
             copies = bool(stages.copies) and not (stages.spec.learn and stages.spec.learn.stride)
             self.schedule = UpdateSchedule(learner, clock=by_clock, copies=copies)
-        self._left_out = 0
-        """Rounds since one whose time counted."""
+        self._beside, self._left_out = False, 0
+        """Whether prompts were read beside the last round, and rounds since one that no prompt held
+        up."""
 
     def _copying(self, stages: RoundStages) -> Copying:
         block_cost, most = 0.0, stages.copies
@@ -146,8 +147,9 @@ class RoundPlanner:
                 time says little.
         """
         policy, learner = self.policy, self._learner
-        self._left_out = self._left_out + 1 if beside and self._left_out < LEFT_OUT else 0
-        untimed = time.captured or self._left_out > 0
+        held_up, self._beside = beside or self._beside, beside  # their rows begin in the next round
+        self._left_out = self._left_out + 1 if held_up else 0
+        untimed = time.captured or 0 < self._left_out <= LEFT_OUT
         draft_length, copy_length = plan.shape.draft_length, plan.shape.copy_length
         updated = any(outcome.updated for outcome in outcomes.values())
         if learner and learner.memory_trainer:  # it learns whether or not the drafter drafts
@@ -186,7 +188,7 @@ class RoundPlanner:
             mean = sum(accepted) / len(accepted) if accepted and draft_length else None
             if mean is not None or learner.memory_trainer:
                 gain = policy.gain
-                self.schedule.observe(time.seconds, updated, mean, gain=gain, beside=beside)
+                self.schedule.observe(time.seconds, updated, mean, gain=gain, beside=held_up)
 
     def _longest(self, active: list[int]) -> int:
         """The longest row's length; with graphs, the largest that reads as many slots."""

@@ -220,8 +220,8 @@ class DraftPolicy:
                 self._forget_reckoned(slower=now > before)
         self._unlike += copying != self._copying and len(accepted) > 0  # else nobody would draft
         if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
-            self._plain_due = max(0, self._plain_due - (not untimed))
-            if not untimed:
+            if not untimed or self._plain_seconds:  # else what such rounds took lately will do
+                self._plain_due = max(0, self._plain_due - 1)
                 self._since_plain, self._context = 0, context
             self._add_to_deficit(0.0, emitted)
             self._after_plain()
