@@ -26,6 +26,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 64, 1024
 FIRST_PLAIN_INTERVAL, PLAIN_INTERVAL = 4, 64
 """Drafting rounds after which a plain one is taken, to know what it costs by now: at first soon,
 since few were seen, then later and later."""
+RETRY = 16
+"""Drafting rounds after which another is taken if the time of that one said nothing."""
 SAFE_SPEED, SAFE_FACTOR = 1.3, 4
 """Past this speed, in plain decoding's, what a plain round costs need be known less often."""
 MIN_GAIN = 1.04
@@ -35,18 +37,16 @@ REVIEW_INTERVAL = 4
 DECAY = 1 / 32
 """Share of what is known about acceptance that a round replaces."""
 DECAY_UNUSED = 1 / 8
-"""The same of drafts that the round did not have, so that longer rounds get a trial again soon."""
+"""The same of drafts that it did not have, so that longer rounds get a trial again soon."""
 PRIOR_CHANCE = 0.7
 """Chance of a first draft, as long as nothing is known."""
 MAX_SPIKE = 2.0
-"""Times its length's usual cost that a round is charged at most: more is another process's, and
-would have held up plain rounds as well, of which the median counts."""
+"""Times its length's usual cost that a round is charged at most: more is another process's."""
 MAX_CATCH_UP = 32.0
 """The same of the first round of a trial, in plain rounds: with 32 rows it took 8 to 36."""
 PLAIN_KEPT, COSTS_KEPT = 3, 23
-"""Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth round
-takes a third longer: with 5 for 23 a length was given up after three such rounds, which cost up to
-3 % of the speed (benchmarks/policy_regret.py)."""
+"""Plain rounds, and rounds of a draft length, whose median time counts. On a GPU each tenth takes a
+third longer: with 5 for 23 three such gave up a length (benchmarks/policy_regret.py)."""
 MOST_UNLIKE = 8
 """Plain rounds that are taken until one is like the last drafting round, in which rows copied, or
 none did: they may have begun to, or stopped, and no such round come for long."""
@@ -111,8 +111,7 @@ class DraftPolicy:
         """When each length was drafted last, in rounds."""
         self._rounds = 0
         self._excess = 0.0
-        """What a drafting round costs on average above the median, as every few rounds for an
-        update."""
+        """What a drafting round costs above the median on average, as for an update."""
         self._rows, self._copying, self._chained = 1, False, False
         """Of the last drafting round, as in `observe`."""
         # What is accepted.
@@ -220,9 +219,11 @@ class DraftPolicy:
                 self._forget_reckoned(slower=now > before)
         self._unlike += copying != self._copying and len(accepted) > 0  # else nobody would draft
         if copying == self._copying or self.pauses or self._unlike >= MOST_UNLIKE:
-            if not untimed or self._plain_seconds:  # else what such rounds took lately will do
+            if not untimed:
                 self._plain_due = max(0, self._plain_due - 1)
                 self._since_plain, self._context = 0, context
+            elif self._plain_seconds:  # it will do for now, but soon another is taken
+                self._plain_due, self._since_plain = 0, self._since_plain - RETRY
             self._add_to_deficit(0.0, emitted)
             self._after_plain()
 
@@ -382,9 +383,8 @@ class DraftPolicy:
     def _plain_seconds(self) -> float:
         """Seconds of a plain round, the lower median: a doubt is not the drafter's gain.
 
-        Of rounds like the last drafting one: of as many rows, in which some copied if they did
-        there, and with as much of a wait for the host. Of others where none such was seen; 0 if
-        none at all.
+        Of rounds like the last drafting one, in rows, copies and the wait for the host. Of others
+        where none such was seen; 0 if none at all.
         """
         if not self._plain:
             return 0.0
