@@ -153,6 +153,50 @@ def test_a_line_without_its_fields_is_damaged(folder: Path) -> None:
     assert "line 8 is damaged" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *(("rounds", field, value) for field in ("proposed", "wait") for value in ([], -1, "x")),
+        *(("requests", field, value) for field in ("seconds", "request") for value in ({}, True)),
+        ("rounds", "arm", []),
+        ("rounds", "emitted", 1e308),
+        ("rounds", "round", None),
+        ("requests", "seconds", None),
+        ("requests", "first_token", float("nan")),
+        ("requests", "stats", {"rounds": 10**30}),
+        ("requests", "token_ids", [1.5]),
+        ("requests", "arm", None),
+    ],
+)
+def test_a_value_of_another_kind_is_damaged(folder: Path, name: str, field: str, value) -> None:
+    def plant(rows: list[dict[str, Any]]) -> None:
+        old = rows[7][field]
+        rows[7][field] = old | value if field == "stats" else value
+
+    change(folder / f"{name}.jsonl", plant)
+    assert "line 8 is damaged" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("arms", True),
+        ("arms", [1]),
+        ("seeds", ["x"]),
+        ("rows", "x"),
+        ("arm_options", {"plain": [None]}),
+        ("drafters", {"d": 5}),
+        ("failed", [1]),
+        ("suite", {"parts": 1.5}),
+        ("target", {"sha256": 7}),
+    ],
+)
+def test_an_entry_of_a_manifest_of_another_kind_is_an_error(folder: Path, name: str, value) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {name: value}))
+    assert "is not a readable run folder" in refusal(folder)
+
+
 def test_a_round_file_that_was_cut_is_found(folder: Path) -> None:
     change(folder / "rounds.jsonl", lambda rows: rows[:-3])
     assert "missing" in refusal(folder)

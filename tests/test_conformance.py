@@ -628,7 +628,8 @@ def small_drafter(which: str) -> Drafter:
 def written(small: Engine, which: str, kind_of: type[Decoder] = Decoder) -> float:
     """How well texts of three tokens, written by a decoder that learns, follow the target's law."""
     drafter, rows = small_drafter(which), 1200
-    target = Engine(twin(small.target), drafter).target
+    engine = Engine(twin(small.target), drafter)
+    target, drafter = engine.target, engine.drafter
     spec = DecoderSpec(
         rows=rows,
         slots=16,
@@ -925,6 +926,7 @@ def test_a_draft_model_with_another_tokenizer_drafts_common_tokens_only(target, 
     tokenizer = other_tokenizer(56)
     drafter = saved_model(tmp_path / "draft", 210, tokenizer)
     engine = Engine(twin(target), drafter)
+    drafter = engine.drafter
     theirs, ours = engine.tokenizer.get_vocab(), tokenizer.get_vocab()
     common = {i for t, i in theirs.items() if t in ours}
     assert len(common) == 200
@@ -967,7 +969,7 @@ def test_a_draft_model_with_a_differently_padded_vocabulary_drafts_common_tokens
         given = target
     engine = Engine(twin(given), drafter)
     assert assert_lossless_and_common(engine, set(range(260))) > 0
-    assert (drafter.draft_ids is None) == (rows == 300)
+    assert (engine.drafter.draft_ids is None) == (rows == 300)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -514,7 +514,8 @@ def test_sampled_texts_with_copies_follow_the_targets_law(
     )
     assert len(set(pairwise(prompt))) == FEW * FEW  # whatever comes next has stood there
     drafter = Ngram() if which == "ngram" else small_drafter(which)
-    target = Engine(twin(small.target), drafter).target
+    engine = Engine(twin(small.target), drafter)
+    target, drafter = engine.target, engine.drafter
     spec = DecoderSpec(
         rows=rows,
         slots=40,

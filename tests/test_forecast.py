@@ -86,7 +86,7 @@ def test_a_drafters_memory_is_as_forecast(toy_target_dir: Path, which: str):
     drafter = Ngram() if which == "ngram" else make_kind(which)
     before = drafter_weight_bytes(drafter, torch.float32)
     engine = load(str(toy_target_dir), drafter, device="cpu", dtype="float32")
-    parts = memory(engine, 1, 100)
+    drafter, parts = engine.drafter, memory(engine, 1, 100)
     assert near(
         drafter_cache_bytes(drafter, 1, 999, DraftConfig()), parts["drafter_cache_per_1000_tokens"]
     )

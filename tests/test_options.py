@@ -42,10 +42,15 @@ def test_a_name_that_never_was_an_option_is_refused_with_those_there_are() -> No
     [
         ({"learn": False}, "learn is False; allowed is a LearnConfig or None."),
         ({"learn": {"stride": 4}}, "learn is {'stride': 4}; allowed is a LearnConfig or None."),
-        ({"max_new_tokens": 8.0}, "max_new_tokens is 8.0; allowed is a whole number (int)."),
-        ({"max_new_tokens": True}, "max_new_tokens is True; allowed is a whole number (int)."),
+        ({"max_new_tokens": 8.0}, "max_new_tokens is 8.0; allowed is a whole number (int64)."),
+        ({"max_new_tokens": True}, "max_new_tokens is True; allowed is a whole number (int64)."),
+        (
+            {"top_k": 2**63},
+            "top_k is 9223372036854775808; allowed is a whole number (int64) or None.",
+        ),
+        ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": "0.5"}, "temperature is '0.5'; allowed is a number or None."),
-        ({"seed": "a"}, "seed is 'a'; allowed is a whole number (int) or None."),
+        ({"seed": "a"}, "seed is 'a'; allowed is a whole number (int64) or None."),
         ({"raw": 1}, "raw is 1; allowed is True or False."),
         ({"stop": "END"}, "stop is 'END'; allowed is a list of texts, none of them empty."),
         ({"stop": None}, "stop is None; allowed is a list of texts, none of them empty."),

@@ -206,8 +206,8 @@ def test_a_draft_model_is_written_without_the_targets_tables_and_without_its_pat
     tables = ["model.embed_tokens.weight", "lm_head.weight"]
     assert written["ttspec"]["rebuilt"] == tables
     assert not weights(where).keys() & set(tables)
-    drafter = load_drafter("d", where)
-    load((engine.target.model, engine.tokenizer), drafter)
+    given = (engine.target.model, engine.tokenizer)
+    drafter = load(given, load_drafter("d", where)).drafter
     assert torch.equal(drafter.weights[tables[0]], engine.target.embedding)
     assert torch.equal(drafter.weights[tables[1]], engine.target.head)
 
@@ -256,9 +256,8 @@ def test_init_with_a_drafter_of_another_kind_is_refused(
 def test_init_goes_on_with_a_draft_model_that_has_tables_of_its_own(
     runs, engine, answers, tmp_path
 ):
-    drafter = load_drafter("d", runs["pard"][0])
-    given = load((engine.target.model, engine.tokenizer), drafter)
-    export_drafter(drafter, given.target, "published", tmp_path / "whole", dtype="float32")
+    given = load((engine.target.model, engine.tokenizer), load_drafter("d", runs["pard"][0]))
+    export_drafter(given.drafter, given.target, "published", tmp_path / "whole", dtype="float32")
     options = {"init": str(tmp_path / "whole"), "epochs": 5}
     found = fit(
         engine.target, config(tmp_path / "out", "pard", **options), [answers], lambda _: None

@@ -229,11 +229,22 @@ def test_a_version_that_lost_a_file_is_set_aside(tmp_path: Path, lost: str) -> N
     assert now(store) == 1
 
 
-def test_a_damaged_choice_is_an_error_that_says_what_to_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["{", '{"to": 1e999, "after": 2}', "[" * 99_999])
+def test_a_damaged_choice_is_an_error_that_says_what_to_do(tmp_path: Path, text: str) -> None:
     store = filled(tmp_path, 2)
-    (tmp_path / REVERTED).write_text("{")
+    (tmp_path / REVERTED).write_text(text)
     with pytest.raises(CheckpointError, match=r"reverted.json is damaged.*\n.*Delete it"):
         store.current()
+
+
+def test_a_try_that_a_failing_disk_kept_is_in_no_later_ones_way(tmp_path: Path) -> None:
+    store = VersionStore(tmp_path)
+    left = tmp_path / f".partial-00000001-{os.getpid()}"
+    left.mkdir()
+    (left / WEIGHTS).write_bytes(b"half")
+    assert value_of(write(store, 3.0)) == 3.0
+    assert now(store) == 1
+    assert not left.exists()
 
 
 def test_a_file_in_the_folders_place_is_refused(tmp_path: Path) -> None:

@@ -48,18 +48,17 @@ class _Options:
 
 
 _hints = cache(get_type_hints)
-_KINDS = {int: "a whole number (int)", float: "a number", bool: "True or False", str: "a text"}
+_KINDS = {int: "a whole number (int64)", float: "a number", bool: "True or False", str: "a text"}
 
 
 def _is_of(value: object, kind: Any) -> bool:
     """Whether a value is of a kind; what collections hold is looked at where they are used."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind):
-        return True
+    if origin := get_origin(kind):
+        return origin is not Literal or value in get_args(kind)
     if isinstance(value, bool):  # which Python takes for an int
         return kind is bool
-    return isinstance(value, Real if kind is float else kind)
+    fits = not isinstance(value, int) or abs(value) < 1 << 63  # else no tensor holds it
+    return fits and isinstance(value, Real if kind is float else kind)
 
 
 def _named(kind: Any) -> str:
@@ -236,7 +235,7 @@ class LearnConfig(_Options):
         check("blocks", self.blocks >= 1, "1 or more")
         check("rank", self.rank >= 1, "1 or more")
         check("guard", 0 <= self.guard < math.inf, "0 (none) or more")
-        check("lr", self.lr is None or 0 < self.lr < math.inf, "above 0")
+        check("lr", self.lr is None or 0 < self.lr < 1e38, "above 0")
         check("beta1", self.beta1 is None or 0 <= self.beta1 < 1, "from 0 to below 1")
         check("beta2", 0 <= self.beta2 < 1, "from 0 to below 1")
         check("decay", self.decay >= 0, "0 (uniform) or more")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ttspec.bench.results import Turn
 from ttspec.errors import DataError, writing
@@ -23,8 +23,43 @@ NEW = ".new"
 STAGES = ("draft", "verify", "learn")
 ROUND_FIELDS = ("position", "proposed", "accepted", "emitted", "updates")
 CLOCK_FIELDS = ("began", "peak_memory")
+STATS = ("rounds", "prompt_tokens", "reverts", "seconds")
+COUNTS = ("request", "turn", "round", *ROUND_FIELDS, "length", "of", "peak_memory", *STATS[:3])
+TIMES = ("seconds", "first_token", "began", "wait", *STAGES)
+TEXTS = ("arm", "user", "text")
+OPTIONAL = ("length", "of", "peak_memory", "first_token", "began", "wait")
+"""Values that may be null."""
+MOST = 1 << 53
 UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What a row that is no round, or no turn, raises."""
+
+
+def check_values(row: Row) -> None:
+    """Every value that is counted with is a number, in a round's line or a turn's.
+
+    Raises:
+        ValueError: Names one that is not.
+        KeyError: It is of no turn.
+    """
+    turn_key(row)
+    values = [*row.items(), *(row.get("milliseconds") or {}).items()]
+    if "stats" in row:
+        values += [(name, row["stats"][name]) for name in STATS]
+    for name, value in values:
+        if value is None and name in OPTIONAL:
+            continue
+        if name in TEXTS:
+            right = isinstance(value, str)
+        elif name in COUNTS:
+            right = type(value) is int and 0 <= value < MOST
+        elif name in TIMES:
+            right = type(value) in (int, float) and 0 <= cast(float, value) < MOST
+        else:
+            continue
+        if not right:
+            raise ValueError(f"{name} is {value!r:.40}")
+    if type(row["seed"]) is not int or not all(type(t) is int for t in row.get("token_ids", ())):
+        raise ValueError("seed and token_ids are whole numbers")
 
 
 def key_of(row: Row) -> Key:
@@ -133,6 +168,7 @@ def read_lines(path: Path, check: Callable[[Row], Any]) -> list[Row]:
             continue
         try:
             row = json.loads(line)
+            check_values(row)
             check(row)
         except UNREADABLE as error:
             if number > len(whole):

@@ -92,7 +92,7 @@ def prepare_run(
             "parts": suite.parts,
             "sha256": suite.sha256,
         },
-        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
+        "drafters": {arm.drafter: _described(engines[arm.name]) for arm in arms if arm.drafter},
         **options,
         "rows": rows,
         "sampling": {k: v for k, v in asdict(sampling).items() if k != "seed"},
@@ -109,6 +109,11 @@ def prepare_run(
         session_tokens=session_tokens,
         drafters=drafters,
     )
+
+
+def _described(engine: Engine) -> dict[str, Any]:
+    assert engine.drafter is not None
+    return describe_drafter(engine.drafter)
 
 
 def plan(
@@ -149,12 +154,8 @@ def engines_for(
     engine: Engine,
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter] | None = None,
-    *,
-    one_each: bool = False,
 ) -> dict[str, Engine]:
     """The engine of each arm: the one given, or another drafter on the same target.
-
-    With `one_each` every arm has an engine for itself, also where drafters are the same.
 
     Raises:
         OptionError: An arm needs a drafter, or a learning one, and there is none.
@@ -166,7 +167,7 @@ def engines_for(
         if name not in made:
             other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
             made[name] = engine.with_drafter(other)
-        engines[arm.name] = made[name].sibling() if one_each else made[name]
+        engines[arm.name] = made[name]
         drafter = engines[arm.name].drafter
         if arm.drafts and drafter is None:
             raise OptionError(

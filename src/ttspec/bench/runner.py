@@ -70,7 +70,7 @@ def measure_all(
     rows = max(map(len, batches), default=1)
     # Each arm keeps the caches and graphs of its last requests for its next ones, if they fit.
     if rows == 1 or fits_into_memory(engines, arms, requests, rows, **run.options):
-        engines = engines_for(engine, arms, run.drafters, one_each=True)
+        engines = {name: own.sibling() for name, own in engines.items()}
     total = sum(map(len, batches))
     left = [[job for job in batch if job.key not in store.done] for batch in batches]
     progress = Progress(units=total, left=[batch for batch in left if batch])

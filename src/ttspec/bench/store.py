@@ -42,7 +42,7 @@ SETTINGS = (
     *("dtype", "device", "threads", "replay"),
 )
 """What one run has one value of, besides models, suite and the meaning of its arms."""
-OBJECTS = ("target", "drafter", "drafters", "suite", "sampling", "arm_options", "replay")
+OBJECTS = ("target", "drafter", "drafters", "suite", "sampling", "arm_options", "replay", "failed")
 """Entries of a manifest that are objects, where they are there."""
 
 
@@ -225,6 +225,21 @@ def check_manifest(manifest: Any) -> None:
     for name in OBJECTS:
         if not isinstance(manifest.get(name) or {}, dict):
             raise ValueError(f"{MANIFEST} has {manifest[name]!r:.40} as {name}, no object")
+    suite, named = manifest.get("suite") or {}, manifest.get("drafters") or {}
+    options = {**(manifest.get("arm_options") or {}), **named, "parts": suite.get("parts")}
+    for name, part in options.items():
+        if not isinstance(part or {}, dict):
+            raise ValueError(f"{MANIFEST} has {part!r:.40} for {name}, no object")
+    for model in (manifest.get("target"), manifest.get("drafter"), *named.values()):
+        if not isinstance((model or {}).get("sha256") or "", str):
+            raise ValueError(f"{MANIFEST} has a model whose sha256 is no text")
+    for name, kind in (("arms", str), ("seeds", int), ("continued", dict), ("notes", str)):
+        found = manifest.get(name) or []
+        if not isinstance(found, list) or not all(isinstance(one, kind) for one in found):
+            raise ValueError(f"{MANIFEST} has {found!r:.40} as {name}, no such list")
+    for name in ("rows", "max_new_tokens", "session_tokens"):
+        if (value := manifest.get(name)) is not None and type(value) is not int:
+            raise ValueError(f"{MANIFEST} has {value!r:.40} as {name}, no whole number")
 
 
 def without_unfinished(

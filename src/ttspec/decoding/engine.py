@@ -57,19 +57,19 @@ class Engine:
     """
 
     def __init__(self, target: Target, drafter: Drafter | None) -> None:
-        """Bind the drafter to the target.
+        """Bind a copy of the drafter to a copy of the target; their weights are shared.
 
         Raises:
             CheckpointError: The drafter was made for another target.
             OptionError: It is no drafter.
         """
         require_drafter(drafter)
-        self.target, self.drafter = target, drafter
-        self.tokenizer = target.tokenizer
+        target, drafter = copy.copy(target), copy.copy(drafter)  # each may be another engine's, too
         if drafter is not None:
             layers = int(target.config.num_hidden_layers)
             drafter.bind(target.embedding, target.head, layers, target.tokenizer)
             target.taps = drafter.taps
+        self.target, self.drafter, self.tokenizer = target, drafter, target.tokenizer
         self.make_decoder: Callable[..., Decoder] = Decoder
         self.compile = False
         """Whether rounds are compiled on a GPU; see `loading.load`."""
@@ -92,7 +92,7 @@ class Engine:
 
     def with_drafter(self, drafter: Drafter) -> Engine:
         """An engine of the same target with another drafter."""
-        other = Engine(copy.copy(self.target), drafter)  # a target returns one drafter's features
+        other = Engine(self.target, drafter)
         other.make_decoder, other.compile = self.make_decoder, self.compile
         other.notify = self.notify
         return other

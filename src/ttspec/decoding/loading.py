@@ -35,12 +35,14 @@ def load(
     """Load a target and a drafter.
 
     Args:
-        target: Built-in name, local folder, .gguf file, hub id, or a loaded (model, tokenizer).
+        target: Built-in name, local folder, .gguf file, hub id, or a loaded (model, tokenizer) of
+            transformers, which is left in evaluation mode and asks for no gradients.
         drafter: Built-in name, local folder, hub id or a drafter; "ngram" copies from the text;
             "mtp" is the target's own head; "auto" is the bundled one for the target, else its own
             head, if there is one; "none" or None is plain decoding.
         device: "auto", "cpu" or "cuda".
-        dtype: "auto", "float32", "bfloat16" or "float16".
+        dtype: "auto", "float32", "bfloat16" or "float16". A loaded target stays where it is, and as
+            it is: what is given is compared.
         compile: On a GPU, let torch compile a round's models when they are first run: a minute or
             two, most of it once (a cache on disk), for a third less time a round.
         device_map: "auto" spreads a target that fits no single GPU over all; or a device for each
@@ -56,25 +58,30 @@ def load(
         case str() | (PreTrainedModel(), PreTrainedTokenizerBase()):
             pass
         case _:
+            given = type(target).__name__
+            if isinstance(target, tuple):
+                given += f" of {', '.join(type(part).__name__ for part in target)}"
             raise OptionError(
-                f"target is a {type(target).__name__}; allowed are a name, a folder, a hub id and "
-                "a loaded (model, tokenizer)."
+                f"target is a {given}; allowed are a name, a folder, a hub id and a loaded (model, "
+                "tokenizer) of transformers.\nOf a model in a wrapper give what is inside, as "
+                "peft_model.base_model.model."
             )
     if not isinstance(drafter, str):
         require_drafter(drafter)
     place = device_of(device)
+    kind = dtype_of(dtype, place)
     files = find_target(target, notify) if isinstance(target, str) else None
-    loaded = None if isinstance(target, str) else wrap_target(*target)
+    loaded = None
+    if not isinstance(target, str):
+        loaded, place = wrap_target(*target), target[0].device
+        _require_as_loaded(loaded, device, dtype, device_map)
     if drafter == "auto":
         named = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
         drafter = named or _native_if_any(files, notify)
     if isinstance(drafter, str):
         drafter = find_drafter(drafter, notify, files)
     if files is not None:
-        kind = dtype_of(dtype, place)
         loaded = _read(files, drafter, place, kind, device_map, notify)
-    elif device_map is not None:
-        raise OptionError("device_map is given, and the target is loaded already.\nLeave it out.")
     assert loaded is not None
     engine = Engine(loaded, drafter)
     engine.compile, engine.notify = compile, notify
@@ -93,6 +100,21 @@ def load(
     if compile and place.type != "cuda" and notify:
         notify("compile is for a GPU; on a CPU nothing is compiled.")
     return engine
+
+
+def _require_as_loaded(
+    target: Target, device: str, dtype: str, device_map: DeviceMap | None
+) -> None:
+    """Refuse options that would have a loaded target be another."""
+    found = {"device": target.device.type, "dtype": str(target.dtype).removeprefix("torch.")}
+    for name, given in (("device", device), ("dtype", dtype)):
+        if given not in ("auto", found[name]):
+            raise OptionError(
+                f"{name} is {given}, and the target is loaded already, with {found[name]}.\n"
+                "Load it so, or leave the option out."
+            )
+    if device_map is not None:
+        raise OptionError("device_map is given, and the target is loaded already.\nLeave it out.")
 
 
 def _read(

@@ -127,13 +127,13 @@ class Causal(FunctionalDrafter):
         self.embedding = embedding
         tables = {"model.embed_tokens.weight": embedding, "lm_head.weight": head}
         text = self.model_config.get_text_config()
-        for name in self.rebuilt:  # bit copies of the target's
+        if self.rebuilt:
             self._require("hidden size", text.hidden_size, embedding.shape[1])
-            self.weights[name] = tables[name]
+        weights = self.weights | {n: tables[n] for n in self.rebuilt}  # bit copies of the target's
         if self.model_config.tie_word_embeddings:
-            self.weights.pop("lm_head.weight", None)
-        self.weights = placed(self.weights, embedding)
-        torch.nn.Module.to(self.module, embedding.device)
+            weights.pop("lm_head.weight", None)
+        self.weights = placed(weights, embedding)
+        self._place_module(embedding.device)
         ours, theirs, own = int(text.vocab_size), embedding.shape[0], tokenizer_of(self.path)
         if own is None:
             self._require("vocabulary", ours, theirs)
@@ -142,7 +142,8 @@ class Causal(FunctionalDrafter):
         else:
             shared = common(theirs, ours, tokenizer, own)
             share = f"{shared.share:.0%} of the target's tokens"
-            self.interpretation["vocabulary"] = f"{share} are its own too"
+            said = {"vocabulary": f"{share} are its own too"}
+            self.interpretation = self.interpretation | said
             if shared.share < LEAST_SHARED:
                 raise CheckpointError(
                     f"Drafter {self.name} knows only {share}.\n"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from threading import Lock
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -32,6 +33,8 @@ from ttspec.rowcache import LayerCache
 Module = TypeVar("Module", bound=torch.nn.Module)
 Masks = dict[int | None, Tensor]
 """What each token sees, by the window of a layer: bool [B, 1, N, S], or spans [B, 1, N, 2]."""
+_CALLING = Lock()
+"""Threads take turns: `functional_call` puts the weights into the module for as long as it runs."""
 
 
 class Projection(torch.nn.Linear):
@@ -62,13 +65,21 @@ def functional_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def as_function(model: Module) -> Module:
-    """The same, whose matrices may have low-rank changes."""
+    """The same without parameters of its own; its matrices may have low-rank changes."""
     for module in list(model.modules()):
         if type(module) is torch.nn.Linear:
             module.__class__ = Projection
             for part in ("down", "up"):  # none; `functional_call` puts rows' own here
                 module.register_buffer(part, torch.empty(0, 0, 0), persistent=False)
+    for parameter in model.parameters():  # its name and dimensions are asked, no more
+        parameter.data = parameter.data.new_empty([0] * parameter.dim())
     return model.eval().requires_grad_(False)
+
+
+def call_with(module: torch.nn.Module, weights: Weights, *args: Any, **given: Any) -> Any:
+    """What a module says with these weights in place of its own, in any thread."""
+    with _CALLING:
+        return functional_call(module, dict(weights), args, given)
 
 
 @dataclass(slots=True)
@@ -107,6 +118,12 @@ class FunctionalDrafter(Drafter):
     def function(self) -> ModelFunction:
         """The model as a function of its weights."""
         return ModelFunction(self.module)
+
+    def _place_module(self, device: torch.device) -> None:
+        """Make the module anew: one that a copy of this drafter calls stays where it is."""
+        for name in ("module", "function"):
+            vars(self).pop(name, None)
+        self.module.to(device)
 
     def _read_rope(self) -> None:
         """Say what the rotary base is; the model rotates by itself."""
@@ -286,7 +303,7 @@ class ModelFunction:
             "output_hidden_states": True,
             "logits_to_keep": 1,
         }
-        out = functional_call(self.model, dict(weights), (), given)
+        out = call_with(self.model, weights, **given)
         return out.hidden_states[-1]  # after the final norm
 
     def rope_buffers(self, rope: Rope) -> dict[str, Tensor]:
@@ -308,4 +325,4 @@ class ModelFunction:
             "use_cache": True,
             "logits_to_keep": fed.keep,
         }
-        return functional_call(self.model, dict(named), (), given).logits
+        return call_with(self.model, named, **given).logits

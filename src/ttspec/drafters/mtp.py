@@ -116,7 +116,7 @@ class Mtp(FunctionalDrafter):
     ) -> None:
         self.embedding, self.head = embedding, head
         self.weights = placed(stacked(self.weights), embedding)
-        self.module.to(embedding.device)
+        self._place_module(embedding.device)
 
     def start(self, rows: int, slots: int, options: DraftConfig) -> FunctionalState:
         """An empty context for `rows` rows, with the anchor weights."""

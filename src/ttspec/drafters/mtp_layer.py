@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import AutoModel, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
-from ttspec.drafters.functional import ModelFunction, Reading
+from ttspec.drafters.functional import ModelFunction, Reading, call_with
 from ttspec.drafters.layers import Weights
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
@@ -156,4 +155,4 @@ class HeadFunction(ModelFunction):
     def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
         tokens = fed.inputs["embedded"], fed.inputs["hidden"]
         given = *tokens, fed.position.clamp(min=0), fed.masks.get(None), cache
-        return functional_call(self.model, dict(named), given)
+        return call_with(self.model, named, *given)

@@ -219,7 +219,7 @@ class VersionStore:
         path = self.folder / f"{number:08}"
         partial = self.folder / f"{PARTIAL}{number:08}-{os.getpid()}"
         try:
-            partial.mkdir()
+            partial.mkdir(exist_ok=True)  # a disk that failed may have kept an earlier try's
             save_file(dict(tensors), partial / WEIGHTS, metadata=dict(metadata))
             _force(partial / WEIGHTS)
             manifest: dict[str, Any] = {
@@ -320,7 +320,7 @@ def _reverted(folder: Path) -> tuple[int, int]:
         return int(reverted["to"]), int(reverted["after"])
     except FileNotFoundError:
         return ANCHOR, ANCHOR
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / REVERTED} is damaged: {error}.\n"
             "Delete it to draft with the newest version, or write it again: ttspec learned revert."

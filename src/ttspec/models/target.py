@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.compiled import is_compiling
@@ -341,7 +341,7 @@ def wrap_target(
             'Load the model with attn_implementation="sdpa".'
         )
     model.eval().requires_grad_(False)
-    generation = model.generation_config
+    generation = model.generation_config or GenerationConfig()
     refuse_generation(generation)
     defaults = sampling_defaults(generation, int(config.vocab_size))
     ends = generation.eos_token_id if generation.eos_token_id is not None else config.eos_token_id

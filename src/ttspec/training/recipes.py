@@ -20,7 +20,7 @@ from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.eagle3 import default_taps as eagle3_taps
 from ttspec.drafters.mtp import Mtp
-from ttspec.drafters.mtp_layer import one_layer, sizes_of
+from ttspec.drafters.mtp_layer import MtpLayer, one_layer, sizes_of
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
@@ -125,7 +125,7 @@ class MtpRecipe(ChainRecipe[Mtp]):
         config["ttspec"] = {"length": self.config.block - 1}
         drafter = make_drafter("mtp", config)
         assert isinstance(drafter, Mtp)
-        own = dict(drafter.module.named_parameters())  # norms are neutral from the start
+        own = dict(MtpLayer(drafter.model_config).named_parameters())  # norms begin neutral
         drafter.weights = {n: w for n, w in own.items() if w.dim() == 1 and "norm" in n}
         drafter.weights = {n: w.detach().float().clone() for n, w in drafter.weights.items()}
         model: Any = self.target.model.get_decoder()

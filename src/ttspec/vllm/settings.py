@@ -47,9 +47,12 @@ class Settings:
             if name not in known:
                 raise OptionError(f"ttspec.{name} is no setting; settings are {', '.join(known)}.")
         chosen = dict(given)
-        learn = chosen.get("learn") or {}
+        learn = {} if chosen.get("learn") is None else chosen["learn"]
         if not isinstance(learn, Mapping):
-            raise OptionError(f"ttspec.learn is {learn!r}; allowed is a table of LearnConfig.")
+            raise OptionError(
+                f"ttspec.learn is {learn!r}; allowed is a table of LearnConfig.\n"
+                "A server that shall not learn is one without ttspec in additional-config."
+            )
         chosen["learn"] = LearnConfig(**{"scope": "shared", **learn})
         for name, must_be, why in FOR_ALL:
             if (value := getattr(chosen["learn"], name)) != must_be:
@@ -57,9 +60,9 @@ class Settings:
         settings = cls(**chosen)
         for name, least in (("rows", 1), ("tokens", 64)):
             value = getattr(settings, name)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise OptionError(f"ttspec.{name} is {value!r}; allowed is {least} or more.")
-        if not isinstance(settings.share, int | float) or not 0 < settings.share <= 1:
+        if type(settings.share) not in (int, float) or not 0 < settings.share <= 1:
             raise OptionError(f"ttspec.share is {settings.share!r}; allowed is above 0, at most 1.")
         return settings
 
