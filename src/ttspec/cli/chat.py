@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlag, ModelFlags, SessionLearnFlags
+from ttspec.cli.options import (
+    TEXT,
+    DraftFlags,
+    GenerateFlags,
+    LearnFlag,
+    ModelFlags,
+    SessionLearnFlags,
+)
 from ttspec.cli.saving import SaveFlags
 from ttspec.cli.terminal import (
     follow,
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 HELP = "Ctrl-C stops an answer, Ctrl-D or /quit leaves; /stats shows figures, /reset starts afresh."
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=TEXT)
 @dataclass(frozen=True, kw_only=True)
 class ChatFlags(GenerateFlags):
     """Sampling options, with room for longer answers."""

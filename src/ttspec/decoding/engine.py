@@ -341,7 +341,8 @@ class Engine:
         if longest_prompt >= context:
             raise OptionError(
                 f"The prompt has {longest_prompt} tokens; the context has room for {context}, the "
-                "answer included.\nShorten the prompt."
+                "answer included.\n"
+                + ("Shorten it." if context == self.target.context else "Give a larger context.")
             )
         need = longest_prompt + config.max_new_tokens
         if sessions:
