@@ -156,7 +156,7 @@ class DraftConfig(_Options):
     """Tokens drafted a round; 0 is plain decoding; None is the drafter's own length."""
     context: Literal["auto", "whole"] = "auto"
     """What a drafter sees of a long text: all of it (whole), or what measured best for its kind
-    (auto): the last 512 tokens, and all for a plain draft model. `window` and `rebase` set it."""
+    (auto): the last 512 tokens; all for draft models and MTP. `window` and `rebase` set it."""
     window: int | None = None
     """The drafter sees only this many last context tokens; None is what its checkpoint says."""
     rebase: int | None = None
