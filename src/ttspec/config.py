@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
@@ -38,12 +39,13 @@ class _Options:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         hints = _hints(cls)
         for name, value in options.items():
-            full_name = f"{cls.group}.{name}" if cls.group else name
+            full = f"{cls.group}.{name}" if cls.group else name
             if name not in known:
-                raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
+                meant = "".join(f"\nIs {n} meant?" for n in get_close_matches(name, known, n=1))
+                raise OptionError(f"{full} is no option; options are {', '.join(known)}.{meant}")
             kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
             fits = any(_is_of(value, kind) for kind in kinds)
-            _require(fits, full_name, value, " or ".join(map(_named, kinds)))
+            _require(fits, full, value, " or ".join(map(_named, kinds)))
         return object.__new__(cls)
 
 
@@ -326,10 +328,9 @@ class GenerateConfig(_Options):
     tenant: str | None = None
     """Whose requests these are: in scope shared, they teach weights that no other tenant has."""
     deterministic: bool = False
-    """Let neither a clock nor the width of a verification decide anything: a run repeats bit for
-    bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. Drafting is not
-    adaptive, updates are published at strides, and every round reads 16 tokens (or a multiple of
-    it, where more are drafted)."""
+    """A run repeats bit for bit, and with a drafter writes what plain decoding writes, in bfloat16
+    too: no clock decides anything, updates are published at strides, and every round drafts, and
+    reads 16 tokens (or a multiple, where more are drafted)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

@@ -79,8 +79,8 @@ def check(
     seed
         Seed of all arms.
     deterministic
-        Let neither a clock nor the width of a verification decide anything: then nothing may differ
-        in bfloat16 either, and the check repeats bit for bit.
+        Let no clock decide anything, and every round read 16 tokens: then nothing may differ in
+        bfloat16 either, and the check repeats bit for bit.
     as_json
         Print one JSON object.
     """
