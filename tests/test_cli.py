@@ -445,7 +445,7 @@ def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> 
     assert talk(pair, "hello\n/reset\nhello\n/stats\n", monkeypatch, "--seed", "1") == 0
     out, err = capsys.readouterr()
     assert out == once * 2
-    assert "session: 1 turns" in err
+    assert "session: 1 turn " in err
 
 
 @pytest.mark.parametrize(
