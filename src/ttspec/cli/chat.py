@@ -183,7 +183,8 @@ class Conversation:
         return (
             f"last turn: {summary(stats[-1])}\n"
             f"session: {len(stats)} turn{'s' * (len(stats) > 1)} · {tokens} tokens · "
-            f"{tokens / max(seconds, 1e-9):.1f} tokens/s · acceptance length {acceptance_length(rounds):.2f} · "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
+            f"acceptance length {acceptance_length(rounds):.2f} · "
             f"{sum(s.updates for s in stats)} updates · "
             f"{learning / max(seconds, 1e-9):.0%} of the time learning · "
             f"{sum(s.reread_tokens for s in stats)} tokens read again"
