@@ -134,6 +134,24 @@ def test_a_number_that_is_not_whole_is_told_with_the_flag_and_what_is_allowed(ca
     first, second = complaint(capsys)
     assert first.endswith("--rows: '1.5' was given; allowed is a whole number.")
     assert second == "Try: ttspec bench run --help"
+    assert main(["generate", "hi", "--temperature", "hot"]) == 2
+    assert complaint(capsys)[0].endswith("--temperature: 'hot' was given; allowed is a number.")
+    assert main(["generate", "hi", "--logit-bias.a=5"]) == 2
+    assert "names 'a', which is no number of a token." in complaint(capsys)[0]
+
+
+def test_help_says_for_each_command_who_learns_by_default(capsys) -> None:
+    """Where a server or `adapt` would be said to learn from each request, it is not so."""
+    default = {"generate": "[default: request]", "chat": "[default: session]"}
+    default |= {"serve": "left out, it is shared", "adapt": None}
+    for command, wanted in default.items():
+        assert main([command, "--help"]) == 0
+        shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+        _, found, scope = shown.partition("--learn.scope")
+        assert bool(found) == bool(wanted)
+        about = scope.partition("--learn.guard")[0].lower()
+        assert (wanted or "") in about
+        assert wanted == default["generate"] or "default: request" not in about
 
 
 # Wrong inputs
@@ -427,7 +445,7 @@ def test_reset_begins_the_same_conversation_again(pair, capsys, monkeypatch) -> 
     assert talk(pair, "hello\n/reset\nhello\n/stats\n", monkeypatch, "--seed", "1") == 0
     out, err = capsys.readouterr()
     assert out == once * 2
-    assert "session: 1 turns" in err
+    assert "session: 1 turn " in err
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_a_value_of_another_kind_is_refused_by_name(options: dict[str, Any], all
     assert str(caught.value).startswith(allowed)
 
 
+def test_an_option_as_others_call_it_is_answered_with_its_name_here() -> None:
+    with pytest.raises(OptionError, match=r"\nIs max_new_tokens meant\?$"):
+        GenerateConfig(max_tokens=8)  # type: ignore[call-arg]
+    with pytest.raises(OptionError, match=r"deterministic\.$"):
+        GenerateConfig(echo=True)  # type: ignore[call-arg]
+
+
 def test_numbers_of_numpy_and_lists_of_stop_texts_are_taken() -> None:
     config = GenerateConfig(temperature=np.float32(0.5), stop=["a", "b"])  # type: ignore[arg-type]
     assert config.sampling({}).temperature == 0.5

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import ttspec
 from ttspec.config import LearnConfig
+from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError, TargetError
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "ignore_eos": True, "temperature": 0.9, "seed": 5}
@@ -180,3 +181,9 @@ def test_a_text_is_no_dialogue(engine, dialogues: Any) -> None:
 def test_tokens_are_whole_numbers_of_python(engine, tokens: Any) -> None:
     with pytest.raises(DataError, match="A prompt has the token"):
         engine.generate(tokens)
+
+
+def test_an_engine_says_what_it_is(engine) -> None:
+    assert repr(engine).startswith(f"Engine(target {engine.target.name}, drafter ")
+    assert repr(engine).endswith("float32 on cpu)")
+    assert "drafter none," in repr(Engine(engine.target, None))

@@ -1,5 +1,6 @@
 """The pages that strangers read: their commands run, and what they name exists."""
 
+import ast
 import contextlib
 import io
 import json
@@ -114,6 +115,45 @@ def test_the_map_of_the_rooms_names_files_that_exist() -> None:
     assert len(named) > 30
     there = {path.name for path in (ROOT / "src").rglob("*.py")}
     assert [name for name in named if name not in there] == []
+
+
+def members_of_classes() -> dict[str, set[str]]:
+    """Of each class in `src` all that it, or a class that it comes from, defines or sets."""
+    own: dict[str, set[str]] = {}
+    bases: dict[str, list[str]] = {}
+    for path in (ROOT / "src").rglob("*.py"):
+        for kind in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(kind, ast.ClassDef):
+                parts = list(ast.walk(kind))
+                bases[kind.name] = [ast.unparse(base).split(".")[-1] for base in kind.bases]
+                own[kind.name] = {part.name for part in parts if isinstance(part, ast.FunctionDef)}
+                own[kind.name] |= {part.attr for part in parts if isinstance(part, ast.Attribute)}
+                own[kind.name] |= {part.id for part in parts if isinstance(part, ast.Name)}
+    return {
+        name: names.union(*(own.get(base, set()) for base in bases[name]))
+        for name, names in own.items()
+    }
+
+
+@pytest.mark.parametrize("page", ["docs/how-it-works.md", "docs/reading.md"])
+def test_what_the_tours_of_the_code_name_is_there(page: str) -> None:
+    """Files below `src/ttspec`, members of classes, and every other name between backticks."""
+    text = re.sub(r"^```.*?^```$", "", text_of(page), flags=re.M | re.S)
+    tour, _, table = text.partition("| there | here |")  # what vLLM calls it, and what we do
+    tour += "\n".join(line.split(" | ", 1)[1] for line in table.splitlines() if " | `" in line)
+    names = set(re.findall(r"`([^`\n]+)`", tour)) - {"lint-imports", "logits_processor"}
+    assert len(names) > 20
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "src").rglob("*.py")]
+    words, members = set(re.findall(r"\w+", "\n".join(sources))), members_of_classes()
+
+    def is_there(name: str) -> bool:
+        if re.fullmatch(r"[\w/]+\.py", name):
+            return (ROOT / name).is_file() or any((ROOT / "src/ttspec").rglob(name))
+        if found := re.fullmatch(r"([A-Z]\w+)\.(\w+)(\(.*\))?", name):
+            return found[2] in members.get(found[1], ())
+        return "/" in name or all(word in words for word in re.findall(r"[A-Za-z_]\w+", name))
+
+    assert sorted(name for name in names if not is_there(name)) == []
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +351,7 @@ def test_speed_in_the_readme_is_that_of_the_committed_runs(where: str, file: str
 
 def test_speed_in_the_results_is_that_of_the_committed_runs() -> None:
     arms = {"low-rank changes": "[weights=lora]", "window 512, 16 blocks": "[window=512,blocks=16]"}
-    found = {k: v for k, v in rows("docs/results.md").items() if v[-1].startswith("`speed")}
+    found = {k: v for k, v in rows("docs/older-results.md").items() if v[-1].startswith("`speed")}
     assert len(found) == 8
     for where, (plain, static, learning, *ratios, file) in found.items():
         count, _, which = where.split(", ", 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from functools import cache
 from numbers import Real
 from types import NoneType, UnionType
@@ -38,12 +39,13 @@ class _Options:
         known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         hints = _hints(cls)
         for name, value in options.items():
-            full_name = f"{cls.group}.{name}" if cls.group else name
+            full = f"{cls.group}.{name}" if cls.group else name
             if name not in known:
-                raise OptionError(f"{full_name} is no option; options are {', '.join(known)}.")
+                meant = "".join(f"\nIs {n} meant?" for n in get_close_matches(name, known, n=1))
+                raise OptionError(f"{full} is no option; options are {', '.join(known)}.{meant}")
             kinds = get_args(hints[name]) if isinstance(hints[name], UnionType) else (hints[name],)
             fits = any(_is_of(value, kind) for kind in kinds)
-            _require(fits, full_name, value, " or ".join(map(_named, kinds)))
+            _require(fits, full, value, " or ".join(map(_named, kinds)))
         return object.__new__(cls)
 
 
@@ -155,7 +157,7 @@ class DraftConfig(_Options):
     """Tokens drafted a round; 0 is plain decoding; None is the drafter's own length."""
     context: Literal["auto", "whole"] = "auto"
     """What a drafter sees of a long text: all of it (whole), or what measured best for its kind
-    (auto): the last 512 tokens, and all for a plain draft model. `window` and `rebase` set it."""
+    (auto): the last 512 tokens; all for draft models and MTP. `window` and `rebase` set it."""
     window: int | None = None
     """The drafter sees only this many last context tokens; None is what its checkpoint says."""
     rebase: int | None = None
@@ -191,7 +193,7 @@ class LearnConfig(_Options):
     context (lora), which take a fiftieth of the memory and let many rows learn side by side; auto
     is full as long as all copies of the weights stay small."""
     rank: int = 8
-    """Of low-rank changes."""
+    """Rank of low-rank changes."""
     lr: float | None = None
     """Adam's learning rate; None is what measured best for the kind of drafter and of weights."""
     beta1: float | None = None
@@ -199,7 +201,7 @@ class LearnConfig(_Options):
     beta2: float = 0.99
     """Adam's decay of the second moment."""
     supervision: Literal["block", "accepted", "hindsight"] = "hindsight"
-    """Which rows of a block teach: all (block), up to the first rejection (accepted), or all,
+    """Which positions of a block teach: all (block), up to the first rejection (accepted), or all,
     some rounds later, against what was really committed (hindsight)."""
     blocks: int = 8
     """Blocks replayed at an update, the newest: 1 is the latest round only, `stride` is each once,
@@ -207,21 +209,20 @@ class LearnConfig(_Options):
     loss: Literal["kl", "tv"] = "kl"
     """What brings the drafter nearer: KL(p || q), or total variation (tv)."""
     decay: float = 0.0
-    """Row j of a block weighs exp(-(j - 1) / decay); 0 weighs all rows alike."""
+    """Position j of a block weighs exp(-(j - 1) / decay); 0 weighs all alike."""
     parameters: Literal["full", "last"] = "full"
-    """Which weights learn: all, or what lies behind the last attention (last), so that no key or
-    value of the context comes from older weights, and an update reads few layers on its way back.
-    """
+    """Which weights learn: all (full), or what lies behind the last attention (last): no key or
+    value of the context depends on those, and an update goes back through few layers."""
     scope: Scope = "request"
     """Who learns, and how long it lasts: each request, each session, or one drafter for all that an
     engine answers (shared), whose speed, never whose text, then depends on what others wrote."""
     guard: int = 8
-    """Every so many updates live and anchor weights are compared on rows that taught neither; live
-    ones that are worse are put back, and rest. In scope shared it is twice as often, and the anchor
-    drafts while it is better. 0 never compares."""
+    """Every so many updates live and anchor weights are compared on blocks that taught neither;
+    live ones that are worse are put back, and rest. In scope shared it is twice as often, and the
+    anchor drafts while it is better. 0 never compares."""
     keep: str | None = None
     """In scope shared, a folder of versions that held-out blocks find no worse: learning goes on
-    from the newest; None forgets with the process."""
+    from the newest; None is none: what was learned ends with the process."""
     publish: Literal["now", "ready", "stride"] = "ready"
     """Which round first drafts with what an update made: the next after it is over (ready; a GPU
     updates beside the rounds), the next stride's first, so that runs repeat (stride), or the next
@@ -302,18 +303,18 @@ class GenerateConfig(_Options):
     begin_suppress_tokens: tuple[int, ...] | None = None
     """Tokens that no answer begins with."""
     seed: int | None = None
-    """None draws one; it is reported in the statistics."""
+    """None is a random one, which the statistics tell."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer; they are not part of it."""
     ignore_eos: bool = False
     """Go on past end tokens."""
     system: str | None = None
-    """System message for the chat template; None leaves it to the template."""
+    """System message for the chat template; None is the template's own."""
     raw: bool = False
     """Feed the prompt as it is, without the chat template."""
     thinking: bool | None = None
     """Whether the chat template lets the target think first, where it has such a switch; None
-    leaves it to the template."""
+    is what the template does by itself."""
     context: int | None = None
     """Tokens a conversation may have in all, at most the target's context; None is what one
     request needs, and 8192 for a session."""
@@ -326,10 +327,9 @@ class GenerateConfig(_Options):
     tenant: str | None = None
     """Whose requests these are: in scope shared, they teach weights that no other tenant has."""
     deterministic: bool = False
-    """Let neither a clock nor the width of a verification decide anything: a run repeats bit for
-    bit, and one with a drafter writes what plain decoding writes, in bfloat16 too. Drafting is not
-    adaptive, updates are published at strides, and every round reads 16 tokens (or a multiple of
-    it, where more are drafted)."""
+    """A run repeats bit for bit, and with a drafter writes what plain decoding writes, in bfloat16
+    too: no clock decides anything, updates are published at strides, and every round drafts, and
+    reads 16 tokens (or a multiple, where more are drafted)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

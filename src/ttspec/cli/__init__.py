@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError, convert
 
@@ -42,7 +42,7 @@ COMMANDS = {
     "doctor": "Say what is loaded, from where, what it needs, and whether the drafter fits.",
     "bench": "Measure arms on a suite of requests, report, compare.",
     "train": "Build a drafter for a target.",
-    "adapt": "Let a drafter learn offline from recorded traffic.",
+    "adapt": "Let a drafter learn offline from recorded traffic; --learn.keep gets the result.",
     "learned": "List, show, export and revert what --learn.keep has written.",
     "export": "Write a drafter for vLLM and other tools.",
     "vllm": "Learn inside vLLM: check what fits.",
@@ -59,18 +59,21 @@ def _version() -> str:
 
 def _convert(kind: Any, tokens: Any) -> Any:
     """What cyclopts makes of an option's text; alone it would round 1.5 to a whole number."""
-    for token in tokens if _is_whole(kind) else ():
+    number, name = (int, "a whole number") if _is_of(int, kind) else (float, "a number")
+    for token in tokens if _is_of(number, kind) else ():
         try:
-            int(token.value)
+            number(token.value)
         except ValueError:
-            message = f"{token.value!r} was given; allowed is a whole number."
+            message = f"{token.value!r} was given; allowed is {name}."
             raise ValueError(message) from None
     return convert(kind, tokens)
 
 
-def _is_whole(kind: Any) -> bool:
-    """It is a type of whole numbers: int, int | None, tuple[int, ...] and so on."""
-    return kind is int or any(map(_is_whole, get_args(kind)))
+def _is_of(number: type, kind: Any) -> bool:
+    """It is a type of such numbers: int, int | None, tuple[int, ...] and so on."""
+    if get_origin(kind) is dict:  # whose values are converted each for itself
+        return False
+    return kind is number or any(_is_of(number, part) for part in get_args(kind))
 
 
 app = App(

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, cast
 from ttspec.cli.options import (
     DraftFlags,
     GenerateFlags,
-    LearnFlags,
     ModelFlags,
     Positive,
+    SharedLearnFlags,
     options_of,
 )
 from ttspec.cli.terminal import say
@@ -36,7 +36,7 @@ def adapt(
     models: ModelFlags = ModelFlags(),
     options: GenerateFlags = GenerateFlags(),
     draft: DraftFlags = DraftFlags(),
-    learning: LearnFlags = LearnFlags(),
+    learning: SharedLearnFlags = SharedLearnFlags(),
     rows: Positive = 8,
 ) -> int:
     """Let a drafter learn from recorded traffic, with the learner that learns in use.

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, GenerateFlags, LearnFlag, ModelFlags, SessionLearnFlags
+from ttspec.cli.options import (
+    TEXT,
+    DraftFlags,
+    GenerateFlags,
+    LearnFlag,
+    ModelFlags,
+    SessionLearnFlags,
+)
 from ttspec.cli.saving import SaveFlags
 from ttspec.cli.terminal import (
     follow,
@@ -29,7 +36,7 @@ if TYPE_CHECKING:
 HELP = "Ctrl-C stops an answer, Ctrl-D or /quit leaves; /stats shows figures, /reset starts afresh."
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=TEXT)
 @dataclass(frozen=True, kw_only=True)
 class ChatFlags(GenerateFlags):
     """Sampling options, with room for longer answers."""
@@ -175,8 +182,9 @@ class Conversation:
         learning = sum(s.seconds_in["learn"] for s in stats)
         return (
             f"last turn: {summary(stats[-1])}\n"
-            f"session: {len(stats)} turns · {tokens} tokens · {tokens / max(seconds, 1e-9):.1f} "
-            f"tokens/s · acceptance length {acceptance_length(rounds):.2f} · "
+            f"session: {len(stats)} turn{'s' * (len(stats) > 1)} · {tokens} tokens · "
+            f"{tokens / max(seconds, 1e-9):.1f} tokens/s · "
+            f"acceptance length {acceptance_length(rounds):.2f} · "
             f"{sum(s.updates for s in stats)} updates · "
             f"{learning / max(seconds, 1e-9):.0%} of the time learning · "
             f"{sum(s.reread_tokens for s in stats)} tokens read again"

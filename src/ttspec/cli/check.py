@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import ExactModelFlags, JsonFlag, LearnFlags, options_of
+from ttspec.cli.options import LEARNING, ExactModelFlags, JsonFlag, LearnFlags, options_of
 from ttspec.cli.terminal import say, to_json
 from ttspec.config import DraftConfig, GenerateConfig
 from ttspec.errors import OptionError
@@ -31,7 +31,7 @@ RARE = 10_000
 """In float32, more than one near-tie in so many tokens is a failure too."""
 
 
-@Parameter(name="--learn")
+@Parameter(name="--learn", group=LEARNING)
 @dataclass(frozen=True, kw_only=True)
 class EagerLearnFlags(LearnFlags):
     """Learning options for the hardest case."""
@@ -79,8 +79,8 @@ def check(
     seed
         Seed of all arms.
     deterministic
-        Let neither a clock nor the width of a verification decide anything: then nothing may differ
-        in bfloat16 either, and the check repeats bit for bit.
+        Let no clock decide anything, and every round read 16 tokens: then nothing may differ in
+        bfloat16 either, and the check repeats bit for bit.
     as_json
         Print one JSON object.
     """

@@ -26,7 +26,7 @@ def export(
     target
         Built-in name, local folder or hub id of the target that it drafts for.
     form
-        The format its kind is published in, or that of speculators (DFlash and EAGLE-3).
+        The format its kind is published in, or that of speculators, if it has one.
     dtype
         Number format of the weights; auto is the narrowest that holds them exactly.
     """

@@ -98,7 +98,7 @@ def export(
     form: ExportFormat = "published",
     dtype: Dtype = "bfloat16",
 ) -> int:
-    """Write a version as a drafter of its own, which ttspec, vLLM and transformers load.
+    """Write a version as a drafter of its own, which ttspec and vLLM load.
 
     Parameters
     ----------
@@ -115,7 +115,7 @@ def export(
     drafter
         The drafter that it is a change of, likewise.
     form
-        The format its kind is published in, or that of speculators (DFlash and EAGLE-3).
+        The format its kind is published in, or that of speculators, if it has one.
     dtype
         Number format of the weights; auto is the narrowest that holds them exactly.
     """

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields, make_dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import docstring_parser
-from cyclopts import Parameter
+from cyclopts import Group, Parameter
 from cyclopts.validators import Number
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig, Scope
@@ -27,12 +27,16 @@ THREADS = 16
 Device = Literal["auto", "cpu", "cuda"]
 DeviceMap = Literal["auto"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+MODELS, TEXT, DRAFTING, LEARNING = map(
+    Group.create_ordered, ("Models", "Text", "Drafting", "Learning")
+)
+"""Headings of the help, below what is a command's own."""
 Flag = Annotated[bool, Parameter(negative=(), show_default=False)]
 """Without a --no- form."""
 Positive = Annotated[int, Parameter(validator=Number(gte=1))]
 PositiveOrNone = Annotated[int | None, Parameter(validator=Number(gte=1))]
 JsonFlag = Annotated[bool, Parameter(name="--json", negative=(), show_default=False)]
-LearnFlag = Annotated[bool, Parameter(name="--learn")]
+LearnFlag = Annotated[bool, Parameter(name="--learn", group=LEARNING)]
 """Also --no-learn; `LearnFlags` are the options behind its dot."""
 ExportFormat = Annotated[Literal["published", "speculators"], Parameter(name="--format")]
 
@@ -88,6 +92,7 @@ def _given(flags: Any) -> dict[str, Any]:
     return {name: value for name, value in options_of(flags).items() if value is not None}
 
 
+@Parameter(name="--draft", group=DRAFTING)
 class DraftFlags(_flags_of(DraftConfig)):
     """`--draft.length` and so on."""
 
@@ -96,7 +101,7 @@ class DraftFlags(_flags_of(DraftConfig)):
         return DraftConfig(**_given(self))
 
 
-@Parameter(name="--learn")
+@Parameter(name="--learn", group=LEARNING)
 @dataclass(frozen=True, kw_only=True)
 class LearnFlags(_flags_of(LearnConfig)):
     """`--learn.stride` and so on."""
@@ -122,7 +127,7 @@ class LearnFlags(_flags_of(LearnConfig)):
         return None
 
 
-@Parameter(name="--learn")
+@Parameter(name="--learn", group=LEARNING)
 @dataclass(frozen=True, kw_only=True)
 class SessionLearnFlags(LearnFlags):
     """The same, for commands that hold a session."""
@@ -131,7 +136,25 @@ class SessionLearnFlags(LearnFlags):
     """Who learns: each request (a turn), the session, or one drafter for all (shared)."""
 
 
-@Parameter(name="*")
+@Parameter(name="--learn", group=LEARNING)
+@dataclass(frozen=True, kw_only=True)
+class ServerLearnFlags(LearnFlags):
+    """The same, for a server: who its requests come from decides the default."""
+
+    scope: Scope | None = None
+    """Who learns: each request, each session, or one drafter for all (shared). Left out, it is
+    shared; with --api-key-file nobody learns unless there is a --learn option."""
+
+
+@Parameter(name="--learn", group=LEARNING)
+@dataclass(frozen=True, kw_only=True)
+class SharedLearnFlags(LearnFlags):
+    """The same, where one drafter learns from all requests, and nothing else is allowed."""
+
+    scope: Annotated[Scope | None, Parameter(show=False)] = None
+
+
+@Parameter(name="*", group=TEXT)
 class GenerateFlags(
     _flags_of(
         GenerateConfig,
@@ -152,13 +175,14 @@ class GenerateFlags(
                 given["logit_bias"] = {int(token): bias for token, bias in biases.items()}
         except ValueError as error:
             raise OptionError(
-                f"--logit-bias or --bad-words-ids names what is no token: {error}.\n"
+                f"--logit-bias or --bad-words-ids names {str(error).rpartition(': ')[2]}, which is "
+                "no number of a token.\n"
                 "Allowed is as in --logit-bias.198 -5 and --bad-words-ids 11,12,198."
             ) from error
         return given
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MODELS)
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags:
     """Which pair of models, and where it runs."""
@@ -174,8 +198,8 @@ class ModelFlags:
     dtype: Dtype = "auto"
     """Number format; auto is bfloat16 where the hardware has it, else float32."""
     compile: Annotated[bool, Parameter(negative=())] = False
-    """On a GPU, compile the models when they are first run: up to a minute for a third less time
-    a round."""
+    """On a GPU, compile the models when they first run: one or two minutes, then a round takes a
+    third less time."""
     threads: PositiveOrNone = None
     """CPU threads; left out, torch decides."""
 
@@ -211,7 +235,7 @@ class ModelFlags:
             torch.set_num_threads(self.threads)
 
 
-@Parameter(name="*")
+@Parameter(name="*", group=MODELS)
 @dataclass(frozen=True, kw_only=True)
 class ExactModelFlags(ModelFlags):
     """The same, for commands that compare tokens."""

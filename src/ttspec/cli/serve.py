@@ -9,7 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from ttspec.cli.options import DraftFlags, LearnFlag, LearnFlags, ModelFlags
+from ttspec.cli.options import DraftFlags, LearnFlag, ModelFlags, ServerLearnFlags
 from ttspec.cli.terminal import say
 from ttspec.config import GenerateConfig
 from ttspec.errors import OptionError, ResourceError
@@ -26,7 +26,7 @@ def serve(
     serving: Annotated[ServeOptions, Parameter(name="*")] = ServeOptions(),
     draft: DraftFlags = DraftFlags(),
     learn: LearnFlag = True,
-    learning: LearnFlags = LearnFlags(),
+    learning: ServerLearnFlags = ServerLearnFlags(),
     add_key: str | None = None,
 ) -> int:
     """Serve a target to clients of OpenAI's API; the page at / lets one chat and look on.
@@ -36,9 +36,8 @@ def serve(
     target
         The same as --target.
     learn
-        Whether drafters learn while they generate: without --api-key-file one drafter from all
-        requests, as with --learn.scope shared. With it, where keys are tenants, they do not, unless
-        a --learn option says how: each request for itself measured slower than not to learn.
+        Whether the drafter learns while it generates: from all requests. With --api-key-file, where
+        keys are tenants, it learns only if a --learn option says how.
     add_key
         Draw a key for this name, add its hash to --api-key-file, show the key once, and end.
     """
@@ -51,7 +50,7 @@ def serve(
         if serving.api_key_file is None:  # everybody is one tenant
             learning = replace(learning, scope="shared")
         else:
-            learn = learning != LearnFlags()
+            learn = learning != ServerLearnFlags()
     config = GenerateConfig(
         context=serving.context,
         max_new_tokens=1,  # a request says how many, or has what room there is

@@ -84,6 +84,12 @@ class Engine:
         self._policies: dict[tuple[Any, ...], DraftPolicy] = {}
         """What earlier requests found out about costs, by what they may depend on."""
 
+    def __repr__(self) -> str:
+        """The pair, and where it runs."""
+        drafter = f"{self.drafter.name} ({self.drafter.kind})" if self.drafter else "none"
+        where = f"{str(self.target.dtype).removeprefix('torch.')} on {self.target.device}"
+        return f"Engine(target {self.target.name}, drafter {drafter}, {where})"
+
     def sibling(self) -> Engine:
         """An engine of the same pair, which learns and keeps caches for itself."""
         other = copy.copy(self)
@@ -341,7 +347,8 @@ class Engine:
         if longest_prompt >= context:
             raise OptionError(
                 f"The prompt has {longest_prompt} tokens; the context has room for {context}, the "
-                "answer included.\nShorten the prompt."
+                "answer included.\n"
+                + ("Shorten it." if context == self.target.context else "Give a larger context.")
             )
         need = longest_prompt + config.max_new_tokens
         if sessions:

@@ -206,7 +206,7 @@ def readings(engine: Engine) -> list[Reading]:
             found.append(Reading(name=name, taps=taps, setting=tap_setting(drafter, taps)))
     if isinstance(drafter, DFlash) and drafter.kind != "domino" and drafter.block > 1:
         other = not drafter.from_anchor
-        name = "the known token's row predicts" if other else "masks alone predict"
+        name = "the known token's position predicts" if other else "masks alone predict"
         setting = f"set sample_from_anchor to {str(other).lower()} in a copy of its config.json"
         known = {"taps": drafter.taps, "from_anchor": other}
         found.append(Reading(name=name, setting=f"{setting}, and probe that", **known))

@@ -48,7 +48,7 @@ class Domino(LeftToRight):
                 f"{sizes} and pure_draft_prefix_len {self.uncorrected} cannot be, of "
                 f"{self.length} drafts"
             )
-        first = "the known token's row predicts" if self.from_anchor else "masks alone predict"
+        first = "the known token's position predicts" if self.from_anchor else "masks alone predict"
         self.interpretation["first slot"] = first
         self.interpretation["head"] = f"GRU of {self.memory}, from draft {self.uncorrected + 1} on"
 

@@ -57,7 +57,7 @@ class DSpark(LeftToRight):
         self._confidence_bias = f"{CONFIDENCE}proj.bias" in names or not names
         if self.confident and self.confidence_reads_token and not self.rank:
             raise ValueError("confidence_head_with_markov needs a markov_rank above 0")
-        first = "the known token's row predicts" if self.from_anchor else "masks alone predict"
+        first = "the known token's position predicts" if self.from_anchor else "masks alone predict"
         self.interpretation["first slot"] = first
         self.interpretation["head"] = f"{self.head_type}, rank {self.rank}" if self.rank else "none"
 

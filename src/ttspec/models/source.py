@@ -156,7 +156,8 @@ def _from_hub(name: str, tell: Notify) -> Path:
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
         raise TargetError(f"No folder and no hub model is named {name!r}.\n{_CHOICES}") from error
     except Exception as error:  # the hub client lets its HTTP library's own errors through
-        reason = " ".join(str(error).split()).removeprefix("Got: ")
+        # Where the hub cannot be reached its client's own words are long; the cause says why.
+        reason = " ".join(str(error.__cause__ or error).split())
         if isinstance(error, json.JSONDecodeError):
             reason = "its answer is no JSON, as that of a login page or a proxy would be"
         first = reason.partition(". ")[0].rstrip(".") or type(error).__name__

@@ -84,6 +84,6 @@ def _memory(drafter: Drafter, settings: Settings, config: Mapping[str, Any]) -> 
     return Line(
         "memory",
         True,
-        f"{weights / 1e6:.0f} MB for {count} weights that learn ({learn.weights}); "
+        f"{weights / 1e6:.0f} MB for {count} tensors of weights that learn ({learn.weights}); "
         f"{rounds / 1e6:.0f} MB for rounds of {settings.rows} requests",
     )
