@@ -96,11 +96,12 @@ class Replaced:
             vars(self._owner)[self._name] = self._before
 
 
-def vllm_folder() -> Path | None:
-    """Where vLLM is installed; nothing of it is imported."""
+def vllm_folder() -> Path:
+    """Where the vLLM that runs here is installed."""
     spec = find_spec("vllm")
-    places = spec.submodule_search_locations if spec else None
-    return Path(next(iter(places))) if places else None
+    assert spec
+    assert spec.submodule_search_locations
+    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def version_of(folder: Path) -> str:
@@ -148,7 +149,6 @@ def _methods(file: Path) -> dict[tuple[str, str], set[str]]:
 def unfit_engine(config: Any, runner: str) -> str | None:
     """Why the engine that runs here, of this `VllmConfig`, must not learn; None if it may."""
     folder = vllm_folder()
-    assert folder is not None
     if unknown := unknown_version(version_of(folder)):
         return unknown
     if missing := missing_hooks(folder, runner):
