@@ -51,14 +51,8 @@ class TextStream:
             self._decode(final=True)
         return self._find_stop()
 
-    def take(self, *, final: bool = False) -> str:
-        """New text since the last call; with `final` also what was held back."""
-        new = self.peek(final=final)
-        self.skip(len(new))
-        return new
-
     def peek(self, *, final: bool = False) -> str:
-        """What `take` would give."""
+        """New text since the last `skip`; with `final` also what was held back."""
         if final:
             self.end()
         safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
