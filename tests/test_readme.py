@@ -76,7 +76,7 @@ def ttspec_lines(page: str) -> list[list[str]]:
 
 def name_of(words: list[str]) -> str:
     """`generate`, `bench run` and so on."""
-    return " ".join(words[: 2 if words[0] == "bench" else 1])
+    return " ".join(words[: 2 if words[0] in ("bench", "vllm") else 1])
 
 
 def headings(page: Path) -> set[str]:

@@ -45,8 +45,9 @@ COMMANDS = {
     "adapt": "Let a drafter learn offline from recorded traffic.",
     "learned": "List, show, export and revert what --learn.keep has written.",
     "export": "Write a drafter for vLLM and other tools.",
+    "vllm": "Learn inside vLLM: check what fits.",
 }
-GROUPS = ("bench", "learned")
+GROUPS = ("bench", "learned", "vllm")
 
 
 def _version() -> str:

@@ -96,12 +96,11 @@ class Replaced:
             vars(self._owner)[self._name] = self._before
 
 
-def vllm_folder() -> Path:
-    """Where the vLLM that runs here is installed."""
+def vllm_folder() -> Path | None:
+    """Where vLLM is installed; nothing of it is imported."""
     spec = find_spec("vllm")
-    assert spec
-    assert spec.submodule_search_locations
-    return Path(next(iter(spec.submodule_search_locations)))
+    places = spec.submodule_search_locations if spec else None
+    return Path(next(iter(places))) if places else None
 
 
 def version_of(folder: Path) -> str:
@@ -149,6 +148,7 @@ def _methods(file: Path) -> dict[tuple[str, str], set[str]]:
 def unfit_engine(config: Any, runner: str) -> str | None:
     """Why the engine that runs here, of this `VllmConfig`, must not learn; None if it may."""
     folder = vllm_folder()
+    assert folder is not None
     if unknown := unknown_version(version_of(folder)):
         return unknown
     if missing := missing_hooks(folder, runner):

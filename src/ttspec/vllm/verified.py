@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ttspec.drafters.base import Drafter
 from ttspec.learning.memory import feature_width
 from ttspec.learning.memory_learner import MemoryLearner
 
@@ -121,11 +122,7 @@ class VerifiedRounds:
         self._learner, drafter = learner, learner.drafter
         like, (vocabulary, hidden) = drafter.embedding, drafter.embedding.shape
         self.rows, self.width, self._vocabulary = rows, width, vocabulary
-        element = like.element_size()
-        token = 16 + element * feature_width(drafter)
-        of_round = rows * width * (element * vocabulary + SPREAD * token)
-        self.rounds = min(MOST_ROUNDS, max(1, MOST_BYTES // of_round))
-        self.nbytes = self.rounds * of_round
+        self.rounds, self.nbytes = room_for(drafter, rows, width, like.element_size())
         self._sizes = sorted({min(FEW_ROUNDS, self.rounds), self.rounds})
         self._slots = rows * width
         self._room = SPREAD * self._slots
@@ -322,3 +319,11 @@ def on_device(numbers: list[int] | np.ndarray, device: torch.device) -> Tensor:
     """Numbers of the host, int64; the copy waits for nothing."""
     host = torch.as_tensor(numbers)
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+
+def room_for(drafter: Drafter, rows: int, width: int, element: int) -> tuple[int, int]:
+    """Rounds that are kept, at least one, and the bytes that they take in a dtype of `element`."""
+    token = 16 + element * feature_width(drafter)
+    of_round = rows * width * (element * int(drafter.embedding.shape[0]) + SPREAD * token)
+    rounds = min(MOST_ROUNDS, max(1, MOST_BYTES // of_round))
+    return rounds, rounds * of_round
