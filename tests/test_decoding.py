@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toys import LEARN, PLAIN, finish, parrot, plain, prompt_ids
+from toys import LEARN, PLAIN, finish, new_text, parrot, plain, prompt_ids
 from transformers import AutoTokenizer
 
 from ttspec.decoding.text import TextStream
@@ -185,8 +185,8 @@ def test_no_chunk_holds_half_a_character_and_chunks_join_to_the_text(text, cuts)
     for token, cut in zip(tokenizer(text)["input_ids"], cuts * 3, strict=False):
         assert not stream.push(token)
         if cut:
-            shown.append(stream.take())
-    shown.append(stream.take(final=True))
+            shown.append(new_text(stream))
+    shown.append(new_text(stream, final=True))
     assert not any("\ufffd" in piece for piece in shown)
     assert "".join(shown) == stream.text == text
 
@@ -204,9 +204,9 @@ def test_a_stop_text_is_never_shown_however_the_text_arrives(text, stops, every)
         if stream.push(token):
             break
         if n % every == 0:
-            shown += stream.take()
+            shown += new_text(stream)
             assert not any(stop in shown for stop in stops)
-    shown += stream.take(final=True)
+    shown += new_text(stream, final=True)
     ends = [text.index(stop) + len(stop) for stop in stops if stop in text]
     assert stream.stopped == bool(ends)
     if ends:  # the stop that is complete first, with the earliest start
@@ -231,8 +231,8 @@ def test_a_character_left_unfinished_is_shown_at_the_end(engine):
     stream = TextStream(engine.tokenizer, (), ())
     for token in engine.tokenizer("ab漢")["input_ids"][:-1]:
         stream.push(token)
-    assert stream.take() == "ab"
-    assert stream.take(final=True) == "\ufffd"
+    assert new_text(stream) == "ab"
+    assert new_text(stream, final=True) == "\ufffd"
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 from conftest import byte_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from toys import new_text
 from transformers import PreTrainedTokenizerFast
 
 from ttspec.decoding.text import TextStream
@@ -116,8 +117,8 @@ def test_streamed_text_is_the_decoded_text(kind: str) -> None:
         stream, shown = TextStream(tokenizer, (), ()), ""
         for token in ids:
             stream.push(token)
-            shown += stream.take()
-        shown += stream.take(final=True)
+            shown += new_text(stream)
+        shown += new_text(stream, final=True)
         assert shown == stream.text == tokenizer.decode(ids, skip_special_tokens=True), ids
 
 
@@ -135,10 +136,10 @@ def test_a_stop_text_ends_the_text_wherever_the_answer_ends(kind: str) -> None:
             if stream.push(token):
                 whole = tokenizer.decode(ids[:count], skip_special_tokens=True)
                 break
-            shown += stream.take()
+            shown += new_text(stream)
         else:
             at_the_end += stream.end()
-        shown += stream.take(final=True)
+        shown += new_text(stream, final=True)
         assert shown == stream.text == whole.partition(stop)[0], (ids, stop)
         assert stream.stopped == (stop in whole)
     holds_back = ("byte-level BPE", "sentencepiece with bytes", "WordPiece, cleaned")
@@ -161,7 +162,7 @@ def test_a_space_after_a_special_token_is_shown_at_once(kind: str) -> None:
     stream, shown = TextStream(tokenizer, (), ()), []
     for token in ids:
         stream.push(token)
-        shown.append(stream.take())
+        shown.append(new_text(stream))
     assert shown == ["the", "", " sea", " is"]
 
 
@@ -171,7 +172,7 @@ def test_one_space_is_taken_off_a_text_and_not_two() -> None:
     stream = TextStream(tokenizer, (), ())
     for token in ids:
         stream.push(token)
-    assert stream.take(final=True) == " sea is" == tokenizer.decode(ids)
+    assert new_text(stream, final=True) == " sea is" == tokenizer.decode(ids)
 
 
 def test_a_character_of_several_byte_tokens_waits_until_it_is_whole() -> None:
@@ -180,7 +181,7 @@ def test_a_character_of_several_byte_tokens_waits_until_it_is_whole() -> None:
     stream, shown = TextStream(tokenizer, (), ()), []
     for token in tokenizer.convert_tokens_to_ids(["▁I", *names, "▁do"]):
         stream.push(token)
-        shown.append(stream.take())
+        shown.append(new_text(stream))
     assert shown == ["I", "", "", "", "", "👍 do"]
 
 

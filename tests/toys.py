@@ -16,6 +16,7 @@ from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.template import ChatTemplate
+from ttspec.decoding.text import TextStream
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.checkpoint import make_drafter as make_drafter_of
@@ -519,6 +520,13 @@ def take(buffer: ReplayBuffer) -> ReplayBatch:
     batch = buffer.newest()
     buffer.mark_used()
     return batch
+
+
+def new_text(stream: TextStream, *, final: bool = False) -> str:
+    """What a stream has to show since this was asked last."""
+    new = stream.peek(final=final)
+    stream.skip(len(new))
+    return new
 
 
 # What decoding is asked for.

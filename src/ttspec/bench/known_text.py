@@ -1,10 +1,10 @@
 """Rounds that all write a text that is known, so that arms can be compared on one text.
 
 Rounding in bfloat16 lets arms write different texts, and some texts are easier to draft for than
-others. Timed, a round does all that it does otherwise, acceptance included; what it emits is then
-taken from the text (`KnownTextDecoder`). Untimed, the target has read the text before: a round
-looks up what its verification would compute (`ReplayDecoder`, `RecordedTarget`). The text is a
-function of target and noise, whatever drafts, so what is accepted is exact.
+others. A round does all that it does otherwise, acceptance included; what it emits is then taken
+from the text. Untimed, the target has read the text before (`RecordedTarget`): a verification is
+looked up. The text is a function of target and noise, whatever drafts, so what is accepted is
+exact.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ class KnownTextPrompts(PromptReader):
     def begin(
         self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
     ) -> PrefillBatch:
-        """As `PromptReader.begin`; the noise keys say which answers these are."""
+        """As `PromptReader.begin`; the noise keys say which answers these are.
+
+        Raises:
+            DataError: The target's reading was recorded, and not that of one of them.
+        """
+        if isinstance(self._cache, RecordedRows):
+            for row, key in zip(rows, keys, strict=True):
+                self._cache.load(row, key)
         self._found = {row: self.answers.get(key) for row, key in zip(rows, keys, strict=True)}
         budgets = list(budgets)
         for at, (row, part) in enumerate(zip(rows, ids, strict=True)):
@@ -65,6 +72,11 @@ class KnownTextPrompts(PromptReader):
             if answer.cut:
                 budgets[at] = len(answer.tokens)
         return super().begin(rows, ids, keys, budgets)
+
+    def capture(self, stages: RoundStages, graphs: Graphs, *, beside: bool) -> None:
+        """As `PromptReader.capture`; what was recorded is looked up on the host."""
+        if not isinstance(self._cache, RecordedRows):
+            super().capture(stages, graphs, beside=beside)
 
     def _first_tokens(self, prompts: PrefillBatch, drawn: list[int]) -> list[int]:
         found = [self._found[row] for row in prompts.rows]
@@ -91,16 +103,11 @@ class KnownTextDecoder(Decoder):
     ) -> tuple[Tensor, Tensor]:
         """Those that equal the known tokens."""
         kept, tokens = super().accept(logits, proposal, noise, sampling)
-        found, known = self.accept_known(proposal)
-        is_known = self.prompts.is_known
-        return torch.where(is_known, found, kept), torch.where(is_known[:, None], known, tokens)
-
-    def accept_known(self, proposal: Proposal) -> tuple[Tensor, Tensor]:
-        """The same where all rows have a known answer."""
-        text = self.prompts.text
+        text, is_known = self.prompts.text, self.prompts.is_known
         after = torch.arange(1, proposal.tokens.shape[1] + 2, device=text.device)
-        place = self.rows.inputs.start[:, None] + after
-        return accept_equal(text.gather(1, place.clamp(max=text.shape[1] - 1)), proposal)
+        place = (self.rows.inputs.start[:, None] + after).clamp(max=text.shape[1] - 1)
+        found, known = accept_equal(text.gather(1, place), proposal)
+        return torch.where(is_known, found, kept), torch.where(is_known[:, None], known, tokens)
 
 
 # Untimed: the target reads the text once.
@@ -140,11 +147,22 @@ class RecordedRows(RowCache):
         self.hidden = unwritten(shape, like)
         self.states = [unwritten(shape, like) for _ in taps]
         whole = recording.hidden, *(recording.states[tap] for tap in taps)
+        self._places = recording.places
         self._tables = list(zip((self.hidden, *self.states), whole, strict=True))
         self._held: list[int | None] = [None] * rows
 
-    def load(self, row: int, first: int, last: int) -> None:
-        """Let a row have the conversation that lies at these places of the recording."""
+    def load(self, row: int, key: int) -> None:
+        """Let a row have the conversation of the answer that has this noise key.
+
+        Raises:
+            DataError: It was not recorded.
+        """
+        if key not in self._places:
+            raise DataError(
+                "A replay was asked for an answer that was not recorded.\n"
+                "Ask what the run was asked, under its seeds."
+            )
+        first, last = self._places[key]
         if self._held[row] == first:
             return
         part = slice(first, min(last + 1, first + self.hidden.shape[1]))
@@ -213,52 +231,8 @@ class RecordedTarget(Target):
         return self.compute_logits(hidden), features
 
 
-class RecordedPrompts(KnownTextPrompts):
-    """Finds the recorded conversations of prompts."""
-
-    _target: RecordedTarget
-    _cache: RecordedRows
-
-    def capture(self, stages: RoundStages, graphs: Graphs, *, beside: bool) -> None:
-        """Nothing: what was recorded is looked up on the host."""
-
-    def begin(
-        self, rows: list[int], ids: list[list[int]], keys: list[int], budgets: list[int]
-    ) -> PrefillBatch:
-        """As `KnownTextPrompts.begin`.
-
-        Raises:
-            DataError: One of them was not recorded.
-        """
-        places = self._target.recording.places
-        if not places.keys() >= set(keys):
-            raise DataError(
-                "A replay was asked for an answer that was not recorded.\n"
-                "Ask what the run was asked, under its seeds."
-            )
-        for row, key in zip(rows, keys, strict=True):
-            self._cache.load(row, *places[key])
-        return super().begin(rows, ids, keys, budgets)
-
-
-class ReplayDecoder(KnownTextDecoder):
-    """Draws nothing: where rounding decides, the text is the recorded one all the same."""
-
-    reads_prompts = RecordedPrompts
-
-    def accept(
-        self,
-        logits: Tensor,  # noqa: ARG002
-        proposal: Proposal,
-        noise: Tensor | None,  # noqa: ARG002
-        sampling: SamplingTensors,  # noqa: ARG002
-    ) -> tuple[Tensor, Tensor]:
-        """Those that equal the recorded tokens."""
-        return self.accept_known(proposal)
-
-
 def use_recording(engine: Engine, recording: Recording, answers: Mapping[int, KnownAnswer]) -> None:
     """Let an engine answer what was recorded, and nothing else."""
     known = {f.name: getattr(engine.target, f.name) for f in fields(engine.target)}
     engine.target = RecordedTarget(**known, recording=recording)
-    engine.make_decoder = partial(ReplayDecoder, answers=answers)
+    engine.make_decoder = partial(KnownTextDecoder, answers=answers)

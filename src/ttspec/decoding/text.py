@@ -51,18 +51,12 @@ class TextStream:
             self._decode(final=True)
         return self._find_stop()
 
-    def take(self, *, final: bool = False) -> str:
-        """New text since the last call; with `final` also what was held back."""
-        new = self.peek(final=final)
-        self.skip(len(new))
-        return new
-
     def peek(self, *, final: bool = False) -> str:
-        """What `take` would give."""
+        """New text since the last `skip`; with `final` also what was held back."""
         if final:
             self.end()
-        safe = len(self.text) if final or self.stopped else len(self.text) - self._held()
-        return self.text[self._shown : safe]
+        held = 0 if final or self.stopped else begun_mark(self.text, self._stops)
+        return self.text[self._shown : len(self.text) - held]
 
     def anew(self, tokens: Sequence[int]) -> TextStream:
         """The stream of these tokens, of whose text as much was taken."""
@@ -110,10 +104,9 @@ class TextStream:
     def _string(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
 
-    def _held(self) -> int:
-        """Length of the longest end of `text` that begins a stop text."""
-        longest = max((len(s) for s in self._stops), default=1) - 1
-        for size in range(min(longest, len(self.text)), 0, -1):
-            if any(stop.startswith(self.text[-size:]) for stop in self._stops):
-                return size
-        return 0
+
+def begun_mark(text: str, marks: Sequence[str]) -> int:
+    """Length of the longest end of a text that begins one of some marks, and may become it."""
+    longest = max(map(len, marks), default=1) - 1
+    sizes = range(min(longest, len(text)), 0, -1)
+    return next((n for n in sizes if any(mark.startswith(text[-n:]) for mark in marks)), 0)

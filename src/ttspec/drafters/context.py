@@ -23,7 +23,7 @@ from ttspec.compiled import of_any_size
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import Drafter, DraftState
 from ttspec.drafters.blocks import Blocks, Text
-from ttspec.drafters.layers import Attend, ConcatenatedContext, InPlaceContext, Weights
+from ttspec.drafters.layers import ConcatenatedContext, InPlaceContext, Weights
 from ttspec.drafters.rotary import Rope
 from ttspec.records import of_rows
 from ttspec.rowcache import reach_of, unwritten
@@ -206,7 +206,7 @@ def concatenated(
 
 def growing_contexts(
     contexts: Sequence[ConcatenatedContext], blocks: Blocks, windows: Iterable[int | None]
-) -> Iterator[Sequence[Attend]]:
+) -> Iterator[Sequence[ConcatenatedContext]]:
     """The contexts of layers at each step of the chains that lie beside them (`_growing`)."""
     steps, origin = blocks.length, blocks.start - 1
     each = zip(contexts, windows, strict=True)
@@ -216,7 +216,7 @@ def growing_contexts(
 
 def _growing(
     context: ConcatenatedContext, steps: int, slots: int, origin: Tensor, window: int | None
-) -> Iterator[Attend]:
+) -> Iterator[ConcatenatedContext]:
     """A context that each of A chains adds a key to in every step, to see it from then on.
 
     Args:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,17 +47,6 @@ from ttspec.records import ReplayBatch
 
 LAYER = "midlayer."
 ATTENTION = LAYER + "self_attn."
-
-
-class ChainPlan(NamedTuple):
-    """A chains a row."""
-
-    weights: Weights
-    position: Tensor
-    """int64 [B, A], of their first steps."""
-    rope: Rope
-    contexts: Iterable[Sequence[Attend]]
-    """Of each layer, at each step."""
 
 
 class Eagle3(FeatureDrafter):
@@ -245,8 +234,9 @@ class Eagle3(FeatureDrafter):
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, at).draft(h[:, 0], blocks, choices)
             return before
-        chains = self._chains(state, blocks, in_place=state.spans)
-        self._run(chains, h, blocks.tokens, lambda step, out: choices(self.logits(out), step))
+        contexts = self._in_place if state.spans else self._beside
+        given = contexts(state, blocks), h
+        self._run(state, blocks, *given, lambda step, out: choices(self.logits(out), step))
         return before
 
     @compiled
@@ -270,17 +260,8 @@ class Eagle3(FeatureDrafter):
             outs.append(hidden)
             return batch.tokens[..., step + 1]
 
-        self._run(self._chains(state, blocks, in_place=False), h, blocks.tokens, next_token)
+        self._run(state, blocks, self._beside(state, blocks), h, next_token)
         return torch.stack(outs, dim=2)
-
-    def _chains(self, state: ChainState, blocks: Blocks, *, in_place: bool) -> ChainPlan:
-        """Chains after the context; gradients pass where this is not read in place."""
-        if in_place:
-            contexts = self._in_place(state, blocks)
-        else:
-            fixed = self._concatenated(state, blocks, 1)
-            contexts = growing_contexts(fixed, blocks, self.windows)
-        return ChainPlan(state.weights, blocks.start - 1, state.rope, contexts)
 
     def _trainable(self) -> list[str]:
         tables = ("lm_head.weight", "embed_tokens.weight", "d2t", "t2d")
@@ -325,6 +306,10 @@ class Eagle3(FeatureDrafter):
             seen = self._spans(state, origin + step, origin, rest)
             yield state.in_place(origin + step, rest, blocks.longest + step, seen)
 
+    def _beside(self, state: FeatureState, blocks: Blocks) -> Iterator[Sequence[Attend]]:
+        """The context at each step of A chains a row, which lie beside it: gradients pass."""
+        return growing_contexts(self._concatenated(state, blocks, 1), blocks, self.windows)
+
     def _concatenated(
         self, state: FeatureState, blocks: Blocks, width: int
     ) -> list[ConcatenatedContext]:
@@ -332,11 +317,19 @@ class Eagle3(FeatureDrafter):
         context = state.read(blocks.longest, blocks.start[:, :1] - 1)
         return concatenated(*context, blocks, width, state.options.window, self.windows)
 
-    def _run(self, chains: ChainPlan, h: Tensor, token: Tensor, next_token: NextToken) -> None:
-        """From features h [B, A, H] and the token after, int64 [B, A]."""
-        for step, layers in enumerate(chains.contexts):
-            position = chains.position + step
-            out, h = self._step(chains.weights, h, token, position, chains.rope, layers)
+    def _run(
+        self,
+        state: FeatureState,
+        blocks: Blocks,
+        contexts: Iterable[Sequence[Attend]],
+        h: Tensor,
+        next_token: NextToken,
+    ) -> None:
+        """Run chains from features h [B, A, H] on, with the contexts of their steps."""
+        token = blocks.tokens
+        for step, layers in enumerate(contexts):
+            position = blocks.start - 1 + step
+            out, h = self._step(state.weights, h, token, position, state.rope, layers)
             token = next_token(step, out)
 
     @compiled

@@ -19,12 +19,7 @@ from ttspec.drafters.base import Drafter
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import save_drafter
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.drafters.export_blocks import (
-    published_dflash,
-    published_domino,
-    published_dspark,
-    speculators_dflash,
-)
+from ttspec.drafters.export_blocks import published_dflash, speculators_dflash
 from ttspec.drafters.export_parts import (
     Written,
     head_of_speculators,
@@ -197,8 +192,8 @@ def _speculators_mtp(drafter: Mtp, target: Target) -> Written:
 FORMS: dict[str, dict[str, Callable[[Any, Target], Written]]] = {
     "dflash": {"published": published_dflash, "speculators": speculators_dflash},
     "dflash2": {"published": published_dflash, "speculators": speculators_dflash},
-    "domino": {"published": published_domino},
-    "dspark": {"published": published_dspark, "speculators": speculators_dflash},
+    "domino": {"published": published_dflash},
+    "dspark": {"published": published_dflash, "speculators": speculators_dflash},
     "eagle3": {"published": _published_eagle3, "speculators": _speculators_eagle3},
     "mtp": {"published": lambda drafter, _: drafter.published(), "speculators": _speculators_mtp},
     "peagle": {"published": _published_peagle, "speculators": _speculators_peagle},

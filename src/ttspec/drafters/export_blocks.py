@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.dflash2 import PREDECESSORS, SUCCESSORS, DFlash2
-from ttspec.drafters.domino import MLP, Domino
+from ttspec.drafters.domino import MLP
 from ttspec.drafters.dspark import DSpark
 from ttspec.drafters.export_parts import (
     Written,
@@ -22,71 +22,42 @@ from ttspec.drafters.export_parts import (
 )
 from ttspec.models.target import Target
 
-ARCHITECTURES = {
+PUBLISHED = {
     "dflash": "DFlashDraftModel",
     "dflash2": "DFlash2DraftModel",
-    "dspark": "DSparkSpeculator",
+    "dspark": "Qwen3DSparkModel",
 }
-"""In the format of speculators, by kind; those of z-lab are called so too."""
+SPECULATORS = {**PUBLISHED, "dspark": "DSparkSpeculator"}
+"""Architectures by kind, as published and in the format of speculators."""
 
 
 def published_dflash(drafter: DFlash, target: Target) -> Written:
-    """As z-lab publishes it, and DFlash2."""
-    config = dict(drafter.config)
-    if "transformer_layer_config" in config:
+    """As z-lab publishes it and DFlash2, DeepSpec DSpark, and SpecForge Domino.
+
+    DeepSpec's own code has no word for masks alone that predict, vLLM has.
+    """
+    config, is_dspark = dict(drafter.config), isinstance(drafter, DSpark)
+    if "transformer_layer_config" in config:  # it is in the format of speculators
+        config = {
+            **layer_config(drafter, target, "qwen3"),
+            **published_rope(drafter),
+            "architectures": [PUBLISHED[drafter.kind]],
+            "block_size": drafter.block,
+            "num_target_layers": int(target.config.num_hidden_layers),
+        }
+        if drafter.draft_ids is not None:
+            config["draft_vocab_size"] = len(drafter.head)
         own: dict[str, Any] = {
             "mask_token_id": drafter.mask_token,
             "target_layer_ids": [tap - 1 for tap in drafter.taps],
-        }
-        own |= _of_kind(drafter)
-        config = {**_block(drafter, target), "architectures": [ARCHITECTURES[drafter.kind]]}
-        config["dflash_config"] = own
-        if drafter.from_anchor:
-            own["sample_from_anchor"] = True
-        if drafter.causal != sliding(config):  # what readers take for granted
-            own["causal"] = drafter.causal[0]
-    return _with_tables(config, drafter, target)
-
-
-def published_domino(drafter: Domino, target: Target) -> Written:
-    """As SpecForge writes it, the one form that there is."""
-    return _with_tables(dict(drafter.config), drafter, target)
-
-
-def published_dspark(drafter: DSpark, target: Target) -> Written:
-    """As DeepSpec publishes it; its own code has no word for masks alone that predict, vLLM has."""
-    config = dict(drafter.config)
-    if "transformer_layer_config" in config:
-        config = {
-            **_block(drafter, target),
             **_of_kind(drafter),
-            "architectures": ["Qwen3DSparkModel"],
-            "mask_token_id": drafter.mask_token,
-            "target_layer_ids": [tap - 1 for tap in drafter.taps],
-            "num_anchors": 512,  # of training; its code asks for it
         }
-        if not drafter.from_anchor:
-            config["sample_from_anchor"] = False
+        if drafter.from_anchor != is_dspark:  # what readers take for granted, and so below
+            own["sample_from_anchor"] = drafter.from_anchor
         if drafter.causal != sliding(config):
-            config["is_causal"] = drafter.causal[0]
-    return _with_tables(config, drafter, target)
-
-
-def _block(drafter: DFlash, target: Target) -> dict[str, Any]:
-    """The layers, the block and its vocabulary, as they are published."""
-    config = {
-        **layer_config(drafter, target, "qwen3"),
-        **published_rope(drafter),
-        "block_size": drafter.block,
-        "num_target_layers": int(target.config.num_hidden_layers),
-    }
-    if drafter.draft_ids is not None:
-        config["draft_vocab_size"] = len(drafter.head)
-    return config
-
-
-def _with_tables(config: dict[str, Any], drafter: DFlash, target: Target) -> Written:
-    """With the weights, but for a head that is the target's."""
+            own["is_causal" if is_dspark else "causal"] = drafter.causal[0]
+        # Anchors are of training; DeepSpec's code asks for them.
+        config |= {**own, "num_anchors": 512} if is_dspark else {"dflash_config": own}
     if drafter.vocabulary != len(drafter.embedding):  # tables that were padded otherwise
         config |= {"vocab_size": len(drafter.embedding), "draft_vocab_size": len(drafter.head)}
     config.pop("ttspec", None)
@@ -99,7 +70,7 @@ def _with_tables(config: dict[str, Any], drafter: DFlash, target: Target) -> Wri
 def speculators_dflash(drafter: DFlash, target: Target) -> Written:
     """In the format of speculators, DFlash's kin too."""
     config = {
-        **of_speculators(drafter, target, ARCHITECTURES[drafter.kind], "qwen3"),
+        **of_speculators(drafter, target, SPECULATORS[drafter.kind], "qwen3"),
         **_of_kind(drafter),
         "block_size": drafter.block,
         "mask_token_id": drafter.mask_token,

@@ -23,7 +23,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from ttspec.config import DraftConfig
 from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, NextToken, Text, row_index
-from ttspec.drafters.context import first_seen, same_block, seen_mask
+from ttspec.drafters.context import concatenated, first_seen, growing_contexts
 from ttspec.drafters.functional import (
     FunctionalDrafter,
     FunctionalState,
@@ -149,8 +149,7 @@ class Mtp(FunctionalDrafter):
         if state.spans:
             self._in_place(state, blocks, before, next_token)
         else:
-            context = state.read(blocks.longest, blocks.start - 1)
-            self._side_by_side(state, blocks, before, *context, next_token)
+            self._side_by_side(state, blocks, before, next_token)
         return before[:, 0]
 
     def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
@@ -166,8 +165,7 @@ class Mtp(FunctionalDrafter):
             outs.append(hidden)
             return batch.tokens[..., step + 1]
 
-        context = state.read(blocks.longest, blocks.start[:, :1] - 1)
-        self._side_by_side(state, blocks, batch.before, *context, next_token)
+        self._side_by_side(state, blocks, batch.before, next_token)
         return torch.stack(outs, dim=2)
 
     def _in_place(
@@ -186,37 +184,17 @@ class Mtp(FunctionalDrafter):
             token = next_token(step, hidden)
 
     def _side_by_side(
-        self,
-        state: FunctionalState,
-        blocks: Blocks,
-        hidden: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        next_token: NextToken,
+        self, state: FunctionalState, blocks: Blocks, hidden: Tensor, next_token: NextToken
     ) -> None:
-        """Run A chains a row, which lie beside the context and do not see each other.
-
-        Args:
-            state: Says how keys are rotated, and which are seen.
-            blocks: A a row.
-            hidden: [B, A, H], the target's state before each.
-            keys: [1, B, kv heads, S, D], the context.
-            values: [1, B, kv heads, S, D].
-            next_token: Says each next token.
-        """
-        origin = blocks.start - 1
-        weights = self.with_rope(state, state.weights)
-        first = first_seen(origin, origin, state.options.window)
-        same = same_block(origin.shape[1], 1, origin.device)
-        mask = seen_mask(keys.shape[3], origin, origin, first, origin, same)[:, None]
-        own = torch.eye(mask.shape[-2], dtype=torch.bool, device=mask.device)
-        own, token = own.expand(*mask.shape[:-1], -1), blocks.tokens
-        for step in range(blocks.length):
-            if step:
-                mask = torch.cat([mask, own], dim=-1)
-            fed = self._reading(token, hidden, origin + step, mask)
-            hidden, k, v = self.function.concatenated(weights, fed, keys, values)
-            keys, values = torch.cat([keys, k], dim=3), torch.cat([values, v], dim=3)
+        """Run A chains a row, from hidden [B, A, H] on, which lie beside the context."""
+        token, weights = blocks.tokens, self.with_rope(state, state.weights)
+        context = state.read(blocks.longest, blocks.start[:, :1] - 1)
+        fixed = concatenated(*context, blocks, 1, state.options.window, self.windows)
+        for step, (own,) in enumerate(growing_contexts(fixed, blocks, self.windows)):
+            fed = self._reading(token, hidden, blocks.start - 1 + step, own.mask[:, None])
+            given = own.keys[None], own.values[None]
+            hidden, k, v = self.function.concatenated(weights, fed, *given)
+            own.keys, own.values = torch.cat([own.keys, k[0]], 2), torch.cat([own.values, v[0]], 2)
             token = next_token(step, hidden)
 
     def published(self) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -15,21 +15,27 @@ from torch import Tensor
 
 from ttspec.errors import CheckpointError
 
+OF_LAYER = {
+    "pre_fc_norm_embedding.": "enorm.",
+    "pre_fc_norm_hidden.": "hnorm.",
+    "fc.": "eh_proj.",
+    "norm.": "shared_head.norm.",
+    "layers.0.": "",
+}
+"""How names begin here, and in files of GLM-4 MoE and DeepSeek-V3, where the head is called as the
+layer after the target's last one: behind `model.layers.N.`"""
+OF_SPECULATORS = {
+    "pre_fc_norm_embedding.": "token_layernorm.",
+    "pre_fc_norm_hidden.": "hidden_layernorm.",
+    "fc.": "input_proj.",
+    "norm.": "final_layernorm.",
+    "layers.0.": "",
+}
+"""The same of speculators, behind `mtp_layers.0.`"""
 ALIASES = (
-    # Qwen3-Next, Qwen3.5 and kin
-    (r"^(model\.)?mtp\.", ""),
-    # GLM-4 MoE, DeepSeek-V3: the layer after the target's last one
-    (r"^model\.layers\.\d+\.enorm\.", "pre_fc_norm_embedding."),
-    (r"^model\.layers\.\d+\.hnorm\.", "pre_fc_norm_hidden."),
-    (r"^model\.layers\.\d+\.eh_proj\.", "fc."),
-    (r"^model\.layers\.\d+\.shared_head\.norm\.", "norm."),
-    (r"^model\.layers\.\d+\.", "layers.0."),
-    # speculators
-    (r"^mtp_layers\.0\.token_layernorm\.", "pre_fc_norm_embedding."),
-    (r"^mtp_layers\.0\.hidden_layernorm\.", "pre_fc_norm_hidden."),
-    (r"^mtp_layers\.0\.input_proj\.", "fc."),
-    (r"^mtp_layers\.0\.final_layernorm\.", "norm."),
-    (r"^mtp_layers\.0\.", "layers.0."),
+    (r"^(model\.)?mtp\.", ""),  # Qwen3-Next, Qwen3.5 and kin
+    *((rf"^model\.layers\.\d+\.{re.escape(own)}", ours) for ours, own in OF_LAYER.items()),
+    *((rf"^mtp_layers\.0\.{re.escape(own)}", ours) for ours, own in OF_SPECULATORS.items()),
 )
 """Patterns of other names, and what replaces them."""
 EXPERT = re.compile(r"(.*mlp\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight$")
@@ -105,26 +111,12 @@ def published_names(config: Mapping[str, Any], weights: Mapping[str, Tensor]) ->
     if config["model_type"] not in NUMBERED:
         return {f"mtp.{name}": weight for name, weight in weights.items()}
     at = f"model.layers.{config['num_hidden_layers']}."
-    places = {
-        "pre_fc_norm_embedding.": "enorm.",
-        "pre_fc_norm_hidden.": "hnorm.",
-        "fc.": "eh_proj.",
-        "norm.": "shared_head.norm.",
-        "layers.0.": "",
-    }
-    return {at + _replaced(name, places): weight for name, weight in weights.items()}
+    return {at + _replaced(name, OF_LAYER): weight for name, weight in weights.items()}
 
 
 def speculators_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A head's weights under the names of speculators."""
-    places = {
-        "pre_fc_norm_embedding.": "token_layernorm.",
-        "pre_fc_norm_hidden.": "hidden_layernorm.",
-        "fc.": "input_proj.",
-        "norm.": "final_layernorm.",
-        "layers.0.": "",
-    }
-    return {f"mtp_layers.0.{_replaced(n, places)}": w for n, w in weights.items()}
+    return {f"mtp_layers.0.{_replaced(n, OF_SPECULATORS)}": w for n, w in weights.items()}
 
 
 def _replaced(name: str, places: Mapping[str, str]) -> str:

@@ -82,9 +82,12 @@ def bytes_of_memory(config: LearnConfig, drafter: Drafter) -> int:
 class LiveWeights:
     """Copies of the weights that learn, one per row or one for all, and Adam's moments of each.
 
-    All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy.
-    `master`, `gradient` and `published` are views of such tables by the weights' names,
-    [copies, ...]; in `published`, which drafts, without that dimension where all rows share a copy.
+    All weights of a copy lie in one row of a table, so that Adam sees one parameter per copy. There
+    is a table of float32 masters, since bfloat16 would swallow small steps, one of gradients, and
+    one of what drafts, rounded: `publish` writes it, or the step itself on a GPU where nothing
+    waits. Where a memory teaches there is also the mean of the masters after the last updates, and
+    this is what is published. `master`, `gradient` and `published` are views of the tables by the
+    weights' names, [copies, ...]; in `published` without that dimension where rows share a copy.
     """
 
     keeper: Keeper | None = None
@@ -107,33 +110,30 @@ class LiveWeights:
         self._warm_up = drafter.memory_warm_up
         self._anchor = torch.cat([w.float().flatten() for w in self.anchor.values()])
         self._start = self._anchor
-        # Float32 masters: bfloat16 would swallow small steps. A rounded copy is published.
         self._master = self._anchor.repeat(copies, 1)
         dtype, fused = next(iter(self.anchor.values())).dtype, self._anchor.is_cuda
         self._gradient = torch.zeros_like(self._master, dtype=dtype if fused else torch.float32)
-        beside = config.publish == "ready" and fused
-        waits, mean = self.shared or beside or config.publish == "stride", None
+        self._published = self._master.to(dtype, copy=True)
+        self._mean = self._master
+        """What is published."""
         if self.shared:
-            self.memory, mean = TextMemory(drafter), self._master.clone()
-        self._mean = self._master if mean is None else mean
-        """What is published: the masters, or the mean of them after the last updates."""
+            self.memory, self._mean = TextMemory(drafter), self._master.clone()
         self._steps = self._master.new_zeros(len(self._master), 1)
         self._rate = self._master.new_full((), self.rate)
         """Of the next step, where a graph reads it."""
         self.unused = self._master.new_zeros(())
         """Updates that what was read was good for, besides those that were made of it: by these,
         too, the rate has risen. Set by whoever has time for few of them."""
-        self._published = self._master.to(dtype, copy=True) if waits else self._master.to(dtype)
         self.master, self.gradient = self._views(self._master), self._views(self._gradient)
         self.learned = self._views(self._mean)
         """What drafts once it is published, if not the anchor does; float32."""
         self.published = {n: self._for_drafter(w) for n, w in self._views(self._published).items()}
         self.resting = torch.zeros(copies, dtype=torch.bool, device=self._anchor.device)
         """Copies that take no step."""
-        rate = self._rate if self.memory else self.rate
-        tables = self._master, self._gradient, rate, (config.beta1 or 0.0, config.beta2)
-        self._publishes_steps = fused and not waits and self._published is not self._master
+        self._publishes_steps = fused and config.publish == "now" and not self.shared
         """Whether what a step made drafts at once."""
+        rate, mean = (self._rate, self._mean) if self.shared else (self.rate, None)
+        tables = self._master, self._gradient, rate, (config.beta1 or 0.0, config.beta2)
         published = self._published if self._publishes_steps else None
         self._adam = (
             FusedAdam(*tables, mean=mean, published=published)
@@ -146,11 +146,9 @@ class LiveWeights:
     @property
     def nbytes(self) -> int:
         """Bytes held: master, gradient and moments, what drafts, the mean and the memory."""
-        published = 0 if self._published is self._master else self._published.nbytes
-        mean = 0 if self._mean is self._master else self._mean.nbytes
-        memory = self.memory.nbytes if self.memory else 0
-        own = self._master.nbytes + self._gradient.nbytes + self._adam.nbytes
-        return own + published + mean + memory
+        own = self._master.nbytes + self._gradient.nbytes + self._published.nbytes
+        shared = self.memory.nbytes + self._mean.nbytes if self.memory else 0
+        return own + self._adam.nbytes + shared
 
     def set_gradients(
         self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
@@ -194,11 +192,8 @@ class LiveWeights:
         self._adam.step(steps, scale, self._steps[:, 0], weight[:, 0])
 
     def publish(self, *, anchor: bool = False) -> None:
-        """Let the masters draft, or the `anchor`, where nothing reads them as they are.
-
-        In place: whoever holds the published weights sees it.
-        """
-        if self._published is not self._master and not self._publishes_steps:
+        """Let what was learned draft, or the `anchor`; who holds the published weights sees it."""
+        if not self._publishes_steps:
             self._published.copy_(self._anchor if anchor else self._mean)
 
     def candidate(self) -> dict[str, Tensor]:

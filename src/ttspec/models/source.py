@@ -73,12 +73,11 @@ class Source:
     origin: Literal["built-in", "folder", "hub", "gguf"]
 
 
-def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) -> Source:
+def resolve(name: str, *, notify: Notify | None = None) -> Source:
     """Find a target's files, fetching them if they are not here yet.
 
     Args:
         name: A built-in name, a local folder or a hub id.
-        verify: Check the contents of a built-in's cached files too, not only their sizes.
         notify: Called with a line of text before each thing that takes long.
 
     Raises:
@@ -87,7 +86,7 @@ def resolve(name: str, *, verify: bool = False, notify: Notify | None = None) ->
     """
     tell = notify or (lambda _: None)
     if name in BUILT_IN_TARGETS:
-        return Source(name=name, path=_built_in(name, verify, tell), origin="built-in")
+        return Source(name=name, path=_built_in(name, tell), origin="built-in")
     folder = Path(name).expanduser()
     if name and folder.is_dir():
         _check_folder(folder)
@@ -169,16 +168,16 @@ def _from_hub(name: str, tell: Notify) -> Path:
     return Path(path)
 
 
-def _built_in(name: str, verify: bool, tell: Notify) -> Path:
+def _built_in(name: str, tell: Notify) -> Path:
     """The folder of a built-in target, made or repaired first where needed."""
     spec = BUILT_IN_TARGETS[name]
     folder = cache_dir() / "targets" / name
-    if _intact(folder, spec, verify):
+    if _intact(folder, spec):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{name}.lock")):
-            if not _intact(folder, spec, verify):  # else somebody made it while we waited
+            if not _intact(folder, spec):  # else somebody made it while we waited
                 _make(name, spec, folder, tell)
     except (OSError, SafetensorError) as error:
         raise ResourceError(
@@ -210,10 +209,7 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
         from ttspec.models.gguf import convert  # here, for it brings torch and transformers
 
         convert(gguf, made)
-        files = {
-            path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for path in sorted(made.iterdir())
-        }
+        files = {path.name: {"bytes": path.stat().st_size} for path in sorted(made.iterdir())}
         manifest = {"format": _FORMAT, "gguf_sha256": spec.gguf_sha256, "files": files}
         (made / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
         if folder.exists():
@@ -221,13 +217,12 @@ def _make(name: str, spec: BuiltIn, folder: Path, tell: Notify) -> None:
         made.rename(folder)
 
 
-def _intact(folder: Path, spec: BuiltIn, verify: bool) -> bool:
+def _intact(folder: Path, spec: BuiltIn) -> bool:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         current = (manifest["format"], manifest["gguf_sha256"]) == (_FORMAT, spec.gguf_sha256)
         return current and all(
             (folder / name).stat().st_size == file["bytes"]
-            and (not verify or _sha256(folder / name) == file["sha256"])
             for name, file in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -268,13 +263,10 @@ def _download(spec: BuiltIn, folder: Path) -> Path:
     return wheel
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _require_sha256(path: Path, expected: str) -> None:
-    if (found := _sha256(path)) != expected:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
         raise ResourceError(
             f"{path.name} has sha256 {found}, not {expected}.\n"
             "It is not the published file: fetch it again, or from another package index."

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ttspec.decoding.text import begun_mark
+
 OPEN, CLOSE = "<think>", "</think>"
 
 
@@ -41,7 +43,7 @@ class ReasoningParser:
                 self._stage, self._held = "gap", rest
                 thoughts = thoughts.rstrip()
             else:
-                thoughts = thoughts.rstrip() if final else _before_mark(thoughts)
+                thoughts = thoughts.rstrip() if final else before_mark(thoughts, CLOSE)
                 self._held = self._held[len(thoughts) :]
         if self._stage == "gap":
             self._held = self._held.lstrip()
@@ -53,10 +55,6 @@ class ReasoningParser:
         return thoughts, answer
 
 
-def _before_mark(text: str) -> str:
-    """Without an end that may be white space before, or the beginning of, the closing mark."""
-    for size in range(min(len(CLOSE) - 1, len(text)), 0, -1):
-        if CLOSE.startswith(text[-size:]):
-            text = text[:-size]
-            break
-    return text.rstrip()
+def before_mark(text: str, mark: str) -> str:
+    """Without an end that may be the beginning of a mark, or white space before it."""
+    return text[: len(text) - begun_mark(text, (mark,))].rstrip()

@@ -7,6 +7,8 @@ import secrets
 from collections.abc import Collection
 from typing import Any
 
+from ttspec.serving.reasoning import before_mark
+
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
 
@@ -28,9 +30,9 @@ class ToolCallParser:
                 self._held = self._held.lstrip()
             before, opened, rest = self._held.partition(OPEN)
             if not opened:
-                size = 0 if final else _partial_mark_length(before)
-                new, self._held = before[: len(before) - size], before[len(before) - size :]
-                out, self._called = out + new, self._called and not new
+                new = before if final else before_mark(before, OPEN)
+                out, self._held = out + new, before[len(new) :]
+                self._called = self._called and not new
                 break
             inside, closed, after = rest.partition(CLOSE)
             if not (closed or final):
@@ -56,10 +58,3 @@ class ToolCallParser:
                     "function": function
                 }
         return None
-
-
-def _partial_mark_length(text: str) -> int:
-    """Characters at the end that may be the beginning of a mark, and the white space before."""
-    marks = (size for size in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:size]))
-    cut = text[: len(text) - next(marks, 0)]
-    return len(text) - len(cut.rstrip())
