@@ -12,7 +12,7 @@ from torch import nn
 
 from ttspec import load
 from ttspec.config import DraftConfig, SamplingConfig
-from ttspec.decoding import loading, stages
+from ttspec.decoding import stages
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.families import build
 from ttspec.models import experts
@@ -87,8 +87,8 @@ def test_rounds_that_no_graph_can_hold_are_called(monkeypatch) -> None:
 
 
 def test_who_wants_compiled_rounds_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(loading, "device_of", lambda _: torch.device("cuda"))
     model = build("qwen3-moe")
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     for how, compiles in (("grouped_mm", True), ("eager", False)):
         model.set_experts_implementation(how)
         said: list[str] = []

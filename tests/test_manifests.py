@@ -200,8 +200,9 @@ def test_a_small_model_of_the_same_configuration_drafts_and_changes_no_text(tmp_
         rows += 4
         tokenizer.save_pretrained(tmp_path)
 
-    drafter = load_drafter(name, tmp_path)
-    engine = load((small_target(manifest, rows), tokenizer), drafter, device="cpu")
+    given = small_target(manifest, rows), tokenizer
+    engine = load(given, load_drafter(name, tmp_path), device="cpu")
+    drafter: Any = engine.drafter
     assert drafter.taps == tuple(manifest["taps"])
     assert (drafter.draft_ids is not None) == ("d2t" in weights or rows > VOCABULARY)
     if isinstance(drafter, Causal):

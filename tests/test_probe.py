@@ -37,9 +37,8 @@ def plain_target() -> Target:
 @pytest.mark.parametrize("which", ["dflash", "dflash-sliding", "eagle3", "pard", "pard2", "causal"])
 @pytest.mark.parametrize("base", [None, 500.0])
 def test_a_first_draft_is_what_a_round_would_propose(plain_target, which, base):
-    drafter = make_kind(which)
-    engine = Engine(twin(plain_target), drafter)
-    texts = write(engine, ["abc", "Some words."], 18)
+    engine = Engine(twin(plain_target), make_kind(which))
+    drafter, texts = engine.drafter, write(engine, ["abc", "Some words."], 18)
     reading = Reading(name="it", taps=drafter.taps, rope_base=base)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probes, "readings", lambda _: [reading])

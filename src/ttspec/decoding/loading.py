@@ -105,7 +105,12 @@ def load(
 def _require_as_loaded(
     target: Target, device: str, dtype: str, device_map: DeviceMap | None
 ) -> None:
-    """Refuse options that would have a loaded target be another."""
+    """Refuse a loaded target without its weights, and options that would have it be another."""
+    if any(parameter.is_meta for parameter in target.model.parameters()):
+        raise TargetError(
+            "Some of the target's weights are on the device meta: they were not loaded, or are "
+            "offloaded.\nLoad them into memory; device_map of ttspec.load spreads them over GPUs."
+        )
     found = {"device": target.device.type, "dtype": str(target.dtype).removeprefix("torch.")}
     for name, given in (("device", device), ("dtype", dtype)):
         if given not in ("auto", found[name]):

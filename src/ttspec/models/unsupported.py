@@ -111,11 +111,6 @@ def refuse_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> Non
             f"{type(model).__name__} has no head that says what comes next.\n"
             "Load the model with AutoModelForCausalLM."
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise TargetError(
-            "Some of the target's weights are on the device meta: they were not loaded, or are "
-            "offloaded.\nLoad them into memory; device_map of ttspec.load spreads them over GPUs."
-        )
     given = signature(type(model.base_model).forward).parameters
     for name in ("position_ids", "use_cache"):
         if name not in given:
