@@ -11,6 +11,8 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 """A token that is one byte of a character: such decoders read a whole run of them, or none."""
 _CLEANED = 4
 """The longest end of a text that transformers' cleaning of spaces may still change, as " n't"."""
+_TO_CLEAN = "a . b ? c ! d , e ' f n't g 'm h 's i 've j 're"
+"""All that it changes."""
 
 
 class TextStream:
@@ -25,7 +27,7 @@ class TextStream:
         """`ends` are end tokens, which have no text."""
         self._tokenizer, self._stops, self._ends = tokenizer, tuple(stops), set(ends)
         # What is cleaned may change what was decoded before: then all is decoded, every time.
-        self._cleans = bool(getattr(tokenizer, "clean_up_tokenization_spaces", False))
+        self._cleans = _cleans(tokenizer)
         self._ids: list[int] = []
         self._before = 0  # a token's text can depend on those before it: decode from here
         self._decoded = 0  # ids whose text is in `text`
@@ -103,6 +105,14 @@ class TextStream:
 
     def _string(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)  # type: ignore[return-value]
+
+
+def _cleans(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether spaces are cleaned: Llama 3's tokenizer says so, and transformers does not for BPE."""
+    if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
+        return False
+    ids = tokenizer(_TO_CLEAN, add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids) != tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def begun_mark(text: str, marks: Sequence[str]) -> int:
