@@ -108,7 +108,7 @@ class TextStream:
 
 
 def _cleans(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether spaces are cleaned: Llama 3's tokenizer says so, and transformers does not for BPE."""
+    """Whether spaces are cleaned; Llama 3's tokenizer says so, and no text of BPE is."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):
         return False
     ids = tokenizer(_TO_CLEAN, add_special_tokens=False)["input_ids"]
