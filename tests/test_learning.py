@@ -117,6 +117,17 @@ def test_a_row_that_is_reset_loses_the_update_under_way_and_the_others_do_not():
     assert learner.updates == [0, 2]
 
 
+def test_the_weights_of_a_row_that_learned_nothing_are_not_written_anew(monkeypatch):
+    learner, drafter, state = make_learner(2, NOW)
+    written: list[int] = []
+    monkeypatch.setattr(learner.weights, "reset", written.append)
+    learner.reset(0)
+    step(learner, drafter, state, fake_round(0, 2, emitted=[0, 1]))
+    for row in (0, 1, 1):
+        learner.reset(row)
+    assert written == [1]
+
+
 def test_a_first_step_goes_down_the_weighted_kl():
     config = LearnConfig(stride=1, blocks=1, supervision="block", decay=2.0, lr=1e-4)
     learner, drafter, state = make_learner(1, config)

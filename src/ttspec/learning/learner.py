@@ -289,7 +289,8 @@ class Learner:
         """Start a row anew, for another request; what all rows share goes on."""
         self._detach(row)
         if not self.shared:
-            self.weights.reset(row)
+            if self.updates[row] or self.reverts[row]:  # else they are as they began
+                self.weights.reset(row)
             self.guard.reset(row)
         if self._buffer:
             self._buffer.clear(row)
