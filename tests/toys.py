@@ -391,7 +391,7 @@ class Parrot(Drafter):
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
         return DraftState({}, options)
 
-    def extend(self, state, tokens, features, start, subset=None) -> None:
+    def extend(self, state, tokens, features, start, subset=None, counts=None) -> None:
         pass
 
     def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:

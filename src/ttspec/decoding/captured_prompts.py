@@ -278,8 +278,10 @@ class CapturedPrompts:
     def draw_some(self, rows: int, processors: Processors) -> Tensor:
         """As `_draw`."""
         subset, start, count, _ = self._chunks(ReadShape(rows, 0))
-        given = self._rows, self._sampling, self._logits[:rows], subset, start + count
-        return draw_first(*given, self._rows.slots, processors)
+        logits, longest = self._logits[:rows], self._rows.slots
+        return draw_first(
+            self._rows, self._sampling, logits, subset, start + count, longest, processors
+        )
 
     def _chunks(self, shape: ReadShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, where their chunks begin, how many tokens these have, int64 [rows], and them."""

@@ -145,9 +145,18 @@ class Conversation:
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
         self._logprobs += outcome.logprobs[:kept]
-        accepted, updates = min(outcome.accepted, kept), int(outcome.updated)
-        told = outcome.seconds, outcome.length, outcome.copied
-        self.rounds.append(Round(position, outcome.proposed, accepted, kept, updates, *told))
+        self.rounds.append(
+            Round(
+                position=position,
+                proposed=outcome.proposed,
+                accepted=min(outcome.accepted, kept),
+                emitted=kept,
+                updates=int(outcome.updated),
+                seconds=outcome.seconds,
+                length=outcome.length,
+                copied=outcome.copied,
+            )
+        )
 
     def cancel(self) -> None:
         """End the answer as it is; what the decoder knows beyond it is taken back.

@@ -72,9 +72,16 @@ class Decoder(RoundStages):
         if learn is None or drafter is None or self.state is None or not drafter.weights:
             return None
         kind = SharedLearner if learn.scope == "shared" else Learner
-        made_for = learn, drafter, self.state, self.spec.rows, self.gamma
-        after = AFTER if self.spec.draft.adaptive else 0
-        return kind(*made_for, live_weights=live_weights, run=self.graphs, after=after)
+        return kind(
+            learn,
+            drafter,
+            self.state,
+            self.spec.rows,
+            self.gamma,
+            live_weights=live_weights,
+            run=self.graphs,
+            after=AFTER if self.spec.draft.adaptive else 0,
+        )
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:

@@ -373,8 +373,8 @@ class Engine:
 
     def thinking(self, config: GenerateConfig) -> bool | None:
         """Whether prompts ask the target to think; None where its template has no such switch."""
-        how: dict[str, Any] = {"system": config.system, "raw": config.raw}
-        return thinking_of(self.tokenizer, config.thinking, **how)
+        asked, system, raw = config.thinking, config.system, config.raw
+        return thinking_of(self.tokenizer, asked, system=system, raw=raw)
 
     def chat_template(self, config: GenerateConfig) -> ChatTemplate:
         """What writes prompts under `config`.
@@ -382,5 +382,5 @@ class Engine:
         Raises:
             OptionError: There is a system message and no template to write it.
         """
-        how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
-        return ChatTemplate(self.tokenizer, system=config.system, **how)
+        system, raw, thinking = config.system, config.raw, config.thinking
+        return ChatTemplate(self.tokenizer, system=system, raw=raw, thinking=thinking)

@@ -340,9 +340,11 @@ class PromptReader:
         if self._drafter and self._state:
             padded = self._pads and self._drafter.takes_padding
             width = None if padded else max(map(len, parts))
-            text = tokens[:, :width], features[:, :width], start, subset
+            text, states = tokens[:, :width], features[:, :width]
             with sdpa_kernel(ATTENTION):
-                self._drafter.extend(self._state, *text, *([counts] if padded else []))
+                self._drafter.extend(
+                    self._state, text, states, start, subset, counts if padded else None
+                )
         if recorder := self._recorder:
             near = [len(p) * (n <= CHUNK_TOKENS) for p, n in zip(parts, left, strict=True)]
             counts = start.new_tensor(near)

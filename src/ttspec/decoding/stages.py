@@ -187,9 +187,16 @@ class RoundStages:
             longest=shape.longest,
             ready=self.branch.join,
         )
-        given = rows.pending, rows.start, count[some], shape.draft_length, shape.longest, choose
-        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *given))
-        return scatter_record(proposal, some, self.rows.count)
+        proposal = self.drafter.propose(
+            self._state_of(some),
+            rows.pending,
+            rows.start,
+            count[some],
+            shape.draft_length,
+            shape.longest,
+            choose,
+        )
+        return scatter_record(choose.over_all(proposal), some, self.rows.count)
 
     def _state_of(self, rows: slice) -> DraftState:
         """The drafter's context, or what of it belongs to some rows."""
@@ -254,8 +261,13 @@ class RoundStages:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
             some, count = self._drafter_rows, self.rows.count
-            given = proposal.tokens[some], proposal.count[some], of_rows(sampling, some)
-            accepted, tokens = draw_and_accept(logits[some], noise, *given)
+            accepted, tokens = draw_and_accept(
+                logits[some],
+                noise,
+                proposal.tokens[some],
+                proposal.count[some],
+                of_rows(sampling, some),
+            )
             return scatter(accepted, some, count), scatter(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])

@@ -139,7 +139,6 @@ class FunctionalDrafter(Drafter):
         known = options, like.device  # a forecast starts on meta
         if known not in self._ropes:  # kept: where this is captured nothing comes from the host
             self._ropes[known] = self._rope(options).to(like.device)
-        sizes = self.kv_heads, slots, self.head_dim, like, self.value_dim
         folded = self.module.config._attn_implementation == FOLDED
         return {
             "weights": self.weights,
@@ -147,7 +146,9 @@ class FunctionalDrafter(Drafter):
             "rope": self._ropes[known],
             "anchor": self.weights,
             "takes_spans": folded and self.value_dim in (None, self.head_dim),
-            **empty_context(self.layers, rows, *sizes),
+            **empty_context(
+                self.layers, rows, self.kv_heads, slots, self.head_dim, like, self.value_dim
+            ),
             **feature_ring(rows, width, like),
         }
 

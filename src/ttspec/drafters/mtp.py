@@ -192,8 +192,8 @@ class Mtp(FunctionalDrafter):
         fixed = concatenated(*context, blocks, 1, state.options.window, self.windows)
         for step, (own,) in enumerate(growing_contexts(fixed, blocks, self.windows)):
             fed = self._reading(token, hidden, blocks.start - 1 + step, own.mask[:, None])
-            given = own.keys[None], own.values[None]
-            hidden, k, v = self.function.concatenated(weights, fed, *given)
+            keys, values = own.keys[None], own.values[None]
+            hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             own.keys, own.values = torch.cat([own.keys, k[0]], 2), torch.cat([own.values, v[0]], 2)
             token = next_token(step, hidden)
 

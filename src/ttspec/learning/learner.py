@@ -145,8 +145,10 @@ class Learner:
         if self._buffer is None:
             if not drafted:  # what the buffer has is not known yet
                 return
-            made_for = self.config, len(self.updates), self.length, verification
-            self._buffer = ReplayBuffer(*made_for, features=self.shared)
+            rows = len(self.updates)
+            self._buffer = ReplayBuffer(
+                self.config, rows, self.length, verification, features=self.shared
+            )
         self._verification, changes = verification, self._buffer.changed_by_absorb
         self._run(self._keep_verification, key, changes=changes)
 

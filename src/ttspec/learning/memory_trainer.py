@@ -99,8 +99,9 @@ class TextTrainer:
 
     def _draft(self, weights: Weights, texts: Texts, batch: ReplayBatch) -> Tensor:
         """Logits [N, A, G, V_draft] of a batch's blocks."""
-        given = texts.tokens, texts.features, self.options, self.length
-        state = context_of_texts(self.drafter, weights, *given)
+        state = context_of_texts(
+            self.drafter, weights, texts.tokens, texts.features, self.options, self.length
+        )
         return self.drafter.replay(state, batch, self.length, texts.tokens.shape[1])
 
     def _target(self, texts: Texts, batch: ReplayBatch) -> tuple[Tensor, Tensor, Tensor]:

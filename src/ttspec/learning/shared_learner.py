@@ -24,8 +24,14 @@ class SharedLearner(Learner):
         """Arguments as of `Learner`."""
         super().__init__(*args, **options)
         assert self.weights.memory is not None
-        made_for = self.drafter, len(self.updates), self.state.options, self.length, self._run
-        self._memory = self.memory_trainer = MemoryTrainer(self.weights.memory, *made_for)
+        self._memory = self.memory_trainer = MemoryTrainer(
+            self.weights.memory,
+            self.drafter,
+            len(self.updates),
+            self.state.options,
+            self.length,
+            self._run,
+        )
         self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.memory_trainer = self._memory

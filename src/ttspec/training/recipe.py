@@ -65,8 +65,9 @@ class Recipe(ABC, Generic[D]):
         """What a drafter's head reads of blocks of whole texts, [N, A, length, H]."""
         row = torch.arange(len(features), device=features.device)[:, None]
         length, before = blocks.labels.shape[-1], features[row, blocks.start - 1]
-        given = drafter.weights, batch.ids, features, DraftConfig(), length
-        context = context_of_texts(drafter, *given)
+        context = context_of_texts(
+            drafter, drafter.weights, batch.ids, features, DraftConfig(), length
+        )
         lesson = ReplayBatch.of(blocks.text, blocks.start, before, blocks.mask)
         places = Blocks(blocks.tokens, blocks.start, length, features.shape[1])
         return drafter.replayed(context, lesson, places)
