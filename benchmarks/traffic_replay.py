@@ -34,7 +34,7 @@ from cyclopts import App, Parameter
 import ttspec
 from ttspec.bench.arms import ArmSpec, parse_arms
 from ttspec.bench.known_text import use_recording
-from ttspec.bench.replay import Source, conversations, known_answers, record, replayable
+from ttspec.bench.replay import RecordedArm, conversations, known_answers, record, replayable
 from ttspec.bench.results import Turn
 from ttspec.bench.suites import load_suite
 from ttspec.config import DraftConfig, GenerateConfig
@@ -168,7 +168,7 @@ def write_texts(
         user = cast("str", asked[number][0])
         turns[number, 0] = [Turn(request=number, user=user, result=result, seconds=0.0)]
     assert engine.drafter is not None
-    source = Source(Path("texts"), {}, "plain", turns)
+    source = RecordedArm(Path("texts"), {}, "plain", turns)
     sampling = sampling_of(config, engine.target)
     known, notes = conversations(source, engine.tokenizer)
     recording, note = record(engine.target, sorted(engine.drafter.taps), source, known, sampling)

@@ -84,7 +84,7 @@ def test_positions_say_who_is_alive_and_compare_the_same_requests() -> None:
     long, short = [2] * 200, [4] * 3
     a = arm_of("static", {(0, 0): long, (1, 0): short, (2, 0): [1] * 300})
     b = arm_of("learn", {(0, 0): long, (1, 0): short, (2, 0): [3] * 10})
-    bins = m.by_position([a, b])
+    bins = m.position_bins([a, b])
     first, second = bins["static"]
     assert (first.alive, second.alive) == (3, 2)
     assert (first.everywhere, second.everywhere) == (3, 1)

@@ -175,7 +175,7 @@ class Bin:
     """Share of repeated 8-grams of the tokens in it, mean over units."""
 
 
-def by_position(
+def position_bins(
     arms: Sequence[Arm], edges: Sequence[int] = (*POSITION_BINS, END)
 ) -> dict[str, list[Bin]]:
     """For each arm the bins it reached; a round counts where it begins."""
@@ -268,8 +268,8 @@ def different_texts(arm: Arm, other: Arm) -> list[tuple[Unit, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """Batches of `rows` requests: the sum of their own seconds would count the same time twice.
+class SideBySide:
+    """Speed of batches of `rows` requests, whose own seconds would count the same time twice.
 
     Intervals draw whole batches; a request under two seeds is in two of them.
     """

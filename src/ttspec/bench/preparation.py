@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter
-from ttspec.bench.suites import Request, Suite
+from ttspec.bench.suites import Dialogue, Suite
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine, Prompt
 from ttspec.decoding.history import ChatHistory
@@ -50,7 +50,7 @@ class PreparedRun:
     """A run that is ready to be measured."""
 
     manifest: dict[str, Any]
-    requests: Sequence[Request]
+    requests: Sequence[Dialogue]
     batches: list[Batch]
     options: dict[str, Any]
     """Fields of `GenerateConfig` for all arms."""
@@ -185,7 +185,7 @@ def engines_for(
 def require_rows(
     engines: Mapping[str, Engine],
     arms: Sequence[ArmSpec],
-    requests: Sequence[Request],
+    requests: Sequence[Dialogue],
     rows: int,
     **options: Any,
 ) -> list[str]:
@@ -214,7 +214,7 @@ def require_rows(
 def fits_into_memory(
     engines: Mapping[str, Engine],
     arms: Sequence[ArmSpec],
-    requests: Sequence[Request],
+    requests: Sequence[Dialogue],
     rows: int,
     **options: Any,
 ) -> bool:
@@ -231,7 +231,7 @@ def fits_into_memory(
 
 
 def _config_and_row_length(
-    engine: Engine, arm: ArmSpec, requests: Sequence[Request], **options: Any
+    engine: Engine, arm: ArmSpec, requests: Sequence[Dialogue], **options: Any
 ) -> tuple[GenerateConfig, dict[str, Any]]:
     """An arm's options, and what of the suite says how long its rows are."""
     config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)

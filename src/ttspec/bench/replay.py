@@ -29,7 +29,7 @@ from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.prefill import ATTENTION
+from ttspec.decoding.prefill import PROMPT_ATTENTION
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
@@ -46,7 +46,7 @@ LEAST_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RecordedArm:
     """One arm's finished units of a run: the text that is replayed."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Source:
     units: dict[Unit, list[Turn]]
 
 
-def open_source(folder: Path, arm: str | None = None) -> Source:
+def open_source(folder: Path, arm: str | None = None) -> RecordedArm:
     """A run's text: that of `arm`, or of plain, or of its first arm.
 
     Raises:
@@ -73,7 +73,7 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
     if name not in answered:
         names = ", ".join(answered) or "none"
         raise OptionError(f"{folder} has no answers of an arm {name}; with answers: {names}.")
-    return Source(folder, manifest, name, answered[name].units)
+    return RecordedArm(folder, manifest, name, answered[name].units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +85,16 @@ class RecordedText:
     """Where each turn's answer begins in it, by the turn's number."""
 
 
-Texts = dict[Unit, list[RecordedText]]
+TextsByUnit = dict[Unit, list[RecordedText]]
 
 
 @torch.no_grad()
 def record(
-    target: Target, taps: Sequence[int], source: Source, texts_of: Texts, sampling: SamplingConfig
+    target: Target,
+    taps: Sequence[int],
+    source: RecordedArm,
+    texts_of: TextsByUnit,
+    sampling: SamplingConfig,
 ) -> tuple[Recording, str]:
     """Read a run's texts, of `conversations`, one at a time.
 
@@ -115,7 +119,7 @@ def record(
         for text in texts:
             ids, last = text.ids, first + len(text.ids) - 1
             fed = torch.tensor([ids], device=target.device)
-            with sdpa_kernel(ATTENTION):
+            with sdpa_kernel(PROMPT_ATTENTION):
                 features, read = reader.read(fed)
             here = slice(first, last + 1)
             hidden[here] = read[0].cpu()
@@ -146,13 +150,15 @@ def _require_host(need: int, tokens: int) -> None:
         )
 
 
-def conversations(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, list[str]]:
+def conversations(
+    source: RecordedArm, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TextsByUnit, list[str]]:
     """The texts of each unit; what is left out, in sentences.
 
     Raises:
         DataError: Nothing is left.
     """
-    found: Texts = {}
+    found: TextsByUnit = {}
     starts: set[tuple[int, ...]] = set()
     notes = []
     template = ChatTemplate(tokenizer)
@@ -215,7 +221,7 @@ def noise_keys(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
     return {number: noise_key(seed, start, turn=number) for number in numbers}
 
 
-def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
+def known_answers(source: RecordedArm, texts_of: TextsByUnit) -> dict[int, KnownAnswer]:
     """A run's answers by their noise keys."""
     answers = {}
     for (request, seed), texts in texts_of.items():
@@ -254,7 +260,7 @@ def replayable(arms: Sequence[ArmSpec], *, timed: bool = False) -> list[ArmSpec]
 
 def prepare(
     engine: Engine,
-    source: Source,
+    source: RecordedArm,
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter],
     rows: int | None = None,
@@ -343,7 +349,7 @@ def prepare(
 
 def _fitting_rows(
     engine: Engine,
-    source: Source,
+    source: RecordedArm,
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter],
     units: Sequence[Unit],

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttspec.bench import metrics as m
 from ttspec.bench.manifest import run_label
-from ttspec.bench.metrics import Batches
+from ttspec.bench.metrics import SideBySide
 from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, Table, interval, number, ratio
 
@@ -109,7 +109,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     columns: dict[str, Any] = {
         "arm": lambda arm: arm.name,
         "tokens per second": lambda arm: interval(m.speed(arm), 1),
-        f"of {side_by_side} rows": lambda arm: interval(Batches(side_by_side).speed(arm), 1),
+        f"of {side_by_side} rows": lambda arm: interval(SideBySide(side_by_side).speed(arm), 1),
         "first token (ms)": lambda arm: number(m.time_to_first_token(arm), ".0f", 1000),
         "a token p50 / p95 / p99 (ms)": waits,
         "share of learning": lambda arm: number(
@@ -173,7 +173,7 @@ def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     rows = []
     for a, b in pairs_of(arms):
         tau = m.pair_acceptance(a, b)
-        speed = Batches(side_by_side).pair(a, b) if side_by_side > 1 else m.pair_speed(a, b)
+        speed = SideBySide(side_by_side).pair(a, b) if side_by_side > 1 else m.pair_speed(a, b)
         difference = interval(tau and tau.difference, 3, sign=True)
         rows.append((f"{a.name} / {b.name}", ratio(tau), difference, ratio(speed)))
     return Table(
@@ -205,7 +205,7 @@ def stretch_table(arms: Sequence[Arm], title: str = STRETCH_TITLE) -> Table:
 
 def position_tables(arms: Sequence[Arm]) -> list[Table]:
     """Acceptance length by generated position: over all requests alive, and over common ones."""
-    bins = m.by_position(arms)
+    bins = m.position_bins(arms)
     at = {name: {b.low: b for b in own} for name, own in bins.items()}
     every, common = [], []
     for low in sorted({low for own in at.values() for low in own}):

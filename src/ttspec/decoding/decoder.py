@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ttspec.acceptance import BROKEN
-from ttspec.decoding.launched import Launched, of_rows
+from ttspec.decoding.launched import Launched, narrowed_to
 from ttspec.decoding.planner import RoundPlanner
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.prefill import PromptReader
@@ -257,7 +257,7 @@ class Decoder(RoundStages):
         active = self.rows.active()
         may = active and (active == last.active or self.begins_beside)
         if following:  # the device knows as well which rows have ended
-            self._under_way = of_rows(active, following)
+            self._under_way = narrowed_to(active, following)
         elif may and not self.row_sampling.is_masked(active):
             self._under_way = (self._launch(unobserved=last.shape.draft_length),)
 
@@ -302,7 +302,7 @@ class Decoder(RoundStages):
         if not any(row in one.plan.active for one in self._under_way):
             return
         others = {*range(self.rows.count)} - {row}
-        left, self._under_way = of_rows(others, *self._under_way), ()
+        left, self._under_way = narrowed_to(others, *self._under_way), ()
         self.rows.changed.add(row)
         if left and self._is_read_from_table(left[-1].plan.active):
             self._under_way = left

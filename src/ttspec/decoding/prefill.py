@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from ttspec.decoding.captured_prompts import (
-    ATTENTION,
     CHUNK_TOKENS,
     MAX_CAPTURED_ROWS,
+    PROMPT_ATTENTION,
     CapturedPrompts,
     draw_first,
 )
@@ -341,7 +341,7 @@ class PromptReader:
             padded = self._pads and self._drafter.takes_padding
             width = None if padded else max(map(len, parts))
             text, states = tokens[:, :width], features[:, :width]
-            with sdpa_kernel(ATTENTION):
+            with sdpa_kernel(PROMPT_ATTENTION):
                 self._drafter.extend(
                     self._state, text, states, start, subset, counts if padded else None
                 )
@@ -371,7 +371,7 @@ class PromptReader:
         counts = torch.tensor([len(p) for p in parts], device=device)
         # Some rows' keys are copied before they are read; those of all rows are not.
         subset = None if rows == [*range(self._rows.count)] else torch.tensor(rows, device=device)
-        with sdpa_kernel(ATTENTION):
+        with sdpa_kernel(PROMPT_ATTENTION):
             out, features = self._target.forward(
                 self._cache,
                 tokens,

@@ -41,7 +41,7 @@ from ttspec.drafters.layers import (
     rms_norm,
 )
 from ttspec.drafters.rotary import Rope, rope_parameters
-from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
+from ttspec.drafters.taps import TAP_KEY, default_eagle3_taps, layers_of, taps_of
 from ttspec.errors import CheckpointError
 from ttspec.records import ReplayBatch
 
@@ -145,7 +145,7 @@ class Eagle3(FeatureDrafter):
         return shapes
 
     def _default_taps(self, layers: int) -> tuple[int, ...]:
-        return default_taps(layers)
+        return default_eagle3_taps(layers)
 
     def _check_target(self, embedding: Tensor) -> None:
         super()._check_target(embedding)

@@ -28,7 +28,7 @@ from ttspec.drafters.functional import (
     FunctionalDrafter,
     FunctionalState,
     InPlaceCache,
-    Reading,
+    ModelInputs,
     as_function,
 )
 from ttspec.drafters.layers import Weights, placed
@@ -231,7 +231,7 @@ class Mtp(FunctionalDrafter):
 
     def _reading(
         self, tokens: Tensor, hidden: Tensor, position: Tensor, seen: Tensor | None = None
-    ) -> Reading:
+    ) -> ModelInputs:
         """States [B, N, H] and the tokens after them; without `seen` for their keys and values."""
         inputs = {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
-        return Reading(inputs, position, {} if seen is None else {None: seen})
+        return ModelInputs(inputs, position, {} if seen is None else {None: seen})

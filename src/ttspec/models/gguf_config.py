@@ -233,7 +233,7 @@ def llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
     return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
-def sampling_of(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def sampling_defaults_of(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """generation_config entries that the file's general.sampling keys make; empty is greedy.
 
     A file does not say `do_sample`: converters copy the numbers of generation_config.json, and
