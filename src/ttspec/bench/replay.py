@@ -36,7 +36,6 @@ from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.free_memory import free_memory, mib
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
-from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
 
 CHUNK = 256
@@ -286,52 +285,34 @@ def prepare(
         DataError: It is not the run's target, or `out` holds another run.
         OptionError: An arm's drafter is missing or cannot learn.
     """
-    old = source.manifest
-    replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
-    if timed:
-        replay["timed"] = True
-    title = f"ttspec bench: {old['suite']['name']} ({run_label({'replay': replay})})"
-    manifest = describe(engine, title=title) | {"replay": replay}
-    if checksum_of(manifest, "target") != checksum_of(old, "target"):
-        raise DataError(
-            f"{source.folder} was written by {old['target']['name']}, not by "
-            f"{engine.target.name}.\nName its --target."
-        )
-    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
-    manifest |= {name: old[name] for name in (*same, "seeds")} | {
-        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
-        "arms": [arm.name for arm in arms],
-        "arm_options": {arm.name: arm.options() for arm in arms},
-    }
+    old, seeds = source.manifest, source.manifest["seeds"]
+    manifest = _manifest(engine, source, arms, drafters, timed=timed)
     begun = begun_run(out) if out else {}
     if out and begun:
         require_same_run(out, begun, manifest | {"rows": begun.get("rows")})
     options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
     recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
     options |= {name: recorded[name] for name in engine.target.defaults}
-    sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
     texts_of, notes = conversations(source, engine.target.tokenizer)
-    units, answers = set(texts_of), known_answers(source, texts_of)
+    answers = known_answers(source, texts_of)
     if timed:
         rows = rows or old["rows"]
         engine.make_decoder = partial(KnownTextDecoder, answers=answers)
     else:
+        sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
         taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
         recording, note = record(engine.target, sorted(taps), source, texts_of, sampling)
         use_recording(engine, recording, answers)
         notes.append(note)
 
-    count = old["suite"]["requests"]
-    seeds = old["seeds"]
-    if rows is None:
-        everything = sorted(units)
-        fitting = partial(_fitting_rows, engine, source, arms, drafters, everything, options)
-        rows = int(begun.get("rows") or fitting())  # what fits may be another number today
-        groups = [everything[i : i + rows] for i in range(0, len(everything), rows)]
+    count, units = old["suite"]["requests"], sorted(texts_of)
+    if rows is None:  # what fits may be another number today
+        fit = begun.get("rows") or _fitting_rows(engine, source, arms, drafters, units, options)
+        groups = [units[i : i + fit] for i in range(0, len(units), fit)]
         batches = [[Job(arm, *unit) for unit in group] for group in groups for arm in arms]
     else:
         batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
-        batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
+        batches = [[u for u in batch if (u.request, u.seed) in texts_of] for batch in batches]
     requests: list[list[str]] = [[""] for _ in range(count)]
     for request, seed in units:
         users = [turn.user for turn in source.units[request, seed]]
@@ -345,6 +326,39 @@ def prepare(
         session_tokens=old["session_tokens"],
         drafters=drafters,
     )
+
+
+def _manifest(
+    engine: Engine,
+    source: RecordedArm,
+    arms: Sequence[ArmSpec],
+    drafters: Mapping[str, Drafter],
+    *,
+    timed: bool,
+) -> dict[str, Any]:
+    """How the replay is described; what it has of the run is the run's.
+
+    Raises:
+        DataError: The engine's target is not the run's.
+    """
+    old = source.manifest
+    replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
+    if timed:
+        replay["timed"] = True
+    title = f"ttspec bench: {old['suite']['name']} ({run_label({'replay': replay})})"
+    manifest = describe(engine, title=title) | {"replay": replay}
+    if checksum_of(manifest, "target") != checksum_of(old, "target"):
+        raise DataError(
+            f"{source.folder} was written by {old['target']['name']}, not by "
+            f"{engine.target.name}.\nName its --target."
+        )
+    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
+    return manifest | {
+        **{name: old[name] for name in (*same, "seeds")},
+        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
+        "arms": [arm.name for arm in arms],
+        "arm_options": {arm.name: arm.options() for arm in arms},
+    }
 
 
 def _fitting_rows(
@@ -375,16 +389,9 @@ class UntimedStore(Store):
 
 
 def _without_times(turn: Turn) -> Turn:
-    result = turn.result
-    rounds = [r._replace(seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
-    stats = summarise(
-        rounds,
-        token_ids=result.token_ids,
-        prompt_tokens=result.stats.prompt_tokens,
-        seed=result.stats.seed,
-        seconds=0.0,
-        reverts=result.stats.reverts,
-        reread_tokens=result.stats.reread_tokens,
-    )
+    result, nothing = turn.result, (0.0, 0.0, 0.0)
+    rounds = [r._replace(seconds=nothing) for r in result.rounds]
+    spent = dict.fromkeys(result.stats.seconds_in, 0.0)
+    stats = replace(result.stats, seconds=0.0, tokens_per_second=0.0, seconds_in=spent)
     known = {name: getattr(turn, name) for name in ("request", "user", "turn")}
     return Turn(**known, result=replace(result, rounds=rounds, stats=stats), seconds=0.0)
