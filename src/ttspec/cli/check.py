@@ -136,6 +136,7 @@ def compare_answers(
 ) -> ComparedAnswer:
     """Compare two answers, and where they part ask the target how sure it was."""
     from ttspec.bench.results import first_difference
+    from ttspec.diagnosis.ties import token_margin
 
     base = ComparedAnswer(
         prompt=prompt, arm=arm, tokens=len(expected.token_ids), verdict="identical"
@@ -143,21 +144,10 @@ def compare_answers(
     position = first_difference(expected.token_ids, found.token_ids)
     if position is None:
         return base
-    margin = margin_at(engine, expected, position, plain)
+    margin = token_margin(engine, expected, position, plain)
     tied = margin < tie_margin(str(engine.target.dtype).removeprefix("torch."))
     kind = "near-tie" if tied else "different"
     return replace(base, verdict=kind, position=position, margin=margin)
-
-
-def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateConfig) -> float:
-    """How far the target itself prefers its token to the next best, recomputed in one row."""
-    from ttspec.decoding.conversation import noise_key
-    from ttspec.diagnosis.ties import token_margin
-
-    key = noise_key(expected.stats.seed, expected.prompt_ids)
-    ids = [*expected.prompt_ids, *expected.token_ids]
-    answer = len(expected.prompt_ids)
-    return token_margin(engine, ids, answer + position, key, answer=answer, **options_of(plain))
 
 
 def tie_margin(dtype: str) -> float:
