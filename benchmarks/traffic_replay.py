@@ -38,7 +38,8 @@ from ttspec.bench.replay import RecordedArm, conversations, known_answers, recor
 from ttspec.bench.results import Turn
 from ttspec.bench.suites import load_suite
 from ttspec.config import DraftConfig, GenerateConfig
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import Prompt
 from ttspec.decoding.penalties import sampling_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter

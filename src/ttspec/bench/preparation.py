@@ -15,8 +15,8 @@ from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter
 from ttspec.bench.suites import Dialogue, Suite
 from ttspec.config import GenerateConfig
-from ttspec.decoding.engine import Engine, Prompt
-from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.loading import find_drafter
 from ttspec.decoding.memory_forecast import USABLE_SHARE
 from ttspec.decoding.penalties import sampling_of

@@ -25,11 +25,11 @@ from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
 from ttspec.bench.store import Store, begun_run, read_run, require_same_run
 from ttspec.config import GenerateConfig, SamplingConfig
+from ttspec.decoding.captured_prompts import PROMPT_ATTENTION
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.prefill import PROMPT_ATTENTION
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError

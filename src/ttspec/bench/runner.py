@@ -19,7 +19,8 @@ from ttspec.bench.preparation import Batch, PreparedRun, engines_for, fits_into_
 from ttspec.bench.results import Arm, Turn
 from ttspec.bench.store import Store
 from ttspec.bench.suites import Dialogue, text_of
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import Prompt
 from ttspec.records import Result
 
 WARM_UP = 24

@@ -117,7 +117,7 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
-    from ttspec.diagnosis.memory import mib
+    from ttspec.free_memory import mib
 
     target, drafter, memory = report["target"], report["drafter"], report["memory"]
     ends = ", ".join(f"{i} {text!r}" for i, text in target["end_tokens"].items())

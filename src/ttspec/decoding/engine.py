@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
-from ttspec.decoding.scheduler import Request, Scheduler, in_own_modes
+from ttspec.decoding.scheduler import Scheduler, in_own_modes
 from ttspec.decoding.session import Session
 from ttspec.decoding.shared_weights import SharedWeights
 from ttspec.decoding.stages import DecoderSpec

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.prefill import CHUNK_TOKENS, MAX_BATCHED_TOKENS
+from ttspec.decoding.captured_prompts import CHUNK_TOKENS
+from ttspec.decoding.prefill import MAX_BATCHED_TOKENS
 from ttspec.decoding.stages import round_widths
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError

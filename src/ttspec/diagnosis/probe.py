@@ -25,7 +25,6 @@ from torch import Tensor
 from ttspec.config import DraftConfig
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.findings import (
-    DEFAULT_BASE,
     TAP_KEYS,
     Finding,
     base_text,
@@ -35,6 +34,7 @@ from ttspec.diagnosis.findings import (
 )
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.rotary import DEFAULT_BASE
 from ttspec.errors import OptionError
 from ttspec.records import ReplayBatch
 

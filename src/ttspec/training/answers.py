@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ttspec.config import DraftConfig, GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.messages import FORMS, Turn, read_text, request_of, rows_of, user_turns
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.decoding.template import ChatTemplate
 from ttspec.errors import DataError, writing
 from ttspec.records import Result, repeated_ngrams
