@@ -63,11 +63,7 @@ def write_answers(
     A line is {"n": dialogue, "ids": tokens, "spans": answers}. `progress` is told how many
     dialogues are done and tokens written.
     """
-    written = out.read_text(encoding="utf-8") if out.exists() else ""
-    whole = written[: written.rfind("\n") + 1]
-    if whole != written:  # an interrupted run left half a line
-        out.write_text(whole, encoding="utf-8")
-    done = {_number_of(line, f"{out}, line {at}") for at, line in enumerate(whole.splitlines(), 1)}
+    done = _done_in(out)
     todo = [n for n in range(len(dialogues)) if n not in done][::-1]
     if not todo:
         return
@@ -114,6 +110,15 @@ def write_answers(
                 scheduler.release(request)
             if progress:
                 progress(len(done), tokens)
+
+
+def _done_in(out: Path) -> set[int]:
+    """Dialogues that a file of answers has; half a line of an interrupted run is cut off."""
+    written = out.read_text(encoding="utf-8") if out.exists() else ""
+    whole = written[: written.rfind("\n") + 1]
+    if whole != written:
+        out.write_text(whole, encoding="utf-8")
+    return {_number_of(line, f"{out}, line {at}") for at, line in enumerate(whole.splitlines(), 1)}
 
 
 def _number_of(line: str, where: str) -> int:
