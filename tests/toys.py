@@ -483,7 +483,8 @@ def make_learner(
 def learn_from(learner: Learner, v: Verification, longest: int) -> list[bool]:
     """Give a learner a round, and commit it."""
     learner.keep(v, longest)
-    return learner.absorb(longest)
+    emitted = dict(enumerate(v.emitted.tolist()))
+    return learner.absorb(longest, emitted, drafted=True, kept=True, ahead=0)
 
 
 def fake_round(

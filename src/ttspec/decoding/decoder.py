@@ -217,17 +217,16 @@ class Decoder(RoundStages):
 
         `following` is the round after it, if that is under way.
         """
-        learner, (active, shape, longest, _) = self.learner, launched.plan
+        learner, plan = self.learner, launched.plan
         if learner and learner.memory_trainer:
             learner.memory_trainer.records_prompts = launched.kept
-        trains = shape.absorbs and (shape.proposed > 0 or bool(learner and learner.memory_trainer))
-        if learner is None or not (launched.kept or trains):
+        trains = plan.shape.proposed > 0 or bool(learner and learner.memory_trainer)
+        if learner is None or not (launched.kept or (plan.shape.absorbs and trains)):
             return [False] * self.rows.count
         return learner.absorb(
-            longest,
-            active,
-            drafted=shape.draft_length > 0,
-            emitted=_emitted(verdicts),
+            plan.longest,
+            _emitted(verdicts),
+            drafted=plan.shape.draft_length > 0,
             kept=launched.kept,
             ahead=1 + max(self.planner.policy.lengths) if following else 0,
         )

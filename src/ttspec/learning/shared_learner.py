@@ -47,7 +47,7 @@ class SharedLearner(Learner):
             self.keeper.note(updated, self.updates)
         return updated
 
-    def _note(self, emitted: Mapping[int, int] | None, due: bool, ahead: int) -> None:
+    def _note(self, emitted: Mapping[int, int], due: bool, ahead: int) -> None:
         assert self._buffer is not None
         self._memory.note(self._buffer, emitted, due or self._rounds % self.stride == 0, ahead)
 
