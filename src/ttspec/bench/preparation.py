@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, cast
 
@@ -54,9 +54,9 @@ class PreparedRun:
     batches: list[Batch]
     options: dict[str, Any]
     """Fields of `GenerateConfig` for all arms."""
-    session_tokens: int | None = None
+    session_tokens: int | None
     """Tokens that a request may have over its turns; None is no limit."""
-    drafters: Mapping[str, Drafter] = field(default_factory=dict)
+    drafters: Mapping[str, Drafter]
     """Those that arms name, by name."""
 
 
@@ -133,9 +133,7 @@ def plan(
     ]
 
 
-def find_drafters(
-    arms: Sequence[ArmSpec], notify: Callable[[str], None] | None = None
-) -> dict[str, Drafter]:
+def find_drafters(arms: Sequence[ArmSpec], notify: Callable[[str], None]) -> dict[str, Drafter]:
     """The drafters that arms name, by name.
 
     Raises:
@@ -151,9 +149,7 @@ def find_drafters(
 
 
 def engines_for(
-    engine: Engine,
-    arms: Sequence[ArmSpec],
-    drafters: Mapping[str, Drafter] | None = None,
+    engine: Engine, arms: Sequence[ArmSpec], drafters: Mapping[str, Drafter]
 ) -> dict[str, Engine]:
     """The engine of each arm: the one given, or another drafter on the same target.
 
@@ -165,7 +161,7 @@ def engines_for(
     for arm in arms:
         name = "ngram" if arm.kind == "ngram" else arm.drafter
         if name not in made:
-            other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
+            other = Ngram() if arm.kind == "ngram" else drafters[str(name)]
             made[name] = engine.with_drafter(other)
         engines[arm.name] = made[name]
         drafter = engines[arm.name].drafter

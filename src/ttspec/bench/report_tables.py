@@ -37,14 +37,14 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = None) -> Table:
+def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> Table:
     """Acceptance length of each arm, and what flatters it."""
     first = arms[0]
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
     # A replay emits what was recorded.
-    incomparable = list(same) if run_label(manifest or {}) else [first.name]
+    incomparable = list(same) if run_label(manifest) else [first.name]
     differ = any(same[arm.name] < len(arm.units) for arm in arms if arm.name not in incomparable)
-    why = _why_texts_differ(manifest or {}) if differ else ""
+    why = _why_texts_differ(manifest) if differ else ""
     return Table(
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "

@@ -52,7 +52,7 @@ def measure_all(
     store: Store,
     *,
     warm_up: int = WARM_UP,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None],
 ) -> Iterator[Progress]:
     """Measure what the store does not have yet; an arm's failure is noted and costs that batch.
 
@@ -91,8 +91,7 @@ def measure_all(
                 units = measure(engines[name], batch, requests, quota=quota, **options)
             except Exception as error:  # whatever it is, the other units are worth having
                 _note_failure(store, progress, batch, error)
-                if notify:
-                    notify(f"{_where(batch)}: {_one_line(error)}")
+                notify(f"{_where(batch)}: {_one_line(error)}")
             else:
                 for turns in units:
                     store.add(name, turns)

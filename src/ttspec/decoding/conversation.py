@@ -134,7 +134,7 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
         self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends

@@ -88,8 +88,8 @@ class Keeper:
         live: LiveWeights,
         *,
         target: Mapping[str, str],
-        tenant: str | None = None,
-        notify: Callable[[str], None] | None = None,
+        tenant: str | None,
+        notify: Callable[[str], None] | None,
     ) -> None:
         """Begin at the newest version.
 
