@@ -15,7 +15,7 @@ import numpy as np
 
 from ttspec.bench.estimates import Estimate, Pair, Sums, paired, share
 from ttspec.bench.results import Arm, Turn, Unit, first_difference, token_ids, units_of
-from ttspec.records import POSITION_BINS, Round, repeated_ngrams
+from ttspec.records import POSITION_BINS, Round, repeated_8grams
 
 END = 1 << 62
 """A position behind every text."""
@@ -138,7 +138,7 @@ STRETCHES = (
 """Before learning has had time, after, and after where phrases do not return."""
 
 
-_repeated = cache(repeated_ngrams)
+_repeated = cache(repeated_8grams)
 
 
 def of_requests(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:
@@ -198,7 +198,7 @@ def _bin(arm: Arm, low: int, high: int, alive: set[Unit], everywhere: set[Unit])
     value = Stretch("", low, high).acceptance(arm)
     assert value is not None
     common = [r.emitted for u in everywhere for r in rounds_of(units[u], low, high)]
-    repeated = [repeated_ngrams(token_ids(units[u])[low:high]) for u in alive]
+    repeated = [repeated_8grams(token_ids(units[u])[low:high]) for u in alive]
     return Bin(
         low=low,
         high=high,

@@ -205,7 +205,7 @@ def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | Non
 
 
 def _read_native(target: Files) -> Drafter | None:
-    return load_native_head("mtp", target.source.path, target.config.get_text_config())
+    return load_native_head(target.source.path, target.config.get_text_config())
 
 
 def drafter_folder(name: str, notify: Notify | None = None) -> Path:

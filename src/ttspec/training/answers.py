@@ -19,7 +19,7 @@ from ttspec.decoding.messages import FORMS, Turn, read_text, request_of, rows_of
 from ttspec.decoding.scheduler import Scheduler
 from ttspec.decoding.template import ChatTemplate
 from ttspec.errors import DataError, writing
-from ttspec.records import Result, repeated_ngrams
+from ttspec.records import Result, repeated_8grams
 from ttspec.training.config import TrainConfig
 
 ROWS = 32
@@ -168,7 +168,7 @@ class GrowingDialogue:
                     return None
                 self._writing = False
                 return self._as_input(self._history.ask(result.text))
-            if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
+            if not tokens or repeated_8grams(tokens) > MOST_REPETITION:
                 return None
             text = self.texts[-1]
             text.spans.append((len(text.ids), len(text.ids) + len(tokens)))
