@@ -360,7 +360,12 @@ class PromptReader:
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-        """Let the target read: tokens, start, rows (None is all), counts, logits, features."""
+        """Let the target read parts of rows, each from its place `at` on, padded to one width T.
+
+        Returns:
+            Tokens int64 [B, T]; start, rows (None is all) and counts int64 [B]; the logits
+            [B, 1, V] of the last column, if asked for; features [B, T, W].
+        """
         device = self._target.device
         longest = max(map(len, parts))
         width = longest

@@ -248,7 +248,7 @@ class ModelFunction:
         self._dims = {n: p.dim() for n, p in named}
 
     def __call__(self, weights: Weights, fed: ModelInputs, cache: Cache) -> Tensor:
-        """Logits of new tokens.
+        """Logits [B, N or `keep`, V] of new tokens, whose keys and values the cache takes.
 
         Weights of one row's own have that row's dimension, of size 1, or none.
         """

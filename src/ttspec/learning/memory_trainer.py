@@ -105,7 +105,7 @@ class TextTrainer:
         return self.drafter.replay(state, batch, self.length, texts.tokens.shape[1])
 
     def _target(self, texts: Texts, batch: ReplayBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """What the target said of a batch's drafts: likely tokens, their p, the others'."""
+        """What the target said of drafts: likely tokens and their p [N, A, G, K], the others' p."""
         size = texts.tokens.shape[1]
         at = batch.start[..., None] + torch.arange(self.length, device=batch.start.device)
         row = torch.arange(len(at), device=at.device)[:, None, None]
@@ -340,7 +340,7 @@ class MemoryTrainer(TextTrainer):
 
     @torch.no_grad()
     def _judged(self, texts: Texts, batch: ReplayBatch, sets: Sequence[Weights]) -> Tensor:
-        """How many of a batch's blocks are whole, and drafts of each set that those accept."""
+        """How many blocks are whole, and drafts of them that each set gets accepted: [1 + sets]."""
         whole = batch.mask.all(-1)
         found = [whole.sum().float()]
         for changed in sets:

@@ -59,7 +59,7 @@ class Recipe(ABC, Generic[D]):
 
     @abstractmethod
     def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and per drafted position the share of right most likely tokens."""
+        """The loss of a batch, float32 [], and by place the share [G] of right likeliest tokens."""
 
     def replayed(self, drafter: Any, batch: Batch, blocks: Anchors, features: Tensor) -> Tensor:
         """What a drafter's head reads of blocks of whole texts, [N, A, length, H]."""
