@@ -29,9 +29,10 @@ from ttspec.bench import plot_style
 from ttspec.bench.arms import ArmSpec, parse_arms
 from ttspec.bench.suites import load_suite
 from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.heap import freeze_heap
 
 SHARED = "learn-shared[copy=true,context=auto,adaptive=true]"

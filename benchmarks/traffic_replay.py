@@ -34,11 +34,12 @@ from cyclopts import App, Parameter
 import ttspec
 from ttspec.bench.arms import ArmSpec, parse_arms
 from ttspec.bench.known_text import use_recording
-from ttspec.bench.replay import Source, conversations, known_answers, record, replayable
+from ttspec.bench.replay import RecordedArm, conversations, known_answers, record, replayable
 from ttspec.bench.results import Turn
 from ttspec.bench.suites import load_suite
 from ttspec.config import DraftConfig, GenerateConfig
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import Prompt
 from ttspec.decoding.penalties import sampling_of
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.checkpoint import load_drafter
@@ -168,7 +169,7 @@ def write_texts(
         user = cast("str", asked[number][0])
         turns[number, 0] = [Turn(request=number, user=user, result=result, seconds=0.0)]
     assert engine.drafter is not None
-    source = Source(Path("texts"), {}, "plain", turns)
+    source = RecordedArm(Path("texts"), {}, "plain", turns)
     sampling = sampling_of(config, engine.target)
     known, notes = conversations(source, engine.tokenizer)
     recording, note = record(engine.target, sorted(engine.drafter.taps), source, known, sampling)

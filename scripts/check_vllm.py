@@ -33,7 +33,8 @@ FOUND = "ours.json"
 def ours(a: argparse.Namespace) -> int:
     """Export, decode with ttspec, and write what `vllm` compares with."""
     import ttspec
-    from ttspec.decoding.history import prompt_ids
+    from ttspec.decoding.history import ChatHistory
+    from ttspec.decoding.template import ChatTemplate
     from ttspec.drafters.export import export_drafter
 
     engine = ttspec.load(a.target, a.drafter, device="cpu", dtype="float32")
@@ -42,7 +43,8 @@ def ours(a: argparse.Namespace) -> int:
     for form in a.formats:
         export_drafter(engine.drafter, engine.target, form, a.out / form, dtype="auto")
     lines = a.suite.read_text().splitlines()[: a.prompts]
-    prompts = [prompt_ids(engine.tokenizer, json.loads(line)["prompt"]) for line in lines]
+    template = ChatTemplate(engine.tokenizer)
+    prompts = [ChatHistory(template).ask(json.loads(line)["prompt"]) for line in lines]
     results = engine.generate(
         prompts,
         learn=None,

@@ -45,12 +45,12 @@ def record(which: str, target, prompts: list[str], tokens: int = 30) -> Recorded
     found, extend, absorb = Recorded(), Drafter.extend, Learner.absorb
     done: list[int] = []
 
-    def watched_extend(self, state, tokens, features, start, subset=None):
+    def watched_extend(self, state, tokens, features, start, subset=None, counts=None):
         rows = range(len(tokens)) if subset is None else subset.tolist()
         for i, row in enumerate(rows if not found.rounds else ()):
             read, seen = found.prompts.get(row, (tokens[i, :0], features[i, :0]))
             found.prompts[row] = torch.cat([read, tokens[i]]), torch.cat([seen, features[i]])
-        extend(self, state, tokens, features, start, subset)
+        extend(self, state, tokens, features, start, subset, counts)
 
     def watched_absorb(self, *args, **options):
         verification = self._verification  # kept when it was made

@@ -273,14 +273,14 @@ def test_an_argmax_draft_agrees_as_often_as_p_says_it():
     ],
 )
 def test_emission_ends_with_the_first_end_token(tokens, emitted, wanted, ended):
-    found = cut_at_end(torch.tensor([tokens]), torch.tensor([emitted]), torch.tensor([3, 9]))
+    ends, heeded = torch.tensor([3, 9]), torch.tensor([True])
+    found = cut_at_end(torch.tensor([tokens]), torch.tensor([emitted]), ends, heeded)
     assert [x.tolist() for x in found] == [[wanted], [ended]]
 
 
 def test_without_end_tokens_nothing_ends():
-    emitted, ended = cut_at_end(
-        torch.tensor([[1, 2]]), torch.tensor([2]), torch.empty(0, dtype=torch.long)
-    )
+    none, heeded = torch.empty(0, dtype=torch.long), torch.tensor([True])
+    emitted, ended = cut_at_end(torch.tensor([[1, 2]]), torch.tensor([2]), none, heeded)
     assert emitted.tolist() == [2]
     assert ended.tolist() == [False]
 

@@ -8,7 +8,7 @@ from test_bench_measures import arm_of
 from ttspec.bench import metrics as m
 from ttspec.bench import report_tables as tables
 from ttspec.bench.compare import compare
-from ttspec.bench.metrics import Batches
+from ttspec.bench.metrics import SideBySide
 from ttspec.bench.results import Arm
 from ttspec.bench.store import write_run
 
@@ -23,7 +23,7 @@ def batch_of(name: str, wait: float, began: float = 7.0) -> Arm:
 def test_a_batchs_seconds_count_once() -> None:
     # A token costs `wait`, so both rows end 0.5 + 6 x 0.5 s after they began.
     arm = batch_of("plain", 0.5)
-    found = Batches(2).speed(arm)
+    found = SideBySide(2).speed(arm)
     assert found
     assert found.value == pytest.approx(14 / 3.5)
     alone = m.speed(arm)
@@ -33,10 +33,10 @@ def test_a_batchs_seconds_count_once() -> None:
 
 def test_arms_are_paired_by_batch_and_short_batches_are_left_out() -> None:
     a, b = batch_of("static", 0.25), batch_of("plain", 0.5)
-    found = Batches(2).pair(a, b)
+    found = SideBySide(2).pair(a, b)
     assert found
     assert found.ratio.value == pytest.approx(3.5 / 2.0)
-    assert Batches(4).pair(a, b) is None
+    assert SideBySide(4).pair(a, b) is None
 
 
 def test_a_report_of_rows_side_by_side_says_what_one_gets_and_what_all_get() -> None:

@@ -84,7 +84,7 @@ def test_positions_say_who_is_alive_and_compare_the_same_requests() -> None:
     long, short = [2] * 200, [4] * 3
     a = arm_of("static", {(0, 0): long, (1, 0): short, (2, 0): [1] * 300})
     b = arm_of("learn", {(0, 0): long, (1, 0): short, (2, 0): [3] * 10})
-    bins = m.by_position([a, b])
+    bins = m.position_bins([a, b])
     first, second = bins["static"]
     assert (first.alive, second.alive) == (3, 2)
     assert (first.everywhere, second.everywhere) == (3, 1)
@@ -145,7 +145,7 @@ def test_one_share_of_learning_stands_in_table_plot_and_summary() -> None:
 @pytest.mark.parametrize(("requests", "told"), [(4, "over 4 requests, too narrow"), (20, "")])
 def test_intervals_over_few_requests_are_said_to_be_too_narrow(requests: int, told: str) -> None:
     arm = arm_of("static", {(n, seed): [3] for n in range(requests) for seed in (0, 1)})
-    for table in (acceptance_table([arm]), pair_table([arm])):
+    for table in (acceptance_table([arm], {}), pair_table([arm])):
         assert f"intervals over {requests} requests" in table.note
         assert told in table.note
         assert bool(told) == ("too narrow" in table.note)

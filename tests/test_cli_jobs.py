@@ -8,7 +8,7 @@ from toys import DRAFTER, complaint, make_drafter
 
 from ttspec.bench.results import first_difference
 from ttspec.cli import main
-from ttspec.cli.check import Finding, tie_margin, verdict
+from ttspec.cli.check import ComparedAnswer, tie_margin, verdict
 from ttspec.cli.train import _ways_to_more_steps
 from ttspec.drafters.dflash import DFlash
 from ttspec.records import Result
@@ -106,9 +106,9 @@ def test_check_asks_the_target_where_answers_part(pair, capsys, monkeypatch) -> 
 
 
 def test_near_ties_are_forgiven_but_not_many_of_them() -> None:
-    def findings(ties: int, tokens: int, kind: str = "near-tie") -> list[Finding]:
+    def findings(ties: int, tokens: int, kind: str = "near-tie") -> list[ComparedAnswer]:
         return [
-            Finding(prompt="p", arm="static", tokens=tokens, verdict=kind)
+            ComparedAnswer(prompt="p", arm="static", tokens=tokens, verdict=kind)
             for _ in range(ties)  # type: ignore[arg-type]
         ]
 

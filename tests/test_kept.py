@@ -6,8 +6,9 @@ import pytest
 from toys import make_kind, toy_engine, twin
 
 from ttspec.config import GenerateConfig, LearnConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import OptionError, ResourceError
 from ttspec.learning.keeper import Evaluation
 from ttspec.learning.live_weights import LiveWeights

@@ -16,7 +16,7 @@ from ttspec.drafters import teacher_forced_chain
 from ttspec.learning import memory_trainer
 from ttspec.learning.learner import Learner
 from ttspec.learning.live_weights import LiveWeights
-from ttspec.learning.memory import HELD_OUT, PAGE, MemoryRows, TextMemory
+from ttspec.learning.memory import HELD_OUT_EVERY, PAGE, MemoryRows, TextMemory
 from ttspec.learning.memory_trainer import BLOCKS, TextTrainer
 from ttspec.losses import forward_kl, likely_kl
 from ttspec.models.capture import Graphs
@@ -114,7 +114,7 @@ def test_a_full_memory_takes_no_more_and_keeps_the_newest(engine) -> None:
     assert memory.nbytes == nbytes
     assert nbytes == pytest.approx(TextMemory.bytes_for(drafter, 8), rel=0.01)
     assert set(memory.tokens[:-1].flatten().tolist()) == set(range(12, 20))
-    assert len(memory.held_out_pages(99)) == sum(n % HELD_OUT == 1 for n in range(12, 20))
+    assert len(memory.held_out_pages(99)) == sum(n % HELD_OUT_EVERY == 1 for n in range(12, 20))
 
 
 @pytest.mark.parametrize("which", KINDS)

@@ -26,9 +26,10 @@ from ttspec.bench.store import read_run
 from ttspec.cli import WRONG_INPUT, main
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import planner, stages
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import penalises, sampling_of
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.drafters.base import Drafter
 from ttspec.errors import OptionError, TargetError
 from ttspec.models import target as targets

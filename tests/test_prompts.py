@@ -16,10 +16,12 @@ from toys import make_kind, toy_engine
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding.captured_prompts import CAPTURE_SIZES, CapturedPrompts, ReadShape
-from ttspec.decoding.decoder import Decoder, Launched
+from ttspec.decoding.conversation import Request
+from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
+from ttspec.decoding.launched import Launched
 from ttspec.decoding.prefill import PrefillChunk
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.drafters.context import ContextState, FeatureState
 from ttspec.errors import TargetError
 from ttspec.models.capture import Graphs

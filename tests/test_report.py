@@ -112,7 +112,7 @@ def test_texts_from_models_and_users_are_escaped(folder: Path) -> None:
 
 
 def test_the_plot_follows_the_page_from_light_to_dark(arms: list[Arm]) -> None:
-    svg = to_svg(position_figure(arms))
+    svg = to_svg(position_figure(arms), "")
     assert svg.startswith("<svg")
     assert "var(--ink)" in svg
     assert "var(--learn-session)" in svg
@@ -124,7 +124,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_alone(arms: list[Arm]) -> Non
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    to_svg(position_figure(arms))
+    to_svg(position_figure(arms), "")
     assert dict(matplotlib.rcParams) == before
 
 

@@ -24,12 +24,13 @@ from transformers import (
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import captured_prompts, planner, stages
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.draft_sampler import DraftSampler
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.row_sampling import RowSampling
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import OptionError
 from ttspec.learning.learner import Learner
 from ttspec.models import target as targets

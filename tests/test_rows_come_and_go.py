@@ -11,9 +11,9 @@ import torch
 from toys import make_kind, toy_engine, twin
 
 from ttspec.config import GenerateConfig, LearnConfig
-from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.conversation import Conversation, Request
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 
 LEARN = LearnConfig(stride=1, blocks=2, rank=3)
 LEARNED = {"full": 1e-2, "lora": 1e-1}

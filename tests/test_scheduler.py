@@ -8,9 +8,10 @@ from torch import Tensor
 from toys import make_kind, plain, toy_engine
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import FixedDraftLength
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.records import Chunk, ReplayBatch, Result

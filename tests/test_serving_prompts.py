@@ -17,8 +17,9 @@ from transformers import LlamaForCausalLM, LogitsProcessor
 
 from ttspec.cli import main, serve
 from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.serving.errors import ApiError
 from ttspec.serving.grammar import Grammars
 from ttspec.serving.prompts import PromptRenderer

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ttspec import DraftConfig, LearnConfig, load
-from ttspec.decoding.conversation import noise_key
+from ttspec import DraftConfig, GenerateConfig, LearnConfig, load
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.ties import token_margin
 from ttspec.drafters.checkpoint import BUNDLED, DEFAULT_DRAFTERS
@@ -63,9 +62,7 @@ def assert_same(engine: Engine, wanted: Result, found: list[int], temperature: f
     if differs is None:
         assert len(found) == len(wanted.token_ids)
         return
-    ids = wanted.prompt_ids + wanted.token_ids
-    key = noise_key(11, wanted.prompt_ids) if temperature else None
-    gap = token_margin(engine, ids, len(wanted.prompt_ids) + differs, key, temperature=temperature)
+    gap = token_margin(engine, wanted, differs, GenerateConfig(temperature=temperature))
     assert gap < NEAR_TIE, f"token {differs} differs at a gap of {gap}"
     warnings.warn(f"near-tie at token {differs}: gap {gap}", NearTie, stacklevel=2)
 

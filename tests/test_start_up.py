@@ -1,5 +1,6 @@
 """What a command loads before it does anything: start-up is most of a short answer's time."""
 
+import ast
 import importlib
 import json
 import os
@@ -74,3 +75,15 @@ def test_an_answer_loads_no_more_than_it_takes(toy_target_dir: Path, tmp_path: P
 def test_a_benchmark_finds_what_it_imports(script: Path) -> None:
     """What was moved or removed shows here, not when a GPU is waiting."""
     importlib.import_module(script.stem)
+
+
+@pytest.mark.parametrize(
+    "script",
+    sorted(path for folder in ("benchmarks", "scripts") for path in Path(folder).glob("*.py")),
+    ids=lambda s: s.stem,
+)
+def test_what_a_script_imports_from_ttspec_is_there(script: Path) -> None:
+    """Inside of its functions, too."""
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ttspec"):
+            exec(ast.unparse(node), {})

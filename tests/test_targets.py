@@ -13,7 +13,7 @@ from ttspec import rowcache
 from ttspec.cli import doctor, main
 from ttspec.diagnosis import targets
 from ttspec.diagnosis.families import FAMILIES, SHAPE, build
-from ttspec.diagnosis.targets import FULL, Effort, Row, check_family, check_targets
+from ttspec.diagnosis.targets import FULL, Effort, TargetRow, check_family, check_targets
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
@@ -205,10 +205,10 @@ def test_state_that_the_config_does_not_tell_of_is_refused(monkeypatch) -> None:
 # What the command says.
 
 ROWS = [
-    Row(name="a", status="pass", max_error=1e-6, feature_error=2e-6, compared_tokens=3072),
-    Row(name="b", status="refused", reason="It has\nno sense."),
+    TargetRow(name="a", status="pass", max_error=1e-6, feature_error=2e-6, compared_tokens=3072),
+    TargetRow(name="b", status="refused", reason="It has\nno sense."),
 ]
-BAD = Row(name="c", status="fail", reason="logits differ")
+BAD = TargetRow(name="c", status="fail", reason="logits differ")
 
 
 @pytest.mark.parametrize("bad", [False, True])

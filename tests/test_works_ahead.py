@@ -9,10 +9,11 @@ from toys import LEARN, PLAIN, assert_goes_on, make_kind, plain, toy_engine
 from ttspec import load
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
 from ttspec.decoding import draft_sampler, stages
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.policy import DraftPolicy
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.learning.memory_trainer import MemoryTrainer
 from ttspec.models.capture import Branch

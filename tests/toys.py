@@ -391,7 +391,7 @@ class Parrot(Drafter):
     def start(self, rows: int, slots: int, options: DraftConfig) -> DraftState:
         return DraftState({}, options)
 
-    def extend(self, state, tokens, features, start, subset=None) -> None:
+    def extend(self, state, tokens, features, start, subset=None, counts=None) -> None:
         pass
 
     def propose(self, state, pending, start, count, length, longest, choose) -> Proposal:
@@ -483,7 +483,8 @@ def make_learner(
 def learn_from(learner: Learner, v: Verification, longest: int) -> list[bool]:
     """Give a learner a round, and commit it."""
     learner.keep(v, longest)
-    return learner.absorb(longest)
+    emitted = dict(enumerate(v.emitted.tolist()))
+    return learner.absorb(longest, emitted, drafted=True, kept=True, ahead=0)
 
 
 def fake_round(

@@ -119,7 +119,7 @@ def accept_rejection(
 
 
 def cut_at_end(
-    tokens: Tensor, emitted: Tensor, ends: Tensor, heeded: Tensor | None = None
+    tokens: Tensor, emitted: Tensor, ends: Tensor, heeded: Tensor
 ) -> tuple[Tensor, Tensor]:
     """End a row's emission with its first end token.
 
@@ -127,15 +127,13 @@ def cut_at_end(
         tokens: int64 [B, G+1], of which `emitted` are emitted.
         emitted: int64 [B].
         ends: int64 [E], the end tokens; may be empty.
-        heeded: bool [B], rows that an end token ends; None is all.
+        heeded: bool [B], rows that an end token ends.
 
     Returns:
         emitted int64 [B], and ended bool [B].
     """
     within = torch.arange(tokens.shape[1], device=tokens.device) < emitted[:, None]
-    if heeded is not None:
-        within = within & heeded[:, None]
-    is_end = (tokens[..., None] == ends).any(-1) & within
+    is_end = (tokens[..., None] == ends).any(-1) & within & heeded[:, None]
     before = _prefix(~is_end)
     ended = is_end.any(-1)
     return torch.where(ended, before + 1, emitted), ended
@@ -149,7 +147,7 @@ def apply_end_tokens(
     logits: Tensor,
     resting: Tensor,
     ends: Tensor,
-    heeded: Tensor | None = None,
+    heeded: Tensor,
 ) -> Verdict:
     """End rows at their end tokens, and say what the host must know.
 

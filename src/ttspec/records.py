@@ -275,9 +275,9 @@ def acceptance_length(rounds: Sequence[Round]) -> float:
     return sum([r.emitted for r in rounds]) / len(rounds) if rounds else 0.0
 
 
-def repeated_ngrams(tokens: Sequence[int], n: int = 8) -> float:
-    """1 - distinct n-grams / all n-grams; 0.0 for a text shorter than n."""
-    grams = list(zip(*(tokens[i:] for i in range(n)), strict=False))
+def repeated_8grams(tokens: Sequence[int]) -> float:
+    """Share of a text's 8-grams that it had before; 0.0 for a text of fewer tokens."""
+    grams = list(zip(*(tokens[i:] for i in range(8)), strict=False))
     return 1.0 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -334,7 +334,7 @@ def summarise(
         tokens_per_second=len(token_ids) / seconds if seconds > 0 else 0.0,
         seconds_in=dict(zip(("draft", "verify", "learn"), stages, strict=True)),
         by_position=by_position(rounds),
-        repeated_8grams=repeated_ngrams(token_ids),
+        repeated_8grams=repeated_8grams(token_ids),
         copied_rounds=len(copied),
         copied_tokens=sum(copied),
         plain_rounds=lengths[0],

@@ -171,7 +171,7 @@ def gumbel(key: Tensor, which: int | Tensor, sampled: Tensor | None = None) -> T
 
 
 def argmax(scores: Tensor) -> Tensor:
-    """The one argmax used everywhere: over the last dimension, the first index on ties."""
+    """The one argmax used everywhere: of scores [..., V], int64 [...]; the first index on ties."""
     if torch.compiler.is_compiling() and scores.shape[-1] % PARTS == 0:
         # Compiled code gives each row to one processor; here it gives it to many.
         best, at = scores.unflatten(-1, (PARTS, -1)).max(-1)

@@ -10,7 +10,7 @@ from typing import Literal
 from ttspec.bench import metrics as m
 from ttspec.bench.estimates import Estimate, Pair
 from ttspec.bench.manifest import run_label
-from ttspec.bench.metrics import Batches
+from ttspec.bench.metrics import SideBySide
 from ttspec.bench.results import Arm
 from ttspec.bench.run_set import Manifest, check_texts, different_part
 from ttspec.bench.store import read_run
@@ -74,7 +74,7 @@ def compare(a: str, b: str, *, different_texts: bool = False) -> list[Comparison
             check_texts(one if one.get("dtype") == other.get("dtype") else {}, [y, x])
         pairs = {"acceptance": m.pair_acceptance(x, y), "speed": m.pair_speed(x, y)}
         rows = one.get("rows") or 1
-        if rows > 1 and rows == other.get("rows") and (speed := Batches(rows).pair(x, y)):
+        if rows > 1 and rows == other.get("rows") and (speed := SideBySide(rows).pair(x, y)):
             pairs["speed"] = speed  # rows side by side share their seconds
         known = {name: pair for name, pair in pairs.items() if pair}
         if "acceptance" not in known:

@@ -35,7 +35,7 @@ def position_figure(arms: Sequence[Arm], *, across: bool = False) -> Figure:
     figure, grid = panels(len(several), across=across)
     top = 2.0
     for axes, (folder, own) in zip(grid, several.items(), strict=True):
-        bins = m.by_position(own + dotted, range(0, last + width + 1, width))
+        bins = m.position_bins(own + dotted, range(0, last + width + 1, width))
         for name, colour in colours(list(bins)).items():
             x = [(b.low + min(b.high, last)) / 2 for b in bins[name]]
             y = [b.acceptance.value for b in bins[name]]

@@ -15,7 +15,7 @@ import numpy as np
 
 from ttspec.bench.estimates import Estimate, Pair, Sums, paired, share
 from ttspec.bench.results import Arm, Turn, Unit, first_difference, token_ids, units_of
-from ttspec.records import POSITION_BINS, Round, repeated_ngrams
+from ttspec.records import POSITION_BINS, Round, repeated_8grams
 
 END = 1 << 62
 """A position behind every text."""
@@ -138,7 +138,7 @@ STRETCHES = (
 """Before learning has had time, after, and after where phrases do not return."""
 
 
-_repeated = cache(repeated_ngrams)
+_repeated = cache(repeated_8grams)
 
 
 def of_requests(arms: Sequence[Arm], low: int, high: int) -> list[Arm]:
@@ -175,7 +175,7 @@ class Bin:
     """Share of repeated 8-grams of the tokens in it, mean over units."""
 
 
-def by_position(
+def position_bins(
     arms: Sequence[Arm], edges: Sequence[int] = (*POSITION_BINS, END)
 ) -> dict[str, list[Bin]]:
     """For each arm the bins it reached; a round counts where it begins."""
@@ -198,7 +198,7 @@ def _bin(arm: Arm, low: int, high: int, alive: set[Unit], everywhere: set[Unit])
     value = Stretch("", low, high).acceptance(arm)
     assert value is not None
     common = [r.emitted for u in everywhere for r in rounds_of(units[u], low, high)]
-    repeated = [repeated_ngrams(token_ids(units[u])[low:high]) for u in alive]
+    repeated = [repeated_8grams(token_ids(units[u])[low:high]) for u in alive]
     return Bin(
         low=low,
         high=high,
@@ -268,8 +268,8 @@ def different_texts(arm: Arm, other: Arm) -> list[tuple[Unit, int]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """Batches of `rows` requests: the sum of their own seconds would count the same time twice.
+class SideBySide:
+    """Speed of batches of `rows` requests, whose own seconds would count the same time twice.
 
     Intervals draw whole batches; a request under two seeds is in two of them.
     """

@@ -111,7 +111,7 @@ def write_figure(figure: Figure, stem: Path, *formats: str) -> None:
 
 
 @styled
-def to_svg(figure: Figure, prefix: str = "") -> str:
+def to_svg(figure: Figure, prefix: str) -> str:
     """The figure as an <svg> element whose ink and grid follow the page's light or dark mode.
 
     Several on one page need a `prefix` each, or their ids would meet.

@@ -7,16 +7,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from random import Random
 from typing import Any, cast
 
 from ttspec.bench.arms import ArmSpec
 from ttspec.bench.manifest import describe, describe_drafter
-from ttspec.bench.suites import Request, Suite
+from ttspec.bench.suites import Dialogue, Suite
 from ttspec.config import GenerateConfig
-from ttspec.decoding.engine import Engine, Prompt
-from ttspec.decoding.history import ChatHistory
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import ChatHistory, Prompt
 from ttspec.decoding.loading import find_drafter
 from ttspec.decoding.memory_forecast import USABLE_SHARE
 from ttspec.decoding.penalties import sampling_of
@@ -50,13 +50,13 @@ class PreparedRun:
     """A run that is ready to be measured."""
 
     manifest: dict[str, Any]
-    requests: Sequence[Request]
+    requests: Sequence[Dialogue]
     batches: list[Batch]
     options: dict[str, Any]
     """Fields of `GenerateConfig` for all arms."""
-    session_tokens: int | None = None
+    session_tokens: int | None
     """Tokens that a request may have over its turns; None is no limit."""
-    drafters: Mapping[str, Drafter] = field(default_factory=dict)
+    drafters: Mapping[str, Drafter]
     """Those that arms name, by name."""
 
 
@@ -133,9 +133,7 @@ def plan(
     ]
 
 
-def find_drafters(
-    arms: Sequence[ArmSpec], notify: Callable[[str], None] | None = None
-) -> dict[str, Drafter]:
+def find_drafters(arms: Sequence[ArmSpec], notify: Callable[[str], None]) -> dict[str, Drafter]:
     """The drafters that arms name, by name.
 
     Raises:
@@ -151,9 +149,7 @@ def find_drafters(
 
 
 def engines_for(
-    engine: Engine,
-    arms: Sequence[ArmSpec],
-    drafters: Mapping[str, Drafter] | None = None,
+    engine: Engine, arms: Sequence[ArmSpec], drafters: Mapping[str, Drafter]
 ) -> dict[str, Engine]:
     """The engine of each arm: the one given, or another drafter on the same target.
 
@@ -165,7 +161,7 @@ def engines_for(
     for arm in arms:
         name = "ngram" if arm.kind == "ngram" else arm.drafter
         if name not in made:
-            other = Ngram() if arm.kind == "ngram" else (drafters or {})[str(name)]
+            other = Ngram() if arm.kind == "ngram" else drafters[str(name)]
             made[name] = engine.with_drafter(other)
         engines[arm.name] = made[name]
         drafter = engines[arm.name].drafter
@@ -185,7 +181,7 @@ def engines_for(
 def require_rows(
     engines: Mapping[str, Engine],
     arms: Sequence[ArmSpec],
-    requests: Sequence[Request],
+    requests: Sequence[Dialogue],
     rows: int,
     **options: Any,
 ) -> list[str]:
@@ -214,7 +210,7 @@ def require_rows(
 def fits_into_memory(
     engines: Mapping[str, Engine],
     arms: Sequence[ArmSpec],
-    requests: Sequence[Request],
+    requests: Sequence[Dialogue],
     rows: int,
     **options: Any,
 ) -> bool:
@@ -231,7 +227,7 @@ def fits_into_memory(
 
 
 def _config_and_row_length(
-    engine: Engine, arm: ArmSpec, requests: Sequence[Request], **options: Any
+    engine: Engine, arm: ArmSpec, requests: Sequence[Dialogue], **options: Any
 ) -> tuple[GenerateConfig, dict[str, Any]]:
     """An arm's options, and what of the suite says how long its rows are."""
     config = GenerateConfig(**options, seed=0, draft=arm.draft, learn=arm.learn)

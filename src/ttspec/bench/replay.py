@@ -25,18 +25,17 @@ from ttspec.bench.results import Turn, Unit
 from ttspec.bench.run_set import checksum_of
 from ttspec.bench.store import Store, begun_run, read_run, require_same_run
 from ttspec.config import GenerateConfig, SamplingConfig
+from ttspec.decoding.captured_prompts import PROMPT_ATTENTION
 from ttspec.decoding.conversation import noise_key, shared_prefix
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.penalties import sampling_of
-from ttspec.decoding.prefill import ATTENTION
 from ttspec.decoding.template import ChatTemplate
 from ttspec.drafters.base import Drafter
 from ttspec.errors import DataError, OptionError, ResourceError
 from ttspec.free_memory import free_memory, mib
 from ttspec.models.target import Target
 from ttspec.penalties import Rules, penalise
-from ttspec.records import summarise
 from ttspec.sampling import pick, position_noise
 
 CHUNK = 256
@@ -46,7 +45,7 @@ LEAST_AGREEMENT = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class RecordedArm:
     """One arm's finished units of a run: the text that is replayed."""
 
     folder: Path
@@ -55,7 +54,7 @@ class Source:
     units: dict[Unit, list[Turn]]
 
 
-def open_source(folder: Path, arm: str | None = None) -> Source:
+def open_source(folder: Path, arm: str | None = None) -> RecordedArm:
     """A run's text: that of `arm`, or of plain, or of its first arm.
 
     Raises:
@@ -73,7 +72,7 @@ def open_source(folder: Path, arm: str | None = None) -> Source:
     if name not in answered:
         names = ", ".join(answered) or "none"
         raise OptionError(f"{folder} has no answers of an arm {name}; with answers: {names}.")
-    return Source(folder, manifest, name, answered[name].units)
+    return RecordedArm(folder, manifest, name, answered[name].units)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +84,16 @@ class RecordedText:
     """Where each turn's answer begins in it, by the turn's number."""
 
 
-Texts = dict[Unit, list[RecordedText]]
+TextsByUnit = dict[Unit, list[RecordedText]]
 
 
 @torch.no_grad()
 def record(
-    target: Target, taps: Sequence[int], source: Source, texts_of: Texts, sampling: SamplingConfig
+    target: Target,
+    taps: Sequence[int],
+    source: RecordedArm,
+    texts_of: TextsByUnit,
+    sampling: SamplingConfig,
 ) -> tuple[Recording, str]:
     """Read a run's texts, of `conversations`, one at a time.
 
@@ -115,7 +118,7 @@ def record(
         for text in texts:
             ids, last = text.ids, first + len(text.ids) - 1
             fed = torch.tensor([ids], device=target.device)
-            with sdpa_kernel(ATTENTION):
+            with sdpa_kernel(PROMPT_ATTENTION):
                 features, read = reader.read(fed)
             here = slice(first, last + 1)
             hidden[here] = read[0].cpu()
@@ -146,13 +149,15 @@ def _require_host(need: int, tokens: int) -> None:
         )
 
 
-def conversations(source: Source, tokenizer: PreTrainedTokenizerBase) -> tuple[Texts, list[str]]:
+def conversations(
+    source: RecordedArm, tokenizer: PreTrainedTokenizerBase
+) -> tuple[TextsByUnit, list[str]]:
     """The texts of each unit; what is left out, in sentences.
 
     Raises:
         DataError: Nothing is left.
     """
-    found: Texts = {}
+    found: TextsByUnit = {}
     starts: set[tuple[int, ...]] = set()
     notes = []
     template = ChatTemplate(tokenizer)
@@ -215,7 +220,7 @@ def noise_keys(seed: int, texts: Sequence[RecordedText]) -> dict[int, int]:
     return {number: noise_key(seed, start, turn=number) for number in numbers}
 
 
-def known_answers(source: Source, texts_of: Texts) -> dict[int, KnownAnswer]:
+def known_answers(source: RecordedArm, texts_of: TextsByUnit) -> dict[int, KnownAnswer]:
     """A run's answers by their noise keys."""
     answers = {}
     for (request, seed), texts in texts_of.items():
@@ -254,7 +259,7 @@ def replayable(arms: Sequence[ArmSpec], *, timed: bool = False) -> list[ArmSpec]
 
 def prepare(
     engine: Engine,
-    source: Source,
+    source: RecordedArm,
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter],
     rows: int | None = None,
@@ -280,52 +285,34 @@ def prepare(
         DataError: It is not the run's target, or `out` holds another run.
         OptionError: An arm's drafter is missing or cannot learn.
     """
-    old = source.manifest
-    replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
-    if timed:
-        replay["timed"] = True
-    title = f"ttspec bench: {old['suite']['name']} ({run_label({'replay': replay})})"
-    manifest = describe(engine, title=title) | {"replay": replay}
-    if checksum_of(manifest, "target") != checksum_of(old, "target"):
-        raise DataError(
-            f"{source.folder} was written by {old['target']['name']}, not by "
-            f"{engine.target.name}.\nName its --target."
-        )
-    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
-    manifest |= {name: old[name] for name in (*same, "seeds")} | {
-        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
-        "arms": [arm.name for arm in arms],
-        "arm_options": {arm.name: arm.options() for arm in arms},
-    }
+    old, seeds = source.manifest, source.manifest["seeds"]
+    manifest = _manifest(engine, source, arms, drafters, timed=timed)
     begun = begun_run(out) if out else {}
     if out and begun:
         require_same_run(out, begun, manifest | {"rows": begun.get("rows")})
     options = {name: old[name] for name in ("max_new_tokens", "ignore_eos")}
     recorded = asdict(SamplingConfig()) | old["sampling"]  # older runs had fewer options
     options |= {name: recorded[name] for name in engine.target.defaults}
-    sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
     texts_of, notes = conversations(source, engine.target.tokenizer)
-    units, answers = set(texts_of), known_answers(source, texts_of)
+    answers = known_answers(source, texts_of)
     if timed:
         rows = rows or old["rows"]
         engine.make_decoder = partial(KnownTextDecoder, answers=answers)
     else:
+        sampling = sampling_of(GenerateConfig(**options, seed=0), engine.target)
         taps = {t for e in engines_for(engine, arms, drafters).values() for t in e.target.taps}
         recording, note = record(engine.target, sorted(taps), source, texts_of, sampling)
         use_recording(engine, recording, answers)
         notes.append(note)
 
-    count = old["suite"]["requests"]
-    seeds = old["seeds"]
-    if rows is None:
-        everything = sorted(units)
-        fitting = partial(_fitting_rows, engine, source, arms, drafters, everything, options)
-        rows = int(begun.get("rows") or fitting())  # what fits may be another number today
-        groups = [everything[i : i + rows] for i in range(0, len(everything), rows)]
+    count, units = old["suite"]["requests"], sorted(texts_of)
+    if rows is None:  # what fits may be another number today
+        fit = begun.get("rows") or _fitting_rows(engine, source, arms, drafters, units, options)
+        groups = [units[i : i + fit] for i in range(0, len(units), fit)]
         batches = [[Job(arm, *unit) for unit in group] for group in groups for arm in arms]
     else:
         batches = plan(arms, count, seeds, order=seeds[0], rows=min(rows, count))
-        batches = [[u for u in batch if (u.request, u.seed) in units] for batch in batches]
+        batches = [[u for u in batch if (u.request, u.seed) in texts_of] for batch in batches]
     requests: list[list[str]] = [[""] for _ in range(count)]
     for request, seed in units:
         users = [turn.user for turn in source.units[request, seed]]
@@ -341,9 +328,42 @@ def prepare(
     )
 
 
+def _manifest(
+    engine: Engine,
+    source: RecordedArm,
+    arms: Sequence[ArmSpec],
+    drafters: Mapping[str, Drafter],
+    *,
+    timed: bool,
+) -> dict[str, Any]:
+    """How the replay is described; what it has of the run is the run's.
+
+    Raises:
+        DataError: The engine's target is not the run's.
+    """
+    old = source.manifest
+    replay = {"run": source.folder.name, "arm": source.arm, "dtype": old["dtype"]}
+    if timed:
+        replay["timed"] = True
+    title = f"ttspec bench: {old['suite']['name']} ({run_label({'replay': replay})})"
+    manifest = describe(engine, title=title) | {"replay": replay}
+    if checksum_of(manifest, "target") != checksum_of(old, "target"):
+        raise DataError(
+            f"{source.folder} was written by {old['target']['name']}, not by "
+            f"{engine.target.name}.\nName its --target."
+        )
+    same = ("suite", "max_new_tokens", "session_tokens", "ignore_eos", "sampling", "temperature")
+    return manifest | {
+        **{name: old[name] for name in (*same, "seeds")},
+        "drafters": {name: describe_drafter(d) for name, d in drafters.items()},
+        "arms": [arm.name for arm in arms],
+        "arm_options": {arm.name: arm.options() for arm in arms},
+    }
+
+
 def _fitting_rows(
     engine: Engine,
-    source: Source,
+    source: RecordedArm,
     arms: Sequence[ArmSpec],
     drafters: Mapping[str, Drafter],
     units: Sequence[Unit],
@@ -369,16 +389,9 @@ class UntimedStore(Store):
 
 
 def _without_times(turn: Turn) -> Turn:
-    result = turn.result
-    rounds = [r._replace(seconds=(0.0, 0.0, 0.0)) for r in result.rounds]
-    stats = summarise(
-        rounds,
-        token_ids=result.token_ids,
-        prompt_tokens=result.stats.prompt_tokens,
-        seed=result.stats.seed,
-        seconds=0.0,
-        reverts=result.stats.reverts,
-        reread_tokens=result.stats.reread_tokens,
-    )
+    result, nothing = turn.result, (0.0, 0.0, 0.0)
+    rounds = [r._replace(seconds=nothing) for r in result.rounds]
+    spent = dict.fromkeys(result.stats.seconds_in, 0.0)
+    stats = replace(result.stats, seconds=0.0, tokens_per_second=0.0, seconds_in=spent)
     known = {name: getattr(turn, name) for name in ("request", "user", "turn")}
     return Turn(**known, result=replace(result, rounds=rounds, stats=stats), seconds=0.0)

@@ -88,7 +88,7 @@ def write_bench_report(run: RunSet, out: Path) -> Path:
 
 def summarise_run(run: RunSet) -> dict[str, Any]:
     """The figures as plain values, small enough to commit."""
-    bins = m.by_position(run.arms)
+    bins = m.position_bins(run.arms)
     arms = {
         arm.name: {
             "units": len(arm.units),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ttspec.bench import metrics as m
 from ttspec.bench.manifest import run_label
-from ttspec.bench.metrics import Batches
+from ttspec.bench.metrics import SideBySide
 from ttspec.bench.results import Arm
 from ttspec.bench.table import EMPTY, Table, interval, number, ratio
 
@@ -37,14 +37,14 @@ def all_tables(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any] | None = None) -> Table:
+def acceptance_table(arms: Sequence[Arm], manifest: Mapping[str, Any]) -> Table:
     """Acceptance length of each arm, and what flatters it."""
     first = arms[0]
     same = {arm.name: len(arm.units) - len(m.different_texts(arm, first)) for arm in arms}
     # A replay emits what was recorded.
-    incomparable = list(same) if run_label(manifest or {}) else [first.name]
+    incomparable = list(same) if run_label(manifest) else [first.name]
     differ = any(same[arm.name] < len(arm.units) for arm in arms if arm.name not in incomparable)
-    why = _why_texts_differ(manifest or {}) if differ else ""
+    why = _why_texts_differ(manifest) if differ else ""
     return Table(
         title="Acceptance",
         note="Acceptance length: tokens committed by rounds / rounds, the target's own token "
@@ -109,7 +109,7 @@ def speed_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     columns: dict[str, Any] = {
         "arm": lambda arm: arm.name,
         "tokens per second": lambda arm: interval(m.speed(arm), 1),
-        f"of {side_by_side} rows": lambda arm: interval(Batches(side_by_side).speed(arm), 1),
+        f"of {side_by_side} rows": lambda arm: interval(SideBySide(side_by_side).speed(arm), 1),
         "first token (ms)": lambda arm: number(m.time_to_first_token(arm), ".0f", 1000),
         "a token p50 / p95 / p99 (ms)": waits,
         "share of learning": lambda arm: number(
@@ -173,7 +173,7 @@ def pair_table(arms: Sequence[Arm], side_by_side: int = 1) -> Table:
     rows = []
     for a, b in pairs_of(arms):
         tau = m.pair_acceptance(a, b)
-        speed = Batches(side_by_side).pair(a, b) if side_by_side > 1 else m.pair_speed(a, b)
+        speed = SideBySide(side_by_side).pair(a, b) if side_by_side > 1 else m.pair_speed(a, b)
         difference = interval(tau and tau.difference, 3, sign=True)
         rows.append((f"{a.name} / {b.name}", ratio(tau), difference, ratio(speed)))
     return Table(
@@ -205,7 +205,7 @@ def stretch_table(arms: Sequence[Arm], title: str = STRETCH_TITLE) -> Table:
 
 def position_tables(arms: Sequence[Arm]) -> list[Table]:
     """Acceptance length by generated position: over all requests alive, and over common ones."""
-    bins = m.by_position(arms)
+    bins = m.position_bins(arms)
     at = {name: {b.low: b for b in own} for name, own in bins.items()}
     every, common = [], []
     for low in sorted({low for own in at.values() for low in own}):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ttspec.records import Result, Round, acceptance_length, repeated_ngrams
+from ttspec.records import Result, Round, acceptance_length, repeated_8grams
 
 Unit = tuple[int, int]
 """A request and a seed: what arms are compared on."""
@@ -148,7 +148,7 @@ class Arm:
     def repeated_8grams(self) -> float:
         """Share of the generated 8-grams that had occurred before in their unit; the mean."""
         texts = [token_ids(turns) for turns in self.units.values()]
-        return sum(map(repeated_ngrams, texts)) / len(texts) if texts else 0.0
+        return sum(map(repeated_8grams, texts)) / len(texts) if texts else 0.0
 
     def acceptance(self, low: int = 0, high: int = 1 << 62) -> float | None:
         """Acceptance length of the rounds that begin at these positions; None without any."""

@@ -18,8 +18,9 @@ import torch
 from ttspec.bench.preparation import Batch, PreparedRun, engines_for, fits_into_memory
 from ttspec.bench.results import Arm, Turn
 from ttspec.bench.store import Store
-from ttspec.bench.suites import Request, text_of
-from ttspec.decoding.engine import Engine, Prompt
+from ttspec.bench.suites import Dialogue, text_of
+from ttspec.decoding.engine import Engine
+from ttspec.decoding.history import Prompt
 from ttspec.records import Result
 
 WARM_UP = 24
@@ -51,7 +52,7 @@ def measure_all(
     store: Store,
     *,
     warm_up: int = WARM_UP,
-    notify: Callable[[str], None] | None = None,
+    notify: Callable[[str], None],
 ) -> Iterator[Progress]:
     """Measure what the store does not have yet; an arm's failure is noted and costs that batch.
 
@@ -90,8 +91,7 @@ def measure_all(
                 units = measure(engines[name], batch, requests, quota=quota, **options)
             except Exception as error:  # whatever it is, the other units are worth having
                 _note_failure(store, progress, batch, error)
-                if notify:
-                    notify(f"{_where(batch)}: {_one_line(error)}")
+                notify(f"{_where(batch)}: {_one_line(error)}")
             else:
                 for turns in units:
                     store.add(name, turns)
@@ -104,7 +104,7 @@ def measure_all(
             each.close()  # what arms keep on disk is whole
 
 
-def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Request], **options: Any) -> None:
+def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Dialogue], **options: Any) -> None:
     """Generate in the shape of what is measured, uncounted."""
     hello: list[list[Prompt]] = [["Hello"] * min(2, len(requests[batch[0].request]))] * len(batch)
     for _, chunk in engine.run(hello, rows=len(batch), stream=False, seed=0, **options):
@@ -114,7 +114,7 @@ def _warm_up(engine: Engine, batch: Batch, requests: Sequence[Request], **option
 def measure(
     engine: Engine,
     batch: Batch,
-    requests: Sequence[Request],
+    requests: Sequence[Dialogue],
     *,
     quota: int | None = None,
     **options: Any,

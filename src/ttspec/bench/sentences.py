@@ -81,7 +81,7 @@ def demo_sentences(arms: Sequence[Arm]) -> list[str]:
     return sentences
 
 
-def bench_sentences(arms: Sequence[Arm], left_out: Sequence[str] = ()) -> list[str]:
+def bench_sentences(arms: Sequence[Arm], left_out: Sequence[str]) -> list[str]:
     """What was compared and what came of it, in sentences, whichever way it went."""
     sentences = [
         f"{len(arms)} arms on {len(arms[0].units)} units (request and seed), "

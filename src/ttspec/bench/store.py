@@ -289,7 +289,7 @@ def check_counts(folder: Path, rounds: list[Row], requests: list[Row]) -> None:
             )
 
 
-def models_of(manifest: Row, arm: str | None = None) -> str:
+def models_of(manifest: Row, arm: str) -> str:
     """The pair of models in short, which every request line carries."""
     drafter = manifest.get("drafter")
     named = ((manifest.get("arm_options") or {}).get(arm) or {}).get("drafter")

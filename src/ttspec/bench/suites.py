@@ -12,7 +12,7 @@ from ttspec.decoding.messages import FORMS, Message, decode, request_of, rows_of
 from ttspec.errors import DataError
 
 BUILT_IN = Path(__file__).with_name("suites")
-Request = list[str] | list[list[Message]] | list[str | list[Message]]
+Dialogue = list[str] | list[list[Message]] | list[str | list[Message]]
 """What a user says, turn by turn: texts or messages."""
 
 
@@ -22,7 +22,7 @@ class Suite:
 
     name: str
     sha256: str
-    requests: Sequence[Request]
+    requests: Sequence[Dialogue]
     parts: dict[str, tuple[int, int]]
     """The first request of each suite that this one is made of, and the one after its last."""
 
@@ -42,7 +42,7 @@ def load_suites(names: str, first: int | None = None) -> Suite:
     if len(set(listed)) < len(listed):
         raise DataError(f"--suite {names} names a suite twice.\nName each once.")
     suites = [load_suite(name) for name in listed]
-    requests: list[Request] = []
+    requests: list[Dialogue] = []
     parts, sums = {}, ""
     for suite in suites:
         chosen = suite.requests[:first]
@@ -96,7 +96,7 @@ def text_of(turn: Any) -> str:
     return turn if isinstance(turn, str) else text_of_content(turn[-1]["content"])
 
 
-def _request(row: Any, where: str) -> Request:
+def _request(row: Any, where: str) -> Dialogue:
     turns = request_of(row, where)
     if any(turn is None for turn in turns):
         raise DataError(

@@ -23,7 +23,8 @@ from ttspec.config import GenerateConfig
 from ttspec.errors import DataError, OptionError, ResourceError, TrainingError
 
 if TYPE_CHECKING:
-    from ttspec.decoding.engine import Engine, Prompt
+    from ttspec.decoding.engine import Engine
+    from ttspec.decoding.history import Prompt
     from ttspec.records import Result
 
 REPORT_EVERY = 50

@@ -88,8 +88,16 @@ def run(
     from ttspec.bench.preparation import prepare_run
     from ttspec.bench.store import Store
 
-    shape = {"rows": rows, "session_tokens": session_tokens, "notify": say}
-    prepared = prepare_run(engine, specs, asked, numbers, **shape, **options)
+    prepared = prepare_run(
+        engine,
+        specs,
+        asked,
+        numbers,
+        rows=rows,
+        session_tokens=session_tokens,
+        notify=say,
+        **options,
+    )
     return _measured(engine, prepared, Store(out, prepared.manifest))
 
 

@@ -69,7 +69,7 @@ def chat(
     engine = models.load(notify=say)
     saving.check_drafter(engine)
     note_missing_template(engine, settings)
-    conversation = Conversation(engine, settings)
+    conversation = ChatLoop(engine, settings)
     with closing(engine):
         try:
             return conversation.run(at_terminal=sys.stdin.isatty())
@@ -77,7 +77,7 @@ def chat(
             saving.save(conversation.session)
 
 
-class Conversation:
+class ChatLoop:
     """A session, the results of its turns, and the commands that begin with a slash."""
 
     def __init__(self, engine: Engine, settings: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ class EagerLearnFlags(LearnFlags):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class ComparedAnswer:
     """How one arm's answer to one prompt compares with plain decoding."""
 
     prompt: str
@@ -118,7 +118,7 @@ def compare(
     arms: dict[str, GenerateConfig],
     *,
     quiet: bool,
-) -> Iterable[Finding]:
+) -> Iterable[ComparedAnswer]:
     """Answer every prompt plainly and in every arm; say at once how each compares."""
     plain = replace(plain, draft=DraftConfig(length=0))
     for prompt in prompts:
@@ -133,29 +133,21 @@ def compare(
 
 def compare_answers(
     engine: Engine, prompt: str, arm: str, expected: Result, found: Result, plain: GenerateConfig
-) -> Finding:
+) -> ComparedAnswer:
     """Compare two answers, and where they part ask the target how sure it was."""
     from ttspec.bench.results import first_difference
+    from ttspec.diagnosis.ties import token_margin
 
-    base = Finding(prompt=prompt, arm=arm, tokens=len(expected.token_ids), verdict="identical")
+    base = ComparedAnswer(
+        prompt=prompt, arm=arm, tokens=len(expected.token_ids), verdict="identical"
+    )
     position = first_difference(expected.token_ids, found.token_ids)
     if position is None:
         return base
-    margin = margin_at(engine, expected, position, plain)
+    margin = token_margin(engine, expected, position, plain)
     tied = margin < tie_margin(str(engine.target.dtype).removeprefix("torch."))
     kind = "near-tie" if tied else "different"
     return replace(base, verdict=kind, position=position, margin=margin)
-
-
-def margin_at(engine: Engine, expected: Result, position: int, plain: GenerateConfig) -> float:
-    """How far the target itself prefers its token to the next best, recomputed in one row."""
-    from ttspec.decoding.conversation import noise_key
-    from ttspec.diagnosis.ties import token_margin
-
-    key = noise_key(expected.stats.seed, expected.prompt_ids)
-    ids = [*expected.prompt_ids, *expected.token_ids]
-    answer = len(expected.prompt_ids)
-    return token_margin(engine, ids, answer + position, key, answer=answer, **options_of(plain))
 
 
 def tie_margin(dtype: str) -> float:
@@ -163,7 +155,7 @@ def tie_margin(dtype: str) -> float:
     return NEAR_TIE if dtype == "float32" else COARSE_TIE
 
 
-def verdict(findings: list[Finding], dtype: str, *, strict: bool = False) -> int:
+def verdict(findings: list[ComparedAnswer], dtype: str, *, strict: bool = False) -> int:
     """0 if all is well, 1 if not; `strict` allows no near-tie."""
     if strict:
         return int(any(f.verdict != "identical" for f in findings))
@@ -173,7 +165,7 @@ def verdict(findings: list[Finding], dtype: str, *, strict: bool = False) -> int
     return int(too_many or any(f.verdict == "different" for f in findings))
 
 
-def line(finding: Finding) -> str:
+def line(finding: ComparedAnswer) -> str:
     """One finding for people."""
     prompt = " ".join(finding.prompt.split())
     prompt = prompt if len(prompt) <= 48 else prompt[:47] + "…"
@@ -183,7 +175,9 @@ def line(finding: Finding) -> str:
     return text
 
 
-def conclusion(findings: list[Finding], dtype: str, *, ok: bool, strict: bool = False) -> str:
+def conclusion(
+    findings: list[ComparedAnswer], dtype: str, *, ok: bool, strict: bool = False
+) -> str:
     """What it all means."""
     counts = {v: sum(f.verdict == v for f in findings) for v in ("identical", "near-tie")}
     different = len(findings) - sum(counts.values())

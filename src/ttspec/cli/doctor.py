@@ -117,7 +117,7 @@ def examine(engine: Engine, rows: int = 1, context: int | None = None) -> dict[s
 
 def lines(report: dict[str, Any]) -> list[str]:
     """The same for people."""
-    from ttspec.diagnosis.memory import mib
+    from ttspec.free_memory import mib
 
     target, drafter, memory = report["target"], report["drafter"], report["memory"]
     ends = ", ".join(f"{i} {text!r}" for i, text in target["end_tokens"].items())
@@ -152,29 +152,33 @@ def lines(report: dict[str, Any]) -> list[str]:
     else:
         out.append("drafter      none: plain decoding")
     out.append("findings")
-    for f in report["findings"]:
-        head = f"  {f['name']:<13} {f['level']:<8} "
-        out += textwrap.wrap(
-            f["text"],
-            WIDTH,
-            initial_indent=head,
-            subsequent_indent=" " * len(head),
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-    for row in report.get("probe", ()):
-        if not row["setting"]:
-            out.append(
-                "probe                         accepted   95 % interval   positions    nats   "
-                "change of nats"
-            )
-        interval = f"{row['low']:.1%} – {row['high']:.1%}"
-        change = "" if row["change"] is None else f"{row['change']:+.3f} ± {row['margin']:.3f}"
-        out.append(
-            f"  {row['name']:<27} {row['acceptance']:>8.1%}   {interval:<15} "
-            f"{row['positions']:>9}   {row['nats']:>5.3f}   {change}".rstrip()
-        )
+    for finding in report["findings"]:
+        out += _finding_lines(finding)
+    if rows := report.get("probe"):
+        head = "probe                         accepted   95 % interval   positions    nats   "
+        out += [f"{head}change of nats", *map(_probe_line, rows)]
     return out
+
+
+def _finding_lines(finding: dict[str, Any]) -> list[str]:
+    head = f"  {finding['name']:<13} {finding['level']:<8} "
+    return textwrap.wrap(
+        finding["text"],
+        WIDTH,
+        initial_indent=head,
+        subsequent_indent=" " * len(head),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _probe_line(row: dict[str, Any]) -> str:
+    interval = f"{row['low']:.1%} – {row['high']:.1%}"
+    change = "" if row["change"] is None else f"{row['change']:+.3f} ± {row['margin']:.3f}"
+    return (
+        f"  {row['name']:<27} {row['acceptance']:>8.1%}   {interval:<15} "
+        f"{row['positions']:>9}   {row['nats']:>5.3f}   {change}"
+    ).rstrip()
 
 
 TARGETS_HEAD = "target             status    logits  features   tokens  near-ties   seconds"

@@ -1,13 +1,18 @@
 """`ttspec train`: build a drafter for a target; only the progress is drawn here."""
 
+from __future__ import annotations
+
 import math
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from ttspec.cli.options import Device, Dtype, ModelFlags, PositiveOrNone
 from ttspec.cli.terminal import say
 from ttspec.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ttspec.training.train import Progress as Where
 
 FEW_STEPS = 200
 """So many taught no kind enough to rank it (docs/experiments.md)."""
@@ -57,14 +62,7 @@ def train(
         def report(where: Where) -> None:
             nonlocal last
             last = where
-            left = ""
-            if math.isfinite(where.seconds_left):
-                left = f", {int(where.seconds_left) // 60}:{int(where.seconds_left) % 60:02d} left"
-            facts = f"{where.tokens} tokens{left}"
-            if where.stage == "training":
-                first_and_last = where.accuracy[:1] + where.accuracy[1:][-1:]
-                right = " … ".join(f"{share:.0%}" for share in first_and_last)
-                facts = f"step {where.tokens}, loss {where.loss:.2f}, right {right}{left}"
+            facts = _facts(where)
             bar.update(tasks[where.stage], completed=where.done, facts=facts, visible=True)
 
         try:
@@ -81,6 +79,19 @@ def train(
         ways = " or ".join(_ways_to_more_steps(config))
         say(f"It learned in {last.tokens} steps, which are few; {ways} gives more.")
     return 0
+
+
+def _facts(where: Where) -> str:
+    """What stands beside the bar."""
+    left = ""
+    if math.isfinite(where.seconds_left):
+        minutes, seconds = divmod(int(where.seconds_left), 60)
+        left = f", {minutes}:{seconds:02d} left"
+    if where.stage == "answers":
+        return f"{where.tokens} tokens{left}"
+    first_and_last = where.accuracy[:1] + where.accuracy[1:][-1:]
+    right = " … ".join(f"{share:.0%}" for share in first_and_last)
+    return f"step {where.tokens}, loss {where.loss:.2f}, right {right}{left}"
 
 
 def _ways_to_more_steps(config: TrainConfig) -> list[str]:

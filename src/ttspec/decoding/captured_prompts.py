@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CHUNK_TOKENS = 512
 """Prompt tokens of a row read at once; those with more to come than that teach nothing."""
-ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+PROMPT_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For prompts, whose shapes are always new: not cuDNN's, which makes a plan for each shape."""
 CAPTURE_SIZES = (64, 128, 256, CHUNK_TOKENS)
 """Tokens to which a row's chunk is padded."""
@@ -251,7 +251,7 @@ class CapturedPrompts:
     def read_padded(self, shape: ReadShape) -> tuple[Tensor, Tensor]:
         """Logits [rows, 1, V] of chunks' last tokens, and features [rows, width, W]."""
         subset, start, count, tokens = self._chunks(shape)
-        with sdpa_kernel(ATTENTION):
+        with sdpa_kernel(PROMPT_ATTENTION):
             logits, features = self._target.forward(
                 self._cache,
                 tokens,
@@ -278,8 +278,10 @@ class CapturedPrompts:
     def draw_some(self, rows: int, processors: Processors) -> Tensor:
         """As `_draw`."""
         subset, start, count, _ = self._chunks(ReadShape(rows, 0))
-        given = self._rows, self._sampling, self._logits[:rows], subset, start + count
-        return draw_first(*given, self._rows.slots, processors)
+        logits, longest = self._logits[:rows], self._rows.slots
+        return draw_first(
+            self._rows, self._sampling, logits, subset, start + count, longest, processors
+        )
 
     def _chunks(self, shape: ReadShape) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Rows, where their chunks begin, how many tokens these have, int64 [rows], and them."""

@@ -134,7 +134,7 @@ class Conversation:
         self._start = kept, held[kept] if held else ids[0]
         return budget
 
-    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs] = ()) -> None:
+    def take_first_token(self, token: int, logprobs: Sequence[TokenLogprobs]) -> None:
         """Take the token that the prefill drew; it belongs to no round."""
         self._logprobs += logprobs
         ends = () if self.config.ignore_eos else self.decoder.target.ends
@@ -145,9 +145,18 @@ class Conversation:
         position = self.generated
         kept = self._take(outcome.tokens, ended=outcome.ended)
         self._logprobs += outcome.logprobs[:kept]
-        accepted, updates = min(outcome.accepted, kept), int(outcome.updated)
-        told = outcome.seconds, outcome.length, outcome.copied
-        self.rounds.append(Round(position, outcome.proposed, accepted, kept, updates, *told))
+        self.rounds.append(
+            Round(
+                position=position,
+                proposed=outcome.proposed,
+                accepted=min(outcome.accepted, kept),
+                emitted=kept,
+                updates=int(outcome.updated),
+                seconds=outcome.seconds,
+                length=outcome.length,
+                copied=outcome.copied,
+            )
+        )
 
     def cancel(self) -> None:
         """End the answer as it is; what the decoder knows beyond it is taken back.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from ttspec.acceptance import BROKEN
-from ttspec.decoding.launched import Launched, of_rows
+from ttspec.decoding.launched import Launched, narrowed_to
 from ttspec.decoding.planner import RoundPlanner
 from ttspec.decoding.policy import DraftPolicy
 from ttspec.decoding.prefill import PromptReader
@@ -72,9 +72,16 @@ class Decoder(RoundStages):
         if learn is None or drafter is None or self.state is None or not drafter.weights:
             return None
         kind = SharedLearner if learn.scope == "shared" else Learner
-        made_for = learn, drafter, self.state, self.spec.rows, self.gamma
-        after = AFTER if self.spec.draft.adaptive else 0
-        return kind(*made_for, live_weights=live_weights, run=self.graphs, after=after)
+        return kind(
+            learn,
+            drafter,
+            self.state,
+            self.spec.rows,
+            self.gamma,
+            live_weights=live_weights,
+            run=self.graphs,
+            after=AFTER if self.spec.draft.adaptive else 0,
+        )
 
     @torch.no_grad()
     def round(self, *, ahead: bool = False) -> dict[int, RowOutcome]:
@@ -210,17 +217,16 @@ class Decoder(RoundStages):
 
         `following` is the round after it, if that is under way.
         """
-        learner, (active, shape, longest, _) = self.learner, launched.plan
+        learner, plan = self.learner, launched.plan
         if learner and learner.memory_trainer:
             learner.memory_trainer.records_prompts = launched.kept
-        trains = shape.absorbs and (shape.proposed > 0 or bool(learner and learner.memory_trainer))
-        if learner is None or not (launched.kept or trains):
+        trains = plan.shape.proposed > 0 or bool(learner and learner.memory_trainer)
+        if learner is None or not (launched.kept or (plan.shape.absorbs and trains)):
             return [False] * self.rows.count
         return learner.absorb(
-            longest,
-            active,
-            drafted=shape.draft_length > 0,
-            emitted=_emitted(verdicts),
+            plan.longest,
+            _emitted(verdicts),
+            drafted=plan.shape.draft_length > 0,
             kept=launched.kept,
             ahead=1 + max(self.planner.policy.lengths) if following else 0,
         )
@@ -250,7 +256,7 @@ class Decoder(RoundStages):
         active = self.rows.active()
         may = active and (active == last.active or self.begins_beside)
         if following:  # the device knows as well which rows have ended
-            self._under_way = of_rows(active, following)
+            self._under_way = narrowed_to(active, following)
         elif may and not self.row_sampling.is_masked(active):
             self._under_way = (self._launch(unobserved=last.shape.draft_length),)
 
@@ -295,7 +301,7 @@ class Decoder(RoundStages):
         if not any(row in one.plan.active for one in self._under_way):
             return
         others = {*range(self.rows.count)} - {row}
-        left, self._under_way = of_rows(others, *self._under_way), ()
+        left, self._under_way = narrowed_to(others, *self._under_way), ()
         self.rows.changed.add(row)
         if left and self._is_read_from_table(left[-1].plan.active):
             self._under_way = left

@@ -65,7 +65,7 @@ class DraftSampler:
     def _choose(
         self, logits: Tensor, first: int, ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The same without penalties; `ids` are the target's tokens that the logits are of."""
+        """The same without penalties; `ids` int64 [V_draft] are the tokens of the logits."""
         width, q = logits.shape[1], None
         if self.sampling.temperature is None:
             tokens = pick(logits, None, self.sampling)

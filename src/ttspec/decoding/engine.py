@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.decoder import Decoder
 from ttspec.decoding.history import ChatHistory, Prompt, as_prompts
 from ttspec.decoding.memory_forecast import Forecast, fitting_rows, forecast_run, require_room
 from ttspec.decoding.penalties import sampling_of
 from ttspec.decoding.policy import DraftPolicy
-from ttspec.decoding.scheduler import Request, Scheduler, in_own_modes
+from ttspec.decoding.scheduler import Scheduler, in_own_modes
 from ttspec.decoding.session import Session
 from ttspec.decoding.shared_weights import SharedWeights
 from ttspec.decoding.stages import DecoderSpec
@@ -373,8 +374,8 @@ class Engine:
 
     def thinking(self, config: GenerateConfig) -> bool | None:
         """Whether prompts ask the target to think; None where its template has no such switch."""
-        how: dict[str, Any] = {"system": config.system, "raw": config.raw}
-        return thinking_of(self.tokenizer, config.thinking, **how)
+        asked, system, raw = config.thinking, config.system, config.raw
+        return thinking_of(self.tokenizer, asked, system=system, raw=raw)
 
     def chat_template(self, config: GenerateConfig) -> ChatTemplate:
         """What writes prompts under `config`.
@@ -382,5 +383,5 @@ class Engine:
         Raises:
             OptionError: There is a system message and no template to write it.
         """
-        how: dict[str, Any] = {"raw": config.raw, "thinking": config.thinking}
-        return ChatTemplate(self.tokenizer, system=config.system, **how)
+        system, raw, thinking = config.system, config.raw, config.thinking
+        return ChatTemplate(self.tokenizer, system=system, raw=raw, thinking=thinking)

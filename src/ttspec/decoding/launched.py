@@ -27,7 +27,7 @@ class Launched(NamedTuple):
     late seems to have taken long, and the next one no time."""
 
 
-def of_rows(rows: Collection[int], *rounds: Launched) -> tuple[Launched, ...]:
+def narrowed_to(rows: Collection[int], *rounds: Launched) -> tuple[Launched, ...]:
     """Rounds under way, one after the other, for some of their rows; the others rest.
 
     None where nobody is left in the first: the device has gone on from it.

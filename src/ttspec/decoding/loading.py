@@ -54,52 +54,65 @@ def load(
     """
     target = str(target) if isinstance(target, Path) else target
     drafter = str(drafter) if isinstance(drafter, Path) else drafter
-    match target:
-        case str() | (PreTrainedModel(), PreTrainedTokenizerBase()):
-            pass
-        case _:
-            given = type(target).__name__
-            if isinstance(target, tuple):
-                given += f" of {', '.join(type(part).__name__ for part in target)}"
-            raise OptionError(
-                f"target is a {given}; allowed are a name, a folder, a hub id and a loaded (model, "
-                "tokenizer) of transformers.\nOf a model in a wrapper give what is inside, as "
-                "peft_model.base_model.model."
-            )
+    _require_target(target)
     if not isinstance(drafter, str):
         require_drafter(drafter)
     place = device_of(device)
     kind = dtype_of(dtype, place)
-    files = find_target(target, notify) if isinstance(target, str) else None
-    loaded = None
-    if not isinstance(target, str):
-        loaded, place = wrap_target(*target), target[0].device
-        _require_as_loaded(loaded, device, dtype, device_map)
-    if drafter == "auto":
-        named = DEFAULT_DRAFTERS.get(files.source.name if files else loaded.name)  # type: ignore[union-attr]
-        drafter = named or _native_if_any(files, notify)
-    if isinstance(drafter, str):
-        drafter = find_drafter(drafter, notify, files)
-    if files is not None:
+    if isinstance(target, str):
+        files = find_target(target, notify)
+        drafter = _drafter_for(drafter, files.source.name, files, notify)
         loaded = _read(files, drafter, place, kind, device_map, notify)
-    assert loaded is not None
+    else:
+        loaded = wrap_target(*target)
+        _require_as_loaded(loaded, device, dtype, device_map)
+        drafter = _drafter_for(drafter, loaded.name, None, notify)
     engine = Engine(loaded, drafter)
-    engine.compile, engine.notify = compile, notify
-    if compile and loaded.is_split:
-        engine.compile = False
-        if notify:
-            notify("compile is for one GPU; a target on several is not compiled.")
-    elif place.type == "cuda" and not loaded.can_capture:
-        engine.compile = False
-        if notify:
-            notify(
-                "the target is a mixture whose experts wait for the host on this GPU: rounds are "
-                "neither captured nor compiled, and slow. With bfloat16 GPUs of compute "
-                "capability 9 and 10 need not."
-            )
-    if compile and place.type != "cuda" and notify:
-        notify("compile is for a GPU; on a CPU nothing is compiled.")
+    engine.compile, engine.notify = _compiles(loaded, compile, notify), notify
     return engine
+
+
+def _require_target(target: object) -> None:
+    """Refuse what is neither a name nor a loaded pair."""
+    match target:
+        case str() | (PreTrainedModel(), PreTrainedTokenizerBase()):
+            return
+    given = type(target).__name__
+    if isinstance(target, tuple):
+        given += f" of {', '.join(type(part).__name__ for part in target)}"
+    raise OptionError(
+        f"target is a {given}; allowed are a name, a folder, a hub id and a loaded (model, "
+        "tokenizer) of transformers.\nOf a model in a wrapper give what is inside, as "
+        "peft_model.base_model.model."
+    )
+
+
+def _drafter_for(
+    given: str | Drafter | None, target: str, files: Files | None, notify: Notify | None
+) -> Drafter | None:
+    """The drafter that was asked for, of a target of this name; `auto` is its usual one."""
+    if given == "auto":
+        given = DEFAULT_DRAFTERS.get(target) or _native_if_any(files, notify)
+    return find_drafter(given, notify, files) if isinstance(given, str) else given
+
+
+def _compiles(target: Target, asked: bool, notify: Notify | None) -> bool:
+    """Whether rounds are compiled, if that was asked; says where they are not, or not captured."""
+    on_gpu, notices = target.model.device.type == "cuda", list[str]()
+    if asked and target.is_split:
+        notices.append("compile is for one GPU; a target on several is not compiled.")
+    elif on_gpu and not target.can_capture:
+        notices.append(
+            "the target is a mixture whose experts wait for the host on this GPU: rounds are "
+            "neither captured nor compiled, and slow. With bfloat16 GPUs of compute "
+            "capability 9 and 10 need not."
+        )
+    if asked and not on_gpu:
+        notices.append("compile is for a GPU; on a CPU nothing is compiled.")
+    for notice in notices:
+        if notify:
+            notify(notice)
+    return asked and not target.is_split and (target.can_capture or not on_gpu)
 
 
 def _require_as_loaded(
@@ -192,7 +205,7 @@ def _native_if_any(target: Files | None, notify: Notify | None) -> Drafter | Non
 
 
 def _read_native(target: Files) -> Drafter | None:
-    return load_native_head("mtp", target.source.path, target.config.get_text_config())
+    return load_native_head(target.source.path, target.config.get_text_config())
 
 
 def drafter_folder(name: str, notify: Notify | None = None) -> Path:

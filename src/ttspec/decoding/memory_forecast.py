@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from ttspec.config import DraftConfig, GenerateConfig, LearnConfig
-from ttspec.decoding.prefill import CHUNK_TOKENS, MAX_BATCHED_TOKENS
+from ttspec.decoding.captured_prompts import CHUNK_TOKENS
+from ttspec.decoding.prefill import MAX_BATCHED_TOKENS
 from ttspec.decoding.stages import round_widths
 from ttspec.drafters.base import Drafter
 from ttspec.errors import ResourceError
@@ -104,7 +105,6 @@ def forecast_run(
         learn = None
     if drafter and learn:
         learn = resolve_learn_config(learn, drafter, rows)
-    shape = {"rows": rows, "prompt": prompt or slots, "drafts": drafts, "width": width}
     cache = target_cache_bytes(target.config, rows, slots, target.dtype, width=width)
     if own := getattr(target, "cache_bytes", None):  # it keeps something else
         cache = own(rows, slots)
@@ -113,7 +113,16 @@ def forecast_run(
         drafter_cache=drafter_cache_bytes(drafter, rows, slots, config.draft) if drafter else 0,
         learning=learning_bytes(drafter, learn, rows) if drafter and learn else 0,
         replay_buffer=replay_buffer_bytes(target, learn, rows, drafts),
-        working=peak_bytes(target, drafter, config, learn, **shape),
+        working=peak_bytes(
+            target,
+            drafter,
+            config,
+            learn,
+            rows=rows,
+            prompt=prompt or slots,
+            drafts=drafts,
+            width=width,
+        ),
     )
 
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.attention import sdpa_kernel
 
 from ttspec.decoding.captured_prompts import (
-    ATTENTION,
     CHUNK_TOKENS,
     MAX_CAPTURED_ROWS,
+    PROMPT_ATTENTION,
     CapturedPrompts,
     draw_first,
 )
@@ -340,9 +340,11 @@ class PromptReader:
         if self._drafter and self._state:
             padded = self._pads and self._drafter.takes_padding
             width = None if padded else max(map(len, parts))
-            text = tokens[:, :width], features[:, :width], start, subset
-            with sdpa_kernel(ATTENTION):
-                self._drafter.extend(self._state, *text, *([counts] if padded else []))
+            text, states = tokens[:, :width], features[:, :width]
+            with sdpa_kernel(PROMPT_ATTENTION):
+                self._drafter.extend(
+                    self._state, text, states, start, subset, counts if padded else None
+                )
         if recorder := self._recorder:
             near = [len(p) * (n <= CHUNK_TOKENS) for p, n in zip(parts, left, strict=True)]
             counts = start.new_tensor(near)
@@ -358,7 +360,12 @@ class PromptReader:
     def _read(
         self, rows: list[int], parts: list[list[int]], at: list[int], *, logits: bool = False
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor]:
-        """Let the target read: tokens, start, rows (None is all), counts, logits, features."""
+        """Let the target read parts of rows, each from its place `at` on, padded to one width T.
+
+        Returns:
+            Tokens int64 [B, T]; start, rows (None is all) and counts int64 [B]; the logits
+            [B, 1, V] of the last column, if asked for; features [B, T, W].
+        """
         device = self._target.device
         longest = max(map(len, parts))
         width = longest
@@ -369,7 +376,7 @@ class PromptReader:
         counts = torch.tensor([len(p) for p in parts], device=device)
         # Some rows' keys are copied before they are read; those of all rows are not.
         subset = None if rows == [*range(self._rows.count)] else torch.tensor(rows, device=device)
-        with sdpa_kernel(ATTENTION):
+        with sdpa_kernel(PROMPT_ATTENTION):
             out, features = self._target.forward(
                 self._cache,
                 tokens,

@@ -171,7 +171,7 @@ class RowSampling:
         processors: Processors,
         subset: Tensor | slice = slice(None),
     ) -> Tensor:
-        """The target's logits as penalties, bans and masks change them; see `RowPenalties`."""
+        """The target's logits [B, T, V] after penalties, bans and masks; see `RowPenalties`."""
         changed = logits
         if penalises(processors):
             changed = self.penalties(logits, end, longest, processors, subset)

@@ -195,7 +195,7 @@ class RowStates:
         self.uploaded[:3].index_copy_(1, table[:, 0], table[:, 1:].T)
 
     def download(self, table: Tensor) -> Callable[[], list[list[int]]]:
-        """Begin to bring a verdict's table to the host.
+        """Begin to bring a verdict's table, int64 [B, 4 + G+1], to the host.
 
         Two rounds may be under way, so there are two places.
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ttspec.config import GenerateConfig
-from ttspec.decoding.conversation import Conversation
+from ttspec.decoding.conversation import Conversation, Request
 from ttspec.decoding.history import ChatHistory, Prompt
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.layers import multiplied_out
 from ttspec.errors import OptionError

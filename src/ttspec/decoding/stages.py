@@ -89,14 +89,15 @@ class RoundStages:
         self.gamma, self.copies, self.width = round_widths(drafter, draft, self.batch_invariant)
         """Tokens that a round drafts, copies and verifies at most."""
 
-        # Where the device works. What no graph can hold is called, as on a CPU.
+        # Where the device works. A target that no graph holds is called from Python, as on a CPU.
         captures = device if target.can_capture else torch.device("cpu")
         self.compile, self.graphs = compile, Graphs(captures, compile=compile)
         self.branch = Branch(captures)
-        """Beside which the rest of a stage is launched."""
+        """On a GPU a second stream: noise and the drafter's context are made beside the rest."""
         self.target_reads_spans = self.graphs.on and target.reads_spans
         """Whether the device knows how far each row reads, so that one graph serves any length."""
-        # A call works while it is made; and recurrent states of a dropped round would be read anew.
+        # Not without graphs: a call from Python takes the host as long as its round. Nor with
+        # recurrent states: those of a round that is dropped would have to be read anew.
         self.works_ahead = self.graphs.on and not target.recurrent
         """Whether the next round may be launched before the host is done with the last one."""
         on_cpu = device.type == "cpu"
@@ -104,7 +105,7 @@ class RoundStages:
 
         # What the rows hold.
         self.cache = target.cache(rows, slots, self.width)
-        # Batch-invariant, products are of as many rows always; recurrent states stay in place.
+        # Batch-invariant products are always of all rows; recurrent states are not moved.
         stays = self.graphs.on or target.is_split or self.batch_invariant or target.recurrent
         self.cache.moves_rows = on_cpu and not stays
         self.state = drafter.start(rows, slots, draft) if drafter and self.gamma else None
@@ -136,10 +137,10 @@ class RoundStages:
         self._drafter_rows = slice(active[0], active[-1] + 1) if leaves_out else slice(None)
 
     def propose(self, shape: RoundShape) -> tuple[Proposal, Tensor | None]:
-        """Drafts of every row, and the target's noise at their positions and the one after.
+        """Drafts of every row, and the target's noise [R, G+1, V] for these and one token more.
 
-        Noise is of the rows that are drafted for. Where nothing is proposed, it is there once the
-        branch is joined.
+        Noise is of the R rows that are drafted for, None where tokens are not chosen by it. Where
+        nothing is proposed, it is there once the branch is joined.
         """
         rows, length, noise = self.rows.inputs, shape.draft_length, None
         sampling = self.row_sampling.tensors(shape.processors)
@@ -187,9 +188,16 @@ class RoundStages:
             longest=shape.longest,
             ready=self.branch.join,
         )
-        given = rows.pending, rows.start, count[some], shape.draft_length, shape.longest, choose
-        proposal = choose.over_all(self.drafter.propose(self._state_of(some), *given))
-        return scatter_record(proposal, some, self.rows.count)
+        proposal = self.drafter.propose(
+            self._state_of(some),
+            rows.pending,
+            rows.start,
+            count[some],
+            shape.draft_length,
+            shape.longest,
+            choose,
+        )
+        return scatter_record(choose.over_all(proposal), some, self.rows.count)
 
     def _state_of(self, rows: slice) -> DraftState:
         """The drafter's context, or what of it belongs to some rows."""
@@ -254,8 +262,13 @@ class RoundStages:
         """Kept drafts, int64 [B], and int64 [B, G+1] whose first tokens, one more, come next."""
         if self.sampling.acceptance == "invariant" or sampling.temperature is None:
             some, count = self._drafter_rows, self.rows.count
-            given = proposal.tokens[some], proposal.count[some], of_rows(sampling, some)
-            accepted, tokens = draw_and_accept(logits[some], noise, *given)
+            accepted, tokens = draw_and_accept(
+                logits[some],
+                noise,
+                proposal.tokens[some],
+                proposal.count[some],
+                of_rows(sampling, some),
+            )
             return scatter(accepted, some, count), scatter(tokens, some, count)
         rows, drafts = self.rows.inputs, proposal.tokens.shape[1]
         u, fresh = rejection_noise(rows.noise_key, rows.number, drafts, logits.shape[-1])

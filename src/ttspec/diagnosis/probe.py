@@ -25,7 +25,6 @@ from torch import Tensor
 from ttspec.config import DraftConfig
 from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.findings import (
-    DEFAULT_BASE,
     TAP_KEYS,
     Finding,
     base_text,
@@ -35,6 +34,7 @@ from ttspec.diagnosis.findings import (
 )
 from ttspec.drafters.base import Drafter
 from ttspec.drafters.dflash import DFlash
+from ttspec.drafters.rotary import DEFAULT_BASE
 from ttspec.errors import OptionError
 from ttspec.records import ReplayBatch
 
@@ -208,8 +208,8 @@ def readings(engine: Engine) -> list[Reading]:
         other = not drafter.from_anchor
         name = "the known token's position predicts" if other else "masks alone predict"
         setting = f"set sample_from_anchor to {str(other).lower()} in a copy of its config.json"
-        known = {"taps": drafter.taps, "from_anchor": other}
-        found.append(Reading(name=name, setting=f"{setting}, and probe that", **known))
+        setting += ", and probe that"
+        found.append(Reading(name=name, setting=setting, taps=drafter.taps, from_anchor=other))
     present = draft_base(drafter)
     theirs = target_base(engine.target)
     for base in dict.fromkeys(b for b in (theirs, *BASES) if b is not None and present):

@@ -58,7 +58,7 @@ REAL_WEIGHTS = Effort(rounds=6, tokens=12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
+class TargetRow:
     """What was found out about one architecture."""
 
     name: str
@@ -80,7 +80,7 @@ def check_targets(
     device: torch.device,
     names: Sequence[str] = (*FAMILIES, *BUILT_IN),
     notify: Callable[[str], None] | None = None,
-) -> Iterator[Row]:
+) -> Iterator[TargetRow]:
     """Compare architectures with transformers, one row each.
 
     Args:
@@ -103,7 +103,7 @@ def check_targets(
         yield replace(row, seconds=time.perf_counter() - began)
 
 
-def check_family(name: str, device: torch.device, effort: Effort = FULL) -> Row:
+def check_family(name: str, device: torch.device, effort: Effort = FULL) -> TargetRow:
     """Build an architecture small, with random weights, and compare it."""
     with TemporaryDirectory() as folder:  # read back as users' targets are
         reference = build(name)
@@ -115,10 +115,10 @@ def check_family(name: str, device: torch.device, effort: Effort = FULL) -> Row:
             )
             return _check(name, Path(folder), reference, device, effort)
         except TargetError as error:
-            return Row(name=name, status="refused", reason=str(error))
+            return TargetRow(name=name, status="refused", reason=str(error))
 
 
-def check_real(name: str, device: torch.device) -> Row:
+def check_real(name: str, device: torch.device) -> TargetRow:
     """Compare a built-in target, for a short while.
 
     Raises:
@@ -134,7 +134,7 @@ def check_real(name: str, device: torch.device) -> Row:
 
 def _check(
     name: str, folder: Path, reference: PreTrainedModel, device: torch.device, effort: Effort
-) -> Row:
+) -> TargetRow:
     """The three checks.
 
     Raises:
@@ -149,7 +149,7 @@ def _check(
         raise
     except Exception as error:  # whatever a model raises, the other rows are to be seen
         first = (str(error).strip() or repr(error)).splitlines()[0]
-        return Row(name=name, status="fail", reason=f"{type(error).__name__}: {first}")
+        return TargetRow(name=name, status="fail", reason=f"{type(error).__name__}: {first}")
     count = 2 * PROMPTS * effort.tokens
     found = [
         f"logits differ by {logits:.1e}" if not logits <= TOLERANCE else None,
@@ -158,7 +158,7 @@ def _check(
         f"{ties} texts part at near-ties" if ties > max(1, count // RARE) else None,
     ]
     reason = "; ".join(text for text in found if text) or None
-    return Row(
+    return TargetRow(
         name=name,
         status="fail" if reason else "pass",
         max_error=logits,

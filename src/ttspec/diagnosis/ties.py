@@ -2,54 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
 from ttspec.config import GenerateConfig
+from ttspec.decoding.conversation import noise_key
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.penalties import sampling_of
 from ttspec.penalties import Rules, penalise
+from ttspec.records import Result
 from ttspec.sampling import position_noise, process
 
 
-def token_margin(
-    engine: Engine,
-    ids: Sequence[int],
-    at: int,
-    key: int | None = None,
-    *,
-    answer: int = 0,
-    **options: Any,
-) -> float:
-    """How clear-cut a token was: best minus second best score, recomputed in one row.
+def token_margin(engine: Engine, answer: Result, position: int, config: GenerateConfig) -> float:
+    """How far the target preferred a token to the next best, recomputed in one row.
 
     Args:
         engine: Whose target is asked.
-        ids: Prompt and answer.
-        at: Index into `ids` of the token in question.
-        key: Its noise key; None is greedy.
-        answer: Where in `ids` the answer begins.
-        **options: Fields of `GenerateConfig`, for the sampling.
+        answer: As the target alone wrote it, in the first turn of a conversation.
+        position: Which of the answer's tokens.
+        config: How it was sampled.
 
     Returns:
-        The gap in processed logits, noise included.
+        The gap between the best two processed logits [V], noise included.
     """
-    target = engine.target
-    sampling = sampling_of(replace(GenerateConfig(**options), seed=0), target)
+    target, begin = engine.target, len(answer.prompt_ids)
+    at = begin + position
+    sampling = sampling_of(replace(config, seed=0), target)
     cache = target.cache(1, at + 1)
-    tokens = torch.tensor([list(ids[:at])], device=target.device)
+    ids = [*answer.prompt_ids, *answer.token_ids]
+    tokens = torch.tensor([ids[:at]], device=target.device)
     start = torch.zeros(1, dtype=torch.long, device=target.device)
     row = torch.zeros_like(start)
     logits, _ = target.forward(cache, tokens, start, 0, subset=row, counts=start + at)
     assert logits is not None
     if rules := Rules.of(sampling, target.ends, logits.shape[-1], tokens.device):
-        logits = penalise(logits[:, -1:], tokens, start + at, start + answer, rules)
+        logits = penalise(logits[:, -1:], tokens, start + at, start + begin, rules)
     scores = process(logits[0, -1], sampling)
-    if key is not None and sampling.temperature > 0:
-        keys = torch.tensor([key], device=start.device)
-        scores = scores + position_noise(keys, start + at, 1, scores.shape[-1])[0, 0]
+    if sampling.temperature > 0:
+        key = torch.tensor([noise_key(answer.stats.seed, answer.prompt_ids)], device=start.device)
+        scores = scores + position_noise(key, start + at, 1, scores.shape[-1])[0, 0]
     best = scores.topk(2).values
     return float(best[0] - best[1])

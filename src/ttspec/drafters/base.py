@@ -191,7 +191,7 @@ class Drafter(ABC):
         return ()
 
     def _check_target(self, embedding: Tensor) -> None:  # noqa: B027
-        """Refuse a target that does not fit."""
+        """Refuse a target, of whom this is the embedding [V, H], that does not fit."""
 
     def _share(
         self, embedding: Tensor, head: Tensor, tokenizer: PreTrainedTokenizerBase | None
@@ -264,7 +264,7 @@ class Drafter(ABC):
         return choices.proposal(count, before)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> Tensor | None:
-        """Hand the logits of one block a row to `choices`; returns `Proposal.before`."""
+        """Hand logits [B, g, V_draft] of a block a row to `choices`; returns `Proposal.before`."""
         raise NotImplementedError
 
     def _replay(self, state: DraftState, batch: ReplayBatch, blocks: Blocks) -> Tensor:
@@ -396,5 +396,5 @@ class Drafter(ABC):
         return {n: w[0] if self.is_own(n, w) else w for n, w in weights.items()}
 
     def is_own(self, name: str, weight: Tensor) -> bool:
-        """Whether a live weight is one per row."""
+        """Whether a live weight is one per row: it then has a dimension more, the first."""
         return weight.dim() > (self.weights[name].dim() if name in self.weights else 2)

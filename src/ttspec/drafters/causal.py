@@ -31,7 +31,7 @@ from ttspec.drafters.functional import (
     FunctionalState,
     InPlaceCache,
     Masks,
-    Reading,
+    ModelInputs,
     functional_model,
 )
 from ttspec.drafters.layers import Weights, activation_of, placed
@@ -288,7 +288,7 @@ class Causal(FunctionalDrafter):
         inputs, weights = self._inputs(state.weights, fed), self.with_rope(state, state.weights)
         cache = InPlaceCache(layers)
         return self._shared.drafted(
-            self.function(weights, Reading(inputs, position, seen, fed.keep), cache)
+            self.function(weights, ModelInputs(inputs, position, seen, fed.keep), cache)
         )
 
     def _by_window(
@@ -331,7 +331,7 @@ class Causal(FunctionalDrafter):
             return seen_mask(keys.shape[3], begin, position, first, position, fed.same)[:, None]
 
         masks, inputs = self._by_window(state, position, mask), self._inputs(weights, fed)
-        reading = Reading(inputs, position, masks, fed.keep)
+        reading = ModelInputs(inputs, position, masks, fed.keep)
         weights = self.with_rope(state, weights)
         logits, k, v = self.function.concatenated(weights, reading, keys, values)
         return self._shared.drafted(logits), k, v

@@ -99,7 +99,7 @@ def load_drafter(name: str, folder: Path) -> Drafter:
     return _load(kind, config, stored, name, folder)
 
 
-def load_native_head(name: str, folder: Path, config: Any) -> Drafter | None:
+def load_native_head(folder: Path, config: Any) -> Drafter | None:
     """Read the MTP head that a target was published with; None if its files hold none.
 
     Raises:
@@ -112,7 +112,7 @@ def load_native_head(name: str, folder: Path, config: Any) -> Drafter | None:
     body = {**config.to_dict(), "architectures": ["MTPDraftModel"]}
     for key in ("_name_or_path", "transformers_version"):
         body.pop(key, None)
-    return _load("mtp", body, {n: stored[n] for n in names}, name, folder)
+    return _load("mtp", body, {n: stored[n] for n in names}, "mtp", folder)
 
 
 def _load(
@@ -129,7 +129,8 @@ def _load(
                 f"{tensor} is another name of {first.key}.\nKeep one of the two tensors."
             )
     drafter = make_drafter(kind, config, found, name=name, path=folder)
-    drafter.weights = _read_weights(folder, drafter, found)
+    _require_tensors(folder, drafter, found)
+    drafter.weights = _read_weights(drafter, found)
     if "d2t" in drafter.weights:
         _check_map(drafter, found)
     return drafter
@@ -296,10 +297,10 @@ def _read_headers(folder: Path) -> dict[str, Stored]:
     return stored
 
 
-def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -> dict[str, Tensor]:
-    missing, extra, wrong = missing_and_left_over(
-        drafter, {name: tensor.shape for name, tensor in found.items()}
-    )
+def _require_tensors(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -> None:
+    """Refuse files that hold other tensors than the drafter's, or of other shapes."""
+    shapes = {name: tensor.shape for name, tensor in found.items()}
+    missing, extra, wrong = missing_and_left_over(drafter, shapes)
     together = "config.json and weights must belong together."
     if missing:
         hint = _conversion(folder) if _pickles(folder) else f".\n{together}"
@@ -313,11 +314,18 @@ def _read_weights(folder: Path, drafter: Drafter, found: Mapping[str, Stored]) -
             f"({len(extra)} tensors left over).\n{together}"
         )
     if wrong:
-        first = found[wrong[0]]
-        known = (drafter.shapes() | drafter.optional())[wrong[0]]
+        first, known = found[wrong[0]], (drafter.shapes() | drafter.optional())[wrong[0]]
         raise CheckpointError(
             f"{first} is {list(first.shape)}; config.json says {list(known)}.\n{together}"
         )
+
+
+def _read_weights(drafter: Drafter, found: Mapping[str, Stored]) -> dict[str, Tensor]:
+    """Tensors by canonical name, as they are stored.
+
+    Raises:
+        CheckpointError: One is of a dtype that is of no use there, or not finite.
+    """
     weights, shapes = dict[str, Tensor](), drafter.shapes() | drafter.optional()
     for name, tensor in found.items():
         with safe_open(tensor.file, framework="pt") as opened:

@@ -79,7 +79,7 @@ class DFlash2(DFlash):
     def _around(
         self, weights: Weights, at: str, x: Tensor, width: int, inner: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """A part of a layer between its two convolutions."""
+        """A part of a layer, which reads x [B, N, H], between its two convolutions."""
         base, taps = weights[f"{at}_conv.base_kernel"], self.taps_of_convolution
         kernels = project(weights, f"{at}_conv.kernel_projection", x).unflatten(-1, (2, taps, -1))
         for side in range(2):

@@ -41,7 +41,7 @@ from ttspec.drafters.layers import (
     rms_norm,
 )
 from ttspec.drafters.rotary import Rope, rope_parameters
-from ttspec.drafters.taps import TAP_KEY, default_taps, layers_of, taps_of
+from ttspec.drafters.taps import TAP_KEY, default_eagle3_taps, layers_of, taps_of
 from ttspec.errors import CheckpointError
 from ttspec.records import ReplayBatch
 
@@ -145,7 +145,7 @@ class Eagle3(FeatureDrafter):
         return shapes
 
     def _default_taps(self, layers: int) -> tuple[int, ...]:
-        return default_taps(layers)
+        return default_eagle3_taps(layers)
 
     def _check_target(self, embedding: Tensor) -> None:
         super()._check_target(embedding)
@@ -179,10 +179,10 @@ class Eagle3(FeatureDrafter):
         h, at = self._fused_before(state, weights, text), text.position - 1
         if teacher_forced_chain.fits(self, state):  # nothing is drafted there
             return teacher_forced_chain.make_context(self, state, h, text.tokens, at)
-        given = weights, h, text.tokens, at, state.rope, state.options.window
+        keys, values = self._fresh(weights, h, text.tokens, at, state.rope, state.options.window)
         rest = text.position >= state.slots  # a row at rest begins past the last slot
         # A prompt's first token has no row.
-        state.write(*self._fresh(*given), at.masked_fill(rest, state.slots), text.row)
+        state.write(keys, values, at.masked_fill(rest, state.slots), text.row)
         return state.remember(text.features, text.position, text.row)
 
     def _extend_layers(self, state: ChainState, weights: Weights, text: Text) -> None:
@@ -234,9 +234,12 @@ class Eagle3(FeatureDrafter):
         if state.spans and FusedChain.fits(self, state):
             FusedChain(self, state, at).draft(h[:, 0], blocks, choices)
             return before
-        contexts = self._in_place if state.spans else self._beside
-        given = contexts(state, blocks), h
-        self._run(state, blocks, *given, lambda step, out: choices(self.logits(out), step))
+
+        def next_token(step: int, hidden: Tensor) -> Tensor:
+            return choices(self.logits(hidden), step)
+
+        contexts = (self._in_place if state.spans else self._beside)(state, blocks)
+        self._run(state, blocks, contexts, h, next_token)
         return before
 
     @compiled

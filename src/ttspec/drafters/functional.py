@@ -139,7 +139,6 @@ class FunctionalDrafter(Drafter):
         known = options, like.device  # a forecast starts on meta
         if known not in self._ropes:  # kept: where this is captured nothing comes from the host
             self._ropes[known] = self._rope(options).to(like.device)
-        sizes = self.kv_heads, slots, self.head_dim, like, self.value_dim
         folded = self.module.config._attn_implementation == FOLDED
         return {
             "weights": self.weights,
@@ -147,7 +146,9 @@ class FunctionalDrafter(Drafter):
             "rope": self._ropes[known],
             "anchor": self.weights,
             "takes_spans": folded and self.value_dim in (None, self.head_dim),
-            **empty_context(self.layers, rows, *sizes),
+            **empty_context(
+                self.layers, rows, self.kv_heads, slots, self.head_dim, like, self.value_dim
+            ),
             **feature_ring(rows, width, like),
         }
 
@@ -218,7 +219,7 @@ class InPlaceCache(Cache):
         return 0
 
 
-class Reading(NamedTuple):
+class ModelInputs(NamedTuple):
     """N new tokens of B rows that a model reads at once."""
 
     inputs: dict[str, Tensor]
@@ -229,11 +230,11 @@ class Reading(NamedTuple):
     keep: int = 0
     """Logits of so many last tokens; 0 is all."""
 
-    def at(self, index: Any) -> Reading:
+    def at(self, index: Any) -> ModelInputs:
         """Of every tensor what is at this index."""
         inputs = {n: x[index] for n, x in self.inputs.items()}
         masks = {window: mask[index] for window, mask in self.masks.items()}
-        return Reading(inputs, self.position[index], masks, self.keep)
+        return ModelInputs(inputs, self.position[index], masks, self.keep)
 
 
 class ModelFunction:
@@ -246,8 +247,8 @@ class ModelFunction:
         named = [*model.named_parameters(), *model.named_buffers()]
         self._dims = {n: p.dim() for n, p in named}
 
-    def __call__(self, weights: Weights, fed: Reading, cache: Cache) -> Tensor:
-        """Logits of new tokens.
+    def __call__(self, weights: Weights, fed: ModelInputs, cache: Cache) -> Tensor:
+        """Logits [B, N or `keep`, V] of new tokens, whose keys and values the cache takes.
 
         Weights of one row's own have that row's dimension, of size 1, or none.
         """
@@ -255,7 +256,7 @@ class ModelFunction:
         return self._call(named, fed, cache)
 
     def concatenated(
-        self, weights: Weights, fed: Reading, keys: Tensor, values: Tensor
+        self, weights: Weights, fed: ModelInputs, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The same with context keys and values [layers, B, kv heads, S, D]; returns new ones too.
 
@@ -275,7 +276,7 @@ class ModelFunction:
         return named, own
 
     def _beside(
-        self, named: Weights, fed: Reading, keys: Tensor, values: Tensor
+        self, named: Weights, fed: ModelInputs, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`concatenated` with one set of weights."""
         cache = ConcatenatedCache(keys, values)
@@ -283,10 +284,10 @@ class ModelFunction:
         return logits, torch.stack(cache.new_keys), torch.stack(cache.new_values)
 
     def _rows_apart(
-        self, named: Weights, own: set[str], fed: Reading, keys: Tensor, values: Tensor
+        self, named: Weights, own: set[str], fed: ModelInputs, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`concatenated` with weights of which some, `own`, are one per row."""
-        dims: Any = {n: 0 if n in own else None for n in named}, Reading(0, 0, 0, None), 1, 1  # type: ignore[arg-type]
+        dims: Any = {n: 0 if n in own else None for n in named}, ModelInputs(0, 0, 0, None), 1, 1  # type: ignore[arg-type]
         # A row is a batch of one. The fused kernels have no rule for rows' own batches.
         alone = fed.at((slice(None), None)), keys[:, :, None], values[:, :, None]
         with sdpa_kernel(SDPBackend.MATH):
@@ -312,7 +313,7 @@ class ModelFunction:
         fits = all(b.shape == rope.frequencies.shape for b in found.values())
         return dict.fromkeys(found, rope.frequencies) if fits else {}
 
-    def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
+    def _call(self, named: Weights, fed: ModelInputs, cache: Cache) -> Tensor:
         mask: Any = fed.masks[self.windows[0]]
         if len(fed.masks) > 1:
             types = self.model.config.get_text_config().layer_types

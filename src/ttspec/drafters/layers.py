@@ -164,7 +164,7 @@ def activation_of(name: str) -> Activation:
 
 
 def gated_mlp(weights: Weights, at: str, x: Tensor, activation: Activation = F.silu) -> Tensor:
-    """A gated MLP under the published names `{at}gate_proj.weight` and so on."""
+    """A gated MLP of x [B, ..., H], under the published names `{at}gate_proj.weight` and so on."""
     gate, up = (project(weights, at + name, x) for name in ("gate_proj", "up_proj"))
     if activation is F.silu and torch.is_grad_enabled():
         inner = cast(Tensor, _Gated.apply(gate, up))

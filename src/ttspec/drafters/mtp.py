@@ -28,7 +28,7 @@ from ttspec.drafters.functional import (
     FunctionalDrafter,
     FunctionalState,
     InPlaceCache,
-    Reading,
+    ModelInputs,
     as_function,
 )
 from ttspec.drafters.layers import Weights, placed
@@ -192,8 +192,8 @@ class Mtp(FunctionalDrafter):
         fixed = concatenated(*context, blocks, 1, state.options.window, self.windows)
         for step, (own,) in enumerate(growing_contexts(fixed, blocks, self.windows)):
             fed = self._reading(token, hidden, blocks.start - 1 + step, own.mask[:, None])
-            given = own.keys[None], own.values[None]
-            hidden, k, v = self.function.concatenated(weights, fed, *given)
+            keys, values = own.keys[None], own.values[None]
+            hidden, k, v = self.function.concatenated(weights, fed, keys, values)
             own.keys, own.values = torch.cat([own.keys, k[0]], 2), torch.cat([own.values, v[0]], 2)
             token = next_token(step, hidden)
 
@@ -231,7 +231,7 @@ class Mtp(FunctionalDrafter):
 
     def _reading(
         self, tokens: Tensor, hidden: Tensor, position: Tensor, seen: Tensor | None = None
-    ) -> Reading:
+    ) -> ModelInputs:
         """States [B, N, H] and the tokens after them; without `seen` for their keys and values."""
         inputs = {"embedded": F.embedding(tokens, self.embedding), "hidden": hidden}
-        return Reading(inputs, position, {} if seen is None else {None: seen})
+        return ModelInputs(inputs, position, {} if seen is None else {None: seen})

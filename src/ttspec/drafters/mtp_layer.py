@@ -15,7 +15,7 @@ from transformers import AutoModel, PretrainedConfig
 from transformers.cache_utils import Cache
 from transformers.initialization import no_init_weights
 
-from ttspec.drafters.functional import ModelFunction, Reading, call_with
+from ttspec.drafters.functional import ModelFunction, ModelInputs, call_with
 from ttspec.drafters.layers import Weights
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.target import cache_keyword
@@ -126,7 +126,7 @@ class HeadFunction(ModelFunction):
         self._routes = any(".experts." in name for name, _ in layer.named_parameters())
 
     def _beside(
-        self, named: Weights, fed: Reading, keys: Tensor, values: Tensor
+        self, named: Weights, fed: ModelInputs, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Without a mask nothing is attended to: only new keys and values are made."""
         if fed.masks:
@@ -139,7 +139,7 @@ class HeadFunction(ModelFunction):
         raise AssertionError("the layer caches nothing")
 
     def _rows_apart(
-        self, named: Weights, own: set[str], fed: Reading, keys: Tensor, values: Tensor
+        self, named: Weights, own: set[str], fed: ModelInputs, keys: Tensor, values: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Which experts a row reads is told by its tokens: no rule of `vmap` goes through that."""
         if not self._routes or not fed.masks:
@@ -152,7 +152,7 @@ class HeadFunction(ModelFunction):
         outs, new_keys, new_values = zip(*found, strict=True)
         return torch.cat(outs), torch.cat(new_keys, dim=1), torch.cat(new_values, dim=1)
 
-    def _call(self, named: Weights, fed: Reading, cache: Cache) -> Tensor:
+    def _call(self, named: Weights, fed: ModelInputs, cache: Cache) -> Tensor:
         tokens = fed.inputs["embedded"], fed.inputs["hidden"]
         given = *tokens, fed.position.clamp(min=0), fed.masks.get(None), cache
         return call_with(self.model, named, *given)

@@ -82,8 +82,7 @@ class PEagle(Eagle3):
         tokens[..., 0] = blocks.tokens
         h = self.fuse(state.weights, features).flatten(1, 2)
         position = blocks.position(blocks.length - 1, -1)
-        given = h, tokens.flatten(1), position, state.rope, contexts
-        hidden, _ = self._step(state.weights, *given)
+        hidden, _ = self._step(state.weights, h, tokens.flatten(1), position, state.rope, contexts)
         return hidden.unflatten(1, shape[1:])
 
     def _behind(self, state: FeatureState, blocks: Blocks) -> Sequence[Attend]:

@@ -141,7 +141,7 @@ class Rope:
         return self.rotate(x, position)
 
     def rotate(self, x: Tensor, position: Tensor, *, back: bool = False) -> Tensor:
-        """The same, or the other way, as gradients go."""
+        """The same without a gradient, or the other way (`back`), as gradients go."""
         half = self.frequencies.shape[0]
         cos, sin = self.angles(position[:, None], x.dtype)
         sin = -sin if back else sin

@@ -9,7 +9,7 @@ from typing import Any
 TAP_KEY = "eagle_aux_hidden_state_layer_ids"
 
 
-def default_taps(layers: int) -> tuple[int, int, int]:
+def default_eagle3_taps(layers: int) -> tuple[int, int, int]:
     """Hidden states that a head without layer ids reads."""
     return 2, layers // 2, layers - 3
 

@@ -111,7 +111,7 @@ def _weights(
     attention: Sequence[str],
     mlp: Sequence[str],
 ) -> list[Tensor]:
-    """Some of the layer's weights, gains first."""
+    """Some of the layer's weights: gains [H] first, then matrices [out, in]."""
     names = [n if n == LAST else f"midlayer.{n}" for n in gains]
     names += [f"midlayer.self_attn.{n}_proj" for n in attention]
     names += [f"midlayer.mlp.{n}_proj" for n in mlp]
@@ -261,7 +261,7 @@ class _Chains(torch.autograd.Function):
 
 
 def wide_product(one: Tensor, other: Tensor) -> Tensor:
-    """Batched product, float32 where a GPU rounds otherwise."""
+    """[B, n, k] times [B, k, m]: [B, n, m], float32 where a GPU rounds otherwise."""
     if one.is_cuda and one.dtype != torch.float32:
         return torch.bmm(one, other, out_dtype=torch.float32)
     return torch.bmm(one, other)
@@ -324,14 +324,14 @@ def gain_gradient(x: Tensor, outer: Tensor, eps: float) -> Tensor:
 
 @compiled
 def silu_gate(made: Tensor) -> Tensor:
-    """SiLU of the first half of each row, times the second."""
+    """SiLU of the first half of each row of [N, 2 I], times the second: [N, I]."""
     gate, up = made.chunk(2, -1)
     return F.silu(gate) * up
 
 
 @compiled
 def silu_gate_backward(made: Tensor, outer: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `made`, and what `silu_gate` makes of it."""
+    """Gradient [N, 2 I] of `made`, and what `silu_gate` makes of it; `outer` is [N, I]."""
     gate, up = (half.float() for half in made.chunk(2, -1))
     part = gate.sigmoid()
     inner, outer = gate * part, outer.float()
@@ -350,7 +350,7 @@ def attention_weights(scores: Tensor, seen: Tensor, scale: float, dtype: torch.d
 
 @compiled
 def attention_weights_backward(p: Tensor, outer: Tensor, scale: float) -> Tensor:
-    """Gradient of the scores."""
+    """Gradient of the scores, of what `attention_weights` made and its gradient: all of a shape."""
     wide, outer = p.float(), outer.float()
     return (wide * (outer - (wide * outer).sum(-1, keepdim=True)) * scale).to(p.dtype)
 
@@ -384,7 +384,7 @@ def rotary_qkv_backward(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`Rope` with angles that are known."""
+    """Turn x [..., D] as `Rope`, with angles [..., D / 2] that are known."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
@@ -395,6 +395,6 @@ def merge_heads(x: Tensor, rows: int, count: int) -> Tensor:
 
 
 def split_heads(x: Tensor, rows: int, count: int, heads: int, kv_heads: int) -> Tensor:
-    """The other way."""
+    """[N, heads * D] as [B * kv heads, G * A, D]."""
     x = x.view(rows, count, heads, -1).transpose(1, 2)
     return x.reshape(rows * kv_heads, -1, x.shape[-1])

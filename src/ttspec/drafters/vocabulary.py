@@ -42,7 +42,7 @@ class SharedVocabulary:
         )
 
     def translate(self, tokens: Tensor) -> Tensor:
-        """The target's tokens in the draft model's vocabulary."""
+        """The target's tokens, int64 of any shape, in the draft model's vocabulary."""
         return tokens if self.translation is None else self.translation[tokens]
 
     def drafted(self, logits: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ that is too high stays so."""
 
 
 @dataclass(slots=True)
-class CopyRecord:
-    """What is known of a copy: its rest, its updates and its comparisons so far."""
+class GuardRecord:
+    """What is known of a copy of the weights: its rest, its updates and comparisons so far."""
 
     rest: int = 0
     reverts: int = 0
@@ -89,7 +89,7 @@ class Guard:
         """
         self._falls_back = falls_back
         self.every, self._rest, self._first_rest = every, -(-REST // stride), -(-after // stride)
-        self._copies = [CopyRecord(self._first_rest) for _ in range(copies)]
+        self._copies = [GuardRecord(self._first_rest) for _ in range(copies)]
 
     def resting(self) -> list[bool]:
         """Which copies sit out the update that begins now; ask before `due`."""
@@ -166,8 +166,8 @@ class Guard:
         if self.every:
             reverts = self._copies[copy].reverts
             rest = self._rest * LONGER**reverts
-            self._copies[copy] = CopyRecord(rest=rest, reverts=reverts + 1)
+            self._copies[copy] = GuardRecord(rest=rest, reverts=reverts + 1)
 
     def reset(self, copy: int) -> None:
         """Another request has the copy."""
-        self._copies[copy] = CopyRecord(self._first_rest)
+        self._copies[copy] = GuardRecord(self._first_rest)

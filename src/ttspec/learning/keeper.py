@@ -70,8 +70,8 @@ def tenants_weights(
     """
     live = LiveWeights(learn, drafter, 1)
     if learn.keep:
-        known = {"target": target(), "tenant": tenant, "notify": notify}
-        live.keeper = Keeper(Path(learn.keep).expanduser(), drafter, live, **known)
+        root = Path(learn.keep).expanduser()
+        live.keeper = Keeper(root, drafter, live, target=target(), tenant=tenant, notify=notify)
     return live
 
 
@@ -88,8 +88,8 @@ class Keeper:
         live: LiveWeights,
         *,
         target: Mapping[str, str],
-        tenant: str | None = None,
-        notify: Callable[[str], None] | None = None,
+        tenant: str | None,
+        notify: Callable[[str], None] | None,
     ) -> None:
         """Begin at the newest version.
 

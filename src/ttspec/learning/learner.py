@@ -12,7 +12,7 @@ row is cropped, `reset` for another request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping
 from typing import ClassVar
 
 import torch
@@ -145,28 +145,28 @@ class Learner:
         if self._buffer is None:
             if not drafted:  # what the buffer has is not known yet
                 return
-            made_for = self.config, len(self.updates), self.length, verification
-            self._buffer = ReplayBuffer(*made_for, features=self.shared)
+            rows = len(self.updates)
+            self._buffer = ReplayBuffer(
+                self.config, rows, self.length, verification, features=self.shared
+            )
         self._verification, changes = verification, self._buffer.changed_by_absorb
         self._run(self._keep_verification, key, changes=changes)
 
     def absorb(
         self,
         longest: int,
-        active: Sequence[int] | None = None,
+        emitted: Mapping[int, int],
         *,
-        drafted: bool = True,
-        emitted: Mapping[int, int] | None = None,
-        kept: bool = True,
-        ahead: int = 0,
+        drafted: bool,
+        kept: bool,
+        ahead: int,
     ) -> list[bool]:
         """Take note of a round that is committed and, every `stride` rounds, update.
 
         Args:
             longest: Its largest start, known on the host.
-            active: Rows that took part; None is all.
+            emitted: Tokens that each row that took part has committed.
             drafted: Whether the drafter drafted. Other rounds tell what followed its blocks.
-            emitted: Tokens that each of these rows committed, if the host knows it.
             kept: Whether `keep` was given it.
             ahead: Tokens of a row, at most, of the next round, if that is under way already.
 
@@ -177,7 +177,7 @@ class Learner:
         if self._buffer is None:
             return updated
         self._rounds += counts
-        for row in range(len(updated)) if active is None else active:
+        for row in emitted:
             self._active[row] = True
         due = counts and self._rounds >= self.stride * self.strides
         if kept:
@@ -191,7 +191,7 @@ class Learner:
                 updated = self.publish()
         return updated
 
-    def _note(self, emitted: Mapping[int, int] | None, due: bool, ahead: int) -> None:
+    def _note(self, emitted: Mapping[int, int], due: bool, ahead: int) -> None:
         """Take note of a round that was kept; arguments as in `MemoryTrainer.note`."""
 
     def _begin_update(self, longest: int) -> None:

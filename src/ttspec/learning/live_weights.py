@@ -153,7 +153,10 @@ class LiveWeights:
     def set_gradients(
         self, gradients: list[Tensor], rows: slice = slice(None), *, add: bool
     ) -> None:
-        """Take gradients of some rows' copies, or `add` them to those there are."""
+        """Take gradients of some rows' copies, or `add` them to those there are.
+
+        They are in the order of the weights' names; of R rows, rows are the first dimension.
+        """
         own = self._gradient[rows]
         given = [g.reshape(len(own), -1) for g in gradients]
         pairs = list(zip(self._split(own), given, strict=True))

@@ -21,7 +21,7 @@ PAGE = 64
 """Tokens of a page."""
 LIKELY = 64
 """Tokens of the target's distribution that are kept."""
-HELD_OUT = 16
+HELD_OUT_EVERY = 16
 """One page of so many, of each text, teaches nothing."""
 FIRST, STEP = 1, 5
 """Which page of the first text, and how many later in the next one: of short answers some do."""
@@ -115,7 +115,7 @@ class TextMemory:
 
     def is_held_out(self) -> Tensor:
         """Which pages shall not teach, bool [pages + 1]."""
-        return (self.number - FIRST - STEP * (self.text - 1)) % HELD_OUT == 0
+        return (self.number - FIRST - STEP * (self.text - 1)) % HELD_OUT_EVERY == 0
 
     @torch.no_grad()
     def read(self, pages: Tensor, length: int) -> Texts:

@@ -23,7 +23,7 @@ from ttspec.learning.replay_buffer import trained_length
 from ttspec.learning.update_report import UpdateReport
 from ttspec.models.capture import Graphs, Streams
 
-HELD_OUT = 8
+HELD_OUT_PAGES = 8
 """Held-out pages, the newest, that say what the anchor should get accepted."""
 
 
@@ -163,7 +163,7 @@ class MemoryLearner:
     @torch.no_grad()
     def expected_drafts(self) -> float | None:
         """Drafts a block that the anchor would get accepted; None where nothing is held out."""
-        blocks, drafts = self.memory_trainer.evaluate({"anchor": {}}, HELD_OUT)
+        blocks, drafts = self.memory_trainer.evaluate({"anchor": {}}, HELD_OUT_PAGES)
         return drafts["anchor"] if blocks else None
 
     def _enqueue_update(self, *, compare: bool) -> None:

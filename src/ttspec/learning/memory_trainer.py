@@ -99,12 +99,13 @@ class TextTrainer:
 
     def _draft(self, weights: Weights, texts: Texts, batch: ReplayBatch) -> Tensor:
         """Logits [N, A, G, V_draft] of a batch's blocks."""
-        given = texts.tokens, texts.features, self.options, self.length
-        state = context_of_texts(self.drafter, weights, *given)
+        state = context_of_texts(
+            self.drafter, weights, texts.tokens, texts.features, self.options, self.length
+        )
         return self.drafter.replay(state, batch, self.length, texts.tokens.shape[1])
 
     def _target(self, texts: Texts, batch: ReplayBatch) -> tuple[Tensor, Tensor, Tensor]:
-        """What the target said of a batch's drafts: likely tokens, their p, the others'."""
+        """What the target said of drafts: likely tokens and their p [N, A, G, K], the others' p."""
         size = texts.tokens.shape[1]
         at = batch.start[..., None] + torch.arange(self.length, device=batch.start.device)
         row = torch.arange(len(at), device=at.device)[:, None, None]
@@ -158,8 +159,8 @@ class MemoryTrainer(TextTrainer):
             length = min(length, CHAIN)
         super().__init__(drafter, options, length)
         self._run = run
-        self._new: list[int] | None = [0] * rows
-        """Tokens of each row that the memory was not told of; None if that is not known."""
+        self._new = [0] * rows
+        """Tokens of each row that the memory was not told of."""
         self.memory, self.rows = memory, MemoryRows(memory, rows)
         device = memory.tokens.device
         texts, self.count = (TEXTS, BLOCKS) if on_gpu else (FEW_TEXTS, FEW_BLOCKS)
@@ -179,25 +180,19 @@ class MemoryTrainer(TextTrainer):
         one_in *= max(1, len(self.rows.end) // RECORDED_ROWS)
         return number // RECORDED_ROUNDS % one_in == 0
 
-    def note(
-        self, buffer: ReplayBuffer, emitted: Mapping[int, int] | None, due: bool, ahead: int
-    ) -> None:
+    def note(self, buffer: ReplayBuffer, emitted: Mapping[int, int], due: bool, ahead: int) -> None:
         """Take note of a round, and `remember` if it is due or another might overwrite something.
 
         Args:
             buffer: Has it.
-            emitted: Tokens of each row; None if that is not known on the host.
+            emitted: Tokens of each row.
             due: See above.
             ahead: Tokens of a row, at most, of a round that is under way already: the buffer has
                 those too, and may have those of one more before the next note.
         """
-        if emitted is None or self._new is None:
-            self._new = None
-        else:
-            for row, tokens in emitted.items():
-                self._new[row] += tokens
-            due = due or max(self._new) + (2 * ahead or LONGEST_COPY + 1) > buffer.ring
-        if due:
+        for row, tokens in emitted.items():
+            self._new[row] += tokens
+        if due or max(self._new) + (2 * ahead or LONGEST_COPY + 1) > buffer.ring:
             self.remember(buffer, ahead=ahead)
 
     def remember(self, buffer: ReplayBuffer | None, row: int | None = None, ahead: int = 0) -> None:
@@ -207,10 +202,9 @@ class MemoryTrainer(TextTrainer):
         """
         if buffer is None:
             return
-        work, most = self.write_newest, buffer.ring
-        if self._new is None or row is None:
-            most = most if self._new is None else max(self._new) + ahead
-            self._new = [0] * len(self.rows.end)
+        if row is None:
+            work, most = self.write_newest, max(self._new) + ahead
+            self._new = [0] * len(self._new)
         else:
             work, most, self._new[row] = self.write_newest_of_row, self._new[row], 0
             self._row.fill_(row)
@@ -346,7 +340,7 @@ class MemoryTrainer(TextTrainer):
 
     @torch.no_grad()
     def _judged(self, texts: Texts, batch: ReplayBatch, sets: Sequence[Weights]) -> Tensor:
-        """How many of a batch's blocks are whole, and drafts of each set that those accept."""
+        """How many blocks are whole, and drafts of them that each set gets accepted: [1 + sets]."""
         whole = batch.mask.all(-1)
         found = [whole.sum().float()]
         for changed in sets:

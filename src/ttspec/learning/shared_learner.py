@@ -24,8 +24,14 @@ class SharedLearner(Learner):
         """Arguments as of `Learner`."""
         super().__init__(*args, **options)
         assert self.weights.memory is not None
-        made_for = self.drafter, len(self.updates), self.state.options, self.length, self._run
-        self._memory = self.memory_trainer = MemoryTrainer(self.weights.memory, *made_for)
+        self._memory = self.memory_trainer = MemoryTrainer(
+            self.weights.memory,
+            self.drafter,
+            len(self.updates),
+            self.state.options,
+            self.length,
+            self._run,
+        )
         self.keeper = self.weights.keeper
         if self.keeper:
             self.keeper.memory_trainer = self._memory
@@ -41,7 +47,7 @@ class SharedLearner(Learner):
             self.keeper.note(updated, self.updates)
         return updated
 
-    def _note(self, emitted: Mapping[int, int] | None, due: bool, ahead: int) -> None:
+    def _note(self, emitted: Mapping[int, int], due: bool, ahead: int) -> None:
         assert self._buffer is not None
         self._memory.note(self._buffer, emitted, due or self._rounds % self.stride == 0, ahead)
 

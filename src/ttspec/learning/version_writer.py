@@ -8,8 +8,8 @@ from contextlib import suppress
 
 from ttspec.learning.versions import Version
 
-Job = Callable[[], Version]
-"""Writes a version; what it holds on to is free once it is done or was overtaken."""
+WriteVersion = Callable[[], Version]
+"""What it holds on to is free once it is done or was overtaken."""
 
 
 class VersionWriter:
@@ -25,12 +25,12 @@ class VersionWriter:
         self.failed = False
         """Whether the last attempt failed."""
         self._notify, self._job = notify, None
-        self._job: Job | None
+        self._job: WriteVersion | None
         self._busy = self._closed = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: WriteVersion) -> None:
         """Have a version written soon; one that still waits is not written any more."""
         with self._changed:
             self._job = job
@@ -69,7 +69,7 @@ class VersionWriter:
                     self._busy = False
                     self._changed.notify_all()
 
-    def _write(self, job: Job) -> None:
+    def _write(self, job: WriteVersion) -> None:
         try:
             self.written = job()
         except Exception as error:  # the thread must live: who closes waits for it

@@ -21,7 +21,7 @@ from transformers.initialization import no_init_weights
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from ttspec.errors import TargetError
-from ttspec.models.gguf_config import ROPE_FACTORS, config_of, sampling_of
+from ttspec.models.gguf_config import ROPE_FACTORS, config_of, sampling_defaults_of
 from ttspec.models.gguf_parts import read_parts
 from ttspec.models.gguf_tokenizer import end_tokens, gguf_tokenizer
 from ttspec.models.weight_checks import require_finite
@@ -112,7 +112,7 @@ def read_gguf(path: Path) -> GgufFile:
         raise TargetError(
             f"{path} does not say {error.args[0]}.\nFetch the file again, or use safetensors."
         ) from error
-    sampling_of(path, meta)  # refuses
+    sampling_defaults_of(path, meta)  # refuses
     return GgufFile(path=path, meta=meta, tensors=tensors, config=config)
 
 
@@ -133,7 +133,7 @@ def load_gguf(
         for name, weight in file.weights():
             places[name].copy_(weight)
     model.generation_config.eos_token_id = end_tokens(file.meta, tokenizer)
-    for name, value in sampling_of(file.path, file.meta).items():
+    for name, value in sampling_defaults_of(file.path, file.meta).items():
         setattr(model.generation_config, name, value)
     return model, tokenizer
 

@@ -53,6 +53,7 @@ PATTERN = "attention.sliding_window_pattern"
 SOFTCAP = "final_logit_softcapping"
 LOCAL_BASE = "rope.freq_base_swa"
 READ = {
+    "attention.causal",  # true: where it is false the file is refused
     *SHAPES,
     "attention.head_count_kv",
     "attention.key_length",
@@ -111,22 +112,7 @@ def config_of(path: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> PreT
             f"{path} is a GGUF file of {architecture!r}; read are {', '.join(CONFIGS)}.\n"
             f"{_SAFETENSORS}"
         )
-    own = {
-        key.removeprefix(f"{architecture}."): value
-        for key, value in meta.items()
-        if key.startswith(f"{architecture}.")
-    }
-    known = READ | READ_TOO.get(architecture, set())
-    odd = sorted(key for key in own.keys() - known if own[key] not in (0, False, None))
-    if own.get("attention.causal") is False:
-        odd = ["attention.causal"]
-    elif "attention.causal" in odd:
-        odd.remove("attention.causal")
-    if odd:
-        raise TargetError(
-            f"{path} sets {architecture}.{odd[0]} = {own[odd[0]]!r}, which ttspec does not read "
-            f"from GGUF files.\n{_SAFETENSORS}"
-        )
+    own = _own_keys(path, meta, architecture)
     try:
         refuse_layers(own, len(tensors))
     except TargetError as error:
@@ -162,6 +148,29 @@ def config_of(path: Path, meta: dict[str, Any], tensors: dict[str, Any]) -> PreT
     if architecture == "gemma3":
         values |= _gemma_3(own, values["rope_parameters"], size)
     return kind(**values)
+
+
+def _own_keys(path: Path, meta: dict[str, Any], architecture: str) -> dict[str, Any]:
+    """The architecture's own keys, by what stands behind its name.
+
+    Raises:
+        TargetError: One of them is not understood.
+    """
+    own = {
+        key.removeprefix(f"{architecture}."): value
+        for key, value in meta.items()
+        if key.startswith(f"{architecture}.")
+    }
+    known = READ | READ_TOO.get(architecture, set())
+    odd = sorted(key for key in own.keys() - known if own[key] not in (0, False, None))
+    if own.get("attention.causal") is False:
+        odd = ["attention.causal"]
+    if odd:
+        raise TargetError(
+            f"{path} sets {architecture}.{odd[0]} = {own[odd[0]]!r}, which ttspec does not read "
+            f"from GGUF files.\n{_SAFETENSORS}"
+        )
+    return own
 
 
 def _gemma_3(own: dict[str, Any], rope: dict[str, Any], size: int) -> dict[str, Any]:
@@ -233,7 +242,7 @@ def llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
     return 1 / ((1 - smooth) / rope["factor"] + smooth)
 
 
-def sampling_of(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
+def sampling_defaults_of(path: Path, meta: dict[str, Any]) -> dict[str, Any]:
     """generation_config entries that the file's general.sampling keys make; empty is greedy.
 
     A file does not say `do_sample`: converters copy the numbers of generation_config.json, and

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ttspec.config import GenerateConfig
-from ttspec.decoding.scheduler import Request
+from ttspec.decoding.conversation import Request
 from ttspec.records import Chunk
 from ttspec.serving.errors import ApiError
 

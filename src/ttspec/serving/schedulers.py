@@ -10,8 +10,9 @@ from dataclasses import replace
 
 from ttspec.config import GenerateConfig
 from ttspec.decoding.engine import Engine
-from ttspec.decoding.memory_forecast import USABLE_SHARE, free_memory, target_cache_bytes
+from ttspec.decoding.memory_forecast import USABLE_SHARE, target_cache_bytes
 from ttspec.decoding.scheduler import Scheduler
+from ttspec.free_memory import free_memory
 from ttspec.records import Chunk
 from ttspec.serving.keys import ANYBODY
 from ttspec.serving.logs import log

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from ttspec.config import DraftConfig, GenerateConfig
+from ttspec.decoding.conversation import Request
 from ttspec.decoding.engine import Engine
 from ttspec.decoding.history import ChatHistory
 from ttspec.decoding.messages import FORMS, Turn, read_text, request_of, rows_of, user_turns
-from ttspec.decoding.scheduler import Request, Scheduler
+from ttspec.decoding.scheduler import Scheduler
 from ttspec.decoding.template import ChatTemplate
 from ttspec.errors import DataError, writing
-from ttspec.records import Result, repeated_ngrams
+from ttspec.records import Result, repeated_8grams
 from ttspec.training.config import TrainConfig
 
 ROWS = 32
@@ -62,11 +63,7 @@ def write_answers(
     A line is {"n": dialogue, "ids": tokens, "spans": answers}. `progress` is told how many
     dialogues are done and tokens written.
     """
-    written = out.read_text(encoding="utf-8") if out.exists() else ""
-    whole = written[: written.rfind("\n") + 1]
-    if whole != written:  # an interrupted run left half a line
-        out.write_text(whole, encoding="utf-8")
-    done = {_number_of(line, f"{out}, line {at}") for at, line in enumerate(whole.splitlines(), 1)}
+    done = _done_in(out)
     todo = [n for n in range(len(dialogues)) if n not in done][::-1]
     if not todo:
         return
@@ -113,6 +110,15 @@ def write_answers(
                 scheduler.release(request)
             if progress:
                 progress(len(done), tokens)
+
+
+def _done_in(out: Path) -> set[int]:
+    """Dialogues that a file of answers has; half a line of an interrupted run is cut off."""
+    written = out.read_text(encoding="utf-8") if out.exists() else ""
+    whole = written[: written.rfind("\n") + 1]
+    if whole != written:
+        out.write_text(whole, encoding="utf-8")
+    return {_number_of(line, f"{out}, line {at}") for at, line in enumerate(whole.splitlines(), 1)}
 
 
 def _number_of(line: str, where: str) -> int:
@@ -162,7 +168,7 @@ class GrowingDialogue:
                     return None
                 self._writing = False
                 return self._as_input(self._history.ask(result.text))
-            if not tokens or repeated_ngrams(tokens) > MOST_REPETITION:
+            if not tokens or repeated_8grams(tokens) > MOST_REPETITION:
                 return None
             text = self.texts[-1]
             text.spans.append((len(text.ids), len(text.ids) + len(tokens)))

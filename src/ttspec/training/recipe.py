@@ -59,14 +59,15 @@ class Recipe(ABC, Generic[D]):
 
     @abstractmethod
     def loss(self, drafter: D, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The loss of a batch, and per drafted position the share of right most likely tokens."""
+        """The loss of a batch, float32 [], and by place the share [G] of right likeliest tokens."""
 
     def replayed(self, drafter: Any, batch: Batch, blocks: Anchors, features: Tensor) -> Tensor:
         """What a drafter's head reads of blocks of whole texts, [N, A, length, H]."""
         row = torch.arange(len(features), device=features.device)[:, None]
         length, before = blocks.labels.shape[-1], features[row, blocks.start - 1]
-        given = drafter.weights, batch.ids, features, DraftConfig(), length
-        context = context_of_texts(drafter, *given)
+        context = context_of_texts(
+            drafter, drafter.weights, batch.ids, features, DraftConfig(), length
+        )
         lesson = ReplayBatch.of(blocks.text, blocks.start, before, blocks.mask)
         places = Blocks(blocks.tokens, blocks.start, length, features.shape[1])
         return drafter.replayed(context, lesson, places)

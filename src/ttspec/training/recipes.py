@@ -18,9 +18,9 @@ from torch.nn import functional as F
 from ttspec.drafters.causal import Causal
 from ttspec.drafters.checkpoint import make_drafter
 from ttspec.drafters.eagle3 import Eagle3
-from ttspec.drafters.eagle3 import default_taps as eagle3_taps
 from ttspec.drafters.mtp import Mtp
 from ttspec.drafters.mtp_layer import MtpLayer, one_layer, sizes_of
+from ttspec.drafters.taps import default_eagle3_taps
 from ttspec.errors import OptionError
 from ttspec.models.target import Target
 from ttspec.training.batches import Batch, Example, anchors, masked_rows
@@ -71,7 +71,7 @@ class Eagle3Recipe(ChainRecipe[Eagle3]):
         """A random layer; the head is the target's, cut to the most frequent tokens."""
         c = self.config
         size = min(c.draft_vocabulary, int(self.target.config.vocab_size))
-        taps = eagle3_taps(self.layers)
+        taps = default_eagle3_taps(self.layers)
         config = {
             **self.layer_config(),
             "architectures": ["LlamaForCausalLMEagle3"],

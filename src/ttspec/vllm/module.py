@@ -59,7 +59,7 @@ def _plain_tensors(part: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def flat(weights: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """One row of them all, as ranks send it."""
+    """One row [numbers] of them all, in their order, as ranks send it."""
     return torch.cat([w.to(dtype).flatten() for w in weights.values()])
 
 

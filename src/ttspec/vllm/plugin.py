@@ -80,8 +80,10 @@ class WorkerLearning:
         is_v2 = "vllm.v1.worker.gpu.model_runner" in homes
         if reason := hooks.unfit_engine(self.config, "V2" if is_v2 else "V1"):
             raise TtspecError(reason)
-        engine = self.config.scheduler_config.max_num_seqs, self.config.model_config.max_model_len
-        self.settings = Settings.of(given).for_engine(*engine)
+        self.settings = Settings.of(given).for_engine(
+            requests=self.config.scheduler_config.max_num_seqs,
+            longest=self.config.model_config.max_model_len,
+        )
         if self.runner.device.type == "cpu":
             keep_matrices(self.runner.speculator if is_v2 else self.runner.drafter)
         self._hooks_of = v2.hooks_of if is_v2 else v1.hooks_of

@@ -266,8 +266,8 @@ class VerifiedRounds:
             first,
             count,
             self._logits.flatten(0, 1),
-            torch.arange(self.rows, device=device),
-            logits,
+            subset=torch.arange(self.rows, device=device),
+            logits_at=logits,
         )
 
     def acceptance(self) -> tuple[int, int]:
@@ -306,8 +306,8 @@ class TextPieces:
 
     def _remember_piece(self, size: int) -> None:
         tokens, features = self._tokens[:, :size], self._features[:, :size]
-        text = tokens, features, self._start, self._count, None, self._row
-        self._learner.memory_trainer.rows.write(*text)
+        rows = self._learner.memory_trainer.rows
+        rows.write(tokens, features, self._start, self._count, subset=self._row)
 
 
 def size_of_graph(learner: MemoryLearner, size: int, sizes: Sequence[int]) -> int:
