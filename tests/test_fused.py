@@ -17,7 +17,9 @@ from transformers import (
 )
 
 from ttspec.config import DraftConfig
+from ttspec.drafters import fused_layers
 from ttspec.drafters.blocks import Blocks
+from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.models.fused_forward import FusedForward
@@ -55,6 +57,10 @@ LARGE = [
     ("qwen3", 16, 8, 128, 1024, 3072, 16, 1, 70),
     ("qwen2", 14, 2, 64, 896, 4864, 2, 128, None),
     ("qwen3", 16, 8, 128, 1024, 3072, 2, 128, 70),
+    ("llama", 32, 8, 128, 4096, 14336, 1, 1, None),
+    ("qwen3", 32, 8, 128, 2560, 9728, 2, 4, None),
+    ("llama", 24, 8, 128, 3072, 8192, 8, 4, None),
+    ("qwen3", 40, 8, 128, 5120, 17408, 3, 8, 70),
 ]
 
 
@@ -69,7 +75,7 @@ def random_model(case: tuple[Any, ...], dtype: torch.dtype) -> Any:
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=size,
-            vocab_size=50,
+            vocab_size=50 if hidden < 2048 else 2100,  # a wide head is a product, too
             max_position_embeddings=512,
             attn_implementation="sdpa",
         )
@@ -203,6 +209,7 @@ CHAINS = [
     (128, 192, 4, 2, 128, 3, 70, {"architectures": ["LlamaForCausalLMEagle3Qwen3"]}),
     (64, 128, 2, 1, 64, 24, None, {}),
     (896, 4864, 14, 2, 64, 8, 130, {"draft_vocab_size": 32000, "vocab_size": 50000}),
+    (4096, 14336, 32, 8, 128, 1, None, {"draft_vocab_size": 32000, "vocab_size": 50000}),
 ]
 
 
@@ -282,9 +289,83 @@ def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
     assert FusedChain.fits(drafter, state) is (DEVICE == "cuda")
 
 
+BLOCKS = [
+    # Hidden size, size of the MLP, heads, key heads, head size, rows, window, tokens of a block.
+    (64, 128, 2, 1, 64, 1, None, 16),
+    (64, 128, 4, 2, 64, 5, 70, 5),
+    (128, 192, 2, 2, 128, 2, 70, 8),
+    (576, 1536, 9, 3, 64, 4, 130, 8),
+    (4096, 12288, 32, 8, 128, 1, 130, 16),
+]
+
+
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_a_fused_block_is_filled_as_the_drafter_s_own_code_does(case, monkeypatch):
+    hidden, inner, heads, kv_heads, size, rows, window, block = case
+    if hidden > 128 and DEVICE == "cpu":
+        pytest.skip("large shapes need a GPU")
+    config = {
+        "architectures": ["DFlashDraftModel"],
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": size,
+        "num_hidden_layers": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 50,
+        "block_size": block,
+        "mask_token_id": 3,
+        "dflash_config": {"target_layer_ids": [0, 1]},
+    }
+    start = (200 - torch.arange(rows) * 67 % 190)[:, None]
+    start[rows - 1 :] += SLOTS * (rows > 1)  # of several the last is at rest
+
+    def filled_block(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the head reads of rows that take part, and the keys that were written."""
+        torch.manual_seed(1)
+
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape).bfloat16().to(DEVICE, dtype)
+
+        drafter = DFlash(config, {})
+        for name, shape in drafter.shapes().items():
+            weight = random(*shape) * (0.5 if len(shape) == 1 else shape[-1] ** -0.5)
+            drafter.weights[name] = weight.abs() + 0.5 if "norm" in name else weight
+        table = random(50, hidden)
+        drafter.bind(table, table, 4)
+        state = drafter.start(rows, SLOTS, DraftConfig(window=window))
+        state.keys.copy_(random(*state.keys.shape))
+        state.values.copy_(random(*state.values.shape))
+        resting = state.keys[:, -1].clone()
+        tokens = torch.randint(50, (rows, 1)).to(DEVICE)
+        found = drafter.states(state, Blocks(tokens, start.to(DEVICE), block - 1, SLOTS))
+        if rows > 1:
+            assert torch.equal(state.keys[:, -1, :, :SLOTS], resting[:, :, :SLOTS])
+        live = slice(max(1, rows - 1))
+        return found[live], state.keys[:, live, :, :SLOTS]
+
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    used: list[bool] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("ttspec.drafters.dflash.fits_block", lambda *_: False)
+        exact, own = filled_block(torch.float64), filled_block(dtype)
+    with monkeypatch.context() as patch:
+        fits = fused_layers.fits
+        patch.setattr(fused_layers, "fits", lambda *a, **k: used.append(fits(*a, **k)) or True)
+        ours = filled_block(dtype)
+    assert used == [DEVICE == "cuda"]
+    for one, plain, wanted in zip(ours, own, exact, strict=True):
+        limit = 1e-5 if dtype == torch.float32 else 5e-3 + 1.5 * error(plain, wanted)
+        assert error(one, wanted) < limit
+
+
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("tokens", [5, 24])
 @pytest.mark.parametrize("width", [64, 1088, 2112])
-def test_products_are_torch_s_however_they_are_cut(width, tokens):
+def test_products_are_torch_s_however_they_are_cut(width, tokens, wide, monkeypatch):
+    if wide:
+        monkeypatch.setattr("ttspec.products.WIDE", 64)
     torch.manual_seed(0)
     dtype, limit = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-5)
 

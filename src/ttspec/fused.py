@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 MANY = 512
-"""Tokens of all rows that the kernels are quicker for."""
+"""Tokens of all rows that the kernels are quicker for, up to a hidden size of `WIDEST`."""
 LONGEST = 128
 """Tokens of one row whose own keys `attention` holds at once."""
 WIDEST = 1024
-"""Hidden size past which the device's own products measured faster."""
+"""Hidden size past which compiled code measured faster for more tokens than `products` take."""
 KEYS = 64
 """Slots that are read together."""
 LEAST = 64
@@ -41,6 +41,8 @@ class Heads:
     query_gain: Tensor | None = None
     """[size] of an RMSNorm of each query, and of each key; None where there is none."""
     key_gain: Tensor | None = None
+    warps: int = 4
+    """Of a program; beside wide tables 8 measured faster."""
 
 
 def fits(
@@ -58,8 +60,8 @@ def fits(
     if like.device.type != "cuda" or like.dtype != torch.bfloat16 or activation != "silu":
         return False
     even = not any(width % 64 for width in (hidden, *widths))
-    sizes = hidden <= WIDEST and head_size in (64, 128) and even
-    return sizes and torch.cuda.get_device_capability(like.device) >= (9, 0)
+    hopper = torch.cuda.get_device_capability(like.device) >= (9, 0)
+    return head_size in (64, 128) and even and hopper
 
 
 def attention(
@@ -73,6 +75,7 @@ def attention(
     subset: Tensor | None = None,
     ahead: int = 0,
     window: int | None = None,
+    causal: bool = True,
 ) -> Tensor:
     """Rotate queries and keys, write keys and values where they belong, and attend.
 
@@ -87,6 +90,7 @@ def attention(
         subset: int64 [B], the rows of keys and values that are meant; None is all.
         ahead: Added to `start`.
         window: A token sees so many, itself included; None is all.
+        causal: If not, new tokens see each other, and all of them what the first one sees.
 
     Returns:
         [B * T, heads * size].
@@ -127,6 +131,7 @@ def attention(
         size=heads.size,
         normed=normed,
         some=subset is not None,
+        causal=causal,
         splits=splits,
         apart=apart,
         rows=tile,
@@ -134,7 +139,7 @@ def attention(
         count=KEYS,
         least=LEAST,
         stages=2,
-        num_warps=4,
+        num_warps=heads.warps,
         **launch(made),
     )
     kernels.combine[(count, heads.count)](

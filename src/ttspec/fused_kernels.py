@@ -107,6 +107,7 @@ def attend(
     size: tl.constexpr,
     normed: tl.constexpr,
     some: tl.constexpr,
+    causal: tl.constexpr,
     splits: tl.constexpr,
     apart: tl.constexpr,
     rows: tl.constexpr,
@@ -120,7 +121,8 @@ def attend(
 
     states: what the layer's first product made, [B x width, (heads + 2 kv heads) x size]. The first
     part has the new tokens' own keys and values, and writes them to the cache; `apart`: it has
-    nothing else, so no part takes two turns. A row that starts at or past `slots` leaves the cache
+    nothing else, so no part takes two turns. `causal`: they see those before them, else each other,
+    and a window counts from the first. A row that starts at or past `slots` leaves the cache
     as it is. A row's first token stands `ahead` of its start. `some`: the rows lie in the cache as
     `which` says. Query m of a key head is query head m // width, token m % width.
     """
@@ -162,7 +164,7 @@ def attend(
         best = tl.full([rows], float("-inf"), tl.float32)
         total = tl.zeros([rows], tl.float32)
         sums = tl.zeros([rows, size], tl.float32)
-        earliest = tl.where(window > 0, begin + token - window + 1, 0)
+        earliest = tl.where(window > 0, begin + (token if causal else 0) - window + 1, 0)
         # Not where the new tokens are a part of their own; else a loop within an "if" is slow.
         if not apart or split > 0:
             sees_near = (near < to_slot)[None] & (near[None] >= earliest[:, None])
@@ -187,7 +189,9 @@ def attend(
                 kept = (new & (slot < slots))[:, None]
                 tl.store(keys + place + slot[:, None] * size + d[None], k, mask=kept)
                 tl.store(values + place + slot[:, None] * size + d[None], v, mask=kept)
-            sees = new[None] & (t[None] <= token[:, None]) & (slot[None] >= earliest[:, None])
+            sees = new[None] & (slot[None] >= earliest[:, None])
+            if causal:
+                sees = sees & (t[None] <= token[:, None])
             best, total, sums = seen(query, k, v, sees, scale, best, total, sums)
         out = ((batch * width + token) * heads + query_head) * splits + split
         tl.store(weights + out * 2, best, mask=real)

@@ -112,6 +112,7 @@ def product(
     share: tl.constexpr,
     parts: tl.constexpr,
     stages: tl.constexpr,
+    ahead: tl.constexpr,
     pdl: tl.constexpr,
 ):
     """States [tokens, width] times `rows` of a table [outputs, width], or a part of that.
@@ -161,8 +162,8 @@ def product(
     # Weights may be read at once, what other kernels write only after the wait.
     if steps == 1:
         w = tl.load(weights + begin, mask=begin + k < width, other=0.0)
-    elif pdl:
-        fetch(table, begin, width, steps * chunk)
+    elif pdl and ahead > 0:
+        fetch(table, begin, width, min(steps * chunk, ahead))
     offset = tl.load(bias + n, mask=n < outputs, other=0.0).to(tl.float32) if biased else 0.0
     factor = tl.load(gain + n, mask=n < outputs, other=0.0) if added else 0.0
     if pdl:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -16,6 +16,8 @@ MOST = 32
 FEW = 8
 """Tokens up to which K is split among the warps of a program."""
 PROCESSORS = 132
+WIDE = 2048
+"""Inputs and outputs from which on a table is wide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,34 @@ class Tiles:
     stages: int = 1
     """Shares that are on their way at once."""
     warps: int = 4
+    ahead: int = 4096
+    """Elements of K, at most, that are fetched into the second-level cache before the wait."""
+    held: int = 1
+    """Programs that a processor has room for; counted for wide tables only."""
+
+
+def _wide(rows: int, share: int, held: int, **more: int) -> Tiles:
+    return Tiles(rows, share, held=held, ahead=256, **more)
+
+
+_TALL = _wide(16, 128, 3, splits=4, stages=4)
+_DEEP = _wide(64, 128, 2, stages=4)
+_WIDE_FEW = {
+    False: (
+        _wide(16, 128, 2, splits=4, stages=5),
+        *(_wide(32, 256, 5, parts=parts, stages=3, warps=2) for parts in (1, 2)),
+        _TALL,
+    ),
+    True: (_wide(64, 256, 3, stages=3), _wide(32, 256, 5, stages=3, warps=2), _TALL),
+}
+"""Tiles for up to `FEW` tokens, by `gated`; the last are for any size."""
+_PARTED = [
+    replace(tiles, parts=parts)
+    for tiles in (_wide(64, 256, 1, stages=3), _DEEP, _wide(64, 128, 3, stages=3))
+    for parts in (1, 2, 3, 4)
+]
+_WIDE_MORE = {False: (*_PARTED, _DEEP), True: (*_PARTED[::4], _DEEP)}
+"""The same for more tokens."""
 
 
 class Products:
@@ -134,7 +164,7 @@ class Products:
             ends.append(ends[-1] + len(table))
         outputs = ends[1] if gated else ends[-1]
         tiles = tiles_of(width, ends[-1], count, gated=gated)
-        blocks, wide = -(-ends[-1] // tiles.rows), _wide(count)
+        blocks, wide = -(-ends[-1] // tiles.rows), _padded(count)
         out = states.new_empty(count, outputs)
         then = out if residual is None else torch.empty_like(out)
         pieces = out if residual is None else _squares(states, blocks)
@@ -176,6 +206,7 @@ class Products:
             share=tiles.share,
             parts=tiles.parts,
             stages=tiles.stages,
+            ahead=tiles.ahead,
             num_warps=tiles.warps,
             **launch(states),
         )
@@ -184,6 +215,8 @@ class Products:
 
 def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
     """How to cut a product of states [tokens, width] and a table [rows, width]."""
+    if min(width, rows) >= WIDE:
+        return _tiles_of_wide(rows, tokens, gated=gated)
     if gated:  # all programs at once
         if 2 * rows < 64 * PROCESSORS and tokens <= FEW:
             return Tiles(32, 64, stages=6)
@@ -198,12 +231,32 @@ def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:
     return Tiles(16, 128, stages=min(7, -(-width // 128)))
 
 
-def _wide(count: int) -> int:
+def is_wide(table: Tensor) -> bool:
+    """Whether reading a table [outputs, inputs] takes longer than waiting for what it reads."""
+    return min(table.shape) >= WIDE
+
+
+def _tiles_of_wide(rows: int, tokens: int, *, gated: bool) -> Tiles:
+    """Tiles whose programs fill the device once, else at most half of it, else those for any size.
+
+    Half of it, since the next product's programs then all find room beside them. In between some
+    processors get more of them than others, and the rest waits for those.
+    """
+    tried = (_WIDE_FEW if tokens <= FEW else _WIDE_MORE)[gated]
+    filled = [-(-rows // tiles.rows) * tiles.parts / (PROCESSORS * tiles.held) for tiles in tried]
+    for least, most in ((0.83, 1.0), (0.0, 0.5)):
+        fitting = [share for share in filled if least <= share <= most]
+        if fitting:
+            return tried[filled.index(max(fitting))]
+    return tried[-1]
+
+
+def _padded(count: int) -> int:
     return max(8, 1 << (count - 1).bit_length())
 
 
 def _squares(x: Tensor, pieces: int) -> Tensor:
-    return x.new_empty(pieces, _wide(len(x)), dtype=torch.float32)
+    return x.new_empty(pieces, _padded(len(x)), dtype=torch.float32)
 
 
 @cache

@@ -20,6 +20,7 @@ from ttspec.drafters.base import DraftState, Shapes
 from ttspec.drafters.blocks import Blocks, Choices, Text
 from ttspec.drafters.context import ContextState, first_seen, same_block, seen_mask
 from ttspec.drafters.features import FeatureDrafter
+from ttspec.drafters.fused_block import BlockState, fill_block, fits_block
 from ttspec.drafters.layers import (
     DOWN,
     UP,
@@ -55,6 +56,8 @@ class DFlash(FeatureDrafter):
     kind = "dflash"
     at_once = True
     default_window = 512
+    layers_are_plain = True
+    """Whether attention and MLP read norms, and are added to what those read."""
     aliases = (
         (r"^model\.", ""),
         (r"^encoder\.fc\.", "fc."),
@@ -157,9 +160,9 @@ class DFlash(FeatureDrafter):
                 f"only {embedding.shape[0]} tokens.\nGive the drafter of this target."
             )
 
-    def start(self, rows: int, slots: int, options: DraftConfig) -> ContextState:
+    def start(self, rows: int, slots: int, options: DraftConfig) -> BlockState:
         """An empty context for `rows` rows, with the anchor weights."""
-        return ContextState(**self._context(rows, slots, options))
+        return BlockState(**self._context(rows, slots, options))
 
     def context(self, weights: Weights, features: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Keys (not rotated) and values of context tokens, one [B, heads, T, D] per layer."""
@@ -184,13 +187,15 @@ class DFlash(FeatureDrafter):
         state.write(keys, torch.stack(values), text.position, text.row)
 
     def _draft(self, state: DraftState, blocks: Blocks, choices: Choices) -> None:
-        assert isinstance(state, ContextState)
+        assert isinstance(state, BlockState)
         self._choose(state.weights, self.states(state, blocks), blocks.tokens, choices)
 
-    def states(self, state: ContextState, blocks: Blocks) -> Tensor:
+    def states(self, state: BlockState, blocks: Blocks) -> Tensor:
         """What the head reads of one block a row: [B, 1, length, H]."""
+        width = self._width(blocks)
+        if fits_block(self, state, width):
+            return self._predicting(fill_block(self, state, blocks, self._embedded(blocks)), blocks)
         if state.spans:
-            width = self._width(blocks)
             position, rest = blocks.position(width), blocks.start[:, 0] >= state.slots
             seen = self._by_layer(
                 blocks,
@@ -274,16 +279,26 @@ class DFlash(FeatureDrafter):
         self, weights: Weights, blocks: Blocks, rope: Rope, contexts: Sequence[Attend]
     ) -> Tensor:
         """What the head reads, [B, A, length, H], of the blocks' rows that predict."""
-        width, tokens = self._width(blocks), blocks.tokens
-        position = blocks.position(width)
-        ids = torch.full((*tokens.shape, width), self.mask_token, device=tokens.device)
-        ids[..., 0] = tokens
-        x = self.embed(ids.flatten(1))
+        width = self._width(blocks)
+        x, position = self._embedded(blocks), blocks.position(width)
         for i, attend in enumerate(contexts):
             x = self.layer(self._layer_weights(weights, i), x, position, rope, attend, width)
-        x = rms_norm(x, weights["norm.weight"], self.eps)
+        return self._predicting(rms_norm(x, weights["norm.weight"], self.eps), blocks)
+
+    def _embedded(self, blocks: Blocks) -> Tensor:
+        """Known tokens and masks, [B, A * width, H]."""
+        tokens = blocks.tokens
+        ids = torch.full(
+            (*tokens.shape, self._width(blocks)), self.mask_token, device=tokens.device
+        )
+        ids[..., 0] = tokens
+        return self.embed(ids.flatten(1))
+
+    def _predicting(self, x: Tensor, blocks: Blocks) -> Tensor:
+        """The rows that predict, [B, A, length, H], of all rows [B, A * width, H]."""
         first = 0 if self.from_anchor else 1
-        return x.unflatten(1, (tokens.shape[1], -1))[:, :, first : first + blocks.length]
+        each = x.unflatten(1, (blocks.tokens.shape[1], -1))
+        return each[:, :, first : first + blocks.length]
 
     def _layer_weights(self, weights: Weights, i: int) -> Weights:
         at = f"layers.{i}."

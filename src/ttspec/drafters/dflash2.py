@@ -33,6 +33,7 @@ class DFlash2(DFlash):
     kind = "dflash2"
     own_head = (SELECTOR,)
     no_products = (PREDECESSORS, SUCCESSORS)
+    layers_are_plain = False
     aliases = (
         *DFlash.aliases,
         (r"^(candidate_selector\.(?:predecessor|successor)_codebook)\.weight$", r"\1"),

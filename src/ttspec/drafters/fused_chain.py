@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
-from ttspec.fused import Heads, attention, fits, joined, normed
-from ttspec.products import MOST, Products
+from ttspec.drafters.fused_layers import Fused, fits_drafter, heads_of
+from ttspec.fused import attention, joined, normed
+from ttspec.products import MOST, is_wide
 
 if TYPE_CHECKING:
     from ttspec.drafters.eagle3 import Eagle3
@@ -22,10 +22,8 @@ if TYPE_CHECKING:
 class ChainState(FeatureState):
     """The context of one layer that feeds itself."""
 
-    angles: tuple[Tensor, Tensor] | None = None
-    """Cosines and sines of all slots, once a fused chain has read them: a graph does so again."""
-    products: Products | None = None
-    """As angles."""
+    fused: Fused | None = None
+    """Made by the first chain that kernels draft."""
     texts: tuple[Tensor, Tensor] | None = None
     """Keys and values of whole texts with gradients; the first stands at -1 and is never seen."""
 
@@ -35,34 +33,18 @@ class FusedChain:
 
     def __init__(self, drafter: Eagle3, state: ChainState, start: Tensor) -> None:
         """`start` int64 [B], where the token before stands; past all slots in rows at rest."""
+        if state.fused is None:
+            state.fused = Fused.of(drafter, state)
         self.drafter, self.state, self.start = drafter, state, start
+        self.angles, self.products = state.fused
         self.weights = drafter.weights_of_one(state.weights)
-        self.heads = Heads(
-            count=drafter.heads,
-            kv_count=drafter.kv_heads,
-            size=drafter.head_dim,
-            scale=drafter.head_dim**-0.5,
-            eps=drafter.eps,
-            query_gain=self._gain("self_attn.q_norm"),
-            key_gain=self._gain("self_attn.k_norm"),
-        )
-        if state.angles is None:
-            slot = torch.arange(state.slots, device=start.device)
-            state.angles = state.rope.angles(slot, drafter.embedding.dtype)
-            state.products = Products(drafter.eps, start.device)
+        self.heads = heads_of(drafter, self.weights, "midlayer.")
 
     @staticmethod
     def fits(drafter: Eagle3, state: ChainState) -> bool:
         """Whether the drafter is of the kind that these kernels do, and all rows share weights."""
-        size, queries = drafter.head_dim, drafter.heads * drafter.head_dim
-        sizes = fits(
-            drafter.embedding,
-            hidden=drafter.hidden,
-            head_size=size,
-            widths=(drafter.intermediate, queries),
-            activation=drafter.activation_name,
-        )
-        return sizes and state.keys.shape[1] <= MOST and drafter.is_plain(state)
+        few = state.keys.shape[1] <= MOST
+        return few and fits_drafter(drafter) and drafter.is_plain(state)
 
     def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
         """Draft as many tokens as blocks say, from fused features h [B, H]."""
@@ -86,16 +68,13 @@ class FusedChain:
         gains = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]
         x = joined(tokens, drafter.embedding, h, *gains, eps)
         own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
-        nearest = state.options.window
-        products = state.products
-        assert state.angles
-        assert products
+        nearest, products = state.options.window, self.products
         seen = attention(
             products.plain(x, *own),
             state.keys[0],
             state.values[0],
             self.start,
-            state.angles,
+            self.angles,
             self.heads,
             ahead=step,
             window=None if nearest is None else nearest + step + 1,
@@ -107,8 +86,7 @@ class FusedChain:
             scaled, *(w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up"))
         )
         gain = w["norm.weight"]
-        y, _ = products.added(inner, w["midlayer.mlp.down_proj.weight"], y, gain)
+        y, scaled = products.added(inner, w["midlayer.mlp.down_proj.weight"], y, gain)
+        if is_wide(drafter.head):
+            return products.plain(scaled, drafter.head), y
         return F.linear(normed(y, gain, eps)[1], drafter.head), y
-
-    def _gain(self, name: str) -> Tensor | None:
-        return self.weights.get(f"midlayer.{name}.weight")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import LONGEST, MANY, Heads, attention, fits, gated, normed
+from ttspec.fused import LONGEST, MANY, WIDEST, Heads, attention, fits, gated, normed
 from ttspec.models.layers import MergedLinear
-from ttspec.products import MOST, Products
+from ttspec.products import MOST, Products, Scaled, is_wide
 from ttspec.rowcache import RowCache
 from ttspec.spans import is_batch_invariant
 
@@ -46,7 +46,8 @@ class FusedForward:
 
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
-        few = tokens.numel() <= MANY and tokens.shape[1] <= LONGEST
+        most = MANY if self.model.config.hidden_size <= WIDEST else MOST
+        few = tokens.numel() <= most and tokens.shape[1] <= LONGEST
         return few and len(cache.keys) == len(self.layers) and not is_batch_invariant()
 
     def __call__(
@@ -67,23 +68,26 @@ class FusedForward:
         x = x.view(rows * width, -1)
         context = cache, start, angles, subset
         norm, head = self.model.model.norm, self.model.lm_head
-        states = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
+        states, scaled = self._few(x, *context) if len(x) <= MOST else self._many(x, *context)
         x = states[-1]
         if {-1, len(self.layers)} & set(taps):
             states[-1] = norm(x)
         features = [states[i].view(rows, width, -1) for i in taps]
         read = torch.cat(features, dim=-1) if taps else x.new_empty(rows, width, 0)
         if isinstance(logits, Tensor):
-            x = x.view(rows, width, -1)[:, logits].flatten(0, 1)
+            x, scaled = x.view(rows, width, -1)[:, logits].flatten(0, 1), None
         elif logits == 0:
             return None, read
         elif logits is not None and logits < width:
             x = x.view(rows, width, -1)[:, -logits:].flatten(0, 1).contiguous()
-        out = head(normed(x, norm.weight, self.eps)[1])
+        if scaled is not None and is_wide(head.weight) and logits in (None, width):
+            out = self.products.plain(scaled, head.weight, bias=head.bias)
+        else:
+            out = head(normed(x, norm.weight, self.eps)[1])
         return out.view(rows, -1, out.shape[-1]), read
 
-    def _few(self, x: Tensor, *context: Any) -> list[Tensor]:
-        """The states before each layer and after the last, [tokens, H]."""
+    def _few(self, x: Tensor, *context: Any) -> tuple[list[Tensor], Scaled]:
+        """The states [tokens, H] before each layer and after the last; and the last, scaled."""
         states, products = [x], self.products
         gains = [layer.input_layernorm.weight for layer in self.layers]
         gains.append(self.model.model.norm.weight)
@@ -96,10 +100,10 @@ class FusedForward:
             inner = products.gated(scaled, *mlp.weight.chunk(2))
             x, scaled = products.added(inner, layer.mlp.down_proj.weight, x, gains[index + 1])
             states.append(x)
-        return states
+        return states, scaled
 
-    def _many(self, x: Tensor, *context: Any) -> list[Tensor]:
-        """The same of more tokens than the kernels of few are for."""
+    def _many(self, x: Tensor, *context: Any) -> tuple[list[Tensor], None]:
+        """The same of more tokens than the kernels of few are for; and None."""
         states, more, eps = list[Tensor](), None, self.eps
         for index, (layer, (qkv, mlp)) in enumerate(self._parts()):
             x, z = normed(x, layer.input_layernorm.weight, eps, more)
@@ -108,7 +112,7 @@ class FusedForward:
             more, gain = layer.self_attn.o_proj(seen), layer.post_attention_layernorm.weight
             x, z = normed(x, gain, eps, more)
             more = layer.mlp.down_proj(gated(F.linear(z, mlp.weight)))
-        return [*states, x if more is None else x + more]
+        return [*states, x if more is None else x + more], None
 
     def _parts(self) -> Iterator[tuple[Any, list[MergedLinear]]]:
         """Each layer, and its merged projections."""
@@ -136,6 +140,7 @@ class FusedForward:
             eps=self.eps,
             query_gain=None if query is None else query.weight,
             key_gain=None if key is None else key.weight,
+            warps=8 if is_wide(module.o_proj.weight) else 4,
         )
 
     def _angles(self, slots: int) -> tuple[Tensor, Tensor]:
