@@ -20,9 +20,15 @@ MANY = 512
 LONGEST = 128
 """Tokens of one row whose own keys `attention` holds at once."""
 WIDEST = 1024
-"""Hidden size past which compiled code measured faster for more tokens than `products` take."""
+"""Hidden size from which on the device's own products of many tokens gain more from compiling."""
+MANY_WIDE = 96
+"""The same past that size; for more, compiled code measured faster."""
 KEYS = 64
 """Slots that are read together."""
+PROCESSORS = 132
+"""Of the devices that the kernels are for."""
+SMALL = 16
+"""Queries of a key head that are worked on together, at least."""
 LEAST = 64
 """Slots of a part of a row's context, at least."""
 APART = 16
@@ -98,9 +104,9 @@ def attention(
     count, rows, slots = made.shape[0], start.shape[0], keys.shape[2] - 1
     width = count // rows
     queries = heads.count // heads.kv_count * width
-    tile = min(64, max(16, 1 << (queries - 1).bit_length()))
+    tile = min(64, max(SMALL, 1 << (queries - 1).bit_length()))
     tiles = -(-queries // tile)
-    splits = splits_of(rows * heads.kv_count * tiles, slots)
+    splits = splits_of(rows * heads.kv_count * tiles, slots, held=2 if tile == SMALL else 1)
     apart = splits >= APART
     parts = made.new_empty(count, heads.count, splits, heads.size, dtype=torch.float32)
     weights = made.new_empty(count, heads.count, splits, 2, dtype=torch.float32)
@@ -138,7 +144,7 @@ def attention(
         block=max(16, 1 << (width - 1).bit_length()),
         count=KEYS,
         least=LEAST,
-        stages=2,
+        stages=4 if slots // splits >= 4 * KEYS else 2,
         num_warps=heads.warps,
         **launch(made),
     )
@@ -244,9 +250,9 @@ def gated(made: Tensor) -> Tensor:
     return out
 
 
-def splits_of(programs: int, slots: int) -> int:
-    """In how many parts a context is read: enough for each processor, no more than help."""
-    most = min(132 // programs, slots // LEAST, 64)
+def splits_of(programs: int, slots: int, held: int = 1) -> int:
+    """In how many parts a context is read: `held` for each processor, no more than help."""
+    most = min(held * PROCESSORS // programs, slots // LEAST, 64)
     return 1 << max(most.bit_length() - 1, 0) if most > 0 else 1
 
 

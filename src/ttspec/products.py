@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ttspec.fused import launch
+from ttspec.fused import PROCESSORS, launch
 
 MOST = 32
 """Tokens of all rows; more were not tried."""
 FEW = 8
 """Tokens up to which K is split among the warps of a program."""
-PROCESSORS = 132
 WIDE = 2048
 """Inputs and outputs from which on a table is wide."""
 

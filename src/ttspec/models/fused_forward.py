@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from ttspec.fused import LONGEST, MANY, WIDEST, Heads, attention, fits, gated, normed
+from ttspec.fused import LONGEST, MANY, MANY_WIDE, WIDEST, Heads, attention, fits, gated, normed
 from ttspec.models.layers import MergedLinear
 from ttspec.products import MOST, Products, Scaled, is_wide
 from ttspec.rowcache import RowCache
@@ -46,7 +46,7 @@ class FusedForward:
 
     def takes(self, cache: RowCache, tokens: Tensor) -> bool:
         """Whether tokens [B, T] are few enough, and the cache was made."""
-        most = MANY if self.model.config.hidden_size <= WIDEST else MOST
+        most = MANY if self.model.config.hidden_size <= WIDEST else MANY_WIDE
         few = tokens.numel() <= most and tokens.shape[1] <= LONGEST
         return few and len(cache.keys) == len(self.layers) and not is_batch_invariant()
 
