@@ -47,8 +47,6 @@ class Heads:
     query_gain: Tensor | None = None
     """[size] of an RMSNorm of each query, and of each key; None where there is none."""
     key_gain: Tensor | None = None
-    warps: int = 4
-    """Of a program; beside wide tables 8 measured faster."""
 
 
 def fits(
@@ -145,7 +143,7 @@ def attention(
         count=KEYS,
         least=LEAST,
         stages=4 if slots // splits >= 4 * KEYS else 2,
-        num_warps=heads.warps,
+        num_warps=4,
         **launch(made),
     )
     kernels.combine[(count, heads.count)](

@@ -11,7 +11,7 @@ from ttspec.drafters.context import ContextState
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.layers import Weights
 from ttspec.fused import Heads, fits
-from ttspec.products import Products, is_wide
+from ttspec.products import Products
 
 
 class Fused(NamedTuple):
@@ -50,5 +50,4 @@ def heads_of(drafter: FeatureDrafter, weights: Weights, layer: str) -> Heads:
         eps=drafter.eps,
         query_gain=weights.get(f"{layer}self_attn.q_norm.weight"),
         key_gain=weights.get(f"{layer}self_attn.k_norm.weight"),
-        warps=8 if is_wide(weights[f"{layer}self_attn.o_proj.weight"]) else 4,
     )

@@ -140,7 +140,6 @@ class FusedForward:
             eps=self.eps,
             query_gain=None if query is None else query.weight,
             key_gain=None if key is None else key.weight,
-            warps=8 if is_wide(module.o_proj.weight) else 4,
         )
 
     def _angles(self, slots: int) -> tuple[Tensor, Tensor]:
