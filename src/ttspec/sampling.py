@@ -78,7 +78,9 @@ DRAFT, ACCEPT, RESIDUAL = 1, 2, 3
 
 
 PARTS = 64
-"""In which a vocabulary is searched where it is searched by compiled code."""
+"""In which a vocabulary is searched at most, where it is searched by compiled code."""
+SEARCHES = 768
+"""Of such parts at a time; more are slower than fewer, longer ones."""
 _ALL = (1 << 64) - 1
 
 
@@ -173,10 +175,12 @@ def gumbel(key: Tensor, which: int | Tensor, sampled: Tensor | None = None) -> T
 def argmax(scores: Tensor) -> Tensor:
     """The one argmax used everywhere: of scores [..., V], int64 [...]; the first index on ties."""
     if torch.compiler.is_compiling() and scores.shape[-1] % PARTS == 0:
-        # Compiled code gives each row to one processor; here it gives it to many.
-        best, at = scores.unflatten(-1, (PARTS, -1)).max(-1)
+        # Compiled code gives each row to one processor; here it gives few rows to many.
+        fitting = SEARCHES // scores.shape[:-1].numel()
+        parts = min(PARTS, 1 << max(fitting.bit_length() - 1, 0))
+        best, at = scores.unflatten(-1, (parts, -1)).max(-1)
         part = best.argmax(-1, keepdim=True)
-        return (part * (scores.shape[-1] // PARTS) + at.gather(-1, part)).squeeze(-1)
+        return (part * (scores.shape[-1] // parts) + at.gather(-1, part)).squeeze(-1)
     return scores.argmax(dim=-1)
 
 
