@@ -18,14 +18,17 @@ from transformers import (
 
 from ttspec.config import DraftConfig
 from ttspec.drafters import fused_layers
+from ttspec.drafters.base import DraftState
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.dflash import DFlash
 from ttspec.drafters.eagle3 import Eagle3
+from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.fused_chain import ChainState, FusedChain
+from ttspec.drafters.layers import DOWN
 from ttspec.models.fused_forward import FusedForward
 from ttspec.models.layers import merge_linears
 from ttspec.models.target import cache_keyword
-from ttspec.products import Products
+from ttspec.products import Change, Products
 from ttspec.rowcache import RowCache, causal_mask
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -213,7 +216,18 @@ CHAINS = [
 ]
 
 
-def random_chain(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Eagle3, ChainState, Blocks]:
+def changed(drafter: FeatureDrafter, state: DraftState, rows: int, rank: int) -> None:
+    """Give weights low-rank changes that do something: a lone row's own, or those of all."""
+    changes = drafter.changes("full", rank) if rank else {}
+    for name, weight in changes.items():
+        like = weight if name.endswith(DOWN) else torch.randn(weight.shape).bfloat16() * 0.05
+        changes[name] = like.to(drafter.embedding).expand(*[1] * (rows == 1), -1, -1)
+    state.weights = {**state.weights, **changes}
+
+
+def random_chain(
+    case: tuple[Any, ...], dtype: torch.dtype, rank: int
+) -> tuple[Eagle3, ChainState, Blocks]:
     """A drafter with a context, and what it is to draft; the same numbers in every dtype."""
     hidden, inner, heads, kv_heads, size, rows, window, more = case
     config = {
@@ -244,6 +258,7 @@ def random_chain(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Eagle3, Cha
     table = random(drafter.vocabulary, hidden)
     drafter.bind(table, table, 4)
     state = drafter.start(rows, SLOTS, DraftConfig(window=window))
+    changed(drafter, state, rows, rank)
     state.keys.copy_(random(*state.keys.shape))
     state.values.copy_(random(*state.values.shape))
     # Rows of different lengths; of several the last is at rest.
@@ -255,15 +270,16 @@ def random_chain(case: tuple[Any, ...], dtype: torch.dtype) -> tuple[Eagle3, Cha
     return drafter, state, Blocks(tokens, start, 3, SLOTS)
 
 
+@pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("case", CHAINS, ids=str)
-def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
+def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, rank, monkeypatch):
     if case[0] > 128 and DEVICE == "cpu":
         pytest.skip("large shapes need a GPU")
     dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 
     def said(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of all steps, and the keys that were written, of rows that take part."""
-        drafter, state, blocks = random_chain(case, dtype)
+        drafter, state, blocks = random_chain(case, dtype, rank)
         given = torch.randint(drafter.vocabulary, (3, *blocks.tokens.shape)).to(DEVICE)
         logits: list[torch.Tensor] = []
 
@@ -284,7 +300,7 @@ def test_a_fused_chain_says_what_the_drafter_s_own_code_does(case, monkeypatch):
     for ours, plain, wanted in zip(said(dtype), own, exact, strict=True):
         limit = 1e-5 if dtype == torch.float32 else 5e-3 + 1.5 * error(plain, wanted)
         assert error(ours, wanted) < limit
-    drafter, state, _ = random_chain(case, dtype)
+    drafter, state, _ = random_chain(case, dtype, rank)
     monkeypatch.undo()
     assert FusedChain.fits(drafter, state) is (DEVICE == "cuda")
 
@@ -299,8 +315,9 @@ BLOCKS = [
 ]
 
 
+@pytest.mark.parametrize("rank", [0, 5, 16])
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
-def test_a_fused_block_is_filled_as_the_drafter_s_own_code_does(case, monkeypatch):
+def test_a_fused_block_is_filled_as_the_drafter_s_own_code_does(case, rank, monkeypatch):
     hidden, inner, heads, kv_heads, size, rows, window, block = case
     if hidden > 128 and DEVICE == "cpu":
         pytest.skip("large shapes need a GPU")
@@ -335,6 +352,7 @@ def test_a_fused_block_is_filled_as_the_drafter_s_own_code_does(case, monkeypatc
         table = random(50, hidden)
         drafter.bind(table, table, 4)
         state = drafter.start(rows, SLOTS, DraftConfig(window=window))
+        changed(drafter, state, rows, rank)
         state.keys.copy_(random(*state.keys.shape))
         state.values.copy_(random(*state.values.shape))
         resting = state.keys[:, -1].clone()
@@ -389,3 +407,13 @@ def test_products_are_torch_s_however_they_are_cut(width, tokens, wide, monkeypa
         assert error(then.values, wanted * gain[:64]) < limit
         assert error(then.squares.sum(0)[:tokens], wanted.square().sum(-1)) < limit
     assert not products.ended.any()
+    # With low-rank changes, of the first table or of both that are gated.
+    changes = [Change(random(7, width) * width**-0.5, random(64, 7)) for _ in range(2)]
+    low = [F.linear(F.linear(plain, c.down.double()), c.up.double()) for c in changes]
+    said = products.plain(scaled, *tables, change=changes[0])
+    assert error(said, torch.cat([by[0] + low[0], *by[1:]], -1)) < limit
+    said = products.gated(scaled, *tables[:2], changes=changes)
+    assert error(said, F.silu(by[0] + low[0]) * (by[1] + low[1])) < limit
+    total, _ = products.added(x, tables[0], residual, gain[:64], change=changes[0])
+    own = F.linear(F.linear(x.double(), changes[0].down.double()), changes[0].up.double())
+    assert error(total, F.linear(x.double(), tables[0].double()) + own + residual) < limit

@@ -35,6 +35,48 @@ def scaled(x, gain, out, squares, width: tl.constexpr, full: tl.constexpr, pdl: 
 
 
 @triton.jit
+def narrowed(
+    x,
+    first,
+    second,
+    out,
+    tokens,
+    rank,
+    tables: tl.constexpr,
+    width: tl.constexpr,
+    wide: tl.constexpr,
+    rows: tl.constexpr,
+    share: tl.constexpr,
+    steps: tl.constexpr,
+    pdl: tl.constexpr,
+):
+    """A part of states [tokens, width] times one or two tables [rank, width], [rows, wide].
+
+    Each table has as many of the rows, those past its rank are 0.
+    """
+    part = tl.program_id(0)
+    each: tl.constexpr = rows // tables
+    r, m, k = tl.arange(0, rows), tl.arange(0, wide), tl.arange(0, share)
+    begin = part * (steps * share)
+    table = first + tl.minimum(r % each, rank - 1) * width
+    if tables > 1:
+        table = tl.where(r < each, table, second + tl.minimum(r % each, rank - 1) * width)
+    known = (r % each < rank)[:, None]
+    if pdl:
+        cuda.gdc_launch_dependents()  # its programs are few and small
+        fetch(table, begin, width, steps * share)
+        cuda.gdc_wait()
+    sums = tl.zeros([rows, wide], tl.float32)
+    for step in tl.static_range(steps):
+        at = (begin + step * share + k)[None]
+        w = tl.load(table[:, None] + at, mask=known & (at < width), other=0.0)
+        real = (m < tokens)[:, None] & (at < width)
+        z = tl.load(x + m[:, None] * width + at, mask=real, other=0.0)
+        sums = tl.dot(w, tl.trans(z), sums)
+    tl.store(out + (part * rows + r[:, None]) * wide + m[None], sums)
+
+
+@triton.jit
 def finish(
     sums,
     scale,
@@ -77,7 +119,7 @@ def finish(
     tl.store(out + at, result, mask=real)
 
 
-@triton.jit(do_not_specialize=["tokens", "pieces"])
+@triton.jit(do_not_specialize=["tokens", "pieces", "rank"])
 def product(
     x,
     weight,
@@ -92,7 +134,11 @@ def product(
     squares_out,
     scratch,
     ended,
+    inner,
+    up,
+    second_up,
     eps,
+    rank,
     tokens,
     outputs,
     first_end,
@@ -105,6 +151,9 @@ def product(
     gated: tl.constexpr,
     biased: tl.constexpr,
     added: tl.constexpr,
+    changes: tl.constexpr,
+    ranks: tl.constexpr,
+    inner_parts: tl.constexpr,
     most_pieces: tl.constexpr,
     wide: tl.constexpr,
     rows: tl.constexpr,
@@ -121,6 +170,8 @@ def product(
     second at `second_end`, after whole blocks. `normed`: x is scaled, and `squares` [pieces, wide]
     add up to its squares. `gated`: half of the rows are of `second`, whose outputs are multiplied
     with the SiLU of `weight`'s. `added`: `residual` is added, and the sum is scaled by `gain`, too.
+    `changes`: to the first table belongs `up` [outputs, rank] times what `narrowed` made, parts
+    [ranks, wide]; of two, to the second `second_up`.
     K is split among `parts` programs, of which the last to end adds what they have, always in one
     order (`ended` [blocks] is 0 before and after), and within a program among `splits` warps.
     """
@@ -180,6 +231,11 @@ def product(
     if added:
         there = (n < outputs)[:, None] & (m < tokens)[None]
         before = tl.load(residual + m[None] * residual_stride + n[:, None], mask=there, other=0.0)
+    if changes > 0:
+        j = tl.arange(0, ranks)
+        low = tl.zeros([ranks, wide], tl.float32)
+        for piece in tl.static_range(inner_parts):
+            low += tl.load(inner + (piece * ranks + j[:, None]) * wide + m[None])
     if steps == 1:
         z = tl.load(states + begin, mask=real & (begin + down < width), other=0.0)
         sums = tl.dot(w, tl.trans(z) if splits == 1 else z, sums)
@@ -205,6 +261,19 @@ def product(
             for one in tl.static_range(parts):
                 whole += tl.load(cell + one * (rows * wide), cache_modifier=".cg")
     if last:
+        if changes > 0:
+            own: tl.constexpr = ranks // changes
+            of = first + r % each  # the output that a row is of
+            high = up + of[:, None] * rank + j[None]
+            has = (of < tl.minimum(first_end, outputs))[:, None] & (j < rank)[None]
+            if changes > 1:
+                ours = (r < each)[:, None] == (j < own)[None]  # of the row's own table
+                high = tl.where(
+                    (r < each)[:, None], high, second_up + of[:, None] * rank + j[None] - own
+                )
+                has = (of < outputs)[:, None] & ours & (j % own < rank)[None]
+            u = tl.load(high, mask=has, other=0.0)
+            whole = tl.dot(u, low.to(u.dtype), whole)
         squares_out += block * wide
         finish(
             whole,

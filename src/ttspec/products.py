@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,10 @@ FEW = 8
 """Tokens up to which K is split among the warps of a program."""
 WIDE = 2048
 """Inputs and outputs from which on a table is wide."""
+RANK = 16
+"""Rank of a change, at most."""
+NARROWED = 256
+"""Elements of K that are multiplied with a change's `down` at a time; programs are 8 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,15 @@ class Scaled:
     """[tokens, width], times the norm's gain."""
     squares: Tensor
     """float32 [pieces, tokens or more], which add up to the squares of the states."""
+
+
+class Change(NamedTuple):
+    """A low-rank change of a table [outputs, width]: `up` times `down` is added to it."""
+
+    down: Tensor
+    """[rank, width], contiguous."""
+    up: Tensor
+    """[outputs, rank], contiguous."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,31 +113,41 @@ class Products:
         )
         return out
 
-    def plain(self, x: Tensor | Scaled, *tables: Tensor, bias: Tensor | None = None) -> Tensor:
+    def plain(
+        self,
+        x: Tensor | Scaled,
+        *tables: Tensor,
+        bias: Tensor | None = None,
+        change: Change | None = None,
+    ) -> Tensor:
         """States times a table, or up to three side by side.
 
         Args:
             x: [tokens, width]; normalised if scaled.
             tables: Each [outputs, width], contiguous; of several, outputs are whole blocks of 64.
             bias: [outputs of all].
+            change: Of the first table.
 
         Returns:
             [tokens, outputs of all].
         """
-        return self._run(x, *tables, bias=bias)[0]
+        return self._run(x, *tables, bias=bias, changes=[change] if change else [])[0]
 
-    def gated(self, x: Scaled, gate: Tensor, up: Tensor) -> Tensor:
+    def gated(
+        self, x: Scaled, gate: Tensor, up: Tensor, *, changes: Sequence[Change] = ()
+    ) -> Tensor:
         """The SiLU of normalised states times `gate`, times that of `up`.
 
         Args:
             x: [tokens, width].
             gate: [outputs, width], contiguous.
             up: As gate.
+            changes: Of gate and up, of one rank; or none.
 
         Returns:
             [tokens, outputs].
         """
-        return self._run(x, gate, up, gated=True)[0]
+        return self._run(x, gate, up, gated=True, changes=changes)[0]
 
     def added(
         self,
@@ -132,6 +156,7 @@ class Products:
         residual: Tensor,
         gain: Tensor,
         bias: Tensor | None = None,
+        change: Change | None = None,
     ) -> tuple[Tensor, Scaled]:
         """States [tokens, width] times a table [outputs, width], a bias and a residual.
 
@@ -141,11 +166,13 @@ class Products:
             residual: [tokens, outputs]; its rows may lie apart.
             gain: [outputs] of the norm that comes next.
             bias: [outputs].
+            change: Of the table.
 
         Returns:
             The sum [tokens, outputs], and the same scaled.
         """
-        return self._run(x, table, bias=bias, residual=residual, gain=gain)
+        changes = [change] if change else []
+        return self._run(x, table, bias=bias, residual=residual, gain=gain, changes=changes)
 
     def _run(
         self,
@@ -155,6 +182,7 @@ class Products:
         residual: Tensor | None = None,
         gain: Tensor | None = None,
         gated: bool = False,
+        changes: Sequence[Change] = (),
     ) -> tuple[Tensor, Scaled]:
         states, squares = (x.values, x.squares) if isinstance(x, Scaled) else (x, None)
         count, width = states.shape
@@ -171,6 +199,7 @@ class Products:
         if tiles.parts > 1:
             size = blocks, tiles.parts, tiles.rows, wide
             scratch = states.new_empty(size, dtype=torch.float32)
+        inner = _narrowed(states, changes) if changes else scratch
         _kernels().product[(blocks, tiles.parts)](
             states,
             tables[0],
@@ -185,7 +214,11 @@ class Products:
             pieces,
             scratch,
             self.ended,
+            inner,
+            changes[0].up if changes else states,
+            changes[-1].up if changes else states,
             self.eps,
+            changes[0].up.shape[1] if changes else 0,
             count,
             outputs,
             ends[1],
@@ -198,6 +231,9 @@ class Products:
             gated=gated,
             biased=bias is not None,
             added=residual is not None,
+            changes=len(changes),
+            ranks=inner.shape[1] if changes else 0,
+            inner_parts=len(inner) if changes else 0,
             most_pieces=64 if squares is None else max(64, 1 << (len(squares) - 1).bit_length()),
             wide=wide,
             rows=tiles.rows,
@@ -210,6 +246,35 @@ class Products:
             **launch(states),
         )
         return out, Scaled(then, pieces)
+
+
+def _narrowed(states: Tensor, changes: Sequence[Change]) -> Tensor:
+    """Parts [parts, ranks, tokens or more] of states [tokens, width] times `down` of each change.
+
+    Each has as many of the ranks, 16 or more in all, which matrix units need.
+    """
+    (count, width), (rank, _) = states.shape, changes[0].down.shape
+    rows = len(changes) * max(16 // len(changes), 1 << (rank - 1).bit_length())
+    steps = -(-width // (NARROWED * 8))
+    parts = -(-width // (NARROWED * steps))
+    out = states.new_empty(parts, rows, _padded(count), dtype=torch.float32)
+    _kernels().narrowed[(parts,)](
+        states,
+        changes[0].down,
+        changes[-1].down,
+        out,
+        count,
+        rank,
+        tables=len(changes),
+        width=width,
+        wide=out.shape[2],
+        rows=rows,
+        share=NARROWED,
+        steps=steps,
+        num_warps=4,
+        **launch(states),
+    )
+    return out
 
 
 def tiles_of(width: int, rows: int, tokens: int, *, gated: bool) -> Tiles:

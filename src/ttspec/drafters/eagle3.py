@@ -32,7 +32,6 @@ from ttspec.drafters.context import (
 from ttspec.drafters.features import FeatureDrafter
 from ttspec.drafters.fused_chain import ChainState, FusedChain
 from ttspec.drafters.layers import (
-    DOWN,
     Attend,
     ConcatenatedContext,
     Weights,
@@ -271,13 +270,13 @@ class Eagle3(FeatureDrafter):
         return [n for n in self.weights if n not in tables]
 
     def is_plain(self, state: ContextState) -> bool:
-        """Whether it is one Llama layer whose weights all rows share, as they are."""
+        """Whether it is one Llama layer whose weights all rows share."""
         usual = self.layers == 1 and self.windows[0] is None and not self.norm_output
         usual = usual and not self.biased and self.embedding_scale == 1
         whole = 2 * len(state.rope.frequencies) == self.head_dim and not state.rope.interleaved
         ours = {n: w for n, w in state.weights.items() if n.startswith((LAYER, "norm."))}
         one = all(len(w) == 1 for n, w in ours.items() if self.is_own(n, w))
-        return usual and whole and one and not any(n.endswith(DOWN) for n in ours)
+        return usual and whole and one
 
     def _layer(self, index: int) -> str:
         return f"layers.{index}." if index else LAYER

@@ -9,8 +9,14 @@ from torch import Tensor
 
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.context import ContextState
-from ttspec.drafters.fused_layers import Fused, fits_drafter, heads_of
-from ttspec.drafters.layers import DOWN
+from ttspec.drafters.fused_layers import (
+    Fused,
+    after_attention,
+    before_attention,
+    fits_changes,
+    fits_drafter,
+    heads_of,
+)
 from ttspec.fused import attention, normed
 from ttspec.products import MOST
 
@@ -33,9 +39,8 @@ def fits_block(drafter: DFlash, state: BlockState, width: int) -> bool:
     usual = not drafter.biased and not any(drafter.causal) and set(drafter.windows) == {None}
     ours = {n: w for n, w in state.weights.items() if n.startswith(("layers.", "norm."))}
     shared = all(len(w) == 1 for n, w in ours.items() if drafter.is_own(n, w))
-    plain = drafter.layers_are_plain and not any(n.endswith(DOWN) for n in ours)
-    few = state.keys.shape[1] * width <= MOST
-    return few and state.spans and whole and usual and shared and plain and fits_drafter(drafter)
+    few = drafter.layers_are_plain and state.spans and state.keys.shape[1] * width <= MOST
+    return few and whole and usual and shared and fits_changes(ours) and fits_drafter(drafter)
 
 
 def fill_block(drafter: DFlash, state: BlockState, blocks: Blocks, x: Tensor) -> Tensor:
@@ -60,7 +65,7 @@ def fill_block(drafter: DFlash, state: BlockState, blocks: Blocks, x: Tensor) ->
     scaled = products.scaled(x, gains[0])
     for i, layer in enumerate(layers):
         seen = attention(
-            products.plain(scaled, *(w[f"{layer}self_attn.{n}_proj.weight"] for n in "qkv")),
+            before_attention(products, w, layer, scaled),
             state.keys[i],
             state.values[i],
             blocks.start[:, 0],
@@ -69,9 +74,5 @@ def fill_block(drafter: DFlash, state: BlockState, blocks: Blocks, x: Tensor) ->
             window=None if nearest is None else nearest + 1,
             causal=False,
         )
-        gain = w[f"{layer}post_attention_layernorm.weight"]
-        x, scaled = products.added(seen, w[f"{layer}self_attn.o_proj.weight"], x, gain)
-        both = (w[f"{layer}mlp.{n}_proj.weight"] for n in ("gate", "up"))
-        inner, down = products.gated(scaled, *both), w[f"{layer}mlp.down_proj.weight"]
-        x, scaled = products.added(inner, down, x, gains[i + 1])
+        x, scaled = after_attention(products, w, layer, seen, x, gains[i + 1])
     return normed(x, gains[-1], drafter.eps)[1].view(shape)

@@ -10,7 +10,14 @@ from torch.nn import functional as F
 
 from ttspec.drafters.blocks import Blocks, Choices
 from ttspec.drafters.context import FeatureState
-from ttspec.drafters.fused_layers import Fused, fits_drafter, heads_of
+from ttspec.drafters.fused_layers import (
+    Fused,
+    after_attention,
+    before_attention,
+    fits_changes,
+    fits_drafter,
+    heads_of,
+)
 from ttspec.fused import attention, joined, normed
 from ttspec.products import MOST, is_wide
 
@@ -43,7 +50,7 @@ class FusedChain:
     @staticmethod
     def fits(drafter: Eagle3, state: ChainState) -> bool:
         """Whether the drafter is of the kind that these kernels do, and all rows share weights."""
-        few = state.keys.shape[1] <= MOST
+        few = state.keys.shape[1] <= MOST and fits_changes(state.weights)
         return few and fits_drafter(drafter) and drafter.is_plain(state)
 
     def draft(self, h: Tensor, blocks: Blocks, choices: Choices) -> None:
@@ -67,10 +74,9 @@ class FusedChain:
         drafter, state, w, eps = self.drafter, self.state, self.weights, self.drafter.eps
         gains = w["midlayer.input_layernorm.weight"], w["midlayer.hidden_norm.weight"]
         x = joined(tokens, drafter.embedding, h, *gains, eps)
-        own = [w[f"midlayer.self_attn.{n}_proj.weight"] for n in "qkv"]
         nearest, products = state.options.window, self.products
         seen = attention(
-            products.plain(x, *own),
+            before_attention(products, w, "midlayer.", x),
             state.keys[0],
             state.values[0],
             self.start,
@@ -80,13 +86,8 @@ class FusedChain:
             window=None if nearest is None else nearest + step + 1,
         )
         before = x[:, drafter.hidden :] if drafter.residual_is_normed else h
-        gain = w["midlayer.post_attention_layernorm.weight"]
-        y, scaled = products.added(seen, w["midlayer.self_attn.o_proj.weight"], before, gain)
-        inner = products.gated(
-            scaled, *(w[f"midlayer.mlp.{n}_proj.weight"] for n in ("gate", "up"))
-        )
         gain = w["norm.weight"]
-        y, scaled = products.added(inner, w["midlayer.mlp.down_proj.weight"], y, gain)
+        y, scaled = after_attention(products, w, "midlayer.", seen, before, gain)
         if is_wide(drafter.head):
             return products.plain(scaled, drafter.head), y
         return F.linear(normed(y, gain, eps)[1], drafter.head), y

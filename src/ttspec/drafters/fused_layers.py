@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ttspec.drafters.context import ContextState
 from ttspec.drafters.features import FeatureDrafter
-from ttspec.drafters.layers import Weights
+from ttspec.drafters.layers import DOWN, UP, Weights
 from ttspec.fused import Heads, fits
-from ttspec.products import Products
+from ttspec.products import RANK, Change, Products, Scaled
+
+CHANGED = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Matrices of a layer of which low-rank changes are known here."""
 
 
 class Fused(NamedTuple):
@@ -38,6 +41,43 @@ def fits_drafter(drafter: FeatureDrafter) -> bool:
         widths=(drafter.intermediate, drafter.heads * drafter.head_dim),
         activation=drafter.activation_name,
     )
+
+
+def fits_changes(weights: Weights) -> bool:
+    """Whether low-rank changes among weights, if any, are of those that are known here."""
+    downs = {n.removesuffix(DOWN): w for n, w in weights.items() if n.endswith(DOWN)}
+    return all(n.endswith(CHANGED) and w.shape[-2] <= RANK for n, w in downs.items())
+
+
+def before_attention(
+    products: Products, weights: Weights, layer: str, x: Tensor | Scaled
+) -> Tensor:
+    """Queries, keys and values of a layer, [tokens, all], from what its norms make of states."""
+    names = [f"{layer}self_attn.{n}_proj" for n in "qkv"]
+    tables = [weights[f"{name}.weight"] for name in names]
+    return products.plain(x, *tables, change=_change_of(weights, names[0]))
+
+
+def after_attention(
+    products: Products, weights: Weights, layer: str, seen: Tensor, x: Tensor, gain: Tensor
+) -> tuple[Tensor, Scaled]:
+    """The layer's output [tokens, H], and the same scaled by the next norm's `gain` [H].
+
+    Of what attention has seen [tokens, heads * size], and the states x [tokens, H] before it.
+    """
+    out, down = f"{layer}self_attn.o_proj", f"{layer}mlp.down_proj"
+    own, change = weights[f"{layer}post_attention_layernorm.weight"], _change_of(weights, out)
+    x, scaled = products.added(seen, weights[f"{out}.weight"], x, own, change=change)
+    names = [f"{layer}mlp.{n}_proj" for n in ("gate", "up")]
+    changes = [c for name in names if (c := _change_of(weights, name))]
+    inner = products.gated(scaled, *(weights[f"{name}.weight"] for name in names), changes=changes)
+    change = _change_of(weights, down)
+    return products.added(inner, weights[f"{down}.weight"], x, gain, change=change)
+
+
+def _change_of(weights: Weights, name: str) -> Change | None:
+    """The low-rank change of a matrix, if it has one."""
+    return Change(weights[name + DOWN], weights[name + UP]) if name + DOWN in weights else None
 
 
 def heads_of(drafter: FeatureDrafter, weights: Weights, layer: str) -> Heads:

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ttspec.compiled import compiled, compiled_for_any, compiles_without_gradients
 from ttspec.drafters.blocks import Blocks
 from ttspec.drafters.context import ContextState, first_seen
-from ttspec.drafters.layers import rms_norm
+from ttspec.drafters.layers import DOWN, rms_norm
 from ttspec.drafters.rotary import Rope
 
 if TYPE_CHECKING:
@@ -54,7 +54,8 @@ def fits(drafter: Eagle3, state: ContextState) -> bool:
 def is_supported(drafter: Eagle3, state: ContextState) -> bool:
     """Whether the drafter is of the kind that is done here, and all rows share its weights."""
     usual = not drafter.qk_norm and drafter.activation_name in ("silu", "swish")
-    return usual and not state.options.rebase and drafter.is_plain(state)
+    changed = any(name.endswith(DOWN) for name in state.weights)
+    return usual and not state.options.rebase and drafter.is_plain(state) and not changed
 
 
 def make_context(
