@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -11,20 +12,22 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ttspec import rowcache
 from ttspec.cli import doctor, main
+from ttspec.decoding.engine import Engine
 from ttspec.diagnosis import targets
-from ttspec.diagnosis.families import FAMILIES, SHAPE, build
+from ttspec.diagnosis.families import DYNAMIC, FAMILIES, LONGROPE, SHAPE, build
 from ttspec.diagnosis.targets import FULL, Effort, TargetRow, check_family, check_targets
+from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError, TargetError
 from ttspec.models import loading as loading_module
 from ttspec.models import target as target_module
 from ttspec.models.attention import folded_attention
+from ttspec.models.fixed_rotary import fix_rotary
 from ttspec.models.target import wrap_target
 from ttspec.models.unsupported import attention_windows
 
 CPU = torch.device("cpu")
 QUICK = Effort(rounds=24, tokens=40)
 UNFIT = {
-    "phi-3-longrope": "longrope",
     "llama-4": "chunked_attention",
     "mamba-2": "linear_attention",
     "lfm2": "conv",
@@ -67,6 +70,77 @@ def test_it_stays_right_over_hundreds_of_rounds(name: str) -> None:
 def test_the_built_in_target_is_right(smollm2_dir) -> None:
     (row,) = check_targets(CPU, ["smollm2-135m"])
     assert row.status == "pass", row
+
+
+# Rotary positions that transformers changes as a text grows.
+
+
+def changing(kind: str, rope: dict[str, Any], context: int, **more: Any) -> Any:
+    """A small model with random weights whose rotary positions are of such a kind."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, **SHAPE | more | {"rope_parameters": rope, "max_position_embeddings": context}
+    )
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    for name, weight in model.named_parameters():  # so that positions matter
+        weight.data *= 8 if "q" in name.rpartition("_proj")[0] else 1
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "rope", "context", "lengths"),
+    [
+        ("phi3", LONGROPE, 512, (65, 200)),  # transformers, too, reads these by the long factors
+        ("phi3", LONGROPE, 64, (5, 64)),
+        ("llama", DYNAMIC, 64, (5, 64)),
+        ("hunyuan_v1_dense", {**DYNAMIC, "alpha": 1000.0}, 64, (5, 64)),
+    ],
+    ids=["longrope", "longrope, short", "dynamic", "hunyuan"],
+)
+def test_fixed_positions_are_those_of_a_text_of_that_length(kind, rope, context, lengths) -> None:
+    more = {"original_max_position_embeddings": 64} if kind == "phi3" else {}
+    model, fixed = (changing(kind, rope, context, **more) for _ in range(2))
+    long = torch.randint(200, (1, 300))
+    with torch.no_grad():
+        model(long)
+        fixed(long)  # what was read before means nothing
+        fix_rotary(fixed)
+        for length in lengths:
+            found, expected = (m(long[:, :length]).logits for m in (fixed, model))
+            torch.testing.assert_close(found, expected)
+        before = fixed(long[:, :40]).logits
+        fixed(long)
+        assert torch.equal(fixed(long[:, :40]).logits, before)
+
+
+def test_a_long_prompt_goes_on_as_in_transformers() -> None:
+    model = changing("phi3", LONGROPE, 512, original_max_position_embeddings=64)
+    prompt = torch.randint(1, 200, (1, 70))  # 0 would be padding
+    with torch.no_grad():
+        whole = model.generate(prompt, max_new_tokens=40, do_sample=False, pad_token_id=0)
+    target = wrap_target(model, targets.number_tokenizer(200))
+    (result,) = Engine(target, Ngram()).generate(
+        prompt.tolist(), max_new_tokens=40, temperature=0.0, ignore_eos=True
+    )
+    assert result.token_ids == whole[0, 70:].tolist()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [{**LONGROPE, "long_mscale": 1.2, "short_mscale": 1.1}, {"full_attention": LONGROPE}],
+    ids=["scaled by length", "of a kind of layers"],
+)
+def test_positions_that_change_otherwise_are_refused(rope) -> None:
+    config = SimpleNamespace(rope_parameters=rope, model_type="phi3")
+    config.get_text_config = lambda: config
+    with pytest.raises(TargetError, match="are longrope: their frequencies follow"):
+        attention_windows(config, states=True)
+
+
+def test_a_draft_model_s_positions_are_not_fixed() -> None:
+    config = AutoConfig.for_model("llama", **SHAPE, rope_parameters=DYNAMIC)
+    with pytest.raises(TargetError, match="are dynamic: their frequencies follow"):
+        attention_windows(config)
 
 
 # What the checks must notice.

@@ -33,6 +33,14 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,  # texts go far past it
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1 + n / 2 for n in range(8)],
+    "original_max_position_embeddings": 64,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 LOCAL_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 GATED_DELTA = {
@@ -97,17 +105,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi-3": ("phi3", {"sliding_window": WINDOW}),
     "phi-3-longrope": (
         "phi3",
-        {
-            "original_max_position_embeddings": 64,
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [4.0] * 8,
-                "original_max_position_embeddings": 64,
-            },
-        },
+        {"original_max_position_embeddings": 64, "rope_parameters": LONGROPE},
     ),
+    "hunyuan": ("hunyuan_v1_dense", {"rope_parameters": {**DYNAMIC, "alpha": 1000.0}}),
+    "llama-dynamic": ("llama", {"rope_parameters": DYNAMIC}),
     "granite": (
         "granite",
         {

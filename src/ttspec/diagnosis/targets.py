@@ -23,6 +23,7 @@ from ttspec.decoding.engine import Engine
 from ttspec.diagnosis.families import BRIEFLY, BUILT_IN, FAMILIES, build
 from ttspec.drafters.ngram import Ngram
 from ttspec.errors import ResourceError, TargetError
+from ttspec.models.fixed_rotary import fix_rotary
 from ttspec.models.source import resolve
 from ttspec.models.target import Target, load_target
 
@@ -141,6 +142,7 @@ def _check(
         TargetError: The target is refused.
     """
     target = load_target(str(folder), device=device, dtype=torch.float32)
+    fix_rotary(reference)
     try:
         logits, features = rollback(target, reference, effort.rounds)
         features = max(features, reading(target, reference))

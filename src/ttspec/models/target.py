@@ -25,6 +25,7 @@ from ttspec.errors import TargetError
 from ttspec.models.attention import NAME as FOLDED
 from ttspec.models.attention import use_folded_attention
 from ttspec.models.experts import asks_host
+from ttspec.models.fixed_rotary import fix_rotary
 from ttspec.models.fused_forward import FusedForward, fits_model
 from ttspec.models.generation_config import sampling_defaults
 from ttspec.models.layers import MergedLinear, compiled_layers, merge_linears
@@ -333,6 +334,7 @@ def wrap_target(
     config = model.config.get_text_config()
     windows = attention_windows(model.config, states=True)
     refuse_model(model, windows)
+    fix_rotary(model)
     use_states(model, [i for i, window in enumerate(windows) if window == 0])
     kind = model.config._attn_implementation
     if kind not in ("sdpa", "eager", FOLDED):

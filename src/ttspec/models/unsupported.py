@@ -13,9 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ttspec.errors import TargetError
-
-CHANGING = ("dynamic", "longrope")
-"""Kinds of rotary positions whose frequencies depend on the longest text that is read."""
+from ttspec.models.fixed_rotary import CHANGING
 
 ORDINARY = {"full_attention", "sliding_attention"}
 RECURRENT = "linear_attention"
@@ -39,8 +37,8 @@ NUMBERS: dict[str, tuple[type, ...]] = {
 _CAUSAL = "Give a causal language model: tokens see only those before them."
 
 
-def refuse_config(config: Any) -> None:
-    """Refuse what the config says.
+def refuse_config(config: Any, *, fixes_rotary: bool) -> None:
+    """Refuse what the config says; `fixes_rotary` of a model that `fix_rotary` is called for.
 
     Raises:
         TargetError: Names what cannot be right.
@@ -58,13 +56,14 @@ def refuse_config(config: Any) -> None:
             )
     if getattr(config, "is_encoder_decoder", False):
         raise TargetError(f"The target ({config.model_type}) has an encoder.\n{_CAUSAL}")
-    kinds = _rope_kinds(getattr(text, "rope_parameters", None) or {})
-    for kind in CHANGING:
-        if kind in kinds:
+    rope = getattr(text, "rope_parameters", None) or {}
+    for kind in sorted(_rope_kinds(rope) & set(CHANGING)):
+        # Of a target they are fixed, where one rule holds for all layers and nothing else changes.
+        if not fixes_rotary or rope.get("rope_type") != kind or "long_mscale" in rope:
             raise TargetError(
-                f"The target's rotary positions are {kind}: their frequencies follow the longest "
+                f"The model's rotary positions are {kind}: their frequencies follow the longest "
                 "text of a batch, so what is cached would no longer be right.\n"
-                "Supported are fixed ones, such as llama3, yarn and linear; use another target."
+                "Supported are fixed ones, such as llama3, yarn and linear; use another model."
             )
     if getattr(text, "altup_num_inputs", None):
         raise TargetError(
@@ -143,12 +142,14 @@ def refuse_model(model: PreTrainedModel, windows: tuple[int | None, ...]) -> Non
 
 
 def attention_windows(config: Any, *, states: bool = False) -> tuple[int | None, ...]:
-    """The window of each layer, None where all is seen; with `states`, 0 where it is recurrent.
+    """The window of each layer, None where all is seen.
+
+    `states` of a target: 0 where a layer is recurrent; and its rotary positions are fixed.
 
     Raises:
         TargetError: A layer is of a kind that cannot be rolled back.
     """
-    refuse_config(config)
+    refuse_config(config, fixes_rotary=states)
     text = config.get_text_config()
     layers = getattr(text, "num_hidden_layers", 0)
     types = getattr(text, "layer_types", None) or ["full_attention"] * layers
