@@ -14,7 +14,7 @@ from toys import make_kind, toy_engine
 from transformers import AutoModelForCausalLM
 
 import ttspec
-from ttspec.config import LearnConfig
+from ttspec.config import DraftConfig, LearnConfig
 from ttspec.decoding.engine import Engine
 from ttspec.errors import DataError, OptionError, TargetError
 
@@ -120,7 +120,7 @@ def test_engines_of_one_drafter_and_of_one_target_leave_each_other_alone(
 def test_threads_draft_with_one_model_of_transformers(target, which: str) -> None:
     """torch puts the weights of a call into the module itself."""
     engine, prompts = engine_of(target, which), ["hello there", "another", "and a third"]
-    options = OPTIONS | {"learn": LEARN}
+    options = OPTIONS | {"learn": LEARN, "draft": DraftConfig(adaptive=False)}  # not by the clock
 
     def answer(prompt: str) -> tuple[list[int], list[int]]:
         result = engine.generate(prompt, **options)[0]
